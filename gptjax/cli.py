@@ -1,0 +1,251 @@
+"""The `gptjax` command. Each command imports what it needs when it runs.
+
+Exit codes: 0 done; 1 a check failed; 2 bad input; 75 stopped on request with
+everything saved.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gptjax.config import RunConfig, config_path, read_config
+from gptjax.errors import GptjaxError
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try the same again
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    parser = make_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command is not train:
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    args.rest = rest
+    try:
+        return args.command(args) or 0
+    except GptjaxError as error:
+        print(f"gptjax: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All commands; none of their modules is imported for it."""
+    parser = argparse.ArgumentParser(
+        prog="gptjax",
+        description="The whole life of a GPT in JAX.",
+        epilog="MODEL is a run folder or a model folder.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(function: Any, name: str, into: Any = commands) -> Any:
+        sub = into.add_parser(
+            name,
+            help=function.__doc__.splitlines()[0],
+            description=function.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(command=function)
+        return sub
+
+    sub = add(quickstart, "quickstart")
+    sub.add_argument("--run", type=Path, default=Path("runs/quickstart"), metavar="DIR")
+    sub = add(train, "train")
+    sub.usage = "gptjax train CONFIG.toml [--section.option value ...] [--run DIR]"
+    sub.epilog = "options:\n" + "\n".join(option_lines())
+    sub.add_argument("config", metavar="CONFIG.toml", help="a file, or one of configs/")
+    sub.add_argument("--run", type=Path, metavar="DIR", help="default: runs/CONFIG")
+    add_generate_flags(add(generate, "generate"))
+    sub = add(evaluate, "eval")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("--text", type=Path, required=True, metavar="FILE")
+    sub.add_argument("--stride", type=int, metavar="N", help="default: the context")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    add(doctor, "doctor")
+
+    data = commands.add_parser("data", help="Fetch, prepare and check data.")
+    kinds = data.add_subparsers(required=True, metavar="fetch|prepare|preview|verify")
+    add(data_fetch, "fetch", kinds).add_argument("name", metavar="NAME")
+    sub = add(data_prepare, "prepare", kinds)
+    sub.add_argument("paths", nargs="+", metavar="PATH")
+    sub.add_argument("--tokenizer", default="gpt2", metavar="gpt2|bytes|bpe:N|DIR")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR")
+    sub.add_argument("--val-fraction", type=float, default=0.1)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--column", default="", help="field of JSON and CSV rows")
+    sub.add_argument("--workers", type=int, help="default: all cores")
+    for function, name in ((data_preview, "preview"), (data_verify, "verify")):
+        add(function, name, kinds).add_argument("folder", type=Path, metavar="DIR")
+    return parser
+
+
+def add_generate_flags(sub: argparse.ArgumentParser) -> None:
+    """The arguments of `gptjax generate`."""
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("prompt", nargs="?", metavar="PROMPT", help="default: stdin")
+    sub.add_argument("--few-shot", type=Path, metavar="FILE.jsonl")
+    sub.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
+    sub.add_argument("--temperature", type=float, default=0.8, help="0 = greedy")
+    sub.add_argument("--top-k", type=int, default=0, help="0 = all tokens")
+    sub.add_argument("--top-p", type=float, default=1.0)
+    sub.add_argument("--min-p", type=float, default=0.0)
+    sub.add_argument("--repetition-penalty", type=float, default=1.0)
+    sub.add_argument("--stop", action="append", default=[], metavar="TEXT")
+    sub.add_argument("--samples", type=int, default=1, metavar="N")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--json", action="store_true", help="one JSON object per sample")
+
+
+def option_lines() -> list[str]:
+    """Every option of a config with its default, as flags."""
+    lines = []
+    for section in dataclasses.fields(RunConfig):
+        for field in dataclasses.fields(section.type):
+            flag = f"--{section.name}.{field.name}"
+            lines.append(f"  {flag:<28} {field.default!r}")
+    return lines
+
+
+def quickstart(args: argparse.Namespace) -> int:
+    """Train a small GPT on text that every Python carries, and let it write."""
+    from gptjax.quickstart import quickstart
+
+    return stoppable(lambda: quickstart(args.run))
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train as a config says; the same command again resumes.
+
+    Every option of the config can be given as a flag, --section.option value.
+    """
+    path = config_path(args.config)
+    config = with_flags(read_config(path), args.rest)
+    from gptjax.pretrain import pretrain
+
+    folder = args.run or Path("runs") / path.stem
+    return stoppable(lambda: pretrain(config, folder))
+
+
+def stoppable(run: Any) -> int:
+    """Runs something that a signal may stop, and returns the exit code."""
+    from gptjax.pretrain import Stopped
+
+    try:
+        run()
+    except Stopped as stopped:
+        print(f"{stopped}. The same command goes on from there.")
+        return STOPPED
+    return 0
+
+
+def with_flags(config: RunConfig, flags: Sequence[str]) -> RunConfig:
+    """The config with `--section.option value` flags on top of it."""
+    if not flags:
+        return config
+    import tyro
+
+    return tyro.cli(
+        RunConfig,
+        prog="gptjax train CONFIG.toml",
+        args=flags,
+        default=config,
+        config=(tyro.conf.FlagConversionOff,),
+        use_underscores=True,
+    )
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Continue a prompt."""
+    from gptjax.generation import Sampling, complete, few_shot_prompt, stream
+    from gptjax.weights.folder import load
+
+    prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    if args.few_shot:
+        prompt = few_shot_prompt(args.few_shot, prompt)
+        args.stop = args.stop or ["\n"]
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    options = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    model = load(args.model)
+    if args.samples == 1 and not args.json:
+        print("" if args.few_shot else prompt, end="", flush=True)
+        for piece in stream(model, prompt, **options):
+            print(piece, end="", flush=True)
+        print()
+        return
+    for sample in complete(model, prompt, samples=args.samples, **options):
+        if args.json:
+            print(json.dumps(dataclasses.asdict(sample), ensure_ascii=False))
+        else:
+            print(f"--- {sample.finish}\n{prompt}{sample.text}")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Loss, perplexity and bits per byte of a model on a text file."""
+    from gptjax.data.text import read_text
+    from gptjax.evaluate import score
+    from gptjax.weights.folder import load
+
+    result = score(load(args.model), read_text(args.text), stride=args.stride)
+    if args.json:
+        print(json.dumps(result.numbers()))
+        return
+    print(f"tokens         {result.tokens:,} for {result.bytes:,} bytes")
+    print(f"loss           {result.loss:.4f} nats per token")
+    print(f"perplexity     {result.perplexity:.4f}")
+    if result.bits_per_byte is not None:
+        print(f"bits per byte  {result.bits_per_byte:.4f}")
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Versions, devices, what is missing and the line that fixes it."""
+    from gptjax.doctor import doctor
+
+    return doctor()
+
+
+def data_fetch(args: argparse.Namespace) -> None:
+    """Find or download a named data set, and print where it is."""
+    from gptjax.data.named import find
+
+    print(find(args.name))
+
+
+def data_prepare(args: argparse.Namespace) -> None:
+    """Turn text files, folders and globs into tokens to train on."""
+    from gptjax.data.prepare import prepare, preview
+
+    info = prepare(
+        args.paths,
+        args.tokenizer,
+        args.out,
+        val_fraction=args.val_fraction,
+        seed=args.seed,
+        column=args.column,
+        workers=args.workers,
+    )
+    print(info)
+    for text in preview(args.out):
+        print(f"--- a window\n{text}")
+
+
+def data_preview(args: argparse.Namespace) -> None:
+    """Show a few windows of prepared data as the model will see them."""
+    from gptjax.data.prepare import preview
+
+    for text in preview(args.folder):
+        print(f"--- a window\n{text}")
+
+
+def data_verify(args: argparse.Namespace) -> None:
+    """Check every byte of prepared data against its meta.json."""
+    from gptjax.data.shards import verify
+
+    print(verify(args.folder))

@@ -1,0 +1,1 @@
+"""From files to batches: named -> rows -> text -> prepare -> shards -> batches."""

@@ -1,0 +1,144 @@
+"""Next-token cross-entropy, always as (sum, weight), never with all logits at once.
+
+The letters in array names are those of `gptjax.model`; [C] is a chunk of positions.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from gptjax.config import GPTConfig
+from gptjax.model import logits
+
+Scalar = Float[Array, ""]
+PerToken = Float[Array, "B T"]
+Targets = Int[Array, "B T"]
+
+
+def next_token_nats(
+    logit_BTV: Float[Array, "B T V"], target_BT: Targets, weight_BT: PerToken
+) -> tuple[Scalar, Scalar]:
+    """Cross-entropy of the next token, summed.
+
+    Args:
+        logit_BTV: unnormalised scores; the sum is taken in float32.
+        target_BT: the token that follows each position.
+        weight_BT: 1 where the target counts; 0 for padding and for prompts.
+
+    Returns:
+        Nats, and the weight to divide them by.
+
+    >>> import jax.numpy as jnp
+    >>> nats, weight = next_token_nats(
+    ...     jnp.zeros((1, 2, 8)), jnp.zeros((1, 2), int), jnp.array([[1.0, 0.0]]))
+    >>> print(f"{nats:.4f} nats over {weight:.0f} token")  # ln 8
+    2.0794 nats over 1 token
+    """
+    nats_BT = optax.softmax_cross_entropy_with_integer_labels(
+        logit_BTV.astype(jnp.float32), target_BT
+    )
+    return jnp.sum(nats_BT * weight_BT), jnp.sum(weight_BT)
+
+
+def token_nats(
+    config: GPTConfig,
+    x_BTD: Float[Array, "B T D"],
+    table_VD: Float[Array, "V D"],
+    target_BT: Targets,
+    chunk: int,
+) -> PerToken:
+    """Cross-entropy of each target, with logits for `chunk` positions at a time."""
+
+    def one(xs: Any) -> Array:
+        x_BCD, target_BC = xs
+        logit_BCV = logits(config, table_VD, x_BCD)
+        return optax.softmax_cross_entropy_with_integer_labels(logit_BCV, target_BC)
+
+    nats = jax.lax.map(one, (split(x_BTD, chunk), split(target_BT, chunk)))
+    return join(nats)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5))
+def weighted_nats(
+    config: GPTConfig,
+    x_BTD: Float[Array, "B T D"],
+    table_VD: Float[Array, "V D"],
+    target_BT: Targets,
+    weight_BT: PerToken,
+    chunk: int,
+) -> Scalar:
+    """The sum of `next_token_nats`, from hidden states, `chunk` positions at a time.
+
+    A sum has a scalar cotangent, so its gradient is computed with each chunk of
+    logits while they exist and only scaled in the backward pass: no logits are
+    stored or computed twice. T is cut into equal chunks of at most `chunk`.
+
+    Args:
+        config: shape of the model.
+        x_BTD: final hidden states.
+        table_VD: `gptjax.model.output_table`.
+        target_BT: the token that follows each position.
+        weight_BT: how much each target counts.
+        chunk: positions [C] whose logits [B, C, V] exist at a time.
+    """
+    nats_BT = token_nats(config, x_BTD, table_VD, target_BT, chunk)
+    return jnp.sum(nats_BT * weight_BT)
+
+
+def _forward(
+    config: GPTConfig,
+    x_BTD: Array,
+    table_VD: Array,
+    target_BT: Array,
+    weight_BT: Array,
+    chunk: int,
+) -> tuple[Array, Any]:
+    """The sum, and its gradients for a cotangent of 1."""
+    table = table_VD.astype(x_BTD.dtype)
+
+    def one(grad_VD: Array, xs: Any) -> tuple[Array, Any]:
+        x_BCD, target_BC, weight_BC = xs
+        logit_BCV = logits(config, table, x_BCD)
+        norm_BC = jax.nn.logsumexp(logit_BCV, axis=-1)
+        hit_BCV = target_BC[..., None] == jnp.arange(logit_BCV.shape[-1])[None, None]
+        nats_BC = norm_BC - jnp.sum(jnp.where(hit_BCV, logit_BCV, 0.0), axis=-1)
+        error_BCV = jnp.exp(logit_BCV - norm_BC[..., None]) - hit_BCV
+        error_BCV = (error_BCV * weight_BC[..., None]).astype(x_BCD.dtype)
+        error = error_BCV.reshape(-1, error_BCV.shape[-1])
+        x = x_BCD.reshape(-1, x_BCD.shape[-1])
+        grad_VD += jnp.dot(error.T, x, preferred_element_type=jnp.float32)
+        return grad_VD, (nats_BC, (error @ table).reshape(x_BCD.shape))
+
+    chunks = tuple(split(leaf, chunk) for leaf in (x_BTD, target_BT, weight_BT))
+    zeros = jnp.zeros(table_VD.shape, jnp.float32)
+    grad_VD, (nats, grad_x) = jax.lax.scan(one, zeros, chunks)
+    nats_BT = join(nats)
+    kept = join(grad_x), grad_VD.astype(table_VD.dtype), nats_BT
+    return jnp.sum(nats_BT * weight_BT), kept
+
+
+def _backward(config: GPTConfig, chunk: int, kept: Any, cotangent: Array) -> Any:
+    """The kept gradients times the cotangent; targets have none."""
+    grad_BTD, grad_VD, nats_BT = kept
+    scale = cotangent.astype(grad_BTD.dtype)
+    return grad_BTD * scale, grad_VD * cotangent, None, nats_BT * cotangent
+
+
+weighted_nats.defvjp(_forward, _backward)
+
+
+def split(x: Array, chunk: int) -> Array:
+    """[B, T, ...] as [T/C, B, C, ...], C the largest divisor of T up to `chunk`."""
+    rows, positions, *rest = x.shape
+    size = max(c for c in range(1, min(chunk, positions) + 1) if positions % c == 0)
+    return jnp.moveaxis(x.reshape(rows, -1, size, *rest), 1, 0)
+
+
+def join(x: Array) -> Array:
+    """The inverse of `split`."""
+    chunks, rows, size, *rest = x.shape
+    return jnp.moveaxis(x, 0, 1).reshape(rows, chunks * size, *rest)

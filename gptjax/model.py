@@ -1,0 +1,407 @@
+"""GPT-2 as a pure function of (params, tokens).
+
+Dimension letters, in array names and in einsum strings alike:
+
+    B batch    T query positions    S key positions    D model width
+    H heads    K head width         F MLP width        V vocabulary    N layers
+
+Parameters are a nested dict of float32 arrays; those of the blocks are stacked on
+a first axis [N]. Numerics are GPT-2's: LayerNorm eps 1e-5, tanh-GELU, float32
+softmax and layer-norm statistics (Radford et al. 2019; openai/gpt-2 src/model.py).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, Key
+
+from gptjax.attention import BACKENDS, attention_weights, chosen_backend, visible
+from gptjax.config import GPTConfig
+from gptjax.errors import ConfigError
+
+Params = dict[str, Any]
+Tokens = Int[Array, "B T"]
+Residual = Float[Array, "B T D"]
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class LayerCache(NamedTuple):
+    """Keys and values that one layer has computed; slot s holds position s."""
+
+    key_BSHK: Float[Array, "*N B S H K"]
+    value_BSHK: Float[Array, "*N B S H K"]
+
+
+class Context(NamedTuple):
+    """What every layer needs to know about the rows it works on."""
+
+    slot_BT: Int[Array, "B T"]  # where each query stands among the keys
+    segment_BT: Int[Array, "B T"] | None  # document of each token; None: one
+
+
+def compute_dtype(config: GPTConfig) -> jnp.dtype:
+    """The dtype of activations: "auto" is float32 on a CPU, else bfloat16."""
+    name = config.dtype
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+class Linear(nn.Module):
+    """A product with the last `axes` axes of x, as one two-dimensional product.
+
+    On a CPU, XLA runs [B*T, D] @ [D, F] much faster than the batched form.
+    """
+
+    features: tuple[int, ...]
+    std: float = 0.02
+    axes: int = 1
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*inner"]) -> Float[Array, "*outer"]:
+        """The last axes of x become `features`."""
+        inner, outer = x.shape[-self.axes :], math.prod(self.features)
+        shape = (*inner, *self.features)
+        kernel = self.param("kernel", nn.initializers.normal(self.std), shape)
+        flat = x.reshape(-1, math.prod(inner))
+        y = flat @ kernel.astype(x.dtype).reshape(math.prod(inner), outer)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, self.features)
+            y += bias.astype(x.dtype).reshape(1, outer)
+        return y.reshape(*x.shape[: -self.axes], *self.features)
+
+
+class Norm(nn.Module):
+    """LayerNorm with float32 statistics."""
+
+    @nn.compact
+    def __call__(self, x_BTD: Residual) -> Residual:
+        """Mean 0 and variance 1 over the width, then scale and bias."""
+        norm = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32)
+        nn.share_scope(self, norm)
+        return norm(x_BTD.astype(jnp.float32)).astype(x_BTD.dtype)
+
+
+class Dropout(nn.Module):
+    """Zeroes activations where the call was given a dropout key, else nothing."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """The kept activations, scaled up so that their mean stays."""
+        return nn.Dropout(self.rate, deterministic=not self.has_rng("dropout"))(x)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Residual, cache: LayerCache | None, context: Context
+    ) -> tuple[Residual, LayerCache | None]:
+        """Mixes positions; given a cache, also sees and extends what it holds."""
+        c = self.config
+        query_BTHK, key_BSHK, value_BSHK = (
+            Linear((c.n_heads, c.head_width), use_bias=c.qkv_bias, name=name)(x_BTD)
+            for name in ("query", "key", "value")
+        )
+        segment_BS = context.segment_BT
+        if cache is not None:
+            cache = extend(cache, key_BSHK, value_BSHK, context.slot_BT)
+            key_BSHK, value_BSHK = cache
+            segment_BS = None
+        mask_BTS = visible(
+            context.slot_BT, key_BSHK.shape[1], context.segment_BT, segment_BS
+        )
+        if self.is_mutable_collection("captured"):
+            weight_BHTS = attention_weights(query_BTHK, key_BSHK, mask_BTS)
+            capture(self, "attention", weight_BHTS)
+        dropping = c.dropout > 0 and self.has_rng("dropout")
+        backend = BACKENDS[chosen_backend(c.attention, c.dropout)]
+        mixed_BTHK = backend(
+            query_BTHK,
+            key_BSHK,
+            value_BSHK,
+            mask_BTS,
+            Dropout(c.dropout) if dropping else None,
+        )
+        out = Linear((c.d_model,), residual_std(c), axes=2, name="out")
+        return out(mixed_BTHK), cache
+
+
+class MLP(nn.Module):
+    """Two products with a GELU between them."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Residual) -> Residual:
+        """Every position by itself."""
+        x_BTF = Linear((self.config.mlp_width,), name="up")(x_BTD)
+        x_BTF = nn.gelu(x_BTF, approximate=True)
+        down = Linear((self.config.d_model,), residual_std(self.config), name="down")
+        return down(x_BTF)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each on the normalised residual stream."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Residual, cache: LayerCache | None, context: Context
+    ) -> tuple[Residual, LayerCache | None]:
+        """The residual stream after this layer."""
+        c = self.config
+        capture(self, "residual", x_BTD)
+        normed_BTD = Norm(name="attention_norm")(x_BTD)
+        y_BTD, cache = Attention(c, name="attention")(normed_BTD, cache, context)
+        x_BTD += Dropout(c.dropout)(y_BTD)
+        y_BTD = MLP(c, name="mlp")(Norm(name="mlp_norm")(x_BTD))
+        x_BTD += Dropout(c.dropout)(y_BTD)
+        return x_BTD, cache
+
+
+class GPT(nn.Module):
+    """The decoder up to its last norm.
+
+    With `stacked`, the layers are one scanned block, as in training: compile time
+    does not grow with depth. Without, they are separate modules "block_0", ...,
+    as in decoding: on a CPU a scan copies every layer out of the stack.
+    """
+
+    config: GPTConfig
+    stacked: bool = True
+
+    @nn.compact
+    def __call__(
+        self, token_BT: Tokens, position_BT: Tokens, cache: Any, context: Context
+    ) -> tuple[Residual, Any]:
+        """Final hidden states, and the extended cache if one was given."""
+        c, dtype = self.config, compute_dtype(self.config)
+
+        def embed(name: str, rows: int, std: float) -> nn.Embed:
+            table = nn.initializers.normal(std)
+            return nn.Embed(rows, c.d_model, embedding_init=table, name=name)
+
+        x_BTD = embed("token_embedding", c.padded_vocab_size, 0.02)(token_BT)
+        x_BTD += embed("position_embedding", c.context_length, 0.01)(position_BT)
+        if not c.tie_embeddings and self.is_initializing():
+            embed("output_embedding", c.padded_vocab_size, 0.02)(token_BT)
+        x_BTD = Dropout(c.dropout)(x_BTD).astype(dtype)
+        if self.stacked:
+            x_BTD, cache = stack(c)(c, name="blocks")(x_BTD, cache, context)
+        else:
+            layers = [None] * c.n_layers if cache is None else list(cache)
+            for n in range(c.n_layers):
+                block = Block(c, name=f"block_{n}")
+                x_BTD, layers[n] = block(x_BTD, layers[n], context)
+            cache = None if cache is None else tuple(layers)
+        return Norm(name="final_norm")(x_BTD), cache
+
+
+def stack(config: GPTConfig) -> Any:
+    """`Block` scanned over layers, recomputed in backward as `config.remat` says."""
+    block = Block
+    if config.remat != "none":
+        policy = REMAT_POLICIES[config.remat]
+        block = nn.remat(Block, policy=policy, prevent_cse=False)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "captured": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, nn.broadcast),
+        length=config.n_layers,
+    )
+
+
+def residual_std(config: GPTConfig) -> float:
+    """Initial deviation of what adds to the residual stream: 2N terms sum up."""
+    return 0.02 / math.sqrt(2 * config.n_layers)
+
+
+def extend(
+    cache: LayerCache,
+    key_BTHK: Float[Array, "B T H K"],
+    value_BTHK: Float[Array, "B T H K"],
+    slot_BT: Int[Array, "B T"],
+) -> LayerCache:
+    """The cache with the keys and values of T new positions, each row at its own."""
+
+    def put(old_BSHK: Array, new_BTHK: Array) -> Array:
+        new_BTHK = new_BTHK.astype(old_BSHK.dtype)
+        if old_BSHK.shape[0] == 1:  # one row: no scatter
+            start = (0, slot_BT[0, 0], 0, 0)
+            return jax.lax.dynamic_update_slice(old_BSHK, new_BTHK, start)
+        write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))
+        return write(old_BSHK, new_BTHK, slot_BT[:, 0], 0)
+
+    return LayerCache(put(cache.key_BSHK, key_BTHK), put(cache.value_BSHK, value_BTHK))
+
+
+def capture(module: nn.Module, name: str, value: Array) -> None:
+    """Keeps `value` for a caller that asked for it; costs nothing otherwise."""
+    module.sow("captured", name, value, init_fn=tuple, reduce_fn=lambda _, new: new)
+
+
+def init(config: GPTConfig, key: Key[Array, ""]) -> Params:
+    """Fresh float32 parameters with GPT-2's initial distribution.
+
+    Raises:
+        ConfigError: the vocabulary has no size yet.
+    """
+    if not config.vocab_size:
+        raise ConfigError(
+            "model.vocab_size=0 leaves nothing to predict. Set it to the "
+            "vocab_size of the tokenizer."
+        )
+    token_BT = jnp.zeros((1, 1), jnp.int32)
+    module = GPT(config)
+    return module.init(key, token_BT, token_BT, None, Context(token_BT, None))["params"]
+
+
+def hidden(
+    config: GPTConfig,
+    params: Params,
+    token_BT: Tokens,
+    *,
+    position_BT: Tokens | None = None,
+    segment_BT: Tokens | None = None,
+    dropout_key: Key[Array, ""] | None = None,
+    collect: bool = False,
+) -> tuple[Residual, Params]:
+    """Final hidden states [B, T, D], and the captured activations by name.
+
+    Args:
+        config: shape of the model.
+        params: as `init` makes them.
+        token_BT: ids in [0, vocab_size); not checked here, where they are traced.
+        position_BT: row of the position table per token; default 0, 1, ... T-1.
+        segment_BT: documents of packed rows; tokens of different ones do not mix.
+        dropout_key: given in training, absent otherwise.
+        collect: whether to capture activations.
+    """
+    slot_BT = jnp.broadcast_to(
+        jnp.arange(token_BT.shape[1], dtype=jnp.int32)[None], token_BT.shape
+    )
+    position_BT = slot_BT if position_BT is None else position_BT
+    (x_BTD, _), captured = GPT(config).apply(
+        {"params": params},
+        token_BT,
+        position_BT,
+        None,
+        Context(slot_BT, segment_BT),
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+        mutable=["captured"] if collect else [],
+    )
+    return x_BTD, captured
+
+
+def apply(
+    config: GPTConfig,
+    params: Params,
+    token_BT: Tokens,
+    *,
+    capture: Sequence[str] = (),
+    **options: Any,
+) -> Any:
+    """Logits [B, T, V] in float32; a pure function for jit, grad and vmap.
+
+    Args:
+        config: shape of the model.
+        params: as `init` makes them.
+        token_BT: int [B, T], T at most `context_length`.
+        capture: any of "residual" (what enters each layer, [N, B, T, D]) and
+            "attention" (weights, [N, B, H, T, S]): then the result is
+            (logits, {name: array}).
+        **options: `position_BT`, `segment_BT`, `dropout_key` of `hidden`.
+
+    Raises:
+        ConfigError: more tokens than the context holds.
+    """
+    if token_BT.shape[1] > config.context_length:
+        raise ConfigError(
+            f"{token_BT.shape[1]} tokens do not fit model.context_length="
+            f"{config.context_length}. Cut the row or raise the context."
+        )
+    x_BTD, captured = hidden(config, params, token_BT, collect=bool(capture), **options)
+    logit_BTV = logits(config, output_table(config, params), x_BTD)
+    if not capture:
+        return logit_BTV
+    blocks = captured["captured"]["blocks"]
+    kept = blocks | blocks["attention"]
+    return logit_BTV, {name: kept[name] for name in capture}
+
+
+def output_table(config: GPTConfig, params: Params) -> Float[Array, "V D"]:
+    """The matrix whose rows are compared with the final hidden state."""
+    name = "token_embedding" if config.tie_embeddings else "output_embedding"
+    return params[name]["embedding"]
+
+
+def logits(
+    config: GPTConfig, table_VD: Float[Array, "V D"], x_BTD: Float[Array, "*B D"]
+) -> Float[Array, "*B V"]:
+    """Scores in float32; rows that only pad the vocabulary get the lowest one."""
+    flat = x_BTD.reshape(-1, x_BTD.shape[-1])
+    score = jnp.dot(
+        flat, table_VD.astype(flat.dtype).T, preferred_element_type=jnp.float32
+    )
+    if config.padded_vocab_size > config.vocab_size:
+        real_V = jnp.arange(config.padded_vocab_size) < config.vocab_size
+        score = jnp.where(real_V[None], score, jnp.finfo(jnp.float32).min)
+    return score.reshape(*x_BTD.shape[:-1], -1)
+
+
+def unstack(config: GPTConfig, params: Params) -> Params:
+    """The same parameters with one array per layer: those of `GPT(stacked=False)`."""
+    rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
+    layers = {
+        f"block_{n}": jax.tree.map(lambda leaf, n=n: leaf[n], params["blocks"])
+        for n in range(config.n_layers)
+    }
+    return rest | layers
+
+
+def empty_cache(config: GPTConfig, rows: int, slots: int) -> tuple[LayerCache, ...]:
+    """A cache of N layers for `rows` rows of up to `slots` positions."""
+    shape = (rows, slots, config.n_heads, config.head_width)
+
+    def zeros() -> Array:
+        return jnp.zeros(shape, compute_dtype(config))
+
+    return tuple(LayerCache(zeros(), zeros()) for _ in range(config.n_layers))
+
+
+def apply_cached(
+    config: GPTConfig,
+    layers: Params,
+    token_BT: Tokens,
+    position_BT: Tokens,
+    cache: tuple[LayerCache, ...],
+) -> tuple[Residual, tuple[LayerCache, ...]]:
+    """Final hidden states of T new tokens per row, and the extended cache.
+
+    Args:
+        config: shape of the model.
+        layers: parameters as `unstack` makes them.
+        token_BT: the new tokens, one after the other.
+        position_BT: position of each; the same as its slot in the cache.
+        cache: as `empty_cache` or the previous call made it.
+    """
+    context = Context(position_BT, None)
+    module = GPT(config, stacked=False)
+    return module.apply({"params": layers}, token_BT, position_BT, cache, context)

