@@ -86,10 +86,11 @@ def word_counts(texts: Iterable[str]) -> Counter[str]:
     """
     counts: Counter[str] = Counter()
     for text in texts:
+        utf8(text)  # names the place of a lone surrogate
         counts.update(map(operator.itemgetter(0), WORD.finditer(text)))
     words: Counter[str] = Counter()
     for word, count in counts.items():
-        data = utf8(word).decode("latin-1")
+        data = word.encode().decode("latin-1")
         for start in range(0, len(data), MAX_TOKEN_BYTES):
             words[data[start : start + MAX_TOKEN_BYTES]] += count
     return words

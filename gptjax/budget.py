@@ -23,7 +23,7 @@ def parameter_count(config: GPTConfig) -> int:
     return count(jax.eval_shape(lambda: init(config, jax.random.key(0))))
 
 
-def flops_per_token(config: GPTConfig) -> float:
+def flops_per_token(config: GPTConfig) -> int:
     """Forward and backward FLOPs per token: 6 P + 12 N D T.
 
     P counts what is multiplied: all parameters but the position table (and but the
@@ -66,7 +66,7 @@ def peak_flops() -> float | None:
     return max(known) * jax.device_count() if known else None
 
 
-def human(size: float) -> str:
+def human(size: int | float) -> str:
     """A size in bytes for people.
 
     >>> human(1.6e9)

@@ -244,8 +244,10 @@ def data_preview(args: argparse.Namespace) -> None:
         print(f"--- a window\n{text}")
 
 
-def data_verify(args: argparse.Namespace) -> None:
+def data_verify(args: argparse.Namespace) -> int:
     """Check every byte of prepared data against its meta.json."""
     from gptjax.data.shards import verify
 
-    print(verify(args.folder))
+    problems = verify(args.folder)
+    print("\n".join(problems) or f"{args.folder}: every byte is as it was written")
+    return 1 if problems else 0

@@ -1,5 +1,7 @@
 """The optimiser: AdamW on a schedule, with weight decay by rules over names."""
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from gptjax.config import OptimConfig
@@ -38,6 +40,11 @@ def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
     # The first update has rate peak / warmup rather than 0, which would waste it.
     rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
     return optax.join_schedules([rise, shapes[optim.schedule]], [warmup])
+
+
+def learning_rates(optim: OptimConfig, steps: int) -> list[float]:
+    """What each step of the run uses, for people to read."""
+    return jax.vmap(make_schedule(optim, steps))(jnp.arange(steps)).tolist()
 
 
 def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformation:

@@ -14,13 +14,14 @@ import jax
 from gptjax import budget, checkpoint, report
 from gptjax.config import GPTConfig, RunConfig
 from gptjax.data.batches import make_batches, validation_batches
+from gptjax.data.named import sha256
 from gptjax.data.prepare import Dataset, open_dataset
 from gptjax.errors import ConfigError
 from gptjax.evaluate import Evaluation, evaluate, make_scorer
 from gptjax.generation import complete
 from gptjax.loss import weighted_nats
 from gptjax.model import hidden, init, output_table
-from gptjax.optim import make_optimizer, make_schedule
+from gptjax.optim import learning_rates, make_optimizer
 from gptjax.run_folder import command_line, open_folder, settle_config, write_meta
 from gptjax.train import (
     LossFn,
@@ -104,8 +105,7 @@ def pretrain(config: RunConfig, folder: Path, say: Say = print) -> Model:
         state, first = resumed(run, init_state(params, optimizer, key))
         plan = plan_lines(run)
         if not first:
-            facts = {"data": dataset.hashes(), "tokenizer": dataset.tokenizer.hash}
-            write_meta(folder, command_line(), facts)
+            write_meta(folder, command_line(), data_facts(dataset))
             for line in plan:
                 say(line)
         if first < config.train.steps:
@@ -129,6 +129,19 @@ def with_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
         )
     model = dataclasses.replace(config.model, vocab_size=size)
     return dataclasses.replace(config, model=model)
+
+
+def data_facts(dataset: Dataset) -> dict[str, Any]:
+    """What meta.json records of the data, so that a change of it can be seen."""
+    parts = {"train": dataset.train, "validation": dataset.validation}
+    return {
+        "data": {
+            split: {shard.path.name: sha256([shard.path]) for shard in tokens.shards}
+            for split, tokens in parts.items()
+            if tokens is not None
+        },
+        "tokenizer": {"name": dataset.tokenizer.name, "hash": dataset.tokenizer.hash},
+    }
 
 
 def plan_lines(run: Run) -> list[str]:
@@ -179,7 +192,7 @@ def resumed(run: Run, fresh: TrainState) -> tuple[TrainState, int]:
     if step < run.config.train.steps:
         report.write_event(run.metrics, "resume", step)
         run.say(f"resumed  {run.folder} after step {step}")
-    return dataclasses.replace(fresh, **tree), step
+    return fresh._replace(**tree), step
 
 
 def loop(
@@ -196,19 +209,22 @@ def loop(
     )
     step_fn = compiled(run, step_fn, state, batches.batch_at(done))
     scorer = make_scorer(c.model, train.loss_chunk)
+    rates = learning_rates(c.optim, train.steps)
+    if not done and train.sample_tokens:
+        write_sample(run, state, 0)
     watch, pending, logged, validation = Stopwatch(), None, done, None
 
     stream = batches.iterate(done, train.steps)
     for done, state, metrics in steps(state, step_fn, stream):  # noqa: B020
         if pending:  # read one step late, so that the device is not kept waiting
-            run.say(line(run, train_event(run, *pending, watch.lap()), validation))
-            pending = None
+            event, pending = train_event(run, *pending, watch.lap()), None
+            run.say(line(run, event, validation))
         last, stop = done == train.steps, stopping()
         evaluating = last or done % train.eval_every == 0
         sampling = train.sample_tokens and (last or done % train.sample_every == 0)
         saving = last or stop or done % c.checkpoint.every == 0
         if evaluating or sampling or saving or done % train.log_every == 0:
-            pending, logged = (done, metrics, done - logged), done
+            pending, logged = (done, metrics, rates[done - 1], done - logged), done
         if not (evaluating or sampling or saving):
             continue
         event, pending = train_event(run, *pending, watch.lap()), None
@@ -260,7 +276,7 @@ def compiled(run: Run, step_fn: Any, state: TrainState, batch: Any) -> TrainStep
 
 
 def train_event(
-    run: Run, done: int, metrics: Metrics, count: int, seconds: float
+    run: Run, done: int, metrics: Metrics, lr: float, count: int, seconds: float
 ) -> report.Event:
     """Waits for the metrics of step `done` and writes them.
 
@@ -268,14 +284,14 @@ def train_event(
         run: the run.
         done: finished steps.
         metrics: of the last of them.
+        lr: that it used.
         count: steps since the event before.
         seconds: that these took.
     """
-    schedule = make_schedule(run.config.optim, run.config.train.steps)
     rate = count * run.tokens_per_step / seconds
     values = {
         "loss": float(metrics.loss),
-        "lr": float(schedule(done - 1)),
+        "lr": lr,
         "grad_norm": float(metrics.grad_norm),
         "tokens_per_s": rate,
     }

@@ -127,7 +127,8 @@ def write_report(folder: Path, title: str, plan: Sequence[str]) -> None:
     evals = [e for e in events if e["event"] == "eval"]
     lines = [f"# {title}", "", "```text", *plan, "```", ""]
     if evals:
-        names = [n for n in ("loss", "perplexity", "bits_per_byte") if n in evals[-1]]
+        known = ("loss", "perplexity", "bits_per_byte")
+        names = [name for name in known if evals[-1].get(name) is not None]
         lines += [f"| step | {' | '.join(names)} |", "|---:" * (len(names) + 1) + "|"]
         for event in evals:
             cells = [f"{event[name]:.4f}" for name in names]
@@ -141,7 +142,7 @@ def write_report(folder: Path, title: str, plan: Sequence[str]) -> None:
     (folder / "report.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def short(value: float) -> str:
+def short(value: int | float) -> str:
     """A count with three digits and a suffix.
 
     >>> short(124_439_808), short(950.0), short(0)
@@ -154,7 +155,7 @@ def short(value: float) -> str:
     return f"{value:.3g}P"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """A time span for people.
 
     >>> duration(8040), duration(75), duration(3.2)

@@ -157,8 +157,8 @@ def load(name: str | Path) -> Tokenizer:
     if str(name).startswith("bpe:"):
         raise ConfigError(
             f"the tokenizer {str(name)!r} has to be learned from text first. Run "
-            f"gptjax data prepare with --tokenizer {name}, then name the folder that "
-            "it writes."
+            f"gptjax data prepare with --tokenizer {name}, then name the folder "
+            "tokenizer/ in what it writes."
         )
     if (Path(name) / "vocab.json").is_file() and (Path(name) / "merges.txt").is_file():
         return read_folder(Path(name))

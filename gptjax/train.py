@@ -1,6 +1,5 @@
 """The train step, a pure function, and the loop, a generator that its caller owns."""
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,9 +13,7 @@ from gptjax.model import Params
 LossFn = Callable[[Params, Any, Key[Array, ""]], tuple[Array, Array]]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
+class TrainState(NamedTuple):
     """Everything that changes during training, and nothing else."""
 
     step: Int[Array, ""]  # finished steps, skipped ones included
@@ -93,8 +90,7 @@ def make_train_step(
         def keep(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
-        state = dataclasses.replace(
-            state,
+        state = state._replace(
             step=state.step + 1,
             params=keep(params, state.params),
             opt_state=keep(opt_state, state.opt_state),

@@ -7,6 +7,7 @@ import pytest
 
 # Before jax is imported anywhere. Tests compile hundreds of tiny programs, for
 # which XLA's full optimisation costs far more than it saves.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")

@@ -12,7 +12,7 @@ each epoch.
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import grain
 import numpy as np
@@ -99,8 +99,9 @@ class Batches:
         # the circle.
         around, need = len(self.tokens) - 1, self.context + 1
         epoch = number // self.rows_per_epoch
-        offset = int(np.random.default_rng((self.seed, epoch)).integers(around))
-        start = (offset + self.order[number] * self.context) % around
+        first = first_cut(self.seed, epoch, around)
+        nth: Any = self.order[number]
+        start = (first + nth * self.context) % around
         head = self.tokens.read(start, min(need, around - start))
         rest = self.tokens.read(0, need - len(head))
         return np.concatenate([head, rest])
@@ -110,6 +111,12 @@ class Batches:
         if start < stop:
             steps = grain.MapDataset.range(start, stop).map(self.batch_at)
             yield from steps.to_iter_dataset(READ_AHEAD)
+
+
+@functools.lru_cache(maxsize=8)
+def first_cut(seed: int, epoch: int, around: int) -> int:
+    """Where a circle of that many tokens is cut first in an epoch."""
+    return int(np.random.default_rng((seed, epoch)).integers(around))
 
 
 READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)

@@ -9,6 +9,7 @@ import hashlib
 import http.client
 import os
 import tempfile
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,7 +128,7 @@ def find(name: str) -> Path:
 def check(path: Path, entry: NamedFile, fix: str) -> None:
     """Raises unless the file has the pinned size and sha256."""
     found = sha256([path])
-    if path.stat().st_size != entry.bytes or found != entry.sha256:
+    if found != entry.sha256:
         raise DataError(
             f"{path} is not the file that was pinned: {path.stat().st_size} bytes "
             f"with sha256 {found}, expected {entry.bytes} bytes with sha256 "
@@ -161,6 +162,8 @@ def download(entry: NamedFile, target: Path, by_hand: str) -> None:
         check(part, entry, f"Nothing was kept. Try again later. {by_hand}")
         os.replace(part, target)
     except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it is the server's answer too
         raise DataError(
             f"cannot download {entry.url}: {error}. Check the network and try again. "
             f"{by_hand}"

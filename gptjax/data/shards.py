@@ -158,13 +158,12 @@ def open_shards(shards: Sequence[Shard], vocab_size: int, eot: int) -> Tokens:
     for shard in shards:
         size = shard.skipped + shard.tokens * shard.dtype.itemsize
         check_size(shard.path, max(size, 1))
-        maps.append(
-            np.memmap(shard.path, shard.dtype, "r", shard.skipped, (shard.tokens,))
-        )
+        tokens = np.memmap(shard.path, shard.dtype, "r", shard.skipped, shard.tokens)
+        maps.append(np.asarray(tokens))  # reads several times as fast as a memmap
         ends.append(np.empty(0, "<u8"))
         if shard.index and shard.documents:
             check_size(shard.index, 8 * shard.documents)
-            ends[-1] = np.memmap(shard.index, "<u8", "r")
+            ends[-1] = np.asarray(np.memmap(shard.index, "<u8", "r"))
     firsts = np.cumsum([0, *(shard.tokens for shard in shards)])
     return Tokens(tuple(shards), tuple(maps), tuple(ends), firsts, vocab_size, eot)
 

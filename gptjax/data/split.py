@@ -49,7 +49,7 @@ def divide(sources: Sequence[Source], val_fraction: float, seed: int) -> Divisio
         return Division(seed, 0.0)
     # With more documents than this, the chance that the draws alone hold out none or
     # all of them is below e^-50.
-    many = 50 / min(val_fraction, 1 - val_fraction)
+    many = int(50 / min(val_fraction, 1 - val_fraction))
     count = count_documents(sources, many)
     if count > many:
         return Division(seed, val_fraction)

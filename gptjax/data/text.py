@@ -159,7 +159,7 @@ def read_pieces(source: Source) -> Iterator[Piece]:
             yield from (Piece(*cut, raw.tell()) for cut in cut_document([text]))
 
 
-def count_documents(sources: Sequence[Source], most: float) -> int:
+def count_documents(sources: Sequence[Source], most: int) -> int:
     """How many documents there are; stops counting above `most`."""
     count = 0
     for source in sources:

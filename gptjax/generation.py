@@ -1,0 +1,439 @@
+"""Writing: a prompt is read at once, then one compiled loop adds token after token.
+
+Prompts of a batch are filled up on the right; slot s of a row's cache holds position
+s, so rows do not influence each other. Lengths are rounded up to powers of two and
+every sampling value is traced: another prompt or another temperature compiles
+nothing anew.
+
+The window. Of a prompt that leaves no room, the last tokens are kept (`Completion.cut`
+says how many were not). A row that reaches `context_length` goes on from the last
+half of its window, which is read again; the other rows are not touched by it.
+"""
+
+import codecs
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from gptjax.config import GPTConfig, at_least
+from gptjax.data.rows import jsonl_rows, opened
+from gptjax.errors import ConfigError, DataError
+from gptjax.model import Params, apply_cached, empty_cache, logits, output_table
+from gptjax.sampling import Knobs, sample
+from gptjax.weights.folder import Model
+
+CHUNK = 16  # tokens between two looks at the text, where someone looks
+LEAST_BUCKET = 16
+
+Prompt = str | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to choose the next tokens, and when to stop."""
+
+    max_new_tokens: int = 100
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # keep the k likeliest tokens; 0 = all
+    top_p: float = 1.0  # keep the likeliest tokens that together have this probability
+    min_p: float = 0.0  # keep tokens of at least this part of the likeliest's
+    repetition_penalty: float = 1.0  # lowers tokens that were there; 1 = does not
+    stop: Sequence[str] = ()  # texts that end a row; they are cut off
+    stop_ids: Sequence[int] | None = None  # tokens that do; None: <|endoftext|>
+    samples: int = 1  # rows for each prompt
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Rejects values that choose nothing."""
+        at_least("sampling", self, 1, "max_new_tokens samples")
+        at_least("sampling", self, 0, "temperature top_k seed")
+        for name, low, high in (("top_p", 0.0, 1.0), ("min_p", -1e-9, 1.0)):
+            if not low < getattr(self, name) <= high:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} is not a probability that leaves a "
+                    f"token. Choose {name} between 0 and 1."
+                )
+        if not self.repetition_penalty > 0:
+            raise ConfigError(
+                f"repetition_penalty={self.repetition_penalty} is not positive. Use 1 "
+                "for none, 1.2 for some."
+            )
+        if "" in self.stop:
+            raise ConfigError("a stop text is empty. Give it characters, or leave it.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What was added to one prompt."""
+
+    text: str  # new text only
+    ids: list[int]  # new tokens, without the one that stopped
+    logprobs: list[float]  # of these, under the model's own distribution; nats
+    finish: str  # "stop" or "length"
+    cut: int  # tokens dropped from the front of the prompt
+
+
+class State(NamedTuple):
+    """The rows while they grow."""
+
+    token_B: Int[Array, " B"]  # chosen last, not yet in the cache
+    length_B: Int[Array, " B"]  # tokens in the cache
+    count_B: Int[Array, " B"]  # new tokens so far
+    done_B: Bool[Array, " B"]  # a stop token was chosen
+    seen_BV: Bool[Array, "B V"]
+    ids_BM: Int[Array, "B M"]  # new tokens; [M] is a bucket of max_new_tokens
+    logprob_BM: Float[Array, "B M"]
+    cache: Any
+
+
+class Limits(NamedTuple):
+    """What one call fixes, as arrays on the device."""
+
+    key_B: Key[Array, " B"]
+    knobs: Knobs
+    stop_I: Int[Array, " I"]
+    most: Int[Array, ""]  # new tokens of a row
+
+
+def generate(
+    model: Model, prompt: Prompt | Sequence[Prompt], **options: Any
+) -> str | list[str]:
+    """The prompt and what the model adds to it.
+
+    Args:
+        model: from `gptjax.load`.
+        prompt: a text or token ids; or several, for a list of texts.
+        **options: fields of `Sampling`; with `samples` above 1 the result is a list.
+    """
+    prompts, single = as_prompts(prompt)
+    results = complete(model, prompts, **options)
+    each = len(results) // len(prompts)
+    texts = []
+    for n, result in enumerate(results):
+        start = prompts[n // each]
+        decode = model.tokenizer.decode
+        texts.append((start if isinstance(start, str) else decode(start)) + result.text)
+    return texts[0] if single and each == 1 else texts
+
+
+def complete(
+    model: Model, prompt: Prompt | Sequence[Prompt], **options: Any
+) -> list[Completion]:
+    """What the model adds to each prompt; the samples of a prompt follow each other.
+
+    Sample s of a prompt is the same alone and in any batch.
+
+    Args:
+        model: from `gptjax.load`.
+        prompt: a text or token ids, or several of them.
+        **options: fields of `Sampling`.
+
+    Raises:
+        ConfigError: an empty prompt, or an option that cannot be used.
+        DataError: a token id that the model does not have.
+    """
+    sampling = Sampling(**options)
+    rows, cuts = prompt_rows(model, as_prompts(prompt)[0], sampling)
+    (*_, last) = grow(model, rows, sampling, watched=bool(sampling.stop))
+    return [
+        finished(model, sampling, *row, cut)
+        for row, cut in zip(last, cuts, strict=True)
+    ]
+
+
+def stream(model: Model, prompt: Prompt, **options: Any) -> Iterator[str]:
+    """The text of `complete` for one prompt, in pieces as they come.
+
+    Characters arrive whole, and no part of a stop text arrives.
+    """
+    sampling = Sampling(**options, samples=1)
+    rows, _ = prompt_rows(model, as_prompts(prompt)[0], sampling)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    read, text, sent = 0, "", 0
+    for ((ids, _, _),) in grow(model, rows, sampling, watched=True):
+        text += decoder.decode(model.tokenizer.decode_bytes(ids[read:]))
+        read = len(ids)
+        end, _ = stop_place(text, sampling.stop)
+        safe = end if end is not None else len(text) - held_back(text, sampling.stop)
+        if safe > sent:
+            yield text[sent:safe]
+            sent = safe
+        if end is not None:
+            return
+    text += decoder.decode(b"", final=True)
+    if text[sent:]:
+        yield text[sent:]
+
+
+def as_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
+    """The prompts as a list, and whether it was just one."""
+    if isinstance(prompt, str) or not len(prompt):
+        return [prompt], True
+    if isinstance(prompt[0], int | np.integer):
+        return [prompt], True
+    return list(prompt), False
+
+
+def prompt_rows(
+    model: Model, prompts: Sequence[Prompt], sampling: Sampling
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids of each row, and how many tokens were dropped from its front."""
+    context = model.config.context_length
+    room = context - min(sampling.max_new_tokens, context // 2)
+    rows, cuts = [], []
+    for prompt in prompts:
+        ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = [int(i) for i in ids]
+        if not ids:
+            raise ConfigError(
+                "the prompt is empty, so there is nothing to go on from. Give it "
+                "text, or a line break."
+            )
+        for i in ids:
+            if not 0 <= i < model.config.vocab_size:
+                raise DataError(
+                    f"token {i} in the prompt is not below the model's vocabulary of "
+                    f"{model.config.vocab_size}. Encode with the model's tokenizer."
+                )
+        rows += [ids[-room:]] * sampling.samples
+        cuts += [max(0, len(ids) - room)] * sampling.samples
+    return rows, cuts
+
+
+Row = tuple[list[int], list[float], bool]  # new ids, their log-probabilities, stopped
+
+
+def grow(
+    model: Model, prompts: list[list[int]], sampling: Sampling, watched: bool = False
+) -> Iterator[list[Row]]:
+    """Yields all rows as they are so far, at the end or, if watched, on the way."""
+    config, rows = model.config, len(prompts)
+    longest = max(map(len, prompts))
+    slots = bucket(longest + sampling.max_new_tokens, config.context_length)
+    limits = make_limits(model, sampling, rows)
+    state = empty_state(config, rows, slots, bucket(sampling.max_new_tokens, None))
+    chunk = jnp.int32(CHUNK if watched else sampling.max_new_tokens)
+    window = prompts
+    while True:
+        state = fill(config, model.layers, *padded(window, slots), state, limits)
+        while True:
+            state = extend_rows(config, model.layers, state, limits, chunk)
+            ids_BM, logprob_BM = jax.device_get((state.ids_BM, state.logprob_BM))
+            count_B, length_B = jax.device_get((state.count_B, state.length_B))
+            done_B = np.array(state.done_B)
+            grown = [
+                (ids[:n].tolist(), logprob[:n].tolist(), bool(done))
+                for ids, logprob, n, done in zip(
+                    ids_BM, logprob_BM, count_B, done_B, strict=True
+                )
+            ]
+            yield grown
+            if sampling.stop:
+                text = [model.tokenizer.decode(ids) for ids, _, _ in grown]
+                done_B |= [stop_place(t, sampling.stop)[0] is not None for t in text]
+                state = state._replace(done_B=jnp.asarray(done_B))
+            growing_B = ~done_B & (count_B < sampling.max_new_tokens)
+            if not (growing_B & (length_B < slots)).any():
+                break
+        if not growing_B.any():
+            return
+        whole = [[*p, *ids[:n]] for p, ids, n in zip(prompts, ids_BM, count_B)]
+        window = [ids[-(config.context_length // 2) :] for ids in whole]
+
+
+def bucket(length: int, most: int | None) -> int:
+    """The next power of two from LEAST_BUCKET on, at most `most`."""
+    size = max(LEAST_BUCKET, 1 << (length - 1).bit_length())
+    return size if most is None else min(size, most)
+
+
+def padded(rows: list[list[int]], slots: int) -> tuple[Array, Array]:
+    """Rows filled up on the right to one bucket, and their lengths."""
+    token_BP = np.zeros((len(rows), bucket(max(map(len, rows)), slots)), np.int32)
+    for n, row in enumerate(rows):
+        token_BP[n, : len(row)] = row
+    return jnp.asarray(token_BP), jnp.asarray([len(row) for row in rows], jnp.int32)
+
+
+def make_limits(model: Model, sampling: Sampling, rows: int) -> Limits:
+    """The traced form of the options; sample s draws with the key of s."""
+    s = sampling
+    stop_ids = [model.tokenizer.eot] if s.stop_ids is None else [*s.stop_ids]
+    numbers = jnp.arange(rows, dtype=jnp.int32) % s.samples
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    knobs = Knobs(
+        jnp.float32(s.temperature),
+        jnp.int32(s.top_k),
+        jnp.float32(s.top_p),
+        jnp.float32(s.min_p),
+        jnp.float32(s.repetition_penalty),
+    )
+    stop_I = jnp.asarray([*stop_ids, *[-1] * (8 - len(stop_ids))], jnp.int32)
+    return Limits(
+        fold(jax.random.key(s.seed), numbers),
+        knobs,
+        stop_I,
+        jnp.int32(s.max_new_tokens),
+    )
+
+
+def empty_state(config: GPTConfig, rows: int, slots: int, most: int) -> State:
+    """Rows that hold nothing yet."""
+    zero_B = jnp.zeros(rows, jnp.int32)
+    return State(
+        token_B=zero_B,
+        length_B=zero_B,
+        count_B=zero_B,
+        done_B=jnp.zeros(rows, bool),
+        seen_BV=jnp.zeros((rows, config.vocab_size), bool),
+        ids_BM=jnp.zeros((rows, most), jnp.int32),
+        logprob_BM=jnp.zeros((rows, most), jnp.float32),
+        cache=empty_cache(config, rows, slots),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def fill(
+    config: GPTConfig,
+    layers: Params,
+    token_BP: Int[Array, "B P"],
+    length_B: Int[Array, " B"],
+    state: State,
+    limits: Limits,
+) -> State:
+    """Reads the rows into an empty cache and chooses the token after each.
+
+    Rows that have ended are read as well, but get no token.
+    """
+    rows, width = token_BP.shape
+    slot_BP = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (rows, width))
+    x_BPD, cache = apply_cached(config, layers, token_BP, slot_BP, state.cache)
+    x_BD = x_BPD[jnp.arange(rows), length_B - 1]
+    real_BP = slot_BP < length_B[:, None]
+    place_B = jnp.arange(rows)[:, None]
+    seen_BV = state.seen_BV.at[place_B, token_BP].max(real_BP)
+    state = state._replace(length_B=length_B, seen_BV=seen_BV, cache=cache)
+    return choose(config, layers, x_BD, state, limits, growing(state, limits))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def extend_rows(
+    config: GPTConfig, layers: Params, state: State, limits: Limits, steps: Array
+) -> State:
+    """Adds up to `steps` tokens to each row that may grow and has room in its window."""
+    slots = state.cache[0].key_BSHK.shape[1]
+
+    def active(state: State) -> Array:
+        return growing(state, limits) & (state.length_B < slots)
+
+    def proceed(carry: tuple[State, Array]) -> Array:
+        return jnp.any(active(carry[0])) & (carry[1] < steps)
+
+    def step(carry: tuple[State, Array]) -> tuple[State, Array]:
+        state, n = carry
+        active_B = active(state)
+        position_B1 = jnp.minimum(state.length_B, slots - 1)[:, None]
+        x_B1D, cache = apply_cached(
+            config, layers, state.token_B[:, None], position_B1, state.cache
+        )
+        length_B = state.length_B + active_B
+        state = state._replace(length_B=length_B, cache=cache)
+        return choose(config, layers, x_B1D[:, 0], state, limits, active_B), n + 1
+
+    return jax.lax.while_loop(proceed, step, (state, jnp.int32(0)))[0]
+
+
+def growing(state: State, limits: Limits) -> Bool[Array, " B"]:
+    """Rows that have not ended."""
+    return ~state.done_B & (state.count_B < limits.most)
+
+
+def choose(
+    config: GPTConfig,
+    layers: Params,
+    x_BD: Float[Array, "B D"],
+    state: State,
+    limits: Limits,
+    active_B: Bool[Array, " B"],
+) -> State:
+    """Draws the next token of each active row and notes it."""
+    logit_BV = logits(config, output_table(config, layers), x_BD)
+    logit_BV = logit_BV[:, : config.vocab_size]
+    key_B = jax.vmap(jax.random.fold_in)(limits.key_B, state.count_B)
+    token_B = sample(logit_BV, state.seen_BV, key_B, limits.knobs)
+    token_B = jnp.where(active_B, token_B, state.token_B)
+    row_B = jnp.arange(len(token_B))
+    logprob_B = jax.nn.log_softmax(logit_BV)[row_B, token_B]
+    stopped_B = active_B & jnp.any(token_B[:, None] == limits.stop_I[None], axis=-1)
+    noted_B = active_B & ~stopped_B
+    place_B = jnp.where(noted_B, state.count_B, state.ids_BM.shape[1])  # else nowhere
+    return state._replace(
+        token_B=token_B,
+        count_B=state.count_B + noted_B,
+        done_B=state.done_B | stopped_B,
+        seen_BV=state.seen_BV.at[row_B, token_B].max(active_B),
+        ids_BM=state.ids_BM.at[row_B, place_B].set(token_B, mode="drop"),
+        logprob_BM=state.logprob_BM.at[row_B, place_B].set(logprob_B, mode="drop"),
+    )
+
+
+def finished(
+    model: Model,
+    sampling: Sampling,
+    ids: list[int],
+    logprobs: list[float],
+    stopped: bool,
+    cut: int,
+) -> Completion:
+    """One row as a completion, cut where its first stop text begins."""
+    text = model.tokenizer.decode(ids)
+    end, _ = stop_place(text, sampling.stop)
+    if end is not None:
+        count = next(
+            n
+            for n in range(1, len(ids) + 1)
+            if stop_place(model.tokenizer.decode(ids[:n]), sampling.stop)[0] is not None
+        )
+        ids, logprobs, text, stopped = ids[:count], logprobs[:count], text[:end], True
+    return Completion(text, ids, logprobs, "stop" if stopped else "length", cut)
+
+
+def stop_place(text: str, stops: Iterable[str]) -> tuple[int | None, str]:
+    """Where the first stop text begins in `text` and which it is, or None."""
+    found = [(text.find(stop), stop) for stop in stops if stop in text]
+    return min(found) if found else (None, "")
+
+
+def held_back(text: str, stops: Iterable[str]) -> int:
+    """Characters at the end of `text` that may be the start of a stop text."""
+    return max(
+        (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
+        default=0,
+    )
+
+
+def few_shot_prompt(path: Path, query: str) -> str:
+    """Lines "input -> output" from a JSONL file, and the query as one more input.
+
+    Raises:
+        DataError: a row has no "input" and "output" texts, said with its line.
+    """
+    lines = []
+    with opened(path) as (file, _):
+        for line, row in jsonl_rows(file, path):
+            if not isinstance(row, dict) or not all(
+                isinstance(row.get(name), str) for name in ("input", "output")
+            ):
+                raise DataError(
+                    f'{path}:{line}: an example needs the texts "input" and "output". '
+                    'Write {"input": "woc", "output": "cow"}.'
+                )
+            lines.append(f"{row['input']} -> {row['output']}\n")
+    return "".join(lines) + f"{query} ->"

@@ -1,0 +1,247 @@
+"""Whole runs: what they leave, and that stopping them changes nothing."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import gptjax
+from gptjax import checkpoint, pretrain, report
+from gptjax.config import RunConfig, build
+from gptjax.errors import ConfigError, DataError, ModelError
+
+TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(300))
+
+
+def make_config(folder, **changes) -> RunConfig:
+    (folder / "text.txt").write_text(TEXT)
+    table = {
+        "model": {"context_length": 16, "n_layers": 1, "n_heads": 2, "d_model": 8},
+        "data": {"source": str(folder / "text.txt"), "tokenizer": "bytes"},
+        "optim": {"warmup_steps": 2, "peak_lr": 1e-2},
+        "train": {"steps": 12, "log_every": 1, "eval_every": 6, "eval_batches": 2},
+        "checkpoint": {"every": 4},
+    }
+    table["train"] |= {"sample_every": 6, "sample_tokens": 4}
+    for name, value in changes.items():
+        section, option = name.split("__")
+        table[section][option] = value
+    return build(RunConfig, table)
+
+
+def losses(folder):
+    events = report.read_events(folder / "metrics.jsonl")
+    return [(e["step"], e["loss"]) for e in events if e["event"] in ("train", "eval")]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A finished run: its config, folder, model and what it printed."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    config, said = make_config(folder), []
+    model = pretrain.pretrain(config, folder / "run", said.append)
+    return config, folder / "run", model, said
+
+
+@pytest.mark.fast
+def test_a_run_leaves_everything_that_its_folder_promises(unbroken):
+    config, folder, model, _ = unbroken
+
+    names = "config.toml meta.json metrics.jsonl loss.png lr.png report.md data"
+    for name in [*names.split(), "model/model.safetensors", "checkpoints/12"]:
+        assert (folder / name).exists(), name
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["tokenizer"]["hash"] == model.tokenizer.hash
+    assert meta["versions"]["jax"] == jax.__version__
+    events = report.read_events(folder / "metrics.jsonl")
+    kinds = [e["event"] for e in events]
+    assert [kinds.count(k) for k in ("train", "eval", "save")] == [12, 2, 3]
+    assert [e["step"] for e in events if e["event"] == "sample"] == [0, 6, 12]
+    assert events[-1]["step"] == 12
+    assert losses(folder)[-1][1] < losses(folder)[0][1]
+
+
+def test_the_plan_comes_before_the_first_step_and_a_line_per_interval_after(unbroken):
+    *_, said = unbroken
+
+    plan = [line.split()[0] for line in said[:7]]
+    assert plan == "run model data step length memory device".split()
+    assert any(line.startswith("compiled") for line in said)
+    lines = [line for line in said if line.startswith("step ") and " | " in line]
+    assert len(lines) == 12
+    for text in lines:
+        names = ("step ", "loss ", "val ", "lr ", "|g| ", "tok/s", "eta ")
+        places = [text.index(name) for name in names]
+        assert places == sorted(places)
+    assert "val -" in lines[0]
+    assert "val -" not in lines[-1]
+
+
+def test_the_model_folder_computes_what_the_run_computed(unbroken):
+    config, folder, model, _ = unbroken
+
+    loaded = gptjax.load(folder)
+
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
+    assert loaded.config == model.config
+    assert loaded.tokenizer.hash == model.tokenizer.hash
+
+
+def test_the_last_evaluation_is_that_of_the_whole_validation_text(unbroken):
+    config, folder, model, _ = unbroken
+    dataset = pretrain.open_dataset(config.data, folder / "data")
+    held_out = dataset.validation.read(0, len(dataset.validation))
+
+    result = gptjax.evaluate.score_tokens(model, held_out, 16, dataset.train.eot)
+
+    final = [e for e in report.read_events(folder / "metrics.jsonl")][::-1]
+    final = next(e for e in final if e["event"] == "eval")
+    assert final["tokens"] == result.tokens == len(held_out) - 1
+    assert final["loss"] == pytest.approx(result.loss, rel=1e-6)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("step", [1, 4, 7])
+def test_a_stopped_and_resumed_run_is_the_unbroken_one_bit_for_bit(
+    unbroken, tmp_path, monkeypatch, step
+):
+    config, folder, model, _ = unbroken
+    stopped = tmp_path / "run"
+    forward = pretrain.train_event
+
+    def interrupting(run, done, *rest):
+        if done == step:
+            signal.raise_signal(signal.SIGTERM)
+        return forward(run, done, *rest)
+
+    monkeypatch.setattr(pretrain, "train_event", interrupting)
+    with pytest.raises(pretrain.Stopped):
+        pretrain.pretrain(config, stopped)
+    monkeypatch.undo()
+    saved = checkpoint.saved_steps(stopped / "checkpoints")[-1]
+    assert step <= saved < 12
+    resumed = pretrain.pretrain(config, stopped)
+
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, model.params)
+    assert losses(stopped) == losses(folder)
+    events = report.read_events(stopped / "metrics.jsonl")
+    assert [e["step"] for e in events if e["event"] == "resume"] == [saved]
+
+
+def test_a_finished_run_is_not_trained_again(unbroken):
+    config, folder, model, _ = unbroken
+    before = (folder / "metrics.jsonl").read_bytes()
+
+    again = pretrain.pretrain(config, folder)
+
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_changed_config_is_refused_with_the_difference(unbroken):
+    config, folder, *_ = unbroken
+    optim = dataclasses.replace(config.optim, peak_lr=0.5)
+
+    with pytest.raises(ModelError, match=r"optim.peak_lr: 0.01 -> 0.5"):
+        pretrain.pretrain(dataclasses.replace(config, optim=optim), folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_with_75_and_everything_saved(tmp_path, number):
+    config = make_config(tmp_path, train__steps=100_000)
+    (tmp_path / "run").mkdir()
+    pretrain.settle_config(tmp_path, config)
+    command = [sys.executable, "-m", "gptjax", "train", str(tmp_path / "config.toml")]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [*command, "--run", str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("step "):
+                process.send_signal(number)
+                break
+        rest = process.stdout.read()
+
+    assert process.returncode == 75
+    (saved,) = checkpoint.saved_steps(tmp_path / "run" / "checkpoints")[-1:]
+    assert f"stopped after step {saved}" in rest
+    assert losses(tmp_path / "run")[-1][0] == saved
+
+
+def test_packed_documents_dropout_and_accumulation_run_together(tmp_path):
+    rows = "\n".join(json.dumps({"text": line}) for line in TEXT.splitlines())
+    (tmp_path / "text.jsonl").write_text(rows)
+    config = make_config(
+        tmp_path,
+        data__source=str(tmp_path / "text.jsonl"),
+        model__dropout=0.1,
+        train__accumulate=4,
+        train__loss_chunk=4,
+    )
+
+    pretrain.pretrain(config, tmp_path / "run")
+
+    values = [loss for _, loss in losses(tmp_path / "run")]
+    assert values[-1] < values[0]
+
+
+BAD = {
+    "empty corpus": ({"data__source": "empty.txt"}, DataError, "no text"),
+    "short corpus": ({"data__source": "short.txt"}, DataError, "do not fill one row"),
+    "invalid UTF-8": ({"data__source": "latin1.txt"}, DataError, r"latin1.txt:2"),
+    "no such file": ({"data__source": "nowhere.txt"}, DataError, "nowhere.txt"),
+    "vocabulary": ({"model__vocab_size": 99}, ConfigError, "does not fit the tokenizer"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_data_that_cannot_be_trained_on_is_said_in_a_sentence(tmp_path, case):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("abcdef")
+    (tmp_path / "latin1.txt").write_bytes(b"good\n\xe9t\xe9\n")
+    changes, kind, message = BAD[case]
+    if source := changes.get("data__source"):
+        changes = {"data__source": str(tmp_path / source)}
+
+    with pytest.raises(kind, match=message):
+        pretrain.pretrain(make_config(tmp_path, **changes), tmp_path / "run")
+
+
+def test_a_run_folder_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(ModelError, match="cannot write the run folder"):
+        pretrain.pretrain(make_config(tmp_path), tmp_path / "file" / "run")
+
+
+def test_data_of_another_tokenizer_is_refused(tmp_path, unbroken):
+    _, folder, *_ = unbroken
+    config = make_config(
+        tmp_path, data__source=str(folder / "data"), data__tokenizer="gpt2"
+    )
+
+    with pytest.raises(DataError, match="wrong tokenizer for the data"):
+        pretrain.pretrain(config, tmp_path / "run")
+
+
+def test_a_token_id_out_of_range_is_said_with_its_place(tmp_path, unbroken):
+    config, folder, *_ = unbroken
+    data = tmp_path / "data"
+    shutil.copytree(folder / "data", data)
+    shard = data / "train-00000.bin"
+    shard.write_bytes(b"\xff" * shard.stat().st_size)
+
+    with pytest.raises(DataError, match=r"train-00000.bin: token 65535 at offset"):
+        pretrain.pretrain(
+            make_config(tmp_path, data__source=str(data)), tmp_path / "run"
+        )
