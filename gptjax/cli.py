@@ -41,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     """All commands; none of their modules is imported for it."""
     parser = argparse.ArgumentParser(
         prog="gptjax",
+        allow_abbrev=False,
         description="The whole life of a GPT in JAX.",
         epilog="MODEL is a run folder or a model folder.",
     )
@@ -52,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
             help=function.__doc__.splitlines()[0],
             description=function.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,  # a typo is a mistake, not a guess
         )
         sub.set_defaults(command=function)
         return sub

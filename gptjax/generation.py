@@ -1,9 +1,4 @@
-"""Writing: a prompt is read at once, then one compiled loop adds token after token.
-
-Prompts of a batch are filled up on the right; slot s of a row's cache holds position
-s, so rows do not influence each other. Lengths are rounded up to powers of two and
-every sampling value is traced: another prompt or another temperature compiles
-nothing anew.
+"""Writing: what comes after a prompt, as text.
 
 The window. Of a prompt that leaves no room, the last tokens are kept (`Completion.cut`
 says how many were not). A row that reaches `context_length` goes on from the last
@@ -12,25 +7,22 @@ half of its window, which is read again; the other rows are not touched by it.
 
 import codecs
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
 
-from gptjax.config import GPTConfig, at_least
+from gptjax.config import at_least
 from gptjax.data.rows import jsonl_rows, opened
+from gptjax.decoding import Limits, bucket, empty_state, extend_rows, fill, padded
 from gptjax.errors import ConfigError, DataError
-from gptjax.model import Params, apply_cached, empty_cache, logits, output_table
-from gptjax.sampling import Knobs, sample
+from gptjax.sampling import Knobs
 from gptjax.weights.folder import Model
 
 CHUNK = 16  # tokens between two looks at the text, where someone looks
-LEAST_BUCKET = 16
 
 Prompt = str | Sequence[int]
 
@@ -47,12 +39,11 @@ class Sampling:
     repetition_penalty: float = 1.0  # lowers tokens that were there; 1 = does not
     stop: Sequence[str] = ()  # texts that end a row; they are cut off
     stop_ids: Sequence[int] | None = None  # tokens that do; None: <|endoftext|>
-    samples: int = 1  # rows for each prompt
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Rejects values that choose nothing."""
-        at_least("sampling", self, 1, "max_new_tokens samples")
+        at_least("sampling", self, 1, "max_new_tokens")
         at_least("sampling", self, 0, "temperature top_k seed")
         for name, low, high in (("top_p", 0.0, 1.0), ("min_p", -1e-9, 1.0)):
             if not low < getattr(self, name) <= high:
@@ -80,28 +71,6 @@ class Completion:
     cut: int  # tokens dropped from the front of the prompt
 
 
-class State(NamedTuple):
-    """The rows while they grow."""
-
-    token_B: Int[Array, " B"]  # chosen last, not yet in the cache
-    length_B: Int[Array, " B"]  # tokens in the cache
-    count_B: Int[Array, " B"]  # new tokens so far
-    done_B: Bool[Array, " B"]  # a stop token was chosen
-    seen_BV: Bool[Array, "B V"]
-    ids_BM: Int[Array, "B M"]  # new tokens; [M] is a bucket of max_new_tokens
-    logprob_BM: Float[Array, "B M"]
-    cache: Any
-
-
-class Limits(NamedTuple):
-    """What one call fixes, as arrays on the device."""
-
-    key_B: Key[Array, " B"]
-    knobs: Knobs
-    stop_I: Int[Array, " I"]
-    most: Int[Array, ""]  # new tokens of a row
-
-
 def generate(
     model: Model, prompt: Prompt | Sequence[Prompt], **options: Any
 ) -> str | list[str]:
@@ -124,7 +93,11 @@ def generate(
 
 
 def complete(
-    model: Model, prompt: Prompt | Sequence[Prompt], **options: Any
+    model: Model,
+    prompt: Prompt | Sequence[Prompt],
+    *,
+    samples: int = 1,
+    **options: Any,
 ) -> list[Completion]:
     """What the model adds to each prompt; the samples of a prompt follow each other.
 
@@ -133,6 +106,7 @@ def complete(
     Args:
         model: from `gptjax.load`.
         prompt: a text or token ids, or several of them.
+        samples: for each prompt.
         **options: fields of `Sampling`.
 
     Raises:
@@ -140,8 +114,8 @@ def complete(
         DataError: a token id that the model does not have.
     """
     sampling = Sampling(**options)
-    rows, cuts = prompt_rows(model, as_prompts(prompt)[0], sampling)
-    (*_, last) = grow(model, rows, sampling, watched=bool(sampling.stop))
+    rows, cuts = prompt_rows(model, as_prompts(prompt)[0], sampling, samples)
+    (*_, last) = grow(model, rows, sampling, samples, watched=bool(sampling.stop))
     return [
         finished(model, sampling, *row, cut)
         for row, cut in zip(last, cuts, strict=True)
@@ -153,8 +127,8 @@ def stream(model: Model, prompt: Prompt, **options: Any) -> Iterator[str]:
 
     Characters arrive whole, and no part of a stop text arrives.
     """
-    sampling = Sampling(**options, samples=1)
-    rows, _ = prompt_rows(model, as_prompts(prompt)[0], sampling)
+    sampling = Sampling(**options)
+    rows, _ = prompt_rows(model, as_prompts(prompt)[0], sampling, 1)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     read, text, sent = 0, "", 0
     for ((ids, _, _),) in grow(model, rows, sampling, watched=True):
@@ -182,7 +156,7 @@ def as_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
 
 
 def prompt_rows(
-    model: Model, prompts: Sequence[Prompt], sampling: Sampling
+    model: Model, prompts: Sequence[Prompt], sampling: Sampling, samples: int
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids of each row, and how many tokens were dropped from its front."""
     context = model.config.context_length
@@ -202,8 +176,8 @@ def prompt_rows(
                     f"token {i} in the prompt is not below the model's vocabulary of "
                     f"{model.config.vocab_size}. Encode with the model's tokenizer."
                 )
-        rows += [ids[-room:]] * sampling.samples
-        cuts += [max(0, len(ids) - room)] * sampling.samples
+        rows += [ids[-room:]] * samples
+        cuts += [max(0, len(ids) - room)] * samples
     return rows, cuts
 
 
@@ -211,13 +185,17 @@ Row = tuple[list[int], list[float], bool]  # new ids, their log-probabilities, s
 
 
 def grow(
-    model: Model, prompts: list[list[int]], sampling: Sampling, watched: bool = False
+    model: Model,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    samples: int = 1,
+    watched: bool = False,
 ) -> Iterator[list[Row]]:
     """Yields all rows as they are so far, at the end or, if watched, on the way."""
     config, rows = model.config, len(prompts)
     longest = max(map(len, prompts))
     slots = bucket(longest + sampling.max_new_tokens, config.context_length)
-    limits = make_limits(model, sampling, rows)
+    limits = make_limits(model, sampling, rows, samples)
     state = empty_state(config, rows, slots, bucket(sampling.max_new_tokens, None))
     chunk = jnp.int32(CHUNK if watched else sampling.max_new_tokens)
     window = prompts
@@ -244,29 +222,17 @@ def grow(
                 break
         if not growing_B.any():
             return
-        whole = [[*p, *ids[:n]] for p, ids, n in zip(prompts, ids_BM, count_B)]
-        window = [ids[-(config.context_length // 2) :] for ids in whole]
+        half = config.context_length // 2
+        window = [
+            [*prompt, *ids[:n].tolist()][-half:]
+            for prompt, ids, n in zip(prompts, ids_BM, count_B, strict=True)
+        ]
 
 
-def bucket(length: int, most: int | None) -> int:
-    """The next power of two from LEAST_BUCKET on, at most `most`."""
-    size = max(LEAST_BUCKET, 1 << (length - 1).bit_length())
-    return size if most is None else min(size, most)
-
-
-def padded(rows: list[list[int]], slots: int) -> tuple[Array, Array]:
-    """Rows filled up on the right to one bucket, and their lengths."""
-    token_BP = np.zeros((len(rows), bucket(max(map(len, rows)), slots)), np.int32)
-    for n, row in enumerate(rows):
-        token_BP[n, : len(row)] = row
-    return jnp.asarray(token_BP), jnp.asarray([len(row) for row in rows], jnp.int32)
-
-
-def make_limits(model: Model, sampling: Sampling, rows: int) -> Limits:
+def make_limits(model: Model, s: Sampling, rows: int, samples: int) -> Limits:
     """The traced form of the options; sample s draws with the key of s."""
-    s = sampling
     stop_ids = [model.tokenizer.eot] if s.stop_ids is None else [*s.stop_ids]
-    numbers = jnp.arange(rows, dtype=jnp.int32) % s.samples
+    numbers = jnp.arange(rows, dtype=jnp.int32) % samples
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     knobs = Knobs(
         jnp.float32(s.temperature),
@@ -281,106 +247,6 @@ def make_limits(model: Model, sampling: Sampling, rows: int) -> Limits:
         knobs,
         stop_I,
         jnp.int32(s.max_new_tokens),
-    )
-
-
-def empty_state(config: GPTConfig, rows: int, slots: int, most: int) -> State:
-    """Rows that hold nothing yet."""
-    zero_B = jnp.zeros(rows, jnp.int32)
-    return State(
-        token_B=zero_B,
-        length_B=zero_B,
-        count_B=zero_B,
-        done_B=jnp.zeros(rows, bool),
-        seen_BV=jnp.zeros((rows, config.vocab_size), bool),
-        ids_BM=jnp.zeros((rows, most), jnp.int32),
-        logprob_BM=jnp.zeros((rows, most), jnp.float32),
-        cache=empty_cache(config, rows, slots),
-    )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def fill(
-    config: GPTConfig,
-    layers: Params,
-    token_BP: Int[Array, "B P"],
-    length_B: Int[Array, " B"],
-    state: State,
-    limits: Limits,
-) -> State:
-    """Reads the rows into an empty cache and chooses the token after each.
-
-    Rows that have ended are read as well, but get no token.
-    """
-    rows, width = token_BP.shape
-    slot_BP = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (rows, width))
-    x_BPD, cache = apply_cached(config, layers, token_BP, slot_BP, state.cache)
-    x_BD = x_BPD[jnp.arange(rows), length_B - 1]
-    real_BP = slot_BP < length_B[:, None]
-    place_B = jnp.arange(rows)[:, None]
-    seen_BV = state.seen_BV.at[place_B, token_BP].max(real_BP)
-    state = state._replace(length_B=length_B, seen_BV=seen_BV, cache=cache)
-    return choose(config, layers, x_BD, state, limits, growing(state, limits))
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def extend_rows(
-    config: GPTConfig, layers: Params, state: State, limits: Limits, steps: Array
-) -> State:
-    """Adds up to `steps` tokens to each row that may grow and has room in its window."""
-    slots = state.cache[0].key_BSHK.shape[1]
-
-    def active(state: State) -> Array:
-        return growing(state, limits) & (state.length_B < slots)
-
-    def proceed(carry: tuple[State, Array]) -> Array:
-        return jnp.any(active(carry[0])) & (carry[1] < steps)
-
-    def step(carry: tuple[State, Array]) -> tuple[State, Array]:
-        state, n = carry
-        active_B = active(state)
-        position_B1 = jnp.minimum(state.length_B, slots - 1)[:, None]
-        x_B1D, cache = apply_cached(
-            config, layers, state.token_B[:, None], position_B1, state.cache
-        )
-        length_B = state.length_B + active_B
-        state = state._replace(length_B=length_B, cache=cache)
-        return choose(config, layers, x_B1D[:, 0], state, limits, active_B), n + 1
-
-    return jax.lax.while_loop(proceed, step, (state, jnp.int32(0)))[0]
-
-
-def growing(state: State, limits: Limits) -> Bool[Array, " B"]:
-    """Rows that have not ended."""
-    return ~state.done_B & (state.count_B < limits.most)
-
-
-def choose(
-    config: GPTConfig,
-    layers: Params,
-    x_BD: Float[Array, "B D"],
-    state: State,
-    limits: Limits,
-    active_B: Bool[Array, " B"],
-) -> State:
-    """Draws the next token of each active row and notes it."""
-    logit_BV = logits(config, output_table(config, layers), x_BD)
-    logit_BV = logit_BV[:, : config.vocab_size]
-    key_B = jax.vmap(jax.random.fold_in)(limits.key_B, state.count_B)
-    token_B = sample(logit_BV, state.seen_BV, key_B, limits.knobs)
-    token_B = jnp.where(active_B, token_B, state.token_B)
-    row_B = jnp.arange(len(token_B))
-    logprob_B = jax.nn.log_softmax(logit_BV)[row_B, token_B]
-    stopped_B = active_B & jnp.any(token_B[:, None] == limits.stop_I[None], axis=-1)
-    noted_B = active_B & ~stopped_B
-    place_B = jnp.where(noted_B, state.count_B, state.ids_BM.shape[1])  # else nowhere
-    return state._replace(
-        token_B=token_B,
-        count_B=state.count_B + noted_B,
-        done_B=state.done_B | stopped_B,
-        seen_BV=state.seen_BV.at[row_B, token_B].max(active_B),
-        ids_BM=state.ids_BM.at[row_B, place_B].set(token_B, mode="drop"),
-        logprob_BM=state.logprob_BM.at[row_B, place_B].set(logprob_B, mode="drop"),
     )
 
 

@@ -106,7 +106,8 @@ def _forward(
         norm_BC = jax.nn.logsumexp(logit_BCV, axis=-1)
         hit_BCV = target_BC[..., None] == jnp.arange(logit_BCV.shape[-1])[None, None]
         nats_BC = norm_BC - jnp.sum(jnp.where(hit_BCV, logit_BCV, 0.0), axis=-1)
-        error_BCV = jnp.exp(logit_BCV - norm_BC[..., None]) - hit_BCV
+        error_BCV = jnp.exp(logit_BCV - norm_BC[..., None])
+        error_BCV -= hit_BCV.astype(jnp.float32)
         error_BCV = (error_BCV * weight_BC[..., None]).astype(x_BCD.dtype)
         error = error_BCV.reshape(-1, error_BCV.shape[-1])
         x = x_BCD.reshape(-1, x_BCD.shape[-1])

@@ -200,7 +200,11 @@ BAD = {
     "short corpus": ({"data__source": "short.txt"}, DataError, "do not fill one row"),
     "invalid UTF-8": ({"data__source": "latin1.txt"}, DataError, r"latin1.txt:2"),
     "no such file": ({"data__source": "nowhere.txt"}, DataError, "nowhere.txt"),
-    "vocabulary": ({"model__vocab_size": 99}, ConfigError, "does not fit the tokenizer"),
+    "vocabulary": (
+        {"model__vocab_size": 99},
+        ConfigError,
+        "does not fit the tokenizer",
+    ),
 }
 
 

@@ -82,7 +82,14 @@ def test_events_are_one_json_object_per_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (999, "999"), (999.6, "1k"), (1e6, "1M"), (1.26e12, "1.26T"), (1e18, "1e+03P")],
+    [
+        (0, "0"),
+        (999, "999"),
+        (999.6, "1k"),
+        (1e6, "1M"),
+        (1.26e12, "1.26T"),
+        (1e18, "1e+03P"),
+    ],
 )
 def test_counts_are_short(value, text):
     assert report.short(value) == text

@@ -8,7 +8,6 @@ import random
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import build_gpt2_merges
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from gptjax import bpe, tokenizer
 from gptjax.errors import ConfigError, DataError
 from gptjax.tokenizer import ENDOFTEXT
+from tests import build_gpt2_merges
 
 GPT2 = tokenizer.load("gpt2")
 BYTES = tokenizer.load("bytes")

@@ -119,7 +119,8 @@ def first_cut(seed: int, epoch: int, around: int) -> int:
     return int(np.random.default_rng((seed, epoch)).integers(around))
 
 
-READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+# One thread: the work is in Python, where a second one only gets in its way.
+READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
 
 
 def make_batches(

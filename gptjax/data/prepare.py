@@ -41,7 +41,7 @@ from gptjax.errors import ConfigError, DataError
 from gptjax.tokenizer import Tokenizer
 
 SHARD_TOKENS = 100_000_000
-TASK = 1 << 18  # characters, about what one worker encodes at a time
+TASK = 1 << 17  # characters, about what one worker encodes at a time
 
 
 class Dataset(NamedTuple):
@@ -125,12 +125,8 @@ def open_prepared(folder: Path, wanted: str = "") -> Dataset:
             f"{folder / 'tokenizer'} has the hash {tokenizer.hash}, but the tokens "
             f"were made by {made}. Prepare the text again."
         )
-    if wanted.startswith("bpe:"):
-        right, asked = wanted == name, "learned anew"
-    else:
-        asked = tokenizers.load(wanted).hash if wanted else made
-        right = asked == made
-    if not right:
+    asked = identity(wanted) if wanted else made
+    if asked not in (made, name):
         raise DataError(
             f"wrong tokenizer for the data: data.tokenizer={wanted!r} ({asked}), but "
             f"{folder} was prepared with {name!r} ({made}). Set data.tokenizer to "
@@ -189,24 +185,15 @@ def prepare(
         )
     sources = find_sources(paths, column)
     recipe = {
-        "sources": [
-            {"file": s.path.name, "sha256": fingerprint(s), "column": s.column}
-            for s in sources
-        ],
-        "tokenizer": tokenizer
-        if tokenizer.startswith("bpe:")
-        else tokenizers.load(tokenizer).hash,
+        "sources": [fingerprint(source) for source in sources],
+        "tokenizer": identity(tokenizer),
         "val_fraction": val_fraction,
         "seed": seed,
         "shard_tokens": shard_tokens,
     }
     if is_prepared(out) and (meta := read_meta(out)).get("recipe") == recipe:
         return DatasetInfo(out, meta)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(
-            f"{out} already holds other data, or the same text prepared in another "
-            "way. Name another folder, or remove this one."
-        )
+    check_free(out)
     part = out.with_name(f".{out.name}.part-{uuid.uuid4().hex[:8]}")
     try:
         part.mkdir(parents=True)
@@ -251,6 +238,20 @@ def write_folder(
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
     return meta
+
+
+def check_free(out: Path) -> None:
+    """Raises when something is there already."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(
+            f"{out} already holds other data, or the same text prepared in another "
+            "way. Name another folder, or remove this one."
+        )
+
+
+def identity(name: str) -> str:
+    """What tells tokenizers apart: the hash, or bpe:SIZE before one is learned."""
+    return name if name.startswith("bpe:") else tokenizers.load(name).hash
 
 
 def make_tokenizer(

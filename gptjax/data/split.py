@@ -106,8 +106,10 @@ def read_all(sources: Sequence[Source], doing: str) -> Iterator[Piece]:
         print("\r\033[K", end="", file=sys.stderr)  # clears the line
 
 
-def fingerprint(source: Source) -> str:
-    """The sha256 of what a source holds."""
+def fingerprint(source: Source) -> dict[str, str]:
+    """What tells the text of a source from other text, wherever it lies."""
     if source.kind == PYTHON_HELP:
-        return hashlib.sha256("\0".join(python_help()).encode()).hexdigest()
-    return sha256([source.path])
+        digest = hashlib.sha256("\0".join(python_help()).encode()).hexdigest()
+    else:
+        digest = sha256([source.path])
+    return {"file": source.path.name, "sha256": digest, "column": source.column}
