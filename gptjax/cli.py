@@ -110,7 +110,8 @@ def option_lines() -> list[str]:
     """Every option of a config with its default, as flags."""
     lines = []
     for section in dataclasses.fields(RunConfig):
-        for field in dataclasses.fields(section.type):
+        default: Any = getattr(RunConfig(), section.name)
+        for field in dataclasses.fields(default):
             flag = f"--{section.name}.{field.name}"
             lines.append(f"  {flag:<28} {field.default!r}")
     return lines

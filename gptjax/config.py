@@ -55,7 +55,7 @@ class GPTConfig:
                 f"Known: {', '.join(PRESETS)}."
             )
         layers, heads, width = PRESETS[name]
-        shape = {"vocab_size": 50_257, "context_length": 1024}
+        shape: dict[str, Any] = {"vocab_size": 50_257, "context_length": 1024}
         shape |= {"n_layers": layers, "n_heads": heads, "d_model": width}
         return cls(**{**shape, **changes})
 
@@ -90,13 +90,15 @@ class DataConfig:
     source: str = "python-help"  # a named data set, a prepared folder, files, a glob
     tokenizer: str = "gpt2"  # gpt2, bytes, bpe:SIZE (trained on the text), a folder
     column: str = ""  # field of JSON and CSV rows that holds the text; "" = guess
-    val_fraction: float = 0.1  # of the documents, held out by a fixed seed
+    val_fraction: float = 0.1  # of the documents, held out
+    val_seed: int = 0  # of the lot that picks them
     batch_size: int = 8  # [B] rows per step, all devices and micro-batches together
     packed: bool = True  # documents of one row do not attend to each other
 
     def __post_init__(self) -> None:
         """Rejects what no batch can be made of."""
         at_least("data", self, 1, "batch_size")
+        at_least("data", self, 0, "val_seed")
         fractions("data", self, "val_fraction")
 
 

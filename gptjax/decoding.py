@@ -99,7 +99,7 @@ def fill(
 def extend_rows(
     config: GPTConfig, layers: Params, state: State, limits: Limits, steps: Array
 ) -> State:
-    """Adds up to `steps` tokens to each row that may grow and has room in its window."""
+    """Adds up to `steps` tokens to each row that may grow and has room left."""
     slots = state.cache[0].key_BSHK.shape[1]
 
     def active(state: State) -> Array:

@@ -15,7 +15,7 @@ FLOORS = {
     "orbax-checkpoint": (0, 11, 31),
     "grain": (0, 2, 15),
     "numpy": (2, 0),
-    "tiktoken": (0, 9),
+    "tiktoken": (0, 13),
 }
 EXTRAS = {"test": "pytest", "peers": "torch", "dev": "ruff"}  # extra: what it brings
 

@@ -22,6 +22,7 @@ from gptjax.errors import ConfigError, DataError
 from gptjax.sampling import Knobs
 from gptjax.weights.folder import Model
 
+MOST_STOP_IDS = 8
 CHUNK = 16  # tokens between two looks at the text, where someone looks
 
 Prompt = str | Sequence[int]
@@ -55,6 +56,11 @@ class Sampling:
             raise ConfigError(
                 f"repetition_penalty={self.repetition_penalty} is not positive. Use 1 "
                 "for none, 1.2 for some."
+            )
+        if len(self.stop_ids or ()) > MOST_STOP_IDS:
+            raise ConfigError(
+                f"stop_ids has {len(self.stop_ids or ())} tokens, more than "
+                f"{MOST_STOP_IDS}. Leave some out, or use stop texts."
             )
         if "" in self.stop:
             raise ConfigError("a stop text is empty. Give it characters, or leave it.")
@@ -148,11 +154,12 @@ def stream(model: Model, prompt: Prompt, **options: Any) -> Iterator[str]:
 
 def as_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     """The prompts as a list, and whether it was just one."""
+    several: Any = prompt
     if isinstance(prompt, str) or not len(prompt):
-        return [prompt], True
+        return [several], True
     if isinstance(prompt[0], int | np.integer):
-        return [prompt], True
-    return list(prompt), False
+        return [several], True
+    return list(several), False
 
 
 def prompt_rows(
@@ -241,7 +248,9 @@ def make_limits(model: Model, s: Sampling, rows: int, samples: int) -> Limits:
         jnp.float32(s.min_p),
         jnp.float32(s.repetition_penalty),
     )
-    stop_I = jnp.asarray([*stop_ids, *[-1] * (8 - len(stop_ids))], jnp.int32)
+    stop_I = jnp.asarray(
+        [*stop_ids, *[-1] * (MOST_STOP_IDS - len(stop_ids))], jnp.int32
+    )
     return Limits(
         fold(jax.random.key(s.seed), numbers),
         knobs,

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, Key
 from gptjax.attention import BACKENDS, attention_weights, chosen_backend, visible
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
+from gptjax.layers import Dropout, Linear, Norm, capture
 
 Params = dict[str, Any]
 Tokens = Int[Array, "B T"]
@@ -53,53 +54,6 @@ def compute_dtype(config: GPTConfig) -> jnp.dtype:
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
-
-
-class Linear(nn.Module):
-    """A product with the last `axes` axes of x, as one two-dimensional product.
-
-    On a CPU, XLA runs [B*T, D] @ [D, F] much faster than the batched form.
-    """
-
-    features: tuple[int, ...]
-    std: float = 0.02
-    axes: int = 1
-    use_bias: bool = True
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*inner"]) -> Float[Array, "*outer"]:
-        """The last axes of x become `features`."""
-        inner, outer = x.shape[-self.axes :], math.prod(self.features)
-        shape = (*inner, *self.features)
-        kernel = self.param("kernel", nn.initializers.normal(self.std), shape)
-        flat = x.reshape(-1, math.prod(inner))
-        y = flat @ kernel.astype(x.dtype).reshape(math.prod(inner), outer)
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, self.features)
-            y += bias.astype(x.dtype).reshape(1, outer)
-        return y.reshape(*x.shape[: -self.axes], *self.features)
-
-
-class Norm(nn.Module):
-    """LayerNorm with float32 statistics."""
-
-    @nn.compact
-    def __call__(self, x_BTD: Residual) -> Residual:
-        """Mean 0 and variance 1 over the width, then scale and bias."""
-        norm = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32)
-        nn.share_scope(self, norm)
-        return norm(x_BTD.astype(jnp.float32)).astype(x_BTD.dtype)
-
-
-class Dropout(nn.Module):
-    """Zeroes activations where the call was given a dropout key, else nothing."""
-
-    rate: float
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """The kept activations, scaled up so that their mean stays."""
-        return nn.Dropout(self.rate, deterministic=not self.has_rng("dropout"))(x)
 
 
 class Attention(nn.Module):
@@ -205,7 +159,7 @@ class GPT(nn.Module):
         if self.stacked:
             x_BTD, cache = stack(c)(c, name="blocks")(x_BTD, cache, context)
         else:
-            layers = [None] * c.n_layers if cache is None else list(cache)
+            layers: list[Any] = [None] * c.n_layers if cache is None else list(cache)
             for n in range(c.n_layers):
                 block = Block(c, name=f"block_{n}")
                 x_BTD, layers[n] = block(x_BTD, layers[n], context)
@@ -252,11 +206,6 @@ def extend(
     return LayerCache(put(cache.key_BSHK, key_BTHK), put(cache.value_BSHK, value_BTHK))
 
 
-def capture(module: nn.Module, name: str, value: Array) -> None:
-    """Keeps `value` for a caller that asked for it; costs nothing otherwise."""
-    module.sow("captured", name, value, init_fn=tuple, reduce_fn=lambda _, new: new)
-
-
 def init(config: GPTConfig, key: Key[Array, ""]) -> Params:
     """Fresh float32 parameters with GPT-2's initial distribution.
 
@@ -269,8 +218,9 @@ def init(config: GPTConfig, key: Key[Array, ""]) -> Params:
             "vocab_size of the tokenizer."
         )
     token_BT = jnp.zeros((1, 1), jnp.int32)
-    module = GPT(config)
-    return module.init(key, token_BT, token_BT, None, Context(token_BT, None))["params"]
+    context = Context(token_BT, None)
+    variables: Any = GPT(config).init(key, token_BT, token_BT, None, context)
+    return variables["params"]
 
 
 def hidden(
@@ -298,7 +248,7 @@ def hidden(
         jnp.arange(token_BT.shape[1], dtype=jnp.int32)[None], token_BT.shape
     )
     position_BT = slot_BT if position_BT is None else position_BT
-    (x_BTD, _), captured = GPT(config).apply(
+    outputs: Any = GPT(config).apply(
         {"params": params},
         token_BT,
         position_BT,
@@ -307,6 +257,7 @@ def hidden(
         rngs=None if dropout_key is None else {"dropout": dropout_key},
         mutable=["captured"] if collect else [],
     )
+    (x_BTD, _), captured = outputs
     return x_BTD, captured
 
 
@@ -403,5 +354,5 @@ def apply_cached(
         cache: as `empty_cache` or the previous call made it.
     """
     context = Context(position_BT, None)
-    module = GPT(config, stacked=False)
+    module: Any = GPT(config, stacked=False)
     return module.apply({"params": layers}, token_BT, position_BT, cache, context)

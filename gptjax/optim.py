@@ -1,5 +1,7 @@
 """The optimiser: AdamW on a schedule, with weight decay by rules over names."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -44,7 +46,8 @@ def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
 
 def learning_rates(optim: OptimConfig, steps: int) -> list[float]:
     """What each step of the run uses, for people to read."""
-    return jax.vmap(make_schedule(optim, steps))(jnp.arange(steps)).tolist()
+    rate_at: Any = make_schedule(optim, steps)
+    return jax.vmap(rate_at)(jnp.arange(steps)).tolist()
 
 
 def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformation:

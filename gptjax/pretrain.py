@@ -1,11 +1,8 @@
 """Pretraining: one config and one run folder in, a model that writes out."""
 
-import contextlib
 import dataclasses
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from gptjax.loss import weighted_nats
 from gptjax.model import hidden, init, output_table
 from gptjax.optim import learning_rates, make_optimizer
 from gptjax.run_folder import command_line, open_folder, settle_config, write_meta
+from gptjax.stopping import Stopped, Stopwatch, stop_signal
 from gptjax.train import (
     LossFn,
     Metrics,
@@ -35,10 +33,6 @@ from gptjax.train import (
 from gptjax.weights.folder import Model, save
 
 Say = Callable[[str], None]
-
-
-class Stopped(Exception):  # noqa: N818 (it is no error)
-    """A signal asked the run to stop; everything is saved."""
 
 
 def make_loss(config: GPTConfig, chunk: int) -> LossFn:
@@ -212,7 +206,8 @@ def loop(
     rates = learning_rates(c.optim, train.steps)
     if not done and train.sample_tokens:
         write_sample(run, state, 0)
-    watch, pending, logged, validation = Stopwatch(), None, done, None
+    watch, logged, validation = Stopwatch(), done, None
+    pending: Any = None
 
     stream = batches.iterate(done, train.steps)
     for done, state, metrics in steps(state, step_fn, stream):  # noqa: B020
@@ -240,27 +235,6 @@ def loop(
         if stop and not last:
             raise Stopped(f"stopped after step {done}; all is saved in {run.folder}")
     return state
-
-
-class Stopwatch:
-    """Seconds from lap to lap, less those spent aside: the one object with a memory."""
-
-    def __init__(self) -> None:
-        self.started, self.spent = time.perf_counter(), 0.0
-
-    def lap(self) -> float:
-        """Seconds since the last lap that were not spent aside."""
-        now = time.perf_counter()
-        seconds = now - self.started - self.spent
-        self.started, self.spent = now, 0.0
-        return seconds
-
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Time in here is not training time."""
-        started = time.perf_counter()
-        yield
-        self.spent += time.perf_counter() - started
 
 
 def compiled(run: Run, step_fn: Any, state: TrainState, batch: Any) -> TrainStep:
@@ -324,7 +298,7 @@ def line(run: Run, event: report.Event, validation: Evaluation | None) -> str:
 def validate(
     run: Run, scorer: Any, state: TrainState, done: int, limit: int | None
 ) -> Evaluation:
-    """Scores the first `limit` batches of the held-out text (None: all) and says so."""
+    """Scores `limit` batches of the held-out text, evenly apart (None: all)."""
     c = run.config
     batches = validation_batches(
         run.dataset.validation,
@@ -382,26 +356,3 @@ def finish(run: Run, state: TrainState, plan: list[str]) -> Model:
     run.say(f"done     {result}")
     run.say(f"wrote    {run.folder}/model, report.md, loss.png, lr.png, metrics.jsonl")
     return model
-
-
-@contextlib.contextmanager
-def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Yields a function that is true once SIGINT or SIGTERM came.
-
-    The second signal ends the process at once, as if there were no handler.
-    """
-    came: list[int] = []
-    before = {}
-
-    def note(number: int, _: Any) -> None:
-        came.append(number)
-        signal.signal(number, before[number])
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -174,7 +174,7 @@ def test_doctor_finds_this_machine_fit(capsys):
     code, out, _ = gptjax(capsys, "doctor")
 
     assert code == 0
-    for topic in "python devices compute tokenizer cache extra".split():
+    for topic in ["python", "devices", "compute", "tokenizer", "cache", "extra"]:
         assert f"\n{topic}" in f"\n{out}"
 
 

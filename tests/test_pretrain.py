@@ -52,7 +52,7 @@ def unbroken(tmp_path_factory):
 
 @pytest.mark.fast
 def test_a_run_leaves_everything_that_its_folder_promises(unbroken):
-    config, folder, model, _ = unbroken
+    _config, folder, model, _ = unbroken
 
     names = "config.toml meta.json metrics.jsonl loss.png lr.png report.md data"
     for name in [*names.split(), "model/model.safetensors", "checkpoints/12"]:
@@ -72,7 +72,7 @@ def test_the_plan_comes_before_the_first_step_and_a_line_per_interval_after(unbr
     *_, said = unbroken
 
     plan = [line.split()[0] for line in said[:7]]
-    assert plan == "run model data step length memory device".split()
+    assert plan == ["run", "model", "data", "step", "length", "memory", "device"]
     assert any(line.startswith("compiled") for line in said)
     lines = [line for line in said if line.startswith("step ") and " | " in line]
     assert len(lines) == 12
@@ -85,7 +85,7 @@ def test_the_plan_comes_before_the_first_step_and_a_line_per_interval_after(unbr
 
 
 def test_the_model_folder_computes_what_the_run_computed(unbroken):
-    config, folder, model, _ = unbroken
+    _config, folder, model, _ = unbroken
 
     loaded = gptjax.load(folder)
 
@@ -101,7 +101,7 @@ def test_the_last_evaluation_is_that_of_the_whole_validation_text(unbroken):
 
     result = gptjax.evaluate.score_tokens(model, held_out, 16, dataset.train.eot)
 
-    final = [e for e in report.read_events(folder / "metrics.jsonl")][::-1]
+    final = list(report.read_events(folder / "metrics.jsonl"))[::-1]
     final = next(e for e in final if e["event"] == "eval")
     assert final["tokens"] == result.tokens == len(held_out) - 1
     assert final["loss"] == pytest.approx(result.loss, rel=1e-6)
@@ -239,7 +239,7 @@ def test_data_of_another_tokenizer_is_refused(tmp_path, unbroken):
 
 
 def test_a_token_id_out_of_range_is_said_with_its_place(tmp_path, unbroken):
-    config, folder, *_ = unbroken
+    _config, folder, *_ = unbroken
     data = tmp_path / "data"
     shutil.copytree(folder / "data", data)
     shard = data / "train-00000.bin"

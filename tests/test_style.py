@@ -17,11 +17,11 @@ FILES = [*PACKAGE, *sorted((ROOT / "tests").rglob("*.py"))]
 
 ROWS = [  # imports point upwards; files of one row, unless of one folder, are strangers
     ["errors"],
-    ["config", "tree", "bpe"],
-    ["tokenizer", "attention"],
+    ["config", "tree", "bpe", "layers", "stopping"],
+    ["tokenizer", "attention", "sampling"],
     ["model"],
     ["loss", "optim", "data.*", "checkpoint", "weights.*"],
-    ["report", "run_folder", "budget", "sampling"],
+    ["report", "run_folder", "budget", "decoding"],
     ["train", "generation", "evaluate"],
     ["pretrain"],
     ["quickstart", "doctor"],
@@ -29,7 +29,7 @@ ROWS = [  # imports point upwards; files of one row, unless of one folder, are s
     ["__main__", "gptjax"],
 ]
 DOORS = {  # dependency: the modules that may import it
-    "flax": ["model"],
+    "flax": ["layers", "model"],
     "grain": ["data.batches"],
     "matplotlib": ["report"],
     "optax": ["loss", "optim", "train"],

@@ -102,6 +102,7 @@ def open_dataset(config: DataConfig, folder: Path) -> Dataset:
         config.tokenizer,
         folder,
         val_fraction=config.val_fraction,
+        seed=config.val_seed,
         column=config.column,
     )
     return open_prepared(folder, "")
