@@ -13,6 +13,7 @@ from gptjax.config import GPTConfig, RunConfig
 from gptjax.data.batches import make_batches, validation_batches
 from gptjax.data.named import sha256
 from gptjax.data.prepare import Dataset, open_dataset
+from gptjax.data.shards import Tokens
 from gptjax.errors import ConfigError
 from gptjax.evaluate import Evaluation, evaluate, make_scorer
 from gptjax.generation import complete
@@ -209,10 +210,14 @@ def loop(
     watch, logged, validation = Stopwatch(), done, None
     pending: Any = None
 
+    def noted(pending: Any) -> report.Event:
+        at, metrics, lr, count = pending
+        return train_event(run, at, metrics, lr, count, watch.lap())
+
     stream = batches.iterate(done, train.steps)
     for done, state, metrics in steps(state, step_fn, stream):  # noqa: B020
         if pending:  # read one step late, so that the device is not kept waiting
-            event, pending = train_event(run, *pending, watch.lap()), None
+            event, pending = noted(pending), None
             run.say(line(run, event, validation))
         last, stop = done == train.steps, stopping()
         evaluating = last or done % train.eval_every == 0
@@ -222,11 +227,12 @@ def loop(
             pending, logged = (done, metrics, rates[done - 1], done - logged), done
         if not (evaluating or sampling or saving):
             continue
-        event, pending = train_event(run, *pending, watch.lap()), None
+        event, pending = noted(pending), None
         with watch.aside():
             if evaluating and run.dataset.validation is not None:
                 limit = None if last else train.eval_batches
-                validation = validate(run, scorer, state, done, limit)
+                held_out = run.dataset.validation
+                validation = validate(run, scorer, state, done, held_out, limit)
             run.say(line(run, event, validation))
             if sampling:
                 write_sample(run, state, done)
@@ -296,12 +302,17 @@ def line(run: Run, event: report.Event, validation: Evaluation | None) -> str:
 
 
 def validate(
-    run: Run, scorer: Any, state: TrainState, done: int, limit: int | None
+    run: Run,
+    scorer: Any,
+    state: TrainState,
+    done: int,
+    held_out: Tokens,
+    limit: int | None,
 ) -> Evaluation:
     """Scores `limit` batches of the held-out text, evenly apart (None: all)."""
     c = run.config
     batches = validation_batches(
-        run.dataset.validation,
+        held_out,
         rows=c.data.batch_size,
         context=c.model.context_length,
         packed=c.data.packed,

@@ -3,6 +3,7 @@
 import gzip
 import lzma
 from pathlib import Path
+from typing import Any
 
 from gptjax.config import config_path, read_config
 from gptjax.data.named import python_help
@@ -25,8 +26,8 @@ def quickstart(folder: Path, say: Say = print) -> Evaluation:
     say("text     the help topics of Python itself, one tenth of them held out")
     config = read_config(config_path("quickstart"))
     model = pretrain(config, folder, say)
-    dataset = open_dataset(config.data, folder / "data")
-    held_out = dataset.validation.read(0, len(dataset.validation))
+    tokens: Any = open_dataset(config.data, folder / "data").validation
+    held_out = tokens.read(0, len(tokens))
     stride = config.model.context_length // 4
     result = score_tokens(model, held_out, stride, model.tokenizer.eot)
     text = "\n".join(python_help()).encode()
