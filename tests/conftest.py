@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before jax is imported anywhere. Tests compile hundreds of tiny programs, for
 # which XLA's full optimisation costs far more than it saves.
@@ -12,6 +13,10 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+# A busy machine may be slow: time is measured by benchmarks, not by tests.
+settings.register_profile("gptjax", deadline=None)
+settings.load_profile("gptjax")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
