@@ -220,9 +220,7 @@ def build(cls: Any, table: Mapping[str, Any], prefix: str = "") -> Any:
         name = f"{prefix}{key}"
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
-                raise ConfigError(
-                    f"{name}={value!r} must be a section: write [{name}]."
-                )
+                raise ConfigError(f"{name}={value!r} is not a section. Write [{name}].")
             values[key] = build(hints[key], value, f"{name}.")
         else:
             values[key] = checked(name, value, hints[key])
