@@ -1,7 +1,8 @@
 """Writing: what comes after a prompt, as text.
 
-The window. Of a prompt that leaves no room, the last tokens are kept (`Completion.cut`
-says how many were not). A row that reaches `context_length` goes on from the last
+The window. A prompt shares `context_length` with the tokens to come, which get up to
+half of it: of a longer prompt the last tokens are kept, and `Completion.cut` says how
+many were not. A row that reaches `context_length` goes on from the last
 half of its window, which is read again; the other rows are not touched by it.
 """
 
@@ -38,12 +39,14 @@ class Sampling:
     top_p: float = 1.0  # keep the likeliest tokens that together have this probability
     min_p: float = 0.0  # keep tokens of at least this part of the likeliest's
     repetition_penalty: float = 1.0  # lowers tokens that were there; 1 = does not
-    stop: Sequence[str] = ()  # texts that end a row; they are cut off
+    stop: str | Sequence[str] = ()  # texts that end a row; they are cut off
     stop_ids: Sequence[int] | None = None  # tokens that do; None: <|endoftext|>
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Rejects values that choose nothing."""
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
         at_least("sampling", self, 1, "max_new_tokens")
         at_least("sampling", self, 0, "temperature top_k seed")
         for name, low, high in (("top_p", 0.0, 1.0), ("min_p", -1e-9, 1.0)):
@@ -128,26 +131,40 @@ def complete(
     ]
 
 
-def stream(model: Model, prompt: Prompt, **options: Any) -> Iterator[str]:
+def stream(
+    model: Model, prompt: Prompt | Sequence[Prompt], **options: Any
+) -> Iterator[str]:
     """The text of `complete` for one prompt, in pieces as they come.
 
     Characters arrive whole, and no part of a stop text arrives.
+
+    Raises:
+        ConfigError: as `complete`, or several prompts.
+        DataError: as `complete`.
     """
     sampling = Sampling(**options)
-    rows, _ = prompt_rows(model, as_prompts(prompt)[0], sampling, 1)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    read, text, sent = 0, "", 0
+    prompts, single = as_prompts(prompt)
+    if not single:
+        raise ConfigError(
+            f"{len(prompts)} prompts cannot be streamed as one text. Stream them one "
+            "by one, or use complete()."
+        )
+    rows, _ = prompt_rows(model, prompts, sampling, 1)
+    return pieces(model, rows, sampling)
+
+
+def pieces(model: Model, rows: list[list[int]], sampling: Sampling) -> Iterator[str]:
+    """What `stream` yields, of prompts that were found good."""
+    sent, ids = 0, []
     for ((ids, _, _),) in grow(model, rows, sampling, watched=True):
-        text += decoder.decode(model.tokenizer.decode_bytes(ids[read:]))
-        read = len(ids)
-        end, _ = stop_place(text, sampling.stop)
-        safe = end if end is not None else len(text) - held_back(text, sampling.stop)
+        text, _, hit = read_text(model, ids, sampling.stop, final=False)
+        safe = len(text) if hit else len(text) - held_back(text, sampling.stop)
         if safe > sent:
             yield text[sent:safe]
             sent = safe
-        if end is not None:
+        if hit:
             return
-    text += decoder.decode(b"", final=True)
+    text, _, _ = read_text(model, ids, sampling.stop)
     if text[sent:]:
         yield text[sent:]
 
@@ -177,15 +194,20 @@ def prompt_rows(
                 "the prompt is empty, so there is nothing to go on from. Give it "
                 "text, or a line break."
             )
-        for i in ids:
-            if not 0 <= i < model.config.vocab_size:
-                raise DataError(
-                    f"token {i} in the prompt is not below the model's vocabulary of "
-                    f"{model.config.vocab_size}. Encode with the model's tokenizer."
-                )
+        check_ids(model, ids, "in the prompt")
         rows += [ids[-room:]] * samples
         cuts += [max(0, len(ids) - room)] * samples
     return rows, cuts
+
+
+def check_ids(model: Model, ids: Iterable[int], where: str) -> None:
+    """Raises for the first token that the model does not have."""
+    for i in ids:
+        if not 0 <= i < model.config.vocab_size:
+            raise DataError(
+                f"token {i} {where} is not below the model's vocabulary of "
+                f"{model.config.vocab_size}. Encode with the model's tokenizer."
+            )
 
 
 Row = tuple[list[int], list[float], bool]  # new ids, their log-probabilities, stopped
@@ -221,15 +243,14 @@ def grow(
             ]
             yield grown
             if sampling.stop:
-                text = [model.tokenizer.decode(ids) for ids, _, _ in grown]
-                done_B |= [stop_place(t, sampling.stop)[0] is not None for t in text]
+                done_B |= [read_text(model, ids, sampling.stop)[2] for ids, *_ in grown]
                 state = state._replace(done_B=jnp.asarray(done_B))
             growing_B = ~done_B & (count_B < sampling.max_new_tokens)
             if not (growing_B & (length_B < slots)).any():
                 break
         if not growing_B.any():
             return
-        half = config.context_length // 2
+        half = max(1, config.context_length // 2)
         window = [
             [*prompt, *ids[:n].tolist()][-half:]
             for prompt, ids, n in zip(prompts, ids_BM, count_B, strict=True)
@@ -239,11 +260,12 @@ def grow(
 def make_limits(model: Model, s: Sampling, rows: int, samples: int) -> Limits:
     """The traced form of the options; sample s draws with the key of s."""
     stop_ids = [model.tokenizer.eot] if s.stop_ids is None else [*s.stop_ids]
+    check_ids(model, stop_ids, "in stop_ids")
     numbers = jnp.arange(rows, dtype=jnp.int32) % samples
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     knobs = Knobs(
         jnp.float32(s.temperature),
-        jnp.int32(s.top_k),
+        jnp.int32(min(s.top_k, model.config.vocab_size)),
         jnp.float32(s.top_p),
         jnp.float32(s.min_p),
         jnp.float32(s.repetition_penalty),
@@ -268,22 +290,25 @@ def finished(
     cut: int,
 ) -> Completion:
     """One row as a completion, cut where its first stop text begins."""
-    text = model.tokenizer.decode(ids)
-    end, _ = stop_place(text, sampling.stop)
-    if end is not None:
-        count = next(
-            n
-            for n in range(1, len(ids) + 1)
-            if stop_place(model.tokenizer.decode(ids[:n]), sampling.stop)[0] is not None
-        )
-        ids, logprobs, text, stopped = ids[:count], logprobs[:count], text[:end], True
-    return Completion(text, ids, logprobs, "stop" if stopped else "length", cut)
+    text, count, hit = read_text(model, ids, sampling.stop)
+    finish = "stop" if stopped or hit else "length"
+    return Completion(text, ids[:count], logprobs[:count], finish, cut)
 
 
-def stop_place(text: str, stops: Iterable[str]) -> tuple[int | None, str]:
-    """Where the first stop text begins in `text` and which it is, or None."""
-    found = [(text.find(stop), stop) for stop in stops if stop in text]
-    return min(found) if found else (None, "")
+def read_text(
+    model: Model, ids: Sequence[int], stops: str | Sequence[str], final: bool = True
+) -> tuple[str, int, bool]:
+    """The text of the ids up to a stop text, the tokens read, and whether one came.
+
+    Token after token, so that the stop text that is complete first decides, however
+    many tokens came at once. Unless `final`, a character cut short is left out.
+    """
+    decoder, text = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    for count, i in enumerate(ids, 1):
+        text += decoder.decode(model.tokenizer.decode_bytes([i]))
+        if found := [text.index(stop) for stop in stops if stop in text]:
+            return text[: min(found)], count, True
+    return text + decoder.decode(b"", final=final), len(ids), False
 
 
 def held_back(text: str, stops: Iterable[str]) -> int:

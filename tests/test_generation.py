@@ -174,6 +174,50 @@ def test_a_stop_text_ends_the_text_before_it_also_across_chunks(model, at):
     assert "".join(pieces) == result.text
 
 
+def test_the_stop_text_that_is_complete_first_decides(model, monkeypatch):
+    ids = model.tokenizer.encode("xabcdy")
+
+    for chunk in range(1, 7):
+
+        def grow(*args, chunk=chunk, **kwargs):
+            for n in range(chunk, 6 + chunk, chunk):
+                yield [(ids[:n], [0.0] * len(ids[:n]), False)]
+
+        monkeypatch.setattr(generation, "grow", grow)
+        stop = ["abcd", "bc"]
+        (result,) = generation.complete(model, "q", stop=stop)
+        assert result.text == "".join(generation.stream(model, "q", stop=stop)) == "xa"
+        assert (len(result.ids), result.finish) == (4, "stop")
+
+
+def test_one_stop_text_needs_no_list(model):
+    options = {"max_new_tokens": 30, "stop_ids": [], "seed": 0}
+    (free,) = generation.complete(model, "ab", **options)
+    stop = free.text[5:8]
+
+    (result,) = generation.complete(model, "ab", stop=stop, **options)
+
+    assert result.text == free.text[: free.text.index(stop)]
+
+
+def test_more_kept_tokens_than_there_are_keep_all(model):
+    (free,) = generation.complete(model, "ab", max_new_tokens=8)
+    (kept,) = generation.complete(model, "ab", max_new_tokens=8, top_k=2**40)
+
+    assert kept.ids == free.ids
+
+
+def test_a_context_of_one_token_is_enough_to_write(model):
+    config = GPTConfig(
+        vocab_size=257, context_length=1, n_layers=1, n_heads=1, d_model=8
+    )
+    tiny = Model(config, init(config, jax.random.key(0)), model.tokenizer)
+
+    (result,) = generation.complete(tiny, "ab", max_new_tokens=3, stop_ids=[])
+
+    assert (len(result.ids), result.cut) == (3, 1)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_streamed_pieces_are_the_text(model, seed):
     options = {"max_new_tokens": 50, "seed": seed}
@@ -242,10 +286,15 @@ def test_options_that_choose_nothing_are_refused(model, name):
 
 def test_empty_prompts_and_unknown_tokens_are_refused(model):
     for prompt in ("", []):
-        with pytest.raises(ConfigError, match="prompt is empty"):
-            generation.complete(model, prompt)
+        for write in (generation.complete, generation.stream):
+            with pytest.raises(ConfigError, match="prompt is empty"):
+                write(model, prompt)
     with pytest.raises(DataError, match="token 257 in the prompt"):
         generation.complete(model, [1, 257])
+    with pytest.raises(DataError, match="token 257 in stop_ids"):
+        generation.complete(model, "ab", stop_ids=[257])
+    with pytest.raises(ConfigError, match="2 prompts cannot be streamed"):
+        generation.stream(model, ["ab", "cd"])
 
 
 def test_examples_of_a_file_come_before_the_query(tmp_path):
