@@ -113,10 +113,12 @@ def serve(args: argparse.Namespace) -> None:
         step()
     print(json.dumps({"versions": versions}), flush=True)
     for _ in sys.stdin:
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         loss = step()
         seconds = time.perf_counter() - started
-        print(json.dumps({"seconds": seconds, "loss": loss}), flush=True)
+        worked = time.process_time() - worked
+        answer = {"seconds": seconds, "core_seconds": worked, "loss": loss}
+        print(json.dumps(answer), flush=True)
 
 
 def start(args: argparse.Namespace, side: str) -> subprocess.Popen[str]:
@@ -139,32 +141,30 @@ def compare(args: argparse.Namespace) -> None:
     for side in chosen:  # one after the other: loading would disturb the other's start
         child = children[side] = start(args, side)
         print(f"{side:12} {json.loads(child.stdout.readline())['versions']}")
-    seconds = {side: [] for side in chosen}
+    answers = {side: [] for side in chosen}
     for pair in range(args.pairs):
         for side in chosen if pair % 2 == 0 else reversed(chosen):
             children[side].stdin.write("step\n")
             children[side].stdin.flush()
-            seconds[side].append(
-                json.loads(children[side].stdout.readline())["seconds"]
-            )
+            answers[side].append(json.loads(children[side].stdout.readline()))
     for child in children.values():
         child.stdin.close()
         child.wait()
 
-    tokens = args.rows * args.context
-    print(
-        f"machine      {platform.processor() or platform.machine()}, {os.cpu_count()}"
-    )
+    print(f"machine      {platform.machine()}, {os.cpu_count()} cores")
     print(f"flags        XLA_FLAGS={args.xla_flags!r}, fused={args.fused}")
-    for side in chosen:
-        rates = [tokens / s for s in seconds[side]]
-        middle = statistics.median(rates)
-        print(
-            f"{side:12} {middle:7.1f} tokens/s ({min(rates):.1f} to {max(rates):.1f})"
-        )
-    if len(chosen) == 2:
-        ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
-        print(f"ratio        {statistics.median(ratios):.3f} (median of pairs)")
+    for kind in ("seconds", "core_seconds"):
+        per_side = [
+            [args.rows * args.context / answer[kind] for answer in answers[side]]
+            for side in chosen
+        ]
+        for side, rates in zip(chosen, per_side, strict=True):
+            middle, low, high = statistics.median(rates), min(rates), max(rates)
+            unit = f"tokens per {kind.removesuffix('s').replace('_', ' ')}"
+            print(f"{side:12} {middle:7.1f} {unit} ({low:.1f} to {high:.1f})")
+        if len(chosen) == 2:
+            ratio = statistics.median(a / b for a, b in zip(*per_side, strict=True))
+            print(f"ratio        {ratio:.3f} (median of pairs)")
 
 
 def main() -> None:
