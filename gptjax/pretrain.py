@@ -212,6 +212,7 @@ def loop(
 
     def noted(pending: Any) -> report.Event:
         at, metrics, lr, count = pending
+        jax.block_until_ready(metrics)  # steps are dispatched long before they end
         return train_event(run, at, metrics, lr, count, watch.lap())
 
     stream = batches.iterate(done, train.steps)
@@ -258,7 +259,7 @@ def compiled(run: Run, step_fn: Any, state: TrainState, batch: Any) -> TrainStep
 def train_event(
     run: Run, done: int, metrics: Metrics, lr: float, count: int, seconds: float
 ) -> report.Event:
-    """Waits for the metrics of step `done` and writes them.
+    """Writes the metrics of step `done`.
 
     Args:
         run: the run.
