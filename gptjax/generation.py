@@ -1,9 +1,9 @@
 """Writing: what comes after a prompt, as text.
 
-The window. A prompt shares `context_length` with the tokens to come, which get up to
-half of it: of a longer prompt the last tokens are kept, and `Completion.cut` says how
-many were not. A row that reaches `context_length` goes on from the last
-half of its window, which is read again; the other rows are not touched by it.
+The window. Of a prompt longer than `context_length` the last tokens are kept, and
+`Completion.cut` says how many were not. A row that has filled `context_length` goes on
+from the last half of its window, which is read again; the other rows are not touched
+by it.
 """
 
 import codecs
@@ -123,7 +123,7 @@ def complete(
         DataError: a token id that the model does not have.
     """
     sampling = Sampling(**options)
-    rows, cuts = prompt_rows(model, as_prompts(prompt)[0], sampling, samples)
+    rows, cuts = prompt_rows(model, as_prompts(prompt)[0], samples)
     (*_, last) = grow(model, rows, sampling, samples, watched=bool(sampling.stop))
     return [
         finished(model, sampling, *row, cut)
@@ -149,7 +149,7 @@ def stream(
             f"{len(prompts)} prompts cannot be streamed as one text. Stream them one "
             "by one, or use complete()."
         )
-    rows, _ = prompt_rows(model, prompts, sampling, 1)
+    rows, _ = prompt_rows(model, prompts, 1)
     return pieces(model, rows, sampling)
 
 
@@ -180,11 +180,10 @@ def as_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
 
 
 def prompt_rows(
-    model: Model, prompts: Sequence[Prompt], sampling: Sampling, samples: int
+    model: Model, prompts: Sequence[Prompt], samples: int
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids of each row, and how many tokens were dropped from its front."""
-    context = model.config.context_length
-    room = context - min(sampling.max_new_tokens, context // 2)
+    room = model.config.context_length
     rows, cuts = [], []
     for prompt in prompts:
         ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt

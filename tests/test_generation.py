@@ -17,6 +17,7 @@ from gptjax.weights.folder import Model
 CONTEXT = 32
 whole_pass = jax.jit(apply, static_argnums=0)
 PROMPTS = ["ab", "to be or not to be", "x"]
+FULL = "a prompt that fills the window.."  # CONTEXT bytes
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +58,14 @@ def slow_greedy(model, ids, count):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("prompt", [*PROMPTS, FULL, FULL[1:]])
 def test_cached_text_and_logprobs_are_uncached_ones_also_beyond_the_window(
     model, prompt
 ):
     (result,) = generation.complete(
         model, prompt, max_new_tokens=40, temperature=0.0, stop_ids=[]
     )
-    room = CONTEXT - min(40, CONTEXT // 2)
-    kept = model.tokenizer.encode(prompt)[-room:]
-    ids, logprobs = slow_greedy(model, kept, 40)
+    ids, logprobs = slow_greedy(model, model.tokenizer.encode(prompt), 40)
 
     assert result.ids == ids
     np.testing.assert_allclose(result.logprobs, logprobs, atol=1e-4)
@@ -240,15 +239,14 @@ def test_no_character_is_split_between_pieces(model, monkeypatch):
     assert list(generation.stream(model, "ab")) == [*"año 😀 ok"]
 
 
-def test_a_prompt_that_leaves_no_room_keeps_its_end_and_says_so(model):
+def test_a_prompt_longer_than_the_context_keeps_its_end_and_says_so(model):
     prompt = "0123456789" * 7
+    options = {"max_new_tokens": 4, "temperature": 0.0}
 
-    (result,) = generation.complete(model, prompt, max_new_tokens=4, temperature=0.0)
-    (short,) = generation.complete(
-        model, prompt[-28:], max_new_tokens=4, temperature=0.0
-    )
+    (result,) = generation.complete(model, prompt, **options)
+    (short,) = generation.complete(model, prompt[-CONTEXT:], **options)
 
-    assert result.cut == 70 - 28
+    assert result.cut == 70 - CONTEXT
     assert short.cut == 0
     assert result.ids == short.ids
 
