@@ -101,9 +101,9 @@ def tokenizer_state() -> tuple[str, list[str]]:
 
 def cache_state() -> str:
     """Where downloads and compiled programs are kept."""
-    from gptjax.data.named import cache_folder
+    from gptjax.download import cache_folder
 
     compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     hint = "off -> export JAX_COMPILATION_CACHE_DIR=~/.cache/gptjax/xla"
-    data = Path(os.environ.get("GPTJAX_DATA", cache_folder()))
+    data = Path(os.environ.get("GPTJAX_DATA", cache_folder("data")))
     return f"data in {data} · compiled programs: {compiled or hint}"

@@ -11,9 +11,9 @@ import jax
 from gptjax import budget, checkpoint, report
 from gptjax.config import GPTConfig, RunConfig
 from gptjax.data.batches import make_batches, validation_batches
-from gptjax.data.named import sha256
 from gptjax.data.prepare import Dataset, open_dataset
 from gptjax.data.shards import Tokens
+from gptjax.download import sha256
 from gptjax.errors import ConfigError
 from gptjax.evaluate import Evaluation, evaluate, make_scorer
 from gptjax.generation import complete

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gptjax import download
 from gptjax.data import named
 from gptjax.errors import DataError
 
@@ -98,7 +99,6 @@ def test_a_download_is_checked_and_kept(places, monkeypatch):
     ("body", "length", "status", "message"),
     [
         (RIGHT[:-1], None, 200, "is not the file that was pinned: 134999 bytes"),
-        (RIGHT[:-1], len(RIGHT), 200, "not the file that was pinned: 134999 bytes"),
         (b"X" + RIGHT[1:], None, 200, "with sha256 .*, expected 135000 bytes with"),
         (RIGHT * 20, None, 200, "not the file that was pinned: 135001 bytes"),
         (RIGHT + b"\n", len(RIGHT) + 1, 200, "pinned: 135001 bytes"),
@@ -130,7 +130,7 @@ def test_no_server_is_an_error_that_says_what_to_do(places):
 
 
 def test_a_stalled_server_is_given_up(places, monkeypatch):
-    monkeypatch.setattr(named, "SECONDS", 0.05)
+    monkeypatch.setattr(download, "SECONDS", 0.05)
 
     with (
         serving(monkeypatch, RIGHT[:-1], length=len(RIGHT), stalls=True),
@@ -138,13 +138,27 @@ def test_a_stalled_server_is_given_up(places, monkeypatch):
     ):
         named.find("right")
 
-    assert list(files(places[1])) == []
+    assert list(files(places[1])) == ["right.txt.part"]
+
+
+def test_an_interrupted_download_is_an_error_and_goes_on_next_time(places, monkeypatch):
+    _, cache = places
+
+    with serving(monkeypatch, RIGHT[:-1], length=len(RIGHT)):
+        with pytest.raises(DataError, match="ended after 134999 of 135000") as error:
+            named.find("right")
+        assert f"put the file there yourself: {cache / 'right.txt'}" in str(error.value)
+        assert list(files(cache)) == ["right.txt.part"]
+    with serving(monkeypatch, RIGHT):
+        named.find("right")
+
+    assert list(files(cache)) == ["right.txt"]
 
 
 def test_a_leftover_part_is_never_taken_for_the_file(places, monkeypatch):
     _, cache = places
     cache.mkdir(parents=True)
-    (cache / "right.txt.abc.part").write_bytes(RIGHT)
+    (cache / "right.txt.part").write_bytes(b"x" * len(RIGHT))
 
     with serving(monkeypatch, RIGHT) as asked:
         assert named.find("right").read_bytes() == RIGHT

@@ -17,7 +17,7 @@ FILES = [*PACKAGE, *sorted((ROOT / "tests").rglob("*.py"))]
 
 ROWS = [  # imports point upwards; files of one row, unless of one folder, are strangers
     ["errors"],
-    ["config", "tree", "bpe", "layers", "stopping"],
+    ["config", "tree", "bpe", "layers", "stopping", "download"],
     ["tokenizer", "attention", "sampling"],
     ["model"],
     ["loss", "optim", "data.*", "checkpoint", "weights.*"],

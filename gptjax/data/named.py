@@ -1,23 +1,15 @@
 """Named data sets: found in a folder of the user's, in the cache, or downloaded.
 
-Nothing else in the package touches the network. A file counts only when its size and
-its sha256 are the ones written here.
+A file counts only when its size and its sha256 are the ones written here.
 """
 
 import dataclasses
-import hashlib
-import http.client
 import os
-import tempfile
-import urllib.error
-import urllib.request
-from collections.abc import Sequence
 from pathlib import Path
 
 from gptjax.config import suggestion
+from gptjax.download import Pin, Remote, cache_folder, check, download
 from gptjax.errors import DataError
-
-SECONDS = 30  # without a byte from the server
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +76,6 @@ def python_help() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def cache_folder() -> Path:
-    """Where downloaded data sets are kept."""
-    home = os.environ.get("GPTJAX_HOME")
-    return (Path(home) if home else Path.home() / ".cache" / "gptjax") / "data"
-
-
 def find(name: str) -> Path:
     """The checked file of a named data set, downloaded where it is nowhere yet.
 
@@ -103,70 +89,18 @@ def find(name: str) -> Path:
             f"Known: {', '.join(NAMED)}."
         )
     entry = NAMED[name]
+    pin, cache = Pin(entry.bytes, entry.sha256), cache_folder("data")
     own = os.environ.get("GPTJAX_DATA")
-    for folder in [*([Path(own)] if own else []), cache_folder()]:
+    for folder in [*([Path(own)] if own else []), cache]:
         if (path := folder / entry.file).exists():
-            check(path, entry, f"Put the right file there, or remove {path}.")
+            check(path, pin, f"Put the right file there, or remove {path}.")
             return path
-    target = cache_folder() / entry.file
-    by_hand = f"Or put the file there yourself: {target}"
+    target = cache / entry.file
     if not entry.url:
         raise DataError(
             f"data set {name} is not on this machine and cannot be downloaded as a "
             f"plain file. Take {entry.file} from {entry.page} and put it there: "
             f"{target}"
         )
-    if os.environ.get("GPTJAX_OFFLINE", "") not in ("", "0"):
-        raise DataError(
-            f"data set {name} is not on this machine and GPTJAX_OFFLINE forbids the "
-            f"download of {entry.url}. Unset GPTJAX_OFFLINE. {by_hand}"
-        )
-    download(entry, target, by_hand)
+    download(Remote(entry.url, pin), target, f"data set {name}")
     return target
-
-
-def check(path: Path, entry: NamedFile, fix: str) -> None:
-    """Raises unless the file has the pinned size and sha256."""
-    found = sha256([path])
-    if found != entry.sha256:
-        raise DataError(
-            f"{path} is not the file that was pinned: {path.stat().st_size} bytes "
-            f"with sha256 {found}, expected {entry.bytes} bytes with sha256 "
-            f"{entry.sha256}. {fix}"
-        )
-
-
-def sha256(paths: Sequence[Path]) -> str:
-    """The sha256 of the files' bytes, one after another, in hex."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def download(entry: NamedFile, target: Path, by_hand: str) -> None:
-    """Writes the file from its URL to `target`, which never holds anything else."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(".part", entry.file + ".", target.parent)
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            with urllib.request.urlopen(entry.url, timeout=SECONDS) as answer:
-                # One byte more than expected is enough to know that it is too long.
-                while block := answer.read(min(1 << 16, entry.bytes + 1 - file.tell())):
-                    file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        check(part, entry, f"Nothing was kept. Try again later. {by_hand}")
-        os.replace(part, target)
-    except (OSError, http.client.HTTPException) as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()  # it is the server's answer too
-        raise DataError(
-            f"cannot download {entry.url}: {error}. Check the network and try again. "
-            f"{by_hand}"
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)

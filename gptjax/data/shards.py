@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.data.named import sha256
+from gptjax.download import sha256
 from gptjax.errors import DataError
 
 FORMAT = "gptjax tokens 1"

@@ -7,11 +7,11 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from gptjax.data.named import PYTHON_HELP, python_help, sha256
+from gptjax.data.named import PYTHON_HELP, python_help
 from gptjax.data.text import Piece, Source, count_documents, read_pieces
+from gptjax.download import BAR_SECONDS, clear_bar, draw_bar, sha256
 
 TRAIN, VALIDATION = SPLITS = ("train", "validation")
-BAR_SECONDS = 0.5  # between two pictures of the progress bar
 
 
 class Part(NamedTuple):
@@ -98,12 +98,9 @@ def read_all(sources: Sequence[Source], doing: str) -> Iterator[Piece]:
             yield piece
             if time.monotonic() - shown > BAR_SECONDS and sys.stderr.isatty():
                 shown = time.monotonic()
-                share = (done + piece.offset) / max(sum(sizes), 1)
-                bar = "#" * int(30 * share)
-                print(f"\r{doing} [{bar:<30}] {share:4.0%}", end="", file=sys.stderr)
+                draw_bar(doing, (done + piece.offset) / max(sum(sizes), 1))
         done += size
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr)  # clears the line
+    clear_bar()
 
 
 def fingerprint(source: Source) -> dict[str, str]:
