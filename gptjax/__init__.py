@@ -19,7 +19,7 @@ HOMES = {  # public name: the module that defines it
     "hidden": "model",
     "init": "model",
     "init_state": "train",
-    "load": "weights.folder",
+    "load": "weights.importing",
     "make_optimizer": "optim",
     "make_train_step": "train",
     "save": "weights.folder",

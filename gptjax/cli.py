@@ -43,7 +43,9 @@ def make_parser() -> argparse.ArgumentParser:
         prog="gptjax",
         allow_abbrev=False,
         description="The whole life of a GPT in JAX.",
-        epilog="MODEL is a run folder or a model folder.",
+        epilog="MODEL is a run folder, a model folder, a Hugging Face, OpenAI or book "
+        "folder, a public size (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or the "
+        "OWNER/NAME of a GPT-2 on the Hugging Face hub.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -71,6 +73,13 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--text", type=Path, required=True, metavar="FILE")
     sub.add_argument("--stride", type=int, metavar="N", help="default: the context")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub = add(import_model, "import")
+    sub.add_argument("source", metavar="SOURCE", help="as MODEL, see gptjax --help")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR")
+    sub = add(export, "export")
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("--to", required=True, metavar="hf|book")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR")
     add(doctor, "doctor")
 
     data = commands.add_parser("data", help="Fetch, prepare and check data.")
@@ -165,10 +174,15 @@ def with_flags(config: RunConfig, flags: Sequence[str]) -> RunConfig:
     )
 
 
+def remark(line: str) -> None:
+    """What a person should know, apart from what was asked for."""
+    print(line, file=sys.stderr)
+
+
 def generate(args: argparse.Namespace) -> None:
     """Continue a prompt."""
     from gptjax.generation import Sampling, complete, few_shot_prompt, stream
-    from gptjax.weights.folder import load
+    from gptjax.weights.importing import load
 
     prompt = sys.stdin.read() if args.prompt is None else args.prompt
     if args.few_shot:
@@ -176,7 +190,7 @@ def generate(args: argparse.Namespace) -> None:
         args.stop = args.stop or ["\n"]
     names = [field.name for field in dataclasses.fields(Sampling)]
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    model = load(args.model)
+    model = load(args.model, remark)
     if args.samples == 1 and not args.json:
         print("" if args.few_shot else prompt, end="", flush=True)
         for piece in stream(model, prompt, **options):
@@ -194,9 +208,9 @@ def evaluate(args: argparse.Namespace) -> None:
     """Loss, perplexity and bits per byte of a model on a text file."""
     from gptjax.data.text import read_text
     from gptjax.evaluate import score
-    from gptjax.weights.folder import load
+    from gptjax.weights.importing import load
 
-    result = score(load(args.model), read_text(args.text), stride=args.stride)
+    result = score(load(args.model, remark), read_text(args.text), stride=args.stride)
     if args.json:
         print(json.dumps(result.numbers()))
         return
@@ -205,6 +219,21 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"perplexity     {result.perplexity:.4f}")
     if result.bits_per_byte is not None:
         print(f"bits per byte  {result.bits_per_byte:.4f}")
+
+
+def import_model(args: argparse.Namespace) -> None:
+    """Read public or foreign weights and write them as a model folder."""
+    from gptjax.weights.published import import_model
+
+    import_model(args.source, args.out, print)
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write a model for other tools, read it back and compare its logits."""
+    from gptjax.weights.exporting import export
+    from gptjax.weights.importing import load
+
+    print(export(load(args.model, remark), args.to, args.out))
 
 
 def doctor(args: argparse.Namespace) -> int:

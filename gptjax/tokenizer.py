@@ -30,6 +30,7 @@ from gptjax.errors import ConfigError, DataError
 
 ENDOFTEXT = "<|endoftext|>"
 GPT2_MERGES = Path(__file__).parent / "tokenizers" / "gpt2-merges.txt"
+BOTH = "tokenizer.json"  # one file for both, as newer libraries write
 VERSION = "#version: 0.2"  # first line of a merges.txt
 MAX_FILE_BYTES = 64_000_000  # GPT-2's two files have 1.0 and 0.5 MB
 
@@ -160,12 +161,19 @@ def load(name: str | Path) -> Tokenizer:
             f"gptjax data prepare with --tokenizer {name}, then name the folder "
             "tokenizer/ in what it writes."
         )
-    if (Path(name) / "vocab.json").is_file() and (Path(name) / "merges.txt").is_file():
+    if is_folder(Path(name)):
         return read_folder(Path(name))
     raise ConfigError(
         f"there is no tokenizer {str(name)!r}: it needs to be gpt2, bytes or a folder "
-        "with vocab.json and merges.txt. Correct the name, or use gpt2."
+        "with vocab.json and merges.txt, or tokenizer.json. Correct the name, or use "
+        "gpt2."
     )
+
+
+def is_folder(folder: Path) -> bool:
+    """Whether the files of a tokenizer are there."""
+    there = [(folder / name).is_file() for name in ("vocab.json", "merges.txt", BOTH)]
+    return all(there[:2]) or there[2]
 
 
 def train(texts: Iterable[str], vocab_size: int, name: str = "") -> Tokenizer:
@@ -244,25 +252,45 @@ def merge_lines(ranks: Mapping[bytes, int]) -> list[str]:
 def read_folder(folder: Path) -> Tokenizer:
     """The tokenizer in a folder, whose files nobody vouches for."""
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    both = not (vocab.is_file() and merges.is_file())
+    if both:
+        vocab = merges = folder / BOTH
     try:
-        ids = checked_ids(json.loads(read_text(vocab)))
+        table: Any = json.loads(read_text(vocab))
+        table, given = parts(table) if both else (table, [])
+        ids = checked_ids(table)
         eot = ids.pop(ENDOFTEXT)
         ranks = checked_ranks(ids)
         implied = merge_lines(ranks)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise unusable(vocab, error) from error
-    try:
-        given = read_text(merges).removesuffix("\n").split("\n")
-    except (OSError, ValueError) as error:
-        raise unusable(merges, error) from error
-    if given[0].startswith("#version"):
-        given = given[1:]
+    if not both:
+        try:
+            given = read_text(merges).removesuffix("\n").split("\n")
+        except (OSError, ValueError) as error:
+            raise unusable(merges, error) from error
+        if given[0].startswith("#version"):
+            given = given[1:]
     for number, (line, need) in enumerate(zip_longest(given, implied), start=1):
         if line != need:
             have, due = (line or "missing")[:80], need or "absent"
-            why = f"merge {number} is {have!r}, but vocab.json needs it {due!r}"
+            why = f"merge {number} is {have!r}, but {vocab.name} needs it {due!r}"
             raise unusable(merges, why)
     return Tokenizer(str(folder), ranks, eot)
+
+
+def parts(table: Any) -> tuple[Any, list[str]]:
+    """The ids and the lines of merges in a tokenizer.json of the library tokenizers."""
+    match table:
+        case {
+            "pre_tokenizer": {"type": "ByteLevel", **split},
+            "model": {"type": "BPE", "vocab": dict(ids), "merges": list(merges)},
+            **rest,
+        } if not split.get("add_prefix_space") and not rest.get("normalizer"):
+            added = {token["content"]: token["id"] for token in rest["added_tokens"]}
+            lines = [m if isinstance(m, str) else " ".join(m) for m in merges]
+            return ids | added, lines
+    raise DataError("it is not a byte-level BPE like GPT-2's")
 
 
 def unusable(file: Path, why: Any) -> DataError:

@@ -1,0 +1,172 @@
+"""Weights out, and the check of what came in."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gptjax
+from gptjax.errors import ConfigError, ModelError
+from gptjax.tree import named_leaves
+from gptjax.weights import hub, names, published
+from gptjax.weights.exporting import export, tensors
+from gptjax.weights.published import import_model
+from tests.small_models import assert_same, make_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def exported(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    export(model, "hf", folder)
+    return folder
+
+
+@pytest.fixture
+def hf(exported, tmp_path):
+    """A copy of the exported folder to be changed."""
+    return shutil.copytree(exported, tmp_path / "hf")
+
+
+SHAPES = {
+    "tied": {},
+    "untied": {"tie_embeddings": False},
+    "without biases": {"qkv_bias": False},
+    "one head": {"n_heads": 1},
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("layout", ["hf", "book"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_exported_is_imported_bit_for_bit(layout, shape, tmp_path):
+    model = make_model(**SHAPES[shape])
+
+    said = export(model, layout, tmp_path / "out")
+    again = gptjax.load(tmp_path / "out")
+
+    assert "read back" in said
+    if (layout, shape) == ("hf", "without biases"):  # there they are zeros
+        assert again.config == dataclasses.replace(model.config, qkv_bias=True)
+        bias = again.params["blocks"]["attention"]["query"].pop("bias")
+        assert not bias.any()
+        for name in ("key", "value"):
+            del again.params["blocks"]["attention"][name]["bias"]
+        again = dataclasses.replace(again, config=model.config)
+    assert_same(again, model)
+
+
+def test_rows_that_pad_the_vocabulary_are_not_exported(tmp_path):
+    model = make_model(vocab_multiple=64)
+
+    for layout in ("hf", "book"):
+        export(model, layout, tmp_path / layout)
+        again = gptjax.load(tmp_path / layout)
+        table = again.params["token_embedding"]["embedding"]
+        padded = model.params["token_embedding"]["embedding"]
+        assert padded.shape[0] == 320
+        np.testing.assert_array_equal(table, padded[:257])
+
+
+@pytest.mark.parametrize("layout", names.LAYOUTS)
+def test_the_table_covers_every_parameter_and_fills_no_tensor_twice(layout):
+    model = make_model(tie_embeddings=layout == "openai")
+    leaves = named_leaves(model.params)
+
+    plan = names.homes(model.config, layout, leaves)
+
+    assert set(leaves) <= set(names.TABLE)
+    filled = [home for homes in plan.values() for home in homes]
+    assert {home.leaf for home in filled} == set(leaves)
+    assert len({(home.leaf, home.layer) for home in filled}) == len(filled)
+    for homes in plan.values():
+        assert sorted(home.part or 0 for home in homes) == list(range(len(homes)))
+
+
+def test_query_key_and_value_are_the_thirds_of_the_joint_tensor(model):
+    joint = tensors(model, "hf")["h.1.attn.c_attn.weight"]
+    kernel = model.params["blocks"]["attention"]["value"]["kernel"][1]
+
+    np.testing.assert_array_equal(joint[:, 32:], np.reshape(kernel, (16, 16)))
+
+
+def test_the_book_has_its_matrices_the_other_way_round(model):
+    up = tensors(model, "book")["trf_blocks.0.ff.layers.0.weight"]
+
+    assert up.shape == (64, 16)
+    np.testing.assert_array_equal(
+        up.T, model.params["blocks"]["mlp"]["up"]["kernel"][0]
+    )
+
+
+def test_an_import_says_what_it_read_and_what_it_compared(hf, model, tmp_path):
+    said = []
+
+    import_model(str(hf), tmp_path / "own", said.append)
+
+    assert [line.split()[0] for line in said] == ["read", "check", "wrote"]
+    assert "28 tensors, 10,832 parameters" in said[0]
+    assert_same(gptjax.load(tmp_path / "own"), model)
+    with pytest.raises(ModelError, match="is there already"):
+        import_model(str(hf), tmp_path / "own", said.append)
+
+
+def test_a_public_name_is_compared_with_what_is_published(hf, tmp_path, monkeypatch):
+    known = published.Published(10_832)
+    monkeypatch.setitem(published.PUBLISHED, "gpt2", known)
+    monkeypatch.setattr(hub, "fetch", lambda name, say: hf)
+    monkeypatch.chdir(tmp_path)
+    said = []
+
+    import_model("gpt2", tmp_path / "own", said.append)
+
+    assert "number of parameters agrees" in said[1]
+    assert "not compared: none are recorded yet" in said[1]
+
+    table = gptjax.load(hf).params["token_embedding"]["embedding"]
+    right = known._replace(
+        first=tuple(map(float, table[0, :3])), last=float(table[-1, -1])
+    )
+    model = gptjax.load(hf)
+    assert "published values agree" in published.check(model, right)
+    ids = model.tokenizer.encode(published.PROMPT)[:8]
+    logits = gptjax.apply(model.config, model.params, jnp.array([ids]))[0, -1, :4]
+    seen = right._replace(logits=tuple(map(float, logits)))
+    assert "logits agree within" in published.check(model, seen)
+    for wrong in (
+        right._replace(parameters=10_833),
+        right._replace(last=0.5),
+        seen._replace(logits=(9.0,)),
+    ):
+        with pytest.raises(ModelError):
+            published.check(model, wrong)
+
+
+def test_exports_that_cannot_be_are_refused(model, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"cannot export to 'hff'\. Did you mean hf"):
+        export(model, "hff", tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(ModelError, match="is there already"):
+        export(model, "hf", tmp_path / "full")
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelError, match="cannot write"):
+        export(model, "hf", tmp_path / "file" / "below")
+
+
+def test_an_export_that_computes_something_else_leaves_nothing(model, tmp_path):
+    broken = dataclasses.replace(
+        model, params=jax.tree.map(lambda leaf: leaf * np.nan, model.params)
+    )
+
+    with pytest.raises(ModelError, match="not finite"):
+        export(broken, "hf", tmp_path / "out")
+
+    assert not list(tmp_path.iterdir())
