@@ -15,13 +15,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
 from gptjax.config import suggestion
 from gptjax.errors import ConfigError, ModelError
 from gptjax.model import apply
 from gptjax.tree import count, named_leaves
-from gptjax.weights.folder import Model
+from gptjax.weights.folder import Model, write_tensors
 from gptjax.weights.importing import load
 from gptjax.weights.names import TABLES, give, homes
 
@@ -156,8 +155,7 @@ def write_book(model: Model, folder: Path) -> None:
         "drop_rate": c.dropout,
         "qkv_bias": c.qkv_bias,
     }
-    arrays = tensors(model, "book")
-    safetensors.numpy.save_file(arrays, folder / "model.safetensors", {"format": "pt"})
+    write_tensors(tensors(model, "book"), folder / "model.safetensors")
     write_json(folder / "config.json", about)
 
 

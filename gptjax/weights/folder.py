@@ -70,7 +70,7 @@ def write_files(model: Model, folder: Path) -> None:
         name: np.ascontiguousarray(leaf, np.float32)  # safetensors ignores strides
         for name, leaf in named_leaves(model.params).items()
     }
-    safetensors.numpy.save_file(arrays, folder / "model.safetensors")
+    write_tensors(arrays, folder / "model.safetensors")
     model.tokenizer.save(folder)
     about = {
         "format": FORMAT,
@@ -78,3 +78,9 @@ def write_files(model: Model, folder: Path) -> None:
         "tokenizer": {"name": model.tokenizer.name, "hash": model.tokenizer.hash},
     }
     (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def write_tensors(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """Writes a safetensors file that PyTorch's tools take, and others may read."""
+    safetensors.numpy.save_file(arrays, path, {"format": "pt"})
+    path.chmod(0o644)  # the library leaves it to its owner alone

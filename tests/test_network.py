@@ -1,0 +1,71 @@
+"""The public weights themselves: what is published of them, and nothing recorded here.
+
+Run with `pytest -m network -n0 tests/test_network.py`; downloads 0.5 GB for 124M and
+1.5 GB for 355M, once.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gptjax
+from gptjax.data.named import find
+from gptjax.loss import next_token_nats
+from gptjax.tree import count
+from gptjax.weights import published
+
+pytestmark = pytest.mark.network
+
+whole_pass = jax.jit(gptjax.apply, static_argnums=0)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return gptjax.load("gpt2")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-medium"])
+def test_the_public_models_have_their_numbers_of_parameters(name):
+    model = gptjax.load(name)
+
+    assert count(model.params) == published.PUBLISHED[name].parameters
+    assert model.config.tie_embeddings
+    assert model.tokenizer.hash == gptjax.tokenizer.load("gpt2").hash
+
+
+def test_the_token_embedding_has_the_published_values(gpt2):
+    said = published.check(gpt2, published.PUBLISHED["gpt2"])
+
+    assert "published values agree" in said
+
+
+def test_greedy_text_is_the_published_one(gpt2):
+    """Raschka 2024, chapter 6: 124M after "Every effort moves you"."""
+    text = gptjax.generate(
+        gpt2, "Every effort moves you", max_new_tokens=15, temperature=0.0
+    )
+
+    assert text == (
+        "Every effort moves you forward.\n\nThe first step is to understand the "
+        "importance of your work"
+    )
+
+
+def test_the_loss_on_the_verdict_is_the_published_one(gpt2):
+    """Raschka 2024, exercise 5.5: rows of 256 tokens that do not overlap."""
+    text = find("verdict").read_text(encoding="utf-8")
+    cut = int(0.9 * len(text))
+
+    def loss(part):
+        ids = np.array(gpt2.tokenizer.encode(part))
+        rows = [ids[i : i + 257] for i in range(0, len(ids) - 256, 256)]
+        row_BT = jnp.asarray(np.stack(rows))
+        logit_BTV = whole_pass(gpt2.config, gpt2.params, row_BT[:, :-1])
+        nats, weight = next_token_nats(
+            logit_BTV, row_BT[:, 1:], jnp.ones(row_BT[:, 1:].shape)
+        )
+        return float(nats / weight)
+
+    assert loss(text[:cut]) == pytest.approx(3.7547487, abs=1e-3)
+    assert loss(text[cut:]) == pytest.approx(3.5596182, abs=1e-3)
