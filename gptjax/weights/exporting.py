@@ -133,10 +133,11 @@ def write_hf(model: Model, folder: Path) -> None:
         "dtype": "float32",
     }
     arrays = tensors(model, "hf")
-    named = {
-        n if n.startswith("lm_") else f"transformer.{n}": a for n, a in arrays.items()
+    prefixed = {
+        name if name == "lm_head.weight" else f"transformer.{name}": array
+        for name, array in arrays.items()
     }
-    safetensors.numpy.save_file(named, folder / "model.safetensors", {"format": "pt"})
+    write_tensors(prefixed, folder / "model.safetensors")
     write_json(folder / "config.json", about)
     ends = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
     write_json(folder / "generation_config.json", ends)
