@@ -6,6 +6,7 @@ Run with `pytest -m peers -n0 tests/test_peers_weights.py`; needs the extra [pee
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -49,7 +50,7 @@ def pair(request, torch, tmp_path_factory):
 
     def moved(leaf):  # away from zeros and ones, and so that choices differ clearly
         noise = rng.standard_normal(leaf.shape, np.float32)
-        return np.asarray(leaf) + 0.02 * noise
+        return leaf + 0.02 * noise
 
     params = jax.tree.map(moved, params)
     model = Model(config, params, gptjax.tokenizer.load("gpt2"))
@@ -76,7 +77,7 @@ def test_logits_are_those_of_transformers(pair, torch):
     model, peer, _ = pair
     token_BT = tokens()
 
-    ours = whole_pass(model.config, model.params, token_BT)
+    ours = whole_pass(model.config, model.params, jnp.asarray(token_BT))
     theirs = logits_of(peer, torch, token_BT)
 
     assert np.abs(np.asarray(ours) - theirs).max() <= MOST
@@ -153,7 +154,7 @@ def test_a_fresh_model_of_transformers_is_imported(torch, tmp_path):
 
     model = gptjax.load(tmp_path)
 
-    ours = gptjax.apply(model.config, model.params, tokens(2, 32))
+    ours = whole_pass(model.config, model.params, jnp.asarray(tokens(2, 32)))
     assert np.abs(ours - logits_of(peer, torch, tokens(2, 32))).max() <= MOST
 
 
