@@ -15,6 +15,7 @@ HOMES = {  # public name: the module that defines it
     "Model": "weights.folder",
     "TrainState": "train",
     "apply": "model",
+    "classify": "prediction",
     "generate": "generation",
     "hidden": "model",
     "init": "model",

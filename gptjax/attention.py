@@ -22,6 +22,7 @@ def visible(
     keys: int,
     segment_BT: Segments | None = None,
     segment_BS: KeySegments | None = None,
+    causal: bool = True,
 ) -> Bool[Array, "B T S"]:
     """True where a query may see a key: not later, and of the same segment.
 
@@ -32,8 +33,11 @@ def visible(
         keys: [S] how many keys there are.
         segment_BT: document of each query; None where all are of one.
         segment_BS: document of each key.
+        causal: whether later keys are hidden.
     """
     mask_BTS = jnp.arange(keys)[None, None, :] <= slot_BT[:, :, None]
+    if not causal:
+        mask_BTS = jnp.ones_like(mask_BTS)
     if segment_BT is not None and segment_BS is not None:
         mask_BTS &= segment_BT[:, :, None] == segment_BS[:, None, :]
     return mask_BTS

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config import RunConfig, config_path, read_config
-from gptjax.errors import GptjaxError
+from gptjax.errors import ConfigError, GptjaxError
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try the same again
 
@@ -68,6 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("config", metavar="CONFIG.toml", help="a file, or one of configs/")
     sub.add_argument("--run", type=Path, metavar="DIR", help="default: runs/CONFIG")
     add_generate_flags(add(generate, "generate"))
+    add_classify_flags(add(classify, "classify"))
     sub = add(evaluate, "eval")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--text", type=Path, required=True, metavar="FILE")
@@ -115,6 +116,16 @@ def add_generate_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="one JSON object per sample")
 
 
+def add_classify_flags(sub: argparse.ArgumentParser) -> None:
+    """The arguments of `gptjax classify`."""
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("texts", nargs="*", metavar="TEXT", help="default: lines of stdin")
+    sub.add_argument("--file", type=Path, metavar="IN", help="CSV, TSV, JSONL or text")
+    sub.add_argument("--out", type=Path, metavar="OUT", help="IN with its labels")
+    sub.add_argument("--text", default="", metavar="NAME", help="column of IN")
+    sub.add_argument("--json", action="store_true", help="one JSON object per text")
+
+
 def option_lines() -> list[str]:
     """Every option of a config with its default, as flags."""
     lines = []
@@ -140,15 +151,19 @@ def train(args: argparse.Namespace) -> int:
     """
     path = config_path(args.config)
     config = with_flags(read_config(path), args.rest)
+    folder = args.run or Path("runs") / path.stem
+    if config.train.task == "classify":
+        from gptjax.classification import train_classifier
+
+        return stoppable(lambda: train_classifier(config, folder))
     from gptjax.pretrain import pretrain
 
-    folder = args.run or Path("runs") / path.stem
     return stoppable(lambda: pretrain(config, folder))
 
 
 def stoppable(run: Any) -> int:
     """Runs something that a signal may stop, and returns the exit code."""
-    from gptjax.pretrain import Stopped
+    from gptjax.stopping import Stopped
 
     try:
         run()
@@ -202,6 +217,34 @@ def generate(args: argparse.Namespace) -> None:
             print(json.dumps(dataclasses.asdict(sample), ensure_ascii=False))
         else:
             print(f"--- {sample.finish}\n{prompt}{sample.text}")
+
+
+def classify(args: argparse.Namespace) -> None:
+    """Label texts, or every row of a file, with probabilities."""
+    from gptjax.data.labelling import label_file
+    from gptjax.prediction import classify
+    from gptjax.weights.importing import load
+
+    if (args.file is None) != (args.out is None) or (args.file and args.texts):
+        raise ConfigError(
+            "classify takes texts, or --file IN together with --out OUT. Give one."
+        )
+    model = load(args.model, remark)
+    if args.file:
+        label_file(
+            args.file,
+            args.out,
+            lambda texts: [verdict[:2] for verdict in classify(model, texts)],
+            text=args.text,
+            say=remark,
+        )
+        return
+    texts = args.texts or [line for line in sys.stdin.read().splitlines() if line]
+    for text, verdict in zip(texts, classify(model, texts), strict=True):
+        if args.json:
+            print(json.dumps({"text": text, **verdict._asdict()}, ensure_ascii=False))
+        else:
+            print(f"{verdict.label} {verdict.probability:.3f}  {text}")
 
 
 def evaluate(args: argparse.Namespace) -> None:

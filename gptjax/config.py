@@ -24,12 +24,16 @@ class GPTConfig:
     tie_embeddings: bool = True  # the output head is the token embedding
     vocab_multiple: int = 1  # [V] is vocab_size rounded up to a multiple of this
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations
+    causal: bool = True  # whether later positions are hidden from earlier ones
+    n_classes: int = 0  # [C] of a classifier's head; 0: there is none
+    head_bias: bool = False  # of the classifier's head
+    pool: Literal["last", "first", "mean", "position"] = "last"  # what the head reads
     attention: Literal["auto", "plain", "xla"] = "auto"  # backend, gptjax.attention
     remat: Literal["none", "dots", "full"] = "none"  # what backward computes again
 
     def __post_init__(self) -> None:
         """Rejects shapes that cannot be built."""
-        at_least("model", self, 0, "vocab_size")
+        at_least("model", self, 0, "vocab_size n_classes")
         at_least(
             "model", self, 1, "context_length n_layers n_heads d_model vocab_multiple"
         )
@@ -89,7 +93,12 @@ class DataConfig:
 
     source: str = "python-help"  # a named data set, a prepared folder, files, a glob
     tokenizer: str = "gpt2"  # gpt2, bytes, bpe:SIZE (trained on the text), a folder
-    column: str = ""  # field of JSON and CSV rows that holds the text; "" = guess
+    text: str = ""  # field of JSON and CSV rows that holds the text; "" = guess
+    label: str = ""  # and the one that holds the class
+    split: Literal["stratified", "book"] = "stratified"  # of labelled rows
+    balance: bool = False  # cut all classes down to the size of the smallest
+    dedupe: bool = False  # leave out labelled texts that came before
+    test_fraction: float = 0.2  # of the labelled rows, looked at when all is done
     val_fraction: float = 0.1  # of the documents, held out
     val_seed: int = 0  # of the lot that picks them
     batch_size: int = 8  # [B] rows per step, all devices and micro-batches together
@@ -99,7 +108,7 @@ class DataConfig:
         """Rejects what no batch can be made of."""
         at_least("data", self, 1, "batch_size")
         at_least("data", self, 0, "val_seed")
-        fractions("data", self, "val_fraction")
+        fractions("data", self, "val_fraction test_fraction")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,8 +134,9 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long, from which seed, and what is looked at on the way."""
+    """Which task, how long, from which seed, and what is looked at on the way."""
 
+    task: Literal["pretrain", "classify"] = "pretrain"
     steps: int = 1000  # optimiser updates
     seed: int = 0  # of parameters, batches and dropout
     accumulate: int = 1  # [G] micro-batches that data.batch_size is split into
@@ -145,6 +155,23 @@ class TrainConfig:
         at_least("train", self, 0, "seed sample_tokens")
         if not self.sample_prompt:
             raise ConfigError('train.sample_prompt is empty. Give it text, e.g. "\\n".')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Where fine-tuning starts, and what it may change."""
+
+    start: str = ""  # MODEL; its shape wins over [model]. "" = random parameters
+    trainable: Literal["all", "head", "last-block", "last-two-blocks", "lora"] = "all"
+    lora_rank: int = 16
+    lora_alpha: float = 16.0  # adapters count alpha / rank times
+    lora_targets: str = "attention/* mlp/*"  # patterns of names, as in one block
+    lm_weight: float = 0.0  # of the next-token loss, added to the task's
+
+    def __post_init__(self) -> None:
+        """Rejects adapters that cannot be made."""
+        at_least("tune", self, 1, "lora_rank")
+        at_least("tune", self, 0, "lora_alpha lm_weight")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,6 +194,7 @@ class RunConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:

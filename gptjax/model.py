@@ -4,6 +4,7 @@ Dimension letters, in array names and in einsum strings alike:
 
     B batch    T query positions    S key positions    D model width
     H heads    K head width         F MLP width        V vocabulary    N layers
+    C classes
 
 Parameters are a nested dict of float32 arrays; those of the blocks are stacked on
 a first axis [N]. Numerics are GPT-2's: LayerNorm eps 1e-5, tanh-GELU, float32
@@ -77,7 +78,11 @@ class Attention(nn.Module):
             key_BSHK, value_BSHK = cache
             segment_BS = None
         mask_BTS = visible(
-            context.slot_BT, key_BSHK.shape[1], context.segment_BT, segment_BS
+            context.slot_BT,
+            key_BSHK.shape[1],
+            context.segment_BT,
+            segment_BS,
+            c.causal,
         )
         if self.is_mutable_collection("captured"):
             weight_BHTS = attention_weights(query_BTHK, key_BSHK, mask_BTS)
@@ -134,11 +139,13 @@ class GPT(nn.Module):
 
     With `stacked`, the layers are one scanned block, as in training: compile time
     does not grow with depth. Without, they are separate modules "block_0", ...,
-    as in decoding: on a CPU a scan copies every layer out of the stack.
+    as in decoding: on a CPU a scan copies every layer out of the stack. The last
+    `tail` layers can be a stack of their own, "tail", so that only they are trained.
     """
 
     config: GPTConfig
     stacked: bool = True
+    tail: int = 0
 
     @nn.compact
     def __call__(
@@ -155,19 +162,27 @@ class GPT(nn.Module):
         x_BTD += embed("position_embedding", c.context_length, 0.01)(position_BT)
         if not c.tie_embeddings and self.is_initializing():
             embed("output_embedding", c.padded_vocab_size, 0.02)(token_BT)
+        if c.n_classes and self.is_initializing():
+            Linear((c.n_classes,), use_bias=c.head_bias, name="head")(x_BTD)
         x_BTD = Dropout(c.dropout)(x_BTD).astype(dtype)
         if self.stacked:
-            x_BTD, cache = stack(c)(c, name="blocks")(x_BTD, cache, context)
+            for name, layers in (
+                ("blocks", c.n_layers - self.tail),
+                ("tail", self.tail),
+            ):
+                if layers:
+                    blocks = stack(c, layers)(c, name=name)
+                    x_BTD, cache = blocks(x_BTD, cache, context)
         else:
-            layers: list[Any] = [None] * c.n_layers if cache is None else list(cache)
+            caches: list[Any] = [None] * c.n_layers if cache is None else list(cache)
             for n in range(c.n_layers):
                 block = Block(c, name=f"block_{n}")
-                x_BTD, layers[n] = block(x_BTD, layers[n], context)
-            cache = None if cache is None else tuple(layers)
+                x_BTD, caches[n] = block(x_BTD, caches[n], context)
+            cache = None if cache is None else tuple(caches)
         return Norm(name="final_norm")(x_BTD), cache
 
 
-def stack(config: GPTConfig) -> Any:
+def stack(config: GPTConfig, layers: int) -> Any:
     """`Block` scanned over layers, recomputed in backward as `config.remat` says."""
     block = Block
     if config.remat != "none":
@@ -175,10 +190,10 @@ def stack(config: GPTConfig) -> Any:
         block = nn.remat(Block, policy=policy, prevent_cse=False)
     return nn.scan(
         block,
-        variable_axes={"params": 0, "captured": 0},
+        variable_axes={"params": 0, "adapters": 0, "captured": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),
-        length=config.n_layers,
+        length=layers,
     )
 
 
@@ -231,25 +246,29 @@ def hidden(
     position_BT: Tokens | None = None,
     segment_BT: Tokens | None = None,
     dropout_key: Key[Array, ""] | None = None,
+    adapters: Params | None = None,
     collect: bool = False,
 ) -> tuple[Residual, Params]:
     """Final hidden states [B, T, D], and the captured activations by name.
 
     Args:
         config: shape of the model.
-        params: as `init` makes them.
+        params: as `init` makes them, or with the last layers apart as "tail".
         token_BT: ids in [0, vocab_size); not checked here, where they are traced.
         position_BT: row of the position table per token; default 0, 1, ... T-1.
         segment_BT: documents of packed rows; tokens of different ones do not mix.
         dropout_key: given in training, absent otherwise.
+        adapters: what `gptjax.lora` adds to the kernels.
         collect: whether to capture activations.
     """
     slot_BT = jnp.broadcast_to(
         jnp.arange(token_BT.shape[1], dtype=jnp.int32)[None], token_BT.shape
     )
     position_BT = slot_BT if position_BT is None else position_BT
-    outputs: Any = GPT(config).apply(
-        {"params": params},
+    tail = jax.tree.leaves(params["tail"])[0].shape[0] if "tail" in params else 0
+    variables = {"params": params, **({"adapters": adapters} if adapters else {})}
+    outputs: Any = GPT(config, tail=tail).apply(
+        variables,
         token_BT,
         position_BT,
         None,
@@ -278,7 +297,7 @@ def apply(
         capture: any of "residual" (what enters each layer, [N, B, T, D]) and
             "attention" (weights, [N, B, H, T, S]): then the result is
             (logits, {name: array}).
-        **options: `position_BT`, `segment_BT`, `dropout_key` of `hidden`.
+        **options: `position_BT`, `segment_BT`, `dropout_key`, `adapters` of `hidden`.
 
     Raises:
         ConfigError: more tokens than the context holds.

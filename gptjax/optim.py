@@ -11,7 +11,10 @@ from gptjax.errors import ConfigError
 from gptjax.tree import assign, named_leaves
 
 # Radford et al. 2018 ("all non bias or gain weights"). Exact cover: see `assign`.
-DECAY = {"*kernel": True, "*embedding": True, "*bias": False, "*scale": False}
+DECAY = {
+    **{"*kernel": True, "*embedding": True, "*lora_a": True, "*lora_b": True},
+    **{"*bias": False, "*scale": False},
+}
 
 
 def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:

@@ -9,7 +9,8 @@ from gptjax.config import config_path, read_config
 from gptjax.data.named import python_help
 from gptjax.data.prepare import open_dataset
 from gptjax.evaluate import Evaluation, score_tokens
-from gptjax.pretrain import Say, pretrain
+from gptjax.pretrain import pretrain
+from gptjax.run_loop import Say
 
 
 def quickstart(folder: Path, say: Say = print) -> Evaluation:

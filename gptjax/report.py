@@ -13,6 +13,8 @@ Event = dict[str, Any]
 
 # Okabe & Ito 2008: told apart by colour-blind readers.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
+TRAIN = {"color": BLUE, "marker": "o", "markersize": 3}
+VALIDATION = {"color": ORANGE, "linestyle": "-.", "marker": "o", "markersize": 3}
 
 
 def write_event(path: Path, kind: str, step: int, **values: Any) -> None:
@@ -55,21 +57,42 @@ def trim_events(path: Path, step: int) -> None:
     new.replace(path)
 
 
-def series(events: Sequence[Event], kind: str, name: str) -> tuple[list, list]:
-    """Steps and values of one number of one kind of event."""
-    found = [e for e in events if e["event"] == kind and e.get(name) is not None]
-    return [e["step"] for e in found], [e[name] for e in found]
+def series(
+    events: Sequence[Event], kind: str, name: str, split: str | None = None
+) -> tuple[list, list]:
+    """Steps and values of one number of one kind of event.
+
+    Args:
+        events: of a run.
+        kind: of event.
+        name: of the number.
+        split: of the data that it was measured on; an event that names none is of
+            "validation", and None takes all.
+    """
+    found = [
+        event
+        for event in events
+        if event["event"] == kind
+        and event.get(name) is not None
+        and split in (None, event.get("split", "validation"))
+    ]
+    return [event["step"] for event in found], [event[name] for event in found]
 
 
-def loss_figure(events: Sequence[Event], tokens_per_step: int) -> Figure:
-    """Training and validation loss over steps, tokens seen on the second axis."""
-    figure, axes = new_figure("step", "loss (nats per token)")
+def loss_figure(events: Sequence[Event], per_step: int, unit: str = "token") -> Figure:
+    """Training and validation loss over steps, tokens seen on the second axis.
+
+    Args:
+        events: of a run.
+        per_step: units in one step.
+        unit: what the loss is a mean over, "token" or "example".
+    """
+    figure, axes = new_figure("step", f"loss (nats per {unit})")
     steps, losses = series(events, "train", "loss")
     axes.plot(steps, losses, color=BLUE, linewidth=1, label="train")
-    steps, losses = series(events, "eval", "loss")
+    steps, losses = series(events, "eval", "loss", "validation")
     if losses:
-        style = {"color": ORANGE, "linestyle": "-.", "marker": "o", "markersize": 3}
-        axes.plot(steps, losses, label="validation", **style)
+        axes.plot(steps, losses, label="validation", **VALIDATION)
         best = min(range(len(losses)), key=losses.__getitem__)
         note = f"best {losses[best]:.3f}"
         axes.annotate(
@@ -81,12 +104,17 @@ def loss_figure(events: Sequence[Event], tokens_per_step: int) -> Figure:
             color=ORANGE,
         )
     axes.legend(frameon=False)
-    tokens = axes.secondary_xaxis(
-        "top", functions=(lambda s: s * tokens_per_step, lambda t: t / tokens_per_step)
-    )
-    tokens.set_xlabel("tokens seen")
-    tokens.xaxis.set_major_formatter(lambda value, _: short(value))
+    add_seen_axis(axes, per_step, unit)
     return figure
+
+
+def add_seen_axis(axes: Any, per_step: int, unit: str) -> None:
+    """Says above the picture how many units had been seen by each step."""
+    seen = axes.secondary_xaxis(
+        "top", functions=(lambda step: step * per_step, lambda seen: seen / per_step)
+    )
+    seen.set_xlabel(f"{unit}s seen")
+    seen.xaxis.set_major_formatter(lambda value, _: short(value))
 
 
 def lr_figure(events: Sequence[Event]) -> Figure:

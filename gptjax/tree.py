@@ -1,7 +1,7 @@
 """Parameters spoken of by name: tables of rules instead of branches."""
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +45,35 @@ def assign(tree: Any, rules: Mapping[str, Any]) -> Any:
     if idle := sorted(set(rules) - used):
         raise ValueError(f"rules that match no parameter: {idle}.")
     return result
+
+
+def partition(tree: Any, patterns: Sequence[str]) -> tuple[Any, Any]:
+    """The nested dict in two: leaves whose names match a pattern, and the others.
+
+    >>> partition({"head": {"bias": 1}, "norm": {"bias": 2}}, ["head/*"])
+    ({'head': {'bias': 1}}, {'norm': {'bias': 2}})
+    """
+    parts: tuple[Any, Any] = {}, {}
+    for name, leaf in named_leaves(tree).items():
+        hit = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        *path, last = name.split("/")
+        place = parts[0 if hit else 1]
+        for key in path:
+            place = place.setdefault(key, {})
+        place[last] = leaf
+    return parts
+
+
+def merge(one: Any, other: Any) -> Any:
+    """The nested dict of all leaves of both; the inverse of `partition`.
+
+    >>> merge({"head": {"bias": 1}}, {"head": {"kernel": 3}, "norm": {"bias": 2}})
+    {'head': {'bias': 1, 'kernel': 3}, 'norm': {'bias': 2}}
+    """
+    merged = dict(one)
+    for key, value in other.items():
+        merged[key] = merge(merged[key], value) if key in merged else value
+    return merged
 
 
 def count(tree: Any) -> int:

@@ -166,3 +166,35 @@ def test_the_tokenizer_of_an_export_is_ours(pair):
 
     assert theirs.encode(text) == model.tokenizer.encode(text)
     assert theirs.eos_token_id == model.tokenizer.eot
+
+
+def test_an_exported_classifier_has_the_same_probabilities(torch, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = GPTConfig.preset("gpt2", n_layers=2, n_heads=2, d_model=64, n_classes=3)
+    params = jax.tree.map(lambda x: 5 * x, gptjax.init(config, jax.random.key(0)))
+    tokenizer = gptjax.tokenizer.load("gpt2")
+    model = Model(config, params, tokenizer, ("ham", "spam", "other"))
+    export(model, "hf", tmp_path / "out")
+    texts = [
+        "You won a prize!",
+        "See you at six",
+        "a longer text of several words, " * 9,
+    ]
+
+    peer, about = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    rows = [tokenizer.encode(text) for text in texts]
+    longest = max(map(len, rows))
+    padded = torch.tensor([row + [50_256] * (longest - len(row)) for row in rows])
+    with torch.no_grad():
+        theirs = peer.eval()(padded, attention_mask=(padded != 50_256).long()).logits
+    theirs = theirs.softmax(-1).numpy()
+
+    assert not any(about[kind] for kind in ("missing_keys", "unexpected_keys"))
+    for verdict, row in zip(gptjax.classify(model, texts), theirs, strict=True):
+        np.testing.assert_allclose([*verdict.probabilities.values()], row, atol=1e-5)
+        assert peer.config.id2label[int(row.argmax())] == verdict.label
+    again = gptjax.load(tmp_path / "out")
+    assert again.labels == model.labels
+    jax.tree.map(np.testing.assert_array_equal, again.params, params)

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax import checkpoint, pretrain, report
+from gptjax import checkpoint, pretrain, report, run_loop
 from gptjax.config import RunConfig, build
 from gptjax.errors import ConfigError, DataError, ModelError
+from gptjax.run_folder import settle_config
+from gptjax.stopping import Stopped
 
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(300))
 
@@ -114,15 +116,15 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one_bit_for_bit(
 ):
     config, folder, model, _ = unbroken
     stopped = tmp_path / "run"
-    forward = pretrain.train_event
+    forward = run_loop.train_event
 
     def interrupting(run, done, *rest):
         if done == step:
             signal.raise_signal(signal.SIGTERM)
         return forward(run, done, *rest)
 
-    monkeypatch.setattr(pretrain, "train_event", interrupting)
-    with pytest.raises(pretrain.Stopped):
+    monkeypatch.setattr(run_loop, "train_event", interrupting)
+    with pytest.raises(Stopped):
         pretrain.pretrain(config, stopped)
     monkeypatch.undo()
     saved = checkpoint.saved_steps(stopped / "checkpoints")[-1]
@@ -157,7 +159,7 @@ def test_a_changed_config_is_refused_with_the_difference(unbroken):
 def test_a_signal_ends_the_command_with_75_and_everything_saved(tmp_path, number):
     config = make_config(tmp_path, train__steps=100_000)
     (tmp_path / "run").mkdir()
-    pretrain.settle_config(tmp_path, config)
+    settle_config(tmp_path, config)
     command = [sys.executable, "-m", "gptjax", "train", str(tmp_path / "config.toml")]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(

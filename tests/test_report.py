@@ -53,7 +53,7 @@ def test_trimming_keeps_what_was_written_up_to_a_step(tmp_path):
 def test_pictures_and_report_show_what_the_events_say(tmp_path):
     path = write_run(tmp_path)
 
-    figure = report.loss_figure(report.read_events(path), tokens_per_step=512)
+    figure = report.loss_figure(report.read_events(path), 512)
     train, validation = figure.axes[0].get_lines()
     report.write_pictures(tmp_path, 512)
     report.write_report(tmp_path, "Run x", ["plan line"])
@@ -66,6 +66,19 @@ def test_pictures_and_report_show_what_the_events_say(tmp_path):
     assert "plan line" in text
     assert "| 20 | 0.3333 |" in text
     assert text.count("```") == 4
+
+
+def test_the_validation_curve_leaves_out_other_splits(tmp_path):
+    path = write_run(tmp_path)  # whose own event names no split
+    for step, split in enumerate(("validation", "train", "test")):
+        report.write_event(path, "eval", 30 + step, split=split, loss=1.0 + step)
+
+    events = report.read_events(path)
+    _, validation = report.loss_figure(events, 512).axes[0].get_lines()
+
+    assert list(validation.get_xdata()) == [20, 30]
+    assert list(validation.get_ydata()) == [1 / 3, 1.0]
+    assert report.series(events, "eval", "loss")[0] == [20, 30, 31, 32]
 
 
 def test_events_are_one_json_object_per_line(tmp_path):

@@ -103,7 +103,7 @@ def open_dataset(config: DataConfig, folder: Path) -> Dataset:
         folder,
         val_fraction=config.val_fraction,
         seed=config.val_seed,
-        column=config.column,
+        column=config.text,
     )
     return open_prepared(folder, "")
 

@@ -179,22 +179,45 @@ DECODER = json.JSONDecoder(object_pairs_hook=unique, parse_constant=no_number)
 
 def csv_rows(file: BufferedIOBase, path: Path) -> Iterator[Row]:
     """Each row under the names of the first one; a field may span lines."""
+    names = None
+    for line, fields in field_lists(file, path):
+        if names is None:
+            names = fields
+            if len(set(names)) < len(names):
+                raise DataError(f"{path}:1: a column name appears twice: {names}.")
+        elif fields:  # not a blank line
+            if len(fields) != len(names):
+                raise DataError(
+                    f"{path}:{line}: {len(fields)} fields under {len(names)} "
+                    'column names. Quote text that holds commas: "a, b".'
+                )
+            yield line, dict(zip(names, fields, strict=True))
+
+
+def field_lists(
+    file: BufferedIOBase, path: Path, delimiter: str = ",", strict: bool = True
+) -> Iterator[tuple[int, list[str]]]:
+    """(line it starts in, fields) of each row, none for a blank line.
+
+    Args:
+        file: to read.
+        path: its name, for errors.
+        delimiter: between fields.
+        strict: text after a closing quote mark is an error, not a part of the field.
+    """
     csv.field_size_limit(LINE_BYTES)  # of the process; 131,072 where nobody sets it
-    reader = csv.reader((text for _, text in read_lines(file, path)), strict=True)
-    names, line = None, 1
+    # No text holds a NUL, so that this last row stands alone unless a quote is open.
+    end = "\0"
+    lines = itertools.chain((text for _, text in read_lines(file, path)), [end])
+    reader = csv.reader(lines, delimiter=delimiter, strict=strict)
+    line = 1
     try:
         for fields in reader:
-            if names is None:
-                names = fields
-                if len(set(names)) < len(names):
-                    raise DataError(f"{path}:1: a column name appears twice: {names}.")
-            elif fields:  # not a blank line
-                if len(fields) != len(names):
-                    raise DataError(
-                        f"{path}:{line}: {len(fields)} fields under {len(names)} "
-                        'column names. Quote text that holds commas: "a, b".'
-                    )
-                yield line, dict(zip(names, fields, strict=True))
+            if fields and fields[-1].endswith(end):
+                if reader.line_num > line:
+                    raise csv.Error("a quote mark is never closed")
+                return
+            yield line, fields
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}:{line}: not CSV: {error}.") from error

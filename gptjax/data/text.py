@@ -134,7 +134,7 @@ def guess_column(row: Any, place: str) -> str:
         return strings[0]
     raise DataError(
         f"{place}: cannot tell which column holds the text; columns of strings: "
-        f"{', '.join(strings) or 'none'}. Name one: --column NAME (data.column)."
+        f"{', '.join(strings) or 'none'}. Name one: --column NAME (data.text)."
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.classifier import class_logits
 from gptjax.config import suggestion
 from gptjax.errors import ConfigError, ModelError
 from gptjax.model import apply
@@ -81,8 +82,11 @@ def compare(model: Model, again: Model) -> float:
     length = min(CHECK_TOKENS, model.config.context_length)
     rng = np.random.default_rng(0)
     token_BT = jnp.asarray(rng.integers(model.config.vocab_size, size=(1, length)))
+    length_B = jnp.array([length // 2 + 1])
     ours, theirs = (
-        apply(m.config, m.params, token_BT)[..., : model.config.vocab_size]
+        class_logits(m.config, m.params, token_BT, length_B)
+        if model.labels
+        else apply(m.config, m.params, token_BT)[..., : model.config.vocab_size]
         for m in (model, again)
     )
     difference = float(np.abs(np.asarray(ours) - np.asarray(theirs)).max())
@@ -101,6 +105,8 @@ def tensors(model: Model, layout: str) -> dict[str, np.ndarray]:
     leaves = {n: np.asarray(leaf) for n, leaf in named_leaves(model.params).items()}
     for name in {table, head} & set(leaves):
         leaves[name] = leaves[name][: c.vocab_size]
+    if model.labels:
+        leaves.pop(head, None)  # their classifiers predict no tokens
     if layout == "book" and c.tie_embeddings:
         leaves[head] = leaves[table]
     if layout == "hf" and not c.qkv_bias:  # GPT-2 has them, so they are 0
@@ -112,8 +118,18 @@ def tensors(model: Model, layout: str) -> dict[str, np.ndarray]:
 
 
 def write_hf(model: Model, folder: Path) -> None:
-    """Everything that transformers wants but the tokenizer."""
+    """Everything that transformers wants but the tokenizer.
+
+    Raises:
+        ModelError: a classifier that transformers has no name for.
+    """
     c, eot = model.config, model.tokenizer.eot
+    if model.labels and (c.pool != "last" or c.head_bias or not c.causal):
+        raise ModelError(
+            f"a classifier with model.pool={c.pool!r}, model.head_bias={c.head_bias} "
+            f"and model.causal={c.causal} is none that transformers has: it needs "
+            "pool='last', no bias, and causal attention. Train one like that."
+        )
     about = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -132,6 +148,13 @@ def write_hf(model: Model, folder: Path) -> None:
         "eos_token_id": eot,
         "dtype": "float32",
     }
+    if model.labels:
+        about |= {
+            "architectures": ["GPT2ForSequenceClassification"],
+            "id2label": {str(n): label for n, label in enumerate(model.labels)},
+            "label2id": {label: n for n, label in enumerate(model.labels)},
+            "pad_token_id": eot,  # the row ends before the first one
+        }
     arrays = tensors(model, "hf")
     prefixed = {
         name if name == "lm_head.weight" else f"transformer.{name}": array
@@ -145,8 +168,17 @@ def write_hf(model: Model, folder: Path) -> None:
 
 
 def write_book(model: Model, folder: Path) -> None:
-    """The state dict, and the dictionary that the book calls GPT_CONFIG."""
+    """The state dict, and the dictionary that the book calls GPT_CONFIG.
+
+    Raises:
+        ModelError: the model is a classifier.
+    """
     c = model.config
+    if model.labels:
+        raise ModelError(
+            "a classifier cannot be exported to the book's names, which have no place "
+            "for its labels. Use --to hf."
+        )
     about = {
         "vocab_size": c.vocab_size,
         "context_length": c.context_length,
@@ -171,21 +203,25 @@ def write_json(path: Path, about: dict[str, Any]) -> None:
 def model_card(model: Model) -> str:
     """The README.md of an exported folder."""
     c = model.config
+    task, auto, what = "text-generation", "AutoModelForCausalLM", "A GPT-2"
+    if model.labels:
+        task, auto = "text-classification", "AutoModelForSequenceClassification"
+        what = f"A classifier ({', '.join(model.labels)}) on GPT-2"
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 tags: [gpt2, gptjax]
 ---
 
-# A GPT-2 of {count(model.params):,} parameters
+# {what} of {count(model.params):,} parameters
 
 {c.n_layers} layers, {c.n_heads} heads, width {c.d_model}, context {c.context_length},
 {c.vocab_size:,} tokens ({model.tokenizer.name}). Written by gptjax.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, {auto}
 
-model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+model = {auto}.from_pretrained("THIS FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
 ```
 """

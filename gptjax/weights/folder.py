@@ -31,6 +31,7 @@ class Model:
     config: GPTConfig
     params: Params = dataclasses.field(repr=False)
     tokenizer: Tokenizer = dataclasses.field(repr=False)
+    labels: tuple[str, ...] = ()  # of a classifier, by class
 
     @functools.cached_property
     def layers(self) -> Params:
@@ -75,6 +76,7 @@ def write_files(model: Model, folder: Path) -> None:
     about = {
         "format": FORMAT,
         "model": dataclasses.asdict(model.config),
+        "labels": list(model.labels),
         "tokenizer": {"name": model.tokenizer.name, "hash": model.tokenizer.hash},
     }
     (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")

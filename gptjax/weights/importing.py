@@ -44,7 +44,8 @@ def load(name: str | Path, say: Say = lambda line: None) -> Model:
         ModelError: nothing of that name, or files that are damaged or do not agree.
     """
     source = open_source(find(name, say), say)
-    return Model(source.config, read_params(source), source.tokenizer)
+    params = read_params(source)
+    return Model(source.config, params, source.tokenizer, source.labels)
 
 
 def find(name: str | Path, say: Say) -> Path:
@@ -183,8 +184,16 @@ def own_source(path: Path, files: Tensors, about: Mapping[str, Any]) -> Source:
             f"model was trained with {due[:12]}. Put its own tokenizer files back."
         )
     tokenizer = dataclasses.replace(tokenizer, name=name)
+    labels = about.get("labels", [])
+    if not (isinstance(labels, list) and all(isinstance(x, str) for x in labels)):
+        raise ModelError(f"{place}: labels={labels!r} is no list of names.")
+    if len(labels) != config.n_classes:
+        raise ModelError(
+            f"{place} has {len(labels)} labels for {config.n_classes} classes. Copy it "
+            "again."
+        )
     rows = config.padded_vocab_size
-    return Source("gptjax", str(path), config, tokenizer, files, rows)
+    return Source("gptjax", str(path), config, tokenizer, files, rows, tuple(labels))
 
 
 # What our model computes; a file that says otherwise is of another model.
@@ -223,7 +232,28 @@ def hf_source(path: Path, files: Any, about: Mapping[str, Any], say: Say) -> Sou
             f"{place}: n_inner={about['n_inner']!r}, but gptjax's MLP is 4 times the "
             f"width, {config.mlp_width}. This shape cannot be imported."
         )
-    return settled("hf", path, config, files, say)
+    source = settled("hf", path, config, files, say)
+    if "score.weight" not in files.tensors:
+        return source
+    labels = labels_of(place, about)
+    config = dataclasses.replace(
+        source.config, n_classes=len(labels), tie_embeddings=True
+    )
+    return dataclasses.replace(source, config=config, labels=labels)
+
+
+def labels_of(place: Path, about: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the classes of a classifier of transformers."""
+    table = about.get("id2label")
+    if isinstance(table, dict) and table:
+        labels = [table.get(str(n)) for n in range(len(table))]
+        names = tuple(label for label in labels if isinstance(label, str))
+        if len(names) == len(labels):
+            return names
+    raise ModelError(
+        f"{place}: id2label={table!r} does not name the classes 0, 1, ... of the "
+        "model. Correct it, or copy the file again."
+    )
 
 
 def openai_source(path: Path, say: Say) -> Source:

@@ -20,6 +20,7 @@ position_embedding/embedding  wpe.weight      model/wpe     pos_emb.weight
 output_embedding/embedding    lm_head.weight  -             out_head.weight
 final_norm/scale              ln_f.weight     model/ln_f/g  final_norm.scale
 final_norm/bias               ln_f.bias       model/ln_f/b  final_norm.shift
+head/kernel                   score.weight^T  -             -
 """
 STACKED = """
 attention_norm/scale    ln_1.weight            ln_1/g            norm1.scale

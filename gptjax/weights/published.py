@@ -52,7 +52,8 @@ def import_model(name: str, out: Path, say: Say) -> Model:
     if out.exists():
         raise ModelError(f"{out} is there already. Name another with --out.")
     source = open_source(find(name, say), say)
-    model = Model(source.config, read_params(source), source.tokenizer)
+    params = read_params(source)
+    model = Model(source.config, params, source.tokenizer, source.labels)
     say(
         f"read     {source.place} ({source.layout}): {len(source.files.tensors)} "
         f"tensors, {count(model.params):,} parameters"

@@ -45,6 +45,7 @@ class Source:
     tokenizer: Tokenizer
     files: Tensors
     rows: int  # of the file's token table; those beyond the vocabulary are left out
+    labels: tuple[str, ...] = ()  # of a classifier
 
 
 def read_params(source: Source) -> Params:

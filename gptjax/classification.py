@@ -1,0 +1,332 @@
+"""Fine-tuning into a classifier: labelled texts and a config in, a model out."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import budget, report
+from gptjax import tokenizer as tokenizers
+from gptjax.classifier import class_nats, head_logits, read
+from gptjax.config import GPTConfig, RunConfig
+from gptjax.data.folds import describe, split_rows
+from gptjax.data.labelled import Labelled, read_labelled, select
+from gptjax.data.labelled_batches import LabelledBatches
+from gptjax.errors import ConfigError
+from gptjax.lora import merged
+from gptjax.loss import weighted_nats
+from gptjax.model import Params, init, output_table
+from gptjax.optim import make_optimizer
+from gptjax.prediction import ROWS, Judged, judge, sizes_of
+from gptjax.report_classes import Mistake, write_classification
+from gptjax.run_loop import Run, Say, Task, device_line, length_line, train_run
+from gptjax.tokenizer import Tokenizer
+from gptjax.train import TrainState, init_state, make_train_step
+from gptjax.trainable import join_tail, joined, parted
+from gptjax.tree import count
+from gptjax.weights.folder import Model, save
+from gptjax.weights.importing import load
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+
+
+class Sets(NamedTuple):
+    """What a run reads."""
+
+    rows: dict[str, Labelled]  # by split
+    ids: dict[str, list[list[int]]]
+    tokenizer: Tokenizer
+    detected: str  # a line about the file
+    cut: int  # rows that are longer than the context
+
+
+def train_classifier(config: RunConfig, folder: Path, say: Say = print) -> Model:
+    """Fine-tunes as `config` says in the run folder `folder`, or goes on.
+
+    The model of the step that did best on the validation rows is kept, and only it
+    is shown the test rows.
+
+    Raises:
+        GptjaxError: data, config or folder cannot be used.
+        Stopped: a signal came; the same call goes on later.
+    """
+    found: list[Sets] = []
+
+    def make(run: Run) -> tuple[Run, Task]:
+        run, task, sets = make_task(run)
+        found.append(sets)
+        return run, task
+
+    run, task, _ = train_run(config, folder, say, make)
+    model = load(folder / "model")
+    finish(run, task, model, found[0])
+    return model
+
+
+def make_task(run: Run) -> tuple[Run, Task, Sets]:
+    """Classification as the loop wants it, and what it reads."""
+    c = run.config
+    start = load(c.tune.start, run.say) if c.tune.start else None
+    sets = read_sets(c, start)
+    names = sets.rows[TRAIN].names
+    c = dataclasses.replace(c, model=settled_model(c.model, start, sets, len(names)))
+    run = dataclasses.replace(run, config=c)
+    key = jax.random.key(c.train.seed)
+    trained, frozen = parted(c, starting_params(c.model, start, key), key)
+    optimizer = make_optimizer(c.optim, c.train.steps)
+    batches = LabelledBatches(
+        sets.ids[TRAIN],
+        sets.rows[TRAIN].labels,
+        c.data.batch_size,
+        sizes_of(c.model),
+        sets.tokenizer.eot,
+        c.train.seed,
+    )
+
+    def model_of(state: TrainState) -> Model:
+        params = whole(c, state.params, frozen)
+        return Model(c.model, params, sets.tokenizer, names)
+
+    def stream(first: int, stop: int) -> Iterator[Any]:
+        return (batches.batch_at(n) for n in range(first, stop))
+
+    def step(state: TrainState, batch: Any, frozen: Any) -> Any:
+        loss_fn = functools.partial(loss, c, frozen)
+        return make_train_step(loss_fn, optimizer, c.train.accumulate)(state, batch)
+
+    tokens = sum(map(len, sets.ids[TRAIN])) / len(sets.ids[TRAIN])
+    task = Task(
+        fresh=init_state(trained, optimizer, key),
+        step=step,
+        batches=stream,
+        tokens_per_step=tokens * c.data.batch_size,
+        evaluate=make_evaluate(run, sets, model_of),
+        facts={"tokenizer": {"name": sets.tokenizer.name, "hash": sets.tokenizer.hash}},
+        plan=plan_lines(run, sets, batches, count(trained), count(frozen)),
+        fixed=(frozen,),
+    )
+    return run, task, sets
+
+
+def read_sets(c: RunConfig, start: Model | None) -> Sets:
+    """The labelled rows of each split, as text and as tokens."""
+    data, detected = read_labelled(c.data.source, c.data.text, c.data.label)
+    rows = split_rows(
+        data,
+        c.data.split,
+        val_fraction=c.data.val_fraction,
+        test_fraction=c.data.test_fraction,
+        seed=c.data.val_seed,
+        balance=c.data.balance,
+        dedupe=c.data.dedupe,
+    )
+    name = c.data.tokenizer
+    if start is not None:
+        tokenizer = start.tokenizer
+    elif name.startswith("bpe:"):
+        size = name.removeprefix("bpe:")
+        if not size.isdecimal():
+            raise ConfigError(f"tokenizer {name!r} has no size. Write bpe:2048.")
+        tokenizer = tokenizers.train(rows[TRAIN].texts, int(size), name)
+    else:
+        tokenizer = tokenizers.load(name)
+    longest = c.model.context_length
+    if start is not None:
+        longest = min(longest, start.config.context_length)
+    ids, cut = {}, 0
+    for split, part in rows.items():
+        every = [tokenizer.encode(text) for text in part.texts]
+        cut += sum(len(row) > longest for row in every)
+        ids[split] = [row[:longest] for row in every]
+    return Sets(rows, ids, tokenizer, detected, cut)
+
+
+def settled_model(
+    config: GPTConfig, start: Model | None, sets: Sets, classes: int
+) -> GPTConfig:
+    """The shape of the run's model: that of its start, with a head for the classes."""
+    if config.n_classes not in (0, classes):
+        raise ConfigError(
+            f"model.n_classes={config.n_classes} does not fit the data, which have "
+            f"{classes} labels. Leave the option out."
+        )
+    if start is None:
+        size = sets.tokenizer.vocab_size
+        return dataclasses.replace(config, n_classes=classes, vocab_size=size)
+    own = ["dropout", "causal", "head_bias", "pool", "dtype", "attention", "remat"]
+    return dataclasses.replace(
+        start.config,
+        context_length=min(config.context_length, start.config.context_length),
+        n_classes=classes,
+        **{name: getattr(config, name) for name in own},
+    )
+
+
+def starting_params(config: GPTConfig, start: Model | None, key: Any) -> Params:
+    """Fresh parameters, or those of the start with a fresh head."""
+    fresh = jax.jit(lambda key: init(config, key))(key)
+    if start is None:
+        return fresh
+    params = dict(start.params)
+    table = params["position_embedding"]["embedding"][: config.context_length]
+    return {
+        **params,
+        "position_embedding": {"embedding": table},
+        "head": fresh["head"],
+    }
+
+
+def loss(
+    c: RunConfig, frozen: Params, trained: Params, batch: Any, key: Any
+) -> tuple[Any, Any]:
+    """Nats of the right classes, plus the next-token loss as `tune.lm_weight` says."""
+    params, adapters = joined(c, trained, frozen)
+    tokens, lengths = batch["tokens"], batch["lengths"]
+    dropout_key = key if c.model.dropout else None
+    x_BTD, _ = read(
+        c.model, params, tokens, lengths, dropout_key=dropout_key, adapters=adapters
+    )
+    logit_BC = head_logits(c.model, params, x_BTD, lengths)
+    nats, weight = class_nats(logit_BC, batch["classes"], batch["weights"])
+    if c.tune.lm_weight:
+        place_BT = jnp.arange(tokens.shape[1])[None]
+        inside_BT = (place_BT < lengths[:, None] - 1) & (batch["weights"][:, None] > 0)
+        counted_BT = inside_BT.astype(jnp.float32)
+        target_BT = jnp.roll(tokens, -1, axis=1)
+        table_VD = output_table(c.model, params)
+        lm_nats = weighted_nats(
+            c.model, x_BTD, table_VD, target_BT, counted_BT, c.train.loss_chunk
+        )
+        # A mean over tokens that counts as often as there are texts.
+        nats += c.tune.lm_weight * weight * lm_nats / jnp.maximum(counted_BT.sum(), 1)
+    return nats, weight
+
+
+def whole(c: RunConfig, trained: Params, frozen: Params) -> Params:
+    """The parameters of the model that a state stands for, adapters merged."""
+    params, adapters = joined(c, trained, frozen)
+    params = join_tail(params)
+    return merged(params, adapters) if adapters else params
+
+
+def make_evaluate(
+    run: Run, sets: Sets, model_of: Callable[[TrainState], Model]
+) -> Callable[[TrainState, int, bool], str]:
+    """Judges the validation rows and some of the training rows; keeps the best model.
+
+    Better is a higher accuracy, and of two that are equal the lower loss.
+    """
+    most = run.config.train.eval_batches * ROWS
+    some = np.linspace(0, len(sets.ids[TRAIN]) - 1, most).round().astype(int)
+    some = np.unique(some).tolist()
+
+    def score(model: Model, split: str, done: int, rows: list[int] | None) -> Judged:
+        data, ids = sets.rows[split], sets.ids[split]
+        if rows is not None:
+            data, ids = select(data, rows), [ids[n] for n in rows]
+        result = judge(model, data, ids)
+        write_judged(run, split, done, result)
+        return result
+
+    def evaluate(state: TrainState, done: int, last: bool) -> str:
+        model = model_of(state)
+        score(model, TRAIN, done, None if last else some)
+        before = [
+            (event["accuracy"], -event["loss"])
+            for event in report.read_events(run.metrics)
+            if event["event"] == "eval" and event["split"] == VALIDATION
+        ]
+        result = score(model, VALIDATION, done, None)
+        if (result.scores.accuracy, -result.nats) > max(before, default=(-1.0, 0.0)):
+            save(model, run.folder / "model")
+        return f"val {result.nats:.4f} acc {result.scores.accuracy:.1%}"
+
+    return evaluate
+
+
+def write_judged(run: Run, split: str, done: int, result: Judged) -> None:
+    """Writes an evaluation to the metrics."""
+    found = result.scores
+    report.write_event(
+        run.metrics,
+        "eval",
+        done,
+        split=split,
+        loss=result.nats,
+        accuracy=found.accuracy,
+        macro_f1=found.macro_f1,
+        balanced_accuracy=found.balanced_accuracy,
+    )
+
+
+def plan_lines(
+    run: Run, sets: Sets, batches: LabelledBatches, trained: int, frozen: int
+) -> list[str]:
+    """The block that says what will happen, before anything does."""
+    c, data = run.config, sets.rows
+    steps, rows = c.train.steps, c.data.batch_size
+    lengths = sorted({size for size, _ in batches.plan(0)})
+    cut = f"; {sets.cut} are longer than the context and cut" if sets.cut else ""
+    return [
+        f"run      {run.folder}",
+        f"data     {sets.detected}",
+        *describe(data),
+        f"model    {budget.parameter_count(c.model):,} parameters: "
+        f"{c.model.n_layers} layers, {c.model.n_heads} heads, width {c.model.d_model}, "
+        f"from {c.tune.start or 'random ones'}",
+        f"trained  {trained:,} parameters ({c.tune.trainable}), {frozen:,} frozen",
+        f"step     {rows} rows of up to {', '.join(map(str, lengths))} tokens, so "
+        f"{len(lengths)} programs{cut}",
+        length_line(steps, steps / batches.steps_per_epoch),
+        device_line(),
+    ]
+
+
+def finish(run: Run, task: Task, model: Model, sets: Sets) -> None:
+    """Shows the best model the test rows; writes pictures and report.md."""
+    split = TEST if TEST in sets.rows else VALIDATION
+    data, ids = sets.rows[split], sets.ids[split]
+    result = judge(model, data, ids)
+    done = run.config.train.steps
+    seen = report.read_events(run.metrics)
+    if split == TEST and not any(e.get("split") == TEST for e in seen):
+        write_judged(run, TEST, done, result)
+    best_N = result.chance_NC.argmax(axis=-1)
+    wrong = [n for n, label in enumerate(data.labels) if best_N[n] != label]
+    wrong.sort(key=lambda n: -result.chance_NC[n, best_N[n]])
+    mistakes = [
+        Mistake(
+            data.texts[n],
+            data.names[data.labels[n]],
+            data.names[best_N[n]],
+            float(result.chance_NC[n, best_N[n]]),
+        )
+        for n in wrong
+    ]
+    found = result.scores
+    text = (
+        f"{split} accuracy {found.accuracy:.4f}, macro-F1 {found.macro_f1:.4f}, "
+        f"balanced accuracy {found.balanced_accuracy:.4f} on {len(ids):,} texts "
+        f"(the most frequent label alone: {majority(data):.4f})"
+    )
+    write_classification(
+        run.folder,
+        plan=task.plan,
+        result=text,
+        matrix=result.matrix_CC,
+        names=data.names,
+        mistakes=mistakes,
+        examples_per_step=run.config.data.batch_size,
+    )
+    run.say(f"done     {text}")
+    run.say(f"wrote    {run.folder}/model (best on validation), report.md, pictures")
+
+
+def majority(data: Labelled) -> float:
+    """Accuracy of always saying the most frequent label."""
+    return max(map(data.labels.count, set(data.labels))) / len(data.labels)

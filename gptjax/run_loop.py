@@ -1,0 +1,236 @@
+"""The loop of a run, whatever it trains: log, evaluate, sample, save, stop, resume."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gptjax import budget, checkpoint, report
+from gptjax.config import RunConfig
+from gptjax.optim import learning_rates
+from gptjax.run_folder import command_line, open_folder, settle_config, write_meta
+from gptjax.stopping import Stopped, Stopwatch, stop_signal
+from gptjax.train import Metrics, TrainState, TrainStep, steps
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the parts of one run share; nothing in it changes."""
+
+    config: RunConfig
+    folder: Path
+    say: Say
+
+    @property
+    def metrics(self) -> Path:
+        """Where events go."""
+        return self.folder / "metrics.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What one kind of training brings to the loop."""
+
+    fresh: TrainState  # before the first step
+    step: Callable[..., Any]  # (state, batch, *fixed) -> (state, metrics), pure
+    batches: Callable[[int, int], Iterator[Any]]  # of steps from, to before
+    tokens_per_step: float
+    # (state, finished steps, whether it is the last time) -> what the line says of it
+    evaluate: Callable[[TrainState, int, bool], str]
+    facts: dict[str, Any]  # for meta.json: what the run reads
+    plan: list[str]  # lines for people, before anything happens
+    sample: Callable[[TrainState, int], None] | None = None
+    fixed: tuple[Any, ...] = ()  # arguments of `step` that no step changes
+
+
+def train_run(
+    config: RunConfig,
+    folder: Path,
+    say: Say,
+    make_task: Callable[[Run], tuple[Run, Task]],
+) -> tuple[Run, Task, TrainState]:
+    """Trains in the run folder to the last step, or goes on where it ended.
+
+    Args:
+        config: of the run; a folder that holds another one is refused.
+        folder: made if it is not there.
+        say: gets each line for the user.
+        make_task: reads the data; returns the run with its config settled by them.
+
+    Raises:
+        GptjaxError: data, config or folder cannot be used.
+        Stopped: SIGINT or SIGTERM came; the same call goes on later.
+    """
+    open_folder(folder)
+    with stop_signal() as stopping:
+        run, task = make_task(Run(config, folder, say))
+        settle_config(folder, run.config)
+        state, first = resumed(run, task.fresh)
+        if not first:
+            write_meta(folder, command_line(), task.facts)
+            for text in task.plan:
+                say(text)
+        if first < run.config.train.steps:
+            state = loop(run, task, state, stopping)
+    return run, task, state
+
+
+def saved_part(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds; the key follows from the config."""
+    return {
+        "step": state.step,
+        "params": state.params,
+        "opt_state": state.opt_state,
+        "skipped": state.skipped,
+    }
+
+
+def resumed(run: Run, fresh: TrainState) -> tuple[TrainState, int]:
+    """The newest saved state, or the fresh one; and its number of finished steps."""
+    folder = run.folder / "checkpoints"
+    step, complaints = checkpoint.latest(folder)
+    for complaint in complaints:
+        run.say(complaint)
+    if step is None:
+        run.metrics.unlink(missing_ok=True)  # of a start that saved nothing
+        return fresh, 0
+    tree = checkpoint.restore(folder, step, saved_part(fresh))
+    report.trim_events(run.metrics, step)
+    if step < run.config.train.steps:
+        report.write_event(run.metrics, "resume", step)
+        run.say(f"resumed  {run.folder} after step {step}")
+    return fresh._replace(**tree), step
+
+
+def loop(
+    run: Run, task: Task, state: TrainState, stopping: Callable[[], bool]
+) -> TrainState:
+    """Trains to the last step; logs, evaluates, samples and saves on the way."""
+    c, train, done = run.config, run.config.train, int(state.step)
+    rates = learning_rates(c.optim, train.steps)
+    if not done and task.sample:
+        task.sample(state, 0)
+    step = compiled_by_shape(run.say, task)
+    watch, logged, validation = Stopwatch(), done, "val -"
+    pending: Any = None
+
+    def noted(pending: Any) -> report.Event:
+        at, metrics, lr, count = pending
+        jax.block_until_ready(metrics)  # steps are dispatched long before they end
+        rate = count * task.tokens_per_step / watch.lap()
+        return train_event(run, at, metrics, lr, rate)
+
+    def left(event: report.Event) -> float:
+        steps_left = train.steps - event["step"]
+        return steps_left * task.tokens_per_step / event["tokens_per_s"]
+
+    stream = task.batches(done, train.steps)
+    for done, state, metrics in steps(state, step, stream):  # noqa: B020
+        if pending:  # read one step late, so that the device is not kept waiting
+            event, pending = noted(pending), None
+            run.say(line(train.steps, event, validation, left(event)))
+        last, stop = done == train.steps, stopping()
+        evaluating = last or done % train.eval_every == 0
+        sampling = task.sample and (last or done % train.sample_every == 0)
+        saving = last or stop or done % c.checkpoint.every == 0
+        if evaluating or sampling or saving or done % train.log_every == 0:
+            pending, logged = (done, metrics, rates[done - 1], done - logged), done
+        if not (evaluating or sampling or saving):
+            continue
+        event, pending = noted(pending), None
+        with watch.aside():
+            if evaluating:
+                validation = task.evaluate(state, done, last)
+            run.say(line(train.steps, event, validation, left(event)))
+            if sampling and task.sample:
+                task.sample(state, done)
+            if saving:
+                save_step(run, state, done)
+        if stop and not last:
+            raise Stopped(f"stopped after step {done}; all is saved in {run.folder}")
+    return state
+
+
+def compiled_by_shape(say: Say, task: Task) -> TrainStep:
+    """The step, compiled for each shape of batch, so that people see the wait."""
+    step_fn: Any = jax.jit(task.step, donate_argnums=0)
+    programs: dict[Any, Any] = {}
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        if shapes not in programs:
+            say("compiling ...")
+            started = time.perf_counter()
+            program = step_fn.lower(state, batch, *task.fixed).compile()
+            seconds = time.perf_counter() - started
+            memory = program.memory_analysis()
+            held = budget.human(memory.temp_size_in_bytes) if memory else "unknown"
+            say(f"compiled  in {seconds:.1f} s; a step needs {held} of temporaries")
+            programs[shapes] = program
+        return programs[shapes](state, batch, *task.fixed)
+
+    return step
+
+
+def train_event(
+    run: Run, done: int, metrics: Metrics, lr: float, rate: float
+) -> report.Event:
+    """Writes the metrics of step `done`.
+
+    Args:
+        run: the run.
+        done: finished steps.
+        metrics: of the last of them.
+        lr: that it used.
+        rate: tokens per second since the event before.
+    """
+    values = {
+        "loss": float(metrics.loss),
+        "lr": lr,
+        "grad_norm": float(metrics.grad_norm),
+        "tokens_per_s": rate,
+    }
+    if peak := budget.peak_flops():
+        values["mfu"] = rate * budget.flops_per_token(run.config.model) / peak
+    if not metrics.finite:
+        values["skipped"] = True
+    report.write_event(run.metrics, "train", done, **values)
+    return {"step": done, **values}
+
+
+def line(total: int, event: report.Event, validation: str, left: float) -> str:
+    """The one line per interval; its parts never change their order."""
+    parts = [
+        f"step {event['step']:>{len(str(total))}}/{total}",
+        f"loss {event['loss']:.4f}",
+        validation,
+        f"lr {event['lr']:.2e}",
+        f"|g| {event['grad_norm']:.2f}",
+        f"{report.short(event['tokens_per_s'])} tok/s",
+        *([f"mfu {event['mfu']:.1%}"] if "mfu" in event else []),
+        f"eta {report.duration(left)}",
+        *(["not finite: step skipped"] if "skipped" in event else []),
+    ]
+    return " | ".join(parts)
+
+
+def save_step(run: Run, state: TrainState, done: int) -> None:
+    """Saves the state and says so in the metrics."""
+    keep = run.config.checkpoint.keep
+    checkpoint.save(run.folder / "checkpoints", done, saved_part(state), keep)
+    report.write_event(run.metrics, "save", done)
+
+
+def device_line() -> str:
+    """What the run computes on, for its plan."""
+    return f"device   {jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def length_line(steps: int, epochs: float) -> str:
+    """How long the run is, for its plan."""
+    return f"length   {steps:,} steps = {epochs:.3g} times through the data"

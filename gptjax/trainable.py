@@ -1,0 +1,77 @@
+"""What a fine-tuning run may change: tables of names, and the parameters in two parts.
+
+Only the part that is trained goes through the gradient and the optimiser. Of a stack of
+layers the last ones are split off as "tail", so that nothing flows back further.
+"""
+
+from typing import Any
+
+import jax
+from jaxtyping import Array, Key
+
+from gptjax.config import RunConfig
+from gptjax.lora import Adapters, init_adapters, scaled
+from gptjax.model import Params
+from gptjax.tree import merge, partition
+
+# tune.trainable: (layers in the tail, patterns of what is trained). The final norm goes
+# with the blocks, as in Raschka 2024, chapter 6.
+TRAINABLE: dict[str, tuple[int, list[str]]] = {
+    "all": (0, ["*"]),
+    "head": (0, ["head/*"]),
+    "last-block": (1, ["tail/*", "final_norm/*", "head/*"]),
+    "last-two-blocks": (2, ["tail/*", "final_norm/*", "head/*"]),
+    "lora": (0, ["head/*"]),  # and the adapters
+}
+
+
+def parted(c: RunConfig, params: Params, key: Key[Array, ""]) -> tuple[Params, Params]:
+    """(what is trained, what is frozen) of a model's parameters.
+
+    Args:
+        c: its `tune` says what is trained.
+        params: of the whole model.
+        key: of fresh adapters.
+    """
+    tail, patterns = TRAINABLE[c.tune.trainable]
+    trained, frozen = partition(split_tail(params, tail), patterns)
+    if c.tune.trainable == "lora":
+        targets, rank = c.tune.lora_targets, c.tune.lora_rank
+        trained["adapters"] = init_adapters(c.model, params, targets, rank, key)
+    return trained, frozen
+
+
+def joined(
+    c: RunConfig, trained: Params, frozen: Params
+) -> tuple[Params, Adapters | None]:
+    """The parameters as `gptjax.hidden` takes them, and the adapters, scaled."""
+    own = {name: leaf for name, leaf in trained.items() if name != "adapters"}
+    adapters = trained.get("adapters")
+    if adapters is not None:
+        adapters = scaled(adapters, c.tune.lora_alpha / c.tune.lora_rank)
+    return merge(frozen, own), adapters
+
+
+def split_tail(params: Params, layers: int) -> Params:
+    """The last layers of the stack apart; all of them, where there are no more."""
+    if not layers:
+        return params
+    rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
+    depth = jax.tree.leaves(params["blocks"])[0].shape[0]
+    first = depth - min(layers, depth)
+    parts: Any = {"tail": jax.tree.map(lambda leaf: leaf[first:], params["blocks"])}
+    if first:
+        parts["blocks"] = jax.tree.map(lambda leaf: leaf[:first], params["blocks"])
+    return rest | parts
+
+
+def join_tail(params: Params) -> Params:
+    """All layers in one stack again; the inverse of `split_tail`."""
+    if "tail" not in params:
+        return params
+    rest = {n: leaf for n, leaf in params.items() if n not in ("blocks", "tail")}
+    blocks = params["tail"]
+    if "blocks" in params:
+        together = lambda *parts: jax.numpy.concatenate(parts)  # noqa: E731
+        blocks = jax.tree.map(together, params["blocks"], blocks)
+    return rest | {"blocks": blocks}
