@@ -29,6 +29,7 @@ from gptjax.tokenizer import Tokenizer
 from gptjax.train import TrainState, init_state, make_train_step
 from gptjax.trainable import join_tail, joined, parted
 from gptjax.tree import count
+from gptjax.weights.adapters import save_adapters
 from gptjax.weights.folder import Model, save
 from gptjax.weights.importing import load
 
@@ -89,8 +90,15 @@ def make_task(run: Run) -> tuple[Run, Task, Sets]:
     )
 
     def model_of(state: TrainState) -> Model:
-        params = whole(c, state.params, frozen)
-        return Model(c.model, params, sets.tokenizer, names)
+        params, adapters = joined(c, state.params, frozen)
+        params = join_tail(params)
+        whole = merged(params, adapters) if adapters else params
+        return Model(c.model, whole, sets.tokenizer, names)
+
+    def keep(state: TrainState) -> None:
+        save(model_of(state), run.folder / "model")
+        if adapters := joined(c, state.params, frozen)[1]:
+            save_adapters(adapters, run.folder / "adapters.safetensors")
 
     def stream(first: int, stop: int) -> Iterator[Any]:
         return (batches.batch_at(n) for n in range(first, stop))
@@ -105,7 +113,7 @@ def make_task(run: Run) -> tuple[Run, Task, Sets]:
         step=step,
         batches=stream,
         tokens_per_step=tokens * c.data.batch_size,
-        evaluate=make_evaluate(run, sets, model_of),
+        evaluate=make_evaluate(run, sets, model_of, keep),
         facts={"tokenizer": {"name": sets.tokenizer.name, "hash": sets.tokenizer.hash}},
         plan=plan_lines(run, sets, batches, count(trained), count(frozen)),
         fixed=(frozen,),
@@ -207,15 +215,11 @@ def loss(
     return nats, weight
 
 
-def whole(c: RunConfig, trained: Params, frozen: Params) -> Params:
-    """The parameters of the model that a state stands for, adapters merged."""
-    params, adapters = joined(c, trained, frozen)
-    params = join_tail(params)
-    return merged(params, adapters) if adapters else params
-
-
 def make_evaluate(
-    run: Run, sets: Sets, model_of: Callable[[TrainState], Model]
+    run: Run,
+    sets: Sets,
+    model_of: Callable[[TrainState], Model],
+    keep: Callable[[TrainState], None],
 ) -> Callable[[TrainState, int, bool], str]:
     """Judges the validation rows and some of the training rows; keeps the best model.
 
@@ -243,7 +247,7 @@ def make_evaluate(
         ]
         result = score(model, VALIDATION, done, None)
         if (result.scores.accuracy, -result.nats) > max(before, default=(-1.0, 0.0)):
-            save(model, run.folder / "model")
+            keep(state)
         return f"val {result.nats:.4f} acc {result.scores.accuracy:.1%}"
 
     return evaluate

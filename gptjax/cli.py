@@ -71,7 +71,9 @@ def make_parser() -> argparse.ArgumentParser:
     add_classify_flags(add(classify, "classify"))
     sub = add(evaluate, "eval")
     sub.add_argument("model", metavar="MODEL")
-    sub.add_argument("--text", type=Path, required=True, metavar="FILE")
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", type=Path, metavar="FILE", help="text to predict")
+    what.add_argument("--labelled", metavar="FILE", help="texts with their classes")
     sub.add_argument("--stride", type=int, metavar="N", help="default: the context")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
     sub = add(import_model, "import")
@@ -248,12 +250,21 @@ def classify(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Loss, perplexity and bits per byte of a model on a text file."""
-    from gptjax.data.text import read_text
-    from gptjax.evaluate import score
+    """Loss, perplexity and bits per byte on a text, or accuracy on labelled texts."""
     from gptjax.weights.importing import load
 
-    result = score(load(args.model, remark), read_text(args.text), stride=args.stride)
+    model = load(args.model, remark)
+    if args.labelled:
+        from gptjax.prediction import judge_file
+
+        numbers = judge_file(model, args.labelled)
+        lines = [f"{name:<18} {value:.4f}" for name, value in numbers.items()]
+        print(json.dumps(numbers) if args.json else "\n".join(lines))
+        return
+    from gptjax.data.text import read_text
+    from gptjax.evaluate import score
+
+    result = score(model, read_text(args.text), stride=args.stride)
     if args.json:
         print(json.dumps(result.numbers()))
         return

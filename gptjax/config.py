@@ -121,6 +121,7 @@ class OptimConfig:
     final_lr: float = 0.1  # where the schedule ends, as a fraction of peak_lr
     decay_fraction: float = 0.2  # last part of the run that "wsd" decays in
     weight_decay: float = 0.1  # of matrices and embeddings, not of biases and norms
+    decay_all: bool = False  # of these too, as PyTorch does unless told otherwise
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0  # global norm; 0 = no clipping

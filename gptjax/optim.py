@@ -63,7 +63,7 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
             b1=optim.beta1,
             b2=optim.beta2,
             weight_decay=optim.weight_decay,
-            mask=decay_mask,
+            mask=None if optim.decay_all else decay_mask,
         ),
     )
 

@@ -1,5 +1,6 @@
 """Using a classifier: texts in, labels with their probabilities out."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,10 +9,10 @@ import numpy as np
 
 from gptjax.classifier import chances
 from gptjax.config import GPTConfig
-from gptjax.data.labelled import Labelled
+from gptjax.data.labelled import Labelled, read_labelled
 from gptjax.data.labelled_batches import LabelledBatches, buckets
 from gptjax.errors import DataError, ModelError
-from gptjax.scores import Scores, confusion, scores
+from gptjax.scores import Scores, bootstrap_interval, confusion, scores
 from gptjax.weights.folder import Model
 
 ROWS = 32  # texts classified at a time
@@ -45,11 +46,7 @@ def classify(model: Model, texts: Sequence[str]) -> list[Verdict]:
         ModelError: the model is no classifier.
         DataError: a text is empty.
     """
-    if not model.labels:
-        raise ModelError(
-            "this model has no labels, so it is no classifier. Train one: gptjax "
-            "train with train.task = 'classify'."
-        )
+    check_classifier(model)
     for number, text in enumerate(texts, 1):
         if not text:
             raise DataError(
@@ -65,6 +62,15 @@ def classify(model: Model, texts: Sequence[str]) -> list[Verdict]:
         )
         for best, chance_C in zip(best_N, chance_NC, strict=True)
     ]
+
+
+def check_classifier(model: Model) -> None:
+    """Raises unless the model has a head and labels."""
+    if not model.labels:
+        raise ModelError(
+            "this model has no labels, so it is no classifier. Train one: gptjax "
+            "train with train.task = 'classify'."
+        )
 
 
 def encoded(model: Model, texts: Sequence[str]) -> list[list[int]]:
@@ -99,3 +105,33 @@ def judge(model: Model, data: Labelled, ids: Sequence[Sequence[int]]) -> Judged:
     matrix_CC = confusion(true_N, chance_NC.argmax(axis=-1), len(data.names))
     nats = float(-np.log(right_N.astype(np.float64)).mean())
     return Judged(nats, chance_NC, scores(matrix_CC), matrix_CC)
+
+
+def judge_file(model: Model, path: str) -> dict[str, int | float]:
+    """How a classifier does on a file of labelled texts, in numbers by name.
+
+    Raises:
+        ModelError: the model is no classifier.
+        DataError: the file cannot be used, or has a label that the model does not.
+    """
+    check_classifier(model)
+    data, _ = read_labelled(path)
+    if unknown := sorted(set(data.names) - set(model.labels)):
+        raise DataError(
+            f"{path} has the label {unknown[0]!r}, but the model knows "
+            f"{', '.join(model.labels)}. Rename it, or train with it."
+        )
+    ids = [model.labels.index(data.names[label]) for label in data.labels]
+    data = dataclasses.replace(data, labels=ids, names=model.labels)
+    result = judge(model, data, encoded(model, data.texts))
+    right_N = result.chance_NC.argmax(axis=-1) == np.asarray(ids)
+    low, high = bootstrap_interval(right_N)
+    return {
+        "texts": len(ids),
+        "loss": result.nats,
+        "accuracy": result.scores.accuracy,
+        "accuracy low 95%": low,
+        "accuracy high 95%": high,
+        "macro-F1": result.scores.macro_f1,
+        "balanced accuracy": result.scores.balanced_accuracy,
+    }

@@ -1,16 +1,22 @@
 """The whole road in miniature, on text that every Python carries."""
 
+import dataclasses
 import gzip
 import lzma
 from pathlib import Path
 from typing import Any
 
+from gptjax.classification import train_classifier
 from gptjax.config import config_path, read_config
 from gptjax.data.named import python_help
 from gptjax.data.prepare import open_dataset
 from gptjax.evaluate import Evaluation, score_tokens
 from gptjax.pretrain import pretrain
+from gptjax.report import read_events
 from gptjax.run_loop import Say
+from gptjax.weights.folder import Model
+
+CLASSIFIER = "classifier"  # where the second stage goes, in the folder of the run
 
 
 def quickstart(folder: Path, say: Say = print) -> Evaluation:
@@ -38,8 +44,48 @@ def quickstart(folder: Path, say: Say = print) -> Evaluation:
         f"result   {result.bits_per_byte:.3f} bits per byte on the held-out topics "
         f"(of all the text, gzip -9 needs {gzip_bits:.2f} and xz {xz_bits:.2f})"
     )
+    compare_classifiers(folder, model, say)
     say("next")
     say(f"  gptjax generate {folder} 'The \"for\" statement'")
-    say(f"  gptjax eval {folder} --text README.md --stride {stride}")
+    say(f"  gptjax classify {folder / CLASSIFIER} 'for n in range(3):' 'A long story.'")
     say("  gptjax train tinyshakespeare")
     return result
+
+
+def compare_classifiers(folder: Path, model: Model, say: Say) -> None:
+    """Fine-tunes into a classifier twice: from the model, and from random parameters.
+
+    Both take the same steps on the same lines, so the difference is what pretraining
+    gave. The first is kept in `folder`/classifier, and report.md says how both did.
+    """
+    say("classes  lines of Python's own library: code, or prose of its docstrings?")
+    config = read_config(config_path("classify/python_lines"))
+    starts = {
+        CLASSIFIER: dataclasses.replace(
+            config, tune=dataclasses.replace(config.tune, start=str(folder / "model"))
+        ),
+        f"{CLASSIFIER}-random": dataclasses.replace(
+            config,
+            model=dataclasses.replace(
+                model.config, context_length=config.model.context_length
+            ),
+            data=dataclasses.replace(config.data, tokenizer=str(folder / "model")),
+        ),
+    }
+    accuracy = []
+    for name, start in starts.items():
+        train_classifier(start, folder / name, say if name == CLASSIFIER else mute)
+        events = read_events(folder / name / "metrics.jsonl")
+        accuracy += [e["accuracy"] for e in events if e.get("split") == "test"]
+    text = (
+        f"{accuracy[0]:.4f} of the test lines right from the pretrained model, "
+        f"{accuracy[1]:.4f} from random parameters, after {config.train.steps} steps "
+        "each; guessing has 0.5"
+    )
+    with (folder / "report.md").open("a", encoding="utf-8") as file:
+        file.write(f"\n## Code or prose\n\n{text}.\n")
+    say(f"pays     {text}")
+
+
+def mute(line: str) -> None:
+    """Says nothing."""

@@ -19,8 +19,10 @@ from gptjax.cli import main
 from gptjax.config import GPTConfig, RunConfig, build
 from gptjax.data.labelled_batches import LabelledBatches, buckets
 from gptjax.errors import ConfigError, DataError, ModelError
+from gptjax.lora import merged
 from gptjax.prediction import judge, predict
 from gptjax.stopping import Stopped
+from gptjax.weights.adapters import load_adapters
 from gptjax.weights.folder import Model
 
 POOLS = ["last", "first", "mean"]
@@ -255,6 +257,11 @@ def test_frozen_parameters_come_out_bit_for_bit(tmp_path, trainable):
             same, at(model.params["blocks"]), at(start.params["blocks"])
         )
         if trainable == "lora":
+            alone = load_adapters(tmp_path / "run" / "adapters.safetensors")
+            kernel = merged(start.params, alone)["blocks"]["mlp"]["up"]["kernel"]
+            np.testing.assert_array_equal(
+                kernel, model.params["blocks"]["mlp"]["up"]["kernel"]
+            )
             assert not equal["mlp"]["up"].pop("kernel")
         assert jax.tree.all(equal) == (layer not in blocks[trainable])
 
@@ -315,5 +322,13 @@ def test_the_command_line_labels_texts_and_files(unbroken, tmp_path, capsys):
 
     assert [line.split()[0] for line in lines] == [row["label"] for row in rows]
     assert [row["id"] for row in rows] == ["1", "2"]
+    words = str(folder.parent / "words.csv")
+    assert main(["eval", str(folder), "--labelled", words, "--json"]) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["texts"] == 120
+    assert numbers["accuracy low 95%"] <= numbers["accuracy"] > 0.8
+    (tmp_path / "new.csv").write_text("text,label\nabba,vowel\ndodo,new\n")
+    assert main(["eval", str(folder), "--labelled", str(tmp_path / "new.csv")]) == 2
+    assert "the label 'new', but the model knows" in capsys.readouterr().err
     assert main(["classify", str(folder), "--file", "x.csv"]) == 2
     assert "together with --out" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, SupportsIndex
 
 from gptjax.config import suggestion
 from gptjax.data import named
+from gptjax.data.python_lines import PYTHON_LINES, python_lines
 from gptjax.data.rows import ROWS, Row, field_lists, opened
 from gptjax.data.text import read_text, row_text, suffix
 from gptjax.errors import DataError
@@ -90,6 +91,9 @@ def read_labelled(
     Raises:
         DataError: there are no such rows, or one of them cannot be used.
     """
+    if path == PYTHON_LINES:
+        data = label_rows(python_lines(), PYTHON_LINES)
+        return data, f"lines of Python's own library; {summary(data)}."
     place = find(str(path))
     if place.is_dir():
         if text or label:
