@@ -85,6 +85,12 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, metavar="DIR")
     add(doctor, "doctor")
 
+    add_data_commands(commands, add)
+    return parser
+
+
+def add_data_commands(commands: Any, add: Any) -> None:
+    """The commands behind `gptjax data`; `add` makes one of them."""
     data = commands.add_parser("data", help="Fetch, prepare and check data.")
     kinds = data.add_subparsers(required=True, metavar="fetch|prepare|preview|verify")
     add(data_fetch, "fetch", kinds).add_argument("name", metavar="NAME")
@@ -98,7 +104,6 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int, help="default: all cores")
     for function, name in ((data_preview, "preview"), (data_verify, "verify")):
         add(function, name, kinds).add_argument("folder", type=Path, metavar="DIR")
-    return parser
 
 
 def add_generate_flags(sub: argparse.ArgumentParser) -> None:

@@ -100,7 +100,7 @@ def extend_rows(
     config: GPTConfig, layers: Params, state: State, limits: Limits, steps: Array
 ) -> State:
     """Adds up to `steps` tokens to each row that may grow and has room left."""
-    slots = state.cache[0].key_BSHK.shape[1]
+    slots = state.cache[0].key_BHSK.shape[2]
 
     def active(state: State) -> Array:
         return growing(state, limits) & (state.length_B < slots)

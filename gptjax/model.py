@@ -36,10 +36,14 @@ REMAT_POLICIES = {
 
 
 class LayerCache(NamedTuple):
-    """Keys and values that one layer has computed; slot s holds position s."""
+    """Keys and values that one layer has computed; slot s holds position s.
 
-    key_BSHK: Float[Array, "*N B S H K"]
-    value_BSHK: Float[Array, "*N B S H K"]
+    Heads come before slots, as the products want it: a cache laid out otherwise is
+    copied for every token.
+    """
+
+    key_BHSK: Float[Array, "B H S K"]
+    value_BHSK: Float[Array, "B H S K"]
 
 
 class Context(NamedTuple):
@@ -75,7 +79,7 @@ class Attention(nn.Module):
         segment_BS = context.segment_BT
         if cache is not None:
             cache = extend(cache, key_BSHK, value_BSHK, context.slot_BT)
-            key_BSHK, value_BSHK = cache
+            key_BSHK, value_BSHK = (jnp.swapaxes(x_BHSK, 1, 2) for x_BHSK in cache)
             segment_BS = None
         mask_BTS = visible(
             context.slot_BT,
@@ -210,15 +214,15 @@ def extend(
 ) -> LayerCache:
     """The cache with the keys and values of T new positions, each row at its own."""
 
-    def put(old_BSHK: Array, new_BTHK: Array) -> Array:
-        new_BTHK = new_BTHK.astype(old_BSHK.dtype)
-        if old_BSHK.shape[0] == 1:  # one row: no scatter
-            start = (0, slot_BT[0, 0], 0, 0)
-            return jax.lax.dynamic_update_slice(old_BSHK, new_BTHK, start)
+    def put(old_BHSK: Array, new_BTHK: Array) -> Array:
+        new_BHTK = jnp.swapaxes(new_BTHK, 1, 2).astype(old_BHSK.dtype)
+        if old_BHSK.shape[0] == 1:  # one row: no scatter
+            start = (0, 0, slot_BT[0, 0], 0)
+            return jax.lax.dynamic_update_slice(old_BHSK, new_BHTK, start)
         write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))
-        return write(old_BSHK, new_BTHK, slot_BT[:, 0], 0)
+        return write(old_BHSK, new_BHTK, slot_BT[:, 0], 1)
 
-    return LayerCache(put(cache.key_BSHK, key_BTHK), put(cache.value_BSHK, value_BTHK))
+    return LayerCache(put(cache.key_BHSK, key_BTHK), put(cache.value_BHSK, value_BTHK))
 
 
 def init(config: GPTConfig, key: Key[Array, ""]) -> Params:
@@ -348,7 +352,7 @@ def unstack(config: GPTConfig, params: Params) -> Params:
 
 def empty_cache(config: GPTConfig, rows: int, slots: int) -> tuple[LayerCache, ...]:
     """A cache of N layers for `rows` rows of up to `slots` positions."""
-    shape = (rows, slots, config.n_heads, config.head_width)
+    shape = (rows, config.n_heads, slots, config.head_width)
 
     def zeros() -> Array:
         return jnp.zeros(shape, compute_dtype(config))

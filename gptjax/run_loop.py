@@ -39,7 +39,7 @@ class Task:
     fresh: TrainState  # before the first step
     step: Callable[..., Any]  # (state, batch, *fixed) -> (state, metrics), pure
     batches: Callable[[int, int], Iterator[Any]]  # of steps from, to before
-    tokens_per_step: float
+    tokens_per_step: int | float
     # (state, finished steps, whether it is the last time) -> what the line says of it
     evaluate: Callable[[TrainState, int, bool], str]
     facts: dict[str, Any]  # for meta.json: what the run reads

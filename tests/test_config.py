@@ -18,6 +18,7 @@ from gptjax.config import (
     OptimConfig,
     RunConfig,
     TrainConfig,
+    TuneConfig,
     build,
     difference,
     read_config,
@@ -64,6 +65,14 @@ def runs(draw):
         beta1=FRACTION,
         beta2=FRACTION,
         grad_clip=RATE,
+        decay_all=st.booleans(),
+    )
+    tune = st.builds(
+        TuneConfig,
+        **dict.fromkeys(["start", "lora_targets"], WORDS),
+        **dict.fromkeys(["lora_alpha", "lm_weight"], RATE),
+        trainable=st.sampled_from(["all", "head", "lora"]),
+        lora_rank=POSITIVE,
     )
     train = st.builds(
         TrainConfig,
@@ -75,8 +84,10 @@ def runs(draw):
     )
     data = st.builds(
         DataConfig,
-        **dict.fromkeys(["source", "tokenizer", "column"], WORDS),
-        val_fraction=FRACTION,
+        **dict.fromkeys(["source", "tokenizer", "text", "label"], WORDS),
+        **dict.fromkeys(["val_fraction", "test_fraction"], FRACTION),
+        **dict.fromkeys(["balance", "dedupe"], st.booleans()),
+        split=st.sampled_from(["stratified", "book"]),
         batch_size=st.integers(1, 64).map(lambda rows: rows * groups),
         packed=st.booleans(),
     )
@@ -85,6 +96,7 @@ def runs(draw):
         data=draw(data),
         optim=draw(optim),
         train=draw(train),
+        tune=draw(tune),
         checkpoint=draw(st.builds(CheckpointConfig, every=POSITIVE, keep=POSITIVE)),
     )
 

@@ -8,10 +8,6 @@ label, and of scikit-learn's defaults on words and on characters. Needs [peers].
 
 from collections import Counter
 
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-
 from gptjax.data.folds import split_rows
 from gptjax.data.labelled import read_labelled
 
@@ -24,6 +20,10 @@ KINDS = {
 
 def main() -> None:
     """Fits and prints."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
     data, said = read_labelled("sms-spam")
     splits = split_rows(
         data,
