@@ -133,6 +133,11 @@ def read_sets(c: RunConfig, start: Model | None) -> Sets:
         balance=c.data.balance,
         dedupe=c.data.dedupe,
     )
+    if VALIDATION not in rows:
+        raise ConfigError(
+            f"data.val_fraction={c.data.val_fraction} holds no rows out, so no step "
+            "can be told to be the best. Choose one above 0."
+        )
     name = c.data.tokenizer
     if start is not None:
         tokenizer = start.tokenizer

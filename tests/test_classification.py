@@ -290,6 +290,8 @@ def test_what_is_no_classifier_or_no_text_is_said(tmp_path):
         gptjax.classify(plain, ["x"])
     with pytest.raises(DataError, match="text 2 is empty"):
         gptjax.classify(make_model(), ["x", ""])
+    with pytest.raises(ConfigError, match="holds no rows out"):
+        train_classifier(make_config(tmp_path, data__val_fraction=0.0), tmp_path / "r")
     with pytest.raises(ConfigError, match="n_classes=7 does not fit the data"):
         train_classifier(make_config(tmp_path, model__n_classes=7), tmp_path / "run")
 
