@@ -14,7 +14,7 @@ from gptjax.tree import named_leaves
 from gptjax.weights import hub, names, published
 from gptjax.weights.exporting import export, tensors
 from gptjax.weights.published import import_model
-from tests.small_models import assert_same, make_model
+from tests.small_models import assert_same, change_config, make_model
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +170,55 @@ def test_an_export_that_computes_something_else_leaves_nothing(model, tmp_path):
         export(broken, "hf", tmp_path / "out")
 
     assert not list(tmp_path.iterdir())
+
+
+def test_a_classifier_comes_back_with_its_labels_bit_for_bit(tmp_path):
+    model = classifier(tie_embeddings=True)
+
+    export(model, "hf", tmp_path / "out")
+    again = gptjax.load(tmp_path / "out")
+
+    assert again.labels == ("a", "b", "c")
+    assert_same(again, model)
+    assert "AutoModelForSequenceClassification" in (
+        tmp_path / "out" / "README.md"
+    ).read_text(encoding="utf-8")
+
+
+def test_the_head_for_tokens_is_not_part_of_an_exported_classifier(tmp_path):
+    model = classifier(tie_embeddings=False)
+
+    export(model, "hf", tmp_path / "out")
+    again = gptjax.load(tmp_path / "out")
+
+    assert again.config.tie_embeddings
+    np.testing.assert_array_equal(
+        again.params["head"]["kernel"], model.params["head"]["kernel"]
+    )
+
+
+@pytest.mark.parametrize(
+    "changes", [{"pool": "mean"}, {"head_bias": True}, {"causal": False}]
+)
+def test_classifiers_that_transformers_does_not_have_are_refused(changes, tmp_path):
+    with pytest.raises(ModelError, match="is none that transformers has"):
+        export(classifier(**changes), "hf", tmp_path / "out")
+    with pytest.raises(ModelError, match="cannot be exported to the book's names"):
+        export(classifier(**changes), "book", tmp_path / "out")
+
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_classifier_without_names_for_its_classes_is_refused(tmp_path):
+    export(classifier(), "hf", tmp_path / "out")
+
+    for table in ({"0": "a", "2": "c"}, {"0": 1}, {}, 3):
+        change_config(tmp_path / "out", id2label=table)
+        with pytest.raises(ModelError, match="does not name the classes"):
+            gptjax.load(tmp_path / "out")
+
+
+def classifier(**changes):
+    """A model with a head for three classes."""
+    model = make_model(n_classes=3, **changes)
+    return dataclasses.replace(model, labels=("a", "b", "c"))

@@ -26,6 +26,7 @@ from gptjax.weights.importing import load
 from gptjax.weights.names import TABLES, give, homes
 
 CHECK_TOKENS = 16
+HEADS = ("lm_head.weight", "score.weight")  # not part of their "transformer"
 ROUNDING = 1e-5  # of the largest logit; float32 has 6e-8 for each of some hundred sums
 
 
@@ -157,7 +158,7 @@ def write_hf(model: Model, folder: Path) -> None:
         }
     arrays = tensors(model, "hf")
     prefixed = {
-        name if name == "lm_head.weight" else f"transformer.{name}": array
+        name if name in HEADS else f"transformer.{name}": array
         for name, array in arrays.items()
     }
     write_tensors(prefixed, folder / "model.safetensors")
