@@ -321,7 +321,7 @@ def finish(run: Run, task: Task, model: Model, sets: Sets) -> None:
     text = (
         f"{split} accuracy {found.accuracy:.4f}, macro-F1 {found.macro_f1:.4f}, "
         f"balanced accuracy {found.balanced_accuracy:.4f} on {len(ids):,} texts "
-        f"(the most frequent label alone: {majority(data):.4f})"
+        f"(always the label that training has most: {baseline(sets.rows[TRAIN], data)})"
     )
     write_classification(
         run.folder,
@@ -336,6 +336,7 @@ def finish(run: Run, task: Task, model: Model, sets: Sets) -> None:
     run.say(f"wrote    {run.folder}/model (best on validation), report.md, pictures")
 
 
-def majority(data: Labelled) -> float:
-    """Accuracy of always saying the most frequent label."""
-    return max(map(data.labels.count, set(data.labels))) / len(data.labels)
+def baseline(train: Labelled, data: Labelled) -> str:
+    """Accuracy of always saying the most frequent label of the training rows."""
+    frequent = max(set(train.labels), key=train.labels.count)
+    return f"{data.labels.count(frequent) / len(data.labels):.4f}"

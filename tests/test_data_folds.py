@@ -239,13 +239,10 @@ def test_the_books_way_halves_the_classes_and_divides_7_1_2(first, second):
     }
 
 
-@pytest.fixture(scope="module")
-def sms():
+@pytest.fixture
+def sms(shared_data):
     """The SMS collection, where it is on this machine."""
-    try:
-        return read_labelled("sms-spam")[0]
-    except DataError as error:
-        pytest.skip(str(error))
+    return read_labelled("sms-spam")[0]
 
 
 def test_the_books_rows_of_the_sms_collection_are_the_books(sms):
