@@ -114,6 +114,7 @@ def make_task(run: Run) -> tuple[Run, Task, Sets]:
         batches=stream,
         tokens_per_step=tokens * c.data.batch_size,
         evaluate=make_evaluate(run, sets, model_of, keep),
+        model=model_of,
         facts={"tokenizer": {"name": sets.tokenizer.name, "hash": sets.tokenizer.hash}},
         plan=plan_lines(run, sets, batches, count(trained), count(frozen)),
         fixed=(frozen,),

@@ -35,8 +35,7 @@ def pretrain(config: RunConfig, folder: Path, say: Say = print) -> Model:
         Stopped: SIGINT or SIGTERM came; the same call goes on later.
     """
     run, task, state = train_run(config, folder, say, make_task)
-    tokenizer = open_dataset(run.config.data, folder / "data").tokenizer
-    model = Model(run.config.model, state.params, tokenizer)
+    model = task.model(state)
     finish(run, task, model, int(state.skipped))
     return model
 
@@ -58,8 +57,11 @@ def make_task(run: Run) -> tuple[Run, Task]:
         packed=c.data.packed,
     )
 
+    def model_of(state: TrainState) -> Model:
+        return Model(c.model, state.params, dataset.tokenizer)
+
     def sample(state: TrainState, done: int) -> None:
-        write_sample(run, Model(c.model, state.params, dataset.tokenizer), done)
+        write_sample(run, model_of(state), done)
 
     return run, Task(
         fresh=init_state(params, optimizer, key),
@@ -67,6 +69,7 @@ def make_task(run: Run) -> tuple[Run, Task]:
         batches=batches.iterate,
         tokens_per_step=c.data.batch_size * c.model.context_length,
         evaluate=make_evaluate(run, dataset),
+        model=model_of,
         facts=data_facts(dataset),
         plan=plan_lines(run, dataset),
         sample=sample if train.sample_tokens else None,

@@ -14,6 +14,7 @@ from gptjax.optim import learning_rates
 from gptjax.run_folder import command_line, open_folder, settle_config, write_meta
 from gptjax.stopping import Stopped, Stopwatch, stop_signal
 from gptjax.train import Metrics, TrainState, TrainStep, steps
+from gptjax.weights.folder import Model
 
 Say = Callable[[str], None]
 
@@ -42,6 +43,7 @@ class Task:
     tokens_per_step: int | float
     # (state, finished steps, whether it is the last time) -> what the line says of it
     evaluate: Callable[[TrainState, int, bool], str]
+    model: Callable[[TrainState], Model]  # that a state stands for
     facts: dict[str, Any]  # for meta.json: what the run reads
     plan: list[str]  # lines for people, before anything happens
     sample: Callable[[TrainState, int], None] | None = None

@@ -1,12 +1,12 @@
 """What is known of the public models, and a look at every import whether it fits."""
 
-import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.download import sha256
 from gptjax.errors import ModelError
 from gptjax.model import apply
 from gptjax.tree import count
@@ -60,8 +60,7 @@ def import_model(name: str, out: Path, say: Say) -> Model:
     )
     say(f"check    {check(model, PUBLISHED.get(name))}")
     save(model, out)
-    with (out / "model.safetensors").open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256([out / "model.safetensors"])
     say(f"wrote    {out}, model.safetensors has sha256 {digest}")
     return model
 
