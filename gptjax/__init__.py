@@ -14,6 +14,7 @@ HOMES = {  # public name: the module that defines it
     "GptjaxError": "errors",
     "Model": "weights.folder",
     "TrainState": "train",
+    "answer": "answering",
     "apply": "model",
     "classify": "prediction",
     "generate": "generation",

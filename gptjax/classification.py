@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,26 +11,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import budget, report
-from gptjax import tokenizer as tokenizers
 from gptjax.classifier import class_nats, head_logits, read
-from gptjax.config import GPTConfig, RunConfig
+from gptjax.config import RunConfig
 from gptjax.data.folds import describe, split_rows
 from gptjax.data.labelled import Labelled, read_labelled, select
 from gptjax.data.labelled_batches import LabelledBatches
 from gptjax.errors import ConfigError
-from gptjax.lora import merged
 from gptjax.loss import weighted_nats
-from gptjax.model import Params, init, output_table
+from gptjax.model import Params, output_table
 from gptjax.optim import make_optimizer
 from gptjax.prediction import ROWS, Judged, judge, sizes_of
 from gptjax.report_classes import Mistake, write_classification
 from gptjax.run_loop import Run, Say, Task, device_line, length_line, train_run
+from gptjax.starting import (
+    choose_tokenizer,
+    open_start,
+    settled_model,
+    starting_params,
+    tokenizer_facts,
+)
 from gptjax.tokenizer import Tokenizer
-from gptjax.train import TrainState, init_state, make_train_step
-from gptjax.trainable import join_tail, joined, parted
+from gptjax.train import TrainState, init_state
+from gptjax.trainable import make_tuned_step, parted, save_tuned, stream, whole
 from gptjax.tree import count
-from gptjax.weights.adapters import save_adapters
-from gptjax.weights.folder import Model, save
+from gptjax.weights.folder import Model
 from gptjax.weights.importing import load
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -72,50 +76,39 @@ def train_classifier(config: RunConfig, folder: Path, say: Say = print) -> Model
 def make_task(run: Run) -> tuple[Run, Task, Sets]:
     """Classification as the loop wants it, and what it reads."""
     c = run.config
-    start = load(c.tune.start, run.say) if c.tune.start else None
+    start = open_start(c, run.say)
     sets = read_sets(c, start)
-    names = sets.rows[TRAIN].names
-    c = dataclasses.replace(c, model=settled_model(c.model, start, sets, len(names)))
+    names, tokenizer = sets.rows[TRAIN].names, sets.tokenizer
+    model = settled_model(c.model, start, tokenizer, len(names))
+    c = dataclasses.replace(c, model=model)
     run = dataclasses.replace(run, config=c)
     key = jax.random.key(c.train.seed)
-    trained, frozen = parted(c, starting_params(c.model, start, key), key)
+    trained, frozen = parted(c, starting_params(c.model, start, tokenizer, key), key)
     optimizer = make_optimizer(c.optim, c.train.steps)
     batches = LabelledBatches(
         sets.ids[TRAIN],
         sets.rows[TRAIN].labels,
         c.data.batch_size,
         sizes_of(c.model),
-        sets.tokenizer.eot,
+        tokenizer.eot,
         c.train.seed,
     )
 
     def model_of(state: TrainState) -> Model:
-        params, adapters = joined(c, state.params, frozen)
-        params = join_tail(params)
-        whole = merged(params, adapters) if adapters else params
-        return Model(c.model, whole, sets.tokenizer, names)
+        return Model(c.model, whole(c, state.params, frozen), tokenizer, names)
 
     def keep(state: TrainState) -> None:
-        save(model_of(state), run.folder / "model")
-        if adapters := joined(c, state.params, frozen)[1]:
-            save_adapters(adapters, run.folder / "adapters.safetensors")
-
-    def stream(first: int, stop: int) -> Iterator[Any]:
-        return (batches.batch_at(n) for n in range(first, stop))
-
-    def step(state: TrainState, batch: Any, frozen: Any) -> Any:
-        loss_fn = functools.partial(loss, c, frozen)
-        return make_train_step(loss_fn, optimizer, c.train.accumulate)(state, batch)
+        save_tuned(c, run.folder, model_of(state), state.params, frozen)
 
     tokens = sum(map(len, sets.ids[TRAIN])) / len(sets.ids[TRAIN])
     task = Task(
         fresh=init_state(trained, optimizer, key),
-        step=step,
-        batches=stream,
+        step=make_tuned_step(c, loss, optimizer),
+        batches=functools.partial(stream, batches),
         tokens_per_step=tokens * c.data.batch_size,
         evaluate=make_evaluate(run, sets, model_of, keep),
         model=model_of,
-        facts={"tokenizer": {"name": sets.tokenizer.name, "hash": sets.tokenizer.hash}},
+        facts=tokenizer_facts(tokenizer),
         plan=plan_lines(run, sets, batches, count(trained), count(frozen)),
         fixed=(frozen,),
     )
@@ -139,16 +132,7 @@ def read_sets(c: RunConfig, start: Model | None) -> Sets:
             f"data.val_fraction={c.data.val_fraction} holds no rows out, so no step "
             "can be told to be the best. Choose one above 0."
         )
-    name = c.data.tokenizer
-    if start is not None:
-        tokenizer = start.tokenizer
-    elif name.startswith("bpe:"):
-        size = name.removeprefix("bpe:")
-        if not size.isdecimal():
-            raise ConfigError(f"tokenizer {name!r} has no size. Write bpe:2048.")
-        tokenizer = tokenizers.train(rows[TRAIN].texts, int(size), name)
-    else:
-        tokenizer = tokenizers.load(name)
+    tokenizer = choose_tokenizer(c.data.tokenizer, start, lambda: rows[TRAIN].texts)
     longest = c.model.context_length
     if start is not None:
         longest = min(longest, start.config.context_length)
@@ -160,46 +144,10 @@ def read_sets(c: RunConfig, start: Model | None) -> Sets:
     return Sets(rows, ids, tokenizer, detected, cut)
 
 
-def settled_model(
-    config: GPTConfig, start: Model | None, sets: Sets, classes: int
-) -> GPTConfig:
-    """The shape of the run's model: that of its start, with a head for the classes."""
-    if config.n_classes not in (0, classes):
-        raise ConfigError(
-            f"model.n_classes={config.n_classes} does not fit the data, which have "
-            f"{classes} labels. Leave the option out."
-        )
-    if start is None:
-        size = sets.tokenizer.vocab_size
-        return dataclasses.replace(config, n_classes=classes, vocab_size=size)
-    own = ["dropout", "causal", "head_bias", "pool", "dtype", "attention", "remat"]
-    return dataclasses.replace(
-        start.config,
-        context_length=min(config.context_length, start.config.context_length),
-        n_classes=classes,
-        **{name: getattr(config, name) for name in own},
-    )
-
-
-def starting_params(config: GPTConfig, start: Model | None, key: Any) -> Params:
-    """Fresh parameters, or those of the start with a fresh head."""
-    fresh = jax.jit(lambda key: init(config, key))(key)
-    if start is None:
-        return fresh
-    params = dict(start.params)
-    table = params["position_embedding"]["embedding"][: config.context_length]
-    return {
-        **params,
-        "position_embedding": {"embedding": table},
-        "head": fresh["head"],
-    }
-
-
 def loss(
-    c: RunConfig, frozen: Params, trained: Params, batch: Any, key: Any
+    c: RunConfig, params: Params, adapters: Any, batch: Any, key: Any
 ) -> tuple[Any, Any]:
     """Nats of the right classes, plus the next-token loss as `tune.lm_weight` says."""
-    params, adapters = joined(c, trained, frozen)
     tokens, lengths = batch["tokens"], batch["lengths"]
     dropout_key = key if c.model.dropout else None
     x_BTD, _ = read(
@@ -280,7 +228,7 @@ def plan_lines(
     """The block that says what will happen, before anything does."""
     c, data = run.config, sets.rows
     steps, rows = c.train.steps, c.data.batch_size
-    lengths = sorted({size for size, _ in batches.plan(0)})
+    lengths = sorted({size for size, _ in batches.deal.plan(0)})
     cut = f"; {sets.cut} are longer than the context and cut" if sets.cut else ""
     return [
         f"run      {run.folder}",
@@ -292,7 +240,7 @@ def plan_lines(
         f"trained  {trained:,} parameters ({c.tune.trainable}), {frozen:,} frozen",
         f"step     {rows} rows of up to {', '.join(map(str, lengths))} tokens, so "
         f"{len(lengths)} programs{cut}",
-        length_line(steps, steps / batches.steps_per_epoch),
+        length_line(steps, steps / batches.deal.steps_per_epoch),
         device_line(),
     ]
 

@@ -6,16 +6,27 @@ everything saved.
 
 import argparse
 import dataclasses
+import importlib
+import itertools
 import json
+import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax.config import RunConfig, config_path, read_config
+from gptjax import flags
+from gptjax.config import config_path, read_config
 from gptjax.errors import ConfigError, GptjaxError
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try the same again
+TASKS = {  # train.task: where it is
+    "pretrain": ("pretrain", "pretrain"),
+    "classify": ("classification", "train_classifier"),
+    "instruct": ("instruct", "train_assistant"),
+    "preference": ("preference", "train_preference"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,18 +75,13 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--run", type=Path, default=Path("runs/quickstart"), metavar="DIR")
     sub = add(train, "train")
     sub.usage = "gptjax train CONFIG.toml [--section.option value ...] [--run DIR]"
-    sub.epilog = "options:\n" + "\n".join(option_lines())
+    sub.epilog = "options:\n" + "\n".join(flags.option_lines())
     sub.add_argument("config", metavar="CONFIG.toml", help="a file, or one of configs/")
     sub.add_argument("--run", type=Path, metavar="DIR", help="default: runs/CONFIG")
-    add_generate_flags(add(generate, "generate"))
-    add_classify_flags(add(classify, "classify"))
-    sub = add(evaluate, "eval")
-    sub.add_argument("model", metavar="MODEL")
-    what = sub.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", type=Path, metavar="FILE", help="text to predict")
-    what.add_argument("--labelled", metavar="FILE", help="texts with their classes")
-    sub.add_argument("--stride", type=int, metavar="N", help="default: the context")
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    flags.generate(add(generate, "generate"))
+    flags.classify(add(classify, "classify"))
+    flags.chat(add(chat, "chat"))
+    flags.evaluate(add(evaluate, "eval"))
     sub = add(import_model, "import")
     sub.add_argument("source", metavar="SOURCE", help="as MODEL, see gptjax --help")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -94,54 +100,9 @@ def add_data_commands(commands: Any, add: Any) -> None:
     data = commands.add_parser("data", help="Fetch, prepare and check data.")
     kinds = data.add_subparsers(required=True, metavar="fetch|prepare|preview|verify")
     add(data_fetch, "fetch", kinds).add_argument("name", metavar="NAME")
-    sub = add(data_prepare, "prepare", kinds)
-    sub.add_argument("paths", nargs="+", metavar="PATH")
-    sub.add_argument("--tokenizer", default="gpt2", metavar="gpt2|bytes|bpe:N|DIR")
-    sub.add_argument("--out", type=Path, required=True, metavar="DIR")
-    sub.add_argument("--val-fraction", type=float, default=0.1)
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--column", default="", help="field of JSON and CSV rows")
-    sub.add_argument("--workers", type=int, help="default: all cores")
-    for function, name in ((data_preview, "preview"), (data_verify, "verify")):
-        add(function, name, kinds).add_argument("folder", type=Path, metavar="DIR")
-
-
-def add_generate_flags(sub: argparse.ArgumentParser) -> None:
-    """The arguments of `gptjax generate`."""
-    sub.add_argument("model", metavar="MODEL")
-    sub.add_argument("prompt", nargs="?", metavar="PROMPT", help="default: stdin")
-    sub.add_argument("--few-shot", type=Path, metavar="FILE.jsonl")
-    sub.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
-    sub.add_argument("--temperature", type=float, default=0.8, help="0 = greedy")
-    sub.add_argument("--top-k", type=int, default=0, help="0 = all tokens")
-    sub.add_argument("--top-p", type=float, default=1.0)
-    sub.add_argument("--min-p", type=float, default=0.0)
-    sub.add_argument("--repetition-penalty", type=float, default=1.0)
-    sub.add_argument("--stop", action="append", default=[], metavar="TEXT")
-    sub.add_argument("--samples", type=int, default=1, metavar="N")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--json", action="store_true", help="one JSON object per sample")
-
-
-def add_classify_flags(sub: argparse.ArgumentParser) -> None:
-    """The arguments of `gptjax classify`."""
-    sub.add_argument("model", metavar="MODEL")
-    sub.add_argument("texts", nargs="*", metavar="TEXT", help="default: lines of stdin")
-    sub.add_argument("--file", type=Path, metavar="IN", help="CSV, TSV, JSONL or text")
-    sub.add_argument("--out", type=Path, metavar="OUT", help="IN with its labels")
-    sub.add_argument("--text", default="", metavar="NAME", help="column of IN")
-    sub.add_argument("--json", action="store_true", help="one JSON object per text")
-
-
-def option_lines() -> list[str]:
-    """Every option of a config with its default, as flags."""
-    lines = []
-    for section in dataclasses.fields(RunConfig):
-        default: Any = getattr(RunConfig(), section.name)
-        for field in dataclasses.fields(default):
-            flag = f"--{section.name}.{field.name}"
-            lines.append(f"  {flag:<28} {field.default!r}")
-    return lines
+    flags.prepare(add(data_prepare, "prepare", kinds))
+    add(data_verify, "verify", kinds).add_argument("folder", type=Path, metavar="DIR")
+    flags.preview(add(data_preview, "preview", kinds))
 
 
 def quickstart(args: argparse.Namespace) -> int:
@@ -157,15 +118,11 @@ def train(args: argparse.Namespace) -> int:
     Every option of the config can be given as a flag, --section.option value.
     """
     path = config_path(args.config)
-    config = with_flags(read_config(path), args.rest)
+    config = flags.on_top(read_config(path), args.rest)
     folder = args.run or Path("runs") / path.stem
-    if config.train.task == "classify":
-        from gptjax.classification import train_classifier
-
-        return stoppable(lambda: train_classifier(config, folder))
-    from gptjax.pretrain import pretrain
-
-    return stoppable(lambda: pretrain(config, folder))
+    module, function = TASKS[config.train.task]
+    run = getattr(importlib.import_module(f"gptjax.{module}"), function)
+    return stoppable(lambda: run(config, folder))
 
 
 def stoppable(run: Any) -> int:
@@ -180,22 +137,6 @@ def stoppable(run: Any) -> int:
     return 0
 
 
-def with_flags(config: RunConfig, flags: Sequence[str]) -> RunConfig:
-    """The config with `--section.option value` flags on top of it."""
-    if not flags:
-        return config
-    import tyro
-
-    return tyro.cli(
-        RunConfig,
-        prog="gptjax train CONFIG.toml",
-        args=flags,
-        default=config,
-        config=(tyro.conf.FlagConversionOff,),
-        use_underscores=True,
-    )
-
-
 def remark(line: str) -> None:
     """What a person should know, apart from what was asked for."""
     print(line, file=sys.stderr)
@@ -203,16 +144,20 @@ def remark(line: str) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """Continue a prompt."""
-    from gptjax.generation import Sampling, complete, few_shot_prompt, stream
+    from gptjax.generation import complete, few_shot_prompt, stream
     from gptjax.weights.importing import load
 
     prompt = sys.stdin.read() if args.prompt is None else args.prompt
     if args.few_shot:
         prompt = few_shot_prompt(args.few_shot, prompt)
         args.stop = args.stop or ["\n"]
-    names = [field.name for field in dataclasses.fields(Sampling)]
-    options = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    options = flags.sampling_options(args)
     model = load(args.model, remark)
+    if args.chat:
+        from gptjax.answering import answer
+
+        print(answer(model, prompt, **options))
+        return
     if args.samples == 1 and not args.json:
         print("" if args.few_shot else prompt, end="", flush=True)
         for piece in stream(model, prompt, **options):
@@ -224,6 +169,14 @@ def generate(args: argparse.Namespace) -> None:
             print(json.dumps(dataclasses.asdict(sample), ensure_ascii=False))
         else:
             print(f"--- {sample.finish}\n{prompt}{sample.text}")
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Talk to an assistant in the terminal."""
+    from gptjax.chat import chat
+    from gptjax.weights.importing import load
+
+    chat(load(args.model, remark), args.model, flags.sampling_options(args))
 
 
 def classify(args: argparse.Namespace) -> None:
@@ -255,10 +208,25 @@ def classify(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Loss, perplexity and bits per byte on a text, or accuracy on labelled texts."""
+    """Loss on a text, accuracy on labelled texts, or answers to instructions."""
     from gptjax.weights.importing import load
 
     model = load(args.model, remark)
+    if args.data:
+        from gptjax.judge import Judge
+        from gptjax.judged import evaluate_file
+
+        judge = Judge(args.judge, args.judge_model) if args.judge else None
+        numbers, tasks = evaluate_file(model, args.data, args.out, judge, remark)
+        if args.json:
+            print(json.dumps(numbers | ({"tasks": tasks} if tasks else {})))
+            return
+        for task, scores in tasks.items():
+            print(f"{task:<18} {scores['exact_match']:.4f} exact")
+        print(
+            "\n".join(f"{name:<18} {short(value)}" for name, value in numbers.items())
+        )
+        return
     if args.labelled:
         from gptjax.prediction import judge_file
 
@@ -278,6 +246,11 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"perplexity     {result.perplexity:.4f}")
     if result.bits_per_byte is not None:
         print(f"bits per byte  {result.bits_per_byte:.4f}")
+
+
+def short(value: float | int | None) -> str:
+    """A number for a line of a table."""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def import_model(args: argparse.Namespace) -> None:
@@ -328,11 +301,37 @@ def data_prepare(args: argparse.Namespace) -> None:
 
 
 def data_preview(args: argparse.Namespace) -> None:
-    """Show a few windows of prepared data as the model will see them."""
+    """Show prepared data or a file of conversations as the model will see them."""
+    if not Path(args.path).is_dir():
+        preview_file(args)
+        return
     from gptjax.data.prepare import preview
 
-    for text in preview(args.folder):
+    for text in preview(Path(args.path)):
         print(f"--- a window\n{text}")
+
+
+def preview_file(args: argparse.Namespace) -> None:
+    """A few rows of a file of conversations, in three stages."""
+    from gptjax.preview import json_objects, preview_rows, shown, write_html
+
+    preview = preview_rows(
+        args.path,
+        template=args.template,
+        tokenizer=args.tokenizer,
+        context=args.context,
+        mask_prompt=not args.learn_prompts,
+    )
+    rows = 3 if args.rows is None else args.rows
+    if args.json:
+        for row in itertools.islice(json_objects(preview), args.rows):
+            print(json.dumps(row, ensure_ascii=False))
+    elif args.html:
+        write_html(preview, args.html, rows)
+        print(f"wrote    {args.html}")
+    else:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(shown(preview, rows, colour, shutil.get_terminal_size().columns))
 
 
 def data_verify(args: argparse.Namespace) -> int:

@@ -92,17 +92,22 @@ class DataConfig:
     """Which text, in which tokens, in which batches."""
 
     source: str = "python-help"  # a named data set, a prepared folder, files, a glob
-    tokenizer: str = "gpt2"  # gpt2, bytes, bpe:SIZE (trained on the text), a folder
+    tokenizer: str = ""  # gpt2, bytes, bpe:SIZE, a folder; "" = tune.start's, or gpt2
     text: str = ""  # field of JSON and CSV rows that holds the text; "" = guess
     label: str = ""  # and the one that holds the class
-    split: Literal["stratified", "book"] = "stratified"  # of labelled rows
+    split: Literal["stratified", "book"] = "stratified"  # of rows for fine-tuning
     balance: bool = False  # cut all classes down to the size of the smallest
     dedupe: bool = False  # leave out labelled texts that came before
-    test_fraction: float = 0.2  # of the labelled rows, looked at when all is done
+    test_fraction: float = 0.2  # of such rows, looked at when all is done
     val_fraction: float = 0.1  # of the documents, held out
     val_seed: int = 0  # of the lot that picks them
     batch_size: int = 8  # [B] rows per step, all devices and micro-batches together
-    packed: bool = True  # documents of one row do not attend to each other
+    # What shares a row: "packed" documents or conversations, which do not attend to
+    # each other; "mixed" documents, which do; one "padded" to the next of a few
+    # lengths; or as the "book" does it. "auto": packed for pretraining, else padded.
+    batching: Literal["auto", "packed", "mixed", "padded", "book"] = "auto"
+    template: str = ""  # alpaca, phi3, chatml, qa, a Jinja file; "" = start's or alpaca
+    mask_prompt: bool = True  # whether only answers are learned
 
     def __post_init__(self) -> None:
         """Rejects what no batch can be made of."""
@@ -119,7 +124,6 @@ class OptimConfig:
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"  # after the warm-up
     warmup_steps: int = 100  # linear from 0
     final_lr: float = 0.1  # where the schedule ends, as a fraction of peak_lr
-    decay_fraction: float = 0.2  # last part of the run that "wsd" decays in
     weight_decay: float = 0.1  # of matrices and embeddings, not of biases and norms
     decay_all: bool = False  # of these too, as PyTorch does unless told otherwise
     beta1: float = 0.9
@@ -129,7 +133,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         """Rejects rates that cannot train."""
         at_least("optim", self, 0, "peak_lr warmup_steps final_lr weight_decay")
-        at_least("optim", self, 0, "decay_fraction grad_clip")
+        at_least("optim", self, 0, "grad_clip")
         fractions("optim", self, "beta1 beta2")
 
 
@@ -137,7 +141,7 @@ class OptimConfig:
 class TrainConfig:
     """Which task, how long, from which seed, and what is looked at on the way."""
 
-    task: Literal["pretrain", "classify"] = "pretrain"
+    task: Literal["pretrain", "classify", "instruct", "preference"] = "pretrain"
     steps: int = 1000  # optimiser updates
     seed: int = 0  # of parameters, batches and dropout
     accumulate: int = 1  # [G] micro-batches that data.batch_size is split into
@@ -145,17 +149,13 @@ class TrainConfig:
     log_every: int = 10  # steps
     eval_every: int = 100  # steps; the last step is always evaluated
     eval_batches: int = 20  # validation batches on the way; the end sees them all
-    sample_every: int = 500  # steps
-    sample_prompt: str = "\n"
-    sample_tokens: int = 100
+    sample_prompt: str = "\n"  # continued at each evaluation; "" = not
 
     def __post_init__(self) -> None:
         """Rejects intervals of no length."""
         names = "steps accumulate loss_chunk log_every eval_every eval_batches"
-        at_least("train", self, 1, names + " sample_every")
-        at_least("train", self, 0, "seed sample_tokens")
-        if not self.sample_prompt:
-            raise ConfigError('train.sample_prompt is empty. Give it text, e.g. "\\n".')
+        at_least("train", self, 1, names)
+        at_least("train", self, 0, "seed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,12 +167,13 @@ class TuneConfig:
     lora_rank: int = 16
     lora_alpha: float = 16.0  # adapters count alpha / rank times
     lora_targets: str = "attention/* mlp/*"  # patterns of names, as in one block
-    lm_weight: float = 0.0  # of the next-token loss, added to the task's
+    lm_weight: float = 0.0  # of the next-token loss, added to a classifier's
+    beta: float = 0.1  # of preference tuning: how dear it is to leave the start
 
     def __post_init__(self) -> None:
         """Rejects adapters that cannot be made."""
         at_least("tune", self, 1, "lora_rank")
-        at_least("tune", self, 0, "lora_alpha lm_weight")
+        at_least("tune", self, 0, "lora_alpha lm_weight beta")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ import numpy as np
 from gptjax.config import GPTConfig
 from gptjax.data.batches import Batch, pack
 from gptjax.errors import ConfigError, DataError
-from gptjax.loss import token_nats
-from gptjax.model import Params, hidden, output_table
+from gptjax.loss import batch_token_nats
+from gptjax.model import Params
 from gptjax.weights.folder import Model
 
 ROWS = 8  # in a batch of `score`
@@ -56,15 +56,7 @@ def make_scorer(config: GPTConfig, chunk: int = CHUNK) -> Scorer:
 
     @jax.jit
     def nats(params: Params, batch: Any) -> Any:
-        x_BTD, _ = hidden(
-            config,
-            params,
-            batch["tokens"],
-            position_BT=batch["positions"],
-            segment_BT=batch["segments"],
-        )
-        table_VD = output_table(config, params)
-        return token_nats(config, x_BTD, table_VD, batch["targets"], chunk)
+        return batch_token_nats(config, params, batch, chunk=chunk)
 
     return nats
 

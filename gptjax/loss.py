@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from gptjax.config import GPTConfig
-from gptjax.model import logits
+from gptjax.model import Params, hidden, logits, output_table
 
 Scalar = Float[Array, ""]
 PerToken = Float[Array, "B T"]
@@ -58,8 +58,57 @@ def token_nats(
         logit_BCV = logits(config, table_VD, x_BCD)
         return optax.softmax_cross_entropy_with_integer_labels(logit_BCV, target_BC)
 
-    nats = jax.lax.map(one, (split(x_BTD, chunk), split(target_BT, chunk)))
+    # Where a gradient is taken, logits are computed again rather than kept.
+    chunks = split(x_BTD, chunk), split(target_BT, chunk)
+    nats = jax.lax.map(jax.checkpoint(one), chunks)
     return join(nats)
+
+
+def batch_nats(
+    config: GPTConfig,
+    params: Params,
+    batch: Any,
+    *,
+    chunk: int,
+    dropout_key: Any = None,
+    adapters: Params | None = None,
+) -> tuple[Scalar, Scalar]:
+    """The loss of a `gptjax.data.batches.Batch`, as (sum of nats, sum of weights)."""
+    x_BTD = read(config, params, batch, dropout_key=dropout_key, adapters=adapters)
+    table_VD = output_table(config, params)
+    targets, weights = batch["targets"], batch["weights"]
+    nats = weighted_nats(config, x_BTD, table_VD, targets, weights, chunk)
+    return nats, weights.sum()
+
+
+def batch_token_nats(
+    config: GPTConfig, params: Params, batch: Any, *, chunk: int, **options: Any
+) -> PerToken:
+    """The cross-entropy of each target of such a batch, whatever its weight.
+
+    Args:
+        config: shape of the model.
+        params: of the model.
+        batch: tokens, targets, segments and positions, [B, T] each.
+        chunk: positions whose logits exist at a time.
+        **options: `dropout_key` and `adapters` of `gptjax.hidden`.
+    """
+    x_BTD = read(config, params, batch, **options)
+    table_VD = output_table(config, params)
+    return token_nats(config, x_BTD, table_VD, batch["targets"], chunk)
+
+
+def read(config: GPTConfig, params: Params, batch: Any, **options: Any) -> Array:
+    """Final hidden states [B, T, D] of a batch whose rows hold several documents."""
+    x_BTD, _ = hidden(
+        config,
+        params,
+        batch["tokens"],
+        position_BT=batch["positions"],
+        segment_BT=batch["segments"],
+        **options,
+    )
+    return x_BTD
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5))

@@ -16,14 +16,15 @@ DECAY = {
     **{"*bias": False, "*scale": False},
 }
 
+DECAY_PART = 0.2  # of a run with the schedule "wsd"
+
 
 def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate by number of finished steps.
 
     Linear from 0 over `warmup_steps`, then "constant"; "cosine" down to
     `final_lr * peak_lr` at the last step (Loshchilov & Hutter 2017); or "wsd":
-    constant, then linear down over the last `decay_fraction` of the run (Hu et al.
-    2024).
+    constant, then linear down over the last fifth of the run (Hu et al. 2024).
 
     Raises:
         ConfigError: the warm-up is longer than the run.
@@ -35,7 +36,7 @@ def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
             "the warm-up or train longer."
         )
     after = steps - warmup
-    decay = min(after, round(steps * optim.decay_fraction))
+    decay = min(after, round(steps * DECAY_PART))
     low = peak * optim.final_lr
     shapes = {
         "constant": optax.constant_schedule(peak),

@@ -9,8 +9,9 @@ import numpy as np
 
 from gptjax.classifier import chances
 from gptjax.config import GPTConfig
+from gptjax.data.dealing import buckets
 from gptjax.data.labelled import Labelled, read_labelled
-from gptjax.data.labelled_batches import LabelledBatches, buckets
+from gptjax.data.labelled_batches import LabelledBatches
 from gptjax.errors import DataError, ModelError
 from gptjax.scores import Scores, bootstrap_interval, confusion, scores
 from gptjax.weights.folder import Model

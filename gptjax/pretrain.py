@@ -14,12 +14,15 @@ from gptjax.download import sha256
 from gptjax.errors import ConfigError
 from gptjax.evaluate import evaluate, make_scorer
 from gptjax.generation import complete
-from gptjax.loss import weighted_nats
-from gptjax.model import hidden, init, output_table
+from gptjax.loss import batch_nats
+from gptjax.model import init
 from gptjax.optim import make_optimizer
 from gptjax.run_loop import Run, Say, Task, device_line, length_line, train_run
 from gptjax.train import LossFn, TrainState, init_state, make_train_step
 from gptjax.weights.folder import Model, save
+
+APART = {"auto": True, "packed": True, "mixed": False}  # data.batching
+SAMPLE_TOKENS = 60
 
 
 def pretrain(config: RunConfig, folder: Path, say: Say = print) -> Model:
@@ -49,12 +52,13 @@ def make_task(run: Run) -> tuple[Run, Task]:
     key = jax.random.key(train.seed)
     params = jax.jit(lambda key: init(c.model, key))(key)
     loss_fn = make_loss(c.model, train.loss_chunk)
+    packed = documents_apart(c.data.batching)
     batches = make_batches(
         dataset.train,
         rows=c.data.batch_size,
         context=c.model.context_length,
         seed=train.seed,
-        packed=c.data.packed,
+        packed=packed,
     )
 
     def model_of(state: TrainState) -> Model:
@@ -72,7 +76,7 @@ def make_task(run: Run) -> tuple[Run, Task]:
         model=model_of,
         facts=data_facts(dataset),
         plan=plan_lines(run, dataset),
-        sample=sample if train.sample_tokens else None,
+        sample=sample if train.sample_prompt else None,
     )
 
 
@@ -80,18 +84,8 @@ def make_loss(config: GPTConfig, chunk: int) -> LossFn:
     """The next-token loss of a batch, as (sum of nats, sum of weights)."""
 
     def loss(params: Any, batch: Any, key: Any) -> tuple[Any, Any]:
-        x_BTD, _ = hidden(
-            config,
-            params,
-            batch["tokens"],
-            position_BT=batch["positions"],
-            segment_BT=batch["segments"],
-            dropout_key=key if config.dropout else None,
-        )
-        table_VD = output_table(config, params)
-        targets, weights = batch["targets"], batch["weights"]
-        nats = weighted_nats(config, x_BTD, table_VD, targets, weights, chunk)
-        return nats, weights.sum()
+        dropout_key = key if config.dropout else None
+        return batch_nats(config, params, batch, chunk=chunk, dropout_key=dropout_key)
 
     return loss
 
@@ -99,6 +93,7 @@ def make_loss(config: GPTConfig, chunk: int) -> LossFn:
 def make_evaluate(run: Run, dataset: Dataset) -> Any:
     """Scores the held-out text: `train.eval_batches` on the way, at the end all."""
     c, held_out = run.config, dataset.validation
+    packed = documents_apart(c.data.batching)
     scorer = make_scorer(c.model, c.train.loss_chunk)
 
     def validate(state: TrainState, done: int, last: bool) -> str:
@@ -108,7 +103,7 @@ def make_evaluate(run: Run, dataset: Dataset) -> Any:
             held_out,
             rows=c.data.batch_size,
             context=c.model.context_length,
-            packed=c.data.packed,
+            packed=packed,
             limit=None if last else c.train.eval_batches,
         )
         lengths = dataset.tokenizer.byte_lengths
@@ -118,6 +113,20 @@ def make_evaluate(run: Run, dataset: Dataset) -> Any:
         return f"val {result.loss:.4f}"
 
     return validate
+
+
+def documents_apart(batching: str) -> bool:
+    """Whether documents that share a row see nothing of each other.
+
+    Raises:
+        ConfigError: it is a way of batching for conversations.
+    """
+    if batching not in APART:
+        raise ConfigError(
+            f"data.batching={batching!r} is for fine-tuning: pretraining fills every "
+            "row with text. Choose packed or mixed."
+        )
+    return APART[batching]
 
 
 def with_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
@@ -176,7 +185,7 @@ def write_sample(run: Run, model: Model, done: int) -> None:
     (sample,) = complete(
         model,
         train.sample_prompt,
-        max_new_tokens=train.sample_tokens,
+        max_new_tokens=SAMPLE_TOKENS,
         temperature=0.8,
         seed=train.seed,
     )

@@ -62,7 +62,9 @@ def compare_classifiers(folder: Path, model: Model, say: Say) -> None:
     config = read_config(config_path("classify/python_lines"))
     starts = {
         CLASSIFIER: dataclasses.replace(
-            config, tune=dataclasses.replace(config.tune, start=str(folder / "model"))
+            config,
+            data=dataclasses.replace(config.data, tokenizer=""),
+            tune=dataclasses.replace(config.tune, start=str(folder / "model")),
         ),
         f"{CLASSIFIER}-random": dataclasses.replace(
             config,

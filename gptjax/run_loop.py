@@ -112,13 +112,17 @@ def resumed(run: Run, fresh: TrainState) -> tuple[TrainState, int]:
 def loop(
     run: Run, task: Task, state: TrainState, stopping: Callable[[], bool]
 ) -> TrainState:
-    """Trains to the last step; logs, evaluates, samples and saves on the way."""
+    """Trains to the last step; evaluates before it, and on the way; logs and saves."""
     c, train, done = run.config, run.config.train, int(state.step)
     rates = learning_rates(c.optim, train.steps)
-    if not done and task.sample:
-        task.sample(state, 0)
+    validation = "val -"
+    if not done:
+        validation = task.evaluate(state, 0, False)
+        run.say(f"step {0:>{len(str(train.steps))}}/{train.steps} | {validation}")
+        if task.sample:
+            task.sample(state, 0)
     step = compiled_by_shape(run.say, task)
-    watch, logged, validation = Stopwatch(), done, "val -"
+    watch, logged = Stopwatch(), done
     pending: Any = None
 
     def noted(pending: Any) -> report.Event:
@@ -138,18 +142,17 @@ def loop(
             run.say(line(train.steps, event, validation, left(event)))
         last, stop = done == train.steps, stopping()
         evaluating = last or done % train.eval_every == 0
-        sampling = task.sample and (last or done % train.sample_every == 0)
         saving = last or stop or done % c.checkpoint.every == 0
-        if evaluating or sampling or saving or done % train.log_every == 0:
+        if evaluating or saving or done % train.log_every == 0:
             pending, logged = (done, metrics, rates[done - 1], done - logged), done
-        if not (evaluating or sampling or saving):
+        if not (evaluating or saving):
             continue
         event, pending = noted(pending), None
         with watch.aside():
             if evaluating:
                 validation = task.evaluate(state, done, last)
             run.say(line(train.steps, event, validation, left(event)))
-            if sampling and task.sample:
+            if evaluating and task.sample:
                 task.sample(state, done)
             if saving:
                 save_step(run, state, done)

@@ -4,14 +4,16 @@ Pure functions over NumPy. C is the number of classes, n that of the examples. T
 rates are those of scikit-learn with `zero_division=0`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Real
 
 from gptjax.errors import DataError
 
 RESAMPLES = 2_000
+VALUES = 1_000_000  # drawn at once
 
 
 class Scores(NamedTuple):
@@ -81,4 +83,24 @@ def bootstrap_interval(
         raise DataError("there is no example to score. Give a set that is not empty.")
     draws = np.random.default_rng(seed).binomial(n, correct.mean(), RESAMPLES) / n
     low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def mean_interval(
+    values: Sequence[int | float] | Real[np.ndarray, " n"], seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean, as `bootstrap_interval` of a rate.
+
+    Of values that are all equal the interval is a point and tells nothing.
+    """
+    n = len(values)
+    if not n:
+        raise DataError("there is no value to average. Give a list that is not empty.")
+    above = np.asarray(values, np.float64) - values[0]  # equal ones become exact zeros
+    rng, rows = np.random.default_rng(seed), max(1, VALUES // n)
+    means = [
+        above[rng.integers(n, size=(min(rows, RESAMPLES - start), n))].mean(axis=1)
+        for start in range(0, RESAMPLES, rows)
+    ]
+    low, high = values[0] + np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(low), float(high)

@@ -4,15 +4,23 @@ Only the part that is trained goes through the gradient and the optimiser. Of a 
 layers the last ones are split off as "tail", so that nothing flows back further.
 """
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 from jaxtyping import Array, Key
 
 from gptjax.config import RunConfig
-from gptjax.lora import Adapters, init_adapters, scaled
+from gptjax.lora import Adapters, init_adapters, merged, scaled
 from gptjax.model import Params
+from gptjax.train import make_train_step
 from gptjax.tree import merge, partition
+from gptjax.weights.adapters import save_adapters
+from gptjax.weights.folder import Model, save
+
+# (config, parameters, adapters, batch, key) -> (sum, weight)
+TunedLoss = Callable[[RunConfig, Params, Any, Any, Any], tuple[Array, Array]]
 
 # tune.trainable: (layers in the tail, patterns of what is trained). The final norm goes
 # with the blocks, as in Raschka 2024, chapter 6.
@@ -75,3 +83,38 @@ def join_tail(params: Params) -> Params:
         together = lambda *parts: jax.numpy.concatenate(parts)  # noqa: E731
         blocks = jax.tree.map(together, params["blocks"], blocks)
     return rest | {"blocks": blocks}
+
+
+def whole(c: RunConfig, trained: Params, frozen: Params) -> Params:
+    """The parameters of the model that a run has made: one stack, adapters merged."""
+    params, adapters = joined(c, trained, frozen)
+    params = join_tail(params)
+    return merged(params, adapters) if adapters else params
+
+
+def make_tuned_step(
+    c: RunConfig, loss: TunedLoss, optimizer: Any
+) -> Callable[[Any, Any, Params], Any]:
+    """A pure (state, batch, frozen) -> (state, metrics); only the state changes."""
+
+    def step(state: Any, batch: Any, frozen: Params) -> Any:
+        def loss_fn(trained: Params, batch: Any, key: Any) -> tuple[Array, Array]:
+            return loss(c, *joined(c, trained, frozen), batch, key)
+
+        return make_train_step(loss_fn, optimizer, c.train.accumulate)(state, batch)
+
+    return step
+
+
+def save_tuned(
+    c: RunConfig, folder: Path, model: Model, trained: Params, frozen: Params
+) -> None:
+    """Writes model/ of a run, and its adapters beside it."""
+    save(model, folder / "model")
+    if adapters := joined(c, trained, frozen)[1]:
+        save_adapters(adapters, folder / "adapters.safetensors")
+
+
+def stream(batches: Any, first: int, stop: int) -> Iterator[Any]:
+    """`batches.batch_at` of the steps from `first` to before `stop`."""
+    return (batches.batch_at(step) for step in range(first, stop))

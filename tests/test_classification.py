@@ -17,7 +17,8 @@ from gptjax.classification import train_classifier
 from gptjax.classifier import class_logits, class_nats
 from gptjax.cli import main
 from gptjax.config import GPTConfig, RunConfig, build
-from gptjax.data.labelled_batches import LabelledBatches, buckets
+from gptjax.data.dealing import buckets
+from gptjax.data.labelled_batches import LabelledBatches
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.lora import merged
 from gptjax.prediction import judge, predict
@@ -109,10 +110,10 @@ def test_the_loss_is_that_of_the_rows_that_count():
 def test_an_epoch_visits_every_row_once_in_few_shapes(lengths, rows, epoch):
     ids = [[n] * length for n, length in enumerate(lengths)]
     batches = LabelledBatches(ids, [0] * len(ids), rows, buckets(70), 999, seed=3)
-    first = epoch * batches.steps_per_epoch
+    first = epoch * batches.deal.steps_per_epoch
 
     seen, shapes = [], set()
-    for step in range(first, first + batches.steps_per_epoch):
+    for step in range(first, first + batches.deal.steps_per_epoch):
         batch = batches.batch_at(step)
         shapes.add(batch["tokens"].shape)
         for n in np.flatnonzero(batch["weights"]):

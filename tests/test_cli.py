@@ -42,16 +42,16 @@ def test_help_imports_nothing_that_takes_time():
 def test_train_writes_a_run_with_flags_on_top_of_the_file(capsys, tmp_path):
     make_config(tmp_path)
     options = ["--model.d_model", 8, "--model.n_layers", 1, "--model.context_length", 8]
-    options += ["--train.steps", 2, "--train.sample_tokens", 0]
+    options += ["--train.steps", 2, "--train.sample_prompt", ""]
     options += ["--optim.warmup_steps", 1]
-    options += ["--data.source", tmp_path / "text.txt", "--data.packed", "False"]
+    options += ["--data.source", tmp_path / "text.txt", "--data.batching", "mixed"]
 
     code, out, _ = gptjax(capsys, "train", "tiny", "--run", tmp_path / "run", *options)
 
     assert code == 0
     config = read_config(tmp_path / "run" / "config.toml")
     assert (config.model.d_model, config.train.steps) == (8, 2)
-    assert config.data.packed is False
+    assert config.data.batching == "mixed"
     assert config.optim.peak_lr == read_config(config_path("tiny")).optim.peak_lr
     assert "done " in out
 

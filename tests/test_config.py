@@ -60,7 +60,6 @@ def runs(draw):
         schedule=st.sampled_from(["cosine", "constant", "wsd"]),
         warmup_steps=st.integers(0, 10**6),
         final_lr=RATE,
-        decay_fraction=FRACTION,
         weight_decay=RATE,
         beta1=FRACTION,
         beta2=FRACTION,
@@ -70,15 +69,16 @@ def runs(draw):
     tune = st.builds(
         TuneConfig,
         **dict.fromkeys(["start", "lora_targets"], WORDS),
-        **dict.fromkeys(["lora_alpha", "lm_weight"], RATE),
+        **dict.fromkeys(["lora_alpha", "lm_weight", "beta"], RATE),
         trainable=st.sampled_from(["all", "head", "lora"]),
         lora_rank=POSITIVE,
     )
     train = st.builds(
         TrainConfig,
         **dict.fromkeys(["steps", "loss_chunk", "log_every", "eval_every"], POSITIVE),
-        **dict.fromkeys(["eval_batches", "sample_every"], POSITIVE),
-        **dict.fromkeys(["seed", "sample_tokens"], st.integers(0, 10**6)),
+        eval_batches=POSITIVE,
+        seed=st.integers(0, 10**6),
+        task=st.sampled_from(["pretrain", "classify", "instruct", "preference"]),
         accumulate=st.just(groups),
         sample_prompt=WORDS,
     )
@@ -86,10 +86,11 @@ def runs(draw):
         DataConfig,
         **dict.fromkeys(["source", "tokenizer", "text", "label"], WORDS),
         **dict.fromkeys(["val_fraction", "test_fraction"], FRACTION),
-        **dict.fromkeys(["balance", "dedupe"], st.booleans()),
+        **dict.fromkeys(["balance", "dedupe", "mask_prompt"], st.booleans()),
         split=st.sampled_from(["stratified", "book"]),
         batch_size=st.integers(1, 64).map(lambda rows: rows * groups),
-        packed=st.booleans(),
+        batching=st.sampled_from(["auto", "packed", "mixed", "padded", "book"]),
+        template=WORDS,
     )
     return RunConfig(
         model=draw(models()),
@@ -168,7 +169,7 @@ def test_an_option_with_a_letter_missing_is_answered_with_its_name(data):
         ),
         ({"model": {"n_layers": 3.0}}, "n_layers=3.0 is a float, but .* a int"),
         ({"model": {"n_layers": True}}, "n_layers=True is a bool, but .* a int"),
-        ({"data": {"packed": 1}}, "data.packed=1 is a int, .* a bool. Write true or"),
+        ({"data": {"dedupe": 1}}, "data.dedupe=1 is a int, .* a bool. Write true or"),
         (
             {"data": {"source": 1}},
             'source=1 is a int, .* a str. Write "text"',
@@ -211,7 +212,6 @@ def test_a_table_that_names_no_run_is_refused(table, message):
         (TrainConfig, {"steps": 0}, "train.steps=0 is too small"),
         (TrainConfig, {"accumulate": 0}, "train.accumulate=0 is too small"),
         (TrainConfig, {"seed": -1}, "train.seed=-1 is too small"),
-        (TrainConfig, {"sample_prompt": ""}, "train.sample_prompt is empty"),
         (CheckpointConfig, {"every": 0}, "checkpoint.every=0 is too small"),
         (CheckpointConfig, {"keep": 0}, "checkpoint.keep=0 is too small"),
     ],

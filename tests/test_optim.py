@@ -82,7 +82,7 @@ def test_constant_stays_at_the_peak():
 
 
 def test_wsd_is_constant_and_then_linear_to_the_final_rate():
-    rate = rates(schedule="wsd", decay_fraction=0.2)
+    rate = rates(schedule="wsd")
 
     np.testing.assert_array_equal(rate[9:81], 1.0)
     np.testing.assert_allclose(np.diff(rate[80:]), -0.9 / 20, rtol=1e-4)
@@ -94,16 +94,10 @@ def test_wsd_is_constant_and_then_linear_to_the_final_rate():
     schedule=st.sampled_from(["cosine", "constant", "wsd"]),
     steps=st.integers(1, 20),
     warmup=st.integers(0, 20),
-    decay=st.floats(0, 1),
 )
-def test_no_update_of_any_run_has_rate_zero_or_above_the_peak(
-    schedule, steps, warmup, decay
-):
+def test_no_update_of_any_run_has_rate_zero_or_above_the_peak(schedule, steps, warmup):
     optim = dataclasses.replace(
-        OPTIM,
-        schedule=schedule,
-        warmup_steps=min(warmup, steps),
-        decay_fraction=decay,
+        OPTIM, schedule=schedule, warmup_steps=min(warmup, steps)
     )
 
     rate = make_schedule(optim, steps)(jnp.arange(20))[:steps]  # one shape to compile

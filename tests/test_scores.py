@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptjax import scores as module
 from gptjax.errors import DataError
-from gptjax.scores import bootstrap_interval, confusion, scores
+from gptjax.scores import bootstrap_interval, confusion, mean_interval, scores
 
 # (true, predicted) of 4 classes, and what sklearn.metrics of scikit-learn 1.9.1 says:
 # accuracy_score, f1_score(average="macro"), balanced_accuracy_score, then what
@@ -116,6 +117,47 @@ def test_nineteen_of_twenty_intervals_hold_the_true_accuracy():
     assert 0.92 < held < 0.98  # three standard deviations of 500 trials
 
 
+@settings(max_examples=30)
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1), st.integers(0, 99))
+def test_the_interval_of_a_mean_holds_it_and_repeats_by_its_seed(values, seed):
+    low, high = mean_interval(values, seed)
+
+    slack = 1e-9  # sums in another order
+    assert min(values) - slack <= low <= np.mean(values) + slack
+    assert np.mean(values) - slack <= high <= max(values) + slack
+    assert mean_interval(np.array(values), seed) == (low, high)
+
+
+@given(st.floats(-1e3, 1e3), st.integers(1, 50))
+def test_the_interval_of_equal_values_is_a_point(value, count):
+    assert mean_interval([value] * count) == (value, value)
+
+
+def test_the_interval_of_a_mean_is_that_of_drawing_values():
+    rng = np.random.default_rng(1)
+    values = rng.gamma(2, 20, 150)
+    drawn = values[rng.integers(150, size=(20_000, 150))].mean(axis=1)
+
+    found = mean_interval(values)
+
+    # The ends of 2,000 draws are known to 0.06 standard deviations of the mean.
+    np.testing.assert_allclose(
+        found, np.percentile(drawn, [2.5, 97.5]), atol=0.2 * drawn.std()
+    )
+
+
+@pytest.mark.parametrize("values", [1, 40, 1_000])
+def test_the_interval_of_a_mean_does_not_depend_on_how_much_is_drawn_at_once(
+    values, monkeypatch
+):
+    grades = [0, 50, 70, 70, 85, 100]
+    expected = mean_interval(grades)
+
+    monkeypatch.setattr(module, "VALUES", values)
+
+    assert mean_interval(grades) == expected
+
+
 @pytest.mark.parametrize("wrong", [[0, 3], [-1, 0]])
 def test_a_class_that_does_not_exist_is_refused(wrong):
     right = np.array([0, 1])
@@ -132,3 +174,5 @@ def test_nothing_has_no_score():
         scores(confusion(none, none, 2))
     with pytest.raises(DataError, match="no example to score"):
         bootstrap_interval(none == 0)
+    with pytest.raises(DataError, match="no value to average"):
+        mean_interval([])

@@ -87,7 +87,7 @@ def open_dataset(config: DataConfig, folder: Path) -> Dataset:
     if is_prepared(source):
         return open_prepared(source, config.tokenizer)
     if config.source not in (PYTHON_HELP, *NAMED) and token_files(source):
-        tokenizer = tokenizers.load(config.tokenizer)
+        tokenizer = tokenizers.load(config.tokenizer or "gpt2")
         both = [
             open_foreign(source, split, tokenizer.vocab_size, tokenizer.eot)
             for split in SPLITS
@@ -99,7 +99,7 @@ def open_dataset(config: DataConfig, folder: Path) -> Dataset:
         return Dataset(both[0], both[1], tokenizer)
     prepare(
         [config.source],
-        config.tokenizer,
+        config.tokenizer or "gpt2",
         folder,
         val_fraction=config.val_fraction,
         seed=config.val_seed,

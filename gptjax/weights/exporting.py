@@ -21,7 +21,7 @@ from gptjax.config import suggestion
 from gptjax.errors import ConfigError, ModelError
 from gptjax.model import apply
 from gptjax.tree import count, named_leaves
-from gptjax.weights.folder import Model, write_tensors
+from gptjax.weights.folder import Model, write_template, write_tensors
 from gptjax.weights.importing import load
 from gptjax.weights.names import TABLES, give, homes
 
@@ -62,6 +62,8 @@ def export(model: Model, layout: str, folder: Path) -> str:
             new.mkdir()
             WRITERS[layout](model, new)
             model.tokenizer.save(new)
+            if model.template:
+                write_template(model.template, new)
             difference = compare(model, load(new))
             if folder.exists():
                 folder.rmdir()

@@ -3,6 +3,7 @@
 config.json         shape of the model, format, hash of the tokenizer
 model.safetensors   parameters under their names, float32
 vocab.json, merges.txt, tokenizer_config.json
+chat_template.jinja  of an assistant
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import safetensors.numpy
 from gptjax.config import GPTConfig
 from gptjax.errors import ModelError
 from gptjax.model import Params, unstack
+from gptjax.template import FILE as TEMPLATE
 from gptjax.tokenizer import Tokenizer
 from gptjax.tree import count, named_leaves
 
@@ -32,6 +34,7 @@ class Model:
     params: Params = dataclasses.field(repr=False)
     tokenizer: Tokenizer = dataclasses.field(repr=False)
     labels: tuple[str, ...] = ()  # of a classifier, by class
+    template: str = dataclasses.field(default="", repr=False)  # of an assistant, Jinja
 
     @functools.cached_property
     def layers(self) -> Params:
@@ -73,6 +76,8 @@ def write_files(model: Model, folder: Path) -> None:
     }
     write_tensors(arrays, folder / "model.safetensors")
     model.tokenizer.save(folder)
+    if model.template:
+        write_template(model.template, folder)
     about = {
         "format": FORMAT,
         "model": dataclasses.asdict(model.config),
@@ -80,6 +85,12 @@ def write_files(model: Model, folder: Path) -> None:
         "tokenizer": {"name": model.tokenizer.name, "hash": model.tokenizer.hash},
     }
     (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def write_template(source: str, folder: Path) -> None:
+    """Writes a chat template where `transformers` looks for it too."""
+    with (folder / TEMPLATE).open("w", encoding="utf-8", newline="") as file:
+        file.write(source)
 
 
 def write_tensors(arrays: dict[str, np.ndarray], path: Path) -> None:

@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from gptjax import template as templates
 from gptjax import tokenizer as tokenizers
 from gptjax.config import GPTConfig, build
 from gptjax.errors import ConfigError, DataError, ModelError
+from gptjax.template import FILE as TEMPLATE
 from gptjax.tokenizer import Tokenizer
 from gptjax.weights import hub
 from gptjax.weights.folder import FORMAT, Model
@@ -45,7 +47,9 @@ def load(name: str | Path, say: Say = lambda line: None) -> Model:
     """
     source = open_source(find(name, say), say)
     params = read_params(source)
-    return Model(source.config, params, source.tokenizer, source.labels)
+    return Model(
+        source.config, params, source.tokenizer, source.labels, source.template
+    )
 
 
 def find(name: str | Path, say: Say) -> Path:
@@ -88,10 +92,31 @@ def open_source(path: Path, say: Say = lambda line: None) -> Source:
     found = open_safetensors(files)
     about = read_json(path / "config.json") if (path / "config.json").is_file() else {}
     if "format" in about:
-        return own_source(path, found, about)
+        source = own_source(path, found, about)
+        return dataclasses.replace(source, template=read_template(path))
     if "tok_emb.weight" in found.tensors:
         return book_source(path, found, about, say)
-    return hf_source(path, found, about, say)
+    source = hf_source(path, found, about, say)
+    try:
+        return dataclasses.replace(source, template=read_template(path))
+    except ModelError as error:  # the model can still complete
+        say(f"template not used: {error}")
+        return source
+
+
+def read_template(path: Path) -> str:
+    """The chat template in a folder, tried out; "" where there is none.
+
+    Raises:
+        ModelError: it cannot be used.
+    """
+    place = path / TEMPLATE
+    if not place.is_file():
+        return ""
+    try:
+        return templates.read_template(str(place)).source
+    except ConfigError as error:
+        raise ModelError(f"{place}: {error}") from error
 
 
 def unreadable(path: Path) -> str:

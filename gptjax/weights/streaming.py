@@ -46,6 +46,7 @@ class Source:
     files: Tensors
     rows: int  # of the file's token table; those beyond the vocabulary are left out
     labels: tuple[str, ...] = ()  # of a classifier
+    template: str = ""  # of an assistant
 
 
 def read_params(source: Source) -> Params:

@@ -1,0 +1,119 @@
+"""The arguments of the commands, one function each, and the options of a config."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gptjax.config import RunConfig
+
+
+def generate(sub: argparse.ArgumentParser) -> None:
+    """The arguments of `gptjax generate`."""
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("prompt", nargs="?", metavar="PROMPT", help="default: stdin")
+    sub.add_argument("--few-shot", type=Path, metavar="FILE.jsonl")
+    sub.add_argument("--chat", action="store_true", help="PROMPT is for an assistant")
+    sub.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
+    sub.add_argument("--temperature", type=float, default=0.8, help="0 = greedy")
+    sub.add_argument("--top-k", type=int, default=0, help="0 = all tokens")
+    sub.add_argument("--top-p", type=float, default=1.0)
+    sub.add_argument("--min-p", type=float, default=0.0)
+    sub.add_argument("--repetition-penalty", type=float, default=1.0)
+    sub.add_argument("--stop", action="append", default=[], metavar="TEXT")
+    sub.add_argument("--samples", type=int, default=1, metavar="N")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--json", action="store_true", help="one JSON object per sample")
+
+
+def classify(sub: argparse.ArgumentParser) -> None:
+    """The arguments of `gptjax classify`."""
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("texts", nargs="*", metavar="TEXT", help="default: lines of stdin")
+    sub.add_argument("--file", type=Path, metavar="IN", help="CSV, TSV, JSONL or text")
+    sub.add_argument("--out", type=Path, metavar="OUT", help="IN with its labels")
+    sub.add_argument("--text", default="", metavar="NAME", help="column of IN")
+    sub.add_argument("--json", action="store_true", help="one JSON object per text")
+
+
+def chat(sub: argparse.ArgumentParser) -> None:
+    """The arguments of `gptjax chat`."""
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    sub.add_argument("--temperature", type=float, default=0.7, help="0 = greedy")
+    sub.add_argument("--top-k", type=int, default=0, help="0 = all tokens")
+    sub.add_argument("--top-p", type=float, default=1.0)
+    sub.add_argument("--seed", type=int, default=0)
+
+
+def evaluate(sub: argparse.ArgumentParser) -> None:
+    """The arguments of `gptjax eval`."""
+    sub.add_argument("model", metavar="MODEL")
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", type=Path, metavar="FILE", help="text to predict")
+    what.add_argument("--labelled", metavar="FILE", help="texts with their classes")
+    what.add_argument("--data", metavar="FILE", help="conversations to be answered")
+    sub.add_argument("--stride", type=int, metavar="N", help="default: the context")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="answers, JSON lines")
+    sub.add_argument("--judge", metavar="URL", help="of an OpenAI-compatible endpoint")
+    sub.add_argument("--judge-model", default="llama3", metavar="NAME")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def prepare(sub: argparse.ArgumentParser) -> None:
+    """The arguments of `gptjax data prepare`."""
+    sub.add_argument("paths", nargs="+", metavar="PATH")
+    sub.add_argument("--tokenizer", default="gpt2", metavar="gpt2|bytes|bpe:N|DIR")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR")
+    sub.add_argument("--val-fraction", type=float, default=0.1)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--column", default="", help="field of JSON and CSV rows")
+    sub.add_argument("--workers", type=int, help="default: all cores")
+
+
+def preview(sub: argparse.ArgumentParser) -> None:
+    """The arguments of `gptjax data preview`."""
+    sub.add_argument("path", metavar="DIR|FILE", help="tokens, or conversations")
+    sub.add_argument("--template", default="alpaca", metavar="NAME|FILE.jinja")
+    sub.add_argument("--tokenizer", default="gpt2", metavar="gpt2|bytes|DIR")
+    sub.add_argument("--context", type=int, default=1024, metavar="N")
+    sub.add_argument("--learn-prompts", action="store_true", help="not only answers")
+    sub.add_argument("--rows", type=int, metavar="N", help="default: 3, of --json all")
+    sub.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
+    sub.add_argument("--json", action="store_true", help="one JSON object per row")
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of a command that are fields of `gptjax.generation.Sampling`."""
+    from gptjax.generation import Sampling
+
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def option_lines() -> list[str]:
+    """Every option of a config with its default, as flags."""
+    lines = []
+    for section in dataclasses.fields(RunConfig):
+        default: Any = getattr(RunConfig(), section.name)
+        for field in dataclasses.fields(default):
+            flag = f"--{section.name}.{field.name}"
+            lines.append(f"  {flag:<28} {field.default!r}")
+    return lines
+
+
+def on_top(config: RunConfig, flags: Sequence[str]) -> RunConfig:
+    """The config with `--section.option value` flags on top of it."""
+    if not flags:
+        return config
+    import tyro
+
+    return tyro.cli(
+        RunConfig,
+        prog="gptjax train CONFIG.toml",
+        args=flags,
+        default=config,
+        config=(tyro.conf.FlagConversionOff,),
+        use_underscores=True,
+    )
