@@ -10,7 +10,7 @@ from gptjax.answering import answer_all
 from gptjax.data.conversations import Conversation
 from gptjax.data.example_batches import padded
 from gptjax.data.examples import Example
-from gptjax.errors import ModelError
+from gptjax.data.labelling import new_file
 from gptjax.evaluate import Evaluation, evaluate, scorer_of
 from gptjax.overlap import exact_match, rouge_l, token_f1
 from gptjax.weights.folder import Model
@@ -96,14 +96,8 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     """Writes JSON lines, all or none.
 
     Raises:
-        ModelError: the file cannot be written.
+        DataError: the file cannot be written.
     """
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        part.replace(path)
-    except OSError as error:
-        raise ModelError(f"cannot write {path}: {error}. Name another.") from error
+    with new_file(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -17,7 +17,7 @@ from gptjax.data.conversations import (
     split_conversations,
 )
 from gptjax.data.example_batches import ExampleBatches, example_batches
-from gptjax.data.examples import ANSWERS, EVERYTHING, Example, encode, fit_all
+from gptjax.data.examples import ANSWERS, EVERYTHING, Example, encode_all, fit_all
 from gptjax.errors import ConfigError, DataError
 from gptjax.examine import (
     Answered,
@@ -163,9 +163,7 @@ def read_sets(c: RunConfig, start: Model | None) -> Sets:
     conversations, examples, answers = {}, {}, {}
     cut = skipped = 0
     for name, part in split.items():
-        pieces = [template.pieces(x.messages) for x in part]
-        encoded = [encode(tokenizer, p, kinds) for p in pieces]
-        fitted = fit_all(encoded, context)
+        fitted = fit_all(encode_all(tokenizer, template, part, kinds), context)
         if not fitted.examples:
             raise DataError(
                 f"no {name} conversation of {c.data.source} has an answer that fits "
@@ -173,7 +171,7 @@ def read_sets(c: RunConfig, start: Model | None) -> Sets:
             )
         conversations[name] = [part[n] for n in fitted.kept]
         examples[name] = fitted.examples
-        only = [encode(tokenizer, pieces[n], ANSWERS) for n in fitted.kept]
+        only = encode_all(tokenizer, template, conversations[name], ANSWERS)
         answers[name] = fit_all(only, context).examples
         cut, skipped = cut + fitted.cut, skipped + fitted.skipped
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in examples.items())

@@ -7,7 +7,7 @@ from typing import Any
 
 from gptjax.answering import template_of
 from gptjax.data.conversations import read_conversations
-from gptjax.data.examples import encode, fit_all
+from gptjax.data.examples import encode_all, fit_all
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.examine import (
     Answered,
@@ -62,9 +62,7 @@ def evaluate_file(
     template = template_of(model)
     conversations, detected = read_conversations(path)
     say(f"data     {detected}")
-    encoded = [
-        encode(model.tokenizer, template.pieces(x.messages)) for x in conversations
-    ]
+    encoded = encode_all(model.tokenizer, template, conversations)
     fitted = fit_all(encoded, model.config.context_length)
     if not fitted.examples:
         raise DataError(
@@ -106,7 +104,7 @@ def judged(
         prompt = "".join(piece.text for piece in pieces if piece.kind == "prompt")
         asked.append((prompt, one.reference, one.response))
     try:
-        with part.open("w", encoding="utf-8") as file:
+        with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
 
             def note(number: int, judgement: Judgement) -> None:
                 rows[number] |= fields(judge, judgement)

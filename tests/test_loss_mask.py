@@ -26,7 +26,7 @@ from gptjax.template import read_template
 from gptjax.train import init_state
 from tests.small_models import make_model
 
-CONTEXT, ROWS, EOT = 64, 8, 256
+CONTEXT, ROWS, EOT = 96, 8, 256
 MODEL = make_model(context_length=CONTEXT, n_layers=1, d_model=8)
 CONFIG = RunConfig(model=MODEL.config)
 PREAMBLE = (
@@ -68,7 +68,19 @@ def chatml(system, turns):
         yield f"{answer}<|im_end|>\n", True
 
 
-FORMS = {"alpaca": alpaca, "phi3": phi3, "chatml": chatml}
+def qa(system, turns):
+    if system:
+        yield f"{system}\n", False
+    for number, (user, extra, answer) in enumerate(turns):
+        yield ("\n" if number else "") + f"Q: {user}", False
+        if extra:
+            yield f"\n{extra}", False
+        yield "\nA: ", False
+        yield answer, True
+        yield None, True
+
+
+FORMS = {"qa": qa, "alpaca": alpaca, "phi3": phi3, "chatml": chatml}
 
 
 def reference_tokens(form, system, turns, masked):
@@ -179,19 +191,8 @@ def messages_of(system, turns):
     return messages
 
 
-@settings(max_examples=2000)
-@given(
-    conversations=CONVERSATIONS,
-    form=st.sampled_from(sorted(FORMS)),
-    masked=st.booleans(),
-    batching=st.sampled_from(["padded", "packed"]),
-    accumulate=st.sampled_from([1, 2]),
-    devices=st.sampled_from([1, 8]),
-    seed=st.integers(0, 3),
-)
-def test_the_loss_is_that_of_a_slow_reference_and_the_end_is_always_learned(
-    conversations, form, masked, batching, accumulate, devices, seed
-):
+def check(conversations, form, masked, batching, accumulate, devices, seed):
+    """Compares tokens, what is learned, and the loss of an epoch."""
     template = read_template(form)
     kinds = ANSWERS if masked else EVERYTHING
     pieces = [template.pieces(messages_of(*each)) for each in conversations]
@@ -219,6 +220,30 @@ def test_the_loss_is_that_of_a_slow_reference_and_the_end_is_always_learned(
     ]
     assert tokens == len(counted)
     assert nats / tokens == pytest.approx(sum(counted) / len(counted), rel=1e-6)
+
+
+CASES = {
+    "conversations": CONVERSATIONS,
+    "form": st.sampled_from(sorted(FORMS)),
+    "masked": st.booleans(),
+    "batching": st.sampled_from(["padded", "packed"]),
+    "accumulate": st.sampled_from([1, 2]),
+    "devices": st.sampled_from([1, 8]),
+    "seed": st.integers(0, 3),
+}
+
+
+@settings(max_examples=300)
+@given(**CASES)
+def test_the_loss_is_that_of_a_slow_reference_and_the_end_is_always_learned(**case):
+    check(**case)
+
+
+@pytest.mark.slow
+@settings(max_examples=4000)
+@given(**CASES)
+def test_it_is_so_in_thousands_of_cases(**case):
+    check(**case)
 
 
 def test_a_batch_of_which_nothing_is_learned_has_loss_and_gradient_zero():

@@ -8,7 +8,9 @@ import itertools
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
-from gptjax.template import Piece
+from gptjax.data.conversations import Conversation
+from gptjax.errors import ConfigError
+from gptjax.template import Piece, Template
 from gptjax.tokenizer import Tokenizer
 
 ANSWERS = frozenset({"answer"})
@@ -51,6 +53,27 @@ def encode(
             example.answers.append((start, len(example.ids)))
     example.learned[:1] = [False]  # nothing stands before it that could predict it
     return example
+
+
+def encode_all(
+    tokenizer: Tokenizer,
+    template: Template,
+    conversations: Iterable[Conversation],
+    learned: Collection[str] = ANSWERS,
+) -> list[Example]:
+    """The tokens of each conversation.
+
+    Raises:
+        ConfigError: the template cannot render one of them; says which.
+    """
+    examples = []
+    for conversation in conversations:
+        try:
+            pieces = template.pieces(conversation.messages)
+        except ConfigError as error:
+            raise ConfigError(f"{conversation.place}: {error}") from error
+        examples.append(encode(tokenizer, pieces, learned))
+    return examples
 
 
 def fitted(example: Example, most: int) -> Example | None:
