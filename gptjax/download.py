@@ -1,8 +1,8 @@
 """A file from a server to this machine: whole, and the right one, or not at all.
 
-Nothing else in the package touches the network. The bytes gather in NAME.part beside
-the target, where a later call goes on after an interruption, and get their name when
-all are there and checked.
+Only this and a judge (`gptjax.judge`) touch the network. The bytes gather in NAME.part
+beside the target, where a later call goes on after an interruption, and get their name
+when all are there and checked.
 """
 
 import contextlib

@@ -207,7 +207,7 @@ def make_evaluate(
     """Scores the validation rows and some of the training rows; keeps the best model.
 
     Better is a lower loss on the validation answers. A fixed few of these rows are
-    answered, too.
+    answered, too; before the first step also the test rows, to compare with.
     """
     rows = spread(sets.conversations[VALIDATION], ANSWERED)
     some = spread(range(len(sets.examples[TRAIN])), run.config.train.eval_batches * 8)
@@ -226,6 +226,9 @@ def make_evaluate(
         note(TRAIN, done, model, {})
         scores = mean_scores(respond(model, rows, most_tokens(model, sets)))
         note(VALIDATION, done, model, scores)
+        if done == 0 and TEST in sets.examples:
+            every = respond(model, sets.conversations[TEST], most_tokens(model, sets))
+            note(TEST, done, model, mean_scores(every) | tasks_of(every))
         losses = [
             event["response_loss"]
             for event in report.read_events(run.metrics)
@@ -237,6 +240,12 @@ def make_evaluate(
         return f"val {losses[-1]:.4f} exact {match:.1%} rouge {rouge:.2f}"
 
     return evaluate
+
+
+def tasks_of(answered: list[Answered]) -> dict[str, dict[str, float]]:
+    """What metrics.jsonl says of the tasks, where the data name some: exact matches."""
+    exact = {task: scores["exact_match"] for task, scores in by_task(answered).items()}
+    return {"tasks": exact} if exact else {}
 
 
 def spread(items: Sequence[Any], most: int) -> list[Any]:
@@ -278,13 +287,22 @@ def finish(run: Run, task: Task, model: Model, sets: Sets) -> None:
     split = TEST if TEST in sets.examples else VALIDATION
     answered = respond(model, sets.conversations[split], most_tokens(model, sets))
     found, scores = example_loss(model, sets.answers[split]), mean_scores(answered)
-    seen = report.read_events(run.metrics)
-    if split == TEST and not any(e.get("split") == TEST for e in seen):
-        numbers = {"response_loss": found.loss, **scores}
-        done = run.config.train.steps
+    done = run.config.train.steps
+    seen = [
+        event
+        for event in report.read_events(run.metrics)
+        if event["event"] == "eval" and event["split"] == split
+    ]
+    if split == TEST and seen[-1]["step"] != done:
+        numbers = {"response_loss": found.loss, **scores, **tasks_of(answered)}
         report.write_event(run.metrics, "eval", done, split=TEST, **numbers)
     write_rows(response_rows(answered), run.folder / "responses.jsonl")
-    text = result_line(split, found.loss, scores, answered)
+    text = (
+        f"{split} loss {found.loss:.4f} nats per token of the answers (before: "
+        f"{seen[0]['response_loss']:.4f}); {scores['exact_match']:.4f} of "
+        f"{len(answered):,} answers exact (before: {seen[0]['exact_match']:.4f}), "
+        f"token F1 {scores['token_f1']:.4f}, ROUGE-L {scores['rouge_l']:.4f}"
+    )
     write_answers(
         run.folder,
         plan=task.plan,
@@ -300,15 +318,4 @@ def finish(run: Run, task: Task, model: Model, sets: Sets) -> None:
     run.say(
         f"wrote    {run.folder}/model (best on validation), responses.jsonl, "
         "report.md, pictures"
-    )
-
-
-def result_line(
-    split: str, loss: float, scores: dict[str, float], answered: list[Answered]
-) -> str:
-    """How the model does, in a sentence."""
-    return (
-        f"{split} loss {loss:.4f} nats per token of the answers; "
-        f"{scores['exact_match']:.4f} of {len(answered):,} answers exact, token F1 "
-        f"{scores['token_f1']:.4f}, ROUGE-L {scores['rouge_l']:.4f}"
     )

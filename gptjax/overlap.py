@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from gptjax.errors import DataError
 
 WORD = re.compile(r"[^\W_]+")
 
@@ -71,16 +70,3 @@ def common_length(one: Sequence[str], other: Sequence[str]) -> int:
             row.append(above[n] + 1 if item == candidate else max(above[n + 1], row[n]))
         above = row
     return above[-1]
-
-
-def mean_overlap(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Each measure's mean over pairs of an answer and its reference."""
-    if len(answers) != len(references) or not answers:
-        raise DataError(
-            f"there are {len(answers)} answers and {len(references)} references to "
-            "compare. Give one of each, or more, in the same order."
-        )
-    return {
-        measure.__name__: sum(map(measure, answers, references)) / len(answers)
-        for measure in (exact_match, token_f1, rouge_l)
-    }

@@ -11,12 +11,16 @@ from gptjax.config import config_path, read_config
 from gptjax.data.named import python_help
 from gptjax.data.prepare import open_dataset
 from gptjax.evaluate import Evaluation, score_tokens
+from gptjax.instruct import train_assistant
 from gptjax.pretrain import pretrain
 from gptjax.report import read_events
+from gptjax.report_answers import table
 from gptjax.run_loop import Say
 from gptjax.weights.folder import Model
 
 CLASSIFIER = "classifier"  # where the second stage goes, in the folder of the run
+ASSISTANT = "assistant"  # and the third
+MEANS = ("before", "after")
 
 
 def quickstart(folder: Path, say: Say = print) -> Evaluation:
@@ -45,9 +49,11 @@ def quickstart(folder: Path, say: Say = print) -> Evaluation:
         f"(of all the text, gzip -9 needs {gzip_bits:.2f} and xz {xz_bits:.2f})"
     )
     compare_classifiers(folder, model, say)
+    teach_words(folder, say)
     say("next")
     say(f"  gptjax generate {folder} 'The \"for\" statement'")
     say(f"  gptjax classify {folder / CLASSIFIER} 'for n in range(3):' 'A long story.'")
+    say(f"  gptjax chat {folder / ASSISTANT}  # and then: Reverse planet")
     say("  gptjax train tinyshakespeare")
     return result
 
@@ -87,6 +93,37 @@ def compare_classifiers(folder: Path, model: Model, say: Say) -> None:
     with (folder / "report.md").open("a", encoding="utf-8") as file:
         file.write(f"\n## Code or prose\n\n{text}.\n")
     say(f"pays     {text}")
+
+
+def teach_words(folder: Path, say: Say) -> None:
+    """Fine-tunes the pretrained model into an assistant that does things to words.
+
+    It reads and writes bytes: of the pretrained model it takes over the blocks and the
+    rows of the tokens that are single bytes. The words of the test were never shown to
+    it; report.md says how many answers were right before and after.
+    """
+    say("answers  small tasks on words of the text; those of the test are never shown")
+    config = read_config(config_path("instruct/words"))
+    tune = dataclasses.replace(config.tune, start=str(folder / "model"))
+    train_assistant(dataclasses.replace(config, tune=tune), folder / ASSISTANT, say)
+    events = read_events(folder / ASSISTANT / "metrics.jsonl")
+    before, *_, after = [e["tasks"] for e in events if e.get("split") == "test"]
+    rows = {
+        task: {"before": before[task], "after": after[task]} for task in sorted(after)
+    }
+    means = {
+        name: sum(row[name] for row in rows.values()) / len(rows) for name in MEANS
+    }
+    for task, row in rows.items():
+        say(f"task     {task:<14} {row['before']:.2f} -> {row['after']:.2f}")
+    text = (
+        f"{means['after']:.4f} of the answers on held-out words are exact, mean over "
+        f"{len(rows)} tasks; before, {means['before']:.4f} were"
+    )
+    with (folder / "report.md").open("a", encoding="utf-8") as file:
+        lines = table("task", rows | {"mean": means})
+        file.write("\n".join(["", "## Words", "", f"{text}.", "", *lines]))
+    say(f"words    {text}")
 
 
 def mute(line: str) -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 
 import jax
@@ -18,6 +19,7 @@ from gptjax.lora import merged
 from gptjax.starting import settled_model, starting_params
 from gptjax.stopping import Stopped
 from gptjax.template import read_template
+from gptjax.terminal import printable
 from gptjax.weights.adapters import load_adapters
 from tests.judge_server import judging, says
 from tests.small_models import make_model
@@ -85,7 +87,9 @@ def test_a_run_leaves_an_assistant_and_what_it_answered(unbroken):
     assert [e["step"] for e in validation] == [0, 6, 12]
     assert validation[-1]["response_loss"] < validation[0]["response_loss"]
     assert {"exact_match", "token_f1", "rouge_l"} <= validation[0].keys()
-    (test,) = events_of(folder, "test")
+    before, test = events_of(folder, "test")
+    assert (before["step"], test["step"]) == (0, 12)
+    assert test["response_loss"] < before["response_loss"]
     rows = read_rows(folder / "responses.jsonl")
     assert [row["prompt"] for row in rows] == [
         row["prompt"] for row in make_rows() if row["split"] == "test"
@@ -332,3 +336,39 @@ def test_a_run_that_cannot_be_says_why(tmp_path, changes, error, message):
 
     with pytest.raises(error, match=message):
         train_assistant(config, tmp_path / "run", lambda line: None)
+
+
+def test_the_preview_shows_what_is_learned(unbroken, tmp_path, capsys):
+    _, folder, model, _ = unbroken
+    command = ["data", "preview", str(folder.parent / "rows.jsonl"), "--template", "qa"]
+    command += ["--tokenizer", "bytes"]
+
+    assert main([*command, "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 20
+    assert rows[0]["text"] == "Q: first sky\nA: s<|endoftext|>"
+    assert model.tokenizer.decode(rows[0]["tokens"]) == rows[0]["text"]
+    assert rows[0]["loss"] == [0] * (len(rows[0]["tokens"]) - 2) + [1, 1]
+    assert main([*command, "--rows", "1"]) == 0
+    assert "A: ⟦s<|endoftext|>⟧" in capsys.readouterr().out
+    assert main([*command, "--html", str(tmp_path / "page.html")]) == 0
+    assert "<mark" in (tmp_path / "page.html").read_text()
+    assert main([*command[:2], str(tmp_path / "nothing.json")]) == 2
+
+
+def test_chat_answers_the_lines_of_a_pipe(assistant, tmp_path, monkeypatch, capsys):
+    gptjax.save(assistant, tmp_path / "model")
+    asked = ["sky", "sea", "what?"]
+    lines = "\n/reset\n".join([*asked, "/nonsense"])
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    options = {"temperature": 0.0, "max_new_tokens": 8}
+    answers = [gptjax.answer(assistant, text, **options) for text in asked]
+    assert all(answers), "the test needs a model that says something"
+    flags = ["--temperature", "0", "--max-new-tokens", "8"]
+
+    code = main(["chat", str(tmp_path / "model"), *flags])
+
+    assert code == 0
+    said = capsys.readouterr()
+    assert said.out.split() == printable(" ".join(answers)).split()
+    assert "there is no command /nonsense" in said.err

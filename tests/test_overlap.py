@@ -6,15 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.errors import DataError
-from gptjax.overlap import (
-    common_length,
-    exact_match,
-    mean_overlap,
-    rouge_l,
-    token_f1,
-    words,
-)
+from gptjax.overlap import common_length, exact_match, rouge_l, token_f1, words
 
 # Few words, so that they meet, with all that can stand between them.
 texts = st.text("aB1c _-.'\n", max_size=30)
@@ -116,15 +108,3 @@ def test_token_f1_compares_bags_of_words(answer, reference, expected):
 )
 def test_exact_match_forgives_outer_white_space_alone(answer, reference, expected):
     assert exact_match(answer, reference) == expected
-
-
-def test_means_are_over_pairs():
-    found = mean_overlap(["a b", "c"], ["a b", "d"])
-
-    assert found == {"exact_match": 0.5, "token_f1": 0.5, "rouge_l": 0.5}
-
-
-@pytest.mark.parametrize(("answers", "references"), [([], []), (["a"], ["a", "b"])])
-def test_answers_without_references_are_refused(answers, references):
-    with pytest.raises(DataError, match=r"are \d answers and \d references .* Give"):
-        mean_overlap(answers, references)

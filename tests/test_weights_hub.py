@@ -304,7 +304,7 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(cache, hosting, monkeypatch)
 
     assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
     assert [request.headers["authorization"] for request in asked] == (
-        ["Bearer secret"] * 5
+        ["Bearer secret"] * 6
     )
     (request,) = foreign
     assert "authorization" not in request.headers

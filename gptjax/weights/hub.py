@@ -27,12 +27,14 @@ from gptjax.download import (
     sha256,
 )
 from gptjax.errors import DataError, ModelError
+from gptjax.template import FILE as TEMPLATE
 
 Say = Callable[[str], None]
 Record = dict[str, Pin | None]  # None = the repository does not have the file
 
 CONFIG, VOCAB, MERGES = "config.json", "vocab.json", "merges.txt"
 TOKENIZER = "tokenizer.json"
+OPTIONAL = (VOCAB, MERGES, TOKENIZER, TEMPLATE)
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 RECORD = "sha256.json"
@@ -41,6 +43,7 @@ MOST = {  # bytes; the numbers have no other limit than the disk
     VOCAB: 64_000_000,
     MERGES: 64_000_000,
     TOKENIZER: 64_000_000,
+    TEMPLATE: 1_000_000,
     INDEX: 10_000_000,
     RECORD: 10_000_000,
 }
@@ -117,8 +120,8 @@ def find(name: str) -> Repository:
 def fetch(name: str, say: Say = lambda line: None) -> Path:
     """The folder with the files of a repository, downloaded where they are not yet.
 
-    It holds config.json, the tokenizer's files if there are any, and
-    model.safetensors or the index and the shards that it names.
+    It holds config.json, the tokenizer's files and the chat template if there are any,
+    and model.safetensors or the index and the shards that it names.
 
     Args:
         name: a public size such as "gpt2", or "owner/name", or "owner/name@revision".
@@ -157,6 +160,8 @@ def fill(repository: Repository, folder: Path) -> None:
         raise ModelError(lacking(repository, CONFIG))
     if not (has(VOCAB) and has(MERGES)):
         has(TOKENIZER)
+    if not repository.pins:  # the public sizes have none
+        has(TEMPLATE)
     if (folder / INDEX).exists() or not has(WEIGHTS):
         if not has(INDEX):
             raise ModelError(
@@ -187,6 +192,8 @@ def open_file(repository: Repository, folder: Path, file: str) -> bool:
         if offline():
             if file in (VOCAB, MERGES) and (folder / TOKENIZER).exists():
                 return False
+            if file == TEMPLATE:
+                return False
             raise ModelError(what_to_copy(repository, folder, file, record))
         found = fetch_file(repository, path, pin)
     else:
@@ -198,7 +205,7 @@ def open_file(repository: Repository, folder: Path, file: str) -> bool:
                 f"{source} {pin.bytes} bytes with sha256 {pin.sha256}. Remove the file "
                 "to download it again, or put the right one there."
             )
-    if not record.get(file) and (found or file in (VOCAB, MERGES, TOKENIZER)):
+    if not record.get(file) and (found or file in OPTIONAL):
         write_entry(folder, file, found)
     return found is not None
 
