@@ -50,11 +50,22 @@ class Sets(NamedTuple):
     cut: int  # rows that are longer than the context
 
 
-def train_classifier(config: RunConfig, folder: Path, say: Say = print) -> Model:
+MakeTask = Callable[[Run], tuple[Run, Task, Sets]]
+
+
+def train_classifier(
+    config: RunConfig, folder: Path, say: Say = print, make: MakeTask | None = None
+) -> Model:
     """Fine-tunes as `config` says in the run folder `folder`, or goes on.
 
     The model of the step that did best on the validation rows is kept, and only it
     is shown the test rows.
+
+    Args:
+        config: of the run; a folder that holds another one is refused.
+        folder: made if it is not there.
+        say: gets each line for the user.
+        make: makes the task, where it is not `make_task`.
 
     Raises:
         GptjaxError: data, config or folder cannot be used.
@@ -62,12 +73,12 @@ def train_classifier(config: RunConfig, folder: Path, say: Say = print) -> Model
     """
     found: list[Sets] = []
 
-    def make(run: Run) -> tuple[Run, Task]:
-        run, task, sets = make_task(run)
+    def noted(run: Run) -> tuple[Run, Task]:
+        run, task, sets = (make or make_task)(run)
         found.append(sets)
         return run, task
 
-    run, task, _ = train_run(config, folder, say, make)
+    run, task, _ = train_run(config, folder, say, noted)
     model = load(folder / "model")
     finish(run, task, model, found[0])
     return model
@@ -117,6 +128,11 @@ def make_task(run: Run) -> tuple[Run, Task, Sets]:
 
 def read_sets(c: RunConfig, start: Model | None) -> Sets:
     """The labelled rows of each split, as text and as tokens."""
+    if c.data.batching not in ("auto", "padded"):
+        raise ConfigError(
+            f"data.batching={c.data.batching!r} is not for classification, which gives "
+            "each text a row of its own. Leave it out."
+        )
     data, detected = read_labelled(c.data.source, c.data.text, c.data.label)
     rows = split_rows(
         data,

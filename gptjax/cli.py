@@ -26,6 +26,7 @@ TASKS = {  # train.task: where it is
     "classify": ("classification", "train_classifier"),
     "instruct": ("instruct", "train_assistant"),
     "preference": ("preference", "train_preference"),
+    "book": ("book.training", "train_book"),
 }
 
 

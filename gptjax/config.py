@@ -141,7 +141,7 @@ class OptimConfig:
 class TrainConfig:
     """Which task, how long, from which seed, and what is looked at on the way."""
 
-    task: Literal["pretrain", "classify", "instruct", "preference"] = "pretrain"
+    task: Literal["pretrain", "classify", "instruct", "preference", "book"] = "pretrain"
     steps: int = 1000  # optimiser updates
     seed: int = 0  # of parameters, batches and dropout
     accumulate: int = 1  # [G] micro-batches that data.batch_size is split into

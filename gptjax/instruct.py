@@ -71,11 +71,22 @@ class Sets(NamedTuple):
         return max(stop - start for start, stop in last)
 
 
-def train_assistant(config: RunConfig, folder: Path, say: Say = print) -> Model:
+MakeTask = Callable[[Run], tuple[Run, Task, Sets]]
+
+
+def train_assistant(
+    config: RunConfig, folder: Path, say: Say = print, make: MakeTask | None = None
+) -> Model:
     """Fine-tunes as `config` says in the run folder `folder`, or goes on.
 
     The model of the step that predicted the validation answers best is kept, and only
     it is shown the test rows.
+
+    Args:
+        config: of the run; a folder that holds another one is refused.
+        folder: made if it is not there.
+        say: gets each line for the user.
+        make: makes the task, where it is not `make_task`.
 
     Raises:
         GptjaxError: data, config or folder cannot be used.
@@ -83,12 +94,12 @@ def train_assistant(config: RunConfig, folder: Path, say: Say = print) -> Model:
     """
     found: list[Sets] = []
 
-    def make(run: Run) -> tuple[Run, Task]:
-        run, task, sets = make_task(run)
+    def noted(run: Run) -> tuple[Run, Task]:
+        run, task, sets = (make or make_task)(run)
         found.append(sets)
         return run, task
 
-    run, task, _ = train_run(config, folder, say, make)
+    run, task, _ = train_run(config, folder, say, noted)
     model = load(folder / "model")
     finish(run, task, model, found[0])
     return model

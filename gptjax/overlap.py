@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-
 WORD = re.compile(r"[^\W_]+")
 
 

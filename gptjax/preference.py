@@ -97,11 +97,13 @@ def make_task(run: Run) -> tuple[Run, Task, dict[str, PairBatches]]:
             "folder of a run with train.task = 'instruct'."
         )
     tokenizer = start.tokenizer
-    if c.data.tokenizer or c.data.batching not in ("auto", "padded"):
+    usual = c.data.mask_prompt and c.data.batching in ("auto", "padded")
+    if c.data.tokenizer or not usual:
         raise ConfigError(
-            f"data.tokenizer={c.data.tokenizer!r} and data.batching="
-            f"{c.data.batching!r} do not fit preference tuning, which keeps the "
-            "tokenizer of tune.start and pads. Leave both out."
+            f"data.tokenizer={c.data.tokenizer!r}, data.batching={c.data.batching!r} "
+            f"and data.mask_prompt={c.data.mask_prompt} do not fit preference tuning, "
+            "which keeps the tokenizer of tune.start, pads, and compares answers "
+            "alone. Leave them out."
         )
     sets = read_sets(c, start)
     c = dataclasses.replace(c, model=settled_model(c.model, start, tokenizer))

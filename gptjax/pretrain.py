@@ -1,13 +1,15 @@
 """Pretraining: one config and one run folder in, a model that writes out."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from gptjax import budget, report
-from gptjax.config import GPTConfig, RunConfig
+from gptjax import tokenizer as tokenizers
+from gptjax.config import DataConfig, GPTConfig, RunConfig
 from gptjax.data.batches import make_batches, validation_batches
 from gptjax.data.prepare import Dataset, open_dataset
 from gptjax.download import sha256
@@ -15,29 +17,34 @@ from gptjax.errors import ConfigError
 from gptjax.evaluate import evaluate, make_scorer
 from gptjax.generation import complete
 from gptjax.loss import batch_nats
-from gptjax.model import init
 from gptjax.optim import make_optimizer
 from gptjax.run_loop import Run, Say, Task, device_line, length_line, train_run
+from gptjax.starting import open_start, settled_model, starting_params
 from gptjax.train import LossFn, TrainState, init_state, make_train_step
 from gptjax.weights.folder import Model, save
+from gptjax.weights.importing import find
 
 APART = {"auto": True, "packed": True, "mixed": False}  # data.batching
 SAMPLE_TOKENS = 60
+MakeTask = Callable[[Run], tuple[Run, Task]]
 
 
-def pretrain(config: RunConfig, folder: Path, say: Say = print) -> Model:
+def pretrain(
+    config: RunConfig, folder: Path, say: Say = print, make: MakeTask | None = None
+) -> Model:
     """Trains as `config` says in the run folder `folder`, or goes on where it ended.
 
     Args:
         config: of the run; a folder that holds another one is refused.
         folder: made if it is not there.
         say: gets each line for the user.
+        make: makes the task, where it is not `make_task`.
 
     Raises:
         GptjaxError: data, config or folder cannot be used.
         Stopped: SIGINT or SIGTERM came; the same call goes on later.
     """
-    run, task, state = train_run(config, folder, say, make_task)
+    run, task, state = train_run(config, folder, say, make or make_task)
     model = task.model(state)
     finish(run, task, model, int(state.skipped))
     return model
@@ -45,12 +52,14 @@ def pretrain(config: RunConfig, folder: Path, say: Say = print) -> Model:
 
 def make_task(run: Run) -> tuple[Run, Task]:
     """Pretraining as the loop wants it."""
-    dataset = open_dataset(run.config.data, run.folder / "data")
-    run = dataclasses.replace(run, config=with_vocabulary(run.config, dataset))
-    c, train = run.config, run.config.train
+    start = open_start(run.config, run.say)
+    dataset = open_dataset(data_config(run), run.folder / "data")
+    c = with_vocabulary(run.config, dataset)
+    c = dataclasses.replace(c, model=settled_model(c.model, start, dataset.tokenizer))
+    run, train = dataclasses.replace(run, config=c), c.train
     optimizer = make_optimizer(c.optim, train.steps)
     key = jax.random.key(train.seed)
-    params = jax.jit(lambda key: init(c.model, key))(key)
+    params = starting_params(c.model, start, dataset.tokenizer, key)
     loss_fn = make_loss(c.model, train.loss_chunk)
     packed = documents_apart(c.data.batching)
     batches = make_batches(
@@ -78,6 +87,25 @@ def make_task(run: Run) -> tuple[Run, Task]:
         plan=plan_lines(run, dataset),
         sample=sample if train.sample_prompt else None,
     )
+
+
+def data_config(run: Run) -> DataConfig:
+    """The run's `[data]`; where it names no tokenizer, that of the start is meant.
+
+    Raises:
+        ConfigError: only a part of the parameters is to be trained.
+    """
+    c = run.config
+    if c.tune.trainable != "all":
+        raise ConfigError(
+            f"tune.trainable={c.tune.trainable!r} is for fine-tuning: pretraining "
+            "changes everything. Leave it out."
+        )
+    if not c.tune.start or c.data.tokenizer:
+        return c.data
+    folder = find(c.tune.start, run.say)
+    name = str(folder) if tokenizers.is_folder(folder) else "gpt2"
+    return dataclasses.replace(c.data, tokenizer=name)
 
 
 def make_loss(config: GPTConfig, chunk: int) -> LossFn:
@@ -165,10 +193,11 @@ def plan_lines(run: Run, data: Dataset) -> list[str]:
     if train.accumulate > 1:
         per_step += f" in {train.accumulate} micro-batches"
     held = len(data.validation) if data.validation else 0
+    origin = f", from {start}" if (start := run.config.tune.start) else ""
     return [
         f"run      {run.folder}",
         f"model    {budget.parameter_count(c):,} parameters: {c.n_layers} layers, "
-        f"{c.n_heads} heads, width {c.d_model}",
+        f"{c.n_heads} heads, width {c.d_model}{origin}",
         f"data     {len(data.train):,} tokens to train on, {held:,} held out; "
         f"{data.tokenizer.name} tokenizer, {c.vocab_size:,} tokens",
         f"step     {per_step} = {tokens:,} tokens, "

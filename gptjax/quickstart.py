@@ -53,7 +53,7 @@ def quickstart(folder: Path, say: Say = print) -> Evaluation:
     say("next")
     say(f"  gptjax generate {folder} 'The \"for\" statement'")
     say(f"  gptjax classify {folder / CLASSIFIER} 'for n in range(3):' 'A long story.'")
-    say(f"  gptjax chat {folder / ASSISTANT}  # and then: Reverse planet")
+    say(f"  gptjax chat {folder / ASSISTANT}  # then type: planet reversed")
     say("  gptjax train tinyshakespeare")
     return result
 

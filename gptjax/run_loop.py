@@ -48,6 +48,7 @@ class Task:
     plan: list[str]  # lines for people, before anything happens
     sample: Callable[[TrainState, int], None] | None = None
     fixed: tuple[Any, ...] = ()  # arguments of `step` that no step changes
+    eval_offset: int = 0  # evaluated are this step and every `train.eval_every` after
 
 
 def train_run(
@@ -141,7 +142,7 @@ def loop(
             event, pending = noted(pending), None
             run.say(line(train.steps, event, validation, left(event)))
         last, stop = done == train.steps, stopping()
-        evaluating = last or done % train.eval_every == 0
+        evaluating = last or (done - task.eval_offset) % train.eval_every == 0
         saving = last or stop or done % c.checkpoint.every == 0
         if evaluating or saving or done % train.log_every == 0:
             pending, logged = (done, metrics, rates[done - 1], done - logged), done

@@ -65,10 +65,7 @@ def test_the_verdict_has_the_tokens_and_ids_of_the_book(verdict):
 
     assert len(verdict) == 20_479
     assert len(tokens) == 4_690
-    assert (
-        tokens[:11]
-        == "I HAD always thought Jack Gisburn rather a cheap genius --".split()
-    )
+    assert " ".join(tokens[5:11]) == "Gisburn rather a cheap genius --"
     assert len(ids) == 1_130
     assert (ids["!"], ids["A"], ids["Hermia"]) == (0, 11, 50)
 
@@ -220,6 +217,7 @@ def test_the_loaders_of_chapter_5_have_the_batches_of_the_book(verdict):
     train = batches(windows(ids, 256, 256), 2)
     valid = batches(windows(other_ids, 256, 256), 2, drop_last=False)
 
+    assert [len(part) for part in parts] == [18_431, 2_048]
     assert (len(ids), len(other_ids)) == (4_612, 534)
     assert [b.input_BT.shape for b in train] == [(2, 256)] * 9
     assert [b.target_BT.shape for b in valid] == [(2, 256)]

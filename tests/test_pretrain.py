@@ -251,3 +251,28 @@ def test_a_token_id_out_of_range_is_said_with_its_place(tmp_path, unbroken):
         pretrain.pretrain(
             make_config(tmp_path, data__source=str(data)), tmp_path / "run"
         )
+
+
+def test_pretraining_goes_on_from_a_model_with_its_tokenizer(unbroken, tmp_path):
+    _, folder, start, _ = unbroken
+    config = make_config(tmp_path, data__tokenizer="")
+    tune = dataclasses.replace(config.tune, start=str(folder))
+    config = dataclasses.replace(config, tune=tune)
+
+    _, task = pretrain.make_task(run_loop.Run(config, tmp_path / "on", print))
+
+    fresh = task.model(task.fresh)
+    jax.tree.map(np.testing.assert_array_equal, fresh.params, start.params)
+    assert fresh.tokenizer.hash == start.tokenizer.hash
+    tune = dataclasses.replace(tune, trainable="head")
+    with pytest.raises(ConfigError, match="trainable='head' is for fine-tuning"):
+        pretrain.make_task(
+            run_loop.Run(dataclasses.replace(config, tune=tune), tmp_path, print)
+        )
+
+
+def test_ways_of_batching_conversations_are_refused(tmp_path):
+    config = make_config(tmp_path, data__batching="padded")
+
+    with pytest.raises(ConfigError, match="batching='padded' is for fine-tuning"):
+        pretrain.make_task(run_loop.Run(config, tmp_path / "run", print))

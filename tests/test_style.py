@@ -37,7 +37,7 @@ ROWS = [  # imports point upwards; files of one row, unless of one folder, are s
     ["run_loop", "trainable", "starting", "answering"],
     ["examine"],
     ["pretrain", "classification", "instruct", "preference", "chat", "judged"],
-    ["quickstart", "doctor", "flags"],
+    ["quickstart", "doctor", "flags", "book.*"],
     ["cli"],
     ["__main__", "gptjax"],
 ]
@@ -149,8 +149,8 @@ def test_each_door_is_used():
 @each(PACKAGE)
 def test_imports_point_upwards(file):
     here = name_of(file)
-    if here in FOLDERS:
-        assert not list(imports(file))  # no code, so it stands in no row
+    if here in FOLDERS:  # it stands in no row
+        assert set(imports(file)) <= {"importlib", "typing.Any"}
         return
     for name in imports(file):
         if not name.startswith("gptjax."):

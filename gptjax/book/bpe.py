@@ -28,12 +28,12 @@ SPACE = "Ġ"  # how a space is written within a symbol
 SPACED = re.compile(r" ?\S+|\s")  # what is no white space, with a space before it
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Table:
     """What training leaves: the symbols, and the order in which pairs are merged."""
 
-    symbols: Symbols = dataclasses.field(repr=False)  # by id
-    ranks: Mapping[Pair, int] = dataclasses.field(repr=False)  # 0 was merged first
+    symbols: Symbols  # by id
+    ranks: Mapping[Pair, int]  # 0 was merged first
 
     @functools.cached_property
     def ids(self) -> dict[str, int]:
@@ -89,7 +89,7 @@ def gpt2_text(symbols: Iterable[str]) -> str:
     >>> gpt2_text(["Ġcaf", "Ã©"])
     ' café'
     """
-    data = bytes(tokenizer.BYTE[character] for character in "".join(symbols))
+    data = bytes(map(tokenizer.BYTE.__getitem__, "".join(symbols)))
     return data.decode("utf-8", errors="replace")
 
 
@@ -115,11 +115,7 @@ def merge(symbols: Symbols, pairs: Container[Pair]) -> Symbols:
 
 
 def pair_counts(words: Mapping[Symbols, int]) -> Counter[Pair]:
-    """How often each pair of neighbours occurs, in the order of their first places.
-
-    Args:
-        words: how often each word occurs, in the order of their first places.
-    """
+    """How often each pair of neighbours occurs; those met first come first."""
     counts: Counter[Pair] = Counter()
     for symbols, times in words.items():
         for pair in pairwise(symbols):
@@ -155,7 +151,10 @@ def train(text: str, vocab_size: int) -> Table:
         pair = max(counts, key=counts.__getitem__)  # the first one of several
         ranks[pair] = len(ranks)
         symbols.append("".join(pair))
-        words = {merge(word, {pair}): times for word, times in words.items()}
+        words = {  # most words do not have the pair
+            merge(word, {pair}) if pair[0] in word else word: times
+            for word, times in words.items()
+        }
     return Table(tuple(symbols), ranks)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Key
 from gptjax.errors import ConfigError
 
 Text = Float[Array, "T D"]
-Matrix = Float[Array | np.ndarray, "outer inner"]  # as PyTorch's Linear holds it
+AnyArray = Array | np.ndarray
 
 JOURNEY = (  # section 3.3.1: "Your journey starts with one step", a row for each word
     (0.43, 0.15, 0.89),
@@ -164,11 +164,11 @@ class Heads(NamedTuple):
 
 
 def heads_of(
-    query: Matrix,
-    key: Matrix,
-    value: Matrix,
-    out: Matrix,
-    bias: Float[Array | np.ndarray, " outer"],
+    query: Float[AnyArray, "width D"],
+    key: Float[AnyArray, "width D"],
+    value: Float[AnyArray, "width D"],
+    out: Float[AnyArray, "E width"],
+    bias: Float[AnyArray, " E"],
     count: int,
 ) -> Heads:
     """The weights of four of PyTorch's Linear layers, split over `count` heads.

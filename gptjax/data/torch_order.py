@@ -6,6 +6,7 @@ Fisher-Yates permutation (torch.utils.data, aten's randperm on the CPU).
 """
 
 import functools
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -31,8 +32,13 @@ def numbers(seed: int, count: int) -> list[int]:
 
 def permutation(seed: int, rows: int) -> list[int]:
     """PyTorch's randperm of a generator with this seed."""
+    return shuffled(rows, numbers(seed, max(rows - 1, 0)))
+
+
+def shuffled(rows: int, drawn: Iterable[int]) -> list[int]:
+    """The permutation that a generator's next rows - 1 numbers make."""
     order = list(range(rows))
-    for n, drawn in enumerate(numbers(seed, max(rows - 1, 0))):
-        other = n + drawn % (rows - n)
+    for n, number in enumerate(drawn):
+        other = n + number % (rows - n)
         order[n], order[other] = order[other], order[n]
     return order

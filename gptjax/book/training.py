@@ -1,0 +1,229 @@
+"""The book's training runs, from its own parameters and in its own order.
+
+`train.task = "book"`: chapter 5 and appendix D for `data.source = "verdict"`, chapter 6
+for "sms-spam", chapter 7 for "instructions". What the book's loops count as step n is
+n + 1 finished steps here. Its dropout takes other random numbers than ours.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import budget, classification, instruct, pretrain, report
+from gptjax import tokenizer as tokenizers
+from gptjax.book.ch02 import windows
+from gptjax.book.loader import epochs
+from gptjax.book.params import init_params
+from gptjax.book.torch_random import TorchGenerator
+from gptjax.config import RunConfig
+from gptjax.data import named
+from gptjax.data.batches import Batch, pack
+from gptjax.data.example_batches import filled
+from gptjax.data.labelled_batches import LabelledBatches
+from gptjax.errors import ConfigError
+from gptjax.evaluate import evaluate, make_scorer
+from gptjax.optim import make_optimizer
+from gptjax.prediction import sizes_of
+from gptjax.run_loop import Run, Say, Task, device_line, length_line
+from gptjax.starting import tokenizer_facts
+from gptjax.train import TrainState, init_state, make_train_step
+from gptjax.tree import count
+from gptjax.weights.folder import Model
+
+TRAIN, VALIDATION = "train", "validation"
+FIRST = 1  # finished steps at the book's first evaluation
+
+
+def train_book(config: RunConfig, folder: Path, say: Say = print) -> Model:
+    """Trains as a chapter of the book does, in the run folder `folder`, or goes on.
+
+    Args:
+        config: of the run; its `data.source` says which chapter.
+        folder: made if it is not there.
+        say: gets each line for the user.
+
+    Raises:
+        GptjaxError: data, config or folder cannot be used.
+        Stopped: a signal came; the same call goes on later.
+    """
+    source = config.data.source
+    if source == "verdict":
+        return pretrain.pretrain(config, folder, say, make_chapter_5)
+    if source == "sms-spam":
+        return classification.train_classifier(config, folder, say, make_chapter_6)
+    if source == "instructions":
+        return instruct.train_assistant(config, folder, say, make_chapter_7)
+    raise ConfigError(
+        f"data.source={source!r} is trained on in no chapter. Choose verdict, sms-spam "
+        "or instructions, or another train.task."
+    )
+
+
+def verdict_rows(context: int) -> dict[str, np.ndarray]:
+    """Rows of T + 1 tokens of nine tenths of the-verdict, and of the rest."""
+    text = named.find("verdict").read_text(encoding="utf-8")
+    cut = int(0.9 * len(text))
+    rows = {}
+    for split, part in ((TRAIN, text[:cut]), (VALIDATION, text[cut:])):
+        ids = tokenizers.load("gpt2").encode(part)
+        found = windows(ids, context, context)
+        rows[split] = np.concatenate([found.input_BT, found.target_BT[:, -1:]], axis=1)
+    return rows
+
+
+def make_chapter_5(run: Run) -> tuple[Run, Task]:
+    """Pretraining on the-verdict."""
+    c, tokenizer = run.config, tokenizers.load("gpt2")
+    model = dataclasses.replace(c.model, vocab_size=tokenizer.vocab_size)
+    c = dataclasses.replace(c, model=model)
+    run = dataclasses.replace(run, config=c)
+    rows, each = verdict_rows(model.context_length), c.data.batch_size
+    generator = TorchGenerator(c.train.seed)
+    params = init_params(model, generator)
+    optimizer = make_optimizer(c.optim, c.train.steps)
+    loss_fn = pretrain.make_loss(model, c.train.loss_chunk)
+    order = first_steps(
+        epochs(len(rows[TRAIN]), each, generator, eval_every=c.train.eval_every),
+        c.train.steps,
+    )
+    per_epoch = len(rows[TRAIN]) // each
+
+    def model_of(state: TrainState) -> Model:
+        return Model(model, state.params, tokenizer)
+
+    def batches(first: int, stop: int) -> Iterator[Batch]:
+        return (pack(rows[TRAIN][order[n]], None) for n in range(first, stop))
+
+    def sample(state: TrainState, done: int) -> None:
+        if done % per_epoch < c.train.eval_every:  # about once an epoch
+            pretrain.write_sample(run, model_of(state), done)
+
+    return run, Task(
+        fresh=init_state(params, optimizer, jax.random.key(c.train.seed)),
+        step=make_train_step(loss_fn, optimizer, c.train.accumulate),
+        batches=batches,
+        tokens_per_step=each * model.context_length,
+        evaluate=make_chapter_5_evaluate(run, rows, tokenizer.byte_lengths),
+        model=model_of,
+        facts=tokenizer_facts(tokenizer),
+        plan=[
+            f"run      {run.folder}",
+            f"model    {count(params):,} parameters, drawn as PyTorch draws them",
+            f"data     {rows[TRAIN].size:,} tokens in {len(rows[TRAIN])} rows to train "
+            f"on, {len(rows[VALIDATION])} held out",
+            length_line(c.train.steps, c.train.steps / per_epoch),
+            f"memory   about {budget.human(sum(budget.memory_bytes(c).values()))}",
+            device_line(),
+        ],
+        sample=sample if c.train.sample_prompt else None,
+        eval_offset=FIRST,
+    )
+
+
+def make_chapter_5_evaluate(
+    run: Run, rows: dict[str, np.ndarray], byte_lengths: np.ndarray
+) -> Any:
+    """Scores all rows, of which the book takes five random batches for training."""
+    scorer = make_scorer(run.config.model, run.config.train.loss_chunk)
+    each = run.config.data.batch_size
+
+    def evaluate_rows(state: TrainState, done: int, last: bool) -> str:
+        found = None
+        for split in (TRAIN, VALIDATION):
+            batches = (
+                pack(rows[split][n : n + each], None)
+                for n in range(0, len(rows[split]), each)
+            )
+            found = evaluate(scorer, state.params, batches, byte_lengths)
+            numbers = found.numbers()
+            report.write_event(run.metrics, "eval", done, split=split, **numbers)
+        return f"val {found.loss:.4f}" if found else ""
+
+    return evaluate_rows
+
+
+def first_steps(
+    order: Iterable[Sequence[Sequence[int]]], steps: int
+) -> list[Sequence[int]]:
+    """The items of each of the first steps, out of those of the epochs."""
+    flat = itertools.chain.from_iterable(order)
+    return list(itertools.islice(flat, steps))
+
+
+def make_chapter_6(run: Run) -> tuple[Run, Task, classification.Sets]:
+    """The spam filter: the book's head, and its order of the rows."""
+    run, task, sets = classification.make_task(run)
+    c, ids = run.config, sets.ids[TRAIN]
+    labels = sets.rows[TRAIN].labels
+    order = first_steps(
+        epochs(
+            len(ids),
+            c.data.batch_size,
+            c.train.seed,
+            eval_every=c.train.eval_every,
+            eval_after=1,
+        ),
+        c.train.steps,
+    )
+    padded = LabelledBatches(
+        ids, labels, c.data.batch_size, sizes_of(c.model), sets.tokenizer.eot
+    )
+    size = sizes_of(c.model)[-1]
+    params = task.fresh.params | {"head": book_head(c)}
+    task = dataclasses.replace(
+        task,
+        fresh=task.fresh._replace(params=params),
+        batches=lambda first, stop: (
+            padded.batch(size, np.asarray(order[n])) for n in range(first, stop)
+        ),
+        eval_offset=FIRST,
+    )
+    return run, task, sets
+
+
+def book_head(c: RunConfig) -> dict[str, Any]:
+    """The new output layer of chapter 6: a PyTorch Linear after the run's seed."""
+    generator, width = TorchGenerator(c.train.seed), c.model.d_model
+    bound = 1 / math.sqrt(width)
+    kernel = generator.uniform((c.model.n_classes, width), -bound, bound).T
+    head = {"kernel": jnp.asarray(kernel)}
+    if c.model.head_bias:
+        bias = generator.uniform((c.model.n_classes,), -bound, bound)
+        head["bias"] = jnp.asarray(bias)
+    return head
+
+
+def make_chapter_7(run: Run) -> tuple[Run, Task, instruct.Sets]:
+    """The assistant: the book's order of the rows, evaluations included."""
+    run, task, sets = instruct.make_task(run)
+    c, examples = run.config, sets.examples[TRAIN]
+    order = first_steps(
+        epochs(
+            len(examples),
+            c.data.batch_size,
+            c.train.seed,
+            eval_every=c.train.eval_every,
+        ),
+        c.train.steps,
+    )
+
+    def batch_at(step: int) -> Batch:
+        rows = [[examples[n]] for n in order[step]]
+        longest = max(len(row[0].ids) for row in rows) - 1
+        return filled(rows, longest, sets.tokenizer.eot)
+
+    batches = functools.partial(steps_of, batch_at)
+    return run, dataclasses.replace(task, batches=batches, eval_offset=FIRST), sets
+
+
+def steps_of(batch_at: Any, first: int, stop: int) -> Iterator[Batch]:
+    """The batches of the steps from `first` to before `stop`."""
+    return map(batch_at, range(first, stop))
