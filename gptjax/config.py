@@ -106,7 +106,8 @@ class DataConfig:
     # each other; "mixed" documents, which do; one "padded" to the next of a few
     # lengths; or as the "book" does it. "auto": packed for pretraining, else padded.
     batching: Literal["auto", "packed", "mixed", "padded", "book"] = "auto"
-    template: str = ""  # alpaca, phi3, chatml, qa, a Jinja file; "" = start's or alpaca
+    # alpaca, phi3, chatml, qa, single, or a Jinja file; "" = the start's, or alpaca
+    template: str = ""
     mask_prompt: bool = True  # whether only answers are learned
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ from gptjax.errors import ConfigError
 
 FILE = "chat_template.jinja"  # in a model folder
 FOLDER = Path(__file__).parent / "templates"
-BUILT_IN = ("alpaca", "phi3", "chatml", "qa")
+BUILT_IN = ("alpaca", "phi3", "chatml", "qa", "single")
 MOST_CHARACTERS = 100_000  # of a template
 ENDOFTEXT = "<|endoftext|>"
 

@@ -14,6 +14,7 @@ ASKED = {"role": "user", "content": "Reverse it.", "input": "sky"}
 PLAIN = {"role": "user", "content": "Hi"}
 SAID = {"role": "assistant", "content": "yks"}
 SYSTEM = {"role": "system", "content": "Be kind."}
+LOOKING_BACK = [name for name in BUILT_IN if name != "single"]
 CHATML = """{%- for m in messages -%}
 {{ '<|im_start|>' + m['role'] + '\\n' + m['content'] | trim + '<|im_end|>' + '\\n' }}
 {%- endfor -%}
@@ -56,7 +57,7 @@ def test_chatml_and_qa_are_written_out():
     )
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", LOOKING_BACK)
 @pytest.mark.parametrize("first", [[], [SYSTEM]])
 def test_what_asks_for_an_answer_is_what_stands_before_it(name, first):
     turns = [*first, ASKED, SAID, PLAIN, SAID]
@@ -69,7 +70,7 @@ def test_what_asks_for_an_answer_is_what_stands_before_it(name, first):
         assert whole[len(asked)].text.startswith("yks")
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", LOOKING_BACK)
 def test_kinds_alternate_and_every_answer_is_closed(name):
     pieces = read_template(name).pieces([SYSTEM, ASKED, SAID, PLAIN, SAID])
 
@@ -79,6 +80,15 @@ def test_kinds_alternate_and_every_answer_is_closed(name):
         assert pieces[-1].text == "yks<|im_end|>\n"
     else:
         assert [p.kind for p in pieces if p.end] == ["answer", "answer"]
+
+
+def test_single_shows_the_last_question_alone():
+    turns = [SYSTEM, PLAIN, SAID, ASKED]
+
+    assert text("single", turns, answering=True) == "Q: Reverse it.\nsky\nA: "
+    assert text("single", [*turns, SAID]) == (
+        "Q: Reverse it.\nsky\nA: yks<|endoftext|>"
+    )
 
 
 FORGERIES = [
@@ -91,7 +101,7 @@ HOSTILE = st.lists(st.sampled_from(FORGERIES) | st.text(max_size=4), max_size=8)
 HOSTILE = HOSTILE.map("".join)
 
 
-@given(st.sampled_from(BUILT_IN), HOSTILE, HOSTILE, HOSTILE, HOSTILE)
+@given(st.sampled_from(LOOKING_BACK), HOSTILE, HOSTILE, HOSTILE, HOSTILE)
 def test_no_text_of_a_message_forges_the_end_or_a_turn(name, one, two, three, four):
     template = read_template(name)
     harmless = template.pieces([SYSTEM, PLAIN, SAID, PLAIN, SAID])
