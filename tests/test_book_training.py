@@ -1,6 +1,7 @@
 """The book's training runs: its parameters and its order; and its page."""
 
 import dataclasses
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -31,6 +32,13 @@ def small(name, **model):
     )
 
 
+def passes_of(config):
+    """The epochs of chapter 5 once its parameters are drawn, evaluations included."""
+    generator = book.TorchGenerator(123)
+    book.init_params(config, generator)
+    return book.epochs(18, 2, generator, eval_every=5)
+
+
 @pytest.fixture
 def start(tmp_path):
     """A GPT-2 of a few thousand parameters to fine-tune."""
@@ -54,13 +62,13 @@ def test_chapter_5_trains_from_the_books_parameters_in_its_order(tmp_path, share
     run, task = training.make_chapter_5(Run(config, tmp_path, print))
     fresh = book.init_params(run.config.model, 123)
     jax.tree.map(np.testing.assert_array_equal, task.fresh.params, fresh)
-    generator = book.TorchGenerator(123)
-    book.init_params(run.config.model, generator)
-    first = next(book.epochs(18, 2, generator, eval_every=5))
+    first, second = itertools.islice(passes_of(run.config.model), 2)
     rows = training.verdict_rows(256)["train"]
     for chosen, batch in zip(first, task.batches(0, 9), strict=True):
         np.testing.assert_array_equal(batch["tokens"], rows[chosen][:, :-1])
         np.testing.assert_array_equal(batch["targets"], rows[chosen][:, 1:])
+    for chosen, batch in zip(second[:3], task.batches(9, 12), strict=True):
+        np.testing.assert_array_equal(batch["tokens"], rows[chosen][:, :-1])
     losses = [e["loss"] for e in events if e.get("split") == "train"]
     assert losses[-1] < losses[0]
     assert model.config.vocab_size == 50_257

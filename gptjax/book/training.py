@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import numpy as np
 from gptjax import budget, classification, instruct, pretrain, report
 from gptjax import tokenizer as tokenizers
 from gptjax.book.ch02 import windows
-from gptjax.book.loader import epochs
+from gptjax.book.loader import Batches, Loader, epochs
 from gptjax.book.params import init_params
 from gptjax.book.torch_random import TorchGenerator
 from gptjax.config import RunConfig
@@ -90,17 +90,16 @@ def make_chapter_5(run: Run) -> tuple[Run, Task]:
     params = init_params(model, generator)
     optimizer = make_optimizer(c.optim, c.train.steps)
     loss_fn = pretrain.make_loss(model, c.train.loss_chunk)
-    order = first_steps(
-        epochs(len(rows[TRAIN]), each, generator, eval_every=c.train.eval_every),
-        c.train.steps,
-    )
+    loader = Loader(len(rows[TRAIN]), each)
+    held_out = Loader(len(rows[VALIDATION]), each, shuffle=False, drop_last=False)
+    course = plan_course(loader, held_out, generator, c)
     per_epoch = len(rows[TRAIN]) // each
 
     def model_of(state: TrainState) -> Model:
         return Model(model, state.params, tokenizer)
 
     def batches(first: int, stop: int) -> Iterator[Batch]:
-        return (pack(rows[TRAIN][order[n]], None) for n in range(first, stop))
+        return (pack(rows[TRAIN][course.steps[n]], None) for n in range(first, stop))
 
     def sample(state: TrainState, done: int) -> None:
         if done % per_epoch < c.train.eval_every:  # about once an epoch
@@ -111,7 +110,7 @@ def make_chapter_5(run: Run) -> tuple[Run, Task]:
         step=make_train_step(loss_fn, optimizer, c.train.accumulate),
         batches=batches,
         tokens_per_step=each * model.context_length,
-        evaluate=make_chapter_5_evaluate(run, rows, tokenizer.byte_lengths),
+        evaluate=make_chapter_5_evaluate(run, rows, course, tokenizer.byte_lengths),
         model=model_of,
         facts=tokenizer_facts(tokenizer),
         plan=[
@@ -128,20 +127,52 @@ def make_chapter_5(run: Run) -> tuple[Run, Task]:
     )
 
 
+class Course(NamedTuple):
+    """The rows that a run of chapter 5 reads."""
+
+    steps: list[list[int]]  # of each training step
+    looks: dict[int, Batches]  # training batches of the evaluation after so many steps
+    whole: Batches  # what other evaluations take
+    held_out: Batches
+
+
+def plan_course(
+    loader: Loader, held_out: Loader, generator: TorchGenerator, c: RunConfig
+) -> Course:
+    """All passes of a run, in the order in which the book begins them.
+
+    Args:
+        loader: of the training rows.
+        held_out: of the validation rows.
+        generator: that made the parameters.
+        c: says how many steps there are and how often it is evaluated.
+    """
+    steps: list[list[int]] = []
+    looks: dict[int, Batches] = {}
+    validation: Batches = []
+    while len(steps) < c.train.steps:
+        for batch in loader.begin(generator):
+            if len(steps) % c.train.eval_every == 0:
+                some = loader.begin(generator)[: c.train.eval_batches]
+                looks[len(steps) + FIRST] = some
+                validation = held_out.begin(generator)
+            steps.append(batch)
+    rows = range(0, loader.items, loader.batch_size)
+    whole = [list(range(loader.items))[n : n + loader.batch_size] for n in rows]
+    return Course(steps, looks, whole, validation)
+
+
 def make_chapter_5_evaluate(
-    run: Run, rows: dict[str, np.ndarray], byte_lengths: np.ndarray
+    run: Run, rows: dict[str, np.ndarray], course: Course, byte_lengths: np.ndarray
 ) -> Any:
-    """Scores all rows, of which the book takes five random batches for training."""
+    """Scores the book's random training batches, or all, and the validation rows."""
     scorer = make_scorer(run.config.model, run.config.train.loss_chunk)
-    each = run.config.data.batch_size
 
     def evaluate_rows(state: TrainState, done: int, last: bool) -> str:
         found = None
-        for split in (TRAIN, VALIDATION):
-            batches = (
-                pack(rows[split][n : n + each], None)
-                for n in range(0, len(rows[split]), each)
-            )
+        chosen = course.looks.get(done, course.whole)
+        for split, parts in ((TRAIN, chosen), (VALIDATION, course.held_out)):
+            batches = (pack(rows[split][part], None) for part in parts)
             found = evaluate(scorer, state.params, batches, byte_lengths)
             numbers = found.numbers()
             report.write_event(run.metrics, "eval", done, split=split, **numbers)

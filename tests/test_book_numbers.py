@@ -1,0 +1,97 @@
+"""Printed numbers of the book that our own functions recompute; see gptjax/book too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.config import config_path, read_config
+from gptjax.data.folds import split_rows
+from gptjax.data.labelled import read_labelled
+from gptjax.loss import next_token_nats
+from gptjax.optim import learning_rates
+from gptjax.sampling import Knobs, filtered, sample
+
+# Section 5.3.1: scores of the words that may follow "every effort moves you".
+WORDS = ["closer", "every", "effort", "forward", "inches", "moves"]
+WORDS += ["pizza", "toward", "you"]
+SCORES = [4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]
+
+
+def knobs(temperature=1.0, top_k=0):
+    return Knobs(
+        jnp.float32(temperature),
+        jnp.int32(top_k),
+        jnp.float32(1),
+        jnp.float32(0),
+        jnp.float32(1),
+    )
+
+
+def test_a_hot_softmax_gives_pizza_the_chance_of_exercise_5_1():
+    logit_BV = jnp.array([SCORES], jnp.float32)
+    key_B = jax.random.split(jax.random.key(0), 4000)
+    rows = jnp.tile(logit_BV, (4000, 1))
+
+    drawn = sample(rows, jnp.zeros(rows.shape, bool), key_B, knobs(5.0))
+
+    chance = jax.nn.softmax(logit_BV / 5)[0]
+    assert f"{float(chance[WORDS.index('pizza')]):.4f}" == "0.0430"
+    counts = np.bincount(np.asarray(drawn), minlength=9) / 4000
+    np.testing.assert_allclose(counts, chance, atol=0.025)  # three deviations
+
+
+def test_top_k_leaves_the_three_chances_of_the_book():
+    logit_BV = jnp.array([SCORES], jnp.float32)
+
+    chance = jax.nn.softmax(filtered(logit_BV - logit_BV.max(), knobs(top_k=3)))[0]
+
+    kept = {WORDS[n]: f"{float(chance[n]):.4f}" for n in np.flatnonzero(chance)}
+    assert kept == {"closer": "0.0615", "forward": "0.5775", "toward": "0.3610"}
+
+
+@pytest.mark.parametrize(
+    ("logits", "targets", "weights", "printed"),
+    [
+        ([[-1.0, 1.0], [-0.5, 1.5]], [0, 1], [1, 1], "1.1269"),
+        ([[-1.0, 1.0], [-0.5, 1.5], [-0.5, 1.5]], [0, 1, 1], [1, 1, 1], "0.7936"),
+        ([[-1.0, 1.0], [-0.5, 1.5], [-0.5, 1.5]], [0, 1, 1], [1, 1, 0], "1.1269"),
+    ],
+)
+def test_what_is_not_counted_leaves_the_loss_of_chapter_7(
+    logits, targets, weights, printed
+):
+    nats, weight = next_token_nats(
+        jnp.array([logits]), jnp.array([targets]), jnp.array([weights], jnp.float32)
+    )
+
+    assert f"{float(nats / weight):.4f}" == printed
+
+
+def test_appendix_d_warms_up_over_27_of_135_steps():
+    config = read_config(config_path("book/appendix_d"))
+
+    rates = learning_rates(config.optim, config.train.steps)
+
+    assert (config.optim.warmup_steps, config.train.steps) == (27, 135)
+    assert np.argmax(rates) in (26, 27)
+    assert rates[26] == pytest.approx(1e-3)
+    assert 1e-6 <= rates[-1] < 2e-6
+
+
+def test_the_spam_set_has_the_counts_of_chapter_6(shared_data):
+    data, _ = read_labelled("sms-spam")
+    splits = split_rows(
+        data,
+        "book",
+        val_fraction=0.1,
+        test_fraction=0.2,
+        seed=0,
+        balance=False,
+        dedupe=False,
+    )
+
+    assert len(data) == 5_572
+    assert [data.labels.count(n) for n in (0, 1)] == [4_825, 747]
+    sizes = {split: len(rows) for split, rows in splits.items()}
+    assert sizes == {"train": 1_045, "validation": 149, "test": 300}
