@@ -51,7 +51,9 @@ from gptjax.weights.importing import load
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 ANSWERED = 32  # validation rows that are answered at each evaluation
+TESTED = 512  # test rows that are answered, before the first step and at the end
 LONGER = 16  # tokens that an answer may have beyond the longest in the data
+MOST_TOKENS = 256  # of an answer, where the data have longer ones
 
 
 class Sets(NamedTuple):
@@ -221,6 +223,7 @@ def make_evaluate(
     answered, too; before the first step also the test rows, to compare with.
     """
     rows = spread(sets.conversations[VALIDATION], ANSWERED)
+    tests = spread(sets.conversations.get(TEST, []), TESTED)
     some = spread(range(len(sets.examples[TRAIN])), run.config.train.eval_batches * 8)
 
     def note(split: str, done: int, model: Model, values: dict[str, Any]) -> None:
@@ -238,8 +241,8 @@ def make_evaluate(
         scores = mean_scores(respond(model, rows, most_tokens(model, sets)))
         note(VALIDATION, done, model, scores)
         if done == 0 and TEST in sets.examples:
-            every = respond(model, sets.conversations[TEST], most_tokens(model, sets))
-            note(TEST, done, model, mean_scores(every) | tasks_of(every))
+            tested = respond(model, tests, most_tokens(model, sets))
+            note(TEST, done, model, mean_scores(tested) | tasks_of(tested))
         losses = [
             event["response_loss"]
             for event in report.read_events(run.metrics)
@@ -260,14 +263,19 @@ def tasks_of(answered: list[Answered]) -> dict[str, dict[str, float]]:
 
 
 def spread(items: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` of the items, evenly apart."""
+    """At most `most` of the items, evenly apart.
+
+    >>> spread("abcdefg", 3), spread([], 3)
+    (['a', 'd', 'g'], [])
+    """
     chosen = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
     return [items[n] for n in chosen]
 
 
 def most_tokens(model: Model, sets: Sets) -> int:
     """How long answers may get: a little longer than those in the data."""
-    return min(sets.longest_answer + LONGER, model.config.context_length)
+    most = min(MOST_TOKENS, model.config.context_length)
+    return min(sets.longest_answer + LONGER, most)
 
 
 def plan_lines(
@@ -296,7 +304,8 @@ def plan_lines(
 def finish(run: Run, task: Task, model: Model, sets: Sets) -> None:
     """Lets the best model answer the test rows; writes them, pictures and report.md."""
     split = TEST if TEST in sets.examples else VALIDATION
-    answered = respond(model, sets.conversations[split], most_tokens(model, sets))
+    rows = spread(sets.conversations[split], TESTED)
+    answered = respond(model, rows, most_tokens(model, sets))
     found, scores = example_loss(model, sets.answers[split]), mean_scores(answered)
     done = run.config.train.steps
     seen = [
