@@ -22,7 +22,7 @@ from gptjax.model import Params, output_table
 from gptjax.optim import make_optimizer
 from gptjax.prediction import ROWS, Judged, judge, sizes_of
 from gptjax.report_classes import Mistake, write_classification
-from gptjax.run_loop import Run, Say, Task, device_line, length_line, train_run
+from gptjax.run_loop import Run, Say, Task, device_line, length_line, tune_run
 from gptjax.starting import (
     choose_tokenizer,
     open_start,
@@ -35,7 +35,6 @@ from gptjax.train import TrainState, init_state
 from gptjax.trainable import make_tuned_step, parted, save_tuned, stream, whole
 from gptjax.tree import count
 from gptjax.weights.folder import Model
-from gptjax.weights.importing import load
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
@@ -71,17 +70,7 @@ def train_classifier(
         GptjaxError: data, config or folder cannot be used.
         Stopped: a signal came; the same call goes on later.
     """
-    found: list[Sets] = []
-
-    def noted(run: Run) -> tuple[Run, Task]:
-        run, task, sets = (make or make_task)(run)
-        found.append(sets)
-        return run, task
-
-    run, task, _ = train_run(config, folder, say, noted)
-    model = load(folder / "model")
-    finish(run, task, model, found[0])
-    return model
+    return tune_run(config, folder, say, make or make_task, finish)
 
 
 def make_task(run: Run) -> tuple[Run, Task, Sets]:
@@ -244,7 +233,7 @@ def plan_lines(
     """The block that says what will happen, before anything does."""
     c, data = run.config, sets.rows
     steps, rows = c.train.steps, c.data.batch_size
-    lengths = sorted({size for size, _ in batches.deal.plan(0)})
+    lengths = batches.deal.shapes
     cut = f"; {sets.cut} are longer than the context and cut" if sets.cut else ""
     return [
         f"run      {run.folder}",

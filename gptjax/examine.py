@@ -61,9 +61,11 @@ def respond(
     for conversation, response in zip(
         conversations, answer_all(model, prompts, max_new_tokens), strict=True
     ):
-        reference = conversation.messages[-1]["content"].strip()
-        scores = {name: score(response, reference) for name, score in SCORES.items()}
-        found.append(Answered(conversation, response, scores))
+        one = Answered(conversation, response, {})
+        scores = {
+            name: score(response, one.reference) for name, score in SCORES.items()
+        }
+        found.append(one._replace(scores=scores))
     return found
 
 

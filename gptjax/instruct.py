@@ -11,14 +11,10 @@ import numpy as np
 
 from gptjax import budget, report
 from gptjax.config import RunConfig
-from gptjax.data.conversations import (
-    Conversation,
-    read_conversations,
-    split_conversations,
-)
+from gptjax.data.conversations import Conversation, read_conversations
 from gptjax.data.example_batches import ExampleBatches, example_batches
 from gptjax.data.examples import ANSWERS, EVERYTHING, Example, encode_all, fit_all
-from gptjax.errors import ConfigError, DataError
+from gptjax.errors import DataError
 from gptjax.examine import (
     Answered,
     by_task,
@@ -32,12 +28,13 @@ from gptjax.loss import batch_nats
 from gptjax.model import Params
 from gptjax.optim import make_optimizer
 from gptjax.report_answers import write_answers
-from gptjax.run_loop import Run, Say, Task, device_line, length_line, train_run
+from gptjax.run_loop import Run, Say, Task, device_line, length_line, tune_run
 from gptjax.starting import (
     choose_template,
     choose_tokenizer,
     open_start,
     settled_model,
+    split_items,
     starting_params,
     tokenizer_facts,
 )
@@ -47,7 +44,6 @@ from gptjax.train import TrainState, init_state
 from gptjax.trainable import make_tuned_step, parted, save_tuned, stream, whole
 from gptjax.tree import count
 from gptjax.weights.folder import Model
-from gptjax.weights.importing import load
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 ANSWERED = 32  # validation rows that are answered at each evaluation
@@ -94,17 +90,7 @@ def train_assistant(
         GptjaxError: data, config or folder cannot be used.
         Stopped: a signal came; the same call goes on later.
     """
-    found: list[Sets] = []
-
-    def noted(run: Run) -> tuple[Run, Task]:
-        run, task, sets = (make or make_task)(run)
-        found.append(sets)
-        return run, task
-
-    run, task, _ = train_run(config, folder, say, noted)
-    model = load(folder / "model")
-    finish(run, task, model, found[0])
-    return model
+    return tune_run(config, folder, say, make or make_task, finish)
 
 
 def make_task(run: Run) -> tuple[Run, Task, Sets]:
@@ -152,18 +138,7 @@ def make_task(run: Run) -> tuple[Run, Task, Sets]:
 def read_sets(c: RunConfig, start: Model | None) -> Sets:
     """The conversations of each split, as messages and as tokens."""
     every, detected = read_conversations(c.data.source)
-    split = split_conversations(
-        every,
-        c.data.split,
-        val_fraction=c.data.val_fraction,
-        test_fraction=c.data.test_fraction,
-        seed=c.data.val_seed,
-    )
-    if VALIDATION not in split:
-        raise ConfigError(
-            f"data.val_fraction={c.data.val_fraction} holds no rows out, so no step "
-            "can be told to be the best. Choose one above 0."
-        )
+    split = split_items(c, every, "rows")
     template = choose_template(c.data.template, start)
     texts = (m["content"] for x in split[TRAIN] for m in x.messages)
     tokenizer = choose_tokenizer(c.data.tokenizer, start, lambda: texts)
@@ -243,11 +218,8 @@ def make_evaluate(
         if done == 0 and TEST in sets.examples:
             tested = respond(model, tests, most_tokens(model, sets))
             note(TEST, done, model, mean_scores(tested) | tasks_of(tested))
-        losses = [
-            event["response_loss"]
-            for event in report.read_events(run.metrics)
-            if event["event"] == "eval" and event["split"] == VALIDATION
-        ]
+        events = report.read_events(run.metrics)
+        _, losses = report.series(events, "eval", "response_loss", VALIDATION)
         if losses[-1] <= min(losses):
             keep(state)
         match, rouge = scores["exact_match"], scores["rouge_l"]

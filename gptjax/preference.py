@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from gptjax import budget, report
 from gptjax.config import RunConfig
-from gptjax.data.conversations import Pair, read_pairs, split_conversations
+from gptjax.data.conversations import Pair, read_pairs
 from gptjax.data.examples import Example, encode, fitted
 from gptjax.data.pair_batches import CHOSEN, REJECTED, PairBatches, pair_batches
 from gptjax.errors import ConfigError, DataError
@@ -27,11 +27,12 @@ from gptjax.loss import batch_token_nats
 from gptjax.model import Params
 from gptjax.optim import make_optimizer
 from gptjax.report_answers import write_answers
-from gptjax.run_loop import Run, Say, Task, device_line, length_line, train_run
+from gptjax.run_loop import Run, Say, Task, device_line, length_line, tune_run
 from gptjax.starting import (
     choose_template,
     open_start,
     settled_model,
+    split_items,
     starting_params,
     tokenizer_facts,
 )
@@ -40,7 +41,6 @@ from gptjax.train import TrainState, init_state
 from gptjax.trainable import make_tuned_step, parted, save_tuned, stream, whole
 from gptjax.tree import count
 from gptjax.weights.folder import Model
-from gptjax.weights.importing import load
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 PerAnswer = Float[Array, "B 2"]
@@ -74,17 +74,7 @@ def train_preference(config: RunConfig, folder: Path, say: Say = print) -> Model
         GptjaxError: data, config or folder cannot be used.
         Stopped: a signal came; the same call goes on later.
     """
-    found: list[dict[str, PairBatches]] = []
-
-    def make(run: Run) -> tuple[Run, Task]:
-        run, task, sets = make_task(run)
-        found.append(sets)
-        return run, task
-
-    run, task, _ = train_run(config, folder, say, make)
-    model = load(folder / "model")
-    finish(run, task, model, found[0])
-    return model
+    return tune_run(config, folder, say, make_task, finish)
 
 
 def make_task(run: Run) -> tuple[Run, Task, dict[str, PairBatches]]:
@@ -145,18 +135,7 @@ def make_task(run: Run) -> tuple[Run, Task, dict[str, PairBatches]]:
 def read_sets(c: RunConfig, start: Model) -> Sets:
     """The pairs of each split as tokens; only answers are learned."""
     every, detected = read_pairs(c.data.source)
-    split = split_conversations(
-        every,
-        c.data.split,
-        val_fraction=c.data.val_fraction,
-        test_fraction=c.data.test_fraction,
-        seed=c.data.val_seed,
-    )
-    if VALIDATION not in split:
-        raise ConfigError(
-            f"data.val_fraction={c.data.val_fraction} holds no pairs out, so no step "
-            "can be told to be the best. Choose one above 0."
-        )
+    split = split_items(c, every, "pairs")
     template = choose_template(c.data.template, start)
     context = min(c.model.context_length, start.config.context_length)
     pairs, equal, long = {}, 0, 0
@@ -286,11 +265,8 @@ def make_evaluate(
             report.write_event(
                 run.metrics, "eval", done, split=split, **found._asdict()
             )
-        losses = [
-            event["loss"]
-            for event in report.read_events(run.metrics)
-            if event["event"] == "eval" and event["split"] == VALIDATION
-        ]
+        events = report.read_events(run.metrics)
+        _, losses = report.series(events, "eval", "loss", VALIDATION)
         if losses[-1] <= min(losses):
             keep(state)
         return f"val {found.loss:.4f} margin {found.margin:.3f} {words(found)}"

@@ -15,6 +15,7 @@ from gptjax.run_folder import command_line, open_folder, settle_config, write_me
 from gptjax.stopping import Stopped, Stopwatch, stop_signal
 from gptjax.train import Metrics, TrainState, TrainStep, steps
 from gptjax.weights.folder import Model
+from gptjax.weights.importing import load
 
 Say = Callable[[str], None]
 
@@ -81,6 +82,35 @@ def train_run(
         if first < run.config.train.steps:
             state = loop(run, task, state, stopping)
     return run, task, state
+
+
+def tune_run(
+    config: RunConfig,
+    folder: Path,
+    say: Say,
+    make_task: Callable[[Run], tuple[Run, Task, Any]],
+    finish: Callable[[Run, Task, Model, Any], None],
+) -> Model:
+    """Trains as `train_run`, and finishes with the model that the task kept.
+
+    Args:
+        config: of the run; a folder that holds another one is refused.
+        folder: made if it is not there.
+        say: gets each line for the user.
+        make_task: as for `train_run`; returns also what it read.
+        finish: gets the run, its task, the model in model/, and what was read.
+    """
+    found: list[Any] = []
+
+    def noted(run: Run) -> tuple[Run, Task]:
+        run, task, read = make_task(run)
+        found.append(read)
+        return run, task
+
+    run, task, _ = train_run(config, folder, say, noted)
+    model = load(folder / "model")
+    finish(run, task, model, found[0])
+    return model
 
 
 def saved_part(state: TrainState) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from jaxtyping import Array, Key
 
 from gptjax import tokenizer as tokenizers
 from gptjax.config import GPTConfig, RunConfig
+from gptjax.data.conversations import Item, split_conversations
+from gptjax.data.split import VALIDATION
 from gptjax.errors import ConfigError
 from gptjax.model import Params, init
 from gptjax.template import Template, compiled, read_template
@@ -25,6 +27,27 @@ FREE = ("dropout", "causal", "head_bias", "pool", "dtype", "attention", "remat")
 def open_start(c: RunConfig, say: Callable[[str], None]) -> Model | None:
     """The model that `tune.start` names, or None for random parameters."""
     return load(c.tune.start, say) if c.tune.start else None
+
+
+def split_items(c: RunConfig, items: list[Item], what: str) -> dict[str, list[Item]]:
+    """The conversations or pairs of each split, some of them for validation.
+
+    Raises:
+        ConfigError: nothing is held out, or nothing is left to train on.
+    """
+    split = split_conversations(
+        items,
+        c.data.split,
+        val_fraction=c.data.val_fraction,
+        test_fraction=c.data.test_fraction,
+        seed=c.data.val_seed,
+    )
+    if VALIDATION not in split:
+        raise ConfigError(
+            f"data.val_fraction={c.data.val_fraction} holds no {what} out, so no step "
+            "can be told to be the best. Choose one above 0."
+        )
+    return split
 
 
 def choose_tokenizer(

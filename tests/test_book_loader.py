@@ -1,7 +1,6 @@
 """The order of the book's batches, with evaluations that take from the same numbers."""
 
 import itertools
-import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from gptjax.book import Loader, TorchGenerator, epochs
 from gptjax.data.torch_order import epoch_order
 from gptjax.errors import ConfigError
+from tests.torch_peer import import_torch
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 9)).map(lambda x: (max(x), min(x)))
 
@@ -116,9 +116,7 @@ def test_a_loader_without_a_batch_is_an_error_at_once(call, message):
 
 @pytest.fixture(scope="module")
 def torch():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip("torch")
+    return import_torch()
 
 
 def torch_loader(torch, loader):

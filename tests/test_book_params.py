@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import math
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from gptjax.generation import complete
 from gptjax.loss import next_token_nats
 from gptjax.tree import count, named_leaves
 from gptjax.weights.folder import Model
+from tests.torch_peer import import_exact_torch
 
 SMALL = GPTConfig(
     vocab_size=17,
@@ -118,12 +118,7 @@ def test_a_shape_that_the_books_class_does_not_make_is_an_error(changes, message
 
 @pytest.fixture(scope="module")
 def torch():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch = pytest.importorskip("torch")
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        pytest.skip("PyTorch's numbers have other last bits on this processor")
-    return torch
+    return import_exact_torch()
 
 
 def torch_layers(torch, c):

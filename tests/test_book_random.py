@@ -1,7 +1,6 @@
 """PyTorch's random numbers: its digits, its order, and the arithmetic behind them."""
 
 import hashlib
-import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -20,6 +19,7 @@ from gptjax.book.torch_random import (
 )
 from gptjax.data.torch_order import permutation
 from gptjax.errors import ConfigError
+from tests.torch_peer import import_exact_torch
 
 EVERY = 1 << 24  # uniform numbers that there are
 FLOATS = st.floats(-4, 4, width=32).filter(lambda x: abs(x) > 2**-60 or x == 0)
@@ -234,12 +234,7 @@ def test_other_names_of_the_book_are_attribute_errors():
 
 @pytest.fixture(scope="module")
 def torch():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch = pytest.importorskip("torch")
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        pytest.skip("PyTorch's numbers have other last bits on this processor")
-    return torch
+    return import_exact_torch()
 
 
 @pytest.mark.peers

@@ -6,7 +6,6 @@ n + 1 finished steps here. Its dropout takes other random numbers than ours.
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,14 +18,14 @@ import numpy as np
 
 from gptjax import budget, classification, instruct, pretrain, report
 from gptjax import tokenizer as tokenizers
-from gptjax.book.ch02 import windows
+from gptjax.book.ch02 import split_text, windows
 from gptjax.book.loader import Batches, Loader, epochs
 from gptjax.book.params import init_params
 from gptjax.book.torch_random import TorchGenerator
 from gptjax.config import RunConfig
 from gptjax.data import named
 from gptjax.data.batches import Batch, pack
-from gptjax.data.example_batches import filled
+from gptjax.data.example_batches import Book
 from gptjax.data.labelled_batches import LabelledBatches
 from gptjax.errors import ConfigError
 from gptjax.evaluate import evaluate, make_scorer
@@ -70,9 +69,8 @@ def train_book(config: RunConfig, folder: Path, say: Say = print) -> Model:
 def verdict_rows(context: int) -> dict[str, np.ndarray]:
     """Rows of T + 1 tokens of nine tenths of the-verdict, and of the rest."""
     text = named.find("verdict").read_text(encoding="utf-8")
-    cut = int(0.9 * len(text))
     rows = {}
-    for split, part in ((TRAIN, text[:cut]), (VALIDATION, text[cut:])):
+    for split, part in zip((TRAIN, VALIDATION), split_text(text), strict=True):
         ids = tokenizers.load("gpt2").encode(part)
         found = windows(ids, context, context)
         rows[split] = np.concatenate([found.input_BT, found.target_BT[:, -1:]], axis=1)
@@ -246,15 +244,10 @@ def make_chapter_7(run: Run) -> tuple[Run, Task, instruct.Sets]:
         c.train.steps,
     )
 
-    def batch_at(step: int) -> Batch:
-        rows = [[examples[n]] for n in order[step]]
-        longest = max(len(row[0].ids) for row in rows) - 1
-        return filled(rows, longest, sets.tokenizer.eot)
-
-    batches = functools.partial(steps_of, batch_at)
-    return run, dataclasses.replace(task, batches=batches, eval_offset=FIRST), sets
-
-
-def steps_of(batch_at: Any, first: int, stop: int) -> Iterator[Batch]:
-    """The batches of the steps from `first` to before `stop`."""
-    return map(batch_at, range(first, stop))
+    book = Book(examples, c.data.batch_size, sets.tokenizer.eot, c.train.seed)
+    task = dataclasses.replace(
+        task,
+        batches=lambda first, stop: map(book.batch, order[first:stop]),
+        eval_offset=FIRST,
+    )
+    return run, task, sets

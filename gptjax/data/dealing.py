@@ -38,6 +38,11 @@ class Deal:
         """Batches that visit every row once."""
         return -(-len(self.lengths) // self.rows)
 
+    @property
+    def shapes(self) -> list[int]:
+        """Lengths that occur in an epoch, so many programs are compiled."""
+        return sorted({size for size, _ in self.plan(0)})
+
     @functools.cached_property
     def bucket_of(self) -> np.ndarray:
         """Which of `sizes` each row needs."""

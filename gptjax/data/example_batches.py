@@ -67,7 +67,7 @@ class Padded(NamedTuple):
     @property
     def shapes(self) -> list[int]:
         """Lengths of rows that occur."""
-        return sorted({size for size, _ in self.deal.plan(0)})
+        return self.deal.shapes
 
     def batch_at(self, step: int) -> Batch:
         """The batch of one training step, counted from 0."""
@@ -176,7 +176,10 @@ class Book:
 
     def batch_at(self, step: int) -> Batch:
         """The batch of one training step, counted from 0."""
-        chosen = self.chosen(step)
+        return self.batch(self.chosen(step))
+
+    def batch(self, chosen: Sequence[int]) -> Batch:
+        """The chosen examples, as long as the longest of them."""
         rows = [[self.examples[n]] for n in chosen]
         return filled(rows, self.size(chosen), self.fill)
 
