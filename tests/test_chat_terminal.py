@@ -69,6 +69,10 @@ class Terminal:
     def __init__(self, folder):
         self.main, side = pty.openpty()
         termios.tcsetwinsize(side, (24, 80))
+        # Or else a Ctrl-C throws away what the child wrote and nobody read so far.
+        attributes = termios.tcgetattr(side)
+        attributes[3] |= termios.NOFLSH
+        termios.tcsetattr(side, termios.TCSANOW, attributes)
         here = {"PYTHONPATH": str(Path(gptjax.__file__).parent.parent)}
         plain = {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "PYTHONUTF8": "1"}
         self.child = subprocess.Popen(
