@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental.multihost_utils import (
+    broadcast_one_to_all,
+    sync_global_devices,
+)
 
 from gptjax.errors import ModelError
 from gptjax.tree import named_leaves
@@ -30,28 +35,38 @@ def save(folder: Path, step: int, tree: Any, keep: int) -> None:
     Raises:
         ModelError: the folder cannot be written; earlier steps are untouched.
     """
-    building = folder / f"{step}.partial"
+    building, main = folder / f"{step}.partial", jax.process_index() == 0
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(building, ignore_errors=True)
+        if main:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(building, ignore_errors=True)
+        sync_global_devices("checkpoint begun")
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(building.absolute() / "state", tree)
-        about = {"step": step, "arrays": described(tree), "files": hashed(building)}
-        with (building / MANIFEST).open("w") as file:
-            json.dump(about, file)
-            file.flush()
-            os.fsync(file.fileno())
-        final = folder / str(step)
-        shutil.rmtree(final, ignore_errors=True)  # only ever one that did not verify
-        building.rename(final)
-        flush_folder(folder)
+        if main:
+            seal(folder, step, tree)
+        sync_global_devices("checkpoint sealed")
     except OSError as error:
         raise ModelError(
             f"cannot save step {step} in {folder}: {error}. Free space or name "
             "another run folder; earlier checkpoints are kept."
         ) from error
-    for old in saved_steps(folder)[:-keep]:
-        shutil.rmtree(folder / str(old))
+    if main:
+        for old in saved_steps(folder)[:-keep]:
+            shutil.rmtree(folder / str(old))
+
+
+def seal(folder: Path, step: int, tree: Any) -> None:
+    """Writes the manifest of a step that is all there, and gives it its name."""
+    building, final = folder / f"{step}.partial", folder / str(step)
+    about = {"step": step, "arrays": described(tree), "files": hashed(building)}
+    with (building / MANIFEST).open("w") as file:
+        json.dump(about, file)
+        file.flush()
+        os.fsync(file.fileno())
+    shutil.rmtree(final, ignore_errors=True)  # only ever one that did not verify
+    building.rename(final)
+    flush_folder(folder)
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -63,6 +78,21 @@ def saved_steps(folder: Path) -> list[int]:
 
 def latest(folder: Path) -> tuple[int | None, list[str]]:
     """The newest step that verifies (None: nothing was ever saved), and complaints.
+
+    Of many processes, the first looks and tells the others.
+
+    Raises:
+        ModelError: steps were saved, and none of them verifies.
+    """
+    if jax.process_count() == 1:
+        return newest(folder)
+    step, complaints = newest(folder) if jax.process_index() == 0 else (None, [])
+    told = int(broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    return (None if told < 0 else told), complaints
+
+
+def newest(folder: Path) -> tuple[int | None, list[str]]:
+    """`latest` as one process finds it.
 
     A step that does not verify is set aside as `<step>.damaged`.
 

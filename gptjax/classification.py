@@ -23,6 +23,7 @@ from gptjax.optim import make_optimizer
 from gptjax.prediction import ROWS, Judged, judge, sizes_of
 from gptjax.report_classes import Mistake, write_classification
 from gptjax.run_loop import Run, Say, Task, device_line, length_line, tune_run
+from gptjax.sharding import local, place
 from gptjax.starting import (
     choose_tokenizer,
     open_start,
@@ -83,7 +84,8 @@ def make_task(run: Run) -> tuple[Run, Task, Sets]:
     c = dataclasses.replace(c, model=model)
     run = dataclasses.replace(run, config=c)
     key = jax.random.key(c.train.seed)
-    trained, frozen = parted(c, starting_params(c.model, start, tokenizer, key), key)
+    params = starting_params(c.model, start, tokenizer, key)
+    trained, frozen = place(parted(c, params, key), run.mesh)
     optimizer = make_optimizer(c.optim, c.train.steps)
     batches = LabelledBatches(
         sets.ids[TRAIN],
@@ -95,10 +97,10 @@ def make_task(run: Run) -> tuple[Run, Task, Sets]:
     )
 
     def model_of(state: TrainState) -> Model:
-        return Model(c.model, whole(c, state.params, frozen), tokenizer, names)
+        return Model(c.model, whole(c, local(state.params), frozen), tokenizer, names)
 
     def keep(state: TrainState) -> None:
-        save_tuned(c, run.folder, model_of(state), state.params, frozen)
+        save_tuned(c, run.folder, model_of(state), local(state.params), frozen)
 
     tokens = sum(map(len, sets.ids[TRAIN])) / len(sets.ids[TRAIN])
     task = Task(
@@ -246,7 +248,7 @@ def plan_lines(
         f"step     {rows} rows of up to {', '.join(map(str, lengths))} tokens, so "
         f"{len(lengths)} programs{cut}",
         length_line(steps, steps / batches.deal.steps_per_epoch),
-        device_line(),
+        device_line(run),
     ]
 
 

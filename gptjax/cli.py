@@ -7,16 +7,14 @@ everything saved.
 import argparse
 import dataclasses
 import importlib
-import itertools
 import json
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax import flags
+from gptjax import data_cli, flags
 from gptjax.config import config_path, read_config
 from gptjax.errors import ConfigError, GptjaxError
 
@@ -34,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command is not train:
+    if rest and args.command not in (train, plan, launch):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     args.rest = rest
     try:
@@ -79,6 +77,11 @@ def make_parser() -> argparse.ArgumentParser:
     sub.epilog = "options:\n" + "\n".join(flags.option_lines())
     sub.add_argument("config", metavar="CONFIG.toml", help="a file, or one of configs/")
     sub.add_argument("--run", type=Path, metavar="DIR", help="default: runs/CONFIG")
+    sub.add_argument(
+        "--distributed",
+        metavar="auto|HOST:PORT,N,I",
+        help="one of N processes, I from 0; HOST:PORT is of process 0",
+    )
     flags.generate(add(generate, "generate"))
     flags.classify(add(classify, "classify"))
     flags.chat(add(chat, "chat"))
@@ -90,20 +93,13 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--to", required=True, metavar="hf|book")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR")
+    flags.plan(add(plan, "plan"))
+    flags.launch(add(launch, "launch"))
+    flags.bench(add(bench, "bench"))
     add(doctor, "doctor")
 
-    add_data_commands(commands, add)
+    data_cli.add_commands(commands, add)
     return parser
-
-
-def add_data_commands(commands: Any, add: Any) -> None:
-    """The commands behind `gptjax data`; `add` makes one of them."""
-    data = commands.add_parser("data", help="Fetch, prepare and check data.")
-    kinds = data.add_subparsers(required=True, metavar="fetch|prepare|preview|verify")
-    add(data_fetch, "fetch", kinds).add_argument("name", metavar="NAME")
-    flags.prepare(add(data_prepare, "prepare", kinds))
-    add(data_verify, "verify", kinds).add_argument("folder", type=Path, metavar="DIR")
-    flags.preview(add(data_preview, "preview", kinds))
 
 
 def quickstart(args: argparse.Namespace) -> int:
@@ -123,7 +119,13 @@ def train(args: argparse.Namespace) -> int:
     folder = args.run or Path("runs") / path.stem
     module, function = TASKS[config.train.task]
     run = getattr(importlib.import_module(f"gptjax.{module}"), function)
-    return stoppable(lambda: run(config, folder))
+    if not args.distributed:
+        return stoppable(lambda: run(config, folder))
+    from gptjax import distributed
+
+    distributed.start(args.distributed)
+    with distributed.ending_together():
+        return stoppable(lambda: run(config, folder))
 
 
 def stoppable(run: Any) -> int:
@@ -269,76 +271,71 @@ def export(args: argparse.Namespace) -> None:
     print(export(load(args.model, remark), args.to, args.out))
 
 
+def plan(args: argparse.Namespace) -> int:
+    """Parameters, FLOPs, memory, what is sent, whether it fits: before anything runs.
+
+    TPUs need not be there: with gptjax[tpu-plan] their own compiler is asked. Exits
+    with 1 where the run does not fit.
+    """
+    from gptjax.chips import here, topology
+
+    config = flags.on_top(read_config(config_path(args.config)), args.rest)
+    where = topology(args.topology) if args.topology else here()
+    if args.topology:  # before JAX starts: else libtpu looks for a TPU
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        if where.chip.platform == "cpu":
+            os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(where.devices))
+    from gptjax import ahead, plan
+
+    if able := ahead.can_compile(where) and not args.estimate:
+        remark(f"compiling for {where} ...")
+    planned = plan.make_plan(config, where, able)
+    if args.json:
+        print(json.dumps(planned.numbers()))
+    else:
+        print("\n".join(plan.lines(planned)))
+    if not able and not args.estimate and where.chip.platform == "tpu":
+        remark("For the compiler's own figures: pip install 'gptjax[tpu-plan]'")
+    if args.against:
+        plan.compare(planned, args.against, print)
+    return 1 if planned.fits is False else 0
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Speed of training on this machine's devices, for each attention backend."""
+    from gptjax.bench import bench_device
+    from gptjax.config import GPTConfig
+
+    config = GPTConfig.preset(args.preset, context_length=args.context)
+    found = bench_device(config, print, tuple(args.rows))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def launch(args: argparse.Namespace) -> None:
+    """Write the file that makes a scheduler train on many hosts; start nothing."""
+    from gptjax.launch import launch
+    from gptjax.machines import Machines
+
+    flags.on_top(read_config(config_path(args.config)), args.rest)  # refuses mistakes
+    machines = {f.name: getattr(args, f.name) for f in dataclasses.fields(Machines)}
+    text = launch(
+        args.kind,
+        args.config,
+        args.rest,
+        run=args.run,
+        out=args.out,
+        dry_run=args.dry_run,
+        **machines,
+    )
+    if args.out is None or args.dry_run:
+        print(text, end="")
+    else:
+        print(f"wrote    {args.out}")
+
+
 def doctor(args: argparse.Namespace) -> int:
     """Versions, devices, what is missing and the line that fixes it."""
     from gptjax.doctor import doctor
 
     return doctor()
-
-
-def data_fetch(args: argparse.Namespace) -> None:
-    """Find or download a named data set, and print where it is."""
-    from gptjax.data.named import find
-
-    print(find(args.name))
-
-
-def data_prepare(args: argparse.Namespace) -> None:
-    """Turn text files, folders and globs into tokens to train on."""
-    from gptjax.data.prepare import prepare, preview
-
-    info = prepare(
-        args.paths,
-        args.tokenizer,
-        args.out,
-        val_fraction=args.val_fraction,
-        seed=args.seed,
-        column=args.column,
-        workers=args.workers,
-    )
-    print(info)
-    for text in preview(args.out):
-        print(f"--- a window\n{text}")
-
-
-def data_preview(args: argparse.Namespace) -> None:
-    """Show prepared data or a file of conversations as the model will see them."""
-    if not Path(args.path).is_dir():
-        preview_file(args)
-        return
-    from gptjax.data.prepare import preview
-
-    for text in preview(Path(args.path)):
-        print(f"--- a window\n{text}")
-
-
-def preview_file(args: argparse.Namespace) -> None:
-    """A few rows of a file of conversations, in three stages."""
-    from gptjax.preview import json_objects, preview_rows, shown, write_html
-
-    preview = preview_rows(
-        args.path,
-        template=args.template,
-        tokenizer=args.tokenizer,
-        context=args.context,
-        mask_prompt=not args.learn_prompts,
-    )
-    rows = 3 if args.rows is None else args.rows
-    if args.json:
-        for row in itertools.islice(json_objects(preview), args.rows):
-            print(json.dumps(row, ensure_ascii=False))
-    elif args.html:
-        write_html(preview, args.html, rows)
-        print(f"wrote    {args.html}")
-    else:
-        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        print(shown(preview, rows, colour, shutil.get_terminal_size().columns))
-
-
-def data_verify(args: argparse.Namespace) -> int:
-    """Check every byte of prepared data against its meta.json."""
-    from gptjax.data.shards import verify
-
-    problems = verify(args.folder)
-    print("\n".join(problems) or f"{args.folder}: every byte is as it was written")
-    return 1 if problems else 0

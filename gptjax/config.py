@@ -28,8 +28,10 @@ class GPTConfig:
     n_classes: int = 0  # [C] of a classifier's head; 0: there is none
     head_bias: bool = False  # of the classifier's head
     pool: Literal["last", "first", "mean", "position"] = "last"  # what the head reads
-    attention: Literal["auto", "plain", "xla"] = "auto"  # backend, gptjax.attention
-    remat: Literal["none", "dots", "full"] = "none"  # what backward computes again
+    # What computes attention; "auto" is what `gptjax.attention.choice` finds fastest.
+    attention: Literal["auto", "plain", "xla", "blockwise", "cudnn", "splash"] = "auto"
+    # What backward computes again: all, all but the products, or nothing.
+    remat: Literal["full", "dots", "none"] = "dots"
 
     def __post_init__(self) -> None:
         """Rejects shapes that cannot be built."""
@@ -145,7 +147,7 @@ class TrainConfig:
     task: Literal["pretrain", "classify", "instruct", "preference", "book"] = "pretrain"
     steps: int = 1000  # optimiser updates
     seed: int = 0  # of parameters, batches and dropout
-    accumulate: int = 1  # [G] micro-batches that data.batch_size is split into
+    accumulate: int = 1  # [G] micro-batches of a step; 0 = the fewest that fit memory
     loss_chunk: int = 256  # positions whose logits exist at a time
     log_every: int = 10  # steps
     eval_every: int = 100  # steps; the last step is always evaluated
@@ -154,9 +156,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Rejects intervals of no length."""
-        names = "steps accumulate loss_chunk log_every eval_every eval_batches"
+        names = "steps loss_chunk log_every eval_every eval_batches"
         at_least("train", self, 1, names)
-        at_least("train", self, 0, "seed")
+        at_least("train", self, 0, "seed accumulate")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,6 +177,31 @@ class TuneConfig:
         """Rejects adapters that cannot be made."""
         at_least("tune", self, 1, "lora_rank")
         at_least("tune", self, 0, "lora_alpha lm_weight beta")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How devices share the work; the axes multiply to their number."""
+
+    data: int = -1  # copies of the model, each with rows of its own; -1 = what is left
+    fsdp: int = 1  # parts of parameters and optimiser state, gathered layer by layer
+    tensor: int = 1  # parts of heads, MLP and vocabulary
+
+    def __post_init__(self) -> None:
+        """Rejects axes of no length."""
+        for name in ("data", "fsdp", "tensor"):
+            size = getattr(self, name)
+            if size < 1 and size != -1:
+                raise ConfigError(
+                    f"mesh.{name}={size} is no number of devices. Choose one from 1 "
+                    "on, or -1 for what the other axes leave."
+                )
+        if (self.data, self.fsdp, self.tensor).count(-1) > 1:
+            raise ConfigError(
+                f"mesh.data={self.data}, mesh.fsdp={self.fsdp} and mesh.tensor="
+                f"{self.tensor} leave open which axis takes the rest of the devices. "
+                "Let one of them be -1."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,10 +226,11 @@ class RunConfig:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         """Rejects sections that contradict each other."""
-        if self.data.batch_size % self.train.accumulate:
+        if self.data.batch_size % max(self.train.accumulate, 1):
             raise ConfigError(
                 f"data.batch_size={self.data.batch_size} does not split into "
                 f"train.accumulate={self.train.accumulate} micro-batches. Choose a "

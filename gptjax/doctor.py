@@ -62,7 +62,7 @@ def device_problems() -> list[str]:
     """Prints devices, memory, compute type and attention; problems with their fix."""
     import jax
 
-    from gptjax.attention import chosen_backend
+    from gptjax.attention.choice import chosen_backend
     from gptjax.budget import human
     from gptjax.config import GPTConfig
     from gptjax.model import compute_dtype
@@ -82,8 +82,12 @@ def device_problems() -> list[str]:
     process = f"process {jax.process_index()} of {jax.process_count()}"
     kind = f"{len(devices)} x {devices[0].device_kind}"
     tell("devices", f"{kind} · {memory_text} · {process}")
-    dtype = compute_dtype(GPTConfig(vocab_size=1))
-    tell("compute", f"{dtype} · attention {chosen_backend('auto')}")
+    c = GPTConfig(vocab_size=1)
+    dtype = compute_dtype(c)
+    attention = chosen_backend(
+        c.attention, length=c.context_length, head_width=c.head_width, dtype=dtype
+    )
+    tell("compute", f"{dtype} · attention {attention}")
     return []
 
 

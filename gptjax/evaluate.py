@@ -8,12 +8,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from gptjax.config import GPTConfig
 from gptjax.data.batches import Batch, pack
 from gptjax.errors import ConfigError, DataError
 from gptjax.loss import batch_token_nats
 from gptjax.model import Params
+from gptjax.sharding import on, place_batch, replicated
 from gptjax.weights.folder import Model
 
 ROWS = 8  # in a batch of `score`
@@ -51,14 +53,26 @@ class Evaluation:
         }
 
 
-def make_scorer(config: GPTConfig, chunk: int = CHUNK) -> Scorer:
-    """A compiled function of (params, batch): nats of each target [B, T]."""
+def make_scorer(
+    config: GPTConfig, chunk: int = CHUNK, mesh: Mesh | None = None
+) -> Scorer:
+    """A compiled function of (params, batch): nats of each target [B, T].
+
+    Args:
+        config: shape of the model.
+        chunk: positions whose logits exist at a time.
+        mesh: on which the parameters lie, if on one.
+    """
 
     @jax.jit
     def nats(params: Params, batch: Any) -> Any:
-        return batch_token_nats(config, params, batch, chunk=chunk)
+        return replicated(batch_token_nats(config, params, batch, chunk=chunk))
 
-    return nats
+    def score(params: Params, batch: Any) -> Any:
+        with on(mesh):
+            return nats(params, place_batch(batch, mesh, len(batch["tokens"])))
+
+    return score
 
 
 # A notebook that scores one text after the other compiles once.

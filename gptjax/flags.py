@@ -84,6 +84,60 @@ def preview(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="one JSON object per row")
 
 
+def plan(sub: argparse.ArgumentParser) -> None:
+    """The arguments of `gptjax plan`."""
+    sub.usage = "gptjax plan CONFIG.toml [--section.option value ...] [--topology T]"
+    sub.add_argument("config", metavar="CONFIG.toml", help="a file, or one of configs/")
+    sub.add_argument(
+        "--topology",
+        default="",
+        metavar="v5e:2x4|v6e:1|v5p:2x2x4|h100:8|cpu:8",
+        help="default: the devices of this machine",
+    )
+    sub.add_argument("--against", type=Path, metavar="RUN", help="what a run measured")
+    sub.add_argument("--estimate", action="store_true", help="compile nothing")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def bench(sub: argparse.ArgumentParser) -> None:
+    """The arguments of `gptjax bench`."""
+    sub.add_argument("--device", action="store_true", help="of training; the default")
+    sub.add_argument("--preset", default="gpt2", metavar="NAME", help="GPT-2's size")
+    sub.add_argument("--context", type=int, default=1024, metavar="T")
+    sub.add_argument(
+        "--rows",
+        type=int,
+        nargs="+",
+        default=[4, 8, 16, 32, 64, 128],
+        metavar="N",
+        help="on each device, until the memory is full",
+    )
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+
+
+def launch(sub: argparse.ArgumentParser) -> None:
+    """The arguments of `gptjax launch`."""
+    sub.usage = "gptjax launch KIND CONFIG.toml [--section.option value ...] [options]"
+    sub.add_argument("kind", choices=["slurm", "gke", "tpu-vm", "skypilot"])
+    sub.add_argument("config", metavar="CONFIG.toml", help="a file, or one of configs/")
+    sub.add_argument("--run", type=Path, metavar="DIR", help="default: runs/CONFIG")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="write it to a new file")
+    sub.add_argument("--dry-run", action="store_true", help="print, and write nothing")
+    sub.add_argument("--nodes", type=int, metavar="N", help="default: 1")
+    sub.add_argument("--devices", type=int, metavar="N", help="GPUs per node")
+    sub.add_argument("--accelerator", default="", metavar="GPU", help="H100")
+    sub.add_argument("--topology", default="", metavar="SLICE", help="TPUs: v5e:4x8")
+    sub.add_argument("--volume", default="", metavar="CLAIM|HOST:/EXPORT")
+    sub.add_argument("--partition", default="", help="of Slurm")
+    sub.add_argument("--account", default="", help="of Slurm")
+    sub.add_argument("--time", default="", help="limit of Slurm: 24:00:00")
+    sub.add_argument("--zone", default="", help="of Google's cloud: us-west4-a")
+    sub.add_argument("--project", default="", help="of Google's cloud")
+    sub.add_argument("--image", default="", help="container with gptjax in it (gke)")
+    sub.add_argument("--install", default="", help="for pip; default: gptjax[EXTRA]")
+    sub.add_argument("--spot", action="store_true", help="machines that may be taken")
+
+
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of a command that are fields of `gptjax.generation.Sampling`."""
     from gptjax.generation import Sampling

@@ -29,6 +29,7 @@ from gptjax.model import Params
 from gptjax.optim import make_optimizer
 from gptjax.report_answers import write_answers
 from gptjax.run_loop import Run, Say, Task, device_line, length_line, tune_run
+from gptjax.sharding import local, place
 from gptjax.starting import (
     choose_template,
     choose_tokenizer,
@@ -102,7 +103,8 @@ def make_task(run: Run) -> tuple[Run, Task, Sets]:
     c = dataclasses.replace(c, model=settled_model(c.model, start, tokenizer))
     run = dataclasses.replace(run, config=c)
     key = jax.random.key(c.train.seed)
-    trained, frozen = parted(c, starting_params(c.model, start, tokenizer, key), key)
+    params = starting_params(c.model, start, tokenizer, key)
+    trained, frozen = place(parted(c, params, key), run.mesh)
     optimizer = make_optimizer(c.optim, c.train.steps)
     batches = example_batches(
         c.data.batching,
@@ -114,11 +116,11 @@ def make_task(run: Run) -> tuple[Run, Task, Sets]:
     )
 
     def model_of(state: TrainState) -> Model:
-        params = whole(c, state.params, frozen)
+        params = whole(c, local(state.params), frozen)
         return Model(c.model, params, tokenizer, template=sets.template.source)
 
     def keep(state: TrainState) -> None:
-        save_tuned(c, run.folder, model_of(state), state.params, frozen)
+        save_tuned(c, run.folder, model_of(state), local(state.params), frozen)
 
     tokens = sum(len(x.ids) - 1 for x in sets.examples[TRAIN])
     task = Task(
@@ -269,7 +271,7 @@ def plan_lines(
         f"step     {c.data.batch_size} rows of {shapes} tokens, so "
         f"{len(batches.shapes)} programs",
         length_line(steps, steps / batches.steps_per_epoch),
-        device_line(),
+        device_line(run),
     ]
 
 

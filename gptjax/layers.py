@@ -3,9 +3,22 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from gptjax.sharding import (
+    USED,
+    constrain,
+    explicit,
+    gathered,
+    letters_of,
+    reshaped,
+    row_shards,
+    spec,
+    stored,
+)
 
 LORA = ("lora_a", "lora_b")
 Residual = Float[Array, "B T D"]
@@ -30,15 +43,66 @@ class Linear(nn.Module):
         inner, outer = x.shape[-self.axes :], math.prod(self.features)
         shape = (*inner, *self.features)
         kernel = self.param("kernel", nn.initializers.normal(self.std), shape)
-        flat = x.reshape(-1, math.prod(inner))
-        y = flat @ kernel.astype(x.dtype).reshape(math.prod(inner), outer)
+        letters = letters_of("/".join((*self.path, "kernel")), len(shape))
+        into, out = letters[0], letters[self.axes :]
+        flat = reshaped(x, (-1, math.prod(inner)), "B" + into)
+        kernel = gathered(kernel.astype(x.dtype), letters)
+        kernel = reshaped(kernel, (math.prod(inner), outer), into + out[0])
+        y = jnp.matmul(flat, kernel, out_sharding=explicit("B" + out[0]))
         if self.has_variable("adapters", "lora_a"):
             a, b = (self.get_variable("adapters", name) for name in LORA)
             y += (flat @ a.astype(x.dtype)) @ b.astype(x.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.features)
-            y += bias.astype(x.dtype).reshape(1, outer)
-        return y.reshape(*x.shape[: -self.axes], *self.features)
+            y += reshaped(bias.astype(x.dtype), (1, outer), "_" + out[0])
+        rows = x.shape[: -self.axes]
+        return reshaped(y, (*rows, *self.features), f"{'B':_<{len(rows)}}{out}")
+
+
+class Embedding(nn.Module):
+    """A table of `rows` vectors."""
+
+    rows: int
+    width: int
+    std: float
+
+    @nn.compact
+    def __call__(self, index: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        """The vector of each index."""
+        shape = (self.rows, self.width)
+        table = self.param("embedding", nn.initializers.normal(self.std), shape)
+        letters = letters_of("/".join((*self.path, "embedding")), 2)
+        return looked_up(table, index, letters)
+
+
+def looked_up(
+    table: Float[Array, "V D"], index: Int[Array, "*B"], letters: str
+) -> Float[Array, "*B D"]:
+    """Rows of a table; each shard of a batch adds up its own gradient of them.
+
+    Without that, XLA would send the gradients of all positions to all devices.
+    """
+    shards = row_shards()
+    if not shards or index.shape[0] % shards:
+        return gathered(table, letters)[index]
+
+    def forward(table: Array) -> tuple[Array, None]:
+        out = explicit("BTD")
+        return gathered(table, letters).at[index].get(out_sharding=out), None
+
+    def backward(_: None, grad: Array) -> tuple[Array]:
+        def add(index_M: Array, grad_MD: Array) -> Array:
+            return jnp.zeros(table.shape, grad.dtype).at[index_M].add(grad_MD)
+
+        index_XM = reshaped(index, (shards, -1), "XM")
+        grad_XMD = reshaped(grad, (shards, -1, grad.shape[-1]), "XMD")
+        grads = jax.vmap(add)(index_XM, grad_XMD)
+        grads = constrain(grads, spec(f"X{letters}", USED))
+        return (stored(jnp.sum(grads, axis=0), letters),)
+
+    look = jax.custom_vjp(lambda table: forward(table)[0])
+    look.defvjp(forward, backward)
+    return look(table)
 
 
 class Norm(nn.Module):

@@ -1,9 +1,11 @@
 """Next-token cross-entropy, always as (sum, weight), never with all logits at once.
 
-The letters in array names are those of `gptjax.model`; [C] is a chunk of positions.
+The letters in array names are those of `gptjax.model`; [C] is a chunk of positions,
+[X] a shard of the batch, [M] its positions.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from gptjax.config import GPTConfig
 from gptjax.model import Params, hidden, logits, output_table
+from gptjax.sharding import explicit, gathered, lay, reshaped, row_shards, stored
 
 Scalar = Float[Array, ""]
 PerToken = Float[Array, "B T"]
@@ -81,6 +84,26 @@ def batch_nats(
     return nats, weights.sum()
 
 
+def next_token_loss(
+    config: GPTConfig, chunk: int, packed: bool = True
+) -> Callable[..., Any]:
+    """`batch_nats` as `gptjax.make_train_step` takes it: of (params, batch, key).
+
+    Args:
+        config: shape of the model; its dropout decides whether the key is used.
+        chunk: positions whose logits exist at a time.
+        packed: whether rows hold documents that see nothing of each other; without
+            segments some attention kernels are faster.
+    """
+
+    def loss(params: Params, batch: Any, key: Any) -> tuple[Scalar, Scalar]:
+        batch = batch if packed else {**batch, "segments": None}
+        dropout_key = key if config.dropout else None
+        return batch_nats(config, params, batch, chunk=chunk, dropout_key=dropout_key)
+
+    return loss
+
+
 def batch_token_nats(
     config: GPTConfig, params: Params, batch: Any, *, chunk: int, **options: Any
 ) -> PerToken:
@@ -147,9 +170,13 @@ def _forward(
     chunk: int,
 ) -> tuple[Array, Any]:
     """The sum, and its gradients for a cotangent of 1."""
-    table = table_VD.astype(x_BTD.dtype)
+    table = gathered(table_VD.astype(x_BTD.dtype), "VD")
+    # Each shard [X] of the batch adds up its own gradient of the table, so that these
+    # are summed over the devices once, not for every chunk.
+    shards = row_shards() or 1
+    shards = shards if x_BTD.shape[0] % shards == 0 else 1
 
-    def one(grad_VD: Array, xs: Any) -> tuple[Array, Any]:
+    def one(grad_XVD: Array, xs: Any) -> tuple[Array, Any]:
         x_BCD, target_BC, weight_BC = xs
         logit_BCV = logits(config, table, x_BCD)
         norm_BC = jax.nn.logsumexp(logit_BCV, axis=-1)
@@ -159,13 +186,21 @@ def _forward(
         error_BCV -= hit_BCV.astype(jnp.float32)
         error_BCV = (error_BCV * weight_BC[..., None]).astype(x_BCD.dtype)
         error = error_BCV.reshape(-1, error_BCV.shape[-1])
-        x = x_BCD.reshape(-1, x_BCD.shape[-1])
-        grad_VD += jnp.dot(error.T, x, preferred_element_type=jnp.float32)
-        return grad_VD, (nats_BC, (error @ table).reshape(x_BCD.shape))
+        grad_XVD += jnp.einsum(
+            "XMV,XMD->XVD",
+            reshaped(error, (shards, -1, error.shape[-1]), "XMV"),
+            reshaped(x_BCD, (shards, -1, x_BCD.shape[-1]), "XMD"),
+            preferred_element_type=jnp.float32,
+        )
+        grad = jnp.matmul(error, table, out_sharding=explicit("BD"))
+        grad_BCD = lay(grad.reshape(x_BCD.shape), "BCD")
+        return lay(grad_XVD, "XVD"), (nats_BC, grad_BCD)
 
     chunks = tuple(split(leaf, chunk) for leaf in (x_BTD, target_BT, weight_BT))
-    zeros = jnp.zeros(table_VD.shape, jnp.float32)
-    grad_VD, (nats, grad_x) = jax.lax.scan(one, zeros, chunks)
+    shape, where = (shards, *table_VD.shape), explicit("XVD")
+    zeros = lay(jnp.zeros(shape, jnp.float32, out_sharding=where), "XVD")
+    grad_XVD, (nats, grad_x) = jax.lax.scan(one, zeros, chunks)
+    grad_VD = stored(jnp.sum(grad_XVD, axis=0), "VD")
     nats_BT = join(nats)
     kept = join(grad_x), grad_VD.astype(table_VD.dtype), nats_BT
     return jnp.sum(nats_BT * weight_BT), kept

@@ -20,17 +20,30 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
-from gptjax.attention import BACKENDS, attention_weights, chosen_backend, visible
+from gptjax.attention.choice import attend
+from gptjax.attention.plain import attention_weights
+from gptjax.attention.sight import MIXED, Sight, visible
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
-from gptjax.layers import Dropout, Linear, Norm, capture
+from gptjax.layers import Dropout, Embedding, Linear, Norm, capture
+from gptjax.sharding import fully_sharded, gathered, lay
 
 Params = dict[str, Any]
 Tokens = Int[Array, "B T"]
 Residual = Float[Array, "B T D"]
 
+
+def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy of `jax.checkpoint`: what a layer has gathered is not kept."""
+    return primitive.name not in ("sharding_constraint", "reshard", "reshape")
+
+
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": all_but_gathered,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(MIXED),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -72,33 +85,29 @@ class Attention(nn.Module):
     ) -> tuple[Residual, LayerCache | None]:
         """Mixes positions; given a cache, also sees and extends what it holds."""
         c = self.config
+        width = c.n_heads, c.head_width
         query_BTHK, key_BSHK, value_BSHK = (
-            Linear((c.n_heads, c.head_width), use_bias=c.qkv_bias, name=name)(x_BTD)
+            lay(Linear(width, use_bias=c.qkv_bias, name=name)(x_BTD), "BTHK")
             for name in ("query", "key", "value")
         )
-        segment_BS = context.segment_BT
+        sight = Sight(segment_BT=context.segment_BT, causal=c.causal)
         if cache is not None:
             cache = extend(cache, key_BSHK, value_BSHK, context.slot_BT)
             key_BSHK, value_BSHK = (jnp.swapaxes(x_BHSK, 1, 2) for x_BHSK in cache)
-            segment_BS = None
-        mask_BTS = visible(
-            context.slot_BT,
-            key_BSHK.shape[1],
-            context.segment_BT,
-            segment_BS,
-            c.causal,
-        )
+            sight = Sight(context.slot_BT, causal=c.causal)
         if self.is_mutable_collection("captured"):
+            mask_BTS = visible(sight, query_BTHK, key_BSHK)
             weight_BHTS = attention_weights(query_BTHK, key_BSHK, mask_BTS)
             capture(self, "attention", weight_BHTS)
         dropping = c.dropout > 0 and self.has_rng("dropout")
-        backend = BACKENDS[chosen_backend(c.attention, c.dropout)]
-        mixed_BTHK = backend(
+        simple = cache is not None or self.is_initializing()  # rows of any length
+        mixed_BTHK = attend(
             query_BTHK,
             key_BSHK,
             value_BSHK,
-            mask_BTS,
-            Dropout(c.dropout) if dropping else None,
+            sight,
+            backend="plain" if simple else c.attention,
+            dropout=Dropout(c.dropout) if dropping else None,
         )
         out = Linear((c.d_model,), residual_std(c), axes=2, name="out")
         return out(mixed_BTHK), cache
@@ -112,7 +121,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: Residual) -> Residual:
         """Every position by itself."""
-        x_BTF = Linear((self.config.mlp_width,), name="up")(x_BTD)
+        x_BTF = lay(Linear((self.config.mlp_width,), name="up")(x_BTD), "BTF")
         x_BTF = nn.gelu(x_BTF, approximate=True)
         down = Linear((self.config.d_model,), residual_std(self.config), name="down")
         return down(x_BTF)
@@ -135,7 +144,7 @@ class Block(nn.Module):
         x_BTD += Dropout(c.dropout)(y_BTD)
         y_BTD = MLP(c, name="mlp")(Norm(name="mlp_norm")(x_BTD))
         x_BTD += Dropout(c.dropout)(y_BTD)
-        return x_BTD, cache
+        return lay(x_BTD, "BTD"), cache
 
 
 class GPT(nn.Module):
@@ -158,9 +167,8 @@ class GPT(nn.Module):
         """Final hidden states, and the extended cache if one was given."""
         c, dtype = self.config, compute_dtype(self.config)
 
-        def embed(name: str, rows: int, std: float) -> nn.Embed:
-            table = nn.initializers.normal(std)
-            return nn.Embed(rows, c.d_model, embedding_init=table, name=name)
+        def embed(name: str, rows: int, std: float) -> Embedding:
+            return Embedding(rows, c.d_model, std, name=name)
 
         x_BTD = embed("token_embedding", c.padded_vocab_size, 0.02)(token_BT)
         x_BTD += embed("position_embedding", c.context_length, 0.01)(position_BT)
@@ -168,7 +176,7 @@ class GPT(nn.Module):
             embed("output_embedding", c.padded_vocab_size, 0.02)(token_BT)
         if c.n_classes and self.is_initializing():
             Linear((c.n_classes,), use_bias=c.head_bias, name="head")(x_BTD)
-        x_BTD = Dropout(c.dropout)(x_BTD).astype(dtype)
+        x_BTD = lay(Dropout(c.dropout)(x_BTD).astype(dtype), "BTD")
         if self.stacked:
             for name, layers in (
                 ("blocks", c.n_layers - self.tail),
@@ -189,7 +197,7 @@ class GPT(nn.Module):
 def stack(config: GPTConfig, layers: int) -> Any:
     """`Block` scanned over layers, recomputed in backward as `config.remat` says."""
     block = Block
-    if config.remat != "none":
+    if config.remat != "none" or fully_sharded():
         policy = REMAT_POLICIES[config.remat]
         block = nn.remat(Block, policy=policy, prevent_cse=False)
     return nn.scan(
@@ -218,9 +226,9 @@ def extend(
         new_BHTK = jnp.swapaxes(new_BTHK, 1, 2).astype(old_BHSK.dtype)
         if old_BHSK.shape[0] == 1:  # one row: no scatter
             start = (0, 0, slot_BT[0, 0], 0)
-            return jax.lax.dynamic_update_slice(old_BHSK, new_BHTK, start)
+            return lay(jax.lax.dynamic_update_slice(old_BHSK, new_BHTK, start), "BHSK")
         write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))
-        return write(old_BHSK, new_BHTK, slot_BT[:, 0], 1)
+        return lay(write(old_BHSK, new_BHTK, slot_BT[:, 0], 1), "BHSK")
 
     return LayerCache(put(cache.key_BHSK, key_BTHK), put(cache.value_BHSK, value_BTHK))
 
@@ -331,9 +339,9 @@ def logits(
 ) -> Float[Array, "*B V"]:
     """Scores in float32; rows that only pad the vocabulary get the lowest one."""
     flat = x_BTD.reshape(-1, x_BTD.shape[-1])
-    score = jnp.dot(
-        flat, table_VD.astype(flat.dtype).T, preferred_element_type=jnp.float32
-    )
+    table_VD = gathered(table_VD.astype(flat.dtype), "VD")
+    score = jnp.dot(flat, table_VD.T, preferred_element_type=jnp.float32)
+    score = lay(score, "BV")
     if config.padded_vocab_size > config.vocab_size:
         real_V = jnp.arange(config.padded_vocab_size) < config.vocab_size
         score = jnp.where(real_V[None], score, jnp.finfo(jnp.float32).min)

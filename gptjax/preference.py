@@ -28,6 +28,7 @@ from gptjax.model import Params
 from gptjax.optim import make_optimizer
 from gptjax.report_answers import write_answers
 from gptjax.run_loop import Run, Say, Task, device_line, length_line, tune_run
+from gptjax.sharding import local, place
 from gptjax.starting import (
     choose_template,
     open_start,
@@ -106,15 +107,15 @@ def make_task(run: Run) -> tuple[Run, Task, dict[str, PairBatches]]:
         shape |= {"fill": tokenizer.eot, "seed": c.train.seed}
         reference = log_probabilities(c, params, pair_batches(pairs, **shape))
         batches[split] = pair_batches(pairs, reference=reference, **shape)
-    trained, frozen = parted(c, params, key)
+    trained, frozen = place(parted(c, params, key), run.mesh)
     optimizer = make_optimizer(c.optim, c.train.steps)
 
     def model_of(state: TrainState) -> Model:
-        params = whole(c, state.params, frozen)
+        params = whole(c, local(state.params), frozen)
         return Model(c.model, params, tokenizer, template=sets.template.source)
 
     def keep(state: TrainState) -> None:
-        save_tuned(c, run.folder, model_of(state), state.params, frozen)
+        save_tuned(c, run.folder, model_of(state), local(state.params), frozen)
 
     tokens = sum(len(x.ids) - 1 for pair in sets.pairs[TRAIN] for x in pair)
     task = Task(
@@ -310,7 +311,7 @@ def plan_lines(
         f"step     {c.data.batch_size} pairs of rows of {shapes} tokens, so "
         f"{len(batches.shapes)} programs",
         length_line(steps, steps / batches.steps_per_epoch),
-        device_line(),
+        device_line(run),
     ]
 
 

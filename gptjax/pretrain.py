@@ -9,18 +9,19 @@ import jax
 
 from gptjax import budget, report
 from gptjax import tokenizer as tokenizers
-from gptjax.config import DataConfig, GPTConfig, RunConfig
+from gptjax.config import DataConfig, RunConfig
 from gptjax.data.batches import make_batches, validation_batches
 from gptjax.data.prepare import Dataset, open_dataset
 from gptjax.download import sha256
 from gptjax.errors import ConfigError
 from gptjax.evaluate import evaluate, make_scorer
 from gptjax.generation import complete
-from gptjax.loss import batch_nats
+from gptjax.loss import next_token_loss
 from gptjax.optim import make_optimizer
 from gptjax.run_loop import Run, Say, Task, device_line, length_line, train_run
+from gptjax.sharding import local, place, rows_here
 from gptjax.starting import open_start, settled_model, starting_params
-from gptjax.train import LossFn, TrainState, init_state, make_train_step
+from gptjax.train import TrainState, init_state, make_train_step
 from gptjax.weights.folder import Model, save
 from gptjax.weights.importing import find
 
@@ -60,18 +61,20 @@ def make_task(run: Run) -> tuple[Run, Task]:
     optimizer = make_optimizer(c.optim, train.steps)
     key = jax.random.key(train.seed)
     params = starting_params(c.model, start, dataset.tokenizer, key)
-    loss_fn = make_loss(c.model, train.loss_chunk)
+    params = place(params, run.mesh)
     packed = documents_apart(c.data.batching)
+    loss_fn = next_token_loss(c.model, train.loss_chunk, packed)
     batches = make_batches(
         dataset.train,
         rows=c.data.batch_size,
         context=c.model.context_length,
         seed=train.seed,
         packed=packed,
+        here=rows_here(c.data.batch_size, run.mesh),
     )
 
     def model_of(state: TrainState) -> Model:
-        return Model(c.model, state.params, dataset.tokenizer)
+        return Model(c.model, local(state.params), dataset.tokenizer)
 
     def sample(state: TrainState, done: int) -> None:
         write_sample(run, model_of(state), done)
@@ -108,21 +111,11 @@ def data_config(run: Run) -> DataConfig:
     return dataclasses.replace(c.data, tokenizer=name)
 
 
-def make_loss(config: GPTConfig, chunk: int) -> LossFn:
-    """The next-token loss of a batch, as (sum of nats, sum of weights)."""
-
-    def loss(params: Any, batch: Any, key: Any) -> tuple[Any, Any]:
-        dropout_key = key if config.dropout else None
-        return batch_nats(config, params, batch, chunk=chunk, dropout_key=dropout_key)
-
-    return loss
-
-
 def make_evaluate(run: Run, dataset: Dataset) -> Any:
     """Scores the held-out text: `train.eval_batches` on the way, at the end all."""
     c, held_out = run.config, dataset.validation
     packed = documents_apart(c.data.batching)
-    scorer = make_scorer(c.model, c.train.loss_chunk)
+    scorer = make_scorer(c.model, c.train.loss_chunk, run.mesh)
 
     def validate(state: TrainState, done: int, last: bool) -> str:
         if held_out is None:
@@ -186,8 +179,10 @@ def data_facts(dataset: Dataset) -> dict[str, Any]:
 def plan_lines(run: Run, data: Dataset) -> list[str]:
     """The block that says what will happen, before anything does."""
     c, train, rows = run.config.model, run.config.train, run.config.data.batch_size
-    parts = budget.memory_bytes(run.config)
-    sizes = " + ".join(f"{name} {budget.human(size)}" for name, size in parts.items())
+    settled = budget.settled(run.config)
+    sizes = tuple(run.mesh.shape.values()) if run.mesh else budget.ONE_DEVICE
+    parts = budget.memory_bytes(settled, sizes)
+    each = " + ".join(f"{name} {budget.human(size)}" for name, size in parts.items())
     tokens = rows * c.context_length
     per_step = f"{rows} rows x {c.context_length} tokens"
     if train.accumulate > 1:
@@ -203,8 +198,9 @@ def plan_lines(run: Run, data: Dataset) -> list[str]:
         f"step     {per_step} = {tokens:,} tokens, "
         f"{report.short(tokens * budget.flops_per_token(c))} FLOPs",
         length_line(train.steps, train.steps * tokens / len(data.train)),
-        f"memory   about {budget.human(sum(parts.values()))}: {sizes}",
-        device_line(),
+        f"memory   about {budget.human(sum(parts.values()))} on a device: {each}",
+        f"kernel   attention by {settled.model.attention}, remat {c.remat}",
+        device_line(run),
     ]
 
 

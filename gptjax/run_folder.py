@@ -35,7 +35,7 @@ def open_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # unless another process of the run has done it
     except OSError as error:
         raise ModelError(
             f"cannot write the run folder {folder}: {error.strerror}. Name another "
@@ -46,12 +46,15 @@ def open_folder(folder: Path) -> None:
 def settle_config(folder: Path, config: RunConfig) -> None:
     """Writes config.toml, or checks that the run there was asked the same.
 
+    Only `[mesh]` may be another one: it says where the work is done, not what.
+
     Raises:
         ModelError: the folder holds a run of another config.
     """
     path = folder / "config.toml"
     if path.is_file():
-        if changes := difference(read_config(path), config):
+        before = dataclasses.replace(read_config(path), mesh=config.mesh)
+        if changes := difference(before, config):
             raise ModelError(
                 f"the run in {folder} was started with another config: "
                 f"{'; '.join(changes)}. Use its config to resume it, or another "

@@ -7,11 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gptjax import budget, checkpoint, report
-from gptjax.config import RunConfig
+from gptjax import budget, checkpoint, distributed, report
+from gptjax.config import RunConfig, read_config
+from gptjax.errors import ConfigError
 from gptjax.optim import learning_rates
-from gptjax.run_folder import command_line, open_folder, settle_config, write_meta
+from gptjax.run_folder import (
+    command_line,
+    open_folder,
+    settle_config,
+    versions,
+    write_meta,
+)
+from gptjax.sharding import (
+    check_rows,
+    make_mesh,
+    on,
+    place,
+    place_batch,
+)
 from gptjax.stopping import Stopped, Stopwatch, stop_signal
 from gptjax.train import Metrics, TrainState, TrainStep, steps
 from gptjax.weights.folder import Model
@@ -27,6 +43,13 @@ class Run:
     config: RunConfig
     folder: Path
     say: Say
+    mesh: Mesh | None = None  # of the devices; None: there is one
+    saved: Path | None = None  # the folder of its checkpoints, where it is another
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where states are saved."""
+        return (self.saved or self.folder) / "checkpoints"
 
     @property
     def metrics(self) -> Path:
@@ -70,18 +93,84 @@ def train_run(
         GptjaxError: data, config or folder cannot be used.
         Stopped: SIGINT or SIGTERM came; the same call goes on later.
     """
+    main = jax.process_index() == 0
     open_folder(folder)
+    run = Run(
+        config=config,
+        folder=distributed.own_folder(folder),
+        say=say if main else lambda text: None,
+        mesh=make_mesh(config.mesh),
+        saved=folder,
+    )
     with stop_signal() as stopping:
-        run, task = make_task(Run(config, folder, say))
-        settle_config(folder, run.config)
+        run, task = make_task(with_micro_batch(run))
+        if jax.process_count() > 1:
+            distributed.agree(facts_of(run, task))
+        settle_config(run.folder, run.config)
+        task = placed(task, run)
         state, first = resumed(run, task.fresh)
         if not first:
-            write_meta(folder, command_line(), task.facts)
+            write_meta(run.folder, command_line(), task.facts)
             for text in task.plan:
-                say(text)
+                run.say(text)
         if first < run.config.train.steps:
             state = loop(run, task, state, stopping)
     return run, task, state
+
+
+def with_micro_batch(run: Run) -> Run:
+    """The run with `train.accumulate` chosen, where it is 0: as before, or to fit.
+
+    Raises:
+        ConfigError: the model is not the config's own, so that its size is not known.
+    """
+    c = run.config
+    if c.train.accumulate:
+        return run
+    if (run.folder / "config.toml").is_file():
+        chosen = read_config(run.folder / "config.toml").train.accumulate
+        train = dataclasses.replace(c.train, accumulate=chosen)
+        return dataclasses.replace(run, config=dataclasses.replace(c, train=train))
+    if c.tune.start:
+        raise ConfigError(
+            "train.accumulate=0 finds what fits for a model of the config's own, not "
+            "for tune.start. Give a number of micro-batches."
+        )
+    sizes = tuple(run.mesh.shape.values()) if run.mesh else budget.ONE_DEVICE
+    limit = budget.device_memory()
+    fitted = budget.with_micro_batch(budget.settled(c), sizes, limit)
+    count = fitted.train.accumulate
+    run.say(
+        f"accumulate {count} micro-batches of {c.data.batch_size // count} rows, the "
+        f"largest that fit {budget.human(limit)} of memory by arithmetic"
+    )
+    train = dataclasses.replace(c.train, accumulate=count)
+    return dataclasses.replace(run, config=dataclasses.replace(c, train=train))
+
+
+def facts_of(run: Run, task: Task) -> dict[str, Any]:
+    """What all processes of a run have to agree on."""
+    first = next(task.batches(0, 1))
+    whole = {name: np.asarray(leaf).tobytes().hex() for name, leaf in first.items()}
+    return {
+        "config": dataclasses.asdict(run.config),
+        "code": [distributed.code_facts(), versions()],
+        "data": task.facts.get("data", whole),
+        "tokenizer": task.facts.get("tokenizer"),
+    }
+
+
+def placed(task: Task, run: Run) -> Task:
+    """The task with its arrays on the mesh.
+
+    Raises:
+        ConfigError: parameters or rows do not split evenly.
+    """
+    if run.mesh is None:
+        return task
+    fixed = tuple(place(tree, run.mesh) for tree in task.fixed)
+    check_rows(run.config.data.batch_size, run.config.train.accumulate, run.mesh)
+    return dataclasses.replace(task, fresh=place(task.fresh, run.mesh), fixed=fixed)
 
 
 def tune_run(
@@ -108,7 +197,7 @@ def tune_run(
         return run, task
 
     run, task, _ = train_run(config, folder, say, noted)
-    model = load(folder / "model")
+    model = load(run.folder / "model")
     finish(run, task, model, found[0])
     return model
 
@@ -125,18 +214,19 @@ def saved_part(state: TrainState) -> dict[str, Any]:
 
 def resumed(run: Run, fresh: TrainState) -> tuple[TrainState, int]:
     """The newest saved state, or the fresh one; and its number of finished steps."""
-    folder = run.folder / "checkpoints"
-    step, complaints = checkpoint.latest(folder)
+    step, complaints = checkpoint.latest(run.checkpoints)
     for complaint in complaints:
         run.say(complaint)
     if step is None:
         run.metrics.unlink(missing_ok=True)  # of a start that saved nothing
         return fresh, 0
-    tree = checkpoint.restore(folder, step, saved_part(fresh))
+    tree = checkpoint.restore(run.checkpoints, step, saved_part(fresh))
     report.trim_events(run.metrics, step)
     if step < run.config.train.steps:
-        report.write_event(run.metrics, "resume", step)
+        where = device_line(run)
+        report.write_event(run.metrics, "resume", step, device=where.split(None, 1)[1])
         run.say(f"resumed  {run.folder} after step {step}")
+        run.say(where)
     return fresh._replace(**tree), step
 
 
@@ -152,7 +242,7 @@ def loop(
         run.say(f"step {0:>{len(str(train.steps))}}/{train.steps} | {validation}")
         if task.sample:
             task.sample(state, 0)
-    step = compiled_by_shape(run.say, task)
+    step = compiled_by_shape(run, task)
     watch, logged = Stopwatch(), done
     pending: Any = None
 
@@ -166,15 +256,18 @@ def loop(
         steps_left = train.steps - event["step"]
         return steps_left * task.tokens_per_step / event["tokens_per_s"]
 
-    stream = task.batches(done, train.steps)
+    rows = c.data.batch_size
+    host = task.batches(done, train.steps)
+    stream = (place_batch(batch, run.mesh, rows) for batch in host)
     for done, state, metrics in steps(state, step, stream):  # noqa: B020
         if pending:  # read one step late, so that the device is not kept waiting
             event, pending = noted(pending), None
             run.say(line(train.steps, event, validation, left(event)))
-        last, stop = done == train.steps, stopping()
+        last, logging = done == train.steps, done % train.log_every == 0
         evaluating = last or (done - task.eval_offset) % train.eval_every == 0
+        stop = stop_now(stopping, logging)
         saving = last or stop or done % c.checkpoint.every == 0
-        if evaluating or saving or done % train.log_every == 0:
+        if evaluating or saving or logging:
             pending, logged = (done, metrics, rates[done - 1], done - logged), done
         if not (evaluating or saving):
             continue
@@ -188,25 +281,41 @@ def loop(
             if saving:
                 save_step(run, state, done)
         if stop and not last:
-            raise Stopped(f"stopped after step {done}; all is saved in {run.folder}")
+            where = run.checkpoints.parent
+            raise Stopped(f"stopped after step {done}; all is saved in {where}")
     return state
 
 
-def compiled_by_shape(say: Say, task: Task) -> TrainStep:
+def stop_now(stopping: Callable[[], bool], logging: bool) -> bool:
+    """Whether to stop here; many processes ask each other only now and then."""
+    if jax.process_count() == 1:
+        return stopping()
+    return logging and distributed.any_process(stopping())
+
+
+def compiled_by_shape(run: Run, task: Task) -> TrainStep:
     """The step, compiled for each shape of batch, so that people see the wait."""
-    step_fn: Any = jax.jit(task.step, donate_argnums=0)
+    options: dict[str, Any] = {"donate_argnums": 0}
+    if run.mesh is not None:  # the next step finds the state as this one did
+        same = jax.tree.map(lambda leaf: leaf.sharding, task.fresh)
+        options["out_shardings"] = same, NamedSharding(run.mesh, PartitionSpec())
+    step_fn: Any = jax.jit(task.step, **options)
     programs: dict[Any, Any] = {}
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in programs:
-            say("compiling ...")
+            run.say("compiling ...")
             started = time.perf_counter()
-            program = step_fn.lower(state, batch, *task.fixed).compile()
+            with on(run.mesh):
+                program = step_fn.lower(state, batch, *task.fixed).compile()
             seconds = time.perf_counter() - started
             memory = program.memory_analysis()
-            held = budget.human(memory.temp_size_in_bytes) if memory else "unknown"
-            say(f"compiled  in {seconds:.1f} s; a step needs {held} of temporaries")
+            size = memory.temp_size_in_bytes if memory else None
+            numbers = {"seconds": seconds, "temporaries": size}
+            report.write_event(run.metrics, "compile", int(state.step), **numbers)
+            held = budget.human(size) if size is not None else "unknown"
+            run.say(f"compiled  in {seconds:.1f} s; a step needs {held} of temporaries")
             programs[shapes] = program
         return programs[shapes](state, batch, *task.fixed)
 
@@ -258,13 +367,19 @@ def line(total: int, event: report.Event, validation: str, left: float) -> str:
 def save_step(run: Run, state: TrainState, done: int) -> None:
     """Saves the state and says so in the metrics."""
     keep = run.config.checkpoint.keep
-    checkpoint.save(run.folder / "checkpoints", done, saved_part(state), keep)
+    checkpoint.save(run.checkpoints, done, saved_part(state), keep)
     report.write_event(run.metrics, "save", done)
 
 
-def device_line() -> str:
+def device_line(run: Run) -> str:
     """What the run computes on, for its plan."""
-    return f"device   {jax.device_count()} x {jax.devices()[0].device_kind}"
+    text = f"device   {jax.device_count()} x {jax.devices()[0].device_kind}"
+    if jax.process_count() > 1:
+        text += f" of {jax.process_count()} processes"
+    if run.mesh is not None:
+        sizes = " x ".join(f"{axis} {n}" for axis, n in run.mesh.shape.items() if n > 1)
+        text += f", as {sizes}"
+    return text
 
 
 def length_line(steps: int, epochs: float) -> str:

@@ -1,6 +1,6 @@
 """The train step, a pure function, and the loop, a generator that its caller owns."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from gptjax.errors import ConfigError
 from gptjax.model import Params
 
 LossFn = Callable[[Params, Any, Key[Array, ""]], tuple[Array, Array]]
@@ -44,7 +45,10 @@ def init_state(
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, accumulate: int = 1
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    accumulate: int = 1,
+    axis: str | None = None,
 ) -> TrainStep:
     """A pure `step(state, batch)`; the caller jits it and donates `state`.
 
@@ -57,6 +61,7 @@ def make_train_step(
         optimizer: any Optax transformation.
         accumulate: [G] micro-batches that the first axis of each leaf of the batch
             is dealt to, row by row; G times less memory for activations.
+        axis: of `jax.pmap`, over which the sums are taken, too; see `pmapped`.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -79,7 +84,11 @@ def make_train_step(
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
+        if axis is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         nats, weight, grads = total(state.params, batch, key)
+        if axis is not None:
+            nats, weight, grads = jax.lax.psum((nats, weight, grads), axis)
         weight = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)  # none: loss 0
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)
@@ -99,6 +108,39 @@ def make_train_step(
         return state, Metrics(nats / weight, norm, weight, finite)
 
     return step
+
+
+def pmapped(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    accumulate: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> TrainStep:
+    """`make_train_step`, compiled with `jax.pmap`: each device has part of the rows.
+
+    State and metrics are as with `jax.jit`. Every step copies the state to all devices,
+    and none holds less than all of it: a mesh (`gptjax.sharding`) does better.
+
+    Args:
+        loss_fn: as for `make_train_step`.
+        optimizer: any Optax transformation.
+        accumulate: micro-batches of each device.
+        devices: default: all of this process.
+    """
+    devices = jax.local_devices() if devices is None else list(devices)
+    step, count = make_train_step(loss_fn, optimizer, accumulate, "rows"), len(devices)
+    mapped = jax.pmap(step, "rows", in_axes=(None, 0), out_axes=None, devices=devices)
+
+    def split(leaf: Any) -> Any:
+        if len(leaf) % (count * accumulate):
+            raise ConfigError(
+                f"data.batch_size={len(leaf)} does not split evenly over {count} "
+                f"devices with train.accumulate={accumulate}. Choose a multiple of "
+                f"{count * accumulate}."
+            )
+        return leaf.reshape(count, -1, *leaf.shape[1:])
+
+    return lambda state, batch: mapped(state, jax.tree.map(split, batch))
 
 
 def steps(

@@ -1,6 +1,7 @@
 """What every test starts from: eight emulated devices, no silent broadcasting."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,22 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 if SHARED.is_dir():
     os.environ.setdefault("GPTJAX_DATA", str(SHARED))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_device_unless_asked() -> Iterator[None]:
+    """Runs train on one of the devices where their config leaves the mesh as it is."""
+    from gptjax import run_loop
+    from gptjax.config import MeshConfig
+
+    make_mesh = run_loop.make_mesh
+
+    def chosen(config: MeshConfig) -> object:
+        return None if config == MeshConfig() else make_mesh(config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_loop, "make_mesh", chosen)
+        yield
 
 
 @pytest.fixture

@@ -1,104 +1,96 @@
-"""Every backend computes the attention that three nested loops compute."""
+"""Attention by one function: what is visible, what "auto" means, what is refused."""
+
+import functools
+from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from gptjax.attention import (
-    BACKENDS,
-    attention_weights,
-    chosen_backend,
-    plain,
-    visible,
-    xla,
-)
+import gptjax
+from gptjax.attention import call
+from gptjax.attention.choice import BACKENDS, attend, chosen_backend
+from gptjax.attention.plain import attention_weights
+from gptjax.attention.sight import Sight, visible
+from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
+from gptjax.model import apply_cached, empty_cache, hidden, unstack
 
 B, T, H, K = 3, 8, 2, 4
-ROW = jnp.arange(T)[None].repeat(B, 0)
-PACKED = jnp.array([[0] * 8, [0, 0, 0, 1, 1, 2, 2, 2], [4, 4, 4, 4, 4, 4, 4, 1]])
+SEGMENT_BT = jnp.array([[0] * 8, [0, 0, 0, 1, 1, 2, 2, 2], [4, 4, 4, 4, 4, 4, 4, 1]])
+SIGHTS = {
+    "causal": Sight(),
+    "packed": Sight(segment_BT=SEGMENT_BT),
+    "window": Sight(window=3),
+    "slots": Sight(slot_BT=jnp.array([[0, 1], [3, 4], [6, 7]])),
+}
 
 
-def masks():
-    """Causal rows, packed rows, and a few queries at other slots of each row."""
-    slot_BT = jnp.array([[0, 1], [3, 4], [6, 7]])
-    return {
-        "causal": visible(ROW, T),
-        "packed": visible(ROW, T, PACKED, PACKED),
-        "slots": visible(slot_BT, T),
-    }
+def heads(queries=T, keys=T, dtype=jnp.float32):
+    """Random queries, keys and values."""
+    rngs = jax.random.split(jax.random.key(0), 3)
+    lengths = (queries, keys, keys)
+    return [
+        jax.random.normal(rng, (B, length, H, K), dtype)
+        for rng, length in zip(rngs, lengths, strict=True)
+    ]
 
 
-def inputs(mask_BTS, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), 3)
-    queries = mask_BTS.shape[1]
-    query_BTHK = jax.random.normal(keys[0], (B, queries, H, K), dtype)
-    key_BSHK = jax.random.normal(keys[1], (B, T, H, K), dtype)
-    return query_BTHK, key_BSHK, jax.random.normal(keys[2], (B, T, H, K), dtype)
+def mask_of(sight, rows=B, keys=T):
+    queries = keys if sight.slot_BT is None else sight.slot_BT.shape[1]
+    query_BTHK, key_BSHK = (jnp.zeros((rows, n, H, K)) for n in (queries, keys))
+    return visible(sight, query_BTHK, key_BSHK)
 
 
-def looped(query_BTHK, key_BSHK, value_BSHK, mask_BTS):
-    """Attention one query at a time in float64, from the keys that it may see."""
-    query_BTHK, key_BSHK, value_BSHK = (
-        np.asarray(x, np.float64) for x in (query_BTHK, key_BSHK, value_BSHK)
-    )
-    mixed_BTHK = np.zeros(query_BTHK.shape)
-    for b, t, h in np.ndindex(query_BTHK.shape[:3]):
-        seen = np.flatnonzero(mask_BTS[b, t])
-        score = key_BSHK[b, seen, h] @ query_BTHK[b, t, h] / np.sqrt(K)
-        weight = np.exp(score - score.max())
-        mixed_BTHK[b, t, h] = weight / weight.sum() @ value_BSHK[b, seen, h]
-    return mixed_BTHK
+# What is visible
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("kind", masks())
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_backend_equals_three_nested_loops(backend, kind):
-    mask_BTS = masks()[kind]
-    arrays = inputs(mask_BTS)
+def test_a_query_sees_itself_and_what_came_before_it_in_its_document():
+    sight = Sight(segment_BT=jnp.array([[0, 0, 1, 1, 1]]), window=2)
 
-    mixed_BTHK = jax.jit(BACKENDS[backend])(*arrays, mask_BTS)
+    mask_TS = mask_of(sight, 1, 5)[0].astype(int)
 
-    expected = looped(*arrays, np.asarray(mask_BTS))
-    np.testing.assert_allclose(mixed_BTHK, expected, atol=2e-6)
-
-
-@pytest.mark.parametrize("kind", masks())
-def test_backends_agree_in_value_and_gradient(kind):
-    mask_BTS = masks()[kind]
-    arrays = inputs(mask_BTS)
-
-    def total(backend):
-        return lambda *arrays: jnp.mean(jnp.sin(backend(*arrays, mask_BTS)))
-
-    results = [
-        jax.jit(jax.value_and_grad(total(backend), argnums=(0, 1, 2)))(*arrays)
-        for backend in (plain, xla)
-    ]
-
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), *results)
+    np.testing.assert_array_equal(
+        mask_TS,
+        [
+            [1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [0, 0, 1, 0, 0],
+            [0, 0, 1, 1, 0],
+            [0, 0, 0, 1, 1],
+        ],
+    )
 
 
-@pytest.mark.parametrize("kind", masks())
-def test_backends_agree_in_bfloat16(kind):
-    mask_BTS = masks()[kind]
-    arrays = inputs(mask_BTS, jnp.bfloat16)
+@settings(max_examples=30)
+@given(
+    segments=st.lists(st.integers(-1, 3), min_size=9, max_size=9),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 10),
+)
+def test_every_query_sees_itself_whatever_else_is_hidden(segments, causal, window):
+    size = len(segments)
+    sight = Sight(None, jnp.array([segments]), causal, window)
 
-    mixed, other = (jax.jit(f)(*arrays, mask_BTS) for f in (plain, xla))
+    mask_BTS = mask_of(sight, 1, size)
 
-    assert mixed.dtype == other.dtype == jnp.bfloat16
-    # bfloat16 keeps 8 bits: weights and their sum of values are rounded once each.
-    expected = looped(*arrays, np.asarray(mask_BTS))
-    for result in (mixed, other):
-        np.testing.assert_allclose(result.astype(jnp.float32), expected, atol=2e-2)
+    assert jnp.all(jnp.diagonal(mask_BTS, axis1=1, axis2=2))
 
 
-@pytest.mark.parametrize("kind", masks())
+def test_slots_of_its_own_are_no_slots():
+    slot_BT = jnp.tile(jnp.arange(T), (B, 1))
+
+    np.testing.assert_array_equal(mask_of(Sight(slot_BT)), mask_of(Sight()))
+
+
+@pytest.mark.parametrize("kind", SIGHTS)
 def test_weights_sum_to_one_and_are_exactly_zero_where_masked(kind):
-    mask_BTS = masks()[kind]
-    query_BTHK, key_BSHK, _ = inputs(mask_BTS)
+    mask_BTS = mask_of(SIGHTS[kind])
+    query_BTHK, key_BSHK, _ = heads(mask_BTS.shape[1])
 
     weight_BHTS = jax.jit(attention_weights)(query_BTHK, key_BSHK, mask_BTS)
 
@@ -108,54 +100,196 @@ def test_weights_sum_to_one_and_are_exactly_zero_where_masked(kind):
     np.testing.assert_allclose(weight_BHTS.sum(-1), 1, atol=1e-6)
 
 
-def test_scores_too_large_for_exp_do_not_overflow():
-    mask_BTS = masks()["causal"]
-    query_BTHK, key_BSHK, value_BSHK = inputs(mask_BTS)
+def test_plain_applies_dropout_to_the_normalised_weights():
+    arrays = heads()
 
-    mixed_BTHK = plain(1e4 * query_BTHK, key_BSHK, value_BSHK, mask_BTS)
+    doubled = attend(*arrays, Sight(), dropout=lambda weight_BHTS: 2 * weight_BHTS)
 
-    assert jnp.all(jnp.isfinite(mixed_BTHK))
+    np.testing.assert_allclose(doubled, 2 * attend(*arrays, Sight()), rtol=1e-6)
+
+
+# Which backend
+
+
+ASK = functools.partial(chosen_backend, length=1024, head_width=64, dtype="bfloat16")
 
 
 @pytest.mark.fast
-def test_a_query_sees_itself_and_what_came_before_it_in_its_document():
-    slots, segments = jnp.arange(4)[None], jnp.array([[0, 0, 1, 1]])
-
-    mask_TS = visible(slots, 4, segments, segments)[0].astype(int)
-
-    np.testing.assert_array_equal(
-        mask_TS, [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    )
-
-
-def test_every_query_sees_itself_whatever_the_segments():
-    segment_BT = jax.random.randint(jax.random.key(0), (B, T), 0, 3)
-
-    mask_BTS = visible(ROW, T, segment_BT, segment_BT)
-
-    assert jnp.all(jnp.diagonal(mask_BTS, axis1=1, axis2=2))
-
-
-def test_plain_applies_dropout_to_the_normalised_weights():
-    mask_BTS = masks()["causal"]
-    arrays = inputs(mask_BTS)
-
-    doubled = plain(*arrays, mask_BTS, lambda weight_BHTS: 2 * weight_BHTS)
-
-    np.testing.assert_allclose(doubled, 2 * plain(*arrays, mask_BTS), rtol=1e-6)
+@pytest.mark.parametrize(
+    ("platform", "changes", "expected"),
+    [
+        ("cpu", {}, "plain"),
+        ("tpu", {}, "splash"),
+        ("tpu", {"dtype": "float32"}, "splash"),
+        ("tpu", {"length": 1000}, "xla"),
+        ("gpu", {}, "cudnn"),
+        ("gpu", {"dtype": "float32"}, "xla"),
+        ("gpu", {"length": 1001}, "xla"),
+        ("gpu", {"head_width": 60}, "xla"),
+        ("gpu", {"head_width": 136}, "xla"),
+        (call.OLDER_GPU, {}, "xla"),
+        ("something new", {}, "xla"),
+    ],
+)
+def test_auto_is_the_fastest_that_can_do_it(platform, changes, expected):
+    assert ASK("auto", platform=platform, **changes) == expected
+    # and what only "plain" can do, it does
+    assert ASK("auto", platform=platform, dropout=0.1, **changes) == "plain"
+    assert ASK("auto", platform=platform, decoding=True, **changes) == "plain"
 
 
-def test_a_backend_that_cannot_drop_weights_says_so():
-    mask_BTS = masks()["causal"]
+@pytest.mark.fast
+def test_a_named_backend_is_the_one_that_is_used():
+    for name in ("plain", "xla", "blockwise"):
+        assert ASK(name) == name
+    assert ASK("splash", platform="tpu") == "splash"
+    assert ASK("cudnn", platform="gpu") == "cudnn"
 
-    with pytest.raises(ConfigError, match=r"model.attention='xla' cannot drop"):
-        xla(*inputs(mask_BTS), mask_BTS, lambda x: x)
+
+def test_a_config_can_name_every_backend():
+    names = get_args(get_type_hints(GPTConfig)["attention"])
+
+    assert set(names) == {"auto", *BACKENDS}
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-def test_auto_never_chooses_a_backend_that_cannot_honour_dropout(platform, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+class Gpu:
+    """A device by its compute capability."""
 
-    assert chosen_backend("auto", dropout=0.1) == "plain"
-    assert chosen_backend("auto") == ("plain" if platform == "cpu" else "xla")
-    assert chosen_backend("xla", dropout=0.1) == "xla"
+    def __init__(self, capability):
+        self.compute_capability = capability
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ("7.5", call.OLDER_GPU),  # Colab's T4
+        ("8.0", "gpu"),
+        ("10.0", "gpu"),
+        ("gfx90a", call.OLDER_GPU),
+    ],
+)
+def test_a_gpu_is_one_that_has_cudnn_attention(capability, expected, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Gpu(capability)])
+
+    assert call.platform() == expected
+
+
+# What is refused
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "plain"])
+def test_a_backend_that_cannot_drop_weights_says_so(name):
+    message = f"model.attention='{name}' cannot drop .* Use model.attention='plain' or"
+
+    with pytest.raises(ConfigError, match=message):
+        attend(*heads(), Sight(), backend=name, dropout=lambda x: x)
+    with pytest.raises(ConfigError, match=message):
+        ASK(name, dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("splash", {"decoding": True}, "'splash' knows no slots .*'plain'"),
+        ("splash", {"platform": "gpu"}, "'splash' needs a TPU, not a gpu. Use .*auto"),
+        ("splash", {"length": 100}, "'splash' takes rows of a multiple of 128 .* 100"),
+        ("cudnn", {"platform": "tpu"}, "'cudnn' needs an NVIDIA GPU .* not a tpu"),
+        ("cudnn", {"platform": call.OLDER_GPU}, "'cudnn' needs an NVIDIA GPU"),
+        ("cudnn", {"dtype": "float32"}, "takes 16-bit .* float32. .*='bfloat16'"),
+        ("cudnn", {"head_width": 60}, "multiple of 8 up to 128, not 60. Use"),
+        ("cudnn", {"head_width": 256}, "multiple of 8 up to 128, not 256. Use"),
+        ("cudnn", {"length": 127}, "even length, not 127 queries and 127 keys. Use"),
+        ("slpash", {}, "no attention backend 'slpash'. Choose auto or one of plain, "),
+    ],
+)
+def test_a_backend_that_cannot_do_it_says_what_can(name, changes, message):
+    platform = {"cudnn": "gpu", "splash": "tpu"}.get(name, "cpu")
+
+    with pytest.raises(ConfigError, match=message):
+        ASK(name, **{"platform": platform, **changes})
+
+
+def test_cudnn_that_is_not_there_is_a_mistake_of_the_config(monkeypatch):
+    monkeypatch.setattr(call, "platform", lambda: "gpu")
+
+    def missing(*args, **options):
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", missing)
+    arrays = [jnp.zeros((1, 2, 1, 8), jnp.bfloat16)] * 3
+
+    with pytest.raises(ConfigError, match=r"'cudnn' is not possible here: cuDNN .*xla"):
+        attend(*arrays, Sight(), backend="cudnn")
+
+
+@pytest.mark.parametrize(
+    ("sight", "message"),
+    [
+        (Sight(window=0), "a window of 0 keys hides a query from itself. Use 1"),
+        (
+            Sight(jnp.zeros((B, T), int), SEGMENT_BT),
+            r"slots say nothing .* Leave Sight.slot_BT or",
+        ),
+    ],
+)
+def test_a_sight_that_means_nothing_is_refused(sight, message):
+    with pytest.raises(ConfigError, match=message):
+        attend(*heads(), sight)
+
+
+def test_queries_that_do_not_say_where_they_stand_are_refused():
+    with pytest.raises(ConfigError, match=r"2 queries have 8 keys, .* Give Sight.slot"):
+        attend(*heads(queries=2), Sight())
+
+
+# In the model
+
+
+ROW = 128  # tokens, the shortest row of the TPU's kernel
+SHAPE = {"vocab_size": 20, "context_length": ROW, "n_layers": 1, "n_heads": 2}
+
+
+def tiny(backend):
+    """A model whose backward computes all activations again."""
+    return GPTConfig(**SHAPE, d_model=16, attention=backend, remat="full")
+
+
+@functools.cache
+def params_of(backend):
+    return jax.jit(functools.partial(gptjax.init, tiny(backend)))(jax.random.key(0))
+
+
+@functools.cache
+def loss_and_slopes(backend):
+    """Of packed rows."""
+    token_BT = jax.random.randint(jax.random.key(1), (2, ROW), 0, 20)
+    segment_BT = jnp.tile(jnp.arange(ROW) // 50, (2, 1))
+
+    def loss(params):
+        config = tiny(backend)
+        logit_BTV = gptjax.apply(config, params, token_BT, segment_BT=segment_BT)
+        return -jnp.sum(jax.nn.log_softmax(logit_BTV)[..., 0])
+
+    return jax.jit(jax.value_and_grad(loss))(params_of("plain"))
+
+
+@pytest.mark.parametrize("backend", ["blockwise", "splash"])
+def test_a_model_learns_the_same_by_every_backend(backend):
+    results = loss_and_slopes(backend), loss_and_slopes("plain")
+
+    # Sums over 256 tokens, of up to 10 each.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), *results)
+
+
+@pytest.mark.parametrize("backend", ["splash", "cudnn"])
+def test_a_model_starts_and_decodes_whatever_backend_its_rows_need(backend):
+    config, params = tiny(backend), params_of(backend)
+    token_BT = jnp.array([[3, 1, 4]])
+    layers, cache = unstack(config, params), empty_cache(config, 1, 8)
+
+    found, _ = apply_cached(config, layers, token_BT, jnp.array([[0, 1, 2]]), cache)
+
+    expected, _ = hidden(tiny("plain"), params, token_BT)
+    np.testing.assert_allclose(found, expected, atol=1e-5)

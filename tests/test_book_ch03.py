@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.attention import plain, visible
+from gptjax.attention.plain import plain
+from gptjax.attention.sight import Sight
 from gptjax.book import TorchGenerator
 from gptjax.book.ch03 import (
     JOURNEY,
@@ -226,8 +227,7 @@ def test_multi_head_attention_is_that_of_gptjax():
     query_BTHK, key_BSHK, value_BSHK = (
         jnp.tensordot(x_BTD, kernel, 1) for kernel in heads[:3]
     )
-    seen_BTS = visible(jnp.tile(jnp.arange(T), (B, 1)), T)
-    mixed_BTHK = plain(query_BTHK, key_BSHK, value_BSHK, seen_BTS)
+    mixed_BTHK = plain(query_BTHK, key_BSHK, value_BSHK, Sight())
     expected = jnp.tensordot(mixed_BTHK, heads.out_HKE, 2) + heads.bias_E[None, None]
     # float32 sums of numbers up to 30, in another order
     np.testing.assert_allclose(context_BTE, expected, atol=1e-4)
@@ -318,9 +318,8 @@ def test_attention_drops_the_weights_that_are_not_kept():
     query_BTHK, key_BSHK, value_BSHK = (
         jnp.tensordot(x_BTD, kernel, 1) for kernel in heads[:3]
     )
-    seen_BTS = visible(jnp.tile(jnp.arange(T), (B, 1)), T)
     mixed_BTHK = plain(
-        *(query_BTHK, key_BSHK, value_BSHK, seen_BTS),
+        *(query_BTHK, key_BSHK, value_BSHK, Sight()),
         lambda weight_BHTS: 2 * weight_BHTS * keep_BHTS,
     )
     expected = jnp.tensordot(mixed_BTHK, heads.out_HKE, 2) + heads.bias_E[None, None]

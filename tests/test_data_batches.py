@@ -100,8 +100,8 @@ def test_hosts_share_the_rows_of_one_batch(stream, hosts):
 
     for step in (0, 3, 50):
         parts = [
-            batches_of(tokens, rows=8, host=host, hosts=hosts).batch_at(step)
-            for host in range(hosts)
+            batches_of(tokens, rows=8, here=here.tolist()).batch_at(step)
+            for here in np.split(np.arange(8), hosts)
         ]
         joined = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
         assert same(joined, whole.batch_at(step))

@@ -14,7 +14,7 @@ import pytest
 
 import gptjax
 from gptjax import checkpoint, pretrain, report, run_loop
-from gptjax.config import RunConfig, build
+from gptjax.config import MeshConfig, RunConfig, build
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.run_folder import settle_config
 from gptjax.stopping import Stopped
@@ -72,8 +72,17 @@ def test_a_run_leaves_everything_that_its_folder_promises(unbroken):
 def test_the_plan_comes_before_the_first_step_and_a_line_per_interval_after(unbroken):
     *_, said = unbroken
 
-    plan = [line.split()[0] for line in said[:7]]
-    assert plan == ["run", "model", "data", "step", "length", "memory", "device"]
+    plan = [line.split()[0] for line in said[:8]]
+    assert plan == [
+        "run",
+        "model",
+        "data",
+        "step",
+        "length",
+        "memory",
+        "kernel",
+        "device",
+    ]
     assert any(line.startswith("compiled") for line in said)
     before, *lines = [line for line in said if line[:5] == "step " and " | " in line]
     assert before.startswith("step  0/12 | val ")
@@ -153,6 +162,26 @@ def test_a_changed_config_is_refused_with_the_difference(unbroken):
 
     with pytest.raises(ModelError, match=r"optim.peak_lr: 0.01 -> 0.5"):
         pretrain.pretrain(dataclasses.replace(config, optim=optim), folder)
+
+
+def test_a_run_goes_on_with_another_mesh_and_says_where(unbroken, tmp_path):
+    config, folder, *_ = unbroken
+    moved, said = tmp_path / "run", []
+    shutil.copytree(folder, moved)
+    shutil.rmtree(moved / "checkpoints" / "12")
+    mesh = MeshConfig(data=2, fsdp=4)
+
+    pretrain.pretrain(dataclasses.replace(config, mesh=mesh), moved, said.append)
+
+    assert said[:2] == [
+        f"resumed  {moved} after step 8",
+        "device   8 x cpu, as data 2 x fsdp 4",
+    ]
+    np.testing.assert_allclose(losses(moved), losses(folder), rtol=2e-6)
+    events = report.read_events(moved / "metrics.jsonl")
+    (device,) = [e["device"] for e in events if e["event"] == "resume"]
+    assert f"device   {device}" == said[1]
+    assert (moved / "config.toml").read_text() == (folder / "config.toml").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -21,30 +21,32 @@ ROWS = [  # imports point upwards; files of one row, unless of one folder, are s
         "config",
         "tree",
         "bpe",
-        "layers",
         "stopping",
         "download",
         "scores",
         "overlap",
         "terminal",
     ],
-    ["tokenizer", "template", "attention", "sampling"],
+    ["tokenizer", "template", "sampling", "machines", "sharding"],
+    ["attention.*", "layers"],
     ["model"],
     ["lora", "classifier"],
-    ["loss", "optim", "data.*", "checkpoint", "weights.*"],
-    ["report", "run_folder", "budget", "decoding", "judge", "preview"],
+    ["loss", "optim", "collectives", "data.*", "checkpoint", "weights.*"],
+    ["report", "run_folder", "chips", "decoding", "judge", "preview"],
     ["train", "generation", "evaluate", "prediction", "report_*"],
+    ["distributed", "budget"],
     ["run_loop", "trainable", "starting", "answering"],
-    ["examine"],
+    ["examine", "ahead"],
     ["pretrain", "classification", "instruct", "preference", "chat", "judged"],
-    ["quickstart", "doctor", "flags", "book.*"],
+    ["quickstart", "doctor", "flags", "launch", "plan", "bench", "book.*"],
+    ["data_cli"],
     ["cli"],
     ["__main__", "gptjax"],
 ]
 DOORS = {  # dependency: the modules that may import it
     "flax": ["layers", "model"],
     "grain": ["data.batches"],
-    "jinja2": ["template"],
+    "jinja2": ["template", "launch"],
     "matplotlib": ["report", "report_classes"],
     "optax": ["loss", "classifier", "optim", "train"],
     "orbax": ["checkpoint"],
@@ -201,7 +203,7 @@ def test_the_letters_of_names_are_those_of_einsum(file):
 
 
 def test_there_are_einsums_whose_letters_are_checked():
-    assert [pair for pair in einsums(MODULES["attention"]) if suffix(pair[1])]
+    assert [pair for pair in einsums(MODULES["attention.plain"]) if suffix(pair[1])]
 
 
 @each(PACKAGE)

@@ -29,9 +29,11 @@ from gptjax.data.example_batches import Book
 from gptjax.data.labelled_batches import LabelledBatches
 from gptjax.errors import ConfigError
 from gptjax.evaluate import evaluate, make_scorer
+from gptjax.loss import next_token_loss
 from gptjax.optim import make_optimizer
 from gptjax.prediction import sizes_of
 from gptjax.run_loop import Run, Say, Task, device_line, length_line
+from gptjax.sharding import local
 from gptjax.starting import tokenizer_facts
 from gptjax.train import TrainState, init_state, make_train_step
 from gptjax.tree import count
@@ -87,14 +89,14 @@ def make_chapter_5(run: Run) -> tuple[Run, Task]:
     generator = TorchGenerator(c.train.seed)
     params = init_params(model, generator)
     optimizer = make_optimizer(c.optim, c.train.steps)
-    loss_fn = pretrain.make_loss(model, c.train.loss_chunk)
+    loss_fn = next_token_loss(model, c.train.loss_chunk)
     loader = Loader(len(rows[TRAIN]), each)
     held_out = Loader(len(rows[VALIDATION]), each, shuffle=False, drop_last=False)
     course = plan_course(loader, held_out, generator, c)
     per_epoch = len(rows[TRAIN]) // each
 
     def model_of(state: TrainState) -> Model:
-        return Model(model, state.params, tokenizer)
+        return Model(model, local(state.params), tokenizer)
 
     def batches(first: int, stop: int) -> Iterator[Batch]:
         return (pack(rows[TRAIN][course.steps[n]], None) for n in range(first, stop))
@@ -103,6 +105,7 @@ def make_chapter_5(run: Run) -> tuple[Run, Task]:
         if done % per_epoch < c.train.eval_every:  # about once an epoch
             pretrain.write_sample(run, model_of(state), done)
 
+    memory = budget.memory_bytes(budget.settled(c))
     return run, Task(
         fresh=init_state(params, optimizer, jax.random.key(c.train.seed)),
         step=make_train_step(loss_fn, optimizer, c.train.accumulate),
@@ -117,8 +120,8 @@ def make_chapter_5(run: Run) -> tuple[Run, Task]:
             f"data     {rows[TRAIN].size:,} tokens in {len(rows[TRAIN])} rows to train "
             f"on, {len(rows[VALIDATION])} held out",
             length_line(c.train.steps, c.train.steps / per_epoch),
-            f"memory   about {budget.human(sum(budget.memory_bytes(c).values()))}",
-            device_line(),
+            f"memory   about {budget.human(sum(memory.values()))}",
+            device_line(run),
         ],
         sample=sample if c.train.sample_prompt else None,
         eval_offset=FIRST,
@@ -164,7 +167,8 @@ def make_chapter_5_evaluate(
     run: Run, rows: dict[str, np.ndarray], course: Course, byte_lengths: np.ndarray
 ) -> Any:
     """Scores the book's random training batches, or all, and the validation rows."""
-    scorer = make_scorer(run.config.model, run.config.train.loss_chunk)
+    chunk = run.config.train.loss_chunk
+    scorer = make_scorer(run.config.model, chunk, run.mesh)
 
     def evaluate_rows(state: TrainState, done: int, last: bool) -> str:
         found = None

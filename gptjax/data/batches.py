@@ -11,7 +11,7 @@ each epoch.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
 
 import grain
@@ -63,8 +63,7 @@ class Batches:
     context: int
     seed: int
     packed: bool
-    host: int
-    hosts: int
+    here: Sequence[int]
 
     @property
     def rows_per_epoch(self) -> int:
@@ -83,14 +82,12 @@ class Batches:
         return grain.MapDataset.range(self.rows_per_epoch).seed(seed).shuffle().repeat()
 
     def batch_at(self, step: int) -> Batch:
-        """This host's rows of the batch of one step, counted from 0.
+        """The rows that are read here of the batch of one step, counted from 0.
 
         Raises:
             DataError: a token id is out of range.
         """
-        each = self.rows // self.hosts
-        first = step * self.rows + self.host * each
-        row = [self.row(first + i) for i in range(each)]
+        row = [self.row(step * self.rows + n) for n in self.here]
         return pack(np.stack(row), self.tokens.eot if self.packed else None)
 
     def row(self, number: int) -> Int32[np.ndarray, " _"]:
@@ -130,8 +127,7 @@ def make_batches(
     context: int,
     seed: int,
     packed: bool,
-    host: int = 0,
-    hosts: int = 1,
+    here: Sequence[int] | None = None,
 ) -> Batches:
     """The batches of a run: same arguments, same batches.
 
@@ -141,8 +137,8 @@ def make_batches(
         context: [T] targets in a row.
         seed: of the run.
         packed: whether documents of one row are kept apart.
-        host: which part of each batch is read here, from 0.
-        hosts: how many parts there are; they divide `rows`.
+        here: which rows of each batch are read; all, unless other processes read
+            the others.
 
     Raises:
         DataError: there are not enough tokens for one row.
@@ -152,7 +148,8 @@ def make_batches(
             f"{len(tokens)} tokens do not fill one row: model.context_length={context} "
             f"needs {context + 1}. Add text or lower model.context_length."
         )
-    return Batches(tokens, rows, context, seed, packed, host, hosts)
+    here = range(rows) if here is None else here
+    return Batches(tokens, rows, context, seed, packed, here)
 
 
 def validation_batches(

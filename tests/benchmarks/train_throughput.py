@@ -35,9 +35,9 @@ def gptjax_step(args: argparse.Namespace) -> tuple[Callable[[], float], str]:
     import jax.numpy as jnp
 
     from gptjax.config import GPTConfig, OptimConfig
+    from gptjax.loss import next_token_loss
     from gptjax.model import init
     from gptjax.optim import make_optimizer
-    from gptjax.pretrain import make_loss
     from gptjax.train import init_state, make_train_step
 
     config = GPTConfig.preset("gpt2", dtype="float32")
@@ -50,7 +50,7 @@ def gptjax_step(args: argparse.Namespace) -> tuple[Callable[[], float], str]:
         "segments": np.zeros_like(token_BT),
     }
     optimizer = make_optimizer(OptimConfig(warmup_steps=0, schedule="constant"), 100)
-    loss_fn = make_loss(config, args.loss_chunk)
+    loss_fn = next_token_loss(config, args.loss_chunk)
     step_fn = jax.jit(make_train_step(loss_fn, optimizer), donate_argnums=0)
     key = jax.random.key(0)
     params = jax.jit(lambda key: init(config, key))(key)

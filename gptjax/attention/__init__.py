@@ -1,0 +1,1 @@
+"""One attention, several backends: sight -> plain, xla, ... -> choice."""

@@ -1,0 +1,268 @@
+"""One small run, as several processes of this machine; none outlives its test."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import tomli_w
+
+from gptjax import checkpoint, pretrain, report, run_loop, tokenizer
+from gptjax.config import RunConfig, build
+from gptjax.sharding import AXES, local
+from gptjax.tree import named_leaves
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 240  # seconds that anything may take on a machine with other work
+
+TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(300))
+TABLE = {
+    "model": {
+        "context_length": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "d_model": 32,
+        "dropout": 0.1,
+        "vocab_multiple": 8,
+    },
+    "data": {"source": "text.txt", "tokenizer": "bytes", "batch_size": 16},
+    "optim": {"warmup_steps": 2, "peak_lr": 1e-2},
+    "train": {
+        "steps": 20,
+        "accumulate": 2,
+        "log_every": 1,
+        "eval_every": 20,
+        "eval_batches": 1,
+        "sample_prompt": "",
+    },
+    "checkpoint": {"every": 8},
+}
+
+# What a process runs instead of `gptjax train`.
+HASHES = """
+import json, sys
+from pathlib import Path
+from gptjax import distributed
+distributed.start(sys.argv[-1])
+from tests.processes import config_on, restored_hashes
+print(json.dumps(restored_hashes(config_on((2, 2, 1)), Path("run"), 16)))
+"""
+BROKEN = """
+import sys
+from gptjax import cli, run_loop
+run_loop.train_event = None
+sys.exit(cli.main(sys.argv[1:]))
+"""
+IMPATIENT = """
+import sys
+from gptjax import distributed
+distributed.START_SECONDS = 2
+distributed.start(sys.argv[1])
+"""
+AUTO = """
+from gptjax import distributed
+distributed.start("auto")
+import jax
+print(jax.process_index(), jax.process_count(), jax.device_count())
+"""
+OTHER_CODE = """
+import sys
+from gptjax import cli, distributed
+distributed.code_facts = lambda: "of another version"
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+class Process(NamedTuple):
+    """One of the processes, and where it writes what it says."""
+
+    popen: subprocess.Popen
+    output: Path
+    complaint: Path
+
+    def said(self) -> str:
+        """What came on stdout, but for Gloo, which greets each connection there."""
+        return without("[Gloo]", self.output)
+
+    def complained(self) -> str:
+        """What came on stderr, but for what old versions of jaxlib make Grain say."""
+        return without("WARNING:absl:Grain", self.complaint)
+
+
+def without(start: str, file: Path) -> str:
+    """The lines of a file that do not start like that."""
+    lines = file.read_text().splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith(start))
+
+
+def free_port() -> int:
+    """A port of this machine that nobody has at the moment."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def train(count: int, *arguments: str) -> list[list[str]]:
+    """The command of each of `count` processes that train together."""
+    where = f"127.0.0.1:{free_port()},{count}"
+    gptjax = [sys.executable, "-m", "gptjax", "train", *arguments]
+    return [[*gptjax, "--distributed", f"{where},{n}"] for n in range(count)]
+
+
+@contextlib.contextmanager
+def started(
+    commands: Sequence[Sequence[str]], folders: Sequence[Path], devices: int = 1
+) -> Iterator[list[Process]]:
+    """Processes that run the commands, each in its folder; killed in the end."""
+    processes: list[Process] = []
+    try:
+        for number, (command, folder) in enumerate(zip(commands, folders, strict=True)):
+            scratch = folder / f"scratch{number}"
+            scratch.mkdir(exist_ok=True)
+            environment = {
+                **os.environ,
+                "JAX_PLATFORMS": "cpu",
+                "JAX_NUM_CPU_DEVICES": str(devices),
+                "PYTHONPATH": str(ROOT),
+                "TMPDIR": str(scratch),
+            }
+            files = [folder / f"process{number}.{kind}" for kind in ("out", "err")]
+            with files[0].open("w") as output, files[1].open("w") as complaint:
+                popen = subprocess.Popen(
+                    command,
+                    cwd=folder,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=complaint,
+                    env=environment,
+                )
+            processes.append(Process(popen, *files))
+        yield processes
+    finally:
+        for process in processes:
+            process.popen.kill()
+        for process in processes:
+            process.popen.wait()
+
+
+def exit_codes(processes: Sequence[Process]) -> list[int]:
+    """How the processes ended, each by itself."""
+    end = time.monotonic() + LIMIT
+    return [one.popen.wait(max(end - time.monotonic(), 0)) for one in processes]
+
+
+def until(true: Callable[[], bool], processes: Sequence[Process] = ()) -> None:
+    """Waits until it is true while all of the processes run."""
+    end = time.monotonic() + (LIMIT if processes else 30)
+    while not true():
+        ended = [one for one in processes if one.popen.poll() is not None]
+        if ended or time.monotonic() > end:
+            said = "\n".join(one.said() + one.complained() for one in ended)
+            raise TimeoutError(f"it never came: {said or 'all are running'}")
+        time.sleep(0.01)
+
+
+def mesh_flags(*sizes: int) -> list[str]:
+    """The options that make a mesh of those sizes."""
+    axes = zip(AXES, sizes, strict=True)
+    return [word for axis, n in axes for word in (f"--mesh.{axis}", str(n))]
+
+
+def config_on(mesh: Sequence[int] | None = None) -> RunConfig:
+    """The config of the run on a mesh; None: on one device of pytest's."""
+    sizes = {} if mesh is None else dict(zip(AXES, mesh, strict=True))
+    table: dict[str, Any] = {**TABLE, "mesh": sizes}
+    return build(RunConfig, table)
+
+
+def write_config(folder: Path) -> Path:
+    """The folder with text.txt and config.toml, which can be run there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "config.toml").write_text(tomli_w.dumps(TABLE))
+    return folder
+
+
+def write_tokenizer(folder: Path, text: str) -> None:
+    """Makes tokenizer/, of one size for any text."""
+    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+    tokenizer.train([text], 280).save(folder / "tokenizer")
+
+
+def run_here(folder: Path, mesh: Sequence[int] | None = None) -> None:
+    """Runs on devices of pytest's own process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        pretrain.pretrain(config_on(mesh), folder / "run", lambda line: None)
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    """(step, loss) of all training steps and evaluations."""
+    events = report.read_events(run / "metrics.jsonl")
+    return [(e["step"], e["loss"]) for e in events if e["event"] in ("train", "eval")]
+
+
+def last_step(run: Path) -> int:
+    """How far a run has come."""
+    return max((step for step, _ in losses(run)), default=0)
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Makes it a run that was lost before the next checkpoint."""
+    for later in checkpoint.saved_steps(run / "checkpoints"):
+        if later > step:
+            shutil.rmtree(run / "checkpoints" / str(later))
+
+
+def restored_hashes(config: RunConfig, run: Path, step: int) -> dict[str, str]:
+    """A hash of each array of a checkpoint, as it comes back on the config's mesh."""
+    mesh = run_loop.make_mesh(config.mesh)
+    here = run_loop.Run(config, run, lambda line: None, mesh)
+    here, task = pretrain.make_task(here)
+    like = run_loop.saved_part(run_loop.placed(task, here).fresh)
+    tree = local(checkpoint.restore(here.checkpoints, step, like))
+    return {
+        name: hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
+        for name, leaf in named_leaves(tree).items()
+    }
+
+
+def commands_of_pair() -> list[list[str]]:
+    """Two processes with four devices each."""
+    return train(2, "config.toml", "--run", "run", *mesh_flags(2, 2, 2))
+
+
+def other_config(command: list[str], folder: Path) -> None:
+    """Another learning rate."""
+    command += ["--optim.peak_lr", "0.5"]
+
+
+def other_code(command: list[str], folder: Path) -> None:
+    """Another version of the package."""
+    command[1:3] = ["-c", OTHER_CODE]
+
+
+def other_data(command: list[str], folder: Path) -> None:
+    """Another text of the same length."""
+    (folder / "text.txt").write_text(TEXT.replace("7", "8"))
+
+
+def other_tokenizer(command: list[str], folder: Path) -> None:
+    """Another one of the same size."""
+    write_tokenizer(folder, TEXT.replace("times", "mal"))
+
+
+OTHER = {
+    "config": other_config,
+    "code": other_code,
+    "data": other_data,
+    "tokenizer": other_tokenizer,
+}

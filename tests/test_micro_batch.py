@@ -1,0 +1,56 @@
+"""`train.accumulate = 0`: as many rows at a time as the memory holds."""
+
+import dataclasses
+
+import pytest
+
+from gptjax import budget, pretrain
+from gptjax.config import read_config
+from gptjax.errors import ConfigError
+from tests.test_pretrain import losses, make_config
+
+
+def test_a_run_chooses_the_fewest_micro_batches_that_fit(tmp_path, monkeypatch):
+    config = make_config(tmp_path, train__accumulate=0, train__steps=2)
+    parts = budget.memory_bytes(
+        budget.settled(
+            dataclasses.replace(
+                config, train=dataclasses.replace(config.train, accumulate=4)
+            )
+        )
+    )
+    monkeypatch.setattr(
+        budget, "device_memory", lambda: sum(parts.values()) / budget.ROOM
+    )
+    said = []
+
+    pretrain.pretrain(config, tmp_path / "run", said.append)
+
+    assert any("accumulate 4 micro-batches of 2 rows" in line for line in said)
+    assert read_config(tmp_path / "run" / "config.toml").train.accumulate == 4
+    same = make_config(tmp_path, train__accumulate=4, train__steps=2)
+    pretrain.pretrain(same, tmp_path / "same", said.append)
+    assert losses(tmp_path / "run") == losses(tmp_path / "same")
+
+
+def test_a_resumed_run_keeps_what_was_chosen(tmp_path, monkeypatch):
+    config = make_config(tmp_path, train__accumulate=0, train__steps=2)
+    monkeypatch.setattr(budget, "device_memory", lambda: 1)  # nothing fits: one row
+    pretrain.pretrain(config, tmp_path / "run", lambda text: None)
+    before = losses(tmp_path / "run")
+    assert read_config(tmp_path / "run" / "config.toml").train.accumulate == 8
+
+    monkeypatch.setattr(budget, "device_memory", lambda: 2**40)
+    pretrain.pretrain(config, tmp_path / "run", lambda text: None)
+
+    assert losses(tmp_path / "run") == before
+
+
+def test_a_model_of_unknown_size_is_refused(tmp_path):
+    config = make_config(tmp_path, train__accumulate=0)
+    tune = dataclasses.replace(config.tune, start="gpt2")
+
+    with pytest.raises(ConfigError, match="finds what fits for a model of the config"):
+        pretrain.pretrain(
+            dataclasses.replace(config, tune=tune), tmp_path / "run", print
+        )

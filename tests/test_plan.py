@@ -1,0 +1,262 @@
+"""What a plan says before anything runs, and how near the compiler it is."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from gptjax import ahead, budget, plan
+from gptjax.chips import CHIPS, chip_of, topology
+from gptjax.cli import main
+from gptjax.config import (
+    DataConfig,
+    GPTConfig,
+    MeshConfig,
+    RunConfig,
+    TrainConfig,
+)
+from gptjax.errors import ConfigError, ModelError
+
+GIB = 2**30
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs the TPU compiler, from the extra [tpu-plan]",
+)
+
+# What the TPU compiler (libtpu 0.0.42.1, jax 0.10.2) gave for a step, in GiB: arguments
+# and temporaries. (preset, topology, mesh, rows, accumulate, remat)
+COMPILED = {
+    ("gpt2", "v5e:1", (1, 1, 1), 8, 1, "none"): 1.39 + 8.36,
+    ("gpt2", "v5e:1", (1, 1, 1), 32, 1, "dots"): 1.39 + 11.55,
+    ("gpt2-medium", "v5e:1", (1, 1, 1), 8, 1, "dots"): 3.97 + 8.04,
+    ("gpt2-large", "v5e:1", (1, 1, 1), 4, 1, "full"): 8.65 + 5.58,
+    ("gpt2", "v5e:8", (1, 8, 1), 256, 1, "dots"): 0.19 + 10.98,
+    ("gpt2-medium", "v5e:8", (1, 8, 1), 128, 1, "dots"): 0.50 + 11.27,
+    ("gpt2-medium", "v5e:8", (1, 4, 2), 64, 2, "full"): 0.50 + 1.53,
+    ("gpt2-large", "v5e:8", (1, 8, 1), 64, 1, "dots"): 1.29 + 9.42,
+    ("gpt2-xl", "v5e:8", (1, 8, 1), 32, 1, "dots"): 2.38 + 8.77,
+    ("gpt2-xl", "v5e:8", (1, 8, 1), 128, 1, "full"): 2.38 + 7.01,
+}
+
+
+def words(text):
+    return text.split()
+
+
+def run_of(preset, sizes, rows, accumulate=1, remat="dots", **model):
+    data, fsdp, tensor = sizes
+    return RunConfig(
+        model=GPTConfig.preset(preset, vocab_multiple=128, remat=remat, **model),
+        data=DataConfig(batch_size=rows),
+        train=TrainConfig(accumulate=accumulate),
+        mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor),
+    )
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=str)
+def test_the_arithmetic_is_within_15_percent_of_the_tpu_compiler(case):
+    preset, where, sizes, rows, accumulate, remat = case
+
+    config = run_of(preset, sizes, rows, accumulate, remat)
+    planned = plan.make_plan(config, topology(where), compiling=False)
+
+    assert planned.config.model.attention == "splash"
+    assert planned.estimate / GIB == pytest.approx(COMPILED[case], rel=0.15)
+
+
+def test_memory_at_rest_is_12_bytes_a_parameter_shared_by_fsdp_and_tensor():
+    config = budget.settled(run_of("gpt2", (1, 1, 1), 8), "tpu")
+    count = budget.parameter_count(config.model)
+
+    for sizes in [(1, 1, 1), (4, 1, 1), (1, 4, 1), (1, 2, 4)]:
+        parts = budget.memory_bytes(config, sizes)
+        rest = sum(parts[name] for name in budget.AT_REST)
+        assert rest == pytest.approx(12 * count / (sizes[1] * sizes[2]), rel=1e-6)
+
+
+def test_the_number_of_parameters_and_flops_is_that_of_nanogpt():
+    """Position embeddings are not counted there: they are added, not multiplied."""
+    config = GPTConfig.preset("gpt2")
+
+    assert budget.parameter_count(config) - 1024 * 768 == 123_653_376
+    assert budget.flops_per_token(config) == 6 * 123_653_376 + 12 * 12 * 768 * 1024
+    half = budget.flops_per_token(config) - budget.causal_flops_per_token(config)
+    assert half == 6 * 12 * 768 * 1024
+
+
+def test_what_does_not_fit_is_said_with_a_way_that_fits():
+    config = run_of("gpt2-xl", (-1, 1, 1), 64)
+
+    planned = plan.make_plan(config, topology("v5e:2x4"), compiling=False)
+    last = plan.lines(planned)[-1]
+
+    assert planned.fits is False
+    assert "NO, by an estimate" in last
+    assert "--mesh.data 1 --mesh.fsdp -1" in last
+    mesh = MeshConfig(data=1, fsdp=-1)
+    train = dataclasses.replace(config.train, accumulate=0)
+    better = dataclasses.replace(config, mesh=mesh, train=train)
+    assert plan.make_plan(better, topology("v5e:2x4"), compiling=False).fits
+
+
+def test_no_way_on_one_device_is_said_too():
+    planned = plan.make_plan(
+        run_of("gpt2-xl", (1, 1, 1), 8), topology("v5e:1"), compiling=False
+    )
+
+    assert "Use more devices" in plan.lines(planned)[-1]
+
+
+def test_accumulate_0_takes_the_fewest_micro_batches_that_fit():
+    found = plan.make_plan(
+        run_of("gpt2", (1, 1, 1), 512, accumulate=0), topology("v5e:1"), compiling=False
+    )
+    chosen = found.config.train.accumulate
+
+    assert found.fits
+    assert chosen > 1
+    fewer = dataclasses.replace(found.config.train, accumulate=chosen // 2)
+    more = dataclasses.replace(found.config, train=fewer)
+    assert not plan.make_plan(more, topology("v5e:1"), compiling=False).fits
+
+
+def test_the_step_is_bounded_by_its_slowest_part():
+    planned = plan.make_plan(
+        run_of("gpt2", (1, 1, 1), 32), topology("v5e:1"), compiling=False
+    )
+    compute = planned.seconds["compute"]
+
+    flops = budget.flops_per_token(planned.config.model)
+    assert compute == pytest.approx(32 * 1024 * flops / 197e12)
+    assert planned.seconds["links"] == 0
+    assert "MFU of" in "\n".join(plan.lines(planned))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("v7:8", "there is no chip 'v7'"),
+        ("v5e:7", "leaves the shape open"),
+        ("v5p:8", "leaves the shape open"),
+        ("v5e:2xx4", "is no shape"),
+        ("h100:0", "is no shape"),
+    ],
+)
+def test_topologies_that_are_none_are_refused(text, message):
+    with pytest.raises(ConfigError, match=message):
+        topology(text)
+
+
+@pytest.mark.fast
+def test_devices_are_recognised_by_the_name_that_jax_gives_them():
+    assert chip_of("TPU v5 lite") == CHIPS["v5e"]
+    assert chip_of("TPU v5") == CHIPS["v5p"]
+    assert chip_of("NVIDIA H100 80GB HBM3") == CHIPS["h100"]
+    assert chip_of("cpu") is None
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused():
+    with pytest.raises(ConfigError, match="do not fit 8 devices"):
+        plan.make_plan(run_of("gpt2", (3, 3, 1), 18), topology("v5e:8"), False)
+
+
+def test_this_machine_compiles_for_emulated_devices(capsys):
+    flags = words("--topology cpu:8 --mesh.fsdp 2 --model.vocab_multiple 8")
+
+    assert main(["plan", "tiny", *flags]) == 0
+    told = capsys.readouterr().out
+
+    assert "devices  8 x cpu, as data 4 x fsdp 2" in told
+    assert "compiler" in told
+    assert "links    a device sends" in told
+
+
+def test_a_plan_in_json_has_both_figures_of_memory(capsys):
+    assert main(["plan", "tiny", "--topology", "cpu:1", "--json"]) == 0
+
+    found = json.loads(capsys.readouterr().out)
+    assert found["memory_compiled"] > 0
+    assert sum(found["memory"].values()) == found["memory_estimate"]
+
+
+def test_what_does_not_fit_exits_with_1(capsys):
+    flags = words("--topology v5e:1 --estimate --train.accumulate 1")
+
+    assert main(["plan", "gpt2_124m", *flags]) == 1
+    assert "NO, by an estimate" in capsys.readouterr().out
+
+
+def test_a_plan_is_set_beside_what_a_run_measured(tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = words("--train.steps 30 --train.eval_every 30 --mesh.data 1")
+    assert main(["train", "tiny", "--run", str(run), *flags]) == 0
+    capsys.readouterr()
+
+    assert main(["plan", "tiny", *flags, "--against", str(run)]) == 0
+
+    told = capsys.readouterr().out
+    assert "measured" in told
+    assert "of temporaries by the run's compiler" in told
+
+
+def test_a_run_without_measurements_is_refused(tmp_path):
+    planned = plan.make_plan(
+        run_of("gpt2", (1, 1, 1), 8), topology("v5e:1"), compiling=False
+    )
+
+    with pytest.raises(ModelError, match="has not logged two train events"):
+        plan.compare(planned, tmp_path, print)
+
+
+def tpu_plan(*flags):
+    """`gptjax plan` in a process of its own, as libtpu wants it."""
+    command = [sys.executable, "-m", "gptjax", "plan", *flags, "--json"]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_tpu_compiler_agrees_with_the_arithmetic_for_a_small_model():
+    shape = words("--model.d_model 256 --model.n_heads 4 --model.n_layers 4")
+    size = words("--model.context_length 512 --model.vocab_multiple 128")
+    batch = words("--data.batch_size 64 --data.tokenizer gpt2 --mesh.fsdp 2")
+
+    found = tpu_plan("tiny", "--topology", "v5e:2x2", *shape, *size, *batch)
+
+    assert found["fits"]
+    assert found["memory_estimate"] == pytest.approx(found["memory_compiled"], rel=0.15)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_tpu_compiler_takes_124m_fully_sharded_over_eight_chips():
+    flags = "--mesh.data 1 --mesh.fsdp 8 --train.accumulate 1 --data.batch_size 64"
+
+    found = tpu_plan("gpt2_124m", "--topology", "v5e:2x4", *words(flags))
+
+    assert found["fits"]
+    assert found["memory_compiled"] < 16 * GIB
+    assert found["memory_estimate"] == pytest.approx(found["memory_compiled"], rel=0.15)
+
+
+def test_without_the_compiler_a_plan_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+    main(["plan", "gpt2_124m", "--topology", "v5e:2x4"])
+
+    told = capsys.readouterr()
+    assert "by an estimate" in told.out
+    assert "pip install 'gptjax[tpu-plan]'" in told.err
+
+
+def test_all_to_one_device_cannot_be_compiled_where_there_are_too_few():
+    assert not ahead.can_compile(topology(f"cpu:{jax.device_count() + 1}"))
+    assert ahead.can_compile(topology(f"cpu:{jax.device_count()}"))
