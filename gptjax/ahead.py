@@ -54,7 +54,9 @@ def describe(topology: Topology) -> list[Any]:
         return jax.devices()[: topology.devices]
     from jax.experimental.topologies import get_topology_desc
 
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # or libtpu looks for a TPU of its own
+    # Only the compiler is wanted: it is not to look for a TPU, nor to keep others out.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     name, _, _ = topology.name.partition(":")
     one = {"chips_per_host_bounds": [1, 1, 1]} if topology.devices == 1 else {}
     described = get_topology_desc(

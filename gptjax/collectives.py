@@ -31,6 +31,7 @@ BITS = {
 }  # else the digits of the name
 SHAPE = re.compile(r"\b(pred|bf16|[a-z]+\d+\w*)\[([\d,]*)\]")
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+MESH_GROUPS = re.compile(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\S+)? \{(.*?)\}")
 TRIPS = re.compile(r"known_trip_count[^\d]*(\d+)")
 
 
@@ -73,11 +74,13 @@ def collectives(text: str) -> list[Collective]:
         if match[3] and kind == "collective-permute":  # and words for the hardware
             sizes = sizes[:1]
         whole = sum(sizes) * (devices if kind == "reduce-scatter" else 1)
+        if where.startswith("all-reduce-scatter"):  # as TPU's compiler writes it
+            kind = "reduce-scatter"
         if kind == "all-to-all" and not shapes.startswith("("):
             whole *= devices
         # TPU's compiler writes one that overlaps with other work in several pieces.
         channel = re.search(r"channel_id=(\d+)", line)
-        name = (kind, channel[1]) if channel else len(found)
+        name = (kind, channel[1], whole) if channel else len(found)
         found.setdefault(name, Collective(kind, whole, devices, times.get(where, 1)))
     return list(found.values())
 
@@ -94,7 +97,7 @@ def size_of(kind: str, shape: str) -> int:
 
 def group_size(line: str) -> int:
     """How many devices one operation connects; 1 where it says nothing of it."""
-    if match := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+    if match := MESH_GROUPS.search(line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
         parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
         return math.prod(int(part or sizes[axis]) for axis, part in parts)
@@ -151,28 +154,28 @@ def expected_bytes(
     run: RunConfig,
     sizes: Sequence[int],
     itemsize: int | None = None,
-    scattering: bool = True,
+    emulated: bool = False,
 ) -> dict[str, float]:
     """Bytes that one device sends in a pretraining step, by arithmetic, over rings.
 
     "weights": what "fsdp" splits is gathered where it is used; a layer's in the forward
-    and again in the backward pass. "gradients" are summed over "data" and "fsdp"; a
-    table that is read at both ends of the model has two. "activations" are what
-    "tensor" sums of the residual stream: of each layer two in the forward pass, and in
-    the backward pass the gradients of what query, key, value and MLP read; then what
-    the embedding and the loss need. All of it for every micro-batch.
+    and again in the backward pass. "gradients" are summed over "data" and "fsdp".
+    "activations" are what "tensor" sums of the residual stream: of each layer two in
+    the forward and two in the backward pass, then what the embedding and the loss need.
+    All of it for every micro-batch.
 
     Args:
         run: whose model is trained.
         sizes: of the mesh, as `gptjax.sharding.AXES`.
         itemsize: bytes of a weight or an activation in use; default: by `model.dtype`.
-        scattering: whether a gradient is summed and split in one operation, as on TPUs
-            and GPUs, or summed whole, as XLA does it on CPUs.
+        emulated: on CPUs, where XLA sums whole what it could sum and split, and one by
+            one what it could add first: both gradients of a table that is read at both
+            ends of the model, and those of what query, key and value read.
     """
     c, (data, fsdp, tensor) = run.model, sizes
     size, micros = itemsize or compute_dtype(c).itemsize, max(run.train.accumulate, 1)
     gather, reduce = KINDS["all-gather"], KINDS["all-reduce"]
-    summed = (gather if scattering else reduce)(fsdp) + reduce(data) / fsdp
+    summed = (reduce if emulated else gather)(fsdp) + reduce(data) / fsdp
     weights = gradients = 0.0
     shapes = jax.eval_shape(lambda: init(c, jax.random.key(0)))
     for name, leaf in named_leaves(shapes).items():
@@ -180,7 +183,7 @@ def expected_bytes(
         axes = tuple(spec(letters, STORED))
         part = leaf.size / (tensor if "tensor" in axes else 1)
         wide, both = "embedding" in name, c.tie_embeddings and "token_embed" in name
-        gradient = part * (4 if wide else size) * (2 if both else 1)
+        gradient = part * (4 if wide else size) * (2 if both and emulated else 1)
         if "fsdp" not in axes:
             gradients += gradient * reduce(data * fsdp)
             continue
@@ -190,7 +193,8 @@ def expected_bytes(
         weights += part * used * gather(fsdp)
     positions = run.data.batch_size / micros / data / fsdp * c.context_length
     again = 1 if c.remat == "full" else 0  # attention, in the backward pass
-    stream = c.n_layers * (2 + 4 + again) * size + size + 4
+    sums = 2 + (4 if emulated else 2) + again
+    stream = c.n_layers * sums * size + size + 4
     activations = positions * (c.d_model * stream + 3 * 4) * reduce(tensor)
     found = {"weights": weights, "gradients": gradients, "activations": activations}
     return {name: micros * each for name, each in found.items()}

@@ -44,6 +44,30 @@ def init_state(
     return TrainState(zero, params, optimizer.init(params), jnp.copy(zero), key)
 
 
+def summed(loss_fn: LossFn, accumulate: int) -> Callable[..., tuple[Any, Any, Any]]:
+    """(params, batch, key) -> nats, weight and gradient, of all micro-batches."""
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def total(params: Params, batch: Any, key: Key[Array, ""]) -> tuple[Any, Any, Any]:
+        if accumulate == 1:
+            (nats, weight), grads = grad_fn(params, batch, key)
+            return nats, weight, grads
+
+        def deal(leaf: Array) -> Array:
+            return leaf.reshape(-1, accumulate, *leaf.shape[1:]).swapaxes(0, 1)
+
+        def add(sums: Any, micro: Any) -> tuple[Any, None]:
+            (nats, weight), grads = grad_fn(params, *micro)
+            return jax.tree.map(jnp.add, sums, (nats, weight, grads)), None
+
+        zero = jnp.zeros((), jnp.float32)
+        zeros = zero, zero, jax.tree.map(jnp.zeros_like, params)
+        micros = jax.tree.map(deal, batch), jax.random.split(key, accumulate)
+        return jax.lax.scan(add, zeros, micros)[0]
+
+    return total
+
+
 def make_train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
@@ -63,24 +87,7 @@ def make_train_step(
             is dealt to, row by row; G times less memory for activations.
         axis: of `jax.pmap`, over which the sums are taken, too; see `pmapped`.
     """
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-
-    def total(params: Params, batch: Any, key: Key[Array, ""]) -> tuple[Any, Any, Any]:
-        if accumulate == 1:
-            (nats, weight), grads = grad_fn(params, batch, key)
-            return nats, weight, grads
-
-        def deal(leaf: Array) -> Array:
-            return leaf.reshape(-1, accumulate, *leaf.shape[1:]).swapaxes(0, 1)
-
-        def add(sums: Any, micro: Any) -> tuple[Any, None]:
-            (nats, weight), grads = grad_fn(params, *micro)
-            return jax.tree.map(jnp.add, sums, (nats, weight, grads)), None
-
-        zero = jnp.zeros((), jnp.float32)
-        zeros = zero, zero, jax.tree.map(jnp.zeros_like, params)
-        micros = jax.tree.map(deal, batch), jax.random.split(key, accumulate)
-        return jax.lax.scan(add, zeros, micros)[0]
+    total = summed(loss_fn, accumulate)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)

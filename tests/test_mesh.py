@@ -271,12 +271,13 @@ def with_context(config, context):
     return dataclasses.replace(config, model=model)
 
 
+@SLOW
 @pytest.mark.parametrize(
     ("task", "make", "context", "changes"),
     [
         (train_assistant, instruct_config, 32, {"tune__trainable": "lora"}),
-        pytest.param(train_classifier, classify_config, 16, {}, marks=SLOW),
-        pytest.param(train_preference, preference_config, 16, {}, marks=SLOW),
+        (train_classifier, classify_config, 16, {}),
+        (train_preference, preference_config, 16, {}),
     ],
 )
 def test_fine_tuning_on_a_mesh_is_that_on_one_device(
