@@ -6,6 +6,7 @@ everything saved.
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -119,13 +120,14 @@ def train(args: argparse.Namespace) -> int:
     folder = args.run or Path("runs") / path.stem
     module, function = TASKS[config.train.task]
     run = getattr(importlib.import_module(f"gptjax.{module}"), function)
+    say = functools.partial(print, flush=True)  # into a file as into a terminal
     if not args.distributed:
-        return stoppable(lambda: run(config, folder))
+        return stoppable(lambda: run(config, folder, say))
     from gptjax import distributed
 
     distributed.start(args.distributed)
     with distributed.ending_together():
-        return stoppable(lambda: run(config, folder))
+        return stoppable(lambda: run(config, folder, say))
 
 
 def stoppable(run: Any) -> int:

@@ -1,10 +1,8 @@
 """A judge's grades come as they were given, or are counted as not there."""
 
-import email.utils
 import socket
 import string
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -145,7 +143,7 @@ def test_what_passes_is_tried_again_after_waits_that_grow_to_a_limit(passing, wa
     [
         *(("7", 7), ("7.5", 7.5), ("0", 1), ("100000", 60), ("-7", 1), ("soon", 1)),
         *(("", 1), ("9" * 5000, 1), ("Wed, 21 Oct 2015 07:28:00 GMT", 1)),
-        (email.utils.formatdate(time.time() + 9_000, usegmt=True), 60),
+        ("Thu, 01 Jan 2099 00:00:00 GMT", 60),
     ],
 )
 def test_a_server_may_ask_for_a_longer_wait_up_to_a_limit(asked_for, expected, waits):
