@@ -129,7 +129,7 @@ def ending_together() -> Iterator[None]:
     except BaseException as error:
         # The connection broke, or this process failed by itself, of which the others
         # hear this way: they are not to wait for what it will not send.
-        lost = comes_from_xla(error)
+        lost = comes_from_xla(error) and "RESOURCE_EXHAUSTED" not in str(error)
         sys.stdout.flush()
         print(account(error), file=sys.stderr, flush=True)
         waiting.communicate(b"" if lost else b"done\n")

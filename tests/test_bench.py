@@ -8,6 +8,8 @@ from gptjax.bench import bench_device, rate
 from gptjax.cli import main
 from gptjax.config import GPTConfig, MeshConfig
 
+pytestmark = pytest.mark.mesh
+
 SMALL = GPTConfig(
     vocab_size=64, context_length=32, n_layers=1, n_heads=2, d_model=16, dtype="float32"
 )

@@ -31,6 +31,8 @@ from gptjax.optim import make_optimizer
 from gptjax.sharding import AXES, BATCH, layout, make_mesh, on
 from gptjax.train import init_state, make_train_step
 
+pytestmark = pytest.mark.mesh
+
 T, ROWS = 16, 2  # positions, rows of each shard of the batch
 SHAPE = {"context_length": T, "n_layers": 2, "n_heads": 8, "d_model": 64}
 MODEL = GPTConfig(vocab_size=64, dtype="float32", attention="plain", **SHAPE)

@@ -210,7 +210,7 @@ def test_a_table_that_names_no_run_is_refused(table, message):
         (OptimConfig, {"grad_clip": -1.0}, "optim.grad_clip=-1.0 is too small"),
         (OptimConfig, {"beta2": 1.0}, "optim.beta2=1.0 is not in .* the default 0.95"),
         (TrainConfig, {"steps": 0}, "train.steps=0 is too small"),
-        (TrainConfig, {"accumulate": 0}, "train.accumulate=0 is too small"),
+        (TrainConfig, {"accumulate": -1}, "train.accumulate=-1 is too small"),
         (TrainConfig, {"seed": -1}, "train.seed=-1 is too small"),
         (CheckpointConfig, {"every": 0}, "checkpoint.every=0 is too small"),
         (CheckpointConfig, {"keep": 0}, "checkpoint.keep=0 is too small"),

@@ -42,6 +42,8 @@ from tests.processes import (
     write_tokenizer,
 )
 
+pytestmark = pytest.mark.mesh
+
 SLOW = pytest.mark.slow
 
 

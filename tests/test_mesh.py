@@ -30,6 +30,8 @@ from tests.test_instruct import make_config as instruct_config
 from tests.test_preference import make_config as preference_config
 from tests.test_pretrain import make_config as pretrain_config
 
+pytestmark = pytest.mark.mesh
+
 B, T, V = 16, 16, 60
 STEPS = 20
 SLOW = pytest.mark.slow

@@ -9,6 +9,8 @@ from gptjax.config import read_config
 from gptjax.errors import ConfigError
 from tests.test_pretrain import losses, make_config
 
+pytestmark = pytest.mark.mesh
+
 
 def test_a_run_chooses_the_fewest_micro_batches_that_fit(tmp_path, monkeypatch):
     config = make_config(tmp_path, train__accumulate=0, train__steps=2)

@@ -165,6 +165,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
         plan.make_plan(run_of("gpt2", (3, 3, 1), 18), topology("v5e:8"), False)
 
 
+@pytest.mark.mesh
 def test_this_machine_compiles_for_emulated_devices(capsys):
     flags = words("--topology cpu:8 --mesh.fsdp 2 --model.vocab_multiple 8")
 
@@ -176,6 +177,7 @@ def test_this_machine_compiles_for_emulated_devices(capsys):
     assert "links    a device sends" in told
 
 
+@pytest.mark.mesh
 def test_a_plan_in_json_has_both_figures_of_memory(capsys):
     assert main(["plan", "tiny", "--topology", "cpu:1", "--json"]) == 0
 
@@ -191,6 +193,7 @@ def test_what_does_not_fit_exits_with_1(capsys):
     assert "NO, by an estimate" in capsys.readouterr().out
 
 
+@pytest.mark.mesh
 def test_a_plan_is_set_beside_what_a_run_measured(tmp_path, capsys):
     run = tmp_path / "run"
     flags = words("--train.steps 30 --train.eval_every 30 --mesh.data 1")
