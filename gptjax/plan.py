@@ -58,6 +58,14 @@ class Plan:
         return sum(self.sent.values(), 0.0)
 
     @property
+    def largest_gather(self) -> int | None:
+        """Bytes of the largest array that is gathered at once; None: not compiled."""
+        if not self.compiled or not self.compiled.fits:
+            return None
+        found = self.compiled.collectives
+        return max((x.bytes for x in found if x.kind == "all-gather"), default=0)
+
+    @property
     def seconds(self) -> dict[str, float]:
         """Least time of a step for each thing that a device is busy with."""
         chip, c = self.topology.chip, self.config
@@ -85,6 +93,7 @@ class Plan:
             "memory_estimate": self.estimate,
             "memory_compiled": self.compiled.memory if self.compiled else None,
             "bytes_sent": self.bytes_sent,
+            "largest_gather": self.largest_gather,
             "seconds": self.seconds,
             "fits": self.fits,
         }

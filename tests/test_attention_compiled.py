@@ -15,6 +15,8 @@ from gptjax.attention import blockwise, call
 from gptjax.attention.choice import attend
 from gptjax.attention.sight import Sight
 
+pytestmark = pytest.mark.mesh
+
 CAUSAL = Sight()
 
 
