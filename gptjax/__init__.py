@@ -22,6 +22,7 @@ HOMES = {  # public name: the module that defines it
     "init": "model",
     "init_state": "train",
     "load": "weights.importing",
+    "load_ipython_extension": "notebook",
     "make_optimizer": "optim",
     "make_train_step": "train",
     "save": "weights.folder",

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float32
 
 from gptjax.config import GPTConfig
 from gptjax.data.batches import Batch, pack
@@ -20,6 +21,7 @@ from gptjax.weights.folder import Model
 
 ROWS = 8  # in a batch of `score`
 CHUNK = 256  # positions whose logits exist at a time
+NO_TOKEN = "there is no token to score. Give text that is not empty."
 
 Scorer = Callable[[Params, Any], Any]
 
@@ -98,7 +100,7 @@ def evaluate(
         tokens += int(counted.sum())
         size += int(byte_lengths[batch["targets"][counted]].sum())
     if not tokens:
-        raise DataError("there is no token to score. Give text that is not empty.")
+        raise DataError(NO_TOKEN)
     return Evaluation(nats / tokens, tokens, size, nats)
 
 
@@ -153,6 +155,34 @@ def score(model: Model, text: str, *, stride: int | None = None) -> Evaluation:
         )
     token_L = np.array([model.tokenizer.eot, *model.tokenizer.encode(text)], np.int32)
     return score_tokens(model, token_L, stride, None)
+
+
+def token_nats(model: Model, text: str) -> tuple[list[int], Float32[np.ndarray, " L"]]:
+    """The tokens of `text`, and the nats of each given all before it.
+
+    The text is one document, as for `score`, whose loss is their mean: what is given
+    begins with <|endoftext|>.
+
+    Args:
+        model: from `gptjax.load`.
+        text: at most `context_length` tokens, not empty.
+
+    Raises:
+        ConfigError: the text is longer.
+        DataError: it is empty.
+    """
+    context, ids = model.config.context_length, model.tokenizer.encode(text)
+    if not ids:
+        raise DataError(NO_TOKEN)
+    if len(ids) > context:
+        raise ConfigError(
+            f"the text has {len(ids)} tokens, more than the model's context of "
+            f"{context}. Shorten it, or use gptjax.score for its mean."
+        )
+    token_L = np.array([model.tokenizer.eot, *ids], np.int32)
+    (batch,) = windows(token_L, context, context, 1, None)
+    nat_BT = np.asarray(scorer_of(model.config)(model.params, batch), np.float32)
+    return ids, nat_BT[0, : len(ids)]
 
 
 def score_tokens(

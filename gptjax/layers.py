@@ -127,6 +127,13 @@ class Dropout(nn.Module):
         return nn.Dropout(self.rate, deterministic=not self.has_rng("dropout"))(x)
 
 
+def changed(module: nn.Module, name: str, value: Array) -> Array:
+    """The value and what the caller adds to it; costs nothing where it adds nothing."""
+    if not module.has_variable("added", name):
+        return value
+    return value + module.get_variable("added", name).astype(value.dtype)
+
+
 def capture(module: nn.Module, name: str, value: Array) -> None:
     """Keeps `value` for a caller that asked for it; costs nothing otherwise."""
     keep: Any = lambda _, new: new  # noqa: E731 (Flax types it as a tuple's)

@@ -25,7 +25,7 @@ from gptjax.attention.plain import attention_weights
 from gptjax.attention.sight import MIXED, Sight, visible
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
-from gptjax.layers import Dropout, Embedding, Linear, Norm, capture
+from gptjax.layers import Dropout, Embedding, Linear, Norm, capture, changed
 from gptjax.sharding import fully_sharded, gathered, lay
 
 Params = dict[str, Any]
@@ -138,6 +138,7 @@ class Block(nn.Module):
     ) -> tuple[Residual, LayerCache | None]:
         """The residual stream after this layer."""
         c = self.config
+        x_BTD = changed(self, "residual", x_BTD)
         capture(self, "residual", x_BTD)
         normed_BTD = Norm(name="attention_norm")(x_BTD)
         y_BTD, cache = Attention(c, name="attention")(normed_BTD, cache, context)
@@ -202,7 +203,7 @@ def stack(config: GPTConfig, layers: int) -> Any:
         block = nn.remat(Block, policy=policy, prevent_cse=False)
     return nn.scan(
         block,
-        variable_axes={"params": 0, "adapters": 0, "captured": 0},
+        variable_axes={"params": 0, "adapters": 0, "added": 0, "captured": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),
         length=layers,
@@ -259,6 +260,7 @@ def hidden(
     segment_BT: Tokens | None = None,
     dropout_key: Key[Array, ""] | None = None,
     adapters: Params | None = None,
+    add: Params | None = None,
     collect: bool = False,
 ) -> tuple[Residual, Params]:
     """Final hidden states [B, T, D], and the captured activations by name.
@@ -271,6 +273,8 @@ def hidden(
         segment_BT: documents of packed rows; tokens of different ones do not mix.
         dropout_key: given in training, absent otherwise.
         adapters: what `gptjax.lora` adds to the kernels.
+        add: {"residual": [N, B, T, D]}, added to what enters each layer: to steer or
+            patch a model, or for the gradient of its activations.
         collect: whether to capture activations.
     """
     slot_BT = jnp.broadcast_to(
@@ -278,7 +282,8 @@ def hidden(
     )
     position_BT = slot_BT if position_BT is None else position_BT
     tail = jax.tree.leaves(params["tail"])[0].shape[0] if "tail" in params else 0
-    variables = {"params": params, **({"adapters": adapters} if adapters else {})}
+    given = {"adapters": adapters, "added": add and {"blocks": add}}
+    variables = {"params": params, **{n: tree for n, tree in given.items() if tree}}
     outputs: Any = GPT(config, tail=tail).apply(
         variables,
         token_BT,
@@ -309,7 +314,8 @@ def apply(
         capture: any of "residual" (what enters each layer, [N, B, T, D]) and
             "attention" (weights, [N, B, H, T, S]): then the result is
             (logits, {name: array}).
-        **options: `position_BT`, `segment_BT`, `dropout_key`, `adapters` of `hidden`.
+        **options: `position_BT`, `segment_BT`, `dropout_key`, `adapters`, `add` of
+            `hidden`.
 
     Raises:
         ConfigError: more tokens than the context holds.

@@ -13,7 +13,7 @@ from gptjax.chips import Topology
 from gptjax.collectives import expected_bytes
 from gptjax.config import RunConfig
 from gptjax.errors import ConfigError, ModelError
-from gptjax.sharding import AXES, mesh_sizes
+from gptjax.sharding import AXES, check_rows, mesh_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def make_plan(c: RunConfig, topology: Topology, compiling: bool) -> Plan:
         compiling: whether to compile the step, which takes a minute or two.
 
     Raises:
-        ConfigError: the mesh does not fit the devices, or the model the mesh.
+        ConfigError: the mesh does not fit the devices, or model or rows the mesh.
     """
     sizes = mesh_sizes(c.mesh, topology.devices)
     topology = topology._replace(devices=math.prod(sizes))  # a run can leave some idle
@@ -116,6 +116,7 @@ def make_plan(c: RunConfig, topology: Topology, compiling: bool) -> Plan:
     if not c.train.accumulate:
         limit = topology.chip.memory or budget.host_memory()
         c = budget.with_micro_batch(c, sizes, limit)
+    check_rows(c.data.batch_size, c.train.accumulate, sizes)
     return Plan(
         c,
         topology,

@@ -181,8 +181,8 @@ def placed(task: Task, run: Run) -> Task:
     """
     if run.mesh is None:
         return task
-    fixed = tuple(place(tree, run.mesh) for tree in task.fixed)
-    check_rows(run.config.data.batch_size, run.config.train.accumulate, run.mesh)
+    c, fixed = run.config, tuple(place(tree, run.mesh) for tree in task.fixed)
+    check_rows(c.data.batch_size, c.train.accumulate, [*run.mesh.shape.values()])
     return dataclasses.replace(task, fresh=place(task.fresh, run.mesh), fixed=fixed)
 
 

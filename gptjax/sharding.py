@@ -141,19 +141,20 @@ def check_layout(params: Any, mesh: Mesh) -> None:
     jax.tree_util.tree_map_with_path(check, params)
 
 
-def check_rows(rows: int, accumulate: int, mesh: Mesh) -> None:
-    """Whether the rows of each micro-batch split evenly over the mesh.
+def check_rows(rows: int, accumulate: int, sizes: Sequence[int]) -> None:
+    """Whether the rows of each micro-batch split evenly over axes of such lengths.
 
     Raises:
         ConfigError: they do not.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    data, fsdp, _ = sizes
+    parts = data * fsdp
     if rows // accumulate % parts:
         raise ConfigError(
             f"data.batch_size={rows} in train.accumulate={accumulate} micro-batches "
             f"gives {rows // accumulate} rows at a time, which the {parts} devices of "
-            f"mesh.data={mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']} do not "
-            "divide. Choose a batch size that is a multiple, or smaller axes."
+            f"mesh.data={data} x mesh.fsdp={fsdp} do not divide. Choose a batch size "
+            "that is a multiple, or smaller axes."
         )
 
 

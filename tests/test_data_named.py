@@ -204,11 +204,6 @@ def test_a_wrong_file_on_this_machine_is_named_with_both_hashes(places, monkeypa
         assert str(folder / "right.txt") in str(error.value)
 
 
-def test_a_set_without_a_plain_file_says_where_to_get_and_put_it(places):
-    with pytest.raises(DataError, match="Take SMSSpamCollection from https://archive"):
-        named.find("sms-spam")
-
-
 def test_an_unknown_name_is_answered_with_the_nearest(places):
     with pytest.raises(
         DataError, match=r"'tinyshakespear'. Did you mean tinyshakespeare"
@@ -224,7 +219,7 @@ def test_the_pins_are_those_of_the_real_files(shared_data, monkeypatch):
 
 
 def test_every_download_is_over_https():
-    assert all(e.url.startswith("https://") or e.page for e in named.NAMED.values())
+    assert all(e.url.startswith("https://") for e in named.NAMED.values())
 
 
 def test_pythons_help_is_much_english_and_always_the_same():

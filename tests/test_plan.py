@@ -165,6 +165,11 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
         plan.make_plan(run_of("gpt2", (3, 3, 1), 18), topology("v5e:8"), False)
 
 
+def test_rows_that_the_devices_do_not_divide_are_refused_as_the_run_does():
+    with pytest.raises(ConfigError, match=r"batch_size=12 .* the 8 devices"):
+        plan.make_plan(run_of("gpt2", (8, 1, 1), 12), topology("v5e:8"), False)
+
+
 @pytest.mark.mesh
 def test_this_machine_compiles_for_emulated_devices(capsys):
     flags = words("--topology cpu:8 --mesh.fsdp 2 --model.vocab_multiple 8")

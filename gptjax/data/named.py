@@ -19,8 +19,7 @@ class NamedFile:
     file: str  # its name in $GPTJAX_DATA and in the cache
     bytes: int
     sha256: str
-    url: str  # "" = there is no plain file to download; `page` says where it is
-    page: str = ""
+    url: str
 
 
 BOOK = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
@@ -59,12 +58,13 @@ NAMED = {
         BOOK + "ch07/04_preference-tuning-with-dpo/"
         "instruction-data-with-preference.json",
     ),
-    "sms-spam": NamedFile(  # Almeida and Gómez Hidalgo 2011
+    "sms-spam": NamedFile(  # Almeida and Gómez Hidalgo 2011; UCI dataset 228, CC BY
         "SMSSpamCollection",
         477_907,
         "7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d",
-        "",
-        "https://archive.ics.uci.edu/dataset/228/sms+spam+collection",
+        "https://raw.githubusercontent.com/learn-co-students/"
+        "dsc-document-classification-with-naive-bayes-lab-online-ds-pt-051319/"
+        "2f98ca443ecd26e1088b369260f1e9782e2e36fc/SMSSpamCollection",
     ),
 }
 
@@ -96,11 +96,5 @@ def find(name: str) -> Path:
             check(path, pin, f"Put the right file there, or remove {path}.")
             return path
     target = cache / entry.file
-    if not entry.url:
-        raise DataError(
-            f"data set {name} is not on this machine and cannot be downloaded as a "
-            f"plain file. Take {entry.file} from {entry.page} and put it there: "
-            f"{target}"
-        )
     download(Remote(entry.url, pin), target, f"data set {name}")
     return target

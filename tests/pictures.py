@@ -1,0 +1,67 @@
+"""What tests look for in a picture, and ask of every one."""
+
+import itertools
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+
+from gptjax.boxes import SIZE
+
+PIXEL = 1.0  # letters are set on whole ones
+
+
+def drawn(figure):
+    FigureCanvasAgg(figure).draw()
+    return figure
+
+
+def faces(figure):
+    """The colours of the boxes, in the order of the text."""
+    return [patch.get_facecolor()[:3] for patch in figure.axes[0].patches]
+
+
+def written(figure):
+    """The texts of a figure of boxes, its title first."""
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+def off_the_axis(figure):
+    """Labels of ticks that are not drawn, as they are outside of the axis."""
+    for axis in [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]:
+        low, high = sorted(axis.get_view_interval())
+        for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]:
+            if not (axis.get_visible() and low <= tick.get_loc() <= high):
+                yield from (tick.label1, tick.label2)
+
+
+def assert_nothing_is_cut_off(figure):
+    """All texts lie in the picture."""
+    hidden = {*map(id, off_the_axis(drawn(figure)))}
+    shown = [
+        text
+        for text in figure.findobj(Text)
+        if text.get_text() and text.get_visible() and id(text) not in hidden
+    ]
+    inside = figure.bbox.padded(PIXEL)
+    assert shown
+    for text in shown:
+        place = text.get_window_extent()
+        assert inside.x0 <= place.x0 <= place.x1 <= inside.x1, text
+        assert inside.y0 <= place.y0 <= place.y1 <= inside.y1, text
+
+
+def assert_boxes_hold_their_texts(figure):
+    """No two boxes overlap, nor a bar of colours one; and each text lies in one."""
+    axes = drawn(figure).axes[0]
+    boxes = [patch.get_window_extent().padded(-0.01) for patch in axes.patches]
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
+    for bar in figure.axes[1:]:
+        assert not any(bar.get_tightbbox().overlaps(box) for box in boxes)
+    for text in axes.texts[1:]:
+        place = text.get_window_extent()
+        middle = (place.y0 + place.y1) / 2
+        wide = [box.padded(PIXEL) for box in boxes]
+        if text.get_fontsize() == SIZE:  # others are ids, below
+            wide = [box for box in wide if box.y0 <= middle <= box.y1]
+        assert any(box.x0 <= place.x0 and place.x1 <= box.x1 for box in wide), text
