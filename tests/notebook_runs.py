@@ -1,0 +1,60 @@
+"""Runs a notebook from top to bottom, as on a Colab runtime or as on any other."""
+
+import os
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+# What the tests of the library set for themselves and a notebook must not have.
+OURS = (
+    "JAX_DISABLE_MOST_OPTIMIZATIONS",
+    "JAX_NUM_CPU_DEVICES",
+    "JAX_NUMPY_RANK_PROMOTION",
+    "MPLBACKEND",
+)
+COLAB = """\
+import pathlib, sys, types
+
+def note(path):
+    with open("handed-over", "a") as file:
+        file.write(str(pathlib.Path(path).stat().st_size))
+
+colab = types.ModuleType("google.colab")
+colab.files = types.SimpleNamespace(download=note)
+colab.output = None  # which jax imports where there is Colab
+sys.modules["google.colab"] = colab
+"""
+
+
+def run(path, folder, monkeypatch, colab=False):
+    """The notebook with its results, from a kernel of its own in `folder`."""
+    for name in OURS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GPTJAX_FAST", "1")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    if colab:  # Python reads this file when it starts
+        (folder / "start").mkdir()
+        (folder / "start" / "sitecustomize.py").write_text(COLAB)
+        monkeypatch.setenv("PYTHONPATH", str(folder / "start"))
+    notebook = nbformat.read(path, as_version=4)
+    options = {"kernel_name": "python3", "timeout": 900}
+    place = {"metadata": {"path": str(folder)}}
+    return NotebookClient(notebook, resources=place, **options).execute()
+
+
+def executed(path, folder, monkeypatch, colab=False):
+    """The same; kept in $GPTJAX_EXECUTED, or taken from there, where that is set."""
+    kept = Path(os.environ.get("GPTJAX_EXECUTED", folder)) / path.name
+    if not kept.exists():
+        notebook = run(path, folder, monkeypatch, colab)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, kept)
+    return nbformat.read(kept, as_version=4)
+
+
+def pictures(notebook):
+    """How many results are pictures."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    outputs = [output for cell in cells for output in cell.outputs]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
