@@ -304,12 +304,19 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def bench(args: argparse.Namespace) -> None:
-    """Speed of training on this machine's devices, for each attention backend."""
-    from gptjax.bench import bench_device
-    from gptjax.config import GPTConfig
+    """Speed on this machine, alone or beside PyTorch: training, writing, loading."""
+    if args.device:
+        from gptjax.bench.device import bench_device
+        from gptjax.config import GPTConfig
 
-    config = GPTConfig.preset(args.preset, context_length=args.context)
-    found = bench_device(config, print, tuple(args.rows))
+        config = GPTConfig.preset(args.preset, context_length=args.context)
+        found = bench_device(config, print, tuple(args.rows))
+    else:
+        from gptjax.bench.machine import bench_machine
+
+        options = {"peers": args.peers, "pairs": args.pairs, "only": tuple(args.only)}
+        say = functools.partial(print, flush=True)
+        found = bench_machine(say, preset=args.preset, **options)
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

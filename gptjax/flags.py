@@ -101,16 +101,22 @@ def plan(sub: argparse.ArgumentParser) -> None:
 
 def bench(sub: argparse.ArgumentParser) -> None:
     """The arguments of `gptjax bench`."""
-    sub.add_argument("--device", action="store_true", help="of training; the default")
     sub.add_argument("--preset", default="gpt2", metavar="NAME", help="GPT-2's size")
-    sub.add_argument("--context", type=int, default=1024, metavar="T")
+    sub.add_argument("--peers", action="store_true", help="beside PyTorch's, in turns")
+    sub.add_argument("--pairs", type=int, default=5, metavar="N", help="of turns")
+    parts = ["train", "decode", "prefill", "load"]
+    sub.add_argument("--only", nargs="+", choices=parts, default=[], metavar="PART")
+    sub.add_argument(
+        "--device", action="store_true", help="training alone, for each attention"
+    )
+    sub.add_argument("--context", type=int, default=1024, metavar="T", help="--device")
     sub.add_argument(
         "--rows",
         type=int,
         nargs="+",
         default=[4, 8, 16, 32, 64, 128],
         metavar="N",
-        help="on each device, until the memory is full",
+        help="--device: on each, until the memory is full",
     )
     sub.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gptjax.bench import bench_device, rate
+from gptjax.bench.device import bench_device, rate
 from gptjax.cli import main
 from gptjax.config import GPTConfig, MeshConfig
 
@@ -17,8 +17,8 @@ SMALL = GPTConfig(
 
 @pytest.fixture
 def one_device(monkeypatch):
-    monkeypatch.setattr("gptjax.bench.MeshConfig", lambda: MeshConfig(data=1))
-    monkeypatch.setattr("gptjax.bench.jax.device_count", lambda: 1)
+    monkeypatch.setattr("gptjax.bench.device.MeshConfig", lambda: MeshConfig(data=1))
+    monkeypatch.setattr("gptjax.bench.device.jax.device_count", lambda: 1)
 
 
 @pytest.mark.usefixtures("one_device")

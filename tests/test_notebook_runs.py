@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.notebook_runs import executed, pictures
+from tests.notebook_runs import executed, pictures, run
 from tests.test_notebooks import FOLDER, NOTEBOOKS
 
 pytestmark = pytest.mark.notebooks
@@ -31,4 +31,4 @@ def test_an_expectation_that_is_not_met_is_a_failure(tmp_path, monkeypatch):
     wrong.write_text(source.replace("124_439_808", "124_439_809"), encoding="utf-8")
 
     with pytest.raises(Exception, match="AssertionError"):
-        executed(wrong, tmp_path, monkeypatch)
+        run(wrong, tmp_path, monkeypatch)

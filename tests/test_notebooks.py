@@ -62,7 +62,7 @@ def test_the_ten_of_them_are_there():
 
 @each
 def test_it_is_stored_as_one_form_of_its_content_and_without_results(path):
-    """To get there: `jupyter nbconvert --clear-output --inplace NOTEBOOK`."""
+    """How to get there is in CONTRIBUTING.md."""
     text = path.read_text(encoding="utf-8")
     notebook = json.loads(text)
     nbformat.validate(nbformat.from_dict(notebook))

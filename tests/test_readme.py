@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from gptjax.cli import make_parser
+from gptjax.config import config_path
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text("utf-8")
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
 
 
 def blocks(language):
@@ -37,8 +39,40 @@ def test_the_commands_are_ones_that_gptjax_has(line):
     assert not rest or words[0] in ("train", "plan", "launch")
 
 
-def test_files_that_the_readme_names_exist():
-    root = Path(__file__).resolve().parent.parent
+def test_the_runs_that_it_names_are_configs():
+    names = re.findall(r"`gptjax train ([\w/]+)`", README)
 
-    for name in re.findall(r"`(gptjax/[\w/]+\.py|\.ci/run)`", README):
-        assert (root / name).is_file(), name
+    assert len(names) >= 4
+    for name in names:
+        assert config_path(name).is_file()
+
+
+def test_the_files_that_it_names_exist():
+    links = re.findall(r"\]\((?!https)([^)]*)\)", README)
+
+    assert len(links) > 15
+    for name in (*links, *re.findall(r"`(gptjax/[\w/]+\.py|\.ci/run)`", README)):
+        assert (ROOT / name).is_file(), name
+    code = re.findall(r"^\|[^|]*\|([^|]*)\|", README, re.MULTILINE)
+    for name in re.findall(r"`(\w+(?:\.py|/))`", "".join(code)):
+        assert (ROOT / "gptjax" / name).exists(), name
+
+
+def test_the_files_to_read_are_as_long_as_it_says():
+    rows = re.findall(r"^\| (`gptjax/.*?`) \| (\d+) \|", README, re.MULTILINE)
+
+    assert len(rows) >= 8
+    for names, said in rows:
+        files = [ROOT / name for name in re.findall("`(.*?)`", names)]
+        lines = sum(len(file.read_text("utf-8").splitlines()) for file in files)
+        assert abs(lines - int(said)) <= 0.1 * lines, names
+
+
+def test_it_is_short_and_its_pictures_are_small():
+    pictures = sorted((ROOT / "colab" / "pictures").iterdir())
+
+    assert len(README.splitlines()) <= 200
+    assert {f"colab/pictures/{p.name}" for p in pictures} == {
+        *re.findall(r"!\[[^]]+\]\((.*?)\)", README)
+    }
+    assert sum(picture.stat().st_size for picture in pictures) < 200_000

@@ -38,7 +38,7 @@ ROWS = [  # imports point upwards; files of one row, unless of one folder, are s
     ["run_loop", "trainable", "starting", "answering", "figures"],
     ["examine", "ahead"],
     ["pretrain", "classification", "instruct", "preference", "chat", "judged"],
-    ["quickstart", "doctor", "flags", "launch", "plan", "bench", "book.*"],
+    ["quickstart", "doctor", "flags", "launch", "plan", "bench.*", "book.*"],
     ["data_cli"],
     ["cli"],
     ["__main__", "gptjax", "notebook"],

@@ -1,0 +1,1 @@
+"""How fast this machine is with gptjax, alone and beside others."""

@@ -1,0 +1,124 @@
+"""Pieces of work in processes of their own, which take turns, and what came of them.
+
+Each side starts, compiles and allocates in its own process. Then one side does its
+work while the other waits, one after the other, so that a machine that slows down
+slows both; what counts is the median of the ratios of neighbours.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from gptjax.errors import GptjaxError
+
+WARM = 2  # pieces of work before those that are timed
+
+
+class Side(NamedTuple):
+    """A piece of work by name, with what it is asked for."""
+
+    name: str  # of `gptjax.bench.ours.OURS` or of `gptjax.bench.peers.PEERS`
+    options: dict[str, Any]
+
+
+class Found(NamedTuple):
+    """What a side did, per second: the median, the least and the most."""
+
+    middle: float
+    low: float
+    high: float
+
+
+@contextlib.contextmanager
+def running(side: Side) -> Iterator[subprocess.Popen[str]]:
+    """The process of a side, ready to work; it ends with the block.
+
+    Raises:
+        GptjaxError: it could not start.
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-m", "gptjax.bench.turns", json.dumps(side)],
+        env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with child:
+        try:
+            if answer(child).get("ready") is None:
+                raise GptjaxError(f"{side.name} could not start; it says why above.")
+            yield child
+        finally:
+            child.stdin and child.stdin.close()
+
+
+def answer(child: subprocess.Popen[str]) -> dict[str, Any]:
+    """The next line that a side says, or nothing where it has ended."""
+    line = child.stdout.readline() if child.stdout else ""
+    return json.loads(line) if line else {}
+
+
+def rate(child: subprocess.Popen[str]) -> float:
+    """Lets a side work once; units per second."""
+    if child.stdin:
+        child.stdin.write("work\n")
+        child.stdin.flush()
+    found = answer(child)
+    return found["units"] / found["seconds"]
+
+
+def alone(side: Side, times: int) -> Found:
+    """The rate of one side."""
+    with running(side) as child:
+        return summary([rate(child) for _ in range(times)])
+
+
+def against(one: Side, other: Side, pairs: int) -> tuple[Found, Found, float]:
+    """The rates of both sides, and how many times as fast the first one is."""
+    with running(one) as first, running(other) as second:
+        rates = []
+        for n in range(pairs):
+            if n % 2:
+                rates.append((rate(second), rate(first))[::-1])
+            else:
+                rates.append((rate(first), rate(second)))
+    ones, others = zip(*rates, strict=True)
+    ratio = statistics.median(a / b for a, b in rates)
+    return summary(ones), summary(others), ratio
+
+
+def summary(rates: Any) -> Found:
+    """The middle and the ends of some rates."""
+    return Found(statistics.median(rates), min(rates), max(rates))
+
+
+def serve(name: str, options: dict[str, Any]) -> None:
+    """Prepares a side, then works once for each line that comes in."""
+    module = (
+        "ours" if name in importlib.import_module("gptjax.bench.ours").OURS else "peers"
+    )
+    table = getattr(importlib.import_module(f"gptjax.bench.{module}"), module.upper())
+    work = table[name](**options)
+    for _ in range(WARM):
+        work()
+    print(json.dumps({"ready": name}), flush=True)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        units = work()
+        seconds = time.perf_counter() - started
+        print(json.dumps({"units": units, "seconds": seconds}), flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        serve(*json.loads(sys.argv[1]))
+    except GptjaxError as error:
+        print(f"gptjax: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,100 @@
+"""Pieces of work that are timed: they are the work that they say, and take turns."""
+
+import json
+
+import pytest
+
+from gptjax.bench import machine, peers
+from gptjax.bench.ours import OURS
+from gptjax.bench.turns import Side, against, alone, summary
+from gptjax.cli import main
+from gptjax.config import PRESETS
+from gptjax.errors import GptjaxError
+
+pytestmark = pytest.mark.mesh
+
+WORK = {  # what a piece of it is, and its units
+    "train": ({"rows": 2, "context": 8}, 16),
+    "decode": ({"rows": 2, "new": 5}, 10),
+    "prefill": ({"rows": 2, "context": 8}, 16),
+    "load": ({}, 1),
+}
+
+
+@pytest.fixture
+def mini(monkeypatch):
+    monkeypatch.setitem(PRESETS, "mini", (1, 2, 16))
+    return "mini"
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_our_work_does_as_many_units_as_it_says(mini, name):
+    options, units = WORK[name]
+    work = OURS[name](mini, **options)
+
+    assert [work(), work()] == [units, units]
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", WORK)
+def test_their_work_is_as_much_as_ours(mini, name):
+    options, units = WORK[name]
+
+    assert peers.PEERS[f"transformers_{name}"](mini, **options)() == units
+
+
+def test_two_sides_work_in_turns_in_processes_of_their_own():
+    one, other, ratio = against(Side("bandwidth", {}), Side("bandwidth", {}), 3)
+
+    assert 0 < one.low <= one.middle <= one.high
+    assert 0 < other.low <= other.middle <= other.high
+    assert one.low / other.high <= ratio <= one.high / other.low
+
+
+def test_the_middle_is_that_of_the_rates():
+    assert summary([3.0, 1.0, 10.0]) == (3.0, 1.0, 10.0)
+
+
+def test_a_side_that_cannot_start_is_an_error(capfd):
+    with pytest.raises(GptjaxError, match="train could not start"):
+        alone(Side("train", {"preset": "gpt3", "rows": 1, "context": 8}), 1)
+
+    assert "unknown preset 'gpt3'" in capfd.readouterr().err
+
+
+def test_a_peer_that_is_not_installed_is_named_with_the_line_that_brings_it(
+    monkeypatch,
+):
+    monkeypatch.setitem(peers.FIXES, "nothing_of_it", "pip install it")
+
+    with pytest.raises(GptjaxError, match=r"needs nothing_of_it, .*: pip install it"):
+        peers.needed("nothing_of_it.part")
+
+
+def test_the_command_says_each_figure_and_writes_them_all(
+    monkeypatch, tmp_path, capsys
+):
+    """With sides that are known, so that the ratios are."""
+
+    def known(one, other, pairs):
+        ours, theirs = summary([30.0] * pairs), summary([20.0] * pairs)
+        return ours, theirs, 1.5
+
+    monkeypatch.setattr(machine, "against", known)
+    monkeypatch.setattr(machine, "alone", lambda side, times: summary([7.0] * times))
+    out = tmp_path / "bench.json"
+
+    assert main(["bench", "--peers", "--json", str(out)]) == 0
+
+    found, said = json.loads(out.read_text()), capsys.readouterr().out
+    for key in (
+        *("train_ratio_transformers_b2", "train_ratio_transformers_b4"),
+        *("train_ratio_book_b4", "decode_ratio_transformers_b1"),
+        *("decode_ratio_transformers_b8", "prefill_ratio_transformers_b1"),
+    ):
+        assert found[key] == 1.5
+        assert key in said
+    assert found["train_share_of_matmul_rate_b8"] > 0
+    assert found["decode_share_of_bandwidth_b1"] > 0
+    assert found["versions"]["jax"]
+    assert found["machine"]
