@@ -6,8 +6,8 @@ measured to do in the same minutes.
 
 import os
 import platform
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from gptjax import budget
 from gptjax.bench.ours import config_of
@@ -19,13 +19,49 @@ NEW = 64  # tokens that are written
 PROMPT = 512  # tokens that are read
 
 
+class Part(NamedTuple):
+    """Something that gptjax does, and who else does it."""
+
+    name: str  # of `gptjax.bench.ours.OURS`
+    tag: str  # in the names of the figures
+    unit: str
+    others: tuple[str, ...]
+    options: dict[str, int]
+
+
+PARTS = (
+    Part("train", "b2", "tokens/s", ("transformers",), {"rows": 2, "context": CONTEXT}),
+    Part(
+        "train",
+        "b4",
+        "tokens/s",
+        ("transformers", "book"),
+        {"rows": 4, "context": CONTEXT},
+    ),
+    Part("decode", "b1", "tokens/s", ("transformers",), {"rows": 1, "new": NEW}),
+    Part("decode", "b8", "tokens/s", ("transformers",), {"rows": 8, "new": NEW}),
+    Part(
+        "prefill", "b1", "tokens/s", ("transformers",), {"rows": 1, "context": PROMPT}
+    ),
+    Part("load", "safetensors", "models/s", ("transformers",), {}),
+)
+
+
+class Figure(NamedTuple):
+    """A number with its name, and how it is said."""
+
+    key: str
+    value: float
+    said: str
+
+
 def bench_machine(
     say: Callable[[str], None],
     *,
     preset: str = "gpt2",
     peers: bool = False,
     pairs: int = 5,
-    only: tuple[str, ...] = (),
+    only: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Says a line for each figure, and returns all with the machine and the versions.
 
@@ -47,69 +83,66 @@ def bench_machine(
         "pairs": pairs,
     }
     say(f"machine    {numbers['machine']}; XLA_FLAGS={numbers['xla_flags']!r}")
-
-    def tell(key: str, unit: str, found: Found) -> None:
-        numbers[key] = found.middle
-        span = f"{found.low:.4g} to {found.high:.4g}"
-        say(f"{key:<40}{found.middle:12.4g} {unit} ({span})")
-
-    def compare(
-        part: str, tag: str, unit: str, others: tuple[str, ...], **options: Any
-    ) -> None:
-        if only and part not in only:
-            return
-        ours = Side(part, {"preset": preset, **options})
-        if not peers:
-            tell(f"{part}_{tag}", unit, alone(ours, pairs))
-        for other in others if peers else ():
-            theirs = Side(f"{other}_{part}", ours.options)
-            one, two, ratio = against(ours, theirs, pairs)
-            tell(f"{part}_{tag}", unit, one)
-            tell(f"{part}_{other}_{tag}", unit, two)
-            numbers[f"{part}_ratio_{other}_{tag}"] = ratio
-            say(f"{f'{part}_ratio_{other}_{tag}':<40}{ratio:12.3f}")
-
-    tokens = "tokens/s"
-    compare("train", "b2", tokens, ("transformers",), rows=2, context=CONTEXT)
-    compare("train", "b4", tokens, ("transformers", "book"), rows=4, context=CONTEXT)
-    compare("decode", "b1", tokens, ("transformers",), rows=1, new=NEW)
-    compare("decode", "b8", tokens, ("transformers",), rows=8, new=NEW)
-    compare("prefill", "b1", tokens, ("transformers",), rows=1, context=PROMPT)
-    compare("load", "safetensors", "models/s", ("transformers",))
-    if not only or "train" in only:
-        train_share(numbers, tell, say, preset, peers, pairs)
-    if not only or "decode" in only:
-        decode_share(numbers, tell, say, preset, pairs)
+    for part in PARTS:
+        if not only or part.name in only:
+            for figure in figures(part, preset, part.others if peers else (), pairs):
+                numbers[figure.key] = figure.value
+                say(f"{figure.key:<40}{figure.said}")
+    for name, share in (("train", train_share), ("decode", decode_share)):
+        if not only or name in only:
+            for figure in share(preset, pairs, peers):
+                numbers[figure.key] = figure.value
+                say(f"{figure.key:<40}{figure.said}")
     return numbers
 
 
-def train_share(
-    numbers: dict[str, Any], tell: Any, say: Any, preset: str, peers: bool, pairs: int
-) -> None:
-    """Training at B = 8 as a share of the machine's own matrix products.
+def figures(
+    part: Part, preset: str, others: tuple[str, ...], pairs: int
+) -> Iterator[Figure]:
+    """The rate of a part, alone or beside each of the others."""
+    name, tag, unit, _, options = part
+    ours = Side(name, {"preset": preset, **options})
+    if not others:
+        yield rate(f"{name}_{tag}", unit, alone(ours, pairs))
+    for other in others:
+        theirs = Side(f"{other}_{name}", ours.options)
+        one, two, ratio = against(ours, theirs, pairs)
+        yield rate(f"{name}_{tag}", unit, one)
+        yield rate(f"{name}_{other}_{tag}", unit, two)
+        yield plain(f"{name}_ratio_{other}_{tag}", ratio)
 
-    FLOPs are those of `gptjax.budget.flops_per_token`: 6 P + 12 N D T.
+
+def train_share(preset: str, pairs: int, peers: bool) -> Iterator[Figure]:
+    """Training at B = 8, and which share of the machine's matrix products it is.
+
+    A token takes 6 FLOPs for each parameter that is multiplied.
     """
     ours = Side("train", {"preset": preset, "rows": 8, "context": CONTEXT})
-    one, rate, share = against(ours, Side("matmul", {}), pairs)
-    tell("train_b8", "tokens/s", one)
-    tell("matmul_flops", "FLOP/s", rate)
+    one, flops, share = against(ours, Side("matmul", {}), pairs)
+    yield rate("train_b8", "tokens/s", one)
+    yield rate("matmul", "FLOP/s", flops)
     if peers:
-        tell("torch_matmul_flops", "FLOP/s", alone(Side("torch_matmul", {}), pairs))
+        yield rate("torch_matmul", "FLOP/s", alone(Side("torch_matmul", {}), pairs))
     config = config_of(preset)
     each = budget.flops_per_token(config) - budget.attention_flops(config)
-    numbers["train_share_of_matmul_rate_b8"] = share * each
-    say(f"{'train_share_of_matmul_rate_b8':<40}{share * each:12.3f}")
+    yield plain("train_share_of_matmul_rate_b8", share * each)
 
 
-def decode_share(
-    numbers: dict[str, Any], tell: Any, say: Any, preset: str, pairs: int
-) -> None:
-    """Decoding of one row as a share of what reading all parameters once allows."""
+def decode_share(preset: str, pairs: int, peers: bool) -> Iterator[Figure]:
+    """Writing one row, as a share of what reading all parameters once allows."""
     ours = Side("decode", {"preset": preset, "rows": 1, "new": NEW})
-    one, rate, share = against(ours, Side("bandwidth", {}), pairs)
-    tell("decode_b1", "tokens/s", one)
-    tell("read_bytes", "bytes/s", rate)
+    _, read, share = against(ours, Side("bandwidth", {}), pairs)
+    yield rate("read", "bytes/s", read)
     size = 4 * budget.parameter_count(config_of(preset))
-    numbers["decode_share_of_bandwidth_b1"] = share * size
-    say(f"{'decode_share_of_bandwidth_b1':<40}{share * size:12.3f}")
+    yield plain("decode_share_of_bandwidth_b1", share * size)
+
+
+def rate(key: str, unit: str, found: Found) -> Figure:
+    """A rate, with its least and its most."""
+    span = f"({found.low:.4g} to {found.high:.4g})"
+    return Figure(key, found.middle, f"{found.middle:12.4g} {unit} {span}")
+
+
+def plain(key: str, value: float) -> Figure:
+    """A ratio or a share."""
+    return Figure(key, value, f"{value:12.3f}")
