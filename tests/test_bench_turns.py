@@ -35,14 +35,6 @@ def test_our_work_does_as_many_units_as_it_says(mini, name):
     assert [work(), work()] == [units, units]
 
 
-@pytest.mark.peers
-@pytest.mark.parametrize("name", WORK)
-def test_their_work_is_as_much_as_ours(mini, name):
-    options, units = WORK[name]
-
-    assert peers.PEERS[f"transformers_{name}"](mini, **options)() == units
-
-
 def test_two_sides_work_in_turns_in_processes_of_their_own():
     one, other, ratio = against(Side("bandwidth", {}), Side("bandwidth", {}), 3)
 

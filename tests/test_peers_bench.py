@@ -1,0 +1,17 @@
+"""What is timed of the peers is as much work as what is timed of gptjax."""
+
+import pytest
+
+from gptjax.bench.peers import PEERS
+from gptjax.config import PRESETS
+from tests.test_bench_turns import WORK
+
+pytestmark = pytest.mark.peers
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_their_work_is_as_much_as_ours(monkeypatch, name):
+    monkeypatch.setitem(PRESETS, "mini", (1, 2, 16))
+    options, units = WORK[name]
+
+    assert PEERS[f"transformers_{name}"]("mini", **options)() == units
