@@ -48,7 +48,7 @@ class Linear(nn.Module):
         flat = reshaped(x, (-1, math.prod(inner)), "B" + into)
         kernel = gathered(kernel.astype(x.dtype), letters)
         kernel = reshaped(kernel, (math.prod(inner), outer), into + out[0])
-        y = jnp.matmul(flat, kernel, out_sharding=explicit("B" + out[0]))
+        y = product(flat, kernel, explicit("B" + out[0]))
         if self.has_variable("adapters", "lora_a"):
             a, b = (self.get_variable("adapters", name) for name in LORA)
             y += (flat @ a.astype(x.dtype)) @ b.astype(x.dtype)
@@ -57,6 +57,22 @@ class Linear(nn.Module):
             y += reshaped(bias.astype(x.dtype), (1, outer), "_" + out[0])
         rows = x.shape[: -self.axes]
         return reshaped(y, (*rows, *self.features), f"{'B':_<{len(rows)}}{out}")
+
+
+def product(
+    x: Float[Array, "B inner"], kernel: Float[Array, "inner outer"], where: Any
+) -> Float[Array, "B outer"]:
+    """X @ kernel, laid out as `where` says.
+
+    One row times a tall kernel is, on a CPU, a sum of products with square parts: XLA
+    reads 3072 x 768 numbers at 14 to 19 GB/s and four times 768 x 768 at 25.
+    """
+    inner, outer = kernel.shape
+    parts = inner // outer
+    if len(x) > 1 or parts < 2 or inner % outer or jax.default_backend() != "cpu":
+        return jnp.matmul(x, kernel, out_sharding=where)
+    x, kernel = x.reshape(parts, outer), kernel.reshape(parts, outer, outer)
+    return jnp.sum(jnp.einsum("PI,PIO->PO", x, kernel), axis=0, keepdims=True)
 
 
 class Embedding(nn.Module):

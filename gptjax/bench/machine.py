@@ -15,7 +15,7 @@ from gptjax.bench.turns import Found, Side, against, alone
 from gptjax.run_folder import versions
 
 CONTEXT = 256  # tokens of a row that is trained on
-NEW = 64  # tokens that are written
+NEW = 128  # tokens that are written
 PROMPT = 512  # tokens that are read
 
 
