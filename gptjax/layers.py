@@ -62,14 +62,15 @@ class Linear(nn.Module):
 def product(
     x: Float[Array, "B inner"], kernel: Float[Array, "inner outer"], where: Any
 ) -> Float[Array, "B outer"]:
-    """X @ kernel, laid out as `where` says.
+    """The product of rows and a kernel, on a mesh laid out as `where` says.
 
     One row times a tall kernel is, on a CPU, a sum of products with square parts: XLA
     reads 3072 x 768 numbers at 14 to 19 GB/s and four times 768 x 768 at 25.
     """
     inner, outer = kernel.shape
     parts = inner // outer
-    if len(x) > 1 or parts < 2 or inner % outer or jax.default_backend() != "cpu":
+    alone = len(x) == 1 and where is None and jax.default_backend() == "cpu"
+    if not alone or parts < 2 or inner % outer:
         return jnp.matmul(x, kernel, out_sharding=where)
     x, kernel = x.reshape(parts, outer), kernel.reshape(parts, outer, outer)
     return jnp.sum(jnp.einsum("PI,PIO->PO", x, kernel), axis=0, keepdims=True)
