@@ -1,6 +1,5 @@
 """A text as a picture of its tokens: boxes over wrapped lines, as high as it needs."""
 
-import codecs
 import functools
 import math
 import textwrap
@@ -16,7 +15,6 @@ from matplotlib.patches import Rectangle
 
 from gptjax.report import GREY
 from gptjax.terminal import printable
-from gptjax.tokenizer import Tokenizer
 
 MOST_LINES = 40
 LABEL_CHARACTERS = 10  # of a token beside a panel or a bar
@@ -190,17 +188,6 @@ def cells_of(character: str) -> int:
 def has(family: str, character: str) -> bool:
     """Whether a font has a character."""
     return get_font(findfont(family)).get_char_index(ord(character)) > 0
-
-
-def whole(tokenizer: Tokenizer, ids: Sequence[int]) -> Iterator[tuple[str, list[int]]]:
-    """Text and ids of the fewest tokens each whose text is whole characters."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    start, text = 0, ""
-    for n, token in enumerate(ids, 1):
-        text += decoder.decode(tokenizer.decode_bytes([token]))
-        if not decoder.getstate()[0]:
-            yield text, list(ids[start:n])
-            start, text = n, ""
 
 
 def dark(colour: Any) -> bool:

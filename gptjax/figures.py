@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float64, Int
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -28,7 +28,6 @@ from gptjax.boxes import (
     drawable,
     label_of,
     readable,
-    whole,
 )
 from gptjax.config import GPTConfig, OptimConfig
 from gptjax.decoding import padded
@@ -135,7 +134,7 @@ def token_loss_figure(model: Model, text: str, other: Model | None = None) -> Fi
         )
     ids_of(model.tokenizer, text)
     ids, nat_L = token_nats(model, text)
-    found = list(whole(model.tokenizer, ids))
+    found = list(model.tokenizer.characters(ids))
     start_L = np.cumsum([0, *(len(part_ids) for _, part_ids in found[:-1])])
     value_L, mean = np.add.reduceat(nat_L, start_L), nat_L.mean(dtype=np.float64)
     if other is None:
@@ -189,6 +188,21 @@ def next_tokens(
     Raises:
         ConfigError: an empty prompt, no tokens, or a temperature that is not positive.
     """
+    return likeliest(model, next_scores(model, prompt), count, temperature)
+
+
+def next_scores(model: Model, prompt: str) -> Float64[np.ndarray, " V"]:
+    """Scores of the token after a prompt."""
+    rows, _ = prompt_rows(model, [prompt], 1)
+    token_BT, length_B = padded(rows, model.config.context_length)
+    scores = scores_after(model.config, model.params, token_BT, length_B)
+    return np.asarray(scores, np.float64)[0, : model.config.vocab_size]
+
+
+def likeliest(
+    model: Model, score_V: Float64[np.ndarray, " V"], count: int, temperature: float
+) -> list[tuple[str, float]]:
+    """What `next_tokens` returns, from scores."""
     if count < 1:
         raise ConfigError(f"count={count} shows no token. Choose 1 or more.")
     if not temperature > 0:
@@ -196,10 +210,6 @@ def next_tokens(
             f"temperature={temperature} is not above 0. Choose 1 for the model's own "
             "probabilities, less to sharpen them."
         )
-    rows, _ = prompt_rows(model, [prompt], 1)
-    token_BT, length_B = padded(rows, model.config.context_length)
-    scores = scores_after(model.config, model.params, token_BT, length_B)
-    score_V = np.asarray(scores, np.float64)[0, : model.config.vocab_size]
     weight_V = np.exp((score_V - score_V.max()) / max(temperature, 1e-6))
     chance_V = weight_V / weight_V.sum()
     return [
@@ -241,7 +251,8 @@ def next_token_figure(
             f"count={count} at {groups} temperatures makes {count * groups} bars, not "
             f"1 to {MOST_BARS}. Change count or temperatures."
         )
-    found = [next_tokens(model, prompt, count, t) for t in temperatures]
+    score_V = next_scores(model, prompt)
+    found = [likeliest(model, score_V, count, t) for t in temperatures]
     labels = [label_of(text.encode()) for text, _ in found[0]]
     pitch = 18.0 if groups == 1 else 12.0 * groups + 6  # points
     height = (len(labels) * pitch + 42 + 18 * -(-groups // 3)) / 72
@@ -327,7 +338,7 @@ def pieces_figure(tokenizer: Tokenizer, text: str) -> Figure:
     ids = ids_of(tokenizer, text)
     boxes = [
         Box(part_text, (PALE_BLUE, PALE_ORANGE)[n % 2], note=" ".join(map(str, part)))
-        for n, (part_text, part) in enumerate(whole(tokenizer, ids))
+        for n, (part_text, part) in enumerate(tokenizer.characters(ids))
     ]
     return boxed(boxes, f"{len(ids):,} tokens, {len(text.encode()):,} bytes")
 

@@ -4,7 +4,6 @@ Made by the same functions as the examples of a training run, and shown as JSON 
 in a terminal or as a page. Texts of the data are shown, never acted on.
 """
 
-import codecs
 import dataclasses
 import json
 import statistics
@@ -152,17 +151,13 @@ class Part(NamedTuple):
 
 def parts(tokenizer: Tokenizer, row: Row) -> Iterator[Part]:
     """The row's text by tokens; those that share a character stay together."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    start, text = 0, ""
-    for n, token in enumerate(row.ids):
-        text += decoder.decode(tokenizer.decode_bytes([token]))
-        if decoder.getstate()[0]:
-            continue  # inside a character
+    start = 0
+    for text, ids in tokenizer.characters(row.ids):
         state: State = "learned" if row.learned[start] else "given"
         if start < row.cut:
             state = "cut"
-        yield Part(text, row.ids[start : n + 1], state, token == tokenizer.eot)
-        start, text = n + 1, ""
+        yield Part(text, ids, state, ids[-1] == tokenizer.eot)
+        start += len(ids)
 
 
 def shown(preview: Preview, rows: int, colour: bool, width: int) -> str:

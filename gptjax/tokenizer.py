@@ -10,12 +10,13 @@ encoded and comes back unchanged. `<|endoftext|>` separates documents; it exists
 id only, and the same characters inside a text are ordinary text.
 """
 
+import codecs
 import dataclasses
 import functools
 import hashlib
 import json
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -85,6 +86,19 @@ class Tokenizer:
             DataError: an id is not in the vocabulary.
         """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def characters(self, ids: Sequence[int]) -> Iterator[tuple[str, list[int]]]:
+        """Text and ids of the fewest tokens each whose text is whole characters.
+
+        A character that the last ids only begin is left out.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        start, text = 0, ""
+        for n, token in enumerate(ids, 1):
+            text += decoder.decode(self.decode_bytes([token]))
+            if not decoder.getstate()[0]:
+                yield text, list(ids[start:n])
+                start, text = n, ""
 
     def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
         """The bytes of the ids, which may begin or end inside a character.

@@ -21,7 +21,6 @@ from gptjax.boxes import (
     drawable,
     label_of,
     spread,
-    whole,
 )
 from gptjax.figures import PALE_BLUE, PALE_ORANGE, pieces_figure
 from gptjax.terminal import printable
@@ -132,7 +131,7 @@ def test_tokens_stay_together_until_their_text_is_whole():
     tokenizer = load("bytes")
     ids = tokenizer.encode("a漢😀")
 
-    found = list(whole(tokenizer, ids))
+    found = list(tokenizer.characters(ids))
 
     assert [text for text, _ in found] == ["a", "漢", "😀"]
     assert [len(part) for _, part in found] == [1, 3, 4]

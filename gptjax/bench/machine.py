@@ -83,17 +83,23 @@ def bench_machine(
         "pairs": pairs,
     }
     say(f"machine    {numbers['machine']}; XLA_FLAGS={numbers['xla_flags']!r}")
+    for figure in measured(preset, pairs, peers, only):
+        numbers[figure.key] = figure.value
+        say(f"{figure.key:<40}{figure.said}")
+    return numbers
+
+
+def measured(
+    preset: str, pairs: int, peers: bool, only: Sequence[str]
+) -> Iterator[Figure]:
+    """Every figure of the parts that are asked for, as it is found."""
     for part in PARTS:
         if not only or part.name in only:
-            for figure in figures(part, preset, part.others if peers else (), pairs):
-                numbers[figure.key] = figure.value
-                say(f"{figure.key:<40}{figure.said}")
-    for name, share in (("train", train_share), ("decode", decode_share)):
-        if not only or name in only:
-            for figure in share(preset, pairs, peers):
-                numbers[figure.key] = figure.value
-                say(f"{figure.key:<40}{figure.said}")
-    return numbers
+            yield from figures(part, preset, part.others if peers else (), pairs)
+    if not only or "train" in only:
+        yield from train_share(preset, pairs, peers)
+    if not only or "decode" in only:
+        yield from decode_share(preset, pairs)
 
 
 def figures(
@@ -128,7 +134,7 @@ def train_share(preset: str, pairs: int, peers: bool) -> Iterator[Figure]:
     yield plain("train_share_of_matmul_rate_b8", share * each)
 
 
-def decode_share(preset: str, pairs: int, peers: bool) -> Iterator[Figure]:
+def decode_share(preset: str, pairs: int) -> Iterator[Figure]:
     """Writing one row, as a share of what reading all parameters once allows."""
     ours = Side("decode", {"preset": preset, "rows": 1, "new": NEW})
     _, read, share = against(ours, Side("bandwidth", {}), pairs)

@@ -3,6 +3,8 @@
 A piece of work is called again and again, and returns how many units it did.
 """
 
+import atexit
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +47,13 @@ def model_of(preset: str) -> Model:
 def random_tokens(rows: int, length: int, kinds: int = 50_257) -> np.ndarray:
     """The same random tokens for everyone who is timed."""
     return np.random.default_rng(0).integers(kinds, size=(rows, length))
+
+
+def scratch() -> Path:
+    """A folder that is gone when the process ends."""
+    folder = tempfile.mkdtemp(prefix="gptjax-bench-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def train(preset: str, rows: int, context: int) -> Work:
@@ -97,7 +106,7 @@ def prefill(preset: str, rows: int, context: int) -> Work:
 
 def loading(preset: str) -> Work:
     """From a model folder to arrays; units are models."""
-    folder = Path(tempfile.mkdtemp(prefix="gptjax-bench-")) / "model"
+    folder = scratch() / "model"
     save(model_of(preset), folder)
 
     def work() -> int:

@@ -4,11 +4,10 @@ The one place where PyTorch is imported: nothing but `gptjax bench --peers` runs
 """
 
 import importlib
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from gptjax.bench.ours import PROMPT, SIDE, Work, random_tokens
+from gptjax.bench.ours import PROMPT, SIDE, Work, random_tokens, scratch
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
 
@@ -131,7 +130,7 @@ def transformers_prefill(preset: str, rows: int, context: int) -> Work:
 
 def transformers_load(preset: str) -> Work:
     """From a model folder to tensors; units are models."""
-    folder = tempfile.mkdtemp(prefix="gptjax-bench-")
+    folder = scratch()
     transformers_model(preset).save_pretrained(folder)
     kind = needed("transformers").GPT2LMHeadModel
 

@@ -6,7 +6,6 @@ slows both; what counts is the median of the ratios of neighbours.
 """
 
 import contextlib
-import importlib
 import json
 import os
 import statistics
@@ -16,6 +15,8 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from gptjax.bench.ours import OURS
+from gptjax.bench.peers import PEERS
 from gptjax.errors import GptjaxError
 
 WARM = 2  # pieces of work before those that are timed
@@ -50,13 +51,10 @@ def running(side: Side) -> Iterator[subprocess.Popen[str]]:
         stdout=subprocess.PIPE,
         text=True,
     )
-    with child:
-        try:
-            if answer(child).get("ready") is None:
-                raise GptjaxError(f"{side.name} could not start; it says why above.")
-            yield child
-        finally:
-            child.stdin and child.stdin.close()
+    with child:  # which closes its pipes at the end, so that it ends too
+        if not answer(child):
+            raise GptjaxError(f"{side.name} could not start; it says why above.")
+        yield child
 
 
 def answer(child: subprocess.Popen[str]) -> dict[str, Any]:
@@ -66,11 +64,16 @@ def answer(child: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def rate(child: subprocess.Popen[str]) -> float:
-    """Lets a side work once; units per second."""
+    """Lets a side work once; units per second.
+
+    Raises:
+        GptjaxError: it ended, as for want of memory.
+    """
     if child.stdin:
         child.stdin.write("work\n")
         child.stdin.flush()
-    found = answer(child)
+    if not (found := answer(child)):
+        raise GptjaxError("a side ended while it worked; it says why above.")
     return found["units"] / found["seconds"]
 
 
@@ -101,11 +104,7 @@ def summary(rates: Any) -> Found:
 
 def serve(name: str, options: dict[str, Any]) -> None:
     """Prepares a side, then works once for each line that comes in."""
-    module = (
-        "ours" if name in importlib.import_module("gptjax.bench.ours").OURS else "peers"
-    )
-    table = getattr(importlib.import_module(f"gptjax.bench.{module}"), module.upper())
-    work = table[name](**options)
+    work = (OURS | PEERS)[name](**options)
     for _ in range(WARM):
         work()
     print(json.dumps({"ready": name}), flush=True)
