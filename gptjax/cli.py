@@ -305,17 +305,24 @@ def plan(args: argparse.Namespace) -> int:
 
 def bench(args: argparse.Namespace) -> None:
     """Speed on this machine, alone or beside PyTorch: training, writing, loading."""
-    if args.device:
+    say = functools.partial(print, flush=True)
+    if args.device and args.peers:
+        from gptjax.bench.beside import bench_beside
+
+        only, options = args.only, {"context": args.context, "pairs": args.pairs}
+        sweep = flags.of_sweep(args)
+        found = bench_beside(say, preset=args.preset, only=only, sweep=sweep, **options)
+    elif args.device:
         from gptjax.bench.device import bench_device
         from gptjax.config import GPTConfig
 
         config = GPTConfig.preset(args.preset, context_length=args.context)
-        found = bench_device(config, print, tuple(args.rows))
+        options = {"names": tuple(args.attention), "only": tuple(args.only)}
+        found = bench_device(config, say, tuple(args.rows), **options)
     else:
         from gptjax.bench.machine import bench_machine
 
         options = {"peers": args.peers, "pairs": args.pairs, "only": tuple(args.only)}
-        say = functools.partial(print, flush=True)
         found = bench_machine(say, preset=args.preset, **options)
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

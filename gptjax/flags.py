@@ -107,7 +107,9 @@ def bench(sub: argparse.ArgumentParser) -> None:
     parts = ["train", "decode", "prefill", "load"]
     sub.add_argument("--only", nargs="+", choices=parts, default=[], metavar="PART")
     sub.add_argument(
-        "--device", action="store_true", help="training alone, for each attention"
+        "--device",
+        action="store_true",
+        help="an accelerator's: each attention, its rates, the share of its limits",
     )
     sub.add_argument("--context", type=int, default=1024, metavar="T", help="--device")
     sub.add_argument(
@@ -118,7 +120,22 @@ def bench(sub: argparse.ArgumentParser) -> None:
         metavar="N",
         help="--device: on each, until the memory is full",
     )
+    sub.add_argument(
+        "--attention",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="--device: these backends; default: all that can",
+    )
     sub.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+
+
+def of_sweep(args: argparse.Namespace) -> list[str]:
+    """The flags of `gptjax bench` that say what of the device is measured."""
+    sweep = ["--rows", *map(str, args.rows)]
+    for name in ("attention", "only"):
+        sweep += [f"--{name}", *getattr(args, name)] if getattr(args, name) else []
+    return sweep
 
 
 def launch(sub: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ A piece of work is called again and again, and returns how many units it did.
 """
 
 import atexit
+import functools
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -30,16 +31,30 @@ PROMPT = 16  # tokens before those that are timed
 CHUNK = 256  # positions whose logits exist at a time
 SIDE = 4096  # of the square matrices whose product is timed
 BANDWIDTH_BYTES = 1 << 30
+MODEL = {"dtype", "attention", "context_length"}
 
 
-def config_of(preset: str) -> GPTConfig:
-    """A public size in float32, as the others compute it on a CPU."""
-    return GPTConfig.preset(preset, dtype="float32")
+def config_of(preset: str, **changes: Any) -> GPTConfig:
+    """A public size, in float32 as the others compute it on a CPU."""
+    return GPTConfig.preset(preset, **{"dtype": "float32", **changes})
 
 
-def model_of(preset: str) -> Model:
-    """A public size with random parameters, which are as fast as any."""
-    config = config_of(preset)
+def by_preset(prepare: Callable[..., Work]) -> Callable[..., Work]:
+    """The same for the name of a size: what a process can be told.
+
+    Of its options, those of `MODEL` are the model's.
+    """
+
+    @functools.wraps(prepare)
+    def prepared(preset: str, **options: Any) -> Work:
+        changes = {name: options.pop(name) for name in options.keys() & MODEL}
+        return prepare(config_of(preset, **changes), **options)
+
+    return prepared
+
+
+def model_of(config: GPTConfig) -> Model:
+    """A model with random parameters, which are as fast as any."""
     params = jax.jit(lambda key: init(config, key))(jax.random.key(0))
     return Model(config, params, tokenizer.load("gpt2"))
 
@@ -56,9 +71,8 @@ def scratch() -> Path:
     return Path(folder)
 
 
-def train(preset: str, rows: int, context: int) -> Work:
+def train(config: GPTConfig, rows: int, context: int) -> Work:
     """Train steps of AdamW with clipping; units are tokens."""
-    config = config_of(preset)
     optimizer = make_optimizer(OptimConfig(warmup_steps=0, schedule="constant"), 1000)
     key = jax.random.key(0)
     params = jax.jit(lambda key: init(config, key))(key)
@@ -80,9 +94,9 @@ def train(preset: str, rows: int, context: int) -> Work:
     return work
 
 
-def decode(preset: str, rows: int, new: int) -> Work:
+def decode(config: GPTConfig, rows: int, new: int) -> Work:
     """Greedy writing after a short prompt, one token at a time; units are tokens."""
-    model = model_of(preset)
+    model = model_of(config)
     prompts = random_tokens(rows, PROMPT, model.config.vocab_size).tolist()
     options: Any = {"temperature": 0.0, "max_new_tokens": new, "stop_ids": ()}
 
@@ -92,9 +106,9 @@ def decode(preset: str, rows: int, new: int) -> Work:
     return work
 
 
-def prefill(preset: str, rows: int, context: int) -> Work:
+def prefill(config: GPTConfig, rows: int, context: int) -> Work:
     """Reading a prompt up to its first new token; units are tokens of the prompt."""
-    model = model_of(preset)
+    model = model_of(config)
     prompts = random_tokens(rows, context, model.config.vocab_size).tolist()
 
     def work() -> int:
@@ -104,10 +118,10 @@ def prefill(preset: str, rows: int, context: int) -> Work:
     return work
 
 
-def loading(preset: str) -> Work:
+def loading(config: GPTConfig) -> Work:
     """From a model folder to arrays; units are models."""
     folder = scratch() / "model"
-    save(model_of(preset), folder)
+    save(model_of(config), folder)
 
     def work() -> int:
         jax.block_until_ready(load(folder).params)
@@ -116,35 +130,41 @@ def loading(preset: str) -> Work:
     return work
 
 
-def matmul() -> Work:
-    """A product of large square matrices; units are floating-point operations."""
-    x = jax.random.normal(jax.random.key(0), (SIDE, SIDE))
-    product = jax.jit(jnp.matmul)
-
-    def work() -> int:
-        product(x, x).block_until_ready()
-        return 2 * SIDE**3
-
-    return work
+def matmul(side: int = SIDE, dtype: str = "float32", times: int = 1) -> Work:
+    """Products of large square matrices; units are floating-point operations."""
+    x = jax.random.normal(jax.random.key(0), (side, side), jnp.dtype(dtype))
+    return repeated(jax.jit(jnp.matmul), (x, x), times, 2 * side**3)
 
 
-def bandwidth() -> Work:
+def bandwidth(size: int = BANDWIDTH_BYTES, times: int = 1) -> Work:
     """A sum over more numbers than any cache holds; units are bytes."""
-    x = jnp.ones(BANDWIDTH_BYTES // 4, jnp.float32)
-    total = jax.jit(jnp.sum)
+    return repeated(jax.jit(jnp.sum), (jnp.ones(size // 4, jnp.float32),), times, size)
+
+
+def copying(size: int = BANDWIDTH_BYTES, times: int = 1) -> Work:
+    """As many numbers read and written; units are bytes, of both together."""
+    x = jnp.ones(size // 4, jnp.float32)
+    return repeated(jax.jit(lambda x: x + 1), (x,), times, 2 * size)
+
+
+def repeated(program: Any, arrays: tuple[Any, ...], times: int, units: int) -> Work:
+    """A program started several times before the host waits, as it takes time too."""
 
     def work() -> int:
-        total(x).block_until_ready()
-        return BANDWIDTH_BYTES
+        result = None
+        for _ in range(times):  # one after the other, so the last one ends last
+            result = program(*arrays)
+        jax.block_until_ready(result)
+        return times * units
 
     return work
 
 
 OURS: dict[str, Callable[..., Work]] = {
-    "train": train,
-    "decode": decode,
-    "prefill": prefill,
-    "load": loading,
+    "train": by_preset(train),
+    "decode": by_preset(decode),
+    "prefill": by_preset(prefill),
+    "load": by_preset(loading),
     "matmul": matmul,
     "bandwidth": bandwidth,
 }

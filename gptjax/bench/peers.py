@@ -12,6 +12,7 @@ from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
 
 DECAY, RATE, BETAS = 0.1, 6e-4, (0.9, 0.95)
+CPU = "cpu"
 FIXES = {
     "torch": "pip install 'gptjax[peers]'",
     "transformers": "pip install 'gptjax[peers]'",
@@ -34,10 +35,11 @@ def needed(name: str) -> Any:
         ) from error
 
 
-def transformers_model(preset: str) -> Any:
+def transformers_model(preset: str, context: int = 1024) -> Any:
     """GPT-2 of transformers with random parameters, without dropout."""
     transformers, shape = needed("transformers"), GPTConfig.preset(preset)
     config = transformers.GPT2Config(
+        n_positions=max(context, 1024),
         n_layer=shape.n_layers,
         n_head=shape.n_heads,
         n_embd=shape.d_model,
@@ -50,38 +52,63 @@ def transformers_model(preset: str) -> Any:
     return model
 
 
-def trained(model: Any, logits_of: Callable[[Any], Any], tokens: Any) -> Work:
-    """Train steps of a PyTorch model as gptjax does them: AdamW, clipping at 1."""
+def trained(
+    model: Any, logits_of: Callable[[Any], Any], tokens: Any, device: str = CPU
+) -> Work:
+    """Train steps of a PyTorch model as gptjax does them: AdamW, clipping at 1.
+
+    On a GPU with what makes PyTorch fast there: bfloat16 where autocast has it, TF32
+    elsewhere, a compiled model with its loss, and AdamW in one kernel.
+    """
     torch = needed("torch")
+    on_gpu, model = device != CPU, model.to(device)
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2]},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(groups, lr=RATE, betas=BETAS, weight_decay=DECAY)
-    token_BT, target_BT = torch.tensor(tokens[:, :-1]), torch.tensor(tokens[:, 1:])
+    options: Any = {"lr": RATE, "betas": BETAS, "weight_decay": DECAY}
+    adamw = torch.optim.AdamW(groups, fused=on_gpu or None, **options)
+    token_BT, target_BT = (
+        torch.tensor(part, device=device) for part in (tokens[:, :-1], tokens[:, 1:])
+    )
 
-    def work() -> int:
+    def loss_of(token_BT: Any, target_BT: Any) -> Any:
         logits = logits_of(token_BT)
-        loss = torch.nn.functional.cross_entropy(
+        return torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), target_BT.flatten()
         )
+
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")
+    mean_loss = torch.compile(loss_of) if on_gpu else loss_of
+
+    def work() -> int:
+        with torch.autocast(device, torch.bfloat16, enabled=on_gpu):
+            loss = mean_loss(token_BT, target_BT)
         adamw.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adamw.step()
+        finish(device)
         return target_BT.numel()
 
     return work
 
 
-def transformers_train(preset: str, rows: int, context: int) -> Work:
+def finish(device: str) -> None:
+    """Waits until a GPU has done what it was told."""
+    if device != CPU:
+        needed("torch").cuda.synchronize()
+
+
+def transformers_train(preset: str, rows: int, context: int, device: str = CPU) -> Work:
     """Train steps; units are tokens."""
-    model = transformers_model(preset).train()
+    model = transformers_model(preset, context).train()
 
     def logits_of(token_BT: Any) -> Any:
         return model(token_BT, use_cache=False).logits
 
-    return trained(model, logits_of, random_tokens(rows, context + 1))
+    return trained(model, logits_of, random_tokens(rows, context + 1), device)
 
 
 def book_train(preset: str, rows: int, context: int) -> Work:
@@ -100,16 +127,25 @@ def book_train(preset: str, rows: int, context: int) -> Work:
     return trained(model, model, random_tokens(rows, context + 1))
 
 
-def transformers_decode(preset: str, rows: int, new: int) -> Work:
-    """Greedy writing after a short prompt; units are tokens."""
+def transformers_decode(
+    preset: str, rows: int, new: int, device: str = CPU, cache: str = "dynamic"
+) -> Work:
+    """Greedy writing after a short prompt, on a GPU in bfloat16; units are tokens.
+
+    With the `cache` "static", which does not grow, transformers compiles a step.
+    """
     torch, model = needed("torch"), transformers_model(preset).eval()
-    token_BT = torch.tensor(random_tokens(rows, PROMPT))
+    model = model.to(device, torch.float32 if device == CPU else torch.bfloat16)
+    token_BT = torch.tensor(random_tokens(rows, PROMPT), device=device)
     options: Any = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    if cache != "dynamic":
+        options["cache_implementation"] = cache
 
     def work() -> int:
         with torch.inference_mode():
             mask = torch.ones_like(token_BT)
             model.generate(token_BT, attention_mask=mask, pad_token_id=0, **options)
+        finish(device)
         return rows * new
 
     return work

@@ -20,6 +20,10 @@ from gptjax.bench.peers import PEERS
 from gptjax.errors import GptjaxError
 
 WARM = 2  # pieces of work before those that are timed
+ALONE = {  # the environment of a side, on top of ours
+    "TOKENIZERS_PARALLELISM": "false",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the other one needs memory of the GPU
+}
 
 
 class Side(NamedTuple):
@@ -46,7 +50,7 @@ def running(side: Side) -> Iterator[subprocess.Popen[str]]:
     """
     child = subprocess.Popen(
         [sys.executable, "-m", "gptjax.bench.turns", json.dumps(side)],
-        env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+        env=os.environ | ALONE,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -121,3 +125,6 @@ if __name__ == "__main__":
     except GptjaxError as error:
         print(f"gptjax: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except RuntimeError as error:  # of JAX or PyTorch, as for want of memory
+        print(f"{type(error).__name__}: {error}"[:500], file=sys.stderr)
+        raise SystemExit(1) from None
