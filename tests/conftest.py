@@ -1,4 +1,8 @@
-"""What every test starts from: eight emulated devices, no silent broadcasting."""
+"""What every test starts from: eight emulated devices, no silent broadcasting.
+
+Where JAX_PLATFORMS names a GPU, tests that need no mesh run on that one device:
+`JAX_PLATFORMS=cuda pytest -n0 tests/test_attention_conformance.py`, and others.
+"""
 
 import os
 from collections.abc import Iterator
@@ -8,10 +12,19 @@ import pytest
 from hypothesis import settings
 
 # Before jax is imported anywhere. Tests compile hundreds of tiny programs, for
-# which XLA's full optimisation costs far more than it saves.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# which XLA's full optimisation costs far more than it saves on a CPU.
+ON_CPU = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": "8"}
+# On others XLA needs it. Products of float32 are computed as such and in one order;
+# memory is left for the processes that a test starts.
+ON_OTHERS = {
+    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+    "XLA_FLAGS": "--xla_gpu_deterministic_ops=true",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+}
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+on_cpu = os.environ["JAX_PLATFORMS"] == "cpu"
+for name, value in (ON_CPU if on_cpu else ON_OTHERS).items():
+    os.environ.setdefault(name, value)
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("MPLBACKEND", "Agg")
 

@@ -18,6 +18,7 @@ from gptjax.attention.sight import Sight, visible
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
 from gptjax.model import apply_cached, empty_cache, hidden, unstack
+from tests.test_attention_conformance import needs_tpu_or_cpu
 
 B, T, H, K = 3, 8, 2, 4
 SEGMENT_BT = jnp.array([[0] * 8, [0, 0, 0, 1, 1, 2, 2, 2], [4, 4, 4, 4, 4, 4, 4, 1]])
@@ -249,6 +250,7 @@ def test_queries_that_do_not_say_where_they_stand_are_refused():
 
 ROW = 128  # tokens, the shortest row of the TPU's kernel
 SHAPE = {"vocab_size": 20, "context_length": ROW, "n_layers": 1, "n_heads": 2}
+SHAPE |= {"dtype": "float32"}  # on a GPU too
 
 
 def tiny(backend):
@@ -277,6 +279,7 @@ def loss_and_slopes(backend):
 
 @pytest.mark.parametrize("backend", ["blockwise", "splash"])
 def test_a_model_learns_the_same_by_every_backend(backend):
+    needs_tpu_or_cpu(backend)
     results = loss_and_slopes(backend), loss_and_slopes("plain")
 
     # Sums over 256 tokens, of up to 10 each.

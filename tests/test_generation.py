@@ -31,6 +31,7 @@ def model():
         n_heads=2,
         d_model=16,
         vocab_multiple=64,
+        dtype="float32",
     )
     params = init(config, jax.random.key(0))
     return Model(config, jax.tree.map(lambda p: p * 4, params), tokenizer)

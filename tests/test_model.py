@@ -30,7 +30,8 @@ from gptjax.model import (
 from gptjax.tree import named_leaves
 
 B, T, V = 2, 8, 50
-TINY = GPTConfig(vocab_size=V, context_length=T, n_layers=2, n_heads=2, d_model=16)
+SHAPE = {"n_layers": 2, "n_heads": 2, "d_model": 16, "dtype": "float32"}
+TINY = GPTConfig(vocab_size=V, context_length=T, **SHAPE)
 KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles faster than the default
 TOKEN_BT = jax.random.randint(jax.random.key(1), (B, T), 0, V)
 LEAST = np.finfo(np.float32).min

@@ -17,7 +17,8 @@ from gptjax.optim import make_optimizer
 from gptjax.train import Metrics, init_state, make_train_step, steps
 
 B, T, V = 4, 8, 50
-TINY = GPTConfig(vocab_size=V, context_length=T, n_layers=2, n_heads=2, d_model=16)
+SHAPE = {"n_layers": 2, "n_heads": 2, "d_model": 16, "dtype": "float32"}
+TINY = GPTConfig(vocab_size=V, context_length=T, **SHAPE)
 KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles faster than the default
 
 
