@@ -29,7 +29,9 @@ class GPTConfig:
     head_bias: bool = False  # of the classifier's head
     pool: Literal["last", "first", "mean", "position"] = "last"  # what the head reads
     # What computes attention; "auto" is what `gptjax.attention.choice` finds fastest.
-    attention: Literal["auto", "plain", "xla", "blockwise", "cudnn", "splash"] = "auto"
+    attention: Literal[
+        "auto", "plain", "prefix", "xla", "blockwise", "cudnn", "splash"
+    ] = "auto"
     # What backward computes again: all, all but the products, or nothing.
     remat: Literal["full", "dots", "none"] = "dots"
 

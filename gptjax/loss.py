@@ -179,12 +179,15 @@ def _forward(
     def one(grad_XVD: Array, xs: Any) -> tuple[Array, Any]:
         x_BCD, target_BC, weight_BC = xs
         logit_BCV = logits(config, table, x_BCD)
-        norm_BC = jax.nn.logsumexp(logit_BCV, axis=-1)
+        top_BC = jnp.max(logit_BCV, axis=-1)
+        power_BCV = jnp.exp(logit_BCV - top_BC[..., None])
+        total_BC = jnp.sum(power_BCV, axis=-1)
         hit_BCV = target_BC[..., None] == jnp.arange(logit_BCV.shape[-1])[None, None]
-        nats_BC = norm_BC - jnp.sum(jnp.where(hit_BCV, logit_BCV, 0.0), axis=-1)
-        error_BCV = jnp.exp(logit_BCV - norm_BC[..., None])
-        error_BCV -= hit_BCV.astype(jnp.float32)
-        error_BCV = (error_BCV * weight_BC[..., None]).astype(x_BCD.dtype)
+        hit_BC = jnp.sum(jnp.where(hit_BCV, logit_BCV, 0.0), axis=-1)
+        nats_BC = top_BC + jnp.log(total_BC) - hit_BC
+        error_BCV = power_BCV * (weight_BC / total_BC)[..., None]
+        error_BCV -= jnp.where(hit_BCV, weight_BC[..., None], 0.0)
+        error_BCV = error_BCV.astype(x_BCD.dtype)
         error = error_BCV.reshape(-1, error_BCV.shape[-1])
         grad_XVD += jnp.einsum(
             "XMV,XMD->XVD",

@@ -26,7 +26,7 @@ from gptjax.attention.sight import MIXED, Sight, visible
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
 from gptjax.layers import Dropout, Embedding, Linear, Norm, capture, changed
-from gptjax.sharding import fully_sharded, gathered, lay
+from gptjax.sharding import axes_here, fully_sharded, gathered, lay
 
 Params = dict[str, Any]
 Tokens = Int[Array, "B T"]
@@ -46,6 +46,9 @@ REMAT_POLICIES = {
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+UNROLLED = 12  # layers that a CPU's program has one after the other, at most
 
 
 class LayerCache(NamedTuple):
@@ -97,7 +100,8 @@ class Attention(nn.Module):
             sight = Sight(context.slot_BT, causal=c.causal)
         if self.is_mutable_collection("captured"):
             mask_BTS = visible(sight, query_BTHK, key_BSHK)
-            weight_BHTS = attention_weights(query_BTHK, key_BSHK, mask_BTS)
+            rows = (jnp.swapaxes(x, 1, 2) for x in (query_BTHK, key_BSHK))
+            weight_BHTS = attention_weights(*rows, mask_BTS)
             capture(self, "attention", weight_BHTS)
         dropping = c.dropout > 0 and self.has_rng("dropout")
         simple = cache is not None or self.is_initializing()  # rows of any length
@@ -197,16 +201,20 @@ class GPT(nn.Module):
 
 def stack(config: GPTConfig, layers: int) -> Any:
     """`Block` scanned over layers, recomputed in backward as `config.remat` says."""
-    block = Block
+    block, layers_at_once = Block, 1
+    if jax.default_backend() == "cpu" and not axes_here():
+        # A loop on a CPU copies every layer out of the stack, and its gradient back.
+        layers_at_once = min(layers, UNROLLED)
     if config.remat != "none" or fully_sharded():
         policy = REMAT_POLICIES[config.remat]
-        block = nn.remat(Block, policy=policy, prevent_cse=False)
+        block = nn.remat(Block, policy=policy, prevent_cse=layers_at_once > 1)
     return nn.scan(
         block,
         variable_axes={"params": 0, "adapters": 0, "added": 0, "captured": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),
         length=layers,
+        unroll=layers_at_once,
     )
 
 

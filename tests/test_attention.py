@@ -119,7 +119,7 @@ ASK = functools.partial(chosen_backend, length=1024, head_width=64, dtype="bfloa
 @pytest.mark.parametrize(
     ("platform", "changes", "expected"),
     [
-        ("cpu", {}, "plain"),
+        ("cpu", {}, "prefix"),
         ("tpu", {}, "splash"),
         ("tpu", {"dtype": "float32"}, "splash"),
         ("tpu", {"length": 1000}, "xla"),

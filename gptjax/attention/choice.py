@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from gptjax.attention import blockwise, cudnn, plain, splash, xla
+from gptjax.attention import blockwise, cudnn, plain, prefix, splash, xla
 from gptjax.attention import call as asked
 from gptjax.attention.sight import Heads, KeyHeads, Sight
 from gptjax.errors import ConfigError
@@ -21,13 +21,14 @@ class Backend(NamedTuple):
 
 BACKENDS: Mapping[str, Backend] = {
     "plain": Backend(plain.plain, lambda call: ""),
+    "prefix": Backend(prefix.prefix, prefix.obstacle),
     "xla": Backend(xla.xla, xla.obstacle),
     "blockwise": Backend(blockwise.blockwise, blockwise.obstacle),
     "cudnn": Backend(cudnn.cudnn, cudnn.obstacle),
     "splash": Backend(splash.splash, splash.obstacle),
 }
 AUTO = {  # platform: the first that can answer; dropout and caches go to "plain"
-    "cpu": ("plain",),
+    "cpu": ("prefix",),
     "tpu": ("splash", "xla"),
     "gpu": ("cudnn", "xla"),
     asked.OLDER_GPU: ("xla",),

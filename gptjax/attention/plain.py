@@ -8,20 +8,36 @@ from jaxtyping import Array, Bool, Float
 
 from gptjax.attention.sight import Heads, KeyHeads, Sight, visible
 
+Rows = Float[Array, "B H T K"]
+KeyRows = Float[Array, "B H S K"]
+Mask = Bool[Array, "B T S"]
+
 
 def attention_weights(
-    query_BTHK: Heads, key_BSHK: KeyHeads, mask_BTS: Bool[Array, "B T S"]
+    query_BHTK: Rows, key_BHSK: KeyRows, mask_BTS: Mask
 ) -> Float[Array, "B H T S"]:
     """How much of each key a query takes: a float32 softmax, 0 where masked."""
     score_BHTS = jnp.einsum(
-        "BTHK,BSHK->BHTS",
-        query_BTHK,
-        key_BSHK,
-        preferred_element_type=jnp.float32,
+        "BHTK,BHSK->BHTS", query_BHTK, key_BHSK, preferred_element_type=jnp.float32
     )
-    score_BHTS *= query_BTHK.shape[-1] ** -0.5
+    score_BHTS *= query_BHTK.shape[-1] ** -0.5
     least = jnp.finfo(jnp.float32).min
     return jax.nn.softmax(jnp.where(mask_BTS[:, None], score_BHTS, least))
+
+
+def weighted(
+    query_BHTK: Rows,
+    key_BHSK: KeyRows,
+    value_BHSK: KeyRows,
+    mask_BTS: Mask,
+    dropout: Callable[[Array], Array] | None = None,
+) -> Rows:
+    """The weighted sum of the values; heads come first, as a CPU's products want it."""
+    weight_BHTS = attention_weights(query_BHTK, key_BHSK, mask_BTS)
+    if dropout is not None:
+        weight_BHTS = dropout(weight_BHTS)
+    weight_BHTS = weight_BHTS.astype(value_BHSK.dtype)
+    return jnp.einsum("BHTS,BHSK->BHTK", weight_BHTS, value_BHSK)
 
 
 def plain(
@@ -31,10 +47,7 @@ def plain(
     sight: Sight,
     dropout: Callable[[Array], Array] | None = None,
 ) -> Heads:
-    """The weighted sum of the values; the one backend that can drop weights."""
+    """All weights at once; the one backend that can drop some."""
     mask_BTS = visible(sight, query_BTHK, key_BSHK)
-    weight_BHTS = attention_weights(query_BTHK, key_BSHK, mask_BTS)
-    if dropout is not None:
-        weight_BHTS = dropout(weight_BHTS)
-    weight_BHTS = weight_BHTS.astype(value_BSHK.dtype)
-    return jnp.einsum("BHTS,BSHK->BTHK", weight_BHTS, value_BSHK)
+    rows = (jnp.swapaxes(x, 1, 2) for x in (query_BTHK, key_BSHK, value_BSHK))
+    return jnp.swapaxes(weighted(*rows, mask_BTS, dropout), 1, 2)
