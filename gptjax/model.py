@@ -27,6 +27,7 @@ from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
 from gptjax.layers import Dropout, Embedding, Linear, Norm, capture, changed
 from gptjax.sharding import fully_sharded, gathered, lay
+from gptjax.tree import part
 
 Params = dict[str, Any]
 Tokens = Int[Array, "B T"]
@@ -358,7 +359,7 @@ def unstack(config: GPTConfig, params: Params) -> Params:
     """The same parameters with one array per layer: those of `GPT(stacked=False)`."""
     rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
     layers = {
-        f"block_{n}": jax.tree.map(lambda leaf, n=n: leaf[n], params["blocks"])
+        f"block_{n}": jax.tree.map(lambda leaf, n=n: part(leaf, n), params["blocks"])
         for n in range(config.n_layers)
     }
     return rest | layers

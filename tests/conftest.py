@@ -14,6 +14,7 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # see test_programs
 
 # A busy machine may be slow: time is measured by benchmarks, not by tests.
 settings.register_profile("gptjax", deadline=None)
