@@ -22,6 +22,8 @@ from gptjax.config import config_path, read_config
 from gptjax.errors import ConfigError, GptjaxError
 from gptjax.phases import reached
 
+FIRST = dict.fromkeys(["quickstart", "train"], "first step")
+FIRST |= dict.fromkeys(["generate", "chat"], "first token")
 STARTED = time.perf_counter()  # as good as when the process was
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try the same again
 VERBOSE = "say what the time to the first result is spent on"
@@ -116,6 +118,7 @@ def quickstart(args: argparse.Namespace) -> int:
     from gptjax.quickstart import quickstart
 
     begin(args, args.run / "compiled")
+    reached("importing")
     return stoppable(lambda: quickstart(args.run))
 
 
@@ -153,7 +156,8 @@ def begin(args: argparse.Namespace, programs: Path | None = None) -> None:
 
     begun, say = args.until_end, remark if args.verbose else lambda line: None
     if args.verbose:
-        begun.enter_context(told(remark, STARTED))
+        last = FIRST.get(args.command.__name__, "answering")
+        begun.enter_context(told(remark, STARTED, last))
     begun.enter_context(kept(programs or folder_of(args.model), say))
 
 

@@ -50,10 +50,12 @@ class Teller(logging.Handler):
         self,
         say: Callable[[str], None],
         started: float,
+        last: str,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`started` is when the first phase began, by the clock."""
+        """`started` is when the first phase began, by the clock; see `told`."""
         super().__init__()
+        self.last = last
         self.say, self.clock, self.started, self.before = say, clock, started, started
         self.seconds = self.apart = 0.0  # of compiling: in all, and in this phase
         self.programs = self.read_back = 0
@@ -73,30 +75,33 @@ class Teller(logging.Handler):
         if phase in self.told:
             return
         self.told.add(phase)
-        if phase.startswith("first"):
+        if phase == self.last:
             which = f"{self.programs} programs, {self.read_back} of them from a file"
             self.say(f"{'compiling':<12}{self.seconds:8.2f} s  {which}")
         self.say(f"{phase:<12}{now - self.before - self.apart:8.2f} s")
-        if phase.startswith("first"):
+        if phase == self.last:
             self.say(f"{'in all':<12}{now - self.started:8.2f} s")
             LOG.setLevel(logging.NOTSET)  # from here on nothing waits to be measured
         self.before, self.apart = now, 0.0
 
 
 @contextlib.contextmanager
-def told(say: Callable[[str], None], started: float) -> Iterator[None]:
+def told(say: Callable[[str], None], started: float, last: str) -> Iterator[None]:
     """Says a line for each phase that ends in the block, from `started` on.
 
     Args:
         say: gets each line.
         started: of `time.perf_counter()`.
+        last: the phase that ends with the first result, at the end of the block if
+            not before.
     """
-    teller, level = Teller(say, started), LOG.level
+    teller, level = Teller(say, started, last), LOG.level
     LOG.addHandler(teller)
     LOG.setLevel(logging.INFO)
     try:
         with hearing(teller.heard):
             yield
+            reached(last)
     finally:
         LOG.removeHandler(teller)
         LOG.setLevel(level)

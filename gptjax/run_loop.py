@@ -112,6 +112,7 @@ def train_run(
         settle_config(run.folder, run.config)
         task = placed(task, run)
         state, first = resumed(run, task.fresh)
+        reached("loading")
         if not first:
             write_meta(run.folder, command_line(), task.facts)
             for text in task.plan:
