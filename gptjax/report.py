@@ -1,8 +1,8 @@
 """What a run leaves for people: metrics.jsonl, pictures, report.md.
 
-An event of kind "train" has the loss in nats per token, the rate that the step used, the
-norm of the gradient before clipping, tokens per second since the event before, and of
-that time the share, from 0 to 1, that the loop waited for its next batch (input_wait).
+An event of kind "train" has the loss in nats per token, the learning rate, the norm of
+the gradient before clipping, tokens per second since the event before, and of that time
+the share, from 0 to 1, that the loop waited for its next batch (input_wait).
 """
 
 import json
