@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 LOG = logging.getLogger("gptjax.phases")
+LOG.setLevel(logging.WARNING)  # whatever the program around us listens to
+LOG.propagate = False  # its lines are for `Teller` alone
 COMPILED = "/jax/core/compile/backend_compile_duration"  # reading it back included
 READ_BACK = "/jax/compilation_cache/cache_retrieval_time_sec"
 
@@ -81,7 +83,7 @@ class Teller(logging.Handler):
         self.say(f"{phase:<12}{now - self.before - self.apart:8.2f} s")
         if phase == self.last:
             self.say(f"{'in all':<12}{now - self.started:8.2f} s")
-            LOG.setLevel(logging.NOTSET)  # from here on nothing waits to be measured
+            LOG.setLevel(logging.WARNING)  # from here on nothing waits to be measured
         self.before, self.apart = now, 0.0
 
 
@@ -95,7 +97,7 @@ def told(say: Callable[[str], None], started: float, last: str) -> Iterator[None
         last: the phase that ends with the first result, at the end of the block if
             not before.
     """
-    teller, level = Teller(say, started, last), LOG.level
+    teller = Teller(say, started, last)
     LOG.addHandler(teller)
     LOG.setLevel(logging.INFO)
     try:
@@ -104,4 +106,4 @@ def told(say: Callable[[str], None], started: float, last: str) -> Iterator[None
             reached(last)
     finally:
         LOG.removeHandler(teller)
-        LOG.setLevel(level)
+        LOG.setLevel(logging.WARNING)
