@@ -185,7 +185,7 @@ def load(name: str | Path) -> Tokenizer:
         DataError: the files in the folder do not describe a tokenizer.
     """
     if name == "gpt2":
-        return numbered("gpt2", VISIBLE + HIDDEN, [merged(x) for x in gpt2_lines()])
+        return gpt2()
     if name == "bytes":
         return numbered("bytes", range(256), [])
     if str(name).startswith("bpe:"):
@@ -201,6 +201,12 @@ def load(name: str | Path) -> Tokenizer:
         "with vocab.json and merges.txt, or tokenizer.json. Correct the name, or use "
         "gpt2."
     )
+
+
+@functools.cache  # a command asks for it several times
+def gpt2() -> Tokenizer:
+    """The tokenizer of GPT-2."""
+    return numbered("gpt2", VISIBLE + HIDDEN, [merged(x) for x in gpt2_lines()])
 
 
 def is_folder(folder: Path) -> bool:

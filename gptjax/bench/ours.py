@@ -32,7 +32,7 @@ Work = Callable[[], int | float]
 PROMPT = 16  # tokens before those that are timed
 CHUNK = 256  # positions whose logits exist at a time
 SIDE = 4096  # of the square matrices whose product is timed
-TIMES = 16  # that the text of Python's help is read
+TIMES = 64  # that the text of Python's help is read
 BANDWIDTH_BYTES = 1 << 30
 
 

@@ -59,7 +59,8 @@ class DatasetInfo:
 
     folder: Path
     meta: dict[str, Any]
-    seconds: float = 0.0  # that it took; 0 where it was there already
+    # That it took; 0 where it was there already.
+    seconds: float = dataclasses.field(default=0.0, compare=False)
 
     def speed(self, workers: int) -> str:
         """How fast that was, for people; "" where nothing was to do."""
