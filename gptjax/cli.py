@@ -5,12 +5,14 @@ everything saved.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,13 @@ from typing import Any
 from gptjax import data_cli, flags
 from gptjax.config import config_path, read_config
 from gptjax.errors import ConfigError, GptjaxError
+from gptjax.phases import reached
 
+FIRST = dict.fromkeys(["quickstart", "train"], "first step")
+FIRST |= dict.fromkeys(["generate", "chat"], "first token")
+STARTED = time.perf_counter()  # as good as when the process was
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try the same again
+VERBOSE = "say what the time to the first result is spent on"
 TASKS = {  # train.task: where it is
     "pretrain": ("pretrain", "pretrain"),
     "classify": ("classification", "train_classifier"),
@@ -37,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     args.rest = rest
     try:
-        return args.command(args) or 0
+        with contextlib.ExitStack() as args.until_end:
+            return args.command(args) or 0
     except GptjaxError as error:
         print(f"gptjax: {error}", file=sys.stderr)
         return 2
@@ -69,6 +77,8 @@ def make_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,  # a typo is a mistake, not a guess
         )
         sub.set_defaults(command=function)
+        if function in (quickstart, train, generate, classify, chat, evaluate):
+            sub.add_argument("-v", "--verbose", action="store_true", help=VERBOSE)
         return sub
 
     sub = add(quickstart, "quickstart")
@@ -107,6 +117,8 @@ def quickstart(args: argparse.Namespace) -> int:
     """Train a small GPT on text that every Python carries, and let it write."""
     from gptjax.quickstart import quickstart
 
+    begin(args, args.run / "compiled")
+    reached("importing")
     return stoppable(lambda: quickstart(args.run))
 
 
@@ -118,8 +130,10 @@ def train(args: argparse.Namespace) -> int:
     path = config_path(args.config)
     config = flags.on_top(read_config(path), args.rest)
     folder = args.run or Path("runs") / path.stem
+    begin(args, folder / "compiled")
     module, function = TASKS[config.train.task]
     run = getattr(importlib.import_module(f"gptjax.{module}"), function)
+    reached("importing")
     say = functools.partial(print, flush=True)  # into a file as into a terminal
     if not args.distributed:
         return stoppable(lambda: run(config, folder, say))
@@ -128,6 +142,23 @@ def train(args: argparse.Namespace) -> int:
     distributed.start(args.distributed)
     with distributed.ending_together():
         return stoppable(lambda: run(config, folder, say))
+
+
+def begin(args: argparse.Namespace, programs: Path | None = None) -> None:
+    """Until the command ends: programs are kept, and --verbose is answered.
+
+    Args:
+        args: of a command that runs a model.
+        programs: the folder for them; that of MODEL by default.
+    """
+    from gptjax.phases import told
+    from gptjax.programs import folder_of, kept
+
+    begun, say = args.until_end, remark if args.verbose else lambda line: None
+    if args.verbose:
+        last = FIRST.get(args.command.__name__, "answering")
+        begun.enter_context(told(remark, STARTED, last))
+    begun.enter_context(kept(programs or folder_of(args.model), say))
 
 
 def stoppable(run: Any) -> int:
@@ -147,17 +178,27 @@ def remark(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+def begun_with(args: argparse.Namespace) -> Any:
+    """`begin`, and the model that is MODEL."""
+    begin(args)
+    from gptjax.weights.importing import load
+
+    reached("importing")
+    model = load(args.model, remark)
+    reached("loading")
+    return model
+
+
 def generate(args: argparse.Namespace) -> None:
     """Continue a prompt."""
     from gptjax.generation import complete, few_shot_prompt, stream
-    from gptjax.weights.importing import load
 
     prompt = sys.stdin.read() if args.prompt is None else args.prompt
     if args.few_shot:
         prompt = few_shot_prompt(args.few_shot, prompt)
         args.stop = args.stop or ["\n"]
     options = flags.sampling_options(args)
-    model = load(args.model, remark)
+    model = begun_with(args)
     if args.chat:
         from gptjax.answering import answer
 
@@ -179,22 +220,20 @@ def generate(args: argparse.Namespace) -> None:
 def chat(args: argparse.Namespace) -> None:
     """Talk to an assistant in the terminal."""
     from gptjax.chat import chat
-    from gptjax.weights.importing import load
 
-    chat(load(args.model, remark), args.model, flags.sampling_options(args))
+    chat(begun_with(args), args.model, flags.sampling_options(args))
 
 
 def classify(args: argparse.Namespace) -> None:
     """Label texts, or every row of a file, with probabilities."""
     from gptjax.data.labelling import label_file
     from gptjax.prediction import classify
-    from gptjax.weights.importing import load
 
     if (args.file is None) != (args.out is None) or (args.file and args.texts):
         raise ConfigError(
             "classify takes texts, or --file IN together with --out OUT. Give one."
         )
-    model = load(args.model, remark)
+    model = begun_with(args)
     if args.file:
         label_file(
             args.file,
@@ -214,9 +253,7 @@ def classify(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Loss on a text, accuracy on labelled texts, or answers to instructions."""
-    from gptjax.weights.importing import load
-
-    model = load(args.model, remark)
+    model = begun_with(args)
     if args.data:
         from gptjax.judge import Judge
         from gptjax.judged import evaluate_file

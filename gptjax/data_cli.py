@@ -43,6 +43,8 @@ def data_prepare(args: argparse.Namespace) -> None:
         workers=args.workers,
     )
     print(info)
+    if speed := info.speed(args.workers or os.cpu_count() or 1):
+        print(speed)
     for text in preview(args.out):
         print(f"--- a window\n{text}")
 

@@ -48,14 +48,15 @@ def bucket(length: int, most: int | None) -> int:
     return size if most is None else min(size, most)
 
 
-def padded(rows: list[list[int]], slots: int) -> tuple[Array, Array]:
+def padded(rows: list[list[int]], slots: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows filled up on the right to one bucket, and their lengths."""
     token_BP = np.zeros((len(rows), bucket(max(map(len, rows)), slots)), np.int32)
     for n, row in enumerate(rows):
         token_BP[n, : len(row)] = row
-    return jnp.asarray(token_BP), jnp.asarray([len(row) for row in rows], jnp.int32)
+    return token_BP, np.array([len(row) for row in rows], np.int32)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))  # one program, not one each
 def empty_state(config: GPTConfig, rows: int, slots: int, most: int) -> State:
     """Rows that hold nothing yet."""
     zero_B = jnp.zeros(rows, jnp.int32)

@@ -104,7 +104,8 @@ def bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--preset", default="gpt2", metavar="NAME", help="GPT-2's size")
     sub.add_argument("--peers", action="store_true", help="beside PyTorch's, in turns")
     sub.add_argument("--pairs", type=int, default=5, metavar="N", help="of turns")
-    parts = ["train", "decode", "prefill", "load"]
+    parts = ["train", "decode", "prefill", "load", "input", "import", "start"]
+    parts.append("compile")
     sub.add_argument("--only", nargs="+", choices=parts, default=[], metavar="PART")
     sub.add_argument(
         "--device",

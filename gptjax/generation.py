@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int, Key
 
 from gptjax.config import at_least
 from gptjax.data.rows import jsonl_rows, opened
 from gptjax.decoding import Limits, bucket, empty_state, extend_rows, fill, padded
 from gptjax.errors import ConfigError, DataError
+from gptjax.phases import reached
 from gptjax.sampling import Knobs
 from gptjax.weights.folder import Model
 
@@ -225,12 +226,11 @@ def grow(
     slots = bucket(longest + sampling.max_new_tokens, config.context_length)
     limits = make_limits(model, sampling, rows, samples)
     state = empty_state(config, rows, slots, bucket(sampling.max_new_tokens, None))
-    chunk = jnp.int32(CHUNK if watched else sampling.max_new_tokens)
+    chunk: Any = np.int32(CHUNK if watched else sampling.max_new_tokens)
     window = prompts
     while True:
         state = fill(config, model.layers, *padded(window, slots), state, limits)
         while True:
-            state = extend_rows(config, model.layers, state, limits, chunk)
             ids_BM, logprob_BM = jax.device_get((state.ids_BM, state.logprob_BM))
             count_B, length_B = jax.device_get((state.count_B, state.length_B))
             done_B = np.array(state.done_B)
@@ -240,13 +240,15 @@ def grow(
                     ids_BM, logprob_BM, count_B, done_B, strict=True
                 )
             ]
+            reached("first token")
             yield grown
             if sampling.stop:
                 done_B |= [read_text(model, ids, sampling.stop)[2] for ids, *_ in grown]
-                state = state._replace(done_B=jnp.asarray(done_B))
+                state = state._replace(done_B=done_B)
             growing_B = ~done_B & (count_B < sampling.max_new_tokens)
             if not (growing_B & (length_B < slots)).any():
                 break
+            state = extend_rows(config, model.layers, state, limits, chunk)
         if not growing_B.any():
             return
         half = max(1, config.context_length // 2)
@@ -260,24 +262,26 @@ def make_limits(model: Model, s: Sampling, rows: int, samples: int) -> Limits:
     """The traced form of the options; sample s draws with the key of s."""
     stop_ids = [model.tokenizer.eot] if s.stop_ids is None else [*s.stop_ids]
     check_ids(model, stop_ids, "in stop_ids")
-    numbers = jnp.arange(rows, dtype=jnp.int32) % samples
+    knobs: Any = (  # NumPy's, as eager JAX would compile a program for each
+        np.float32(s.temperature),
+        np.int32(min(s.top_k, model.config.vocab_size)),
+        np.float32(s.top_p),
+        np.float32(s.min_p),
+        np.float32(s.repetition_penalty),
+    )
+    stop_I: Any = np.full(MOST_STOP_IDS, -1, np.int32)
+    stop_I[: len(stop_ids)] = stop_ids
+    most: Any = np.int32(s.max_new_tokens)
+    number_B: Any = np.arange(rows, dtype=np.int32) % samples
+    key_B = sample_keys(np.int64(s.seed), number_B)
+    return Limits(key_B, Knobs(*knobs), stop_I, most)
+
+
+@jax.jit
+def sample_keys(seed: Any, number_B: Int[Array, " B"]) -> Key[Array, " B"]:
+    """The key of each sample."""
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    knobs = Knobs(
-        jnp.float32(s.temperature),
-        jnp.int32(min(s.top_k, model.config.vocab_size)),
-        jnp.float32(s.top_p),
-        jnp.float32(s.min_p),
-        jnp.float32(s.repetition_penalty),
-    )
-    stop_I = jnp.asarray(
-        [*stop_ids, *[-1] * (MOST_STOP_IDS - len(stop_ids))], jnp.int32
-    )
-    return Limits(
-        fold(jax.random.key(s.seed), numbers),
-        knobs,
-        stop_I,
-        jnp.int32(s.max_new_tokens),
-    )
+    return fold(jax.random.key(seed), number_B)
 
 
 def finished(

@@ -27,6 +27,7 @@ from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
 from gptjax.layers import Dropout, Embedding, Linear, Norm, capture, changed
 from gptjax.sharding import axes_here, fully_sharded, gathered, lay
+from gptjax.tree import part
 
 Params = dict[str, Any]
 Tokens = Int[Array, "B T"]
@@ -46,8 +47,6 @@ REMAT_POLICIES = {
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
 UNROLLED = 12  # layers that a CPU's program has one after the other, at most
 
 
@@ -100,9 +99,8 @@ class Attention(nn.Module):
             sight = Sight(context.slot_BT, causal=c.causal)
         if self.is_mutable_collection("captured"):
             mask_BTS = visible(sight, query_BTHK, key_BSHK)
-            rows = (jnp.swapaxes(x, 1, 2) for x in (query_BTHK, key_BSHK))
-            weight_BHTS = attention_weights(*rows, mask_BTS)
-            capture(self, "attention", weight_BHTS)
+            heads = jnp.swapaxes(query_BTHK, 1, 2), jnp.swapaxes(key_BSHK, 1, 2)
+            capture(self, "attention", attention_weights(*heads, mask_BTS))
         dropping = c.dropout > 0 and self.has_rng("dropout")
         simple = cache is not None or self.is_initializing()  # rows of any length
         mixed_BTHK = attend(
@@ -201,20 +199,19 @@ class GPT(nn.Module):
 
 def stack(config: GPTConfig, layers: int) -> Any:
     """`Block` scanned over layers, recomputed in backward as `config.remat` says."""
-    block, layers_at_once = Block, 1
-    if jax.default_backend() == "cpu" and not axes_here():
-        # A loop on a CPU copies every layer out of the stack, and its gradient back.
-        layers_at_once = min(layers, UNROLLED)
+    # A loop on a CPU copies every layer out of the stack, and its gradient back.
+    alone = jax.default_backend() == "cpu" and not axes_here()
+    unroll, block = min(layers, UNROLLED) if alone else 1, Block
     if config.remat != "none" or fully_sharded():
         policy = REMAT_POLICIES[config.remat]
-        block = nn.remat(Block, policy=policy, prevent_cse=layers_at_once > 1)
+        block = nn.remat(Block, policy=policy, prevent_cse=alone)
     return nn.scan(
         block,
         variable_axes={"params": 0, "adapters": 0, "added": 0, "captured": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),
         length=layers,
-        unroll=layers_at_once,
+        unroll=unroll,
     )
 
 
@@ -366,7 +363,7 @@ def unstack(config: GPTConfig, params: Params) -> Params:
     """The same parameters with one array per layer: those of `GPT(stacked=False)`."""
     rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
     layers = {
-        f"block_{n}": jax.tree.map(lambda leaf, n=n: leaf[n], params["blocks"])
+        f"block_{n}": jax.tree.map(lambda leaf, n=n: part(leaf, n), params["blocks"])
         for n in range(config.n_layers)
     }
     return rest | layers

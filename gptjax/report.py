@@ -1,4 +1,9 @@
-"""What a run leaves for people: metrics.jsonl, pictures, report.md."""
+"""What a run leaves for people: metrics.jsonl, pictures, report.md.
+
+An event of kind "train" has the loss in nats per token, the learning rate, the norm of
+the gradient before clipping, tokens per second since the event before, and of that time
+the share, from 0 to 1, that the loop waited for its next batch (input_wait).
+"""
 
 import json
 from collections.abc import Sequence
@@ -194,3 +199,19 @@ def duration(seconds: int | float) -> str:
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+def progress(total: int, event: Event, validation: str, left: float) -> str:
+    """The one line per interval; its parts never change their order."""
+    parts = [
+        f"step {event['step']:>{len(str(total))}}/{total}",
+        f"loss {event['loss']:.4f}",
+        validation,
+        f"lr {event['lr']:.2e}",
+        f"|g| {event['grad_norm']:.2f}",
+        f"{short(event['tokens_per_s'])} tok/s",
+        *([f"mfu {event['mfu']:.1%}"] if "mfu" in event else []),
+        f"eta {duration(left)}",
+        *(["not finite: step skipped"] if "skipped" in event else []),
+    ]
+    return " | ".join(parts)

@@ -1,7 +1,7 @@
 """The folder of one run: what it was asked to do, and on what it was done.
 
 config.toml  meta.json  metrics.jsonl  loss.png  lr.png  report.md
-data/  checkpoints/  model/
+data/  checkpoints/  model/  compiled/
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 """The loop of a run, whatever it trains: log, evaluate, sample, save, stop, resume."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from gptjax import budget, checkpoint, distributed, report
 from gptjax.config import RunConfig, read_config
 from gptjax.errors import ConfigError
 from gptjax.optim import learning_rates
+from gptjax.phases import reached
+from gptjax.prefetch import prefetched
 from gptjax.run_folder import (
     command_line,
     open_folder,
@@ -109,6 +112,7 @@ def train_run(
         settle_config(run.folder, run.config)
         task = placed(task, run)
         state, first = resumed(run, task.fresh)
+        reached("loading")
         if not first:
             write_meta(run.folder, command_line(), task.facts)
             for text in task.plan:
@@ -262,20 +266,21 @@ def loop(
     def noted(pending: Any) -> report.Event:
         at, metrics, lr, count = pending
         jax.block_until_ready(metrics)  # steps are dispatched long before they end
-        rate = count * task.tokens_per_step / watch.lap()
-        return train_event(run, at, metrics, lr, rate)
+        seconds, waited = watch.lap()
+        rate = count * task.tokens_per_step / seconds
+        return train_event(run, at, metrics, lr, rate, waited / seconds)
 
     def left(event: report.Event) -> float:
         steps_left = train.steps - event["step"]
         return steps_left * task.tokens_per_step / event["tokens_per_s"]
 
-    rows = c.data.batch_size
-    host = task.batches(done, train.steps)
-    stream = (place_batch(batch, run.mesh, rows) for batch in host)
-    for done, state, metrics in steps(state, step, stream):  # noqa: B020
+    put = functools.partial(place_batch, mesh=run.mesh, rows=c.data.batch_size)
+    stream = prefetched(task.batches(done, train.steps), put)
+    for done, state, metrics in steps(state, step, watch.waiting(stream)):  # noqa: B020
+        reached("first step", metrics)
         if pending:  # read one step late, so that the device is not kept waiting
             event, pending = noted(pending), None
-            run.say(line(train.steps, event, validation, left(event)))
+            run.say(report.progress(train.steps, event, validation, left(event)))
         last, logging = done == train.steps, done % train.log_every == 0
         evaluating = last or (done - task.eval_offset) % train.eval_every == 0
         stop = stop_now(stopping, logging)
@@ -288,7 +293,7 @@ def loop(
         with watch.aside():
             if evaluating:
                 validation = task.evaluate(state, done, last)
-            run.say(line(train.steps, event, validation, left(event)))
+            run.say(report.progress(train.steps, event, validation, left(event)))
             if evaluating and task.sample:
                 task.sample(state, done)
             if saving:
@@ -336,7 +341,7 @@ def compiled_by_shape(run: Run, task: Task) -> TrainStep:
 
 
 def train_event(
-    run: Run, done: int, metrics: Metrics, lr: float, rate: float
+    run: Run, done: int, metrics: Metrics, lr: float, rate: float, waited: float
 ) -> report.Event:
     """Writes the metrics of step `done`.
 
@@ -346,12 +351,14 @@ def train_event(
         metrics: of the last of them.
         lr: that it used.
         rate: tokens per second since the event before.
+        waited: share of that time that the loop waited for its next batch.
     """
     values = {
         "loss": float(metrics.loss),
         "lr": lr,
         "grad_norm": float(metrics.grad_norm),
         "tokens_per_s": rate,
+        "input_wait": waited,
     }
     if peak := budget.peak_flops():
         values["mfu"] = rate * budget.flops_per_token(run.config.model) / peak
@@ -359,22 +366,6 @@ def train_event(
         values["skipped"] = True
     report.write_event(run.metrics, "train", done, **values)
     return {"step": done, **values}
-
-
-def line(total: int, event: report.Event, validation: str, left: float) -> str:
-    """The one line per interval; its parts never change their order."""
-    parts = [
-        f"step {event['step']:>{len(str(total))}}/{total}",
-        f"loss {event['loss']:.4f}",
-        validation,
-        f"lr {event['lr']:.2e}",
-        f"|g| {event['grad_norm']:.2f}",
-        f"{report.short(event['tokens_per_s'])} tok/s",
-        *([f"mfu {event['mfu']:.1%}"] if "mfu" in event else []),
-        f"eta {report.duration(left)}",
-        *(["not finite: step skipped"] if "skipped" in event else []),
-    ]
-    return " | ".join(parts)
 
 
 def save_step(run: Run, state: TrainState, done: int) -> None:

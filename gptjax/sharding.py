@@ -350,11 +350,11 @@ def place_batch(batch: Any, mesh: Mesh | None, rows: int) -> Any:
 
     Args:
         batch: arrays that are whole, or of the rows that `rows_here` names.
-        mesh: None leaves the batch as it is.
+        mesh: None stands for the one device there is.
         rows: of the whole batch.
     """
     if mesh is None:
-        return batch
+        return jax.device_put(batch)
     sharding = NamedSharding(mesh, P(BATCH))
     here = rows_here(rows, mesh)
 

@@ -4,7 +4,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 
@@ -38,19 +38,31 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
 class Stopwatch:
     """Seconds from lap to lap, less those spent aside: the one object with a memory."""
 
-    def __init__(self) -> None:
-        self.started, self.spent = time.perf_counter(), 0.0
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock, self.started = clock, clock()
+        self.spent = self.waited = 0.0
 
-    def lap(self) -> float:
-        """Seconds since the last lap that were not spent aside."""
-        now = time.perf_counter()
+    def lap(self) -> tuple[float, float]:
+        """Seconds since the last lap that were not spent aside; those of waiting."""
+        now, waited = self.clock(), self.waited
         seconds = now - self.started - self.spent
-        self.started, self.spent = now, 0.0
-        return seconds
+        self.started, self.spent, self.waited = now, 0.0, 0.0
+        return seconds, waited
+
+    def waiting(self, items: Iterable[Any]) -> Iterator[Any]:
+        """The items; the time until each is there counts as waiting."""
+        source, end = iter(items), object()
+        while True:
+            started = self.clock()
+            item = next(source, end)
+            self.waited += self.clock() - started
+            if item is end:
+                return
+            yield item
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
         """Time in here is not training time."""
-        started = time.perf_counter()
+        started = self.clock()
         yield
-        self.spent += time.perf_counter() - started
+        self.spent += self.clock() - started

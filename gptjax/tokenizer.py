@@ -24,7 +24,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 import regex
 import tiktoken
-from jaxtyping import Int32
+from jaxtyping import Int32, UInt32
 
 from gptjax.bpe import MAX_TOKEN_BYTES, PATTERN, halves, learn, utf8
 from gptjax.errors import ConfigError, DataError
@@ -71,13 +71,17 @@ class Tokenizer:
         Raises:
             DataError: the text holds a lone surrogate.
         """
-        utf8(text)  # tiktoken would replace what has no UTF-8 form
-        blocks = (text[i : i + MANY] for i in range(0, len(text), MANY))
-        if not any(block.isspace() for block in blocks):
-            return self.engine.encode_ordinary(text)
-        ends = (match.end() for match in MANY_BLANKS.finditer(text))
-        cuts = pairwise([0, *ends, len(text)])
-        return [i for a, b in cuts for i in self.engine.encode_ordinary(text[a:b])]
+        return [i for part in parts_of(text) for i in self.engine.encode_ordinary(part)]
+
+    def encode_array(self, text: str) -> UInt32[np.ndarray, " L"]:
+        """The same ids in an array, made without the interpreter's lock.
+
+        Raises:
+            DataError: as `encode`.
+        """
+        options: Any = {"disallowed_special": ()}  # none is special
+        arrays = [self.engine.encode_to_numpy(x, **options) for x in parts_of(text)]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD.
@@ -158,6 +162,21 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(about + "\n", encoding="utf-8")
 
 
+def parts_of(text: str) -> list[str]:
+    """The text, cut where tiktoken could not take it whole.
+
+    Raises:
+        DataError: it holds a lone surrogate.
+    """
+    utf8(text)  # tiktoken would replace what has no UTF-8 form
+    blocks = (text[i : i + MANY] for i in range(0, len(text), MANY))
+    if not any(block.isspace() for block in blocks):
+        return [text]
+    ends = (match.end() for match in MANY_BLANKS.finditer(text))
+    cuts = pairwise([0, *ends, len(text)])
+    return [text[a:b] for a, b in cuts]
+
+
 def load(name: str | Path) -> Tokenizer:
     """The tokenizer `gpt2`, `bytes`, or the one in a folder.
 
@@ -166,7 +185,7 @@ def load(name: str | Path) -> Tokenizer:
         DataError: the files in the folder do not describe a tokenizer.
     """
     if name == "gpt2":
-        return numbered("gpt2", VISIBLE + HIDDEN, [merged(x) for x in gpt2_lines()])
+        return gpt2()
     if name == "bytes":
         return numbered("bytes", range(256), [])
     if str(name).startswith("bpe:"):
@@ -182,6 +201,12 @@ def load(name: str | Path) -> Tokenizer:
         "with vocab.json and merges.txt, or tokenizer.json. Correct the name, or use "
         "gpt2."
     )
+
+
+@functools.cache  # a command asks for it several times
+def gpt2() -> Tokenizer:
+    """The tokenizer of GPT-2."""
+    return numbered("gpt2", VISIBLE + HIDDEN, [merged(x) for x in gpt2_lines()])
 
 
 def is_folder(folder: Path) -> bool:

@@ -27,6 +27,7 @@ for name, value in (ON_CPU if on_cpu else ON_OTHERS).items():
     os.environ.setdefault(name, value)
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # see test_programs
 
 # A busy machine may be slow: time is measured by benchmarks, not by tests.
 settings.register_profile("gptjax", deadline=None)

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from gptjax.bench import machine, peers
+from gptjax.bench import machine, ours, peers
+from gptjax.bench.commands import COMMANDS
 from gptjax.bench.ours import OURS
 from gptjax.bench.turns import Side, against, alone, summary
 from gptjax.cli import main
@@ -18,6 +19,11 @@ WORK = {  # what a piece of it is, and its units
     "decode": ({"rows": 2, "new": 5}, 10),
     "prefill": ({"rows": 2, "context": 8}, 16),
     "load": ({}, 1),
+    "compile": ({"rows": 2, "context": 8}, 1),
+    "input": ({"workers": 2}, 20),
+    "tiktoken_input": ({"workers": 2}, 20),
+    "import": ({}, 1),
+    "start": ({}, 1),
 }
 
 
@@ -28,9 +34,11 @@ def mini(monkeypatch):
 
 
 @pytest.mark.parametrize("name", WORK)
-def test_our_work_does_as_many_units_as_it_says(mini, name):
+def test_our_work_does_as_many_units_as_it_says(mini, monkeypatch, name):
     options, units = WORK[name]
-    work = OURS[name](mini, **options)
+    monkeypatch.setattr(ours, "texts", lambda: ["ten bytes."] * 2)
+
+    work = (OURS | COMMANDS)[name](mini, **options)
 
     assert [work(), work()] == [units, units]
 
@@ -83,10 +91,12 @@ def test_the_command_says_each_figure_and_writes_them_all(
         *("train_ratio_transformers_b2", "train_ratio_transformers_b4"),
         *("train_ratio_book_b4", "decode_ratio_transformers_b1"),
         *("decode_ratio_transformers_b8", "prefill_ratio_transformers_b1"),
+        *("input_ratio_tiktoken", "start_ratio_transformers"),
     ):
         assert found[key] == 1.5
         assert key in said
     assert found["train_share_of_matmul_rate_b8"] > 0
     assert found["decode_share_of_bandwidth_b1"] > 0
+    assert found["start"] == 1 / 30  # seconds
     assert found["versions"]["jax"]
     assert found["machine"]

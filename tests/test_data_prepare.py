@@ -209,7 +209,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         prepare([path], "bytes", path / "below")
 
 
-@pytest.mark.parametrize("broken", ["encode", "save"])
+@pytest.mark.parametrize("broken", ["encode_array", "save"])
 def test_a_failure_leaves_nothing_that_looks_finished(tmp_path, monkeypatch, broken):
     path = jsonl(tmp_path / "a.jsonl", TEXTS)
     monkeypatch.setattr(module, "TASK", 50)
@@ -218,7 +218,7 @@ def test_a_failure_leaves_nothing_that_looks_finished(tmp_path, monkeypatch, bro
 
     def fails(self, *args):
         calls.append(args)
-        if len(calls) > {"encode": 9, "save": 0}[broken]:
+        if len(calls) > {"encode_array": 9, "save": 0}[broken]:
             raise OSError("no space left on device")
         return original(self, *args)
 

@@ -66,6 +66,8 @@ def test_a_run_leaves_everything_that_its_folder_promises(unbroken):
     assert [kinds.count(k) for k in ("train", "eval", "save")] == [12, 3, 3]
     assert [e["step"] for e in events if e["event"] == "sample"] == [0, 6, 12]
     assert events[-1]["step"] == 12
+    waits = [e["input_wait"] for e in events if e["event"] == "train"]
+    assert all(0 <= wait <= 1 for wait in waits)
     assert losses(folder)[-1][1] < losses(folder)[0][1]
 
 

@@ -57,6 +57,7 @@ def random_texts(count):
 def test_decoding_undoes_encoding(kind, text):
     ids = kind.encode(text)
 
+    assert kind.encode_array(text).tolist() == ids
     assert kind.decode(ids) == text
     assert kind.byte_lengths[ids].sum() == len(text.encode())
 
@@ -151,6 +152,7 @@ def test_long_blanks_get_the_ids_of_short_ones(text):
         pattern = tokenizer.MANY_BLANKS.pattern.replace("100000", "2")
         patch.setattr(tokenizer, "MANY_BLANKS", bpe.regex.compile(pattern))
         parts = GPT2.encode(text)
+        assert GPT2.encode_array(text).tolist() == parts
 
     assert parts == whole
 

@@ -49,5 +49,8 @@ def plain(
 ) -> Heads:
     """All weights at once; the one backend that can drop some."""
     mask_BTS = visible(sight, query_BTHK, key_BSHK)
-    rows = (jnp.swapaxes(x, 1, 2) for x in (query_BTHK, key_BSHK, value_BSHK))
-    return jnp.swapaxes(weighted(*rows, mask_BTS, dropout), 1, 2)
+    query_BHTK, key_BHSK, value_BHSK = (
+        jnp.swapaxes(x, 1, 2) for x in (query_BTHK, key_BSHK, value_BSHK)
+    )
+    mixed_BHTK = weighted(query_BHTK, key_BHSK, value_BHSK, mask_BTS, dropout)
+    return jnp.swapaxes(mixed_BHTK, 1, 2)

@@ -17,13 +17,14 @@ from gptjax.run_folder import versions
 CONTEXT = 256  # tokens of a row that is trained on
 NEW = 128  # tokens that are written
 PROMPT = 512  # tokens that are read
+SECONDS = "s"  # the unit of what is said as a time and not as a rate
 
 
 class Part(NamedTuple):
     """Something that gptjax does, and who else does it."""
 
-    name: str  # of `gptjax.bench.ours.OURS`
-    tag: str  # in the names of the figures
+    name: str  # of `gptjax.bench.ours.OURS` or COMMANDS
+    tag: str  # in the names of the figures, if not ""
     unit: str
     others: tuple[str, ...]
     options: dict[str, int]
@@ -44,6 +45,10 @@ PARTS = (
         "prefill", "b1", "tokens/s", ("transformers",), {"rows": 1, "context": PROMPT}
     ),
     Part("load", "safetensors", "models/s", ("transformers",), {}),
+    Part("input", "", "bytes/s", ("tiktoken",), {"workers": os.cpu_count() or 1}),
+    Part("import", "", SECONDS, (), {}),
+    Part("start", "", SECONDS, ("transformers",), {}),
+    Part("compile", "b4", SECONDS, (), {"rows": 4, "context": CONTEXT}),
 )
 
 
@@ -70,7 +75,7 @@ def bench_machine(
         preset: size of the model.
         peers: whether PyTorch's are timed too, turn by turn.
         pairs: of turns, or turns where there is no peer.
-        only: the parts to measure: train, decode, prefill, load; all by default.
+        only: names of the parts to measure; all by default.
 
     Raises:
         GptjaxError: a peer is not installed.
@@ -109,13 +114,18 @@ def figures(
     name, tag, unit, _, options = part
     ours = Side(name, {"preset": preset, **options})
     if not others:
-        yield rate(f"{name}_{tag}", unit, alone(ours, pairs))
+        yield rate(named(name, tag), unit, alone(ours, pairs))
     for other in others:
         theirs = Side(f"{other}_{name}", ours.options)
         one, two, ratio = against(ours, theirs, pairs)
-        yield rate(f"{name}_{tag}", unit, one)
-        yield rate(f"{name}_{other}_{tag}", unit, two)
-        yield plain(f"{name}_ratio_{other}_{tag}", ratio)
+        yield rate(named(name, tag), unit, one)
+        yield rate(named(name, other, tag), unit, two)
+        yield plain(named(name, "ratio", other, tag), ratio)
+
+
+def named(*parts: str) -> str:
+    """The key of a figure."""
+    return "_".join(part for part in parts if part)
 
 
 def train_share(preset: str, pairs: int, peers: bool) -> Iterator[Figure]:
@@ -144,7 +154,9 @@ def decode_share(preset: str, pairs: int) -> Iterator[Figure]:
 
 
 def rate(key: str, unit: str, found: Found) -> Figure:
-    """A rate, with its least and its most."""
+    """A rate, or the time of one unit, with its least and its most."""
+    if unit == SECONDS:
+        found = Found(1 / found.middle, 1 / found.high, 1 / found.low)
     span = f"({found.low:.4g} to {found.high:.4g})"
     return Figure(key, found.middle, f"{found.middle:12.4g} {unit} {span}")
 

@@ -5,6 +5,7 @@ A piece of work is called again and again, and returns how many units it did.
 
 import atexit
 import functools
+import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -18,6 +19,8 @@ import numpy as np
 from gptjax import tokenizer
 from gptjax.config import GPTConfig, OptimConfig
 from gptjax.data.batches import pack
+from gptjax.data.named import python_help
+from gptjax.data.prepare import prepare
 from gptjax.generation import complete
 from gptjax.loss import next_token_loss
 from gptjax.model import init
@@ -30,6 +33,7 @@ Work = Callable[[], int | float]
 PROMPT = 16  # tokens before those that are timed
 CHUNK = 256  # positions whose logits exist at a time
 SIDE = 4096  # of the square matrices whose product is timed
+TIMES = 64  # that the text of Python's help is read
 BANDWIDTH_BYTES = 1 << 30
 MODEL = {"dtype", "attention", "context_length"}
 
@@ -160,8 +164,62 @@ def repeated(program: Any, arrays: tuple[Any, ...], times: int, units: int) -> W
     return work
 
 
+def compiling(config: GPTConfig, rows: int, context: int) -> Work:
+    """A train step from Python to a program, never seen before; units are programs."""
+    optimizer = make_optimizer(OptimConfig(), 1000)
+    key = jax.random.key(0)
+    state = jax.eval_shape(lambda: init_state(init(config, key), optimizer, key))
+    token = random_tokens(rows, context + 1, config.vocab_size).astype(np.int32)
+    batch = pack(token, None)
+
+    def work() -> int:
+        jax.clear_caches()
+        step = make_train_step(next_token_loss(config, CHUNK, False), optimizer)
+        jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+        return 1
+
+    return work
+
+
+def texts() -> list[str]:
+    """A few megabytes of text that every Python carries, in documents."""
+    return [*python_help()] * TIMES
+
+
+def prepared(preset: str, workers: int) -> Work:
+    """Text in a file becomes tokens in files; units are bytes of text."""
+    del preset  # all sizes have the same tokens
+    folder = scratch()
+    source = folder / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": x}) + "\n" for x in texts()))
+    size = sum(len(text.encode()) for text in texts())
+
+    def work() -> int:
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        prepare([source], "gpt2", folder / "out", workers=workers)
+        return size
+
+    return work
+
+
+def tiktoken_prepared(preset: str, workers: int) -> Work:
+    """The same text as ids in memory, by tiktoken's own batches."""
+    del preset
+    engine, documents = tokenizer.load("gpt2").engine, texts()
+    size = sum(len(text.encode()) for text in documents)
+
+    def work() -> int:
+        engine.encode_ordinary_batch(documents, num_threads=workers)
+        return size
+
+    return work
+
+
 OURS: dict[str, Callable[..., Work]] = {
     "train": by_preset(train),
+    "compile": by_preset(compiling),
+    "input": prepared,
+    "tiktoken_input": tiktoken_prepared,
     "decode": by_preset(decode),
     "prefill": by_preset(prefill),
     "load": by_preset(loading),

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from gptjax.bench.commands import COMMANDS
 from gptjax.bench.ours import OURS
 from gptjax.bench.peers import PEERS
 from gptjax.errors import GptjaxError
@@ -29,7 +30,7 @@ ALONE = {  # the environment of a side, on top of ours
 class Side(NamedTuple):
     """A piece of work by name, with what it is asked for."""
 
-    name: str  # of `gptjax.bench.ours.OURS` or of `gptjax.bench.peers.PEERS`
+    name: str  # a key of OURS, PEERS or COMMANDS
     options: dict[str, Any]
 
 
@@ -108,7 +109,7 @@ def summary(rates: Any) -> Found:
 
 def serve(name: str, options: dict[str, Any]) -> None:
     """Prepares a side, then works once for each line that comes in."""
-    work = (OURS | PEERS)[name](**options)
+    work = (OURS | PEERS | COMMANDS)[name](**options)
     for _ in range(WARM):
         work()
     print(json.dumps({"ready": name}), flush=True)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -58,6 +59,17 @@ class DatasetInfo:
 
     folder: Path
     meta: dict[str, Any]
+    # That it took; 0 where it was there already.
+    seconds: float = dataclasses.field(default=0.0, compare=False)
+
+    def speed(self, workers: int) -> str:
+        """How fast that was, for people; "" where nothing was to do."""
+        size = sum(entry["bytes"] for entry in self.meta["splits"].values()) / 1e6
+        if not self.seconds:
+            return ""
+        rate = size / self.seconds
+        each = f"{rate / workers:.1f} for each of {workers} workers"
+        return f"{size:.1f} MB of text in {self.seconds:.1f} s: {rate:.1f} MB/s, {each}"
 
     def __str__(self) -> str:
         lines = [f"{self.folder}: {self.meta['tokenizer']['name']} tokens of"]
@@ -195,6 +207,7 @@ def prepare(
     if is_prepared(out) and (meta := read_meta(out)).get("recipe") == recipe:
         return DatasetInfo(out, meta)
     check_free(out)
+    started = time.perf_counter()
     part = out.with_name(f".{out.name}.part-{uuid.uuid4().hex[:8]}")
     try:
         part.mkdir(parents=True)
@@ -206,7 +219,7 @@ def prepare(
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return DatasetInfo(out, meta)
+    return DatasetInfo(out, meta, time.perf_counter() - started)
 
 
 def write_folder(
@@ -284,17 +297,18 @@ def encode(parts: Sequence[Part], tokenizer: Tokenizer) -> dict[str, Encoded]:
     dtype = token_type(tokenizer.vocab_size)
     encoded = {}
     for split in SPLITS:
-        tokens, ends, size = [], [], 0
+        tokens, ends, count, size = [], [], 0, 0
+        start = np.array([tokenizer.eot], dtype)
         for part in parts:
             if part.split == split:
-                if part.first:
-                    tokens.append(tokenizer.eot)
-                tokens += tokenizer.encode(part.text)
+                ids = tokenizer.encode_array(part.text).astype(dtype)
+                tokens += [start, ids] if part.first else [ids]
+                count += part.first + len(ids)
                 size += len(part.text.encode())
                 if part.last:
-                    ends.append(len(tokens))
-        arrays = np.array(tokens, dtype), np.array(ends, np.int64)
-        encoded[split] = Encoded(*arrays, size)
+                    ends.append(count)
+        whole = np.concatenate([np.empty(0, dtype), *tokens])
+        encoded[split] = Encoded(whole, np.array(ends, np.int64), size)
     return encoded
 
 
