@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptjax import tokenizer
-from gptjax.bench.ours import Work, model_of, scratch
+from gptjax.bench.ours import Work, config_of, model_of, scratch
 from gptjax.bench.peers import needed, transformers_model
 from gptjax.errors import GptjaxError
 from gptjax.weights.folder import save
