@@ -184,7 +184,7 @@ def begun_with(args: argparse.Namespace) -> Any:
     from gptjax.weights.importing import load
 
     reached("importing")
-    model = load(args.model, remark)
+    model = load(args.model, remark, int8=args.int8)
     reached("loading")
     return model
 

@@ -9,9 +9,15 @@ from typing import Any
 from gptjax.config import RunConfig
 
 
+def a_model(sub: argparse.ArgumentParser) -> None:
+    """MODEL, and how its weights are read."""
+    sub.add_argument("model", metavar="MODEL")
+    sub.add_argument("--int8", action="store_true", help="round weights to 8 bits")
+
+
 def generate(sub: argparse.ArgumentParser) -> None:
     """The arguments of `gptjax generate`."""
-    sub.add_argument("model", metavar="MODEL")
+    a_model(sub)
     sub.add_argument("prompt", nargs="?", metavar="PROMPT", help="default: stdin")
     sub.add_argument("--few-shot", type=Path, metavar="FILE.jsonl")
     sub.add_argument("--chat", action="store_true", help="PROMPT is for an assistant")
@@ -29,7 +35,7 @@ def generate(sub: argparse.ArgumentParser) -> None:
 
 def classify(sub: argparse.ArgumentParser) -> None:
     """The arguments of `gptjax classify`."""
-    sub.add_argument("model", metavar="MODEL")
+    a_model(sub)
     sub.add_argument("texts", nargs="*", metavar="TEXT", help="default: lines of stdin")
     sub.add_argument("--file", type=Path, metavar="IN", help="CSV, TSV, JSONL or text")
     sub.add_argument("--out", type=Path, metavar="OUT", help="IN with its labels")
@@ -39,7 +45,7 @@ def classify(sub: argparse.ArgumentParser) -> None:
 
 def chat(sub: argparse.ArgumentParser) -> None:
     """The arguments of `gptjax chat`."""
-    sub.add_argument("model", metavar="MODEL")
+    a_model(sub)
     sub.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     sub.add_argument("--temperature", type=float, default=0.7, help="0 = greedy")
     sub.add_argument("--top-k", type=int, default=0, help="0 = all tokens")
@@ -49,7 +55,7 @@ def chat(sub: argparse.ArgumentParser) -> None:
 
 def evaluate(sub: argparse.ArgumentParser) -> None:
     """The arguments of `gptjax eval`."""
-    sub.add_argument("model", metavar="MODEL")
+    a_model(sub)
     what = sub.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", type=Path, metavar="FILE", help="text to predict")
     what.add_argument("--labelled", metavar="FILE", help="texts with their classes")

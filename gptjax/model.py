@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
+from gptjax import packing
 from gptjax.attention.choice import attend
 from gptjax.attention.plain import attention_weights
 from gptjax.attention.sight import MIXED, Sight, visible
@@ -27,7 +28,6 @@ from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
 from gptjax.layers import Dropout, Embedding, Linear, Norm, capture, changed
 from gptjax.sharding import axes_here, fully_sharded, gathered, lay
-from gptjax.tree import part
 
 Params = dict[str, Any]
 Tokens = Int[Array, "B T"]
@@ -339,34 +339,29 @@ def apply(
     return logit_BTV, {name: kept[name] for name in capture}
 
 
-def output_table(config: GPTConfig, params: Params) -> Float[Array, "V D"]:
-    """The matrix whose rows are compared with the final hidden state."""
+def output_table(config: GPTConfig, params: Params) -> Any:
+    """The matrix [V, D] whose rows are compared with the final hidden state."""
+    if "output" in params:
+        return params["output"]  # of `gptjax.packing`
     name = "token_embedding" if config.tie_embeddings else "output_embedding"
     return params[name]["embedding"]
 
 
 def logits(
-    config: GPTConfig, table_VD: Float[Array, "V D"], x_BTD: Float[Array, "*B D"]
+    config: GPTConfig, table_VD: Any, x_BTD: Float[Array, "*B D"]
 ) -> Float[Array, "*B V"]:
     """Scores in float32; rows that only pad the vocabulary get the lowest one."""
     flat = x_BTD.reshape(-1, x_BTD.shape[-1])
-    table_VD = gathered(table_VD.astype(flat.dtype), "VD")
-    score = jnp.dot(flat, table_VD.T, preferred_element_type=jnp.float32)
+    if isinstance(table_VD, packing.Whole):
+        score = packing.product(flat, table_VD).astype(jnp.float32)
+    else:
+        table_VD = gathered(table_VD.astype(flat.dtype), "VD")
+        score = jnp.dot(flat, table_VD.T, preferred_element_type=jnp.float32)
     score = lay(score, "BV")
     if config.padded_vocab_size > config.vocab_size:
         real_V = jnp.arange(config.padded_vocab_size) < config.vocab_size
         score = jnp.where(real_V[None], score, jnp.finfo(jnp.float32).min)
     return score.reshape(*x_BTD.shape[:-1], -1)
-
-
-def unstack(config: GPTConfig, params: Params) -> Params:
-    """The same parameters with one array per layer: those of `GPT(stacked=False)`."""
-    rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
-    layers = {
-        f"block_{n}": jax.tree.map(lambda leaf, n=n: part(leaf, n), params["blocks"])
-        for n in range(config.n_layers)
-    }
-    return rest | layers
 
 
 def empty_cache(config: GPTConfig, rows: int, slots: int) -> tuple[LayerCache, ...]:
@@ -390,7 +385,7 @@ def apply_cached(
 
     Args:
         config: shape of the model.
-        layers: parameters as `unstack` makes them.
+        layers: parameters as `gptjax.packing.unstack` makes them, or packed.
         token_BT: the new tokens, one after the other.
         position_BT: position of each; the same as its slot in the cache.
         cache: as `empty_cache` or the previous call made it.

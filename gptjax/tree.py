@@ -57,12 +57,24 @@ def partition(tree: Any, patterns: Sequence[str]) -> tuple[Any, Any]:
     parts: tuple[Any, Any] = {}, {}
     for name, leaf in named_leaves(tree).items():
         hit = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        parts[0 if hit else 1][name] = leaf
+    return unnamed(parts[0]), unnamed(parts[1])
+
+
+def unnamed(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict of leaves under their names; the inverse of `named_leaves`.
+
+    >>> unnamed({"head/bias": 1, "head/kernel": 3})
+    {'head': {'bias': 1, 'kernel': 3}}
+    """
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
         *path, last = name.split("/")
-        place = parts[0 if hit else 1]
+        place = tree
         for key in path:
             place = place.setdefault(key, {})
         place[last] = leaf
-    return parts
+    return tree
 
 
 def merge(one: Any, other: Any) -> Any:

@@ -17,7 +17,8 @@ from gptjax.attention.plain import attention_weights
 from gptjax.attention.sight import Sight, visible
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
-from gptjax.model import apply_cached, empty_cache, hidden, unstack
+from gptjax.model import apply_cached, empty_cache, hidden
+from gptjax.packing import unstack
 from tests.test_attention_conformance import needs_tpu_or_cpu
 
 B, T, H, K = 3, 8, 2, 4
@@ -290,7 +291,7 @@ def test_a_model_learns_the_same_by_every_backend(backend):
 def test_a_model_starts_and_decodes_whatever_backend_its_rows_need(backend):
     config, params = tiny(backend), params_of(backend)
     token_BT = jnp.array([[3, 1, 4]])
-    layers, cache = unstack(config, params), empty_cache(config, 1, 8)
+    layers, cache = unstack(params), empty_cache(config, 1, 8)
 
     found, _ = apply_cached(config, layers, token_BT, jnp.array([[0, 1, 2]]), cache)
 

@@ -25,8 +25,8 @@ from gptjax.model import (
     hidden,
     logits,
     output_table,
-    unstack,
 )
+from gptjax.packing import unstack
 from gptjax.tree import named_leaves
 
 B, T, V = 2, 8, 50
@@ -81,7 +81,7 @@ def test_separate_layers_compute_what_stacked_layers_compute(qkv_bias):
         )
         return x_BTD, y_BTD
 
-    x_BTD, y_BTD = both(params, unstack(config, params))
+    x_BTD, y_BTD = both(params, unstack(params))
 
     np.testing.assert_allclose(x_BTD, y_BTD, atol=1e-5)
 
@@ -90,7 +90,7 @@ def test_separate_layers_compute_what_stacked_layers_compute(qkv_bias):
 @given(cuts=st.sets(st.integers(1, T - 1)))
 def test_a_row_fed_in_any_pieces_has_the_logits_of_the_whole_row(cuts):
     params = lively(TINY)
-    layers, cache = unstack(TINY, params), empty_cache(TINY, B, T)
+    layers, cache = unstack(params), empty_cache(TINY, B, T)
     position_BT = jnp.arange(T)[None].repeat(B, 0)
     edges = [0, *sorted(cuts), T]
 
@@ -109,7 +109,7 @@ def test_a_row_fed_in_any_pieces_has_the_logits_of_the_whole_row(cuts):
 @pytest.mark.fast
 def test_rows_of_one_cache_may_stand_at_different_positions():
     params = lively(TINY)
-    layers, cache = unstack(TINY, params), empty_cache(TINY, B, T)
+    layers, cache = unstack(params), empty_cache(TINY, B, T)
     lengths = (3, 6)
     padded_BT = TOKEN_BT.at[0, 3:].set(V - 1)  # what must not be seen later
 
@@ -128,7 +128,7 @@ def test_rows_of_one_cache_may_stand_at_different_positions():
 
 def test_one_row_alone_is_cached_as_it_is_among_others():
     params = lively(TINY)
-    layers, position_BT = unstack(TINY, params), jnp.arange(T)[None]
+    layers, position_BT = unstack(params), jnp.arange(T)[None]
 
     cache, pieces = empty_cache(TINY, 1, T), []
     for piece in (slice(0, 4), slice(4, 8)):

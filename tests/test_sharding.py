@@ -16,8 +16,8 @@ import gptjax
 from gptjax import sharding
 from gptjax.config import GPTConfig, MeshConfig, OptimConfig, RunConfig, TuneConfig
 from gptjax.errors import ConfigError
-from gptjax.model import unstack
 from gptjax.optim import make_optimizer
+from gptjax.packing import unstack
 from gptjax.sharding import (
     AXES,
     LETTERS,
@@ -102,7 +102,7 @@ def hits(name):
 def test_the_layers_of_a_model_that_is_not_stacked_have_the_same_rules():
     config = GPTConfig(**SHAPE)
     params = jax.eval_shape(
-        lambda key: unstack(config, gptjax.init(config, key)), jax.random.key(0)
+        lambda key: unstack(gptjax.init(config, key)), jax.random.key(0)
     )
 
     for name, leaf in named_leaves(params).items():

@@ -18,7 +18,8 @@ import safetensors.numpy
 
 from gptjax.config import GPTConfig
 from gptjax.errors import ModelError
-from gptjax.model import Params, unstack
+from gptjax.model import Params, compute_dtype
+from gptjax.packing import packed, unstack
 from gptjax.template import FILE as TEMPLATE
 from gptjax.tokenizer import Tokenizer
 from gptjax.tree import count, named_leaves
@@ -35,11 +36,13 @@ class Model:
     tokenizer: Tokenizer = dataclasses.field(repr=False)
     labels: tuple[str, ...] = ()  # of a classifier, by class
     template: str = dataclasses.field(default="", repr=False)  # of an assistant, Jinja
+    int8: bool = False  # whether parameters are `rounded`, and read in 8 bits to write
 
     @functools.cached_property
     def layers(self) -> Params:
         """The parameters as decoding wants them: one array per layer, made once."""
-        return unstack(self.config, self.params)
+        dtype = compute_dtype(self.config)
+        return packed(unstack(self.params), dtype, self.int8)
 
     def __str__(self) -> str:
         c = self.config

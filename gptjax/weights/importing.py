@@ -21,6 +21,7 @@ from gptjax import template as templates
 from gptjax import tokenizer as tokenizers
 from gptjax.config import GPTConfig, build
 from gptjax.errors import ConfigError, DataError, ModelError
+from gptjax.packing import rounded
 from gptjax.template import FILE as TEMPLATE
 from gptjax.tokenizer import Tokenizer
 from gptjax.weights import hub
@@ -34,13 +35,17 @@ HEAD_WIDTH = 64  # of all GPT-2 sizes, and of the book's
 JSON_BYTES = 10_000_000
 
 
-def load(name: str | Path, say: Say = lambda line: None) -> Model:
+def load(
+    name: str | Path, say: Say = lambda line: None, *, int8: bool = False
+) -> Model:
     """The model that MODEL names: a run, a folder of any layout, or one of the hub.
 
     Args:
         name: a run folder, a model folder, a Hugging Face, OpenAI or book folder, a
             .safetensors file, a public size such as "gpt2", or "owner/repository".
         say: gets what a person should know, a line at a time.
+        int8: whether weights are rounded to 8 bits, as `gptjax.packing` does, for
+            writing that reads a quarter of the bytes.
 
     Raises:
         ModelError: nothing of that name, or files that are damaged or do not agree.
@@ -48,7 +53,12 @@ def load(name: str | Path, say: Say = lambda line: None) -> Model:
     source = open_source(find(name, say), say)
     params = read_params(source)
     return Model(
-        source.config, params, source.tokenizer, source.labels, source.template
+        source.config,
+        rounded(params) if int8 else params,
+        source.tokenizer,
+        source.labels,
+        source.template,
+        int8,
     )
 
 

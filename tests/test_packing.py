@@ -1,0 +1,135 @@
+"""Packed kernels say what the plain ones say; with 8 bits, what rounded ones say."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptjax import packing
+from gptjax.config import GPTConfig
+from gptjax.generation import complete
+from gptjax.model import (
+    apply,
+    apply_cached,
+    compute_dtype,
+    empty_cache,
+    init,
+    logits,
+    output_table,
+)
+from gptjax.tokenizer import load
+from gptjax.tree import named_leaves, unnamed
+from gptjax.weights.folder import Model
+
+CONFIG = GPTConfig(
+    vocab_size=257, context_length=32, n_layers=3, n_heads=2, d_model=24, dtype="auto"
+)
+TOKEN_BT = np.random.default_rng(0).integers(257, size=(3, 9)).astype(np.int32)
+
+
+def drawn(config, scale=3.0):
+    """Parameters none of which is 0, so that every one of them matters."""
+    leaves = named_leaves(init(config, jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return unnamed(
+        {
+            name: leaf + scale * 0.02 * jax.random.normal(key, leaf.shape)
+            for (name, leaf), key in zip(leaves.items(), keys, strict=True)
+        }
+    )
+
+
+def cached_logits(config, params, int8):
+    layers = packing.packed(packing.unstack(params), compute_dtype(config), int8)
+    slot_BT = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None], TOKEN_BT.shape)
+    cache = empty_cache(config, 3, 16)
+    x_BTD, _ = apply_cached(config, layers, jnp.asarray(TOKEN_BT), slot_BT, cache)
+    return logits(config, output_table(config, layers), x_BTD)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("multiple", [1, 64])
+@pytest.mark.parametrize(
+    ("dtype", "int8", "near"),
+    [
+        ("float32", False, 2e-6),
+        ("float32", True, 5e-4),  # rows are rounded to 15 bits, 19 times
+        ("bfloat16", False, 2e-2),
+        ("bfloat16", True, 2e-2),
+    ],
+)
+def test_packed_layers_give_the_logits_of_stacked_ones(
+    tied, multiple, dtype, int8, near
+):
+    config = dataclasses.replace(
+        CONFIG, tie_embeddings=tied, vocab_multiple=multiple, dtype=dtype
+    )
+    params = drawn(config)
+    params = packing.rounded(params) if int8 else params
+    expected = apply(config, params, jnp.asarray(TOKEN_BT))[..., :257]
+    found = cached_logits(config, params, int8)[..., :257]
+    size = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(found, expected, atol=near * size)
+
+
+def test_only_kernels_and_the_table_of_outputs_are_rounded():
+    params = drawn(CONFIG)
+    rounded = named_leaves(packing.rounded(params))
+    for name, leaf in named_leaves(params).items():
+        changed = name.endswith("/kernel") or name == "token_embedding/embedding"
+        assert changed == bool(jnp.any(rounded[name] != leaf)), name
+
+
+def test_rounding_moves_no_weight_by_more_than_half_a_step_of_its_output():
+    params = drawn(CONFIG)
+    kernel_NDHK = params["blocks"]["attention"]["query"]["kernel"]
+    found = packing.rounded(params)["blocks"]["attention"]["query"]["kernel"]
+    step_NHK = jnp.abs(kernel_NDHK).max(axis=1) / packing.MOST
+    assert jnp.all(
+        jnp.abs(found - kernel_NDHK) <= step_NHK[:, None] * (0.5 + 1e-5)
+    )  # and of rounding twice nothing is left
+    again = packing.rounded(packing.rounded(params))
+    np.testing.assert_allclose(
+        again["blocks"]["attention"]["query"]["kernel"], found, rtol=1e-6
+    )
+
+
+@given(
+    rows=st.integers(1, 11),
+    seed=st.integers(0, 2**31 - 1),
+    size=st.sampled_from([1e-20, 1e-3, 1.0, 1e4]),
+)
+def test_whole_numbers_multiply_as_exactly_as_rows_of_15_bits(rows, seed, size):
+    random = np.random.default_rng(seed)
+    x_BI = (random.standard_normal((rows, 40)) * size).astype(np.float32)
+    x_BI[0, 3:] = 0  # a row of few numbers, and one of none
+    x_BI[-1] = 0
+    kernel_IO = random.standard_normal((40, 7)).astype(np.float32)
+    whole = packing.whole(jnp.asarray(kernel_IO))
+    found = packing.product(jnp.asarray(x_BI), whole)
+
+    exact_IO = np.asarray(whole.kernel_IO, np.float64) * np.asarray(whole.scale_O)
+    expected = x_BI.astype(np.float64) @ exact_IO
+    step_B1 = np.abs(x_BI).max(axis=1, keepdims=True) / (packing.MOST * packing.FINE)
+    bound = 0.51 * step_B1 * np.abs(exact_IO).sum(axis=0) + 1e-6 * np.abs(expected)
+    assert np.all(np.abs(found - expected) <= bound)
+
+
+def test_a_kernel_of_zeros_stays_zero():
+    whole = packing.whole(jnp.zeros((5, 2)))
+    assert not jnp.any(packing.product(jnp.ones((1, 5)), whole))
+
+
+def test_a_model_in_8_bits_writes_what_its_rounded_parameters_write():
+    params = packing.rounded(drawn(CONFIG))
+    tokenizer = load("bytes")
+    options = {"temperature": 0.0, "max_new_tokens": 12, "stop_ids": ()}
+    ids = [
+        complete(Model(CONFIG, params, tokenizer, int8=int8), "ab", **options)[0].ids
+        for int8 in (False, True)
+    ]
+    assert ids[0] == ids[1]
