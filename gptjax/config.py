@@ -32,7 +32,8 @@ class GPTConfig:
     attention: Literal[
         "auto", "plain", "prefix", "xla", "blockwise", "cudnn", "splash"
     ] = "auto"
-    # What backward computes again: all, all but the products, or nothing.
+    # What backward computes again: all, all but the products, or nothing, which is
+    # fastest on one CPU or GPU and compiles longer, where the memory suffices.
     remat: Literal["full", "dots", "none"] = "dots"
 
     def __post_init__(self) -> None:

@@ -13,10 +13,20 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from gptjax.attention.call import OLDER_GPU, platform
 from gptjax.config import GPTConfig
 from gptjax.model import Params, hidden, logits, output_table
-from gptjax.sharding import explicit, gathered, lay, reshaped, row_shards, stored
+from gptjax.sharding import (
+    axes_here,
+    explicit,
+    gathered,
+    lay,
+    reshaped,
+    row_shards,
+    stored,
+)
 
+ALIGNED = 128  # rows
 Scalar = Float[Array, ""]
 PerToken = Float[Array, "B T"]
 Targets = Int[Array, "B T"]
@@ -170,7 +180,7 @@ def _forward(
     chunk: int,
 ) -> tuple[Array, Any]:
     """The sum, and its gradients for a cotangent of 1."""
-    table = gathered(table_VD.astype(x_BTD.dtype), "VD")
+    table = aligned(gathered(table_VD.astype(x_BTD.dtype), "VD"))
     # Each shard [X] of the batch adds up its own gradient of the table, so that these
     # are summed over the devices once, not for every chunk.
     shards = row_shards() or 1
@@ -200,13 +210,23 @@ def _forward(
         return lay(grad_XVD, "XVD"), (nats_BC, grad_BCD)
 
     chunks = tuple(split(leaf, chunk) for leaf in (x_BTD, target_BT, weight_BT))
-    shape, where = (shards, *table_VD.shape), explicit("XVD")
+    shape, where = (shards, *table.shape), explicit("XVD")
     zeros = lay(jnp.zeros(shape, jnp.float32, out_sharding=where), "XVD")
     grad_XVD, (nats, grad_x) = jax.lax.scan(one, zeros, chunks)
-    grad_VD = stored(jnp.sum(grad_XVD, axis=0), "VD")
+    grad_VD = stored(jnp.sum(grad_XVD, axis=0)[: len(table_VD)], "VD")
     nats_BT = join(nats)
     kept = join(grad_x), grad_VD.astype(table_VD.dtype), nats_BT
     return jnp.sum(nats_BT * weight_BT), kept
+
+
+def aligned(table_VD: Float[Array, "V D"]) -> Float[Array, "V2 D"]:
+    """The table, on a GPU with rows of zeros up to a whole number of `ALIGNED`.
+
+    Products whose sides are odd, as GPT-2's 50,257, take a GPU's slow kernels.
+    """
+    if platform() not in ("gpu", OLDER_GPU) or axes_here().get("tensor", 1) > 1:
+        return table_VD
+    return jnp.pad(table_VD, ((0, -len(table_VD) % ALIGNED), (0, 0)))
 
 
 def _backward(config: GPTConfig, chunk: int, kept: Any, cotangent: Array) -> Any:

@@ -21,6 +21,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from gptjax import packing
+from gptjax.attention.call import platform
 from gptjax.attention.choice import attend
 from gptjax.attention.plain import attention_weights
 from gptjax.attention.sight import MIXED, Sight, visible
@@ -47,7 +48,7 @@ REMAT_POLICIES = {
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-UNROLLED = 12  # layers that a CPU's program has one after the other, at most
+UNROLLED = 12  # layers that a program of one device has in a row, at most
 
 
 class LayerCache(NamedTuple):
@@ -199,12 +200,13 @@ class GPT(nn.Module):
 
 def stack(config: GPTConfig, layers: int) -> Any:
     """`Block` scanned over layers, recomputed in backward as `config.remat` says."""
-    # A loop on a CPU copies every layer out of the stack, and its gradient back.
-    alone = jax.default_backend() == "cpu" and not axes_here()
+    # A loop copies what each layer keeps, and on a CPU the layer; but without a loop
+    # nothing makes backward wait until it computes again, and no memory is saved.
+    alone = platform() != "tpu" and math.prod(axes_here().values()) == 1
     unroll, block = min(layers, UNROLLED) if alone else 1, Block
     if config.remat != "none" or fully_sharded():
         policy = REMAT_POLICIES[config.remat]
-        block = nn.remat(Block, policy=policy, prevent_cse=alone)
+        unroll, block = 1, nn.remat(Block, policy=policy, prevent_cse=False)
     return nn.scan(
         block,
         variable_axes={"params": 0, "adapters": 0, "added": 0, "captured": 0},
@@ -358,8 +360,8 @@ def logits(
         table_VD = gathered(table_VD.astype(flat.dtype), "VD")
         score = jnp.dot(flat, table_VD.T, preferred_element_type=jnp.float32)
     score = lay(score, "BV")
-    if config.padded_vocab_size > config.vocab_size:
-        real_V = jnp.arange(config.padded_vocab_size) < config.vocab_size
+    if score.shape[-1] > config.vocab_size:
+        real_V = jnp.arange(score.shape[-1]) < config.vocab_size
         score = jnp.where(real_V[None], score, jnp.finfo(jnp.float32).min)
     return score.reshape(*x_BTD.shape[:-1], -1)
 

@@ -39,8 +39,9 @@ MODEL = {"dtype", "attention", "context_length"}
 
 
 def config_of(preset: str, **changes: Any) -> GPTConfig:
-    """A public size, in float32 as the others compute it on a CPU."""
-    return GPTConfig.preset(preset, **{"dtype": "float32", **changes})
+    """A public size as the others compute it on a CPU: in float32, nothing twice."""
+    given = {"dtype": "float32", "remat": "none", **changes}
+    return GPTConfig.preset(preset, **given)
 
 
 def by_preset(prepare: Callable[..., Work]) -> Callable[..., Work]:
