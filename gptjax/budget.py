@@ -129,7 +129,7 @@ def activation_bytes(c: GPTConfig, size: int, tensor: int) -> tuple[int, int]:
     whole, heads, hidden = c.d_model, 4 * c.d_model, c.mlp_width
     products = size * (4 * whole + (heads + hidden) // tensor)
     every = (6 * 4 + 4 * size) * whole + size * (heads + 7 * hidden) // tensor
-    if c.attention in ("plain", "xla"):
+    if c.attention in ("plain", "prefix", "xla"):
         every += c.n_heads * c.context_length * (4 + size) // tensor
     return every, products
 

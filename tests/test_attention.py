@@ -92,9 +92,9 @@ def test_slots_of_its_own_are_no_slots():
 @pytest.mark.parametrize("kind", SIGHTS)
 def test_weights_sum_to_one_and_are_exactly_zero_where_masked(kind):
     mask_BTS = mask_of(SIGHTS[kind])
-    query_BTHK, key_BSHK, _ = heads(mask_BTS.shape[1])
+    query_BHTK, key_BHSK, _ = (jnp.swapaxes(x, 1, 2) for x in heads(mask_BTS.shape[1]))
 
-    weight_BHTS = jax.jit(attention_weights)(query_BTHK, key_BSHK, mask_BTS)
+    weight_BHTS = jax.jit(attention_weights)(query_BHTK, key_BHSK, mask_BTS)
 
     masked = np.broadcast_to(~np.asarray(mask_BTS)[:, None], weight_BHTS.shape)
     np.testing.assert_array_equal(np.asarray(weight_BHTS)[masked], 0)
@@ -142,7 +142,7 @@ def test_auto_is_the_fastest_that_can_do_it(platform, changes, expected):
 
 @pytest.mark.fast
 def test_a_named_backend_is_the_one_that_is_used():
-    for name in ("plain", "xla", "blockwise"):
+    for name in ("plain", "prefix", "xla", "blockwise"):
         assert ASK(name) == name
     assert ASK("splash", platform="tpu") == "splash"
     assert ASK("cudnn", platform="gpu") == "cudnn"
@@ -278,7 +278,7 @@ def loss_and_slopes(backend):
     return jax.jit(jax.value_and_grad(loss))(params_of("plain"))
 
 
-@pytest.mark.parametrize("backend", ["blockwise", "splash"])
+@pytest.mark.parametrize("backend", ["prefix", "blockwise", "splash"])
 def test_a_model_learns_the_same_by_every_backend(backend):
     needs_tpu_or_cpu(backend)
     results = loss_and_slopes(backend), loss_and_slopes("plain")

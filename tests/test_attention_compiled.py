@@ -18,6 +18,7 @@ from gptjax.attention.sight import Sight
 pytestmark = pytest.mark.mesh
 
 CAUSAL = Sight()
+AUTO = ("plain", "prefix", "xla", "blockwise", "splash")  # on meshes of such axes
 
 
 def slopes(attention, sight=CAUSAL):
@@ -60,13 +61,29 @@ def test_memory_of_blocks_grows_as_the_row_and_that_of_the_formula_as_its_square
     assert growth["plain"] > 32
 
 
+def flops(backend, sight):
+    """Those of the compiled program, forward and backward."""
+    attention = functools.partial(attend, backend=backend)
+    lowered = slopes(attention, sight).lower(*shapes(1, 512, 2, 64, packed=False))
+    return lowered.compile().cost_analysis()["flops"]
+
+
+def test_of_a_causal_row_five_eighths_of_the_square_are_multiplied():
+    """Four blocks of queries, which see 1, 2, 3 and 4 quarters of the keys."""
+    seen = flops("prefix", CAUSAL) / flops("plain", CAUSAL)
+    whole = flops("prefix", Sight(causal=False)) / flops("plain", Sight(causal=False))
+
+    assert seen == pytest.approx(5 / 8, rel=0.02)
+    assert whole == pytest.approx(1, rel=0.02)
+
+
 # On many devices
 
 
 @pytest.mark.parametrize(
     ("backend", "kind"),
     [
-        *((name, AxisType.Auto) for name in ("plain", "xla", "blockwise", "splash")),
+        *((name, AxisType.Auto) for name in AUTO),
         *((name, AxisType.Explicit) for name in ("blockwise", "splash")),
     ],
 )

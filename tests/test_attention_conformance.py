@@ -177,6 +177,16 @@ def test_a_backend_computes_the_formula_and_its_slopes_or_says_why_not(
         check(backend, case, dtype)
 
 
+@pytest.mark.parametrize("length", [1, 33, 70, 127])
+def test_rows_of_any_length_have_no_query_without_a_block(length):
+    heads = [x[:, :length] for x in arrays("causal", "float32")[:3]]
+
+    mixed_BTHK = named("prefix")(*heads, Sight())
+
+    expected_BTHK = expected("causal", "float32")[0][:, :length]
+    np.testing.assert_allclose(mixed_BTHK, expected_BTHK, rtol=0, atol=5e-6)
+
+
 @pytest.fixture
 def cudnn_by_xla(monkeypatch):
     """What cuDNN is asked for, computed by XLA: it takes the same arguments."""
@@ -239,7 +249,7 @@ def test_cudnn_itself_hides_documents_from_each_other(dtype):
 
 @pytest.mark.fast
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("backend", ["plain", "xla", "blockwise", "splash"])
+@pytest.mark.parametrize("backend", ["plain", "prefix", "xla", "blockwise", "splash"])
 def test_no_document_has_a_slope_by_another_one(backend, causal):
     needs_tpu_or_cpu(backend)
     *heads, slope_BTHK = arrays("packed", "float32")
@@ -255,7 +265,7 @@ def test_no_document_has_a_slope_by_another_one(backend, causal):
         assert np.asarray(slope)[inside_BT].any()
 
 
-@pytest.mark.parametrize("backend", ["plain", "xla", "blockwise", "splash"])
+@pytest.mark.parametrize("backend", ["plain", "prefix", "xla", "blockwise", "splash"])
 def test_scores_too_large_for_exp_do_not_overflow(backend):
     needs_tpu_or_cpu(backend)
     query_BTHK, *rest = arrays("packed", "float32")

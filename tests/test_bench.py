@@ -54,7 +54,7 @@ def test_every_backend_that_can_has_its_line_and_the_others_say_why():
     found = bench_device(SMALL, told.append, sizes=(2,), only=["train"])
 
     names = [one["attention"] for one in found["rates"]]
-    assert names == ["plain", "xla", "blockwise"]
+    assert names == ["plain", "prefix", "xla", "blockwise"]
     assert any("cudnn" in line and "not here" in line for line in told)
     best = max(found["rates"], key=lambda one: one["tokens_per_s"])
     assert found["train_tokens_per_s"] == best["tokens_per_s"]
@@ -101,7 +101,7 @@ def test_nothing_that_fits_is_said(monkeypatch):
 
     assert found["rates"] == []
     assert "best       none: nothing could be trained here" in told
-    assert sum("RESOURCE" in line for line in told) == 6  # three backends are here
+    assert sum("RESOURCE" in line for line in told) == 7  # four backends are here
     assert found["read"] > 0
 
 
@@ -163,4 +163,4 @@ def test_the_command_writes_all_figures(tmp_path, monkeypatch, capsys):
     assert "tokens/s" in capsys.readouterr().out
     found = json.loads(out.read_text())
     assert found["versions"]["jax"]
-    assert found["train_attention"] == "plain"  # what "auto" is on a CPU
+    assert found["train_attention"] == "prefix"  # what "auto" is on a CPU

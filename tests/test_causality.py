@@ -61,6 +61,7 @@ def input_gradients(config, params, segment_BT=None):
     "changes",
     [
         {"attention": "plain"},
+        {"attention": "prefix"},
         {"attention": "xla"},
         {"attention": "plain", "dtype": "bfloat16", "remat": "full"},
     ],
@@ -75,7 +76,7 @@ def test_the_loss_of_a_position_depends_on_no_later_input(changes):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("attention", ["plain", "xla"])
+@pytest.mark.parametrize("attention", ["plain", "prefix", "xla"])
 def test_documents_of_one_row_exchange_no_gradient(attention):
     config = dataclasses.replace(TINY, attention=attention)
     segment_BT = jnp.array([[3, 3, 3, 1, 1, 2, 2, 2]])

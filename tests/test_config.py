@@ -46,7 +46,7 @@ def models(draw):
         tie_embeddings=draw(st.booleans()),
         vocab_multiple=draw(POSITIVE),
         dtype=draw(st.sampled_from(["auto", "float32", "bfloat16"])),
-        attention=draw(st.sampled_from(["auto", "plain", "xla"])),
+        attention=draw(st.sampled_from(["auto", "plain", "prefix", "xla"])),
         remat=draw(st.sampled_from(["none", "dots", "full"])),
     )
 

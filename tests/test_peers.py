@@ -211,7 +211,7 @@ def test_clipped_adamw_steps_are_those_of_pytorch(torch, peer, count):
     close(state.params, expected, atol=0.02 * OPTIM.peak_lr)
 
 
-@pytest.mark.parametrize("backend", ["plain", "xla", "blockwise"])
+@pytest.mark.parametrize("backend", ["plain", "prefix", "xla", "blockwise"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_attention_is_that_of_pytorch(torch, backend, packed):
     rng = np.random.default_rng(0)
