@@ -37,6 +37,9 @@ class Whole(NamedTuple):
     scale_O: Float[Array, " O"]
 
 
+Packed = Transposed | Whole
+
+
 def unstack(params: Params) -> Params:
     """The parameters of `GPT(stacked=False)`: one array per layer."""
     rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
@@ -71,12 +74,18 @@ def packed(layers: Params, dtype: Any, int8: bool = False) -> Params:
                 found["/".join((*path, "packed"))] = pack(kernel_IO)
             else:
                 found[name] = leaf.astype(dtype)
-        if int8 or not on_cpu:
-            table_VD = leaves[table_name(leaves)]
-            found["output"] = whole(table_VD.T) if int8 else table_VD.astype(dtype)
+        table_VD = leaves[table_name(leaves)]
+        if int8:
+            found["output"] = whole(table_VD.T)
+        elif not on_cpu:
+            found["output"] = table_VD.astype(dtype)
         return found
 
-    return unnamed(jax.jit(form)(named_leaves(layers)))
+    leaves = named_leaves(layers)
+    tree = unnamed(jax.jit(form)(leaves))
+    if on_cpu and not int8:  # the table is stored so already
+        tree["output"] = Transposed(leaves[table_name(leaves)])
+    return tree
 
 
 def rounded(params: Params) -> Params:
