@@ -1,7 +1,7 @@
 """The compiled part of writing: read the rows at once, then add token after token.
 
 Rows are filled up on the right, and slot s of a row's cache holds position s, so rows
-do not influence each other. Lengths are rounded up to powers of two, and every
+do not influence each other. Lengths are rounded up to a few sizes, and every
 sampling value is traced: another prompt or temperature compiles nothing anew.
 """
 
@@ -43,8 +43,10 @@ class Limits(NamedTuple):
 
 
 def bucket(length: int, most: int | None) -> int:
-    """The next power of two from LEAST_BUCKET on, at most `most`."""
+    """The next power of two or 3/4 of one, from LEAST_BUCKET on, at most `most`."""
     size = max(LEAST_BUCKET, 1 << (length - 1).bit_length())
+    if size > LEAST_BUCKET and length <= 3 * size // 4:
+        size = 3 * size // 4
     return size if most is None else min(size, most)
 
 

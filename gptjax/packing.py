@@ -19,7 +19,7 @@ from gptjax.tree import named_leaves, part, unnamed
 
 MOST = 127  # the largest whole number of a kernel
 FINE = 128  # a row is a coarse part times this and a fine part, 15 bits together
-LEAST_ROWS = 8  # of whole numbers; fewer are multiplied more slowly on a CPU
+LEAST_ROWS = 4  # of whole numbers; fewer are multiplied more slowly on a CPU
 
 Params = dict[str, Any]
 
@@ -33,7 +33,7 @@ class Transposed(NamedTuple):
 class Whole(NamedTuple):
     """A kernel in 8 bits."""
 
-    kernel_IO: Int8[Array, "I O"]
+    kernel_OI: Int8[Array, "O I"]
     scale_O: Float[Array, " O"]
 
 
@@ -69,14 +69,14 @@ def packed(layers: Params, dtype: Any, int8: bool = False) -> Params:
             if last != "kernel" or "head" in path:
                 found[name] = leaf
             elif int8 or on_cpu:
-                kernel_IO = flat(name, leaf)
-                pack = whole if int8 else lambda x: Transposed(x.T)
-                found["/".join((*path, "packed"))] = pack(kernel_IO)
+                kernel_OI = flat(name, leaf).T
+                pack = whole if int8 else Transposed
+                found["/".join((*path, "packed"))] = pack(kernel_OI)
             else:
                 found[name] = leaf.astype(dtype)
         table_VD = leaves[table_name(leaves)]
         if int8:
-            found["output"] = whole(table_VD.T)
+            found["output"] = whole(table_VD)
         elif not on_cpu:
             found["output"] = table_VD.astype(dtype)
         return found
@@ -118,10 +118,10 @@ def scales(x: Array, axes: tuple[int, ...]) -> Array:
     return jnp.where(most > 0, most / MOST, 1.0)
 
 
-def whole(kernel_IO: Float[Array, "I O"]) -> Whole:
+def whole(kernel_OI: Float[Array, "O I"]) -> Whole:
     """A kernel in whole numbers."""
-    scale_1O = scales(kernel_IO, (0,))
-    return Whole(jnp.round(kernel_IO / scale_1O).astype(jnp.int8), scale_1O[0])
+    scale_O1 = scales(kernel_OI, (1,))
+    return Whole(jnp.round(kernel_OI / scale_O1).astype(jnp.int8), scale_O1[:, 0])
 
 
 def table_name(names: Any) -> str:
@@ -148,7 +148,7 @@ def product(x_BI: Float[Array, "B I"], kernel: Any) -> Float[Array, "B O"]:
         # Else XLA turns the product round, and reads the kernel more slowly again.
         return jax.lax.optimization_barrier(y_OB).T
     if jax.default_backend() != "cpu":
-        y_BO = x_BI @ kernel.kernel_IO.astype(x_BI.dtype)
+        y_BO = x_BI @ kernel.kernel_OI.astype(x_BI.dtype).T
         return y_BO * kernel.scale_O.astype(x_BI.dtype)[None]
     return whole_product(x_BI, kernel)
 
@@ -165,8 +165,11 @@ def whole_product(x_BI: Float[Array, "B I"], kernel: Whole) -> Float[Array, "B O
     coarse_BI = jnp.round(steps_BI / FINE)
     both = jnp.concatenate([coarse_BI, steps_BI - FINE * coarse_BI])
     both = jnp.pad(both, ((0, max(0, LEAST_ROWS - 2 * rows)), (0, 0)))
-    sums = jnp.matmul(
-        both.astype(jnp.int8), kernel.kernel_IO, preferred_element_type=jnp.int32
+    sums = jnp.einsum(
+        "BI,OI->BO",
+        both.astype(jnp.int8),
+        kernel.kernel_OI,
+        preferred_element_type=jnp.int32,
     ).astype(jnp.float32)
     y_BO = FINE * sums[:rows] + sums[rows : 2 * rows]
     return (y_BO * step_B1 * kernel.scale_O[None]).astype(x_BI.dtype)

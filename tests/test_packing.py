@@ -108,11 +108,11 @@ def test_whole_numbers_multiply_as_exactly_as_rows_of_15_bits(rows, seed, size):
     x_BI = (random.standard_normal((rows, 40)) * size).astype(np.float32)
     x_BI[0, 3:] = 0  # a row of few numbers, and one of none
     x_BI[-1] = 0
-    kernel_IO = random.standard_normal((40, 7)).astype(np.float32)
-    whole = packing.whole(jnp.asarray(kernel_IO))
+    kernel_OI = random.standard_normal((7, 40)).astype(np.float32)
+    whole = packing.whole(jnp.asarray(kernel_OI))
     found = packing.product(jnp.asarray(x_BI), whole)
 
-    exact_IO = np.asarray(whole.kernel_IO, np.float64) * np.asarray(whole.scale_O)
+    exact_IO = np.asarray(whole.kernel_OI.T, np.float64) * np.asarray(whole.scale_O)
     expected = x_BI.astype(np.float64) @ exact_IO
     step_B1 = np.abs(x_BI).max(axis=1, keepdims=True) / (packing.MOST * packing.FINE)
     bound = 0.51 * step_B1 * np.abs(exact_IO).sum(axis=0) + 1e-6 * np.abs(expected)
@@ -120,7 +120,7 @@ def test_whole_numbers_multiply_as_exactly_as_rows_of_15_bits(rows, seed, size):
 
 
 def test_a_kernel_of_zeros_stays_zero():
-    whole = packing.whole(jnp.zeros((5, 2)))
+    whole = packing.whole(jnp.zeros((2, 5)))
     assert not jnp.any(packing.product(jnp.ones((1, 5)), whole))
 
 

@@ -105,6 +105,7 @@ def measured(
         yield from train_share(preset, pairs, peers)
     if not only or "decode" in only:
         yield from decode_share(preset, pairs)
+        yield from decode_int8(preset, pairs)
 
 
 def figures(
@@ -151,6 +152,16 @@ def decode_share(preset: str, pairs: int) -> Iterator[Figure]:
     yield rate("read", "bytes/s", read)
     size = 4 * budget.parameter_count(config_of(preset))
     yield plain("decode_share_of_bandwidth_b1", share * size)
+
+
+def decode_int8(preset: str, pairs: int) -> Iterator[Figure]:
+    """Writing with weights in 8 bits beside writing with them as they are."""
+    for rows in (1, 8):
+        options = {"preset": preset, "rows": rows, "new": NEW}
+        whole = Side("decode", {**options, "int8": True})
+        one, _, ratio = against(whole, Side("decode", options), pairs)
+        yield rate(f"int8_decode_b{rows}", "tokens/s", one)
+        yield plain(f"int8_decode_ratio_fp32_b{rows}", ratio)
 
 
 def rate(key: str, unit: str, found: Found) -> Figure:

@@ -4,6 +4,7 @@ A piece of work is called again and again, and returns how many units it did.
 """
 
 import atexit
+import dataclasses
 import functools
 import json
 import shutil
@@ -25,6 +26,7 @@ from gptjax.generation import complete
 from gptjax.loss import next_token_loss
 from gptjax.model import init
 from gptjax.optim import make_optimizer
+from gptjax.packing import rounded
 from gptjax.train import init_state, make_train_step
 from gptjax.weights.folder import Model, save
 from gptjax.weights.importing import load
@@ -99,9 +101,12 @@ def train(config: GPTConfig, rows: int, context: int) -> Work:
     return work
 
 
-def decode(config: GPTConfig, rows: int, new: int) -> Work:
+def decode(config: GPTConfig, rows: int, new: int, int8: bool = False) -> Work:
     """Greedy writing after a short prompt, one token at a time; units are tokens."""
     model = model_of(config)
+    if int8:
+        params = rounded(model.params)
+        model = dataclasses.replace(model, params=params, int8=True)
     prompts = random_tokens(rows, PROMPT, model.config.vocab_size).tolist()
     options: Any = {"temperature": 0.0, "max_new_tokens": new, "stop_ids": ()}
 
