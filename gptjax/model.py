@@ -233,13 +233,9 @@ def extend(
     def put(old_BHSK: Array, new_BTHK: Array) -> Array:
         new_BHTK = jnp.swapaxes(new_BTHK, 1, 2).astype(old_BHSK.dtype)
         if len(old_BHSK) == 1 and new_BHTK.shape[2] == 1:
-            # As a scatter, which XLA does in place: it makes another update twice, for
-            # the loop and for the product, and copies the cache for both.
+            # A scatter is in place; XLA makes another update twice, and copies for it.
             place = 0, jnp.arange(old_BHSK.shape[1]), slot_BT[0, 0]
             return lay(old_BHSK.at[place].set(new_BHTK[0, :, 0]), "BHSK")
-        if len(old_BHSK) == 1:
-            start = (0, 0, slot_BT[0, 0], 0)
-            return lay(jax.lax.dynamic_update_slice(old_BHSK, new_BHTK, start), "BHSK")
         write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))
         return lay(write(old_BHSK, new_BHTK, slot_BT[:, 0], 1), "BHSK")
 
