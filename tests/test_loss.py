@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from gptjax.config import GPTConfig
-from gptjax.loss import join, next_token_nats, split, token_nats, weighted_nats
+from gptjax.loss import (
+    ALIGNED,
+    aligned,
+    join,
+    next_token_nats,
+    split,
+    token_nats,
+    weighted_nats,
+)
 from gptjax.model import logits
 
 B, T, D, V = 2, 12, 16, 50
@@ -62,6 +70,20 @@ def test_chunks_have_the_value_and_the_gradients_of_the_whole(chunk):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
         result,
         with_gradients(full, arrays),
+    )
+
+
+def test_the_sides_that_a_gpu_is_given_change_nothing(monkeypatch):
+    arrays = inputs()
+    expected = with_gradients(full, arrays)
+
+    monkeypatch.setattr("gptjax.loss.platform", lambda: "gpu")
+
+    assert len(aligned(arrays[1])) == ALIGNED > len(arrays[1])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        with_gradients(chunked(5), arrays),
+        expected,
     )
 
 
