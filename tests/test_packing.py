@@ -99,7 +99,7 @@ def test_rounding_moves_no_weight_by_more_than_half_a_step_of_its_output():
 
 
 @given(
-    rows=st.integers(1, 11),
+    rows=st.sampled_from([1, 2, 11]),  # each compiles once
     seed=st.integers(0, 2**31 - 1),
     size=st.sampled_from([1e-20, 1e-3, 1.0, 1e4]),
 )
