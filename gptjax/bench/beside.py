@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gptjax.bench import peers
+from gptjax.bench import machine, peers
 from gptjax.bench.limits import NEW
 from gptjax.bench.ours import scratch
 from gptjax.bench.turns import Found, Side, against
@@ -132,14 +132,7 @@ def told(
     say: Callable[[str], None], name: str, tag: str, result: Compared
 ) -> dict[str, float]:
     """The three figures of a comparison, as they were said."""
-    one, two, ratio = result
-    for key, rate in ((f"{name}_{tag}", one), (f"{name}_transformers_{tag}", two)):
-        span = f"({rate.low:.4g} to {rate.high:.4g})"
-        say(f"{key:<40}{rate.middle:12.4g} tokens/s {span}")
-    key = f"{name}_ratio_transformers_{tag}"
-    say(f"{key:<40}{ratio:12.3f}")
-    return {
-        f"{name}_{tag}": one.middle,
-        f"{name}_transformers_{tag}": two.middle,
-        key: ratio,
-    }
+    figures = list(machine.beside(name, "transformers", tag, "tokens/s", result))
+    for figure in figures:
+        say(f"{figure.key:<40}{figure.said}")
+    return {figure.key: figure.value for figure in figures}

@@ -118,10 +118,17 @@ def figures(
         yield rate(named(name, tag), unit, alone(ours, pairs))
     for other in others:
         theirs = Side(f"{other}_{name}", ours.options)
-        one, two, ratio = against(ours, theirs, pairs)
-        yield rate(named(name, tag), unit, one)
-        yield rate(named(name, other, tag), unit, two)
-        yield plain(named(name, "ratio", other, tag), ratio)
+        yield from beside(name, other, tag, unit, against(ours, theirs, pairs))
+
+
+def beside(
+    name: str, other: str, tag: str, unit: str, result: tuple[Found, Found, float]
+) -> Iterator[Figure]:
+    """The rates of both sides of `gptjax.bench.turns.against`, and their ratio."""
+    one, two, ratio = result
+    yield rate(named(name, tag), unit, one)
+    yield rate(named(name, other, tag), unit, two)
+    yield plain(named(name, "ratio", other, tag), ratio)
 
 
 def named(*parts: str) -> str:
