@@ -127,7 +127,7 @@ class OptimConfig:
     """AdamW and its learning rate over the run."""
 
     peak_lr: float = 6e-4
-    schedule: Literal["cosine", "constant", "wsd"] = "cosine"  # after the warm-up
+    schedule: Literal["cosine", "constant", "wsd", "book"] = "cosine"  # after warm-up
     warmup_steps: int = 100  # linear from 0
     final_lr: float = 0.1  # where the schedule ends, as a fraction of peak_lr
     weight_decay: float = 0.1  # of matrices and embeddings, not of biases and norms

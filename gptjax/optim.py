@@ -25,6 +25,8 @@ def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
     Linear from 0 over `warmup_steps`, then "constant"; "cosine" down to
     `final_lr * peak_lr` at the last step (Loshchilov & Hutter 2017); or "wsd":
     constant, then linear down over the last fifth of the run (Hu et al. 2024).
+    "book" (Raschka 2024, appendix D) is "cosine" whose warm-up starts where it ends,
+    at `final_lr * peak_lr`.
 
     Raises:
         ConfigError: the warm-up is longer than the run.
@@ -43,8 +45,11 @@ def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
         "cosine": optax.cosine_decay_schedule(peak, max(after, 1), optim.final_lr),
         "wsd": optax.linear_schedule(peak, low, max(decay, 1), after - decay),
     }
+    shapes["book"] = shapes["cosine"]
     # The first update has rate peak / warmup rather than 0, which would waste it.
     rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    if optim.schedule == "book":
+        rise = optax.linear_schedule(low, peak, max(warmup, 1))
     return optax.join_schedules([rise, shapes[optim.schedule]], [warmup])
 
 
@@ -56,9 +61,8 @@ def learning_rates(optim: OptimConfig, steps: int) -> list[float]:
 
 def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW (Loshchilov & Hutter 2019)."""
-    clip = optim.grad_clip
     return optax.chain(
-        optax.clip_by_global_norm(clip) if clip else optax.identity(),
+        make_clipping(optim),
         optax.adamw(
             make_schedule(optim, steps),
             b1=optim.beta1,
@@ -67,6 +71,17 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
             mask=None if optim.decay_all else decay_mask,
         ),
     )
+
+
+def make_clipping(optim: OptimConfig) -> optax.GradientTransformation:
+    """By the global norm; the schedule "book" begins with it after its warm-up."""
+    if not optim.grad_clip:
+        return optax.identity()
+    clip = optax.clip_by_global_norm(optim.grad_clip)
+    if optim.schedule == "book":
+        warm: Any = lambda step: step >= optim.warmup_steps  # noqa: E731
+        return optax.conditionally_transform(clip, warm)
+    return clip
 
 
 def decay_mask(params: optax.Params) -> optax.Params:

@@ -57,7 +57,7 @@ def runs(draw):
     optim = st.builds(
         OptimConfig,
         peak_lr=RATE,
-        schedule=st.sampled_from(["cosine", "constant", "wsd"]),
+        schedule=st.sampled_from(["cosine", "constant", "wsd", "book"]),
         warmup_steps=st.integers(0, 10**6),
         final_lr=RATE,
         weight_decay=RATE,
