@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -211,8 +212,18 @@ def test_the_untrained_model_of_chapter_4_writes_the_books_words():
     assert count(model.params) == 163_009_536
 
 
+@pytest.fixture
+def optimised():
+    """XLA as users have it; without, its float32 sums are off in the last digit."""
+    name = "jax_disable_most_optimizations"
+    before = os.environ.get(name.upper()) == "1"
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)
+
+
 @pytest.mark.slow
-def test_the_untrained_model_of_chapter_5_has_the_books_loss_and_perplexity():
+def test_the_untrained_model_of_chapter_5_has_the_books_loss_and_perplexity(optimised):
     model = book_model(256)  # "every effort moves", "I really like"
     token_BT = jnp.array([[16833, 3626, 6100], [40, 1107, 588]])
     target_BT = jnp.array([[3626, 6100, 345], [1107, 588, 11311]])
@@ -224,8 +235,9 @@ def test_the_untrained_model_of_chapter_5_has_the_books_loss_and_perplexity():
         [49906, 29669, 41751],
     ]
     assert round(float(loss), 4) == 10.7940
-    # A step of float32 at a loss of 10.8 is 1e-6 of the perplexity; sums differ by 2.
-    assert math.exp(loss) == pytest.approx(48725.82, rel=4e-6)
+    # PyTorch has 48725.8241 in float64. Near 10.8 a step of float32 is one of 0.05 in
+    # the perplexity, so that only the nearest step has the book's digits.
+    assert f"{math.exp(loss):.2f}" == "48725.82"
 
 
 @pytest.mark.slow

@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax import book, report
+from gptjax import book, classification, instruct, report
 from gptjax.book import training
 from gptjax.cli import make_parser
 from gptjax.config import RunConfig, build, config_path, read_config
+from gptjax.data.example_batches import filled
+from gptjax.data.labelled import select
 from gptjax.errors import ConfigError
+from gptjax.loss import batch_nats
+from gptjax.prediction import judge
 from gptjax.run_loop import Run
 from gptjax.weights.folder import Model
 
@@ -105,6 +109,73 @@ def test_chapter_7_has_the_books_order(tmp_path, start, shared_data):
     (batch,) = task.batches(11, 12)
     assert batch["weights"].sum() > 0
     assert len(sets.examples["train"]) == 935
+
+
+def look(run, task, done):
+    """The event that an evaluation writes of what the book prints."""
+    task.evaluate(task.fresh, done, False)
+    return [e for e in report.read_events(run.metrics) if e["event"] == "book"][-1]
+
+
+def test_chapter_6_says_what_the_book_prints(tmp_path, start, shared_data, monkeypatch):
+    monkeypatch.setattr(classification, "make_evaluate", lambda *parts: lambda *at: "")
+    config = small("ch06")
+    tune = dataclasses.replace(config.tune, start=start)
+    config = dataclasses.replace(config, tune=tune)
+    run, task, sets = training.make_chapter_6(Run(config, tmp_path, print))
+    model = task.model(task.fresh)
+
+    before, first = look(run, task, 0), look(run, task, 1)
+
+    def means(split, batches):
+        """Mean loss and accuracy of the means of batches."""
+        parts = [
+            judge(
+                model,
+                select(sets.rows[split], rows),
+                [sets.ids[split][n] for n in rows],
+            )
+            for rows in batches
+        ]
+        accuracy = [part.scores.accuracy for part in parts]
+        return np.mean([part.nats for part in parts]), np.mean(accuracy)
+
+    generator = book.TorchGenerator(123)
+    wide_batches = book.Loader(1045, 8).begin(generator)[:10]
+    generator.numbers(2 + 2)  # the passes over the others
+    loss_batches = book.Loader(1045, 8).begin(generator)[:5]
+    assert before["train_accuracy"] == pytest.approx(means("train", wide_batches)[1])
+    assert before["train_loss"] == pytest.approx(means("train", loss_batches)[0])
+    in_order = [list(range(n, n + 8)) for n in range(0, 80, 8)]
+    for split in ("validation", "test"):
+        assert before[f"{split}_accuracy"] == pytest.approx(means(split, in_order)[1])
+        assert before[f"{split}_loss"] == pytest.approx(means(split, in_order[:5])[0])
+    assert set(first) == {"event", "step", "train_loss", "validation_loss"}
+    assert first["validation_loss"] == before["validation_loss"]
+    assert first["train_loss"] != before["train_loss"]
+
+
+def test_chapter_7_says_what_the_book_prints(tmp_path, start, shared_data, monkeypatch):
+    monkeypatch.setattr(instruct, "make_evaluate", lambda *parts: lambda *at: "")
+    config = small("ch07")
+    tune = dataclasses.replace(config.tune, start=start)
+    config = dataclasses.replace(config, tune=tune)
+    run, task, sets = training.make_chapter_7(Run(config, tmp_path, print))
+    model = task.model(task.fresh)
+
+    before = look(run, task, 0)
+
+    order = book.Loader(935, 8).begin(book.TorchGenerator(123))[:5]
+    parts = {"train": order, "validation": [range(n, n + 8) for n in range(0, 40, 8)]}
+    for split, batches in parts.items():
+        examples = sets.examples[split]
+        means = []
+        for rows in batches:
+            longest = max(len(examples[n].ids) for n in rows) - 1
+            batch = filled([[examples[n]] for n in rows], longest, sets.tokenizer.eot)
+            nats, weight = batch_nats(model.config, model.params, batch, chunk=8)
+            means.append(float(nats / weight))
+        assert before[f"{split}_loss"] == pytest.approx(np.mean(means), rel=1e-6)
 
 
 def test_other_data_are_of_no_chapter(tmp_path):

@@ -6,11 +6,10 @@ n + 1 finished steps here. Its dropout takes other random numbers than ours.
 """
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,28 +18,38 @@ import numpy as np
 from gptjax import budget, classification, instruct, pretrain, report
 from gptjax import tokenizer as tokenizers
 from gptjax.book.ch02 import split_text, windows
-from gptjax.book.loader import Batches, Loader, epochs
+from gptjax.book.course import (
+    FIRST,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Course,
+    begun,
+    loaders_of,
+    plan_course,
+    printing,
+)
+from gptjax.book.loader import Loader
 from gptjax.book.params import init_params
 from gptjax.book.torch_random import TorchGenerator
 from gptjax.config import RunConfig
 from gptjax.data import named
 from gptjax.data.batches import Batch, pack
 from gptjax.data.example_batches import Book
+from gptjax.data.labelled import select
 from gptjax.data.labelled_batches import LabelledBatches
 from gptjax.errors import ConfigError
 from gptjax.evaluate import evaluate, make_scorer
+from gptjax.examine import example_loss
 from gptjax.loss import next_token_loss
 from gptjax.optim import make_optimizer
-from gptjax.prediction import sizes_of
+from gptjax.prediction import judge, sizes_of
 from gptjax.run_loop import Run, Say, Task, device_line, length_line
 from gptjax.sharding import local
 from gptjax.starting import tokenizer_facts
 from gptjax.train import TrainState, init_state, make_train_step
 from gptjax.tree import count
 from gptjax.weights.folder import Model
-
-TRAIN, VALIDATION = "train", "validation"
-FIRST = 1  # finished steps at the book's first evaluation
 
 
 def train_book(config: RunConfig, folder: Path, say: Say = print) -> Model:
@@ -92,7 +101,7 @@ def make_chapter_5(run: Run) -> tuple[Run, Task]:
     loss_fn = next_token_loss(model, c.train.loss_chunk)
     loader = Loader(len(rows[TRAIN]), each)
     held_out = Loader(len(rows[VALIDATION]), each, shuffle=False, drop_last=False)
-    course = plan_course(loader, held_out, generator, c)
+    course = plan_course(loader, held_out, generator, c.train)
     per_epoch = len(rows[TRAIN]) // each
 
     def model_of(state: TrainState) -> Model:
@@ -128,41 +137,6 @@ def make_chapter_5(run: Run) -> tuple[Run, Task]:
     )
 
 
-class Course(NamedTuple):
-    """The rows that a run of chapter 5 reads."""
-
-    steps: list[list[int]]  # of each training step
-    looks: dict[int, Batches]  # training batches of the evaluation after so many steps
-    whole: Batches  # what other evaluations take
-    held_out: Batches
-
-
-def plan_course(
-    loader: Loader, held_out: Loader, generator: TorchGenerator, c: RunConfig
-) -> Course:
-    """All passes of a run, in the order in which the book begins them.
-
-    Args:
-        loader: of the training rows.
-        held_out: of the validation rows.
-        generator: that made the parameters.
-        c: says how many steps there are and how often it is evaluated.
-    """
-    steps: list[list[int]] = []
-    looks: dict[int, Batches] = {}
-    validation: Batches = []
-    while len(steps) < c.train.steps:
-        for batch in loader.begin(generator):
-            if len(steps) % c.train.eval_every == 0:
-                some = loader.begin(generator)[: c.train.eval_batches]
-                looks[len(steps) + FIRST] = some
-                validation = held_out.begin(generator)
-            steps.append(batch)
-    rows = range(0, loader.items, loader.batch_size)
-    whole = [list(range(loader.items))[n : n + loader.batch_size] for n in rows]
-    return Course(steps, looks, whole, validation)
-
-
 def make_chapter_5_evaluate(
     run: Run, rows: dict[str, np.ndarray], course: Course, byte_lengths: np.ndarray
 ) -> Any:
@@ -183,40 +157,35 @@ def make_chapter_5_evaluate(
     return evaluate_rows
 
 
-def first_steps(
-    order: Iterable[Sequence[Sequence[int]]], steps: int
-) -> list[Sequence[int]]:
-    """The items of each of the first steps, out of those of the epochs."""
-    flat = itertools.chain.from_iterable(order)
-    return list(itertools.islice(flat, steps))
-
-
 def make_chapter_6(run: Run) -> tuple[Run, Task, classification.Sets]:
-    """The spam filter: the book's head, and its order of the rows."""
+    """The spam filter: the book's head, its order of the rows, and what it prints."""
     run, task, sets = classification.make_task(run)
-    c, ids = run.config, sets.ids[TRAIN]
-    labels = sets.rows[TRAIN].labels
-    order = first_steps(
-        epochs(
-            len(ids),
-            c.data.batch_size,
-            c.train.seed,
-            eval_every=c.train.eval_every,
-            eval_after=1,
-        ),
-        c.train.steps,
+    c, ids, size = run.config, sets.ids[TRAIN], sizes_of(run.config.model)[-1]
+    loaders = loaders_of({split: len(part) for split, part in sets.ids.items()}, c)
+    course = plan_course(
+        loaders[TRAIN], loaders[VALIDATION], TorchGenerator(c.train.seed), c.train, 1
     )
     padded = LabelledBatches(
-        ids, labels, c.data.batch_size, sizes_of(c.model), sets.tokenizer.eot
+        *(ids, sets.rows[TRAIN].labels, c.data.batch_size),
+        *(sizes_of(c.model), sets.tokenizer.eot),
     )
-    size = sizes_of(c.model)[-1]
+
+    def score(model: Model, split: str, rows: list[int]) -> dict[str, float]:
+        data = select(sets.rows[split], rows)
+        found = judge(model, data, [sets.ids[split][n] for n in rows])
+        return {"loss": found.nats, "accuracy": found.scores.accuracy}
+
+    generator = TorchGenerator(c.train.seed)
+    before = {"accuracy": begun(loaders, generator, 2 * c.train.eval_batches)}
+    before["loss"] = begun(loaders, generator, c.train.eval_batches)
     params = task.fresh.params | {"head": book_head(c)}
     task = dataclasses.replace(
         task,
         fresh=task.fresh._replace(params=params),
         batches=lambda first, stop: (
-            padded.batch(size, np.asarray(order[n])) for n in range(first, stop)
+            padded.batch(size, np.asarray(rows)) for rows in course.steps[first:stop]
         ),
+        evaluate=printing(run, task, course, before, score),
         eval_offset=FIRST,
     )
     return run, task, sets
@@ -235,23 +204,24 @@ def book_head(c: RunConfig) -> dict[str, Any]:
 
 
 def make_chapter_7(run: Run) -> tuple[Run, Task, instruct.Sets]:
-    """The assistant: the book's order of the rows, evaluations included."""
+    """The assistant: the book's order of the rows, and what it prints."""
     run, task, sets = instruct.make_task(run)
-    c, examples = run.config, sets.examples[TRAIN]
-    order = first_steps(
-        epochs(
-            len(examples),
-            c.data.batch_size,
-            c.train.seed,
-            eval_every=c.train.eval_every,
-        ),
-        c.train.steps,
+    c, examples = run.config, sets.examples
+    loaders = loaders_of({split: len(part) for split, part in examples.items()}, c)
+    course = plan_course(
+        loaders[TRAIN], loaders[VALIDATION], TorchGenerator(c.train.seed), c.train
     )
 
-    book = Book(examples, c.data.batch_size, sets.tokenizer.eot, c.train.seed)
+    def score(model: Model, split: str, rows: list[int]) -> dict[str, float]:
+        return {"loss": example_loss(model, [examples[split][n] for n in rows]).loss}
+
+    loaders.pop(TEST, None)  # the book looks at no test rows before the end
+    before = begun(loaders, TorchGenerator(c.train.seed), c.train.eval_batches)
+    book = Book(examples[TRAIN], c.data.batch_size, sets.tokenizer.eot, c.train.seed)
     task = dataclasses.replace(
         task,
-        batches=lambda first, stop: map(book.batch, order[first:stop]),
+        batches=lambda first, stop: map(book.batch, course.steps[first:stop]),
+        evaluate=printing(run, task, course, {"loss": before}, score),
         eval_offset=FIRST,
     )
     return run, task, sets
