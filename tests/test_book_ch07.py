@@ -12,7 +12,7 @@ from gptjax.data.conversations import (
     split_conversations,
 )
 from gptjax.data.example_batches import example_batches
-from gptjax.data.examples import encode_all
+from gptjax.data.examples import EVERYTHING, encode_all
 from gptjax.preference import examples_of
 from gptjax.template import read_template
 from gptjax.weights.folder import Model
@@ -110,7 +110,7 @@ def test_both_loaders_give_the_rows_of_pytorchs_in_every_epoch(
     shared_data, instructions, preferences
 ):
     torch = import_torch()
-    examples = encode_all(GPT2, ALPACA, instructions["train"])
+    examples = encode_all(GPT2, ALPACA, instructions["train"], EVERYTHING)
     book = example_batches(
         "book", examples, rows=8, context=1024, fill=GPT2.eot, seed=123
     )

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gptjax
+from gptjax.book import TorchGenerator
+from gptjax.book.course import begun, loaders_of
 from gptjax.config import config_path, read_config
 from gptjax.data.folds import split_rows
 from gptjax.data.labelled import read_labelled
@@ -97,3 +100,16 @@ def test_the_spam_set_has_the_counts_of_chapter_6(shared_data):
     assert [data.labels.count(n) for n in (0, 1)] == [4_825, 747]
     sizes = {split: len(rows) for split, rows in splits.items()}
     assert sizes == {"train": 1_045, "validation": 149, "test": 300}
+
+    longest = {split: max(map(len, ids_of(rows))) for split, rows in splits.items()}
+    assert longest["train"] == max(longest.values()) == 120
+    config = read_config(config_path("book/ch06"))
+    generator = TorchGenerator(123)
+    batches = begun(loaders_of(sizes, config), generator, 999)
+    counts = {split: len(rows) for split, rows in batches.items()}
+    assert counts == {"train": 130, "validation": 19, "test": 38}
+
+
+def ids_of(rows):
+    """The tokens of each text."""
+    return [gptjax.tokenizer.load("gpt2").encode(text) for text in rows.texts]

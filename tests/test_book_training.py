@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -173,6 +174,7 @@ def test_chapter_7_says_what_the_book_prints(tmp_path, start, shared_data, monke
         for rows in batches:
             longest = max(len(examples[n].ids) for n in rows) - 1
             batch = filled([[examples[n]] for n in rows], longest, sets.tokenizer.eot)
+            batch = jax.tree.map(jnp.asarray, batch)
             nats, weight = batch_nats(model.config, model.params, batch, chunk=8)
             means.append(float(nats / weight))
         assert before[f"{split}_loss"] == pytest.approx(np.mean(means), rel=1e-6)
