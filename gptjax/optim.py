@@ -58,7 +58,7 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
     """Global-norm clipping, then AdamW (Loshchilov & Hutter 2019)."""
     clip = optim.grad_clip
     return optax.chain(
-        optax.clip_by_global_norm(clip) if clip else optax.identity(),
+        clipped(clip) if clip else optax.identity(),
         optax.adamw(
             make_schedule(optim, steps),
             b1=optim.beta1,
@@ -67,6 +67,21 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
             mask=None if optim.decay_all else decay_mask,
         ),
     )
+
+
+def clipped(limit: float) -> optax.GradientTransformation:
+    """Gradients scaled to a norm of at most `limit` (Pascanu et al. 2013, alg. 1).
+
+    Optax divides each gradient by the norm, for which a CPU writes them all once more;
+    a product with one factor is made where they are read.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        factor = jnp.minimum(1.0, limit / optax.tree.norm(updates))
+        return jax.tree.map(lambda g: g * factor, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def decay_mask(params: optax.Params) -> optax.Params:
