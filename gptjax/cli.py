@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax import data_cli, flags
+from gptjax import cpu, data_cli, flags
 from gptjax.config import config_path, read_config
 from gptjax.errors import ConfigError, GptjaxError
 from gptjax.phases import reached
@@ -27,7 +27,7 @@ FIRST |= dict.fromkeys(["generate", "chat"], "first token")
 STARTED = time.perf_counter()  # as good as when the process was
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try the same again
 VERBOSE = "say what the time to the first result is spent on"
-WIDE = "--xla_cpu_prefer_vector_width=512 to XLA_FLAGS: faster on most AVX-512 CPUs"
+FAST = "set XLA and malloc for a CPU with AVX-512; takes more memory, see gptjax/cpu.py"
 TASKS = {  # train.task: where it is
     "pretrain": ("pretrain", "pretrain"),
     "classify": ("classification", "train_classifier"),
@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and args.command not in (train, plan, launch):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     args.rest = rest
-    if getattr(args, "wide", False):  # before jax starts, which reads it once
-        flags.add_xla_flag(WIDE.split()[0])
+    if getattr(args, "fast_cpu", False):  # before jax starts, which reads it once
+        cpu.fast_cpu()
     try:
         with contextlib.ExitStack() as args.until_end:
             return args.command(args) or 0
@@ -83,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
         if function in (quickstart, train, generate, classify, chat, evaluate):
             sub.add_argument("-v", "--verbose", action="store_true", help=VERBOSE)
         if function in (quickstart, train, generate, classify, chat, evaluate, bench):
-            sub.add_argument("--wide", action="store_true", help=f"add {WIDE}")
+            sub.add_argument("--fast-cpu", action="store_true", help=FAST)
         return sub
 
     sub = add(quickstart, "quickstart")

@@ -2,17 +2,11 @@
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gptjax.config import RunConfig
-
-
-def add_xla_flag(flag: str) -> None:
-    """Sets a flag of XLA for this process and those that it starts."""
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
 def a_model(sub: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from gptjax import packing
+from gptjax.attention.call import platform
 from gptjax.sharding import (
     USED,
     constrain,
@@ -118,6 +119,15 @@ class Norm(nn.Module):
         norm = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32)
         nn.share_scope(self, norm)
         return norm(x_BTD.astype(jnp.float32)).astype(x_BTD.dtype)
+
+
+def once(x_BTD: Residual) -> Residual:
+    """The same, and on a CPU an array of its own, as its gradient is.
+
+    Else XLA adds the gradients along the residual stream up anew for each layer, as
+    sums are cheap, and reads up to 170 arrays for it; see `gptjax.cpu.FLAGS`.
+    """
+    return jax.lax.optimization_barrier(x_BTD) if platform() == "cpu" else x_BTD
 
 
 class Dropout(nn.Module):

@@ -232,8 +232,8 @@ def aligned(table_VD: Float[Array, "V D"]) -> Float[Array, "V2 D"]:
 def _backward(config: GPTConfig, chunk: int, kept: Any, cotangent: Array) -> Any:
     """The kept gradients times the cotangent; targets have none."""
     grad_BTD, grad_VD, nats_BT = kept
-    scale = cotangent.astype(grad_BTD.dtype)
-    return grad_BTD * scale, grad_VD * cotangent, None, nats_BT * cotangent
+    grad_x = (grad_BTD.astype(jnp.float32) * cotangent).astype(grad_BTD.dtype)
+    return grad_x, grad_VD * cotangent, None, nats_BT * cotangent
 
 
 weighted_nats.defvjp(_forward, _backward)

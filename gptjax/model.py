@@ -27,7 +27,7 @@ from gptjax.attention.plain import attention_weights
 from gptjax.attention.sight import MIXED, Sight, visible
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
-from gptjax.layers import Dropout, Embedding, Linear, Norm, capture, changed
+from gptjax.layers import Dropout, Embedding, Linear, Norm, capture, changed, once
 from gptjax.sharding import axes_here, fully_sharded, gathered, lay
 
 Params = dict[str, Any]
@@ -141,11 +141,11 @@ class Block(nn.Module):
     ) -> tuple[Residual, LayerCache | None]:
         """The residual stream after this layer."""
         c = self.config
-        x_BTD = changed(self, "residual", x_BTD)
+        x_BTD = once(changed(self, "residual", x_BTD))
         capture(self, "residual", x_BTD)
         normed_BTD = Norm(name="attention_norm")(x_BTD)
         y_BTD, cache = Attention(c, name="attention")(normed_BTD, cache, context)
-        x_BTD += Dropout(c.dropout)(y_BTD)
+        x_BTD = once(x_BTD + Dropout(c.dropout)(y_BTD))
         y_BTD = MLP(c, name="mlp")(Norm(name="mlp_norm")(x_BTD))
         x_BTD += Dropout(c.dropout)(y_BTD)
         return lay(x_BTD, "BTD"), cache

@@ -77,11 +77,26 @@ def make_clipping(optim: OptimConfig) -> optax.GradientTransformation:
     """By the global norm; the schedule "book" begins with it after its warm-up."""
     if not optim.grad_clip:
         return optax.identity()
-    clip = optax.clip_by_global_norm(optim.grad_clip)
+    clip = clipped(optim.grad_clip)
     if optim.schedule == "book":
         warm: Any = lambda step: step >= optim.warmup_steps  # noqa: E731
         return optax.conditionally_transform(clip, warm)
     return clip
+
+
+def clipped(limit: float) -> optax.GradientTransformation:
+    """Gradients scaled to a norm of at most `limit` (Pascanu et al. 2013, alg. 1).
+
+    Optax divides each gradient by the norm, for which a CPU writes them all once more;
+    a product with one factor is made where they are read.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        factor = jnp.minimum(1.0, limit / optax.tree.norm(updates))
+        return jax.tree.map(lambda g: g * factor, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def decay_mask(params: optax.Params) -> optax.Params:

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 import gptjax
 from gptjax.config import GPTConfig, OptimConfig
 from gptjax.errors import ConfigError
-from gptjax.optim import decay_mask, make_clipping, make_optimizer, make_schedule
+from gptjax.optim import (
+    clipped,
+    decay_mask,
+    make_clipping,
+    make_optimizer,
+    make_schedule,
+)
 from gptjax.tree import named_leaves
 
 OPTIM = OptimConfig(peak_lr=1.0, warmup_steps=10, final_lr=0.1)
@@ -180,3 +186,17 @@ def test_the_first_update_of_adam_has_the_length_of_the_learning_rate():
     result = updated(optim, params, {"bias": jnp.array([-3.0, 1e-4, 5.0])})
 
     np.testing.assert_allclose(result["bias"], [0.025, -0.025, -0.025], rtol=1e-2)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("length", [0.0, 0.5, 1.0, 30.0])
+def test_clipping_is_that_of_optax_but_for_its_order(length):
+    grads = {"a": jnp.array([0.6, 0.0]) * length, "b": jnp.array([0.8]) * length}
+
+    ours, theirs = (
+        make(1.0).update(grads, optax.EmptyState())[0]
+        for make in (clipped, optax.clip_by_global_norm)
+    )
+
+    for one, other in zip(ours.values(), theirs.values(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=3e-7)

@@ -19,6 +19,7 @@ ROWS = [  # imports point upwards; files of one row, unless of one folder, are s
     ["errors"],
     [
         "config",
+        "cpu",
         "tree",
         "bpe",
         "stopping",
@@ -38,7 +39,8 @@ ROWS = [  # imports point upwards; files of one row, unless of one folder, are s
         "machines",
         "sharding",
     ],
-    ["attention.*", "layers"],
+    ["attention.*"],
+    ["layers"],
     ["model"],
     ["lora", "classifier"],
     ["loss", "optim", "collectives", "data.*", "checkpoint", "weights.*"],

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from gptjax import budget
+from gptjax.bench.limits import step_bytes
+from gptjax.bench.ours import PROMPT as BEFORE
 from gptjax.bench.ours import config_of
 from gptjax.bench.turns import Found, Side, against, alone
 from gptjax.run_folder import versions
@@ -153,12 +155,12 @@ def train_share(preset: str, pairs: int, peers: bool) -> Iterator[Figure]:
 
 
 def decode_share(preset: str, pairs: int) -> Iterator[Figure]:
-    """Writing one row, as a share of what reading all parameters once allows."""
+    """Writing one row, as a share of what reading weights and cache once allows."""
     ours = Side("decode", {"preset": preset, "rows": 1, "new": NEW})
     _, read, share = against(ours, Side("bandwidth", {}), pairs)
     yield rate("read", "bytes/s", read)
-    size = 4 * budget.parameter_count(config_of(preset))
-    yield plain("decode_share_of_bandwidth_b1", share * size)
+    each = step_bytes(config_of(preset), 1, BEFORE + NEW / 2)
+    yield plain("decode_share_of_bandwidth_b1", share * each)
 
 
 def decode_int8(preset: str, pairs: int) -> Iterator[Figure]:
