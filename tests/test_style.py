@@ -28,6 +28,8 @@ ROWS = [  # imports point upwards; files of one row, unless of one folder, are s
         "terminal",
         "phases",
         "prefetch",
+        "manifest",
+        "run_lock",
     ],
     [
         "programs",
@@ -37,6 +39,8 @@ ROWS = [  # imports point upwards; files of one row, unless of one folder, are s
         "sampling",
         "machines",
         "sharding",
+        "checksums",
+        "step_folders",
     ],
     ["attention.*", "layers"],
     ["model"],
