@@ -12,7 +12,7 @@ on whatever mesh, each array has to have the checksum it was saved with.
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from gptjax.checksums import checked
 from gptjax.errors import ModelError
 from gptjax.manifest import DamagedError, read_manifest, write_manifest
 from gptjax.step_folders import begin, finish, newest, remove, retire, set_aside
+from gptjax.step_folders import saved_steps as saved_steps  # for those who read
 from gptjax.tree import named_leaves
 
 FILE_BYTES = 1 << 28  # of one file of arrays, so that several are hashed at a time
@@ -68,6 +69,7 @@ def saver(
 
     def settle() -> None:
         while pending:
+            wait(pending)  # a signal may raise here, and the result is still due
             pending.pop().result()
 
     def begin_save(step: int, tree: Any) -> None:
@@ -75,11 +77,11 @@ def saver(
         check_space(folder, tree)
         pending.append(thread.submit(store_and_say, step, on_host(tree)))
 
-    with ThreadPoolExecutor(1, "checkpoint") as thread:
-        try:
+    try:
+        with ThreadPoolExecutor(1, "checkpoint") as thread:
             yield begin_save
-        finally:
-            settle()
+    finally:
+        settle()
 
 
 def on_host(tree: Any) -> Any:
