@@ -116,7 +116,7 @@ def test_arrays_of_another_mesh_come_back_with_the_checksums_they_had(tmp_path):
 
 def test_arrays_that_come_back_other_than_they_were_are_set_aside(tmp_path):
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, tree(step), keep=2)
+        checkpoint.save(tmp_path, step, tree(float(step)), keep=2)
     about = manifest.read_manifest(tmp_path / "2")
     about["arrays"]["params/bias"][1] ^= 1
     (tmp_path / "2" / manifest.MANIFEST).unlink()
@@ -125,7 +125,7 @@ def test_arrays_that_come_back_other_than_they_were_are_set_aside(tmp_path):
     step, restored, complaints = checkpoint.resume(tmp_path, tree())
 
     assert step == 1
-    jax.tree.map(np.testing.assert_array_equal, restored, tree(1))
+    jax.tree.map(np.testing.assert_array_equal, restored, tree(1.0))
     assert "checkpoint 2 is damaged: 'params/bias' came back with" in complaints[0]
     assert (tmp_path / "2.damaged").is_dir()
 

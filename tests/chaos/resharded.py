@@ -56,7 +56,7 @@ def pairs(seed: int) -> list[Pair]:
 @functools.cache
 def values(seed: int) -> TrainState:
     """A state of NumPy arrays that holds all kinds of bits but those of no number."""
-    optimizer = make_optimizer(OptimConfig(), 10)
+    optimizer = make_optimizer(OptimConfig(warmup_steps=1), 10)
 
     def fresh() -> TrainState:
         key = jax.random.key(0)
