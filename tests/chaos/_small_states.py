@@ -12,16 +12,16 @@ from gptjax.tree import named_leaves
 
 
 def state_at(step: int) -> dict[str, Any]:
-    """Arrays of several sizes and dtypes, other ones in each step."""
+    """NumPy's arrays of several sizes and dtypes, other ones in each step."""
     rng = np.random.default_rng(step)
 
     def normal(*shape: int) -> Any:
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+        return rng.normal(size=shape).astype(np.float32)
 
     return {
-        "step": jnp.int32(step),
-        "params": {"kernel": normal(8, 16), "bias": normal(16)},
-        "moments": (normal(8, 16).astype(jnp.bfloat16), jnp.int32(step)),
+        "step": np.array(step, np.int32),
+        "params": {"kernel": normal(32, 16), "bias": normal(16)},
+        "moments": (normal(8, 16).astype(jnp.bfloat16), np.array(step, np.int32)),
     }
 
 
@@ -35,7 +35,7 @@ def bits(tree: Any) -> dict[str, bytes]:
 
 def resume_fault(folder: Path, expected: set[int | None]) -> str:
     """What is wrong with how a run would go on there, or ""."""
-    resumed = checkpoint.resume(folder, jax.tree.map(jnp.zeros_like, state_at(0)))
+    resumed = checkpoint.resume(folder, jax.tree.map(jnp.asarray, state_at(0)))
     if resumed.step not in expected:
         return f"it goes on from step {resumed.step}, and not from {expected}"
     if resumed.step is None:

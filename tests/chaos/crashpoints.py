@@ -8,16 +8,19 @@ Orbax makes. In the second half two processes save together, and one of them is 
 import contextlib
 import json
 import os
+import queue
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from tests.processes import ROOT, free_port
 
 SHARES = 4  # cases that the points of one process are dealt to
+AT_A_TIME = 2  # of those processes
 SLICE, FULL = SHARES, 2 * SHARES
 
 Ask = Callable[[list[Any]], Any]
@@ -25,7 +28,25 @@ Ask = Callable[[list[Any]], Any]
 
 @contextlib.contextmanager
 def children() -> Iterator[Ask]:
-    """Yields what does jobs in processes of their own: see `tests.chaos._crash`."""
+    """Yields what does jobs in processes of their own, as many at a time as asked."""
+    with contextlib.ExitStack() as stack:
+        parents = queue.SimpleQueue[Ask]()
+        for _ in range(AT_A_TIME):
+            parents.put(stack.enter_context(parent()))
+
+        def ask(jobs: list[Any]) -> Any:
+            free = parents.get()
+            try:
+                return free(jobs)
+            finally:
+                parents.put(free)
+
+        yield ask
+
+
+@contextlib.contextmanager
+def parent() -> Iterator[Ask]:
+    """Yields what does jobs one after the other: see `tests.chaos._crash`."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -41,10 +62,10 @@ def children() -> Iterator[Ask]:
         cwd=ROOT,
         env=environment,
         text=True,
-    ) as parent:
-        assert parent.stdin
-        assert parent.stdout
-        lines, answers = parent.stdin, parent.stdout
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        lines, answers = process.stdin, process.stdout
 
         def ask(jobs: list[Any]) -> Any:
             lines.write(json.dumps(jobs) + "\n")
@@ -129,13 +150,12 @@ def faults(shot: Shot, folder: Path, share: int) -> Iterator[str]:
     if not isinstance(points, int):
         yield f"without a crash: {points}"
         return
-    folders = []
-    for point in range(share, points, SHARES):
-        crashed = folder / f"point{point}"
-        said = shot.play(crashed, point)
-        if isinstance(said, str):
-            yield f"point {point}: {said}"
-        folders.append(str(crashed))
+    numbers = range(share, points, SHARES)
+    folders = [str(folder / f"point{point}") for point in numbers]
+    with ThreadPoolExecutor(AT_A_TIME) as threads:
+        for said in threads.map(shot.play, map(Path, folders), numbers):
+            if isinstance(said, str):
+                yield said
     given = {"folders": folders, "expected": shot.scene["expected"], "following": 9}
     found = shot.ask([("check", given)])
     if len(found) != len(folders):
