@@ -111,7 +111,7 @@ def bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--peers", action="store_true", help="beside PyTorch's, in turns")
     sub.add_argument("--pairs", type=int, default=5, metavar="N", help="of turns")
     parts = ["train", "decode", "prefill", "load", "input", "import", "start"]
-    parts.append("compile")
+    parts += ["compile", "save"]
     sub.add_argument("--only", nargs="+", choices=parts, default=[], metavar="PART")
     sub.add_argument(
         "--device",

@@ -1,5 +1,6 @@
 """The loop of a run, whatever it trains: log, evaluate, sample, save, stop, resume."""
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -24,6 +25,7 @@ from gptjax.run_folder import (
     versions,
     write_meta,
 )
+from gptjax.run_lock import only_writer
 from gptjax.sharding import (
     check_rows,
     make_mesh,
@@ -105,7 +107,8 @@ def train_run(
         mesh=make_mesh(config.mesh),
         saved=folder,
     )
-    with stop_signal() as stopping:
+    alone = only_writer(folder) if main else contextlib.nullcontext()
+    with alone, stop_signal() as stopping:
         run, task = make_task(with_micro_batch(run))
         if jax.process_count() > 1:
             distributed.agree(facts_of(run, task))
@@ -118,7 +121,9 @@ def train_run(
             for text in task.plan:
                 run.say(text)
         if first < run.config.train.steps:
-            state = loop(run, task, state, stopping)
+            checkpoint.check_space(run.checkpoints, saved_part(state))
+            with checkpoint.saver(*saving(run)) as save:
+                state = loop(run, task, state, stopping, save)
     return run, task, state
 
 
@@ -231,13 +236,12 @@ def saved_part(state: TrainState) -> dict[str, Any]:
 
 def resumed(run: Run, fresh: TrainState) -> tuple[TrainState, int]:
     """The newest saved state, or the fresh one; and its number of finished steps."""
-    step, complaints = checkpoint.latest(run.checkpoints)
+    step, tree, complaints = checkpoint.resume(run.checkpoints, saved_part(fresh))
     for complaint in complaints:
         run.say(complaint)
     if step is None:
         run.metrics.unlink(missing_ok=True)  # of a start that saved nothing
         return fresh, 0
-    tree = checkpoint.restore(run.checkpoints, step, saved_part(fresh))
     report.trim_events(run.metrics, step)
     if step < run.config.train.steps:
         where = device_line(run)
@@ -248,7 +252,11 @@ def resumed(run: Run, fresh: TrainState) -> tuple[TrainState, int]:
 
 
 def loop(
-    run: Run, task: Task, state: TrainState, stopping: Callable[[], bool]
+    run: Run,
+    task: Task,
+    state: TrainState,
+    stopping: Callable[[], bool],
+    save: checkpoint.Save,
 ) -> TrainState:
     """Trains to the last step; evaluates before it, and on the way; logs and saves."""
     c, train, done = run.config, run.config.train, int(state.step)
@@ -297,7 +305,7 @@ def loop(
             if evaluating and task.sample:
                 task.sample(state, done)
             if saving:
-                save_step(run, state, done)
+                save(done, saved_part(state))
         if stop and not last:
             where = run.checkpoints.parent
             raise Stopped(f"stopped after step {done}; all is saved in {where}")
@@ -368,11 +376,10 @@ def train_event(
     return {"step": done, **values}
 
 
-def save_step(run: Run, state: TrainState, done: int) -> None:
-    """Saves the state and says so in the metrics."""
-    keep = run.config.checkpoint.keep
-    checkpoint.save(run.checkpoints, done, saved_part(state), keep)
-    report.write_event(run.metrics, "save", done)
+def saving(run: Run) -> tuple[Path, int, Callable[[int], None]]:
+    """Where a run saves, how many steps it keeps, and that it notes each of them."""
+    noted = functools.partial(report.write_event, run.metrics, "save")
+    return run.checkpoints, run.config.checkpoint.keep, noted
 
 
 def device_line(run: Run) -> str:

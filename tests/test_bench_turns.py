@@ -7,9 +7,10 @@ import pytest
 from gptjax.bench import machine, ours, peers
 from gptjax.bench.commands import COMMANDS
 from gptjax.bench.ours import OURS
+from gptjax.bench.saving import save_times
 from gptjax.bench.turns import Side, against, alone, summary
 from gptjax.cli import main
-from gptjax.config import PRESETS
+from gptjax.config import PRESETS, GPTConfig
 from gptjax.errors import GptjaxError
 
 pytestmark = pytest.mark.mesh
@@ -82,6 +83,8 @@ def test_the_command_says_each_figure_and_writes_them_all(
 
     monkeypatch.setattr(machine, "against", known)
     monkeypatch.setattr(machine, "alone", lambda side, times: summary([7.0] * times))
+    costs = {"save_blocks_s": [0.25, 0.5, 0.75]}
+    monkeypatch.setattr(machine, "save_times", lambda config, times: costs)
     out = tmp_path / "bench.json"
 
     assert main(["bench", "--peers", "--json", str(out)]) == 0
@@ -98,5 +101,17 @@ def test_the_command_says_each_figure_and_writes_them_all(
     assert found["train_share_of_matmul_rate_b8"] > 0
     assert found["decode_share_of_bandwidth_b1"] > 0
     assert found["start"] == 1 / 30  # seconds
+    assert found["save_blocks_s"] == 0.5
     assert found["versions"]["jax"]
     assert found["machine"]
+
+
+def test_each_cost_of_a_save_is_found():
+    shape = {"context_length": 8, "n_layers": 1, "n_heads": 2, "d_model": 16}
+
+    found = save_times(GPTConfig(vocab_size=32, dtype="float32", **shape), 2)
+
+    keys = ["save_blocks_s", "save_copy_s", "save_s", "verify_s"]
+    assert [*found] == keys
+    assert {len(times) for times in found.values()} == {2}
+    assert found["save_s"] > found["save_blocks_s"]

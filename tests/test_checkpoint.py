@@ -1,11 +1,16 @@
 """Checkpoints: what is saved comes back, and what was altered is not trusted."""
 
+import collections
+import shutil
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gptjax import checkpoint
+from gptjax import checkpoint, manifest
 from gptjax.errors import ModelError
 
 
@@ -96,6 +101,137 @@ def test_other_arrays_than_the_saved_ones_are_refused(tmp_path):
 
     with pytest.raises(ModelError, match="params/kernel"):
         checkpoint.restore(tmp_path, 1, other)
+
+
+def test_arrays_of_another_mesh_come_back_with_the_checksums_they_had(tmp_path):
+    mesh = Mesh(np.array(jax.devices()), ("part",))
+    split = NamedSharding(mesh, PartitionSpec(None, "part"))
+    state = {"kernel": jax.device_put(jnp.arange(32.0).reshape(2, 16), split)}
+    checkpoint.save(tmp_path, 1, state, keep=2)
+
+    restored = checkpoint.restore(tmp_path, 1, {"kernel": jnp.zeros((2, 16))})
+
+    np.testing.assert_array_equal(restored["kernel"], state["kernel"])
+
+
+def test_arrays_that_come_back_other_than_they_were_are_set_aside(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, tree(float(step)), keep=2)
+    about = manifest.read_manifest(tmp_path / "2")
+    about["arrays"]["params/bias"][1] ^= 1
+    (tmp_path / "2" / manifest.MANIFEST).unlink()
+    manifest.write_manifest(tmp_path / "2", about)
+
+    step, restored, complaints = checkpoint.resume(tmp_path, tree())
+
+    assert step == 1
+    jax.tree.map(np.testing.assert_array_equal, restored, tree(1.0))
+    assert "checkpoint 2 is damaged: 'params/bias' came back with" in complaints[0]
+    assert (tmp_path / "2.damaged").is_dir()
+
+
+def test_where_nothing_was_saved_a_run_starts_with_what_it_has(tmp_path):
+    fresh = tree()
+
+    assert checkpoint.resume(tmp_path, fresh) == (None, fresh, [])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_value_that_is_not_finite_is_never_saved(tmp_path, value):
+    checkpoint.save(tmp_path, 1, tree(), keep=2)
+    broken = tree()
+    broken["params"]["kernel"] = broken["params"]["kernel"].at[2, 3].set(value)
+
+    with pytest.raises(ModelError, match="params/kernel holds values that are not fin"):
+        checkpoint.save(tmp_path, 2, broken, keep=2)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+Usage = collections.namedtuple("Usage", ["total", "used", "free"])
+
+
+def test_a_save_that_the_disk_has_no_room_for_is_refused_before(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, tree(), keep=2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(9e6, 8e6, 1e6))
+
+    with pytest.raises(ModelError, match=r"needs 1 MB, and 1 MB are free. Free space"):
+        checkpoint.save(tmp_path, 2, tree(), keep=2)
+
+    assert checkpoint.latest(tmp_path) == (1, [])
+
+
+def test_what_the_loop_donates_after_a_save_is_saved_as_it_was(tmp_path):
+    move = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    state, said = jax.tree.map(jnp.array, tree(0.5)), []
+    before = jax.tree.map(np.array, state)
+    held = threading.Event()
+
+    with checkpoint.saver(tmp_path, 2, said.append) as save:
+        store = checkpoint.store
+        with pytest.MonkeyPatch.context() as patch:
+            late = lambda *given: held.wait() and store(*given)  # noqa: E731
+            patch.setattr(checkpoint, "store", late)
+            save(3, state)
+            for _ in range(3):
+                state = move(state)
+            jax.block_until_ready(state)
+            assert said == []
+            held.set()
+            save(4, state)
+
+    assert said == [3, 4]
+    restored = checkpoint.restore(tmp_path, 3, tree())
+    jax.tree.map(np.testing.assert_array_equal, restored, before)
+    assert (
+        float(checkpoint.restore(tmp_path, 4, tree())["params"]["kernel"][0, 0]) == 3.5
+    )
+
+
+def test_a_save_that_fails_later_is_said_by_the_next_one(tmp_path):
+    with checkpoint.saver(tmp_path, 2) as save:
+        save(1, {**tree(), "step": jnp.float32(np.nan)})
+
+        with pytest.raises(ModelError, match="step 1 is not saved: step holds"):
+            save(2, tree())
+
+    assert checkpoint.saved_steps(tmp_path) == []
+
+
+def test_a_save_that_fails_last_is_said_by_the_end(tmp_path):
+    with (
+        pytest.raises(ModelError, match="step 1 is not saved"),
+        checkpoint.saver(tmp_path, 2) as save,
+    ):
+        save(1, {**tree(), "step": jnp.float32(np.nan)})
+
+
+def test_a_failure_of_orbax_is_told_with_what_to_do(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    checkpoint.save(tmp_path, 1, tree(), keep=2)
+    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", full)
+
+    with pytest.raises(ModelError, match=r"cannot save step 2 .* No space left"):
+        checkpoint.save(tmp_path, 2, tree(), keep=2)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_a_restore_that_orbax_refuses_leaves_the_step_where_it_is(
+    tmp_path, monkeypatch
+):
+    def refused(*_, **__):
+        raise KeyError("no such driver")
+
+    checkpoint.save(tmp_path, 1, tree(), keep=2)
+    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointer, "restore", refused)
+
+    with pytest.raises(ModelError, match=r"cannot restore .* enough memory"):
+        checkpoint.resume(tmp_path, tree())
+
+    assert checkpoint.saved_steps(tmp_path) == [1]
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path):

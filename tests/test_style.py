@@ -29,6 +29,8 @@ ROWS = [  # imports point upwards; files of one row, unless of one folder, are s
         "terminal",
         "phases",
         "prefetch",
+        "manifest",
+        "run_lock",
     ],
     [
         "programs",
@@ -38,6 +40,8 @@ ROWS = [  # imports point upwards; files of one row, unless of one folder, are s
         "sampling",
         "machines",
         "sharding",
+        "checksums",
+        "step_folders",
     ],
     ["attention.*"],
     ["layers"],

@@ -13,7 +13,8 @@ from gptjax import budget
 from gptjax.bench.limits import step_bytes
 from gptjax.bench.ours import PROMPT as BEFORE
 from gptjax.bench.ours import config_of
-from gptjax.bench.turns import Found, Side, against, alone
+from gptjax.bench.saving import save_times
+from gptjax.bench.turns import Found, Side, against, alone, summary
 from gptjax.run_folder import versions
 
 CONTEXT = 256  # tokens of a row that is trained on
@@ -108,6 +109,9 @@ def measured(
     if not only or "decode" in only:
         yield from decode_share(preset, pairs)
         yield from decode_int8(preset, pairs)
+    if not only or "save" in only:
+        for key, times in save_times(config_of(preset), pairs).items():
+            yield spanned(key, SECONDS, summary(times))
 
 
 def figures(
@@ -177,6 +181,11 @@ def rate(key: str, unit: str, found: Found) -> Figure:
     """A rate, or the time of one unit, with its least and its most."""
     if unit == SECONDS:
         found = Found(1 / found.middle, 1 / found.high, 1 / found.low)
+    return spanned(key, unit, found)
+
+
+def spanned(key: str, unit: str, found: Found) -> Figure:
+    """A number of a unit, with its least and its most."""
     span = f"({found.low:.4g} to {found.high:.4g})"
     return Figure(key, found.middle, f"{found.middle:12.4g} {unit} {span}")
 
