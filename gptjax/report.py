@@ -212,6 +212,6 @@ def progress(total: int, event: Event, validation: str, left: float) -> str:
         f"{short(event['tokens_per_s'])} tok/s",
         *([f"mfu {event['mfu']:.1%}"] if "mfu" in event else []),
         f"eta {duration(left)}",
-        *(["not finite: step skipped"] if "skipped" in event else []),
+        *([f"{event['skipped']}: step skipped"] if "skipped" in event else []),
     ]
     return " | ".join(parts)

@@ -1,5 +1,6 @@
 """The train step, a pure function, and the loop, a generator that its caller owns."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]  # finished steps, skipped ones included
     params: Params
     opt_state: Any
-    skipped: Int[Array, ""]  # steps whose update was left out as not finite
+    skipped: Int[Array, ""]  # steps whose update was left out
     key: Key[Array, ""]  # constant; each step folds its number into it
 
 
@@ -30,10 +31,10 @@ class Metrics(NamedTuple):
     loss: Float[Array, ""]  # nats per token
     grad_norm: Float[Array, ""]  # global, before clipping
     tokens: Float[Array, ""]  # weight that the loss was divided by
-    finite: Array  # bool: whether the update was made
+    updated: Array  # bool: whether the update was made
 
 
-TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+TrainStep = Callable[..., tuple[TrainState, Metrics]]  # (state, batch)
 
 
 def init_state(
@@ -74,11 +75,12 @@ def make_train_step(
     accumulate: int = 1,
     axis: str | None = None,
 ) -> TrainStep:
-    """A pure `step(state, batch)`; the caller jits it and donates `state`.
+    """A pure `step(state, batch, limit=inf)`; the caller jits it and donates `state`.
 
     The gradient is that of the mean over all tokens of all micro-batches, however
-    unevenly they are filled. A step whose loss or gradient is not finite changes
-    nothing but the counts of steps and of skipped ones.
+    unevenly they are filled. A step whose loss or gradient is not finite, or whose
+    gradient has a norm above the limit, changes nothing but the counts of steps and of
+    skipped ones.
 
     Args:
         loss_fn: `(params, batch, key) -> (sum, weight)`, as `gptjax.loss` has it.
@@ -89,7 +91,9 @@ def make_train_step(
     """
     total = summed(loss_fn, accumulate)
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Any, limit: Any = math.inf
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         if axis is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
@@ -99,20 +103,20 @@ def make_train_step(
         weight = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)  # none: loss 0
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(nats) & jnp.isfinite(norm)
+        good = jnp.isfinite(nats) & jnp.isfinite(norm) & (norm <= limit)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 
         def keep(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+            return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
         state = state._replace(
             step=state.step + 1,
             params=keep(params, state.params),
             opt_state=keep(opt_state, state.opt_state),
-            skipped=state.skipped + ~finite,
+            skipped=state.skipped + ~good,
         )
-        return state, Metrics(nats / weight, norm, weight, finite)
+        return state, Metrics(nats / weight, norm, weight, good)
 
     return step
 

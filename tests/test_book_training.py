@@ -16,7 +16,7 @@ from gptjax.book import training
 from gptjax.cli import make_parser
 from gptjax.config import RunConfig, build, config_path, read_config
 from gptjax.errors import ConfigError
-from gptjax.run_loop import Run
+from gptjax.run_task import Run
 from gptjax.weights.folder import Model
 
 PAGE = Path(book.__file__).parent / "README.md"

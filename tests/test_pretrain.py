@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax import checkpoint, pretrain, report, run_loop
+from gptjax import checkpoint, pretrain, report, run_loop, run_steps
 from gptjax.config import MeshConfig, RunConfig, build
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.run_folder import settle_config
@@ -127,14 +127,14 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one_bit_for_bit(
 ):
     config, folder, model, _ = unbroken
     stopped = tmp_path / "run"
-    forward = run_loop.train_event
+    forward = run_steps.train_event
 
     def interrupting(run, done, *rest):
         if done == step:
             signal.raise_signal(signal.SIGTERM)
         return forward(run, done, *rest)
 
-    monkeypatch.setattr(run_loop, "train_event", interrupting)
+    monkeypatch.setattr(run_steps, "train_event", interrupting)
     with pytest.raises(Stopped):
         pretrain.pretrain(config, stopped)
     monkeypatch.undo()
