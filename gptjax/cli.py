@@ -100,11 +100,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 def quickstart(args: argparse.Namespace) -> int:
     """Train a small GPT on text that every Python carries, and let it write."""
-    from gptjax.quickstart import quickstart
 
-    begin(args, args.run / "compiled")
-    reached("importing")
-    return stoppable(lambda: quickstart(args.run))
+    def run() -> None:
+        begin(args, args.run / "compiled")
+        from gptjax.quickstart import quickstart
+
+        reached("importing")
+        quickstart(args.run)
+
+    return stoppable(run)
 
 
 def begun_with(args: argparse.Namespace) -> Any:

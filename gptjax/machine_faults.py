@@ -1,4 +1,4 @@
-"""What the machine may refuse a run: memory and disk; foreseen, or told in a sentence."""
+"""What a machine may refuse: memory and disk; foreseen, or told in a sentence."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ def told() -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        first = str(error).splitlines()[0][:200]
+        first = str(error).splitlines()[0][:200].rstrip(".")
         raise ConfigError(
             f"the device's memory does not suffice: {first}. {LOWER} What was saved "
             "is untouched."

@@ -6,6 +6,7 @@ the share, from 0 to 1, that the loop waited for its next batch (input_wait).
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ def write_event(path: Path, kind: str, step: int, **values: Any) -> None:
     with path.open("a", encoding="utf-8") as file:
         line = json.dumps({"event": kind, "step": step, **values}, ensure_ascii=False)
         file.write(line + "\n")
+
+
+def flush(path: Path) -> None:
+    """Makes what was written to metrics.jsonl survive a power cut."""
+    with path.open("a", encoding="utf-8") as file:
+        os.fsync(file.fileno())
 
 
 def read_events(path: Path) -> list[Event]:

@@ -243,7 +243,8 @@ def loop(
     c, train, first = run.config, run.config.train, int(state.step)
     journal, done, saved = Journal(run, task, first), first, first
     if not looked_at(run, task, first):
-        look(run, task, state, journal, None, evaluating=True)
+        with journal.watch.aside():
+            look(run, task, state, journal, None, evaluating=True)
     stop_together(stopping)
     if first == train.steps:
         return state, None
@@ -278,6 +279,8 @@ def loop(
         if done == first:
             raise
         journal.read()
+        if journal.back:
+            return state, journal.back
         if done > saved:
             save_step(run, state, done)
         where = run.checkpoints.parent
@@ -354,5 +357,6 @@ def save_step(run: Run, state: TrainState, done: int) -> None:
     """Saves the state and says so in the metrics."""
     show_life(slow=True)
     keep = run.config.checkpoint.keep
+    report.flush(run.metrics)  # what is resumed from the step goes by it
     checkpoint.save(run.checkpoints, done, saved_part(state), keep)
     report.write_event(run.metrics, "save", done)

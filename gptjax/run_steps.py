@@ -171,7 +171,7 @@ def train_event(
         rate: tokens per second since the event before.
         waited: share of that time that the loop waited for its next batch.
     """
-    values = {
+    values: report.Event = {
         "loss": float(metrics.loss),
         "lr": lr,
         "grad_norm": float(metrics.grad_norm),

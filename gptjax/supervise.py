@@ -26,7 +26,7 @@ ANSWERS = (0, 2, STOPPED)  # exit codes that starting again would not change
 LEAST = 60.0  # seconds without a sign of life, and without work, that are no hang
 DEATHS = 3  # at the same step, then it is given up
 WAIT, LONGEST_WAIT = 1.0, 300.0  # seconds before the first new start, and at most
-IDLE = 0.01  # of the time: a process that computes less does nothing
+IDLE = 0.001  # of the time: a process that computes less does nothing
 TAIL = 20  # last lines of stderr that are told when it is given up
 LOOK = 0.2  # seconds between two looks at the child
 STACKS = 2.0  # seconds for it to write its stacks
@@ -115,7 +115,7 @@ def run_child(
             while child.poll() is None:
                 time.sleep(LOOK)
                 if child.poll() is None and watch.hangs():
-                    hung = f"gave no sign of life for {watch.silence:.0f} s, and was ended,"
+                    hung = f"hung for {watch.silence:.0f} s and was ended"
                     show_stacks(child)
                     break
     finally:

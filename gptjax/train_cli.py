@@ -87,6 +87,7 @@ def start(args: argparse.Namespace, path: Path, folder: Path) -> None:
     """Reads the config and trains."""
     config = flags.on_top(read_config(path), args.rest)
     begin(args, folder / "compiled")
+    from gptjax.machine_faults import told
     from gptjax.run_task import Wishes
 
     module, function = TASKS[config.train.task]
@@ -94,4 +95,5 @@ def start(args: argparse.Namespace, path: Path, folder: Path) -> None:
     reached("importing")
     say = functools.partial(print, flush=True)  # into a file as into a terminal
     wishes = Wishes(tuple(args.allow_change), args.on_spike)
-    run(config, folder, say, wishes=wishes)
+    with told():  # not only of training, but of what is written after it
+        run(config, folder, say, wishes=wishes)

@@ -200,7 +200,7 @@ def test_a_signal_ends_the_command_with_75_and_everything_saved(tmp_path, number
         env=environment,
     ) as process:
         for line in process.stdout:
-            if line.startswith("step "):
+            if "| loss" in line:
                 process.send_signal(number)
                 break
         rest = process.stdout.read()

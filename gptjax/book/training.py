@@ -52,6 +52,7 @@ def train_book(
         config: of the run; its `data.source` says which chapter.
         folder: made if it is not there.
         say: gets each line for the user.
+        wishes: what may change, and what follows a spike.
 
     Raises:
         GptjaxError: data, config or folder cannot be used.
