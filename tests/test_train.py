@@ -133,6 +133,23 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(bad):
     )
 
 
+def test_a_step_whose_gradient_is_above_the_limit_changes_nothing_either():
+    optimizer, batch = optax.sgd(1.0), batch_at(0)
+    step_fn = jax.jit(make_train_step(loss_fn, optimizer))
+    _, metrics = step_fn(init_state(start(), optimizer, KEY), batch)
+    norm = np.float32(metrics.grad_norm)
+
+    for limit, made in ((norm * 0.9, False), (norm * 1.1, True)):
+        state, metrics = step_fn(init_state(start(), optimizer, KEY), batch, limit)
+        assert bool(metrics.updated) == made
+        assert int(state.skipped) == (not made)
+        before, after = (
+            start()["final_norm"]["bias"],
+            state.params["final_norm"]["bias"],
+        )
+        assert np.array_equal(before, after) == (not made)
+
+
 def test_a_finite_loss_with_a_gradient_that_is_not_finite_is_skipped_too():
     def root(params, batch, key):
         return jnp.sqrt(params["bias"]) * batch, batch
