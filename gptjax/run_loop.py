@@ -29,7 +29,7 @@ from gptjax.run_folder import (
 from gptjax.run_steps import Journal, compiled_by_shape
 from gptjax.run_task import NO_WISHES, Run, Say, Task, Wishes, device_line
 from gptjax.sharding import check_rows, make_mesh, place, place_batch
-from gptjax.stopping import Stopped, answer, show_life, stop_signal
+from gptjax.stopping import NOTHING, Stopped, answer, show_life, stop_signal
 from gptjax.train import TrainState, steps
 from gptjax.weights.folder import Model
 from gptjax.weights.importing import load
@@ -131,7 +131,7 @@ def stop_together(stopping: Callable[[], bool]) -> None:
         Stopped: one was.
     """
     if jax.process_count() > 1 and distributed.any_process(stopping()):
-        raise Stopped("stopped before there was anything new to save")
+        raise Stopped(NOTHING)
 
 
 def facts_of(run: Run, task: Task) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 Mode = Literal["leave", "ask", "together"]
 STOPPED = 75  # exit code; EX_TEMPFAIL of sysexits.h: try the same again
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-NOTHING = "stopped before there was anything new to save"
+NOTHING = "stopped with nothing left to save"
 GRACE = 1.0  # seconds that Python gets to answer a signal; a compiler may keep it busy
 ALIVE = "GPTJAX_ALIVE"  # names the file that says what a supervisor may expect
 RARELY = 0.5  # seconds between two signs of life

@@ -166,7 +166,8 @@ def test_an_evaluation_that_a_signal_came_into_is_made_when_the_run_goes_on(
         return forward(*args, **options)
 
     monkeypatch.setattr(pretrain, place, interrupting)
-    with pytest.raises(Stopped, match=f"after step {saved};" if saved else "before"):
+    text = f"stopped after step {saved};" if saved else "nothing left to save"
+    with pytest.raises(Stopped, match=text):
         pretrain.pretrain(config, stopped)
     monkeypatch.undo()
     found = checkpoint.saved_steps(stopped / "checkpoints")
