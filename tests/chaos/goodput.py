@@ -59,7 +59,7 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
                 time.sleep(EVERY)
                 lot = random.Random(f"{seed} {case}")
                 fault = FAULTS[case % len(FAULTS)]
-                with contextlib.suppress(ProcessLookupError, IndexError):
+                with contextlib.suppress(OSError, IndexError):
                     fault(children(parent.pid)[0], folder / "run", lot)
                 if case != cases[-1]:
                     yield "" if parent.poll() in (None, 0) else told(folder, parent)

@@ -90,6 +90,7 @@ def start(run: Path) -> int:
     """Forks a process that trains; its number."""
     child = os.fork()
     if child:
+        DONE.pop(child, None)  # of an earlier one of that number
         return child
     code = 1
     try:
@@ -97,7 +98,7 @@ def start(run: Path) -> int:
         from gptjax.pretrain import pretrain
         from gptjax.programs import kept
 
-        with kept(Path("compiled"), print):
+        with kept(Path("compiled"), lambda line: None):
             pretrain(read_config(Path("config.toml")), run, lambda line: None)
         code = 0
     except BaseException:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from gptjax import report
 from tests.chaos._small_run import (
     different,
     environment,
@@ -23,6 +24,7 @@ from tests.chaos._small_run import (
 )
 from tests.processes import forget_after, free_port
 
+SAVED = 21  # the last checkpoint of runs that are resumed
 LIMIT = 240  # seconds that anything may take on a machine with other work
 SECONDS: list[float] = []  # from the signal to the end, of each case
 
@@ -81,7 +83,8 @@ def disturbed(
         victims = set(range(count))
     if phase.resumed:
         shutil.copytree(whole, here)
-        forget_after(here / "run", 9)
+        forget_after(here / "run", SAVED)
+        report.trim_events(here / "run" / "metrics.jsonl", SAVED)
         shutil.rmtree(here / "run" / "model")
     else:
         write_config(here, train__sample_prompt="2 times", train__steps=24)
