@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gptjax.stopping import STOPPED, Stopped, answer, stop_signal
+from gptjax.stopping import STOPPED, Mode, Stopped, answer, stop_signal
 
 FIRST = dict.fromkeys(["quickstart", "train"], "first step")
 FIRST |= dict.fromkeys(["generate", "chat"], "first token")
@@ -31,11 +31,16 @@ def begin(args: argparse.Namespace, programs: Path | None = None) -> None:
     begun.enter_context(kept(programs or folder_of(args.model), say))
 
 
-def stoppable(run: Callable[[], Any]) -> int:
-    """Runs something that a signal may stop, at any moment; returns the exit code."""
+def stoppable(run: Callable[[], Any], mode: Mode = "leave") -> int:
+    """Runs something that a signal may stop, at any moment; returns the exit code.
+
+    Args:
+        run: says itself when there is something to save.
+        mode: how a signal is answered until then, see `gptjax.stopping`.
+    """
     try:
         with stop_signal(final=True):
-            answer("leave")
+            answer(mode)
             run()
     except Stopped as stopped:
         print(f"{stopped}. The same command goes on from there.", flush=True)

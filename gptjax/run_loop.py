@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,7 @@ def saved_part(state: TrainState) -> dict[str, Any]:
 
 
 def resumed(
-    run: Run, fresh: TrainState, changes: list[str] | tuple[()] = ()
+    run: Run, fresh: TrainState, changes: Sequence[str] = ()
 ) -> tuple[TrainState, int]:
     """The newest saved state, or the fresh one; and its number of finished steps.
 

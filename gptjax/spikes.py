@@ -67,8 +67,8 @@ def seen_in(events: Iterable[dict[str, Any]], log_every: int) -> list[Seen]:
 def limit(values: Sequence[float]) -> float:
     """Above what the next value is a spike; infinite while there are too few.
 
-    >>> limit([1.0, 1.5] * 16), limit([1.0] * 31)
-    (3.47..., inf)
+    >>> round(limit([1.0, 1.5] * 16), 2), limit([1.0] * 31)
+    (3.47, inf)
     """
     finite = [value for value in values if math.isfinite(value)]
     if len(finite) < LEAST:

@@ -80,7 +80,7 @@ def train_together(args: argparse.Namespace, path: Path, folder: Path) -> int:
     from gptjax import distributed
 
     with distributed.ending_together():
-        return stoppable(lambda: start(args, path, folder))
+        return stoppable(lambda: start(args, path, folder), "together")
 
 
 def start(args: argparse.Namespace, path: Path, folder: Path) -> None:
