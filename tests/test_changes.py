@@ -16,6 +16,7 @@ OPTIONS = [
 ]
 OTHERS = {  # options that do not take any value
     "model.n_heads": 6,
+    "model.d_model": 24,
     "model.dropout": 0.5,
     "data.batch_size": 16,
     "data.test_fraction": 0.3,
