@@ -62,10 +62,14 @@ def supervise(
     tail: deque[str] = deque(maxlen=TAIL)
     asked: list[int] = []  # signals that came
     last, deaths, wait = None, 0, WAIT
-    with tempfile.TemporaryDirectory(prefix="gptjax-") as scratch:
+    current: list[Any] = []  # the child of the moment
+    with (
+        tempfile.TemporaryDirectory(prefix="gptjax-") as scratch,
+        heard(asked, current),
+    ):
+        sign = Path(scratch) / "alive"
         while True:
-            sign = Path(scratch) / "alive"
-            code, hung = run_child(command, sign, least, asked, tail)
+            code, hung = run_child(command, sign, least, asked, current, tail)
             if code in ANSWERS and not hung:
                 return code
             if asked:
@@ -93,6 +97,7 @@ def run_child(
     sign: Path,
     least: float,
     asked: list[int],
+    current: list[Any],
     tail: deque[str],
 ) -> tuple[int, str]:
     """Runs the command once; its exit code, and what is to be said if it hung."""
@@ -107,18 +112,21 @@ def run_child(
         errors="replace",
         text=True,
     )
+    current.append(child)
+    if asked:  # while it was being started
+        child.send_signal(asked[-1])
     reader = threading.Thread(target=pass_on, args=(child.stderr, tail), daemon=True)
     reader.start()
     try:
-        with forwarded(child, asked):
-            watch = Watch(child.pid, sign, least)
-            while child.poll() is None:
-                time.sleep(LOOK)
-                if child.poll() is None and watch.hangs():
-                    hung = f"hung for {watch.silence:.0f} s and was ended"
-                    show_stacks(child)
-                    break
+        watch = Watch(child.pid, sign, least)
+        while child.poll() is None:
+            time.sleep(LOOK)
+            if child.poll() is None and watch.hangs():
+                hung = f"hung for {watch.silence:.0f} s and was ended"
+                show_stacks(child)
+                break
     finally:
+        current.clear()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)
         code = child.wait()
@@ -180,13 +188,14 @@ def show_stacks(child: Any) -> None:
 
 
 @contextlib.contextmanager
-def forwarded(child: Any, asked: list[int]) -> Iterator[None]:
-    """Signals that ask to stop go on to the child, each time they come."""
+def heard(asked: list[int], current: list[Any]) -> Iterator[None]:
+    """Signals that ask to stop are noted, and go on to the child of the moment."""
 
     def on(number: int, _: Any) -> None:
         asked.append(number)
-        with contextlib.suppress(ProcessLookupError):
-            child.send_signal(number)
+        for child in current:
+            with contextlib.suppress(ProcessLookupError):
+                child.send_signal(number)
 
     before = {number: signal.signal(number, on) for number in SIGNALS}
     try:
@@ -198,26 +207,19 @@ def forwarded(child: Any, asked: list[int]) -> Iterator[None]:
 
 def slept(seconds: float, asked: list[int]) -> bool:
     """Whether nobody asked to stop in the meantime."""
-    waiting = {
-        number: signal.signal(number, lambda number, _: asked.append(number))
-        for number in SIGNALS
-    }
     end = time.monotonic() + seconds
-    try:
-        while not asked and time.monotonic() < end:
-            time.sleep(min(LOOK, seconds))
-    finally:
-        for number, handler in waiting.items():
-            signal.signal(number, handler)
+    while not asked and time.monotonic() < end:
+        time.sleep(min(LOOK, seconds))
     return not asked
 
 
 def pass_on(lines: Any, tail: deque[str]) -> None:
     """Shows what a child writes to stderr, and remembers the end of it."""
-    for line in lines:
-        sys.stderr.write(line)
-        sys.stderr.flush()
-        tail.append(line.rstrip("\n"))
+    with lines:
+        for line in lines:
+            sys.stderr.write(line)
+            sys.stderr.flush()
+            tail.append(line.rstrip("\n"))
 
 
 def last_step(folder: Path) -> int:

@@ -75,9 +75,8 @@ def test_a_process_that_is_busy_in_c_is_ended_all_the_same(mode, signals, code):
     try:
         assert process.stdout.readline() == "ready\n"
         for _ in range(signals):
+            time.sleep(0.5)  # it is in C by now; and two at once would be one
             process.send_signal(signal.SIGTERM)
-            if signals > 1:
-                time.sleep(0.3)  # two at once would be one
         assert process.wait(60) == code
     finally:
         process.kill()
