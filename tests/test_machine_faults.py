@@ -79,6 +79,7 @@ def test_a_disk_that_fills_up_ends_the_command_with_1_and_it_goes_on_later(
     command = ["train", "tiny", "--run", str(tmp_path / "run")]
     command += ["--data.source", str(tmp_path / "text.txt"), "--train.steps", "4"]
     command += ["--train.log_every", "1", "--model.d_model", "8"]
+    command += ["--optim.warmup_steps", "1"]
 
     def full(path, kind, step, **values):
         if (kind, step) == ("train", 3):
