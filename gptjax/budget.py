@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -184,6 +185,16 @@ def device_memory() -> int:
 def host_memory() -> int:
     """Bytes of this machine's own memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_memory() -> int:
+    """Bytes of this machine's memory that a new program may take."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return host_memory()
+    sizes = [int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")]
+    return 1024 * sizes[0] if sizes else host_memory()
 
 
 def human(size: int | float) -> str:

@@ -22,7 +22,8 @@ from gptjax.model import Params, output_table
 from gptjax.optim import make_optimizer
 from gptjax.prediction import ROWS, Judged, judge, sizes_of
 from gptjax.report_classes import Mistake, write_classification
-from gptjax.run_loop import Run, Say, Task, device_line, length_line, tune_run
+from gptjax.run_loop import tune_run
+from gptjax.run_task import NO_WISHES, Run, Say, Task, Wishes, device_line, length_line
 from gptjax.sharding import local, place
 from gptjax.starting import (
     choose_tokenizer,
@@ -55,7 +56,11 @@ MakeTask = Callable[[Run], tuple[Run, Task, Sets]]
 
 
 def train_classifier(
-    config: RunConfig, folder: Path, say: Say = print, make: MakeTask | None = None
+    config: RunConfig,
+    folder: Path,
+    say: Say = print,
+    make: MakeTask | None = None,
+    wishes: Wishes = NO_WISHES,
 ) -> Model:
     """Fine-tunes as `config` says in the run folder `folder`, or goes on.
 
@@ -67,12 +72,13 @@ def train_classifier(
         folder: made if it is not there.
         say: gets each line for the user.
         make: makes the task, where it is not `make_task`.
+        wishes: what may change, and what follows a spike.
 
     Raises:
         GptjaxError: data, config or folder cannot be used.
         Stopped: a signal came; the same call goes on later.
     """
-    return tune_run(config, folder, say, make or make_task, finish)
+    return tune_run(config, folder, say, make or make_task, finish, wishes)
 
 
 def make_task(run: Run) -> tuple[Run, Task, Sets]:

@@ -1,40 +1,29 @@
 """The `gptjax` command. Each command imports what it needs when it runs.
 
-Exit codes: 0 done; 1 a check failed; 2 bad input; 75 stopped on request with
-everything saved.
+Exit codes: 0 done; 1 a check, or the machine, failed; 2 bad input; 75 stopped on
+request with everything saved.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import functools
-import importlib
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax import cpu, data_cli, flags
+from gptjax import cpu, data_cli, flags, train_cli
+from gptjax.command import begin, remark, stoppable
 from gptjax.config import config_path, read_config
-from gptjax.errors import ConfigError, GptjaxError
+from gptjax.errors import ConfigError, GptjaxError, MachineError
 from gptjax.phases import reached
+from gptjax.train_cli import train
 
-FIRST = dict.fromkeys(["quickstart", "train"], "first step")
-FIRST |= dict.fromkeys(["generate", "chat"], "first token")
-STARTED = time.perf_counter()  # as good as when the process was
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try the same again
 VERBOSE = "say what the time to the first result is spent on"
 FAST = "set XLA and malloc for a CPU with AVX-512; takes more memory, see gptjax/cpu.py"
-TASKS = {  # train.task: where it is
-    "pretrain": ("pretrain", "pretrain"),
-    "classify": ("classification", "train_classifier"),
-    "instruct": ("instruct", "train_assistant"),
-    "preference": ("preference", "train_preference"),
-    "book": ("book.training", "train_book"),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     if rest and args.command not in (train, plan, launch):
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    args.rest = rest
+    args.rest, args.words = rest, list(sys.argv[1:] if argv is None else argv)
     if getattr(args, "fast_cpu", False):  # before jax starts, which reads it once
         cpu.fast_cpu()
     try:
@@ -51,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return args.command(args) or 0
     except GptjaxError as error:
         print(f"gptjax: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, MachineError) else 2
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stderr.close()
         return 0
@@ -88,16 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = add(quickstart, "quickstart")
     sub.add_argument("--run", type=Path, default=Path("runs/quickstart"), metavar="DIR")
-    sub = add(train, "train")
-    sub.usage = "gptjax train CONFIG.toml [--section.option value ...] [--run DIR]"
-    sub.epilog = "options:\n" + "\n".join(flags.option_lines())
-    sub.add_argument("config", metavar="CONFIG.toml", help="a file, or one of configs/")
-    sub.add_argument("--run", type=Path, metavar="DIR", help="default: runs/CONFIG")
-    sub.add_argument(
-        "--distributed",
-        metavar="auto|HOST:PORT,N,I",
-        help="one of N processes, I from 0; HOST:PORT is of process 0",
-    )
+    train_cli.arguments(add(train, "train"))
     flags.generate(add(generate, "generate"))
     flags.classify(add(classify, "classify"))
     flags.chat(add(chat, "chat"))
@@ -120,67 +100,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 def quickstart(args: argparse.Namespace) -> int:
     """Train a small GPT on text that every Python carries, and let it write."""
-    from gptjax.quickstart import quickstart
 
-    begin(args, args.run / "compiled")
-    reached("importing")
-    return stoppable(lambda: quickstart(args.run))
+    def run() -> None:
+        begin(args, args.run / "compiled")
+        from gptjax.quickstart import quickstart
 
+        reached("importing")
+        quickstart(args.run)
 
-def train(args: argparse.Namespace) -> int:
-    """Train as a config says; the same command again resumes.
-
-    Every option of the config can be given as a flag, --section.option value.
-    """
-    path = config_path(args.config)
-    config = flags.on_top(read_config(path), args.rest)
-    folder = args.run or Path("runs") / path.stem
-    begin(args, folder / "compiled")
-    module, function = TASKS[config.train.task]
-    run = getattr(importlib.import_module(f"gptjax.{module}"), function)
-    reached("importing")
-    say = functools.partial(print, flush=True)  # into a file as into a terminal
-    if not args.distributed:
-        return stoppable(lambda: run(config, folder, say))
-    from gptjax import distributed
-
-    distributed.start(args.distributed)
-    with distributed.ending_together():
-        return stoppable(lambda: run(config, folder, say))
-
-
-def begin(args: argparse.Namespace, programs: Path | None = None) -> None:
-    """Until the command ends: programs are kept, and --verbose is answered.
-
-    Args:
-        args: of a command that runs a model.
-        programs: the folder for them; that of MODEL by default.
-    """
-    from gptjax.phases import told
-    from gptjax.programs import folder_of, kept
-
-    begun, say = args.until_end, remark if args.verbose else lambda line: None
-    if args.verbose:
-        last = FIRST.get(args.command.__name__, "answering")
-        begun.enter_context(told(remark, STARTED, last))
-    begun.enter_context(kept(programs or folder_of(args.model), say))
-
-
-def stoppable(run: Any) -> int:
-    """Runs something that a signal may stop, and returns the exit code."""
-    from gptjax.stopping import Stopped
-
-    try:
-        run()
-    except Stopped as stopped:
-        print(f"{stopped}. The same command goes on from there.")
-        return STOPPED
-    return 0
-
-
-def remark(line: str) -> None:
-    """What a person should know, apart from what was asked for."""
-    print(line, file=sys.stderr)
+    return stoppable(run)
 
 
 def begun_with(args: argparse.Namespace) -> Any:

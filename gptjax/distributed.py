@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.errors import ConfigError, GptjaxError
+from gptjax.errors import ConfigError, GptjaxError, MachineError
 
 START_SECONDS = 300  # until all processes have to be there
 LOST_SECONDS = 10  # without a sign of life from a process, the run ends
@@ -137,7 +137,8 @@ def ending_together() -> Iterator[None]:
             # All have found the same, and need what this one sent last, and to speak
             # before process 0 ends them.
             time.sleep(1 if jax.process_index() else 2)
-        os._exit(2 if isinstance(error, GptjaxError) else 1)
+        mistake = isinstance(error, GptjaxError) and not isinstance(error, MachineError)
+        os._exit(2 if mistake else 1)
     finally:
         with contextlib.suppress(OSError):
             waiting.stdin.write(b"done\n")
@@ -175,7 +176,7 @@ def own_folder(folder: Path) -> Path:
         command, stdin=subprocess.PIPE, start_new_session=True
     )
     atexit.register(keeper.communicate)  # closes the pipe, as any other end does
-    for name in ("config.toml", "metrics.jsonl"):
+    for name in ("config.toml", "meta.json", "metrics.jsonl"):
         if (folder / name).is_file():
             shutil.copy(folder / name, scratch)
     return scratch

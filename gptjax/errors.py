@@ -1,6 +1,7 @@
 """Errors that a user can mend: one sentence with the value, the need and the fix.
 
-The command line prints them without a traceback and exits with code 2.
+The command line prints them without a traceback and exits with code 2; with 1, where
+it was the machine that failed.
 """
 
 
@@ -18,3 +19,7 @@ class DataError(GptjaxError, ValueError):
 
 class ModelError(GptjaxError, ValueError):
     """A model, checkpoint or run folder that cannot be used."""
+
+
+class MachineError(GptjaxError, OSError):
+    """The machine failed, as with a full disk: the same again may go well later."""

@@ -17,6 +17,7 @@ from gptjax.errors import ConfigError, DataError
 from gptjax.loss import batch_token_nats
 from gptjax.model import Params
 from gptjax.sharding import on, place_batch, replicated
+from gptjax.stopping import poll
 from gptjax.weights.folder import Model
 
 ROWS = 8  # in a batch of `score`
@@ -95,6 +96,7 @@ def evaluate(
     """
     nats, tokens, size = 0.0, 0, 0
     for batch in batches:
+        poll()
         counted = batch["weights"] > 0
         nats += float(np.sum(np.asarray(scorer(params, batch), np.float64)[counted]))
         tokens += int(counted.sum())

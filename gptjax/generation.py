@@ -22,6 +22,7 @@ from gptjax.decoding import Limits, bucket, empty_state, extend_rows, fill, padd
 from gptjax.errors import ConfigError, DataError
 from gptjax.phases import reached
 from gptjax.sampling import Knobs
+from gptjax.stopping import poll
 from gptjax.weights.folder import Model
 
 MOST_STOP_IDS = 8
@@ -231,6 +232,7 @@ def grow(
     while True:
         state = fill(config, model.layers, *padded(window, slots), state, limits)
         while True:
+            poll()
             ids_BM, logprob_BM = jax.device_get((state.ids_BM, state.logprob_BM))
             count_B, length_B = jax.device_get((state.count_B, state.length_B))
             done_B = np.array(state.done_B)

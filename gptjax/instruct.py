@@ -28,7 +28,8 @@ from gptjax.loss import batch_nats
 from gptjax.model import Params
 from gptjax.optim import make_optimizer
 from gptjax.report_answers import write_answers
-from gptjax.run_loop import Run, Say, Task, device_line, length_line, tune_run
+from gptjax.run_loop import tune_run
+from gptjax.run_task import NO_WISHES, Run, Say, Task, Wishes, device_line, length_line
 from gptjax.sharding import local, place
 from gptjax.starting import (
     choose_template,
@@ -74,7 +75,11 @@ MakeTask = Callable[[Run], tuple[Run, Task, Sets]]
 
 
 def train_assistant(
-    config: RunConfig, folder: Path, say: Say = print, make: MakeTask | None = None
+    config: RunConfig,
+    folder: Path,
+    say: Say = print,
+    make: MakeTask | None = None,
+    wishes: Wishes = NO_WISHES,
 ) -> Model:
     """Fine-tunes as `config` says in the run folder `folder`, or goes on.
 
@@ -86,12 +91,13 @@ def train_assistant(
         folder: made if it is not there.
         say: gets each line for the user.
         make: makes the task, where it is not `make_task`.
+        wishes: what may change, and what follows a spike.
 
     Raises:
         GptjaxError: data, config or folder cannot be used.
         Stopped: a signal came; the same call goes on later.
     """
-    return tune_run(config, folder, say, make or make_task, finish)
+    return tune_run(config, folder, say, make or make_task, finish, wishes)
 
 
 def make_task(run: Run) -> tuple[Run, Task, Sets]:

@@ -14,6 +14,7 @@ from gptjax.data.labelled import Labelled, read_labelled
 from gptjax.data.labelled_batches import LabelledBatches
 from gptjax.errors import DataError, ModelError
 from gptjax.scores import Scores, bootstrap_interval, confusion, scores
+from gptjax.stopping import poll
 from gptjax.weights.folder import Model
 
 ROWS = 32  # texts classified at a time
@@ -91,6 +92,7 @@ def predict(model: Model, ids: Sequence[Sequence[int]]) -> np.ndarray:
     batches = LabelledBatches(ids, [0] * len(ids), ROWS, sizes_of(model.config), fill)
     chance_NC = np.zeros((len(ids), len(model.labels)), np.float32)
     for chosen, batch in batches.in_order():
+        poll()
         tokens, lengths = jnp.asarray(batch["tokens"]), jnp.asarray(batch["lengths"])
         chance_BC = chances(model.config, model.params, tokens, lengths)
         chance_NC[chosen] = np.asarray(chance_BC)[: len(chosen)]

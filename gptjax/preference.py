@@ -27,7 +27,8 @@ from gptjax.loss import batch_token_nats
 from gptjax.model import Params
 from gptjax.optim import make_optimizer
 from gptjax.report_answers import write_answers
-from gptjax.run_loop import Run, Say, Task, device_line, length_line, tune_run
+from gptjax.run_loop import tune_run
+from gptjax.run_task import NO_WISHES, Run, Say, Task, Wishes, device_line, length_line
 from gptjax.sharding import local, place
 from gptjax.starting import (
     choose_template,
@@ -37,6 +38,7 @@ from gptjax.starting import (
     starting_params,
     tokenizer_facts,
 )
+from gptjax.stopping import poll
 from gptjax.template import Template
 from gptjax.train import TrainState, init_state
 from gptjax.trainable import make_tuned_step, parted, save_tuned, stream, whole
@@ -66,7 +68,9 @@ class Preferred(NamedTuple):
     rejected_reward: float
 
 
-def train_preference(config: RunConfig, folder: Path, say: Say = print) -> Model:
+def train_preference(
+    config: RunConfig, folder: Path, say: Say = print, wishes: Wishes = NO_WISHES
+) -> Model:
     """Tunes as `config` says in the run folder `folder`, or goes on where it ended.
 
     The model of the step with the least loss on the validation pairs is kept.
@@ -75,7 +79,7 @@ def train_preference(config: RunConfig, folder: Path, say: Say = print) -> Model
         GptjaxError: data, config or folder cannot be used.
         Stopped: a signal came; the same call goes on later.
     """
-    return tune_run(config, folder, say, make_task, finish)
+    return tune_run(config, folder, say, make_task, finish, wishes)
 
 
 def make_task(run: Run) -> tuple[Run, Task, dict[str, PairBatches]]:
@@ -202,6 +206,7 @@ def log_probabilities(
     """The log-probability of each answer, in the order of the pairs."""
     found = np.zeros((len(batches.pairs), 2), np.float32)
     for chosen, batch in batches.in_order():
+        poll()
         found[chosen] = np.asarray(compiled_nats(c)(params, batch))[: len(chosen)]
     return found
 

@@ -18,7 +18,8 @@ from gptjax.evaluate import evaluate, make_scorer
 from gptjax.generation import complete
 from gptjax.loss import next_token_loss
 from gptjax.optim import make_optimizer
-from gptjax.run_loop import Run, Say, Task, device_line, length_line, train_run
+from gptjax.run_loop import train_run
+from gptjax.run_task import NO_WISHES, Run, Say, Task, Wishes, device_line, length_line
 from gptjax.sharding import local, place, rows_here
 from gptjax.starting import open_start, settled_model, starting_params
 from gptjax.train import TrainState, init_state, make_train_step
@@ -31,7 +32,11 @@ MakeTask = Callable[[Run], tuple[Run, Task]]
 
 
 def pretrain(
-    config: RunConfig, folder: Path, say: Say = print, make: MakeTask | None = None
+    config: RunConfig,
+    folder: Path,
+    say: Say = print,
+    make: MakeTask | None = None,
+    wishes: Wishes = NO_WISHES,
 ) -> Model:
     """Trains as `config` says in the run folder `folder`, or goes on where it ended.
 
@@ -40,12 +45,13 @@ def pretrain(
         folder: made if it is not there.
         say: gets each line for the user.
         make: makes the task, where it is not `make_task`.
+        wishes: what may change, and what follows a spike.
 
     Raises:
         GptjaxError: data, config or folder cannot be used.
         Stopped: SIGINT or SIGTERM came; the same call goes on later.
     """
-    run, task, state = train_run(config, folder, say, make or make_task)
+    run, task, state = train_run(config, folder, say, make or make_task, wishes)
     model = task.model(state)
     finish(run, task, model, int(state.skipped))
     return model

@@ -15,7 +15,7 @@ from gptjax.instruct import train_assistant
 from gptjax.pretrain import pretrain
 from gptjax.report import read_events
 from gptjax.report_answers import table
-from gptjax.run_loop import Say
+from gptjax.run_task import Say
 from gptjax.weights.folder import Model
 
 CLASSIFIER = "classifier"  # where the second stage goes, in the folder of the run

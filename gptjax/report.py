@@ -6,6 +6,8 @@ the share, from 0 to 1, that the loop waited for its next batch (input_wait).
 """
 
 import json
+import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,31 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 TRAIN = {"color": BLUE, "marker": "o", "markersize": 3}
 VALIDATION = {"color": ORANGE, "linestyle": "-.", "marker": "o", "markersize": 3}
 
+WRITING = threading.Lock()  # a thread that saves writes, too
+
 
 def write_event(path: Path, kind: str, step: int, **values: Any) -> None:
     """Appends one line to metrics.jsonl; floats keep all their digits."""
-    with path.open("a", encoding="utf-8") as file:
-        line = json.dumps({"event": kind, "step": step, **values}, ensure_ascii=False)
+    line = json.dumps({"event": kind, "step": step, **values}, ensure_ascii=False)
+    with WRITING, path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
+
+
+def cut(path: Path, size: int, kept: str) -> None:
+    """Drops what metrics.jsonl has beyond `size` bytes, but for events of one kind."""
+    start = json.dumps({"event": kept})[:-1].encode()
+    with WRITING, path.open("r+b") as file:
+        file.seek(size)
+        lines = [line for line in file.readlines() if line.startswith(start)]
+        file.truncate(size)
+        file.seek(size)
+        file.writelines(lines)
+
+
+def flush(path: Path) -> None:
+    """Makes what was written to metrics.jsonl survive a power cut."""
+    with path.open("a", encoding="utf-8") as file:
+        os.fsync(file.fileno())
 
 
 def read_events(path: Path) -> list[Event]:
@@ -212,6 +233,6 @@ def progress(total: int, event: Event, validation: str, left: float) -> str:
         f"{short(event['tokens_per_s'])} tok/s",
         *([f"mfu {event['mfu']:.1%}"] if "mfu" in event else []),
         f"eta {duration(left)}",
-        *(["not finite: step skipped"] if "skipped" in event else []),
+        *([f"{event['skipped']}: step skipped"] if "skipped" in event else []),
     ]
     return " | ".join(parts)

@@ -11,13 +11,16 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from gptjax.config import RunConfig, difference, read_config
-from gptjax.errors import ModelError
+from gptjax.changes import ON_SPIKE, check_allowed, class_of, settled_changes
+from gptjax.config import RunConfig, read_config
+from gptjax.errors import ConfigError, ModelError
+from gptjax.spikes import POLICIES, Policy
 
 PACKAGES = (
     *("gptjax", "jax", "jaxlib", "flax", "optax"),
@@ -43,26 +46,76 @@ def open_folder(folder: Path) -> None:
         ) from error
 
 
-def settle_config(folder: Path, config: RunConfig) -> None:
-    """Writes config.toml, or checks that the run there was asked the same.
+def settle_config(
+    folder: Path, config: RunConfig, allowed: Sequence[str] = ()
+) -> list[str]:
+    """Writes config.toml, or checks that the run there may go on with this one.
 
-    Only `[mesh]` may be another one: it says where the work is done, not what.
+    What changes of the steps to come is written, too; what changes only where and how
+    the work is done is not.
+
+    Args:
+        folder: of the run.
+        config: asked for.
+        allowed: options that may change though they decide what is computed.
+
+    Returns:
+        Lines `section.option: old -> new` of what changes.
 
     Raises:
+        ConfigError: one of the allowed ones cannot change.
         ModelError: the folder holds a run of another config.
     """
     path = folder / "config.toml"
+    changes: list[str] = []
     if path.is_file():
-        before = dataclasses.replace(read_config(path), mesh=config.mesh)
-        if changes := difference(before, config):
+        before = read_config(path)
+        changes = settled_changes(str(folder), before, config, allowed)
+        if not any(
+            class_of(line.partition(":")[0]) == "trajectory" for line in changes
+        ):
+            return changes
+    else:
+        check_allowed(allowed)
+    write_whole(path, tomli_w.dumps(dataclasses.asdict(config)))
+    return changes
+
+
+def settle_policy(folder: Path, asked: str, allowed: Sequence[str] = ()) -> Policy:
+    """What is to be done about spikes: as asked, or as before, or no more than said.
+
+    Args:
+        folder: of the run.
+        asked: `--on-spike`; "" is as before.
+        allowed: what may change; "on-spike" may be among it.
+
+    Raises:
+        ConfigError: there is no such policy.
+        ModelError: the run there has another one.
+    """
+    if asked and asked not in POLICIES:
+        raise ConfigError(
+            f"--on-spike {asked} is not one of {', '.join(POLICIES)}. Choose one."
+        )
+    path = folder / "meta.json"
+    meta = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before: Any = meta.get("on_spike")
+    chosen: Any = asked or before or "log"
+    if before and chosen != before:
+        if ON_SPIKE not in allowed:
             raise ModelError(
-                f"the run in {folder} was started with another config: "
-                f"{'; '.join(changes)}. Use its config to resume it, or another "
-                "--run DIR to start anew."
+                f"the run in {folder} was started with --on-spike {before}, which "
+                "decides what it computes. Leave the flag out, or let it change with "
+                f"--allow-change {ON_SPIKE}."
             )
-        return
+        write_whole(path, json.dumps({**meta, "on_spike": chosen}, indent=2) + "\n")
+    return chosen
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that it is there in whole, or as it was."""
     new = path.with_suffix(".partial")
-    new.write_text(tomli_w.dumps(dataclasses.asdict(config)), encoding="utf-8")
+    new.write_text(text, encoding="utf-8")
     new.replace(path)
 
 
@@ -84,7 +137,7 @@ def write_meta(folder: Path, command: list[str], facts: dict[str, Any]) -> None:
         },
         **facts,
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    write_whole(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -3,18 +3,18 @@
 import contextlib
 import dataclasses
 import functools
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gptjax import budget, checkpoint, distributed, report
-from gptjax.config import RunConfig, read_config
+from gptjax import checkpoint, distributed, report, spikes
+from gptjax.config import RunConfig
 from gptjax.errors import ConfigError
+from gptjax.going_back import batches, go_back, jumps_of
+from gptjax.machine_faults import check_memory, told, with_micro_batch
 from gptjax.optim import learning_rates
 from gptjax.phases import reached
 from gptjax.prefetch import prefetched
@@ -22,69 +22,28 @@ from gptjax.run_folder import (
     command_line,
     open_folder,
     settle_config,
+    settle_policy,
     versions,
     write_meta,
 )
 from gptjax.run_lock import only_writer
-from gptjax.sharding import (
-    check_rows,
-    make_mesh,
-    on,
-    place,
-    place_batch,
-)
-from gptjax.stopping import Stopped, Stopwatch, stop_signal
-from gptjax.train import Metrics, TrainState, TrainStep, steps
+from gptjax.run_steps import Journal, compiled_by_shape
+from gptjax.run_task import NO_WISHES, Run, Say, Task, Wishes, device_line
+from gptjax.sharding import check_rows, make_mesh, place, place_batch
+from gptjax.stopping import NOTHING, Stopped, answer, show_life, stop_signal
+from gptjax.train import TrainState, steps
 from gptjax.weights.folder import Model
 from gptjax.weights.importing import load
 
-Say = Callable[[str], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What the parts of one run share; nothing in it changes."""
-
-    config: RunConfig
-    folder: Path
-    say: Say
-    mesh: Mesh | None = None  # of the devices; None: there is one
-    saved: Path | None = None  # the folder of its checkpoints, where it is another
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where states are saved."""
-        return (self.saved or self.folder) / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        """Where events go."""
-        return self.folder / "metrics.jsonl"
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What one kind of training brings to the loop."""
-
-    fresh: TrainState  # before the first step
-    step: Callable[..., Any]  # (state, batch, *fixed) -> (state, metrics), pure
-    batches: Callable[[int, int], Iterator[Any]]  # of steps from, to before
-    tokens_per_step: int | float
-    # (state, finished steps, whether it is the last time) -> what the line says of it
-    evaluate: Callable[[TrainState, int, bool], str]
-    model: Callable[[TrainState], Model]  # that a state stands for
-    facts: dict[str, Any]  # for meta.json: what the run reads
-    plan: list[str]  # lines for people, before anything happens
-    sample: Callable[[TrainState, int], None] | None = None
-    fixed: tuple[Any, ...] = ()  # arguments of `step` that no step changes
-    eval_offset: int = 0  # evaluated are this step and every `train.eval_every` after
+MakeTask = Callable[[Run], tuple[Run, Task]]
 
 
 def train_run(
     config: RunConfig,
     folder: Path,
     say: Say,
-    make_task: Callable[[Run], tuple[Run, Task]],
+    make_task: MakeTask,
+    wishes: Wishes = NO_WISHES,
 ) -> tuple[Run, Task, TrainState]:
     """Trains in the run folder to the last step, or goes on where it ended.
 
@@ -93,12 +52,13 @@ def train_run(
         folder: made if it is not there.
         say: gets each line for the user.
         make_task: reads the data; returns the run with its config settled by them.
+        wishes: what may change, and what follows a spike.
 
     Raises:
-        GptjaxError: data, config or folder cannot be used.
+        GptjaxError: data, config or folder cannot be used, or the machine fails.
         Stopped: SIGINT or SIGTERM came; the same call goes on later.
     """
-    main = jax.process_index() == 0
+    main, together = jax.process_index() == 0, jax.process_count() > 1
     open_folder(folder)
     run = Run(
         config=config,
@@ -108,64 +68,74 @@ def train_run(
         saved=folder,
     )
     alone = only_writer(folder) if main else contextlib.nullcontext()
-    with alone, stop_signal() as stopping:
-        run, task = make_task(with_micro_batch(run))
-        if jax.process_count() > 1:
-            distributed.agree(facts_of(run, task))
-        settle_config(run.folder, run.config)
-        task = placed(task, run)
-        state, first = resumed(run, task.fresh)
-        reached("loading")
-        if not first:
-            write_meta(run.folder, command_line(), task.facts)
-            for text in task.plan:
-                run.say(text)
-        if first < run.config.train.steps:
-            checkpoint.check_space(run.checkpoints, saved_part(state))
-            with checkpoint.saver(*saving(run)) as save:
-                state = loop(run, task, state, stopping, save)
+    with alone, stop_signal() as stopping, told():
+        answer("together" if together else "leave")
+        policy = settle_policy(run.folder, wishes.on_spike, wishes.allow_change)
+        run = with_micro_batch(dataclasses.replace(run, on_spike=policy))
+        if policy == "rollback" and config.train.task == "book":
+            raise ConfigError(
+                "--on-spike rollback leaves batches out, and train.task=book has the "
+                "book's own, in its order. Choose log or skip."
+            )
+        check_memory(run)
+        jumps: list[spikes.Jump] = []
+        while True:
+            settled, task, state = prepared(run, make_task, wishes, jumps, stopping)
+            checkpoint.check_space(settled.checkpoints, saved_part(state))
+            with checkpoint.saver(*saving(settled)) as save:
+                state, spike = loop(settled, task, state, stopping, save)
+            if spike is None:
+                break
+            jumps = go_back(settled, spike)
+            answer("together" if together else "leave")
+        answer("together" if together else "leave")
+    return settled, task, state
+
+
+def prepared(
+    run: Run,
+    make_task: MakeTask,
+    wishes: Wishes,
+    jumps: list[spikes.Jump],
+    stopping: Callable[[], bool],
+) -> tuple[Run, Task, TrainState]:
+    """Reads what there is to read; the state is that of the newest checkpoint.
+
+    Args:
+        run: as asked for.
+        make_task: of `train_run`.
+        wishes: what may change.
+        jumps: that are to be made, if the run has just gone back.
+        stopping: whether a signal came.
+    """
+    run, task = make_task(run)
+    if jax.process_count() > 1:
+        distributed.agree(facts_of(run, task))
+        stop_together(stopping)
+    changes = settle_config(run.folder, run.config, wishes.allow_change)
+    task = placed(task, run)
+    state, first = resumed(run, task.fresh, changes)
+    for jump in jumps[len(jumps_of(run)) :]:
+        left_out = {"batches": jump.batches}
+        report.write_event(run.metrics, "rollback", jump.step, **left_out)
+    reached("loading")
+    if not first:
+        facts = {**task.facts, "on_spike": run.on_spike}
+        write_meta(run.folder, command_line(), facts)
+        for text in task.plan:
+            run.say(text)
+    stop_together(stopping)
     return run, task, state
 
 
-def with_micro_batch(run: Run) -> Run:
-    """The run with `train.accumulate` chosen, where it is 0: as before, or to fit.
+def stop_together(stopping: Callable[[], bool]) -> None:
+    """Where many processes have nothing new to save: all stop if one was asked to.
 
     Raises:
-        ConfigError: the model is not the config's own, so that its size is not known.
+        Stopped: one was.
     """
-    c = run.config
-    if c.train.accumulate:
-        return run
-    before = run.folder / "config.toml"
-    if before.is_file():
-        count = read_config(before).train.accumulate
-    else:
-        count = micro_batches_that_fit(run)
-    train = dataclasses.replace(c.train, accumulate=count)
-    return dataclasses.replace(run, config=dataclasses.replace(c, train=train))
-
-
-def micro_batches_that_fit(run: Run) -> int:
-    """The fewest micro-batches for the memory of a device; says so.
-
-    Raises:
-        ConfigError: the model is not the config's own, so that its size is not known.
-    """
-    c = run.config
-    if c.tune.start:
-        raise ConfigError(
-            "train.accumulate=0 finds what fits for a model of the config's own, not "
-            "for tune.start. Give a number of micro-batches."
-        )
-    sizes = tuple(run.mesh.shape.values()) if run.mesh else budget.ONE_DEVICE
-    limit = budget.device_memory()
-    fitted = budget.with_micro_batch(budget.settled(c), sizes, limit)
-    count = fitted.train.accumulate
-    run.say(
-        f"accumulate {count} micro-batches of {c.data.batch_size // count} rows, the "
-        f"largest that fit {budget.human(limit)} of memory by arithmetic"
-    )
-    return count
+    if jax.process_count() > 1 and distributed.any_process(stopping()):
+        raise Stopped(NOTHING)
 
 
 def facts_of(run: Run, task: Task) -> dict[str, Any]:
@@ -175,7 +145,7 @@ def facts_of(run: Run, task: Task) -> dict[str, Any]:
         first = next(task.batches(0, 1))
         data = {name: np.asarray(leaf).tobytes().hex() for name, leaf in first.items()}
     return {
-        "config": dataclasses.asdict(run.config),
+        "config": [dataclasses.asdict(run.config), run.on_spike],
         "code": [distributed.code_facts(), versions()],
         "data": data,
         "tokenizer": task.facts.get("tokenizer"),
@@ -201,6 +171,7 @@ def tune_run(
     say: Say,
     make_task: Callable[[Run], tuple[Run, Task, Any]],
     finish: Callable[[Run, Task, Model, Any], None],
+    wishes: Wishes = NO_WISHES,
 ) -> Model:
     """Trains as `train_run`, and finishes with the model that the task kept.
 
@@ -210,6 +181,7 @@ def tune_run(
         say: gets each line for the user.
         make_task: as for `train_run`; returns also what it read.
         finish: gets the run, its task, the model in model/, and what was read.
+        wishes: as for `train_run`.
     """
     found: list[Any] = []
 
@@ -218,9 +190,9 @@ def tune_run(
         found.append(read)
         return run, task
 
-    run, task, _ = train_run(config, folder, say, noted)
+    run, task, _ = train_run(config, folder, say, noted, wishes)
     model = load(run.folder / "model")
-    finish(run, task, model, found[0])
+    finish(run, task, model, found[-1])
     return model
 
 
@@ -234,8 +206,16 @@ def saved_part(state: TrainState) -> dict[str, Any]:
     }
 
 
-def resumed(run: Run, fresh: TrainState) -> tuple[TrainState, int]:
-    """The newest saved state, or the fresh one; and its number of finished steps."""
+def resumed(
+    run: Run, fresh: TrainState, changes: Sequence[str] = ()
+) -> tuple[TrainState, int]:
+    """The newest saved state, or the fresh one; and its number of finished steps.
+
+    Args:
+        run: the run.
+        fresh: its state before the first step.
+        changes: of its config, which are written down and said.
+    """
     step, tree, complaints = checkpoint.resume(run.checkpoints, saved_part(fresh))
     for complaint in complaints:
         run.say(complaint)
@@ -245,9 +225,13 @@ def resumed(run: Run, fresh: TrainState) -> tuple[TrainState, int]:
     report.trim_events(run.metrics, step)
     if step < run.config.train.steps:
         where = device_line(run)
-        report.write_event(run.metrics, "resume", step, device=where.split(None, 1)[1])
+        facts = {"device": where.split(None, 1)[1]}
+        facts |= {"changes": list(changes)} if changes else {}
+        report.write_event(run.metrics, "resume", step, **facts)
         run.say(f"resumed  {run.folder} after step {step}")
         run.say(where)
+        for change in changes:
+            run.say(f"changed  {change}")
     return fresh._replace(**tree), step
 
 
@@ -257,59 +241,115 @@ def loop(
     state: TrainState,
     stopping: Callable[[], bool],
     save: checkpoint.Save,
-) -> TrainState:
-    """Trains to the last step; evaluates before it, and on the way; logs and saves."""
-    c, train, done = run.config, run.config.train, int(state.step)
+) -> tuple[TrainState, spikes.Spike | None]:
+    """Trains to the last step; evaluates before it, and on the way; logs and saves.
+
+    Returns:
+        The last state, and the spike for which the run is to go back, or None.
+    """
+    c, train, first = run.config, run.config.train, int(state.step)
+    journal, done, saved = Journal(run, task, first), first, first
+    if not looked_at(run, task, first):
+        with journal.watch.aside():
+            look(run, task, state, journal, None, evaluating=True)
+    stop_together(stopping)
+    if first == train.steps:
+        return state, None
     rates = learning_rates(c.optim, train.steps)
-    validation = "val -"
-    if not done:
-        validation = task.evaluate(state, 0, False)
-        run.say(f"step {0:>{len(str(train.steps))}}/{train.steps} | {validation}")
-        if task.sample:
-            task.sample(state, 0)
-    step = compiled_by_shape(run, task)
-    watch, logged = Stopwatch(), done
-    pending: Any = None
-
-    def noted(pending: Any) -> report.Event:
-        at, metrics, lr, count = pending
-        jax.block_until_ready(metrics)  # steps are dispatched long before they end
-        seconds, waited = watch.lap()
-        rate = count * task.tokens_per_step / seconds
-        return train_event(run, at, metrics, lr, rate, waited / seconds)
-
-    def left(event: report.Event) -> float:
-        steps_left = train.steps - event["step"]
-        return steps_left * task.tokens_per_step / event["tokens_per_s"]
-
+    step = compiled_by_shape(run, task, journal.norm_limit)
     put = functools.partial(place_batch, mesh=run.mesh, rows=c.data.batch_size)
-    stream = prefetched(task.batches(done, train.steps), put)
-    for done, state, metrics in steps(state, step, watch.waiting(stream)):  # noqa: B020
-        reached("first step", metrics)
-        if pending:  # read one step late, so that the device is not kept waiting
-            event, pending = noted(pending), None
-            run.say(report.progress(train.steps, event, validation, left(event)))
-        last, logging = done == train.steps, done % train.log_every == 0
-        evaluating = last or (done - task.eval_offset) % train.eval_every == 0
-        stop = stop_now(stopping, logging)
-        saving = last or stop or done % c.checkpoint.every == 0
-        if evaluating or saving or logging:
-            pending, logged = (done, metrics, rates[done - 1], done - logged), done
-        if not (evaluating or saving):
-            continue
-        event, pending = noted(pending), None
-        with watch.aside():
-            if evaluating:
-                validation = task.evaluate(state, done, last)
-            run.say(report.progress(train.steps, event, validation, left(event)))
-            if evaluating and task.sample:
-                task.sample(state, done)
-            if saving:
-                save(done, saved_part(state))
-        if stop and not last:
-            where = run.checkpoints.parent
-            raise Stopped(f"stopped after step {done}; all is saved in {where}")
-    return state
+    stream = journal.watch.waiting(prefetched(batches(run, task, first), put))
+    try:
+        for done, state, metrics in steps(state, step, stream):  # noqa: B020
+            reached("first step", metrics)
+            show_life()
+            if event := journal.read():  # of the step before
+                run.say(journal.line(event))
+            last, logging = done == train.steps, done % train.log_every == 0
+            evaluating, stop = due(run, task, done), stop_now(stopping, logging)
+            saving = last or stop or done % c.checkpoint.every == 0
+            journal.add(metrics, rates[done - 1], evaluating or saving or logging)
+            if (evaluating or saving) and not journal.back:
+                event = journal.read()
+            if journal.back:
+                return state, journal.back
+            if not (evaluating or saving):
+                continue
+            with journal.watch.aside():
+                look(run, task, state, journal, event, evaluating)
+                if saving:
+                    save_step(run, save, state, done)
+                    saved = done
+            if stop and not last:
+                raise Stopped
+    except Stopped:
+        if done == first:
+            raise
+        journal.read()
+        if journal.back:
+            return state, journal.back
+        if done > saved:
+            save_step(run, save, state, done)
+        where = run.checkpoints.parent
+        text = f"stopped after step {done}; all is saved in {where}"
+        raise Stopped(text) from None
+    return state, None
+
+
+def due(run: Run, task: Task, done: int) -> bool:
+    """Whether a state is evaluated after so many steps."""
+    train = run.config.train
+    return done == train.steps or not (done - task.eval_offset) % train.eval_every
+
+
+def looked_at(run: Run, task: Task, done: int) -> bool:
+    """Whether nothing is left to do with the state from which the loop starts.
+
+    A signal may have come while it was evaluated.
+    """
+    if done and not due(run, task, done):
+        return True
+    events = report.read_events(run.metrics)
+    kinds = {event["event"] for event in events if event["step"] == done}
+    return bool(kinds & {"eval", "sample"})
+
+
+def look(
+    run: Run,
+    task: Task,
+    state: TrainState,
+    journal: Journal,
+    event: report.Event | None,
+    evaluating: bool,
+) -> None:
+    """Evaluates a state if asked to, says the line of its step, and lets it write.
+
+    All of it is in metrics.jsonl, or nothing if a signal comes meanwhile.
+
+    Args:
+        run: the run.
+        task: that it trains on.
+        state: after a step, or before the first.
+        journal: of the run; is told of the validation.
+        event: what was logged of the step, if anything.
+        evaluating: whether to look at all.
+    """
+    done, train = journal.done, run.config.train
+    size = run.metrics.stat().st_size if run.metrics.is_file() else 0
+    try:
+        if evaluating:
+            show_life(slow=True)
+            text = task.evaluate(state, done, done == train.steps)
+            journal.validation = text
+        width = len(str(train.steps))
+        before = f"step {done:>{width}}/{train.steps} | {journal.validation}"
+        run.say(journal.line(event) if event else before)
+        if evaluating and task.sample:
+            show_life(slow=True)
+            task.sample(state, done)
+    except Stopped:
+        report.cut(run.metrics, size, "save")  # a save may have ended meanwhile
+        raise
 
 
 def stop_now(stopping: Callable[[], bool], logging: bool) -> bool:
@@ -319,80 +359,14 @@ def stop_now(stopping: Callable[[], bool], logging: bool) -> bool:
     return logging and distributed.any_process(stopping())
 
 
-def compiled_by_shape(run: Run, task: Task) -> TrainStep:
-    """The step, compiled for each shape of batch, so that people see the wait."""
-    options: dict[str, Any] = {"donate_argnums": 0}
-    if run.mesh is not None:  # the next step finds the state as this one did
-        same = jax.tree.map(lambda leaf: leaf.sharding, task.fresh)
-        options["out_shardings"] = same, NamedSharding(run.mesh, PartitionSpec())
-    step_fn: Any = jax.jit(task.step, **options)
-    programs: dict[Any, Any] = {}
-
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
-        if shapes not in programs:
-            run.say("compiling ...")
-            started = time.perf_counter()
-            with on(run.mesh):
-                program = step_fn.lower(state, batch, *task.fixed).compile()
-            seconds = time.perf_counter() - started
-            memory = program.memory_analysis()
-            size = memory.temp_size_in_bytes if memory else None
-            numbers = {"seconds": seconds, "temporaries": size}
-            report.write_event(run.metrics, "compile", int(state.step), **numbers)
-            held = budget.human(size) if size is not None else "unknown"
-            run.say(f"compiled  in {seconds:.1f} s; a step needs {held} of temporaries")
-            programs[shapes] = program
-        return programs[shapes](state, batch, *task.fixed)
-
-    return step
-
-
-def train_event(
-    run: Run, done: int, metrics: Metrics, lr: float, rate: float, waited: float
-) -> report.Event:
-    """Writes the metrics of step `done`.
-
-    Args:
-        run: the run.
-        done: finished steps.
-        metrics: of the last of them.
-        lr: that it used.
-        rate: tokens per second since the event before.
-        waited: share of that time that the loop waited for its next batch.
-    """
-    values = {
-        "loss": float(metrics.loss),
-        "lr": lr,
-        "grad_norm": float(metrics.grad_norm),
-        "tokens_per_s": rate,
-        "input_wait": waited,
-    }
-    if peak := budget.peak_flops():
-        values["mfu"] = rate * budget.flops_per_token(run.config.model) / peak
-    if not metrics.finite:
-        values["skipped"] = True
-    report.write_event(run.metrics, "train", done, **values)
-    return {"step": done, **values}
-
-
 def saving(run: Run) -> tuple[Path, int, Callable[[int], None]]:
     """Where a run saves, how many steps it keeps, and that it notes each of them."""
     noted = functools.partial(report.write_event, run.metrics, "save")
     return run.checkpoints, run.config.checkpoint.keep, noted
 
 
-def device_line(run: Run) -> str:
-    """What the run computes on, for its plan."""
-    text = f"device   {jax.device_count()} x {jax.devices()[0].device_kind}"
-    if jax.process_count() > 1:
-        text += f" of {jax.process_count()} processes"
-    if run.mesh is not None:
-        sizes = " x ".join(f"{axis} {n}" for axis, n in run.mesh.shape.items() if n > 1)
-        text += f", as {sizes}"
-    return text
-
-
-def length_line(steps: int, epochs: float) -> str:
-    """How long the run is, for its plan."""
-    return f"length   {steps:,} steps = {epochs:.3g} times through the data"
+def save_step(run: Run, save: checkpoint.Save, state: TrainState, done: int) -> None:
+    """Begins to save the state, once the metrics up to it are on the disk."""
+    show_life(slow=True)
+    report.flush(run.metrics)  # what is resumed from the step goes by it
+    save(done, saved_part(state))

@@ -1,5 +1,6 @@
 """The train step, a pure function, and the loop, a generator that its caller owns."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]  # finished steps, skipped ones included
     params: Params
     opt_state: Any
-    skipped: Int[Array, ""]  # steps whose update was left out as not finite
+    skipped: Int[Array, ""]  # steps whose update was left out
     key: Key[Array, ""]  # constant; each step folds its number into it
 
 
@@ -31,10 +32,10 @@ class Metrics(NamedTuple):
     loss: Float[Array, ""]  # nats per token
     grad_norm: Float[Array, ""]  # global, before clipping
     tokens: Float[Array, ""]  # weight that the loss was divided by
-    finite: Array  # bool: whether the update was made
+    updated: Array  # bool: whether the update was made
 
 
-TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+TrainStep = Callable[..., tuple[TrainState, Metrics]]  # (state, batch)
 
 
 def init_state(
@@ -94,11 +95,12 @@ def make_train_step(
     accumulate: int = 1,
     axis: str | None = None,
 ) -> TrainStep:
-    """A pure `step(state, batch)`; the caller jits it and donates `state`.
+    """A pure `step(state, batch, limit=inf)`; the caller jits it and donates `state`.
 
     The gradient is that of the mean over all tokens of all micro-batches, however
-    unevenly they are filled. A step whose loss or gradient is not finite changes
-    nothing but the counts of steps and of skipped ones.
+    unevenly they are filled. A step whose loss or gradient is not finite, or whose
+    gradient has a norm above the limit, changes nothing but the counts of steps and of
+    skipped ones.
 
     Args:
         loss_fn: `(params, batch, key) -> (sum, weight)`, as `gptjax.loss` has it.
@@ -109,24 +111,26 @@ def make_train_step(
     """
     gradient = mean_gradient(loss_fn, accumulate, axis)
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Any, limit: Any = math.inf
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         if axis is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         nats, weight, grads = gradient(state.params, batch, key)
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(nats) & jnp.isfinite(norm)
+        good = jnp.isfinite(nats) & jnp.isfinite(norm) & (norm <= limit)
 
         def updated(params: Params, opt_state: Any) -> tuple[Any, Any]:
             updates, opt_state = optimizer.update(grads, opt_state, params)
             return optax.apply_updates(params, updates), opt_state
 
         before = state.params, state.opt_state
-        params, opt_state = only_if(finite, updated, before)
+        params, opt_state = only_if(good, updated, before)
         state = TrainState(
-            state.step + 1, params, opt_state, state.skipped + ~finite, state.key
+            state.step + 1, params, opt_state, state.skipped + ~good, state.key
         )
-        return state, Metrics(nats / weight, norm, weight, finite)
+        return state, Metrics(nats / weight, norm, weight, good)
 
     return step
 

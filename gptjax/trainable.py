@@ -4,6 +4,7 @@ Only the part that is trained goes through the gradient and the optimiser. Of a 
 layers the last ones are split off as "tail", so that nothing flows back further.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -97,11 +98,12 @@ def make_tuned_step(
 ) -> Callable[[Any, Any, Params], Any]:
     """A pure (state, batch, frozen) -> (state, metrics); only the state changes."""
 
-    def step(state: Any, batch: Any, frozen: Params) -> Any:
+    def step(state: Any, batch: Any, frozen: Params, limit: Any = math.inf) -> Any:
         def loss_fn(trained: Params, batch: Any, key: Any) -> tuple[Array, Array]:
             return loss(c, *joined(c, trained, frozen), batch, key)
 
-        return make_train_step(loss_fn, optimizer, c.train.accumulate)(state, batch)
+        step = make_train_step(loss_fn, optimizer, c.train.accumulate)
+        return step(state, batch, limit)
 
     return step
 

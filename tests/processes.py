@@ -58,8 +58,8 @@ print(json.dumps(restored_hashes(config_on((2, 2, 1)), Path("run"), 16)))
 """
 BROKEN = """
 import sys
-from gptjax import cli, run_loop
-run_loop.train_event = None
+from gptjax import cli, run_steps
+run_steps.train_event = None
 sys.exit(cli.main(sys.argv[1:]))
 """
 IMPATIENT = """

@@ -21,7 +21,7 @@ from gptjax.data.labelled import select
 from gptjax.errors import ConfigError
 from gptjax.loss import batch_nats
 from gptjax.prediction import judge
-from gptjax.run_loop import Run
+from gptjax.run_task import Run
 from gptjax.weights.folder import Model
 
 PAGE = Path(book.__file__).parent / "README.md"

@@ -214,8 +214,8 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one(
     whole = train_classifier(config, tmp_path / "whole", lambda line: None)
     forward = run_loop.save_step
 
-    def interrupting(run, state, done):
-        forward(run, state, done)
+    def interrupting(run, save, state, done):
+        forward(run, save, state, done)
         if done == 10:
             raise Stopped("here")
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from gptjax.prefetch import prefetched
-from gptjax.stopping import Stopwatch
+from gptjax.stopwatch import Stopwatch
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax import checkpoint, pretrain, report, run_loop
+from gptjax import checkpoint, pretrain, report, run_loop, run_steps
 from gptjax.config import MeshConfig, RunConfig, build
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.run_folder import settle_config
+from gptjax.run_task import Wishes
 from gptjax.stopping import Stopped
 
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(300))
@@ -127,14 +128,14 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one_bit_for_bit(
 ):
     config, folder, model, _ = unbroken
     stopped = tmp_path / "run"
-    forward = run_loop.train_event
+    forward = run_steps.train_event
 
     def interrupting(run, done, *rest):
         if done == step:
             signal.raise_signal(signal.SIGTERM)
         return forward(run, done, *rest)
 
-    monkeypatch.setattr(run_loop, "train_event", interrupting)
+    monkeypatch.setattr(run_steps, "train_event", interrupting)
     with pytest.raises(Stopped):
         pretrain.pretrain(config, stopped)
     monkeypatch.undo()
@@ -146,6 +147,57 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one_bit_for_bit(
     assert losses(stopped) == losses(folder)
     events = report.read_events(stopped / "metrics.jsonl")
     assert [e["step"] for e in events if e["event"] == "resume"] == [saved]
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "saved"),
+    [("evaluate", 2, 6), ("complete", 2, 6), ("evaluate", 3, 12), ("evaluate", 1, 0)],
+)
+def test_an_evaluation_that_a_signal_came_into_is_made_when_the_run_goes_on(
+    unbroken, tmp_path, monkeypatch, place, call, saved
+):
+    config, folder, model, _ = unbroken
+    stopped, forward, calls = tmp_path / "run", getattr(pretrain, place), []
+
+    def interrupting(*args, **options):
+        calls.append(place)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+        return forward(*args, **options)
+
+    monkeypatch.setattr(pretrain, place, interrupting)
+    text = f"stopped after step {saved};" if saved else "nothing left to save"
+    with pytest.raises(Stopped, match=text):
+        pretrain.pretrain(config, stopped)
+    monkeypatch.undo()
+    found = checkpoint.saved_steps(stopped / "checkpoints")
+    assert found[-1:] == [saved] * bool(saved)
+    resumed = pretrain.pretrain(config, stopped)
+
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, model.params)
+    assert losses(stopped) == losses(folder)
+    events = report.read_events(stopped / "metrics.jsonl")
+    assert [e["step"] for e in events if e["event"] == "sample"] == [0, 6, 12]
+
+
+def test_what_is_allowed_to_change_is_written_with_the_step_it_changes_at(
+    unbroken, tmp_path
+):
+    config, folder, *_ = unbroken
+    moved = tmp_path / "run"
+    shutil.copytree(folder, moved)
+    shutil.rmtree(moved / "checkpoints" / "12")
+    optim = dataclasses.replace(config.optim, peak_lr=0.5)
+    changed = dataclasses.replace(config, optim=optim)
+
+    pretrain.pretrain(changed, moved, wishes=Wishes(("optim.peak_lr",)))
+
+    (event,) = [
+        e for e in report.read_events(moved / "metrics.jsonl") if e["event"] == "resume"
+    ]
+    assert (event["step"], event["changes"]) == (8, ["optim.peak_lr: 0.01 -> 0.5"])
+    assert losses(moved)[:-5] == losses(folder)[:-5]
+    assert losses(moved)[-1] != losses(folder)[-1]
 
 
 def test_a_finished_run_is_not_trained_again(unbroken):
@@ -200,7 +252,7 @@ def test_a_signal_ends_the_command_with_75_and_everything_saved(tmp_path, number
         env=environment,
     ) as process:
         for line in process.stdout:
-            if line.startswith("step "):
+            if "| loss" in line:
                 process.send_signal(number)
                 break
         rest = process.stdout.read()

@@ -111,3 +111,15 @@ def test_counts_are_short(value, text):
 def test_durations_round_to_seconds():
     assert report.duration(59.6) == "1m00s"
     assert report.duration(math.pi) == "3s"
+
+
+def test_events_are_dropped_but_for_those_of_a_kind(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    report.write_event(path, "train", 1)
+    size = path.stat().st_size
+    for kind in ("eval", "save", "sample"):
+        report.write_event(path, kind, 1)
+
+    report.cut(path, size, "save")
+
+    assert [e["event"] for e in report.read_events(path)] == ["train", "save"]

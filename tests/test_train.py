@@ -107,7 +107,7 @@ def test_a_batch_without_weight_has_loss_zero_and_stays_finite():
     state, metrics = step_fn(fresh(), batch_at(0, np.zeros((B, T), np.float32)))
 
     assert float(metrics.loss) == 0
-    assert bool(metrics.finite)
+    assert bool(metrics.updated)
     assert jax.tree.all(jax.tree.map(lambda p: jnp.all(jnp.isfinite(p)), state.params))
 
 
@@ -122,15 +122,32 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(bad):
 
     after, metrics = step_fn(before, batch_at(1, weight_BT))
 
-    assert not bool(metrics.finite)
+    assert not bool(metrics.updated)
     assert_equal((after.params, after.opt_state), (kept.params, kept.opt_state))
     assert (int(after.step), int(after.skipped)) == (2, 1)
     after, metrics = step_fn(after, batch_at(2))
-    assert bool(metrics.finite)
+    assert bool(metrics.updated)
     assert (int(after.step), int(after.skipped)) == (3, 1)
     assert jnp.any(
         after.params["final_norm"]["bias"] != kept.params["final_norm"]["bias"]
     )
+
+
+def test_a_step_whose_gradient_is_above_the_limit_changes_nothing_either():
+    optimizer, batch = optax.sgd(1.0), batch_at(0)
+    step_fn = jax.jit(make_train_step(loss_fn, optimizer))
+    _, metrics = step_fn(init_state(start(), optimizer, KEY), batch)
+    norm = np.float32(metrics.grad_norm)
+
+    for limit, made in ((norm * 0.9, False), (norm * 1.1, True)):
+        state, metrics = step_fn(init_state(start(), optimizer, KEY), batch, limit)
+        assert bool(metrics.updated) == made
+        assert int(state.skipped) == (not made)
+        before, after = (
+            start()["final_norm"]["bias"],
+            state.params["final_norm"]["bias"],
+        )
+        assert np.array_equal(before, after) == (not made)
 
 
 def test_a_finite_loss_with_a_gradient_that_is_not_finite_is_skipped_too():
@@ -143,7 +160,7 @@ def test_a_finite_loss_with_a_gradient_that_is_not_finite_is_skipped_too():
     state, metrics = jax.jit(make_train_step(root, optimizer))(state, jnp.ones(()))
 
     assert jnp.isfinite(metrics.loss)
-    assert not bool(metrics.finite)
+    assert not bool(metrics.updated)
     assert (float(state.params["bias"]), int(state.skipped)) == (0, 1)
 
 

@@ -44,7 +44,7 @@ from gptjax.examine import example_loss
 from gptjax.loss import next_token_loss
 from gptjax.optim import make_optimizer
 from gptjax.prediction import judge, sizes_of
-from gptjax.run_loop import Run, Say, Task, device_line, length_line
+from gptjax.run_task import NO_WISHES, Run, Say, Task, Wishes, device_line, length_line
 from gptjax.sharding import local
 from gptjax.starting import tokenizer_facts
 from gptjax.train import TrainState, init_state, make_train_step
@@ -52,13 +52,16 @@ from gptjax.tree import count
 from gptjax.weights.folder import Model
 
 
-def train_book(config: RunConfig, folder: Path, say: Say = print) -> Model:
+def train_book(
+    config: RunConfig, folder: Path, say: Say = print, wishes: Wishes = NO_WISHES
+) -> Model:
     """Trains as a chapter of the book does, in the run folder `folder`, or goes on.
 
     Args:
         config: of the run; its `data.source` says which chapter.
         folder: made if it is not there.
         say: gets each line for the user.
+        wishes: what may change, and what follows a spike.
 
     Raises:
         GptjaxError: data, config or folder cannot be used.
@@ -66,11 +69,13 @@ def train_book(config: RunConfig, folder: Path, say: Say = print) -> Model:
     """
     source = config.data.source
     if source == "verdict":
-        return pretrain.pretrain(config, folder, say, make_chapter_5)
+        return pretrain.pretrain(config, folder, say, make_chapter_5, wishes)
     if source == "sms-spam":
-        return classification.train_classifier(config, folder, say, make_chapter_6)
+        return classification.train_classifier(
+            config, folder, say, make_chapter_6, wishes
+        )
     if source == "instructions":
-        return instruct.train_assistant(config, folder, say, make_chapter_7)
+        return instruct.train_assistant(config, folder, say, make_chapter_7, wishes)
     raise ConfigError(
         f"data.source={source!r} is trained on in no chapter. Choose verdict, sms-spam "
         "or instructions, or another train.task."

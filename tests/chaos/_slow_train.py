@@ -1,0 +1,20 @@
+"""`gptjax`, with a pause after each logged step, so that faults find it training.
+
+python -m tests.chaos._slow_train SECONDS train ...
+"""
+
+import sys
+import time
+from typing import Any
+
+from gptjax import cli, run_steps
+
+if __name__ == "__main__":
+    write, pause = run_steps.train_event, float(sys.argv[1])
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(pause)
+        return write(*args)
+
+    run_steps.train_event = slowly
+    sys.exit(cli.main(sys.argv[2:]))

@@ -1,0 +1,141 @@
+"""SIGTERM in each phase of a run, of one process or of two that train together.
+
+A case is a phase: the process has to end with 75, what it had computed has to be saved,
+and the same command again has to end where the undisturbed run did. Of two processes
+one gets the signal, but both where they have not found each other yet.
+"""
+
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from gptjax import report
+from tests.chaos._small_run import (
+    different,
+    environment,
+    newest,
+    numbers,
+    write_config,
+)
+from tests.processes import forget_after, free_port
+
+SAVED = 21  # the last checkpoint of runs that are resumed
+LIMIT = 240  # seconds that anything may take on a machine with other work
+SECONDS: list[float] = []  # from the signal to the end, of each case
+
+
+class Phase(NamedTuple):
+    """Where the signal comes: in which call of which function."""
+
+    module: str
+    function: str
+    call: int = 1
+    resumed: bool = False  # whether something was saved before
+
+
+PHASES = {
+    "reading data": Phase("gptjax.pretrain", "open_dataset"),
+    "restoring": Phase("gptjax.checkpoint", "restore", resumed=True),
+    "compiling": Phase("gptjax.run_steps", "compiled"),
+    "a step": Phase("gptjax.run_steps", "train_event", 5),
+    "evaluating": Phase("gptjax.pretrain", "evaluate", 2),
+    "saving": Phase("gptjax.checkpoint", "store", 2),
+    "importing": Phase("importlib", "import_module"),
+    "making parameters": Phase("gptjax.pretrain", "starting_params"),
+    "first evaluation": Phase("gptjax.pretrain", "evaluate"),
+    "compiling again": Phase("gptjax.run_steps", "compiled", resumed=True),
+    "sampling": Phase("gptjax.pretrain", "complete", 2),
+    "finishing": Phase("gptjax.report", "write_pictures"),
+}
+FULL, SLICE = 2 * len(PHASES), 6
+
+
+def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
+    """What went wrong in each phase."""
+    whole: dict[int, Path] = {}
+    for case in cases:
+        group, number = divmod(case, len(PHASES))
+        count, name = group + 1, list(PHASES)[number]
+        if count not in whole:
+            whole[count] = folder / f"whole{count}"
+            write_config(whole[count], train__sample_prompt="2 times", train__steps=24)
+            (code,) = set(gptjax(whole[count], count, []))
+            if code:
+                yield from [f"the undisturbed run ended with {code}"] * len(cases)
+                return
+        lot = random.Random(f"{seed} {case}")
+        here = folder / f"case{case}"
+        yield disturbed(here, whole[count], count, name, lot)
+    print(f"sigterm: {max(SECONDS):.2f} s at most from the signal to the end")
+
+
+def disturbed(
+    here: Path, whole: Path, count: int, name: str, lot: random.Random
+) -> str:
+    """Sends the signal in a phase, and starts again."""
+    phase, victims = PHASES[name], {lot.randrange(count)}
+    if name == "importing":
+        victims = set(range(count))
+    if phase.resumed:
+        shutil.copytree(whole, here)
+        forget_after(here / "run", SAVED)
+        report.trim_events(here / "run" / "metrics.jsonl", SAVED)
+        shutil.rmtree(here / "run" / "model")
+    else:
+        write_config(here, train__sample_prompt="2 times", train__steps=24)
+    trigger = [phase.module, phase.function, str(phase.call), f"{lot.random() / 20}"]
+    codes = gptjax(here, count, trigger, victims)
+    where = f"{name}, {count} processes"
+    # Two processes that have finished their steps finish the rest, too.
+    right = {75, 0} if count > 1 and name == "finishing" else {75}
+    if not set(codes) <= right:
+        errors = [path.read_text()[-1500:] for path in sorted(here.glob("err*"))]
+        return f"{where}: exit codes {codes}: {errors}"
+    done = max((step for _, step in numbers(here / "run")), default=0)
+    if done != newest(here / "run"):
+        return f"{where}: step {done} was lost, {newest(here / 'run')} is saved"
+    codes = gptjax(here, count, [])
+    if any(codes):
+        return f"{where}: started again, it ended with {codes}"
+    fault = different(here / "run", whole / "run")
+    return f"{where}: {fault}" if fault else ""
+
+
+def gptjax(
+    folder: Path, count: int, trigger: Sequence[str], victims: set[int] | tuple = ()
+) -> list[int]:
+    """Trains in so many processes; their exit codes. Victims get the trigger."""
+    (folder / "signalled").unlink(missing_ok=True)
+    port, processes = free_port(), []
+    for number in range(count):
+        words = trigger if number in victims else ["-", "-", "0", "0"]
+        command = [sys.executable, "-m", "tests.chaos._in_phase", *words]
+        command += ["train", "config.toml", "--run", "run"]
+        if count > 1:
+            command += ["--distributed", f"127.0.0.1:{port},{count},{number}"]
+        with (folder / f"err{number}").open("w") as errors:
+            processes.append(
+                subprocess.Popen(
+                    command,
+                    cwd=folder,
+                    env=environment(folder.parent),
+                    stdout=subprocess.DEVNULL,
+                    stderr=errors,
+                )
+            )
+    try:
+        codes = [process.wait(LIMIT) for process in processes]
+    except subprocess.TimeoutExpired:
+        codes = [process.poll() or -99 for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    if victims and (folder / "signalled").exists():
+        SECONDS.append(time.time() - (folder / "signalled").stat().st_mtime)
+    return codes

@@ -1,0 +1,100 @@
+"""Signals: raised on the spot, noted, or heard of by a thread."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gptjax import stopping
+from gptjax.stopping import Stopped, answer, poll, show_life, stop_signal
+from tests.processes import ROOT
+
+
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+def test_a_signal_is_raised_on_the_spot_where_nothing_would_be_lost(number):
+    before = signal.getsignal(number)
+    with stop_signal():
+        answer("leave")
+        with pytest.raises(Stopped):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_is_noted_until_somebody_asks_where_something_would_be_lost():
+    with stop_signal() as came:
+        signal.raise_signal(signal.SIGTERM)
+        assert came()
+        answer("together")
+        poll()  # the other processes have to know first
+        answer("ask")
+        with pytest.raises(Stopped):
+            poll()
+
+
+def test_outside_of_a_block_nothing_is_asked_and_nothing_raised():
+    poll()
+    answer("leave")
+    with stop_signal() as came:
+        assert not came()
+
+
+def test_a_block_inside_of_another_one_changes_nothing():
+    with stop_signal() as outer:
+        handler = signal.getsignal(signal.SIGTERM)
+        with stop_signal() as inner:
+            assert signal.getsignal(signal.SIGTERM) is handler
+        signal.raise_signal(signal.SIGTERM)
+        assert outer()
+        assert inner()
+
+
+BUSY = """
+import hashlib, sys
+from gptjax.stopping import answer, stop_signal
+with stop_signal(final=True):
+    answer(sys.argv[1])
+    print("ready", flush=True)
+    hashlib.scrypt(b"", salt=b"", n=1 << 14, r=8, p=9999, maxmem=1 << 30)  # minutes
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "signals", "code"), [("leave", 1, 75), ("ask", 2, 128 + signal.SIGTERM)]
+)
+def test_a_process_that_is_busy_in_c_is_ended_all_the_same(mode, signals, code):
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY, mode],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        for _ in range(signals):
+            time.sleep(0.5)  # it is in C by now; and two at once would be one
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == code
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_signs_of_life_say_how_long_there_may_be_none(tmp_path, monkeypatch):
+    sign = tmp_path / "alive"
+    monkeypatch.setenv(stopping.ALIVE, str(sign))
+    monkeypatch.setattr(stopping, "SHOWN", {"at": 0.0, "text": "", "step": 0.0})
+
+    show_life(step=0.5)
+    assert sign.read_text() == "10.000 10.000"
+    show_life(slow=True)
+    assert sign.read_text() == "10.000 1800.000"
+    sign.unlink()
+    show_life(slow=True)
+    assert not sign.exists()  # rarely enough
+    poll()
+    assert Path(sign).read_text() == "10.000 10.000"
