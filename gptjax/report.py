@@ -35,6 +35,8 @@ def write_event(path: Path, kind: str, step: int, **values: Any) -> None:
 
 def cut(path: Path, size: int, kept: str) -> None:
     """Drops what metrics.jsonl has beyond `size` bytes, but for events of one kind."""
+    if not path.is_file():
+        return
     start = json.dumps({"event": kept})[:-1].encode()
     with WRITING, path.open("r+b") as file:
         file.seek(size)
