@@ -16,7 +16,7 @@ PACKAGE = sorted((ROOT / "gptjax").rglob("*.py"))
 FILES = [*PACKAGE, *sorted((ROOT / "tests").rglob("*.py"))]
 
 ROWS = [  # imports point upwards; files of one row, unless of one folder, are strangers
-    ["errors"],
+    ["errors", "strict_json"],
     [
         "config",
         "tree",

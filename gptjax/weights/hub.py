@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 
+from gptjax import strict_json
 from gptjax.config import suggestion
 from gptjax.download import (
     AbsentError,
@@ -311,12 +312,8 @@ def read_record(folder: Path) -> Record:
 def read_json(path: Path, fix: str) -> Any:
     """The content of a JSON file of bounded size."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MOST[path.name] + 1)
-        if len(data) > MOST[path.name]:
-            raise ValueError(f"it has more than {MOST[path.name]:,} bytes")
-        return json.loads(data)
-    except (OSError, ValueError, RecursionError) as error:
+        return strict_json.read_json(path, MOST[path.name])
+    except (OSError, ValueError) as error:
         raise unusable(path, error, fix) from error
 
 
