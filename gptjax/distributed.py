@@ -175,7 +175,7 @@ def own_folder(folder: Path) -> Path:
         command, stdin=subprocess.PIPE, start_new_session=True
     )
     atexit.register(keeper.communicate)  # closes the pipe, as any other end does
-    for name in ("config.toml", "metrics.jsonl"):
+    for name in ("config.toml", "meta.json", "metrics.jsonl"):
         if (folder / name).is_file():
             shutil.copy(folder / name, scratch)
     return scratch

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gptjax import budget, checkpoint, distributed, report
 from gptjax.config import RunConfig, read_config
 from gptjax.errors import ConfigError
+from gptjax.fingerprint import check_facts
 from gptjax.optim import learning_rates
 from gptjax.phases import reached
 from gptjax.prefetch import prefetched
@@ -110,6 +111,7 @@ def train_run(
         if jax.process_count() > 1:
             distributed.agree(facts_of(run, task))
         settle_config(run.folder, run.config)
+        check_facts(run.folder, task.facts)
         task = placed(task, run)
         state, first = resumed(run, task.fresh)
         reached("loading")

@@ -28,9 +28,11 @@ ROWS = [  # imports point upwards; files of one row, unless of one folder, are s
         "terminal",
         "phases",
         "prefetch",
+        "rendering",
     ],
     [
         "programs",
+        "fingerprint",
         "packing",
         "tokenizer",
         "template",
@@ -56,7 +58,7 @@ ROWS = [  # imports point upwards; files of one row, unless of one folder, are s
 DOORS = {  # dependency: the modules that may import it
     "flax": ["layers", "model"],
     "grain": ["data.batches"],
-    "jinja2": ["template", "launch"],
+    "jinja2": ["rendering", "launch"],
     "matplotlib": ["report", "report_classes", "boxes", "figures"],
     "optax": ["loss", "classifier", "optim", "train"],
     "orbax": ["checkpoint"],

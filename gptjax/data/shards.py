@@ -15,7 +15,9 @@ all but the last of the same length:
     tokenizer/          the tokenizer that made it
 
 A block is compared with its CRC when it is first read, so that opening costs nothing
-and no damaged token is trained on. Folders of other programs are opened by `gptjax.data.foreign`.
+and no damaged token is trained on.
+
+Folders of other programs are opened by `gptjax.data.foreign`.
 """
 
 import dataclasses
@@ -212,7 +214,7 @@ def open_shards(shards: Sequence[Shard], vocab_size: int, eot: int) -> Tokens:
             if shard.sha256 and sha256([shard.index]) != shard.sha256[1]:
                 raise DataError(
                     f"{shard.index}: block 0, bytes 0 to {8 * shard.documents - 1:,}, "
-                    f"is not what was written: the ends of documents are damaged, or of "
+                    "is not what was written: the ends of documents are damaged, or of "
                     f"another file. {AGAIN}"
                 )
             ends[-1] = np.asarray(np.memmap(shard.index, "<u8", "r"))
