@@ -19,7 +19,7 @@ def parse(text: str | bytes) -> Any:
 
     Raises:
         ValueError: it is not JSON (json.JSONDecodeError), not UTF-8, nested too deeply,
-            or has a name twice or a number that no float holds.
+            or has a name twice, one that is no text, or a number that no float holds.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8")
@@ -73,8 +73,10 @@ def check_depth(value: Any) -> None:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of the pairs, whose names have to differ."""
+    """The object of the pairs, whose names have to differ and to be text."""
     table = dict(pairs)
+    if not all(map(str.isascii, table)):
+        "".join(table).encode()  # names are printed, which half a surrogate cannot be
     if len(table) < len(pairs):
         names = [name[:20] for name, _ in pairs[:10]]
         raise ValueError(f"a name appears twice in an object, which begins {names}")

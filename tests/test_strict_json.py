@@ -34,6 +34,7 @@ def test_what_python_writes_comes_back(value):
         ("1e999", "1e999 is too large a number"),
         ("9" * 5000, "Exceeds the limit"),
         ('{"a": 1, "b": {"a": 1, "a": 2}}', "a name appears twice"),
+        ('{"a\\ud800": 1}', "surrogates not allowed"),
         ("[" * 100_000, "nested more than 64 deep"),
         ('{"a":' * 100_000, "nested more than 64 deep"),
     ],

@@ -225,9 +225,7 @@ HUGE = {
 def test_a_template_that_takes_too_much_is_ended(name, monkeypatch):
     monkeypatch.setattr(rendering, "SECONDS", 1)
 
-    with pytest.raises(
-        ConfigError, match=r"takes more than 1 sec|not work: MemoryError"
-    ):
+    with pytest.raises(ConfigError, match=r"takes more than 1 s|: MemoryE"):
         compiled((FOREVER | HUGE)[name])
 
     assert compiled(CHATML).source == CHATML  # the next one is none the worse

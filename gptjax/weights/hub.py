@@ -262,8 +262,9 @@ def read_endpoint() -> str:
     """The address of the hub."""
     url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./-]*)?", url, re.ASCII):
+        harmless = re.sub(r"//.*@", "//…@", url)  # it may hold a password
         raise ModelError(
-            f"HF_ENDPOINT={url!r} is no address of a hub. Set it to one such as "
+            f"HF_ENDPOINT={harmless!r} is no address of a hub. Set it to one such as "
             "https://huggingface.co, or unset it."
         )
     return url.rstrip("/")

@@ -105,7 +105,7 @@ def killed(url: str, target: Path, point: int) -> int:
     options = {"seconds": download.SECONDS, "block": block, "blocks": BLOCKS}
     process = process_of(url, target, KILLER.format(point=point, **options))
     try:
-        return process.wait(120)
+        return process.wait(900)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
