@@ -162,7 +162,7 @@ class Tokens:
             return
         data = self.maps[number].view(np.uint8)
         for block in range(first, stop):
-            found = zlib.crc32(data[block * BLOCK : (block + 1) * BLOCK])
+            found = zlib.crc32(data[block * BLOCK : (block + 1) * BLOCK].data)
             due = self.shards[number].crcs[block]
             if found != due:
                 last = min((block + 1) * BLOCK, len(data)) - 1

@@ -124,7 +124,9 @@ def fault_of(path: Path, whole: bytes, data: bytes, pin: Pin) -> str:
         size = sum(found.read(name).nbytes for name in found.tensors)
     except ModelError as error:
         return "" if str(path) in str(error) else f"no file in: {error}"
-    return "" if size < len(data) else f"{size} bytes of tensors in {len(data)}"
+    header = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
+    whole_size = header + size  # without gaps, and nothing twice
+    return "" if whole_size == len(data) else f"{whole_size} bytes of {len(data)}"
 
 
 def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:

@@ -147,7 +147,7 @@ def fault_of(folder: Path, seed: int, case: int) -> str:
     while len(committed) < stop:
         threads = lot.choice((1, 1, 2, 4))
         token_batches.READ_AHEAD = grain.ReadOptions(
-            num_threads=threads, prefetch_buffer_size=lot.choice((1, 8))
+            num_threads=threads, prefetch_buffer_size=lot.choice((4, 8))
         )
         processes = lot.choice([n for n in (1, 2, 4) if n <= rows])
         shares = [part.tolist() for part in np.split(np.arange(rows), processes)]
