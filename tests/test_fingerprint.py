@@ -94,7 +94,7 @@ def tuned(tmp_path_factory):
         folder,
         tune__start=str(folder / "start"),
         data__template=str(folder / "own.jinja"),
-        train__steps=1,
+        train__steps=2,
     )
     train_assistant(config, folder / "run", lambda line: None)
     return config, folder
