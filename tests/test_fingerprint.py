@@ -10,7 +10,6 @@ import pytest
 from gptjax.errors import ModelError
 from gptjax.fingerprint import KEPT, check_facts, of_arrays, of_rows, of_text
 from gptjax.instruct import train_assistant
-from gptjax.run_folder import settle_config
 from gptjax.weights.folder import save
 from tests.small_models import make_model
 from tests.test_instruct import make_config
@@ -122,7 +121,6 @@ CHANGES = {
 def test_a_file_that_is_only_touched_is_the_same(tuned):
     config, folder = tuned
     os.utime(folder / "own.jinja")
-    settle_config(folder / "run", config)
 
     train_assistant(config, folder / "run", lambda line: None)
 

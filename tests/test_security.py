@@ -123,6 +123,8 @@ d_model = 8
 [data]
 source = "text.txt"
 tokenizer = "bytes"
+[optim]
+warmup_steps = 1
 [train]
 steps = 2
 log_every = 1
@@ -178,7 +180,7 @@ def test_no_secret_of_the_environment_is_printed_or_written(tmp_path):
             options = ["--data", "rows.jsonl", "--out", out, "--judge", address]
             outputs.append(said(tmp_path, "eval", "assistant", *options))
 
-    assert [code for code, _ in outputs] == [0, 1, 2, 2, 0, 2]
+    assert [code for code, _ in outputs] == [0, 1, 2, 2, 0, 2], outputs
     assert b"a crash" in outputs[1][1]
     assert SECRETS["HF_TOKEN"] in asked[0].headers["authorization"]  # it was in use
     assert SECRETS["OPENAI_API_KEY"] in judged[0].headers["authorization"]
