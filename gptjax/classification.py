@@ -30,7 +30,7 @@ from gptjax.starting import (
     open_start,
     settled_model,
     starting_params,
-    tokenizer_facts,
+    tuning_facts,
     with_validation,
 )
 from gptjax.tokenizer import Tokenizer
@@ -118,7 +118,7 @@ def make_task(run: Run) -> tuple[Run, Task, Sets]:
         tokens_per_step=tokens * c.data.batch_size,
         evaluate=make_evaluate(run, sets, model_of, keep),
         model=model_of,
-        facts=tokenizer_facts(tokenizer),
+        facts=tuning_facts(tokenizer, start, texts_of(sets.rows)),
         plan=plan_lines(run, sets, batches, count(trained), count(frozen)),
         fixed=(frozen,),
     )
@@ -153,6 +153,14 @@ def read_sets(c: RunConfig, start: Model | None) -> Sets:
         cut += sum(len(row) > longest for row in every)
         ids[split] = [row[:longest] for row in every]
     return Sets(rows, ids, tokenizer, detected, cut)
+
+
+def texts_of(rows: dict[str, Labelled]) -> dict[str, Any]:
+    """The texts of each split with the names of their classes."""
+    return {
+        split: zip(part.texts, (part.names[n] for n in part.labels), strict=True)
+        for split, part in rows.items()
+    }
 
 
 def loss(

@@ -2,12 +2,15 @@
 
 import dataclasses
 import difflib
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from gptjax.errors import ConfigError
+
+MOST_CHARACTERS = 1_000_000  # of a config file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -300,6 +303,8 @@ def checked(name: str, value: Any, kind: Any) -> Any:
         return value
     if kind is float and type(value) is int:
         return float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name}={value} is not finite. Write 0.1, for example.")
     if type(value) is not kind:
         raise ConfigError(
             f"{name}={value!r} is a {type(value).__name__}, but the option takes a "
@@ -323,8 +328,12 @@ def read_config(path: Path) -> RunConfig:
 def read_table(path: Path) -> dict[str, Any]:
     """The nested table of one TOML file."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_CHARACTERS + 1)
+        if len(text) > MOST_CHARACTERS:
+            raise ValueError(f"it has more than {MOST_CHARACTERS:,} characters")
+        return tomllib.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read the config {path}: {error}.") from error
 
 

@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from gptjax import strict_json
 from gptjax.errors import DataError
 
 SECONDS = 30  # without a byte from the server
 BLOCK = 1 << 18  # bytes asked for at once
+NOTE_BYTES = 10_000  # of what is known of an unfinished file
 BAR_SECONDS = 0.5  # between two pictures of a progress bar
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -322,10 +324,10 @@ def receive(
 def read_note(part: Path) -> dict[str, Any]:
     """What write_note wrote, or nothing."""
     try:
-        match json.loads(note_of(part).read_text(encoding="utf-8")):
+        match strict_json.read_json(note_of(part), NOTE_BYTES):
             case {"etag": str(), "bytes": int()} as note:
                 return note
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         pass  # then the file is downloaded from its start
     return {}
 

@@ -38,7 +38,7 @@ from gptjax.starting import (
     settled_model,
     split_items,
     starting_params,
-    tokenizer_facts,
+    tuning_facts,
 )
 from gptjax.template import Template
 from gptjax.tokenizer import Tokenizer
@@ -137,7 +137,12 @@ def make_task(run: Run) -> tuple[Run, Task, Sets]:
         tokens_per_step=tokens / batches.steps_per_epoch,
         evaluate=make_evaluate(run, sets, model_of, keep),
         model=model_of,
-        facts=tokenizer_facts(tokenizer),
+        facts=tuning_facts(
+            tokenizer,
+            start,
+            {s: (x.messages for x in part) for s, part in sets.conversations.items()},
+            sets.template,
+        ),
         plan=plan_lines(run, sets, batches, count(trained), count(frozen)),
         fixed=(frozen,),
     )

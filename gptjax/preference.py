@@ -7,7 +7,6 @@ is in memory. A reward is beta times what an answer's log-probability has gained
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from gptjax.data.conversations import Pair, read_pairs
 from gptjax.data.examples import Example, encode, fitted
 from gptjax.data.pair_batches import CHOSEN, REJECTED, PairBatches, pair_batches
 from gptjax.errors import ConfigError, DataError
+from gptjax.fingerprint import of_arrays
 from gptjax.loss import batch_token_nats
 from gptjax.model import Params
 from gptjax.optim import make_optimizer
@@ -36,7 +36,7 @@ from gptjax.starting import (
     settled_model,
     split_items,
     starting_params,
-    tokenizer_facts,
+    tuning_facts,
 )
 from gptjax.stopping import poll
 from gptjax.template import Template
@@ -130,8 +130,10 @@ def make_task(run: Run) -> tuple[Run, Task, dict[str, PairBatches]]:
         tokens_per_step=tokens / batches[TRAIN].steps_per_epoch,
         evaluate=make_evaluate(run, batches, model_of, keep),
         model=model_of,
-        facts=tokenizer_facts(tokenizer)
-        | {"reference": {s: fingerprint(b.reference) for s, b in batches.items()}},
+        facts={
+            **tuning_facts(tokenizer, start, sets.pairs, sets.template),
+            "reference": {s: of_arrays(b.reference) for s, b in batches.items()},
+        },
         plan=plan_lines(run, sets, batches[TRAIN], count(trained), count(frozen)),
         fixed=(frozen,),
     )
@@ -294,11 +296,6 @@ def first_pairs(batches: PairBatches, most: int) -> PairBatches:
         reference=batches.reference[:most],
         deal=dataclasses.replace(batches.deal, lengths=lengths),
     )
-
-
-def fingerprint(reference: np.ndarray) -> str:
-    """What meta.json records of the reference."""
-    return hashlib.sha256(np.ascontiguousarray(reference).tobytes()).hexdigest()
 
 
 def plan_lines(

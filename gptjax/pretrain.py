@@ -12,6 +12,7 @@ from gptjax import tokenizer as tokenizers
 from gptjax.config import DataConfig, RunConfig
 from gptjax.data.batches import make_batches, validation_batches
 from gptjax.data.prepare import Dataset, open_dataset
+from gptjax.data.shards import Shard
 from gptjax.download import sha256
 from gptjax.errors import ConfigError
 from gptjax.evaluate import evaluate, make_scorer
@@ -21,7 +22,12 @@ from gptjax.optim import make_optimizer
 from gptjax.run_loop import train_run
 from gptjax.run_task import NO_WISHES, Run, Say, Task, Wishes, device_line, length_line
 from gptjax.sharding import local, place, rows_here
-from gptjax.starting import open_start, settled_model, starting_params
+from gptjax.starting import (
+    open_start,
+    settled_model,
+    start_facts,
+    starting_params,
+)
 from gptjax.train import TrainState, init_state, make_train_step
 from gptjax.weights.folder import Model, save
 from gptjax.weights.importing import find
@@ -92,7 +98,7 @@ def make_task(run: Run) -> tuple[Run, Task]:
         tokens_per_step=c.data.batch_size * c.model.context_length,
         evaluate=make_evaluate(run, dataset),
         model=model_of,
-        facts=data_facts(dataset),
+        facts={**data_facts(dataset), **start_facts(start)},
         plan=plan_lines(run, dataset),
         sample=sample if train.sample_prompt else None,
     )
@@ -174,12 +180,17 @@ def data_facts(dataset: Dataset) -> dict[str, Any]:
     parts = {"train": dataset.train, "validation": dataset.validation}
     return {
         "data": {
-            split: {shard.path.name: sha256([shard.path]) for shard in tokens.shards}
+            split: {shard.path.name: hash_of(shard) for shard in tokens.shards}
             for split, tokens in parts.items()
             if tokens is not None
         },
         "tokenizer": {"name": dataset.tokenizer.name, "hash": dataset.tokenizer.hash},
     }
+
+
+def hash_of(shard: Shard) -> str:
+    """The sha256 of a shard's tokens: as recorded, for its blocks are compared."""
+    return shard.sha256[0] if shard.sha256 else sha256([shard.path])
 
 
 def plan_lines(run: Run, data: Dataset) -> list[str]:

@@ -20,6 +20,7 @@ import tomli_w
 from gptjax.changes import ON_SPIKE, check_allowed, class_of, settled_changes
 from gptjax.config import RunConfig, read_config
 from gptjax.errors import ConfigError, ModelError
+from gptjax.fingerprint import read_meta
 from gptjax.spikes import POLICIES, Policy
 
 PACKAGES = (
@@ -97,8 +98,7 @@ def settle_policy(folder: Path, asked: str, allowed: Sequence[str] = ()) -> Poli
         raise ConfigError(
             f"--on-spike {asked} is not one of {', '.join(POLICIES)}. Choose one."
         )
-    path = folder / "meta.json"
-    meta = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    meta = read_meta(folder)
     before: Any = meta.get("on_spike")
     chosen: Any = asked or before or "log"
     if before and chosen != before:
@@ -108,6 +108,7 @@ def settle_policy(folder: Path, asked: str, allowed: Sequence[str] = ()) -> Poli
                 "decides what it computes. Leave the flag out, or let it change with "
                 f"--allow-change {ON_SPIKE}."
             )
+        path = folder / "meta.json"
         write_whole(path, json.dumps({**meta, "on_spike": chosen}, indent=2) + "\n")
     return chosen
 

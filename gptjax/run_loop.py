@@ -13,6 +13,7 @@ import numpy as np
 from gptjax import checkpoint, distributed, report, spikes
 from gptjax.config import RunConfig
 from gptjax.errors import ConfigError
+from gptjax.fingerprint import check_facts
 from gptjax.going_back import batches, go_back, jumps_of
 from gptjax.machine_faults import check_memory, told, with_micro_batch
 from gptjax.optim import learning_rates
@@ -113,6 +114,7 @@ def prepared(
         distributed.agree(facts_of(run, task))
         stop_together(stopping)
     changes = settle_config(run.folder, run.config, wishes.allow_change)
+    check_facts(run.folder, task.facts)
     task = placed(task, run)
     state, first = resumed(run, task.fresh, changes)
     for jump in jumps[len(jumps_of(run)) :]:

@@ -1,7 +1,7 @@
 """Where fine-tuning starts: the tokenizer, the shape and the parameters."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
+from gptjax import fingerprint
 from gptjax import tokenizer as tokenizers
 from gptjax.config import GPTConfig, RunConfig
 from gptjax.data.conversations import Item, split_conversations
@@ -153,6 +154,32 @@ def shared_tokens(one: Tokenizer, other: Tokenizer) -> tuple[list[int], list[int
 def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
     """What meta.json records of the tokenizer."""
     return {"tokenizer": {"name": tokenizer.name, "hash": tokenizer.hash}}
+
+
+def start_facts(start: Model | None) -> dict[str, Any]:
+    """What meta.json records of the model that a run starts from, if it has one."""
+    return {"start": fingerprint.of_arrays(start.params)} if start else {}
+
+
+def tuning_facts(
+    tokenizer: Tokenizer,
+    start: Model | None,
+    rows: Mapping[str, Iterable[Any]],
+    template: Template | None = None,
+) -> dict[str, Any]:
+    """What meta.json records of all that fine-tuning reads.
+
+    Args:
+        tokenizer: of the run.
+        start: where the run starts.
+        rows: of each split, anything that JSON can hold.
+        template: of conversations.
+    """
+    data = {split: fingerprint.of_rows(part) for split, part in rows.items()}
+    facts = {"data": data, **tokenizer_facts(tokenizer), **start_facts(start)}
+    if template:
+        facts["template"] = fingerprint.of_text(template.source)
+    return facts
 
 
 def choose_template(name: str, start: Model | None) -> Template:

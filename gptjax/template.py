@@ -2,7 +2,7 @@
 
 A template is a Jinja file as Hugging Face's tokenizers have them. It is given
 `messages`, `add_generation_prompt`, `bos_token`, `eos_token` (both <|endoftext|>) and
-`raise_exception`, and runs in Jinja's immutable sandbox. The file in a model's folder,
+`raise_exception`, and runs as `gptjax.rendering` says. The file in a model's folder,
 chat_template.jinja, is what training, generation, chat and export all use.
 
 The texts of the messages are marked while the template runs, so that it is known which
@@ -14,34 +14,33 @@ import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
+from typing import Literal, NamedTuple
 
 from gptjax.config import suggestion
 from gptjax.errors import ConfigError
+from gptjax.rendering import (
+    ANSWER,
+    BUILT_IN,
+    CLOSE,
+    END,
+    ENDOFTEXT,
+    FOLDER,
+    MARKS,
+    TEXT,
+    Message,
+    render,
+)
 
 FILE = "chat_template.jinja"  # in a model folder
-FOLDER = Path(__file__).parent / "templates"
-BUILT_IN = ("alpaca", "phi3", "chatml", "qa", "single")
 MOST_CHARACTERS = 100_000  # of a template
-ENDOFTEXT = "<|endoftext|>"
-
-# Noncharacters, which Unicode keeps out of texts that are passed on.
-TEXT, ANSWER, CLOSE, END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
-MARKS = str.maketrans(dict.fromkeys((TEXT, ANSWER, CLOSE, END), "\ufffd"))
 ANSWERS = re.compile(f"{ANSWER}[^{CLOSE}]*{CLOSE}")
 TEXTS = re.compile(f"[{TEXT}{ANSWER}]([^{CLOSE}]*){CLOSE}")
 CONTROL = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z]{2,20}\]")  # <|user|>, </s>, [INST]
 BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 ZERO_WIDTH_SPACE = "\u200b"
 
-Message = Mapping[str, str]  # "role", "content", and a user's may have an "input"
 Kind = Literal["prompt", "header", "answer"]
 
 
@@ -211,94 +210,6 @@ def marks_of(texts: Sequence[str]) -> re.Pattern[str]:
         if len(literal) > 1
     ]
     return re.compile("|".join([*anywhere, *starting]) or "(?!)")
-
-
-def render(source: str, messages: Sequence[Message], answering: bool = False) -> str:
-    """What the template prints, with marks around the texts of messages."""
-    marked = [
-        {
-            name: value if name == "role" else Marked.of(value, message["role"])
-            for name, value in message.items()
-        }
-        for message in messages
-    ]
-    try:
-        return program(source).render(
-            messages=marked,
-            add_generation_prompt=answering,
-            bos_token=END,
-            eos_token=END,
-            raise_exception=complain,
-        )
-    except Exception as error:  # it can fail in every way that a program can
-        raise ConfigError(
-            f"the chat template does not work: {type(error).__name__}: {error}. "
-            f"Correct it, or use one of {', '.join(BUILT_IN)}."
-        ) from error
-
-
-def complain(why: str) -> None:
-    """The templates' own `raise_exception`."""
-    raise jinja2.TemplateError(str(why))
-
-
-class Marked(str):
-    """A message's text between two marks that trimming leaves in place."""
-
-    @classmethod
-    def of(cls, text: str, role: str) -> "Marked":
-        """The marked text of a message of that role."""
-        mark = ANSWER if role == "assistant" else TEXT
-        return cls(mark + text.translate(MARKS) + CLOSE)
-
-    def __bool__(self) -> bool:
-        return len(self) > 2
-
-    def strip(self, chars: str | None = None, /) -> "Marked":
-        """As `str.strip`, inside the marks."""
-        return Marked(self[0] + self[1:-1].strip(chars) + self[-1])
-
-    def lstrip(self, chars: str | None = None, /) -> "Marked":
-        """As `str.lstrip`, inside the marks."""
-        return Marked(self[0] + self[1:-1].lstrip(chars) + self[-1])
-
-    def rstrip(self, chars: str | None = None, /) -> "Marked":
-        """As `str.rstrip`, inside the marks."""
-        return Marked(self[0] + self[1:-1].rstrip(chars) + self[-1])
-
-
-class Generation(jinja2.ext.Extension):
-    """Lets {% generation %} pass, which newer templates put around answers."""
-
-    tags = {"generation"}  # noqa: RUF012 (what Jinja wants)
-
-    def parse(self, parser: Any) -> list[jinja2.nodes.Node]:
-        """The statements inside."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, without the operators that make much out of little."""
-
-    intercepted_binops = frozenset(["*", "**", "%"])
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """The result for small integers; anything else is refused."""
-        if operator == "**" or not (type(left) is type(right) is int):
-            raise jinja2.sandbox.SecurityError(f"{left!r:.20} {operator} {right!r:.20}")
-        return super().call_binop(context, operator, left, right)
-
-
-@functools.lru_cache(maxsize=16)
-def program(source: str) -> jinja2.Template:
-    """The template as Jinja runs it; <|endoftext|> in it is the end token."""
-    sandbox = Sandbox(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[Generation, "jinja2.ext.loopcontrols"],
-    )
-    return sandbox.from_string(source.translate(MARKS).replace(ENDOFTEXT, END))
 
 
 def shown(text: str) -> str:

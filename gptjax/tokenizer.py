@@ -26,6 +26,7 @@ import regex
 import tiktoken
 from jaxtyping import Int32, UInt32
 
+from gptjax import strict_json
 from gptjax.bpe import MAX_TOKEN_BYTES, PATTERN, halves, learn, utf8
 from gptjax.errors import ConfigError, DataError
 
@@ -295,13 +296,13 @@ def read_folder(folder: Path) -> Tokenizer:
     if both:
         vocab = merges = folder / BOTH
     try:
-        table: Any = json.loads(read_text(vocab))
+        table: Any = strict_json.parse(read_text(vocab))
         table, given = parts(table) if both else (table, [])
         ids = checked_ids(table)
         eot = ids.pop(ENDOFTEXT)
         ranks = checked_ranks(ids)
         implied = merge_lines(ranks)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise unusable(vocab, error) from error
     if not both:
         try:

@@ -1,6 +1,7 @@
 """Tokens come back from disk as they were written, or not at all."""
 
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptjax.data import shards
 from gptjax.data.foreign import open_foreign, token_files
 from gptjax.data.shards import (
     FORMAT,
@@ -34,7 +36,9 @@ def write(folder: Path, chunks: list[list[int]], length: int, vocab_size: int = 
     writer.add(np.array([EOT], dtype), np.empty(0, int))
     writer.finish_shard()
     meta = {"format": FORMAT, "dtype": dtype.str, "vocab_size": vocab_size, "eot": EOT}
-    meta["splits"] = {"train": {"shards": writer.shards}}
+    meta["tokenizer"] = {"name": "none", "hash": "none"}
+    counts = dict.fromkeys(("documents", "tokens", "bytes"), 1)
+    meta["splits"] = {"train": {**counts, "shards": writer.shards}}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
@@ -112,20 +116,94 @@ def test_a_file_of_another_size_is_refused_when_it_is_opened(tmp_path, name):
 
 
 @pytest.mark.fast
-def test_a_token_out_of_range_is_refused_with_its_place(tmp_path):
+def test_a_damaged_block_is_refused_when_it_is_read_with_its_place(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shards, "BLOCK", 4)  # two tokens
     write(tmp_path, [[1, 2, 3]] * 3, 5)
     data = np.memmap(tmp_path / "train-00001.bin", "<u2", "r+")
-    data[2] = 10
+    data[2] = 4
     data.flush()
     tokens = open_tokens(tmp_path, "train")
 
-    assert tokens.read(0, 7).max() == 9
-    message = r"train-00001\.bin: token 10 at offset 2 is out of range, .* has 10"
-    with pytest.raises(DataError, match=message):
-        tokens.read(0, len(tokens))
-    hash_problem, range_problem = verify(tmp_path)
+    assert tokens.read(0, 7).max() == 9  # up to the block
+    assert tokens.read(9, 4).tolist() == [1, 2, 3, 9]  # from behind it
+    message = r"train-00001\.bin: block 1, bytes 4 to 7, has the CRC-32 [0-9a-f]{8}, "
+    for start, count in ((7, 1), (8, 1), (0, 13), (7, 2)):
+        with pytest.raises(DataError, match=message):
+            tokens.read(start, count)
+    hash_problem, block_problem = verify(tmp_path)
     assert "train-00001.bin: sha256 " in hash_problem
-    assert "at offset 2 is out of range" in range_problem
+    assert "block 1, bytes 4 to 7" in block_problem
+
+
+def test_a_block_is_compared_once(tmp_path, monkeypatch):
+    write(tmp_path, [[1, 2, 3]] * 3, 5)
+    tokens, compared, crc32 = open_tokens(tmp_path, "train"), [], zlib.crc32
+
+    def counted(data):
+        compared.append(len(data))
+        return crc32(data)
+
+    monkeypatch.setattr(zlib, "crc32", counted)
+
+    for _ in range(3):
+        tokens.read(0, 13)
+
+    assert compared == [10, 10, 6]
+
+
+def test_an_index_that_is_not_the_one_written_is_refused(tmp_path):
+    write(tmp_path, [[1, 2, 3]] * 3, 50)
+    (tmp_path / "train-00000.idx").write_bytes(bytes(24))
+
+    with pytest.raises(DataError, match=r"00000\.idx: block 0, bytes 0 to 23, is"):
+        open_tokens(tmp_path, "train")
+
+
+def change(table, path, value):
+    """Sets what lies at the end of a path of keys."""
+    for key in path[:-1]:
+        table = table[key]
+    table[path[-1]] = value
+
+
+SHARD = ("splits", "train", "shards", 0)
+STRANGE = [
+    (("dtype",), "<u4"),
+    (("dtype",), "object"),
+    (("vocab_size",), "10"),
+    (("vocab_size",), 9),
+    (("eot",), -1),
+    (("tokenizer",), {"name": "bytes"}),
+    (("splits",), []),
+    (("splits", "../x"), {}),
+    (("splits", "train"), None),
+    (("splits", "train", "shards"), []),
+    ((*SHARD, "file"), "/etc/passwd"),
+    ((*SHARD, "file"), "../train-00000.bin"),
+    ((*SHARD, "file"), "train-00001.bin"),
+    ((*SHARD, "tokens"), 0),
+    ((*SHARD, "tokens"), 1 << 70),
+    ((*SHARD, "documents"), -1),
+    ((*SHARD, "documents"), 1 << 40),
+    ((*SHARD, "sha256"), ["x"]),
+    ((*SHARD, "crc32"), []),
+    ((*SHARD, "crc32"), [1, 2]),
+    ((*SHARD, "crc32"), [1 << 32]),
+    ((*SHARD, "crc32"), ["1"]),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), STRANGE, ids=str)
+def test_a_description_of_what_cannot_be_is_refused(tmp_path, path, value):
+    write(tmp_path, [[1, 2, 3]], 50)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    change(meta, path, value)
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+
+    with pytest.raises(DataError, match=r"meta\.json does not describe tokens: it is"):
+        open_tokens(tmp_path, "train")
 
 
 def test_every_flipped_bit_is_found(tmp_path):

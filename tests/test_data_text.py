@@ -163,7 +163,7 @@ BAD_JSON = {
     '"a"\n{"text": NaN}': ":2: not JSON: NaN is no JSON number",
     '"a"\n{"text": -Infinity}': ":2: not JSON: -Infinity is no JSON number",
     '"a"\n{"text": "b", "text": "c"}': ":2: not JSON: a name appears twice",
-    '"a"\n' + "[" * 100_000: ":2: JSON that is nested too deeply",
+    '"a"\n' + "[" * 100_000: ":2: not JSON: lists or objects are nested more than",
     '"a"\n' + "9" * 5000: ":2: not JSON",
     '"a"\n\n{"text": ': ":3: not JSON: Expecting value",
     '"a" "b"': ":1: not one JSON value but ' \"b\"' after it",
@@ -197,7 +197,7 @@ def test_bad_rows_of_jsonl_are_told_with_their_line(tmp_path, content):
         ('["a"]\n\n["b"]', ":1: the list does not go on"),
         ('[\n{"text": "a"},\n{"text": NaN}]', ":3: not JSON: NaN"),
         ('[\n"a",\n\n  7]', ":4: the row is 7, not a string"),
-        ("[[[" * 50_000, ":1: JSON that is nested too deeply"),
+        ("[[[" * 50_000, ":1: not JSON: lists or objects are nested more than"),
     ],
 )
 def test_bad_json_lists_are_told_with_their_line(tmp_path, content, message):

@@ -11,12 +11,12 @@ from gptjax.config import RunConfig, build
 from gptjax.data.conversations import read_pairs
 from gptjax.data.pair_batches import pair_batches
 from gptjax.errors import ConfigError, DataError
+from gptjax.fingerprint import of_arrays
 from gptjax.model import apply
 from gptjax.preference import (
     answer_nats,
     dpo_nats,
     examples_of,
-    fingerprint,
     log_probabilities,
     loss,
     train_preference,
@@ -115,7 +115,7 @@ def test_the_reference_is_what_the_start_says_and_does_not_move(unbroken):
             )
     assert set(meta["reference"]) == {"train", "validation", "test"}
     again = log_probabilities(config, start.params, batches)
-    assert fingerprint(again) == fingerprint(found)
+    assert of_arrays(again) == of_arrays(found)
 
 
 def test_a_finished_run_computes_the_same_reference_again(unbroken, monkeypatch):

@@ -323,14 +323,14 @@ def test_data_of_another_tokenizer_is_refused(tmp_path, unbroken):
         pretrain.pretrain(config, tmp_path / "run")
 
 
-def test_a_token_id_out_of_range_is_said_with_its_place(tmp_path, unbroken):
+def test_damaged_tokens_are_said_with_their_place(tmp_path, unbroken):
     _config, folder, *_ = unbroken
     data = tmp_path / "data"
     shutil.copytree(folder / "data", data)
     shard = data / "train-00000.bin"
     shard.write_bytes(b"\xff" * shard.stat().st_size)
 
-    with pytest.raises(DataError, match=r"train-00000.bin: token 65535 at offset"):
+    with pytest.raises(DataError, match=r"train-00000.bin: block 0, bytes 0 to"):
         pretrain.pretrain(
             make_config(tmp_path, data__source=str(data)), tmp_path / "run"
         )

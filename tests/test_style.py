@@ -16,7 +16,7 @@ PACKAGE = sorted((ROOT / "gptjax").rglob("*.py"))
 FILES = [*PACKAGE, *sorted((ROOT / "tests").rglob("*.py"))]
 
 ROWS = [  # imports point upwards; files of one row, unless of one folder, are strangers
-    ["errors"],
+    ["errors", "strict_json"],
     [
         "config",
         "cpu",
@@ -33,9 +33,11 @@ ROWS = [  # imports point upwards; files of one row, unless of one folder, are s
         "prefetch",
         "manifest",
         "run_lock",
+        "rendering",
     ],
     [
         "programs",
+        "fingerprint",
         "packing",
         "tokenizer",
         "template",
@@ -69,7 +71,7 @@ ROWS = [  # imports point upwards; files of one row, unless of one folder, are s
 DOORS = {  # dependency: the modules that may import it
     "flax": ["layers", "model"],
     "grain": ["data.batches"],
-    "jinja2": ["template", "launch"],
+    "jinja2": ["rendering", "launch"],
     "matplotlib": ["report", "report_classes", "boxes", "figures"],
     "optax": ["loss", "classifier", "optim", "train"],
     "orbax": ["checkpoint"],

@@ -1,10 +1,13 @@
+import os
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import gptjax
+from gptjax import rendering
 from gptjax.data.examples import encode
 from gptjax.errors import ConfigError
 from gptjax.template import BUILT_IN, compiled, read_template
@@ -184,12 +187,72 @@ def test_the_tag_around_answers_and_a_spelled_out_end_are_understood():
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
         ("{{ messages.append(1) }}", "SecurityError"),
         ("{{ 9 ** 999999999 }}", "SecurityError"),
+        ("{% for i in range(10**9) %}{% endfor %}", "SecurityError"),
+        ("{% for i in range(1000000000) %}{% endfor %}", "OverflowError: Range too"),
+        ("{{ 'a' * 10 }}", "SecurityError"),
         ("x" * 100_001, "more than 100,000 characters"),
     ],
 )
 def test_a_template_that_cannot_be_used_says_why(source, message):
     with pytest.raises(ConfigError, match=message):
         compiled(source)
+
+
+FOREVER = {
+    "loops in loops": "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3,
+    "a loop in itself": (
+        "{% for i in 'ab' recursive %}{{ loop('ab') if loop.depth < 60 }}{% endfor %}"
+    ),
+    "a macro in itself": (
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}"
+        "{% endmacro %}{{ f(60) }}"
+    ),
+}
+HUGE = {
+    "a text doubled": "{% set x = 'aaaaaaaa' %}"
+    + "{% set x = x ~ x %}" * 40
+    + "{{ x }}",
+    "a sum doubled": "{% set x = 'aaaaaaaa' %}"
+    + "{% set x = x + x %}" * 40
+    + "{{ x }}",
+    "blanks": "{{ 'a' | center(9000000000) }}",
+    "blanks of a format": "{{ '{:9000000000}'.format(1) }}",
+    "lists in lists": "{% set x = [1] %}" + "{% set x = [x, x] %}" * 40 + "{{ x }}",
+}
+
+
+@pytest.mark.parametrize("name", [*FOREVER, *HUGE])
+def test_a_template_that_takes_too_much_is_ended(name, monkeypatch):
+    monkeypatch.setattr(rendering, "SECONDS", 1)
+
+    with pytest.raises(ConfigError, match=r"takes more than 1 s|: MemoryE"):
+        compiled((FOREVER | HUGE)[name])
+
+    assert compiled(CHATML).source == CHATML  # the next one is none the worse
+
+
+def test_a_template_of_a_stranger_sees_no_secret_and_writes_no_file(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "canary-123")
+    rendering.end(rendering.worker(os.getpid()))
+    rendering.worker.cache_clear()
+    compiled(CHATML)
+    process = rendering.worker(os.getpid())
+
+    environment = Path(f"/proc/{process.pid}/environ")
+
+    if environment.exists():
+        assert b"canary-123" not in environment.read_bytes()
+
+
+def test_a_process_that_has_ended_is_an_error_and_the_next_one_is_new():
+    messages = [PLAIN, SAID]
+    whole = compiled(CHATML).pieces(messages)
+    rendering.worker(os.getpid()).kill()
+
+    with pytest.raises(ConfigError, match="takes more than"):
+        compiled(CHATML).pieces(messages)
+
+    assert compiled(CHATML).pieces(messages) == whole
 
 
 def test_a_template_that_takes_texts_apart_is_refused():

@@ -293,7 +293,7 @@ def changed_ids(change):
 DAMAGES = {
     "not UTF-8": (lambda v, m: (b"\xff" + v, m), "vocab.json .*utf-8"),
     "not JSON": (lambda v, m: (v[:-5], m), "vocab.json .*line 1 column"),
-    "deep": (lambda v, m: (b"[" * 10**5, m), "vocab.json .*recursion"),
+    "deep": (lambda v, m: (b"[" * 10**5, m), "vocab.json .*nested more than 64"),
     "long number": (lambda v, m: (b'{"a": ' + b"9" * 5000, m), "vocab.json .*digit"),
     "a list": (lambda v, m: (b"[]", m), "not a JSON object"),
     "text as id": (changed_ids(lambda i: i.update(a="1")), "the id of token 'a' is no"),

@@ -19,7 +19,7 @@ def arrays():
         "a": rng.normal(size=(3, 4)).astype(np.float32),
         "b": rng.normal(size=(2, 3, 2)).astype(np.float16),
         "c": rng.normal(size=5).astype(ml_dtypes.bfloat16),
-        "empty": np.zeros((0, 3), np.float32),
+        "scalar": np.array(3, np.float32),
         "mask": np.tril(np.ones((4, 4), bool)),
     }
 
@@ -64,6 +64,11 @@ def test_several_files_are_one_set_of_names_that_differ(path, tmp_path):
 
 HOSTILE = {
     "a header bomb": (struct.pack("<Q", 1 << 62), "a header of"),
+    "a header above the most": (
+        struct.pack("<Q", (1 << 20) + 1) + b" " * (1 << 21),
+        "a header of 1,048,577 bytes",
+    ),
+    "a header that is not UTF-8": (struct.pack("<Q", 3) + b'"\xff"', "not JSON"),
     "a header longer than the file": (struct.pack("<Q", 100) + b"{}", "a header of"),
     "nothing": (b"", "a header of 0 bytes in a file of 0"),
     "no JSON": (struct.pack("<Q", 3) + b"abc", "not JSON"),
@@ -88,6 +93,23 @@ LINES = {
     "a negative shape": ({"a": line((-2,))}, "line for the tensor 'a'"),
     "a shape of booleans": ({"a": line((True, 2))}, "line for the tensor 'a'"),
     "an unknown type": ({"a": line(dtype="Q4")}, "'a' has the type 'Q4'"),
+    "a tensor of no elements": ({"a": line((0,), (0, 0))}, "line for the tensor 'a'"),
+    "an axis beside a zero": (
+        {"a": line((0, 1 << 61), (0, 0)), "b": line()},
+        "line for the tensor 'a'",
+    ),
+    "nine axes": ({"a": line((1,) * 8 + (2,))}, "line for the tensor 'a'"),
+    "a path for a name": ({"../etc\\x": line()}, "'../etc.*x' is no name"),
+    "no name": ({"": line()}, "'' is no name of a tensor"),
+    "a name of a megabyte": ({"a" * 1000: line()}, "is no name of a tensor"),
+    "not a number": (
+        b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,8]}}',
+        "NaN is no JSON number",
+    ),
+    "too many tensors": (
+        {f"t{n}": line((1,), (n, n + 1), "U8") for n in range(10_001)},
+        "it has 10,001 tensors",
+    ),
     "metadata of numbers": ({"__metadata__": {"x": 1}}, "metadata is not"),
     "a line more": ({"a": line() | {"x": 1}}, "line for the tensor 'a'"),
     "a line that is none": ({"a": 3}, "line for the tensor 'a'"),

@@ -138,6 +138,12 @@ def open_prepared(folder: Path, wanted: str = "") -> Dataset:
             f"{folder / 'tokenizer'} has the hash {tokenizer.hash}, but the tokens "
             f"were made by {made}. Prepare the text again."
         )
+    if (tokenizer.vocab_size, tokenizer.eot) != (meta["vocab_size"], meta["eot"]):
+        raise DataError(
+            f"{folder / 'meta.json'} has vocab_size={meta['vocab_size']} and "
+            f"eot={meta['eot']}, which are not those of {folder / 'tokenizer'}. Copy "
+            "the folder again, or prepare the text again."
+        )
     asked = identity(wanted) if wanted else made
     if asked not in (made, name):
         raise DataError(

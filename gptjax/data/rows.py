@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.errors import DataError
+from gptjax.strict_json import parse_at
 
 BLOCK = 1 << 18  # bytes read at a time
 LINE_BYTES = 64 << 20  # a longer line or CSV field is refused
@@ -150,31 +151,15 @@ def whole_text(file: BufferedIOBase, path: Path) -> str:
 def json_value(text: str, start: int, path: Path, line: int) -> tuple[Any, int]:
     """The JSON value at `start`, which is in `line`, and where it ends."""
     try:
-        return DECODER.raw_decode(text, start)
+        return parse_at(text, start)
     except json.JSONDecodeError as error:
         line += text.count("\n", start, error.pos)
         raise DataError(f"{path}:{line}: not JSON: {error.msg}.") from error
-    except RecursionError as error:
-        raise DataError(f"{path}:{line}: JSON that is nested too deeply.") from error
     except ValueError as error:  # also of integers with thousands of digits
         raise DataError(f"{path}:{line}: not JSON: {error}.") from error
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of the pairs, whose names have to differ."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise ValueError(f"a name appears twice among {[name for name, _ in pairs]}")
-    return row
-
-
-def no_number(word: str) -> float:
-    """Refuses NaN and Infinity, which JSON does not have."""
-    raise ValueError(f"{word} is no JSON number")
-
-
 SPACES = re.compile(r"[ \t\r\n]*")
-DECODER = json.JSONDecoder(object_pairs_hook=unique, parse_constant=no_number)
 
 
 def csv_rows(file: BufferedIOBase, path: Path) -> Iterator[Row]:

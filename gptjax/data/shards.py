@@ -10,14 +10,20 @@ all but the last of the same length:
 
     {split}-00000.bin   the tokens, little-endian u16 (u32 above 65,536 token types)
     {split}-00000.idx   little-endian u64: where in this shard documents end
-    meta.json           what is in the folder, with the sha256 of each file
+    meta.json           what is in the folder, with the sha256 of each file and the
+                        CRC-32 of each `BLOCK` bytes of tokens
     tokenizer/          the tokenizer that made it
+
+A block is compared with its CRC when it is first read, so that opening costs nothing
+and no damaged token is trained on.
 
 Folders of other programs are opened by `gptjax.data.foreign`.
 """
 
 import dataclasses
-import json
+import hashlib
+import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +32,12 @@ import numpy as np
 
 from gptjax.download import sha256
 from gptjax.errors import DataError
+from gptjax.strict_json import read_json
 
-FORMAT = "gptjax tokens 1"
-BLOCK = 1 << 20  # tokens that `verify` reads at a time
+FORMAT = "gptjax tokens 2"
+BLOCK = 1 << 20  # bytes that have a CRC
+META_BYTES = 1 << 26  # of a meta.json
+AGAIN = "Copy the folder again, or prepare the text again."
 
 
 def token_type(vocab_size: int) -> np.dtype:
@@ -68,14 +77,26 @@ class ShardWriter:
     def finish_shard(self) -> None:
         """Adds the unfinished shard, if it holds anything, to the finished ones."""
         if self.tokens:
+            digest, crcs = digests(self.path(".bin"))
             shard = {
                 "file": self.path(".bin").name,
                 "tokens": self.tokens,
                 "documents": self.documents,  # that end in it
-                "sha256": [sha256([self.path(end)]) for end in (".bin", ".idx")],
+                "sha256": [digest, sha256([self.path(".idx")])],
+                "crc32": crcs,
             }
             self.shards.append(shard)
         self.tokens = self.documents = 0
+
+
+def digests(path: Path) -> tuple[str, list[int]]:
+    """The sha256 of a file, and the CRC-32 of each block of it."""
+    digest, crcs = hashlib.sha256(), []
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            crcs.append(zlib.crc32(block))
+    return digest.hexdigest(), crcs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +109,8 @@ class Shard:
     skipped: int = 0  # bytes in front of the tokens
     index: Path | None = None  # u64 ends of documents
     documents: int = 0  # entries of the index
+    sha256: tuple[str, ...] = ()  # of both files; () = unknown
+    crcs: tuple[int, ...] = ()  # of the blocks; () = unknown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,6 +119,7 @@ class Tokens:
 
     shards: tuple[Shard, ...]
     maps: tuple[np.ndarray, ...]  # of the shards' tokens
+    sound: tuple[np.ndarray, ...]  # which blocks have been compared; grows with reading
     ends: tuple[np.ndarray, ...]  # of documents, counted from the shard's start
     firsts: np.ndarray  # position of each shard's first token, and the stream's length
     vocab_size: int
@@ -113,8 +137,9 @@ class Tokens:
         """The int32 tokens from position `start`, which need to exist.
 
         Raises:
-            DataError: a token id is none of the tokenizer's. An accelerator would
-                not notice: it reads the last row of the embedding instead.
+            DataError: a block is not what was written, or a token id is none of the
+                tokenizer's. An accelerator would not notice: it reads the last row of
+                the embedding instead.
         """
         block = np.empty(count, np.int32)
         done = 0
@@ -122,11 +147,31 @@ class Tokens:
         while done < count:
             inside = start + done - int(self.firsts[number])
             part = self.maps[number][inside : inside + count - done]
+            self.compare(number, inside, len(part))
             if part.max() >= self.vocab_size:
                 self.refuse(number, inside, part)
             block[done : done + len(part)] = part
             done, number = done + len(part), number + 1
         return block
+
+    def compare(self, number: int, inside: int, count: int) -> None:
+        """Compares the blocks of some tokens of a shard with their CRCs, once each."""
+        size, sound = self.shards[number].dtype.itemsize, self.sound[number]
+        first, stop = inside * size // BLOCK, -(-(inside + count) * size // BLOCK)
+        if sound[first:stop].all():
+            return
+        data = self.maps[number].view(np.uint8)
+        for block in range(first, stop):
+            found = zlib.crc32(data[block * BLOCK : (block + 1) * BLOCK].data)
+            due = self.shards[number].crcs[block]
+            if found != due:
+                last = min((block + 1) * BLOCK, len(data)) - 1
+                raise DataError(
+                    f"{self.shards[number].path}: block {block}, bytes "
+                    f"{block * BLOCK:,} to {last:,}, has the CRC-32 {found:08x}, but "
+                    f"{due:08x} was written: it is damaged, or of another file. {AGAIN}"
+                )
+            sound[block] = True
 
     def refuse(self, number: int, inside: int, part: np.ndarray) -> None:
         """Raises for the first token of the part that is out of range."""
@@ -152,20 +197,31 @@ def open_shards(shards: Sequence[Shard], vocab_size: int, eot: int) -> Tokens:
     """The stream that the shards make up.
 
     Raises:
-        DataError: a file is missing or not as long as it has to be.
+        DataError: a file is missing or not as long as it has to be, or an index is not
+            the one that was written.
     """
-    maps, ends = [], []
+    maps, sound, ends = [], [], []
     for shard in shards:
         size = shard.skipped + shard.tokens * shard.dtype.itemsize
         check_size(shard.path, max(size, 1))
         tokens = np.memmap(shard.path, shard.dtype, "r", shard.skipped, shard.tokens)
         maps.append(np.asarray(tokens))  # reads several times as fast as a memmap
+        unknown = not shard.crcs
+        sound.append(np.full(-(-tokens.nbytes // BLOCK), unknown))
         ends.append(np.empty(0, "<u8"))
         if shard.index and shard.documents:
             check_size(shard.index, 8 * shard.documents)
+            if shard.sha256 and sha256([shard.index]) != shard.sha256[1]:
+                raise DataError(
+                    f"{shard.index}: block 0, bytes 0 to {8 * shard.documents - 1:,}, "
+                    "is not what was written: the ends of documents are damaged, or of "
+                    f"another file. {AGAIN}"
+                )
             ends[-1] = np.asarray(np.memmap(shard.index, "<u8", "r"))
     firsts = np.cumsum([0, *(shard.tokens for shard in shards)])
-    return Tokens(tuple(shards), tuple(maps), tuple(ends), firsts, vocab_size, eot)
+    return Tokens(
+        tuple(shards), tuple(maps), tuple(sound), tuple(ends), firsts, vocab_size, eot
+    )
 
 
 def check_size(path: Path, size: int) -> None:
@@ -190,11 +246,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """The description of a prepared folder.
 
     Raises:
-        DataError: it is no prepared folder, or one of another version.
+        DataError: it is no prepared folder, one of another version, or damaged.
     """
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_text("utf-8"))
+        meta = read_json(path, META_BYTES)
         found = meta["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
@@ -203,17 +259,67 @@ def read_meta(folder: Path) -> dict[str, Any]:
         ) from error
     if found != FORMAT:
         raise DataError(
-            f"{path} has the format {found!r}, not {FORMAT!r}. Prepare the text again."
+            f"{path} has the format {found!r:.40}, not {FORMAT!r}. Prepare the text "
+            "again."
         )
+    if not well_formed(meta):
+        raise DataError(f"{path} does not describe tokens: it is damaged. {AGAIN}")
     return meta
+
+
+def well_formed(meta: dict[str, Any]) -> bool:
+    """Whether all is there that opening the splits relies on, and is possible."""
+    match meta:
+        case {
+            "dtype": "<u2" | "<u4" as dtype,
+            "vocab_size": int(size),
+            "eot": int(eot),
+            "tokenizer": {"name": str(), "hash": str()},
+            "splits": dict(splits),
+        } if 0 <= eot < size and token_type(size).str == dtype:
+            width = np.dtype(dtype).itemsize
+            return all(
+                re.fullmatch("[a-z]+", split) and well_formed_split(split, entry, width)
+                for split, entry in splits.items()
+            )
+    return False
+
+
+def well_formed_split(split: str, entry: Any, width: int) -> bool:
+    """The same for one split, whose tokens take `width` bytes each."""
+    match entry:
+        case {
+            "documents": int(),
+            "tokens": int(),
+            "bytes": int(),
+            "shards": [_, *_] as shards,
+        }:
+            pass
+        case _:
+            return False
+    for number, shard in enumerate(shards):
+        match shard:
+            case {
+                "file": str(file),
+                "tokens": int(tokens),
+                "documents": int(documents),
+                "sha256": [str(), str()],
+                "crc32": list(crcs),
+            } if file == f"{split}-{number:05d}.bin" and 0 <= documents <= tokens:
+                blocks = -(-tokens * width // BLOCK)
+                whole = all(type(crc) is int and 0 <= crc < 1 << 32 for crc in crcs)
+                if whole and tokens and len(crcs) == blocks:
+                    continue
+        return False
+    return True
 
 
 def open_tokens(folder: Path, split: str) -> Tokens:
     """One split of a prepared folder.
 
     Raises:
-        DataError: there is no such split, or the folder is damaged; only the sizes
-            of its files are looked at.
+        DataError: there is no such split, or the folder is damaged; of the tokens,
+            only the sizes of their files are looked at.
     """
     meta = read_meta(folder)
     if split not in meta["splits"]:
@@ -228,6 +334,8 @@ def open_tokens(folder: Path, split: str) -> Tokens:
             np.dtype(meta["dtype"]),
             index=(folder / shard["file"]).with_suffix(".idx"),
             documents=shard["documents"],
+            sha256=tuple(shard["sha256"]),
+            crcs=tuple(shard["crc32"]),
         )
         for shard in meta["splits"][split]["shards"]
     ]

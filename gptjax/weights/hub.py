@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 
+from gptjax import strict_json
 from gptjax.config import suggestion
 from gptjax.download import (
     AbsentError,
@@ -261,8 +262,9 @@ def read_endpoint() -> str:
     """The address of the hub."""
     url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./-]*)?", url, re.ASCII):
+        harmless = re.sub(r"//.*@", "//…@", url)  # it may hold a password
         raise ModelError(
-            f"HF_ENDPOINT={url!r} is no address of a hub. Set it to one such as "
+            f"HF_ENDPOINT={harmless!r} is no address of a hub. Set it to one such as "
             "https://huggingface.co, or unset it."
         )
     return url.rstrip("/")
@@ -311,12 +313,8 @@ def read_record(folder: Path) -> Record:
 def read_json(path: Path, fix: str) -> Any:
     """The content of a JSON file of bounded size."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MOST[path.name] + 1)
-        if len(data) > MOST[path.name]:
-            raise ValueError(f"it has more than {MOST[path.name]:,} bytes")
-        return json.loads(data)
-    except (OSError, ValueError, RecursionError) as error:
+        return strict_json.read_json(path, MOST[path.name])
+    except (OSError, ValueError) as error:
         raise unusable(path, error, fix) from error
 
 

@@ -10,13 +10,13 @@ book    safetensors with the names of the book's PyTorch GPTModel; beside it, a
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gptjax import strict_json
 from gptjax import template as templates
 from gptjax import tokenizer as tokenizers
 from gptjax.config import GPTConfig, build
@@ -174,9 +174,8 @@ def safetensors_files(folder: Path) -> list[Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a small JSON file."""
     try:
-        with path.open("rb") as file:
-            data = json.loads(file.read(JSON_BYTES))
-    except (OSError, ValueError, RecursionError) as error:
+        data = strict_json.read_json(path, JSON_BYTES)
+    except (OSError, ValueError) as error:
         raise ModelError(f"cannot read {path}: {error}. Copy it again.") from error
     if not isinstance(data, dict):
         raise ModelError(f"{path} holds no JSON object. Copy it again.")

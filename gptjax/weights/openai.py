@@ -15,7 +15,6 @@ with the files themselves before memory is taken.
 import dataclasses
 import io
 import itertools
-import json
 import math
 import re
 from collections.abc import Collection, Iterator
@@ -25,6 +24,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from gptjax import strict_json
 from gptjax.errors import ModelError
 from gptjax.weights.crc32c import crc32c
 
@@ -132,13 +132,13 @@ def read_hparams(folder: Path) -> dict[str, int]:
     data = read_small(path, LARGEST_TEXT)
     sizes = {}
     try:
-        found = json.loads(data)
+        found = strict_json.parse(data)
         for name in HPARAMS:
             value = found.get(name) if isinstance(found, dict) else None
             if not isinstance(value, int) or value < 1 or value is True:
                 raise ValueError(f"{name}={str(value)[:40]} is no positive integer")
             sizes[name] = value
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ModelError(f"{path} cannot be used: {error}. {AGAIN}") from error
     return sizes
 

@@ -84,8 +84,10 @@ def check_sizes(source: Source) -> None:
     """Raises for sizes beyond all that the file has, before anything is counted."""
     c, tensors = source.config, source.files.tensors
     room = max([len(tensors), *(n for entry in tensors.values() for n in entry.shape)])
+    stacks = [e.shape[0] for n, e in tensors.items() if n[:7] == "blocks/" and e.shape]
+    layers = max([len(tensors), *stacks])  # each has tensors, or a row in a stack
     for name in ("vocab_size", "context_length", "n_layers", "n_heads", "d_model"):
-        if getattr(c, name) > room:
+        if getattr(c, name) > (layers if name == "n_layers" else room):
             raise ModelError(
                 f"{source.place}: {name}={getattr(c, name)} does not come from "
                 f"{len(tensors)} tensors with axes of up to {room}. Correct its "

@@ -1,0 +1,199 @@
+"""Rows, texts, configs and tokenizers with flipped, cut or nasty bytes in them.
+
+Each is taken, and then is made of proper text, or is refused by an error of gptjax that
+names the file, and the line where the format has lines.
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from gptjax import tokenizer as tokenizers
+from gptjax.config import read_config
+from gptjax.data.conversations import read_conversations, read_pairs
+from gptjax.data.labelled import read_labelled
+from gptjax.data.text import find_sources, read_pieces, read_text
+from gptjax.errors import GptjaxError
+
+FULL, SLICE = 100_000, 10_000
+
+NASTY = (
+    *(b"\x00", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\r", b"\n", b"\r\n", b'"'),
+    *(b"\\ud800", b"\\u0000", b"\\", b"{", b"}", b"[", b"]", b",", b":", b"\t", b"="),
+    *(b"NaN", b"-Infinity", b"1e999", b"null", b"true", b"0", b"-1", b"[[[[", b"'''"),
+    *(b"9" * 5000, b"[" * 5000, b'{"a":' * 5000, b"a.b.c=", b"\xe2\x80\xa8", b" "),
+    *(b"[]", b"{}", b'""', b"1970-01-01", b"#", b"<|endoftext|>", b"\xf4\x90\x80\x80"),
+    *(b"\x1b[2J", b"\xf0"),
+)
+
+TEXTS = "".join(f'{{"text": "row {n} ü"}}\n' for n in range(4)).encode()
+LABELS = "".join(
+    f'{{"text": "row {n} é", "label": "{"ab"[n % 2]}", "n": 0.5}}\n' for n in range(6)
+).encode()
+CSV = "".join(
+    ["text,label\n", *(f'"row, {n} ""q""\nö",{"ab"[n % 2]}\n' for n in range(6))]
+).encode()
+TALK = b"""{"messages": [{"role": "user", "content": "Hi"},
+ {"role": "assistant", "content": "Ho"}]}
+""".replace(b"\n ", b" ")
+ASKED = (
+    b'{"instruction": "Add.", "input": "1 1", "output": "2", "system": "Be kind."}\n'
+)
+PAIRS = b'{"prompt": "Hi", "chosen": "Ho", "rejected": "Go away", "split": "train"}\n'
+CONFIG = b"""# a comment
+[model]
+context_length = 16
+dropout = 0.1
+[data]
+source = "a.txt"
+tokenizer = 'bytes'
+mask_prompt = true
+[train]
+task = "pretrain"
+steps = 12
+"""
+SMALL = tokenizers.train(["low lower lowest newest widest"] * 3, 264)
+
+
+def read_texts(path: Path) -> list[Any]:
+    """The documents of a file of rows."""
+    return [p.text for source in find_sources([path]) for p in read_pieces(source)]
+
+
+def read_talk(path: Path) -> list[Any]:
+    """The messages of conversations."""
+    found, line = read_conversations(path)
+    return [line, [(dict(m), x.split, x.task) for x in found for m in x.messages]]
+
+
+def read_preferred(path: Path) -> list[Any]:
+    """The messages and answers of pairs."""
+    found, line = read_pairs(path)
+    return [line, [(dict(x.prompt[0]), x.chosen, x.rejected, x.split) for x in found]]
+
+
+def read_classes(path: Path) -> list[Any]:
+    """The texts and classes of labelled rows."""
+    data, line = read_labelled(path)
+    return [line, data.texts, list(data.names), data.places]
+
+
+def read_tokenizer(path: Path) -> list[Any]:
+    """A text that went through the tokenizer in the file's folder."""
+    found = tokenizers.load(path.parent)
+    text = "the lowest <|endoftext|> ü"
+    assert found.decode(found.encode(text)) == text
+    return [found.vocab_size]
+
+
+def list_of(rows: bytes) -> bytes:
+    """The rows as one list of JSON."""
+    return b"[" + rows.strip().replace(b"\n", b",\n") + b"]\n"
+
+
+Reader = Callable[[Path], list[Any]]
+KINDS: dict[str, tuple[bytes, Reader]] = {  # name of the file: content, reader
+    "texts.jsonl": (TEXTS, read_texts),
+    "texts.json": (list_of(TEXTS), read_texts),
+    "texts.csv": (b'text,n\nrow 1,1\n"row\n2",2\n', read_texts),
+    "text.txt": ("One ö.\n\nTwo.\r\nThree.\n".encode(), lambda path: [read_text(path)]),
+    "labels.jsonl": (LABELS, read_classes),
+    "labels.json": (list_of(LABELS), read_classes),
+    "labels.csv": (CSV, read_classes),
+    "labels.tsv": (CSV.replace(b",", b"\t"), read_classes),
+    "talk.jsonl": (TALK * 3, read_talk),
+    "asked.json": (list_of(ASKED * 3), read_talk),
+    "pairs.jsonl": (PAIRS * 3, read_preferred),
+    "config.toml": (CONFIG, lambda path: [repr(read_config(path))]),
+    "vocab.json": (b"", read_tokenizer),
+    "merges.txt": (b"", read_tokenizer),
+}
+LINES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".toml")
+# Of all the file, not of a line.
+WHOLE = (
+    "has no rows",
+    "has no texts",
+    "cannot read",
+    "the only label",
+    "cannot be used",
+)
+
+
+def mutated(lot: random.Random, whole: bytes) -> bytes:
+    """The content with one to three changes."""
+    data = bytearray(whole)
+    for _ in range(lot.randint(1, 3)):
+        at = lot.randint(0, len(data))
+        match lot.randrange(7):
+            case 0:
+                data[at : at + 1] = bytes([lot.randrange(256)])
+            case 1 | 2 | 3:
+                data[at : at + lot.choice((0, 0, 1, 4))] = lot.choice(NASTY)
+            case 4:
+                del data[at : at + lot.randint(1, 20)]
+            case 5:
+                data[at:at] = data[lot.randint(0, len(data)) :][:40]
+            case 6:
+                del data[at:]
+    return bytes(data)
+
+
+def fault_of(path: Path, read: Reader) -> str:
+    """What went wrong with reading a file, or ""."""
+    try:
+        repr_of = "".join(flat(read(path)))
+    except GptjaxError as error:
+        return fault_of_message(path, str(error))
+    repr_of.encode()  # half a surrogate pair would fail here
+    return "" if "\0" not in repr_of else "a NUL character passed"
+
+
+def fault_of_message(path: Path, text: str) -> str:
+    """What is missing in an error's message, or ""."""
+    if path.suffix == ".toml" and re.search(r"\b[a-z]+\.[a-z_]+|unknown option", text):
+        return ""  # it names an option, or (below) the line
+    of_tokenizer = path.name in ("vocab.json", "merges.txt")
+    if str(path.parent if of_tokenizer else path) not in text:
+        return f"no file in: {text}"
+    in_lines = path.suffix in LINES and not of_tokenizer
+    line = re.search(
+        rf"{re.escape(path.name)}(:\d+|.*line \d+|.*end of document)", text
+    )
+    if in_lines and not line and not any(part in text for part in WHOLE):
+        return f"no line in: {text}"
+    text.encode()
+    return ""
+
+
+def flat(value: Any) -> Iterator[str]:
+    """The strings in a value, as they are."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from flat(part)
+    else:
+        yield str(value)
+
+
+def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
+    """What went wrong with each case."""
+    SMALL.save(folder)
+    files = ("vocab.json", "merges.txt")
+    saved = {name: (folder / name).read_bytes() for name in files}
+    for case in cases:
+        lot = random.Random(f"{seed} {case}")
+        name = list(KINDS)[case % len(KINDS)]
+        content, read = KINDS[name]
+        path = folder / name
+        path.write_bytes(mutated(lot, saved.get(name, content)))
+        try:
+            yield fault_of(path, read)
+        except Exception as error:
+            yield f"{name}: {type(error).__name__}: {str(error)[:300]}"
+        if name in saved:
+            path.write_bytes(saved[name])
+        else:
+            path.unlink()
