@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.errors import ModelError
+from gptjax.strict_json import read_json
 
 MANIFEST = "manifest.json"
 LARGEST = 1 << 26  # bytes of a manifest; that of 124 M parameters has 10,000
@@ -56,7 +57,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         now = path.lstat()
         if not stat.S_ISREG(now.st_mode) or now.st_size > LARGEST:
             raise DamagedError(f"{MANIFEST} is not a file of at most {LARGEST} bytes")
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = read_json(path, LARGEST)
         about, known = table["about"], table["sha256"]
         right = seal(about) == known and well_formed(about)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:

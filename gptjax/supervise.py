@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import faulthandler
 import json
+import math
 import os
 import signal
 import subprocess
@@ -162,9 +163,7 @@ class Watch:
         try:
             idle, busy = map(float, self.sign.read_text().split())
         except (OSError, ValueError):
-            return 0.0, float(
-                "inf"
-            )  # it reads its data, which takes as long as it does
+            return 0.0, math.inf  # it reads its data, which takes as long as it does
         return idle, busy
 
 

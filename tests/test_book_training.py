@@ -79,10 +79,15 @@ def test_chapter_5_trains_from_the_books_parameters_in_its_order(tmp_path, share
     assert model.config.vocab_size == 50_257
 
 
-def test_chapter_6_has_the_books_head_and_order(tmp_path, start, shared_data):
-    config = small("ch06")
+def started(name, start):
+    """The small config of a chapter, from a model that is there."""
+    config = small(name)
     tune = dataclasses.replace(config.tune, start=start)
-    config = dataclasses.replace(config, tune=tune)
+    return dataclasses.replace(config, tune=tune)
+
+
+def test_chapter_6_has_the_books_head_and_order(tmp_path, start, shared_data):
+    config = started("ch06", start)
 
     run, task, sets = training.make_chapter_6(Run(config, tmp_path, print))
 
@@ -99,9 +104,7 @@ def test_chapter_6_has_the_books_head_and_order(tmp_path, start, shared_data):
 
 
 def test_chapter_7_has_the_books_order(tmp_path, start, shared_data):
-    config = small("ch07")
-    tune = dataclasses.replace(config.tune, start=start)
-    config = dataclasses.replace(config, tune=tune)
+    config = started("ch07", start)
 
     _, task, sets = training.make_chapter_7(Run(config, tmp_path, print))
 
@@ -120,9 +123,7 @@ def look(run, task, done):
 
 def test_chapter_6_says_what_the_book_prints(tmp_path, start, shared_data, monkeypatch):
     monkeypatch.setattr(classification, "make_evaluate", lambda *parts: lambda *at: "")
-    config = small("ch06")
-    tune = dataclasses.replace(config.tune, start=start)
-    config = dataclasses.replace(config, tune=tune)
+    config = started("ch06", start)
     run, task, sets = training.make_chapter_6(Run(config, tmp_path, print))
     model = task.model(task.fresh)
 
@@ -158,9 +159,7 @@ def test_chapter_6_says_what_the_book_prints(tmp_path, start, shared_data, monke
 
 def test_chapter_7_says_what_the_book_prints(tmp_path, start, shared_data, monkeypatch):
     monkeypatch.setattr(instruct, "make_evaluate", lambda *parts: lambda *at: "")
-    config = small("ch07")
-    tune = dataclasses.replace(config.tune, start=start)
-    config = dataclasses.replace(config, tune=tune)
+    config = started("ch07", start)
     run, task, sets = training.make_chapter_7(Run(config, tmp_path, print))
     model = task.model(task.fresh)
 

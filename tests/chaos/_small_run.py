@@ -10,9 +10,9 @@ from typing import Any
 import tomli_w
 
 from gptjax import checkpoint, report
+from tests.processes import TEXT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(300))
 TABLE: dict[str, dict[str, Any]] = {
     "model": {"context_length": 16, "n_layers": 1, "n_heads": 2, "d_model": 8},
     "data": {"source": "text.txt", "tokenizer": "bytes", "batch_size": 4},
