@@ -131,14 +131,20 @@ def once(x_BTD: Residual) -> Residual:
 
 
 class Dropout(nn.Module):
-    """Zeroes activations where the call was given a dropout key, else nothing."""
+    """Zeroes activations where the call was given a dropout key, else nothing.
+
+    Each call of the same module drops others; Flax's own drops the same again when it is
+    made within another module.
+    """
 
     rate: float
 
-    @nn.compact
     def __call__(self, x: Array) -> Array:
         """The kept activations, scaled up so that their mean stays."""
-        return nn.Dropout(self.rate, deterministic=not self.has_rng("dropout"))(x)
+        if not self.has_rng("dropout"):
+            return x
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
+        return jnp.where(kept, x / (1 - self.rate), 0)
 
 
 def changed(module: nn.Module, name: str, value: Array) -> Array:

@@ -148,21 +148,20 @@ def torch_layers(torch, c):
     }
 
 
+SHAPES = {
+    "small": change(SMALL, vocab_size=97, d_model=32, n_heads=4, n_layers=3),
+    "odd": change(SMALL, vocab_size=50, d_model=12, n_heads=4, n_layers=3),
+    "biased": change(SMALL, n_layers=3, qkv_bias=True),
+    "124M": book_config(),
+}
+
+
 @pytest.mark.peers
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("seed", "rows", "width"), [(123, 97, 32), (5, 50, 12)])
-def test_a_model_of_pytorchs_layers_has_the_same_parameters(
-    torch, biased, seed, rows, width
-):
-    config = change(
-        SMALL,
-        vocab_size=rows,
-        d_model=width,
-        n_heads=4,
-        n_layers=3,
-        qkv_bias=biased,
-    )
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", [123, 5])
+def test_a_model_of_pytorchs_layers_has_the_same_parameters(torch, shape, seed):
+    config = SHAPES[shape]
     generator = TorchGenerator(seed)
     torch.manual_seed(seed)
 

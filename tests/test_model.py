@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -188,6 +189,18 @@ def test_dropout_keeps_the_mean_of_what_it_is_given():
     np.testing.assert_allclose(jnp.unique(y), [0, 1 / 0.75], rtol=1e-6)
     # The mean of 1e5 draws deviates by sqrt(0.25 / 0.75 / 1e5) = 0.0018.
     assert abs(float(y.mean()) - 1) < 0.01
+
+
+def test_each_call_of_a_dropout_module_drops_others():
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            dropout = Dropout(0.5)
+            return dropout(x), dropout(x)
+
+    one, other = Twice().apply({}, jnp.ones((100, 100)), rngs={"dropout": KEY})
+
+    assert 0.4 < jnp.mean(one == other) < 0.6
 
 
 def test_every_layer_drops_other_activations():

@@ -21,13 +21,13 @@ class Backend(NamedTuple):
 
 BACKENDS: Mapping[str, Backend] = {
     "plain": Backend(plain.plain, lambda call: ""),
-    "prefix": Backend(prefix.prefix, prefix.obstacle),
+    "prefix": Backend(prefix.prefix, lambda call: ""),
     "xla": Backend(xla.xla, xla.obstacle),
     "blockwise": Backend(blockwise.blockwise, blockwise.obstacle),
     "cudnn": Backend(cudnn.cudnn, cudnn.obstacle),
     "splash": Backend(splash.splash, splash.obstacle),
 }
-AUTO = {  # platform: the first that can answer; dropout and caches go to "plain"
+AUTO = {  # platform: the first that can answer; caches go to "plain"
     "cpu": ("prefix",),
     "tpu": ("splash", "xla"),
     "gpu": ("cudnn", "xla"),
@@ -91,9 +91,9 @@ def attend(
 
 def best(call: asked.Call) -> str:
     """What "auto" stands for."""
-    if call.dropout or call.slots:
+    if call.slots:
         return "plain"
-    names = AUTO.get(call.platform, ("xla",))
+    names = *AUTO.get(call.platform, ("xla",)), "plain"
     return next(name for name in names if not BACKENDS[name].obstacle(call))
 
 

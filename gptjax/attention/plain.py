@@ -47,7 +47,7 @@ def plain(
     sight: Sight,
     dropout: Callable[[Array], Array] | None = None,
 ) -> Heads:
-    """All weights at once; the one backend that can drop some."""
+    """All weights at once."""
     mask_BTS = visible(sight, query_BTHK, key_BSHK)
     query_BHTK, key_BHSK, value_BHSK = (
         jnp.swapaxes(x, 1, 2) for x in (query_BTHK, key_BSHK, value_BSHK)

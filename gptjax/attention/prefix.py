@@ -3,9 +3,11 @@
 Of a causal row, what is above the diagonal is hardly computed; O(T S) memory.
 """
 
-import jax.numpy as jnp
+from collections.abc import Callable
 
-from gptjax.attention.call import Call, cannot_drop
+import jax.numpy as jnp
+from jaxtyping import Array
+
 from gptjax.attention.plain import weighted
 from gptjax.attention.sight import Heads, KeyHeads, Sight, visible
 
@@ -14,7 +16,11 @@ LEAST = 32  # queries of a block
 
 
 def prefix(
-    query_BTHK: Heads, key_BSHK: KeyHeads, value_BSHK: KeyHeads, sight: Sight
+    query_BTHK: Heads,
+    key_BSHK: KeyHeads,
+    value_BSHK: KeyHeads,
+    sight: Sight,
+    dropout: Callable[[Array], Array] | None = None,
 ) -> Heads:
     """The same sum as `plain`, without most of the keys that are hidden."""
     queries, keys = query_BTHK.shape[1], key_BSHK.shape[1]
@@ -34,11 +40,7 @@ def prefix(
                 key_BHSK[:, :, :reach],
                 value_BHSK[:, :, :reach],
                 mask_BTS[:, start:end, :reach],
+                dropout,
             )
         )
     return jnp.swapaxes(jnp.concatenate(parts, axis=2), 1, 2)
-
-
-def obstacle(call: Call) -> str:
-    """Why this backend cannot answer, or nothing."""
-    return cannot_drop("prefix") if call.dropout else ""
