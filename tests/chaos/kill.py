@@ -138,8 +138,10 @@ def resumes(run: Path) -> list[int]:
 
 def size(run: Path) -> int:
     """Bytes of what the run has logged."""
-    path = run / "metrics.jsonl"
-    return path.stat().st_size if path.is_file() else 0
+    try:
+        return (run / "metrics.jsonl").stat().st_size
+    except FileNotFoundError:  # a start that has nothing to go on from takes it away
+        return 0
 
 
 if __name__ == "__main__":
