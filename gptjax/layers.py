@@ -133,8 +133,8 @@ def once(x_BTD: Residual) -> Residual:
 class Dropout(nn.Module):
     """Zeroes activations where the call was given a dropout key, else nothing.
 
-    Each call of the same module drops others; Flax's own drops the same again when it is
-    made within another module.
+    Each call of the same module drops others; Flax's own, made within another module,
+    drops the same again.
     """
 
     rate: float

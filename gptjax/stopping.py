@@ -77,6 +77,10 @@ def stop_signal(final: bool = False) -> Iterator[Callable[[], bool]]:
     try:
         with watched(here) if final else contextlib.nullcontext():
             yield lambda: bool(here.came)
+    except Exception as error:
+        if here.came and here.mode == "leave":  # Orbax makes errors of any exception
+            raise Stopped(NOTHING) from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

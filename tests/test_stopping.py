@@ -24,6 +24,24 @@ def test_a_signal_is_raised_on_the_spot_where_nothing_would_be_lost(number):
     assert signal.getsignal(number) is before
 
 
+def test_a_signal_is_none_of_the_errors_that_a_library_makes_of_it():
+    with pytest.raises(Stopped) as caught, stop_signal():
+        answer("leave")
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException as error:
+            raise ValueError("cannot read") from error
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize("came", [False, True])
+def test_an_error_that_has_nothing_to_do_with_a_signal_stays_what_it_is(came):
+    with pytest.raises(ValueError, match="cannot read"), stop_signal():
+        if came:
+            signal.raise_signal(signal.SIGTERM)
+        raise ValueError("cannot read")
+
+
 def test_a_signal_is_noted_until_somebody_asks_where_something_would_be_lost():
     with stop_signal() as came:
         signal.raise_signal(signal.SIGTERM)

@@ -4,8 +4,9 @@
     python tests/benchmarks/book_ch05.py [--fast-cpu]
 
 Both train 124M for ten epochs on the-verdict, evaluate every five steps on five
-training batches and the validation batch, and write 50 tokens after every epoch. Each is a
-whole process, with imports and compiling, one after the other: leave the machine alone.
+training batches and the validation batch, and write 50 tokens after every epoch. Each
+is a whole process, with imports and compiling, one after the other: leave the machine
+alone.
 """
 
 import argparse
@@ -87,14 +88,7 @@ def main() -> None:
         run_book()
         return
     with tempfile.TemporaryDirectory() as folder:
-        words = [
-            "-m",
-            "gptjax",
-            "train",
-            "book/ch05",
-            "--run",
-            str(Path(folder, "run")),
-        ]
+        words = ["-m", "gptjax", "train", "book/ch05", "--run", f"{folder}/run"]
         ours = seconds(*words, *["--fast-cpu"] * given.fast_cpu)
     theirs = seconds(__file__, "--book")
     print(

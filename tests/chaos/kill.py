@@ -2,7 +2,8 @@
 
 A case is one kill. Every number that was logged, and the parameters in the end, must be
 those of a run that nobody killed, and no step that was saved may be computed again. The
-processes are forked from one that has imported everything and has computed nothing.
+processes are forked from one that has imported everything and has computed nothing. How
+long they live is a share of what this machine takes for a whole run.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from gptjax import report
 from tests.chaos._small_run import (
@@ -52,18 +54,40 @@ def main(seed: int, cases: Sequence[int]) -> None:
     from gptjax import pretrain  # noqa: F401 (for the children)
 
     whole, count = Path("whole"), 0
-    folder = Path("run0")
+    folder, pace = Path("run0"), undisturbed()
     for case in cases:
         if (folder / "model").is_dir():
             count += 1
             folder = Path(f"run{count}")
-        fault = killed(random.Random(f"{seed} {case}"), folder, whole)
+        fault = killed(random.Random(f"{seed} {case}"), folder, whole, pace)
         if case == cases[-1] and not fault:
             fault = ended(start(folder), folder) or different(folder, whole)
         print(json.dumps(fault), flush=True)
 
 
-def killed(lot: random.Random, run: Path, whole: Path) -> str:
+class Pace(NamedTuple):
+    """Seconds of a run that nobody kills."""
+
+    whole: float
+    logged: float  # of these, since its first line in metrics.jsonl
+
+
+def undisturbed() -> Pace:
+    """How long a run takes; the second of two, as the first one compiles."""
+    times: list[float] = []
+    for run in map(Path, ("cold", "warm")):
+        child, times = start(run), [time.monotonic()]
+        while alive(child):
+            time.sleep(0.005)
+            if len(times) == 1 and size(run):
+                times.append(time.monotonic())
+        if fault := ended(child, run):
+            sys.exit(fault)
+        times.append(time.monotonic())
+    return Pace(times[-1] - times[0], times[-1] - times[1])
+
+
+def killed(lot: random.Random, run: Path, whole: Path, pace: Pace) -> str:
     """Starts the run, kills it, and says what is wrong with what is left."""
     before, saved, lines = resumes(run), newest(run), size(run)
     child = start(run)
@@ -72,9 +96,9 @@ def killed(lot: random.Random, run: Path, whole: Path) -> str:
         while alive(child) and size(run) <= lines and time.monotonic() < end:
             time.sleep(0.005)
             lines = min(lines, size(run))
-        time.sleep(lot.uniform(0, 0.6))
+        time.sleep(lot.uniform(0, pace.logged / 2))
     else:
-        time.sleep(lot.uniform(0, 3))
+        time.sleep(lot.uniform(0, pace.whole))
     if alive(child):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
