@@ -117,14 +117,18 @@ def measured(
 def figures(
     part: Part, preset: str, others: tuple[str, ...], pairs: int
 ) -> Iterator[Figure]:
-    """The rate of a part, alone or beside each of the others."""
+    """The rate and the memory of a part, alone or beside each of the others."""
     name, tag, unit, _, options = part
     ours = Side(name, {"preset": preset, **options})
     if not others:
-        yield rate(named(name, tag), unit, alone(ours, pairs))
+        found = alone(ours, pairs)
+        yield rate(named(name, tag), unit, found)
+        yield held(named(name, tag), found)
     for other in others:
-        theirs = Side(f"{other}_{name}", ours.options)
-        yield from beside(name, other, tag, unit, against(ours, theirs, pairs))
+        result = against(ours, Side(f"{other}_{name}", ours.options), pairs)
+        yield from beside(name, other, tag, unit, result)
+        yield held(named(name, tag), result[0])
+        yield held(named(name, other, tag), result[1])
 
 
 def beside(
@@ -188,6 +192,11 @@ def spanned(key: str, unit: str, found: Found) -> Figure:
     """A number of a unit, with its least and its most."""
     span = f"({found.low:.4g} to {found.high:.4g})"
     return Figure(key, found.middle, f"{found.middle:12.4g} {unit} {span}")
+
+
+def held(key: str, found: Found) -> Figure:
+    """The most memory that a side held."""
+    return Figure(f"{key}_peak_bytes", found.peak, budget.human(found.peak))
 
 
 def plain(key: str, value: float) -> Figure:

@@ -9,11 +9,12 @@ the ratios of neighbours.
 import contextlib
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from gptjax import cpu
@@ -42,6 +43,7 @@ class Found(NamedTuple):
     middle: float
     low: float
     high: float
+    peak: int = 0  # bytes of memory that its process held at most
 
 
 @contextlib.contextmanager
@@ -70,8 +72,8 @@ def answer(child: subprocess.Popen[str]) -> dict[str, Any]:
     return json.loads(line) if line else {}
 
 
-def rate(child: subprocess.Popen[str]) -> float:
-    """Lets a side work once; units per second.
+def turn(child: subprocess.Popen[str]) -> tuple[float, int]:
+    """Lets a side work once; units per second, and the most bytes it has held so far.
 
     Raises:
         GptjaxError: it ended, as for want of memory.
@@ -81,27 +83,33 @@ def rate(child: subprocess.Popen[str]) -> float:
         child.stdin.flush()
     if not (found := answer(child)):
         raise GptjaxError("a side ended while it worked; it says why above.")
-    return found["units"] / found["seconds"]
+    return found["units"] / found["seconds"], found["peak"]
 
 
 def alone(side: Side, times: int) -> Found:
     """The rate of one side."""
     with running(side) as child:
-        return summary([rate(child) for _ in range(times)])
+        return together([turn(child) for _ in range(times)])
 
 
 def against(one: Side, other: Side, pairs: int) -> tuple[Found, Found, float]:
     """The rates of both sides, and how many times as fast the first one is."""
     with running(one) as first, running(other) as second:
-        rates = []
+        pairs_of_turns = []
         for n in range(pairs):
             if n % 2:
-                rates.append((rate(second), rate(first))[::-1])
+                pairs_of_turns.append((turn(second), turn(first))[::-1])
             else:
-                rates.append((rate(first), rate(second)))
-    ones, others = zip(*rates, strict=True)
-    ratio = statistics.median(a / b for a, b in rates)
-    return summary(ones), summary(others), ratio
+                pairs_of_turns.append((turn(first), turn(second)))
+    ones, others = zip(*pairs_of_turns, strict=True)
+    ratio = statistics.median(a / b for (a, _), (b, _) in pairs_of_turns)
+    return together(ones), together(others), ratio
+
+
+def together(turns: Sequence[tuple[float, int]]) -> Found:
+    """What came of the turns of one side."""
+    rates, peaks = zip(*turns, strict=True)
+    return summary(rates)._replace(peak=max(peaks))
 
 
 def summary(rates: Any) -> Found:
@@ -122,7 +130,15 @@ def serve(name: str, options: dict[str, Any]) -> None:
         started = time.perf_counter()
         units = work()
         seconds = time.perf_counter() - started
-        print(json.dumps({"units": units, "seconds": seconds}), flush=True)
+        said = {"units": units, "seconds": seconds, "peak": peak_bytes()}
+        print(json.dumps(said), flush=True)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process, or one that it started, has held."""
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2) of each system
+    both = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    return unit * max(resource.getrusage(who).ru_maxrss for who in both)
 
 
 if __name__ == "__main__":
