@@ -218,13 +218,6 @@ def last_step(run: Path) -> int:
     return max((step for step, _ in losses(run)), default=0)
 
 
-def forget_after(run: Path, step: int) -> None:
-    """Makes it a run that was lost before the next checkpoint."""
-    for later in checkpoint.saved_steps(run / "checkpoints"):
-        if later > step:
-            shutil.rmtree(run / "checkpoints" / str(later))
-
-
 def restored_hashes(config: RunConfig, run: Path, step: int) -> dict[str, str]:
     """A hash of each array of a checkpoint, as it comes back on the config's mesh."""
     mesh = run_loop.make_mesh(config.mesh)

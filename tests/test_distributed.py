@@ -19,6 +19,7 @@ import pytest
 
 from gptjax import checkpoint, cli, distributed, report
 from gptjax.errors import ConfigError
+from gptjax.step_folders import forget_after
 from tests.processes import (
     AUTO,
     BROKEN,
@@ -29,7 +30,6 @@ from tests.processes import (
     commands_of_pair,
     config_on,
     exit_codes,
-    forget_after,
     last_step,
     losses,
     mesh_flags,
@@ -130,7 +130,7 @@ def test_a_checkpoint_of_two_processes_is_the_same_anywhere(pair, monkeypatch):
 def test_a_run_of_two_processes_goes_on_in_one(alone, pair, tmp_path, mesh):
     write_config(tmp_path)
     shutil.copytree(pair[0] / "run", tmp_path / "run")
-    forget_after(tmp_path / "run", 16)
+    forget_after(tmp_path / "run" / "checkpoints", 16)
 
     run_here(tmp_path, mesh)
 
@@ -145,7 +145,7 @@ def test_a_run_of_two_processes_goes_on_in_one(alone, pair, tmp_path, mesh):
 def test_a_run_of_one_process_goes_on_in_two(alone, tmp_path, monkeypatch):
     monkeypatch.chdir(write_config(tmp_path))
     run_here(tmp_path, (1, 8, 1))
-    forget_after(tmp_path / "run", 16)
+    forget_after(tmp_path / "run" / "checkpoints", 16)
     here = restored_hashes(config_on((1, 8, 1)), tmp_path / "run", 16)
     hosts = [tmp_path / "first", tmp_path / "second"]
     for host in hosts:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gptjax import report
+from gptjax.step_folders import forget_after
 from tests.chaos._small_run import (
     different,
     environment,
@@ -22,7 +23,7 @@ from tests.chaos._small_run import (
     numbers,
     write_config,
 )
-from tests.processes import forget_after, free_port
+from tests.processes import free_port
 
 SAVED = 21  # the last checkpoint of runs that are resumed
 LIMIT = 240  # seconds that anything may take on a machine with other work
@@ -83,7 +84,7 @@ def disturbed(
         victims = set(range(count))
     if phase.resumed:
         shutil.copytree(whole, here)
-        forget_after(here / "run", SAVED)
+        forget_after(here / "run" / "checkpoints", SAVED)
         report.trim_events(here / "run" / "metrics.jsonl", SAVED)
         shutil.rmtree(here / "run" / "model")
     else:
