@@ -56,10 +56,12 @@ def main(seed: int, cases: Sequence[int]) -> None:
     whole, count = Path("whole"), 0
     folder, pace = Path("run0"), undisturbed()
     for case in cases:
-        if (folder / "model").is_dir():
-            count += 1
-            folder = Path(f"run{count}")
-        fault = killed(random.Random(f"{seed} {case}"), folder, whole, pace)
+        lot, fault = random.Random(f"{seed} {case}"), None
+        while fault is None:
+            if (folder / "model").is_dir():
+                count += 1
+                folder = Path(f"run{count}")
+            fault = killed(lot, folder, whole, pace)
         if case == cases[-1] and not fault:
             fault = ended(start(folder), folder) or different(folder, whole)
         print(json.dumps(fault), flush=True)
@@ -87,8 +89,11 @@ def undisturbed() -> Pace:
     return Pace(times[-1] - times[0], times[-1] - times[1])
 
 
-def killed(lot: random.Random, run: Path, whole: Path, pace: Pace) -> str:
-    """Starts the run, kills it, and says what is wrong with what is left."""
+def killed(lot: random.Random, run: Path, whole: Path, pace: Pace) -> str | None:
+    """Starts the run, kills it, and says what is wrong with what is left.
+
+    None: it came to a good end before it was killed.
+    """
     before, saved, lines = resumes(run), newest(run), size(run)
     child = start(run)
     if lot.random() < 0.75:  # in training, else perhaps in what comes before it
@@ -99,11 +104,10 @@ def killed(lot: random.Random, run: Path, whole: Path, pace: Pace) -> str:
         time.sleep(lot.uniform(0, pace.logged / 2))
     else:
         time.sleep(lot.uniform(0, pace.whole))
-    if alive(child):
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    elif fault := ended(child, run) or different(run, whole):
-        return fault
+    if not alive(child):
+        return ended(child, run) or different(run, whole) or None
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
     after = resumes(run)
     if len(after) > len(before) and after[-1] < saved:
         return f"went on from step {after[-1]} although {saved} was saved"
