@@ -7,6 +7,7 @@ one gets the signal, but both where they have not found each other yet.
 
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ from tests.processes import free_port
 
 SAVED = 21  # the last checkpoint of runs that are resumed
 LIMIT = 240  # seconds that anything may take on a machine with other work
-SECONDS: list[float] = []  # from the signal to the end, of each case
+SECONDS: dict[str, float] = {}  # from the signal to the end, of each case
 
 
 class Phase(NamedTuple):
@@ -72,7 +73,11 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
         lot = random.Random(f"{seed} {case}")
         here = folder / f"case{case}"
         yield disturbed(here, whole[count], count, name, lot)
-    print(f"sigterm: {max(SECONDS):.2f} s at most from the signal to the end")
+    slowest = max(SECONDS, key=lambda where: SECONDS[where])
+    print(
+        f"sigterm: {SECONDS[slowest]:.2f} s at most from the signal to the end "
+        f"({slowest}), {statistics.median(SECONDS.values()):.2f} s in the middle"
+    )
 
 
 def disturbed(
@@ -92,6 +97,8 @@ def disturbed(
     trigger = [phase.module, phase.function, str(phase.call), f"{lot.random() / 20}"]
     codes = gptjax(here, count, trigger, victims)
     where = f"{name}, {count} processes"
+    if (here / "signalled").exists():
+        SECONDS[where] = time.time() - (here / "signalled").stat().st_mtime
     # Two processes that have finished their steps finish the rest, too.
     right = {75, 0} if count > 1 and name == "finishing" else {75}
     if not set(codes) <= right:
@@ -111,7 +118,6 @@ def gptjax(
     folder: Path, count: int, trigger: Sequence[str], victims: set[int] | tuple = ()
 ) -> list[int]:
     """Trains in so many processes; their exit codes. Victims get the trigger."""
-    (folder / "signalled").unlink(missing_ok=True)
     port, processes = free_port(), []
     for number in range(count):
         words = trigger if number in victims else ["-", "-", "0", "0"]
@@ -137,6 +143,4 @@ def gptjax(
         for process in processes:
             process.kill()
             process.wait()
-    if victims and (folder / "signalled").exists():
-        SECONDS.append(time.time() - (folder / "signalled").stat().st_mtime)
     return codes
