@@ -10,6 +10,8 @@ on whatever mesh, each array has to have the checksum it was saved with.
 """
 
 import contextlib
+import errno
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -33,6 +35,7 @@ from gptjax.tree import named_leaves
 
 FILE_BYTES = 1 << 28  # of one file of arrays, so that several are hashed at a time
 SPARE_BYTES = 1 << 20  # that a save needs beside its arrays, at least
+OS_ERROR = re.compile(r"os_error_code='?(\d+)")  # in what TensorStore says
 
 Save = Callable[[int, Any], None]
 
@@ -166,7 +169,9 @@ def write_arrays(path: Path, tree: Any) -> None:
     except Exception as error:  # Orbax names no type; a full disk is a ValueError
         if jax.process_count() > 1 or isinstance(error, OSError):
             raise  # the connection between processes broke: `distributed` says so
-        raise OSError(first_line(error)) from error
+        code = OS_ERROR.search(str(error))
+        number = int(code[1]) if code else errno.EIO
+        raise OSError(number, first_line(error)) from error
 
 
 def first_line(error: Exception) -> str:

@@ -1,6 +1,8 @@
 """Checkpoints: what is saved comes back, and what was altered is not trusted."""
 
 import collections
+import errno
+import resource
 import shutil
 import threading
 
@@ -158,6 +160,32 @@ def test_a_save_that_the_disk_has_no_room_for_is_refused_before(tmp_path, monkey
     with pytest.raises(ModelError, match=r"needs 1 MB, and 1 MB are free. Free space"):
         checkpoint.save(tmp_path, 2, tree(), keep=2)
 
+    assert checkpoint.latest(tmp_path) == (1, [])
+
+
+@pytest.fixture
+def file_size():
+    """A function that lets no file of this process grow beyond some bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# Orbax's threads go on for a while after the save has failed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("most", [0, 30, 100, 300, 1000])
+def test_a_disk_that_takes_no_more_is_the_cause_wherever_it_is_met(
+    tmp_path, file_size, most
+):
+    checkpoint.save(tmp_path, 1, tree(), keep=2)
+    file_size(most)
+
+    with pytest.raises(ModelError, match="cannot save step 2") as caught:
+        checkpoint.save(tmp_path, 2, tree(), keep=2)
+
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == errno.EFBIG
     assert checkpoint.latest(tmp_path) == (1, [])
 
 
