@@ -10,7 +10,6 @@ on whatever mesh, each array has to have the checksum it was saved with.
 """
 
 import contextlib
-import errno
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -169,9 +168,8 @@ def write_arrays(path: Path, tree: Any) -> None:
     except Exception as error:  # Orbax names no type; a full disk is a ValueError
         if jax.process_count() > 1 or isinstance(error, OSError):
             raise  # the connection between processes broke: `distributed` says so
-        code = OS_ERROR.search(str(error))
-        number = int(code[1]) if code else errno.EIO
-        raise OSError(number, first_line(error)) from error
+        number = [int(text) for text in OS_ERROR.findall(str(error))[:1]]
+        raise OSError(*number, first_line(error)) from error
 
 
 def first_line(error: Exception) -> str:

@@ -111,19 +111,24 @@ def transformers_train(preset: str, rows: int, context: int, device: str = CPU) 
     return trained(model, logits_of, random_tokens(rows, context + 1), device)
 
 
-def book_train(preset: str, rows: int, context: int) -> Work:
-    """Train steps of the book's GPTModel; units are tokens."""
+def book_shape(preset: str, context: int) -> dict[str, Any]:
+    """What the book's GPTModel is asked for: a public size, and nothing dropped."""
     shape = GPTConfig.preset(preset)
-    config = {
+    return {
         "vocab_size": shape.vocab_size,
-        "context_length": shape.context_length,
+        "context_length": context,
         "emb_dim": shape.d_model,
         "n_heads": shape.n_heads,
         "n_layers": shape.n_layers,
         "drop_rate": 0.0,
         "qkv_bias": True,
     }
-    model = needed("llms_from_scratch.ch04").GPTModel(config).train()
+
+
+def book_train(preset: str, rows: int, context: int) -> Work:
+    """Train steps of the book's GPTModel; units are tokens."""
+    shape = book_shape(preset, GPTConfig.preset(preset).context_length)
+    model = needed("llms_from_scratch.ch04").GPTModel(shape).train()
     return trained(model, model, random_tokens(rows, context + 1))
 
 

@@ -16,6 +16,8 @@ import tempfile
 import time
 
 from gptjax import tokenizer
+from gptjax.bench import peers
+from gptjax.book.ch02 import split_text
 from gptjax.data import named
 
 
@@ -45,25 +47,15 @@ def run_book() -> None:
 
     gpt2 = Gpt2()
     tiktoken.get_encoding = lambda name: gpt2
-    text = named.find("verdict").read_text(encoding="utf-8")
-    cut = int(0.9 * len(text))
+    parts = split_text(named.find("verdict").read_text(encoding="utf-8"))
     torch.manual_seed(123)
     train, validation = (
         create_dataloader_v1(part, 2, 256, 256, shuffle=first, drop_last=first)
-        for part, first in ((text[:cut], True), (text[cut:], False))
+        for part, first in zip(parts, (True, False), strict=True)
     )
     torch.manual_seed(123)
-    model = GPTModel(
-        {
-            "vocab_size": 50257,
-            "context_length": 256,
-            "emb_dim": 768,
-            "n_heads": 12,
-            "n_layers": 12,
-            "drop_rate": 0.1,
-            "qkv_bias": False,
-        }
-    )
+    shape = peers.book_shape("gpt2", 256)
+    model = GPTModel(shape | {"drop_rate": 0.1, "qkv_bias": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0004, weight_decay=0.1)
     device, start = torch.device("cpu"), "Every effort moves you"
     train_model_simple(

@@ -76,17 +76,17 @@ class Pace(NamedTuple):
 
 def undisturbed() -> Pace:
     """How long a run takes; the second of two, as the first one compiles."""
-    times: list[float] = []
     for run in map(Path, ("cold", "warm")):
-        child, times = start(run), [time.monotonic()]
+        started, child, logged = time.monotonic(), start(run), 0.0
         while alive(child):
             time.sleep(0.005)
-            if len(times) == 1 and size(run):
-                times.append(time.monotonic())
+            if not logged and size(run):
+                logged = time.monotonic()
         if fault := ended(child, run):
             sys.exit(fault)
-        times.append(time.monotonic())
-    return Pace(times[-1] - times[0], times[-1] - times[1])
+        done = time.monotonic()
+        pace = Pace(done - started, done - logged)
+    return pace
 
 
 def killed(lot: random.Random, run: Path, whole: Path, pace: Pace) -> str | None:
