@@ -26,6 +26,7 @@ import jax
 import numpy as np
 
 from gptjax.errors import ConfigError, GptjaxError, MachineError
+from gptjax.stopping import NOTHING, Stopped
 
 START_SECONDS = 300  # until all processes have to be there
 LOST_SECONDS = 10  # without a sign of life from a process, the run ends
@@ -230,3 +231,13 @@ def any_process(flag: bool) -> bool:
     from jax.experimental.multihost_utils import process_allgather
 
     return bool(np.any(process_allgather(np.array(flag))))
+
+
+def stop_together(asked: bool) -> None:
+    """Where nothing new is there to be saved: all stop if one was asked to.
+
+    Raises:
+        Stopped: one was.
+    """
+    if any_process(asked):
+        raise Stopped(NOTHING)

@@ -31,7 +31,7 @@ from gptjax.run_lock import only_writer
 from gptjax.run_steps import Journal, compiled_by_shape
 from gptjax.run_task import NO_WISHES, Run, Say, Task, Wishes, device_line
 from gptjax.sharding import check_rows, make_mesh, place, place_batch
-from gptjax.stopping import NOTHING, Stopped, answer, show_life, stop_signal
+from gptjax.stopping import Stopped, answer, show_life, stop_signal
 from gptjax.train import TrainState, steps
 from gptjax.weights.folder import Model
 from gptjax.weights.importing import load
@@ -112,7 +112,7 @@ def prepared(
     run, task = make_task(run)
     if jax.process_count() > 1:
         distributed.agree(facts_of(run, task))
-        stop_together(stopping)
+        distributed.stop_together(stopping())
     changes = settle_config(run.folder, run.config, wishes.allow_change)
     check_facts(run.folder, task.facts)
     task = placed(task, run)
@@ -126,18 +126,8 @@ def prepared(
         write_meta(run.folder, command_line(), facts)
         for text in task.plan:
             run.say(text)
-    stop_together(stopping)
+    distributed.stop_together(stopping())
     return run, task, state
-
-
-def stop_together(stopping: Callable[[], bool]) -> None:
-    """Where many processes have nothing new to save: all stop if one was asked to.
-
-    Raises:
-        Stopped: one was.
-    """
-    if jax.process_count() > 1 and distributed.any_process(stopping()):
-        raise Stopped(NOTHING)
 
 
 def facts_of(run: Run, task: Task) -> dict[str, Any]:
@@ -254,11 +244,11 @@ def loop(
     if not looked_at(run, task, first):
         with journal.watch.aside():
             look(run, task, state, journal, None, evaluating=True)
-    stop_together(stopping)
+    distributed.stop_together(stopping())
     if first == train.steps:
         return state, None
     rates = learning_rates(c.optim, train.steps)
-    step = compiled_by_shape(run, task, journal.norm_limit)
+    step = compiled_by_shape(run, task, journal.norm_limit, stopping)
     put = functools.partial(place_batch, mesh=run.mesh, rows=c.data.batch_size)
     stream = journal.watch.waiting(prefetched(batches(run, task, first), put))
     try:

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax import budget, report, spikes
+from gptjax.distributed import stop_together
 from gptjax.errors import ConfigError
 from gptjax.machine_faults import check_compiled
 from gptjax.run_task import Run, Task
@@ -106,13 +107,16 @@ class Journal:
         return spikes.norm_limit(self.seen, self.done + 1)
 
 
-def compiled_by_shape(run: Run, task: Task, limit: Callable[[], float]) -> TrainStep:
+def compiled_by_shape(
+    run: Run, task: Task, limit: Callable[[], float], stopping: Callable[[], bool]
+) -> TrainStep:
     """The step, compiled for each shape of batch, so that people see the wait.
 
     Args:
         run: its `on_spike` says whether the limit counts.
         task: of the run.
         limit: of the norm of the gradient of the next step.
+        stopping: whether a signal came; asked when a program is ready, before its step.
     """
     options: dict[str, Any] = {"donate_argnums": 0}
     if run.mesh is not None:  # the next step finds the state as this one did
@@ -128,6 +132,7 @@ def compiled_by_shape(run: Run, task: Task, limit: Callable[[], float]) -> Train
         if shapes not in programs:
             show_life(slow=True)
             programs[shapes] = compiled(run, step_fn, state, batch, task.fixed, last)
+            stop_together(stopping())
         if jax.process_count() == 1:
             answer("ask")  # from here on there is something to save
         return programs[shapes](state, batch, *task.fixed, **last)
