@@ -243,7 +243,7 @@ def loop(
     journal, done, saved = Journal(run, task, first), first, first
     if not looked_at(run, task, first):
         with journal.watch.aside():
-            look(run, task, state, journal, None, evaluating=True)
+            look(run, task, state, journal, None, True, stopping)
     distributed.stop_together(stopping())
     if first == train.steps:
         return state, None
@@ -268,7 +268,7 @@ def loop(
             if not (evaluating or saving):
                 continue
             with journal.watch.aside():
-                look(run, task, state, journal, event, evaluating)
+                look(run, task, state, journal, event, evaluating, stopping)
                 if saving:
                     save_step(run, save, state, done)
                     saved = done
@@ -313,6 +313,7 @@ def look(
     journal: Journal,
     event: report.Event | None,
     evaluating: bool,
+    stopping: Callable[[], bool],
 ) -> None:
     """Evaluates a state if asked to, says the line of its step, and lets it write.
 
@@ -325,6 +326,7 @@ def look(
         journal: of the run; is told of the validation.
         event: what was logged of the step, if anything.
         evaluating: whether to look at all.
+        stopping: whether a signal came; asked before what takes long and can be left.
     """
     done, train = journal.done, run.config.train
     size = run.metrics.stat().st_size if run.metrics.is_file() else 0
@@ -336,6 +338,8 @@ def look(
         width = len(str(train.steps))
         before = f"step {done:>{width}}/{train.steps} | {journal.validation}"
         run.say(journal.line(event) if event else before)
+        if not event:  # before the first step, where nothing is lost
+            distributed.stop_together(stopping())
         if evaluating and task.sample:
             show_life(slow=True)
             task.sample(state, done)
