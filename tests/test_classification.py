@@ -207,7 +207,7 @@ def test_the_kept_model_is_the_one_that_did_best(unbroken):
 
 
 @pytest.mark.parametrize(
-    "trainable, shortest", [("all", 2), ("last-block", 17), ("lora", 17)]
+    ("trainable", "shortest"), [("all", 2), ("last-block", 17), ("lora", 17)]
 )
 def test_a_stopped_and_resumed_run_is_the_unbroken_one(
     tmp_path, monkeypatch, trainable, shortest
