@@ -234,7 +234,7 @@ def any_process(flag: bool) -> bool:
 
 
 def stop_together(asked: bool) -> None:
-    """Where nothing new is there to be saved: all stop if one was asked to.
+    """All stop if one was asked to; the loop saves what is new, if anything is.
 
     Raises:
         Stopped: one was.

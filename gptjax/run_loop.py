@@ -326,7 +326,7 @@ def look(
         journal: of the run; is told of the validation.
         event: what was logged of the step, if anything.
         evaluating: whether to look at all.
-        stopping: whether a signal came; asked before what takes long and can be left.
+        stopping: whether a signal came; asked before the first sample.
     """
     done, train = journal.done, run.config.train
     size = run.metrics.stat().st_size if run.metrics.is_file() else 0
@@ -338,9 +338,9 @@ def look(
         width = len(str(train.steps))
         before = f"step {done:>{width}}/{train.steps} | {journal.validation}"
         run.say(journal.line(event) if event else before)
-        if not event:  # before the first step, where nothing is lost
-            distributed.stop_together(stopping())
         if evaluating and task.sample:
+            if not event:  # before the first step, where nothing would be saved
+                distributed.stop_together(stopping())
             show_life(slow=True)
             task.sample(state, done)
     except Stopped:

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gptjax
-from gptjax import classification, report, run_loop
+from gptjax import classification, report, run_loop, run_steps
+from gptjax.checkpoint import saved_steps
 from gptjax.classification import train_classifier
 from gptjax.classifier import class_logits, class_nats
 from gptjax.cli import main
@@ -231,6 +233,26 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one(
     jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
     for split in ("train", "validation", "test"):
         assert evals(tmp_path / "run", split) == evals(tmp_path / "whole", split)
+
+
+def test_asked_to_stop_while_it_compiles_again_a_run_makes_no_step_more(
+    tmp_path, monkeypatch
+):
+    config, before = make_config(tmp_path, train__steps=20), []
+    forward = run_steps.compiled
+
+    def interrupting(run, step_fn, state, *rest):
+        before.append(int(state.step))
+        if len(before) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return forward(run, step_fn, state, *rest)
+
+    monkeypatch.setattr(run_steps, "compiled", interrupting)
+    with pytest.raises(Stopped, match="all is saved"):
+        train_classifier(config, tmp_path / "run", lambda line: None)
+
+    assert before[0] < before[1]
+    assert max(saved_steps(tmp_path / "run" / "checkpoints")) == before[1]
 
 
 @pytest.mark.parametrize("trainable", ["head", "last-block", "last-two-blocks", "lora"])
