@@ -181,10 +181,11 @@ def test_arrays_lie_where_their_letters_say_or_tracing_fails(tied):
 
 def test_an_array_that_lies_elsewhere_than_its_letters_say_is_an_error(monkeypatch):
     mesh = jax.make_mesh((2, 2, 2), AXES, (AxisType.Explicit,) * 3)
+    params = params_of(MODEL)  # by the model as it is
     monkeypatch.setattr("gptjax.model.lay", lambda x, letters: lay(x, letters[::-1]))
 
     with jax.set_mesh(mesh):
-        params = place(params_of(MODEL), mesh)
+        params = place(params, mesh)
         batch = place_batch(batch_at(0), mesh, B)
         with pytest.raises(AssertionError, match="acts as an assert"):
             jax.eval_shape(loss_of(MODEL), params, batch, jax.random.key(0))
