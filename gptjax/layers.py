@@ -44,10 +44,12 @@ class Linear(nn.Module):
         """The last axes of x become `features`."""
         inner, outer = x.shape[-self.axes :], math.prod(self.features)
         shape = (*inner, *self.features)
-        letters = letters_of("/".join((*self.path, "kernel")), len(shape))
+        packed = self.has_variable("params", "packed")  # then on one device
+        name = "/".join((*self.path, "kernel"))
+        letters = "_" * len(shape) if packed else letters_of(name, len(shape))
         into, out = letters[0], letters[self.axes :]
         flat = reshaped(x, (-1, math.prod(inner)), "B" + into)
-        if self.has_variable("params", "packed"):
+        if packed:
             y = packing.product(flat, self.get_variable("params", "packed"))
         else:
             kernel = self.param("kernel", nn.initializers.normal(self.std), shape)
@@ -62,6 +64,19 @@ class Linear(nn.Module):
             y += reshaped(bias.astype(x.dtype), (1, outer), "_" + out[0])
         rows = x.shape[: -self.axes]
         return reshaped(y, (*rows, *self.features), f"{'B':_<{len(rows)}}{out}")
+
+
+def heads_of(
+    module: nn.Module, x_BTD: Residual, width: tuple[int, int], use_bias: bool
+) -> tuple[Float[Array, "B T H K"], ...]:
+    """Queries, keys and values; where the module's parameters are packed, at once."""
+
+    def linear(name: str, *features: int) -> Array:
+        return Linear(features, use_bias=use_bias, name=name)(x_BTD)
+
+    if module.has_variable("params", "qkv"):
+        return jnp.unstack(linear("qkv", 3, *width), axis=2)
+    return tuple(linear(name, *width) for name in packing.HEADS)
 
 
 class Embedding(nn.Module):

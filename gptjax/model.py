@@ -25,9 +25,19 @@ from gptjax.attention.call import platform
 from gptjax.attention.choice import attend
 from gptjax.attention.plain import attention_weights
 from gptjax.attention.sight import MIXED, Sight, visible
+from gptjax.cache import LayerCache, extend
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
-from gptjax.layers import Dropout, Embedding, Linear, Norm, capture, changed, once
+from gptjax.layers import (
+    Dropout,
+    Embedding,
+    Linear,
+    Norm,
+    capture,
+    changed,
+    heads_of,
+    once,
+)
 from gptjax.sharding import axes_here, fully_sharded, gathered, lay
 
 Params = dict[str, Any]
@@ -49,17 +59,6 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 UNROLLED = 12  # layers that a program of one device has in a row, at most
-
-
-class LayerCache(NamedTuple):
-    """Keys and values that one layer has computed; slot s holds position s.
-
-    Heads come before slots, as the products want it: a cache laid out otherwise is
-    copied for every token.
-    """
-
-    key_BHSK: Float[Array, "B H S K"]
-    value_BHSK: Float[Array, "B H S K"]
 
 
 class Context(NamedTuple):
@@ -90,8 +89,7 @@ class Attention(nn.Module):
         c = self.config
         width = c.n_heads, c.head_width
         query_BTHK, key_BSHK, value_BSHK = (
-            lay(Linear(width, use_bias=c.qkv_bias, name=name)(x_BTD), "BTHK")
-            for name in ("query", "key", "value")
+            lay(x_BTHK, "BTHK") for x_BTHK in heads_of(self, x_BTD, width, c.qkv_bias)
         )
         sight = Sight(segment_BT=context.segment_BT, causal=c.causal)
         if cache is not None:
@@ -220,26 +218,6 @@ def stack(config: GPTConfig, layers: int) -> Any:
 def residual_std(config: GPTConfig) -> float:
     """Initial deviation of what adds to the residual stream: 2N terms sum up."""
     return 0.02 / math.sqrt(2 * config.n_layers)
-
-
-def extend(
-    cache: LayerCache,
-    key_BTHK: Float[Array, "B T H K"],
-    value_BTHK: Float[Array, "B T H K"],
-    slot_BT: Int[Array, "B T"],
-) -> LayerCache:
-    """The cache with the keys and values of T new positions, each row at its own."""
-
-    def put(old_BHSK: Array, new_BTHK: Array) -> Array:
-        new_BHTK = jnp.swapaxes(new_BTHK, 1, 2).astype(old_BHSK.dtype)
-        if len(old_BHSK) == 1 and new_BHTK.shape[2] == 1:
-            # A scatter is in place; XLA makes another update twice, and copies for it.
-            place = 0, jnp.arange(old_BHSK.shape[1]), slot_BT[0, 0]
-            return lay(old_BHSK.at[place].set(new_BHTK[0, :, 0]), "BHSK")
-        write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))
-        return lay(write(old_BHSK, new_BHTK, slot_BT[:, 0], 1), "BHSK")
-
-    return LayerCache(put(cache.key_BHSK, key_BTHK), put(cache.value_BHSK, value_BTHK))
 
 
 def init(config: GPTConfig, key: Key[Array, ""]) -> Params:

@@ -56,7 +56,7 @@ def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
 def learning_rates(optim: OptimConfig, steps: int) -> list[float]:
     """What each step of the run uses, for people to read."""
     rate_at: Any = make_schedule(optim, steps)
-    return jax.vmap(rate_at)(jnp.arange(steps)).tolist()
+    return jax.jit(jax.vmap(rate_at))(jnp.arange(steps)).tolist()
 
 
 def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformation:
@@ -88,15 +88,22 @@ def clipped(limit: float) -> optax.GradientTransformation:
     """Gradients scaled to a norm of at most `limit` (Pascanu et al. 2013, alg. 1).
 
     Optax divides each gradient by the norm, for which a CPU writes them all once more;
-    a product with one factor is made where they are read.
+    a product with one factor is made where they are read. A train step knows their
+    norm already: `update(..., grad_norm=norm)`.
     """
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: Any, state: Any, params: Any = None, **known: Any
+    ) -> tuple[Any, Any]:
         del params
-        factor = jnp.minimum(1.0, limit / optax.tree.norm(updates))
+        norm = known["grad_norm"] if "grad_norm" in known else optax.tree.norm(updates)
+        factor = jnp.minimum(1.0, limit / norm)
         return jax.tree.map(lambda g: g * factor, updates), state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    def init(params: Any) -> Any:
+        return optax.EmptyState()
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def decay_mask(params: optax.Params) -> optax.Params:

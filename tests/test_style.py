@@ -50,7 +50,7 @@ ROWS = [  # imports point upwards; files of one row, unless of one folder, are s
         "supervise",
     ],
     ["attention.*"],
-    ["layers"],
+    ["cache", "layers"],
     ["model"],
     ["lora", "classifier"],
     ["loss", "optim", "collectives", "data.*", "checkpoint", "weights.*"],

@@ -13,6 +13,7 @@ from gptjax.attention.sight import Heads, KeyHeads, Sight, visible
 
 BLOCKS = 4  # of queries; more save less than their own products cost
 LEAST = 32  # queries of a block
+WHOLE = 64  # queries that are taken at once, where blocks cost more than they save
 
 
 def prefix(
@@ -24,7 +25,7 @@ def prefix(
 ) -> Heads:
     """The same sum as `plain`, without most of the keys that are hidden."""
     queries, keys = query_BTHK.shape[1], key_BSHK.shape[1]
-    block = max(LEAST, -(-queries // BLOCKS))
+    block = queries if queries <= WHOLE else max(LEAST, -(-queries // BLOCKS))
     own = sight.causal and sight.slot_BT is None
     mask_BTS = visible(sight, query_BTHK, key_BSHK)
     query_BHTK, key_BHSK, value_BHSK = (
