@@ -93,10 +93,10 @@ def together(leaves: dict[str, Array]) -> dict[str, Array]:
     """Kernels and biases of `HEADS` as one of "qkv", [D, 3, H, K] and [3, H, K]."""
     found = {}
     for name, leaf in leaves.items():
-        *path, kind, last = ("", *name.split("/"))
+        *path, kind, last = name.split("/")
         if kind == HEADS[0]:
-            parts = [leaves["/".join((*path, part, last))[1:]] for part in HEADS]
-            found["/".join((*path, "qkv", last))[1:]] = jnp.stack(parts, axis=-3)
+            parts = [leaves["/".join((*path, part, last))] for part in HEADS]
+            found["/".join((*path, "qkv", last))] = jnp.stack(parts, axis=-3)
         elif kind not in HEADS:
             found[name] = leaf
     return found

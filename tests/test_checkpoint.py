@@ -175,7 +175,7 @@ from gptjax.errors import ModelError
 from tests.test_checkpoint import tree
 
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-for most in (0, 30, 100, 300, 1000):
+for most in map(int, sys.argv[2:]):
     folder = Path(sys.argv[1]) / str(most)
     checkpoint.save(folder, 1, tree(), keep=2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
@@ -189,10 +189,10 @@ for most in (0, 30, 100, 300, 1000):
 
 
 def test_a_disk_that_takes_no_more_is_the_cause_wherever_it_is_met(tmp_path):
-    command = [sys.executable, "-c", FULL, str(tmp_path)]
+    limits = 0, 30, 100, 300, 1000
+    command = [sys.executable, "-c", FULL, str(tmp_path), *map(str, limits)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
 
-    limits = 0, 30, 100, 300, 1000
     found = [f"{most} True {errno.EFBIG} 1 []" for most in limits]
     assert done.stdout.splitlines() == found
 
