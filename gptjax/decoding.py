@@ -18,6 +18,9 @@ from gptjax.model import Params, apply_cached, empty_cache, logits, output_table
 from gptjax.sampling import Knobs, sample
 
 LEAST_BUCKET = 16
+# Passes of XLA that cut a sum of whole numbers into parts, for which a CPU writes all
+# products down, in four times the bytes of the kernel: see `packing.sums_of_row`.
+LEFT_OUT = {"xla_disable_hlo_passes": "tree_reduction_rewriter,cse_barrier_expander"}
 
 
 class State(NamedTuple):
@@ -58,6 +61,18 @@ def padded(rows: list[list[int]], slots: int) -> tuple[np.ndarray, np.ndarray]:
     return token_BP, np.array([len(row) for row in rows], np.int32)
 
 
+@functools.cache
+def program(function: Any, *donated: int) -> Any:
+    """`fill` or `extend_rows`, compiled; the arguments that it may write over."""
+    options = LEFT_OUT if jax.default_backend() == "cpu" else None
+    return jax.jit(
+        function,
+        static_argnums=0,
+        donate_argnums=donated,
+        compiler_options=options,
+    )
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))  # one program, not one each
 def empty_state(config: GPTConfig, rows: int, slots: int, most: int) -> State:
     """Rows that hold nothing yet."""
@@ -74,7 +89,6 @@ def empty_state(config: GPTConfig, rows: int, slots: int, most: int) -> State:
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def fill(
     config: GPTConfig,
     layers: Params,
@@ -98,7 +112,6 @@ def fill(
     return choose(config, layers, x_BD, state, limits, growing(state, limits))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def extend_rows(
     config: GPTConfig, layers: Params, state: State, limits: Limits, steps: Array
 ) -> State:

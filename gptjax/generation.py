@@ -18,7 +18,15 @@ from jaxtyping import Array, Int, Key
 
 from gptjax.config import at_least
 from gptjax.data.rows import jsonl_rows, opened
-from gptjax.decoding import Limits, bucket, empty_state, extend_rows, fill, padded
+from gptjax.decoding import (
+    Limits,
+    bucket,
+    empty_state,
+    extend_rows,
+    fill,
+    padded,
+    program,
+)
 from gptjax.errors import ConfigError, DataError
 from gptjax.phases import reached
 from gptjax.sampling import Knobs
@@ -230,7 +238,8 @@ def grow(
     chunk: Any = np.int32(CHUNK if watched else sampling.max_new_tokens)
     window = prompts
     while True:
-        state = fill(config, model.layers, *padded(window, slots), state, limits)
+        read = padded(window, slots)
+        state = program(fill)(config, model.layers, *read, state, limits)
         while True:
             poll()
             ids_BM, logprob_BM = jax.device_get((state.ids_BM, state.logprob_BM))
@@ -250,7 +259,8 @@ def grow(
             growing_B = ~done_B & (count_B < sampling.max_new_tokens)
             if not (growing_B & (length_B < slots)).any():
                 break
-            state = extend_rows(config, model.layers, state, limits, chunk)
+            further = program(extend_rows, 2)  # writes over the state
+            state = further(config, model.layers, state, limits, chunk)
         if not growing_B.any():
             return
         half = max(1, config.context_length // 2)

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int8, Int32
 
 from gptjax.tree import named_leaves, part, unnamed
 
 MOST = 127  # the largest whole number of a kernel
 FINE = 128  # a row is a coarse part times this and a fine part, 15 bits together
+SUM = 2**31 - 2**10  # 32 bits hold it, and what rounding adds
 HEADS = "query", "key", "value"  # are one product when they are packed
-LEAST_ROWS = 4  # of whole numbers; fewer are multiplied more slowly on a CPU
 
 Params = dict[str, Any]
 
@@ -36,6 +36,7 @@ class Whole(NamedTuple):
 
     kernel_OI: Int8[Array, "O I"]
     scale_O: Float[Array, " O"]
+    most: Float[Array, ""]  # whole numbers of a row up to it have sums of 32 bits
 
 
 Packed = Transposed | Whole
@@ -135,7 +136,10 @@ def scales(x: Array, axes: tuple[int, ...]) -> Array:
 def whole(kernel_OI: Float[Array, "O I"]) -> Whole:
     """A kernel in whole numbers."""
     scale_O1 = scales(kernel_OI, (1,))
-    return Whole(jnp.round(kernel_OI / scale_O1).astype(jnp.int8), scale_O1[:, 0])
+    whole_OI = jnp.round(kernel_OI / scale_O1)
+    largest = jnp.maximum(jnp.max(jnp.sum(jnp.abs(whole_OI), axis=1)), 1.0)
+    most = jnp.minimum(MOST * FINE, jnp.floor(SUM / largest))
+    return Whole(whole_OI.astype(jnp.int8), scale_O1[:, 0], most)
 
 
 def table_name(names: Any) -> str:
@@ -172,20 +176,38 @@ def product(x_BI: Float[Array, "B I"], kernel: Any) -> Float[Array, "B O"]:
 def whole_product(x_BI: Float[Array, "B I"], kernel: Whole) -> Float[Array, "B O"]:
     """The same in whole numbers, which a CPU multiplies as fast as it reads them.
 
-    A row is rounded to 15 bits of its largest number: a coarse part and a fine one.
+    A row is rounded to 15 bits of its largest number, or to as many as fit.
     """
-    rows = len(x_BI)
-    step_B1 = jnp.max(jnp.abs(x_BI), axis=1, keepdims=True) / (MOST * FINE)
+    step_B1 = jnp.max(jnp.abs(x_BI), axis=1, keepdims=True) / kernel.most
     step_B1 = jnp.where(step_B1 > 0, step_B1, 1.0)
     steps_BI = jnp.round(x_BI / step_B1)
+    sums = sums_of_row if len(x_BI) == 1 else sums_of_rows
+    y_BO = sums(steps_BI, kernel.kernel_OI).astype(jnp.float32)
+    return (y_BO * step_B1 * kernel.scale_O[None]).astype(x_BI.dtype)
+
+
+def sums_of_row(
+    steps_1I: Float[Array, "1 I"], kernel_OI: Int8[Array, "O I"]
+) -> Int32[Array, "1 O"]:
+    """One row: a loop over the kernel as it lies, if XLA leaves it (`gptjax.decoding`)."""
+    # Else a loop over tokens would be given kernels of 32 bits, made before it.
+    row_I, kernel_OI = jax.lax.optimization_barrier(
+        (steps_1I[0].astype(jnp.int16), kernel_OI)
+    )
+    products_OI = kernel_OI.astype(jnp.int32) * row_I.astype(jnp.int32)[None]
+    return jnp.sum(products_OI, axis=1)[None]
+
+
+def sums_of_rows(
+    steps_BI: Float[Array, "B I"], kernel_OI: Int8[Array, "O I"]
+) -> Int32[Array, "B O"]:
+    """Several rows: a product of 8 bits for the coarse parts and the fine ones."""
     coarse_BI = jnp.round(steps_BI / FINE)
-    both = jnp.concatenate([coarse_BI, steps_BI - FINE * coarse_BI])
-    both = jnp.pad(both, ((0, max(0, LEAST_ROWS - 2 * rows)), (0, 0)))
     sums = jnp.einsum(
         "BI,OI->BO",
-        both.astype(jnp.int8),
-        kernel.kernel_OI,
+        jnp.concatenate([coarse_BI, steps_BI - FINE * coarse_BI]).astype(jnp.int8),
+        kernel_OI,
         preferred_element_type=jnp.int32,
-    ).astype(jnp.float32)
-    y_BO = FINE * sums[:rows] + sums[rows : 2 * rows]
-    return (y_BO * step_B1 * kernel.scale_O[None]).astype(x_BI.dtype)
+    )
+    rows = len(steps_BI)
+    return FINE * sums[:rows] + sums[rows:]

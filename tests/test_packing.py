@@ -119,6 +119,24 @@ def test_whole_numbers_multiply_as_exactly_as_rows_of_15_bits(rows, seed, size):
     assert np.all(np.abs(found - expected) <= bound)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_largest_sums_of_whole_numbers_fit_in_32_bits(rows):
+    kernel_OI = np.ones((3, 30_000), np.float32) * [[1], [-1], [0.5]]
+    whole = packing.whole(jnp.asarray(kernel_OI, jnp.float32))
+    found = packing.product(jnp.full((rows, 30_000), 2.0), whole)
+    np.testing.assert_allclose(found, [[6e4, -6e4, 3e4]] * rows, rtol=1e-6)
+
+
+def test_a_row_has_the_same_product_alone_as_among_others():
+    random = np.random.default_rng(0)
+    x_BI = random.standard_normal((3, 768)).astype(np.float32)
+    whole = packing.whole(jnp.asarray(random.standard_normal((5, 768)), jnp.float32))
+    together = packing.product(jnp.asarray(x_BI), whole)
+    for x_I, found_O in zip(x_BI, together, strict=True):
+        alone = packing.product(jnp.asarray(x_I)[None], whole)
+        np.testing.assert_array_equal(found_O, alone[0])
+
+
 def test_a_kernel_of_zeros_stays_zero():
     whole = packing.whole(jnp.zeros((2, 5)))
     assert not jnp.any(packing.product(jnp.ones((1, 5)), whole))
