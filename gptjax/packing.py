@@ -189,7 +189,7 @@ def whole_product(x_BI: Float[Array, "B I"], kernel: Whole) -> Float[Array, "B O
 def sums_of_row(
     steps_1I: Float[Array, "1 I"], kernel_OI: Int8[Array, "O I"]
 ) -> Int32[Array, "1 O"]:
-    """One row: a loop over the kernel as it lies, if XLA leaves it (`gptjax.decoding`)."""
+    """One row: a loop over the kernel as it lies, with what `gptjax.decoding` sets."""
     # Else a loop over tokens would be given kernels of 32 bits, made before it.
     row_I, kernel_OI = jax.lax.optimization_barrier(
         (steps_1I[0].astype(jnp.int16), kernel_OI)
