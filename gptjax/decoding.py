@@ -18,8 +18,9 @@ from gptjax.model import Params, apply_cached, empty_cache, logits, output_table
 from gptjax.sampling import Knobs, sample
 
 LEAST_BUCKET = 16
-# Passes of XLA that cut a sum of whole numbers into parts, for which a CPU writes all
-# products down, in four times the bytes of the kernel: see `packing.sums_of_row`.
+# Passes of XLA that undo `packing.sums_of_row` on a CPU: the first cuts a sum in parts
+# and writes all products down, four bytes for each of the kernel; the second takes away
+# the barrier that keeps kernels of 8 bits in the loop over tokens.
 LEFT_OUT = {"xla_disable_hlo_passes": "tree_reduction_rewriter,cse_barrier_expander"}
 
 
@@ -62,15 +63,11 @@ def padded(rows: list[list[int]], slots: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def program(function: Any, *donated: int) -> Any:
-    """`fill` or `extend_rows`, compiled; the arguments that it may write over."""
+def programs() -> tuple[Any, Any]:
+    """`fill` and `extend_rows`, compiled; the second writes over its state."""
     options = LEFT_OUT if jax.default_backend() == "cpu" else None
-    return jax.jit(
-        function,
-        static_argnums=0,
-        donate_argnums=donated,
-        compiler_options=options,
-    )
+    compiled = functools.partial(jax.jit, static_argnums=0, compiler_options=options)
+    return compiled(fill), compiled(extend_rows, donate_argnums=2)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))  # one program, not one each

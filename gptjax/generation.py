@@ -18,15 +18,7 @@ from jaxtyping import Array, Int, Key
 
 from gptjax.config import at_least
 from gptjax.data.rows import jsonl_rows, opened
-from gptjax.decoding import (
-    Limits,
-    bucket,
-    empty_state,
-    extend_rows,
-    fill,
-    padded,
-    program,
-)
+from gptjax.decoding import Limits, bucket, empty_state, padded, programs
 from gptjax.errors import ConfigError, DataError
 from gptjax.phases import reached
 from gptjax.sampling import Knobs
@@ -230,6 +222,7 @@ def grow(
     watched: bool = False,
 ) -> Iterator[list[Row]]:
     """Yields all rows as they are so far, at the end or, if watched, on the way."""
+    fill, extend_rows = programs()
     config, rows = model.config, len(prompts)
     longest = max(map(len, prompts))
     slots = bucket(longest + sampling.max_new_tokens, config.context_length)
@@ -238,8 +231,7 @@ def grow(
     chunk: Any = np.int32(CHUNK if watched else sampling.max_new_tokens)
     window = prompts
     while True:
-        read = padded(window, slots)
-        state = program(fill)(config, model.layers, *read, state, limits)
+        state = fill(config, model.layers, *padded(window, slots), state, limits)
         while True:
             poll()
             ids_BM, logprob_BM = jax.device_get((state.ids_BM, state.logprob_BM))
@@ -259,8 +251,7 @@ def grow(
             growing_B = ~done_B & (count_B < sampling.max_new_tokens)
             if not (growing_B & (length_B < slots)).any():
                 break
-            further = program(extend_rows, 2)  # writes over the state
-            state = further(config, model.layers, state, limits, chunk)
+            state = extend_rows(config, model.layers, state, limits, chunk)
         if not growing_B.any():
             return
         half = max(1, config.context_length // 2)
