@@ -27,7 +27,8 @@ for name, value in (ON_CPU if on_cpu else ON_OTHERS).items():
     os.environ.setdefault(name, value)
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("MPLBACKEND", "Agg")
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # see test_programs
+# Processes that tests start compile for themselves; a test session: `programs`.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 # A busy machine may be slow: time is measured by benchmarks, not by tests.
 settings.register_profile("gptjax", deadline=None)
@@ -52,6 +53,18 @@ def one_device_unless_asked() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_loop, "make_mesh", chosen)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What runs of a session have in common is compiled for the first of them."""
+    import jax
+
+    from gptjax.programs import cache_at
+
+    jax.config.update("jax_enable_compilation_cache", True)
+    with cache_at(tmp_path_factory.mktemp("programs")):
         yield
 
 

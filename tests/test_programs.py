@@ -16,11 +16,12 @@ from gptjax.programs import folder_of, kept
 
 @pytest.fixture
 def home(monkeypatch, tmp_path):
-    """A user whose JAX keeps programs, unlike that of other tests."""
+    """A user who has named no folder to JAX, unlike other tests."""
     monkeypatch.setenv("GPTJAX_HOME", str(tmp_path / "home"))
-    jax.config.update("jax_enable_compilation_cache", True)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
     yield tmp_path / "home"
-    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_compilation_cache_dir", before)
 
 
 def counted(folder, say=print):

@@ -81,7 +81,8 @@ def test_it_waits_longer_after_each_death_at_the_same_step(monkeypatch):
 
 
 @pytest.mark.parametrize("hang", ["time.sleep(600)", "os.kill(os.getpid(), 19)"])
-def test_what_hangs_writes_its_stacks_and_is_started_again(hang, capfd):
+def test_what_hangs_writes_its_stacks_and_is_started_again(hang, capfd, monkeypatch):
+    monkeypatch.setattr(supervise, "IDLE", 0.02)  # else its start counts for a minute
     program = f"""
 reach(number)
 def waits_for_nothing():
