@@ -11,6 +11,7 @@ a first axis [N]. Numerics are GPT-2's: LayerNorm eps 1e-5, tanh-GELU, float32
 softmax and layer-norm statistics (Radford et al. 2019; openai/gpt-2 src/model.py).
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -220,6 +221,7 @@ def residual_std(config: GPTConfig) -> float:
     return 0.02 / math.sqrt(2 * config.n_layers)
 
 
+@functools.partial(jax.jit, static_argnums=0)  # one program, not one for each leaf
 def init(config: GPTConfig, key: Key[Array, ""]) -> Params:
     """Fresh float32 parameters with GPT-2's initial distribution.
 

@@ -112,12 +112,13 @@ class Template:
 
     def harmless(self, text: str) -> str:
         """A message's text, with nothing that looks like a mark of the template."""
-
-        def broken(match: re.Match[str]) -> str:
-            first = len(match[0]) - len(match[0].lstrip()) + 1
-            return match[0][:first] + ZERO_WIDTH_SPACE + match[0][first:]
-
         return self.marks.sub(broken, text)
+
+
+def broken(match: re.Match[str]) -> str:
+    """A mark with a character of no width behind its first one."""
+    first = len(match[0]) - len(match[0].lstrip()) + 1
+    return match[0][:first] + ZERO_WIDTH_SPACE + match[0][first:]
 
 
 def before(text: str) -> list[str]:

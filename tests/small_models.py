@@ -1,5 +1,6 @@
 """A small model, every parameter another number, and folders of it to be changed."""
 
+import functools
 import json
 
 import jax
@@ -16,15 +17,18 @@ def make_model(**changes):
     """Every parameter another number, biases and scales too."""
     shape = {"context_length": 8, "n_layers": 2, "n_heads": 2, "d_model": 16}
     config = GPTConfig(vocab_size=257, **(shape | changes))
-    params = gptjax.init(config, jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
+    return Model(config, drawn(config), gptjax.tokenizer.load("bytes"))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def drawn(config):
+    leaves, tree = jax.tree.flatten(gptjax.init(config, jax.random.key(0)))
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [
         leaf + 0.1 * jax.random.normal(key, leaf.shape)
         for key, leaf in zip(keys, leaves, strict=True)
     ]
-    tokenizer = gptjax.tokenizer.load("bytes")
-    return Model(config, jax.tree.unflatten(tree, leaves), tokenizer)
+    return jax.tree.unflatten(tree, leaves)
 
 
 def change(folder, edit):

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gptjax
-from gptjax import classification, report, run_loop, run_steps
+from gptjax import classification, classifier, report, run_loop, run_steps
 from gptjax.checkpoint import saved_steps
 from gptjax.classification import train_classifier
-from gptjax.classifier import class_logits, class_nats
+from gptjax.classifier import class_nats
 from gptjax.cli import main
 from gptjax.config import GPTConfig, RunConfig, build
 from gptjax.data.dealing import buckets
@@ -28,6 +28,7 @@ from gptjax.stopping import Stopped
 from gptjax.weights.adapters import load_adapters
 from gptjax.weights.folder import Model
 
+class_logits = jax.jit(classifier.class_logits, static_argnums=0)
 POOLS = ["last", "first", "mean"]
 
 

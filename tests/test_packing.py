@@ -1,6 +1,7 @@
 """Packed kernels say what the plain ones say; with 8 bits, what rounded ones say."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import gptjax
 from gptjax import packing
 from gptjax.config import GPTConfig
 from gptjax.generation import complete
 from gptjax.model import (
-    apply,
     apply_cached,
     compute_dtype,
     empty_cache,
@@ -28,9 +29,11 @@ from gptjax.weights.folder import Model
 CONFIG = GPTConfig(
     vocab_size=257, context_length=32, n_layers=3, n_heads=2, d_model=24, dtype="auto"
 )
+apply = jax.jit(gptjax.apply, static_argnums=0)
 TOKEN_BT = np.random.default_rng(0).integers(257, size=(3, 9)).astype(np.int32)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def drawn(config, scale=3.0):
     """Parameters none of which is 0, so that every one of them matters."""
     leaves = named_leaves(init(config, jax.random.key(0)))
@@ -45,6 +48,11 @@ def drawn(config, scale=3.0):
 
 def cached_logits(config, params, int8):
     layers = packing.packed(packing.unstack(params), compute_dtype(config), int8)
+    return logits_of(config, layers)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(config, layers):
     slot_BT = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None], TOKEN_BT.shape)
     cache = empty_cache(config, 3, 16)
     x_BTD, _ = apply_cached(config, layers, jnp.asarray(TOKEN_BT), slot_BT, cache)

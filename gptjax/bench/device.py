@@ -83,7 +83,7 @@ def rate(config: GPTConfig, rows: int) -> Rate:
     devices = jax.device_count()
     optimizer = make_optimizer(OptimConfig(), 1000)
     key = jax.random.key(0)
-    params = place(jax.jit(lambda key: init(config, key))(key), mesh)
+    params = place(init(config, key), mesh)
     state = place(init_state(params, optimizer, key), mesh)
     shape = rows * devices, config.context_length + 1
     token = np.random.default_rng(0).integers(0, config.vocab_size, shape)

@@ -62,7 +62,7 @@ def by_preset(prepare: Callable[..., Work]) -> Callable[..., Work]:
 
 def model_of(config: GPTConfig) -> Model:
     """A model with random parameters, which are as fast as any."""
-    params = jax.jit(lambda key: init(config, key))(jax.random.key(0))
+    params = init(config, jax.random.key(0))
     return Model(config, params, tokenizer.load("gpt2"))
 
 
@@ -82,7 +82,7 @@ def train(config: GPTConfig, rows: int, context: int) -> Work:
     """Train steps of AdamW with clipping; units are tokens."""
     optimizer = make_optimizer(OptimConfig(warmup_steps=0, schedule="constant"), 1000)
     key = jax.random.key(0)
-    params = jax.jit(lambda key: init(config, key))(key)
+    params = init(config, key)
     state = init_state(params, optimizer, key)
     del params
     step = jax.jit(
