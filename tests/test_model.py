@@ -232,7 +232,7 @@ def mean_nats(config, params, token_BT=TOKEN_BT, **options):
 
 
 def test_recomputing_saves_memory_and_keeps_the_gradient():
-    config = dataclasses.replace(TINY, n_layers=8, dropout=0.5)
+    config = dataclasses.replace(TINY, n_layers=4, dropout=0.5)
     params, token_BT = lively(config), jnp.tile(TOKEN_BT, (16, 1))
 
     bytes_of, gradient_of = {}, {}

@@ -139,12 +139,18 @@ def save_step(run, save, state, done):
 run_loop.save_step = save_step
 sys.exit(main(sys.argv[1:]))
 """
+COMPILED = {  # by the first command for the others, in a file that is looked at too
+    "JAX_ENABLE_COMPILATION_CACHE": "true",
+    "JAX_COMPILATION_CACHE_DIR": "programs",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 RUN = "import sys; from gptjax.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 def said(folder, *arguments, code=RUN, **environment):
     """(exit code, all that a command prints) with secrets in its environment."""
-    known = {**os.environ, **SECRETS, "GPTJAX_HOME": str(folder / "home")}
+    known = {**os.environ, **SECRETS, "GPTJAX_HOME": str(folder / "home"), **COMPILED}
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=folder,
