@@ -269,16 +269,17 @@ def make_evaluate(
 
     def evaluate(state: TrainState, done: int, last: bool) -> str:
         model = model_of(state)
-        for split, part in some.items():
-            found = compare(run.config, model, part)
+        found = {split: compare(run.config, model, some[split]) for split in some}
+        for split, scores in found.items():
             report.write_event(
-                run.metrics, "eval", done, split=split, **found._asdict()
+                run.metrics, "eval", done, split=split, **scores._asdict()
             )
         events = report.read_events(run.metrics)
         _, losses = report.series(events, "eval", "loss", VALIDATION)
         if losses[-1] <= min(losses):
             keep(state)
-        return f"val {found.loss:.4f} margin {found.margin:.3f} {words(found)}"
+        held = found[VALIDATION]
+        return f"val {held.loss:.4f} margin {held.margin:.3f} {words(held)}"
 
     return evaluate
 
