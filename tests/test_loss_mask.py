@@ -233,7 +233,7 @@ CASES = {
 }
 
 
-@settings(max_examples=150)
+@settings(max_examples=300)
 @given(**CASES)
 def test_the_loss_is_that_of_a_slow_reference_and_the_end_is_always_learned(**case):
     check(**case)
