@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from gptjax.config import GPTConfig
 from gptjax.model import Params, apply_cached, empty_cache, logits, output_table
-from gptjax.sampling import Knobs, sample
+from gptjax.sampling import Knobs, log_chance, sample
 
 LEAST_BUCKET = 16
 # Passes of XLA that undo `packing.sums_of_row` on a CPU: the first cuts a sum in parts
@@ -155,7 +155,7 @@ def choose(
     token_B = sample(logit_BV, state.seen_BV, key_B, limits.knobs)
     token_B = jnp.where(active_B, token_B, state.token_B)
     row_B = jnp.arange(len(token_B))
-    logprob_B = jax.nn.log_softmax(logit_BV)[row_B, token_B]
+    logprob_B = log_chance(logit_BV, token_B)
     stopped_B = active_B & jnp.any(token_B[:, None] == limits.stop_I[None], axis=-1)
     noted_B = active_B & ~stopped_B
     place_B = jnp.where(noted_B, state.count_B, state.ids_BM.shape[1])  # else nowhere

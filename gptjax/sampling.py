@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+LANES = 1024  # of a sum over the vocabulary
 Scores = Float[Array, "B V"]
 
 
@@ -39,7 +40,7 @@ def sample(
 
     def drawn(logit_BV: Scores) -> Scores:
         # Counted from the highest score down, no temperature can overflow it.
-        logit_BV = logit_BV - jnp.max(logit_BV, axis=-1, keepdims=True)
+        logit_BV = logit_BV - top(logit_BV)
         logit_BV = logit_BV / jnp.maximum(knobs.temperature, 1e-6)
         filtering = (knobs.top_k > 0) | (knobs.top_p < 1) | (knobs.min_p > 0)
         logit_BV = jax.lax.cond(
@@ -56,13 +57,40 @@ def sample(
 
 
 def highest(score_BV: Scores) -> Int[Array, " B"]:
-    """Where the highest score of each row first is; the last place if one is NaN.
+    """Where the highest score of each row first is; the last place if that is NaN.
 
     On a CPU two passes that are vectorised take half the time of `argmax`.
     """
-    top_B1 = jnp.max(score_BV, axis=-1, keepdims=True)
     place_V = jnp.arange(score_BV.shape[-1], dtype=jnp.int32)
-    return jnp.min(jnp.where(score_BV == top_B1, place_V[None], place_V[-1]), axis=-1)
+    found_BV = score_BV == top(score_BV)
+    return jnp.min(jnp.where(found_BV, place_V[None], place_V[-1]), axis=-1)
+
+
+def top(score_BV: Scores) -> Float[Array, "B 1"]:
+    """The highest score of each row.
+
+    It is looked for among whole numbers in the same order, for which a CPU takes a
+    tenth of the time.
+    """
+
+    def turned(bits: Array) -> Array:
+        """Negative numbers, whose bits count away from 0, the other way round."""
+        return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
+    bits_BV = jax.lax.bitcast_convert_type(score_BV, jnp.int32)
+    most_B1 = jnp.max(turned(bits_BV), axis=-1, keepdims=True)
+    return jax.lax.bitcast_convert_type(turned(most_B1), jnp.float32)
+
+
+def log_chance(logit_BV: Scores, token_B: Int[Array, " B"]) -> Float[Array, " B"]:
+    """The logarithm of softmax(logit_BV) at one token of each row."""
+    below_BV = logit_BV - top(logit_BV)
+    # Summed lane by lane, which a CPU vectorises; a sum of all at once it does not.
+    power_BV = jnp.exp(below_BV)
+    power_BV = jnp.pad(power_BV, ((0, 0), (0, -power_BV.shape[1] % LANES)))
+    lanes = jnp.split(power_BV, power_BV.shape[1] // LANES, axis=1)
+    total_B = jnp.sum(sum(lanes), axis=1)
+    return below_BV[jnp.arange(len(token_B)), token_B] - jnp.log(total_B)
 
 
 def penalized(

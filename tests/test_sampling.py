@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.sampling import Knobs, filtered, highest, penalized, sample
+from gptjax.sampling import Knobs, filtered, highest, log_chance, penalized, sample, top
 
 SCORES = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32) * 2
 
@@ -105,3 +105,24 @@ def test_the_first_of_equal_scores_is_the_highest_and_no_number_is_no_crash():
     score_BV = jnp.array([[1.0, 3, 3, 2], [-jnp.inf, -5, -7, -5], [0.0, jnp.nan, 1, 2]])
 
     np.testing.assert_array_equal(highest(score_BV), [1, 1, 3])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_highest_score_is_numpys_of_all_kinds_of_numbers(sign):
+    tiny = np.finfo(np.float32).tiny
+    kinds = [0, tiny, tiny / 4, 1, 1.5, 1e30, np.finfo(np.float32).max, np.inf]
+    score_BV = np.float32(sign) * np.array(kinds, np.float32)[:, None]
+    score_BV = np.concatenate([score_BV, score_BV[::-1], -abs(score_BV)], axis=1)
+
+    np.testing.assert_array_equal(top(jnp.asarray(score_BV))[:, 0], score_BV.max(-1))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 1000, 1024, 1025, 50_257])
+def test_the_chance_of_a_token_is_that_of_the_softmax(vocabulary):
+    random = np.random.default_rng(vocabulary)
+    score_BV = random.normal(size=(3, vocabulary)).astype(np.float32) * 9 + 50
+    token_B = random.integers(vocabulary, size=3)
+
+    expected = np.log(chances(score_BV)[np.arange(3), token_B])
+    found = log_chance(jnp.asarray(score_BV), jnp.asarray(token_B))
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=2e-6)
