@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Int32, Key
 
 LANES = 1024  # of a sum over the vocabulary
 Scores = Float[Array, "B V"]
@@ -72,14 +72,9 @@ def top(score_BV: Scores) -> Float[Array, "B 1"]:
     It is looked for among whole numbers in the same order, for which a CPU takes a
     tenth of the time.
     """
-
-    def turned(bits: Array) -> Array:
-        """Negative numbers, whose bits count away from 0, the other way round."""
-        return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
-
-    bits_BV = jax.lax.bitcast_convert_type(score_BV, jnp.int32)
-    most_B1 = jnp.max(turned(bits_BV), axis=-1, keepdims=True)
-    return jax.lax.bitcast_convert_type(turned(most_B1), jnp.float32)
+    most_B1 = jnp.max(ordered(score_BV), axis=-1, keepdims=True)
+    bits_B1 = ordered(jax.lax.bitcast_convert_type(most_B1, jnp.float32))
+    return jax.lax.bitcast_convert_type(bits_B1, jnp.float32)
 
 
 def log_chance(logit_BV: Scores, token_B: Int[Array, " B"]) -> Float[Array, " B"]:
@@ -122,27 +117,32 @@ def filtered(logit_BV: Scores, knobs: Knobs) -> Scores:
     return jnp.where(keep_BV, logit_BV, -jnp.inf)
 
 
-def ordered(x: Float[Array, "*B"]) -> UInt32[Array, "*B"]:
-    """Integers in the order of the float32 numbers that they stand for."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >> 31 == 0, bits | jnp.uint32(1 << 31), ~bits)
+def ordered(x: Float[Array, "*B"]) -> Int32[Array, "*B"]:
+    """Integers in the order of the float32 numbers that they stand for.
+
+    The bits of negative numbers count away from 0, and are turned round; what is turned
+    twice is as it was.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
 def threshold(
-    rank_BV: UInt32[Array, "B V"], weight_BV: Scores, target: Float[Array, ""]
-) -> UInt32[Array, " B"]:
+    rank_BV: Int32[Array, "B V"], weight_BV: Scores, target: Float[Array, ""]
+) -> Int32[Array, " B"]:
     """The highest rank at or above which the weights of a row sum to the target.
 
-    0 where all of them together do not. Found bit by bit: 32 sums are several times
-    faster than sorting a vocabulary on a CPU, and no slower elsewhere.
+    The lowest integer where all of them together do not. Found bit by bit: 32 sums are
+    several times faster than sorting a vocabulary on a CPU, and no slower elsewhere.
     """
 
-    def with_bit(n: Int[Array, ""], least_B: UInt32[Array, " B"]) -> Array:
-        higher_B = least_B | (jnp.uint32(1 << 31) >> n.astype(jnp.uint32))
+    def with_bit(n: Int[Array, ""], least_B: Int32[Array, " B"]) -> Array:
+        # The first bit is the sign, without which an integer is higher.
+        higher_B = least_B ^ (jnp.int32(1) << (31 - n))
         above_BV = (rank_BV >= higher_B[:, None]).astype(jnp.float32)
         # As a product, which a CPU vectorises; "highest": as exact as a sum elsewhere.
         mass_B = jnp.einsum("BV,BV->B", above_BV, weight_BV, precision="highest")
         return jnp.where(mass_B >= target, higher_B, least_B)
 
-    start_B = jnp.zeros(rank_BV.shape[0], jnp.uint32)
+    start_B = jnp.full(rank_BV.shape[0], jnp.iinfo(jnp.int32).min)
     return jax.lax.fori_loop(0, 32, with_bit, start_B)
