@@ -68,7 +68,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data, which lies beside the project on some machines."""
     folder = Path(os.environ.get("GPTJAX_DATA", SHARED))

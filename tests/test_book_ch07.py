@@ -45,13 +45,13 @@ SIMILE = "The baby is as cute as a button."
 
 
 @pytest.fixture(scope="module")
-def instructions():
+def instructions(shared_data):
     found, _ = read_conversations("instructions")
     return split_conversations(found, "book", **SHARES)
 
 
 @pytest.fixture(scope="module")
-def preferences():
+def preferences(shared_data):
     found, _ = read_pairs("preferences")
     return split_conversations(found, "book", **SHARES)
 
