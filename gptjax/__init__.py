@@ -1,7 +1,7 @@
-"""gptjax: the whole life of a GPT in JAX.
+"""gptjax: train, fine-tune and run GPT models in JAX.
 
-Importing this package imports neither jax nor anything else that takes time; each
-name below is loaded from its module at first use.
+Public names are imported lazily, at first use; importing this package does not import
+jax.
 """
 
 import importlib
@@ -9,7 +9,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-HOMES = {  # public name: the module that defines it
+_EXPORTS = {  # public name -> module that defines it
     "GPTConfig": "config",
     "GptjaxError": "errors",
     "Model": "weights.folder",
@@ -31,15 +31,15 @@ HOMES = {  # public name: the module that defines it
     "stream": "generation",
     "tokenizer": "tokenizer",
 }
-__all__ = [*HOMES, "__version__"]
+__all__ = [*_EXPORTS, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a public name from its module (PEP 562)."""
-    if name not in HOMES:
+    """Imports a public name from its module (PEP 562)."""
+    if name not in _EXPORTS:
         raise AttributeError(f"module 'gptjax' has no attribute {name!r}")
-    module = importlib.import_module(f"gptjax.{HOMES[name]}")
-    return module if name == HOMES[name] == "tokenizer" else getattr(module, name)
+    module = importlib.import_module(f"gptjax.{_EXPORTS[name]}")
+    return module if name == _EXPORTS[name] == "tokenizer" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""`python -m gptjax` is the `gptjax` command."""
+"""Runs the `gptjax` command: `python -m gptjax`."""
 
 import sys
 

@@ -1,6 +1,7 @@
-"""A train step compiled for devices that are only described, which tells its memory.
+"""Ahead-of-time compilation of the train step, for its memory and collectives.
 
-TPUs need the package libtpu, from the extra [tpu-plan]; CPUs have to be emulated.
+The devices need not be present: TPU topologies need libtpu, from the extra [tpu-plan];
+CPU devices are emulated.
 """
 
 import importlib.util
@@ -15,105 +16,123 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptjax.chips import Topology
-from gptjax.collectives import Collective, collectives
+from gptjax.collectives import Collective, parse_collectives
 from gptjax.config import RunConfig
-from gptjax.loss import next_token_loss
+from gptjax.loss import make_lm_loss_fn
 from gptjax.model import init
 from gptjax.optim import make_optimizer
-from gptjax.sharding import AXES, BATCH, check_layout, layout, mesh_sizes, on
+from gptjax.sharding import (
+    MESH_AXES,
+    BATCH_AXES,
+    check_divisible,
+    param_shardings,
+    resolve_mesh_shape,
+    use_mesh,
+)
 from gptjax.train import init_state, make_train_step
 
-SHORT_OF_MEMORY = re.compile(r"[Uu]sed ([\d.]+)([KMG]) of ([\d.]+)([KMG])")
-UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+OOM_PATTERN = re.compile(r"[Uu]sed ([\d.]+)([KMG]) of ([\d.]+)([KMG])")
+BYTES_PER_UNIT = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
-class Compiled(NamedTuple):
-    """What the compiler says of one device's part of a step."""
+class CompileReport(NamedTuple):
+    """Memory per device and collectives of a compiled step."""
 
-    arguments: int  # bytes of parameters, optimiser state and batch
-    temporaries: int  # bytes of all else, at the worst moment
+    argument_bytes: int  # bytes of parameters, optimizer state and batch
+    temp_bytes: int  # peak bytes of everything else
     fits: bool
-    collectives: list[Collective]  # nothing, where it does not fit
+    collectives: list[Collective]  # empty if it does not fit
 
     @property
-    def memory(self) -> int:
-        """Bytes of a device that are in use at the worst moment."""
-        return self.arguments + self.temporaries
+    def peak_bytes(self) -> int:
+        """Peak bytes in use per device."""
+        return self.argument_bytes + self.temp_bytes
 
 
 def can_compile(topology: Topology) -> bool:
-    """Whether this machine has the compiler for such devices."""
+    """Returns True if this machine can compile for the topology."""
     if topology.chip.platform == "tpu":
         return importlib.util.find_spec("libtpu") is not None
     return topology.chip.platform == "cpu" and jax.device_count() >= topology.devices
 
 
-def describe(topology: Topology) -> list[Any]:
-    """The devices, as JAX's compiler takes them."""
+def get_target_devices(topology: Topology) -> list[Any]:
+    """Returns JAX device descriptions for a topology."""
     if topology.chip.platform == "cpu":
         return jax.devices()[: topology.devices]
     from jax.experimental.topologies import get_topology_desc
 
-    # Only the compiler is wanted: it is not to look for a TPU, nor to keep others out.
+    # Only compile: do not search for a TPU, and do not lock libtpu.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     name, _, _ = topology.name.partition(":")
-    one = {"chips_per_host_bounds": [1, 1, 1]} if topology.devices == 1 else {}
-    described = get_topology_desc(
-        platform="tpu", topology_name=f"{name}:{topology.shape}", **one
+    topology_options = (
+        {"chips_per_host_bounds": [1, 1, 1]} if topology.devices == 1 else {}
     )
-    return list(described.devices)
+    topology_desc = get_topology_desc(
+        platform="tpu", topology_name=f"{name}:{topology.shape}", **topology_options
+    )
+    return list(topology_desc.devices)
 
 
-def compile_step(c: RunConfig, topology: Topology) -> Compiled:
-    """One pretraining step, all parameters trained, as that many devices run it.
+def compile_step(config: RunConfig, topology: Topology) -> CompileReport:
+    """Compiles one pretraining step with all parameters trainable.
 
     Args:
-        c: of the run, settled by `gptjax.budget`.
-        topology: that `can_compile` takes.
+        config: from `gptjax.training.estimate.resolve_config`.
+        topology: one that `can_compile` accepts.
 
     Raises:
-        ConfigError: the model does not split over the mesh.
+        ConfigError: the model does not divide over the mesh.
     """
-    devices = describe(topology)
-    sizes = mesh_sizes(c.mesh, len(devices))
-    devices = devices[: math.prod(sizes)]
-    mesh = Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
-    optimizer = make_optimizer(c.optim, c.train.steps)
-    state = jax.eval_shape(
-        lambda key: init_state(init(c.model, key), optimizer, key), jax.random.key(0)
+    devices = get_target_devices(topology)
+    mesh_shape = resolve_mesh_shape(config.mesh, len(devices))
+    devices = devices[: math.prod(mesh_shape)]
+    mesh = Mesh(
+        np.array(devices).reshape(mesh_shape),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * 3,
     )
-    check_layout(state.params, mesh)
-    where = layout(state, mesh)
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    state = jax.eval_shape(
+        lambda key: init_state(init(config.model, key), optimizer, key),
+        jax.random.key(0),
+    )
+    check_divisible(state.params, mesh)
+    state_shardings = param_shardings(state, mesh)
 
-    def described(leaf: Any, sharding: NamedSharding) -> Any:
+    def to_shape_struct(leaf: Any, sharding: NamedSharding) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    rows = NamedSharding(mesh, PartitionSpec(BATCH))
-    shape = c.data.batch_size, c.model.context_length
-    whole = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-    batch = dict.fromkeys(("tokens", "targets", "segments", "positions"), whole)
-    batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
-    loss = next_token_loss(c.model, c.train.loss_chunk)
-    step = make_train_step(loss, optimizer, c.train.accumulate)
+    row_sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    shape = config.data.batch_size, config.model.context_length
+    token_struct = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=row_sharding)
+    batch = dict.fromkeys(
+        ("tokens", "targets", "segment_ids", "positions"), token_struct
+    )
+    batch["loss_weights"] = jax.ShapeDtypeStruct(
+        shape, jnp.float32, sharding=row_sharding
+    )
+    loss = make_lm_loss_fn(config.model, config.train.loss_chunk_size)
+    step = make_train_step(loss, optimizer, config.train.accumulate)
     options: dict[str, Any] = {"donate_argnums": 0}
-    options["out_shardings"] = where, NamedSharding(mesh, PartitionSpec())
-    with on(mesh):
+    options["out_shardings"] = state_shardings, NamedSharding(mesh, PartitionSpec())
+    with use_mesh(mesh):
         lowered = jax.jit(step, **options).lower(
-            jax.tree.map(described, state, where), batch
+            jax.tree.map(to_shape_struct, state, state_shardings), batch
         )
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if found := SHORT_OF_MEMORY.search(str(error)):
-            used = float(found[1]) * UNITS[found[2]]
-            return Compiled(0, round(used), False, [])
+        if found := OOM_PATTERN.search(str(error)):
+            used = float(found[1]) * BYTES_PER_UNIT[found[2]]
+            return CompileReport(0, round(used), False, [])
         raise
     memory: Any = program.memory_analysis()
-    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Compiled(
+    output_bytes = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return CompileReport(
         memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes + kept,
-        True,  # or else the compiler would have refused
-        collectives(program.as_text() or ""),
+        memory.temp_size_in_bytes + output_bytes,
+        True,  # otherwise compilation would have failed
+        parse_collectives(program.as_text() or ""),
     )

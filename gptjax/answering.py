@@ -1,87 +1,93 @@
-"""Answers: what a model with a chat template writes to the messages before."""
+"""Chat completion for models with a chat template."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gptjax.data.examples import encode
+from gptjax.data.examples import encode_segments
 from gptjax.errors import ModelError
 from gptjax.generation import complete, stream
-from gptjax.template import Message, Template, compiled
+from gptjax.template import ChatMessage, ChatTemplate, compile_template
 from gptjax.weights.folder import Model
 
-ROWS = 32  # prompts answered at a time
+ANSWER_BATCH_SIZE = 32  # prompts per batch
 
 
-def template_of(model: Model) -> Template:
-    """The model's chat template.
+def chat_template_of(model: Model) -> ChatTemplate:
+    """Returns the model's chat template.
 
     Raises:
-        ModelError: it has none.
+        ModelError: the model has none.
     """
-    if not model.template:
+    if not model.chat_template:
         raise ModelError(
-            "this model has no chat template: it completes text, it does not answer. "
-            "Use gptjax generate, or train an assistant: train.task = 'instruct'."
+            "this model has no chat template and can only complete text. Use gptjax "
+            "generate, or train an assistant with train.task = 'sft'."
         )
-    return compiled(model.template)
+    return compile_template(model.chat_template)
 
 
-def prompt_ids(model: Model, messages: Sequence[Message]) -> list[int]:
-    """The tokens of a conversation up to where the next answer starts."""
-    pieces = template_of(model).pieces(messages, answering=True)
-    return encode(model.tokenizer, pieces).ids
+def encode_chat(model: Model, messages: Sequence[ChatMessage]) -> list[int]:
+    """Encodes messages up to the start of the next answer."""
+    segments = chat_template_of(model).segments(messages, add_generation_prompt=True)
+    return encode_segments(model.tokenizer, segments).ids
 
 
-def stop_options(model: Model, sampling: dict[str, Any]) -> dict[str, Any]:
-    """The sampling options with what ends an answer among their stop texts."""
-    own = sampling.get("stop", ())
-    own = (own,) if isinstance(own, str) else own
-    return {**sampling, "stop": (*own, *template_of(model).stops)}
+def add_stop_strings(model: Model, options: dict[str, Any]) -> dict[str, Any]:
+    """Adds the stop texts of the chat template to the generation options."""
+    stop = options.get("stop", ())
+    stop = (stop,) if isinstance(stop, str) else stop
+    return {**options, "stop": (*stop, *chat_template_of(model).stop_strings)}
 
 
-def answer(model: Model, messages: str | Sequence[Message], **sampling: Any) -> str:
-    """What the model answers, without the white space around it.
+def answer(model: Model, messages: str | Sequence[ChatMessage], **options: Any) -> str:
+    """Generates an answer, stripped of surrounding whitespace.
 
     Args:
         model: with a chat template, from `gptjax.load`.
-        messages: {"role": "user", "content": ...} and so on, or just what a user says.
-        **sampling: fields of `gptjax.generation.Sampling`.
+        messages: {"role": "user", "content": ...} and so on, or one user message as
+            a string.
+        **generation_options: fields of `gptjax.GenerationConfig`.
 
     Raises:
-        GptjaxError: the model is no assistant, or an option cannot be used.
+        GptjaxError: the model has no chat template, or an option is invalid.
     """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    ids, options = prompt_ids(model, messages), stop_options(model, sampling)
-    (result,) = complete(model, ids, **options)
+    ids, generation_options = (
+        encode_chat(model, messages),
+        add_stop_strings(model, options),
+    )
+    (result,) = complete(model, ids, **generation_options)
     return result.text.strip()
 
 
 def stream_answer(
-    model: Model, messages: Sequence[Message], **sampling: Any
+    model: Model, messages: Sequence[ChatMessage], **options: Any
 ) -> Iterator[str]:
-    """The answer in pieces as they come; errors and options as for `answer`."""
-    return stream(model, prompt_ids(model, messages), **stop_options(model, sampling))
+    """Streams the answer as text chunks; same options and errors as `answer`."""
+    return stream(
+        model, encode_chat(model, messages), **add_stop_strings(model, options)
+    )
 
 
-def answer_all(
-    model: Model, prompts: Sequence[Sequence[Message]], max_new_tokens: int
+def answer_batch(
+    model: Model, prompts: Sequence[Sequence[ChatMessage]], max_new_tokens: int
 ) -> list[str]:
-    """Greedy answers to many conversations, in their order.
+    """Generates greedy answers to many conversations.
 
-    Those of like length are answered together, always as many at a time, so that few
-    programs are compiled; no answer depends on what else is in the batch.
+    Batches have a fixed size and prompts of similar length, so that few programs are
+    compiled. Answers do not depend on the batch and keep the order of the prompts.
     """
-    rows = [prompt_ids(model, messages) for messages in prompts]
+    prompt_ids = [encode_chat(model, messages) for messages in prompts]
     options = {"temperature": 0.0, "max_new_tokens": max_new_tokens}
-    order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
-    answers = [""] * len(rows)
-    for start in range(0, len(order), ROWS):
-        chosen = order[start : start + ROWS]
-        batch = [rows[n] for n in chosen]
-        if len(rows) > ROWS:
-            batch += [batch[-1]] * (ROWS - len(batch))
-        results = complete(model, batch, **stop_options(model, options))
-        for n, result in zip(chosen, results, strict=False):
+    order = sorted(range(len(prompt_ids)), key=lambda n: len(prompt_ids[n]))
+    answers = [""] * len(prompt_ids)
+    for start in range(0, len(order), ANSWER_BATCH_SIZE):
+        indices = order[start : start + ANSWER_BATCH_SIZE]
+        batch = [prompt_ids[n] for n in indices]
+        if len(prompt_ids) > ANSWER_BATCH_SIZE:
+            batch += [batch[-1]] * (ANSWER_BATCH_SIZE - len(batch))
+        results = complete(model, batch, **add_stop_strings(model, options))
+        for n, result in zip(indices, results, strict=False):
             answers[n] = result.text.strip()
     return answers

@@ -1,4 +1,4 @@
-"""A text as a picture of its tokens: boxes over wrapped lines, as high as it needs."""
+"""Figures of tokenized text: one box per token, wrapped over lines."""
 
 import functools
 import math
@@ -14,40 +14,44 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from gptjax.report import GREY
-from gptjax.terminal import printable
+from gptjax.terminal import sanitize
 
-MOST_LINES = 40
-LABEL_CHARACTERS = 10  # of a token beside a panel or a bar
+MAX_LINES = 40
+MAX_TOKEN_LABEL_CHARS = 10  # longest token label on an axis
 
-# Points of a figure that is 5 inches wide: as many pixels as a phone has.
-WIDTH, MARGIN, COLUMNS = 360.0, 6.0, 58
-CELL = (WIDTH - 2 * MARGIN) / COLUMNS
-SIZE = CELL / 0.602  # DejaVu Sans Mono advances by 1233 / 2048 of its size
-LINE, BOX, BASELINE, NOTE = 16.0, 14.4, 10.8, 9.5
-NOTE_SIZE = 7.5
-NOTE_CELL = 0.602 * NOTE_SIZE / CELL  # in cells of the text
+# In points. The figure is 5 inches wide: as many pixels as a phone screen.
+FIGURE_WIDTH, FIGURE_MARGIN, CELLS_PER_LINE = 360.0, 6.0, 58
+CELL_WIDTH = (FIGURE_WIDTH - 2 * FIGURE_MARGIN) / CELLS_PER_LINE
+FONT_SIZE = CELL_WIDTH / 0.602  # DejaVu Sans Mono advances by 1233 / 2048 of its size
+LINE_HEIGHT, BOX_HEIGHT, BASELINE_OFFSET, NOTE_HEIGHT = 16.0, 14.4, 10.8, 9.5
+NOTE_FONT_SIZE = 7.5
+NOTE_CHAR_CELLS = (
+    0.602 * NOTE_FONT_SIZE / CELL_WIDTH
+)  # width of a note character in text cells
 
-FAMILY = ["DejaVu Sans Mono", "DejaVu Sans"]  # both come with matplotlib
-BREAK = "↵"
-MARKS = str.maketrans({"\n": BREAK, "\t": "⇥"})
-EDGE = "#D4D4D4"
-LACKING = "□"  # for what the fonts do not have
+FONT_FAMILIES = ["DejaVu Sans Mono", "DejaVu Sans"]  # both bundled with matplotlib
+NEWLINE_MARK = "↵"
+WHITESPACE_MARKS = str.maketrans({"\n": NEWLINE_MARK, "\t": "⇥"})
+EDGE_COLOR = "#D4D4D4"
+MISSING_GLYPH = "□"  # for characters missing in the fonts
 
 
 class Box(NamedTuple):
-    """One or more tokens in a picture of a text."""
+    """Box for one or more tokens."""
 
     text: str
-    face: Any  # colour
-    ink: Any = "black"  # colour
-    note: str = ""  # small, below
-    rule: float = 0.0  # a line at this part of its height; 0 = none
+    fill: Any  # color
+    text_color: Any = "black"  # color
+    note: str = ""  # small text below the box
+    rule_position: float = (
+        0.0  # position of a line, as a fraction of the height; 0 = none
+    )
 
 
-class Spot(NamedTuple):
-    """Where a box, or a part of one that goes over several lines, is drawn."""
+class PlacedBox(NamedTuple):
+    """Position of a box, or of one line of a wrapped box."""
 
-    number: int  # of the box
+    box_index: int  # index of the box
     box: Box
     text: str
     note: str
@@ -56,143 +60,185 @@ class Spot(NamedTuple):
     width: float  # in cells
 
 
-def boxed(
-    boxes: Sequence[Box], title: str, legend: Sequence[Box] = (), foot: float = 0.0
+def token_box_figure(
+    boxes: Sequence[Box],
+    title: str,
+    legend: Sequence[Box] = (),
+    bottom_space: float = 0.0,
 ) -> Figure:
-    """Boxes in wrapped lines on a figure as high as they need.
+    """Draws boxes in wrapped lines on a figure of matching height.
 
     Args:
-        boxes: of a text; those beyond `MOST_LINES` are counted in a last one.
-        title: above them.
-        legend: boxes that explain them, below.
-        foot: points to leave free at the bottom.
+        boxes: of a text; a last box counts those beyond `MAX_LINES`.
+        title: above the boxes.
+        legend: boxes below that explain the colors.
+        bottom_space: free space at the bottom in points.
     """
-    spots = list(spread(boxes))
-    if spots[-1].line >= MOST_LINES:
-        spots = [spot for spot in spots if spot.line < MOST_LINES - 1]
-        rest = len(boxes) - 1 - spots[-1].number
-        (more,) = spread([Box(f"… {rest:,} more boxes", "white", GREY)])
-        spots.append(more._replace(line=MOST_LINES - 1))
-    pitch = LINE + NOTE * any(box.note for box in boxes)
+    placed_boxes = list(layout_boxes(boxes))
+    if placed_boxes[-1].line >= MAX_LINES:
+        placed_boxes = [spot for spot in placed_boxes if spot.line < MAX_LINES - 1]
+        rest = len(boxes) - 1 - placed_boxes[-1].box_index
+        (overflow,) = layout_boxes([Box(f"… {rest:,} more boxes", "white", GREY)])
+        placed_boxes.append(overflow._replace(line=MAX_LINES - 1))
+    pitch = LINE_HEIGHT + NOTE_HEIGHT * any(box.note for box in boxes)
     headings = textwrap.wrap(title, 58)
-    top = MARGIN + 15 * len(headings) + 3
-    bottom = top + pitch * (spots[-1].line + 1) + 6 * bool(legend)
-    height = bottom + LINE * bool(legend) + foot + MARGIN
-    figure = Figure((WIDTH / 72, height / 72), dpi=144)
-    axes: Any = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0))
+    top = FIGURE_MARGIN + 15 * len(headings) + 3
+    bottom = top + pitch * (placed_boxes[-1].line + 1) + 6 * bool(legend)
+    height = bottom + LINE_HEIGHT * bool(legend) + bottom_space + FIGURE_MARGIN
+    figure = Figure((FIGURE_WIDTH / 72, height / 72), dpi=144)
+    axes: Any = figure.add_axes((0, 0, 1, 1), xlim=(0, FIGURE_WIDTH), ylim=(height, 0))
     axes.set_axis_off()
-    axes.text(MARGIN, MARGIN, "\n".join(headings), fontsize=10, va="top")
-    for spot in spots:
-        draw(axes, spot, top + pitch * spot.line)
+    axes.text(FIGURE_MARGIN, FIGURE_MARGIN, "\n".join(headings), fontsize=10, va="top")
+    for placed_box in placed_boxes:
+        draw_box(axes, placed_box, top + pitch * placed_box.line)
     column = 0.0
-    for spot in spread(legend):
-        draw(axes, spot._replace(column=column), bottom)
-        column += spot.width + 2
+    for placed_box in layout_boxes(legend):
+        draw_box(axes, placed_box._replace(column=column), bottom)
+        column += placed_box.width + 2
     return figure
 
 
-def spread(boxes: Iterable[Box]) -> Iterator[Spot]:
-    """A place for each box, or for each part of one that goes over several lines."""
+def layout_boxes(boxes: Iterable[Box]) -> Iterator[PlacedBox]:
+    """Yields the position of each box; a long box is wrapped into several."""
     line, column = 0, 0.0
-    for number, box in enumerate(boxes):
-        for n, text in enumerate(fragments(box.text)):
-            note = "" if n else shortened(box.note, 40)
-            width = max(1.0, cells(text), len(note) * NOTE_CELL + 0.6 * bool(note))
-            if column + width > COLUMNS:
+    for box_index, box in enumerate(boxes):
+        for n, text in enumerate(split_for_width(box.text)):
+            note = "" if n else shorten_label(box.note, 40)
+            width = max(
+                1.0,
+                width_in_cells(text),
+                len(note) * NOTE_CHAR_CELLS + 0.6 * bool(note),
+            )
+            if column + width > CELLS_PER_LINE:
                 line, column = line + 1, 0.0
-            yield Spot(number, box, text, note, line, column, width)
+            yield PlacedBox(box_index, box, text, note, line, column, width)
             column += width
-            if text.endswith(BREAK):
+            if text.endswith(NEWLINE_MARK):
                 line, column = line + 1, 0.0
 
 
-def draw(axes: Any, spot: Spot, top: float) -> None:
-    """Draws a box on axes whose unit is a point, counted from the upper left."""
-    box, left, width = spot.box, MARGIN + CELL * spot.column, CELL * spot.width
-    axes.add_patch(
-        Rectangle((left, top), width, BOX, facecolor=box.face, edgecolor=EDGE, lw=0.6)
+def draw_box(axes: Any, placed_box: PlacedBox, top: float) -> None:
+    """Draws a box on axes in points with the origin at the upper left."""
+    box, left, width = (
+        placed_box.box,
+        FIGURE_MARGIN + CELL_WIDTH * placed_box.column,
+        CELL_WIDTH * placed_box.width,
     )
-    plain = {"parse_math": False, "fontfamily": FAMILY}
-    text = spot.text.lstrip()  # blanks are room
+    axes.add_patch(
+        Rectangle(
+            (left, top),
+            width,
+            BOX_HEIGHT,
+            facecolor=box.fill,
+            edgecolor=EDGE_COLOR,
+            lw=0.6,
+        )
+    )
+    text_style = {"parse_math": False, "fontfamily": FONT_FAMILIES}
+    text = placed_box.text.lstrip()  # leading spaces only shift the text
     if text:
-        start = left + CELL * (cells(spot.text) - cells(text))
-        axes.text(start, top + BASELINE, text, color=box.ink, fontsize=SIZE, **plain)
-    if box.rule:
-        height = top + BOX * box.rule
-        ends = [left + 1, left + width - 1]
-        axes.add_line(Line2D(ends, [height, height], color=box.ink, linewidth=1))
-    if spot.note:
-        place = left + width / 2, top + BOX + NOTE * 0.75
+        start = left + CELL_WIDTH * (
+            width_in_cells(placed_box.text) - width_in_cells(text)
+        )
         axes.text(
-            *place, spot.note, color=GREY, fontsize=NOTE_SIZE, ha="center", **plain
+            start,
+            top + BASELINE_OFFSET,
+            text,
+            color=box.text_color,
+            fontsize=FONT_SIZE,
+            **text_style,
+        )
+    if box.rule_position:
+        height = top + BOX_HEIGHT * box.rule_position
+        ends = [left + 1, left + width - 1]
+        axes.add_line(Line2D(ends, [height, height], color=box.text_color, linewidth=1))
+    if placed_box.note:
+        place = left + width / 2, top + BOX_HEIGHT + NOTE_HEIGHT * 0.75
+        axes.text(
+            *place,
+            placed_box.note,
+            color=GREY,
+            fontsize=NOTE_FONT_SIZE,
+            ha="center",
+            **text_style,
         )
 
 
-def fragments(text: str) -> Iterator[str]:
-    """A text as it is drawn, in parts that fit a line; a line break ends one."""
-    part = ""
-    for character in drawable(text):
-        ended = part.endswith(BREAK) and character != BREAK
-        if part and (ended or cells(part + character) > COLUMNS):
-            yield part
-            part = ""
-        part += character
-    yield part
+def split_for_width(text: str) -> Iterator[str]:
+    """Yields parts of a drawable text that fit a line, split at line breaks."""
+    fragment = ""
+    for character in to_drawable(text):
+        ended = fragment.endswith(NEWLINE_MARK) and character != NEWLINE_MARK
+        if fragment and (
+            ended or width_in_cells(fragment + character) > CELLS_PER_LINE
+        ):
+            yield fragment
+            fragment = ""
+        fragment += character
+    yield fragment
 
 
-def drawable(text: str) -> str:
-    r"""The text with a mark for what cannot be seen or is not in the fonts.
+def to_drawable(text: str) -> str:
+    r"""Replaces invisible characters and those missing in the fonts by marks.
 
-    >>> drawable("one\n\ttwo 文\x1b")
+    >>> to_drawable("one\n\ttwo 文\x1b")
     'one↵⇥two □�'
     """
-    shown = printable(text).translate(MARKS)
-    lacking = {c for c in shown if not any(has(family, c) for family in FAMILY)}
-    return "".join(LACKING if c in lacking else c for c in shown)
+    visible = sanitize(text).translate(WHITESPACE_MARKS)
+    missing = {
+        c
+        for c in visible
+        if not any(font_has_glyph(family, c) for family in FONT_FAMILIES)
+    }
+    return "".join(MISSING_GLYPH if c in missing else c for c in visible)
 
 
-def label_of(piece: bytes) -> str:
-    r"""A token as the label of an axis, its blanks marked.
+def token_label(token_bytes: bytes) -> str:
+    r"""Returns a token as an axis label with visible spaces.
 
-    >>> label_of(b" tea\n"), label_of(b"\xf0\x9f")
+    >>> token_label(b" tea\n"), token_label(b"\xf0\x9f")
     ('␣tea↵', '\\xf0\\x9f')
     """
-    return shortened(drawable(readable(piece)).replace(" ", "␣"), LABEL_CHARACTERS)
+    return shorten_label(
+        to_drawable(visible_text(token_bytes)).replace(" ", "␣"), MAX_TOKEN_LABEL_CHARS
+    )
 
 
-def shortened(text: str, most: int) -> str:
-    """At most so many characters of a text."""
-    return text if len(text) <= most else text[: most - 1] + "…"
+def shorten_label(text: str, max_chars: int) -> str:
+    """Shortens a text to `max_chars` characters with an ellipsis."""
+    return text if len(text) <= max_chars else text[: max_chars - 1] + "…"
 
 
-def readable(piece: bytes) -> str:
-    """The text of a token; bytes that are no characters in hexadecimal."""
-    return piece.decode("utf-8", errors="backslashreplace")
+def visible_text(token_bytes: bytes) -> str:
+    """Decodes a token; invalid UTF-8 is shown in hexadecimal."""
+    return token_bytes.decode("utf-8", errors="backslashreplace")
 
 
-def cells(text: str) -> int:
-    """The width of a drawn text."""
-    return sum(map(cells_of, text))
+def width_in_cells(text: str) -> int:
+    """Returns the width of a drawn text in cells."""
+    return sum(map(char_width_in_cells, text))
 
 
 @functools.lru_cache(maxsize=4096)
-def cells_of(character: str) -> int:
-    """The width of a character: 1, or where it is of the second font what it takes."""
-    if has(FAMILY[0], character):
+def char_width_in_cells(character: str) -> int:
+    """Returns the width of a character in cells: 1 in the monospace font."""
+    if font_has_glyph(FONT_FAMILIES[0], character):
         return 1
-    font = get_font(findfont(FAMILY[1]))
-    font.set_size(SIZE, 72)
-    return math.ceil(font.load_char(ord(character)).linearHoriAdvance / 65536 / CELL)
+    font = get_font(findfont(FONT_FAMILIES[1]))
+    font.set_size(FONT_SIZE, 72)
+    return math.ceil(
+        font.load_char(ord(character)).linearHoriAdvance / 65536 / CELL_WIDTH
+    )
 
 
-def has(family: str, character: str) -> bool:
-    """Whether a font has a character."""
+def font_has_glyph(family: str, character: str) -> bool:
+    """True if the font has a glyph for the character."""
     return get_font(findfont(family)).get_char_index(ord(character)) > 0
 
 
-def dark(colour: Any) -> bool:
-    """Whether white text is easier to read on a colour than black.
+def needs_white_text(color: Any) -> bool:
+    """True if white text has more contrast on a color than black text.
 
-    Contrast as WCAG 2.2 has it; 0.18 is as far from black as from white.
+    Contrast as in WCAG 2.2; luminance 0.18 has equal contrast to black and white.
     """
-    return float(np.power(to_rgb(colour), 2.2) @ (0.2126, 0.7152, 0.0722)) < 0.18
+    return float(np.power(to_rgb(color), 2.2) @ (0.2126, 0.7152, 0.0722)) < 0.18

@@ -1,8 +1,8 @@
-"""Byte-pair encoding as arithmetic: how text is split, merges learned and found again.
+"""Byte-pair encoding: splitting into words, training, and recovering merges.
 
-A token is a byte string; its rank is its id, and of two merges that are possible the
-one that makes the lower rank happens first (Sennrich et al. 2016; on bytes, with the
-split below, Radford et al. 2019, sec. 2.2). What runs the merges is `gptjax.tokenizer`.
+A token is a byte string and its rank is its id. Encoding applies the possible merge of
+lowest rank first (Sennrich et al. 2016; on bytes, with the split below, Radford et al.
+2019, sec. 2.2). `gptjax.tokenizer.tokenizer` encodes, with tiktoken.
 """
 
 import heapq
@@ -15,79 +15,80 @@ import regex
 
 from gptjax.errors import DataError
 
-# GPT-2's split into words: contractions, letters, digits or other signs with the one
-# space before them, and blanks, of which a run leaves its last one to the next word.
-# Possessive (++), so that no long run of one kind can exhaust a regex engine. It is
-# part of every tokenizer's hash.
-PATTERN = (
+# GPT-2's split into words: contractions; letters, digits or other symbols with one
+# space before them; whitespace, whose last character belongs to the next word.
+# Possessive quantifiers (++), so that a long run cannot exhaust a regex engine. Part of
+# every tokenizer's hash.
+SPLIT_PATTERN = (
     r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
     r"|\s++$|\s+(?!\S)|\s"
 )
-WORD = regex.compile(PATTERN)
+SPLIT_REGEX = regex.compile(SPLIT_PATTERN)
 
-MAX_TOKEN_BYTES = 256  # twice GPT-2's longest; bounds what one odd text can cost
-MIN_COUNT = 2  # a pair seen once teaches a model nothing
+MAX_TOKEN_BYTES = 256  # twice GPT-2's longest; bounds the cost of unusual text
+MIN_PAIR_COUNT = 2  # minimum occurrences of a merged pair
 
 
-def learn(texts: Iterable[str], merges: int) -> list[bytes]:
-    """The tokens that at most `merges` merges make, in the order of the merges.
+def train_bpe(texts: Iterable[str], num_merges: int) -> list[bytes]:
+    """Trains BPE; returns at most `num_merges` new tokens in merge order.
 
-    Each merge joins the most frequent pair of neighbours; of equally frequent pairs
-    the one whose first token, then whose second token has the smaller id (bytes are
-    their own id, merges count on from 256). Only the distinct words are held in
-    memory. Fewer tokens come back when no pair is left that occurs twice.
+    Each step merges the most frequent adjacent pair; ties go to the smaller first id,
+    then the smaller second id (bytes are their own ids, merges start at 256). Stops
+    early when no pair occurs twice. Memory grows with the number of distinct words.
 
-    >>> learn(["low lower lowest"], 3)
+    >>> train_bpe(["low lower lowest"], 3)
     [b'lo', b'low', b' low']
     """
-    counts = word_counts(texts)
-    words, times = list(counts), list(counts.values())
-    pairs: defaultdict[str, int] = defaultdict(int)
-    places: defaultdict[str, list[int]] = defaultdict(list)  # words with the pair
-    for place, word in enumerate(words):
-        for pair in neighbours(word):
-            pairs[pair] += times[place]
-            places[pair].append(place)
-    queue = [(-count, pair) for pair, count in pairs.items()]
+    word_freqs = count_words(texts)
+    words, freqs = list(word_freqs), list(word_freqs.values())
+    pair_freqs: defaultdict[str, int] = defaultdict(int)
+    pair_to_words: defaultdict[str, list[int]] = defaultdict(list)  # indices of words
+    for word_index, word in enumerate(words):
+        for pair in adjacent_pairs(word):
+            pair_freqs[pair] += freqs[word_index]
+            pair_to_words[pair].append(word_index)
+    queue = [(-count, pair) for pair, count in pair_freqs.items()]
     heapq.heapify(queue)
     tokens = [bytes([byte]) for byte in range(256)]
-    while queue and len(tokens) < 256 + merges:
+    while queue and len(tokens) < 256 + num_merges:
         count, pair = heapq.heappop(queue)
-        if pairs[pair] < MIN_COUNT:
+        if pair_freqs[pair] < MIN_PAIR_COUNT:
             continue
-        if pairs[pair] != -count:  # other merges took some since it was queued
-            heapq.heappush(queue, (-pairs[pair], pair))
+        if (
+            pair_freqs[pair] != -count
+        ):  # stale count: other merges used some occurrences
+            heapq.heappush(queue, (-pair_freqs[pair], pair))
             continue
         token = chr(len(tokens))
         tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
-        fresh = set()
-        for place in places.pop(pair):
-            old = words[place]
-            words[place] = new = old.replace(pair, token)
-            if new == old:  # listed twice
+        new_pairs = set()
+        for word_index in pair_to_words.pop(pair):
+            old_word = words[word_index]
+            words[word_index] = new_word = old_word.replace(pair, token)
+            if new_word == old_word:  # duplicate entry
                 continue
-            for gone in neighbours(old):
-                pairs[gone] -= times[place]
-            for found in neighbours(new):
-                pairs[found] += times[place]
-                if token in found:
-                    places[found].append(place)
-                    fresh.add(found)
+            for old_pair in adjacent_pairs(old_word):
+                pair_freqs[old_pair] -= freqs[word_index]
+            for new_pair in adjacent_pairs(new_word):
+                pair_freqs[new_pair] += freqs[word_index]
+                if token in new_pair:
+                    pair_to_words[new_pair].append(word_index)
+                    new_pairs.add(new_pair)
         # Only pairs with the new token can have become more frequent.
-        for found in fresh:
-            heapq.heappush(queue, (-pairs[found], found))
+        for new_pair in new_pairs:
+            heapq.heappush(queue, (-pair_freqs[new_pair], new_pair))
     return tokens[256:]
 
 
-def word_counts(texts: Iterable[str]) -> Counter[str]:
-    """How often each word occurs; a word is one character chr(id) for each token id.
+def count_words(texts: Iterable[str]) -> Counter[str]:
+    """Counts words; each is a string with one character chr(id) per token id.
 
-    Python's strings then do the heavy work: merging a pair is `str.replace`.
+    Merging a pair is then a fast `str.replace`.
     """
     counts: Counter[str] = Counter()
     for text in texts:
-        utf8(text)  # names the place of a lone surrogate
-        counts.update(map(operator.itemgetter(0), WORD.finditer(text)))
+        encode_utf8(text)  # raises at a lone surrogate
+        counts.update(map(operator.itemgetter(0), SPLIT_REGEX.finditer(text)))
     words: Counter[str] = Counter()
     for word, count in counts.items():
         data = word.encode().decode("latin-1")
@@ -96,47 +97,48 @@ def word_counts(texts: Iterable[str]) -> Counter[str]:
     return words
 
 
-def neighbours(word: str) -> Iterable[str]:
-    """The pairs of adjacent characters."""
+def adjacent_pairs(word: str) -> Iterable[str]:
+    """Pairs of adjacent characters."""
     return map(operator.add, word, word[1:])
 
 
-def utf8(text: str) -> bytes:
-    """The text as bytes.
+def encode_utf8(text: str) -> bytes:
+    """Encodes text as UTF-8.
 
     Raises:
-        DataError: the text holds half a surrogate pair, which is no character.
+        DataError: the text contains a lone surrogate.
     """
     try:
         return text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
             f"character {error.start} of the text is {text[error.start]!r}, a lone "
-            "surrogate, which has no UTF-8 form. Read the text as UTF-8, or replace "
-            "the character."
+            "surrogate, which cannot be encoded as UTF-8. Read the text as UTF-8, or "
+            "replace the character."
         ) from error
 
 
-def halves(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The two tokens that `token` is merged from, or None if merging never makes it.
+def split_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
+    """Splits a token into the pair it is merged from; None if no merge creates it.
 
-    If every token has its halves, then whatever the text, two neighbours that
-    together are a token are its halves: until they met, the merges between their
-    outer borders did not depend on anything outside. So a table of ranks and a list
-    of merges say the same.
+    If every token has such a pair, a table of ranks and a list of merges are
+    equivalent: merges inside a token do not depend on the surrounding text, so two
+    adjacent tokens that together form a token are always its pair.
     """
-    limit = ranks[token]
+    token_rank = ranks[token]
     parts = [token[i : i + 1] for i in range(len(token))]
-    made = [ranks.get(a + b, limit) for a, b in pairwise(parts)]  # rank of each pair
+    pair_ranks = [
+        ranks.get(a + b, token_rank) for a, b in pairwise(parts)
+    ]  # per adjacent pair
     while len(parts) > 2:
-        rank = min(made)
-        if rank >= limit:
+        rank = min(pair_ranks)
+        if rank >= token_rank:
             return None
-        i = made.index(rank)
+        i = pair_ranks.index(rank)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        del made[i]
-        if i < len(made):
-            made[i] = ranks.get(parts[i] + parts[i + 1], limit)
+        del pair_ranks[i]
+        if i < len(pair_ranks):
+            pair_ranks[i] = ranks.get(parts[i] + parts[i + 1], token_rank)
         if i > 0:
-            made[i - 1] = ranks.get(parts[i - 1] + parts[i], limit)
+            pair_ranks[i - 1] = ranks.get(parts[i - 1] + parts[i], token_rank)
     return (parts[0], parts[1]) if len(parts) == 2 else None

@@ -1,4 +1,4 @@
-"""What attention has computed and writing reads again; letters as in `gptjax.model`."""
+"""Key/value cache for decoding; dimension letters: see `gptjax.model.gpt`."""
 
 from typing import NamedTuple
 
@@ -6,35 +6,45 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gptjax.sharding import lay
+from gptjax.sharding import constrain
 
 
-class LayerCache(NamedTuple):
-    """Keys and values that one layer has computed; slot s holds position s.
+class KVCache(NamedTuple):
+    """KV cache of one layer; index s on axis S holds position s.
 
-    Heads come before slots, as the products want it: a cache laid out otherwise is
-    copied for every token.
+    Heads come before positions, the layout that the attention matmuls need: with any
+    other, XLA transposes the cache for every token.
     """
 
     key_BHSK: Float[Array, "B H S K"]
     value_BHSK: Float[Array, "B H S K"]
 
 
-def extend(
-    cache: LayerCache,
+def update_cache(
+    cache: KVCache,
     key_BTHK: Float[Array, "B T H K"],
     value_BTHK: Float[Array, "B T H K"],
-    slot_BT: Int[Array, "B T"],
-) -> LayerCache:
-    """The cache with the keys and values of T new positions, each row at its own."""
+    position_BT: Int[Array, "B T"],
+) -> KVCache:
+    """Writes the keys and values of T new positions into the cache.
 
-    def put(old_BHSK: Array, new_BTHK: Array) -> Array:
-        new_BHTK = jnp.swapaxes(new_BTHK, 1, 2).astype(old_BHSK.dtype)
-        if len(old_BHSK) == 1 and new_BHTK.shape[2] == 1:
-            # A scatter is in place; XLA makes another update twice, and copies for it.
-            place = 0, jnp.arange(old_BHSK.shape[1]), slot_BT[0, 0]
-            return lay(old_BHSK.at[place].set(new_BHTK[0, :, 0]), "BHSK")
+    Args:
+        cache: KV cache of one layer, with room for the new positions.
+        key_BTHK: new keys.
+        value_BTHK: new values.
+        position_BT: index of each new key in the cache; consecutive in a row, and
+            rows may start at different indices.
+    """
+
+    def update(cached_BHSK: Array, new_BTHK: Array) -> Array:
+        new_BHTK = jnp.swapaxes(new_BTHK, 1, 2).astype(cached_BHSK.dtype)
+        if len(cached_BHSK) == 1 and new_BHTK.shape[2] == 1:
+            # XLA runs a scatter in place, but duplicates a dynamic update and copies.
+            index = 0, jnp.arange(cached_BHSK.shape[1]), position_BT[0, 0]
+            return constrain(cached_BHSK.at[index].set(new_BHTK[0, :, 0]), "BHSK")
         write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))
-        return lay(write(old_BHSK, new_BHTK, slot_BT[:, 0], 1), "BHSK")
+        return constrain(write(cached_BHSK, new_BHTK, position_BT[:, 0], 1), "BHSK")
 
-    return LayerCache(put(cache.key_BHSK, key_BTHK), put(cache.value_BHSK, value_BTHK))
+    return KVCache(
+        update(cache.key_BHSK, key_BTHK), update(cache.value_BHSK, value_BTHK)
+    )

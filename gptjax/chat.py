@@ -1,7 +1,7 @@
-"""The assistant in the terminal: messages in, answers out while they are written.
+"""Chat in the terminal, with streamed replies.
 
-A line is a message, or a command where it starts with "/". `step_of` says what a line
-leads to, as a value; only `chat` and what it hands on touch the terminal.
+A line is a message, or a command if it starts with "/". `handle_line` maps a line to an
+`Action`; only `run_chat` and the functions it passes on use the terminal.
 """
 
 import contextlib
@@ -16,350 +16,371 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from gptjax.answering import prompt_ids, stream_answer
-from gptjax.config import suggestion
+from gptjax.answering import encode_chat, stream_answer
+from gptjax.config import did_you_mean
 from gptjax.errors import ConfigError, DataError, GptjaxError, ModelError
-from gptjax.generation import Sampling, stream
-from gptjax.template import Message
-from gptjax.terminal import printable
+from gptjax.generation import GenerationConfig, stream
+from gptjax.template import ChatMessage
+from gptjax.terminal import sanitize
 from gptjax.weights.folder import Model
 
-Say = Callable[[str], None]
+PrintFn = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Session:
-    """A conversation as it is between two lines."""
+class ChatSession:
+    """State of a conversation between two lines."""
 
-    sampling: Mapping[str, Any]  # fields of `Sampling`
-    messages: tuple[Message, ...] = ()  # the last may be a question without an answer
-    forgotten: tuple[Message, ...] = ()  # what no longer fits the context
-    answers: int = 0  # asked for so far; each draws with a seed of its own
-
-
-class Step(NamedTuple):
-    """What a line leads to."""
-
-    session: Session
-    says: str = ""
-    then: Literal["read", "answer", "leave"] = "read"
+    sampling: Mapping[str, Any]  # fields of `GenerationConfig`
+    history: tuple[ChatMessage, ...] = ()  # the last may be an unanswered question
+    dropped_messages: tuple[ChatMessage, ...] = ()  # no longer fit the context
+    num_replies: int = 0  # replies requested so far; offsets the seed
 
 
-class Command(NamedTuple):
-    """A row of the table of commands."""
+class Action(NamedTuple):
+    """Result of handling a line."""
+
+    session: ChatSession
+    output: str = ""
+    then: Literal["continue", "reply", "quit"] = "continue"
+
+
+class ChatCommand(NamedTuple):
+    """Chat command."""
 
     argument: str
     help: str
-    run: "Run"
-    messages: bool = False  # whether it is about them, which a base model has none of
+    run: "CommandFn"
+    needs_template: bool = False  # needs a conversation, which base models do not have
 
 
-Run = Callable[[Model, Session, str], Step]  # the last is what follows the name
+CommandFn = Callable[[Model, ChatSession, str], Action]  # last: the argument
 
 
-def chat(model: Model, name: str, sampling: dict[str, Any]) -> None:
-    """Answers what is typed until /quit or the end of the input.
+def run_chat(model: Model, name: str, sampling: dict[str, Any]) -> None:
+    """Chats until /quit or the end of the input.
 
-    On a terminal, Ctrl-C stops an answer and never the program. Elsewhere each line of
-    stdin is a message, answers go to stdout and remarks to stderr.
+    On a terminal, Ctrl-C stops a reply but not the program. Otherwise each line of
+    stdin is a message; replies go to stdout and notices to stderr.
 
     Args:
-        model: an assistant, or a base model, which goes on from each line.
-        name: of the model, for the first line.
-        sampling: fields of `Sampling`.
+        model: an assistant, or a base model, which completes each line.
+        name: name of the model, shown in the first line.
+        sampling: fields of `GenerationConfig`.
 
     Raises:
         ModelError: the model is a classifier.
-        ConfigError: a field of `sampling` cannot be used.
-        DataError: stdin is no text.
+        ConfigError: a field of `sampling` is invalid.
+        DataError: stdin is not UTF-8 text.
     """
     if model.labels:
         raise ModelError(
-            f"{name} is a classifier: it labels texts and writes none. Use gptjax "
-            "classify."
+            f"{name} is a classifier, which cannot generate text. Use gptjax classify."
         )
-    Sampling(**sampling)
-    person = sys.stdin.isatty() and sys.stdout.isatty()
-    put, remark = writer(sys.stdout), writer(sys.stdout if person else sys.stderr)
+    GenerationConfig(**sampling)
+    is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    print_reply, write_notice = (
+        make_printer(sys.stdout),
+        make_printer(sys.stdout if is_interactive else sys.stderr),
+    )
 
-    def say(text: str) -> None:
-        remark(f"{text}\n")
+    def print_notice(text: str) -> None:
+        write_notice(f"{text}\n")
 
-    say(f"{name}: {model}. /help shows the commands; /quit or Ctrl-D leaves.")
-    if not model.template:
-        say(
-            "This model completes text rather than answers: each line is a prompt of "
-            "its own."
+    print_notice(f"{name}: {model}. /help lists the commands; /quit or Ctrl-D quits.")
+    if not model.chat_template:
+        print_notice("This base model completes text: each line is a separate prompt.")
+    with (
+        handle_interrupts()
+        if is_interactive
+        else contextlib.nullcontext([]) as interrupts
+    ):
+        lines = prompt_lines(print_notice) if is_interactive else stdin_lines()
+        run_repl(
+            model, ChatSession(sampling), lines, print_reply, print_notice, interrupts
         )
-    with interrupts() if person else contextlib.nullcontext([]) as pressed:
-        lines = typed_lines(say) if person else piped_lines()
-        converse(model, Session(sampling), lines, put, say, pressed)
 
 
-def writer(file: Any) -> Say:
-    """A function that writes text at once, without what a terminal would act on."""
-    encoding = file.encoding or "utf-8"
+def make_printer(stream: Any) -> PrintFn:
+    """Makes a function that writes sanitized text and flushes."""
+    encoding = stream.encoding or "utf-8"
 
     def write(text: str) -> None:
-        file.write(printable(text).encode(encoding, "replace").decode(encoding))
-        file.flush()
+        stream.write(sanitize(text).encode(encoding, "replace").decode(encoding))
+        stream.flush()
 
     return write
 
 
 @contextlib.contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """Yields a list that grows with each Ctrl-C, which then does nothing else."""
-    pressed: list[int] = []
+def handle_interrupts() -> Iterator[list[int]]:
+    """Collects SIGINTs in the list it yields, instead of raising."""
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield pressed
+        yield received
         return
-    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    previous_handler = signal.signal(
+        signal.SIGINT, lambda number, _: received.append(number)
+    )
     try:
-        yield pressed
+        yield received
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous_handler)
 
 
-def typed_lines(say: Say) -> Iterator[str]:
-    """What a person types and edits, until Ctrl-D; a paste is one line."""
+def prompt_lines(print_notice: PrintFn) -> Iterator[str]:
+    """Prompts for lines until Ctrl-D; a paste is one line."""
     from prompt_toolkit import PromptSession
 
     prompt: PromptSession[str] = PromptSession()
-    told = False
+    hint_shown = False
     while True:
         try:
             line = prompt.prompt("> ")
         except KeyboardInterrupt:
-            if not told:
-                say("(/quit or Ctrl-D leaves)")
-            told = True
+            if not hint_shown:
+                print_notice("(/quit or Ctrl-D quits)")
+            hint_shown = True
         except EOFError:
             return
         else:
             yield line
 
 
-def piped_lines() -> Iterator[str]:
-    """The lines of stdin as they come."""
+def stdin_lines() -> Iterator[str]:
+    """Yields the lines of stdin as they arrive."""
     try:
         for line in sys.stdin:
             yield line.removesuffix("\n")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"the messages on stdin are no text: {error}. Convert them to UTF-8."
+            f"the messages on stdin are not UTF-8: {error}. Convert them to UTF-8."
         ) from error
 
 
-def converse(
+def run_repl(
     model: Model,
-    session: Session,
+    session: ChatSession,
     lines: Iterable[str],
-    put: Say,
-    say: Say,
-    pressed: list[int],
-) -> Session:
-    """Does what each line leads to; a mistake is said, and the next line read."""
+    print_reply: PrintFn,
+    print_notice: PrintFn,
+    interrupts: list[int],
+) -> ChatSession:
+    """Handles each line; prints errors and continues. Returns the last session."""
     for line in lines:
-        pressed.clear()
+        interrupts.clear()
         try:
-            step = step_of(model, session, line)
-            session = step.session
-            if step.says:
-                say(step.says)
-            if step.then == "leave":
+            action = handle_line(model, session, line)
+            session = action.session
+            if action.output:
+                print_notice(action.output)
+            if action.then == "quit":
                 break
-            if step.then == "answer":
-                session = answered(model, session, put, say, pressed)
+            if action.then == "reply":
+                session = stream_reply(
+                    model, session, print_reply, print_notice, interrupts
+                )
         except GptjaxError as error:
-            say(str(error))
+            print_notice(str(error))
     return session
 
 
-def step_of(model: Model, session: Session, line: str) -> Step:
-    """What a line leads to: nothing, a command, or an answer.
+def handle_line(model: Model, session: ChatSession, line: str) -> Action:
+    """Handles an empty line, a command or a message.
 
     Raises:
-        GptjaxError: an unknown command or wrong value; a message that does not fit.
+        GptjaxError: an unknown command, an invalid value or a message that is too long.
     """
     if not line.strip():
-        return Step(session)
+        return Action(session)
     if not line.startswith("/"):
-        return asked(model, session, line[1:] if line.startswith(" /") else line)
+        return start_turn(model, session, line[1:] if line.startswith(" /") else line)
     name, *rest = line.split(maxsplit=1)
-    known = commands(model)
-    if name not in known:
+    available = available_commands(model)
+    if name not in available:
         raise ConfigError(
-            f"there is no command {name}.{suggestion(name, known)} /help lists them; "
-            "with a blank before it, a line that starts with / is a message."
+            f"there is no command {name}.{did_you_mean(name, available)} /help lists them. "
+            "To send a message that starts with /, put a space before it."
         )
-    return known[name].run(model, session, "".join(rest).strip())
+    return available[name].run(model, session, "".join(rest).strip())
 
 
-def asked(model: Model, session: Session, text: str) -> Step:
-    """The step to an answer; a question that got none makes way.
+def start_turn(model: Model, session: ChatSession, text: str) -> Action:
+    """Starts a turn; drops an unanswered question.
 
     Raises:
-        DataError: the message alone does not fit, or cannot be encoded.
+        DataError: the message alone exceeds the context, or cannot be encoded.
     """
     message = {"role": "user", "content": text}
-    begun = dataclasses.replace(session, answers=session.answers + 1)
-    if not model.template:
-        return Step(dataclasses.replace(begun, messages=(message,)), then="answer")
-    system, turns = parts(session.messages)
+    updated = dataclasses.replace(session, answers=session.num_replies + 1)
+    if not model.chat_template:
+        return Action(dataclasses.replace(updated, messages=(message,)), then="reply")
+    system, turns = split_system_message(session.history)
     if turns and turns[-1]["role"] == "user":
         turns = turns[:-1]
     context = model.config.context_length
-    reserve = min(Sampling(**session.sampling).max_new_tokens, context // 2)
-    rest, count = kept(model, [*system, *turns, message], reserve)
-    forgotten = (*session.forgotten, *turns[: 2 * count])
-    begun = dataclasses.replace(begun, messages=tuple(rest), forgotten=forgotten)
-    what = f"the first {count} turn{'s' * (count > 1)}"
-    says = f"(forgot {what}: the context of {context:,} tokens is full)"
-    return Step(begun, says if count else "", "answer")
+    reserved_tokens = min(
+        GenerationConfig(**session.sampling).max_new_tokens, context // 2
+    )
+    remaining, num_dropped = truncate_history(
+        model, [*system, *turns, message], reserved_tokens
+    )
+    dropped_messages = (*session.dropped_messages, *turns[: 2 * num_dropped])
+    updated = dataclasses.replace(
+        updated, messages=tuple(remaining), forgotten=dropped_messages
+    )
+    dropped_turns = f"the first {num_dropped} turn{'s' * (num_dropped > 1)}"
+    notice = f"(dropped {dropped_turns}: the context of {context:,} tokens is full)"
+    return Action(updated, notice if num_dropped else "", "reply")
 
 
-def parts(
-    messages: Sequence[Message],
-) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    """The system message, if there is one, and all others."""
-    first = int(bool(messages) and messages[0]["role"] == "system")
-    return tuple(messages[:first]), tuple(messages[first:])
+def split_system_message(
+    messages: Sequence[ChatMessage],
+) -> tuple[tuple[ChatMessage, ...], tuple[ChatMessage, ...]]:
+    """Splits off the system message, if there is one."""
+    num_system = int(bool(messages) and messages[0]["role"] == "system")
+    return tuple(messages[:num_system]), tuple(messages[num_system:])
 
 
-def kept(
-    model: Model, messages: Sequence[Message], reserve: int
-) -> tuple[list[Message], int]:
-    """The messages that leave `reserve` tokens free, and how many turns were dropped.
+def truncate_history(
+    model: Model, messages: Sequence[ChatMessage], reserved_tokens: int
+) -> tuple[list[ChatMessage], int]:
+    """Drops the oldest turns until `reserved_tokens` of the context are free.
 
-    A turn is a question and its answer. The oldest go first; the system message and
-    the last question stay.
+    A turn is a question and its reply. The system message and the last question are
+    kept. Also returns the number of dropped turns.
 
     Raises:
-        DataError: these two alone do not fit.
+        DataError: the system message and the last question alone do not fit.
     """
-    system, turns = parts(messages)
-    room = model.config.context_length - reserve
-    tokens = 0
-    for count in range((len(turns) + 1) // 2):
-        rest = [*system, *turns[2 * count :]]
-        tokens = len(prompt_ids(model, rest))
-        if tokens <= room:
-            return rest, count
+    system, turns = split_system_message(messages)
+    max_tokens = model.config.context_length - reserved_tokens
+    num_tokens = 0
+    for num_dropped in range((len(turns) + 1) // 2):
+        remaining = [*system, *turns[2 * num_dropped :]]
+        num_tokens = len(encode_chat(model, remaining))
+        if num_tokens <= max_tokens:
+            return remaining, num_dropped
     raise DataError(
-        f"the message takes {tokens:,} tokens with the template"
-        f"{' and the system message' * bool(system)}, but there is room for {room:,}: "
-        f"{reserve:,} of the context's {room + reserve:,} are kept for the answer. "
+        f"the message is {num_tokens:,} tokens long with the template"
+        f"{' and the system message' * bool(system)}, but at most {max_tokens:,} fit: "
+        f"{reserved_tokens:,} of the context's {max_tokens + reserved_tokens:,} are reserved for the reply. "
         "Shorten it."
     )
 
 
-def answered(
-    model: Model, session: Session, put: Say, say: Say, pressed: Sequence[int]
-) -> Session:
-    """The session with the answer to its last message, which is put as it comes."""
-    seed = session.sampling.get("seed", 0) + session.answers - 1
+def stream_reply(
+    model: Model,
+    session: ChatSession,
+    print_reply: PrintFn,
+    print_notice: PrintFn,
+    interrupts: Sequence[int],
+) -> ChatSession:
+    """Streams the reply to the last message; returns the session with it."""
+    seed = session.sampling.get("seed", 0) + session.num_replies - 1
     options = {**session.sampling, "seed": seed}
-    if model.template:
-        pieces = stream_answer(model, list(session.messages), **options)
+    if model.chat_template:
+        chunks = stream_answer(model, list(session.history), **options)
     else:
-        pieces = stream(model, session.messages[-1]["content"], **options)
+        chunks = stream(model, session.history[-1]["content"], **options)
     text = ""
     try:
-        for piece in pieces:
-            if not pressed:
-                put(piece)
-                text += piece
-            if pressed:  # meanwhile, so that no further piece is computed
+        for chunk in chunks:
+            if not interrupts:
+                print_reply(chunk)
+                text += chunk
+            if interrupts:  # also after printing, before the next chunk is computed
                 break
     finally:
         if text:
-            put("\n")
-    if pressed:
-        say("(stopped)")
+            print_reply("\n")
+    if interrupts:
+        print_notice("(stopped)")
     elif not text.strip():
-        say("(the answer is empty)")
-    if not model.template or not text.strip():
+        print_notice("(the reply is empty)")
+    if not model.chat_template or not text.strip():
         return session
-    answer = {"role": "assistant", "content": text.strip()}
-    return dataclasses.replace(session, messages=(*session.messages, answer))
+    reply = {"role": "assistant", "content": text.strip()}
+    return dataclasses.replace(session, messages=(*session.history, reply))
 
 
-def commands(model: Model) -> dict[str, Command]:
-    """Those that there are for this model."""
-    rows = COMMANDS.items()
-    return {name: row for name, row in rows if model.template or not row.messages}
+def available_commands(model: Model) -> dict[str, ChatCommand]:
+    """Commands available for this model."""
+    rows = CHAT_COMMANDS.items()
+    return {
+        name: row for name, row in rows if model.chat_template or not row.needs_template
+    }
 
 
-def show_help(model: Model, session: Session, argument: str) -> Step:
-    """The step that lists the commands."""
-    rows = commands(model).items()
+def show_help(model: Model, session: ChatSession, argument: str) -> Action:
+    """Lists the commands."""
+    rows = available_commands(model).items()
     lines = [f"{name} {row.argument}".ljust(16) + row.help for name, row in rows]
-    lines += ["Ctrl-C stops an answer. A paste of several lines is one message. With a"]
-    lines += ["blank before it, a line that starts with / is a message."]
-    return Step(session, "\n".join(lines))
+    lines += ["Ctrl-C stops a reply. A paste of several lines is one message. To send"]
+    lines += ["a message that starts with /, put a space before it."]
+    return Action(session, "\n".join(lines))
 
 
-def leave(model: Model, session: Session, argument: str) -> Step:
-    """The last step."""
-    return Step(session, then="leave")
+def quit_chat(model: Model, session: ChatSession, argument: str) -> Action:
+    """Ends the chat."""
+    return Action(session, then="quit")
 
 
-def reset(model: Model, session: Session, argument: str) -> Step:
-    """The step that leaves only the system message."""
-    system, _ = parts(session.messages)
+def reset(model: Model, session: ChatSession, argument: str) -> Action:
+    """Drops everything but the system message."""
+    system, _ = split_system_message(session.history)
     session = dataclasses.replace(session, messages=system, forgotten=())
-    return Step(session, "(forgot all turns)")
+    return Action(session, "(dropped all turns)")
 
 
-def set_system(model: Model, session: Session, argument: str) -> Step:
-    """The step that puts another system message before the turns, or none."""
-    _, turns = parts(session.messages)
+def set_system(model: Model, session: ChatSession, argument: str) -> Action:
+    """Sets or removes the system message."""
+    _, turns = split_system_message(session.history)
     system = [{"role": "system", "content": argument}] if argument else []
     session = dataclasses.replace(session, messages=(*system, *turns))
-    return Step(session, f"(the system message is {'set' if system else 'removed'})")
+    return Action(session, f"(the system message is {'set' if system else 'removed'})")
 
 
-def retry(model: Model, session: Session, argument: str) -> Step:
-    """The step that asks the last question once more."""
-    _, turns = parts(session.messages)
-    texts = [turn["content"] for turn in turns if turn["role"] == "user"]
-    if not texts:
-        raise ConfigError("there is no message to ask again. Write one.")
+def retry(model: Model, session: ChatSession, argument: str) -> Action:
+    """Regenerates the last reply."""
+    _, turns = split_system_message(session.history)
+    questions = [turn["content"] for turn in turns if turn["role"] == "user"]
+    if not questions:
+        raise ConfigError("there is no message to send again. Write one first.")
     if turns[-1]["role"] == "assistant":
-        session = dataclasses.replace(session, messages=session.messages[:-1])
-    return asked(model, session, texts[-1])
+        session = dataclasses.replace(session, messages=session.history[:-1])
+    return start_turn(model, session, questions[-1])
 
 
-def setting(field: str, example: int | float) -> Run:
-    """The command that changes a field of `Sampling` to a number like the example."""
+def make_option_setter(field: str, example: int | float) -> CommandFn:
+    """Makes a command that sets a numeric field of `GenerationConfig`."""
 
-    def run(model: Model, session: Session, argument: str) -> Step:
+    def run(model: Model, session: ChatSession, argument: str) -> Action:
         try:
             value: Any = type(example)(argument)
         except ValueError:
             value = math.inf
         if abs(value) == math.inf:
             raise ConfigError(
-                f"{field} cannot be {argument!r}. Give it a number, such as {example}."
+                f"{field} cannot be {argument!r}. Use a number, such as {example}."
             )
         sampling: dict[str, Any] = {**session.sampling, field: value}
-        Sampling(**sampling)
+        GenerationConfig(**sampling)
         session = dataclasses.replace(session, sampling=sampling)
-        return Step(session, f"({field} is {value})")
+        return Action(session, f"({field} is {value})")
 
     return run
 
 
-def save(model: Model, session: Session, argument: str) -> Step:
-    """Writes all messages, forgotten ones too, to a file that is not there yet."""
+def save_conversation(model: Model, session: ChatSession, argument: str) -> Action:
+    """Writes all messages, including dropped ones, to a new file."""
     if not argument:
-        raise ConfigError("/save needs the name of a file, such as /save talk.json.")
+        raise ConfigError("/save needs a file name, such as /save talk.json.")
     path = Path(os.path.expanduser(argument))  # Path.expanduser can fail
     if os.path.lexists(path):
-        raise ConfigError(f"{path} is there already. Name another file.")
-    system, turns = parts(session.messages)
-    messages = [*system, *session.forgotten, *turns]
+        raise ConfigError(f"{path} already exists. Use another name.")
+    system, turns = split_system_message(session.history)
+    messages = [*system, *session.dropped_messages, *turns]
     text = json.dumps(messages, ensure_ascii=False, indent=2) + "\n"
     try:
         partial = path.with_name(f"{path.name}.partial")
@@ -367,20 +388,22 @@ def save(model: Model, session: Session, argument: str) -> Step:
         partial.replace(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot write {path}: {error}.") from error
-    return Step(session, f"(saved {len(messages)} messages in {path})")
+    return Action(session, f"(saved {len(messages)} messages to {path})")
 
 
-COMMANDS = {
-    "/help": Command("", "show these lines", show_help),
-    "/retry": Command("", "ask the last message again", retry),
-    "/reset": Command("", "forget all turns, not the system message", reset, True),
-    "/system": Command(
+CHAT_COMMANDS = {
+    "/help": ChatCommand("", "show this help", show_help),
+    "/retry": ChatCommand("", "regenerate the last reply", retry),
+    "/reset": ChatCommand("", "drop all turns; keep the system message", reset, True),
+    "/system": ChatCommand(
         "TEXT", "set the system message, or remove it", set_system, True
     ),
-    "/temperature": Command(
-        "X", "0 = the likeliest token", setting("temperature", 0.7)
+    "/temperature": ChatCommand(
+        "X", "sampling temperature; 0 = greedy", make_option_setter("temperature", 0.7)
     ),
-    "/top-k": Command("N", "draw from the N likeliest; 0 = all", setting("top_k", 40)),
-    "/save": Command("FILE", "write the messages as JSON", save, True),
-    "/quit": Command("", "leave, as Ctrl-D does", leave),
+    "/top-k": ChatCommand(
+        "N", "sample from the top N tokens; 0 = all", make_option_setter("top_k", 40)
+    ),
+    "/save": ChatCommand("FILE", "write the messages as JSON", save_conversation, True),
+    "/quit": ChatCommand("", "quit (or Ctrl-D)", quit_chat),
 }

@@ -1,12 +1,12 @@
-"""Training state on disk: Orbax writes the arrays, a manifest makes them count.
+"""Training checkpoints: arrays written by Orbax, verified by a manifest of hashes.
 
-    checkpoints/<step>/state/          what Orbax wrote
+    checkpoints/<step>/state/          arrays, written by Orbax
     checkpoints/<step>/manifest.json   hashes of every file and array, written last
 
-A step is built under another name and renamed when it is complete, so a folder named
-by a number is whole unless something changed it later. Orbax loads flipped bits without
-a word, hence the hashes: only a step whose files all match counts, and after restoring,
-on whatever mesh, each array has to have the checksum it was saved with.
+A step is written under a temporary name and renamed when complete, so a folder named
+by a number is complete unless it was modified later. Orbax loads flipped bits silently,
+hence the hashes: a step is valid only if all its files match, and after restoring, on
+any mesh, each array must have the checksum it was saved with.
 """
 
 import contextlib
@@ -25,268 +25,287 @@ from jax.experimental.multihost_utils import (
     sync_global_devices,
 )
 
-from gptjax.checksums import checked
+from gptjax.checksums import checksum_tree
 from gptjax.errors import ModelError
-from gptjax.manifest import DamagedError, read_manifest, write_manifest
-from gptjax.step_folders import begin, finish, newest, remove, retire, set_aside
-from gptjax.step_folders import saved_steps as saved_steps  # for those who read
-from gptjax.tree import named_leaves
+from gptjax.manifest import CorruptCheckpointError, read_manifest, write_manifest
+from gptjax.step_folders import (
+    begin_step,
+    commit_step,
+    latest_valid_step,
+    remove_path,
+    apply_retention,
+    quarantine,
+)
+from gptjax.step_folders import list_steps as list_steps  # re-exported
+from gptjax.tree import flatten_with_names
 
-FILE_BYTES = 1 << 28  # of one file of arrays, so that several are hashed at a time
-SPARE_BYTES = 1 << 20  # that a save needs beside its arrays, at least
-OS_ERROR = re.compile(r"os_error_code='?(\d+)")  # in what TensorStore says
+MAX_CHECKPOINT_FILE_BYTES = (
+    1 << 28
+)  # per array file, so that several are hashed in parallel
+MIN_FREE_BYTES = 1 << 20  # free space needed in addition to the arrays
+OS_ERROR_PATTERN = re.compile(
+    r"os_error_code='?(\d+)"
+)  # in error messages of TensorStore
 
-Save = Callable[[int, Any], None]
+SaveFn = Callable[[int, Any], None]
 
 
 @contextlib.contextmanager
-def saver(
-    folder: Path, keep: int, saved: Callable[[int], None] = lambda step: None
-) -> Iterator[Save]:
-    """Yields `save(step, tree)`, which returns long before the disk has it all.
+def async_saver(
+    checkpoint_dir: Path, keep: int, on_saved: Callable[[int], None] = lambda step: None
+) -> Iterator[SaveFn]:
+    """Yields `save(step, tree)`, which writes in a background thread.
 
-    Meanwhile the caller may donate the arrays: on a CPU JAX copies what is donated
-    while somebody still sees it, and from other devices all is fetched first. The end
-    of the `with` waits for the last save. Many processes wait for one another in every
-    save, which threads beside their training could not, so they save at once.
+    The caller may donate the arrays while they are written: on CPU, JAX copies donated
+    buffers that are still referenced, and arrays on other devices are fetched first.
+    Leaving the `with` block waits for the last save. With several processes each save
+    is synchronous, because processes cannot synchronize in threads beside training.
 
     Args:
-        folder: of the steps.
-        keep: newest steps that are not deleted.
-        saved: called, maybe by another thread, when a step counts.
+        checkpoint_dir: checkpoint folder of the run.
+        keep: number of newest steps to keep.
+        on_saved: called when a step is complete, possibly from another thread.
 
     Raises:
-        ModelError: from a later `save` or from the end of the `with`, if a step could
-            not be saved; earlier ones are kept.
+        ModelError: a step could not be saved, raised by the next `save` or at the end
+            of the `with` block. Earlier checkpoints are kept.
     """
 
-    def store_and_say(step: int, tree: Any) -> None:
-        store(folder, step, tree, keep)
-        saved(step)
+    def write_and_notify(step: int, tree: Any) -> None:
+        write_step(checkpoint_dir, step, tree, keep)
+        on_saved(step)
 
     if jax.process_count() > 1:
-        yield store_and_say
+        yield write_and_notify
         return
     pending: list[Future[None]] = []
 
-    def settle() -> None:
+    def wait_for_pending() -> None:
         while pending:
-            wait(pending)  # a signal may raise here, and the result is still due
+            wait(pending)  # a signal may raise here; the result is still needed
             pending.pop().result()
 
     def begin_save(step: int, tree: Any) -> None:
-        settle()
-        check_space(folder, tree)
-        pending.append(thread.submit(store_and_say, step, on_host(tree)))
+        wait_for_pending()
+        check_disk_space(checkpoint_dir, tree)
+        pending.append(executor.submit(write_and_notify, step, copy_to_host(tree)))
 
     try:
-        with ThreadPoolExecutor(1, "checkpoint") as thread:
+        with ThreadPoolExecutor(1, "checkpoint") as executor:
             yield begin_save
     finally:
-        settle()
+        wait_for_pending()
 
 
-def on_host(tree: Any) -> Any:
-    """The arrays in the memory of this machine, whatever happens to their originals.
+def copy_to_host(tree: Any) -> Any:
+    """Returns the arrays in host memory, safe from donation of the originals.
 
-    Where they lie there already none is copied.
+    Arrays that are in host memory already are not copied.
     """
-    host = jax.device_get(tree)
+    host_tree = jax.device_get(tree)
     try:
         cpu = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS leaves it out
-        return host
-    return jax.device_put(host, cpu)
+    except RuntimeError:  # excluded by JAX_PLATFORMS
+        return host_tree
+    return jax.device_put(host_tree, cpu)
 
 
-def save(folder: Path, step: int, tree: Any, keep: int) -> None:
+def save_step(checkpoint_dir: Path, step: int, tree: Any, keep: int) -> None:
     """Saves `tree` as `step`, then deletes all but the newest `keep` steps.
 
     Raises:
-        ModelError: the folder cannot be written, or a value is not finite; earlier
-            steps are untouched.
+        ModelError: the folder cannot be written, or a value is not finite. Earlier
+            steps are kept.
     """
-    check_space(folder, tree)
-    store(folder, step, tree, keep)
+    check_disk_space(checkpoint_dir, tree)
+    write_step(checkpoint_dir, step, tree, keep)
 
 
-def store(folder: Path, step: int, tree: Any, keep: int) -> None:
-    """`save`, where there is space."""
-    main, building = jax.process_index() == 0, folder / f"{step}.partial"
+def write_step(checkpoint_dir: Path, step: int, tree: Any, keep: int) -> None:
+    """Writes a step without checking the disk space first; see `save_step`."""
+    is_main, partial_dir = jax.process_index() == 0, checkpoint_dir / f"{step}.partial"
     try:
-        if main:
-            begin(folder, step)
+        if is_main:
+            begin_step(checkpoint_dir, step)
         sync_global_devices("checkpoint begun")
-        sums = finite_checksums(step, tree)
-        write_arrays(building / "state", tree)
-        if main:
-            known = described(tree)
-            arrays = {name: [known[name], sums[name]] for name in known}
-            write_manifest(building, {"step": step, "arrays": arrays})
-            finish(folder, step)
+        checksums = checksums_if_finite(step, tree)
+        write_arrays(partial_dir / "state", tree)
+        if is_main:
+            spec = tree_spec(tree)
+            arrays = {name: [spec[name], checksums[name]] for name in spec}
+            write_manifest(partial_dir, {"step": step, "arrays": arrays})
+            commit_step(checkpoint_dir, step)
         sync_global_devices("checkpoint sealed")
-        if main:
-            retire(folder, step, keep)
+        if is_main:
+            apply_retention(checkpoint_dir, step, keep)
     except OSError as error:
-        if main:  # what was written so far may be what fills the disk
+        if is_main:  # frees the space taken by the partial step
             with contextlib.suppress(OSError):
-                remove(building)
+                remove_path(partial_dir)
         raise ModelError(
-            f"cannot save step {step} in {folder}: {error}. Free space or name "
-            "another run folder; earlier checkpoints are kept."
+            f"cannot save step {step} in {checkpoint_dir}: {error}. Free disk space or "
+            "choose another run folder; earlier checkpoints are kept."
         ) from error
 
 
-def finite_checksums(step: int, tree: Any) -> dict[str, int]:
-    """The checksum of each array.
+def checksums_if_finite(step: int, tree: Any) -> dict[str, int]:
+    """Returns the checksum of each array by name.
 
     Raises:
         ModelError: a value is not finite.
     """
-    sums, endless = checked(tree)
-    if endless:
-        more = f" and {len(endless) - 1} more" if endless[1:] else ""
+    checksums, nonfinite = checksum_tree(tree)
+    if nonfinite:
+        others = f" and {len(nonfinite) - 1} more" if nonfinite[1:] else ""
         raise ModelError(
-            f"step {step} is not saved: {endless[0]}{more} holds values that are not "
-            "finite. Lower optim.peak_lr or optim.grad_clip, and start the same "
-            "command again: it goes on from the last checkpoint."
+            f"step {step} is not saved: {nonfinite[0]}{others} contains non-finite values. "
+            "Lower optim.peak_lr or optim.grad_clip and rerun the command to resume "
+            "from the last checkpoint."
         )
-    return sums
+    return checksums
 
 
 def write_arrays(path: Path, tree: Any) -> None:
-    """Lets Orbax write, without compression: random digits do not shrink.
+    """Writes the arrays with Orbax, uncompressed: weights do not compress well.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: the arrays cannot be written.
     """
-    options = ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=FILE_BYTES)
+    options = ocp.args.PyTreeSave(
+        tree, ocdbt_target_data_file_size=MAX_CHECKPOINT_FILE_BYTES
+    )
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
     try:
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(path.absolute(), args=options)
-    except Exception as error:  # Orbax names no type; a full disk is a ValueError
+    except Exception as error:  # Orbax documents no type; a full disk is a ValueError
         if jax.process_count() > 1 or isinstance(error, OSError):
-            raise  # the connection between processes broke: `distributed` says so
-        number = [int(text) for text in OS_ERROR.findall(str(error))[:1]]
-        raise OSError(*number, first_line(error)) from error
+            raise  # connection lost between processes: handled in `distributed`
+        error_number = [int(text) for text in OS_ERROR_PATTERN.findall(str(error))[:1]]
+        raise OSError(*error_number, summarize_error(error)) from error
 
 
-def first_line(error: Exception) -> str:
-    """What an error of another library comes to."""
+def summarize_error(error: Exception) -> str:
+    """Returns the first line of an error message, or the name of its type."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def check_space(folder: Path, tree: Any) -> None:
-    """Whether the disk has room for one more step.
+def check_disk_space(checkpoint_dir: Path, tree: Any) -> None:
+    """Checks that the disk has space for one more step.
 
     Raises:
         ModelError: it has not.
     """
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-    needed = size + size // 10 + SPARE_BYTES
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    needed = num_bytes + num_bytes // 10 + MIN_FREE_BYTES
     if jax.process_index() > 0:
         return
-    there = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-    free = shutil.disk_usage(there).free
+    existing_dir = next(
+        path
+        for path in [checkpoint_dir, *checkpoint_dir.absolute().parents]
+        if path.exists()
+    )
+    free = shutil.disk_usage(existing_dir).free
     if free < needed:
         raise ModelError(
-            f"a checkpoint in {folder} needs {needed / 1e6:,.0f} MB, and "
-            f"{free / 1e6:,.0f} MB are free. Free space, or name another run folder; "
-            "earlier checkpoints are kept."
+            f"a checkpoint in {checkpoint_dir} needs {needed / 1e6:,.0f} MB, but "
+            f"{free / 1e6:,.0f} MB are free. Free disk space or choose another run "
+            "folder; earlier checkpoints are kept."
         )
 
 
-class Resumed(NamedTuple):
-    """Where a run goes on."""
+class Restored(NamedTuple):
+    """Restored training state."""
 
-    step: int | None  # None: nothing was ever saved
+    step: int | None  # None if no step was ever saved
     tree: Any
-    complaints: list[str]  # of steps that were set aside
+    warnings: list[str]  # about quarantined steps
 
 
-def resume(folder: Path, like: Any) -> Resumed:
-    """The newest step that verifies and comes back as it was saved, else `like`.
+def restore_latest(checkpoint_dir: Path, like: Any) -> Restored:
+    """Restores the newest valid step, or returns `like` if no step was saved.
 
-    Of many processes, the first looks and tells the others; it alone has complaints.
+    Process 0 selects the step and broadcasts it; only its result has warnings.
 
     Raises:
-        ModelError: there is something, but nothing that verifies; or it holds other
-            arrays than `like`.
+        ModelError: the folder is not empty but has no valid step, or the step has
+            other arrays than `like`.
     """
-    complaints: list[str] = []
+    warnings: list[str] = []
     while True:
-        step, found = latest(folder)
-        complaints += found
+        step, new_warnings = latest_step(checkpoint_dir)
+        warnings += new_warnings
         if step is None:
-            return Resumed(None, like, complaints)
+            return Restored(None, like, warnings)
         try:
-            return Resumed(step, restore(folder, step, like), complaints)
-        except DamagedError as error:
+            return Restored(step, restore(checkpoint_dir, step, like), warnings)
+        except CorruptCheckpointError as error:
             if jax.process_index() == 0:
-                complaints.append(set_aside(folder, step, str(error)))
+                warnings.append(quarantine(checkpoint_dir, step, str(error)))
 
 
-def latest(folder: Path) -> tuple[int | None, list[str]]:
-    """The newest step that verifies (None: nothing was ever saved), and complaints.
+def latest_step(checkpoint_dir: Path) -> tuple[int | None, list[str]]:
+    """Returns the newest valid step (None if no step was ever saved) and warnings.
 
-    Of many processes, the first looks and tells the others.
+    Process 0 selects the step and broadcasts it.
 
     Raises:
-        ModelError: there is something, but no step that verifies.
+        ModelError: the folder is not empty but has no valid step.
     """
     if jax.process_count() == 1:
-        return newest(folder)
-    step, complaints = newest(folder) if jax.process_index() == 0 else (None, [])
-    told = int(broadcast_one_to_all(np.int32(-1 if step is None else step)))
-    return (None if told < 0 else told), complaints
+        return latest_valid_step(checkpoint_dir)
+    step, warnings = (
+        latest_valid_step(checkpoint_dir) if jax.process_index() == 0 else (None, [])
+    )
+    agreed_step = int(broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    return (None if agreed_step < 0 else agreed_step), warnings
 
 
-def restore(folder: Path, step: int, like: Any) -> Any:
-    """The saved tree, with the structure, dtypes and sharding of `like`.
+def restore(checkpoint_dir: Path, step: int, like: Any) -> Any:
+    """Restores a tree with the structure, dtypes and sharding of `like`.
 
     Raises:
-        DamagedError: what came back is not what was saved.
+        CorruptCheckpointError: a restored array differs from the saved one.
         ModelError: the saved arrays have other names, shapes or dtypes.
     """
-    arrays = read_manifest(folder / str(step))["arrays"]
+    arrays = read_manifest(checkpoint_dir / str(step))["arrays"]
     saved = {name: text for name, (text, _) in arrays.items()}
-    if saved != described(like):
-        names = {name for name, _ in saved.items() ^ described(like).items()}
+    if saved != tree_spec(like):
+        names = {name for name, _ in saved.items() ^ tree_spec(like).items()}
         raise ModelError(
-            f"checkpoint {step} in {folder} holds other arrays than this model and "
-            f"optimiser: {sorted(names)[:3]}. Use the config it was saved with, or "
-            "another --run."
+            f"the arrays of checkpoint {step} in {checkpoint_dir} differ from those of this "
+            f"model and optimizer: {sorted(names)[:3]}. Use the config it was saved "
+            "with, or another --run."
         )
-    tree = read_arrays((folder / str(step)).absolute() / "state", like)
-    sums, _ = checked(tree)
-    if changed := [name for name in sums if sums[name] != arrays[name][1]]:
-        raise DamagedError(
-            f"{changed[0]!r} came back with other values than were saved"
+    tree = read_arrays((checkpoint_dir / str(step)).absolute() / "state", like)
+    checksums, _ = checksum_tree(tree)
+    if changed := [name for name in checksums if checksums[name] != arrays[name][1]]:
+        raise CorruptCheckpointError(
+            f"the restored values of {changed[0]!r} differ from the saved ones"
         )
     return tree
 
 
 def read_arrays(path: Path, like: Any) -> Any:
-    """Lets Orbax read arrays with the structure, dtypes and sharding of `like`.
+    """Reads arrays with Orbax, with the structure, dtypes and sharding of `like`.
 
     Raises:
-        ModelError: it cannot, although the files are those that it wrote.
+        ModelError: Orbax cannot read the files, although they are unchanged.
     """
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(path, abstract)
-    except Exception as error:  # Orbax names no type
+    except Exception as error:  # Orbax documents no type
         if jax.process_count() > 1:
-            raise  # the connection between processes broke: `distributed` says so
+            raise  # connection lost between processes: handled in `distributed`
         raise ModelError(
-            f"cannot restore {path}: {first_line(error)}. Its files are what was "
-            "saved: is there enough memory, and is Orbax the version that saved it?"
+            f"cannot restore {path}: {summarize_error(error)}. The files are unchanged "
+            "since they were saved: check the free memory and the version of Orbax."
         ) from error
 
 
-def described(tree: Any) -> dict[str, str]:
-    """Dtype and shape of every leaf by name."""
-    leaves = named_leaves(tree)
+def tree_spec(tree: Any) -> dict[str, str]:
+    """Returns the dtype and shape of every leaf by name."""
+    leaves = flatten_with_names(tree)
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}

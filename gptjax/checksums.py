@@ -1,8 +1,8 @@
-"""A number for each array that is the same on every mesh.
+"""Array checksums that do not depend on the sharding.
 
-Element i counts with its bits times an odd number that follows from i, modulo 2**32.
-Integers add up to the same in any order, so devices and processes may each sum what
-they hold; one bit that flips, or two elements that change places, show.
+Each element contributes its bits times an odd weight derived from its index, modulo
+2**32. Integer addition is associative, so devices and processes can sum their shards
+separately. A flipped bit or two swapped elements change the sum.
 """
 
 import functools
@@ -14,71 +14,73 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
-from gptjax.tree import named_leaves
+from gptjax.tree import flatten_with_names
 
-WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # of a number of bytes
-
-
-class Checked(NamedTuple):
-    """What is known of each array by its name."""
-
-    sums: dict[str, int]  # the checksum, below 2**32
-    endless: list[str]  # names of those with a value that is not finite
+UINT_DTYPES = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by item size in bytes
 
 
-def checked(tree: Any) -> Checked:
-    """The checksums of a tree of arrays, wherever they lie.
+class ArrayChecksums(NamedTuple):
+    """Checksums of the arrays of a tree."""
 
-    Of many processes all have to ask, and all get the same.
+    sums: dict[str, int]  # by name, below 2**32
+    nonfinite: list[str]  # names of arrays with a non-finite value
+
+
+def checksum_tree(tree: Any) -> ArrayChecksums:
+    """Computes the checksums of a tree of arrays on any devices.
+
+    A collective operation: all processes must call it, and get the same result.
     """
-    leaves = named_leaves(tree)
-    sums, finite = (np.asarray(x) for x in program(tree)([*leaves.values()]))
-    return Checked(
+    leaves = flatten_with_names(tree)
+    sums, is_finite = (
+        np.asarray(x) for x in _make_checksum_fn(tree)([*leaves.values()])
+    )
+    return ArrayChecksums(
         dict(zip(leaves, sums.tolist(), strict=True)),
-        [name for name, good in zip(leaves, finite.tolist(), strict=True) if not good],
+        [name for name, ok in zip(leaves, is_finite.tolist(), strict=True) if not ok],
     )
 
 
-def program(tree: Any) -> Any:
-    """The compiled work; on a mesh, each process gets all of its result."""
+def _make_checksum_fn(tree: Any) -> Any:
+    """Returns the jitted checksum function; on a mesh its result is replicated."""
     first = jax.tree.leaves(tree)[0]
-    where = getattr(first, "sharding", None)
-    if isinstance(where, NamedSharding):
-        return compiled(NamedSharding(where.mesh, PartitionSpec()))
-    return compiled(None)
+    sharding = getattr(first, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        return _jit_checksum_fn(NamedSharding(sharding.mesh, PartitionSpec()))
+    return _jit_checksum_fn(None)
 
 
 @functools.cache
-def compiled(result: NamedSharding | None) -> Any:
-    """One function for each place of the result, so that JAX knows it again."""
-    return jax.jit(work, out_shardings=result)
+def _jit_checksum_fn(out_sharding: NamedSharding | None) -> Any:
+    """Returns one jitted function per output sharding, so that JAX caches it."""
+    return jax.jit(_checksum_leaves, out_shardings=out_sharding)
 
 
-def work(leaves: list[Any]) -> tuple[Array, Array]:
-    """Of each leaf its checksum, and whether all its values are finite."""
-    finite = [jnp.all(jnp.isfinite(x)) for x in leaves]
-    return jnp.stack([checksum(x) for x in leaves]), jnp.stack(finite)
+def _checksum_leaves(leaves: list[Any]) -> tuple[Array, Array]:
+    """Returns the checksum of each leaf, and True if all its values are finite."""
+    is_finite = [jnp.all(jnp.isfinite(x)) for x in leaves]
+    return jnp.stack([checksum(x) for x in leaves]), jnp.stack(is_finite)
 
 
 def checksum(x: Any) -> UInt32[Array, ""]:
-    """The sum over the bits of all elements, each times its own odd number."""
-    bits = words(x)
-    return jnp.sum(bits * odd_numbers(bits.shape), dtype=jnp.uint32)
+    """Returns the sum of the bits of all elements, times their index weights."""
+    bits = as_uint32(x)
+    return jnp.sum(bits * index_weights(bits.shape), dtype=jnp.uint32)
 
 
-def words(x: Any) -> UInt32[Array, "..."]:
-    """The bits of each element; 8 bytes are two words on one more axis."""
+def as_uint32(x: Any) -> UInt32[Array, "..."]:
+    """Returns the bits as uint32; 8-byte elements become two on a new last axis."""
     x = jnp.asarray(x)
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
-    word = WORDS.get(x.dtype.itemsize, jnp.uint32)
-    return jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+    uint_dtype = UINT_DTYPES.get(x.dtype.itemsize, jnp.uint32)
+    return jax.lax.bitcast_convert_type(x, uint_dtype).astype(jnp.uint32)
 
 
-def odd_numbers(shape: tuple[int, ...]) -> UInt32[Array, "..."]:
-    """One for each place in row-major order: its index, well mixed, last bit set.
+def index_weights(shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """Returns an odd pseudorandom weight for each row-major index.
 
-    Shifts and products as in the finaliser of MurmurHash3 (Appleby, public domain).
+    The mixing steps are those of the MurmurHash3 finalizer (Appleby, public domain).
     """
     index, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):

@@ -1,4 +1,4 @@
-"""Fine-tuning into a classifier: labelled texts and a config in, a model out."""
+"""Classification fine-tuning task."""
 
 import dataclasses
 import functools
@@ -11,300 +11,394 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import budget, report
-from gptjax.classifier import class_nats, head_logits, read
+from gptjax.classifier import (
+    classification_loss,
+    pool_and_project,
+    classifier_hidden_states,
+)
 from gptjax.config import RunConfig
-from gptjax.data.folds import describe, split_rows
-from gptjax.data.labelled import Labelled, read_labelled, select
-from gptjax.data.labelled_batches import LabelledBatches
+from gptjax.data.folds import describe_splits, stratified_split
+from gptjax.data.labelled import LabeledTexts, read_labeled_texts, take
+from gptjax.data.labelled_batches import ClassificationBatches
 from gptjax.errors import ConfigError
-from gptjax.loss import weighted_nats
-from gptjax.model import Params, output_table
+from gptjax.loss import fused_cross_entropy
+from gptjax.model import Params, unembedding_matrix
 from gptjax.optim import make_optimizer
-from gptjax.prediction import ROWS, Judged, judge, sizes_of
-from gptjax.report_classes import Mistake, write_classification
-from gptjax.run_loop import tune_run
-from gptjax.run_task import NO_WISHES, Run, Say, Task, Wishes, device_line, length_line
-from gptjax.sharding import local, place
+from gptjax.prediction import (
+    CLASSIFY_BATCH_SIZE,
+    ClassificationResult,
+    evaluate_classifier,
+    bucket_lengths,
+)
+from gptjax.report_classes import Misclassification, write_classification_report
+from gptjax.run_loop import finetune
+from gptjax.run_task import (
+    DEFAULT_RESUME_OPTIONS,
+    RunContext,
+    LogFn,
+    Task,
+    ResumeOptions,
+    describe_devices,
+    describe_length,
+)
+from gptjax.sharding import to_host, shard_tree
 from gptjax.starting import (
     choose_tokenizer,
-    open_start,
-    settled_model,
-    starting_params,
-    tuning_facts,
-    with_validation,
+    load_init_model,
+    resolve_model_config,
+    initial_params,
+    finetune_provenance,
+    check_validation_split,
 )
 from gptjax.tokenizer import Tokenizer
 from gptjax.train import TrainState, init_state
-from gptjax.trainable import make_tuned_step, parted, save_tuned, stream, whole
-from gptjax.tree import count
+from gptjax.trainable import (
+    make_finetune_step,
+    split_trainable,
+    save_finetuned,
+    iterate_batches,
+    full_params,
+)
+from gptjax.tree import num_params
 from gptjax.weights.folder import Model
 
-TRAIN, VALIDATION, TEST = "train", "validation", "test"
+TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT = "train", "validation", "test"
 
 
-class Sets(NamedTuple):
-    """What a run reads."""
+class ClassificationData(NamedTuple):
+    """Data of a classification run."""
 
-    rows: dict[str, Labelled]  # by split
+    rows: dict[str, LabeledTexts]  # by split
     ids: dict[str, list[list[int]]]
     tokenizer: Tokenizer
-    detected: str  # a line about the file
-    cut: int  # rows that are longer than the context
+    columns: str  # summary line with the detected columns
+    num_truncated: int  # rows longer than the context
 
 
-MakeTask = Callable[[Run], tuple[Run, Task, Sets]]
+MakeClassificationTaskFn = Callable[
+    [RunContext], tuple[RunContext, Task, ClassificationData]
+]
 
 
 def train_classifier(
     config: RunConfig,
-    folder: Path,
-    say: Say = print,
-    make: MakeTask | None = None,
-    wishes: Wishes = NO_WISHES,
+    run_dir: Path,
+    log: LogFn = print,
+    make_task: MakeClassificationTaskFn | None = None,
+    options: ResumeOptions = DEFAULT_RESUME_OPTIONS,
 ) -> Model:
-    """Fine-tunes as `config` says in the run folder `folder`, or goes on.
+    """Fine-tunes a classifier; resumes if the run exists.
 
-    The model of the step that did best on the validation rows is kept, and only it
-    is shown the test rows.
+    Returns the model of the step with the best validation accuracy; only this one is
+    evaluated on the test rows.
 
     Args:
-        config: of the run; a folder that holds another one is refused.
-        folder: made if it is not there.
-        say: gets each line for the user.
-        make: makes the task, where it is not `make_task`.
-        wishes: what may change, and what follows a spike.
+        config: must match that of an existing run.
+        run_dir: run folder; created if missing.
+        log: receives log lines.
+        make_task: replaces `make_classification_task`.
+        options: config options that may change, and the spike policy.
 
     Raises:
-        GptjaxError: data, config or folder cannot be used.
-        Stopped: a signal came; the same call goes on later.
+        GptjaxError: invalid data, config or run folder.
+        Interrupted: interrupted by a signal; the same call resumes.
     """
-    return tune_run(config, folder, say, make or make_task, finish, wishes)
-
-
-def make_task(run: Run) -> tuple[Run, Task, Sets]:
-    """Classification as the loop wants it, and what it reads."""
-    c = run.config
-    start = open_start(c, run.say)
-    sets = read_sets(c, start)
-    names, tokenizer = sets.rows[TRAIN].names, sets.tokenizer
-    model = settled_model(c.model, start, tokenizer, len(names))
-    c = dataclasses.replace(c, model=model)
-    run = dataclasses.replace(run, config=c)
-    key = jax.random.key(c.train.seed)
-    params = starting_params(c.model, start, tokenizer, key)
-    trained, frozen = place(parted(c, params, key), run.mesh)
-    optimizer = make_optimizer(c.optim, c.train.steps)
-    batches = LabelledBatches(
-        sets.ids[TRAIN],
-        sets.rows[TRAIN].labels,
-        c.data.batch_size,
-        sizes_of(c.model),
-        tokenizer.eot,
-        c.train.seed,
+    return finetune(
+        config,
+        run_dir,
+        log,
+        make_task or make_classification_task,
+        finalize_classification,
+        options,
     )
 
-    def model_of(state: TrainState) -> Model:
-        return Model(c.model, whole(c, local(state.params), frozen), tokenizer, names)
 
-    def keep(state: TrainState) -> None:
-        state = state._replace(params=local(state.params))
-        save_tuned(c, run.folder, model_of(state), state.params, frozen)
+def make_classification_task(
+    run: RunContext,
+) -> tuple[RunContext, Task, ClassificationData]:
+    """Builds the classification task; also returns its data."""
+    config = run.config
+    init_model = load_init_model(config, run.log)
+    data = load_classification_data(config, init_model)
+    class_names, tokenizer = data.rows[TRAIN_SPLIT].class_names, data.tokenizer
+    model_config = resolve_model_config(
+        config.model, init_model, tokenizer, len(class_names)
+    )
+    config = dataclasses.replace(config, model=model_config)
+    run = dataclasses.replace(run, config=config)
+    key = jax.random.key(config.train.seed)
+    params = initial_params(config.model, init_model, tokenizer, key)
+    trainable_params, frozen_params = shard_tree(
+        split_trainable(config, params, key), run.mesh
+    )
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    batches = ClassificationBatches(
+        data.ids[TRAIN_SPLIT],
+        data.rows[TRAIN_SPLIT].labels,
+        config.data.batch_size,
+        bucket_lengths(config.model),
+        tokenizer.eot_token,
+        config.train.seed,
+    )
 
-    tokens = sum(map(len, sets.ids[TRAIN])) / len(sets.ids[TRAIN])
+    def to_model(state: TrainState) -> Model:
+        return Model(
+            config.model,
+            full_params(config, to_host(state.params), frozen_params),
+            tokenizer,
+            class_names,
+        )
+
+    def save_best(state: TrainState) -> None:
+        state = state._replace(params=to_host(state.params))
+        save_finetuned(
+            config, run.run_dir, to_model(state), state.params, frozen_params
+        )
+
+    mean_length = sum(map(len, data.ids[TRAIN_SPLIT])) / len(data.ids[TRAIN_SPLIT])
     task = Task(
-        fresh=init_state(trained, optimizer, key),
-        step=make_tuned_step(c, loss, optimizer),
-        batches=functools.partial(stream, batches),
-        tokens_per_step=tokens * c.data.batch_size,
-        evaluate=make_evaluate(run, sets, model_of, keep),
-        model=model_of,
-        facts=tuning_facts(tokenizer, start, texts_of(sets.rows)),
-        plan=plan_lines(run, sets, batches, count(trained), count(frozen)),
-        fixed=(frozen,),
+        init_state=init_state(trainable_params, optimizer, key),
+        train_step=make_finetune_step(config, classification_loss_fn, optimizer),
+        batches=functools.partial(iterate_batches, batches),
+        tokens_per_step=mean_length * config.data.batch_size,
+        evaluate=make_classification_evaluate(run, data, to_model, save_best),
+        to_model=to_model,
+        provenance=finetune_provenance(
+            tokenizer, init_model, text_label_pairs(data.rows)
+        ),
+        summary=format_classification_summary(
+            run, data, batches, num_params(trainable_params), num_params(frozen_params)
+        ),
+        frozen_params=(frozen_params,),
     )
-    return run, task, sets
+    return run, task, data
 
 
-def read_sets(c: RunConfig, start: Model | None) -> Sets:
-    """The labelled rows of each split, as text and as tokens."""
+def load_classification_data(
+    c: RunConfig, init_model: Model | None
+) -> ClassificationData:
+    """Loads, splits and tokenizes the labeled rows."""
     if c.data.batching not in ("auto", "padded"):
         raise ConfigError(
-            f"data.batching={c.data.batching!r} is not for classification, which gives "
-            "each text a row of its own. Leave it out."
+            f"data.batching={c.data.batching!r} is not supported for classification, "
+            "which uses one row per text. Remove the option."
         )
-    data, detected = read_labelled(c.data.source, c.data.text, c.data.label)
-    rows = split_rows(
-        data,
-        c.data.split,
+    texts, columns = read_labeled_texts(
+        c.data.source, c.data.text_column, c.data.label_column
+    )
+    rows = stratified_split(
+        texts,
+        c.data.split_strategy,
         val_fraction=c.data.val_fraction,
         test_fraction=c.data.test_fraction,
-        seed=c.data.val_seed,
-        balance=c.data.balance,
-        dedupe=c.data.dedupe,
+        seed=c.data.split_seed,
+        balance_classes=c.data.balance_classes,
+        deduplicate=c.data.deduplicate,
     )
-    rows = with_validation(c, rows, "rows")
-    tokenizer = choose_tokenizer(c.data.tokenizer, start, lambda: rows[TRAIN].texts)
-    longest = c.model.context_length
-    if start is not None:
-        longest = min(longest, start.config.context_length)
-    ids, cut = {}, 0
+    rows = check_validation_split(c, rows, "rows")
+    tokenizer = choose_tokenizer(
+        c.data.tokenizer, init_model, lambda: rows[TRAIN_SPLIT].texts
+    )
+    max_length = c.model.context_length
+    if init_model is not None:
+        max_length = min(max_length, init_model.config.context_length)
+    ids, num_truncated = {}, 0
     for split, part in rows.items():
-        every = [tokenizer.encode(text) for text in part.texts]
-        cut += sum(len(row) > longest for row in every)
-        ids[split] = [row[:longest] for row in every]
-    return Sets(rows, ids, tokenizer, detected, cut)
+        token_ids = [tokenizer.encode(text) for text in part.texts]
+        num_truncated += sum(len(row) > max_length for row in token_ids)
+        ids[split] = [row[:max_length] for row in token_ids]
+    return ClassificationData(rows, ids, tokenizer, columns, num_truncated)
 
 
-def texts_of(rows: dict[str, Labelled]) -> dict[str, Any]:
-    """The texts of each split with the names of their classes."""
+def text_label_pairs(rows: dict[str, LabeledTexts]) -> dict[str, Any]:
+    """(text, class name) pairs by split."""
     return {
-        split: zip(part.texts, (part.names[n] for n in part.labels), strict=True)
+        split: zip(part.texts, (part.class_names[n] for n in part.labels), strict=True)
         for split, part in rows.items()
     }
 
 
-def loss(
-    c: RunConfig, params: Params, adapters: Any, batch: Any, key: Any
+def classification_loss_fn(
+    config: RunConfig, params: Params, adapters: Any, batch: Any, key: Any
 ) -> tuple[Any, Any]:
-    """Nats of the right classes, plus the next-token loss as `tune.lm_weight` says."""
+    """Classification loss plus `finetune.lm_loss_weight` times next-token loss."""
     tokens, lengths = batch["tokens"], batch["lengths"]
-    dropout_key = key if c.model.dropout else None
-    x_BTD, _ = read(
-        c.model, params, tokens, lengths, dropout_key=dropout_key, adapters=adapters
+    dropout_key = key if config.model.dropout else None
+    x_BTD, _ = classifier_hidden_states(
+        config.model,
+        params,
+        tokens,
+        lengths,
+        dropout_key=dropout_key,
+        adapters=adapters,
     )
-    logit_BC = head_logits(c.model, params, x_BTD, lengths)
-    nats, weight = class_nats(logit_BC, batch["classes"], batch["weights"])
-    if c.tune.lm_weight:
-        place_BT = jnp.arange(tokens.shape[1])[None]
-        inside_BT = (place_BT < lengths[:, None] - 1) & (batch["weights"][:, None] > 0)
-        counted_BT = inside_BT.astype(jnp.float32)
-        target_BT = jnp.roll(tokens, -1, axis=1)
-        table_VD = output_table(c.model, params)
-        lm_nats = weighted_nats(
-            c.model, x_BTD, table_VD, target_BT, counted_BT, c.train.loss_chunk
+    logit_BC = pool_and_project(config.model, params, x_BTD, lengths)
+    loss_sum, weight = classification_loss(
+        logit_BC, batch["labels"], batch["loss_weights"]
+    )
+    if config.finetune.lm_loss_weight:
+        position_BT = jnp.arange(tokens.shape[1])[None]
+        inside_BT = (position_BT < lengths[:, None] - 1) & (
+            batch["loss_weights"][:, None] > 0
         )
-        # A mean over tokens that counts as often as there are texts.
-        nats += c.tune.lm_weight * weight * lm_nats / jnp.maximum(counted_BT.sum(), 1)
-    return nats, weight
+        lm_weight_BT = inside_BT.astype(jnp.float32)
+        target_BT = jnp.roll(tokens, -1, axis=1)
+        table_VD = unembedding_matrix(config.model, params)
+        lm_loss_sum = fused_cross_entropy(
+            config.model,
+            x_BTD,
+            table_VD,
+            target_BT,
+            lm_weight_BT,
+            config.train.loss_chunk_size,
+        )
+        # Mean over tokens, weighted by the number of texts.
+        loss_sum += (
+            config.finetune.lm_loss_weight
+            * weight
+            * lm_loss_sum
+            / jnp.maximum(lm_weight_BT.sum(), 1)
+        )
+    return loss_sum, weight
 
 
-def make_evaluate(
-    run: Run,
-    sets: Sets,
-    model_of: Callable[[TrainState], Model],
-    keep: Callable[[TrainState], None],
+def make_classification_evaluate(
+    run: RunContext,
+    data: ClassificationData,
+    to_model: Callable[[TrainState], Model],
+    save_best: Callable[[TrainState], None],
 ) -> Callable[[TrainState, int, bool], str]:
-    """Judges the validation rows and some of the training rows; keeps the best model.
+    """Evaluates on validation and some training rows; saves the best model.
 
-    Better is a higher accuracy, and of two that are equal the lower loss.
+    The best model has the highest validation accuracy; ties go to the lower loss.
     """
-    most = run.config.train.eval_batches * ROWS
-    some = np.linspace(0, len(sets.ids[TRAIN]) - 1, most).round().astype(int)
-    some = np.unique(some).tolist()
+    max_train_rows = run.config.train.eval_batches * CLASSIFY_BATCH_SIZE
+    train_subset = (
+        np.linspace(0, len(data.ids[TRAIN_SPLIT]) - 1, max_train_rows)
+        .round()
+        .astype(int)
+    )
+    train_subset = np.unique(train_subset).tolist()
 
-    def score(model: Model, split: str, done: int, rows: list[int] | None) -> Judged:
-        data, ids = sets.rows[split], sets.ids[split]
+    def evaluate_split(
+        model: Model, split: str, step: int, rows: list[int] | None
+    ) -> ClassificationResult:
+        texts, ids = data.rows[split], data.ids[split]
         if rows is not None:
-            data, ids = select(data, rows), [ids[n] for n in rows]
-        result = judge(model, data, ids)
-        write_judged(run, split, done, result)
+            texts, ids = take(texts, rows), [ids[n] for n in rows]
+        result = evaluate_classifier(model, texts, ids)
+        log_evaluation(run, split, step, result)
         return result
 
-    def evaluate(state: TrainState, done: int, last: bool) -> str:
-        model = model_of(state)
-        score(model, TRAIN, done, None if last else some)
-        before = [
+    def evaluate(state: TrainState, step: int, is_last: bool) -> str:
+        model = to_model(state)
+        evaluate_split(model, TRAIN_SPLIT, step, None if is_last else train_subset)
+        previous_scores = [
             (event["accuracy"], -event["loss"])
-            for event in report.read_events(run.metrics)
-            if event["event"] == "eval" and event["split"] == VALIDATION
+            for event in report.read_events(run.metrics_path)
+            if event["event"] == "eval" and event["split"] == VALIDATION_SPLIT
         ]
-        result = score(model, VALIDATION, done, None)
-        if (result.scores.accuracy, -result.nats) > max(before, default=(-1.0, 0.0)):
-            keep(state)
-        return f"val {result.nats:.4f} acc {result.scores.accuracy:.1%}"
+        result = evaluate_split(model, VALIDATION_SPLIT, step, None)
+        if (result.metrics.accuracy, -result.loss) > max(
+            previous_scores, default=(-1.0, 0.0)
+        ):
+            save_best(state)
+        return f"val {result.loss:.4f} acc {result.metrics.accuracy:.1%}"
 
     return evaluate
 
 
-def write_judged(run: Run, split: str, done: int, result: Judged) -> None:
-    """Writes an evaluation to the metrics."""
-    found = result.scores
-    report.write_event(
-        run.metrics,
+def log_evaluation(
+    run: RunContext, split: str, step: int, result: ClassificationResult
+) -> None:
+    """Writes an evaluation to metrics.jsonl."""
+    scores = result.metrics
+    report.log_event(
+        run.metrics_path,
         "eval",
-        done,
+        step,
         split=split,
-        loss=result.nats,
-        accuracy=found.accuracy,
-        macro_f1=found.macro_f1,
-        balanced_accuracy=found.balanced_accuracy,
+        loss=result.loss,
+        accuracy=scores.accuracy,
+        macro_f1=scores.macro_f1,
+        balanced_accuracy=scores.balanced_accuracy,
     )
 
 
-def plan_lines(
-    run: Run, sets: Sets, batches: LabelledBatches, trained: int, frozen: int
+def format_classification_summary(
+    run: RunContext,
+    data: ClassificationData,
+    batches: ClassificationBatches,
+    num_trainable: int,
+    num_frozen: int,
 ) -> list[str]:
-    """The block that says what will happen, before anything does."""
-    c, data = run.config, sets.rows
-    steps, rows = c.train.steps, c.data.batch_size
-    lengths = batches.deal.shapes
-    cut = f"; {sets.cut} are longer than the context and cut" if sets.cut else ""
-    return [
-        f"run      {run.folder}",
-        f"data     {sets.detected}",
-        *describe(data),
-        f"model    {budget.parameter_count(c.model):,} parameters: "
-        f"{c.model.n_layers} layers, {c.model.n_heads} heads, width {c.model.d_model}, "
-        f"from {c.tune.start or 'random ones'}",
-        f"trained  {trained:,} parameters ({c.tune.trainable}), {frozen:,} frozen",
-        f"step     {rows} rows of up to {', '.join(map(str, lengths))} tokens, so "
-        f"{len(lengths)} programs{cut}",
-        length_line(steps, steps / batches.deal.steps_per_epoch),
-        device_line(run),
-    ]
-
-
-def finish(run: Run, task: Task, model: Model, sets: Sets) -> None:
-    """Shows the best model the test rows; writes pictures and report.md."""
-    split = TEST if TEST in sets.rows else VALIDATION
-    data, ids = sets.rows[split], sets.ids[split]
-    result = judge(model, data, ids)
-    done = run.config.train.steps
-    seen = report.read_events(run.metrics)
-    if split == TEST and not any(e.get("split") == TEST for e in seen):
-        write_judged(run, TEST, done, result)
-    best_N = result.chance_NC.argmax(axis=-1)
-    wrong = [n for n, label in enumerate(data.labels) if best_N[n] != label]
-    wrong.sort(key=lambda n: -result.chance_NC[n, best_N[n]])
-    mistakes = [
-        Mistake(
-            data.texts[n],
-            data.names[data.labels[n]],
-            data.names[best_N[n]],
-            float(result.chance_NC[n, best_N[n]]),
-        )
-        for n in wrong
-    ]
-    found = result.scores
-    text = (
-        f"{split} accuracy {found.accuracy:.4f}, macro-F1 {found.macro_f1:.4f}, "
-        f"balanced accuracy {found.balanced_accuracy:.4f} on {len(ids):,} texts "
-        f"(always the label that training has most: {baseline(sets.rows[TRAIN], data)})"
+    """Summary printed before training."""
+    config, splits = run.config, data.rows
+    steps, rows = config.train.steps, config.data.batch_size
+    batch_lengths = batches.sampler.batch_shapes
+    truncation_note = (
+        f"; {data.num_truncated} truncated to the context" if data.num_truncated else ""
     )
-    write_classification(
-        run.folder,
-        plan=task.plan,
+    return [
+        f"run      {run.run_dir}",
+        f"data     {data.columns}",
+        *describe_splits(splits),
+        f"model    {budget.parameter_count(config.model):,} parameters: "
+        f"{config.model.n_layers} layers, {config.model.n_heads} heads, width {config.model.d_model}, "
+        f"from {config.finetune.init_from or 'random initialization'}",
+        f"trained  {num_trainable:,} parameters ({config.finetune.trainable}), {num_frozen:,} frozen",
+        f"step     {rows} rows of up to {', '.join(map(str, batch_lengths))} tokens: "
+        f"{len(batch_lengths)} compiled shapes{truncation_note}",
+        describe_length(steps, steps / batches.sampler.steps_per_epoch),
+        describe_devices(run),
+    ]
+
+
+def finalize_classification(
+    run: RunContext, task: Task, model: Model, data: ClassificationData
+) -> None:
+    """Evaluates the best model on the test rows; writes figures and report.md."""
+    split = TEST_SPLIT if TEST_SPLIT in data.rows else VALIDATION_SPLIT
+    texts, ids = data.rows[split], data.ids[split]
+    result = evaluate_classifier(model, texts, ids)
+    step = run.config.train.steps
+    events = report.read_events(run.metrics_path)
+    if split == TEST_SPLIT and not any(e.get("split") == TEST_SPLIT for e in events):
+        log_evaluation(run, TEST_SPLIT, step, result)
+    predicted_N = result.prob_NC.argmax(axis=-1)
+    misclassified = [
+        n for n, label in enumerate(texts.labels) if predicted_N[n] != label
+    ]
+    misclassified.sort(key=lambda n: -result.prob_NC[n, predicted_N[n]])
+    mistakes = [
+        Misclassification(
+            texts.texts[n],
+            texts.class_names[texts.labels[n]],
+            texts.class_names[predicted_N[n]],
+            float(result.prob_NC[n, predicted_N[n]]),
+        )
+        for n in misclassified
+    ]
+    scores = result.metrics
+    text = (
+        f"{split} accuracy {scores.accuracy:.4f}, macro-F1 {scores.macro_f1:.4f}, "
+        f"balanced accuracy {scores.balanced_accuracy:.4f} on {len(ids):,} texts "
+        f"(majority-class baseline: {majority_baseline(data.rows[TRAIN_SPLIT], texts)})"
+    )
+    write_classification_report(
+        run.run_dir,
+        summary=task.summary,
         result=text,
-        matrix=result.matrix_CC,
-        names=data.names,
+        confusion_CC=result.confusion_CC,
+        class_names=texts.class_names,
         mistakes=mistakes,
         examples_per_step=run.config.data.batch_size,
     )
-    run.say(f"done     {text}")
-    run.say(f"wrote    {run.folder}/model (best on validation), report.md, pictures")
+    run.log(f"done     {text}")
+    run.log(f"wrote    {run.run_dir}/model (best on validation), report.md, figures")
 
 
-def baseline(train: Labelled, data: Labelled) -> str:
-    """Accuracy of always saying the most frequent label of the training rows."""
+def majority_baseline(train: LabeledTexts, texts: LabeledTexts) -> str:
+    """Accuracy of always predicting the most frequent training label."""
     frequent = max(set(train.labels), key=train.labels.count)
-    return f"{data.labels.count(frequent) / len(data.labels):.4f}"
+    return f"{texts.labels.count(frequent) / len(texts.labels):.4f}"

@@ -16,31 +16,33 @@ from pathlib import Path
 from typing import Any
 
 from gptjax import cpu, data_cli, flags, train_cli
-from gptjax.command import begin, remark, stoppable
-from gptjax.config import config_path, read_config
-from gptjax.errors import ConfigError, GptjaxError, MachineError
-from gptjax.phases import reached
-from gptjax.train_cli import train
+from gptjax.command import setup_session, log_to_stderr, run_interruptible
+from gptjax.config import find_config, load_config
+from gptjax.errors import ConfigError, GptjaxError, ResourceError
+from gptjax.phases import mark_phase
+from gptjax.train_cli import run_train
 
-VERBOSE = "say what the time to the first result is spent on"
-FAST = "set XLA and malloc for a CPU with AVX-512; takes more memory, see gptjax/cpu.py"
+HELP_VERBOSE = "say what the time to the first result is spent on"
+HELP_FAST_CPU = (
+    "set XLA and malloc for a CPU with AVX-512; takes more memory, see gptjax/cpu.py"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command not in (train, plan, launch):
+    if rest and args.command not in (run_train, run_plan, run_launch):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     args.rest, args.words = rest, list(sys.argv[1:] if argv is None else argv)
     if getattr(args, "fast_cpu", False):  # before jax starts, which reads it once
-        cpu.fast_cpu()
+        cpu.enable_fast_cpu()
     try:
         with contextlib.ExitStack() as args.until_end:
             return args.command(args) or 0
     except GptjaxError as error:
         print(f"gptjax: {error}", file=sys.stderr)
-        return 1 if isinstance(error, MachineError) else 2
+        return 1 if isinstance(error, ResourceError) else 2
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stderr.close()
         return 0
@@ -69,60 +71,75 @@ def make_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,  # a typo is a mistake, not a guess
         )
         sub.set_defaults(command=function)
-        if function in (quickstart, train, generate, classify, chat, evaluate):
-            sub.add_argument("-v", "--verbose", action="store_true", help=VERBOSE)
-        if function in (quickstart, train, generate, classify, chat, evaluate, bench):
-            sub.add_argument("--fast-cpu", action="store_true", help=FAST)
+        if function in (
+            run_quickstart,
+            run_train,
+            run_generate,
+            run_classify,
+            start_chat,
+            run_evaluate,
+        ):
+            sub.add_argument("-v", "--verbose", action="store_true", help=HELP_VERBOSE)
+        if function in (
+            run_quickstart,
+            run_train,
+            run_generate,
+            run_classify,
+            start_chat,
+            run_evaluate,
+            run_bench,
+        ):
+            sub.add_argument("--fast-cpu", action="store_true", help=HELP_FAST_CPU)
         return sub
 
-    sub = add(quickstart, "quickstart")
+    sub = add(run_quickstart, "quickstart")
     sub.add_argument("--run", type=Path, default=Path("runs/quickstart"), metavar="DIR")
-    train_cli.arguments(add(train, "train"))
-    flags.generate(add(generate, "generate"))
-    flags.classify(add(classify, "classify"))
-    flags.chat(add(chat, "chat"))
-    flags.evaluate(add(evaluate, "eval"))
-    sub = add(import_model, "import")
+    train_cli.add_train_arguments(add(run_train, "train"))
+    flags.add_generate_arguments(add(run_generate, "generate"))
+    flags.add_classify_arguments(add(run_classify, "classify"))
+    flags.add_chat_arguments(add(start_chat, "chat"))
+    flags.add_evaluate_arguments(add(run_evaluate, "eval"))
+    sub = add(run_import, "import")
     sub.add_argument("source", metavar="SOURCE", help="as MODEL, see gptjax --help")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR")
-    sub = add(export, "export")
+    sub = add(run_export, "export")
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--to", required=True, metavar="hf|book")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR")
-    flags.plan(add(plan, "plan"))
-    flags.launch(add(launch, "launch"))
-    flags.bench(add(bench, "bench"))
-    add(doctor, "doctor")
+    flags.add_plan_arguments(add(run_plan, "plan"))
+    flags.add_launch_arguments(add(run_launch, "launch"))
+    flags.add_bench_arguments(add(run_bench, "bench"))
+    add(check_installation, "doctor")
 
-    data_cli.add_commands(commands, add)
+    data_cli.add_data_commands(commands, add)
     return parser
 
 
-def quickstart(args: argparse.Namespace) -> int:
+def run_quickstart(args: argparse.Namespace) -> int:
     """Train a small GPT on text that every Python carries, and let it write."""
 
     def run() -> None:
-        begin(args, args.run / "compiled")
+        setup_session(args, args.run / "compiled")
         from gptjax.quickstart import quickstart
 
-        reached("importing")
+        mark_phase("importing")
         quickstart(args.run)
 
-    return stoppable(run)
+    return run_interruptible(run)
 
 
-def begun_with(args: argparse.Namespace) -> Any:
+def load_model(args: argparse.Namespace) -> Any:
     """`begin`, and the model that is MODEL."""
-    begin(args)
+    setup_session(args)
     from gptjax.weights.importing import load
 
-    reached("importing")
-    model = load(args.model, remark, int8=args.int8)
-    reached("loading")
+    mark_phase("importing")
+    model = load(args.model, log_to_stderr, int8=args.int8)
+    mark_phase("loading")
     return model
 
 
-def generate(args: argparse.Namespace) -> None:
+def run_generate(args: argparse.Namespace) -> None:
     """Continue a prompt."""
     from gptjax.generation import complete, few_shot_prompt, stream
 
@@ -130,8 +147,8 @@ def generate(args: argparse.Namespace) -> None:
     if args.few_shot:
         prompt = few_shot_prompt(args.few_shot, prompt)
         args.stop = args.stop or ["\n"]
-    options = flags.sampling_options(args)
-    model = begun_with(args)
+    options = flags.sampling_options_from(args)
+    model = load_model(args)
     if args.chat:
         from gptjax.answering import answer
 
@@ -147,17 +164,17 @@ def generate(args: argparse.Namespace) -> None:
         if args.json:
             print(json.dumps(dataclasses.asdict(sample), ensure_ascii=False))
         else:
-            print(f"--- {sample.finish}\n{prompt}{sample.text}")
+            print(f"--- {sample.finish_reason}\n{prompt}{sample.text}")
 
 
-def chat(args: argparse.Namespace) -> None:
+def start_chat(args: argparse.Namespace) -> None:
     """Talk to an assistant in the terminal."""
-    from gptjax.chat import chat
+    from gptjax.chat import run_chat
 
-    chat(begun_with(args), args.model, flags.sampling_options(args))
+    run_chat(load_model(args), args.model, flags.sampling_options_from(args))
 
 
-def classify(args: argparse.Namespace) -> None:
+def run_classify(args: argparse.Namespace) -> None:
     """Label texts, or every row of a file, with probabilities."""
     from gptjax.data.labelling import label_file
     from gptjax.prediction import classify
@@ -166,14 +183,14 @@ def classify(args: argparse.Namespace) -> None:
         raise ConfigError(
             "classify takes texts, or --file IN together with --out OUT. Give one."
         )
-    model = begun_with(args)
+    model = load_model(args)
     if args.file:
         label_file(
             args.file,
             args.out,
             lambda texts: [verdict[:2] for verdict in classify(model, texts)],
-            text=args.text,
-            say=remark,
+            text_column=args.text,
+            log=log_to_stderr,
         )
         return
     texts = args.texts or [line for line in sys.stdin.read().splitlines() if line]
@@ -184,37 +201,39 @@ def classify(args: argparse.Namespace) -> None:
             print(f"{verdict.label} {verdict.probability:.3f}  {text}")
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def run_evaluate(args: argparse.Namespace) -> None:
     """Loss on a text, accuracy on labelled texts, or answers to instructions."""
-    model = begun_with(args)
+    model = load_model(args)
     if args.data:
-        from gptjax.judge import Judge
+        from gptjax.judge import LLMJudge
         from gptjax.judged import evaluate_file
 
-        judge = Judge(args.judge, args.judge_model) if args.judge else None
-        numbers, tasks = evaluate_file(model, args.data, args.out, judge, remark)
+        judge = LLMJudge(args.judge, args.judge_model) if args.judge else None
+        numbers, tasks = evaluate_file(model, args.data, args.out, judge, log_to_stderr)
         if args.json:
             print(json.dumps(numbers | ({"tasks": tasks} if tasks else {})))
             return
         for task, scores in tasks.items():
             print(f"{task:<18} {scores['exact_match']:.4f} exact")
         print(
-            "\n".join(f"{name:<18} {short(value)}" for name, value in numbers.items())
+            "\n".join(
+                f"{name:<18} {format_value(value)}" for name, value in numbers.items()
+            )
         )
         return
     if args.labelled:
-        from gptjax.prediction import judge_file
+        from gptjax.prediction import evaluate_labeled_file
 
-        numbers = judge_file(model, args.labelled)
+        numbers = evaluate_labeled_file(model, args.labelled)
         lines = [f"{name:<18} {value:.4f}" for name, value in numbers.items()]
         print(json.dumps(numbers) if args.json else "\n".join(lines))
         return
-    from gptjax.data.text import read_text
+    from gptjax.data.text import read_text_file
     from gptjax.evaluate import score
 
-    result = score(model, read_text(args.text), stride=args.stride)
+    result = score(model, read_text_file(args.text), stride=args.stride)
     if args.json:
-        print(json.dumps(result.numbers()))
+        print(json.dumps(result.to_dict()))
         return
     print(f"tokens         {result.tokens:,} for {result.bytes:,} bytes")
     print(f"loss           {result.loss:.4f} nats per token")
@@ -223,36 +242,36 @@ def evaluate(args: argparse.Namespace) -> None:
         print(f"bits per byte  {result.bits_per_byte:.4f}")
 
 
-def short(value: float | int | None) -> str:
+def format_value(value: float | int | None) -> str:
     """A number for a line of a table."""
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def import_model(args: argparse.Namespace) -> None:
+def run_import(args: argparse.Namespace) -> None:
     """Read public or foreign weights and write them as a model folder."""
-    from gptjax.weights.published import import_model
+    from gptjax.weights.published import convert_model
 
-    import_model(args.source, args.out, print)
+    convert_model(args.source, args.out, print)
 
 
-def export(args: argparse.Namespace) -> None:
+def run_export(args: argparse.Namespace) -> None:
     """Write a model for other tools, read it back and compare its logits."""
-    from gptjax.weights.exporting import export
+    from gptjax.weights.exporting import export_model
     from gptjax.weights.importing import load
 
-    print(export(load(args.model, remark), args.to, args.out))
+    print(export_model(load(args.model, log_to_stderr), args.to, args.out))
 
 
-def plan(args: argparse.Namespace) -> int:
+def run_plan(args: argparse.Namespace) -> int:
     """Parameters, FLOPs, memory, what is sent, whether it fits: before anything runs.
 
     TPUs need not be there: with gptjax[tpu-plan] their own compiler is asked. Exits
     with 1 where the run does not fit.
     """
-    from gptjax.chips import here, topology
+    from gptjax.chips import local_topology, parse_topology
 
-    config = flags.on_top(read_config(config_path(args.config)), args.rest)
-    where = topology(args.topology) if args.topology else here()
+    config = flags.apply_overrides(load_config(find_config(args.config)), args.rest)
+    where = parse_topology(args.topology) if args.topology else local_topology()
     if args.topology:  # before JAX starts: else libtpu looks for a TPU
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         if where.chip.platform == "cpu":
@@ -260,51 +279,55 @@ def plan(args: argparse.Namespace) -> int:
     from gptjax import ahead, plan
 
     if able := ahead.can_compile(where) and not args.estimate:
-        remark(f"compiling for {where} ...")
+        log_to_stderr(f"compiling for {where} ...")
     planned = plan.make_plan(config, where, able)
     if args.json:
-        print(json.dumps(planned.numbers()))
+        print(json.dumps(planned.to_dict()))
     else:
-        print("\n".join(plan.lines(planned)))
+        print("\n".join(plan.format_plan(planned)))
     if not able and not args.estimate and where.chip.platform == "tpu":
-        remark("For the compiler's own figures: pip install 'gptjax[tpu-plan]'")
+        log_to_stderr("For the compiler's own figures: pip install 'gptjax[tpu-plan]'")
     if args.against:
-        plan.compare(planned, args.against, print)
+        plan.compare_with_profile(planned, args.against, print)
     return 1 if planned.fits is False else 0
 
 
-def bench(args: argparse.Namespace) -> None:
+def run_bench(args: argparse.Namespace) -> None:
     """Speed on this machine, alone or beside PyTorch: training, writing, loading."""
     say = functools.partial(print, flush=True)
     if args.device and args.peers:
-        from gptjax.bench.beside import bench_beside
+        from gptjax.bench.beside import bench_against_torch
 
-        only, options = args.only, {"context": args.context, "pairs": args.pairs}
-        sweep = flags.of_sweep(args)
-        found = bench_beside(say, preset=args.preset, only=only, sweep=sweep, **options)
+        only, options = args.only, {"context": args.context, "repeats": args.pairs}
+        sweep = flags.sweep_flags(args)
+        found = bench_against_torch(
+            say, preset=args.preset, only=only, device_flags=sweep, **options
+        )
     elif args.device:
         from gptjax.bench.device import bench_device
         from gptjax.config import GPTConfig
 
         shape: Any = {"context_length": args.context, "remat": "none"}
         config = GPTConfig.preset(args.preset, **shape)
-        options = {"names": tuple(args.attention), "only": tuple(args.only)}
+        options = {"backends": tuple(args.attention), "only": tuple(args.only)}
         found = bench_device(config, say, tuple(args.rows), **options)
     else:
         from gptjax.bench.machine import bench_machine
 
-        options = {"peers": args.peers, "pairs": args.pairs, "only": tuple(args.only)}
+        options = {"peers": args.peers, "repeats": args.pairs, "only": tuple(args.only)}
         found = bench_machine(say, preset=args.preset, **options)
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def launch(args: argparse.Namespace) -> None:
+def run_launch(args: argparse.Namespace) -> None:
     """Write the file that makes a scheduler train on many hosts; start nothing."""
     from gptjax.launch import launch
     from gptjax.machines import Machines
 
-    flags.on_top(read_config(config_path(args.config)), args.rest)  # refuses mistakes
+    flags.apply_overrides(
+        load_config(find_config(args.config)), args.rest
+    )  # refuses mistakes
     machines = {f.name: getattr(args, f.name) for f in dataclasses.fields(Machines)}
     text = launch(
         args.kind,
@@ -321,8 +344,8 @@ def launch(args: argparse.Namespace) -> None:
         print(f"wrote    {args.out}")
 
 
-def doctor(args: argparse.Namespace) -> int:
+def check_installation(args: argparse.Namespace) -> int:
     """Versions, devices, what is missing and the line that fixes it."""
-    from gptjax.doctor import doctor
+    from gptjax.doctor import run_doctor
 
-    return doctor()
+    return run_doctor()

@@ -1,4 +1,4 @@
-"""What commands do around their work: keep programs, answer --verbose, stop."""
+"""Set-up shared by commands: compilation cache, --verbose, interruption."""
 
 import argparse
 import sys
@@ -7,47 +7,58 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gptjax.stopping import STOPPED, Mode, Stopped, answer, stop_signal
+from gptjax.stopping import (
+    EXIT_PREEMPTED,
+    SignalMode,
+    Interrupted,
+    set_signal_mode,
+    handle_signals,
+)
 
-FIRST = dict.fromkeys(["quickstart", "train"], "first step")
-FIRST |= dict.fromkeys(["generate", "chat"], "first token")
-STARTED = time.perf_counter()  # as good as when the process was
+LAST_STARTUP_PHASE = dict.fromkeys(["run_quickstart", "run_train"], "first step")
+LAST_STARTUP_PHASE |= dict.fromkeys(["run_generate", "start_chat"], "first token")
+PROCESS_START = time.perf_counter()  # close to the start of the process
 
 
-def begin(args: argparse.Namespace, programs: Path | None = None) -> None:
-    """Until the command ends: programs are kept, and --verbose is answered.
+def setup_session(args: argparse.Namespace, cache_dir: Path | None = None) -> None:
+    """Enables the compilation cache and --verbose until the command ends.
 
     Args:
         args: of a command that runs a model.
-        programs: the folder for them; that of MODEL by default.
+        cache_dir: folder of the compilation cache; by default that of MODEL.
     """
-    from gptjax.phases import told
-    from gptjax.programs import folder_of, kept
+    from gptjax.phases import log_phases
+    from gptjax.programs import cache_dir_for, persistent_cache
 
-    begun, say = args.until_end, remark if args.verbose else lambda line: None
+    exit_stack, log = (
+        args.until_end,
+        log_to_stderr if args.verbose else lambda line: None,
+    )
     if args.verbose:
-        last = FIRST.get(args.command.__name__, "answering")
-        begun.enter_context(told(remark, STARTED, last))
-    begun.enter_context(kept(programs or folder_of(args.model), say))
+        last_phase = LAST_STARTUP_PHASE.get(args.command.__name__, "answering")
+        exit_stack.enter_context(log_phases(log_to_stderr, PROCESS_START, last_phase))
+    exit_stack.enter_context(
+        persistent_cache(cache_dir or cache_dir_for(args.model), log)
+    )
 
 
-def stoppable(run: Callable[[], Any], mode: Mode = "leave") -> int:
-    """Runs something that a signal may stop, at any moment; returns the exit code.
+def run_interruptible(run: Callable[[], Any], mode: SignalMode = "immediate") -> int:
+    """Runs a function that SIGINT or SIGTERM may interrupt; returns the exit code.
 
     Args:
-        run: says itself when there is something to save.
-        mode: how a signal is answered until then, see `gptjax.stopping`.
+        run: sets another signal mode itself once there is progress to save.
+        mode: signal mode until then; see `gptjax.runtime.preemption`.
     """
     try:
-        with stop_signal(final=True):
-            answer(mode)
+        with handle_signals(final=True):
+            set_signal_mode(mode)
             run()
-    except Stopped as stopped:
-        print(f"{stopped}. The same command goes on from there.", flush=True)
-        return STOPPED
+    except Interrupted as stopped:
+        print(f"{stopped}. The same command resumes from there.", flush=True)
+        return EXIT_PREEMPTED
     return 0
 
 
-def remark(line: str) -> None:
-    """What a person should know, apart from what was asked for."""
+def log_to_stderr(line: str) -> None:
+    """Logs a line to stderr, apart from the command's output."""
     print(line, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The commands behind `gptjax data`."""
+"""The `gptjax data` commands."""
 
 import argparse
 import itertools
@@ -12,28 +12,30 @@ from typing import Any
 from gptjax import flags
 
 
-def add_commands(commands: Any, add: Any) -> None:
-    """The commands behind `gptjax data`; `add` makes one of them."""
+def add_data_commands(commands: Any, add_command: Any) -> None:
+    """Adds the `gptjax data` commands; `add_command` adds a single one."""
     data = commands.add_parser("data", help="Fetch, prepare and check data.")
     kinds = data.add_subparsers(required=True, metavar="fetch|prepare|preview|verify")
-    add(data_fetch, "fetch", kinds).add_argument("name", metavar="NAME")
-    flags.prepare(add(data_prepare, "prepare", kinds))
-    add(data_verify, "verify", kinds).add_argument("folder", type=Path, metavar="DIR")
-    flags.preview(add(data_preview, "preview", kinds))
+    add_command(data_fetch, "fetch", kinds).add_argument("name", metavar="NAME")
+    flags.add_prepare_arguments(add_command(data_prepare, "prepare", kinds))
+    add_command(data_verify, "verify", kinds).add_argument(
+        "folder", type=Path, metavar="DIR"
+    )
+    flags.add_preview_arguments(add_command(data_preview, "preview", kinds))
 
 
 def data_fetch(args: argparse.Namespace) -> None:
-    """Find or download a named data set, and print where it is."""
-    from gptjax.data.named import find
+    """Find or download a named data set and print its path."""
+    from gptjax.data.named import fetch_dataset
 
-    print(find(args.name))
+    print(fetch_dataset(args.name))
 
 
 def data_prepare(args: argparse.Namespace) -> None:
-    """Turn text files, folders and globs into tokens to train on."""
-    from gptjax.data.prepare import prepare, preview
+    """Tokenize text files, folders and globs for training."""
+    from gptjax.data.prepare import prepare_dataset, sample_windows
 
-    info = prepare(
+    info = prepare_dataset(
         args.paths,
         args.tokenizer,
         args.out,
@@ -43,33 +45,33 @@ def data_prepare(args: argparse.Namespace) -> None:
         workers=args.workers,
     )
     print(info)
-    if speed := info.speed(args.workers or os.cpu_count() or 1):
-        print(speed)
-    for text in preview(args.out):
-        print(f"--- a window\n{text}")
+    if throughput := info.format_throughput(args.workers or os.cpu_count() or 1):
+        print(throughput)
+    for text in sample_windows(args.out):
+        print(f"--- sample\n{text}")
 
 
 def data_preview(args: argparse.Namespace) -> None:
-    """Show prepared data or a file of conversations as the model will see them."""
+    """Show prepared data or a file of conversations as model input."""
     if not Path(args.path).is_dir():
-        preview_file(args)
+        preview_conversations(args)
         return
-    from gptjax.data.prepare import preview
+    from gptjax.data.prepare import sample_windows
 
-    for text in preview(Path(args.path)):
-        print(f"--- a window\n{text}")
+    for text in sample_windows(Path(args.path)):
+        print(f"--- sample\n{text}")
 
 
-def preview_file(args: argparse.Namespace) -> None:
-    """A few rows of a file of conversations, in three stages."""
-    from gptjax.preview import json_objects, preview_rows, shown, write_html
+def preview_conversations(args: argparse.Namespace) -> None:
+    """Shows rows of a file of conversations: raw, rendered and tokenized."""
+    from gptjax.preview import json_objects, preview_rows, render_terminal, write_html
 
     preview = preview_rows(
         args.path,
-        template=args.template,
+        chat_template=args.template,
         tokenizer=args.tokenizer,
         context=args.context,
-        mask_prompt=not args.learn_prompts,
+        completion_only_loss=not args.learn_prompts,
     )
     rows = 3 if args.rows is None else args.rows
     if args.json:
@@ -79,14 +81,18 @@ def preview_file(args: argparse.Namespace) -> None:
         write_html(preview, args.html, rows)
         print(f"wrote    {args.html}")
     else:
-        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        print(shown(preview, rows, colour, shutil.get_terminal_size().columns))
+        use_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(
+            render_terminal(
+                preview, rows, use_color, shutil.get_terminal_size().columns
+            )
+        )
 
 
 def data_verify(args: argparse.Namespace) -> int:
-    """Check every byte of prepared data against its meta.json."""
-    from gptjax.data.shards import verify
+    """Verify all files of prepared data against its meta.json."""
+    from gptjax.data.shards import verify_prepared
 
-    problems = verify(args.folder)
-    print("\n".join(problems) or f"{args.folder}: every byte is as it was written")
+    problems = verify_prepared(args.folder)
+    print("\n".join(problems) or f"{args.folder}: all files verified")
     return 1 if problems else 0

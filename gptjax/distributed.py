@@ -1,7 +1,7 @@
-"""Many processes as one run: they find each other, agree, and end together.
+"""Multi-process runs: initialization, consistency checks and coordinated exit.
 
-Process 0 alone writes into the run folder, but for the parts of a checkpoint, which
-each process writes of its own devices. The others have a scratch folder for the rest.
+Only process 0 writes to the run folder, except for checkpoint shards, which each
+process writes for its own devices. The other processes use a temporary folder.
 """
 
 import atexit
@@ -25,35 +25,36 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.errors import ConfigError, GptjaxError, MachineError
-from gptjax.stopping import NOTHING, Stopped
+from gptjax.errors import ConfigError, GptjaxError, ResourceError
+from gptjax.stopping import NOTHING_TO_SAVE, Interrupted
 
-START_SECONDS = 300  # until all processes have to be there
-LOST_SECONDS = 10  # without a sign of life from a process, the run ends
-LOST = (
-    "gptjax: another process of this run is lost, so this one has ended. Start all of "
-    "them again with the same command: they go on from the last checkpoint."
+INIT_TIMEOUT_SECONDS = 300  # for all processes to connect
+HEARTBEAT_TIMEOUT_SECONDS = 10  # without a heartbeat of a process until the run ends
+LOST_MESSAGE = (
+    "gptjax: lost another process of this run, so this one has exited. Start all "
+    "processes again with the same command to resume from the last checkpoint."
 )
-AGREE = ("config", "code", "data", "tokenizer")
+CONSENSUS_KEYS = ("config", "code", "data", "tokenizer")
 
 
-def start(where: str) -> None:
-    """Connects this process with the others of its run.
+def initialize(address: str) -> None:
+    """Connects this process to the other processes of its run.
 
     Args:
-        where: "auto" where a scheduler says who the others are (Slurm, Open MPI, GKE, a
-            TPU pod), else "HOST:PORT,N,I": of process 0, how many, which this one is.
+        address: "auto" under a scheduler that JAX supports (Slurm, Open MPI, GKE, TPU
+            pods), else "HOST:PORT,N,I": address of process 0, number of processes,
+            index of this one.
 
     Raises:
-        ConfigError: it is neither, or the others cannot be reached.
+        ConfigError: it is neither, or the other processes cannot be reached.
     """
     options: dict[str, Any] = {}
-    if where != "auto":
-        match = re.fullmatch(r"(.+:\d+),(\d+),(\d+)", where)
+    if address != "auto":
+        match = re.fullmatch(r"(.+:\d+),(\d+),(\d+)", address)
         if not match or int(match[3]) >= int(match[2]):
             raise ConfigError(
-                f"--distributed {where} is neither auto nor HOST:PORT,N,I with I below "
-                "N. Write, for the second of two processes, HOST:1234,2,1."
+                f"--distributed {address} is neither auto nor HOST:PORT,N,I with I < N. "
+                "For the second of two processes, for example, use HOST:1234,2,1."
             )
         options = {
             "coordinator_address": match[1],
@@ -61,31 +62,31 @@ def start(where: str) -> None:
             "process_id": int(match[3]),
         }
         if not options["process_id"]:
-            check_port(where, int(match[1].rpartition(":")[2]))
-    waiting = threading.Timer(START_SECONDS, nobody_came, [where])
-    waiting.daemon = True
-    waiting.start()
+            check_coordinator_port(address, int(match[1].rpartition(":")[2]))
+    timer = threading.Timer(INIT_TIMEOUT_SECONDS, explain_startup_timeout, [address])
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             **options,
-            initialization_timeout=START_SECONDS + 60,  # ends the process without words
-            heartbeat_timeout_seconds=LOST_SECONDS,
+            initialization_timeout=INIT_TIMEOUT_SECONDS + 60,  # JAX then exits silently
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"--distributed {where}: the processes of this run cannot find each other "
-            f"({str(error).splitlines()[0]}). Write HOST:PORT,N,I, where HOST is that "
-            "of process 0."
+            f"--distributed {address}: cannot connect to the other processes of this run "
+            f"({str(error).splitlines()[0]}). Use HOST:PORT,N,I with the host of "
+            "process 0."
         ) from error
     finally:
-        waiting.cancel()
+        timer.cancel()
 
 
-def check_port(where: str, port: int) -> None:
-    """Whether the others can be awaited there; if not, JAX would crash.
+def check_coordinator_port(address: str, port: int) -> None:
+    """Checks that the coordinator's port can be used; JAX would crash otherwise.
 
     Raises:
-        ConfigError: another program has the port, or it is no port.
+        ConfigError: the port is in use or invalid.
     """
     with socket.socket() as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -93,18 +94,17 @@ def check_port(where: str, port: int) -> None:
             server.bind(("", port))
         except (OSError, OverflowError) as error:
             raise ConfigError(
-                f"--distributed {where}: port {port} of this host cannot be used: "
-                f"{error}. End the run that still has it, or give all processes "
-                "another port."
+                f"--distributed {address}: cannot use port {port} of this host: {error}. "
+                "End the run that still uses it, or give all processes another port."
             ) from error
 
 
-def nobody_came(where: str) -> None:
-    """Ends this process, whose main thread waits for the others inside of JAX."""
+def explain_startup_timeout(address: str) -> None:
+    """Reports the timeout and exits; the main thread is blocked inside JAX."""
     print(
-        f"gptjax: --distributed {where}: not all processes of this run were there "
-        f"within {START_SECONDS} s. Start all of them, each with its own number; all "
-        "need to reach HOST:PORT of process 0.",
+        f"gptjax: --distributed {address}: timed out after {INIT_TIMEOUT_SECONDS} s waiting for "
+        "all processes. Start all of them, each with its own index; each must be able "
+        "to reach HOST:PORT of process 0.",
         file=sys.stderr,
         flush=True,
     )
@@ -112,95 +112,101 @@ def nobody_came(where: str) -> None:
 
 
 @contextlib.contextmanager
-def ending_together() -> Iterator[None]:
-    """Ends this process at once after an error, and says when another one is lost.
+def abort_all_on_error() -> Iterator[None]:
+    """Exits immediately after an error, and reports a lost process.
 
-    JAX ends it from inside, where no exception passes; so a shell waits at the other
-    end of a pipe, and speaks if that closes without a word.
+    JAX exits without an exception when a process is lost. So a shell reads from a pipe
+    and prints the message if the pipe closes before "done" was written.
     """
     if jax.process_count() == 1:
         yield
         return
-    command = ["sh", "-c", 'read -r word || echo "$0" >&2', LOST]
-    waiting: Any = subprocess.Popen(
+    command = ["sh", "-c", 'read -r word || echo "$0" >&2', LOST_MESSAGE]
+    watcher: Any = subprocess.Popen(
         command, stdin=subprocess.PIPE, start_new_session=True
     )
     try:
         yield
     except BaseException as error:
-        # The connection broke, or this process failed by itself, of which the others
-        # hear this way: they are not to wait for what it will not send.
-        lost = comes_from_xla(error) and "RESOURCE_EXHAUSTED" not in str(error)
+        # Either the connection broke, or this process failed; exiting tells the others
+        # not to wait for it.
+        connection_lost = is_xla_error(error) and "RESOURCE_EXHAUSTED" not in str(error)
         sys.stdout.flush()
-        print(account(error), file=sys.stderr, flush=True)
-        waiting.communicate(b"" if lost else b"done\n")
+        print(describe_error(error), file=sys.stderr, flush=True)
+        watcher.communicate(b"" if connection_lost else b"done\n")
         if isinstance(error, GptjaxError):
-            # All have found the same, and need what this one sent last, and to speak
-            # before process 0 ends them.
+            # All processes raise the same error. Give them time to receive the last
+            # data and to print it; when process 0 exits, they are terminated.
             time.sleep(1 if jax.process_index() else 2)
-        mistake = isinstance(error, GptjaxError) and not isinstance(error, MachineError)
-        os._exit(2 if mistake else 1)
+        is_user_error = isinstance(error, GptjaxError) and not isinstance(
+            error, ResourceError
+        )
+        os._exit(2 if is_user_error else 1)
     finally:
         with contextlib.suppress(OSError):
-            waiting.stdin.write(b"done\n")
-            waiting.stdin.close()
-        waiting.wait()
+            watcher.stdin.write(b"done\n")
+            watcher.stdin.close()
+        watcher.wait()
 
 
-def account(error: BaseException) -> str:
-    """What a person should read of an error."""
+def describe_error(error: BaseException) -> str:
+    """Error message for stderr, with a traceback if unexpected."""
     if isinstance(error, GptjaxError):
         return f"gptjax: {error}"
-    if comes_from_xla(error):
+    if is_xla_error(error):
         return str(error)
     return "".join(traceback.format_exception(error)).rstrip()
 
 
-def comes_from_xla(error: BaseException) -> bool:
-    """Whether it is one of those that a broken connection ends in."""
+def is_xla_error(error: BaseException) -> bool:
+    """True for errors that XLA raises, such as after a broken connection."""
     if isinstance(error, jax.errors.JaxRuntimeError):
         return True
-    # jax 0.7 has no type of its own for it, but all start with the name of a status.
+    # jax 0.7 has no such type, but the messages start with a status name.
     return bool(re.match(r"[A-Z]+(_[A-Z]+)*: ", str(error)))
 
 
-def own_folder(folder: Path) -> Path:
-    """The run folder in process 0; in others one that is deleted when they end.
+def process_dir(run_dir: Path) -> Path:
+    """Run folder in process 0; in the others a temporary copy, deleted at exit.
 
-    It starts with what a resumed run reads.
+    The copy contains only the files that a resumed run reads.
     """
     if jax.process_index() == 0:
-        return folder
-    scratch = Path(tempfile.mkdtemp(prefix="gptjax-"))
-    command = ["sh", "-c", 'read -r word; rm -rf "$0"', str(scratch)]
-    keeper: Any = subprocess.Popen(
+        return run_dir
+    scratch_dir = Path(tempfile.mkdtemp(prefix="gptjax-"))
+    command = ["sh", "-c", 'read -r word; rm -rf "$0"', str(scratch_dir)]
+    cleaner: Any = subprocess.Popen(
         command, stdin=subprocess.PIPE, start_new_session=True
     )
-    atexit.register(keeper.communicate)  # closes the pipe, as any other end does
+    atexit.register(cleaner.communicate)  # closes the pipe, as any exit does
     for name in ("config.toml", "meta.json", "metrics.jsonl"):
-        if (folder / name).is_file():
-            shutil.copy(folder / name, scratch)
-    return scratch
+        if (run_dir / name).is_file():
+            shutil.copy(run_dir / name, scratch_dir)
+    return scratch_dir
 
 
-def agree(facts: Mapping[str, Any]) -> None:
-    """Compares what the processes are about to do.
+def assert_equal(values: Mapping[str, Any]) -> None:
+    """Checks that all processes have the same config, code, data and tokenizer.
 
     Args:
-        facts: `AGREE`, each anything that JSON can hold.
+        values: JSON-serializable values by the keys `CONSENSUS_KEYS`.
 
     Raises:
-        ConfigError: some of it is not the same in all of them.
+        ConfigError: a value differs between processes.
     """
     if jax.process_count() == 1:
         return
     from jax.experimental.multihost_utils import process_allgather
 
-    mine = np.stack([digest(facts.get(name)) for name in AGREE])
-    every = np.asarray(process_allgather(mine))
+    local_digests = np.stack([json_digest(values.get(name)) for name in CONSENSUS_KEYS])
+    all_digests = np.asarray(process_allgather(local_digests))
     different = []
-    for n, name in enumerate(AGREE):
-        others = [str(i) for i, one in enumerate(every) if any(one[n] != every[0, n])]
+    for n, name in enumerate(CONSENSUS_KEYS):
+        others = [
+            str(i)
+            for i, process_digests in enumerate(all_digests)
+            if any(process_digests[n] != all_digests[0, n])
+        ]
         if others:
             plural = "es" * (len(others) > 1)
             different.append(f"the {name} of process{plural} {', '.join(others)}")
@@ -212,20 +218,20 @@ def agree(facts: Mapping[str, Any]) -> None:
         )
 
 
-def digest(value: Any) -> np.ndarray:
-    """32 bytes that stand for a value."""
+def json_digest(value: Any) -> np.ndarray:
+    """SHA-256 of a JSON-serializable value, as 32 bytes."""
     text = json.dumps(value, sort_keys=True, default=str)
     return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
 
 
-def code_facts() -> str:
-    """A hash of the package's source files."""
+def source_hash() -> str:
+    """Hash of the package's source files."""
     sources = sorted(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
 
 
-def any_process(flag: bool) -> bool:
-    """Whether it is true in one of the processes, which all ask together."""
+def any_across_processes(flag: bool) -> bool:
+    """True if the flag is set in any process; a collective operation."""
     if jax.process_count() == 1:
         return flag
     from jax.experimental.multihost_utils import process_allgather
@@ -233,11 +239,11 @@ def any_process(flag: bool) -> bool:
     return bool(np.any(process_allgather(np.array(flag))))
 
 
-def stop_together(asked: bool) -> None:
-    """All stop if one was asked to; the loop saves what is new, if anything is.
+def stop_if_any(stop_requested: bool) -> None:
+    """Stops all processes if any was asked to; the trainer saves unsaved progress.
 
     Raises:
-        Stopped: one was.
+        Interrupted: any process was asked to stop.
     """
-    if any_process(asked):
-        raise Stopped(NOTHING)
+    if any_across_processes(stop_requested):
+        raise Interrupted(NOTHING_TO_SAVE)

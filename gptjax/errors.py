@@ -1,25 +1,25 @@
-"""Errors that a user can mend: one sentence with the value, the need and the fix.
+"""Errors a user can fix: a message states the value, the requirement and the fix.
 
-The command line prints them without a traceback and exits with code 2; with 1, where
-it was the machine that failed.
+The command line prints them without a traceback and exits with code 2, or with 1 for
+a `ResourceError`.
 """
 
 
 class GptjaxError(Exception):
-    """A mistake in what the user gave, told so that the user can mend it."""
+    """Base of all errors a user can fix."""
 
 
 class ConfigError(GptjaxError, ValueError):
-    """An option, a config file or a combination of values that cannot be used."""
+    """Invalid configuration."""
 
 
 class DataError(GptjaxError, ValueError):
-    """Text, tokens or data files that cannot be used."""
+    """Invalid data."""
 
 
 class ModelError(GptjaxError, ValueError):
-    """A model, checkpoint or run folder that cannot be used."""
+    """Invalid or incompatible model, checkpoint or run folder."""
 
 
-class MachineError(GptjaxError, OSError):
-    """The machine failed, as with a full disk: the same again may go well later."""
+class ResourceError(GptjaxError, OSError):
+    """Out of memory, disk or network: the same command may succeed later."""

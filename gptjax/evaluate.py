@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte of a model on text, every token scored once."""
+"""Loss, perplexity and bits per byte on text; every token is scored once."""
 
 import dataclasses
 import functools
@@ -12,42 +12,42 @@ from jax.sharding import Mesh
 from jaxtyping import Float32
 
 from gptjax.config import GPTConfig
-from gptjax.data.batches import Batch, pack
+from gptjax.data.batches import Batch, make_lm_batch
 from gptjax.errors import ConfigError, DataError
-from gptjax.loss import batch_token_nats
+from gptjax.loss import batch_per_token_loss
 from gptjax.model import Params
-from gptjax.sharding import on, place_batch, replicated
-from gptjax.stopping import poll
+from gptjax.sharding import use_mesh, shard_batch, replicate
+from gptjax.stopping import check_interrupted
 from gptjax.weights.folder import Model
 
-ROWS = 8  # in a batch of `score`
-CHUNK = 256  # positions whose logits exist at a time
-NO_TOKEN = "there is no token to score. Give text that is not empty."
+SCORE_BATCH_SIZE = 8  # windows per batch of `score`
+EVAL_CHUNK_SIZE = 256  # positions whose logits are in memory at a time
+NO_TOKENS_ERROR = "there is no token to score. Pass a non-empty text."
 
-Scorer = Callable[[Params, Any], Any]
+EvalStep = Callable[[Params, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """How well a model predicts a text."""
+    """Language model evaluation on a text."""
 
     loss: float  # nats per token
-    tokens: int  # that were predicted
-    bytes: int  # of text that they stand for
-    nats: float  # of all of them
+    tokens: int  # scored
+    bytes: int  # of the text of the scored tokens
+    total_loss: float  # sum over tokens, nats
 
     @property
     def perplexity(self) -> float:
-        """Exponential of the loss; depends on the tokenizer."""
+        """Exponential of the loss; not comparable across tokenizers."""
         return math.exp(min(self.loss, 700.0))
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Comparable across tokenizers; None for text of no bytes."""
-        return self.nats / math.log(2) / self.bytes if self.bytes else None
+        """Bits per byte of text, comparable across tokenizers; None without bytes."""
+        return self.total_loss / math.log(2) / self.bytes if self.bytes else None
 
-    def numbers(self) -> dict[str, float | int | None]:
-        """What metrics.jsonl records."""
+    def to_dict(self) -> dict[str, float | int | None]:
+        """Values logged to metrics.jsonl."""
         return {
             "loss": self.loss,
             "perplexity": self.perplexity,
@@ -56,148 +56,160 @@ class Evaluation:
         }
 
 
-def make_scorer(
-    config: GPTConfig, chunk: int = CHUNK, mesh: Mesh | None = None
-) -> Scorer:
-    """A compiled function of (params, batch): nats of each target [B, T].
+def make_eval_step(
+    config: GPTConfig, chunk_size: int = EVAL_CHUNK_SIZE, mesh: Mesh | None = None
+) -> EvalStep:
+    """Returns a jitted function (params, batch) -> loss [B, T] in nats.
 
-    Args:
-        config: shape of the model.
-        chunk: positions whose logits exist at a time.
-        mesh: on which the parameters lie, if on one.
+    Logits are computed for `chunk_size` positions at a time. `mesh` is the mesh of
+    sharded parameters.
     """
 
     @jax.jit
-    def nats(params: Params, batch: Any) -> Any:
-        return replicated(batch_token_nats(config, params, batch, chunk=chunk))
+    def compute_losses(params: Params, batch: Any) -> Any:
+        return replicate(
+            batch_per_token_loss(config, params, batch, chunk_size=chunk_size)
+        )
 
-    def score(params: Params, batch: Any) -> Any:
-        with on(mesh):
-            return nats(params, place_batch(batch, mesh, len(batch["tokens"])))
+    def eval_step(params: Params, batch: Any) -> Any:
+        with use_mesh(mesh):
+            return compute_losses(
+                params, shard_batch(batch, mesh, len(batch["tokens"]))
+            )
 
-    return score
+    return eval_step
 
 
-# A notebook that scores one text after the other compiles once.
-scorer_of = functools.lru_cache(maxsize=4)(make_scorer)
+# Cached, so that a notebook that scores many texts compiles once.
+eval_step_for = functools.lru_cache(maxsize=4)(make_eval_step)
 
 
 def evaluate(
-    scorer: Scorer, params: Params, batches: Iterable[Batch], byte_lengths: np.ndarray
+    eval_step: EvalStep,
+    params: Params,
+    batches: Iterable[Batch],
+    byte_lengths: np.ndarray,
 ) -> Evaluation:
-    """Sums over all batches, in float64 on the host.
+    """Evaluates all batches; sums in float64 on the host.
 
-    Args:
-        scorer: `make_scorer`.
-        params: of the same model.
-        batches: of one static shape; a target counts where its weight is 1, so its
-            loss does not depend on what else is in the batch.
-        byte_lengths: bytes that each token id stands for.
+    Batches have one static shape. Targets with weight 0 are excluded, and the loss of a
+    target does not depend on the rest of the batch. `byte_lengths` holds the number of
+    bytes of each token id.
     """
-    nats, tokens, size = 0.0, 0, 0
+    total_loss, num_tokens, num_bytes = 0.0, 0, 0
     for batch in batches:
-        poll()
-        counted = batch["weights"] > 0
-        nats += float(np.sum(np.asarray(scorer(params, batch), np.float64)[counted]))
-        tokens += int(counted.sum())
-        size += int(byte_lengths[batch["targets"][counted]].sum())
-    if not tokens:
-        raise DataError(NO_TOKEN)
-    return Evaluation(nats / tokens, tokens, size, nats)
+        check_interrupted()
+        mask = batch["loss_weights"] > 0
+        total_loss += float(
+            np.sum(np.asarray(eval_step(params, batch), np.float64)[mask])
+        )
+        num_tokens += int(mask.sum())
+        num_bytes += int(byte_lengths[batch["targets"][mask]].sum())
+    if not num_tokens:
+        raise DataError(NO_TOKENS_ERROR)
+    return Evaluation(total_loss / num_tokens, num_tokens, num_bytes, total_loss)
 
 
-def windows(
-    token_L: np.ndarray, context: int, stride: int, rows: int, eot: int | None
+def sliding_windows(
+    token_L: np.ndarray,
+    context_length: int,
+    stride: int,
+    batch_size: int,
+    eot_token: int | None,
 ) -> Iterator[Batch]:
-    """Batches of overlapping rows in which each token but the first is scored once.
+    """Yields batches of overlapping windows that score each token but the first once.
 
-    The first row scores all its targets, each next one the last `stride`: these see
-    at least `context - stride` tokens before them.
-
-    Args:
-        token_L: the text, its first token only read.
-        context: [T] inputs in a row.
-        stride: how far a row starts after the one before, 1 to `context`.
-        rows: [B] in a batch; the last batch is filled with rows of weight 0.
-        eot: the token that starts a document, or None to let documents mix.
+    The first window scores all its targets, later ones the last `stride`, which have at
+    least the context length minus `stride` tokens of context. `stride` is between 1 and
+    the context length. The last batch is padded with rows of weight 0. `eot_token`
+    starts a document; None disables document masking.
     """
-    targets = len(token_L) - 1
-    count = 1 + max(0, -(-(targets - context) // stride))
-    padded = np.zeros(context + 1 + (count + rows) * stride, np.int32)
+    num_targets = len(token_L) - 1
+    num_windows = 1 + max(0, -(-(num_targets - context_length) // stride))
+    padded = np.zeros(
+        context_length + 1 + (num_windows + batch_size) * stride, np.int32
+    )
     padded[: len(token_L)] = token_L
-    for first in range(0, count, rows):
-        start_B = (first + np.arange(rows)) * stride
-        row = padded[start_B[:, None] + np.arange(context + 1)]
-        batch = pack(row, eot)
-        place_BT = start_B[:, None] + np.arange(context)
-        fresh_BT = (np.arange(context) >= context - stride) | (start_B[:, None] == 0)
-        batch["weights"] = (fresh_BT & (place_BT < targets)).astype(np.float32)
+    for first_window in range(0, num_windows, batch_size):
+        start_B = (first_window + np.arange(batch_size)) * stride
+        tokens = padded[start_B[:, None] + np.arange(context_length + 1)]
+        batch = make_lm_batch(tokens, eot_token)
+        position_BT = start_B[:, None] + np.arange(context_length)
+        is_scored_BT = (np.arange(context_length) >= context_length - stride) | (
+            start_B[:, None] == 0
+        )
+        batch["loss_weights"] = (is_scored_BT & (position_BT < num_targets)).astype(
+            np.float32
+        )
         yield batch
 
 
 def score(model: Model, text: str, *, stride: int | None = None) -> Evaluation:
-    """How well the model predicts `text`, taken as one document.
+    """Evaluates the model on `text` as one document.
 
     Args:
         model: from `gptjax.load`.
         text: not empty.
-        stride: tokens between the starts of two windows; by default the context,
-            which is fastest. Smaller ones give each token more to look back at.
+        stride: tokens between the starts of two windows. Default: the context length,
+            which is fastest; smaller values give each token more context.
 
     Raises:
-        ConfigError: the stride is not between 1 and the context.
+        ConfigError: the stride is not between 1 and the context length.
         DataError: the text is empty.
     """
-    context = model.config.context_length
-    stride = context if stride is None else stride
-    if not 1 <= stride <= context:
+    context_length = model.config.context_length
+    stride = context_length if stride is None else stride
+    if not 1 <= stride <= context_length:
         raise ConfigError(
-            f"--stride {stride} is not between 1 and the model's context of "
-            f"{context}. Choose one that is, e.g. {context // 2}."
+            f"--stride {stride} is not between 1 and the model's context length of "
+            f"{context_length}. Choose a value in this range, e.g. {context_length // 2}."
         )
-    token_L = np.array([model.tokenizer.eot, *model.tokenizer.encode(text)], np.int32)
+    token_L = np.array(
+        [model.tokenizer.eot_token, *model.tokenizer.encode(text)], np.int32
+    )
     return score_tokens(model, token_L, stride, None)
 
 
-def token_nats(model: Model, text: str) -> tuple[list[int], Float32[np.ndarray, " L"]]:
-    """The tokens of `text`, and the nats of each given all before it.
+def token_losses(
+    model: Model, text: str
+) -> tuple[list[int], Float32[np.ndarray, " L"]]:
+    """Returns the tokens of `text` and the loss of each, in nats.
 
-    The text is one document, as for `score`, whose loss is their mean: what is given
-    begins with <|endoftext|>.
+    The text is one document that starts after <|endoftext|>, as in `score`, whose loss
+    is the mean of these values.
 
     Args:
         model: from `gptjax.load`.
-        text: at most `context_length` tokens, not empty.
+        text: 1 to `context_length` tokens.
 
     Raises:
-        ConfigError: the text is longer.
-        DataError: it is empty.
+        ConfigError: the text is longer than the context.
+        DataError: the text is empty.
     """
-    context, ids = model.config.context_length, model.tokenizer.encode(text)
+    context_length, ids = model.config.context_length, model.tokenizer.encode(text)
     if not ids:
-        raise DataError(NO_TOKEN)
-    if len(ids) > context:
+        raise DataError(NO_TOKENS_ERROR)
+    if len(ids) > context_length:
         raise ConfigError(
-            f"the text has {len(ids)} tokens, more than the model's context of "
-            f"{context}. Shorten it, or use gptjax.score for its mean."
+            f"the text has {len(ids)} tokens, more than the model's context length of "
+            f"{context_length}. Shorten it, or use gptjax.score for the mean loss."
         )
-    token_L = np.array([model.tokenizer.eot, *ids], np.int32)
-    (batch,) = windows(token_L, context, context, 1, None)
-    nat_BT = np.asarray(scorer_of(model.config)(model.params, batch), np.float32)
-    return ids, nat_BT[0, : len(ids)]
+    token_L = np.array([model.tokenizer.eot_token, *ids], np.int32)
+    (batch,) = sliding_windows(token_L, context_length, context_length, 1, None)
+    loss_BT = np.asarray(eval_step_for(model.config)(model.params, batch), np.float32)
+    return ids, loss_BT[0, : len(ids)]
 
 
 def score_tokens(
-    model: Model, token_L: np.ndarray, stride: int, eot: int | None
+    model: Model, token_L: np.ndarray, stride: int, eot_token: int | None
 ) -> Evaluation:
-    """How well the model predicts tokens, the first of which is only read.
+    """Evaluates the model on tokens; the first one is context only.
 
-    Args:
-        model: from `gptjax.load`.
-        token_L: in the vocabulary of the model's tokenizer.
-        stride: tokens between the starts of two windows, 1 to the context.
-        eot: the token that starts each document, or None if it is one document.
+    `stride` is the number of tokens between the starts of two windows, from 1 to the
+    context length. `eot_token` starts each document; None means a single document.
     """
-    batches = windows(token_L, model.config.context_length, stride, ROWS, eot)
-    scorer = scorer_of(model.config)
-    return evaluate(scorer, model.params, batches, model.tokenizer.byte_lengths)
+    batches = sliding_windows(
+        token_L, model.config.context_length, stride, SCORE_BATCH_SIZE, eot_token
+    )
+    eval_step = eval_step_for(model.config)
+    return evaluate(eval_step, model.params, batches, model.tokenizer.byte_lengths)

@@ -1,4 +1,4 @@
-"""How well an assistant answers: its loss on good answers, and its own beside them."""
+"""Evaluation of assistants: loss on reference answers and overlap of responses."""
 
 import json
 from collections import defaultdict
@@ -6,100 +6,96 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptjax.answering import answer_all
+from gptjax.answering import answer_batch
 from gptjax.data.conversations import Conversation
-from gptjax.data.example_batches import padded
+from gptjax.data.example_batches import make_bucketed_batches
 from gptjax.data.examples import Example
-from gptjax.data.labelling import new_file
-from gptjax.evaluate import Evaluation, evaluate, scorer_of
+from gptjax.data.labelling import atomic_write
+from gptjax.evaluate import Evaluation, evaluate, eval_step_for
 from gptjax.overlap import exact_match, rouge_l, token_f1
 from gptjax.weights.folder import Model
 
-ROWS = 8  # conversations scored at a time
-SCORES = {"exact_match": exact_match, "token_f1": token_f1, "rouge_l": rouge_l}
+LOSS_BATCH_SIZE = 8  # conversations per batch
+SCORE_FUNCTIONS = {"exact_match": exact_match, "token_f1": token_f1, "rouge_l": rouge_l}
 
 
-class Answered(NamedTuple):
-    """A conversation and what the model says in place of its last answer."""
+class ResponseEval(NamedTuple):
+    """Conversation and the model's response in place of its last answer."""
 
     conversation: Conversation
     response: str
-    scores: dict[str, float]  # by the names in SCORES
+    scores: dict[str, float]  # by name, as in SCORE_FUNCTIONS
 
     @property
     def reference(self) -> str:
-        """The answer that the data give."""
+        """Reference answer: the last message of the conversation."""
         return self.conversation.messages[-1]["content"].strip()
 
 
 def example_loss(model: Model, examples: Sequence[Example]) -> Evaluation:
-    """Nats per learned token of the examples, each once.
+    """Mean loss in nats over the trained tokens of the examples.
 
-    Args:
-        model: whatever made the examples' tokens.
-        examples: that fit its context.
+    The examples must be tokenized for this model and fit its context.
     """
-    context, fill = model.config.context_length, model.tokenizer.eot
-    rows = padded(examples, ROWS, context, fill)
-    batches = (batch for _, batch in rows.in_order())
-    scorer = scorer_of(model.config)
-    return evaluate(scorer, model.params, batches, model.tokenizer.byte_lengths)
+    context, pad_id = model.config.context_length, model.tokenizer.eot_token
+    bucketed = make_bucketed_batches(examples, LOSS_BATCH_SIZE, context, pad_id)
+    batches = (batch for _, batch in bucketed.in_order())
+    eval_step = eval_step_for(model.config)
+    return evaluate(eval_step, model.params, batches, model.tokenizer.byte_lengths)
 
 
-def respond(
+def generate_responses(
     model: Model, conversations: Sequence[Conversation], max_new_tokens: int
-) -> list[Answered]:
-    """The model's greedy answers to the last message of each user.
+) -> list[ResponseEval]:
+    """Generates greedy responses in place of the last answer of each conversation.
 
-    Args:
-        model: an assistant.
-        conversations: that end with an answer, which is not shown to the model.
-        max_new_tokens: of an answer at most.
+    Each conversation ends with a reference answer, which is not part of the prompt.
     """
     prompts = [conversation.messages[:-1] for conversation in conversations]
-    found = []
+    results = []
     for conversation, response in zip(
-        conversations, answer_all(model, prompts, max_new_tokens), strict=True
+        conversations, answer_batch(model, prompts, max_new_tokens), strict=True
     ):
-        one = Answered(conversation, response, {})
+        result = ResponseEval(conversation, response, {})
         scores = {
-            name: score(response, one.reference) for name, score in SCORES.items()
+            name: score(response, result.reference)
+            for name, score in SCORE_FUNCTIONS.items()
         }
-        found.append(one._replace(scores=scores))
-    return found
+        results.append(result._replace(scores=scores))
+    return results
 
 
-def mean_scores(answered: Sequence[Answered]) -> dict[str, float]:
-    """The mean of each score."""
+def mean_scores(results: Sequence[ResponseEval]) -> dict[str, float]:
+    """Averages each score."""
     return {
-        name: sum(one.scores[name] for one in answered) / len(answered)
-        for name in SCORES
+        name: sum(result.scores[name] for result in results) / len(results)
+        for name in SCORE_FUNCTIONS
     }
 
 
-def by_task(answered: Iterable[Answered]) -> dict[str, dict[str, float]]:
-    """The mean scores of each task, where the rows name tasks."""
-    tasks = defaultdict(list)
-    for one in answered:
-        if one.conversation.task:
-            tasks[one.conversation.task].append(one)
-    return {task: mean_scores(tasks[task]) for task in sorted(tasks)}
+def group_scores(results: Iterable[ResponseEval]) -> dict[str, dict[str, float]]:
+    """Averages the scores by task; conversations without a task are skipped."""
+    grouped = defaultdict(list)
+    for result in results:
+        if result.conversation.task:
+            grouped[result.conversation.task].append(result)
+    return {task: mean_scores(grouped[task]) for task in sorted(grouped)}
 
 
-def response_rows(answered: Iterable[Answered]) -> list[dict[str, Any]]:
-    """Each row of the data as it was, with the response and its scores."""
+def to_rows(results: Iterable[ResponseEval]) -> list[dict[str, Any]]:
+    """Converts results to rows: the original row, the response and its scores."""
     return [
-        {**one.conversation.row, "response": one.response, **one.scores}
-        for one in answered
+        {**result.conversation.source_row, "response": result.response, **result.scores}
+        for result in results
     ]
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Writes JSON lines, all or none.
+    """Writes rows as JSON lines, atomically.
 
     Raises:
         DataError: the file cannot be written.
     """
-    with new_file(path) as file:
+    with atomic_write(path) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,7 +1,7 @@
-"""Pictures for notebooks: what a model sees, expects and finds hard, and its tokens.
+"""Figures for notebooks: attention, losses, next tokens, loss masks, tokenization.
 
-Each function returns a figure of its own, which a notebook shows when it ends a cell.
-They are made to be read at 700 pixels on a desk and at 360 on a phone.
+Each function returns a new Figure, which a notebook displays as the result of a cell.
+Figures are legible at widths of 700 pixels (desktop) and 360 pixels (phone).
 """
 
 import functools
@@ -19,265 +19,291 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
 from gptjax.boxes import (
-    FAMILY,
-    WIDTH,
+    FONT_FAMILIES,
+    FIGURE_WIDTH,
     Box,
-    boxed,
-    cells,
-    dark,
-    drawable,
-    label_of,
-    readable,
+    token_box_figure,
+    width_in_cells,
+    needs_white_text,
+    to_drawable,
+    token_label,
+    visible_text,
 )
 from gptjax.config import GPTConfig, OptimConfig
-from gptjax.decoding import padded
+from gptjax.decoding import pad_prompts
 from gptjax.errors import ConfigError
-from gptjax.evaluate import token_nats
-from gptjax.generation import prompt_rows
-from gptjax.model import Params, apply, hidden, logits, output_table
+from gptjax.evaluate import token_losses
+from gptjax.generation import tokenize_prompts
+from gptjax.model import Params, apply, hidden_states, lm_logits, unembedding_matrix
 from gptjax.optim import learning_rates
-from gptjax.preview import Part, Preview, parts
+from gptjax.preview import TokenSegment, Preview, token_segments
 from gptjax.report import BLUE, GREY, ORANGE, new_figure
 from gptjax.tokenizer import Tokenizer
 from gptjax.weights.folder import Model
 
-MOST_ATTENTION_TOKENS = 32  # more labels cannot be read
-SHAPES = ((WIDTH, 4), (WIDTH, 3), (WIDTH, 2), (1.4 * WIDTH, 2))  # width and columns
-MOST_BARS = 60
-PROMPT = 40  # characters of it in a title
-BAR = 46.0  # points that a colour bar takes
+MAX_ATTENTION_TOKENS = 32  # more labels are illegible
+PANEL_LAYOUTS = (
+    (FIGURE_WIDTH, 4),
+    (FIGURE_WIDTH, 3),
+    (FIGURE_WIDTH, 2),
+    (1.4 * FIGURE_WIDTH, 2),
+)  # points, columns
+MAX_BARS = 60
+MAX_TITLE_CHARS = 40  # characters of the prompt in a title
+COLORBAR_HEIGHT = 46.0  # height of a color bar, points
 
 PALE_BLUE, PALE_ORANGE, PALE_GREY = "#C3DFF0", "#F8DCC8", "#EFEFEF"
-WORSE_BETTER = LinearSegmentedColormap.from_list("", [ORANGE, "white", BLUE])
+DIVERGING_CMAP = LinearSegmentedColormap.from_list("", [ORANGE, "white", BLUE])
 
 
 def attention_figure(model: Model, text: str, layer: int) -> Figure:
-    """The attention weights of one layer: a heat map per head, a row per query.
+    """Plots the attention weights of one layer as a heat map per head.
 
     Args:
         model: from `gptjax.load`.
-        text: of 1 to `MOST_ATTENTION_TOKENS` tokens.
-        layer: counted from 0.
+        text: 1 to `MAX_ATTENTION_TOKENS` tokens.
+        layer: index from 0.
 
     Raises:
-        ConfigError: there is no such layer, or too much text or none.
+        ConfigError: the layer does not exist, or the text is empty or too long.
     """
-    config, ids = model.config, ids_of(model.tokenizer, text)
+    config, ids = model.config, encode_nonempty(model.tokenizer, text)
     if not 0 <= layer < config.n_layers:
         raise ConfigError(
-            f"layer={layer} is not one of the model's {config.n_layers}, counted from "
-            f"0. Choose 0 to {config.n_layers - 1}."
+            f"layer={layer} is not one of the model's {config.n_layers} layers. Choose "
+            f"0 to {config.n_layers - 1}."
         )
-    if len(ids) > MOST_ATTENTION_TOKENS:
+    if len(ids) > MAX_ATTENTION_TOKENS:
         raise ConfigError(
-            f"the text has {len(ids)} tokens, but labels can be read for "
-            f"{MOST_ATTENTION_TOKENS} at most. Shorten the text."
+            f"the text has {len(ids)} tokens, more than the legible maximum of "
+            f"{MAX_ATTENTION_TOKENS}. Shorten the text."
         )
     token_BT = jnp.array([ids], jnp.int32)
-    _, kept = apply(config, model.params, token_BT, capture=("attention",))
-    weight_HTS = np.asarray(kept["attention"][layer, 0], np.float32)
-    labels = [label_of(model.tokenizer.decode_bytes([i])) for i in ids]
+    _, activations = apply(config, model.params, token_BT, capture=("attention",))
+    weight_HTS = np.asarray(activations["attention"][layer, 0], np.float32)
+    labels = [token_label(model.tokenizer.decode_bytes([i])) for i in ids]
     title = f"layer {layer}: queries in rows, keys in columns"
-    return panels(weight_HTS, labels, title)
+    return attention_panels(weight_HTS, labels, title)
 
 
-def panels(weight_HTS: np.ndarray, labels: Sequence[str], title: str) -> Figure:
-    """A grid of heat maps, labelled at its left and at its bottom."""
+def attention_panels(
+    weight_HTS: np.ndarray, labels: Sequence[str], title: str
+) -> Figure:
+    """Plots a grid of heat maps with labels on the left and at the bottom."""
     heads, size, top, gap = len(weight_HTS), 7.5, 35.0, 18.0  # points
-    margin = 0.602 * size * max(map(cells, labels)) + 6
-    need = len(labels) * (size - 1)  # points of a panel whose labels do not touch
-    # As many columns as the shape allows, or fewer that need no more rows.
-    shapes = [(w, -(-heads // -(-heads // n))) for w, n in SHAPES]
-    rooms = [((w - margin) / n - 8, w, n) for w, n in shapes]
-    room, width, columns = next((x for x in rooms if x[0] >= need), rooms[-1])
+    margin = 0.602 * size * max(map(width_in_cells, labels)) + 6
+    min_panel_size = len(labels) * (size - 1)  # points, so that labels do not overlap
+    # The fewest columns that need no more rows than n columns do.
+    shapes = [(w, -(-heads // -(-heads // n))) for w, n in PANEL_LAYOUTS]
+    candidates = [((w - margin) / n - 8, w, n) for w, n in shapes]
+    panel_size, width, columns = next(
+        (x for x in candidates if x[0] >= min_panel_size), candidates[-1]
+    )
     rows = -(-heads // columns)
-    height = top + rows * (room + gap) - gap + margin + BAR
+    height = top + rows * (panel_size + gap) - gap + margin + COLORBAR_HEIGHT
     figure = Figure((width / 72, height / 72), dpi=144)
     figure.suptitle(title, fontsize=10, y=1 - 5 / height, va="top")
-    plain = {"parse_math": False, "fontsize": size, "fontfamily": FAMILY}
+    text_style = {"parse_math": False, "fontsize": size, "fontfamily": FONT_FAMILIES}
     for head, weight_TS in enumerate(weight_HTS):
         row, column = divmod(head, columns)
-        left, low = margin + column * (room + 8), top + room + row * (room + gap)
+        left, bottom = (
+            margin + column * (panel_size + 8),
+            top + panel_size + row * (panel_size + gap),
+        )
         axes = figure.add_axes(
-            (left / width, 1 - low / height, room / width, room / height)
+            (left / width, 1 - bottom / height, panel_size / width, panel_size / height)
         )
         axes.imshow(weight_TS, cmap="Blues", vmin=0, vmax=1)
         axes.set_title(f"head {head}", fontsize=9, pad=3)
-        lowest, places = head + columns >= heads, range(len(labels))
-        axes.set_xticks(places, labels if lowest else [], rotation=90, **plain)
-        axes.set_yticks(places, [] if column else labels, **plain)
+        is_bottom_row, positions = head + columns >= heads, range(len(labels))
+        axes.set_xticks(
+            positions, labels if is_bottom_row else [], rotation=90, **text_style
+        )
+        axes.set_yticks(positions, [] if column else labels, **text_style)
         axes.tick_params(length=0, pad=2)
-    add_bar(figure, ScalarMappable(Normalize(0, 1), "Blues"), "attention weight")
+    add_colorbar(figure, ScalarMappable(Normalize(0, 1), "Blues"), "attention weight")
     return figure
 
 
 def token_loss_figure(model: Model, text: str, other: Model | None = None) -> Figure:
-    """The tokens of a text, coloured by the nats of each given all before it.
+    """Plots the tokens of a text, colored by their loss.
 
-    The darkest is as bad as a blind guess among all tokens, or worse. With another
-    model, blue is where `model` needs fewer nats than it, orange where it needs more.
-    Tokens that share a character share a box, and their nats are added.
+    The darkest color is the loss of a uniform prediction or more. With a second model,
+    tokens are blue where `model` has the lower loss and orange where `other` has.
+    Tokens that share a character share a box with the sum of their losses.
 
     Args:
         model: from `gptjax.load`.
-        text: at most `context_length` tokens, not empty.
-        other: of the same tokenizer.
+        text: 1 to `context_length` tokens.
+        other: a model with the same tokenizer.
 
     Raises:
-        ConfigError: no text or too much, or the tokenizers differ.
+        ConfigError: the text is empty or too long, or the tokenizers differ.
     """
     if other is not None and other.tokenizer.hash != model.tokenizer.hash:
         raise ConfigError(
             f"the models have the tokenizers {model.tokenizer.name!r} and "
-            f"{other.tokenizer.name!r}, so nats per token do not compare. Take models "
-            "of one tokenizer, or compare bits_per_byte of gptjax.score."
+            f"{other.tokenizer.name!r}, so losses per token are not comparable. Use "
+            "models with one tokenizer, or compare bits_per_byte of gptjax.score."
         )
-    ids_of(model.tokenizer, text)
-    ids, nat_L = token_nats(model, text)
-    found = list(model.tokenizer.characters(ids))
-    start_L = np.cumsum([0, *(len(part_ids) for _, part_ids in found[:-1])])
-    value_L, mean = np.add.reduceat(nat_L, start_L), nat_L.mean(dtype=np.float64)
+    encode_nonempty(model.tokenizer, text)
+    ids, loss_L = token_losses(model, text)
+    segments = list(model.tokenizer.iter_characters(ids))
+    start_L = np.cumsum([0, *(len(part_ids) for _, part_ids in segments[:-1])])
+    value_L, mean = np.add.reduceat(loss_L, start_L), loss_L.mean(dtype=np.float64)
     if other is None:
-        most = math.log(model.config.vocab_size)
-        colours = ScalarMappable(Normalize(0, most), "Blues")
+        max_loss = math.log(model.config.vocab_size)
+        colors = ScalarMappable(Normalize(0, max_loss), "Blues")
         title = f"mean {mean:.3f} nats per token"
-        label = f"nats (a blind guess: {most:.2f})"
+        label = f"nats (uniform prediction: {max_loss:.2f})"
     else:
-        _, other_L = token_nats(other, text)
+        _, other_L = token_losses(other, text)
         value_L = np.add.reduceat(other_L, start_L) - value_L
-        most = max(1.0, float(np.abs(value_L).max()))  # small differences stay pale
-        colours = ScalarMappable(Normalize(-most, most), WORSE_BETTER)
+        max_loss = max(
+            1.0, float(np.abs(value_L).max())
+        )  # keeps small differences pale
+        colors = ScalarMappable(Normalize(-max_loss, max_loss), DIVERGING_CMAP)
         other_mean = other_L.mean(dtype=np.float64)
         title = f"mean nats per token: model {mean:.3f}, other {other_mean:.3f}"
         label = "← other is better      nats      model is better →"
-    texts = [part_text for part_text, _ in found]
+    texts = [part_text for part_text, _ in segments]
     boxes = [
-        Box(part_text, face, "white" if dark(face) else "black")
-        for part_text, face in zip(texts, colours.to_rgba(value_L), strict=True)
+        Box(part_text, fill, "white" if needs_white_text(fill) else "black")
+        for part_text, fill in zip(texts, colors.to_rgba(value_L), strict=True)
     ]
-    figure = boxed(boxes, title, foot=BAR)
-    add_bar(figure, colours, label, "neither" if other else "max")
+    figure = token_box_figure(boxes, title, bottom_space=COLORBAR_HEIGHT)
+    add_colorbar(figure, colors, label, "neither" if other else "max")
     return figure
 
 
-def add_bar(
-    figure: Figure, colours: ScalarMappable, label: str, extend: Any = "neither"
+def add_colorbar(
+    figure: Figure, colors: ScalarMappable, label: str, extend: Any = "neither"
 ) -> None:
-    """Draws a colour bar at the foot of a figure, which left room for it."""
+    """Draws a color bar into the reserved space at the bottom of a figure."""
     point = 1 / 72 / figure.get_figheight()
     axes = figure.add_axes((0.06, 30 * point, 0.88, 9 * point))
-    bar = figure.colorbar(colours, axes, orientation="horizontal", extend=extend)
+    bar = figure.colorbar(colors, axes, orientation="horizontal", extend=extend)
     bar.set_label(label, fontsize=9)
     bar.ax.tick_params(labelsize=8)
 
 
-def next_tokens(
+def next_token_probs(
     model: Model, prompt: str, count: int = 10, temperature: float = 1.0
 ) -> list[tuple[str, float]]:
-    r"""The likeliest next tokens with their probabilities, likeliest first.
+    r"""Returns the most likely next tokens and their probabilities, highest first.
 
     Args:
         model: from `gptjax.load`.
-        prompt: not empty; of one longer than the context, the last tokens are read.
-        count: of tokens, or all where there are fewer.
-        temperature: that the scores are divided by.
+        prompt: not empty; only the last `context_length` tokens are used.
+        count: number of tokens, limited by the vocabulary.
+        temperature: divisor of the logits.
 
     Returns:
-        Text and probability of each; bytes that are no characters are as in "\xe2".
+        Text and probability of each token; bytes that are not valid UTF-8 are escaped
+        as in "\xe2".
 
     Raises:
-        ConfigError: an empty prompt, no tokens, or a temperature that is not positive.
+        ConfigError: the prompt is empty, or `count` or `temperature` is not positive.
     """
-    return likeliest(model, next_scores(model, prompt), count, temperature)
+    return top_tokens(model, next_logits(model, prompt), count, temperature)
 
 
-def next_scores(model: Model, prompt: str) -> Float64[np.ndarray, " V"]:
-    """Scores of the token after a prompt."""
-    rows, _ = prompt_rows(model, [prompt], 1)
-    token_BT, length_B = padded(rows, model.config.context_length)
-    scores = scores_after(model.config, model.params, token_BT, length_B)
-    return np.asarray(scores, np.float64)[0, : model.config.vocab_size]
+def next_logits(model: Model, prompt: str) -> Float64[np.ndarray, " V"]:
+    """Computes the logits of the token after a prompt."""
+    rows, _ = tokenize_prompts(model, [prompt], 1)
+    token_BT, length_B = pad_prompts(rows, model.config.context_length)
+    logit_BV = last_token_logits(model.config, model.params, token_BT, length_B)
+    return np.asarray(logit_BV, np.float64)[0, : model.config.vocab_size]
 
 
-def likeliest(
-    model: Model, score_V: Float64[np.ndarray, " V"], count: int, temperature: float
+def top_tokens(
+    model: Model, logit_V: Float64[np.ndarray, " V"], count: int, temperature: float
 ) -> list[tuple[str, float]]:
-    """What `next_tokens` returns, from scores."""
+    """Returns the most likely tokens and their probabilities from logits."""
     if count < 1:
-        raise ConfigError(f"count={count} shows no token. Choose 1 or more.")
+        raise ConfigError(f"count={count} is below the minimum of 1. Choose 1 or more.")
     if not temperature > 0:
         raise ConfigError(
             f"temperature={temperature} is not above 0. Choose 1 for the model's own "
-            "probabilities, less to sharpen them."
+            "probabilities, less for a sharper distribution."
         )
-    weight_V = np.exp((score_V - score_V.max()) / max(temperature, 1e-6))
-    chance_V = weight_V / weight_V.sum()
+    weight_V = np.exp((logit_V - logit_V.max()) / max(temperature, 1e-6))
+    prob_V = weight_V / weight_V.sum()
     return [
-        (readable(model.tokenizer.decode_bytes([i])), float(chance_V[i]))
-        for i in np.argsort(-score_V, kind="stable")[:count]
+        (visible_text(model.tokenizer.decode_bytes([i])), float(prob_V[i]))
+        for i in np.argsort(-logit_V, kind="stable")[:count]
     ]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def scores_after(
+def last_token_logits(
     config: GPTConfig,
     params: Params,
     token_BT: Int[Array, "B T"],
     length_B: Int[Array, " B"],
 ) -> Float[Array, "B V"]:
-    """Scores of the token after the first `length_B` of each row."""
-    x_BTD, _ = hidden(config, params, token_BT)
+    """Computes the logits of the token after the first `length_B` of each row."""
+    x_BTD, _ = hidden_states(config, params, token_BT)
     last_BD = x_BTD[jnp.arange(len(length_B)), length_B - 1]
-    return logits(config, output_table(config, params), last_BD)
+    return lm_logits(config, unembedding_matrix(config, params), last_BD)
 
 
 def next_token_figure(
     model: Model, prompt: str, count: int = 10, temperatures: Sequence[float] = (1.0,)
 ) -> Figure:
-    """The likeliest next tokens as bars, one for each temperature.
+    """Plots the most likely next tokens as bars, one per temperature.
 
     Args:
         model: from `gptjax.load`.
         prompt: not empty.
-        count: of tokens.
-        temperatures: that the scores are divided by.
+        count: number of tokens.
+        temperatures: divisors of the logits.
 
     Raises:
-        ConfigError: as `next_tokens`, or no bar to draw or too many.
+        ConfigError: as in `next_token_probs`, or there are no bars or too many.
     """
     groups = len(temperatures)
-    if not 1 <= max(count, 1) * groups <= MOST_BARS:
+    if not 1 <= max(count, 1) * groups <= MAX_BARS:
         raise ConfigError(
-            f"count={count} at {groups} temperatures makes {count * groups} bars, not "
-            f"1 to {MOST_BARS}. Change count or temperatures."
+            f"count={count} at {groups} temperatures gives {count * groups} bars, not "
+            f"1 to {MAX_BARS}. Change count or temperatures."
         )
-    score_V = next_scores(model, prompt)
-    found = [likeliest(model, score_V, count, t) for t in temperatures]
-    labels = [label_of(text.encode()) for text, _ in found[0]]
+    logit_V = next_logits(model, prompt)
+    tokens_by_temperature = [top_tokens(model, logit_V, count, t) for t in temperatures]
+    labels = [token_label(text.encode()) for text, _ in tokens_by_temperature[0]]
     pitch = 18.0 if groups == 1 else 12.0 * groups + 6  # points
     height = (len(labels) * pitch + 42 + 18 * -(-groups // 3)) / 72
-    figure = Figure((WIDTH / 72, height), dpi=144, layout="constrained")
+    figure = Figure((FIGURE_WIDTH / 72, height), dpi=144, layout="constrained")
     axes = figure.subplots()
-    colours = [BLUE, ORANGE, GREY]
-    if groups > len(colours):
-        colours = colormaps["cividis"](np.linspace(0, 0.9, groups))
-    thick = 0.8 / groups
-    for n, (t, chosen) in enumerate(zip(temperatures, found, strict=True)):
-        chances = [chance for _, chance in chosen]
-        places = np.arange(len(chances)) + (n - (groups - 1) / 2) * thick
-        bars = axes.barh(places, chances, thick, color=colours[n])
+    colors = [BLUE, ORANGE, GREY]
+    if groups > len(colors):
+        colors = colormaps["cividis"](np.linspace(0, 0.9, groups))
+    bar_height = 0.8 / groups
+    for n, (t, tokens) in enumerate(
+        zip(temperatures, tokens_by_temperature, strict=True)
+    ):
+        probs = [chance for _, chance in tokens]
+        positions = np.arange(len(probs)) + (n - (groups - 1) / 2) * bar_height
+        bars = axes.barh(positions, probs, bar_height, color=colors[n])
         bars.set_label(f"temperature {t:g}")
-        notes = [f"{chance:.1%}" if chance >= 5e-4 else "<0.1%" for chance in chances]
-        axes.bar_label(bars, notes, padding=3, fontsize=9 if groups == 1 else 8)
+        bar_labels = [f"{prob:.1%}" if prob >= 5e-4 else "<0.1%" for prob in probs]
+        axes.bar_label(bars, bar_labels, padding=3, fontsize=9 if groups == 1 else 8)
     axes.set_yticks(
-        *(range(len(labels)), labels), parse_math=False, fontfamily=FAMILY, fontsize=10
+        *(range(len(labels)), labels),
+        parse_math=False,
+        fontfamily=FONT_FAMILIES,
+        fontsize=10,
     )
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.xaxis.set_visible(False)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
-    title = "…" * (len(prompt) > PROMPT) + drawable(prompt[-PROMPT:])
-    figure.suptitle(f"after {title}", fontsize=10, parse_math=False, fontfamily=FAMILY)
+    title = "…" * (len(prompt) > MAX_TITLE_CHARS) + to_drawable(
+        prompt[-MAX_TITLE_CHARS:]
+    )
+    figure.suptitle(
+        f"after {title}", fontsize=10, parse_math=False, fontfamily=FONT_FAMILIES
+    )
     if groups > 1:
         figure.legend(
             loc="outside lower center", ncols=min(groups, 3), frameon=False, fontsize=9
@@ -285,95 +311,101 @@ def next_token_figure(
     return figure
 
 
-def mask_figure(preview: Preview, row: int = 0) -> Figure:
-    """What training learns of a row: the tokens, told apart by what becomes of them.
+def loss_mask_figure(preview: Preview, row: int = 0) -> Figure:
+    """Plots the loss mask of a row: trained, context and truncated tokens.
 
     Args:
-        preview: from `gptjax.preview.preview_rows`.
-        row: counted from 0.
+        preview: from `preview_rows`.
+        row: index from 0.
 
     Raises:
-        ConfigError: there is no such row.
+        ConfigError: the row does not exist.
     """
     if not 0 <= row < len(preview.rows):
         raise ConfigError(
-            f"row={row} is not one of the {len(preview.rows)} rows, counted from 0. "
-            f"Choose 0 to {len(preview.rows) - 1}."
+            f"row={row} is not one of the {len(preview.rows)} rows. Choose 0 to "
+            f"{len(preview.rows) - 1}."
         )
-    one = preview.rows[row]
-    title = f"{sum(one.learned):,} of {len(one.ids):,} tokens are learned"
-    if one.cut:
-        title += f"; the first {one.cut:,} are cut off"
-    if one.skipped:
-        title += f"; its last answer does not fit {preview.most:,}, so it is skipped"
+    example = preview.rows[row]
+    title = f"{sum(example.loss_mask):,} of {len(example.ids):,} tokens are trained"
+    if example.num_truncated:
+        title += f"; the first {example.num_truncated:,} are truncated"
+    if example.dropped:
+        title += f"; skipped, as the last answer does not fit {preview.max_length:,}"
     legend = [
         *(
-            mask_box(Part(name, [], name, False))
-            for name in ("learned", "given", "cut")
+            segment_box(TokenSegment(name, [], name, False))
+            for name in ("trained", "context", "truncated")
         ),
-        mask_box(Part("end token", [], "given", True)),
+        segment_box(TokenSegment("end token", [], "context", True)),
     ]
-    boxes = [mask_box(part) for part in parts(preview.tokenizer, one)]
-    return boxed(boxes, title, legend)
+    boxes = [
+        segment_box(segment) for segment in token_segments(preview.tokenizer, example)
+    ]
+    return token_box_figure(boxes, title, legend)
 
 
-def mask_box(part: Part) -> Box:
-    """The box of a part of a row: its state is told by colour and by a line."""
-    face, ink, rule = {
-        "learned": (PALE_BLUE, "#00405F", 0.94),
-        "given": (PALE_GREY, "#333333", 0.0),
-        "cut": ("#FAFAFA", "#777777", 0.5),
-    }[part.state]
-    if part.end:
-        face, ink = ink, "white"
-    return Box(part.text, face, ink, rule=rule)
+def segment_box(segment: TokenSegment) -> Box:
+    """Makes the box of a segment; color and underline encode its state."""
+    fill, text_color, underline = {
+        "trained": (PALE_BLUE, "#00405F", 0.94),
+        "context": (PALE_GREY, "#333333", 0.0),
+        "truncated": ("#FAFAFA", "#777777", 0.5),
+    }[segment.state]
+    if segment.is_eot:
+        fill, text_color = text_color, "white"
+    return Box(segment.text, fill, text_color, rule_position=underline)
 
 
-def pieces_figure(tokenizer: Tokenizer, text: str) -> Figure:
-    """How a tokenizer cuts a text: the tokens, and their ids below them.
+def tokenization_figure(tokenizer: Tokenizer, text: str) -> Figure:
+    """Plots the tokens of a text with their ids.
 
     Raises:
         ConfigError: the text is empty.
     """
-    ids = ids_of(tokenizer, text)
+    ids = encode_nonempty(tokenizer, text)
     boxes = [
-        Box(part_text, (PALE_BLUE, PALE_ORANGE)[n % 2], note=" ".join(map(str, part)))
-        for n, (part_text, part) in enumerate(tokenizer.characters(ids))
+        Box(
+            part_text,
+            (PALE_BLUE, PALE_ORANGE)[n % 2],
+            note=" ".join(map(str, token_ids)),
+        )
+        for n, (part_text, token_ids) in enumerate(tokenizer.iter_characters(ids))
     ]
-    return boxed(boxes, f"{len(ids):,} tokens, {len(text.encode()):,} bytes")
+    return token_box_figure(boxes, f"{len(ids):,} tokens, {len(text.encode()):,} bytes")
 
 
 def schedule_figure(optim: OptimConfig, steps: int) -> Figure:
-    """The learning rate of each step, before anything is trained.
+    """Plots the learning rate schedule.
 
     Raises:
-        ConfigError: there is no step, or the warm-up is longer than the run.
+        ConfigError: `steps` is below 1, or the warmup is longer than the run.
     """
     if steps < 1:
-        raise ConfigError(f"steps={steps} leaves nothing to draw. Choose 1 or more.")
+        raise ConfigError(f"steps={steps} is below the minimum of 1. Choose 1 or more.")
     rates = learning_rates(optim, steps)
-    best = int(np.argmax(rates))
+    peak_step = int(np.argmax(rates))
     figure, axes = new_figure("step", "learning rate")
     axes.plot(range(steps), rates, color=BLUE, marker="o" if steps == 1 else None)
-    axes.plot(best, rates[best], color=ORANGE, marker="o", markersize=5)
+    axes.plot(peak_step, rates[peak_step], color=ORANGE, marker="o", markersize=5)
     axes.annotate(
-        f"peak {rates[best]:.3g} at step {best:,}",
-        (best, rates[best]),
+        f"peak {rates[peak_step]:.3g} at step {peak_step:,}",
+        (peak_step, rates[peak_step]),
         textcoords="offset points",
         xytext=(0, 7),
-        ha="left" if best < steps / 2 else "right",
+        ha="left" if peak_step < steps / 2 else "right",
         color=ORANGE,
     )
-    axes.set_ylim(0, 1.18 * rates[best] or 1)
+    axes.set_ylim(0, 1.18 * rates[peak_step] or 1)
     return figure
 
 
-def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text to draw.
+def encode_nonempty(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokenizes a text.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: the text is empty.
     """
     if not text:
-        raise ConfigError("the text is empty, so there is nothing to draw. Give some.")
+        raise ConfigError("the text is empty. Pass at least one character.")
     return tokenizer.encode(text)

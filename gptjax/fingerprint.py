@@ -1,7 +1,7 @@
-"""Hashes of what a run reads, so that it goes on with the same or not at all.
+"""Provenance: hashes of a run's inputs, checked when it resumes.
 
-The config of a run only names its data, its template and the model it starts from;
-what lies there can change. meta.json has the hashes of what was there.
+The config only names the data, the chat template and the initial model, whose content
+can change; meta.json stores their hashes.
 """
 
 import hashlib
@@ -14,19 +14,19 @@ import numpy as np
 
 from gptjax.errors import ModelError
 from gptjax.strict_json import read_json
-from gptjax.tree import named_leaves
+from gptjax.tree import flatten_with_names
 
-META_BYTES = 1 << 26
-KEPT = {  # name in meta.json: what it is to people, and the options that name it
+MAX_RUN_METADATA_BYTES = 1 << 26
+TRACKED_INPUTS = {  # key in meta.json: (description, config option)
     "data": ("data", "data.source"),
     "tokenizer": ("tokenizer", "data.tokenizer"),
-    "start": ("model to start from", "tune.start"),
-    "template": ("chat template", "data.template"),
+    "start": ("initial model", "finetune.init_from"),
+    "template": ("chat template", "data.chat_template"),
 }
 
 
-def of_rows(rows: Iterable[Any]) -> dict[str, Any]:
-    """How many rows there are, and a hash of all, each anything that JSON can hold."""
+def hash_rows(rows: Iterable[Any]) -> dict[str, Any]:
+    """Number of rows and a hash of all; a row is any JSON value."""
     digest, count = hashlib.sha256(), 0
     for row in rows:
         digest.update(json.dumps(row).encode() + b"\n")
@@ -34,75 +34,71 @@ def of_rows(rows: Iterable[Any]) -> dict[str, Any]:
     return {"rows": count, "sha256": digest.hexdigest()}
 
 
-def of_text(text: str) -> str:
-    """A hash of a text."""
+def hash_text(text: str) -> str:
+    """Hashes a text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def of_arrays(tree: Any) -> str:
-    """A hash of the names, shapes, types and numbers of all leaves."""
+def hash_pytree(tree: Any) -> str:
+    """Hashes the names, shapes, dtypes and values of all leaves."""
     digest = hashlib.sha256()
-    for name, leaf in named_leaves(tree).items():
+    for name, leaf in flatten_with_names(tree).items():
         array = np.ascontiguousarray(leaf)
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
-def check_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Compares what a run is about to read with what it has read so far.
+def check_provenance(run_dir: Path, provenance: Mapping[str, Any]) -> None:
+    """Compares the inputs of a resumed run with those recorded in meta.json.
 
-    What an older version of gptjax did not record is not compared.
-
-    Args:
-        folder: of the run.
-        facts: what it reads now; `KEPT`, and others.
+    Inputs that an older version of gptjax did not record are not compared.
 
     Raises:
-        ModelError: something has changed, or meta.json is damaged.
+        ModelError: an input has changed, or meta.json is corrupt.
     """
-    before = read_meta(folder)
-    for name, (what, option) in KEPT.items():
-        now = json.loads(json.dumps(facts.get(name)))
+    before = read_run_metadata(run_dir)
+    for name, (description, option) in TRACKED_INPUTS.items():
+        now = json.loads(json.dumps(provenance.get(name)))
         if name in before and before[name] != now:
             raise ModelError(
-                f"the {what} of the run in {folder} has changed since it was started "
-                f"({option}): {difference(before[name], now)}. Put back what it was, "
-                "or start anew with another --run DIR."
+                f"the {description} of the run in {run_dir} has changed since it was started "
+                f"({option}): {describe_mismatch(before[name], now)}. Restore the original "
+                "or start a new run with another --run DIR."
             )
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """What meta.json of a run says; nothing before there is one.
+def read_run_metadata(run_dir: Path) -> dict[str, Any]:
+    """Reads meta.json of a run; empty if there is none.
 
     Raises:
-        ModelError: it is damaged.
+        ModelError: the file is corrupt.
     """
-    path = folder / "meta.json"
+    path = run_dir / "meta.json"
     if not path.is_file():
         return {}
     try:
-        return dict(read_json(path, META_BYTES))
+        return dict(read_json(path, MAX_RUN_METADATA_BYTES))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(
-            f"cannot read {path}, which tells whether the data are still the same: "
-            f"{error}. Restore it from a copy, or name another --run DIR."
+            f"cannot read {path}, which records the inputs of the run: {error}. "
+            "Restore it from a copy, or start a new run with another --run DIR."
         ) from error
 
 
-def difference(before: Any, now: Any, name: str = "") -> str:
-    """The first value that differs, with its name; hashes are cut short.
+def describe_mismatch(before: Any, now: Any, name: str = "") -> str:
+    """Describes the first value that differs; long values are shortened.
 
-    >>> difference({"a": {"rows": 3}}, {"a": {"rows": 4}})
+    >>> describe_mismatch({"a": {"rows": 3}}, {"a": {"rows": 4}})
     'a rows was 3, now 4'
     """
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*before, *now]):
             if before.get(key) != now.get(key):
-                return difference(before.get(key), now.get(key), f"{name} {key}")
-    return f"{name} was {shown(before)}, now {shown(now)}".strip()
+                return describe_mismatch(before.get(key), now.get(key), f"{name} {key}")
+    return f"{name} was {shorten_value(before)}, now {shorten_value(now)}".strip()
 
 
-def shown(value: Any) -> str:
-    """A value for people; the first digits tell hashes apart."""
+def shorten_value(value: Any) -> str:
+    """Shortens a value for display; the first digits identify a hash."""
     return "none" if value is None else str(value)[:16]

@@ -9,15 +9,15 @@ from typing import Any
 from gptjax.config import RunConfig
 
 
-def a_model(sub: argparse.ArgumentParser) -> None:
+def add_model_arguments(sub: argparse.ArgumentParser) -> None:
     """MODEL, and how its weights are read."""
     sub.add_argument("model", metavar="MODEL")
     sub.add_argument("--int8", action="store_true", help="round weights to 8 bits")
 
 
-def generate(sub: argparse.ArgumentParser) -> None:
+def add_generate_arguments(sub: argparse.ArgumentParser) -> None:
     """The arguments of `gptjax generate`."""
-    a_model(sub)
+    add_model_arguments(sub)
     sub.add_argument("prompt", nargs="?", metavar="PROMPT", help="default: stdin")
     sub.add_argument("--few-shot", type=Path, metavar="FILE.jsonl")
     sub.add_argument("--chat", action="store_true", help="PROMPT is for an assistant")
@@ -33,9 +33,9 @@ def generate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="one JSON object per sample")
 
 
-def classify(sub: argparse.ArgumentParser) -> None:
+def add_classify_arguments(sub: argparse.ArgumentParser) -> None:
     """The arguments of `gptjax classify`."""
-    a_model(sub)
+    add_model_arguments(sub)
     sub.add_argument("texts", nargs="*", metavar="TEXT", help="default: lines of stdin")
     sub.add_argument("--file", type=Path, metavar="IN", help="CSV, TSV, JSONL or text")
     sub.add_argument("--out", type=Path, metavar="OUT", help="IN with its labels")
@@ -43,9 +43,9 @@ def classify(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="one JSON object per text")
 
 
-def chat(sub: argparse.ArgumentParser) -> None:
+def add_chat_arguments(sub: argparse.ArgumentParser) -> None:
     """The arguments of `gptjax chat`."""
-    a_model(sub)
+    add_model_arguments(sub)
     sub.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     sub.add_argument("--temperature", type=float, default=0.7, help="0 = greedy")
     sub.add_argument("--top-k", type=int, default=0, help="0 = all tokens")
@@ -53,13 +53,13 @@ def chat(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seed", type=int, default=0)
 
 
-def evaluate(sub: argparse.ArgumentParser) -> None:
+def add_evaluate_arguments(sub: argparse.ArgumentParser) -> None:
     """The arguments of `gptjax eval`."""
-    a_model(sub)
-    what = sub.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", type=Path, metavar="FILE", help="text to predict")
-    what.add_argument("--labelled", metavar="FILE", help="texts with their classes")
-    what.add_argument("--data", metavar="FILE", help="conversations to be answered")
+    add_model_arguments(sub)
+    source = sub.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", type=Path, metavar="FILE", help="text to predict")
+    source.add_argument("--labelled", metavar="FILE", help="texts with their classes")
+    source.add_argument("--data", metavar="FILE", help="conversations to be answered")
     sub.add_argument("--stride", type=int, metavar="N", help="default: the context")
     sub.add_argument("--out", type=Path, metavar="FILE", help="answers, JSON lines")
     sub.add_argument("--judge", metavar="URL", help="of an OpenAI-compatible endpoint")
@@ -67,7 +67,7 @@ def evaluate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def prepare(sub: argparse.ArgumentParser) -> None:
+def add_prepare_arguments(sub: argparse.ArgumentParser) -> None:
     """The arguments of `gptjax data prepare`."""
     sub.add_argument("paths", nargs="+", metavar="PATH")
     sub.add_argument("--tokenizer", default="gpt2", metavar="gpt2|bytes|bpe:N|DIR")
@@ -78,7 +78,7 @@ def prepare(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--workers", type=int, help="default: all cores")
 
 
-def preview(sub: argparse.ArgumentParser) -> None:
+def add_preview_arguments(sub: argparse.ArgumentParser) -> None:
     """The arguments of `gptjax data preview`."""
     sub.add_argument("path", metavar="DIR|FILE", help="tokens, or conversations")
     sub.add_argument("--template", default="alpaca", metavar="NAME|FILE.jinja")
@@ -90,7 +90,7 @@ def preview(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="one JSON object per row")
 
 
-def plan(sub: argparse.ArgumentParser) -> None:
+def add_plan_arguments(sub: argparse.ArgumentParser) -> None:
     """The arguments of `gptjax plan`."""
     sub.usage = "gptjax plan CONFIG.toml [--section.option value ...] [--topology T]"
     sub.add_argument("config", metavar="CONFIG.toml", help="a file, or one of configs/")
@@ -105,7 +105,7 @@ def plan(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def bench(sub: argparse.ArgumentParser) -> None:
+def add_bench_arguments(sub: argparse.ArgumentParser) -> None:
     """The arguments of `gptjax bench`."""
     sub.add_argument("--preset", default="gpt2", metavar="NAME", help="GPT-2's size")
     sub.add_argument("--peers", action="store_true", help="beside PyTorch's, in turns")
@@ -137,7 +137,7 @@ def bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
 
 
-def of_sweep(args: argparse.Namespace) -> list[str]:
+def sweep_flags(args: argparse.Namespace) -> list[str]:
     """The flags of `gptjax bench` that say what of the device is measured."""
     sweep = ["--rows", *map(str, args.rows)]
     for name in ("attention", "only"):
@@ -145,7 +145,7 @@ def of_sweep(args: argparse.Namespace) -> list[str]:
     return sweep
 
 
-def launch(sub: argparse.ArgumentParser) -> None:
+def add_launch_arguments(sub: argparse.ArgumentParser) -> None:
     """The arguments of `gptjax launch`."""
     sub.usage = "gptjax launch KIND CONFIG.toml [--section.option value ...] [options]"
     sub.add_argument("kind", choices=["slurm", "gke", "tpu-vm", "skypilot"])
@@ -168,15 +168,15 @@ def launch(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--spot", action="store_true", help="machines that may be taken")
 
 
-def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+def sampling_options_from(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of a command that are fields of `gptjax.generation.Sampling`."""
-    from gptjax.generation import Sampling
+    from gptjax.generation import GenerationConfig
 
-    names = [field.name for field in dataclasses.fields(Sampling)]
+    names = [field.name for field in dataclasses.fields(GenerationConfig)]
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
-def option_lines() -> list[str]:
+def format_config_options() -> list[str]:
     """Every option of a config with its default, as flags."""
     lines = []
     for section in dataclasses.fields(RunConfig):
@@ -187,16 +187,16 @@ def option_lines() -> list[str]:
     return lines
 
 
-def on_top(config: RunConfig, flags: Sequence[str]) -> RunConfig:
+def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """The config with `--section.option value` flags on top of it."""
-    if not flags:
+    if not overrides:
         return config
     import tyro
 
     return tyro.cli(
         RunConfig,
         prog="gptjax train CONFIG.toml",
-        args=flags,
+        args=overrides,
         default=config,
         config=(tyro.conf.FlagConversionOff,),
         use_underscores=True,

@@ -1,9 +1,9 @@
-"""Writing: what comes after a prompt, as text.
+"""Text generation.
 
-The window. Of a prompt longer than `context_length` the last tokens are kept, and
-`Completion.cut` says how many were not. A row that has filled `context_length` goes on
-from the last half of its window, which is read again; the other rows are not touched
-by it.
+Context window: only the last `context_length` tokens of a prompt are used;
+`Completion.truncated` counts the tokens dropped. A sequence that has filled the window
+continues from a new prefill of its last half. Other sequences in the batch keep their
+results.
 """
 
 import codecs
@@ -16,91 +16,102 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from gptjax.config import at_least
-from gptjax.data.rows import jsonl_rows, opened
-from gptjax.decoding import Limits, bucket, empty_state, padded, programs
+from gptjax.config import check_min
+from gptjax.data.rows import read_jsonl, open_decompressed
+from gptjax.decoding import (
+    DecodeArgs,
+    bucket_length,
+    init_decode_state,
+    pad_prompts,
+    jitted_steps,
+)
 from gptjax.errors import ConfigError, DataError
-from gptjax.phases import reached
-from gptjax.sampling import Knobs
-from gptjax.stopping import poll
+from gptjax.phases import mark_phase
+from gptjax.sampling import SamplingParams
+from gptjax.stopping import check_interrupted
 from gptjax.weights.folder import Model
 
-MOST_STOP_IDS = 8
-CHUNK = 16  # tokens between two looks at the text, where someone looks
+MAX_STOP_IDS = 8
+TOKENS_PER_CALL = 16  # decoded per compiled call when streaming or checking stop texts
 
 Prompt = str | Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How to choose the next tokens, and when to stop."""
+class GenerationConfig:
+    """Sampling and stopping options."""
 
     max_new_tokens: int = 100
     temperature: float = 1.0  # 0 = greedy
-    top_k: int = 0  # keep the k likeliest tokens; 0 = all
-    top_p: float = 1.0  # keep the likeliest tokens that together have this probability
-    min_p: float = 0.0  # keep tokens of at least this part of the likeliest's
-    repetition_penalty: float = 1.0  # lowers tokens that were there; 1 = does not
-    stop: str | Sequence[str] = ()  # texts that end a row; they are cut off
-    stop_ids: Sequence[int] | None = None  # tokens that do; None: <|endoftext|>
+    top_k: int = 0  # keep the k most likely tokens; 0 = off
+    top_p: float = 1.0  # smallest set of top tokens with this total probability
+    min_p: float = 0.0  # minimum probability relative to the most likely token
+    repetition_penalty: float = 1.0  # penalty on repeated tokens; 1.0 = off
+    stop: str | Sequence[str] = ()  # texts that end generation; not part of the output
+    stop_ids: Sequence[int] | None = None  # stop tokens; None: <|endoftext|>
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Rejects values that choose nothing."""
+        """Validates the options."""
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        at_least("sampling", self, 1, "max_new_tokens")
-        at_least("sampling", self, 0, "temperature top_k seed")
+        check_min("sampling", self, 1, "max_new_tokens")
+        check_min("sampling", self, 0, "temperature top_k seed")
         for name, low, high in (("top_p", 0.0, 1.0), ("min_p", -1e-9, 1.0)):
             if not low < getattr(self, name) <= high:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)} is not a probability that leaves a "
-                    f"token. Choose {name} between 0 and 1."
+                    f"{name}={getattr(self, name)} is out of range. Choose a "
+                    "probability between 0 and 1."
                 )
         if not self.repetition_penalty > 0:
             raise ConfigError(
                 f"repetition_penalty={self.repetition_penalty} is not positive. Use 1 "
-                "for none, 1.2 for some."
+                "for no penalty, 1.2 for a mild one."
             )
-        if len(self.stop_ids or ()) > MOST_STOP_IDS:
+        if len(self.stop_ids or ()) > MAX_STOP_IDS:
             raise ConfigError(
-                f"stop_ids has {len(self.stop_ids or ())} tokens, more than "
-                f"{MOST_STOP_IDS}. Leave some out, or use stop texts."
+                f"stop_ids has {len(self.stop_ids or ())} tokens, more than the "
+                f"maximum of {MAX_STOP_IDS}. Remove some, or use stop texts."
             )
         if "" in self.stop:
-            raise ConfigError("a stop text is empty. Give it characters, or leave it.")
+            raise ConfigError("stop contains an empty text. Remove it.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What was added to one prompt."""
+    """Generated continuation of one prompt."""
 
     text: str  # new text only
-    ids: list[int]  # new tokens, without the one that stopped
-    logprobs: list[float]  # of these, under the model's own distribution; nats
-    finish: str  # "stop" or "length"
-    cut: int  # tokens dropped from the front of the prompt
+    ids: list[int]  # new tokens, without the stop token
+    logprobs: list[float]  # of `ids`, in nats, before temperature and filters
+    finish_reason: str  # "stop" or "length"
+    truncated: int  # tokens dropped from the front of the prompt
 
 
 def generate(
     model: Model, prompt: Prompt | Sequence[Prompt], **options: Any
 ) -> str | list[str]:
-    """The prompt and what the model adds to it.
+    """Generates text and returns it together with the prompt.
 
     Args:
         model: from `gptjax.load`.
-        prompt: a text or token ids; or several, for a list of texts.
-        **options: fields of `Sampling`; with `samples` above 1 the result is a list.
+        prompt: a text or token ids, or a list of them.
+        **options: fields of `GenerationConfig`, and `samples` (per prompt).
+
+    Returns:
+        One text, or a list if there are several prompts or samples.
     """
-    prompts, single = as_prompts(prompt)
+    prompts, single = normalize_prompts(prompt)
     results = complete(model, prompts, **options)
-    each = len(results) // len(prompts)
+    samples_per_prompt = len(results) // len(prompts)
     texts = []
     for n, result in enumerate(results):
-        start = prompts[n // each]
+        source = prompts[n // samples_per_prompt]
         decode = model.tokenizer.decode
-        texts.append((start if isinstance(start, str) else decode(start)) + result.text)
-    return texts[0] if single and each == 1 else texts
+        texts.append(
+            (source if isinstance(source, str) else decode(source)) + result.text
+        )
+    return texts[0] if single and samples_per_prompt == 1 else texts
 
 
 def complete(
@@ -110,236 +121,286 @@ def complete(
     samples: int = 1,
     **options: Any,
 ) -> list[Completion]:
-    """What the model adds to each prompt; the samples of a prompt follow each other.
+    """Generates completions; samples of one prompt are adjacent in the result.
 
-    Sample s of a prompt is the same alone and in any batch.
+    Results do not depend on the batch: sample s of a prompt is always the same.
 
     Args:
         model: from `gptjax.load`.
-        prompt: a text or token ids, or several of them.
-        samples: for each prompt.
-        **options: fields of `Sampling`.
+        prompt: a text or token ids, or a list of them.
+        samples: number of completions per prompt.
+        **options: fields of `GenerationConfig`.
 
     Raises:
-        ConfigError: an empty prompt, or an option that cannot be used.
-        DataError: a token id that the model does not have.
+        ConfigError: a prompt is empty or an option is invalid.
+        DataError: a token id is not in the model's vocabulary.
     """
-    sampling = Sampling(**options)
-    rows, cuts = prompt_rows(model, as_prompts(prompt)[0], samples)
-    (*_, last) = grow(model, rows, sampling, samples, watched=bool(sampling.stop))
+    generation_config = GenerationConfig(**options)
+    rows, truncated = tokenize_prompts(model, normalize_prompts(prompt)[0], samples)
+    (*_, final) = decode_sequences(
+        model, rows, generation_config, samples, streaming=bool(generation_config.stop)
+    )
     return [
-        finished(model, sampling, *row, cut)
-        for row, cut in zip(last, cuts, strict=True)
+        to_completion(model, generation_config, *row, num_truncated)
+        for row, num_truncated in zip(final, truncated, strict=True)
     ]
 
 
 def stream(
     model: Model, prompt: Prompt | Sequence[Prompt], **options: Any
 ) -> Iterator[str]:
-    """The text of `complete` for one prompt, in pieces as they come.
+    """Streams the completion of one prompt as text chunks.
 
-    Characters arrive whole, and no part of a stop text arrives.
+    Chunks never split a character and contain no part of a stop text.
 
     Raises:
-        ConfigError: as `complete`, or several prompts.
-        DataError: as `complete`.
+        ConfigError: as in `complete`, or there are several prompts.
+        DataError: as in `complete`.
     """
-    sampling = Sampling(**options)
-    prompts, single = as_prompts(prompt)
+    generation_config = GenerationConfig(**options)
+    prompts, single = normalize_prompts(prompt)
     if not single:
         raise ConfigError(
             f"{len(prompts)} prompts cannot be streamed as one text. Stream them one "
-            "by one, or use complete()."
+            "at a time, or use complete()."
         )
-    rows, _ = prompt_rows(model, prompts, 1)
-    return pieces(model, rows, sampling)
+    rows, _ = tokenize_prompts(model, prompts, 1)
+    return stream_chunks(model, rows, generation_config)
 
 
-def pieces(model: Model, rows: list[list[int]], sampling: Sampling) -> Iterator[str]:
-    """What `stream` yields, of prompts that were found good."""
-    sent, ids = 0, []
-    for ((ids, _, _),) in grow(model, rows, sampling, watched=True):
-        text, _, hit = read_text(model, ids, sampling.stop, final=False)
-        safe = len(text) if hit else len(text) - held_back(text, sampling.stop)
-        if safe > sent:
-            yield text[sent:safe]
-            sent = safe
-        if hit:
+def stream_chunks(
+    model: Model, rows: list[list[int]], generation_config: GenerationConfig
+) -> Iterator[str]:
+    """Yields the text chunks of `stream` for validated prompts."""
+    num_sent, ids = 0, []
+    for ((ids, _, _),) in decode_sequences(
+        model, rows, generation_config, streaming=True
+    ):
+        text, _, is_stopped = decode_until_stop(
+            model, ids, generation_config.stop, final=False
+        )
+        safe_length = (
+            len(text)
+            if is_stopped
+            else len(text) - partial_stop_length(text, generation_config.stop)
+        )
+        if safe_length > num_sent:
+            yield text[num_sent:safe_length]
+            num_sent = safe_length
+        if is_stopped:
             return
-    text, _, _ = read_text(model, ids, sampling.stop)
-    if text[sent:]:
-        yield text[sent:]
+    text, _, _ = decode_until_stop(model, ids, generation_config.stop)
+    if text[num_sent:]:
+        yield text[num_sent:]
 
 
-def as_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
-    """The prompts as a list, and whether it was just one."""
-    several: Any = prompt
+def normalize_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
+    """Returns the prompts as a list, and True if a single prompt was given."""
+    untyped_prompt: Any = prompt
     if isinstance(prompt, str) or not len(prompt):
-        return [several], True
+        return [untyped_prompt], True
     if isinstance(prompt[0], int | np.integer):
-        return [several], True
-    return list(several), False
+        return [untyped_prompt], True
+    return list(untyped_prompt), False
 
 
-def prompt_rows(
+def tokenize_prompts(
     model: Model, prompts: Sequence[Prompt], samples: int
 ) -> tuple[list[list[int]], list[int]]:
-    """Token ids of each row, and how many tokens were dropped from its front."""
-    room = model.config.context_length
-    rows, cuts = [], []
+    """Tokenizes prompts; also returns the number of tokens dropped from each front."""
+    max_length = model.config.context_length
+    rows, truncated = [], []
     for prompt in prompts:
         ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         ids = [int(i) for i in ids]
         if not ids:
             raise ConfigError(
-                "the prompt is empty, so there is nothing to go on from. Give it "
-                "text, or a line break."
+                "the prompt is empty. Give it at least one character, such as a line "
+                "break."
             )
-        check_ids(model, ids, "in the prompt")
-        rows += [ids[-room:]] * samples
-        cuts += [max(0, len(ids) - room)] * samples
-    return rows, cuts
+        check_token_ids(model, ids, "in the prompt")
+        rows += [ids[-max_length:]] * samples
+        truncated += [max(0, len(ids) - max_length)] * samples
+    return rows, truncated
 
 
-def check_ids(model: Model, ids: Iterable[int], where: str) -> None:
-    """Raises for the first token that the model does not have."""
+def check_token_ids(model: Model, ids: Iterable[int], where: str) -> None:
+    """Raises DataError for the first token outside the vocabulary."""
     for i in ids:
         if not 0 <= i < model.config.vocab_size:
             raise DataError(
-                f"token {i} {where} is not below the model's vocabulary of "
-                f"{model.config.vocab_size}. Encode with the model's tokenizer."
+                f"token {i} {where} is outside the model's vocabulary of "
+                f"{model.config.vocab_size} tokens. Encode with the model's tokenizer."
             )
 
 
-Row = tuple[list[int], list[float], bool]  # new ids, their log-probabilities, stopped
+SequenceState = tuple[
+    list[int], list[float], bool
+]  # new ids, log-probabilities, stopped
 
 
-def grow(
+def decode_sequences(
     model: Model,
     prompts: list[list[int]],
-    sampling: Sampling,
+    generation_config: GenerationConfig,
     samples: int = 1,
-    watched: bool = False,
-) -> Iterator[list[Row]]:
-    """Yields all rows as they are so far, at the end or, if watched, on the way."""
-    fill, extend_rows = programs()
+    streaming: bool = False,
+) -> Iterator[list[SequenceState]]:
+    """Yields completions; every chunk if streaming, else once per context window."""
+    prefill, decode_loop = jitted_steps()
     config, rows = model.config, len(prompts)
     longest = max(map(len, prompts))
-    slots = bucket(longest + sampling.max_new_tokens, config.context_length)
-    limits = make_limits(model, sampling, rows, samples)
-    state = empty_state(config, rows, slots, bucket(sampling.max_new_tokens, None))
-    chunk: Any = np.int32(CHUNK if watched else sampling.max_new_tokens)
+    cache_length = bucket_length(
+        longest + generation_config.max_new_tokens, config.context_length
+    )
+    args = make_decode_args(model, generation_config, rows, samples)
+    state = init_decode_state(
+        config,
+        rows,
+        cache_length,
+        bucket_length(generation_config.max_new_tokens, None),
+    )
+    max_steps: Any = np.int32(
+        TOKENS_PER_CALL if streaming else generation_config.max_new_tokens
+    )
     window = prompts
     while True:
-        state = fill(config, model.layers, *padded(window, slots), state, limits)
+        state = prefill(
+            config, model.decode_params, *pad_prompts(window, cache_length), state, args
+        )
         while True:
-            poll()
+            check_interrupted()
             ids_BM, logprob_BM = jax.device_get((state.ids_BM, state.logprob_BM))
             count_B, length_B = jax.device_get((state.count_B, state.length_B))
             done_B = np.array(state.done_B)
-            grown = [
+            sequences = [
                 (ids[:n].tolist(), logprob[:n].tolist(), bool(done))
                 for ids, logprob, n, done in zip(
                     ids_BM, logprob_BM, count_B, done_B, strict=True
                 )
             ]
-            reached("first token")
-            yield grown
-            if sampling.stop:
-                done_B |= [read_text(model, ids, sampling.stop)[2] for ids, *_ in grown]
+            mark_phase("first token")
+            yield sequences
+            if generation_config.stop:
+                done_B |= [
+                    decode_until_stop(model, ids, generation_config.stop)[2]
+                    for ids, *_ in sequences
+                ]
                 state = state._replace(done_B=done_B)
-            growing_B = ~done_B & (count_B < sampling.max_new_tokens)
-            if not (growing_B & (length_B < slots)).any():
+            active_B = ~done_B & (count_B < generation_config.max_new_tokens)
+            if not (active_B & (length_B < cache_length)).any():
                 break
-            state = extend_rows(config, model.layers, state, limits, chunk)
-        if not growing_B.any():
+            state = decode_loop(config, model.decode_params, state, args, max_steps)
+        if not active_B.any():
             return
-        half = max(1, config.context_length // 2)
+        half_length = max(1, config.context_length // 2)
         window = [
-            [*prompt, *ids[:n].tolist()][-half:]
+            [*prompt, *ids[:n].tolist()][-half_length:]
             for prompt, ids, n in zip(prompts, ids_BM, count_B, strict=True)
         ]
 
 
-def make_limits(model: Model, s: Sampling, rows: int, samples: int) -> Limits:
-    """The traced form of the options; sample s draws with the key of s."""
-    stop_ids = [model.tokenizer.eot] if s.stop_ids is None else [*s.stop_ids]
-    check_ids(model, stop_ids, "in stop_ids")
-    knobs: Any = (  # NumPy's, as eager JAX would compile a program for each
-        np.float32(s.temperature),
-        np.int32(min(s.top_k, model.config.vocab_size)),
-        np.float32(s.top_p),
-        np.float32(s.min_p),
-        np.float32(s.repetition_penalty),
+def make_decode_args(
+    model: Model, generation_config: GenerationConfig, rows: int, samples: int
+) -> DecodeArgs:
+    """Converts the options to device arrays; sample s always gets the same key."""
+    stop_ids = (
+        [model.tokenizer.eot_token]
+        if generation_config.stop_ids is None
+        else [*generation_config.stop_ids]
     )
-    stop_I: Any = np.full(MOST_STOP_IDS, -1, np.int32)
-    stop_I[: len(stop_ids)] = stop_ids
-    most: Any = np.int32(s.max_new_tokens)
-    number_B: Any = np.arange(rows, dtype=np.int32) % samples
-    key_B = sample_keys(np.int64(s.seed), number_B)
-    return Limits(key_B, Knobs(*knobs), stop_I, most)
+    check_token_ids(model, stop_ids, "in stop_ids")
+    sampling: Any = (  # NumPy scalars: eager JAX would compile one program each
+        np.float32(generation_config.temperature),
+        np.int32(min(generation_config.top_k, model.config.vocab_size)),
+        np.float32(generation_config.top_p),
+        np.float32(generation_config.min_p),
+        np.float32(generation_config.repetition_penalty),
+    )
+    stop_id_I: Any = np.full(MAX_STOP_IDS, -1, np.int32)
+    stop_id_I[: len(stop_ids)] = stop_ids
+    max_new_tokens: Any = np.int32(generation_config.max_new_tokens)
+    sample_index_B: Any = np.arange(rows, dtype=np.int32) % samples
+    key_B = row_keys(np.int64(generation_config.seed), sample_index_B)
+    return DecodeArgs(key_B, SamplingParams(*sampling), stop_id_I, max_new_tokens)
 
 
 @jax.jit
-def sample_keys(seed: Any, number_B: Int[Array, " B"]) -> Key[Array, " B"]:
-    """The key of each sample."""
+def row_keys(seed: Any, sample_index_B: Int[Array, " B"]) -> Key[Array, " B"]:
+    """Derives one PRNG key per row from the seed and the sample index."""
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    return fold(jax.random.key(seed), number_B)
+    return fold(jax.random.key(seed), sample_index_B)
 
 
-def finished(
+def to_completion(
     model: Model,
-    sampling: Sampling,
+    generation_config: GenerationConfig,
     ids: list[int],
     logprobs: list[float],
     stopped: bool,
-    cut: int,
+    truncated: int,
 ) -> Completion:
-    """One row as a completion, cut where its first stop text begins."""
-    text, count, hit = read_text(model, ids, sampling.stop)
-    finish = "stop" if stopped or hit else "length"
-    return Completion(text, ids[:count], logprobs[:count], finish, cut)
+    """Converts a sequence to a completion, truncated before its first stop text."""
+    text, num_tokens, has_stop_text = decode_until_stop(
+        model, ids, generation_config.stop
+    )
+    finish_reason = "stop" if stopped or has_stop_text else "length"
+    return Completion(
+        text, ids[:num_tokens], logprobs[:num_tokens], finish_reason, truncated
+    )
 
 
-def read_text(
-    model: Model, ids: Sequence[int], stops: str | Sequence[str], final: bool = True
+def decode_until_stop(
+    model: Model,
+    ids: Sequence[int],
+    stop_texts: str | Sequence[str],
+    final: bool = True,
 ) -> tuple[str, int, bool]:
-    """The text of the ids up to a stop text, the tokens read, and whether one came.
+    """Decodes tokens up to the first stop text.
 
-    Token after token, so that the stop text that is complete first decides, however
-    many tokens came at once. Unless `final`, a character cut short is left out.
+    Checks after every token, so the result does not depend on the chunk size: the stop
+    text that is completed first ends the text. Unless `final`, an incomplete character
+    at the end is omitted.
+
+    Returns:
+        The text, the number of tokens decoded, and True if a stop text was found.
     """
     decoder, text = codecs.getincrementaldecoder("utf-8")("replace"), ""
     for count, i in enumerate(ids, 1):
         text += decoder.decode(model.tokenizer.decode_bytes([i]))
-        if found := [text.index(stop) for stop in stops if stop in text]:
-            return text[: min(found)], count, True
+        if positions := [text.index(stop) for stop in stop_texts if stop in text]:
+            return text[: min(positions)], count, True
     return text + decoder.decode(b"", final=final), len(ids), False
 
 
-def held_back(text: str, stops: Iterable[str]) -> int:
-    """Characters at the end of `text` that may be the start of a stop text."""
+def partial_stop_length(text: str, stop_texts: Iterable[str]) -> int:
+    """Length of the longest suffix of `text` that is a proper prefix of a stop text."""
     return max(
-        (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
+        (
+            n
+            for stop in stop_texts
+            for n in range(1, len(stop))
+            if text.endswith(stop[:n])
+        ),
         default=0,
     )
 
 
 def few_shot_prompt(path: Path, query: str) -> str:
-    """Lines "input -> output" from a JSONL file, and the query as one more input.
+    """Builds a few-shot prompt: "input -> output" lines, then "query ->".
 
     Raises:
-        DataError: a row has no "input" and "output" texts, said with its line.
+        DataError: a row lacks the texts "input" and "output".
     """
     lines = []
-    with opened(path) as (file, _):
-        for line, row in jsonl_rows(file, path):
+    with open_decompressed(path) as (file, _):
+        for line, row in read_jsonl(file, path):
             if not isinstance(row, dict) or not all(
                 isinstance(row.get(name), str) for name in ("input", "output")
             ):
                 raise DataError(
-                    f'{path}:{line}: an example needs the texts "input" and "output". '
-                    'Write {"input": "woc", "output": "cow"}.'
+                    f'{path}:{line}: an example requires the texts "input" and '
+                    '"output". Write {"input": "woc", "output": "cow"}.'
                 )
             lines.append(f"{row['input']} -> {row['output']}\n")
     return "".join(lines) + f"{query} ->"

@@ -1,4 +1,4 @@
-"""After a spike: a run forgets its last steps, and leaves their batches out."""
+"""Roll back after a loss spike and skip its batches."""
 
 import itertools
 from collections.abc import Iterator
@@ -9,19 +9,19 @@ import jax
 from gptjax import report, spikes
 from gptjax.changes import ON_SPIKE
 from gptjax.errors import ConfigError
-from gptjax.run_task import Run, Task
-from gptjax.step_folders import forget_after
+from gptjax.run_task import RunContext, Task
+from gptjax.step_folders import delete_after
 
 
-def batches(run: Run, task: Task, first: int) -> Iterator[Any]:
-    """Those of the steps that are left; some are left out where the run went back."""
-    spans = spikes.spans(jumps_of(run), first, run.config.train.steps)
+def remaining_batches(run: RunContext, task: Task, first: int) -> Iterator[Any]:
+    """Batches of the remaining steps, without those skipped by rollbacks."""
+    spans = spikes.batch_ranges(jumps_of(run), first, run.config.train.steps)
     return itertools.chain.from_iterable(itertools.starmap(task.batches, spans))
 
 
-def jumps_of(run: Run) -> list[spikes.Jump]:
-    """Where the run went back to, and how many batches it left out there."""
-    events = report.read_events(run.metrics)
+def jumps_of(run: RunContext) -> list[spikes.Jump]:
+    """Rollbacks of the run so far."""
+    events = report.read_events(run.metrics_path)
     return [
         spikes.Jump(event["step"], event["batches"])
         for event in events
@@ -29,7 +29,7 @@ def jumps_of(run: Run) -> list[spikes.Jump]:
     ]
 
 
-def go_back(run: Run, spike: spikes.Spike) -> list[spikes.Jump]:
+def go_back(run: RunContext, spike: spikes.Spike) -> list[spikes.Jump]:
     """Forgets what came after the last regular checkpoint before a spike.
 
     Returns:
@@ -40,16 +40,16 @@ def go_back(run: Run, spike: spikes.Spike) -> list[spikes.Jump]:
     """
     known = jumps_of(run)
     jump = spikes.jump_after(spike, run.config.checkpoint.every)
-    if [one.step for one in known].count(jump.step) >= spikes.ROLLBACKS:
+    if [one.step for one in known].count(jump.step) >= spikes.MAX_ROLLBACKS:
         raise ConfigError(
-            f"after step {jump.step} a spike came {spikes.ROLLBACKS + 1} times, the "
+            f"after step {jump.step} a spike came {spikes.MAX_ROLLBACKS + 1} times, the "
             f"last one in step {spike.step}, each with other batches: it is not the "
             "data. Lower optim.peak_lr with --allow-change optim.peak_lr, or go on "
             f"with --on-spike log --allow-change {ON_SPIKE}."
         )
     if jax.process_index() == 0:
-        forget_after(run.checkpoints, jump.step)
-    run.say(
+        delete_after(run.checkpoint_dir, jump.step)
+    run.log(
         f"rollback to step {jump.step}; {jump.batches} batches are left out from there"
     )
     return [*known, jump]

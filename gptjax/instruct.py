@@ -1,4 +1,4 @@
-"""Fine-tuning into an assistant: conversations and a config in, a model out."""
+"""Supervised fine-tuning (SFT) task."""
 
 import dataclasses
 import functools
@@ -12,316 +12,406 @@ import numpy as np
 from gptjax import budget, report
 from gptjax.config import RunConfig
 from gptjax.data.conversations import Conversation, read_conversations
-from gptjax.data.example_batches import ExampleBatches, example_batches
-from gptjax.data.examples import ANSWERS, EVERYTHING, Example, encode_all, fit_all
+from gptjax.data.example_batches import SFTBatches, make_sft_batches
+from gptjax.data.examples import (
+    TRAIN_ON_COMPLETIONS,
+    TRAIN_ON_ALL,
+    Example,
+    encode_conversations,
+    truncate_all,
+)
 from gptjax.errors import DataError
 from gptjax.examine import (
-    Answered,
-    by_task,
+    ResponseEval,
+    group_scores,
     example_loss,
     mean_scores,
-    respond,
-    response_rows,
+    generate_responses,
+    to_rows,
     write_rows,
 )
-from gptjax.loss import batch_nats
+from gptjax.loss import batch_loss
 from gptjax.model import Params
 from gptjax.optim import make_optimizer
-from gptjax.report_answers import write_answers
-from gptjax.run_loop import tune_run
-from gptjax.run_task import NO_WISHES, Run, Say, Task, Wishes, device_line, length_line
-from gptjax.sharding import local, place
-from gptjax.starting import (
-    choose_template,
-    choose_tokenizer,
-    open_start,
-    settled_model,
-    split_items,
-    starting_params,
-    tuning_facts,
+from gptjax.report_answers import write_samples
+from gptjax.run_loop import finetune
+from gptjax.run_task import (
+    DEFAULT_RESUME_OPTIONS,
+    RunContext,
+    LogFn,
+    Task,
+    ResumeOptions,
+    describe_devices,
+    describe_length,
 )
-from gptjax.template import Template
+from gptjax.sharding import to_host, shard_tree
+from gptjax.starting import (
+    choose_chat_template,
+    choose_tokenizer,
+    load_init_model,
+    resolve_model_config,
+    train_val_test_split,
+    initial_params,
+    finetune_provenance,
+)
+from gptjax.template import ChatTemplate
 from gptjax.tokenizer import Tokenizer
 from gptjax.train import TrainState, init_state
-from gptjax.trainable import make_tuned_step, parted, save_tuned, stream, whole
-from gptjax.tree import count
+from gptjax.trainable import (
+    make_finetune_step,
+    split_trainable,
+    save_finetuned,
+    iterate_batches,
+    full_params,
+)
+from gptjax.tree import num_params
 from gptjax.weights.folder import Model
 
-TRAIN, VALIDATION, TEST = "train", "validation", "test"
-ANSWERED = 32  # validation rows that are answered at each evaluation
-TESTED = 512  # test rows that are answered, before the first step and at the end
-LONGER = 16  # tokens that an answer may have beyond the longest in the data
-MOST_TOKENS = 256  # of an answer, where the data have longer ones
+TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT = "train", "validation", "test"
+NUM_EVAL_SAMPLES = 32  # validation rows with a generated answer at each evaluation
+NUM_TEST_SAMPLES = (
+    512  # test rows with a generated answer, before the first step and at the end
+)
+ANSWER_SLACK = 16  # tokens beyond the longest answer in the data
+MAX_ANSWER_TOKENS = 256
 
 
-class Sets(NamedTuple):
-    """What a run reads, by split."""
+class SFTData(NamedTuple):
+    """Data of an SFT run, by split."""
 
     conversations: dict[str, list[Conversation]]
-    examples: dict[str, list[Example]]  # of these, as they are learned
-    answers: dict[str, list[Example]]  # the same, with only the answers learned
+    examples: dict[str, list[Example]]  # with the loss mask used for training
+    completion_examples: dict[
+        str, list[Example]
+    ]  # the same with completion-only loss masks
     tokenizer: Tokenizer
-    template: Template
-    said: list[str]  # what was found
+    chat_template: ChatTemplate
+    log_lines: list[str]  # summary lines
 
     @property
     def longest_answer(self) -> int:
-        """Tokens of the longest last answer, its end included."""
-        last = [x.answers[-1] for part in self.answers.values() for x in part]
+        """Tokens of the longest last answer, including its end token."""
+        last = [
+            x.answer_spans[-1]
+            for part in self.completion_examples.values()
+            for x in part
+        ]
         return max(stop - start for start, stop in last)
 
 
-MakeTask = Callable[[Run], tuple[Run, Task, Sets]]
+MakeSFTTaskFn = Callable[[RunContext], tuple[RunContext, Task, SFTData]]
 
 
-def train_assistant(
+def train_sft(
     config: RunConfig,
-    folder: Path,
-    say: Say = print,
-    make: MakeTask | None = None,
-    wishes: Wishes = NO_WISHES,
+    run_dir: Path,
+    log: LogFn = print,
+    make_task: MakeSFTTaskFn | None = None,
+    options: ResumeOptions = DEFAULT_RESUME_OPTIONS,
 ) -> Model:
-    """Fine-tunes as `config` says in the run folder `folder`, or goes on.
+    """Fine-tunes an assistant; resumes if the run exists.
 
-    The model of the step that predicted the validation answers best is kept, and only
-    it is shown the test rows.
+    Returns the model of the step with the lowest loss on validation answers; only this
+    one is evaluated on the test rows after training.
 
     Args:
-        config: of the run; a folder that holds another one is refused.
-        folder: made if it is not there.
-        say: gets each line for the user.
-        make: makes the task, where it is not `make_task`.
-        wishes: what may change, and what follows a spike.
+        config: must match that of an existing run.
+        run_dir: run folder; created if missing.
+        log: receives log lines.
+        make_task: replaces `make_sft_task`.
+        options: config options that may change, and the spike policy.
 
     Raises:
-        GptjaxError: data, config or folder cannot be used.
-        Stopped: a signal came; the same call goes on later.
+        GptjaxError: invalid data, config or run folder.
+        Interrupted: interrupted by a signal; the same call resumes.
     """
-    return tune_run(config, folder, say, make or make_task, finish, wishes)
-
-
-def make_task(run: Run) -> tuple[Run, Task, Sets]:
-    """Instruction tuning as the loop wants it, and what it reads."""
-    c = run.config
-    start = open_start(c, run.say)
-    sets = read_sets(c, start)
-    tokenizer = sets.tokenizer
-    c = dataclasses.replace(c, model=settled_model(c.model, start, tokenizer))
-    run = dataclasses.replace(run, config=c)
-    key = jax.random.key(c.train.seed)
-    params = starting_params(c.model, start, tokenizer, key)
-    trained, frozen = place(parted(c, params, key), run.mesh)
-    optimizer = make_optimizer(c.optim, c.train.steps)
-    batches = example_batches(
-        c.data.batching,
-        sets.examples[TRAIN],
-        rows=c.data.batch_size,
-        context=c.model.context_length,
-        fill=tokenizer.eot,
-        seed=c.train.seed,
+    return finetune(
+        config, run_dir, log, make_task or make_sft_task, finalize_sft, options
     )
 
-    def model_of(state: TrainState) -> Model:
-        params = whole(c, local(state.params), frozen)
-        return Model(c.model, params, tokenizer, template=sets.template.source)
 
-    def keep(state: TrainState) -> None:
-        state = state._replace(params=local(state.params))
-        save_tuned(c, run.folder, model_of(state), state.params, frozen)
+def make_sft_task(run: RunContext) -> tuple[RunContext, Task, SFTData]:
+    """Builds the SFT task; also returns its data."""
+    config = run.config
+    init_model = load_init_model(config, run.log)
+    data = load_sft_data(config, init_model)
+    tokenizer = data.tokenizer
+    config = dataclasses.replace(
+        config, model=resolve_model_config(config.model, init_model, tokenizer)
+    )
+    run = dataclasses.replace(run, config=config)
+    key = jax.random.key(config.train.seed)
+    params = initial_params(config.model, init_model, tokenizer, key)
+    trainable_params, frozen_params = shard_tree(
+        split_trainable(config, params, key), run.mesh
+    )
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    batches = make_sft_batches(
+        config.data.batching,
+        data.examples[TRAIN_SPLIT],
+        rows=config.data.batch_size,
+        context=config.model.context_length,
+        pad_id=tokenizer.eot_token,
+        seed=config.train.seed,
+    )
 
-    tokens = sum(len(x.ids) - 1 for x in sets.examples[TRAIN])
+    def to_model(state: TrainState) -> Model:
+        params = full_params(config, to_host(state.params), frozen_params)
+        return Model(
+            config.model, params, tokenizer, chat_template=data.chat_template.source
+        )
+
+    def save_best(state: TrainState) -> None:
+        state = state._replace(params=to_host(state.params))
+        save_finetuned(
+            config, run.run_dir, to_model(state), state.params, frozen_params
+        )
+
+    num_tokens = sum(len(x.ids) - 1 for x in data.examples[TRAIN_SPLIT])
     task = Task(
-        fresh=init_state(trained, optimizer, key),
-        step=make_tuned_step(c, loss, optimizer),
-        batches=functools.partial(stream, batches),
-        tokens_per_step=tokens / batches.steps_per_epoch,
-        evaluate=make_evaluate(run, sets, model_of, keep),
-        model=model_of,
-        facts=tuning_facts(
+        init_state=init_state(trainable_params, optimizer, key),
+        train_step=make_finetune_step(config, sft_loss_fn, optimizer),
+        batches=functools.partial(iterate_batches, batches),
+        tokens_per_step=num_tokens / batches.steps_per_epoch,
+        evaluate=make_sft_evaluate(run, data, to_model, save_best),
+        to_model=to_model,
+        provenance=finetune_provenance(
             tokenizer,
-            start,
-            {s: (x.messages for x in part) for s, part in sets.conversations.items()},
-            sets.template,
+            init_model,
+            {s: (x.messages for x in part) for s, part in data.conversations.items()},
+            data.chat_template,
         ),
-        plan=plan_lines(run, sets, batches, count(trained), count(frozen)),
-        fixed=(frozen,),
+        summary=format_sft_summary(
+            run, data, batches, num_params(trainable_params), num_params(frozen_params)
+        ),
+        frozen_params=(frozen_params,),
     )
-    return run, task, sets
+    return run, task, data
 
 
-def read_sets(c: RunConfig, start: Model | None) -> Sets:
-    """The conversations of each split, as messages and as tokens."""
-    every, detected = read_conversations(c.data.source)
-    split = split_items(c, every, "rows")
-    template = choose_template(c.data.template, start)
-    texts = (m["content"] for x in split[TRAIN] for m in x.messages)
-    tokenizer = choose_tokenizer(c.data.tokenizer, start, lambda: texts)
+def load_sft_data(c: RunConfig, init_model: Model | None) -> SFTData:
+    """Loads, splits and tokenizes the conversations."""
+    all_conversations, columns = read_conversations(c.data.source)
+    splits = train_val_test_split(c, all_conversations, "rows")
+    template = choose_chat_template(c.data.chat_template, init_model)
+    texts = (m["content"] for x in splits[TRAIN_SPLIT] for m in x.messages)
+    tokenizer = choose_tokenizer(c.data.tokenizer, init_model, lambda: texts)
     context = c.model.context_length
-    if start is not None:
-        context = min(context, start.config.context_length)
-    kinds = ANSWERS if c.data.mask_prompt else EVERYTHING
-    if c.data.mask_prompt and c.data.batching == "book":
-        kinds = kinds | {"header"}  # as in Raschka 2024, exercise 7.2
-    conversations, examples, answers = {}, {}, {}
-    cut = skipped = 0
-    for name, part in split.items():
-        fitted = fit_all(encode_all(tokenizer, template, part, kinds), context)
-        if not fitted.examples:
+    if init_model is not None:
+        context = min(context, init_model.config.context_length)
+    trained_segments = (
+        TRAIN_ON_COMPLETIONS if c.data.completion_only_loss else TRAIN_ON_ALL
+    )
+    if c.data.completion_only_loss and c.data.batching == "book":
+        trained_segments = trained_segments | {
+            "header"
+        }  # as in Raschka 2024, exercise 7.2
+    conversations, examples, completion_examples = {}, {}, {}
+    num_truncated = num_dropped = 0
+    for name, part in splits.items():
+        truncated = truncate_all(
+            encode_conversations(tokenizer, template, part, trained_segments), context
+        )
+        if not truncated.examples:
             raise DataError(
                 f"no {name} conversation of {c.data.source} has an answer that fits "
                 f"model.context_length={context}. Raise it, or shorten the answers."
             )
-        conversations[name] = [part[n] for n in fitted.kept]
-        examples[name] = fitted.examples
-        only = encode_all(tokenizer, template, conversations[name], ANSWERS)
-        answers[name] = fit_all(only, context).examples
-        cut, skipped = cut + fitted.cut, skipped + fitted.skipped
-    sizes = ", ".join(f"{name} {len(part):,}" for name, part in examples.items())
-    said = [f"data     {detected}", f"rows     {sizes}"]
-    if cut or skipped:
-        said.append(
-            f"too long {cut} conversations cut at their front, {skipped} left out as "
-            f"the answer alone does not fit {context} tokens"
+        conversations[name] = [part[n] for n in truncated.kept_indices]
+        examples[name] = truncated.examples
+        completions = encode_conversations(
+            tokenizer, template, conversations[name], TRAIN_ON_COMPLETIONS
         )
-    return Sets(conversations, examples, answers, tokenizer, template, said)
+        completion_examples[name] = truncate_all(completions, context).examples
+        num_truncated, num_dropped = (
+            num_truncated + truncated.num_truncated,
+            num_dropped + truncated.num_dropped,
+        )
+    sizes = ", ".join(f"{name} {len(part):,}" for name, part in examples.items())
+    log_lines = [f"data     {columns}", f"rows     {sizes}"]
+    if num_truncated or num_dropped:
+        log_lines.append(
+            f"too long {num_truncated} conversations truncated on the left, {num_dropped} dropped "
+            f"(the answer alone does not fit {context} tokens)"
+        )
+    return SFTData(
+        conversations, examples, completion_examples, tokenizer, template, log_lines
+    )
 
 
-def loss(
-    c: RunConfig, params: Params, adapters: Any, batch: Any, key: Any
+def sft_loss_fn(
+    config: RunConfig, params: Params, adapters: Any, batch: Any, key: Any
 ) -> tuple[Any, Any]:
-    """Nats of what is learned of a batch, and how many tokens that is."""
-    return batch_nats(
-        c.model,
+    """Summed loss of a batch, and its number of trained tokens."""
+    return batch_loss(
+        config.model,
         params,
         batch,
-        chunk=c.train.loss_chunk,
-        dropout_key=key if c.model.dropout else None,
+        chunk_size=config.train.loss_chunk_size,
+        dropout_key=key if config.model.dropout else None,
         adapters=adapters,
     )
 
 
-def make_evaluate(
-    run: Run,
-    sets: Sets,
-    model_of: Callable[[TrainState], Model],
-    keep: Callable[[TrainState], None],
+def make_sft_evaluate(
+    run: RunContext,
+    data: SFTData,
+    to_model: Callable[[TrainState], Model],
+    save_best: Callable[[TrainState], None],
 ) -> Callable[[TrainState, int, bool], str]:
-    """Scores the validation rows and some of the training rows; keeps the best model.
+    """Evaluates on validation and some training rows; saves the best model.
 
-    Better is a lower loss on the validation answers. A fixed few of these rows are
-    answered, too; before the first step also the test rows, to compare with.
+    The best model has the lowest loss on validation answers. Also generates answers to
+    a fixed subset of these rows, and before the first step to test rows as a baseline.
     """
-    rows = spread(sets.conversations[VALIDATION], ANSWERED)
-    tests = spread(sets.conversations.get(TEST, []), TESTED)
-    some = spread(range(len(sets.examples[TRAIN])), run.config.train.eval_batches * 8)
+    rows = evenly_spaced(data.conversations[VALIDATION_SPLIT], NUM_EVAL_SAMPLES)
+    test_rows = evenly_spaced(data.conversations.get(TEST_SPLIT, []), NUM_TEST_SAMPLES)
+    train_subset = evenly_spaced(
+        range(len(data.examples[TRAIN_SPLIT])), run.config.train.eval_batches * 8
+    )
 
-    def note(split: str, done: int, model: Model, values: dict[str, Any]) -> None:
-        chosen = some if split == TRAIN else range(len(sets.examples[split]))
-        found = example_loss(model, [sets.examples[split][n] for n in chosen])
-        only = found
-        if not run.config.data.mask_prompt or run.config.data.batching == "book":
-            only = example_loss(model, [sets.answers[split][n] for n in chosen])
-        numbers = {"loss": found.loss, "response_loss": only.loss, **values}
-        report.write_event(run.metrics, "eval", done, split=split, **numbers)
+    def log_split(split: str, step: int, model: Model, values: dict[str, Any]) -> None:
+        indices = (
+            train_subset if split == TRAIN_SPLIT else range(len(data.examples[split]))
+        )
+        all_tokens = example_loss(model, [data.examples[split][n] for n in indices])
+        completions = all_tokens
+        if (
+            not run.config.data.completion_only_loss
+            or run.config.data.batching == "book"
+        ):
+            completions = example_loss(
+                model, [data.completion_examples[split][n] for n in indices]
+            )
+        numbers = {"loss": all_tokens.loss, "response_loss": completions.loss, **values}
+        report.log_event(run.metrics_path, "eval", step, split=split, **numbers)
 
-    def evaluate(state: TrainState, done: int, last: bool) -> str:
-        model = model_of(state)
-        note(TRAIN, done, model, {})
-        scores = mean_scores(respond(model, rows, most_tokens(model, sets)))
-        note(VALIDATION, done, model, scores)
-        if done == 0 and TEST in sets.examples:
-            tested = respond(model, tests, most_tokens(model, sets))
-            note(TEST, done, model, mean_scores(tested) | tasks_of(tested))
-        events = report.read_events(run.metrics)
-        _, losses = report.series(events, "eval", "response_loss", VALIDATION)
+    def evaluate(state: TrainState, step: int, is_last: bool) -> str:
+        model = to_model(state)
+        log_split(TRAIN_SPLIT, step, model, {})
+        scores = mean_scores(
+            generate_responses(model, rows, answer_token_limit(model, data))
+        )
+        log_split(VALIDATION_SPLIT, step, model, scores)
+        if step == 0 and TEST_SPLIT in data.examples:
+            test_responses = generate_responses(
+                model, test_rows, answer_token_limit(model, data)
+            )
+            log_split(
+                TEST_SPLIT,
+                step,
+                model,
+                mean_scores(test_responses) | task_exact_matches(test_responses),
+            )
+        events = report.read_events(run.metrics_path)
+        _, losses = report.metric_series(
+            events, "eval", "response_loss", VALIDATION_SPLIT
+        )
         if losses[-1] <= min(losses):
-            keep(state)
+            save_best(state)
         match, rouge = scores["exact_match"], scores["rouge_l"]
         return f"val {losses[-1]:.4f} exact {match:.1%} rouge {rouge:.2f}"
 
     return evaluate
 
 
-def tasks_of(answered: list[Answered]) -> dict[str, dict[str, float]]:
-    """What metrics.jsonl says of the tasks, where the data name some: exact matches."""
-    exact = {task: scores["exact_match"] for task, scores in by_task(answered).items()}
+def task_exact_matches(responses: list[ResponseEval]) -> dict[str, dict[str, float]]:
+    """Exact match by task, as a field of an event; empty if the data name no tasks."""
+    exact = {
+        task: scores["exact_match"] for task, scores in group_scores(responses).items()
+    }
     return {"tasks": exact} if exact else {}
 
 
-def spread(items: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` of the items, evenly apart.
+def evenly_spaced(items: Sequence[Any], max_items: int) -> list[Any]:
+    """At most `max_items` of the items, evenly spaced.
 
-    >>> spread("abcdefg", 3), spread([], 3)
+    >>> evenly_spaced("abcdefg", 3), evenly_spaced([], 3)
     (['a', 'd', 'g'], [])
     """
-    chosen = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
+    chosen = (
+        np.linspace(0, len(items) - 1, min(max_items, len(items))).round().astype(int)
+    )
     return [items[n] for n in chosen]
 
 
-def most_tokens(model: Model, sets: Sets) -> int:
-    """How long answers may get: a little longer than those in the data."""
-    most = min(MOST_TOKENS, model.config.context_length)
-    return min(sets.longest_answer + LONGER, most)
+def answer_token_limit(model: Model, data: SFTData) -> int:
+    """Maximum tokens per generated answer: slightly above the longest in the data."""
+    limit = min(MAX_ANSWER_TOKENS, model.config.context_length)
+    return min(data.longest_answer + ANSWER_SLACK, limit)
 
 
-def plan_lines(
-    run: Run, sets: Sets, batches: ExampleBatches, trained: int, frozen: int
+def format_sft_summary(
+    run: RunContext,
+    data: SFTData,
+    batches: SFTBatches,
+    num_trainable: int,
+    num_frozen: int,
 ) -> list[str]:
-    """The block that says what will happen, before anything does."""
-    c, steps = run.config, run.config.train.steps
-    shapes = ", ".join(map(str, batches.shapes))
-    example = sets.examples[TRAIN]
-    learned = sum(sum(x.learned) for x in example) / sum(len(x.ids) for x in example)
+    """Summary printed before training."""
+    config, steps = run.config, run.config.train.steps
+    shapes = ", ".join(map(str, batches.batch_shapes))
+    examples = data.examples[TRAIN_SPLIT]
+    trained_fraction = sum(sum(x.loss_mask) for x in examples) / sum(
+        len(x.ids) for x in examples
+    )
     return [
-        f"run      {run.folder}",
-        *sets.said,
-        f"model    {budget.parameter_count(c.model):,} parameters: "
-        f"{c.model.n_layers} layers, {c.model.n_heads} heads, width {c.model.d_model}, "
-        f"from {c.tune.start or 'random ones'}",
-        f"trained  {trained:,} parameters ({c.tune.trainable}), {frozen:,} frozen; "
-        f"{learned:.0%} of the tokens are learned",
-        f"step     {c.data.batch_size} rows of {shapes} tokens, so "
-        f"{len(batches.shapes)} programs",
-        length_line(steps, steps / batches.steps_per_epoch),
-        device_line(run),
+        f"run      {run.run_dir}",
+        *data.log_lines,
+        f"model    {budget.parameter_count(config.model):,} parameters: "
+        f"{config.model.n_layers} layers, {config.model.n_heads} heads, width {config.model.d_model}, "
+        f"from {config.finetune.init_from or 'random initialization'}",
+        f"trained  {num_trainable:,} parameters ({config.finetune.trainable}), {num_frozen:,} frozen; "
+        f"loss on {trained_fraction:.0%} of the tokens",
+        f"step     {config.data.batch_size} rows of {shapes} tokens: "
+        f"{len(batches.batch_shapes)} compiled shapes",
+        describe_length(steps, steps / batches.steps_per_epoch),
+        describe_devices(run),
     ]
 
 
-def finish(run: Run, task: Task, model: Model, sets: Sets) -> None:
-    """Lets the best model answer the test rows; writes them, pictures and report.md."""
-    split = TEST if TEST in sets.examples else VALIDATION
-    rows = spread(sets.conversations[split], TESTED)
-    answered = respond(model, rows, most_tokens(model, sets))
-    found, scores = example_loss(model, sets.answers[split]), mean_scores(answered)
-    done = run.config.train.steps
-    seen = [
+def finalize_sft(run: RunContext, task: Task, model: Model, data: SFTData) -> None:
+    """Evaluates the best model; writes its answers, figures and report.md."""
+    split = TEST_SPLIT if TEST_SPLIT in data.examples else VALIDATION_SPLIT
+    rows = evenly_spaced(data.conversations[split], NUM_TEST_SAMPLES)
+    responses = generate_responses(model, rows, answer_token_limit(model, data))
+    result, scores = (
+        example_loss(model, data.completion_examples[split]),
+        mean_scores(responses),
+    )
+    step = run.config.train.steps
+    evaluations = [
         event
-        for event in report.read_events(run.metrics)
+        for event in report.read_events(run.metrics_path)
         if event["event"] == "eval" and event["split"] == split
     ]
-    if split == TEST and seen[-1]["step"] != done:
-        numbers = {"response_loss": found.loss, **scores, **tasks_of(answered)}
-        report.write_event(run.metrics, "eval", done, split=TEST, **numbers)
-    write_rows(response_rows(answered), run.folder / "responses.jsonl")
+    if split == TEST_SPLIT and evaluations[-1]["step"] != step:
+        numbers = {
+            "response_loss": result.loss,
+            **scores,
+            **task_exact_matches(responses),
+        }
+        report.log_event(run.metrics_path, "eval", step, split=TEST_SPLIT, **numbers)
+    write_rows(to_rows(responses), run.run_dir / "responses.jsonl")
     text = (
-        f"{split} loss {found.loss:.4f} nats per token of the answers (before: "
-        f"{seen[0]['response_loss']:.4f}); {scores['exact_match']:.4f} of "
-        f"{len(answered):,} answers exact (before: {seen[0]['exact_match']:.4f}), "
+        f"{split} loss {result.loss:.4f} nats per answer token (before: "
+        f"{evaluations[0]['response_loss']:.4f}), exact match {scores['exact_match']:.4f} on "
+        f"{len(responses):,} answers (before: {evaluations[0]['exact_match']:.4f}), "
         f"token F1 {scores['token_f1']:.4f}, ROUGE-L {scores['rouge_l']:.4f}"
     )
-    write_answers(
-        run.folder,
-        plan=task.plan,
+    write_samples(
+        run.run_dir,
+        summary=task.summary,
         result=text,
-        tasks=by_task(answered),
-        answers=[
+        task_scores=group_scores(responses),
+        samples=[
             (x.conversation.messages, x.response, x.reference)
-            for x in spread(answered, 8)
+            for x in evenly_spaced(responses, 8)
         ],
         tokens_per_step=round(task.tokens_per_step),
     )
-    run.say(f"done     {text}")
-    run.say(
-        f"wrote    {run.folder}/model (best on validation), responses.jsonl, "
-        "report.md, pictures"
+    run.log(f"done     {text}")
+    run.log(
+        f"wrote    {run.run_dir}/model (best on validation), responses.jsonl, "
+        "report.md, figures"
     )

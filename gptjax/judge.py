@@ -1,8 +1,9 @@
-"""Grades for answers from a larger model, asked over any OpenAI-compatible endpoint.
+"""LLM judge: scores answers with a model behind an OpenAI-compatible endpoint.
 
-Such is https://api.openai.com/v1, and Ollama's http://localhost:11434/v1. A key from
-OPENAI_API_KEY is never sent in the clear over a network, nor to where a server
-redirects. What the judge cannot grade is counted, never averaged in.
+Examples of endpoints are https://api.openai.com/v1 and Ollama's
+http://localhost:11434/v1. The key in OPENAI_API_KEY is never sent unencrypted over a
+network, and redirects are not followed. Answers without a score are counted, but not
+included in the mean.
 """
 
 import dataclasses
@@ -20,57 +21,60 @@ from time import sleep
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
-from gptjax.download import offline
+from gptjax.download import is_offline
 from gptjax.errors import ConfigError, ModelError
-from gptjax.scores import mean_interval
+from gptjax.scores import mean_ci
 
-FIRST_WAIT = 1.0  # seconds before the second try; each later wait is twice as long
-LONGEST_WAIT = 60.0  # seconds between two tries, whatever the server asks for
-MOST = 1_000_000  # bytes of a reply
-SHOWN = 200  # characters of a reply in an error
-PATH = "/chat/completions"
-SCORE = re.compile(r"(?:score ?[:=] ?)?(100|[1-9]?[0-9])(?: ?/ ?100)? ?\.?", re.I)
+MIN_BACKOFF = 1.0  # seconds before the first retry; doubles with each retry
+MAX_BACKOFF = 60.0  # seconds; also limits the Retry-After of the server
+MAX_REPLY_BYTES = 1_000_000  # bytes of a reply
+MAX_SHOWN = 200  # characters of a reply in an error message
+CHAT_COMPLETIONS_PATH = "/chat/completions"
+SCORE_PATTERN = re.compile(
+    r"(?:score ?[:=] ?)?(100|[1-9]?[0-9])(?: ?/ ?100)? ?\.?", re.I
+)
 
 
 class UnreachableError(ModelError):
-    """No prompt at all would be answered, as far as one can tell from this one."""
+    """The endpoint is unusable; other prompts would fail in the same way."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Judge:
-    """A model behind an endpoint."""
+class LLMJudge:
+    """Model and endpoint of an LLM judge."""
 
-    url: str  # such as http://localhost:11434/v1, or one that ends in PATH
+    url: str  # base URL such as http://localhost:11434/v1, or the full URL
     model: str
-    seconds: int | float = 60  # without a word from the server
-    tries: int = 3
+    timeout: int | float = 60  # for connecting, and for reading a reply
+    max_attempts: int = 3  # attempts, the first one included
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be asked."""
+        """Validates the endpoint and the limits."""
         endpoint(self.url)
         if not self.model.strip():
-            raise ConfigError("the judge has no model. Name one that the server has.")
-        if not 0 < self.seconds <= 86_400 or self.tries < 1:
+            raise ConfigError("the judge's model is empty. Name a model of the server.")
+        if not 0 < self.timeout <= 86_400 or self.max_attempts < 1:
             raise ConfigError(
-                f"a judge with seconds={self.seconds} and tries={self.tries} cannot "
-                "be asked. Give more than 0 seconds, at most 86400, and 1 try or more."
+                f"the judge has timeout={self.timeout} and max_attempts={self.max_attempts}. "
+                "Use a timeout above 0 and at most 86400 seconds, and at least 1 "
+                "attempt."
             )
 
 
 class Judgement(NamedTuple):
-    """What the judge said about one answer."""
+    """Score of one answer and the reply it was parsed from."""
 
-    score: int | None  # 0 to 100; None if the reply has none, or there is no reply
+    score: int | None  # 0 to 100; None without a reply or if it has no score
     reply: str
-    error: str  # why there is no reply, else ""
+    error: str  # reason if there is no reply, else ""
 
 
 def judge_prompt(prompt: str, output: str, response: str) -> str:
-    """What the judge is asked, word for word that of Raschka 2024, chapter 7.
+    """Prompt for the judge, verbatim from Raschka 2024, chapter 7.
 
     Args:
-        prompt: what the model was asked.
-        output: the right answer.
+        prompt: the model's input.
+        output: the reference answer.
         response: the model's answer.
     """
     return (
@@ -81,10 +85,10 @@ def judge_prompt(prompt: str, output: str, response: str) -> str:
 
 
 def parse_score(reply: str) -> int | None:
-    """The integer from 0 to 100 that the reply is; None if it is anything else.
+    """Parses a reply that is an integer from 0 to 100; None for any other reply.
 
-    Forgiven are "Score:" before it, "/100" and a full stop behind it, quotes and
-    Markdown's marks around it, and what a reasoning model thought before.
+    Ignores a "Score:" prefix, a "/100" suffix, a final full stop, surrounding quotes
+    and Markdown, and the <think> block of a reasoning model.
 
     >>> parse_score("<think>Not bad.</think> **Score:** 85/100.")
     85
@@ -93,45 +97,47 @@ def parse_score(reply: str) -> int | None:
     """
     answer = re.sub(r"^.*?</think>", "", reply, count=1, flags=re.S)
     bare = re.sub(r"[\s*\"'`“”‘’]+", " ", answer).strip()
-    found = SCORE.fullmatch(bare)
+    found = SCORE_PATTERN.fullmatch(bare)
     return int(found[1]) if found else None
 
 
 def judge_all(
-    judge: Judge,
+    judge: LLMJudge,
     rows: Sequence[tuple[str, str, str]],
-    done: Callable[[int, Judgement], None],
+    on_judgement: Callable[[int, Judgement], None],
 ) -> list[Judgement]:
-    """A judgement of each row, in order.
+    """Judges rows one after the other.
 
     Args:
-        judge: asked for one row after the other.
-        rows: prompt, right answer, and the model's answer.
-        done: called with a row's number and its judgement as soon as that is known.
+        judge: model and endpoint.
+        rows: tuples of prompt, reference answer and the model's answer.
+        on_judgement: called with the row index and the judgement after each row.
 
     Raises:
-        ConfigError: the judge must not be asked.
-        UnreachableError: the first row shows that no row would be graded.
+        ConfigError: requests to the endpoint are not allowed.
+        UnreachableError: the endpoint is unusable already for the first row.
     """
     judgements = []
     for n, row in enumerate(rows):
         try:
-            reply = ask(judge, judge_prompt(*row))
+            reply = chat_completion(judge, judge_prompt(*row))
             judgement = Judgement(parse_score(reply), reply, "")
         except ModelError as error:
             if n == 0 and isinstance(error, UnreachableError):
                 raise
             judgement = Judgement(None, "", str(error))
-        done(n, judgement)
+        on_judgement(n, judgement)
         judgements.append(judgement)
     return judgements
 
 
-def summary(judgements: Sequence[Judgement]) -> dict[str, float | int | None]:
-    """Counts, and the mean score with its 95 % interval over those that have one."""
+def summarize_judgements(
+    judgements: Sequence[Judgement],
+) -> dict[str, float | int | None]:
+    """Counts judgements; mean score and its 95% interval over those with a score."""
     found = [one.score for one in judgements if one.score is not None]
     failed = sum(bool(one.error) for one in judgements)
-    low, high = mean_interval(found) if found else (None, None)
+    low, high = mean_ci(found) if found else (None, None)
     return {
         "judged": len(judgements),
         "scored": len(found),
@@ -143,48 +149,48 @@ def summary(judgements: Sequence[Judgement]) -> dict[str, float | int | None]:
     }
 
 
-def ask(judge: Judge, prompt: str) -> str:
-    """The judge's reply to one prompt.
+def chat_completion(judge: LLMJudge, prompt: str) -> str:
+    """Requests the judge's reply to one prompt, with retries.
 
     Raises:
-        ConfigError: the judge must not be asked.
-        ModelError: the server refuses the prompt, or UnreachableError: any prompt.
+        ConfigError: requests to the endpoint are not allowed.
+        ModelError: the server rejects the prompt.
+        UnreachableError: the endpoint is unusable.
     """
-    request, n = request_of(judge, prompt), 0
+    request, n = build_request(judge, prompt), 0
     while True:
         try:
-            return text_of(judge, receive(judge, request))
+            return reply_text(judge, read_response(judge, request))
         except (OSError, http.client.HTTPException) as error:
             n += 1
             status = error.code if isinstance(error, urllib.error.HTTPError) else 599
-            if n == judge.tries or (status != 429 and status < 500):
-                raise failure(judge, error) from error
-            wait = max(FIRST_WAIT * 2 ** (n - 1), asked_wait(error))
+            if n == judge.max_attempts or (status != 429 and status < 500):
+                raise to_error(judge, error) from error
+            wait = max(MIN_BACKOFF * 2 ** (n - 1), retry_after(error))
             if isinstance(error, urllib.error.HTTPError):
-                error.close()  # it is the server's answer too
-        sleep(min(wait, LONGEST_WAIT))
+                error.close()  # the error owns the response
+        sleep(min(wait, MAX_BACKOFF))
 
 
-def check_allowed(judge: Judge) -> None:
-    """Raises a ConfigError if the judge must not be asked, before work is done."""
+def check_judge_allowed(judge: LLMJudge) -> None:
+    """Raises ConfigError if requests to the judge are not allowed."""
     url = endpoint(judge.url)
-    if loopback(url):
+    if is_loopback(url):
         return
-    if offline():
+    if is_offline():
         raise ConfigError(
-            f"GPTJAX_OFFLINE forbids to ask {address(url)}. Unset GPTJAX_OFFLINE, or "
-            "give the url of a server on this machine."
+            f"GPTJAX_OFFLINE forbids requests to {display_url(url)}. Unset it, or pass the "
+            "URL of a server on this machine."
         )
     if url.scheme != "https" and api_key():
         raise ConfigError(
-            f"the key in OPENAI_API_KEY would go over the network in the clear to "
-            f"{address(url)}. Give an https url, or unset OPENAI_API_KEY if that "
-            "server needs no key."
+            f"the key in OPENAI_API_KEY would be sent unencrypted to {display_url(url)}. "
+            "Pass an https URL, or unset OPENAI_API_KEY if the server needs no key."
         )
 
 
 def endpoint(url: str) -> SplitResult:
-    """The parts of the address that takes prompts.
+    """Parses and validates a URL; returns that of the chat completions endpoint.
 
     >>> endpoint("http://localhost:11434/v1/").path
     '/v1/chat/completions'
@@ -195,45 +201,48 @@ def endpoint(url: str) -> SplitResult:
         usable = usable and "@" not in parts.netloc and parts.port != 0
         if not usable or not re.fullmatch(r"[!-~]+", url):
             raise ValueError
-    except ValueError:  # also of a port that is no number, or half an IPv6 address
-        harmless = re.sub(r"//.*@", "//…@", url)  # it may hold a password
+    except ValueError:  # also raised for an invalid port or IPv6 address
+        harmless = re.sub(r"//.*@", "//…@", url)  # may contain a password
         raise ConfigError(
-            f"the judge's url {harmless!r} cannot be used. Give one that begins with "
-            "http:// or https://, without a user name or spaces, such as "
-            "http://localhost:11434/v1; a key goes into OPENAI_API_KEY."
+            f"the judge's URL {harmless!r} is invalid. Pass an http:// or https:// URL "
+            "without user name and spaces, such as http://localhost:11434/v1; put a "
+            "key into OPENAI_API_KEY."
         ) from None
-    path = parts.path.rstrip("/").removesuffix(PATH) + PATH
+    path = (
+        parts.path.rstrip("/").removesuffix(CHAT_COMPLETIONS_PATH)
+        + CHAT_COMPLETIONS_PATH
+    )
     return parts._replace(path=path, fragment="")
 
 
-def address(url: SplitResult) -> str:
-    """The address for people, without a query, which may hold a key."""
+def display_url(url: SplitResult) -> str:
+    """URL for messages, without the query, which may contain a key."""
     return url._replace(query="").geturl()
 
 
-def loopback(url: SplitResult) -> bool:
-    """Whether the server is this machine, by its very name."""
+def is_loopback(url: SplitResult) -> bool:
+    """True if the host is localhost or a loopback address."""
     host = url.hostname or ""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # another name
+    except ValueError:  # a host name
         return False
 
 
 def api_key() -> str:
-    """The user's key, or nothing."""
+    """API key from OPENAI_API_KEY, or an empty string."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not re.fullmatch(r"[!-~]*", key):
         raise ConfigError(
-            "OPENAI_API_KEY holds something that is no key: a space, a line break or "
-            "a letter that is not ASCII. Set it again, to the key alone."
+            "OPENAI_API_KEY contains a space, a line break or a non-ASCII character. "
+            "Set it to the key alone."
         )
     return key
 
 
-def request_of(judge: Judge, prompt: str) -> urllib.request.Request:
-    """The request that asks for the likeliest reply."""
-    check_allowed(judge)
+def build_request(judge: LLMJudge, prompt: str) -> urllib.request.Request:
+    """Builds a chat completion request with greedy decoding."""
+    check_judge_allowed(judge)
     body = {
         "model": judge.model,
         "messages": [{"role": "user", "content": prompt}],
@@ -249,63 +258,66 @@ def request_of(judge: Judge, prompt: str) -> urllib.request.Request:
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Leaves a redirect as the error that its status is: prompts go nowhere else."""
+    """Rejects redirects, so that prompts reach no other server."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        """No request for the new place."""
+        """Returns None: the redirect is raised as an HTTPError."""
 
 
-def receive(judge: Judge, request: urllib.request.Request) -> bytes:
-    """The body of the server's answer."""
+def read_response(judge: LLMJudge, request: urllib.request.Request) -> bytes:
+    """Sends a request and returns the body of the response."""
     handlers: list[Any] = [NoRedirects]
-    if loopback(urlsplit(request.full_url)):  # a proxy is not this machine
+    if is_loopback(urlsplit(request.full_url)):  # no proxy for this machine
         handlers.append(urllib.request.ProxyHandler({}))
     opener = urllib.request.build_opener(*handlers)
-    with opener.open(request, timeout=judge.seconds) as answer:
-        length, body = answer.length, read_start(answer, MOST + 1, judge.seconds)
-    if len(body) > MOST:
+    with opener.open(request, timeout=judge.timeout) as answer:
+        length, body = (
+            answer.length,
+            read_limited(answer, MAX_REPLY_BYTES + 1, judge.timeout),
+        )
+    if len(body) > MAX_REPLY_BYTES:
         raise ModelError(
-            f"{whom(judge)} replies with more than {MOST:,} bytes. Name a model that "
-            "answers shortly."
+            f"{describe_endpoint(judge)} replied with more than {MAX_REPLY_BYTES:,} bytes. Name a model with "
+            "shorter answers."
         )
     if length is not None and len(body) < length:
-        raise OSError(f"the connection ended after {len(body)} of {length} bytes")
+        raise OSError(f"the connection closed after {len(body)} of {length} bytes")
     return body
 
 
-def read_start(answer: Any, most: int, seconds: int | float) -> bytes:
-    """The first bytes of a body, which must not trickle in for longer than that."""
-    body, end = b"", time.monotonic() + seconds
-    while block := answer.read1(most - len(body)):
+def read_limited(answer: Any, max_bytes: int, timeout: int | float) -> bytes:
+    """Reads at most `max_bytes` of a body within a total time limit."""
+    body, end = b"", time.monotonic() + timeout
+    while block := answer.read1(max_bytes - len(body)):
         body += block
         if time.monotonic() > end:
             raise TimeoutError("timed out in the middle of the reply")
     return body
 
 
-def text_of(judge: Judge, body: bytes) -> str:
-    """The text in the body of an answer."""
+def reply_text(judge: LLMJudge, body: bytes) -> str:
+    """Extracts the text from the body of a chat completion."""
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError):
         answer = None
     match answer:
         case {"choices": [{"message": {"content": str(text)}}, *_]}:
-            # What is half a character of UTF-16 could not be written to a file.
+            # Lone surrogates cannot be written to a UTF-8 file.
             return text.encode("utf-8", "replace").decode()
         case {"choices": [{"message": {}}, *_]}:
             raise ModelError(
-                f"{whom(judge)} replies without text: {shown(body)}. Name a model "
-                "that writes text."
+                f"{describe_endpoint(judge)} replied without text: {redact(body)}. Name a model "
+                "that generates text."
             )
     raise UnreachableError(
-        f"{whom(judge)} does not answer as OpenAI's chat completions do: "
-        f"{shown(body) or 'nothing'}. Check the url, which mostly ends in /v1."
+        f"{describe_endpoint(judge)} did not return an OpenAI chat completion: "
+        f"{redact(body) or 'empty body'}. Check the URL, which usually ends in /v1."
     )
 
 
-def asked_wait(error: Exception) -> float:
-    """The seconds that a server asks to wait by Retry-After, else 0."""
+def retry_after(error: Exception) -> float:
+    """Seconds from the Retry-After header of an error, else 0."""
     if not isinstance(error, urllib.error.HTTPError):
         return 0.0
     text = error.headers.get("Retry-After", "").strip()
@@ -317,60 +329,60 @@ def asked_wait(error: Exception) -> float:
         return 0.0
 
 
-def whom(judge: Judge) -> str:
-    """The judge in an error."""
-    return f"the judge {judge.model} at {address(endpoint(judge.url))}"
+def describe_endpoint(judge: LLMJudge) -> str:
+    """Judge model and URL for error messages."""
+    return f"the judge {judge.model} at {display_url(endpoint(judge.url))}"
 
 
-def shown(body: bytes) -> str:
-    """The start of a body on one line, without the user's key."""
+def redact(body: bytes) -> str:
+    """Start of a body on one line, with the API key redacted."""
     text = body.decode("utf-8", "replace")
     if key := api_key():
         text = text.replace(key, "…")
     visible = "".join(c if c.isprintable() else " " for c in text)
-    return " ".join(visible.split())[:SHOWN]
+    return " ".join(visible.split())[:MAX_SHOWN]
 
 
-def failure(judge: Judge, error: Exception) -> ModelError:
-    """The error for the user when the judge is not asked again."""
+def to_error(judge: LLMJudge, error: Exception) -> ModelError:
+    """Converts the last error of a request to a ModelError."""
     if isinstance(error, urllib.error.HTTPError):
-        return refusal(judge, error)
+        return http_status_error(judge, error)
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
-    fix = "Check the url and the network."
+    fix = "Check the URL and the network."
     if isinstance(reason, TimeoutError):
-        fix = f"Allow more than {judge.seconds:g} seconds, or name a smaller model."
-    elif loopback(endpoint(judge.url)):
+        fix = f"Increase the timeout of {judge.timeout:g} s, or name a smaller model."
+    elif is_loopback(endpoint(judge.url)):
         fix = "Is the server running, such as `ollama serve`?"
     return UnreachableError(
-        f"{whom(judge)} cannot be asked: {reason or type(reason).__name__} "
-        f"({judge.tries} tries). {fix}"
+        f"{describe_endpoint(judge)} cannot be reached: {reason or type(reason).__name__} "
+        f"({judge.max_attempts} attempts). {fix}"
     )
 
 
-def refusal(judge: Judge, error: urllib.error.HTTPError) -> ModelError:
-    """The error for a status that is no success."""
+def http_status_error(judge: LLMJudge, error: urllib.error.HTTPError) -> ModelError:
+    """Converts an HTTP error status to a ModelError."""
     kind, code = UnreachableError, error.code
     if code < 400:
-        to = shown(error.headers.get("Location", "").encode("utf-8", "replace"))
-        fix = f"It redirects to {to or 'nowhere'}; give the url of the server itself."
+        to = redact(error.headers.get("Location", "").encode("utf-8", "replace"))
+        fix = f"It redirects to {to or 'nowhere'}; pass the final URL instead."
     elif code in (401, 403):
-        fix = "Put a key that may use this model into OPENAI_API_KEY."
+        fix = "Set OPENAI_API_KEY to a key with access to this model."
     elif code in (404, 405):
         fix = (
-            "Check the url, which mostly ends in /v1, and the model's name; Ollama "
-            f"gets a model by `ollama pull {judge.model}`."
+            "Check the URL, which usually ends in /v1, and the model's name; for "
+            f"Ollama, run `ollama pull {judge.model}`."
         )
     elif code == 429:
-        fix = "Wait, or look at what the account may still use."
+        fix = "Wait, or check the quota of the account."
     elif code >= 500:
-        fix = "Look at the server's log, or try again later."
+        fix = "Check the server's log, or try again later."
     else:
-        kind, fix = ModelError, "Mend what it complains about."
+        kind, fix = ModelError, "Correct the request accordingly."
     try:
         with error:
-            text = shown(read_start(error, 8 * SHOWN, judge.seconds))
+            text = redact(read_limited(error, 8 * MAX_SHOWN, judge.timeout))
     except (OSError, http.client.HTTPException):
         text = ""
     return kind(
-        f"{whom(judge)} answers with status {code}: {text or error.reason}. {fix}"
+        f"{describe_endpoint(judge)} returned status {code}: {text or error.reason}. {fix}"
     )

@@ -1,130 +1,140 @@
-"""An assistant on a file of conversations: its loss, its answers, a judge's scores."""
+"""Evaluation of assistants on a file: loss, responses, LLM judge."""
 
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax.answering import template_of
+from gptjax.answering import chat_template_of
 from gptjax.data.conversations import read_conversations
-from gptjax.data.examples import encode_all, fit_all
+from gptjax.data.examples import encode_conversations, truncate_all
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.examine import (
-    Answered,
-    by_task,
+    ResponseEval,
+    group_scores,
     example_loss,
     mean_scores,
-    respond,
-    response_rows,
+    generate_responses,
+    to_rows,
     write_rows,
 )
 from gptjax.judge import (
-    Judge,
+    LLMJudge,
     Judgement,
-    check_allowed,
+    check_judge_allowed,
     judge_all,
-    summary,
+    summarize_judgements,
 )
 from gptjax.weights.folder import Model
 
-Say = Callable[[str], None]
-Numbers = dict[str, float | int | None]
+_LogFn = Callable[[str], None]
+MetricValues = dict[str, float | int | None]
 
 
 def evaluate_file(
     model: Model,
     path: str,
     out: Path | None,
-    judge: Judge | None,
-    say: Say,
+    judge: LLMJudge | None,
+    log: _LogFn,
     max_new_tokens: int = 256,
-) -> tuple[Numbers, dict[str, dict[str, float]]]:
-    """(numbers by name, scores of each task) of an assistant on all rows of a file.
+) -> tuple[MetricValues, dict[str, dict[str, float]]]:
+    """Evaluates an assistant on all conversations of a file.
 
-    Args:
-        model: an assistant, from `gptjax.load`.
-        path: a file of conversations, or a named data set.
-        out: gets each row with the response, its scores and the judgement.
-        judge: scores the responses; asks for `out`, where everything is kept.
-        say: gets what a person should know.
-        max_new_tokens: of a response at most.
+    Writes each row with its response, scores and judgement to `out`, which is required
+    if there is a judge. `path` may also name a built-in data set.
+
+    Returns:
+        Metrics by name, and mean scores by task.
 
     Raises:
-        GptjaxError: the model is no assistant, the file cannot be used, `out` is taken,
-            or the judge cannot be reached at all.
+        GptjaxError: the model has no chat template, the file is invalid, `out` exists,
+            or the judge is unreachable.
     """
     if out is not None and out.exists():
-        raise ConfigError(f"{out} is there already. Name another file with --out.")
+        raise ConfigError(f"{out} already exists. Name another file with --out.")
     if judge is not None:
         if out is None:
-            raise ConfigError("a judge needs --out FILE, where what it says is kept.")
-        check_allowed(judge)
-    template = template_of(model)
+            raise ConfigError("a judge requires --out FILE for its scores.")
+        check_judge_allowed(judge)
+    template = chat_template_of(model)
     conversations, detected = read_conversations(path)
-    say(f"data     {detected}")
-    encoded = encode_all(model.tokenizer, template, conversations)
-    fitted = fit_all(encoded, model.config.context_length)
-    if not fitted.examples:
+    log(f"data     {detected}")
+    encoded = encode_conversations(model.tokenizer, template, conversations)
+    truncated = truncate_all(encoded, model.config.context_length)
+    if not truncated.examples:
         raise DataError(
-            f"no answer in {path} fits the model's context of "
-            f"{model.config.context_length} tokens. Shorten them."
+            f"no answer in {path} fits the model's context length of "
+            f"{model.config.context_length} tokens. Shorten the answers."
         )
-    if fitted.cut or fitted.skipped:
-        say(
-            f"too long {fitted.cut} conversations cut at their front, {fitted.skipped} "
-            "without a loss as the answer alone does not fit"
+    if truncated.num_truncated or truncated.num_dropped:
+        log(
+            f"too long {truncated.num_truncated} conversations truncated on the left, "
+            f"{truncated.num_dropped} without a loss because the answer alone does not fit"
         )
-    loss = example_loss(model, fitted.examples)
-    answered = respond(
+    loss = example_loss(model, truncated.examples)
+    results = generate_responses(
         model, conversations, min(max_new_tokens, model.config.context_length)
     )
-    numbers: Numbers = {"rows": len(answered), "response_loss": loss.loss}
-    numbers |= mean_scores(answered)
+    metrics: MetricValues = {"rows": len(results), "response_loss": loss.loss}
+    metrics |= mean_scores(results)
     if out is not None:
-        write_rows(response_rows(answered), out)
-        say(f"wrote    {out}")
+        write_rows(to_rows(results), out)
+        log(f"wrote    {out}")
     if judge is not None and out is not None:
-        numbers |= judged(model, answered, out, judge, say)
-    return numbers, by_task(answered)
+        metrics |= run_llm_judge(model, results, out, judge, log)
+    return metrics, group_scores(results)
 
 
-def judged(
-    model: Model, answered: Sequence[Answered], out: Path, judge: Judge, say: Say
-) -> Numbers:
-    """The judge's scores; each judgement is written as it comes.
+def run_llm_judge(
+    model: Model,
+    results: Sequence[ResponseEval],
+    out: Path,
+    judge: LLMJudge,
+    log: _LogFn,
+) -> MetricValues:
+    """Scores responses with an LLM judge; writes each judgement as it arrives.
 
     Raises:
-        ModelError: nobody is there to judge; the responses are in `out`.
+        ModelError: the judge is unreachable; `out` still holds the responses.
     """
-    template, rows = template_of(model), response_rows(answered)
-    part = out.with_name(f"{out.name}.judging")
-    asked = []
-    for one in answered:
-        pieces = template.pieces(one.conversation.messages[:-1], answering=True)
-        prompt = "".join(piece.text for piece in pieces if piece.kind == "prompt")
-        asked.append((prompt, one.reference, one.response))
+    template, rows = chat_template_of(model), to_rows(results)
+    partial_path = out.with_name(f"{out.name}.judging")
+    judge_inputs = []
+    for result in results:
+        segments = template.segments(
+            result.conversation.messages[:-1], add_generation_prompt=True
+        )
+        prompt = "".join(
+            segment.text for segment in segments if segment.kind == "prompt"
+        )
+        judge_inputs.append((prompt, result.reference, result.response))
     try:
-        with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        with partial_path.open(
+            "w", encoding="utf-8", errors="backslashreplace"
+        ) as file:
 
-            def note(number: int, judgement: Judgement) -> None:
-                rows[number] |= fields(judge, judgement)
-                file.write(json.dumps(rows[number], ensure_ascii=False) + "\n")
+            def on_judgement(index: int, judgement: Judgement) -> None:
+                rows[index] |= judgement_columns(judge, judgement)
+                file.write(json.dumps(rows[index], ensure_ascii=False) + "\n")
                 file.flush()
-                if (number + 1) % 10 == 0:
-                    say(f"judged   {number + 1} of {len(asked)}")
+                if (index + 1) % 10 == 0:
+                    log(f"judged   {index + 1} of {len(judge_inputs)}")
 
-            judgements = judge_all(judge, asked, note)
-        part.replace(out)
+            judgements = judge_all(judge, judge_inputs, on_judgement)
+        partial_path.replace(out)
     except OSError as error:
-        raise ModelError(f"cannot write {part}: {error}. Free some space.") from error
+        raise ModelError(
+            f"cannot write {partial_path}: {error}. Free disk space."
+        ) from error
     except ModelError as error:
-        part.unlink(missing_ok=True)
+        partial_path.unlink(missing_ok=True)
         raise ModelError(f"{error} The responses are in {out}.") from error
-    return summary(judgements)
+    return summarize_judgements(judgements)
 
 
-def fields(judge: Judge, judgement: Judgement) -> dict[str, Any]:
-    """What a row of the file says about its judgement."""
+def judgement_columns(judge: LLMJudge, judgement: Judgement) -> dict[str, Any]:
+    """Returns the judgement columns of an output row."""
     return {
         "judge": judge.model,
         "judge_score": judgement.score,

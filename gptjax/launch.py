@@ -1,12 +1,11 @@
-"""A file that a scheduler runs, for training on many hosts; nothing is started here.
+"""Launch scripts for Slurm, GKE, Cloud TPU VMs and SkyPilot; starts nothing itself.
 
-Slurm, GKE, Cloud TPU VMs and SkyPilot stay the owners of their machines. The file says
-at its top how it is submitted, and holds `gptjax train CONFIG --run DIR --distributed
-auto`, the same for every host and for every start: a run that was stopped, and said so
-with exit code 75, goes on when the scheduler starts it again.
+A comment at the top of the script explains how to submit it. It runs `gptjax train
+CONFIG --run DIR --distributed auto`, the same command on every host and start: an
+interrupted run (exit code 75) resumes when the scheduler restarts it.
 
-Names that a scheduler reads are checked; all other values are quoted, for a shell or
-as YAML, whatever they hold.
+Names that a scheduler reads are validated; all other values are quoted for the shell or
+YAML.
 """
 
 import dataclasses
@@ -19,26 +18,26 @@ from typing import Any
 
 import jinja2
 
-from gptjax.config import config_path, read_config, shipped_configs, suggestion
+from gptjax.config import find_config, load_config, builtin_config_dir, did_you_mean
 from gptjax.errors import ConfigError
 from gptjax.machines import (
     GENERATIONS,
     USUAL,
     Machines,
     Slice,
-    check,
+    check_machines,
     check_run,
     tpu_slice,
 )
 
 FOLDER = Path(__file__).parent / "launchers"
-FILES = {  # kind of launcher: its template
+FILES = {  # launcher: template
     "slurm": "slurm.sh.jinja",
     "gke": "gke.yaml.jinja",
     "tpu-vm": "tpu-vm.sh.jinja",
     "skypilot": "skypilot.yaml.jinja",
 }
-RESTARTS = 3  # after failures; stops with everything saved are not counted
+RESTARTS = 3  # after failures; saved interruptions do not count
 
 
 def launch(
@@ -51,29 +50,29 @@ def launch(
     dry_run: bool = False,
     **machines: Any,
 ) -> str:
-    """The text of the file with which `kind` trains `config`.
+    """Renders the launch script of `kind` for training `config`.
 
     Args:
         kind: slurm, gke, tpu-vm or skypilot.
-        config: a TOML file, or the name of one of those that gptjax ships with.
-        overrides: `--section.option value` flags, which the caller has checked.
-        run: the run's folder, which all hosts share; runs/CONFIG if None.
-        out: the new file that is written, or None.
-        dry_run: whether `out` is only named in the text, and nothing written.
+        config: a TOML file, or the name of a built-in config.
+        overrides: `--section.option value` flags, already validated.
+        run: run directory on shared storage; runs/CONFIG if None.
+        out: new file to write, or None.
+        dry_run: mention `out` in the script, but do not write it.
         machines: fields of `Machines`.
 
     Raises:
-        ConfigError: the config cannot be used, or the launcher cannot do this.
+        ConfigError: invalid config, or options that the launcher does not support.
     """
     if kind not in FILES:
         raise ConfigError(
-            f"there is no launcher {kind!r}.{suggestion(kind, FILES)} "
-            f"Known: {', '.join(FILES)}."
+            f"{kind!r} is not a launcher.{did_you_mean(kind, FILES)} "
+            f"Use one of {', '.join(FILES)}."
         )
     wanted = Machines(**machines)
-    check(kind, wanted)
-    path = config_path(config)
-    read_config(path)
+    check_machines(kind, wanted)
+    path = find_config(config)
+    load_config(path)
     folder = str(run) if run is not None else f"runs/{path.stem}"
     for text in (config, folder, wanted.install, *overrides):
         check_text(text)
@@ -93,7 +92,7 @@ def rendered(
     out: Path | None,
     wanted: Machines,
 ) -> str:
-    """The template of `kind`, filled in with what was checked."""
+    """Renders the template of `kind` with validated values."""
     values = dataclasses.asdict(wanted)
     tpus = tpu_slice(wanted.topology) if wanted.topology else None
     nodes = 1 if wanted.nodes is None else wanted.nodes
@@ -132,7 +131,7 @@ def rendered(
 
 
 def templates() -> jinja2.Environment:
-    """The templates, with the two ways of quoting."""
+    """Makes the Jinja environment with filters for shell and YAML quoting."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER, encoding="utf-8"),
         undefined=jinja2.StrictUndefined,
@@ -145,7 +144,7 @@ def templates() -> jinja2.Environment:
 
 
 def container(command: list[str], image: str, install: str) -> list[str]:
-    """What a container runs: the command, in a bare one after an installation."""
+    """Returns the container command; without an image it installs gptjax first."""
     if image:
         return command
     line = f"pip install --quiet {shlex.quote(install)} && exec {shlex.join(command)}"
@@ -153,16 +152,15 @@ def container(command: list[str], image: str, install: str) -> list[str]:
 
 
 def check_text(text: str) -> None:
-    """Raises for characters that no shell and no YAML can hold."""
+    """Raises for characters that shell and YAML cannot represent."""
     if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
         raise ConfigError(
-            f"{text!r} holds a byte that is no character, so no file can name it. "
-            "Use another name."
+            f"{text!r} must not contain null bytes or surrogates. Use another name."
         )
 
 
 def size_of(kind: str, tpus: Slice) -> str:
-    """A slice's size in the words of the launcher."""
+    """Returns the slice size in the launcher's notation."""
     generation = GENERATIONS[tpus.generation]
     size = f"{generation.size}-{tpus.chips * generation.cores}"
     if kind == "skypilot":
@@ -173,7 +171,7 @@ def size_of(kind: str, tpus: Slice) -> str:
 
 
 def hosts_line(tpus: Slice | None, nodes: int, devices: int, accelerator: str) -> str:
-    """What is trained on, in words."""
+    """Describes the machines in words."""
     if tpus:
         chips = plural(tpus.chips // tpus.hosts, "chip")
         return f"{plural(tpus.hosts, 'host')} with {chips} each ({':'.join(tpus[:2])})"
@@ -184,20 +182,20 @@ def hosts_line(tpus: Slice | None, nodes: int, devices: int, accelerator: str) -
 
 
 def plural(count: int, thing: str) -> str:
-    """A number of things."""
+    """Formats a count with a noun."""
     return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
 def job_name(run: str) -> str:
-    """A name that every scheduler takes: `gptjax-` and what it takes of the run's."""
+    """Makes a job name from the run directory that is valid for every scheduler."""
     last = posixpath.basename(posixpath.normpath(run)).lower()
     plain = re.sub(r"[^a-z0-9]+", "-", last).strip("-").removeprefix("gptjax-")
     return f"gptjax-{plain[:33]}".rstrip("-")
 
 
 def shipped_name(path: Path) -> str:
-    """The name under which every installation has this config, or nothing."""
-    folder = shipped_configs().resolve()
+    """Returns the name of a built-in config, empty for other files."""
+    folder = builtin_config_dir().resolve()
     found = path.resolve()
     if not found.is_relative_to(folder):
         return ""
@@ -205,13 +203,13 @@ def shipped_name(path: Path) -> str:
 
 
 def shown(out: Path | None) -> str:
-    """The file in a line of a comment."""
+    """Returns the file name for use in a comment."""
     name = shlex.quote(str(out)) if out is not None else "FILE"
     return name if name.isprintable() else "FILE"
 
 
 def yaml_text(text: str, indent: int = 0) -> str:
-    """Any text as a YAML scalar: lines as a block where they can be, else quoted."""
+    """Formats text as a YAML scalar: a block if possible, else quoted."""
     lines = text.removesuffix("\n").split("\n")
     if (
         indent
@@ -228,30 +226,29 @@ def yaml_text(text: str, indent: int = 0) -> str:
 
 
 def yaml_character(char: str) -> str:
-    """One character between the double quotes of YAML."""
+    """Escapes one character for a double-quoted YAML scalar."""
     if " " <= char <= "~" and char not in '"\\':
         return char
     return {"\n": "\\n", '"': '\\"', "\\": "\\\\"}.get(char) or f"\\U{ord(char):08x}"
 
 
 def read_text(path: Path) -> str:
-    """The text of a config that was already read once."""
+    """Reads the text of a config file."""
     return path.read_text(encoding="utf-8")
 
 
 def write_new(path: Path, text: str) -> None:
-    """Writes a file that was not there.
+    """Writes a new file.
 
     Raises:
-        ConfigError: it is there, or cannot be written.
+        ConfigError: the file exists or cannot be written.
     """
     try:
         with path.open("x", encoding="utf-8", newline="") as file:
             file.write(text)
     except FileExistsError as error:
         raise ConfigError(
-            f"--out={path} is there already, and files are never overwritten. Name "
-            "another file."
+            f"--out={path} already exists and is not overwritten. Use another file."
         ) from error
     except OSError as error:
         raise ConfigError(f"cannot write --out={path}: {error}.") from error

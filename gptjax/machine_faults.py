@@ -1,4 +1,4 @@
-"""What a machine may refuse: memory and disk; foreseen, or told in a sentence."""
+"""Out-of-memory and disk-full: estimates and error messages."""
 
 import contextlib
 import dataclasses
@@ -9,25 +9,25 @@ from typing import Any
 import jax
 
 from gptjax import budget
-from gptjax.config import read_config
-from gptjax.errors import ConfigError, MachineError, ModelError
-from gptjax.run_task import Run
+from gptjax.config import load_config
+from gptjax.errors import ConfigError, ResourceError, ModelError
+from gptjax.run_task import RunContext
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-ROUGH = 1.5  # times what there is: less may still be an error of the arithmetic
-LOWER = (
-    "Raise train.accumulate (0 finds what fits), or lower data.batch_size or "
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ESTIMATE_SLACK = 1.5  # tolerated ratio of estimated to available memory
+OOM_ADVICE = (
+    "Raise train.accumulate (0 chooses a value that fits), lower data.batch_size or "
     "model.context_length, or set model.remat to full."
 )
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
-    """Too little memory or disk in the block is said in a sentence.
+def translate_resource_errors() -> Iterator[None]:
+    """Translates out-of-memory and disk-full errors into user-facing errors.
 
     Raises:
-        ConfigError: the devices have no memory for it.
-        MachineError: the disk is full.
+        ConfigError: out of memory.
+        ResourceError: the disk is full.
     """
     try:
         yield
@@ -36,124 +36,133 @@ def told() -> Iterator[None]:
             raise
         first = str(error).splitlines()[0][:200].rstrip(".")
         raise ConfigError(
-            f"the device's memory does not suffice: {first}. {LOWER} What was saved "
-            "is untouched."
+            f"out of device memory: {first}. {OOM_ADVICE} Saved checkpoints are unaffected."
         ) from error
     except MemoryError as error:
         raise ConfigError(
-            f"the memory of this machine does not suffice. {LOWER} What was saved is "
-            "untouched."
+            f"out of host memory. {OOM_ADVICE} Saved checkpoints are unaffected."
         ) from error
     except OSError as error:
-        if isinstance(error, MachineError) or error.errno not in FULL:
+        if isinstance(error, ResourceError) or error.errno not in DISK_FULL_ERRNOS:
             raise
-        raise full(error) from error
+        raise disk_full_error(error) from error
     except ModelError as error:
-        if getattr(error.__cause__, "errno", None) not in FULL:
+        if getattr(error.__cause__, "errno", None) not in DISK_FULL_ERRNOS:
             raise
-        raise full(error) from error
+        raise disk_full_error(error) from error
 
 
-def full(error: Exception) -> MachineError:
-    """What to say of a disk that is full."""
+def disk_full_error(error: Exception) -> ResourceError:
+    """User-facing error for a full disk."""
     text = str(error).rstrip(".")
-    return MachineError(
-        f"the disk took no more: {text}. Free space, and give the same command again: "
-        "it goes on from the last checkpoint."
+    return ResourceError(
+        f"disk full: {text}. Free space and run the same command again; it resumes "
+        "from the last checkpoint."
     )
 
 
-def with_micro_batch(run: Run) -> Run:
-    """The run with `train.accumulate` chosen, where it is 0: as before, or to fit.
+def choose_accumulation(run: RunContext) -> RunContext:
+    """Resolves `train.accumulate=0`: to the saved value, or to one that fits memory.
 
     Raises:
-        ConfigError: the model is not the config's own, so that its size is not known.
+        ConfigError: the run starts from a model of unknown size.
     """
     c = run.config
     if c.train.accumulate:
         return run
-    before = run.folder / "config.toml"
-    if before.is_file():
-        count = read_config(before).train.accumulate
+    saved_config = run.run_dir / "config.toml"
+    if saved_config.is_file():
+        num_micro_batches = load_config(saved_config).train.accumulate
     else:
-        count = micro_batches_that_fit(run)
-    train = dataclasses.replace(c.train, accumulate=count)
+        num_micro_batches = micro_batches_that_fit(run)
+    train = dataclasses.replace(c.train, accumulate=num_micro_batches)
     return dataclasses.replace(run, config=dataclasses.replace(c, train=train))
 
 
-def micro_batches_that_fit(run: Run) -> int:
-    """The fewest micro-batches for the memory of a device; says so.
+def micro_batches_that_fit(run: RunContext) -> int:
+    """Smallest number of micro-batches that fits device memory; logs it.
 
     Raises:
-        ConfigError: the model is not the config's own, so that its size is not known.
+        ConfigError: the run starts from a model of unknown size.
     """
     c = run.config
-    if c.tune.start:
+    if c.finetune.init_from:
         raise ConfigError(
-            "train.accumulate=0 finds what fits for a model of the config's own, not "
-            "for tune.start. Give a number of micro-batches."
+            "train.accumulate=0 estimates memory from [model] and does not work with "
+            "finetune.init_from. Set a number of micro-batches."
         )
     limit = budget.device_memory()
-    fitted = budget.with_micro_batch(budget.settled(c), sizes_of(run), limit)
-    count = fitted.train.accumulate
-    run.say(
-        f"accumulate {count} micro-batches of {c.data.batch_size // count} rows, the "
-        f"largest that fit {budget.human(limit)} of memory by arithmetic"
+    fitted_config = budget.fit_micro_batch(
+        budget.resolve_config(c), run_mesh_shape(run), limit
     )
-    return count
+    num_micro_batches = fitted_config.train.accumulate
+    run.log(
+        f"accumulate {num_micro_batches} micro-batches of {c.data.batch_size // num_micro_batches} rows, the "
+        f"largest estimated to fit {budget.format_bytes(limit)} of memory"
+    )
+    return num_micro_batches
 
 
-def sizes_of(run: Run) -> Any:
-    """The sizes of the run's mesh."""
-    return tuple(run.mesh.shape.values()) if run.mesh else budget.ONE_DEVICE
+def run_mesh_shape(run: RunContext) -> Any:
+    """Axis sizes of the run's mesh."""
+    return tuple(run.mesh.shape.values()) if run.mesh else budget.SINGLE_DEVICE_MESH
 
 
-def check_memory(run: Run) -> None:
-    """Refuses by arithmetic, before anything is made, what cannot fit at all.
+def check_estimated_memory(run: RunContext) -> None:
+    """Rejects a run whose estimated memory is far above that of a device.
 
     Raises:
-        ConfigError: a device would need far more memory than it has.
+        ConfigError: the estimate exceeds ESTIMATE_SLACK times the device's memory.
     """
     c = run.config
-    if c.tune.start:
-        return  # its shape is not known yet
-    # The tokenizer is looked up later; a vocabulary of 257 is the least there is.
+    if c.finetune.init_from:
+        return  # model size is not known yet
+    # The tokenizer is loaded later; 257 is the smallest vocabulary.
     model = dataclasses.replace(c.model, vocab_size=c.model.vocab_size or 257)
-    settled = budget.settled(dataclasses.replace(c, model=model))
-    parts = budget.memory_bytes(settled, sizes_of(run))
-    refuse(sum(parts.values()), ROUGH * budget.device_memory(), parts)
+    resolved_config = budget.resolve_config(dataclasses.replace(c, model=model))
+    parts = budget.memory_bytes(resolved_config, run_mesh_shape(run))
+    check_memory_limit(
+        sum(parts.values()), ESTIMATE_SLACK * budget.device_memory(), parts
+    )
 
 
-def check_compiled(run: Run, memory: Any) -> None:
-    """Refuses a compiled step that will not fit into what is free of the memory.
+def check_compiled_memory(run: RunContext, memory: Any) -> None:
+    """Rejects a compiled step that does not fit into free memory (CPU only).
 
     Args:
         run: the run.
-        memory: `memory_analysis` of the program, or None where there is none.
+        memory: `memory_analysis()` of the compiled step; None if not available.
 
     Raises:
-        ConfigError: it will not.
+        ConfigError: the step does not fit.
     """
     if memory is None or jax.devices()[0].platform != "cpu":
-        return  # compilers for other devices have refused already
-    new = memory.temp_size_in_bytes + memory.output_size_in_bytes
-    refuse(new - memory.alias_size_in_bytes, budget.free_memory(), {})
+        return  # compilers for other devices check this themselves
+    needed = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    check_memory_limit(needed - memory.alias_size_in_bytes, budget.free_memory(), {})
 
 
-def refuse(need: int | float, limit: int | float, parts: dict[str, int]) -> None:
-    """Raises where more is needed than there is.
+def check_memory_limit(
+    needed: int | float, limit: int | float, parts: dict[str, int]
+) -> None:
+    """Rejects a memory requirement above the limit.
+
+    Args:
+        needed: bytes.
+        limit: bytes.
+        parts: bytes by purpose; the message names the largest.
 
     Raises:
-        ConfigError: with the largest of the parts, and what to lower.
+        ConfigError: `needed` exceeds `limit`.
     """
-    if need <= limit:
+    if needed <= limit:
         return
     largest = ""
     if parts:
         name = max(parts, key=lambda name: parts[name])
-        largest = f", most of it for {name}"
+        largest = f", mostly for {name}"
     raise ConfigError(
-        f"a step needs {budget.human(need)} of memory on a device{largest}; there are "
-        f"{budget.human(budget.device_memory())}, of which "
-        f"{budget.human(budget.free_memory())} are free. {LOWER}"
+        f"a step needs {budget.format_bytes(needed)} of memory per device{largest}; the device "
+        f"has {budget.format_bytes(budget.device_memory())}, of which "
+        f"{budget.format_bytes(budget.free_memory())} are free. {OOM_ADVICE}"
     )

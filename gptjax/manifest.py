@@ -1,7 +1,7 @@
-"""What makes a folder of files count: a manifest, written last, that names them all.
+"""Checkpoint manifest: written last, hashes every file.
 
-A folder verifies if it holds the files that its manifest names, bit for bit, and
-nothing else; the manifest has a hash of itself.
+A folder is valid if it contains exactly the files listed in its manifest, bit for bit.
+The manifest contains a hash of itself.
 """
 
 import hashlib
@@ -17,143 +17,151 @@ from gptjax.errors import ModelError
 from gptjax.strict_json import read_json
 
 MANIFEST = "manifest.json"
-LARGEST = 1 << 26  # bytes of a manifest; that of 124 M parameters has 10,000
-THREADS = 4  # that hash; more do not read faster
+MAX_MANIFEST_BYTES = 1 << 26  # the manifest of a 124M model has 10 kB
+HASH_THREADS = 4  # more threads do not read faster
 
 
-class DamagedError(ModelError):
-    """A saved step that is not what was saved."""
+class CorruptCheckpointError(ModelError):
+    """A checkpoint whose content differs from what was saved."""
 
 
-def write_manifest(folder: Path, about: dict[str, Any]) -> None:
-    """Seals a folder whose files are all there, so that a power cut loses none.
+def write_manifest(step_dir: Path, metadata: dict[str, Any]) -> None:
+    """Writes the manifest of a complete folder and flushes all files to disk.
 
     Args:
-        folder: of one step; until now without a manifest.
-        about: anything that JSON can hold; `files` is added.
+        step_dir: folder of one step, without a manifest so far.
+        metadata: JSON-serializable metadata; `files` is added.
     """
-    for path in [folder, *folder.rglob("*")]:
-        flush(path)
-    about = {**about, "files": hashed(folder)}
-    new = folder / f"{MANIFEST}.partial"
-    with new.open("w", encoding="utf-8") as file:
-        json.dump({"sha256": seal(about), "about": about}, file)
+    for path in [step_dir, *step_dir.rglob("*")]:
+        fsync(path)
+    metadata = {**metadata, "files": hash_files(step_dir)}
+    partial_path = step_dir / f"{MANIFEST}.partial"
+    with partial_path.open("w", encoding="utf-8") as file:
+        json.dump({"sha256": manifest_hash(metadata), "about": metadata}, file)
         file.flush()
         os.fsync(file.fileno())
-    new.replace(folder / MANIFEST)
-    flush(folder)
+    partial_path.replace(step_dir / MANIFEST)
+    fsync(step_dir)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """What the manifest says; that the files are so is not known.
+def read_manifest(step_dir: Path) -> dict[str, Any]:
+    """Reads and checks the manifest, but not the files that it lists.
 
     Raises:
-        DamagedError: it is missing, or not as it was written.
+        CorruptCheckpointError: the manifest is missing or modified.
     """
-    path = folder / MANIFEST
+    path = step_dir / MANIFEST
     try:
-        if not stat.S_ISDIR(folder.lstat().st_mode):
-            raise DamagedError("it is not a folder")
-        now = path.lstat()
-        if not stat.S_ISREG(now.st_mode) or now.st_size > LARGEST:
-            raise DamagedError(f"{MANIFEST} is not a file of at most {LARGEST} bytes")
-        table = read_json(path, LARGEST)
-        about, known = table["about"], table["sha256"]
-        right = seal(about) == known and well_formed(about)
+        if not stat.S_ISDIR(step_dir.lstat().st_mode):
+            raise CorruptCheckpointError("it is not a folder")
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_MANIFEST_BYTES:
+            raise CorruptCheckpointError(
+                f"{MANIFEST} is not a file of at most {MAX_MANIFEST_BYTES} bytes"
+            )
+        content = read_json(path, MAX_MANIFEST_BYTES)
+        metadata, expected_hash = content["about"], content["sha256"]
+        is_valid = manifest_hash(metadata) == expected_hash and _is_valid_manifest(
+            metadata
+        )
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        if isinstance(error, DamagedError):
+        if isinstance(error, CorruptCheckpointError):
             raise
-        raise DamagedError(f"{MANIFEST} is missing or unreadable") from error
-    if not right:
-        raise DamagedError(f"{MANIFEST} is not what was saved")
-    return about
+        raise CorruptCheckpointError(f"{MANIFEST} is missing or unreadable") from error
+    if not is_valid:
+        raise CorruptCheckpointError(f"{MANIFEST} has changed since it was saved")
+    return metadata
 
 
-def verified(folder: Path) -> dict[str, Any]:
-    """What the manifest says, after all files were compared with it.
+def verify_manifest(step_dir: Path) -> dict[str, Any]:
+    """Reads the manifest and verifies all files against it.
 
     Raises:
-        DamagedError: with the file that is not what was saved.
+        CorruptCheckpointError: a file is missing, unexpected or modified.
     """
-    about = read_manifest(folder)
-    promised = about["files"]
+    metadata = read_manifest(step_dir)
+    expected = metadata["files"]
     try:
-        sizes = found(folder)
-        for name in sorted(promised.keys() | sizes.keys()):
+        sizes = list_files(step_dir)
+        for name in sorted(expected.keys() | sizes.keys()):
             if name not in sizes:
-                raise DamagedError(f"{name!r} is missing")
-            if name not in promised:
-                raise DamagedError(f"{name!r} was not saved")
-            if sizes[name] != promised[name][0]:
-                raise DamagedError(f"{name!r} has {sizes[name]} bytes and not as many")
-        for name, value in hashed(folder).items():
-            if value != promised[name]:
-                raise DamagedError(f"{name!r} is not what was saved")
+                raise CorruptCheckpointError(f"{name!r} is missing")
+            if name not in expected:
+                raise CorruptCheckpointError(f"{name!r} is not listed in {MANIFEST}")
+            if sizes[name] != expected[name][0]:
+                raise CorruptCheckpointError(
+                    f"{name!r} has {sizes[name]} bytes, a wrong size"
+                )
+        for name, value in hash_files(step_dir).items():
+            if value != expected[name]:
+                raise CorruptCheckpointError(f"{name!r} has changed since it was saved")
     except OSError as error:
-        raise DamagedError(f"it cannot be read: {error.strerror}") from error
-    return about
+        raise CorruptCheckpointError(f"it cannot be read: {error.strerror}") from error
+    return metadata
 
 
-def well_formed(about: Any) -> bool:
-    """Whether it has the form that this version writes: `gptjax.checkpoint` reads it.
+def _is_valid_manifest(metadata: Any) -> bool:
+    """True if the metadata has the format that this version writes.
 
     Raises:
-        LookupError: it lacks something.
+        LookupError: a key is missing.
     """
-    pairs = {"files": (int, str), "arrays": (str, int)}
-    return type(about["step"]) is int and all(
-        isinstance(about[key], dict)
-        and all(tuple(map(type, pair)) == kinds for pair in about[key].values())
-        for key, kinds in pairs.items()
+    value_types = {"files": (int, str), "arrays": (str, int)}
+    return type(metadata["step"]) is int and all(
+        isinstance(metadata[key], dict)
+        and all(tuple(map(type, pair)) == types for pair in metadata[key].values())
+        for key, types in value_types.items()
     )
 
 
-def seal(about: Any) -> str:
-    """The hash of what a manifest says, however it is written down."""
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+def manifest_hash(metadata: Any) -> str:
+    """Returns a hash of the metadata, independent of key order and formatting."""
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
-def found(folder: Path) -> dict[str, int]:
-    """Bytes of all below `folder` but its manifest; an empty folder ends in a slash.
+def list_files(step_dir: Path) -> dict[str, int]:
+    """Returns the size of each file in `step_dir`, in bytes, without the manifest.
+
+    Names of empty folders end in a slash.
 
     Raises:
-        DamagedError: something is neither a file nor a folder, as a link is.
-        OSError: something cannot be read.
+        CorruptCheckpointError: an entry is neither a file nor a folder (e.g. a link).
+        OSError: an entry cannot be read.
     """
-    return {name: size for name, size in walked(folder, "") if name != MANIFEST}
+    return {name: size for name, size in _walk(step_dir, "") if name != MANIFEST}
 
 
-def walked(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
-    """Names and bytes of what is below, in order."""
+def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
+    """Yields the names and sizes of all files in `folder`, sorted by name."""
     with os.scandir(folder) as entries:
-        below = sorted(entries, key=lambda entry: entry.name)
-    for entry in below:
-        name, now = prefix + entry.name, entry.stat(follow_symlinks=False)
-        if stat.S_ISDIR(now.st_mode):
-            inside = [*walked(folder / entry.name, f"{name}/")]
-            yield from inside or [(f"{name}/", 0)]
-        elif stat.S_ISREG(now.st_mode):
-            yield name, now.st_size
+        children = sorted(entries, key=lambda entry: entry.name)
+    for entry in children:
+        name, status = prefix + entry.name, entry.stat(follow_symlinks=False)
+        if stat.S_ISDIR(status.st_mode):
+            nested = [*_walk(folder / entry.name, f"{name}/")]
+            yield from nested or [(f"{name}/", 0)]
+        elif stat.S_ISREG(status.st_mode):
+            yield name, status.st_size
         else:
-            raise DamagedError(f"{name!r} is neither a file nor a folder")
+            raise CorruptCheckpointError(f"{name!r} is neither a file nor a folder")
 
 
-def hashed(folder: Path) -> dict[str, list[Any]]:
-    """Size in bytes and sha256 of all that `found` finds, several at a time."""
-    sizes = found(folder)
+def hash_files(step_dir: Path) -> dict[str, list[Any]]:
+    """Returns the size and SHA-256 of all files of `list_files`; multithreaded."""
+    sizes = list_files(step_dir)
 
-    def entry(name: str) -> list[Any]:
+    def size_and_hash(name: str) -> list[Any]:
         if name.endswith("/"):
             return [0, ""]
-        with (folder / name).open("rb") as file:
+        with (step_dir / name).open("rb") as file:
             return [sizes[name], hashlib.file_digest(file, "sha256").hexdigest()]
 
-    with ThreadPoolExecutor(THREADS, "hash") as threads:
-        return dict(zip(sizes, threads.map(entry, sizes), strict=True))
+    with ThreadPoolExecutor(HASH_THREADS, "hash") as executor:
+        return dict(zip(sizes, executor.map(size_and_hash, sizes), strict=True))
 
 
-def flush(path: Path) -> None:
-    """Makes what a file or folder holds survive a power cut."""
+def fsync(path: Path) -> None:
+    """Flushes a file or folder to disk, so that it survives a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,14 +1,21 @@
 """GPT-2 as a pure function of (params, tokens).
 
-Dimension letters, in array names and in einsum strings alike:
+Dimension letters, the same in array names, einsum strings and annotations:
 
-    B batch    T query positions    S key positions    D model width
-    H heads    K head width         F MLP width        V vocabulary    N layers
-    C classes
+    B batch (rows)    T query positions    S key positions    D model width
+    H heads           K head dim           F MLP dim          V vocabulary
+    N layers          C classes
 
-Parameters are a nested dict of float32 arrays; those of the blocks are stacked on
-a first axis [N]. Numerics are GPT-2's: LayerNorm eps 1e-5, tanh-GELU, float32
-softmax and layer-norm statistics (Radford et al. 2019; openai/gpt-2 src/model.py).
+The name of an array ends in the letters of its axes, in order: `query_BTHK` has
+shape [B, T, H, K]. The file reads from the parts to the whole: `Attention`, `MLP`,
+`Block`, `GPT`; then `init` and `apply`, the public functions.
+
+Parameters are a nested dict of float32 arrays. Those of the blocks are stacked along
+a leading axis [N], so that blocks/mlp/up/kernel is [N, D, F].
+
+Numerics are GPT-2's: pre-norm blocks, LayerNorm with epsilon 1e-5, tanh approximation
+of GELU, float32 softmax and layer-norm statistics (Radford et al. 2019, sec. 2.3;
+openai/gpt-2, src/model.py).
 """
 
 import functools
@@ -22,55 +29,55 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from gptjax import packing
-from gptjax.attention.call import platform
-from gptjax.attention.choice import attend
+from gptjax.attention.call import target_platform
+from gptjax.attention.choice import compute_attention
 from gptjax.attention.plain import attention_weights
-from gptjax.attention.sight import MIXED, Sight, visible
-from gptjax.cache import LayerCache, extend
+from gptjax.attention.sight import ATTN_OUT, AttentionMask, materialize_mask
+from gptjax.cache import KVCache, update_cache
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
 from gptjax.layers import (
     Dropout,
     Embedding,
+    LayerNorm,
     Linear,
-    Norm,
-    capture,
-    changed,
-    heads_of,
-    once,
+    intervene,
+    materialize_on_cpu,
+    project_qkv,
+    sow_activation,
 )
-from gptjax.sharding import axes_here, fully_sharded, gathered, lay
+from gptjax.sharding import all_gather_params, constrain, current_mesh_shape, is_fsdp
+from gptjax.tree import Params
 
-Params = dict[str, Any]
 Tokens = Int[Array, "B T"]
-Residual = Float[Array, "B T D"]
+HiddenStates = Float[Array, "B T D"]
 
 
-def all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy of `jax.checkpoint`: what a layer has gathered is not kept."""
+def save_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Remat policy that saves everything but parameters gathered for a layer (FSDP)."""
     return primitive.name not in ("sharding_constraint", "reshard", "reshape")
 
 
 REMAT_POLICIES = {
-    "none": all_but_gathered,
+    "none": save_all_but_gathered,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(MIXED),
+        jax.checkpoint_policies.save_only_these_names(ATTN_OUT),
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-UNROLLED = 12  # layers that a program of one device has in a row, at most
+MAX_UNROLLED_LAYERS = 12  # per iteration of the scan, on one device
 
 
-class Context(NamedTuple):
-    """What every layer needs to know about the rows it works on."""
+class BlockInputs(NamedTuple):
+    """Per-token inputs that all blocks share."""
 
-    slot_BT: Int[Array, "B T"]  # where each query stands among the keys
-    segment_BT: Int[Array, "B T"] | None  # document of each token; None: one
+    query_position_BT: Int[Array, "B T"]  # index of each query among the keys
+    segment_id_BT: Int[Array, "B T"] | None  # document of each token
 
 
 def compute_dtype(config: GPTConfig) -> jnp.dtype:
-    """The dtype of activations: "auto" is float32 on a CPU, else bfloat16."""
+    """Returns the dtype of activations; "auto" is float32 on CPU, else bfloat16."""
     name = config.dtype
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -78,96 +85,123 @@ def compute_dtype(config: GPTConfig) -> jnp.dtype:
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention."""
+    """Multi-head self-attention (Vaswani et al. 2017, sec. 3.2.2)."""
 
     config: GPTConfig
 
     @nn.compact
     def __call__(
-        self, x_BTD: Residual, cache: LayerCache | None, context: Context
-    ) -> tuple[Residual, LayerCache | None]:
-        """Mixes positions; given a cache, also sees and extends what it holds."""
+        self, x_BTD: HiddenStates, cache: KVCache | None, inputs: BlockInputs
+    ) -> tuple[HiddenStates, KVCache | None]:
+        """Applies attention; with a cache, appends to it and attends to all it holds.
+
+        Args:
+            x_BTD: normalized residual stream.
+            cache: keys and values of earlier tokens; None in training.
+            inputs: positions and segment ids of the tokens.
+
+        Returns:
+            The output projection, and the updated cache or None.
+        """
         c = self.config
-        width = c.n_heads, c.head_width
+        head_shape = c.n_heads, c.head_dim
         query_BTHK, key_BSHK, value_BSHK = (
-            lay(x_BTHK, "BTHK") for x_BTHK in heads_of(self, x_BTD, width, c.qkv_bias)
+            constrain(x_BTHK, "BTHK")
+            for x_BTHK in project_qkv(self, x_BTD, head_shape, c.qkv_bias)
         )
-        sight = Sight(segment_BT=context.segment_BT, causal=c.causal)
+        mask = AttentionMask(segment_id_BT=inputs.segment_id_BT, causal=c.causal)
         if cache is not None:
-            cache = extend(cache, key_BSHK, value_BSHK, context.slot_BT)
+            cache = update_cache(cache, key_BSHK, value_BSHK, inputs.query_position_BT)
             key_BSHK, value_BSHK = (jnp.swapaxes(x_BHSK, 1, 2) for x_BHSK in cache)
-            sight = Sight(context.slot_BT, causal=c.causal)
+            mask = AttentionMask(inputs.query_position_BT, causal=c.causal)
         if self.is_mutable_collection("captured"):
-            mask_BTS = visible(sight, query_BTHK, key_BSHK)
-            heads = jnp.swapaxes(query_BTHK, 1, 2), jnp.swapaxes(key_BSHK, 1, 2)
-            capture(self, "attention", attention_weights(*heads, mask_BTS))
-        dropping = c.dropout > 0 and self.has_rng("dropout")
-        simple = cache is not None or self.is_initializing()  # rows of any length
-        mixed_BTHK = attend(
+            mask_BTS = materialize_mask(mask, query_BTHK, key_BSHK)
+            heads_first = jnp.swapaxes(query_BTHK, 1, 2), jnp.swapaxes(key_BSHK, 1, 2)
+            sow_activation(self, "attention", attention_weights(*heads_first, mask_BTS))
+        use_dropout = c.dropout > 0 and self.has_rng("dropout")
+        # Decoding and initialization have rows of any length.
+        use_reference = cache is not None or self.is_initializing()
+        attn_out_BTHK = compute_attention(
             query_BTHK,
             key_BSHK,
             value_BSHK,
-            sight,
-            backend="plain" if simple else c.attention,
-            dropout=Dropout(c.dropout) if dropping else None,
+            mask,
+            backend="reference" if use_reference else c.attention,
+            dropout=Dropout(c.dropout) if use_dropout else None,
         )
-        out = Linear((c.d_model,), residual_std(c), axes=2, name="out")
-        return out(mixed_BTHK), cache
+        out = Linear((c.d_model,), residual_init_std(c), num_input_axes=2, name="out")
+        return out(attn_out_BTHK), cache
 
 
 class MLP(nn.Module):
-    """Two products with a GELU between them."""
+    """Two-layer MLP with GELU."""
 
     config: GPTConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Residual) -> Residual:
-        """Every position by itself."""
-        x_BTF = lay(Linear((self.config.mlp_width,), name="up")(x_BTD), "BTF")
+    def __call__(self, x_BTD: HiddenStates) -> HiddenStates:
+        """Applies the MLP to each position."""
+        x_BTF = constrain(Linear((self.config.mlp_dim,), name="up")(x_BTD), "BTF")
         x_BTF = nn.gelu(x_BTF, approximate=True)
-        down = Linear((self.config.d_model,), residual_std(self.config), name="down")
+        down = Linear(
+            (self.config.d_model,), residual_init_std(self.config), name="down"
+        )
         return down(x_BTF)
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each on the normalised residual stream."""
+    """Pre-norm transformer block: attention and MLP, both with residual connections."""
 
     config: GPTConfig
 
     @nn.compact
     def __call__(
-        self, x_BTD: Residual, cache: LayerCache | None, context: Context
-    ) -> tuple[Residual, LayerCache | None]:
-        """The residual stream after this layer."""
+        self, x_BTD: HiddenStates, cache: KVCache | None, inputs: BlockInputs
+    ) -> tuple[HiddenStates, KVCache | None]:
+        """Returns the new residual stream, and the updated cache or None."""
         c = self.config
-        x_BTD = once(changed(self, "residual", x_BTD))
-        capture(self, "residual", x_BTD)
-        normed_BTD = Norm(name="attention_norm")(x_BTD)
-        y_BTD, cache = Attention(c, name="attention")(normed_BTD, cache, context)
-        x_BTD = once(x_BTD + Dropout(c.dropout)(y_BTD))
-        y_BTD = MLP(c, name="mlp")(Norm(name="mlp_norm")(x_BTD))
-        x_BTD += Dropout(c.dropout)(y_BTD)
-        return lay(x_BTD, "BTD"), cache
+        x_BTD = materialize_on_cpu(intervene(self, "residual", x_BTD))
+        sow_activation(self, "residual", x_BTD)
+        normed_BTD = LayerNorm(name="attention_norm")(x_BTD)
+        branch_out_BTD, cache = Attention(c, name="attention")(
+            normed_BTD, cache, inputs
+        )
+        x_BTD = materialize_on_cpu(x_BTD + Dropout(c.dropout)(branch_out_BTD))
+        branch_out_BTD = MLP(c, name="mlp")(LayerNorm(name="mlp_norm")(x_BTD))
+        x_BTD += Dropout(c.dropout)(branch_out_BTD)
+        return constrain(x_BTD, "BTD"), cache
 
 
 class GPT(nn.Module):
-    """The decoder up to its last norm.
+    """GPT-2 decoder from token ids to the final LayerNorm; `lm_logits` is its head.
 
-    With `stacked`, the layers are one scanned block, as in training: compile time
-    does not grow with depth. Without, they are separate modules "block_0", ...,
-    as in decoding: on a CPU a scan copies every layer out of the stack. The last
-    `tail` layers can be a stack of their own, "tail", so that only they are trained.
+    Attributes:
+        config: shape of the model.
+        stacked: True for training: the blocks are one scanned module with parameters
+            [N, ...], so compile time does not grow with depth. False for decoding:
+            they are modules "block_0", "block_1", ..., because on CPU a scan copies
+            the parameters of each layer out of the stack.
+        num_trainable_blocks: how many of the last blocks form a stack of their own,
+            "tail". Fine-tuning trains only these, and no gradient is computed for
+            the others.
     """
 
     config: GPTConfig
     stacked: bool = True
-    tail: int = 0
+    num_trainable_blocks: int = 0
 
     @nn.compact
     def __call__(
-        self, token_BT: Tokens, position_BT: Tokens, cache: Any, context: Context
-    ) -> tuple[Residual, Any]:
-        """Final hidden states, and the extended cache if one was given."""
+        self, token_BT: Tokens, position_BT: Tokens, cache: Any, inputs: BlockInputs
+    ) -> tuple[HiddenStates, Any]:
+        """Returns the final hidden states, and the updated cache if one was given.
+
+        Args:
+            token_BT: token ids.
+            position_BT: rows of the position table.
+            cache: None, or a tuple of N `KVCache` (only if not `stacked`).
+            inputs: positions and segment ids, shared by all blocks.
+        """
         c, dtype = self.config, compute_dtype(self.config)
 
         def embed(name: str, rows: int, std: float) -> Embedding:
@@ -179,31 +213,35 @@ class GPT(nn.Module):
             embed("output_embedding", c.padded_vocab_size, 0.02)(token_BT)
         if c.n_classes and self.is_initializing():
             Linear((c.n_classes,), use_bias=c.head_bias, name="head")(x_BTD)
-        x_BTD = lay(Dropout(c.dropout)(x_BTD).astype(dtype), "BTD")
+        x_BTD = constrain(Dropout(c.dropout)(x_BTD).astype(dtype), "BTD")
         if self.stacked:
             for name, layers in (
-                ("blocks", c.n_layers - self.tail),
-                ("tail", self.tail),
+                ("blocks", c.n_layers - self.num_trainable_blocks),
+                ("tail", self.num_trainable_blocks),
             ):
                 if layers:
-                    blocks = stack(c, layers)(c, name=name)
-                    x_BTD, cache = blocks(x_BTD, cache, context)
+                    blocks = scan_blocks(c, layers)(c, name=name)
+                    x_BTD, cache = blocks(x_BTD, cache, inputs)
         else:
             caches: list[Any] = [None] * c.n_layers if cache is None else list(cache)
             for n in range(c.n_layers):
                 block = Block(c, name=f"block_{n}")
-                x_BTD, caches[n] = block(x_BTD, caches[n], context)
+                x_BTD, caches[n] = block(x_BTD, caches[n], inputs)
             cache = None if cache is None else tuple(caches)
-        return Norm(name="final_norm")(x_BTD), cache
+        return LayerNorm(name="final_norm")(x_BTD), cache
 
 
-def stack(config: GPTConfig, layers: int) -> Any:
-    """`Block` scanned over layers, recomputed in backward as `config.remat` says."""
-    # A loop copies what each layer keeps, and on a CPU the layer; but without a loop
-    # nothing makes backward wait until it computes again, and no memory is saved.
-    alone = platform() != "tpu" and math.prod(axes_here().values()) == 1
-    unroll, block = min(layers, UNROLLED) if alone else 1, Block
-    if config.remat != "none" or fully_sharded():
+def scan_blocks(config: GPTConfig, layers: int) -> Any:
+    """Returns `Block` scanned over layers, with rematerialization by `config.remat`."""
+    # On one device, unrolling saves the copies that a loop makes of the residuals of
+    # each layer, and on CPU of its parameters. Remat and FSDP need the loop: without
+    # it nothing delays recomputation until the backward pass gets to a layer, so all
+    # layers would be recomputed at once and no memory saved.
+    single_device = (
+        target_platform() != "tpu" and math.prod(current_mesh_shape().values()) == 1
+    )
+    unroll, block = min(layers, MAX_UNROLLED_LAYERS) if single_device else 1, Block
+    if config.remat != "none" or is_fsdp():
         policy = REMAT_POLICIES[config.remat]
         unroll, block = 1, nn.remat(Block, policy=policy, prevent_cse=False)
     return nn.scan(
@@ -216,70 +254,86 @@ def stack(config: GPTConfig, layers: int) -> Any:
     )
 
 
-def residual_std(config: GPTConfig) -> float:
-    """Initial deviation of what adds to the residual stream: 2N terms sum up."""
+def residual_init_std(config: GPTConfig) -> float:
+    """Returns the initial standard deviation of projections into the residual stream.
+
+    It is 0.02 / sqrt(2N), as 2N of them add up (Radford et al. 2019, sec. 2.3).
+    """
     return 0.02 / math.sqrt(2 * config.n_layers)
 
 
-@functools.partial(jax.jit, static_argnums=0)  # one program, not one for each leaf
+@functools.partial(jax.jit, static_argnums=0)  # one program instead of one per leaf
 def init(config: GPTConfig, key: Key[Array, ""]) -> Params:
-    """Fresh float32 parameters with GPT-2's initial distribution.
+    """Initializes float32 parameters with GPT-2's distribution.
 
     Raises:
-        ConfigError: the vocabulary has no size yet.
+        ConfigError: `config.vocab_size` is 0, its default.
     """
     if not config.vocab_size:
         raise ConfigError(
-            "model.vocab_size=0 leaves nothing to predict. Set it to the "
-            "vocab_size of the tokenizer."
+            "model.vocab_size=0 is not a vocabulary size. Set it to the vocab_size of "
+            "the tokenizer."
         )
     token_BT = jnp.zeros((1, 1), jnp.int32)
-    context = Context(token_BT, None)
-    variables: Any = GPT(config).init(key, token_BT, token_BT, None, context)
+    inputs = BlockInputs(token_BT, None)
+    variables: Any = GPT(config).init(key, token_BT, token_BT, None, inputs)
     return variables["params"]
 
 
-def hidden(
+def hidden_states(
     config: GPTConfig,
     params: Params,
     token_BT: Tokens,
     *,
     position_BT: Tokens | None = None,
-    segment_BT: Tokens | None = None,
+    segment_id_BT: Tokens | None = None,
     dropout_key: Key[Array, ""] | None = None,
     adapters: Params | None = None,
-    add: Params | None = None,
-    collect: bool = False,
-) -> tuple[Residual, Params]:
-    """Final hidden states [B, T, D], and the captured activations by name.
+    interventions: Params | None = None,
+    capture: bool = False,
+) -> tuple[HiddenStates, Params]:
+    """Computes the hidden states [B, T, D] after the final LayerNorm.
 
     Args:
         config: shape of the model.
-        params: as `init` makes them, or with the last layers apart as "tail".
-        token_BT: ids in [0, vocab_size); not checked here, where they are traced.
-        position_BT: row of the position table per token; default 0, 1, ... T-1.
-        segment_BT: documents of packed rows; tokens of different ones do not mix.
-        dropout_key: given in training, absent otherwise.
-        adapters: what `gptjax.lora` adds to the kernels.
-        add: {"residual": [N, B, T, D]}, added to what enters each layer: to steer or
-            patch a model, or for the gradient of its activations.
-        collect: whether to capture activations.
+        params: from `init`; the last blocks may be a stack of their own, "tail".
+        token_BT: ids in [0, vocab_size), unchecked because they may be traced.
+        position_BT: row of the position table for each token; default 0, ..., T-1.
+        segment_id_BT: document of each token of packed rows; tokens attend only to
+            their own document. Default: one document per row.
+        dropout_key: enables dropout; omit it in evaluation.
+        adapters: LoRA adapters, scaled by `gptjax.model.lora.scale_adapters`.
+        interventions: {"residual": [N, B, T, D]}, added to the input of each block:
+            for steering, activation patching, or gradients of activations.
+        capture: whether to return activations.
+
+    Returns:
+        The hidden states, and the Flax collections of captured activations (empty
+        unless `capture`).
     """
-    slot_BT = jnp.broadcast_to(
+    query_position_BT = jnp.broadcast_to(
         jnp.arange(token_BT.shape[1], dtype=jnp.int32)[None], token_BT.shape
     )
-    position_BT = slot_BT if position_BT is None else position_BT
-    tail = jax.tree.leaves(params["tail"])[0].shape[0] if "tail" in params else 0
-    given = {"adapters": adapters, "added": add and {"blocks": add}}
-    variables = {"params": params, **{n: tree for n, tree in given.items() if tree}}
-    outputs: Any = GPT(config, tail=tail).apply(
+    position_BT = query_position_BT if position_BT is None else position_BT
+    num_trainable_blocks = (
+        jax.tree.leaves(params["tail"])[0].shape[0] if "tail" in params else 0
+    )
+    collections = {
+        "adapters": adapters,
+        "added": interventions and {"blocks": interventions},
+    }
+    variables = {
+        "params": params,
+        **{n: tree for n, tree in collections.items() if tree},
+    }
+    outputs: Any = GPT(config, num_trainable_blocks=num_trainable_blocks).apply(
         variables,
         token_BT,
         position_BT,
         None,
-        Context(slot_BT, segment_BT),
+        BlockInputs(query_position_BT, segment_id_BT),
         rngs=None if dropout_key is None else {"dropout": dropout_key},
-        mutable=["captured"] if collect else [],
+        mutable=["captured"] if capture else [],
     )
     (x_BTD, _), captured = outputs
     return x_BTD, captured
@@ -293,86 +347,98 @@ def apply(
     capture: Sequence[str] = (),
     **options: Any,
 ) -> Any:
-    """Logits [B, T, V] in float32; a pure function for jit, grad and vmap.
+    """Computes logits [B, T, V] in float32; pure, so jit, grad and vmap apply.
 
     Args:
         config: shape of the model.
-        params: as `init` makes them.
-        token_BT: int [B, T], T at most `context_length`.
-        capture: any of "residual" (what enters each layer, [N, B, T, D]) and
-            "attention" (weights, [N, B, H, T, S]): then the result is
-            (logits, {name: array}).
-        **options: `position_BT`, `segment_BT`, `dropout_key`, `adapters`, `add` of
-            `hidden`.
+        params: from `init`.
+        token_BT: int [B, T], T at most `config.context_length`.
+        capture: activations to return, any of "residual" (input of each block,
+            [N, B, T, D]) and "attention" (attention weights, [N, B, H, T, S]).
+        **options: `position_BT`, `segment_id_BT`, `dropout_key`, `adapters` and
+            `interventions` of `hidden_states`.
+
+    Returns:
+        The logits; with `capture`, a pair of the logits and {name: activations}.
 
     Raises:
-        ConfigError: more tokens than the context holds.
+        ConfigError: T exceeds `config.context_length`.
     """
     if token_BT.shape[1] > config.context_length:
         raise ConfigError(
-            f"{token_BT.shape[1]} tokens do not fit model.context_length="
-            f"{config.context_length}. Cut the row or raise the context."
+            f"{token_BT.shape[1]} tokens exceed model.context_length="
+            f"{config.context_length}. Shorten the row or raise the context length."
         )
-    x_BTD, captured = hidden(config, params, token_BT, collect=bool(capture), **options)
-    logit_BTV = logits(config, output_table(config, params), x_BTD)
+    x_BTD, captured = hidden_states(
+        config, params, token_BT, capture=bool(capture), **options
+    )
+    logit_BTV = lm_logits(config, unembedding_matrix(config, params), x_BTD)
     if not capture:
         return logit_BTV
     blocks = captured["captured"]["blocks"]
-    kept = blocks | blocks["attention"]
-    return logit_BTV, {name: kept[name] for name in capture}
+    activations = blocks | blocks["attention"]
+    return logit_BTV, {name: activations[name] for name in capture}
 
 
-def output_table(config: GPTConfig, params: Params) -> Any:
-    """The matrix [V, D] whose rows are compared with the final hidden state."""
+def unembedding_matrix(config: GPTConfig, params: Params) -> Any:
+    """Returns the unembedding matrix [V, D], or its decode-time form."""
     if "output" in params:
-        return params["output"]  # of `gptjax.packing`
+        return params["output"]  # from `gptjax.model.quantization`
     name = "token_embedding" if config.tie_embeddings else "output_embedding"
     return params[name]["embedding"]
 
 
-def logits(
-    config: GPTConfig, table_VD: Any, x_BTD: Float[Array, "*B D"]
+def lm_logits(
+    config: GPTConfig, unembedding_VD: Any, x_BTD: Float[Array, "*B D"]
 ) -> Float[Array, "*B V"]:
-    """Scores in float32; rows that only pad the vocabulary get the lowest one."""
-    flat = x_BTD.reshape(-1, x_BTD.shape[-1])
-    if isinstance(table_VD, packing.Packed):
-        score = packing.product(flat, table_VD).astype(jnp.float32)
+    """Computes float32 logits from final hidden states.
+
+    Args:
+        config: shape of the model.
+        unembedding_VD: from `unembedding_matrix`. [V] may be padded (`vocab_multiple`);
+            padding gets the lowest float32, hence probability 0.
+        x_BTD: final hidden states, with any number of leading axes.
+    """
+    x_flat = x_BTD.reshape(-1, x_BTD.shape[-1])
+    if isinstance(unembedding_VD, packing.DecodeKernel):
+        logit = packing.decode_matmul(x_flat, unembedding_VD).astype(jnp.float32)
     else:
-        table_VD = gathered(table_VD.astype(flat.dtype), "VD")
-        score = jnp.dot(flat, table_VD.T, preferred_element_type=jnp.float32)
-    score = lay(score, "BV")
-    if score.shape[-1] > config.vocab_size:
-        real_V = jnp.arange(score.shape[-1]) < config.vocab_size
-        score = jnp.where(real_V[None], score, jnp.finfo(jnp.float32).min)
-    return score.reshape(*x_BTD.shape[:-1], -1)
+        unembedding_VD = all_gather_params(unembedding_VD.astype(x_flat.dtype), "VD")
+        logit = jnp.dot(x_flat, unembedding_VD.T, preferred_element_type=jnp.float32)
+    logit = constrain(logit, "BV")
+    if logit.shape[-1] > config.vocab_size:
+        real_V = jnp.arange(logit.shape[-1]) < config.vocab_size
+        logit = jnp.where(real_V[None], logit, jnp.finfo(jnp.float32).min)
+    return logit.reshape(*x_BTD.shape[:-1], -1)
 
 
-def empty_cache(config: GPTConfig, rows: int, slots: int) -> tuple[LayerCache, ...]:
-    """A cache of N layers for `rows` rows of up to `slots` positions."""
-    shape = (rows, config.n_heads, slots, config.head_width)
+def init_cache(config: GPTConfig, rows: int, max_length: int) -> tuple[KVCache, ...]:
+    """Returns N empty KV caches, one per layer, of `max_length` positions each."""
+    shape = (rows, config.n_heads, max_length, config.head_dim)
 
     def zeros() -> Array:
         return jnp.zeros(shape, compute_dtype(config))
 
-    return tuple(LayerCache(zeros(), zeros()) for _ in range(config.n_layers))
+    return tuple(KVCache(zeros(), zeros()) for _ in range(config.n_layers))
 
 
-def apply_cached(
+def apply_with_cache(
     config: GPTConfig,
-    layers: Params,
+    params: Params,
     token_BT: Tokens,
     position_BT: Tokens,
-    cache: tuple[LayerCache, ...],
-) -> tuple[Residual, tuple[LayerCache, ...]]:
-    """Final hidden states of T new tokens per row, and the extended cache.
+    cache: tuple[KVCache, ...],
+) -> tuple[HiddenStates, tuple[KVCache, ...]]:
+    """Computes the final hidden states of T new tokens per row, and the updated cache.
 
     Args:
         config: shape of the model.
-        layers: parameters as `gptjax.packing.unstack` makes them, or packed.
-        token_BT: the new tokens, one after the other.
-        position_BT: position of each; the same as its slot in the cache.
-        cache: as `empty_cache` or the previous call made it.
+        params: unstacked, from `gptjax.model.quantization.unstack_layers` or
+            `prepare_decode_params`.
+        token_BT: new tokens, consecutive in each row.
+        position_BT: their positions, which are also their indices in the cache.
+        cache: from `init_cache` or the previous call.
     """
-    context = Context(position_BT, None)
+    inputs = BlockInputs(position_BT, None)
     module: Any = GPT(config, stacked=False)
-    return module.apply({"params": layers}, token_BT, position_BT, cache, context)
+    return module.apply({"params": params}, token_BT, position_BT, cache, inputs)

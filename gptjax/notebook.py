@@ -1,7 +1,7 @@
-"""The command line inside a notebook: `%gptjax train tiny` after `%load_ext gptjax`.
+"""Notebook magic: `%gptjax train tiny` after `%load_ext gptjax`.
 
-It runs in the notebook's own process, as a TPU serves one process at a time and a GPU's
-memory is taken by the first that asks.
+Commands run in the notebook's process, because a TPU serves one process at a time and
+the first process on a GPU allocates its memory.
 """
 
 import shlex
@@ -11,14 +11,14 @@ from gptjax.cli import main
 
 
 def load_ipython_extension(shell: Any) -> None:
-    """Gives the notebook the line magic %gptjax; IPython calls this."""
-    from IPython.core.error import UsageError  # where there is a shell, there it is
+    """Registers the line magic %gptjax; called by IPython."""
+    from IPython.core.error import UsageError  # installed, as a shell is given
 
     def gptjax(line: str) -> None:
-        """Runs `gptjax LINE`; the cells below do not run when it fails."""
+        """Runs `gptjax LINE`; a failure stops the execution of further cells."""
         try:
             code = main(shlex.split(line))
-        except SystemExit as stop:  # --help, or arguments that are none
+        except SystemExit as stop:  # --help or invalid arguments
             code = stop.code
         if code:
             raise UsageError(f"gptjax {line}: exit code {code}, see above")

@@ -1,4 +1,4 @@
-"""The optimiser: AdamW on a schedule, with weight decay by rules over names."""
+"""AdamW, learning-rate schedules and weight-decay rules over parameter names."""
 
 from typing import Any
 
@@ -8,96 +8,112 @@ import optax
 
 from gptjax.config import OptimConfig
 from gptjax.errors import ConfigError
-from gptjax.tree import assign, named_leaves
+from gptjax.tree import match_rules, flatten_with_names
 
-# Radford et al. 2018 ("all non bias or gain weights"). Exact cover: see `assign`.
-DECAY = {
+# Radford et al. 2018 ("all non bias or gain weights"). Exact cover: see `match_rules`.
+WEIGHT_DECAY_RULES = {
     **{"*kernel": True, "*embedding": True, "*lora_a": True, "*lora_b": True},
     **{"*bias": False, "*scale": False},
 }
 
-DECAY_PART = 0.2  # of a run with the schedule "wsd"
+WSD_DECAY_FRACTION = 0.2  # fraction of the run in which the schedule "wsd" decays
 
 
 def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate by number of finished steps.
+    """Learning rate as a function of the number of finished steps.
 
-    Linear from 0 over `warmup_steps`, then "constant"; "cosine" down to
-    `final_lr * peak_lr` at the last step (Loshchilov & Hutter 2017); or "wsd":
-    constant, then linear down over the last fifth of the run (Hu et al. 2024).
-    "book" (Raschka 2024, appendix D) is "cosine" whose warm-up starts where it ends,
-    at `final_lr * peak_lr`.
+    All schedules warm up linearly over `warmup_steps`, then follow one of:
+
+    - "constant";
+    - "cosine": decays to `final_lr_fraction * peak_lr` at the last step
+      (Loshchilov & Hutter 2017);
+    - "wsd": constant, then linear decay over the last fifth of the run
+      (Hu et al. 2024);
+    - "book": "cosine" with a warm-up that starts at its final value,
+      `final_lr_fraction * peak_lr` (Raschka 2024, appendix D).
 
     Raises:
         ConfigError: the warm-up is longer than the run.
     """
-    peak, warmup = optim.peak_lr, optim.warmup_steps
-    if warmup > steps:
+    peak_lr, warmup_steps = optim.peak_lr, optim.warmup_steps
+    if warmup_steps > steps:
         raise ConfigError(
-            f"optim.warmup_steps={warmup} is longer than train.steps={steps}. Lower "
-            "the warm-up or train longer."
+            f"optim.warmup_steps={warmup_steps} must not exceed train.steps={steps}. "
+            "Shorten the warm-up or train longer."
         )
-    after = steps - warmup
-    decay = min(after, round(steps * DECAY_PART))
-    low = peak * optim.final_lr
-    shapes = {
-        "constant": optax.constant_schedule(peak),
-        "cosine": optax.cosine_decay_schedule(peak, max(after, 1), optim.final_lr),
-        "wsd": optax.linear_schedule(peak, low, max(decay, 1), after - decay),
+    remaining_steps = steps - warmup_steps
+    decay_steps = min(remaining_steps, round(steps * WSD_DECAY_FRACTION))
+    final_lr = peak_lr * optim.final_lr_fraction
+    schedules = {
+        "constant": optax.constant_schedule(peak_lr),
+        "cosine": optax.cosine_decay_schedule(
+            peak_lr, max(remaining_steps, 1), optim.final_lr_fraction
+        ),
+        "wsd": optax.linear_schedule(
+            peak_lr, final_lr, max(decay_steps, 1), remaining_steps - decay_steps
+        ),
     }
-    shapes["book"] = shapes["cosine"]
-    # The first update has rate peak / warmup rather than 0, which would waste it.
-    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    schedules["book"] = schedules["cosine"]
+    # Starts at peak / warmup: a first update with rate 0 would be wasted.
+    warmup_schedule = optax.linear_schedule(
+        peak_lr / max(warmup_steps, 1), peak_lr, max(warmup_steps - 1, 1)
+    )
     if optim.schedule == "book":
-        rise = optax.linear_schedule(low, peak, max(warmup, 1))
-    return optax.join_schedules([rise, shapes[optim.schedule]], [warmup])
+        warmup_schedule = optax.linear_schedule(final_lr, peak_lr, max(warmup_steps, 1))
+    return optax.join_schedules(
+        [warmup_schedule, schedules[optim.schedule]], [warmup_steps]
+    )
 
 
 def learning_rates(optim: OptimConfig, steps: int) -> list[float]:
-    """What each step of the run uses, for people to read."""
-    rate_at: Any = make_schedule(optim, steps)
-    return jax.jit(jax.vmap(rate_at))(jnp.arange(steps)).tolist()
+    """Learning rate of each step of the run, for logs and figures."""
+    schedule: Any = make_schedule(optim, steps)
+    return jax.jit(jax.vmap(schedule))(jnp.arange(steps)).tolist()
 
 
 def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW (Loshchilov & Hutter 2019)."""
     return optax.chain(
-        make_clipping(optim),
+        make_grad_clip(optim),
         optax.adamw(
             make_schedule(optim, steps),
             b1=optim.beta1,
             b2=optim.beta2,
             weight_decay=optim.weight_decay,
-            mask=None if optim.decay_all else decay_mask,
+            mask=None if optim.decay_norms_and_biases else decay_mask,
         ),
     )
 
 
-def make_clipping(optim: OptimConfig) -> optax.GradientTransformation:
-    """By the global norm; the schedule "book" begins with it after its warm-up."""
+def make_grad_clip(optim: OptimConfig) -> optax.GradientTransformation:
+    """Clipping by global norm; the schedule "book" clips only after its warm-up."""
     if not optim.grad_clip:
         return optax.identity()
-    clip = clipped(optim.grad_clip)
+    clip = clip_by_global_norm(optim.grad_clip)
     if optim.schedule == "book":
-        warm: Any = lambda step: step >= optim.warmup_steps  # noqa: E731
-        return optax.conditionally_transform(clip, warm)
+        after_warmup: Any = lambda step: step >= optim.warmup_steps  # noqa: E731
+        return optax.conditionally_transform(clip, after_warmup)
     return clip
 
 
-def clipped(limit: float) -> optax.GradientTransformation:
-    """Gradients scaled to a norm of at most `limit` (Pascanu et al. 2013, alg. 1).
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Scales gradients to a global norm of at most `max_norm`.
 
-    Optax divides each gradient by the norm, for which a CPU writes them all once more;
-    a product with one factor is made where they are read. A train step knows their
-    norm already: `update(..., grad_norm=norm)`.
+    Pascanu et al. 2013, algorithm 1. Unlike `optax.clip_by_global_norm`, multiplies by
+    one factor, which XLA fuses on CPU; dividing by the norm writes all gradients once
+    more. `update(..., grad_norm=norm)` reuses a norm that is already computed.
     """
 
     def update(
-        updates: Any, state: Any, params: Any = None, **known: Any
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         del params
-        norm = known["grad_norm"] if "grad_norm" in known else optax.tree.norm(updates)
-        factor = jnp.minimum(1.0, limit / norm)
+        norm = (
+            extra_args["grad_norm"]
+            if "grad_norm" in extra_args
+            else optax.tree.norm(updates)
+        )
+        factor = jnp.minimum(1.0, max_norm / norm)
         return jax.tree.map(lambda g: g * factor, updates), state
 
     def init(params: Any) -> Any:
@@ -107,6 +123,8 @@ def clipped(limit: float) -> optax.GradientTransformation:
 
 
 def decay_mask(params: optax.Params) -> optax.Params:
-    """True for each parameter that decays; only rules that apply must be used."""
-    kinds = {name.rsplit("/", 1)[-1] for name in named_leaves(params)}
-    return assign(params, {p: d for p, d in DECAY.items() if p[1:] in kinds})
+    """True for each parameter with weight decay."""
+    suffixes = {name.rsplit("/", 1)[-1] for name in flatten_with_names(params)}
+    return match_rules(
+        params, {p: d for p, d in WEIGHT_DECAY_RULES.items() if p[1:] in suffixes}
+    )

@@ -1,71 +1,83 @@
-"""How much of a reference an answer repeats: a cheap hint, no measure of quality.
+"""Overlap of an answer with its reference: cheap indicators, not a quality measure.
 
-Pure functions of texts, all from 0 to 1. A word is a run of letters and digits of any
-script, in lower case; what stands between words, the underscore too, does not count.
+Pure functions of texts with values from 0 to 1. A word is a lower-case run of letters
+and digits of any script; all other characters, including underscores, are separators.
 """
 
 import re
 from collections import Counter
 from collections.abc import Sequence
 
-WORD = re.compile(r"[^\W_]+")
+ANSWER_WORD_PATTERN = re.compile(r"[^\W_]+")
 
 
-def words(text: str) -> list[str]:
-    """The words of a text.
+def normalize_answer(text: str) -> list[str]:
+    """Splits a text into lower-case words.
 
-    >>> words("It's GPT-2, n_layers=12.")
+    >>> normalize_answer("It's GPT-2, n_layers=12.")
     ['it', 's', 'gpt', '2', 'n', 'layers', '12']
     """
-    return WORD.findall(text.lower())
+    return ANSWER_WORD_PATTERN.findall(text.lower())
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1 if both are the same but for white space around them, else 0."""
+    """1 if both texts are equal up to surrounding whitespace, else 0."""
     return float(answer.strip() == reference.strip())
 
 
 def token_f1(answer: str, reference: str) -> float:
     """F1 of the two bags of words (Rajpurkar et al. 2016, sec. 6.1).
 
-    Words are those of `words`: lower case, runs of letters and digits. Unlike there,
-    articles count. Two texts without words are alike (1); one without is not (0).
+    Unlike in SQuAD, articles count. The score is 1 if neither text has words, and 0 if
+    only one has.
 
     >>> token_f1("The cat sat.", "the cat sat down")
     0.8571428571428571
     """
-    one, other = Counter(words(answer)), Counter(words(reference))
-    total = one.total() + other.total()
-    return 2 * (one & other).total() / total if total else 1.0
+    answer_counts, reference_counts = (
+        Counter(normalize_answer(answer)),
+        Counter(normalize_answer(reference)),
+    )
+    total = answer_counts.total() + reference_counts.total()
+    return 2 * (answer_counts & reference_counts).total() / total if total else 1.0
 
 
 def rouge_l(answer: str, reference: str) -> float:
     """F1 of the longest common subsequence of words (Lin 2004, sec. 3.1, beta 1).
 
-    For ASCII texts it is the rougeL of the package rouge_score without its stemmer,
-    so that texts without words score 0, even two of them.
+    For ASCII texts this equals rougeL of the package rouge_score without stemming; in
+    particular, texts without words score 0, even if both have none.
 
     >>> rouge_l("police kill the gunman", "police killed the gunman")
     0.75
     """
-    one, other = words(answer), words(reference)
-    length = common_length(one, other)
+    answer_words, reference_words = (
+        normalize_answer(answer),
+        normalize_answer(reference),
+    )
+    length = lcs_length(answer_words, reference_words)
     if not length:
         return 0.0
-    precision, recall = length / len(one), length / len(other)
+    precision, recall = length / len(answer_words), length / len(reference_words)
     return 2 * precision * recall / (precision + recall)
 
 
-def common_length(one: Sequence[str], other: Sequence[str]) -> int:
-    """The length of the longest common subsequence.
+def lcs_length(first: Sequence[str], second: Sequence[str]) -> int:
+    """Length of the longest common subsequence.
 
-    >>> common_length("abcd", "acbd")
+    >>> lcs_length("abcd", "acbd")
     3
     """
-    above = [0] * (len(other) + 1)  # of the items before, and each prefix of other
-    for item in one:
+    previous_row = [0] * (
+        len(second) + 1
+    )  # LCS lengths of the items so far and each prefix
+    for item in first:
         row = [0]
-        for n, candidate in enumerate(other):
-            row.append(above[n] + 1 if item == candidate else max(above[n + 1], row[n]))
-        above = row
-    return above[-1]
+        for n, candidate in enumerate(second):
+            row.append(
+                previous_row[n] + 1
+                if item == candidate
+                else max(previous_row[n + 1], row[n])
+            )
+        previous_row = row
+    return previous_row[-1]

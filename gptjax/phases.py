@@ -1,7 +1,7 @@
-"""Where the seconds between a command and its first result go.
+"""Startup time breakdown: phases between a command and its first result.
 
-The library only notes that a phase has ended, through Python's logging; nothing is
-said or measured unless the command line listens (`--verbose`).
+The library marks the end of each phase through Python's logging. Nothing is measured or
+printed unless the command line enables it (`--verbose`).
 """
 
 import contextlib
@@ -10,100 +10,110 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-LOG = logging.getLogger("gptjax.phases")
-LOG.setLevel(logging.WARNING)  # whatever the program around us listens to
-LOG.propagate = False  # its lines are for `Teller` alone
-COMPILED = "/jax/core/compile/backend_compile_duration"  # reading it back included
-READ_BACK = "/jax/compilation_cache/cache_retrieval_time_sec"
+phase_logger = logging.getLogger("gptjax.phases")
+phase_logger.setLevel(logging.WARNING)  # whatever level the application sets
+phase_logger.propagate = False  # records are for `PhaseLogger` only
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # includes cache reads
+CACHE_HIT_EVENT = "/jax/compilation_cache/cache_retrieval_time_sec"
 
 
-def reached(phase: str, value: Any = None) -> None:
-    """Notes that a phase has ended; if anyone listens, once `value` is computed."""
-    if LOG.isEnabledFor(logging.INFO):
+def mark_phase(phase: str, value: Any = None) -> None:
+    """Marks the end of a phase; if enabled, waits until `value` is computed."""
+    if phase_logger.isEnabledFor(logging.INFO):
         if value is not None:
             import jax
 
             jax.block_until_ready(value)
-        LOG.info(phase)
+        phase_logger.info(phase)
 
 
 @contextlib.contextmanager
-def hearing(listener: Callable[[str, float], None]) -> Iterator[None]:
-    """JAX tells the listener (event, seconds, ...) of what it does in the block."""
+def listen_to_jax_events(listener: Callable[[str, float], None]) -> Iterator[None]:
+    """Passes JAX duration events (event, seconds) to the listener inside the block."""
     import jax.monitoring
 
-    open_ = [True]
+    active = [True]
 
-    def heard(event: str, duration_secs: float, **about: Any) -> None:
-        if open_:
+    def forward(event: str, duration_secs: float, **metadata: Any) -> None:
+        if active:
             listener(event, duration_secs)
 
-    jax.monitoring.register_event_duration_secs_listener(heard)
+    jax.monitoring.register_event_duration_secs_listener(forward)
     try:
         yield
     finally:
-        open_.clear()  # JAX 0.7 cannot forget a listener
+        active.clear()  # JAX 0.7 cannot unregister a listener
 
 
-class Teller(logging.Handler):
-    """Says each phase with its seconds, to the first result; compiling is one more."""
+class PhaseLogger(logging.Handler):
+    """Logs the seconds of each phase, with compilation as a phase of its own."""
 
     def __init__(
         self,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         started: float,
-        last: str,
+        final_phase: str,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`started` is when the first phase began, by the clock; see `told`."""
+        """`started` is the clock time when the first phase began; see `log_phases`."""
         super().__init__()
-        self.last = last
-        self.say, self.clock, self.started, self.before = say, clock, started, started
-        self.seconds = self.apart = 0.0  # of compiling: in all, and in this phase
-        self.programs = self.read_back = 0
-        self.told: set[str] = set()
+        self.final_phase = final_phase
+        self.log, self.clock, self.started, self.phase_started = (
+            log,
+            clock,
+            started,
+            started,
+        )
+        self.compile_seconds = self.phase_compile_seconds = (
+            0.0  # compilation: total, in this phase
+        )
+        self.num_programs = self.num_cache_hits = 0
+        self.logged_phases: set[str] = set()
 
-    def heard(self, event: str, seconds: float) -> None:
-        """Adds up what JAX says of its compiler."""
-        if event == COMPILED:
-            self.programs += 1
-            self.seconds += seconds
-            self.apart += seconds
-        self.read_back += event == READ_BACK
+    def on_jax_event(self, event: str, seconds: float) -> None:
+        """Counts compilations, their time and cache hits."""
+        if event == COMPILE_EVENT:
+            self.num_programs += 1
+            self.compile_seconds += seconds
+            self.phase_compile_seconds += seconds
+        self.num_cache_hits += event == CACHE_HIT_EVENT
 
     def emit(self, record: logging.LogRecord) -> None:
-        """A phase has ended."""
+        """Logs a phase at its end."""
         phase, now = record.getMessage(), self.clock()
-        if phase in self.told:
+        if phase in self.logged_phases:
             return
-        self.told.add(phase)
-        if phase == self.last:
-            which = f"{self.programs} programs, {self.read_back} of them from a file"
-            self.say(f"{'compiling':<12}{self.seconds:8.2f} s  {which}")
-        self.say(f"{phase:<12}{now - self.before - self.apart:8.2f} s")
-        if phase == self.last:
-            self.say(f"{'in all':<12}{now - self.started:8.2f} s")
-            LOG.setLevel(logging.WARNING)  # from here on nothing waits to be measured
-        self.before, self.apart = now, 0.0
+        self.logged_phases.add(phase)
+        if phase == self.final_phase:
+            detail = (
+                f"{self.num_programs} programs, {self.num_cache_hits} from the cache"
+            )
+            self.log(f"{'compiling':<12}{self.compile_seconds:8.2f} s  {detail}")
+        self.log(
+            f"{phase:<12}{now - self.phase_started - self.phase_compile_seconds:8.2f} s"
+        )
+        if phase == self.final_phase:
+            self.log(f"{'total':<12}{now - self.started:8.2f} s")
+            phase_logger.setLevel(logging.WARNING)  # stops measuring
+        self.phase_started, self.phase_compile_seconds = now, 0.0
 
 
 @contextlib.contextmanager
-def told(say: Callable[[str], None], started: float, last: str) -> Iterator[None]:
-    """Says a line for each phase that ends in the block, from `started` on.
+def log_phases(
+    log: Callable[[str], None], started: float, final_phase: str
+) -> Iterator[None]:
+    """Logs the time of each phase that ends inside the block.
 
-    Args:
-        say: gets each line.
-        started: of `time.perf_counter()`.
-        last: the phase that ends with the first result, at the end of the block if
-            not before.
+    The first phase began at `started`, in the time of `time.perf_counter()`. The final
+    phase ends with the first result, at the latest with the block.
     """
-    teller = Teller(say, started, last)
-    LOG.addHandler(teller)
-    LOG.setLevel(logging.INFO)
+    handler = PhaseLogger(log, started, final_phase)
+    phase_logger.addHandler(handler)
+    phase_logger.setLevel(logging.INFO)
     try:
-        with hearing(teller.heard):
+        with listen_to_jax_events(handler.on_jax_event):
             yield
-            reached(last)
+            mark_phase(final_phase)
     finally:
-        LOG.removeHandler(teller)
-        LOG.setLevel(logging.WARNING)
+        phase_logger.removeHandler(handler)
+        phase_logger.setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""What a run will need, and how long a step may take, before anything runs."""
+"""Memory, communication and speed of a training run, estimated before it starts."""
 
 import dataclasses
 import math
@@ -8,81 +8,93 @@ from pathlib import Path
 from typing import Any
 
 from gptjax import ahead, budget, report
-from gptjax.budget import human
+from gptjax.budget import format_bytes
 from gptjax.chips import Topology
-from gptjax.collectives import expected_bytes
+from gptjax.collectives import estimate_collective_bytes
 from gptjax.config import RunConfig
 from gptjax.errors import ConfigError, ModelError
-from gptjax.sharding import AXES, check_rows, mesh_sizes
+from gptjax.sharding import MESH_AXES, check_batch_divisible, resolve_mesh_shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One configuration on one set of devices."""
+    """Requirements of a run on a set of devices."""
 
-    config: RunConfig  # settled for them
+    config: RunConfig  # resolved for the devices
     topology: Topology
-    sizes: tuple[int, int, int]  # of the mesh
-    memory: dict[str, int]  # bytes of one device by contributor, by arithmetic
-    sent: dict[str, float]  # bytes that one device sends in a step, by arithmetic
-    compiled: ahead.Compiled | None  # what the compiler says, where it was asked
+    mesh_shape: tuple[int, int, int]  # mesh axes, as `gptjax.parallel.sharding.AXES`
+    memory: dict[str, int]  # estimated bytes per device, by part
+    collective_bytes: dict[str, float]  # estimated bytes sent per device and step
+    compile_report: ahead.CompileReport | None  # None if not compiled
 
     @property
-    def estimate(self) -> int:
-        """Bytes of a device in use, by arithmetic."""
+    def memory_estimate(self) -> int:
+        """Estimated bytes in use per device."""
         return sum(self.memory.values())
 
     @property
-    def needed(self) -> int:
-        """Bytes of a device in use, by the compiler where it was asked."""
-        return self.compiled.memory if self.compiled else self.estimate
+    def memory_needed(self) -> int:
+        """Bytes in use per device: of the compiled step, else estimated."""
+        return (
+            self.compile_report.peak_bytes
+            if self.compile_report
+            else self.memory_estimate
+        )
 
     @property
     def fits(self) -> bool | None:
-        """Whether a device has so much memory; None where that is not known."""
-        if self.compiled:
-            return self.compiled.fits
+        """True if the memory of a device suffices; None if it is unknown."""
+        if self.compile_report:
+            return self.compile_report.fits
         limit = self.topology.chip.memory
-        return self.estimate <= budget.ROOM * limit if limit else None
+        return (
+            self.memory_estimate <= budget.USABLE_MEMORY_FRACTION * limit
+            if limit
+            else None
+        )
 
     @property
-    def tokens(self) -> int:
-        """Tokens of a step, all devices together."""
+    def tokens_per_step(self) -> int:
+        """Tokens per step on all devices."""
         return self.config.data.batch_size * self.config.model.context_length
 
     @property
     def bytes_sent(self) -> float:
-        """Bytes that one device sends in a step."""
-        if self.compiled and self.compiled.fits:
-            return sum((one.sent for one in self.compiled.collectives), 0.0)
-        return sum(self.sent.values(), 0.0)
+        """Bytes sent per device and step."""
+        if self.compile_report and self.compile_report.fits:
+            return sum((one.bytes_sent for one in self.compile_report.collectives), 0.0)
+        return sum(self.collective_bytes.values(), 0.0)
 
     @property
     def largest_gather(self) -> int | None:
-        """Bytes of the largest array that is gathered at once; None: not compiled."""
-        if not self.compiled or not self.compiled.fits:
+        """Bytes of the largest all-gather; None if not compiled."""
+        if not self.compile_report or not self.compile_report.fits:
             return None
-        found = self.compiled.collectives
+        found = self.compile_report.collectives
         return max((x.bytes for x in found if x.kind == "all-gather"), default=0)
 
     @property
-    def seconds(self) -> dict[str, float]:
-        """Least time of a step for each thing that a device is busy with."""
+    def min_seconds(self) -> dict[str, float]:
+        """Lower bound on the seconds per step, by resource."""
         chip, c = self.topology.chip, self.config
-        work = budget.hardware_flops(c.model) * self.tokens / self.topology.devices
+        flops = (
+            budget.hardware_flops(c.model)
+            * self.tokens_per_step
+            / self.topology.devices
+        )
         return {
-            "compute": work / chip.flops,
-            "memory": budget.memory_traffic(c, self.sizes) / chip.bandwidth,
-            "links": self.bytes_sent / chip.links,
+            "compute": flops / chip.peak_flops,
+            "memory": budget.memory_traffic(c, self.mesh_shape) / chip.memory_bandwidth,
+            "links": self.bytes_sent / chip.interconnect_bandwidth,
         }
 
-    def numbers(self) -> dict[str, Any]:
-        """What `--json` prints."""
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON object that `--json` prints."""
         c = self.config
         return {
             "topology": self.topology.name,
             "devices": self.topology.devices,
-            "mesh": dict(zip(AXES, self.sizes, strict=True)),
+            "mesh": dict(zip(MESH_AXES, self.mesh_shape, strict=True)),
             "batch_size": c.data.batch_size,
             "accumulate": c.train.accumulate,
             "parameters": budget.parameter_count(c.model),
@@ -90,129 +102,144 @@ class Plan:
             "causal_flops_per_token": budget.causal_flops_per_token(c.model),
             "attention": c.model.attention,
             "memory": self.memory,
-            "memory_estimate": self.estimate,
-            "memory_compiled": self.compiled.memory if self.compiled else None,
+            "memory_estimate": self.memory_estimate,
+            "memory_compiled": self.compile_report.peak_bytes
+            if self.compile_report
+            else None,
             "bytes_sent": self.bytes_sent,
             "largest_gather": self.largest_gather,
-            "seconds": self.seconds,
+            "seconds": self.min_seconds,
             "fits": self.fits,
         }
 
 
-def make_plan(c: RunConfig, topology: Topology, compiling: bool) -> Plan:
-    """The plan of a run on such devices.
+def make_plan(config: RunConfig, topology: Topology, run_compiler: bool) -> Plan:
+    """Plans a run on a topology.
 
     Args:
-        c: of the run; `train.accumulate` 0 is replaced by the least that fits.
-        topology: where.
-        compiling: whether to compile the step, which takes a minute or two.
+        config: `train.accumulate` 0 is replaced by the smallest value that fits.
+        topology: devices of the run.
+        run_compiler: compile the step, which takes a minute or two.
 
     Raises:
-        ConfigError: the mesh does not fit the devices, or model or rows the mesh.
+        ConfigError: the mesh does not fit the devices, or the model or batch size does
+            not fit the mesh.
     """
-    sizes = mesh_sizes(c.mesh, topology.devices)
-    topology = topology._replace(devices=math.prod(sizes))  # a run can leave some idle
-    c = budget.settled(c, topology.chip.platform)
-    if not c.train.accumulate:
+    mesh_shape = resolve_mesh_shape(config.mesh, topology.devices)
+    topology = topology._replace(
+        devices=math.prod(mesh_shape)
+    )  # a run may leave some idle
+    config = budget.resolve_config(config, topology.chip.platform)
+    if not config.train.accumulate:
         limit = topology.chip.memory or budget.host_memory()
-        c = budget.with_micro_batch(c, sizes, limit)
-    check_rows(c.data.batch_size, c.train.accumulate, sizes)
+        config = budget.fit_micro_batch(config, mesh_shape, limit)
+    check_batch_divisible(config.data.batch_size, config.train.accumulate, mesh_shape)
     return Plan(
-        c,
+        config,
         topology,
-        sizes,
-        budget.memory_bytes(c, sizes),
-        expected_bytes(c, sizes),
-        ahead.compile_step(c, topology) if compiling else None,
+        mesh_shape,
+        budget.memory_bytes(config, mesh_shape),
+        estimate_collective_bytes(config, mesh_shape),
+        ahead.compile_step(config, topology) if run_compiler else None,
     )
 
 
-def lines(plan: Plan) -> list[str]:
-    """The plan for people."""
+def format_plan(plan: Plan) -> list[str]:
+    """Formats a plan as lines of text."""
     c, chip, n = plan.config, plan.topology.chip, plan.topology.devices
     model, rows = c.model, c.data.batch_size
-    names = [f"{a} {s}" for a, s in zip(AXES, plan.sizes, strict=True) if s > 1]
-    shape = f", as {' x '.join(names)}" if names else ""
+    names = [
+        f"{a} {s}" for a, s in zip(MESH_AXES, plan.mesh_shape, strict=True) if s > 1
+    ]
+    shape = f", mesh {' x '.join(names)}" if names else ""
     flops = budget.flops_per_token(model) / 1e9
     causal = budget.causal_flops_per_token(model) / 1e9
-    micro = rows // c.train.accumulate // (plan.sizes[0] * plan.sizes[1])
-    parts = " + ".join(f"{name} {human(size)}" for name, size in plan.memory.items())
-    sent = " + ".join(f"{name} {human(size)}" for name, size in plan.sent.items())
-    told = [
+    micro_batch = (
+        rows // c.train.accumulate // (plan.mesh_shape[0] * plan.mesh_shape[1])
+    )
+    parts = " + ".join(
+        f"{name} {format_bytes(size)}" for name, size in plan.memory.items()
+    )
+    sent = " + ".join(
+        f"{name} {format_bytes(size)}" for name, size in plan.collective_bytes.items()
+    )
+    lines = [
         f"devices  {plan.topology}{shape}",
         f"model    {budget.parameter_count(model):,} parameters in {model.dtype}, "
-        f"attention by {model.attention}, remat {model.remat}",
-        f"work     {flops:.3f} GFLOPs per token forward and backward, with attention "
-        f"over the full square; {causal:.3f} over the half that is causal",
-        f"step     {rows} rows x {model.context_length} = {plan.tokens:,} tokens, "
-        f"{micro} rows on a device at a time, {c.train.accumulate} times",
-        f"memory   of a device, by arithmetic, {human(plan.estimate)}: {parts}",
+        f"attention {model.attention}, remat {model.remat}",
+        f"work     {flops:.3f} GFLOPs per token, forward and backward; {causal:.3f} "
+        "without the masked half of attention",
+        f"step     {rows} rows x {model.context_length} = {plan.tokens_per_step:,} tokens; "
+        f"micro-batches: {c.train.accumulate}, of {micro_batch} rows per device",
+        f"memory   {format_bytes(plan.memory_estimate)} per device, estimated: {parts}",
     ]
-    if plan.compiled:
-        told.append(compiler_line(plan))
+    if plan.compile_report:
+        lines.append(compiler_message(plan))
     if n > 1:
-        told.append(
-            f"links    a device sends {human(plan.bytes_sent)} in a step"
-            f"{f': {sent}, by arithmetic' if sent else ''}"
+        lines.append(
+            f"links    {format_bytes(plan.bytes_sent)} sent per device and step"
+            f"{f'; estimated: {sent}' if sent else ''}"
         )
     if chip.memory:
-        told += [time_line(plan), verdict(plan)]
-    return told
+        lines += [time_message(plan), fits_message(plan)]
+    return lines
 
 
-def compiler_line(plan: Plan) -> str:
-    """What the compiler says of the memory."""
-    found: Any = plan.compiled
-    if not found.fits:
-        return f"compiler refuses: a device would need {human(found.memory)}"
-    off = plan.estimate / found.memory - 1
+def compiler_message(plan: Plan) -> str:
+    """Formats the memory of the compiled step."""
+    compile_report: Any = plan.compile_report
+    if not compile_report.fits:
+        return f"compiler out of memory: needs {format_bytes(compile_report.memory)} per device"
+    relative_error = plan.memory_estimate / compile_report.memory - 1
     return (
-        f"compiler {human(found.memory)}: arguments {human(found.arguments)} + "
-        f"temporaries {human(found.temporaries)}; the arithmetic is {off:+.0%} off"
+        f"compiler {format_bytes(compile_report.memory)}: arguments {format_bytes(compile_report.arguments)} + "
+        f"temporaries {format_bytes(compile_report.temporaries)}; the estimate is {relative_error:+.0%} off"
     )
 
 
-def time_line(plan: Plan) -> str:
-    """How fast a step can be at the published peaks."""
-    parts = plan.seconds
-    least = max(parts.values())
-    rate = plan.tokens / least
-    most = rate * budget.flops_per_token(plan.config.model)
-    most /= plan.topology.chip.flops * plan.topology.devices
-    each = ", ".join(f"{name} {value * 1e3:,.3g} ms" for name, value in parts.items())
+def time_message(plan: Plan) -> str:
+    """Formats the lower bound on the step time at published peak rates."""
+    parts = plan.min_seconds
+    min_step_seconds = max(parts.values())
+    rate = plan.tokens_per_step / min_step_seconds
+    mfu = rate * budget.flops_per_token(plan.config.model)
+    mfu /= plan.topology.chip.peak_flops * plan.topology.devices
+    details = ", ".join(
+        f"{name} {value * 1e3:,.3g} ms" for name, value in parts.items()
+    )
     return (
-        f"time     no step takes less than {least * 1e3:,.3g} ms ({each}, by published "
-        f"peaks): at most {report.short(rate)} tokens/s and an MFU of {most:.0%}"
+        f"time     at least {min_step_seconds * 1e3:,.3g} ms per step ({details}, at peak rates): "
+        f"at most {report.format_number(rate)} tokens/s, {mfu:.0%} MFU"
     )
 
 
-def verdict(plan: Plan) -> str:
-    """Whether it fits, and what to do where it does not."""
+def fits_message(plan: Plan) -> str:
+    """Formats whether the run fits, and a fix if it does not."""
     limit = plan.topology.chip.memory
-    by = "the compiler" if plan.compiled else "an estimate"
-    text = f"by {by}, {human(plan.needed)} of {human(limit)}"
+    basis = "compiler report" if plan.compile_report else "analytic estimate"
+    text = f"{format_bytes(plan.memory_needed)} of {format_bytes(limit)} ({basis})"
     if plan.fits:
         return f"fits     yes, {text}"
-    return f"fits     NO, {text}. {advice(plan)}"
+    return f"fits     NO, {text}. {suggest_fix(plan)}"
 
 
-def advice(plan: Plan) -> str:
-    """The first thing to change that makes it fit, by arithmetic."""
+def suggest_fix(plan: Plan) -> str:
+    """Suggests the first change of options with which the estimate fits."""
     c, devices = plan.config, plan.topology.devices
     limit = plan.topology.chip.memory
 
-    def fitting(c: RunConfig) -> bool:
+    def fits_memory(c: RunConfig) -> bool:
         try:
-            sizes = mesh_sizes(c.mesh, devices)
-            chosen = budget.with_micro_batch(c, sizes, limit)
+            mesh_shape = resolve_mesh_shape(c.mesh, devices)
+            chosen = budget.fit_micro_batch(c, mesh_shape, limit)
         except ConfigError:
             return False
-        parts = budget.memory_bytes(chosen, sizes)
-        return sum(parts.values()) <= budget.ROOM * limit
+        parts = budget.memory_bytes(chosen, mesh_shape)
+        return sum(parts.values()) <= budget.USABLE_MEMORY_FRACTION * limit
 
     remat = dataclasses.replace(c, model=dataclasses.replace(c.model, remat="full"))
-    mesh = dataclasses.replace(c.mesh, data=1, fsdp=-1, tensor=plan.sizes[2])
-    ways = {
+    mesh = dataclasses.replace(c.mesh, data=1, fsdp=-1, tensor=plan.mesh_shape[2])
+    candidates = {
         "--train.accumulate 0": c,
         "--train.accumulate 0 --model.remat full": remat,
         "--train.accumulate 0 --mesh.data 1 --mesh.fsdp -1": dataclasses.replace(
@@ -222,38 +249,42 @@ def advice(plan: Plan) -> str:
             dataclasses.replace(remat, mesh=mesh)
         ),
     }
-    for flags, changed in ways.items():
-        if fitting(changed):
-            return f"Do this: {flags}"
-    return "Use more devices, or ones with more memory."
+    for flags, changed in candidates.items():
+        if fits_memory(changed):
+            return f"Try {flags}"
+    return "Use more devices, or devices with more memory."
 
 
-def compare(plan: Plan, folder: Path, say: Callable[[str], None]) -> None:
-    """Says what a run measured beside what the plan has.
+def compare_with_profile(plan: Plan, run_dir: Path, log: Callable[[str], None]) -> None:
+    """Logs the measurements of a run next to the plan.
 
     Raises:
-        ModelError: the run has measured nothing.
+        ModelError: the run has logged fewer than two train events.
     """
-    events = report.read_events(folder / "metrics.jsonl")
-    _, rates = report.series(events, "train", "tokens_per_s")
+    events = report.read_events(run_dir / "metrics.jsonl")
+    _, rates = report.metric_series(events, "train", "tokens_per_s")
     if len(rates) < 2:
         raise ModelError(
-            f"{folder} has not logged two train events, so there is nothing to compare "
-            "with. Let it run longer."
+            f"{run_dir} has logged fewer than two train events. Let the run continue "
+            "until train.log_every has passed twice."
         )
-    rate = statistics.median(rates[1:])  # the first waits for the compiler
-    least = max(value for value in plan.seconds.values())
-    say(f"measured {report.short(rate)} tokens/s, the median of {len(rates) - 1}")
+    rate = statistics.median(rates[1:])  # the first includes compilation
+    min_step_seconds = max(value for value in plan.min_seconds.values())
+    log(f"measured {report.format_number(rate)} tokens/s (median of {len(rates) - 1})")
     if plan.topology.chip.memory:
-        most = plan.tokens / least
-        say(f"planned  at most {report.short(most)}: measured is {rate / most:.0%}")
+        max_rate = plan.tokens_per_step / min_step_seconds
+        log(
+            f"planned  at most {report.format_number(max_rate)}; measured {rate / max_rate:.0%} of it"
+        )
     for event in events:
         if event["event"] == "compile" and event.get("temporaries"):
             temporaries = event["temporaries"]
-            state = sum(v for k, v in plan.memory.items() if k in budget.AT_REST)
-            rest = plan.estimate - state
-            say(
-                f"memory   {human(temporaries)} of temporaries by the run's compiler; "
-                f"{human(rest)} by arithmetic ({rest / temporaries - 1:+.0%})"
+            state = sum(
+                v for k, v in plan.memory.items() if k in budget.TRAIN_STATE_PARTS
+            )
+            temp_estimate = plan.memory_estimate - state
+            log(
+                f"memory   {format_bytes(temporaries)} of temporaries in the run, "
+                f"{format_bytes(temp_estimate)} estimated ({temp_estimate / temporaries - 1:+.0%})"
             )
             return

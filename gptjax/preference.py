@@ -1,8 +1,9 @@
-"""Preference tuning: DPO, from an assistant and pairs of answers to a better one.
+"""Direct preference optimization (DPO) task.
 
-Rafailov et al. 2023, equation 7. The reference is the model that the run starts from;
-its log-probabilities are computed once, before the first step, so that only one model
-is in memory. A reward is beta times what an answer's log-probability has gained.
+Rafailov et al. 2023, equation 7. The reference model is the one the run starts from;
+its log-probabilities are computed once before the first step, so that only one model is
+in memory. The reward of an answer is beta times the log-ratio of its probabilities
+under model and reference.
 """
 
 import dataclasses
@@ -18,237 +19,304 @@ from jaxtyping import Array, Float
 
 from gptjax import budget, report
 from gptjax.config import RunConfig
-from gptjax.data.conversations import Pair, read_pairs
-from gptjax.data.examples import Example, encode, fitted
-from gptjax.data.pair_batches import CHOSEN, REJECTED, PairBatches, pair_batches
+from gptjax.data.conversations import PreferencePair, read_preference_pairs
+from gptjax.data.examples import Example, encode_segments, truncate_left
+from gptjax.data.pair_batches import (
+    CHOSEN,
+    REJECTED,
+    PreferenceBatches,
+    make_preference_batches,
+)
 from gptjax.errors import ConfigError, DataError
-from gptjax.fingerprint import of_arrays
-from gptjax.loss import batch_token_nats
+from gptjax.fingerprint import hash_pytree
+from gptjax.loss import batch_per_token_loss
 from gptjax.model import Params
 from gptjax.optim import make_optimizer
-from gptjax.report_answers import write_answers
-from gptjax.run_loop import tune_run
-from gptjax.run_task import NO_WISHES, Run, Say, Task, Wishes, device_line, length_line
-from gptjax.sharding import local, place
-from gptjax.starting import (
-    choose_template,
-    open_start,
-    settled_model,
-    split_items,
-    starting_params,
-    tuning_facts,
+from gptjax.report_answers import write_samples
+from gptjax.run_loop import finetune
+from gptjax.run_task import (
+    DEFAULT_RESUME_OPTIONS,
+    RunContext,
+    LogFn,
+    Task,
+    ResumeOptions,
+    describe_devices,
+    describe_length,
 )
-from gptjax.stopping import poll
-from gptjax.template import Template
+from gptjax.sharding import to_host, shard_tree
+from gptjax.starting import (
+    choose_chat_template,
+    load_init_model,
+    resolve_model_config,
+    train_val_test_split,
+    initial_params,
+    finetune_provenance,
+)
+from gptjax.stopping import check_interrupted
+from gptjax.template import ChatTemplate
 from gptjax.train import TrainState, init_state
-from gptjax.trainable import make_tuned_step, parted, save_tuned, stream, whole
-from gptjax.tree import count
+from gptjax.trainable import (
+    make_finetune_step,
+    split_trainable,
+    save_finetuned,
+    iterate_batches,
+    full_params,
+)
+from gptjax.tree import num_params
 from gptjax.weights.folder import Model
 
-TRAIN, VALIDATION, TEST = "train", "validation", "test"
-PerAnswer = Float[Array, "B 2"]
-Pairs = list[tuple[Example, Example]]
+TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT = "train", "validation", "test"
+PerExample = Float[Array, "B 2"]
+ExamplePairs = list[tuple[Example, Example]]
 
 
-class Sets(NamedTuple):
-    """What a run reads."""
+class DPOData(NamedTuple):
+    """Data of a DPO run."""
 
-    pairs: dict[str, Pairs]  # chosen and rejected, by split
-    template: Template
-    said: list[str]  # what was found
+    pairs: dict[str, ExamplePairs]  # chosen and rejected, by split
+    chat_template: ChatTemplate
+    log_lines: list[str]  # summary lines
 
 
-class Preferred(NamedTuple):
-    """How a model does on pairs."""
+class DPOMetrics(NamedTuple):
+    """Metrics of a model on preference pairs."""
 
     loss: float  # nats per pair
-    margin: float  # reward of the chosen answer less that of the rejected one
-    accuracy: float  # part of the pairs whose margin is positive; of 0 counts half
+    margin: float  # reward of the chosen answer minus that of the rejected one
+    accuracy: float  # fraction of pairs with a positive margin; 0 counts as half
     chosen_reward: float
     rejected_reward: float
 
 
-def train_preference(
-    config: RunConfig, folder: Path, say: Say = print, wishes: Wishes = NO_WISHES
+def train_dpo(
+    config: RunConfig,
+    run_dir: Path,
+    log: LogFn = print,
+    options: ResumeOptions = DEFAULT_RESUME_OPTIONS,
 ) -> Model:
-    """Tunes as `config` says in the run folder `folder`, or goes on where it ended.
+    """Trains with DPO; resumes if the run exists.
 
-    The model of the step with the least loss on the validation pairs is kept.
+    Returns the model of the step with the lowest loss on the validation pairs.
 
     Raises:
-        GptjaxError: data, config or folder cannot be used.
-        Stopped: a signal came; the same call goes on later.
+        GptjaxError: invalid data, config or run folder.
+        Interrupted: interrupted by a signal; the same call resumes.
     """
-    return tune_run(config, folder, say, make_task, finish, wishes)
+    return finetune(config, run_dir, log, make_dpo_task, finalize_dpo, options)
 
 
-def make_task(run: Run) -> tuple[Run, Task, dict[str, PairBatches]]:
-    """Preference tuning as the loop wants it, and the pairs with their reference."""
-    c = run.config
-    start = open_start(c, run.say)
-    if start is None:
+def make_dpo_task(
+    run: RunContext,
+) -> tuple[RunContext, Task, dict[str, PreferenceBatches]]:
+    """Builds the DPO task; also returns batches with reference log-probabilities."""
+    config = run.config
+    init_model = load_init_model(config, run.log)
+    if init_model is None:
         raise ConfigError(
-            "preference tuning needs an assistant to start from: set tune.start to the "
-            "folder of a run with train.task = 'instruct'."
+            "train.task='dpo' requires an initial model: set finetune.init_from to the "
+            "folder of a run with train.task='sft'."
         )
-    tokenizer = start.tokenizer
-    usual = c.data.mask_prompt and c.data.batching in ("auto", "padded")
-    if c.data.tokenizer or not usual:
+    tokenizer = init_model.tokenizer
+    is_supported = config.data.completion_only_loss and config.data.batching in (
+        "auto",
+        "padded",
+    )
+    if config.data.tokenizer or not is_supported:
         raise ConfigError(
-            f"data.tokenizer={c.data.tokenizer!r}, data.batching={c.data.batching!r} "
-            f"and data.mask_prompt={c.data.mask_prompt} do not fit preference tuning, "
-            "which keeps the tokenizer of tune.start, pads, and compares answers "
-            "alone. Leave them out."
+            f"data.tokenizer={config.data.tokenizer!r}, data.batching={config.data.batching!r} "
+            f"and data.completion_only_loss={config.data.completion_only_loss} are not supported for "
+            "train.task='dpo', which uses the tokenizer of finetune.init_from, padded "
+            "batches and completion-only loss. Remove these options."
         )
-    sets = read_sets(c, start)
-    c = dataclasses.replace(c, model=settled_model(c.model, start, tokenizer))
-    run = dataclasses.replace(run, config=c)
-    key = jax.random.key(c.train.seed)
-    params = starting_params(c.model, start, tokenizer, key)
+    data = load_dpo_data(config, init_model)
+    config = dataclasses.replace(
+        config, model=resolve_model_config(config.model, init_model, tokenizer)
+    )
+    run = dataclasses.replace(run, config=config)
+    key = jax.random.key(config.train.seed)
+    params = initial_params(config.model, init_model, tokenizer, key)
     batches = {}
-    for split, pairs in sets.pairs.items():
-        shape: Any = {"rows": c.data.batch_size, "context": c.model.context_length}
-        shape |= {"fill": tokenizer.eot, "seed": c.train.seed}
-        reference = log_probabilities(c, params, pair_batches(pairs, **shape))
-        batches[split] = pair_batches(pairs, reference=reference, **shape)
-    trained, frozen = place(parted(c, params, key), run.mesh)
-    optimizer = make_optimizer(c.optim, c.train.steps)
+    for split, pairs in data.pairs.items():
+        batch_options: Any = {
+            "rows": config.data.batch_size,
+            "context": config.model.context_length,
+        }
+        batch_options |= {"fill": tokenizer.eot_token, "seed": config.train.seed}
+        reference_logprobs = sequence_logprobs(
+            config, params, make_preference_batches(pairs, **batch_options)
+        )
+        batches[split] = make_preference_batches(
+            pairs, reference_logprobs=reference_logprobs, **batch_options
+        )
+    trainable_params, frozen_params = shard_tree(
+        split_trainable(config, params, key), run.mesh
+    )
+    optimizer = make_optimizer(config.optim, config.train.steps)
 
-    def model_of(state: TrainState) -> Model:
-        params = whole(c, local(state.params), frozen)
-        return Model(c.model, params, tokenizer, template=sets.template.source)
+    def to_model(state: TrainState) -> Model:
+        params = full_params(config, to_host(state.params), frozen_params)
+        return Model(
+            config.model, params, tokenizer, chat_template=data.chat_template.source
+        )
 
-    def keep(state: TrainState) -> None:
-        state = state._replace(params=local(state.params))
-        save_tuned(c, run.folder, model_of(state), state.params, frozen)
+    def save_best(state: TrainState) -> None:
+        state = state._replace(params=to_host(state.params))
+        save_finetuned(
+            config, run.run_dir, to_model(state), state.params, frozen_params
+        )
 
-    tokens = sum(len(x.ids) - 1 for pair in sets.pairs[TRAIN] for x in pair)
+    num_tokens = sum(len(x.ids) - 1 for pair in data.pairs[TRAIN_SPLIT] for x in pair)
     task = Task(
-        fresh=init_state(trained, optimizer, key),
-        step=make_tuned_step(c, loss, optimizer),
-        batches=functools.partial(stream, batches[TRAIN]),
-        tokens_per_step=tokens / batches[TRAIN].steps_per_epoch,
-        evaluate=make_evaluate(run, batches, model_of, keep),
-        model=model_of,
-        facts={
-            **tuning_facts(tokenizer, start, sets.pairs, sets.template),
-            "reference": {s: of_arrays(b.reference) for s, b in batches.items()},
+        init_state=init_state(trainable_params, optimizer, key),
+        train_step=make_finetune_step(config, dpo_loss_fn, optimizer),
+        batches=functools.partial(iterate_batches, batches[TRAIN_SPLIT]),
+        tokens_per_step=num_tokens / batches[TRAIN_SPLIT].steps_per_epoch,
+        evaluate=make_dpo_evaluate(run, batches, to_model, save_best),
+        to_model=to_model,
+        provenance={
+            **finetune_provenance(
+                tokenizer, init_model, data.pairs, data.chat_template
+            ),
+            "reference": {s: hash_pytree(b.reference) for s, b in batches.items()},
         },
-        plan=plan_lines(run, sets, batches[TRAIN], count(trained), count(frozen)),
-        fixed=(frozen,),
+        summary=format_dpo_summary(
+            run,
+            data,
+            batches[TRAIN_SPLIT],
+            num_params(trainable_params),
+            num_params(frozen_params),
+        ),
+        frozen_params=(frozen_params,),
     )
     return run, task, batches
 
 
-def read_sets(c: RunConfig, start: Model) -> Sets:
-    """The pairs of each split as tokens; only answers are learned."""
-    every, detected = read_pairs(c.data.source)
-    split = split_items(c, every, "pairs")
-    template = choose_template(c.data.template, start)
-    context = min(c.model.context_length, start.config.context_length)
-    pairs, equal, long = {}, 0, 0
-    for name, part in split.items():
+def load_dpo_data(c: RunConfig, init_model: Model) -> DPOData:
+    """Loads, splits and tokenizes the preference pairs."""
+    all_pairs, columns = read_preference_pairs(c.data.source)
+    splits = train_val_test_split(c, all_pairs, "pairs")
+    template = choose_chat_template(c.data.chat_template, init_model)
+    context = min(c.model.context_length, init_model.config.context_length)
+    pairs, num_equal, num_too_long = {}, 0, 0
+    for name, part in splits.items():
         unequal = [pair for pair in part if pair.chosen != pair.rejected]
-        found = [examples_of(pair, start, template, context) for pair in unequal]
-        pairs[name] = [pair for pair in found if pair is not None]
-        equal, long = equal + len(part) - len(unequal), long + found.count(None)
+        tokenized = [
+            tokenize_pair(pair, init_model, template, context) for pair in unequal
+        ]
+        pairs[name] = [pair for pair in tokenized if pair is not None]
+        num_equal, num_too_long = (
+            num_equal + len(part) - len(unequal),
+            num_too_long + tokenized.count(None),
+        )
         if not pairs[name]:
             raise DataError(
                 f"no {name} pair of {c.data.source} has two different answers that fit "
                 f"model.context_length={context}. Raise it, or shorten them."
             )
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in pairs.items())
-    said = [f"data     {detected}", f"pairs    {sizes}"]
-    if equal or long:
-        said.append(
-            f"left out {equal} pairs of equal answers, {long} with an answer that does "
-            f"not fit {context} tokens"
+    log_lines = [f"data     {columns}", f"pairs    {sizes}"]
+    if num_equal or num_too_long:
+        log_lines.append(
+            f"dropped  {num_equal} pairs with equal answers, {num_too_long} with an answer that "
+            f"does not fit {context} tokens"
         )
-    return Sets(pairs, template, said)
+    return DPOData(pairs, template, log_lines)
 
 
-def examples_of(
-    pair: Pair, start: Model, template: Template, context: int
+def tokenize_pair(
+    pair: PreferencePair, init_model: Model, template: ChatTemplate, context: int
 ) -> tuple[Example, Example] | None:
-    """The two conversations as tokens, or None where one does not fit."""
-    both = []
+    """Both conversations of a pair as tokens, or None if one does not fit."""
+    examples = []
     for answer in (pair.chosen, pair.rejected):
         messages = [*pair.prompt, {"role": "assistant", "content": answer}]
-        example = encode(start.tokenizer, template.pieces(messages))
-        first, _ = example.answers[-1]  # answers before it are part of the prompt
-        learned = [on and n >= first for n, on in enumerate(example.learned)]
-        both.append(fitted(example._replace(learned=learned), context + 1))
-    chosen, rejected = both
+        example = encode_segments(init_model.tokenizer, template.segments(messages))
+        answer_start, _ = example.answer_spans[
+            -1
+        ]  # earlier answers are part of the prompt
+        loss_mask = [on and n >= answer_start for n, on in enumerate(example.loss_mask)]
+        examples.append(truncate_left(example._replace(learned=loss_mask), context + 1))
+    chosen, rejected = examples
     return None if chosen is None or rejected is None else (chosen, rejected)
 
 
-def answer_nats(
-    c: RunConfig, params: Params, batch: Any, key: Any = None, adapters: Any = None
-) -> PerAnswer:
-    """Log-probability of each answer of a batch of pairs, its end included; nats."""
+def answer_logprobs(
+    config: RunConfig, params: Params, batch: Any, key: Any = None, adapters: Any = None
+) -> PerExample:
+    """Log-probability (nats) of each answer in a batch, including its end token."""
     rows = {
         name: array.reshape(-1, array.shape[-1])
         for name, array in batch.items()
-        if name != "reference"
+        if name != "reference_logprobs"
     }
-    nats_RT = batch_token_nats(
-        c.model,
+    loss_RT = batch_per_token_loss(
+        config.model,
         params,
         rows,
-        chunk=c.train.loss_chunk,
-        dropout_key=key if c.model.dropout else None,
+        chunk_size=config.train.loss_chunk_size,
+        dropout_key=key if config.model.dropout else None,
         adapters=adapters,
     )
-    return -jnp.sum(nats_RT * rows["weights"], axis=-1).reshape(-1, 2)
+    return -jnp.sum(loss_RT * rows["loss_weights"], axis=-1).reshape(-1, 2)
 
 
-def log_probabilities(
-    c: RunConfig, params: Params, batches: PairBatches
+def sequence_logprobs(
+    config: RunConfig, params: Params, batches: PreferenceBatches
 ) -> Float[np.ndarray, "P 2"]:
-    """The log-probability of each answer, in the order of the pairs."""
-    found = np.zeros((len(batches.pairs), 2), np.float32)
-    for chosen, batch in batches.in_order():
-        poll()
-        found[chosen] = np.asarray(compiled_nats(c)(params, batch))[: len(chosen)]
-    return found
+    """Log-probability of each answer, in the order of the pairs."""
+    logprob_P2 = np.zeros((len(batches.pairs), 2), np.float32)
+    for indices, batch in batches.in_order():
+        check_interrupted()
+        logprob_P2[indices] = np.asarray(jit_answer_logprobs(config)(params, batch))[
+            : len(indices)
+        ]
+    return logprob_P2
 
 
 @functools.lru_cache(maxsize=2)
-def compiled_nats(c: RunConfig) -> Callable[[Params, Any], PerAnswer]:
-    """`answer_nats` of a run, compiled once for each shape of batch."""
-    return jax.jit(functools.partial(answer_nats, c))
+def jit_answer_logprobs(config: RunConfig) -> Callable[[Params, Any], PerExample]:
+    """Jitted `answer_logprobs` of a run."""
+    return jax.jit(functools.partial(answer_logprobs, config))
 
 
-def dpo_nats(gain_B2: PerAnswer, beta: float) -> Float[Array, " B"]:
-    """The DPO loss of each pair.
+def dpo_loss(logratio_B2: PerExample, beta: float) -> Float[Array, " B"]:
+    """DPO loss of each pair.
 
     Args:
-        gain_B2: what the log-probabilities of both answers have gained; nats.
-        beta: how much a gain counts.
+        logratio_B2: log-probability ratios of both answers to the reference (nats).
+        beta: strength of the KL penalty.
 
     >>> import jax.numpy as jnp
-    >>> print(dpo_nats(jnp.zeros((1, 2)), 0.1)[0])  # ln 2, before the first step
+    >>> print(dpo_loss(jnp.zeros((1, 2)), 0.1)[0])  # ln 2, before the first step
     0.6931472
     """
-    return -jax.nn.log_sigmoid(beta * (gain_B2[:, CHOSEN] - gain_B2[:, REJECTED]))
+    return -jax.nn.log_sigmoid(
+        beta * (logratio_B2[:, CHOSEN] - logratio_B2[:, REJECTED])
+    )
 
 
-def loss(
-    c: RunConfig, params: Params, adapters: Any, batch: Any, key: Any
+def dpo_loss_fn(
+    config: RunConfig, params: Params, adapters: Any, batch: Any, key: Any
 ) -> tuple[Any, Any]:
-    """The DPO loss of a batch, summed, and the number of pairs."""
-    logprob_B2 = answer_nats(c, params, batch, key, adapters)
-    nats_B = dpo_nats(logprob_B2 - batch["reference"], c.tune.beta)
-    real_B = jnp.any(batch["weights"] > 0, axis=(1, 2))
-    return jnp.sum(jnp.where(real_B, nats_B, 0.0)), real_B.sum().astype(jnp.float32)
+    """Summed DPO loss of a batch, and its number of pairs."""
+    logprob_B2 = answer_logprobs(config, params, batch, key, adapters)
+    loss_B = dpo_loss(
+        logprob_B2 - batch["reference_logprobs"], config.finetune.dpo_beta
+    )
+    valid_B = jnp.any(batch["loss_weights"] > 0, axis=(1, 2))
+    return jnp.sum(jnp.where(valid_B, loss_B, 0.0)), valid_B.sum().astype(jnp.float32)
 
 
-def compare(c: RunConfig, model: Model, batches: PairBatches) -> Preferred:
-    """How the model does on all pairs of the batches."""
-    gain_P2 = log_probabilities(c, model.params, batches) - batches.reference
-    reward_P2 = c.tune.beta * gain_P2.astype(np.float64)
+def evaluate_pairs(
+    config: RunConfig, model: Model, batches: PreferenceBatches
+) -> DPOMetrics:
+    """Evaluates a model on all pairs of the batches."""
+    logratio_P2 = (
+        sequence_logprobs(config, model.params, batches) - batches.reference_logprobs
+    )
+    reward_P2 = config.finetune.dpo_beta * logratio_P2.astype(np.float64)
     margin_P = reward_P2[:, CHOSEN] - reward_P2[:, REJECTED]
-    return Preferred(
+    return DPOMetrics(
         loss=float(np.logaddexp(0, -margin_P).mean()),
         margin=float(margin_P.mean()),
         accuracy=float(np.mean((np.sign(margin_P) + 1) / 2)),
@@ -257,85 +325,99 @@ def compare(c: RunConfig, model: Model, batches: PairBatches) -> Preferred:
     )
 
 
-def make_evaluate(
-    run: Run,
-    batches: dict[str, PairBatches],
-    model_of: Callable[[TrainState], Model],
-    keep: Callable[[TrainState], None],
+def make_dpo_evaluate(
+    run: RunContext,
+    batches: dict[str, PreferenceBatches],
+    to_model: Callable[[TrainState], Model],
+    save_best: Callable[[TrainState], None],
 ) -> Callable[[TrainState, int, bool], str]:
-    """Compares on the validation and some training pairs; keeps the best model."""
-    most = run.config.train.eval_batches * run.config.data.batch_size
-    some = {TRAIN: first_pairs(batches[TRAIN], most), VALIDATION: batches[VALIDATION]}
+    """Evaluates on validation and some training pairs; saves the best model."""
+    max_train_pairs = run.config.train.eval_batches * run.config.data.batch_size
+    eval_splits = {
+        TRAIN_SPLIT: take_pairs(batches[TRAIN_SPLIT], max_train_pairs),
+        VALIDATION_SPLIT: batches[VALIDATION_SPLIT],
+    }
 
-    def evaluate(state: TrainState, done: int, last: bool) -> str:
-        model = model_of(state)
-        found = {split: compare(run.config, model, some[split]) for split in some}
-        for split, scores in found.items():
-            report.write_event(
-                run.metrics, "eval", done, split=split, **scores._asdict()
+    def evaluate(state: TrainState, step: int, is_last: bool) -> str:
+        model = to_model(state)
+        metrics = {
+            split: evaluate_pairs(run.config, model, eval_splits[split])
+            for split in eval_splits
+        }
+        for split, scores in metrics.items():
+            report.log_event(
+                run.metrics_path, "eval", step, split=split, **scores._asdict()
             )
-        events = report.read_events(run.metrics)
-        _, losses = report.series(events, "eval", "loss", VALIDATION)
+        events = report.read_events(run.metrics_path)
+        _, losses = report.metric_series(events, "eval", "loss", VALIDATION_SPLIT)
         if losses[-1] <= min(losses):
-            keep(state)
-        held = found[VALIDATION]
-        return f"val {held.loss:.4f} margin {held.margin:.3f} {words(held)}"
+            save_best(state)
+        validation = metrics[VALIDATION_SPLIT]
+        return f"val {validation.loss:.4f} margin {validation.margin:.3f} {format_preference_accuracy(validation)}"
 
     return evaluate
 
 
-def words(found: Preferred) -> str:
-    """Which part of the pairs is preferred as it should be."""
-    return f"prefers {found.accuracy:.1%}"
+def format_preference_accuracy(metrics: DPOMetrics) -> str:
+    """Preference accuracy, for the progress line."""
+    return f"accuracy {metrics.accuracy:.1%}"
 
 
-def first_pairs(batches: PairBatches, most: int) -> PairBatches:
-    """The first pairs of some batches."""
-    lengths = list(batches.deal.lengths)[:most]
+def take_pairs(batches: PreferenceBatches, max_pairs: int) -> PreferenceBatches:
+    """Batches restricted to the first pairs."""
+    lengths = list(batches.sampler.lengths)[:max_pairs]
     return batches._replace(
-        pairs=batches.pairs[:most],
-        reference=batches.reference[:most],
-        deal=dataclasses.replace(batches.deal, lengths=lengths),
+        pairs=batches.pairs[:max_pairs],
+        reference_logprobs=batches.reference_logprobs[:max_pairs],
+        deal=dataclasses.replace(batches.sampler, lengths=lengths),
     )
 
 
-def plan_lines(
-    run: Run, sets: Sets, batches: PairBatches, trained: int, frozen: int
+def format_dpo_summary(
+    run: RunContext,
+    data: DPOData,
+    batches: PreferenceBatches,
+    num_trainable: int,
+    num_frozen: int,
 ) -> list[str]:
-    """The block that says what will happen, before anything does."""
-    c, steps = run.config, run.config.train.steps
-    shapes = ", ".join(map(str, batches.shapes))
+    """Summary printed before training."""
+    config, steps = run.config, run.config.train.steps
+    shapes = ", ".join(map(str, batches.batch_shapes))
     return [
-        f"run      {run.folder}",
-        *sets.said,
-        f"model    {budget.parameter_count(c.model):,} parameters: "
-        f"{c.model.n_layers} layers, {c.model.n_heads} heads, width {c.model.d_model}, "
-        f"from {c.tune.start}, which is the reference (beta {c.tune.beta})",
-        f"trained  {trained:,} parameters ({c.tune.trainable}), {frozen:,} frozen",
-        f"step     {c.data.batch_size} pairs of rows of {shapes} tokens, so "
-        f"{len(batches.shapes)} programs",
-        length_line(steps, steps / batches.steps_per_epoch),
-        device_line(run),
+        f"run      {run.run_dir}",
+        *data.log_lines,
+        f"model    {budget.parameter_count(config.model):,} parameters: "
+        f"{config.model.n_layers} layers, {config.model.n_heads} heads, width {config.model.d_model}, "
+        f"from {config.finetune.init_from} (also the reference; beta {config.finetune.dpo_beta})",
+        f"trained  {num_trainable:,} parameters ({config.finetune.trainable}), {num_frozen:,} frozen",
+        f"step     {config.data.batch_size} pairs of rows of {shapes} tokens: "
+        f"{len(batches.batch_shapes)} compiled shapes",
+        describe_length(steps, steps / batches.steps_per_epoch),
+        describe_devices(run),
     ]
 
 
-def finish(run: Run, task: Task, model: Model, batches: dict[str, PairBatches]) -> None:
-    """Compares on the test pairs with the best model; writes pictures and report.md."""
-    split = TEST if TEST in batches else VALIDATION
-    found = compare(run.config, model, batches[split])
-    seen = report.read_events(run.metrics)
-    if split == TEST and not any(e.get("split") == TEST for e in seen):
-        done = run.config.train.steps
-        report.write_event(run.metrics, "eval", done, split=TEST, **found._asdict())
+def finalize_dpo(
+    run: RunContext, task: Task, model: Model, batches: dict[str, PreferenceBatches]
+) -> None:
+    """Evaluates the best model on the test pairs; writes figures and report.md."""
+    split = TEST_SPLIT if TEST_SPLIT in batches else VALIDATION_SPLIT
+    metrics = evaluate_pairs(run.config, model, batches[split])
+    events = report.read_events(run.metrics_path)
+    if split == TEST_SPLIT and not any(e.get("split") == TEST_SPLIT for e in events):
+        step = run.config.train.steps
+        report.log_event(
+            run.metrics_path, "eval", step, split=TEST_SPLIT, **metrics._asdict()
+        )
     text = (
-        f"{split} loss {found.loss:.4f}, margin {found.margin:.4f}, {words(found)} of "
-        f"{len(batches[split].pairs):,} pairs as it should (guessing: 50%)"
+        f"{split} loss {metrics.loss:.4f}, margin {metrics.margin:.4f}, {format_preference_accuracy(metrics)} on "
+        f"{len(batches[split].pairs):,} pairs (chance: 50%)"
     )
-    write_answers(
-        run.folder,
-        plan=task.plan,
+    write_samples(
+        run.run_dir,
+        summary=task.summary,
         result=text,
         tokens_per_step=round(task.tokens_per_step),
     )
-    run.say(f"done     {text}")
-    run.say(f"wrote    {run.folder}/model (best on validation), report.md, pictures")
+    run.log(f"done     {text}")
+    run.log(f"wrote    {run.run_dir}/model (best on validation), report.md, figures")

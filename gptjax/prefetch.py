@@ -1,39 +1,36 @@
-"""The next batches are made while the device works on this one."""
+"""Prefetching of batches in a background thread."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-DEPTH = 2  # batches ahead of the one in use
+PREFETCH_SIZE = 2  # batches prepared ahead
 
 
-def prefetched(
-    items: Iterable[Any], make: Callable[[Any], Any], depth: int = DEPTH
+def prefetch_to_device(
+    items: Iterable[Any], make: Callable[[Any], Any], size: int = PREFETCH_SIZE
 ) -> Iterator[Any]:
-    """`map(make, items)`, computed by another thread up to `depth` results ahead.
+    """Yields `map(make, items)`, computed by a thread up to `size` results ahead.
 
-    Order and errors are those of `map`: an error is raised where its result is due.
-
-    Args:
-        items: read by that thread alone, one at a time.
-        make: as a rule puts a batch on the devices.
-        depth: results that may wait.
+    Order and errors are those of `map`: an error is raised in place of its result. Only
+    the thread reads `items`, one at a time. Usually `make` transfers a batch to the
+    devices.
     """
     source, end = iter(items), object()
 
-    def following() -> Any:
+    def next_result() -> Any:
         item = next(source, end)
         return item if item is end else make(item)
 
     with ThreadPoolExecutor(1, "prefetch") as thread:
-        queue = deque(thread.submit(following) for _ in range(depth))
+        queue = deque(thread.submit(next_result) for _ in range(size))
         try:
             while queue:
                 result = queue.popleft().result()
                 if result is end:
                     return
-                queue.append(thread.submit(following))
+                queue.append(thread.submit(next_result))
                 yield result
-        finally:  # whoever reads may stop early
+        finally:  # the consumer may stop early
             thread.shutdown(wait=True, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Pretraining: one config and one run folder in, a model that writes out."""
+"""Pretraining task."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,244 +11,266 @@ from gptjax import budget, report
 from gptjax import tokenizer as tokenizers
 from gptjax.config import DataConfig, RunConfig
 from gptjax.data.batches import make_batches, validation_batches
-from gptjax.data.prepare import Dataset, open_dataset
-from gptjax.data.shards import Shard
-from gptjax.download import sha256
+from gptjax.data.prepare import TokenizedSplits, open_dataset
+from gptjax.data.shards import TokenShard
+from gptjax.download import sha256_of_files
 from gptjax.errors import ConfigError
-from gptjax.evaluate import evaluate, make_scorer
+from gptjax.evaluate import evaluate, make_eval_step
 from gptjax.generation import complete
-from gptjax.loss import next_token_loss
+from gptjax.loss import make_lm_loss_fn
 from gptjax.optim import make_optimizer
-from gptjax.run_loop import train_run
-from gptjax.run_task import NO_WISHES, Run, Say, Task, Wishes, device_line, length_line
-from gptjax.sharding import local, place, rows_here
+from gptjax.run_loop import train
+from gptjax.run_task import (
+    DEFAULT_RESUME_OPTIONS,
+    RunContext,
+    LogFn,
+    Task,
+    ResumeOptions,
+    describe_devices,
+    describe_length,
+)
+from gptjax.sharding import to_host, shard_tree, local_batch_rows
 from gptjax.starting import (
-    open_start,
-    settled_model,
-    start_facts,
-    starting_params,
+    load_init_model,
+    resolve_model_config,
+    init_provenance,
+    initial_params,
 )
 from gptjax.train import TrainState, init_state, make_train_step
-from gptjax.weights.folder import Model, save
-from gptjax.weights.importing import find
+from gptjax.weights.folder import Model, save_model
+from gptjax.weights.importing import resolve_model
 
-APART = {"auto": True, "packed": True, "mixed": False}  # data.batching
+DOCUMENT_MODE = {"auto": True, "packed": True, "concat": False}  # data.batching
 SAMPLE_TOKENS = 60
-MakeTask = Callable[[Run], tuple[Run, Task]]
+MakePretrainTaskFn = Callable[[RunContext], tuple[RunContext, Task]]
 
 
 def pretrain(
     config: RunConfig,
-    folder: Path,
-    say: Say = print,
-    make: MakeTask | None = None,
-    wishes: Wishes = NO_WISHES,
+    run_dir: Path,
+    log: LogFn = print,
+    make_task: MakePretrainTaskFn | None = None,
+    options: ResumeOptions = DEFAULT_RESUME_OPTIONS,
 ) -> Model:
-    """Trains as `config` says in the run folder `folder`, or goes on where it ended.
+    """Pretrains a model; resumes if the run exists.
 
     Args:
-        config: of the run; a folder that holds another one is refused.
-        folder: made if it is not there.
-        say: gets each line for the user.
-        make: makes the task, where it is not `make_task`.
-        wishes: what may change, and what follows a spike.
+        config: must match that of an existing run.
+        run_dir: run folder; created if missing.
+        log: receives log lines.
+        make_task: replaces `make_pretrain_task`.
+        options: config options that may change, and the spike policy.
 
     Raises:
-        GptjaxError: data, config or folder cannot be used.
-        Stopped: SIGINT or SIGTERM came; the same call goes on later.
+        GptjaxError: invalid data, config or run folder.
+        Interrupted: interrupted by SIGINT or SIGTERM; the same call resumes.
     """
-    run, task, state = train_run(config, folder, say, make or make_task, wishes)
-    model = task.model(state)
-    finish(run, task, model, int(state.skipped))
+    run, task, state = train(
+        config, run_dir, log, make_task or make_pretrain_task, options
+    )
+    model = task.to_model(state)
+    finalize_pretrain(run, task, model, int(state.num_skipped))
     return model
 
 
-def make_task(run: Run) -> tuple[Run, Task]:
-    """Pretraining as the loop wants it."""
-    start = open_start(run.config, run.say)
-    dataset = open_dataset(data_config(run), run.folder / "data")
-    c = with_vocabulary(run.config, dataset)
-    c = dataclasses.replace(c, model=settled_model(c.model, start, dataset.tokenizer))
-    run, train = dataclasses.replace(run, config=c), c.train
-    optimizer = make_optimizer(c.optim, train.steps)
-    key = jax.random.key(train.seed)
-    params = starting_params(c.model, start, dataset.tokenizer, key)
-    params = place(params, run.mesh)
-    packed = documents_apart(c.data.batching)
-    loss_fn = next_token_loss(c.model, train.loss_chunk, packed)
+def make_pretrain_task(run: RunContext) -> tuple[RunContext, Task]:
+    """Builds the pretraining task."""
+    init_model = load_init_model(run.config, run.log)
+    dataset = open_dataset(resolve_data_config(run), run.run_dir / "data")
+    config = resolve_vocab_size(run.config, dataset)
+    config = dataclasses.replace(
+        config, model=resolve_model_config(config.model, init_model, dataset.tokenizer)
+    )
+    run, train_config = dataclasses.replace(run, config=config), config.train
+    optimizer = make_optimizer(config.optim, train_config.steps)
+    key = jax.random.key(train_config.seed)
+    params = initial_params(config.model, init_model, dataset.tokenizer, key)
+    params = shard_tree(params, run.mesh)
+    isolated = isolate_documents(config.data.batching)
+    loss_fn = make_lm_loss_fn(config.model, train_config.loss_chunk_size, isolated)
     batches = make_batches(
         dataset.train,
-        rows=c.data.batch_size,
-        context=c.model.context_length,
-        seed=train.seed,
-        packed=packed,
-        here=rows_here(c.data.batch_size, run.mesh),
+        rows=config.data.batch_size,
+        context=config.model.context_length,
+        seed=train_config.seed,
+        isolate_documents=isolated,
+        local_rows=local_batch_rows(config.data.batch_size, run.mesh),
     )
 
-    def model_of(state: TrainState) -> Model:
-        return Model(c.model, local(state.params), dataset.tokenizer)
+    def to_model(state: TrainState) -> Model:
+        return Model(config.model, to_host(state.params), dataset.tokenizer)
 
-    def sample(state: TrainState, done: int) -> None:
-        write_sample(run, model_of(state), done)
+    def sample(state: TrainState, step: int) -> None:
+        write_sample(run, to_model(state), step)
 
     return run, Task(
-        fresh=init_state(params, optimizer, key),
-        step=make_train_step(loss_fn, optimizer, train.accumulate),
+        init_state=init_state(params, optimizer, key),
+        train_step=make_train_step(loss_fn, optimizer, train_config.accumulate),
         batches=batches.iterate,
-        tokens_per_step=c.data.batch_size * c.model.context_length,
-        evaluate=make_evaluate(run, dataset),
-        model=model_of,
-        facts={**data_facts(dataset), **start_facts(start)},
-        plan=plan_lines(run, dataset),
-        sample=sample if train.sample_prompt else None,
+        tokens_per_step=config.data.batch_size * config.model.context_length,
+        evaluate=make_pretrain_evaluate(run, dataset),
+        to_model=to_model,
+        provenance={**data_provenance(dataset), **init_provenance(init_model)},
+        summary=format_pretrain_summary(run, dataset),
+        sample=sample if train_config.sample_prompt else None,
     )
 
 
-def data_config(run: Run) -> DataConfig:
-    """The run's `[data]`; where it names no tokenizer, that of the start is meant.
+def resolve_data_config(run: RunContext) -> DataConfig:
+    """The run's `[data]`, with the initial model's tokenizer if none is named.
 
     Raises:
-        ConfigError: only a part of the parameters is to be trained.
+        ConfigError: `finetune.trainable` is not "all".
     """
-    c = run.config
-    if c.tune.trainable != "all":
+    config = run.config
+    if config.finetune.trainable != "all":
         raise ConfigError(
-            f"tune.trainable={c.tune.trainable!r} is for fine-tuning: pretraining "
-            "changes everything. Leave it out."
+            f"finetune.trainable={config.finetune.trainable!r} is not supported for "
+            "pretraining, which trains all parameters. Remove the option."
         )
-    if not c.tune.start or c.data.tokenizer:
-        return c.data
-    folder = find(c.tune.start, run.say)
-    name = str(folder) if tokenizers.is_folder(folder) else "gpt2"
-    return dataclasses.replace(c.data, tokenizer=name)
+    if not config.finetune.init_from or config.data.tokenizer:
+        return config.data
+    model_dir = resolve_model(config.finetune.init_from, run.log)
+    name = str(model_dir) if tokenizers.is_tokenizer_dir(model_dir) else "gpt2"
+    return dataclasses.replace(config.data, tokenizer=name)
 
 
-def make_evaluate(run: Run, dataset: Dataset) -> Any:
-    """Scores the held-out text: `train.eval_batches` on the way, at the end all."""
-    c, held_out = run.config, dataset.validation
-    packed = documents_apart(c.data.batching)
-    scorer = make_scorer(c.model, c.train.loss_chunk, run.mesh)
+def make_pretrain_evaluate(run: RunContext, dataset: TokenizedSplits) -> Any:
+    """Evaluates on held-out text: `train.eval_batches` batches, all at the end."""
+    config, held_out = run.config, dataset.validation
+    isolated = isolate_documents(config.data.batching)
+    eval_step = make_eval_step(config.model, config.train.loss_chunk_size, run.mesh)
 
-    def validate(state: TrainState, done: int, last: bool) -> str:
+    def validate(state: TrainState, step: int, is_last: bool) -> str:
         if held_out is None:
             return "val -"
         batches = validation_batches(
             held_out,
-            rows=c.data.batch_size,
-            context=c.model.context_length,
-            packed=packed,
-            limit=None if last else c.train.eval_batches,
+            rows=config.data.batch_size,
+            context=config.model.context_length,
+            isolate_documents=isolated,
+            max_batches=None if is_last else config.train.eval_batches,
         )
         lengths = dataset.tokenizer.byte_lengths
-        result = evaluate(scorer, state.params, batches, lengths)
-        numbers = result.numbers()
-        report.write_event(run.metrics, "eval", done, split="validation", **numbers)
+        result = evaluate(eval_step, state.params, batches, lengths)
+        numbers = result.to_dict()
+        report.log_event(run.metrics_path, "eval", step, split="validation", **numbers)
         return f"val {result.loss:.4f}"
 
     return validate
 
 
-def documents_apart(batching: str) -> bool:
-    """Whether documents that share a row see nothing of each other.
+def isolate_documents(batching: str) -> bool:
+    """True if attention is confined to single documents.
 
     Raises:
-        ConfigError: it is a way of batching for conversations.
+        ConfigError: a value of `data.batching` for fine-tuning only.
     """
-    if batching not in APART:
+    if batching not in DOCUMENT_MODE:
         raise ConfigError(
-            f"data.batching={batching!r} is for fine-tuning: pretraining fills every "
-            "row with text. Choose packed or mixed."
+            f"data.batching={batching!r} is not supported for pretraining, which fills "
+            "every row with text. Choose packed or concat."
         )
-    return APART[batching]
+    return DOCUMENT_MODE[batching]
 
 
-def with_vocabulary(config: RunConfig, dataset: Dataset) -> RunConfig:
-    """The config with `model.vocab_size` settled by the tokenizer of the data."""
-    size, asked = dataset.tokenizer.vocab_size, config.model.vocab_size
-    if asked not in (0, size):
+def resolve_vocab_size(config: RunConfig, dataset: TokenizedSplits) -> RunConfig:
+    """Config with `model.vocab_size` set from the tokenizer of the data."""
+    size, requested = dataset.tokenizer.vocab_size, config.model.vocab_size
+    if requested not in (0, size):
         raise ConfigError(
-            f"model.vocab_size={asked} does not fit the tokenizer "
-            f"{dataset.tokenizer.name}, which has {size} tokens. Leave the option out, "
-            "or set model.vocab_multiple to pad."
+            f"model.vocab_size={requested} does not match the tokenizer "
+            f"{dataset.tokenizer.name}, which has {size} tokens. Remove the option, or "
+            "pad with model.vocab_multiple."
         )
     model = dataclasses.replace(config.model, vocab_size=size)
     return dataclasses.replace(config, model=model)
 
 
-def data_facts(dataset: Dataset) -> dict[str, Any]:
-    """What meta.json records of the data, so that a change of it can be seen."""
-    parts = {"train": dataset.train, "validation": dataset.validation}
+def data_provenance(dataset: TokenizedSplits) -> dict[str, Any]:
+    """Entries of meta.json for data and tokenizer, to detect changes."""
+    splits = {"train": dataset.train, "validation": dataset.validation}
     return {
         "data": {
-            split: {shard.path.name: hash_of(shard) for shard in tokens.shards}
-            for split, tokens in parts.items()
+            split: {shard.path.name: dataset_hash(shard) for shard in tokens.shards}
+            for split, tokens in splits.items()
             if tokens is not None
         },
         "tokenizer": {"name": dataset.tokenizer.name, "hash": dataset.tokenizer.hash},
     }
 
 
-def hash_of(shard: Shard) -> str:
-    """The sha256 of a shard's tokens: as recorded, for its blocks are compared."""
-    return shard.sha256[0] if shard.sha256 else sha256([shard.path])
+def dataset_hash(shard: TokenShard) -> str:
+    """SHA-256 of a shard's tokens; as recorded, since its blocks are verified."""
+    return shard.sha256[0] if shard.sha256 else sha256_of_files([shard.path])
 
 
-def plan_lines(run: Run, data: Dataset) -> list[str]:
-    """The block that says what will happen, before anything does."""
-    c, train, rows = run.config.model, run.config.train, run.config.data.batch_size
-    settled = budget.settled(run.config)
-    sizes = tuple(run.mesh.shape.values()) if run.mesh else budget.ONE_DEVICE
-    parts = budget.memory_bytes(settled, sizes)
-    each = " + ".join(f"{name} {budget.human(size)}" for name, size in parts.items())
+def format_pretrain_summary(run: RunContext, data: TokenizedSplits) -> list[str]:
+    """Summary printed before training."""
+    c, train_config, rows = (
+        run.config.model,
+        run.config.train,
+        run.config.data.batch_size,
+    )
+    resolved_config = budget.resolve_config(run.config)
+    sizes = tuple(run.mesh.shape.values()) if run.mesh else budget.SINGLE_DEVICE_MESH
+    memory_parts = budget.memory_bytes(resolved_config, sizes)
+    memory_breakdown = " + ".join(
+        f"{name} {budget.format_bytes(size)}" for name, size in memory_parts.items()
+    )
     tokens = rows * c.context_length
-    per_step = f"{rows} rows x {c.context_length} tokens"
-    if train.accumulate > 1:
-        per_step += f" in {train.accumulate} micro-batches"
-    held = len(data.validation) if data.validation else 0
-    origin = f", from {start}" if (start := run.config.tune.start) else ""
+    step_shape = f"{rows} rows x {c.context_length} tokens"
+    if train_config.accumulate > 1:
+        step_shape += f" in {train_config.accumulate} micro-batches"
+    num_held_out = len(data.validation) if data.validation else 0
+    origin = f", from {start}" if (start := run.config.finetune.init_from) else ""
     return [
-        f"run      {run.folder}",
+        f"run      {run.run_dir}",
         f"model    {budget.parameter_count(c):,} parameters: {c.n_layers} layers, "
         f"{c.n_heads} heads, width {c.d_model}{origin}",
-        f"data     {len(data.train):,} tokens to train on, {held:,} held out; "
+        f"data     {len(data.train):,} training tokens, {num_held_out:,} held out; "
         f"{data.tokenizer.name} tokenizer, {c.vocab_size:,} tokens",
-        f"step     {per_step} = {tokens:,} tokens, "
-        f"{report.short(tokens * budget.flops_per_token(c))} FLOPs",
-        length_line(train.steps, train.steps * tokens / len(data.train)),
-        f"memory   about {budget.human(sum(parts.values()))} on a device: {each}",
-        f"kernel   attention by {settled.model.attention}, remat {c.remat}",
-        device_line(run),
+        f"step     {step_shape} = {tokens:,} tokens, "
+        f"{report.format_number(tokens * budget.flops_per_token(c))} FLOPs",
+        describe_length(
+            train_config.steps, train_config.steps * tokens / len(data.train)
+        ),
+        f"memory   about {budget.format_bytes(sum(memory_parts.values()))} per device: {memory_breakdown}",
+        f"attention {resolved_config.model.attention}, remat {c.remat}",
+        describe_devices(run),
     ]
 
 
-def write_sample(run: Run, model: Model, done: int) -> None:
-    """Writes and shows what the model says after `train.sample_prompt`."""
-    train = run.config.train
+def write_sample(run: RunContext, model: Model, step: int) -> None:
+    """Logs a completion of `train.sample_prompt`."""
+    train_config = run.config.train
     (sample,) = complete(
         model,
-        train.sample_prompt,
+        train_config.sample_prompt,
         max_new_tokens=SAMPLE_TOKENS,
         temperature=0.8,
-        seed=train.seed,
+        seed=train_config.seed,
     )
-    text = train.sample_prompt + sample.text
-    report.write_event(run.metrics, "sample", done, text=text)
-    shown = "\n".join(f"    {row}" for row in text.strip("\n").splitlines())
-    run.say(f"sample after step {done}:\n{shown}")
+    text = train_config.sample_prompt + sample.text
+    report.log_event(run.metrics_path, "sample", step, text=text)
+    indented = "\n".join(f"    {row}" for row in text.strip("\n").splitlines())
+    run.log(f"sample after step {step}:\n{indented}")
 
 
-def finish(run: Run, task: Task, model: Model, skipped: int) -> None:
-    """Writes model/, the pictures and report.md, and says how it went."""
-    save(model, run.folder / "model")
-    report.write_pictures(run.folder, round(task.tokens_per_step))
-    report.write_report(run.folder, f"Run {run.folder.name}", task.plan)
-    evals = [e for e in report.read_events(run.metrics) if e["event"] == "eval"]
+def finalize_pretrain(
+    run: RunContext, task: Task, model: Model, num_skipped: int
+) -> None:
+    """Writes model/, figures and report.md, and logs the result."""
+    save_model(model, run.run_dir / "model")
+    report.write_figures(run.run_dir, round(task.tokens_per_step))
+    report.write_report(run.run_dir, f"Run {run.run_dir.name}", task.summary)
+    evals = [e for e in report.read_events(run.metrics_path) if e["event"] == "eval"]
     result = "no text was held out"
     if evals:
         result = f"validation loss {evals[-1]['loss']:.4f} nats per token"
         if evals[-1]["bits_per_byte"]:
             result += f", {evals[-1]['bits_per_byte']:.4f} bits per byte"
-    if skipped:
-        result += f"; {skipped} steps were skipped as not finite"
-    run.say(f"done     {result}")
-    run.say(f"wrote    {run.folder}/model, report.md, loss.png, lr.png, metrics.jsonl")
+    if num_skipped:
+        result += f"; {num_skipped} steps skipped (non-finite)"
+    run.log(f"done     {result}")
+    run.log(f"wrote    {run.run_dir}/model, report.md, loss.png, lr.png, metrics.jsonl")

@@ -1,10 +1,10 @@
-"""Compiled programs in files, so that the same command need not compile again.
+"""Persistent compilation cache, protected against foreign entries.
 
-The files are those of JAX's own cache; the command line switches it on, importing the
-library does not. A program is code, and JAX runs whatever it finds. So each file
-NAME-cache needs a NAME-seal beside it: a hash under a key that lies in the user's home
-and in no run folder. What is damaged, or came with a folder from elsewhere, has none
-that fits: it is removed, and compiled anew.
+Uses JAX's persistent compilation cache, enabled by the command line only. A compiled
+program is code, and JAX runs every entry it finds. Therefore each entry NAME-cache
+needs a NAME-seal: an HMAC under a key in the user's home, which is in no run folder.
+Entries without a valid seal (corrupt, or copied from elsewhere) are deleted and
+recompiled.
 """
 
 import contextlib
@@ -16,31 +16,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gptjax.download import cache_folder
-from gptjax.phases import COMPILED, hearing
+from gptjax.download import user_cache_dir
+from gptjax.phases import COMPILE_EVENT, listen_to_jax_events
 
-FOLDER = "compiled"  # in a run folder, or in the user's cache
-MOST_BYTES = 1 << 28  # of one folder; the oldest go first
-KEY_BYTES = 32
-PROGRAM, SEAL = "-cache", "-seal"  # endings; the first one is JAX's
+CACHE_DIR = "compiled"  # inside a run folder or the user's cache
+MAX_CACHE_BYTES = 1 << 28  # per folder; the oldest entries are evicted
+SEAL_KEY_BYTES = 32
+ENTRY_SUFFIX, SEAL_SUFFIX = "-cache", "-seal"  # file suffixes; the first one is JAX's
 
 
-def folder_of(model: str) -> Path:
-    """Where the programs for MODEL are: in its run folder, else in the user's cache."""
+def cache_dir_for(model: str) -> Path:
+    """Cache folder for MODEL: in its run folder, else in the user's cache."""
     is_run = (Path(model) / "model" / "config.json").is_file()
-    return Path(model) / FOLDER if is_run else cache_folder(FOLDER)
+    return Path(model) / CACHE_DIR if is_run else user_cache_dir(CACHE_DIR)
 
 
 @contextlib.contextmanager
-def kept(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """What is compiled in the block is kept in the folder, or comes from there.
+def persistent_cache(cache_dir: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Caches compiled programs in a folder while the block runs.
 
-    Where the user has named a folder to JAX, or has switched its cache off, nothing
-    is changed. A folder that cannot be written is no error.
-
-    Args:
-        folder: made if it is not there.
-        say: gets why nothing is kept.
+    Does nothing if the user has configured or disabled JAX's cache. If the folder is
+    not writable, programs are not cached and the reason is logged.
     """
     import jax
 
@@ -49,99 +45,109 @@ def kept(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         yield
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        key = read_key(cache_folder("programs.key"))
-        discard(folder, key)
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        key = read_seal_key(user_cache_dir("programs.key"))
+        evict_invalid(cache_dir, key)
     except OSError as error:
-        say(f"programs are not kept in {folder}: {error}")
+        log(f"compiled programs are not cached in {cache_dir}: {error}")
         yield
         return
 
-    def heard(event: str, seconds: float) -> None:
-        if event == COMPILED and jax.process_index() == 0:  # only it writes
+    def on_jax_event(event: str, seconds: float) -> None:
+        if event == COMPILE_EVENT and jax.process_index() == 0:  # only process 0 writes
             with contextlib.suppress(OSError):
-                seal(folder, key)
+                write_seals(cache_dir, key)
 
-    with cache_at(folder), hearing(heard), warnings.catch_warnings():
-        # A file cut short by another process, a full disk: then it is compiled.
+    with (
+        enable_cache(cache_dir),
+        listen_to_jax_events(on_jax_event),
+        warnings.catch_warnings(),
+    ):
+        # An entry truncated by another process or a full disk: JAX recompiles.
         message = "Error (reading|writing) persistent compilation cache"
         warnings.filterwarnings("ignore", message)
         yield
 
 
 @contextlib.contextmanager
-def cache_at(folder: Path) -> Iterator[None]:
-    """JAX's cache is the folder, for programs of any size."""
+def enable_cache(cache_dir: Path) -> Iterator[None]:
+    """Enables JAX's cache in the folder, for programs of any size."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    wanted = {
-        "jax_compilation_cache_dir": str(folder),
+    settings = {
+        "jax_compilation_cache_dir": str(cache_dir),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
-        "jax_persistent_cache_enable_xla_caches": "none",  # its files have no seal
+        "jax_persistent_cache_enable_xla_caches": "none",  # files without a seal
     }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    compilation_cache.reset_cache()  # it has perhaps been found to be off
+    previous = {name: getattr(jax.config, name) for name in settings}
+    compilation_cache.reset_cache()  # JAX may have cached that it is off
     try:
-        for name, value in wanted.items():
+        for name, value in settings.items():
             jax.config.update(name, value)
         yield
     finally:
-        for name, value in before.items():
+        for name, value in previous.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
 
 
-def read_key(path: Path) -> bytes:
-    """The user's key, made at first use.
+def read_seal_key(path: Path) -> bytes:
+    """Reads the user's key; creates it at first use.
 
     Raises:
-        OSError: it can neither be read nor made.
+        OSError: the key can be neither read nor created.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
             with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
-                file.write(secrets.token_bytes(KEY_BYTES))
+                file.write(secrets.token_bytes(SEAL_KEY_BYTES))
     key = path.read_bytes()
-    if len(key) != KEY_BYTES:
-        raise OSError(f"{path} has {len(key)} bytes, not {KEY_BYTES}; remove it")
+    if len(key) != SEAL_KEY_BYTES:
+        raise OSError(
+            f"{path} has {len(key)} bytes instead of {SEAL_KEY_BYTES}; delete it"
+        )
     return key
 
 
-def sealed(path: Path, key: bytes) -> bytes:
-    """The seal that the file of a program has to have; its name belongs to it."""
+def compute_seal(path: Path, key: bytes) -> bytes:
+    """Computes the seal of a cache entry from its name and content."""
     return hmac.digest(key, path.name.encode() + b"\0" + path.read_bytes(), "sha256")
 
 
-def seal(folder: Path, key: bytes) -> None:
-    """Seals the programs that have no seal yet."""
-    for path in folder.glob(f"*{PROGRAM}"):
-        beside = seal_of(path)
-        if not beside.exists():
-            beside.write_bytes(sealed(path, key))
+def write_seals(cache_dir: Path, key: bytes) -> None:
+    """Writes the seals of entries that have none."""
+    for path in cache_dir.glob(f"*{ENTRY_SUFFIX}"):
+        seal_file = seal_path(path)
+        if not seal_file.exists():
+            seal_file.write_bytes(compute_seal(path, key))
 
 
-def seal_of(path: Path) -> Path:
-    """The file of the seal."""
-    return path.with_name(path.name.removesuffix(PROGRAM) + SEAL)
+def seal_path(path: Path) -> Path:
+    """Path of the seal of a cache entry."""
+    return path.with_name(path.name.removesuffix(ENTRY_SUFFIX) + SEAL_SUFFIX)
 
 
-def discard(folder: Path, key: bytes) -> None:
-    """Removes programs whose seal does not fit, and the oldest of too many."""
-    room = MOST_BYTES
-    for path in sorted(folder.glob(f"*{PROGRAM}"), key=written, reverse=True):
-        with contextlib.suppress(FileNotFoundError):  # another process is as tidy
-            beside = seal_of(path)
-            room -= path.stat().st_size
-            found = beside.read_bytes() if beside.exists() else b""
-            if room < 0 or not hmac.compare_digest(found, sealed(path, key)):
+def evict_invalid(cache_dir: Path, key: bytes) -> None:
+    """Deletes entries with an invalid seal and the oldest above the size limit."""
+    free_bytes = MAX_CACHE_BYTES
+    for path in sorted(
+        cache_dir.glob(f"*{ENTRY_SUFFIX}"), key=modified_time, reverse=True
+    ):
+        with contextlib.suppress(FileNotFoundError):  # deleted by another process
+            seal_file = seal_path(path)
+            free_bytes -= path.stat().st_size
+            stored_seal = seal_file.read_bytes() if seal_file.exists() else b""
+            if free_bytes < 0 or not hmac.compare_digest(
+                stored_seal, compute_seal(path, key)
+            ):
                 path.unlink()
-                beside.unlink(missing_ok=True)
+                seal_file.unlink(missing_ok=True)
 
 
-def written(path: Path) -> float:
-    """When the file was written; at no time, if it is gone."""
+def modified_time(path: Path) -> float:
+    """Modification time of a file; 0 if it is gone."""
     return path.stat().st_mtime if path.exists() else 0.0

@@ -1,9 +1,8 @@
-"""Jinja of strangers, run where it can do no harm.
+"""Sandboxed rendering of untrusted chat templates.
 
-A template is a program: it can loop for ever, or make gigabytes out of little. So one
-that does not ship with gptjax runs in a process of its own, which has no secrets in its
-environment and is ended when it takes too long or too much memory; in Jinja's immutable
-sandbox everywhere.
+A template is a program: it can loop forever or expand to gigabytes. Templates that do
+not ship with gptjax run in a subprocess with a minimal environment and limits on CPU
+time and memory. All templates run in Jinja's immutable sandbox.
 """
 
 import atexit
@@ -25,60 +24,71 @@ import jinja2.sandbox
 
 from gptjax.errors import ConfigError
 
-FOLDER = Path(__file__).parent / "templates"
-BUILT_IN = ("alpaca", "phi3", "chatml", "qa", "single")
-ENDOFTEXT = "<|endoftext|>"
+TEMPLATE_DIR = Path(__file__).parent / "templates"
+BUILTIN_TEMPLATES = ("alpaca", "phi3", "chatml", "qa", "single")
+EOT_TEXT = "<|endoftext|>"
 
-SECONDS = 5  # of a processor, for one conversation
-PATIENCE = 300  # seconds by the clock, which a busy machine may need for these
-MEMORY = 1 << 30  # bytes of address space of the process
-MOST_BYTES = 1 << 26  # of what it prints
-ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "SYSTEMROOT", "LANG")
-LOCK = threading.Lock()  # one question to the process at a time
+MAX_CPU_SECONDS = 5  # of CPU time per conversation
+WORKER_TIMEOUT_SECONDS = 300  # wall-clock seconds for the same, on a busy machine
+MAX_WORKER_MEMORY_BYTES = 1 << 30  # address space of the worker
+MAX_RENDERED_BYTES = 1 << 26  # of a reply of the worker
+WORKER_ENV_VARS = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "SYSTEMROOT", "LANG")
+WORKER_LOCK = threading.Lock()  # one request at a time
 
-# Noncharacters, which Unicode keeps out of texts that are passed on.
-TEXT, ANSWER, CLOSE, END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
-MARKS = str.maketrans(dict.fromkeys((TEXT, ANSWER, CLOSE, END), "\ufffd"))
+# Unicode noncharacters, which are not meant to occur in text.
+TEXT_MARK, REPLY_MARK, CLOSE_MARK, EOT_MARK = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+MARK_REPLACEMENTS = str.maketrans(
+    dict.fromkeys((TEXT_MARK, REPLY_MARK, CLOSE_MARK, EOT_MARK), "\ufffd")
+)
 
-Message = Mapping[str, str]  # "role", "content", and a user's may have an "input"
+ChatMessage = Mapping[
+    str, str
+]  # "role", "content" and, from a user, optionally "input"
 
 
-def render(source: str, messages: Sequence[Message], answering: bool = False) -> str:
-    """What the template prints, with marks around the texts of messages.
+def render_template(
+    source: str, messages: Sequence[ChatMessage], add_generation_prompt: bool = False
+) -> str:
+    """Renders a conversation, with marks around the texts of messages.
 
     Raises:
-        ConfigError: it does not work, or takes more than it may.
+        ConfigError: the template fails or exceeds the limits.
     """
-    if source in own_sources():
-        return render_here(source, messages, answering)
-    plain = [dict(message) for message in messages]
-    request = json.dumps([source, plain, answering, SECONDS]).encode() + b"\n"
-    with LOCK:
-        reply = ask(worker(os.getpid()), request)
+    if source in trusted_sources():
+        return render_in_process(source, messages, add_generation_prompt)
+    message_dicts = [dict(message) for message in messages]
+    request = (
+        json.dumps(
+            [source, message_dicts, add_generation_prompt, MAX_CPU_SECONDS]
+        ).encode()
+        + b"\n"
+    )
+    with WORKER_LOCK:
+        reply = send_request(render_worker(os.getpid()), request)
         if not reply.endswith(b"\n"):
-            end(worker(os.getpid()))
-            worker.cache_clear()
+            stop_worker(render_worker(os.getpid()))
+            render_worker.cache_clear()
             raise ConfigError(
-                f"the chat template takes more than {SECONDS} seconds, or more than "
-                f"{MEMORY >> 20} MB, for one conversation. Correct it, or use one of "
-                f"{', '.join(BUILT_IN)}."
+                f"the chat template needs more than {MAX_CPU_SECONDS} seconds or "
+                f"{MAX_WORKER_MEMORY_BYTES >> 20} MB for one conversation. Correct it, or use one of "
+                f"{', '.join(BUILTIN_TEMPLATES)}."
             )
-    text, why = json.loads(reply)
-    if why:
-        raise ConfigError(why)
+    text, error = json.loads(reply)
+    if error:
+        raise ConfigError(error)
     return text
 
 
 @functools.cache
-def own_sources() -> frozenset[str]:
-    """The templates that ship with gptjax, which are known to be harmless."""
-    files = [FOLDER / f"{name}.jinja" for name in BUILT_IN]
+def trusted_sources() -> frozenset[str]:
+    """Sources of the built-in templates, which are rendered in this process."""
+    files = [TEMPLATE_DIR / f"{name}.jinja" for name in BUILTIN_TEMPLATES]
     return frozenset(file.read_bytes().decode() for file in files)
 
 
 @functools.cache
-def worker(_pid: int) -> Any:
-    """The process that renders for the process of this number."""
+def render_worker(_pid: int) -> Any:
+    """Starts the worker process; cached per process id, as forks need their own."""
     code = (
         "import sys; sys.path[:] = sys.argv[1:]; "
         "from gptjax import rendering; rendering.serve()"
@@ -88,145 +98,149 @@ def worker(_pid: int) -> Any:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        env={name: os.environ[name] for name in WORKER_ENV_VARS if name in os.environ},
     )
-    atexit.register(end, process)
+    atexit.register(stop_worker, process)
     return process
 
 
-def ask(process: Any, request: bytes) -> bytes:
-    """The line that the process answers; not a whole one if it has ended."""
-    timer = threading.Timer(PATIENCE, process.kill)
+def send_request(process: Any, request: bytes) -> bytes:
+    """Sends a request; returns the reply line, incomplete if the worker ended."""
+    timer = threading.Timer(WORKER_TIMEOUT_SECONDS, process.kill)
     timer.daemon = True
     timer.start()
     try:
         process.stdin.write(request)
         process.stdin.flush()
-        return process.stdout.readline(MOST_BYTES)
-    except OSError:  # it ends while it is asked
+        return process.stdout.readline(MAX_RENDERED_BYTES)
+    except OSError:  # the worker ended
         return b""
     finally:
         timer.cancel()
 
 
-def end(process: Any) -> None:
-    """Ends the process, if it has not ended yet."""
+def stop_worker(process: Any) -> None:
+    """Kills the worker and closes its pipes."""
     process.kill()
     process.wait()
     for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):  # of what it was not able to read
+        with contextlib.suppress(OSError):  # unflushed data
             pipe.close()
 
 
-def serve() -> None:
-    """Answers each line on stdin with a line: the text, or why there is none."""
-    limit("RLIMIT_AS", MEMORY)
-    limit("RLIMIT_CORE", 0)
+def worker_main() -> None:
+    """Worker: replies to each JSON line on stdin with [text, error]."""
+    set_rlimit("RLIMIT_AS", MAX_WORKER_MEMORY_BYTES)
+    set_rlimit("RLIMIT_CORE", 0)
     for line in sys.stdin.buffer:
-        source, messages, answering, seconds = json.loads(line)
-        used = os.times()
-        limit("RLIMIT_CPU", int(used.user + used.system) + 1 + seconds)
+        source, messages, add_generation_prompt, seconds = json.loads(line)
+        cpu_times = os.times()
+        set_rlimit("RLIMIT_CPU", int(cpu_times.user + cpu_times.system) + 1 + seconds)
         try:
-            reply = [render_here(source, messages, answering), ""]
+            reply = [render_in_process(source, messages, add_generation_prompt), ""]
         except ConfigError as error:
             reply = ["", str(error)]
         sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
         sys.stdout.buffer.flush()
 
 
-def limit(name: str, most: int) -> None:
-    """Limits this process, where the system can; the limit may be raised again."""
+def set_rlimit(name: str, soft_limit: int) -> None:
+    """Sets a soft resource limit of this process, where supported."""
     with contextlib.suppress(ImportError, OSError, ValueError, AttributeError):
         import resource
 
         kind = getattr(resource, name)
-        _, hard = resource.getrlimit(kind)
-        resource.setrlimit(kind, (most, hard))
+        _, hard_limit = resource.getrlimit(kind)
+        resource.setrlimit(kind, (soft_limit, hard_limit))
 
 
-def render_here(source: str, messages: Sequence[Message], answering: bool) -> str:
-    """`render` in this process, whatever it takes."""
-    marked = [
+def render_in_process(
+    source: str, messages: Sequence[ChatMessage], add_generation_prompt: bool
+) -> str:
+    """Renders in this process, without limits."""
+    marked_messages = [
         {
-            name: value if name == "role" else Marked.of(value, message["role"])
+            name: value if name == "role" else MarkedText.wrap(value, message["role"])
             for name, value in message.items()
         }
         for message in messages
     ]
     try:
-        return program(source).render(
-            messages=marked,
-            add_generation_prompt=answering,
-            bos_token=END,
-            eos_token=END,
-            raise_exception=complain,
+        return compile_jinja(source).render(
+            messages=marked_messages,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=EOT_MARK,
+            eos_token=EOT_MARK,
+            raise_exception=raise_exception,
         )
-    except Exception as error:  # it can fail in every way that a program can
+    except Exception as error:  # a template can raise anything
         raise ConfigError(
-            f"the chat template does not work: {type(error).__name__}: {error!s:.500}. "
-            f"Correct it, or use one of {', '.join(BUILT_IN)}."
+            f"the chat template failed: {type(error).__name__}: {error!s:.500}. "
+            f"Correct it, or use one of {', '.join(BUILTIN_TEMPLATES)}."
         ) from error
 
 
-def complain(why: str) -> None:
-    """The templates' own `raise_exception`."""
-    raise jinja2.TemplateError(str(why))
+def raise_exception(message: str) -> None:
+    """Implements `raise_exception` for templates."""
+    raise jinja2.TemplateError(str(message))
 
 
-class Marked(str):
-    """A message's text between two marks that trimming leaves in place."""
+class MarkedText(str):
+    """Message text between two marks that stripping preserves."""
 
     @classmethod
-    def of(cls, text: str, role: str) -> "Marked":
-        """The marked text of a message of that role."""
-        mark = ANSWER if role == "assistant" else TEXT
-        return cls(mark + text.translate(MARKS) + CLOSE)
+    def wrap(cls, text: str, role: str) -> "MarkedText":
+        """Marks the text of a message of this role."""
+        mark = REPLY_MARK if role == "assistant" else TEXT_MARK
+        return cls(mark + text.translate(MARK_REPLACEMENTS) + CLOSE_MARK)
 
     def __bool__(self) -> bool:
         return len(self) > 2
 
-    def strip(self, chars: str | None = None, /) -> "Marked":
-        """As `str.strip`, inside the marks."""
-        return Marked(self[0] + self[1:-1].strip(chars) + self[-1])
+    def strip(self, chars: str | None = None, /) -> "MarkedText":
+        """Strips inside the marks."""
+        return MarkedText(self[0] + self[1:-1].strip(chars) + self[-1])
 
-    def lstrip(self, chars: str | None = None, /) -> "Marked":
-        """As `str.lstrip`, inside the marks."""
-        return Marked(self[0] + self[1:-1].lstrip(chars) + self[-1])
+    def lstrip(self, chars: str | None = None, /) -> "MarkedText":
+        """Strips on the left, inside the marks."""
+        return MarkedText(self[0] + self[1:-1].lstrip(chars) + self[-1])
 
-    def rstrip(self, chars: str | None = None, /) -> "Marked":
-        """As `str.rstrip`, inside the marks."""
-        return Marked(self[0] + self[1:-1].rstrip(chars) + self[-1])
+    def rstrip(self, chars: str | None = None, /) -> "MarkedText":
+        """Strips on the right, inside the marks."""
+        return MarkedText(self[0] + self[1:-1].rstrip(chars) + self[-1])
 
 
-class Generation(jinja2.ext.Extension):
-    """Lets {% generation %} pass, which newer templates put around answers."""
+class GenerationTag(jinja2.ext.Extension):
+    """Ignores the tag {% generation %}, which newer templates put around replies."""
 
-    tags = {"generation"}  # noqa: RUF012 (what Jinja wants)
+    tags = {"generation"}  # noqa: RUF012 (Jinja's interface)
 
     def parse(self, parser: Any) -> list[jinja2.nodes.Node]:
-        """The statements inside."""
+        """Returns the statements inside the tag."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, without the operators that make much out of little."""
+class TemplateSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, without operators that can create huge strings or integers."""
 
     intercepted_binops = frozenset(["*", "**", "%"])
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """The result for small integers; anything else is refused."""
+        """Allows * and % between integers only, and no **."""
         if operator == "**" or not (type(left) is type(right) is int):
             raise jinja2.sandbox.SecurityError(f"{left!r:.20} {operator} {right!r:.20}")
         return super().call_binop(context, operator, left, right)
 
 
 @functools.lru_cache(maxsize=16)
-def program(source: str) -> jinja2.Template:
-    """The template as Jinja runs it; <|endoftext|> in it is the end token."""
-    sandbox = Sandbox(
+def compile_jinja(source: str) -> jinja2.Template:
+    """Compiles a template; <|endoftext|> in its source is the end token."""
+    sandbox = TemplateSandbox(
         trim_blocks=True,
         lstrip_blocks=True,
-        extensions=[Generation, "jinja2.ext.loopcontrols"],
+        extensions=[GenerationTag, "jinja2.ext.loopcontrols"],
     )
-    return sandbox.from_string(source.translate(MARKS).replace(ENDOFTEXT, END))
+    return sandbox.from_string(
+        source.translate(MARK_REPLACEMENTS).replace(EOT_TEXT, EOT_MARK)
+    )

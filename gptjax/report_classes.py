@@ -1,4 +1,4 @@
-"""What a run that trains a classifier leaves for people: more pictures, report.md."""
+"""Plots and report of classification runs."""
 
 import re
 import warnings
@@ -11,66 +11,74 @@ from jaxtyping import Int
 from matplotlib.figure import Figure
 
 from gptjax.report import (
-    TRAIN,
-    VALIDATION,
+    TRAIN_STYLE,
+    VALIDATION_STYLE,
     Event,
-    add_seen_axis,
+    add_tokens_axis,
     loss_figure,
     lr_figure,
     new_figure,
     read_events,
-    series,
-    short,
+    metric_series,
+    format_number,
 )
-from gptjax.scores import scores
+from gptjax.scores import classification_metrics
 
-PALE = "#AAAAAA"
-NAME_CHARACTERS = 18  # of a class in a picture
-TEXT_CHARACTERS = 200  # of a mistake in report.md
-MISTAKES = 10  # that report.md shows
+ZERO_COUNT_COLOR = "#AAAAAA"
+MAX_NAME_CHARS = 18  # of a class name in a plot
+MAX_TEXT_CHARS = 200  # of a misclassified text in report.md
+MAX_MISTAKES = 10  # listed in report.md
 
 
-class Mistake(NamedTuple):
+class Misclassification(NamedTuple):
     """One wrong prediction."""
 
     text: str
-    label: str  # the true one
+    label: str  # true class
     predicted: str
-    probability: float  # that the model gave to what it predicted
+    probability: float  # of the predicted class
 
 
 def accuracy_figure(events: Sequence[Event], examples_per_step: int) -> Figure:
-    """Accuracy on training and validation examples over steps."""
+    """Plots training and validation accuracy over steps."""
     figure, axes = new_figure("step", "accuracy")
-    for split, style in (("train", TRAIN), ("validation", VALIDATION)):
-        steps, values = series(events, "eval", "accuracy", split)
+    for split, style in (("train", TRAIN_STYLE), ("validation", VALIDATION_STYLE)):
+        steps, values = metric_series(events, "eval", "accuracy", split)
         if values:
             axes.plot(steps, values, label=split, **style)
     if axes.lines:
         axes.legend(frameon=False, loc="lower right")
-    add_seen_axis(axes, examples_per_step, "example")
+    add_tokens_axis(axes, examples_per_step, "example")
     return figure
 
 
-def confusion_figure(matrix: Int[np.ndarray, "C C"], names: Sequence[str]) -> Figure:
-    """Counts in the cells; the colour is the share of the true class (row)."""
-    classes = len(names)
+def confusion_figure(
+    confusion_CC: Int[np.ndarray, "C C"], class_names: Sequence[str]
+) -> Figure:
+    """Plots a confusion matrix; color is the fraction of the true class (row)."""
+    classes = len(class_names)
     side = min(max(5.0, 2.6 + 0.42 * classes), 16.0)  # inches
     size = 10 if classes <= 8 else max(4, 8 - classes // 20)  # points
     figure = Figure(figsize=(side, side * 0.86), dpi=144, layout="constrained")
     axes = figure.subplots()
-    share_CC = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    share_CC = confusion_CC / np.maximum(confusion_CC.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(share_CC, cmap="Blues", vmin=0, vmax=1)
-    plain = {"parse_math": False, "fontsize": size}  # a name may hold $
-    labels = [short_name(name) for name in names]
+    text_style = {"parse_math": False, "fontsize": size}  # a name may contain $
+    labels = [abbreviate(name) for name in class_names]
     crowded = classes * max(map(len, labels)) > 32
-    axes.set_xticks(range(classes), labels, rotation=90 if crowded else 0, **plain)
-    axes.set_yticks(range(classes), labels, **plain)
+    axes.set_xticks(range(classes), labels, rotation=90 if crowded else 0, **text_style)
+    axes.set_yticks(range(classes), labels, **text_style)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    for (row, column), count in np.ndenumerate(matrix):
-        color = "white" if share_CC[row, column] > 0.5 else "black" if count else PALE
-        text = str(count) if count < 10_000 else short(int(count))
+    for (row, column), count in np.ndenumerate(confusion_CC):
+        color = (
+            "white"
+            if share_CC[row, column] > 0.5
+            else "black"
+            if count
+            else ZERO_COUNT_COLOR
+        )
+        text = str(count) if count < 10_000 else format_number(int(count))
         axes.text(
             column, row, text, color=color, fontsize=size, ha="center", va="center"
         )
@@ -79,95 +87,102 @@ def confusion_figure(matrix: Int[np.ndarray, "C C"], names: Sequence[str]) -> Fi
     return figure
 
 
-def write_classification(
-    folder: Path,
+def write_classification_report(
+    run_dir: Path,
     *,
-    plan: Sequence[str],
+    summary: Sequence[str],
     result: str,
-    matrix: Int[np.ndarray, "C C"],
-    names: Sequence[str],
-    mistakes: Sequence[Mistake],
+    confusion_CC: Int[np.ndarray, "C C"],
+    class_names: Sequence[str],
+    mistakes: Sequence[Misclassification],
     examples_per_step: int,
 ) -> None:
-    """Writes report.md and all pictures of the run in `folder`.
+    """Writes report.md and all plots of a run.
 
-    Args:
-        folder: of a run, with metrics.jsonl.
-        plan: lines that said what would happen.
-        result: one line.
-        matrix: from `gptjax.scores.confusion`.
-        names: of the classes.
-        mistakes: in any order; those that the model was surest of are shown.
-        examples_per_step: for the axis of examples seen.
+    `summary` holds the lines printed before training, `result` is one line. The report
+    lists the most confident of the `mistakes`, which may have any order.
     """
-    events = read_events(folder / "metrics.jsonl")
+    events = read_events(run_dir / "metrics.jsonl")
     figures = {
         "accuracy": accuracy_figure(events, examples_per_step),
-        "confusion": confusion_figure(matrix, names),
+        "confusion": confusion_figure(confusion_CC, class_names),
         "loss": loss_figure(events, examples_per_step, "example"),
         "lr": lr_figure(events),
     }
-    with warnings.catch_warnings():  # a name may be in a script that the font lacks
+    with warnings.catch_warnings():  # the font may lack the script of a name
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         for name, figure in figures.items():
-            figure.savefig(folder / f"{name}.png")
+            figure.savefig(run_dir / f"{name}.png")
 
-    lines = [f"# Run {folder.name}", "", "```text", *plan, "```", "", result, ""]
-    lines += class_table(matrix, names)
+    lines = [f"# Run {run_dir.name}", "", "```text", *summary, "```", "", result, ""]
+    lines += per_class_table(confusion_CC, class_names)
     for name in figures:
         lines += ["", f"![{name}]({name}.png)"]
     if mistakes:
-        lines += ["", "Wrong predictions that the model was surest of:", ""]
-    for wrong in sorted(mistakes, key=lambda wrong: -wrong.probability)[:MISTAKES]:
-        taken = f"{code(wrong.label)} taken for {code(wrong.predicted)}"
-        lines.append(f"- {taken} ({wrong.probability:.3f}): {code(wrong.text)}")
-    (folder / "report.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+        lines += ["", "Most confident misclassifications:", ""]
+    for mistake in sorted(mistakes, key=lambda wrong: -wrong.probability)[
+        :MAX_MISTAKES
+    ]:
+        confusion = f"{inline_code(mistake.label)} predicted as {inline_code(mistake.predicted)}"
+        lines.append(
+            f"- {confusion} ({mistake.probability:.3f}): {inline_code(mistake.text)}"
+        )
+    (run_dir / "report.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
-def class_table(matrix: Int[np.ndarray, "C C"], names: Sequence[str]) -> list[str]:
-    """Precision, recall, F1 and count of each class, as lines of Markdown."""
-    s = scores(matrix)
+def per_class_table(
+    confusion_CC: Int[np.ndarray, "C C"], class_names: Sequence[str]
+) -> list[str]:
+    """Formats precision, recall, F1 and count per class as a Markdown table."""
+    metrics = classification_metrics(confusion_CC)
     lines = ["| class | precision | recall | F1 | count |", "|---|" + "---:|" * 4]
-    rows = zip(names, s.precision, s.recall, s.f1, s.count, strict=True)
+    rows = zip(
+        class_names,
+        metrics.precision,
+        metrics.recall,
+        metrics.f1,
+        metrics.count,
+        strict=True,
+    )
     for name, precision, recall, f1, count in rows:
-        # Readers of Markdown disagree about how to escape a bar inside a cell.
-        cell = code(name).replace("|", "¦")
+        # Markdown renderers disagree on how to escape a bar inside a cell.
+        cell = inline_code(name).replace("|", "¦")
         lines.append(
             f"| {cell} | {precision:.4f} | {recall:.4f} | {f1:.4f} | {count:,} |"
         )
     return lines
 
 
-def cut(text: str, most: int) -> str:
-    r"""At most so many characters, on one line, all of them visible.
+def shorten_cell(text: str, max_length: int) -> str:
+    r"""Converts text to one printable line of limited length.
 
-    >>> cut("one\ntwo three", 8)
+    >>> shorten_cell("one\ntwo three", 8)
     'one two…'
     """
     visible = "".join(c if c.isprintable() else " " for c in text)
     line = " ".join(visible.split())
-    return line if len(line) <= most else line[: most - 1].rstrip() + "…"
+    return line if len(line) <= max_length else line[: max_length - 1].rstrip() + "…"
 
 
-def short_name(name: str) -> str:
-    """A name for a picture; both ends stay, as names of classes often begin alike.
+def abbreviate(name: str) -> str:
+    """Shortens a class name for a plot; keeps both ends, as prefixes are often shared.
 
-    >>> short_name("comp.sys.ibm.pc.hardware")
+    >>> abbreviate("comp.sys.ibm.pc.hardware")
     'comp.sys.…hardware'
     """
-    line, half = cut(name, 10 * NAME_CHARACTERS), NAME_CHARACTERS // 2
-    if len(line) <= NAME_CHARACTERS:
+    line, half = shorten_cell(name, 10 * MAX_NAME_CHARS), MAX_NAME_CHARS // 2
+    if len(line) <= MAX_NAME_CHARS:
         return line
     return f"{line[:half]}…{line[1 - half :]}"
 
 
-def code(text: str) -> str:
-    """The text as a code span of Markdown, in which no markup works.
+def inline_code(text: str) -> str:
+    """Formats text as a Markdown code span, in which no markup is interpreted.
 
-    >>> print(code("<b>`x`"))
+    >>> print(inline_code("<b>`x`"))
     `` <b>`x` ``
     """
-    line = cut(text, TEXT_CHARACTERS)
+    line = shorten_cell(text, MAX_TEXT_CHARS)
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
-    room = " " if "`" in line or not line else ""
-    return f"{fence}{room}{line}{room}{fence}"
+    padding = " " if "`" in line or not line else ""
+    return f"{fence}{padding}{line}{padding}{fence}"

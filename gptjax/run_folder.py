@@ -1,11 +1,10 @@
-"""The folder of one run: what it was asked to do, and on what it was done.
+"""Run directory: config, metadata and the files of a run.
 
 config.toml  meta.json  metrics.jsonl  loss.png  lr.png  report.md
 data/  checkpoints/  model/  compiled/
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import platform
@@ -17,118 +16,115 @@ from typing import Any
 
 import tomli_w
 
-from gptjax.changes import ON_SPIKE, check_allowed, class_of, settled_changes
-from gptjax.config import RunConfig, read_config
-from gptjax.errors import ConfigError, ModelError
-from gptjax.fingerprint import read_meta
-from gptjax.spikes import POLICIES, Policy
-
-PACKAGES = (
-    *("gptjax", "jax", "jaxlib", "flax", "optax"),
-    *("orbax-checkpoint", "grain", "numpy", "tiktoken"),
+from gptjax.changes import (
+    ON_SPIKE,
+    check_allow_change,
+    check_config_changes,
+    resume_policy,
 )
+from gptjax.config import RunConfig, load_config
+from gptjax.device import package_versions
+from gptjax.errors import ConfigError, ModelError
+from gptjax.fingerprint import read_run_metadata
+from gptjax.spikes import SPIKE_POLICIES, SpikePolicy
 
 
-def open_folder(folder: Path) -> None:
-    """Makes the run folder and shows that it can be written.
+def create_run_dir(run_dir: Path) -> None:
+    """Creates the run folder and checks that it is writable.
 
     Raises:
-        ModelError: it cannot.
+        ModelError: the folder is not writable.
     """
-    probe = folder / ".writable"
+    probe = run_dir / ".writable"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink(missing_ok=True)  # unless another process of the run has done it
+        probe.unlink(missing_ok=True)  # another process of the run may have done it
     except OSError as error:
         raise ModelError(
-            f"cannot write the run folder {folder}: {error.strerror}. Name another "
-            "with --run DIR."
+            f"cannot write the run folder {run_dir}: {error.strerror}. Choose "
+            "another one with --run DIR."
         ) from error
 
 
-def settle_config(
-    folder: Path, config: RunConfig, allowed: Sequence[str] = ()
+def reconcile_config(
+    run_dir: Path, config: RunConfig, allowed: Sequence[str] = ()
 ) -> list[str]:
-    """Writes config.toml, or checks that the run there may go on with this one.
+    """Writes config.toml, or checks that the existing run can resume with `config`.
 
-    What changes of the steps to come is written, too; what changes only where and how
-    the work is done is not.
-
-    Args:
-        folder: of the run.
-        config: asked for.
-        allowed: options that may change though they decide what is computed.
+    An existing config.toml is rewritten only if a "trajectory" option changes, which
+    must be in `allowed`.
 
     Returns:
-        Lines `section.option: old -> new` of what changes.
+        Changed options, as lines `section.option: old -> new`.
 
     Raises:
-        ConfigError: one of the allowed ones cannot change.
-        ModelError: the folder holds a run of another config.
+        ConfigError: one of the allowed options can never change.
+        ModelError: the folder has a run with an incompatible config.
     """
-    path = folder / "config.toml"
+    path = run_dir / "config.toml"
     changes: list[str] = []
     if path.is_file():
-        before = read_config(path)
-        changes = settled_changes(str(folder), before, config, allowed)
+        before = load_config(path)
+        changes = check_config_changes(str(run_dir), before, config, allowed)
         if not any(
-            class_of(line.partition(":")[0]) == "trajectory" for line in changes
+            resume_policy(line.partition(":")[0]) == "trajectory" for line in changes
         ):
             return changes
     else:
-        check_allowed(allowed)
-    write_whole(path, tomli_w.dumps(dataclasses.asdict(config)))
+        check_allow_change(allowed)
+    write_atomic(path, tomli_w.dumps(dataclasses.asdict(config)))
     return changes
 
 
-def settle_policy(folder: Path, asked: str, allowed: Sequence[str] = ()) -> Policy:
-    """What is to be done about spikes: as asked, or as before, or no more than said.
-
-    Args:
-        folder: of the run.
-        asked: `--on-spike`; "" is as before.
-        allowed: what may change; "on-spike" may be among it.
+def reconcile_spike_policy(
+    run_dir: Path, requested: str, allowed: Sequence[str] = ()
+) -> SpikePolicy:
+    """Chooses the spike policy: the requested one, else the run's, else "log".
 
     Raises:
-        ConfigError: there is no such policy.
-        ModelError: the run there has another one.
+        ConfigError: unknown policy.
+        ModelError: the run has another policy, which may not change.
     """
-    if asked and asked not in POLICIES:
+    if requested and requested not in SPIKE_POLICIES:
         raise ConfigError(
-            f"--on-spike {asked} is not one of {', '.join(POLICIES)}. Choose one."
+            f"--on-spike {requested} must be one of {', '.join(SPIKE_POLICIES)}."
         )
-    meta = read_meta(folder)
-    before: Any = meta.get("on_spike")
-    chosen: Any = asked or before or "log"
+    metadata = read_run_metadata(run_dir)
+    before: Any = metadata.get("on_spike")
+    chosen: Any = requested or before or "log"
     if before and chosen != before:
         if ON_SPIKE not in allowed:
             raise ModelError(
-                f"the run in {folder} was started with --on-spike {before}, which "
-                "decides what it computes. Leave the flag out, or let it change with "
+                f"the run in {run_dir} was started with --on-spike {before}; another "
+                "policy changes its results. Omit the option, or allow the change with "
                 f"--allow-change {ON_SPIKE}."
             )
-        path = folder / "meta.json"
-        write_whole(path, json.dumps({**meta, "on_spike": chosen}, indent=2) + "\n")
+        path = run_dir / "meta.json"
+        write_atomic(
+            path, json.dumps({**metadata, "on_spike": chosen}, indent=2) + "\n"
+        )
     return chosen
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is there in whole, or as it was."""
-    new = path.with_suffix(".partial")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
+def write_atomic(path: Path, text: str) -> None:
+    """Writes a file atomically."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
-def write_meta(folder: Path, command: list[str], facts: dict[str, Any]) -> None:
-    """Writes meta.json: command, versions, devices, and the `facts` given."""
+def write_run_metadata(
+    run_dir: Path, command: list[str], provenance: dict[str, Any]
+) -> None:
+    """Writes meta.json: command, versions, devices and provenance."""
     import jax
 
     devices = jax.devices()
-    meta = {
+    metadata = {
         "command": command,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": {"python": platform.python_version(), **versions()},
+        "versions": {"python": platform.python_version(), **package_versions()},
         "platform": platform.platform(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "devices": {
@@ -136,22 +132,11 @@ def write_meta(folder: Path, command: list[str], facts: dict[str, Any]) -> None:
             "count": len(devices),
             "processes": jax.process_count(),
         },
-        **facts,
+        **provenance,
     }
-    write_whole(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of what decides the numbers; "missing" where there is none."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
+    write_atomic(run_dir / "meta.json", json.dumps(metadata, indent=2) + "\n")
 
 
 def command_line() -> list[str]:
-    """How this process was called, for meta.json and for messages."""
+    """Command line of this process, for meta.json and messages."""
     return [Path(sys.argv[0]).name, *sys.argv[1:]]

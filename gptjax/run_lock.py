@@ -1,6 +1,6 @@
-"""One writer in a run folder: the second one is told of the first.
+"""Lock of a run folder: one writer at a time.
 
-The kernel gives the lock back when its process ends, however that happens.
+The kernel releases the lock when its process ends, for whatever reason.
 """
 
 import contextlib
@@ -15,49 +15,50 @@ from pathlib import Path
 
 from gptjax.errors import ModelError
 
-LOCK = ".lock"
-NOT_HERE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # some network file systems
+RUN_LOCK_FILE = ".lock"
+# Raised by network file systems without locks.
+UNSUPPORTED_LOCK_ERRNOS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Has the run folder for itself until the end of the `with`.
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Locks the run folder while the block runs.
 
-    Where the file system knows no locks, nobody is kept out.
+    Has no effect on file systems without locks.
 
     Raises:
-        ModelError: another process has it; or the folder cannot be written.
+        ModelError: another process holds the lock, or the folder is not writable.
     """
-    path = folder / LOCK
+    path = run_dir / RUN_LOCK_FILE
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise ModelError(
-            f"cannot write {path}: {error.strerror}. Name another folder with --run "
+            f"cannot write {path}: {error.strerror}. Choose another folder with --run "
             "DIR."
         ) from error
     try:
-        lock(descriptor, path)
+        _acquire_lock(descriptor, path)
         yield
     finally:
         os.close(descriptor)
 
 
-def lock(descriptor: int, path: Path) -> None:
-    """Takes the lock and writes who has it.
+def _acquire_lock(descriptor: int, path: Path) -> None:
+    """Acquires the lock and writes its owner to the file.
 
     Raises:
-        ModelError: another process has it.
+        ModelError: another process holds it.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ModelError(
-            f"another process trains in {path.parent}: {holder(descriptor)}. Wait for "
-            "it, end it, or name another folder with --run DIR."
+            f"another process trains in {path.parent}: {_lock_owner(descriptor)}. Wait for "
+            "it, stop it, or choose another folder with --run DIR."
         ) from error
     except OSError as error:
-        if error.errno not in NOT_HERE:
+        if error.errno not in UNSUPPORTED_LOCK_ERRNOS:
             raise
     now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     about = {"pid": os.getpid(), "host": socket.gethostname(), "started": now}
@@ -65,10 +66,10 @@ def lock(descriptor: int, path: Path) -> None:
     os.pwrite(descriptor, json.dumps(about).encode(), 0)
 
 
-def holder(descriptor: int) -> str:
-    """Who has the lock, as far as the file says."""
+def _lock_owner(descriptor: int) -> str:
+    """Describes the lock owner from the content of the file."""
     try:
         about = json.loads(os.pread(descriptor, 4096, 0))
         return f"pid {about['pid']} on {about['host']}, started {about['started']}"
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return "it has not yet said which"
+        return "owner not yet recorded"

@@ -1,4 +1,4 @@
-"""The loop of a run, whatever it trains: log, evaluate, sample, save, stop, resume."""
+"""Training loop for all tasks: logs, evaluates, samples, saves, stops and resumes."""
 
 import contextlib
 import dataclasses
@@ -13,356 +13,415 @@ import numpy as np
 from gptjax import checkpoint, distributed, report, spikes
 from gptjax.config import RunConfig
 from gptjax.errors import ConfigError
-from gptjax.fingerprint import check_facts
-from gptjax.going_back import batches, go_back, jumps_of
-from gptjax.machine_faults import check_memory, told, with_micro_batch
+from gptjax.fingerprint import check_provenance
+from gptjax.going_back import remaining_batches, go_back, jumps_of
+from gptjax.machine_faults import (
+    check_estimated_memory,
+    translate_resource_errors,
+    choose_accumulation,
+)
 from gptjax.optim import learning_rates
-from gptjax.phases import reached
-from gptjax.prefetch import prefetched
+from gptjax.phases import mark_phase
+from gptjax.prefetch import prefetch_to_device
 from gptjax.run_folder import (
     command_line,
-    open_folder,
-    settle_config,
-    settle_policy,
-    versions,
-    write_meta,
+    create_run_dir,
+    reconcile_config,
+    reconcile_spike_policy,
+    package_versions,
+    write_run_metadata,
 )
-from gptjax.run_lock import only_writer
-from gptjax.run_steps import Journal, compiled_by_shape
-from gptjax.run_task import NO_WISHES, Run, Say, Task, Wishes, device_line
-from gptjax.sharding import check_rows, make_mesh, place, place_batch
-from gptjax.stopping import Stopped, answer, show_life, stop_signal
-from gptjax.train import TrainState, steps
+from gptjax.run_lock import run_lock
+from gptjax.run_steps import MetricsLogger, jit_by_shape
+from gptjax.run_task import (
+    DEFAULT_RESUME_OPTIONS,
+    RunContext,
+    LogFn,
+    Task,
+    ResumeOptions,
+    describe_devices,
+)
+from gptjax.sharding import check_batch_divisible, make_mesh, shard_tree, shard_batch
+from gptjax.stopping import Interrupted, set_signal_mode, heartbeat, handle_signals
+from gptjax.train import TrainState, train_steps
 from gptjax.weights.folder import Model
 from gptjax.weights.importing import load
 
-MakeTask = Callable[[Run], tuple[Run, Task]]
+MakeTaskFn = Callable[[RunContext], tuple[RunContext, Task]]
 
 
-def train_run(
+def train(
     config: RunConfig,
-    folder: Path,
-    say: Say,
-    make_task: MakeTask,
-    wishes: Wishes = NO_WISHES,
-) -> tuple[Run, Task, TrainState]:
-    """Trains in the run folder to the last step, or goes on where it ended.
+    run_dir: Path,
+    log: LogFn,
+    make_task: MakeTaskFn,
+    options: ResumeOptions = DEFAULT_RESUME_OPTIONS,
+) -> tuple[RunContext, Task, TrainState]:
+    """Trains a run to the last step; resumes if the run exists.
 
     Args:
-        config: of the run; a folder that holds another one is refused.
-        folder: made if it is not there.
-        say: gets each line for the user.
-        make_task: reads the data; returns the run with its config settled by them.
-        wishes: what may change, and what follows a spike.
+        config: must match that of an existing run.
+        run_dir: run folder; created if missing.
+        log: receives log lines.
+        make_task: loads the data; returns the run with the resolved config.
+        options: config options that may change, and the spike policy.
 
     Raises:
-        GptjaxError: data, config or folder cannot be used, or the machine fails.
-        Stopped: SIGINT or SIGTERM came; the same call goes on later.
+        GptjaxError: invalid data, config or run folder, or a resource error.
+        Interrupted: interrupted by SIGINT or SIGTERM; the same call resumes.
     """
-    main, together = jax.process_index() == 0, jax.process_count() > 1
-    open_folder(folder)
-    run = Run(
+    is_main, is_distributed = jax.process_index() == 0, jax.process_count() > 1
+    create_run_dir(run_dir)
+    run = RunContext(
         config=config,
-        folder=distributed.own_folder(folder),
-        say=say if main else lambda text: None,
+        run_dir=distributed.process_dir(run_dir),
+        log=log if is_main else lambda text: None,
         mesh=make_mesh(config.mesh),
-        saved=folder,
+        shared_run_dir=run_dir,
     )
-    alone = only_writer(folder) if main else contextlib.nullcontext()
-    with alone, stop_signal() as stopping, told():
-        answer("together" if together else "leave")
-        policy = settle_policy(run.folder, wishes.on_spike, wishes.allow_change)
-        run = with_micro_batch(dataclasses.replace(run, on_spike=policy))
+    lock = run_lock(run_dir) if is_main else contextlib.nullcontext()
+    with lock, handle_signals() as is_interrupted, translate_resource_errors():
+        set_signal_mode("collective" if is_distributed else "immediate")
+        policy = reconcile_spike_policy(
+            run.run_dir, options.on_spike, options.allow_change
+        )
+        run = choose_accumulation(dataclasses.replace(run, on_spike=policy))
         if policy == "rollback" and config.train.task == "book":
             raise ConfigError(
-                "--on-spike rollback leaves batches out, and train.task=book has the "
-                "book's own, in its order. Choose log or skip."
+                "--on-spike rollback skips batches, which train.task=book does not "
+                "support: it uses the book's batch order. Choose log or skip."
             )
-        check_memory(run)
+        check_estimated_memory(run)
         jumps: list[spikes.Jump] = []
         while True:
-            settled, task, state = prepared(run, make_task, wishes, jumps, stopping)
-            checkpoint.check_space(settled.checkpoints, saved_part(state))
-            with checkpoint.saver(*saving(settled)) as save:
-                state, spike = loop(settled, task, state, stopping, save)
+            resolved_run, task, state = setup_run(
+                run, make_task, options, jumps, is_interrupted
+            )
+            checkpoint.check_disk_space(
+                resolved_run.checkpoint_dir, checkpoint_state(state)
+            )
+            with checkpoint.async_saver(*async_saver_args(resolved_run)) as save:
+                state, spike = train_loop(
+                    resolved_run, task, state, is_interrupted, save
+                )
             if spike is None:
                 break
-            jumps = go_back(settled, spike)
-            answer("together" if together else "leave")
-        answer("together" if together else "leave")
-    return settled, task, state
+            jumps = go_back(resolved_run, spike)
+            set_signal_mode("collective" if is_distributed else "immediate")
+        set_signal_mode("collective" if is_distributed else "immediate")
+    return resolved_run, task, state
 
 
-def prepared(
-    run: Run,
-    make_task: MakeTask,
-    wishes: Wishes,
+def setup_run(
+    run: RunContext,
+    make_task: MakeTaskFn,
+    options: ResumeOptions,
     jumps: list[spikes.Jump],
-    stopping: Callable[[], bool],
-) -> tuple[Run, Task, TrainState]:
-    """Reads what there is to read; the state is that of the newest checkpoint.
+    is_interrupted: Callable[[], bool],
+) -> tuple[RunContext, Task, TrainState]:
+    """Loads data and task and restores the newest checkpoint.
 
     Args:
-        run: as asked for.
-        make_task: of `train_run`.
-        wishes: what may change.
-        jumps: that are to be made, if the run has just gone back.
-        stopping: whether a signal came.
+        run: with the config as requested.
+        make_task: as for `train`.
+        options: config options that may change.
+        jumps: all rollbacks so far, if the run has just been rolled back.
+        is_interrupted: returns True after a signal.
     """
     run, task = make_task(run)
     if jax.process_count() > 1:
-        distributed.agree(facts_of(run, task))
-        distributed.stop_together(stopping())
-    changes = settle_config(run.folder, run.config, wishes.allow_change)
-    check_facts(run.folder, task.facts)
-    task = placed(task, run)
-    state, first = resumed(run, task.fresh, changes)
+        distributed.assert_equal(shared_provenance(run, task))
+        distributed.stop_if_any(is_interrupted())
+    changes = reconcile_config(run.run_dir, run.config, options.allow_change)
+    check_provenance(run.run_dir, task.provenance)
+    task = shard_task(task, run)
+    state, start_step = restore_or_init(run, task.init_state, changes)
     for jump in jumps[len(jumps_of(run)) :]:
         left_out = {"batches": jump.batches}
-        report.write_event(run.metrics, "rollback", jump.step, **left_out)
-    reached("loading")
-    if not first:
-        facts = {**task.facts, "on_spike": run.on_spike}
-        write_meta(run.folder, command_line(), facts)
-        for text in task.plan:
-            run.say(text)
-    distributed.stop_together(stopping())
+        report.log_event(run.metrics_path, "rollback", jump.step, **left_out)
+    mark_phase("loading")
+    if not start_step:
+        metadata = {**task.provenance, "on_spike": run.on_spike}
+        write_run_metadata(run.run_dir, command_line(), metadata)
+        for text in task.summary:
+            run.log(text)
+    distributed.stop_if_any(is_interrupted())
     return run, task, state
 
 
-def facts_of(run: Run, task: Task) -> dict[str, Any]:
-    """What all processes of a run have to agree on."""
-    data = task.facts.get("data")
-    if data is None:  # each process reads all of it: then its first batch stands for it
-        first = next(task.batches(0, 1))
-        data = {name: np.asarray(leaf).tobytes().hex() for name, leaf in first.items()}
+def shared_provenance(run: RunContext, task: Task) -> dict[str, Any]:
+    """Values that must be equal in all processes of a run."""
+    data = task.provenance.get("data")
+    if data is None:  # each process reads all data: compare its first batch
+        first_batch = next(task.batches(0, 1))
+        data = {
+            name: np.asarray(leaf).tobytes().hex() for name, leaf in first_batch.items()
+        }
     return {
         "config": [dataclasses.asdict(run.config), run.on_spike],
-        "code": [distributed.code_facts(), versions()],
+        "code": [distributed.source_hash(), package_versions()],
         "data": data,
-        "tokenizer": task.facts.get("tokenizer"),
+        "tokenizer": task.provenance.get("tokenizer"),
     }
 
 
-def placed(task: Task, run: Run) -> Task:
-    """The task with its arrays on the mesh.
+def shard_task(task: Task, run: RunContext) -> Task:
+    """Task with its arrays sharded over the mesh.
 
     Raises:
-        ConfigError: parameters or rows do not split evenly.
+        ConfigError: parameters or rows are not divisible by the mesh axes.
     """
     if run.mesh is None:
         return task
-    c, fixed = run.config, tuple(place(tree, run.mesh) for tree in task.fixed)
-    check_rows(c.data.batch_size, c.train.accumulate, [*run.mesh.shape.values()])
-    return dataclasses.replace(task, fresh=place(task.fresh, run.mesh), fixed=fixed)
+    config, frozen_params = (
+        run.config,
+        tuple(shard_tree(tree, run.mesh) for tree in task.frozen_params),
+    )
+    check_batch_divisible(
+        config.data.batch_size, config.train.accumulate, [*run.mesh.shape.values()]
+    )
+    return dataclasses.replace(
+        task, fresh=shard_tree(task.init_state, run.mesh), fixed=frozen_params
+    )
 
 
-def tune_run(
+def finetune(
     config: RunConfig,
-    folder: Path,
-    say: Say,
-    make_task: Callable[[Run], tuple[Run, Task, Any]],
-    finish: Callable[[Run, Task, Model, Any], None],
-    wishes: Wishes = NO_WISHES,
+    run_dir: Path,
+    log: LogFn,
+    make_task: Callable[[RunContext], tuple[RunContext, Task, Any]],
+    finalize: Callable[[RunContext, Task, Model, Any], None],
+    options: ResumeOptions = DEFAULT_RESUME_OPTIONS,
 ) -> Model:
-    """Trains as `train_run`, and finishes with the model that the task kept.
+    """Trains with `train`, then finalizes with the best model.
 
     Args:
-        config: of the run; a folder that holds another one is refused.
-        folder: made if it is not there.
-        say: gets each line for the user.
-        make_task: as for `train_run`; returns also what it read.
-        finish: gets the run, its task, the model in model/, and what was read.
-        wishes: as for `train_run`.
+        config: must match that of an existing run.
+        run_dir: run folder; created if missing.
+        log: receives log lines.
+        make_task: as for `train`, but also returns the data it loaded.
+        finalize: receives the run, its task, the model in model/ and the data.
+        options: as for `train`.
     """
-    found: list[Any] = []
+    task_data: list[Any] = []
 
-    def noted(run: Run) -> tuple[Run, Task]:
-        run, task, read = make_task(run)
-        found.append(read)
+    def make_task_only(run: RunContext) -> tuple[RunContext, Task]:
+        run, task, data = make_task(run)
+        task_data.append(data)
         return run, task
 
-    run, task, _ = train_run(config, folder, say, noted, wishes)
-    model = load(run.folder / "model")
-    finish(run, task, model, found[-1])
+    run, task, _ = train(config, run_dir, log, make_task_only, options)
+    model = load(run.run_dir / "model")
+    finalize(run, task, model, task_data[-1])
     return model
 
 
-def saved_part(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds; the key follows from the config."""
+def checkpoint_state(state: TrainState) -> dict[str, Any]:
+    """Tree saved in a checkpoint; the key is derived from the config."""
     return {
         "step": state.step,
         "params": state.params,
         "opt_state": state.opt_state,
-        "skipped": state.skipped,
+        "num_skipped": state.num_skipped,
     }
 
 
-def resumed(
-    run: Run, fresh: TrainState, changes: Sequence[str] = ()
+def restore_or_init(
+    run: RunContext, init_state: TrainState, changes: Sequence[str] = ()
 ) -> tuple[TrainState, int]:
-    """The newest saved state, or the fresh one; and its number of finished steps.
+    """Newest saved state or the initial one, with its number of finished steps.
 
     Args:
         run: the run.
-        fresh: its state before the first step.
-        changes: of its config, which are written down and said.
+        init_state: state before the first step.
+        changes: config changes, which are logged.
     """
-    step, tree, complaints = checkpoint.resume(run.checkpoints, saved_part(fresh))
-    for complaint in complaints:
-        run.say(complaint)
+    step, tree, warnings = checkpoint.restore_latest(
+        run.checkpoint_dir, checkpoint_state(init_state)
+    )
+    for warning in warnings:
+        run.log(warning)
     if step is None:
-        run.metrics.unlink(missing_ok=True)  # of a start that saved nothing
-        return fresh, 0
-    report.trim_events(run.metrics, step)
+        run.metrics_path.unlink(
+            missing_ok=True
+        )  # of an earlier start without a checkpoint
+        return init_state, 0
+    report.drop_events_after(run.metrics_path, step)
     if step < run.config.train.steps:
-        where = device_line(run)
-        facts = {"device": where.split(None, 1)[1]}
-        facts |= {"changes": list(changes)} if changes else {}
-        report.write_event(run.metrics, "resume", step, **facts)
-        run.say(f"resumed  {run.folder} after step {step}")
-        run.say(where)
+        devices = describe_devices(run)
+        resume_info = {"device": devices.split(None, 1)[1]}
+        resume_info |= {"changes": list(changes)} if changes else {}
+        report.log_event(run.metrics_path, "resume", step, **resume_info)
+        run.log(f"resumed  {run.run_dir} after step {step}")
+        run.log(devices)
         for change in changes:
-            run.say(f"changed  {change}")
-    return fresh._replace(**tree), step
+            run.log(f"changed  {change}")
+    return init_state._replace(**tree), step
 
 
-def loop(
-    run: Run,
+def train_loop(
+    run: RunContext,
     task: Task,
     state: TrainState,
-    stopping: Callable[[], bool],
-    save: checkpoint.Save,
+    is_interrupted: Callable[[], bool],
+    save: checkpoint.SaveFn,
 ) -> tuple[TrainState, spikes.Spike | None]:
-    """Trains to the last step; evaluates before it, and on the way; logs and saves.
+    """Trains to the last step; logs, evaluates and saves.
 
     Returns:
-        The last state, and the spike for which the run is to go back, or None.
+        The last state, and the spike that requires a rollback, or None.
     """
-    c, train, first = run.config, run.config.train, int(state.step)
-    journal, done, saved = Journal(run, task, first), first, first
-    if not looked_at(run, task, first):
-        with journal.watch.aside():
-            look(run, task, state, journal, None, True, stopping)
-    distributed.stop_together(stopping())
-    if first == train.steps:
+    config, train_config, start_step = run.config, run.config.train, int(state.step)
+    logger, step, saved_step = (
+        MetricsLogger(run, task, start_step),
+        start_step,
+        start_step,
+    )
+    if not already_evaluated(run, task, start_step):
+        with logger.timer.excluded():
+            evaluate_and_sample(run, task, state, logger, None, True, is_interrupted)
+    distributed.stop_if_any(is_interrupted())
+    if start_step == train_config.steps:
         return state, None
-    rates = learning_rates(c.optim, train.steps)
-    step = compiled_by_shape(run, task, journal.norm_limit, stopping)
-    put = functools.partial(place_batch, mesh=run.mesh, rows=c.data.batch_size)
-    stream = journal.watch.waiting(prefetched(batches(run, task, first), put))
+    learning_rate_by_step = learning_rates(config.optim, train_config.steps)
+    train_step = jit_by_shape(run, task, logger.grad_norm_threshold, is_interrupted)
+    shard = functools.partial(shard_batch, mesh=run.mesh, rows=config.data.batch_size)
+    batch_stream = logger.timer.time_data(
+        prefetch_to_device(remaining_batches(run, task, start_step), shard)
+    )
     try:
-        for done, state, metrics in steps(state, step, stream):  # noqa: B020
-            reached("first step", metrics)
-            show_life()
-            if event := journal.read():  # of the step before
-                run.say(journal.line(event))
-            last, logging = done == train.steps, done % train.log_every == 0
-            evaluating, stop = due(run, task, done), stop_now(stopping, logging)
-            saving = last or stop or done % c.checkpoint.every == 0
-            journal.add(metrics, rates[done - 1], evaluating or saving or logging)
-            if (evaluating or saving) and not journal.back:
-                event = journal.read()
-            if journal.back:
-                return state, journal.back
-            if not (evaluating or saving):
+        for step, state, metrics in train_steps(state, train_step, batch_stream):  # noqa: B020
+            mark_phase("first step", metrics)
+            heartbeat()
+            if event := logger.flush_step():  # of the previous step
+                run.log(logger.format_line(event))
+            is_last, is_log_step = (
+                step == train_config.steps,
+                step % train_config.log_every == 0,
+            )
+            is_eval_step, stop_requested = (
+                should_evaluate(run, task, step),
+                should_stop(is_interrupted, is_log_step),
+            )
+            is_save_step = (
+                is_last or stop_requested or step % config.checkpoint.every == 0
+            )
+            logger.log_step(
+                metrics,
+                learning_rate_by_step[step - 1],
+                is_eval_step or is_save_step or is_log_step,
+            )
+            if (is_eval_step or is_save_step) and not logger.rollback_spike:
+                event = logger.flush_step()
+            if logger.rollback_spike:
+                return state, logger.rollback_spike
+            if not (is_eval_step or is_save_step):
                 continue
-            with journal.watch.aside():
-                look(run, task, state, journal, event, evaluating, stopping)
-                if saving:
-                    save_step(run, save, state, done)
-                    saved = done
-            if stop and not last:
-                raise Stopped
-    except Stopped:
-        if done == first:
+            with logger.timer.excluded():
+                evaluate_and_sample(
+                    run, task, state, logger, event, is_eval_step, is_interrupted
+                )
+                if is_save_step:
+                    save_checkpoint(run, save, state, step)
+                    saved_step = step
+            if stop_requested and not is_last:
+                raise Interrupted
+    except Interrupted:
+        if step == start_step:
             raise
-        journal.read()
-        if journal.back:
-            return state, journal.back
-        if done > saved:
-            save_step(run, save, state, done)
-        where = run.checkpoints.parent
-        text = f"stopped after step {done}; all is saved in {where}"
-        raise Stopped(text) from None
+        logger.flush_step()
+        if logger.rollback_spike:
+            return state, logger.rollback_spike
+        if step > saved_step:
+            save_checkpoint(run, save, state, step)
+        run_dir = run.checkpoint_dir.parent
+        text = f"interrupted after step {step}; all progress is saved in {run_dir}"
+        raise Interrupted(text) from None
     return state, None
 
 
-def due(run: Run, task: Task, done: int) -> bool:
-    """Whether a state is evaluated after so many steps."""
-    train = run.config.train
-    return done == train.steps or not (done - task.eval_offset) % train.eval_every
+def should_evaluate(run: RunContext, task: Task, step: int) -> bool:
+    """True if the state after a step is evaluated."""
+    train_config = run.config.train
+    return (
+        step == train_config.steps
+        or not (step - task.eval_offset) % train_config.eval_every
+    )
 
 
-def looked_at(run: Run, task: Task, done: int) -> bool:
-    """Whether nothing is left to do with the state from which the loop starts.
+def already_evaluated(run: RunContext, task: Task, step: int) -> bool:
+    """True if the restored step was already evaluated.
 
-    A signal may have come while it was evaluated.
+    The run may have been interrupted during its evaluation.
     """
-    if done and not due(run, task, done):
+    if step and not should_evaluate(run, task, step):
         return True
-    events = report.read_events(run.metrics)
-    kinds = {event["event"] for event in events if event["step"] == done}
+    events = report.read_events(run.metrics_path)
+    kinds = {event["event"] for event in events if event["step"] == step}
     return bool(kinds & {"eval", "sample"})
 
 
-def look(
-    run: Run,
+def evaluate_and_sample(
+    run: RunContext,
     task: Task,
     state: TrainState,
-    journal: Journal,
+    logger: MetricsLogger,
     event: report.Event | None,
-    evaluating: bool,
-    stopping: Callable[[], bool],
+    is_eval_step: bool,
+    is_interrupted: Callable[[], bool],
 ) -> None:
-    """Evaluates a state if asked to, says the line of its step, and lets it write.
+    """Evaluates, logs and samples at one step.
 
-    All of it is in metrics.jsonl, or nothing if a signal comes meanwhile.
+    If interrupted meanwhile, removes the events written so far from metrics.jsonl.
 
     Args:
         run: the run.
-        task: that it trains on.
-        state: after a step, or before the first.
-        journal: of the run; is told of the validation.
-        event: what was logged of the step, if anything.
-        evaluating: whether to look at all.
-        stopping: whether a signal came; asked before the first sample.
+        task: the task.
+        state: after the step, or before the first.
+        logger: metrics logger; receives the validation text.
+        event: logged event of the step, if any.
+        is_eval_step: if False, only logs the progress line.
+        is_interrupted: returns True after a signal; checked before the first sample.
     """
-    done, train = journal.done, run.config.train
-    size = run.metrics.stat().st_size if run.metrics.is_file() else 0
+    step, train_config = logger.step, run.config.train
+    size = run.metrics_path.stat().st_size if run.metrics_path.is_file() else 0
     try:
-        if evaluating:
-            show_life(slow=True)
-            text = task.evaluate(state, done, done == train.steps)
-            journal.validation = text
-        width = len(str(train.steps))
-        before = f"step {done:>{width}}/{train.steps} | {journal.validation}"
-        run.say(journal.line(event) if event else before)
-        if evaluating and task.sample:
-            if not event:  # before the first step, where nothing would be saved
-                distributed.stop_together(stopping())
-            show_life(slow=True)
-            task.sample(state, done)
-    except Stopped:
-        report.cut(run.metrics, size, "save")  # a save may have ended meanwhile
+        if is_eval_step:
+            heartbeat(long_operation=True)
+            text = task.evaluate(state, step, step == train_config.steps)
+            logger.validation = text
+        width = len(str(train_config.steps))
+        progress = f"step {step:>{width}}/{train_config.steps} | {logger.validation}"
+        run.log(logger.format_line(event) if event else progress)
+        if is_eval_step and task.sample:
+            if not event:  # before the first step there is nothing to save
+                distributed.stop_if_any(is_interrupted())
+            heartbeat(long_operation=True)
+            task.sample(state, step)
+    except Interrupted:
+        report.truncate_events(
+            run.metrics_path, size, "save"
+        )  # a save may have finished meanwhile
         raise
 
 
-def stop_now(stopping: Callable[[], bool], logging: bool) -> bool:
-    """Whether to stop here; many processes ask each other only now and then."""
+def should_stop(is_interrupted: Callable[[], bool], is_log_step: bool) -> bool:
+    """True if the run should stop; processes synchronize only at logged steps."""
     if jax.process_count() == 1:
-        return stopping()
-    return logging and distributed.any_process(stopping())
+        return is_interrupted()
+    return is_log_step and distributed.any_across_processes(is_interrupted())
 
 
-def saving(run: Run) -> tuple[Path, int, Callable[[int], None]]:
-    """Where a run saves, how many steps it keeps, and that it notes each of them."""
-    noted = functools.partial(report.write_event, run.metrics, "save")
-    return run.checkpoints, run.config.checkpoint.keep, noted
+def async_saver_args(run: RunContext) -> tuple[Path, int, Callable[[int], None]]:
+    """Checkpoint folder, number of checkpoints to keep, and a callback that logs."""
+    log_save = functools.partial(report.log_event, run.metrics_path, "save")
+    return run.checkpoint_dir, run.config.checkpoint.keep, log_save
 
 
-def save_step(run: Run, save: checkpoint.Save, state: TrainState, done: int) -> None:
-    """Begins to save the state, once the metrics up to it are on the disk."""
-    show_life(slow=True)
-    report.flush(run.metrics)  # what is resumed from the step goes by it
-    save(done, saved_part(state))
+def save_checkpoint(
+    run: RunContext, save: checkpoint.SaveFn, state: TrainState, step: int
+) -> None:
+    """Starts saving a checkpoint after syncing the metrics up to it to disk."""
+    heartbeat(long_operation=True)
+    report.sync_events(run.metrics_path)  # a run resumed from this step reads them
+    save(step, checkpoint_state(state))

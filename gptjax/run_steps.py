@@ -1,4 +1,4 @@
-"""The steps of a run: compiled by shape, and what is written of them, one step late."""
+"""Training steps: compilation by batch shape and metrics logging."""
 
 import math
 import time
@@ -10,183 +10,223 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax import budget, report, spikes
-from gptjax.distributed import stop_together
+from gptjax.distributed import stop_if_any
 from gptjax.errors import ConfigError
-from gptjax.machine_faults import check_compiled
-from gptjax.run_task import Run, Task
-from gptjax.sharding import on
-from gptjax.stopping import answer, show_life
-from gptjax.stopwatch import Stopwatch
+from gptjax.machine_faults import check_compiled_memory
+from gptjax.run_task import RunContext, Task
+from gptjax.sharding import use_mesh
+from gptjax.stopping import set_signal_mode, heartbeat
+from gptjax.stopwatch import StepTimer
 from gptjax.train import Metrics, TrainState, TrainStep
 
 
-class Journal:
-    """Reads the metrics of steps when they are there, writes and watches them.
+class MetricsLogger:
+    """Logs step metrics and detects anomalies.
 
-    Metrics are read one step late, so that the device is not kept waiting.
+    Metrics are read one step later, so that the device is not blocked.
     """
 
-    def __init__(self, run: Run, task: Task, done: int) -> None:
-        """After `done` steps, of which metrics.jsonl may tell."""
-        c = run.config
-        self.run, self.tokens, self.watch = run, task.tokens_per_step, Stopwatch()
-        self.done = self.logged = self.good = done
+    def __init__(self, run: RunContext, task: Task, step: int) -> None:
+        """Starts after `step` steps, with the history in metrics.jsonl."""
+        config = run.config
+        self.run, self.tokens_per_step, self.timer = (
+            run,
+            task.tokens_per_step,
+            StepTimer(),
+        )
+        self.step = self.logged_step = self.last_good_step = step
         self.pending: tuple[int, Metrics, float] | None = None
-        self.updated: list[Any] = []  # of the steps since, on the device
-        self.left_out = 0  # steps in a row without an update
-        self.back: spikes.Spike | None = None  # for which the run is to go back
-        self.seen = spikes.seen_in(report.read_events(run.metrics), c.train.log_every)
+        self.updated: list[Any] = []  # of the steps not yet logged, on the device
+        self.consecutive_skips = 0  # consecutive skipped steps
+        self.rollback_spike: spikes.Spike | None = (
+            None  # spike that requires a rollback
+        )
+        self.history = spikes.logged_steps(
+            report.read_events(run.metrics_path), config.train.log_every
+        )
         self.validation = "val -"
 
-    def add(self, metrics: Metrics, lr: float, wanted: bool) -> None:
-        """One more step is under way; what it computed is wanted, or not."""
-        self.done += 1
-        self.updated.append(metrics.updated)
-        if wanted:
-            self.pending = self.done, metrics, lr
+    def log_step(self, metrics: Metrics, lr: float, should_log: bool) -> None:
+        """Records a dispatched step; its metrics are read later if wanted."""
+        self.step += 1
+        self.updated.append(metrics.applied)
+        if should_log:
+            self.pending = self.step, metrics, lr
 
-    def read(self) -> report.Event | None:
-        """Writes what is pending, and returns it; notes if the run is to go back.
+    def flush_step(self) -> report.Event | None:
+        """Logs and returns the pending metrics; detects spikes.
 
         Raises:
-            ConfigError: too many steps in a row have changed nothing.
+            ConfigError: too many consecutive steps were skipped.
         """
         if self.pending is None:
             return None
-        (at, metrics, lr), self.pending = self.pending, None
-        jax.block_until_ready(metrics)  # steps are dispatched long before they end
-        seconds, waited = self.watch.lap()
-        count, self.logged = at - self.logged, at
-        show_life(seconds / count)
-        rate = count * self.tokens / seconds
-        event = train_event(self.run, at, metrics, lr, rate, waited / seconds)
-        updated = jax.device_get(self.updated[:count])
-        self.updated = self.updated[count:]
-        for number, made in enumerate(updated, at - count + 1):
-            self.left_out = 0 if made else self.left_out + 1
-            self.good = number if made else self.good
-            if self.left_out >= spikes.IN_A_ROW:
-                raise ConfigError(self.no_update(number))
-        if at % self.run.config.train.log_every == 0:
-            self.seen.append(spikes.Seen(at, event["loss"], event["grad_norm"]))
-            if spike := spikes.spike_at(self.seen):
-                self.tell(spike)
+        (step, metrics, lr), self.pending = self.pending, None
+        jax.block_until_ready(metrics)  # dispatch is asynchronous
+        seconds, wait_seconds = self.timer.end_step()
+        num_steps, self.logged_step = step - self.logged_step, step
+        heartbeat(seconds / num_steps)
+        tokens_per_second = num_steps * self.tokens_per_step / seconds
+        event = log_train_metrics(
+            self.run, step, metrics, lr, tokens_per_second, wait_seconds / seconds
+        )
+        applied = jax.device_get(self.updated[:num_steps])
+        self.updated = self.updated[num_steps:]
+        for applied_step, was_applied in enumerate(applied, step - num_steps + 1):
+            self.consecutive_skips = 0 if was_applied else self.consecutive_skips + 1
+            self.last_good_step = applied_step if was_applied else self.last_good_step
+            if self.consecutive_skips >= spikes.MAX_CONSECUTIVE_SKIPS:
+                raise ConfigError(self.skip_limit_message(applied_step))
+        if step % self.run.config.train.log_every == 0:
+            self.history.append(
+                spikes.LoggedStep(step, event["loss"], event["grad_norm"])
+            )
+            if spike := spikes.detect_spike(self.history):
+                self.report_spike(spike)
         return event
 
-    def no_update(self, step: int) -> str:
-        """What to say of a run that does not change any more."""
-        why = "neither loss nor gradient may be infinite or no number"
+    def skip_limit_message(self, step: int) -> str:
+        """Error message after too many consecutive skipped steps."""
+        reason = "non-finite gradients"
         if self.run.on_spike == "skip":
-            why += ", and the gradient may not be above the limit of --on-spike skip"
+            reason += ", or gradients above the threshold of --on-spike skip"
         return (
-            f"{self.left_out} steps in a row, up to step {step}, have changed nothing: "
-            f"{why}. The last good step is {self.good}. Lower optim.peak_lr, raise "
-            "optim.warmup_steps or set optim.grad_clip, with --allow-change for each "
-            "to go on from the last checkpoint, or with another --run to start anew."
+            f"{self.consecutive_skips} consecutive steps were skipped ({reason}), the last of them "
+            f"step {step}. The last good step is {self.last_good_step}. Lower optim.peak_lr, "
+            "raise optim.warmup_steps or set optim.grad_clip: resume with "
+            "--allow-change for each, or start a new run with another --run DIR."
         )
 
-    def tell(self, spike: spikes.Spike) -> None:
-        """Says and writes that there is a spike."""
-        facts = {"name": spike.name, "value": spike.value, "limit": spike.limit}
-        report.write_event(self.run.metrics, "spike", spike.step, **facts)
-        self.run.say(
-            f"spike    in step {spike.step}: {spike.name} {spike.value:.4g}, where "
-            f"{spike.limit:.4g} would be much"
+    def report_spike(self, spike: spikes.Spike) -> None:
+        """Prints a spike and writes it to metrics.jsonl."""
+        values = {"name": spike.name, "value": spike.value, "limit": spike.threshold}
+        report.log_event(self.run.metrics_path, "spike", spike.step, **values)
+        self.run.log(
+            f"spike    step {spike.step}: {spike.name} {spike.value:.4g} exceeds the "
+            f"spike threshold {spike.threshold:.4g}"
         )
         if self.run.on_spike == "rollback":
-            self.back = spike
+            self.rollback_spike = spike
 
-    def line(self, event: report.Event) -> str:
-        """The line that people read of a logged step."""
+    def format_line(self, event: report.Event) -> str:
+        """Progress line of a logged step."""
         steps = self.run.config.train.steps
-        left = (steps - event["step"]) * self.tokens / event["tokens_per_s"]
-        return report.progress(steps, event, self.validation, left)
+        seconds_left = (
+            (steps - event["step"]) * self.tokens_per_step / event["tokens_per_s"]
+        )
+        return report.format_progress(steps, event, self.validation, seconds_left)
 
-    def norm_limit(self) -> float:
-        """Above what norm of the gradient the next step is to change nothing."""
-        return spikes.norm_limit(self.seen, self.done + 1)
+    def grad_norm_threshold(self) -> float:
+        """Gradient norm above which the next step is skipped."""
+        return spikes.grad_norm_threshold(self.history, self.step + 1)
 
 
-def compiled_by_shape(
-    run: Run, task: Task, limit: Callable[[], float], stopping: Callable[[], bool]
+def jit_by_shape(
+    run: RunContext,
+    task: Task,
+    grad_norm_threshold: Callable[[], float],
+    is_interrupted: Callable[[], bool],
 ) -> TrainStep:
-    """The step, compiled for each shape of batch, so that people see the wait.
+    """Train step, compiled explicitly for each batch shape, with a log line.
 
     Args:
-        run: its `on_spike` says whether the limit counts.
-        task: of the run.
-        limit: of the norm of the gradient of the next step.
-        stopping: whether a signal came; asked when a program is ready, before its step.
+        run: the run; the threshold applies if its `on_spike` is "skip".
+        task: the task.
+        grad_norm_threshold: returns the gradient-norm threshold of the next step.
+        is_interrupted: returns True after a signal; checked after compilation.
     """
     options: dict[str, Any] = {"donate_argnums": 0}
-    if run.mesh is not None:  # the next step finds the state as this one did
-        same = jax.tree.map(lambda leaf: leaf.sharding, task.fresh)
-        options["out_shardings"] = same, NamedSharding(run.mesh, PartitionSpec())
-    step_fn: Any = jax.jit(task.step, **options)
-    programs: dict[Any, Any] = {}
-    skipping = run.on_spike == "skip"
+    if run.mesh is not None:  # keeps the sharding of the state from step to step
+        state_shardings = jax.tree.map(lambda leaf: leaf.sharding, task.init_state)
+        options["out_shardings"] = (
+            state_shardings,
+            NamedSharding(run.mesh, PartitionSpec()),
+        )
+    step_fn: Any = jax.jit(task.train_step, **options)
+    compiled_steps: dict[Any, Any] = {}
+    skip_spikes = run.on_spike == "skip"
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        last = {"limit": np.float32(limit())} if skipping else {}
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        threshold_arg = (
+            {"max_grad_norm": np.float32(grad_norm_threshold())} if skip_spikes else {}
+        )
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
-        if shapes not in programs:
-            show_life(slow=True)
-            programs[shapes] = compiled(run, step_fn, state, batch, task.fixed, last)
-            stop_together(stopping())
+        if shapes not in compiled_steps:
+            heartbeat(long_operation=True)
+            compiled_steps[shapes] = aot_compile(
+                run, step_fn, state, batch, task.frozen_params, threshold_arg
+            )
+            stop_if_any(is_interrupted())
         if jax.process_count() == 1:
-            answer("ask")  # from here on there is something to save
-        return programs[shapes](state, batch, *task.fixed, **last)
+            set_signal_mode("deferred")  # from here on there is progress to save
+        return compiled_steps[shapes](
+            state, batch, *task.frozen_params, **threshold_arg
+        )
 
-    return step
+    return train_step
 
 
-def compiled(
-    run: Run, step_fn: Any, state: TrainState, batch: Any, fixed: Any, last: Any
+def aot_compile(
+    run: RunContext,
+    step_fn: Any,
+    state: TrainState,
+    batch: Any,
+    frozen_params: Any,
+    threshold_arg: Any,
 ) -> Any:
-    """The program of a step for batches of that shape; says how long that took.
+    """Compiles the step for one batch shape; logs time and memory.
 
     Raises:
-        ConfigError: the machine has not the memory for it.
+        ConfigError: the step does not fit into memory.
     """
-    run.say("compiling ...")
+    run.log("compiling ...")
     started = time.perf_counter()
-    with on(run.mesh):
-        program = step_fn.lower(state, batch, *fixed, **last).compile()
+    with use_mesh(run.mesh):
+        compiled_step = step_fn.lower(
+            state, batch, *frozen_params, **threshold_arg
+        ).compile()
     seconds = time.perf_counter() - started
-    memory = program.memory_analysis()
-    check_compiled(run, memory)
-    size = memory.temp_size_in_bytes if memory else None
-    numbers = {"seconds": seconds, "temporaries": size}
-    report.write_event(run.metrics, "compile", int(state.step), **numbers)
-    held = budget.human(size) if size is not None else "unknown"
-    run.say(f"compiled  in {seconds:.1f} s; a step needs {held} of temporaries")
-    return program
+    memory = compiled_step.memory_analysis()
+    check_compiled_memory(run, memory)
+    temp_bytes = memory.temp_size_in_bytes if memory else None
+    numbers = {"seconds": seconds, "temporaries": temp_bytes}
+    report.log_event(run.metrics_path, "compile", int(state.step), **numbers)
+    temp_size = budget.format_bytes(temp_bytes) if temp_bytes is not None else "unknown"
+    run.log(f"compiled  in {seconds:.1f} s; {temp_size} of temporary buffers per step")
+    return compiled_step
 
 
-def train_event(
-    run: Run, done: int, metrics: Metrics, lr: float, rate: float, waited: float
+def log_train_metrics(
+    run: RunContext,
+    step: int,
+    metrics: Metrics,
+    lr: float,
+    tokens_per_second: float,
+    input_wait: float,
 ) -> report.Event:
-    """Writes the metrics of step `done`.
+    """Logs the metrics of a step as a "train" event.
 
     Args:
         run: the run.
-        done: finished steps.
-        metrics: of the last of them.
-        lr: that it used.
-        rate: tokens per second since the event before.
-        waited: share of that time that the loop waited for its next batch.
+        step: finished steps.
+        metrics: of the last finished step.
+        lr: learning rate of that step.
+        tokens_per_second: tokens per second since the previous event.
+        input_wait: fraction of that time spent waiting for the next batch.
     """
     values: report.Event = {
         "loss": float(metrics.loss),
         "lr": lr,
         "grad_norm": float(metrics.grad_norm),
-        "tokens_per_s": rate,
-        "input_wait": waited,
+        "tokens_per_s": tokens_per_second,
+        "input_wait": input_wait,
     }
-    if peak := budget.peak_flops():
-        values["mfu"] = rate * budget.flops_per_token(run.config.model) / peak
-    if not metrics.updated:
+    if peak := budget.total_peak_flops():
+        values["mfu"] = (
+            tokens_per_second * budget.flops_per_token(run.config.model) / peak
+        )
+    if not metrics.applied:
         finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
         values["skipped"] = "spike" if finite else "not finite"
-    report.write_event(run.metrics, "train", done, **values)
-    return {"step": done, **values}
+    report.log_event(run.metrics_path, "train", step, **values)
+    return {"step": step, **values}

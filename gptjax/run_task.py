@@ -1,4 +1,4 @@
-"""What a run is given: its config and folder, its task, and the user's wishes."""
+"""Run context, task interface and resume options."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -9,66 +9,72 @@ import jax
 from jax.sharding import Mesh
 
 from gptjax.config import RunConfig
-from gptjax.spikes import Policy
+from gptjax.spikes import SpikePolicy
 from gptjax.train import TrainState
 from gptjax.weights.folder import Model
 
-Say = Callable[[str], None]
+LogFn = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """What the parts of one run share; nothing in it changes."""
+class RunContext:
+    """Run context shared by all parts of a run."""
 
     config: RunConfig
-    folder: Path
-    say: Say
-    mesh: Mesh | None = None  # of the devices; None: there is one
-    saved: Path | None = None  # the folder of its checkpoints, where it is another
-    on_spike: Policy = "log"
+    run_dir: Path
+    log: LogFn
+    mesh: Mesh | None = None  # None for a single device
+    shared_run_dir: Path | None = (
+        None  # run folder with the checkpoints, if not `run_dir`
+    )
+    on_spike: SpikePolicy = "log"
 
     @property
-    def checkpoints(self) -> Path:
-        """Where states are saved."""
-        return (self.saved or self.folder) / "checkpoints"
+    def checkpoint_dir(self) -> Path:
+        """Folder of the checkpoints."""
+        return (self.shared_run_dir or self.run_dir) / "checkpoints"
 
     @property
-    def metrics(self) -> Path:
-        """Where events go."""
-        return self.folder / "metrics.jsonl"
+    def metrics_path(self) -> Path:
+        """Path of metrics.jsonl."""
+        return self.run_dir / "metrics.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
-class Wishes:
-    """What a user asks of a run besides its config."""
+class ResumeOptions:
+    """Options of starting or resuming a run that are not part of its config."""
 
-    allow_change: tuple[str, ...] = ()  # options that may differ from those before
-    on_spike: str = ""  # one of `gptjax.spikes.POLICIES`; "" = as before, or log
+    allow_change: tuple[str, ...] = ()  # config options that may change on resume
+    on_spike: str = ""  # one of SPIKE_POLICIES; "" = the saved policy, or "log"
 
 
-NO_WISHES = Wishes()
+DEFAULT_RESUME_OPTIONS = ResumeOptions()
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What one kind of training brings to the loop."""
+    """One kind of training."""
 
-    fresh: TrainState  # before the first step
-    step: Callable[..., Any]  # (state, batch, *fixed) -> (state, metrics), pure
-    batches: Callable[[int, int], Iterator[Any]]  # of steps from, to before
+    init_state: TrainState  # before the first step
+    train_step: Callable[
+        ..., Any
+    ]  # (state, batch, *frozen_params) -> (state, metrics), pure
+    batches: Callable[[int, int], Iterator[Any]]  # of steps [start, stop)
     tokens_per_step: int | float
-    # (state, finished steps, whether it is the last time) -> what the line says of it
+    # (state, finished steps, is_last) -> text for the progress line
     evaluate: Callable[[TrainState, int, bool], str]
-    model: Callable[[TrainState], Model]  # that a state stands for
-    facts: dict[str, Any]  # for meta.json: what the run reads
-    plan: list[str]  # lines for people, before anything happens
+    to_model: Callable[[TrainState], Model]
+    provenance: dict[
+        str, Any
+    ]  # for meta.json: hashes of data, tokenizer, initial weights
+    summary: list[str]  # lines printed before training
     sample: Callable[[TrainState, int], None] | None = None
-    fixed: tuple[Any, ...] = ()  # arguments of `step` that no step changes
-    eval_offset: int = 0  # evaluated are this step and every `train.eval_every` after
+    frozen_params: tuple[Any, ...] = ()
+    eval_offset: int = 0  # first step evaluated; then every `train.eval_every` steps
 
 
-def device_line(run: Run) -> str:
-    """What the run computes on, for its plan."""
+def describe_devices(run: RunContext) -> str:
+    """Summary line: devices and mesh."""
     text = f"device   {jax.device_count()} x {jax.devices()[0].device_kind}"
     if jax.process_count() > 1:
         text += f" of {jax.process_count()} processes"
@@ -78,6 +84,6 @@ def device_line(run: Run) -> str:
     return text
 
 
-def length_line(steps: int, epochs: float) -> str:
-    """How long the run is, for its plan."""
-    return f"length   {steps:,} steps = {epochs:.3g} times through the data"
+def describe_length(steps: int, epochs: float) -> str:
+    """Summary line: number of steps and epochs."""
+    return f"steps    {steps:,} = {epochs:.3g} epochs"

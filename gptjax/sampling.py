@@ -1,8 +1,8 @@
-"""From scores to the next token: every option is a traced value, none recompiles.
+"""Token sampling. All parameters are traced, so changing them never recompiles.
 
-Greedy choice is temperature 0. The filters follow each other as top-k, top-p, min-p,
-after the repetition penalty and the temperature. Each of them keeps the tokens whose
-score is at least some threshold, so equal scores are kept or dropped together.
+Order: repetition penalty, temperature, top-k, top-p, min-p. Temperature 0 is greedy.
+Each filter keeps the tokens with a logit at or above a cutoff, so ties are kept or
+dropped together.
 """
 
 from typing import NamedTuple
@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32, Key
 
-LANES = 1024  # of a sum over the vocabulary
-Scores = Float[Array, "B V"]
+SOFTMAX_LANES = 1024  # partial sums of the softmax denominator
+Logits = Float[Array, "B V"]
 
 
-class Knobs(NamedTuple):
-    """The options of one call, as scalars on the device."""
+class SamplingParams(NamedTuple):
+    """Sampling parameters of one call, as device scalars."""
 
     temperature: Float[Array, ""]  # 0 = greedy
     top_k: Int[Array, ""]  # 0 = off
@@ -26,123 +26,127 @@ class Knobs(NamedTuple):
 
 
 def sample(
-    logit_BV: Scores, seen_BV: Bool[Array, "B V"], key_B: Key[Array, " B"], knobs: Knobs
+    logit_BV: Logits,
+    seen_BV: Bool[Array, "B V"],
+    key_B: Key[Array, " B"],
+    sampling: SamplingParams,
 ) -> Int[Array, " B"]:
-    """The next token of each row, drawn with the row's own key.
+    """Samples the next token of each row with the row's own key.
 
-    Args:
-        logit_BV: float32 scores of the real vocabulary, without padding.
-        seen_BV: the tokens that the repetition penalty is for.
-        key_B: used where the temperature is not 0.
-        knobs: how to draw.
+    The logits are float32 and exclude the padding of the vocabulary. `seen_BV` marks
+    the tokens subject to the repetition penalty.
     """
-    logit_BV = penalized(logit_BV, seen_BV, knobs.repetition_penalty)
+    logit_BV = apply_repetition_penalty(logit_BV, seen_BV, sampling.repetition_penalty)
 
-    def drawn(logit_BV: Scores) -> Scores:
-        # Counted from the highest score down, no temperature can overflow it.
-        logit_BV = logit_BV - top(logit_BV)
-        logit_BV = logit_BV / jnp.maximum(knobs.temperature, 1e-6)
-        filtering = (knobs.top_k > 0) | (knobs.top_p < 1) | (knobs.min_p > 0)
+    def perturb_logits(logit_BV: Logits) -> Logits:
+        # Relative to the maximum, so that no temperature overflows.
+        logit_BV = logit_BV - max_logit(logit_BV)
+        logit_BV = logit_BV / jnp.maximum(sampling.temperature, 1e-6)
+        is_filtered = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
         logit_BV = jax.lax.cond(
-            filtering, lambda x_BV: filtered(x_BV, knobs), lambda x_BV: x_BV, logit_BV
+            is_filtered,
+            lambda x_BV: filter_logits(x_BV, sampling),
+            lambda x_BV: x_BV,
+            logit_BV,
         )
-        vocabulary = logit_BV.shape[-1:]
-        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, vocabulary))(key_B)
-        return logit_BV + noise_BV  # its maximum is a draw from softmax(logit_BV)
+        vocab_shape = logit_BV.shape[-1:]
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, vocab_shape))(key_B)
+        return logit_BV + noise_BV  # Gumbel-max: its argmax is a sample
 
     noisy_BV = jax.lax.cond(
-        knobs.temperature > 0, drawn, lambda logit_BV: logit_BV, logit_BV
+        sampling.temperature > 0, perturb_logits, lambda logit_BV: logit_BV, logit_BV
     )
-    return highest(noisy_BV)
+    return argmax(noisy_BV)
 
 
-def highest(score_BV: Scores) -> Int[Array, " B"]:
-    """Where the highest score of each row first is; the last place if that is NaN.
+def argmax(logit_BV: Logits) -> Int[Array, " B"]:
+    """Index of the first maximum of each row; the last index if the row has a NaN.
 
-    On a CPU two passes that are vectorised take half the time of `argmax`.
+    Two vectorized passes, which take half the time of `jnp.argmax` on CPU.
     """
-    place_V = jnp.arange(score_BV.shape[-1], dtype=jnp.int32)
-    found_BV = score_BV == top(score_BV)
-    return jnp.min(jnp.where(found_BV, place_V[None], place_V[-1]), axis=-1)
+    index_V = jnp.arange(logit_BV.shape[-1], dtype=jnp.int32)
+    is_max_BV = logit_BV == max_logit(logit_BV)
+    return jnp.min(jnp.where(is_max_BV, index_V[None], index_V[-1]), axis=-1)
 
 
-def top(score_BV: Scores) -> Float[Array, "B 1"]:
-    """The highest score of each row.
+def max_logit(logit_BV: Logits) -> Float[Array, "B 1"]:
+    """Maximum of each row.
 
-    It is looked for among whole numbers in the same order, for which a CPU takes a
-    tenth of the time.
+    Reduces order-preserving integers, which takes a tenth of the time on CPU.
     """
-    most_B1 = jnp.max(ordered(score_BV), axis=-1, keepdims=True)
-    bits_B1 = ordered(jax.lax.bitcast_convert_type(most_B1, jnp.float32))
+    max_B1 = jnp.max(float_to_sortable_int(logit_BV), axis=-1, keepdims=True)
+    bits_B1 = float_to_sortable_int(jax.lax.bitcast_convert_type(max_B1, jnp.float32))
     return jax.lax.bitcast_convert_type(bits_B1, jnp.float32)
 
 
-def log_chance(logit_BV: Scores, token_B: Int[Array, " B"]) -> Float[Array, " B"]:
-    """The logarithm of softmax(logit_BV) at one token of each row."""
-    below_BV = logit_BV - top(logit_BV)
-    # Summed lane by lane, which a CPU vectorises; a sum of all at once it does not.
-    power_BV = jnp.exp(below_BV)
-    power_BV = jnp.pad(power_BV, ((0, 0), (0, -power_BV.shape[1] % LANES)))
-    lanes = jnp.split(power_BV, power_BV.shape[1] // LANES, axis=1)
-    total_B = jnp.sum(sum(lanes), axis=1)
-    return below_BV[jnp.arange(len(token_B)), token_B] - jnp.log(total_B)
+def log_prob(logit_BV: Logits, token_B: Int[Array, " B"]) -> Float[Array, " B"]:
+    """Log-softmax of the logits at one token per row."""
+    shifted_BV = logit_BV - max_logit(logit_BV)
+    # Summed lane by lane: XLA vectorizes this on CPU, but not a full reduction.
+    exp_BV = jnp.exp(shifted_BV)
+    exp_BV = jnp.pad(exp_BV, ((0, 0), (0, -exp_BV.shape[1] % SOFTMAX_LANES)))
+    lanes = jnp.split(exp_BV, exp_BV.shape[1] // SOFTMAX_LANES, axis=1)
+    sum_B = jnp.sum(sum(lanes), axis=1)
+    return shifted_BV[jnp.arange(len(token_B)), token_B] - jnp.log(sum_B)
 
 
-def penalized(
-    logit_BV: Scores, seen_BV: Bool[Array, "B V"], penalty: Float[Array, ""]
-) -> Scores:
-    """Scores of seen tokens lowered: divided where positive, else multiplied.
+def apply_repetition_penalty(
+    logit_BV: Logits, seen_BV: Bool[Array, "B V"], penalty: Float[Array, ""]
+) -> Logits:
+    """Penalizes seen tokens: divides positive logits, multiplies negative ones.
 
-    Keskar et al. 2019, "CTRL", section 4.1, with the sign handled.
+    Keskar et al. 2019, "CTRL", sec. 4.1, extended to negative logits.
     """
-    lowered_BV = jnp.where(logit_BV > 0, logit_BV / penalty, logit_BV * penalty)
-    return jnp.where(seen_BV, lowered_BV, logit_BV)
+    penalized_BV = jnp.where(logit_BV > 0, logit_BV / penalty, logit_BV * penalty)
+    return jnp.where(seen_BV, penalized_BV, logit_BV)
 
 
-def filtered(logit_BV: Scores, knobs: Knobs) -> Scores:
-    """Scores counted from the highest down, -inf where a filter drops the token.
+def filter_logits(logit_BV: Logits, sampling: SamplingParams) -> Logits:
+    """Sets logits outside top-k, top-p or min-p to -inf; expects a row maximum of 0.
 
-    top-k keeps the k highest (Fan et al. 2018). Of what that leaves, top-p keeps the
-    fewest highest whose probabilities sum to p or more (Holtzman et al. 2020), and
-    min-p those of at least p times the highest probability (Nguyen et al. 2024).
+    Top-k keeps the k highest logits (Fan et al. 2018). Among these, top-p keeps the
+    smallest set of the most likely tokens with a total probability of at least p
+    (Holtzman et al. 2020), and min-p the tokens with at least p times the maximum
+    probability (Nguyen et al. 2024).
     """
-    count = jnp.where(knobs.top_k > 0, knobs.top_k, logit_BV.shape[-1])
-    mass = jnp.where(knobs.top_p < 1, knobs.top_p, jnp.inf)
-    rank_BV = ordered(logit_BV)
-    least_B = threshold(rank_BV, jnp.ones_like(logit_BV), count.astype(jnp.float32))
-    keep_BV = rank_BV >= least_B[:, None]
-    chance_BV = jax.nn.softmax(jnp.where(keep_BV, logit_BV, -jnp.inf))
-    keep_BV &= rank_BV >= threshold(rank_BV, chance_BV, mass)[:, None]
-    keep_BV &= logit_BV >= jnp.log(knobs.min_p)
+    k = jnp.where(sampling.top_k > 0, sampling.top_k, logit_BV.shape[-1])
+    p = jnp.where(sampling.top_p < 1, sampling.top_p, jnp.inf)
+    sortable_BV = float_to_sortable_int(logit_BV)
+    cutoff_B = cutoff_logit(sortable_BV, jnp.ones_like(logit_BV), k.astype(jnp.float32))
+    keep_BV = sortable_BV >= cutoff_B[:, None]
+    prob_BV = jax.nn.softmax(jnp.where(keep_BV, logit_BV, -jnp.inf))
+    keep_BV &= sortable_BV >= cutoff_logit(sortable_BV, prob_BV, p)[:, None]
+    keep_BV &= logit_BV >= jnp.log(sampling.min_p)
     return jnp.where(keep_BV, logit_BV, -jnp.inf)
 
 
-def ordered(x: Float[Array, "*B"]) -> Int32[Array, "*B"]:
-    """Integers in the order of the float32 numbers that they stand for.
+def float_to_sortable_int(x: Float[Array, "*B"]) -> Int32[Array, "*B"]:
+    """Maps float32 values to int32 values of the same order.
 
-    The bits of negative numbers count away from 0, and are turned round; what is turned
-    twice is as it was.
+    Flips all but the sign bit of negative numbers. The mapping is its own inverse on
+    the bit patterns.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
-def threshold(
-    rank_BV: Int32[Array, "B V"], weight_BV: Scores, target: Float[Array, ""]
+def cutoff_logit(
+    sortable_BV: Int32[Array, "B V"], weight_BV: Logits, target: Float[Array, ""]
 ) -> Int32[Array, " B"]:
-    """The highest rank at or above which the weights of a row sum to the target.
+    """Highest cutoff at or above which the weights of a row sum to the target.
 
-    The lowest integer where all of them together do not. Found bit by bit: 32 sums are
-    several times faster than sorting a vocabulary on a CPU, and no slower elsewhere.
+    Binary search over order-preserving integers: 32 sums are several times faster than
+    sorting on CPU, and no slower elsewhere. Returns the lowest integer if the total
+    weight is below the target.
     """
 
-    def with_bit(n: Int[Array, ""], least_B: Int32[Array, " B"]) -> Array:
-        # The first bit is the sign, without which an integer is higher.
-        higher_B = least_B ^ (jnp.int32(1) << (31 - n))
-        above_BV = (rank_BV >= higher_B[:, None]).astype(jnp.float32)
-        # As a product, which a CPU vectorises; "highest": as exact as a sum elsewhere.
-        mass_B = jnp.einsum("BV,BV->B", above_BV, weight_BV, precision="highest")
-        return jnp.where(mass_B >= target, higher_B, least_B)
+    def set_bit(n: Int[Array, ""], cutoff_B: Int32[Array, " B"]) -> Array:
+        # Bit 31 is the sign: clearing it raises the value.
+        candidate_B = cutoff_B ^ (jnp.int32(1) << (31 - n))
+        is_above_BV = (sortable_BV >= candidate_B[:, None]).astype(jnp.float32)
+        # A dot product, vectorized on CPU; "highest" keeps float32 on accelerators.
+        mass_B = jnp.einsum("BV,BV->B", is_above_BV, weight_BV, precision="highest")
+        return jnp.where(mass_B >= target, candidate_B, cutoff_B)
 
-    start_B = jnp.full(rank_BV.shape[0], jnp.iinfo(jnp.int32).min)
-    return jax.lax.fori_loop(0, 32, with_bit, start_B)
+    lowest_B = jnp.full(sortable_BV.shape[0], jnp.iinfo(jnp.int32).min)
+    return jax.lax.fori_loop(0, 32, set_bit, lowest_B)

@@ -1,7 +1,7 @@
-"""How well classes are told apart: counts, rates, their uncertainty.
+"""Classification metrics and confidence intervals.
 
-Pure functions over NumPy. C is the number of classes, n that of the examples. The
-rates are those of scikit-learn with `zero_division=0`.
+Pure functions of NumPy arrays. C is the number of classes, n the number of examples.
+The metrics agree with scikit-learn's with `zero_division=0`.
 """
 
 from collections.abc import Sequence
@@ -12,95 +12,100 @@ from jaxtyping import Bool, Int, Real
 
 from gptjax.errors import DataError
 
-RESAMPLES = 2_000
-VALUES = 1_000_000  # drawn at once
+NUM_RESAMPLES = 2_000
+MAX_VALUES_PER_DRAW = 1_000_000  # drawn at a time, which limits memory
 
 
-class Scores(NamedTuple):
-    """Rates from 0 to 1; the tuples have one number for each class."""
+class ClassificationMetrics(NamedTuple):
+    """Classification metrics from 0 to 1; tuples have one entry per class."""
 
     accuracy: float
-    macro_f1: float  # over the classes that occur in truth or prediction
-    balanced_accuracy: float  # mean recall over the classes that occur in truth
-    precision: tuple[float, ...]  # 0 for a class that is never predicted
-    recall: tuple[float, ...]  # 0 for a class that does not occur
+    macro_f1: float  # mean over classes with true or predicted examples
+    balanced_accuracy: float  # mean recall over classes with true examples
+    precision: tuple[float, ...]  # 0 for classes never predicted
+    recall: tuple[float, ...]  # 0 for classes without true examples
     f1: tuple[float, ...]
-    count: tuple[int, ...]  # examples of the class
+    count: tuple[int, ...]  # true examples
 
 
-def confusion(
-    true: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"], classes: int
+def confusion_matrix(
+    true: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"], num_classes: int
 ) -> Int[np.ndarray, "C C"]:
-    """How many examples of each true class (row) are predicted as each (column).
+    """Counts examples by true class (row) and predicted class (column).
 
-    >>> confusion(np.array([0, 0, 1]), np.array([0, 1, 1]), 2).tolist()
+    >>> confusion_matrix(np.array([0, 0, 1]), np.array([0, 1, 1]), 2).tolist()
     [[1, 1], [0, 1]]
     """
-    for numbers in (true, predicted):
-        if np.any((numbers < 0) | (numbers >= classes)):
+    for class_ids in (true, predicted):
+        if np.any((class_ids < 0) | (class_ids >= num_classes)):
             raise DataError(
-                f"classes are numbered {numbers.min()} to {numbers.max()}, but there "
-                f"are {classes}: 0 to {classes - 1}. Number them from 0."
+                f"class ids range from {class_ids.min()} to {class_ids.max()}, but the "
+                f"{num_classes} classes are 0 to {num_classes - 1}. Number them from 0."
             )
-    cell = true.astype(np.int64) * classes + predicted
-    return np.bincount(cell, minlength=classes**2).reshape(classes, classes)
+    cell = true.astype(np.int64) * num_classes + predicted
+    return np.bincount(cell, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def scores(matrix_CC: Int[np.ndarray, "C C"]) -> Scores:
-    """All rates of a confusion matrix.
+def classification_metrics(
+    confusion_CC: Int[np.ndarray, "C C"],
+) -> ClassificationMetrics:
+    """Computes all metrics from a confusion matrix.
 
-    >>> scores(np.array([[1, 1], [0, 1]])).recall
+    >>> classification_metrics(np.array([[1, 1], [0, 1]])).recall
     (0.5, 1.0)
     """
-    right_C, count_C = matrix_CC.diagonal(), matrix_CC.sum(axis=1)
-    predicted_C = matrix_CC.sum(axis=0)
+    correct_C, count_C = confusion_CC.diagonal(), confusion_CC.sum(axis=1)
+    predicted_C = confusion_CC.sum(axis=0)
     if not count_C.any():
-        raise DataError("there is no example to score. Give a set that is not empty.")
-    recall_C = right_C / np.maximum(count_C, 1)
-    f1_C = 2 * right_C / np.maximum(count_C + predicted_C, 1)
-    return Scores(
-        accuracy=float(right_C.sum() / count_C.sum()),
+        raise DataError("there is no example to score. Pass a non-empty data set.")
+    recall_C = correct_C / np.maximum(count_C, 1)
+    f1_C = 2 * correct_C / np.maximum(count_C + predicted_C, 1)
+    return ClassificationMetrics(
+        accuracy=float(correct_C.sum() / count_C.sum()),
         macro_f1=float(f1_C[count_C + predicted_C > 0].mean()),
         balanced_accuracy=float(recall_C[count_C > 0].mean()),
-        precision=tuple((right_C / np.maximum(predicted_C, 1)).tolist()),
+        precision=tuple((correct_C / np.maximum(predicted_C, 1)).tolist()),
         recall=tuple(recall_C.tolist()),
         f1=tuple(f1_C.tolist()),
         count=tuple(count_C.tolist()),
     )
 
 
-def bootstrap_interval(
-    correct: Bool[np.ndarray, " n"], seed: int = 0
-) -> tuple[float, float]:
-    """The 95 % percentile interval of the accuracy (Efron & Tibshirani 1993, ch. 13).
+def accuracy_ci(correct: Bool[np.ndarray, " n"], seed: int = 0) -> tuple[float, float]:
+    """95% bootstrap interval of the accuracy (Efron & Tibshirani 1993, ch. 13).
 
-    Drawing n of n examples with replacement makes the number of right ones binomial,
-    so that is what is drawn. Of examples that are all right, so is every resample:
-    there the interval is a point and tells nothing.
+    Percentile interval. Resampling n of n examples makes the number of correct ones
+    binomial, so this number is drawn directly. If all examples are correct or all are
+    wrong, the interval is a point and carries no information.
     """
     n = len(correct)
     if not n:
-        raise DataError("there is no example to score. Give a set that is not empty.")
-    draws = np.random.default_rng(seed).binomial(n, correct.mean(), RESAMPLES) / n
+        raise DataError("there is no example to score. Pass a non-empty data set.")
+    draws = np.random.default_rng(seed).binomial(n, correct.mean(), NUM_RESAMPLES) / n
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)
 
 
-def mean_interval(
+def mean_ci(
     values: Sequence[int | float] | Real[np.ndarray, " n"], seed: int = 0
 ) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean, as `bootstrap_interval` of a rate.
+    """95% bootstrap interval of the mean (percentiles).
 
-    Of values that are all equal the interval is a point and tells nothing.
+    If all values are equal, the interval is a point and carries no information.
     """
     n = len(values)
     if not n:
-        raise DataError("there is no value to average. Give a list that is not empty.")
-    above = np.asarray(values, np.float64) - values[0]  # equal ones become exact zeros
-    rng, rows = np.random.default_rng(seed), max(1, VALUES // n)
+        raise DataError("there is no value to average. Pass a non-empty list.")
+    offsets = np.asarray(values, np.float64) - values[0]  # exact 0 if all are equal
+    rng, resamples_per_draw = (
+        np.random.default_rng(seed),
+        max(1, MAX_VALUES_PER_DRAW // n),
+    )
     means = [
-        above[rng.integers(n, size=(min(rows, RESAMPLES - start), n))].mean(axis=1)
-        for start in range(0, RESAMPLES, rows)
+        offsets[
+            rng.integers(n, size=(min(resamples_per_draw, NUM_RESAMPLES - start), n))
+        ].mean(axis=1)
+        for start in range(0, NUM_RESAMPLES, resamples_per_draw)
     ]
     low, high = values[0] + np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(low), float(high)

@@ -1,18 +1,18 @@
-"""Numbers that go wrong: steps in a row without an update, and spikes.
+"""Training anomalies: loss spikes, gradient spikes and consecutive skipped steps.
 
-A spike is a loss or a norm of the gradient far above those of the logged steps before:
-more than SIGMAS standard deviations over their median. The deviation is that of the
-median of distances, which single outliers do not move.
+A spike is a loss or gradient norm more than NUM_SIGMAS standard deviations above the
+median of the previous logged steps. The standard deviation is estimated from the median
+absolute deviation, which is robust to outliers.
 
-What follows a spike in step s is a matter of `--on-spike`:
+`--on-spike` sets the reaction to a spike in step s:
 
-    log       it is said, and written to metrics.jsonl
-    skip      besides, a step whose gradient is as large changes nothing
-    rollback  the run goes back to the last step before s at which it saves, and goes
-              on there with the batches that follow that of step s
+    log       print it and write it to metrics.jsonl
+    skip      also skip each step with a gradient norm above the threshold
+    rollback  restore the last regular checkpoint before s and continue with the batches
+              after that of step s
 
-All of it follows from the metrics of logged steps alone, and of those of steps up to
-two before: so a run that was stopped does what it would have done.
+Decisions depend only on the metrics of logged steps, at least METRICS_LAG steps old, so
+an interrupted and resumed run takes the same ones.
 """
 
 import math
@@ -20,19 +20,19 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
-Policy = Literal["log", "skip", "rollback"]
-POLICIES = ("log", "skip", "rollback")
-IN_A_ROW = 10  # steps without an update that end a run
-WINDOW = 128  # logged steps that are looked back on
-LEAST = 32  # of them, before anything is called a spike
-SIGMAS = 6.0
-NARROW = 0.02  # of the median: a deviation is never taken for less
-LATE = 2  # steps until the metrics of one can be known
-ROLLBACKS = 3  # from the same step, then the run ends
+SpikePolicy = Literal["log", "skip", "rollback"]
+SPIKE_POLICIES = ("log", "skip", "rollback")
+MAX_CONSECUTIVE_SKIPS = 10  # skipped steps that end a run
+MAX_HISTORY = 128  # logged steps
+MIN_HISTORY = 32  # logged steps before spikes are detected
+NUM_SIGMAS = 6.0
+MIN_RELATIVE_SIGMA = 0.02  # lower bound of sigma, as a fraction of the median
+METRICS_LAG = 2  # steps until the metrics of a step are available on the host
+MAX_ROLLBACKS = 3  # to the same step, before the run ends
 
 
-class Seen(NamedTuple):
-    """What was logged of one step."""
+class LoggedStep(NamedTuple):
+    """Logged metrics of one step."""
 
     step: int
     loss: float
@@ -40,67 +40,77 @@ class Seen(NamedTuple):
 
 
 class Spike(NamedTuple):
-    """A number that is too large, and what would not have been."""
+    """Metric above its spike threshold."""
 
     step: int
     name: str  # "loss" or "grad_norm"
     value: float
-    limit: float
+    threshold: float
 
 
 class Jump(NamedTuple):
-    """From a step on, so many batches are left out."""
+    """Number of batches skipped from a step on."""
 
     step: int
     batches: int
 
 
-def seen_in(events: Iterable[dict[str, Any]], log_every: int) -> list[Seen]:
-    """The logged steps of a run, oldest first; those it was stopped at do not count."""
+def logged_steps(events: Iterable[dict[str, Any]], log_every: int) -> list[LoggedStep]:
+    """Regularly logged steps of a run, oldest first.
+
+    Steps logged only because the run was interrupted there are excluded.
+    """
     return [
-        Seen(event["step"], event["loss"], event["grad_norm"])
+        LoggedStep(event["step"], event["loss"], event["grad_norm"])
         for event in events
         if event["event"] == "train" and event["step"] % log_every == 0
     ]
 
 
-def limit(values: Sequence[float]) -> float:
-    """Above what the next value is a spike; infinite while there are too few.
+def spike_threshold(values: Sequence[float]) -> float:
+    """Value above which the next one is a spike; infinite while history is too short.
 
-    >>> round(limit([1.0, 1.5] * 16), 2), limit([1.0] * 31)
+    >>> round(spike_threshold([1.0, 1.5] * 16), 2), spike_threshold([1.0] * 31)
     (3.47, inf)
     """
     finite = [value for value in values if math.isfinite(value)]
-    if len(finite) < LEAST:
+    if len(finite) < MIN_HISTORY:
         return math.inf
-    middle = statistics.median(finite)
-    distance = statistics.median(abs(value - middle) for value in finite)
-    deviation = max(1.4826 * distance, NARROW * abs(middle))
-    return middle + SIGMAS * deviation
+    median = statistics.median(finite)
+    mad = statistics.median(abs(value - median) for value in finite)
+    sigma = max(1.4826 * mad, MIN_RELATIVE_SIGMA * abs(median))
+    return median + NUM_SIGMAS * sigma
 
 
-def window_at(seen: Sequence[Seen], step: int) -> list[Seen]:
-    """The logged steps that are looked back on from a step."""
-    return [one for one in seen[-WINDOW - LATE :] if one.step <= step - LATE][-WINDOW:]
+def history_at(logged: Sequence[LoggedStep], step: int) -> list[LoggedStep]:
+    """Logged steps that the spike threshold of a step is computed from."""
+    return [
+        entry
+        for entry in logged[-MAX_HISTORY - METRICS_LAG :]
+        if entry.step <= step - METRICS_LAG
+    ][-MAX_HISTORY:]
 
 
-def norm_limit(seen: Sequence[Seen], step: int) -> float:
-    """The largest norm of the gradient with which that step is no spike."""
-    return limit([one.grad_norm for one in window_at(seen, step)])
+def grad_norm_threshold(logged: Sequence[LoggedStep], step: int) -> float:
+    """Gradient norm above which that step is a spike."""
+    return spike_threshold([entry.grad_norm for entry in history_at(logged, step)])
 
 
-def spike_at(seen: Sequence[Seen]) -> Spike | None:
-    """What is wrong with the last of the logged steps, if anything."""
-    last, before = seen[-1], window_at(seen, seen[-1].step)
+def detect_spike(logged: Sequence[LoggedStep]) -> Spike | None:
+    """Spike in the last logged step, or None."""
+    last, history = logged[-1], history_at(logged, logged[-1].step)
     for name in ("loss", "grad_norm"):
-        value, most = getattr(last, name), limit([getattr(x, name) for x in before])
-        if value > most:
-            return Spike(last.step, name, value, most)
+        value, threshold = (
+            getattr(last, name),
+            spike_threshold([getattr(entry, name) for entry in history]),
+        )
+        if value > threshold:
+            return Spike(last.step, name, value, threshold)
     return None
 
 
 def jump_after(spike: Spike, every: int) -> Jump:
-    """Where a run that saves every so many steps goes back to, and what it leaves out.
+    """Checkpoint to roll back to and the batches to skip, for a checkpoint interval.
 
     >>> jump_after(Spike(25, "loss", 9.0, 3.0), 10)
     Jump(step=20, batches=5)
@@ -109,17 +119,17 @@ def jump_after(spike: Spike, every: int) -> Jump:
     return Jump(step, spike.step - step)
 
 
-def spans(jumps: Sequence[Jump], first: int, stop: int) -> list[tuple[int, int]]:
-    """From which batch to before which one the steps from `first` to `stop` read.
+def batch_ranges(jumps: Sequence[Jump], start: int, stop: int) -> list[tuple[int, int]]:
+    """Batch ranges [start, stop) of the steps from `start` to before `stop`.
 
-    >>> spans([Jump(20, 5)], 18, 30)
+    >>> batch_ranges([Jump(20, 5)], 18, 30)
     [(18, 20), (25, 35)]
     """
-    found, left_out = [], 0
+    ranges, num_skipped = [], 0
     for jump in sorted(jumps):
-        if first < jump.step < stop:
-            found.append((first + left_out, jump.step + left_out))
-            first = jump.step
-        if jump.step <= first:
-            left_out += jump.batches
-    return [*found, (first + left_out, stop + left_out)]
+        if start < jump.step < stop:
+            ranges.append((start + num_skipped, jump.step + num_skipped))
+            start = jump.step
+        if jump.step <= start:
+            num_skipped += jump.batches
+    return [*ranges, (start + num_skipped, stop + num_skipped)]

@@ -1,11 +1,11 @@
-"""The folders of saved steps, of which only those that verify count.
+"""Folders of saved steps: commit, selection of the newest valid step, retention.
 
-    checkpoints/<step>/             whole, unless something changed it later
-    checkpoints/<step>.partial/     being built, or being deleted
-    checkpoints/<step>.replaced/    until another one of the same step is in its place
-    checkpoints/<step>.damaged/     set aside for people: it did not verify
+    checkpoints/<step>/             complete, unless it was modified later
+    checkpoints/<step>.partial/     being written or deleted
+    checkpoints/<step>.replaced/    old version, until a new one of this step is there
+    checkpoints/<step>.damaged/     quarantined: verification failed
 
-Each gets its name by renaming it, so that a process may be killed anywhere in between.
+All transitions are renames, so a process can be killed at any point in between.
 """
 
 import re
@@ -13,140 +13,152 @@ import shutil
 from pathlib import Path
 
 from gptjax.errors import ModelError
-from gptjax.manifest import DamagedError, flush, verified
+from gptjax.manifest import CorruptCheckpointError, fsync, verify_manifest
 
-LEAST = 2  # steps that verify which are never deleted
-STEP = re.compile(r"(0|[1-9]\d{0,17})", re.ASCII)
-LEFT = re.compile(rf"{STEP.pattern}\.(partial|replaced)", re.ASCII)
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """Steps that have a folder, oldest first; whether they are whole is not known."""
-    return sorted(int(name) for name in names(folder) if STEP.fullmatch(name))
+MIN_KEEP = 2  # valid steps that are always kept
+STEP_PATTERN = re.compile(r"(0|[1-9]\d{0,17})", re.ASCII)
+LEFTOVER_PATTERN = re.compile(rf"{STEP_PATTERN.pattern}\.(partial|replaced)", re.ASCII)
 
 
-def names(folder: Path) -> list[str]:
-    """What is in the folder, if it is there."""
+def list_steps(checkpoint_dir: Path) -> list[int]:
+    """Returns the steps that have a folder, in ascending order, without verifying."""
+    return sorted(
+        int(name)
+        for name in _entry_names(checkpoint_dir)
+        if STEP_PATTERN.fullmatch(name)
+    )
+
+
+def _entry_names(folder: Path) -> list[str]:
+    """Returns the names of all entries; none if there is no such folder."""
     return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
 
-def tidy(folder: Path) -> None:
-    """Deletes what a killed process left half built or half deleted."""
-    for name in names(folder):
-        if match := LEFT.fullmatch(name):
-            final = folder / match[1]
-            if match[2] == "replaced" and not final.exists():
-                (folder / name).rename(final)
+def clean_partial(checkpoint_dir: Path) -> None:
+    """Removes partial and replaced steps left by a killed process."""
+    for name in _entry_names(checkpoint_dir):
+        if match := LEFTOVER_PATTERN.fullmatch(name):
+            step_dir = checkpoint_dir / match[1]
+            if match[2] == "replaced" and not step_dir.exists():
+                (checkpoint_dir / name).rename(step_dir)
             else:
-                remove(folder / name)
+                remove_path(checkpoint_dir / name)
 
 
-def newest(folder: Path) -> tuple[int | None, list[str]]:
-    """The newest step that verifies (None: nothing was ever saved), and complaints.
+def latest_valid_step(checkpoint_dir: Path) -> tuple[int | None, list[str]]:
+    """Returns the newest valid step (None if no step was ever saved) and warnings.
 
-    Only the one writer of a run may ask: steps that do not verify are set aside.
+    Quarantines invalid steps, so only the process that writes the run may call it.
 
     Raises:
-        ModelError: there is something, but no step that verifies.
+        ModelError: the folder is not empty but has no valid step.
     """
-    complaints: list[str] = []
+    warnings: list[str] = []
     try:
-        tidy(folder)
-        for step in reversed(saved_steps(folder)):
-            if (fault := damage(folder, step)) is None:
-                return step, complaints
-            complaints.append(set_aside(folder, step, fault))
-        left = sorted(names(folder))
+        clean_partial(checkpoint_dir)
+        for step in reversed(list_steps(checkpoint_dir)):
+            if (problem := check_step(checkpoint_dir, step)) is None:
+                return step, warnings
+            warnings.append(quarantine(checkpoint_dir, step, problem))
+        leftover_names = sorted(_entry_names(checkpoint_dir))
     except OSError as error:
         raise ModelError(
-            f"cannot read the checkpoints in {folder}: {error}. Mend it, or start "
-            "again with another --run."
+            f"cannot read the checkpoints in {checkpoint_dir}: {error}. Repair the folder, or "
+            "choose another --run."
         ) from error
-    if left:
-        said = " ".join(complaints) or f"It holds {', '.join(map(repr, left[:3]))}."
-        raise ModelError(
-            f"no checkpoint in {folder} can be trusted. {said} "
-            "Restore the folder from a copy, or start again with another --run."
+    if leftover_names:
+        details = (
+            " ".join(warnings)
+            or f"It contains {', '.join(map(repr, leftover_names[:3]))}."
         )
-    return None, complaints
+        raise ModelError(
+            f"no valid checkpoint in {checkpoint_dir}. {details} "
+            "Restore the folder from a backup, or choose another --run."
+        )
+    return None, warnings
 
 
-def damage(folder: Path, step: int) -> str | None:
-    """What is wrong with one saved step, or None."""
+def check_step(checkpoint_dir: Path, step: int) -> str | None:
+    """Verifies one step; returns the problem, or None if it is valid."""
     try:
-        about = verified(folder / str(step))
-    except DamagedError as error:
+        metadata = verify_manifest(checkpoint_dir / str(step))
+    except CorruptCheckpointError as error:
         return str(error)
-    return None if about["step"] == step else f"it is a copy of step {about['step']}"
+    return (
+        None if metadata["step"] == step else f"it is a copy of step {metadata['step']}"
+    )
 
 
-def set_aside(folder: Path, step: int, fault: str) -> str:
-    """Renames a step so that it no longer counts; returns what to say of it."""
-    aside = folder / f"{step}.damaged"
-    remove(aside)
-    (folder / str(step)).rename(aside)
-    flush(folder)
-    return f"checkpoint {step} is damaged: {fault}. It is set aside as {aside}."
+def quarantine(checkpoint_dir: Path, step: int, problem: str) -> str:
+    """Renames an invalid step to `<step>.damaged` and returns a warning."""
+    quarantine_dir = checkpoint_dir / f"{step}.damaged"
+    remove_path(quarantine_dir)
+    (checkpoint_dir / str(step)).rename(quarantine_dir)
+    fsync(checkpoint_dir)
+    return f"checkpoint {step} is damaged: {problem}. It was moved to {quarantine_dir}."
 
 
-def begin(folder: Path, step: int) -> Path:
-    """The path to build a step at, where nothing is."""
-    building = folder / f"{step}.partial"
-    folder.mkdir(parents=True, exist_ok=True)
-    remove(building)
-    return building
+def begin_step(checkpoint_dir: Path, step: int) -> Path:
+    """Returns an unused path for writing a step."""
+    partial_dir = checkpoint_dir / f"{step}.partial"
+    checkpoint_dir.mkdir(parents=True, exist_ok=True)
+    remove_path(partial_dir)
+    return partial_dir
 
 
-def finish(folder: Path, step: int) -> None:
-    """Gives a step that is sealed its name; one that had it is deleted after that."""
-    final, before = folder / str(step), folder / f"{step}.replaced"
-    if final.exists():
-        remove(before)
-        final.rename(before)
-    (folder / f"{step}.partial").rename(final)
-    flush(folder)
-    remove(before)
+def commit_step(checkpoint_dir: Path, step: int) -> None:
+    """Renames a complete step to its final name, then deletes any old version."""
+    step_dir, replaced_dir = (
+        checkpoint_dir / str(step),
+        checkpoint_dir / f"{step}.replaced",
+    )
+    if step_dir.exists():
+        remove_path(replaced_dir)
+        step_dir.rename(replaced_dir)
+    (checkpoint_dir / f"{step}.partial").rename(step_dir)
+    fsync(checkpoint_dir)
+    remove_path(replaced_dir)
 
 
-def retire(folder: Path, step: int, keep: int) -> None:
-    """Deletes all but the newest steps, of which `step` was sealed just now.
+def apply_retention(checkpoint_dir: Path, step: int, keep: int) -> None:
+    """Deletes all but the newest `keep` steps, after `step` was committed.
 
-    Before anything goes, another one has to verify, as it may have been altered since
-    it was saved; that one stays too, even if it is older.
+    Nothing is deleted unless another step verifies, since steps may have been modified
+    after saving. The newest such step is kept too, even if it is older.
 
     Args:
-        folder: of the steps.
-        step: newest of those that count.
-        keep: number of steps, but never fewer than `LEAST`.
+        checkpoint_dir: checkpoint folder of the run.
+        step: newest step, just committed.
+        keep: number of steps to keep, at least `MIN_KEEP`.
     """
-    older = [n for n in saved_steps(folder) if n < step]
-    surplus = older[: max(len(older) + 1 - max(keep, LEAST), 0)]
+    older = [n for n in list_steps(checkpoint_dir) if n < step]
+    surplus = older[: max(len(older) + 1 - max(keep, MIN_KEEP), 0)]
     if not surplus:
         return
-    whole = (n for n in reversed(older) if damage(folder, n) is None)
-    if (spared := next(whole, None)) is not None:
-        for old in surplus:
-            if old != spared:
-                discard(folder, old)
+    valid_steps = (n for n in reversed(older) if check_step(checkpoint_dir, n) is None)
+    if (fallback := next(valid_steps, None)) is not None:
+        for surplus_step in surplus:
+            if surplus_step != fallback:
+                delete_step(checkpoint_dir, surplus_step)
 
 
-def forget_after(folder: Path, step: int) -> None:
-    """Deletes all later steps, as a run does that goes back to this one."""
-    for later in reversed(saved_steps(folder)):
-        if later > step:
-            discard(folder, later)
+def delete_after(checkpoint_dir: Path, step: int) -> None:
+    """Deletes all steps after `step`, for example before a rollback to it."""
+    for later_step in reversed(list_steps(checkpoint_dir)):
+        if later_step > step:
+            delete_step(checkpoint_dir, later_step)
 
 
-def discard(folder: Path, step: int) -> None:
-    """Deletes a step; it stops to count before its first file is gone."""
-    going = folder / f"{step}.partial"
-    remove(going)
-    (folder / str(step)).rename(going)
-    remove(going)
+def delete_step(checkpoint_dir: Path, step: int) -> None:
+    """Deletes a step; it is renamed first, so that it is never partly valid."""
+    partial_dir = checkpoint_dir / f"{step}.partial"
+    remove_path(partial_dir)
+    (checkpoint_dir / str(step)).rename(partial_dir)
+    remove_path(partial_dir)
 
 
-def remove(path: Path) -> None:
-    """Deletes a folder, a file or a link, if it is there."""
+def remove_path(path: Path) -> None:
+    """Deletes a folder, file or link if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,10 +1,10 @@
-"""What a run owes to those who watch it: it stops when asked, and shows that it lives.
+"""Graceful preemption (SIGINT/SIGTERM) and heartbeat.
 
-How a signal is answered depends on what would be lost:
+The effect of a signal depends on the mode:
 
-    "leave"     nothing new is there to be saved: `Stopped` is raised on the spot
-    "ask"       the signal is noted; the loops ask for it, save, and raise `Stopped`
-    "together"  noted; the processes of a run ask each other, and stop as one
+    "immediate"   no unsaved progress: raises `Interrupted` at once
+    "deferred"    recorded; the loops poll for it, save, and raise `Interrupted`
+    "collective"  recorded; all processes of a run agree on the step to stop at
 """
 
 import contextlib
@@ -18,156 +18,177 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-Mode = Literal["leave", "ask", "together"]
-STOPPED = 75  # exit code; EX_TEMPFAIL of sysexits.h: try the same again
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-NOTHING = "stopped with nothing left to save"
-GRACE = 1.0  # seconds that Python gets to answer a signal; a compiler may keep it busy
-ALIVE = "GPTJAX_ALIVE"  # names the file that says what a supervisor may expect
-RARELY = 0.5  # seconds between two signs of life
-PATIENCE = 20  # steps' time without one that are no hang
-SLOW = 1800.0  # seconds without one while something runs that cannot give any
+SignalMode = Literal["immediate", "deferred", "collective"]
+EXIT_PREEMPTED = 75  # exit code; EX_TEMPFAIL of sysexits.h: retry
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NOTHING_TO_SAVE = "interrupted; no unsaved progress"
+SIGNAL_GRACE_SECONDS = (
+    1.0  # seconds for Python to handle a signal, e.g. while compiling
+)
+HEARTBEAT_ENV = "GPTJAX_ALIVE"  # environment variable: path of the heartbeat file
+HEARTBEAT_INTERVAL_SECONDS = 0.5  # seconds between heartbeats
+HANG_STEPS = 20  # hang timeout, as a multiple of the step time
+LONG_OPERATION_SECONDS = 1800.0  # hang timeout during operations without heartbeat
 
 
-class Stopped(BaseException):
-    """A signal asked the run to stop; everything is saved.
+class Interrupted(BaseException):
+    """The run was interrupted by a signal; all progress is saved.
 
-    It is no `Exception`, as it may come anywhere, and nothing is to swallow it.
+    Not an `Exception`, so that no handler swallows it.
     """
 
 
-class Listener:
-    """The signals that came, and how the next one is answered."""
+class SignalState:
+    """Received signals and the mode for the next one."""
 
     def __init__(self) -> None:
-        """None has come."""
-        self.came: list[int] = []
-        self.mode: Mode = "ask"
+        """Starts with no signal received."""
+        self.received: list[int] = []
+        self.mode: SignalMode = "deferred"
 
 
-LISTENING: list[Listener] = []  # at most one: signals are the process's own
+_active_signal_states: list[
+    SignalState
+] = []  # at most one: signal handlers are per process
 
 
 @contextlib.contextmanager
-def stop_signal(final: bool = False) -> Iterator[Callable[[], bool]]:
-    """Yields a function that is true once SIGINT or SIGTERM came.
+def handle_signals(final: bool = False) -> Iterator[Callable[[], bool]]:
+    """Yields a function that returns True once SIGINT or SIGTERM was received.
 
-    The second signal ends the process at once, as if there were no handler. In a block
-    inside of another one, nothing changes.
+    The second signal ends the process at once, as without a handler. A nested block
+    changes nothing.
 
     Args:
-        final: when this block ends, so does the process. Then a signal is answered even
-            where Python does not get a word in, as while a program is compiled.
+        final: the process exits after this block. Signals are then handled even while
+            Python is blocked, for example by compilation.
     """
-    if LISTENING or threading.current_thread() is not threading.main_thread():
-        yield lambda: bool(LISTENING and LISTENING[0].came)
+    if (
+        _active_signal_states
+        or threading.current_thread() is not threading.main_thread()
+    ):
+        yield lambda: bool(_active_signal_states and _active_signal_states[0].received)
         return
-    here, before = Listener(), {n: signal.getsignal(n) for n in SIGNALS}
+    state, previous_handlers = (
+        SignalState(),
+        {n: signal.getsignal(n) for n in STOP_SIGNALS},
+    )
 
-    def note(number: int, _: Any) -> None:
-        here.came.append(number)
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL if final else before[each])
-        if here.mode == "leave":
-            raise Stopped(NOTHING)
+    def on_signal(number: int, _: Any) -> None:
+        state.received.append(number)
+        for stop_signal_number in STOP_SIGNALS:
+            signal.signal(
+                stop_signal_number,
+                signal.SIG_DFL if final else previous_handlers[stop_signal_number],
+            )
+        if state.mode == "immediate":
+            raise Interrupted(NOTHING_TO_SAVE)
 
-    LISTENING.append(here)
-    for number in SIGNALS:
-        signal.signal(number, note)
+    _active_signal_states.append(state)
+    for number in STOP_SIGNALS:
+        signal.signal(number, on_signal)
     try:
-        with watched(here) if final else contextlib.nullcontext():
-            yield lambda: bool(here.came)
+        with _install_wakeup_fd(state) if final else contextlib.nullcontext():
+            yield lambda: bool(state.received)
     except Exception as error:
-        if here.came and here.mode == "leave":  # Orbax makes errors of any exception
-            raise Stopped(NOTHING) from error
+        if state.received and state.mode == "immediate":  # Orbax wraps any exception
+            raise Interrupted(NOTHING_TO_SAVE) from error
         raise
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
-        LISTENING.clear()
+        _active_signal_states.clear()
 
 
 @contextlib.contextmanager
-def watched(here: Listener) -> Iterator[None]:
-    """A thread answers the signals that the main one is too busy to hear of."""
-    receiving, sending = os.pipe()
-    os.set_blocking(sending, False)
-    thread = threading.Thread(target=watch, args=(receiving, here), daemon=True)
-    before = signal.set_wakeup_fd(sending, warn_on_full_buffer=False)
+def _install_wakeup_fd(state: SignalState) -> Iterator[None]:
+    """Handles signals in a thread while the main thread is blocked."""
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
+    thread = threading.Thread(
+        target=_poll_wakeup_fd, args=(read_fd, state), daemon=True
+    )
+    previous_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
     thread.start()
     try:
         yield
     finally:
-        signal.set_wakeup_fd(before)
-        os.close(sending)
+        signal.set_wakeup_fd(previous_fd)
+        os.close(write_fd)
         thread.join()
-        os.close(receiving)
+        os.close(read_fd)
 
 
-def watch(receiving: int, here: Listener) -> None:
-    """Reads the numbers of signals as they come, until the pipe is closed."""
-    count = 0
+def _poll_wakeup_fd(read_fd: int, state: SignalState) -> None:
+    """Reads signal numbers from the pipe until it is closed."""
+    num_signals = 0
     while True:
-        waited = GRACE if count == 1 else None
-        if not select.select([receiving], [], [], waited)[0]:
-            count += 1  # it is answered below, or by the loop once it hears of it
-            if here.mode == "leave":
-                print(f"{NOTHING}.", flush=True)
-                leave(STOPPED)
+        timeout = SIGNAL_GRACE_SECONDS if num_signals == 1 else None
+        if not select.select([read_fd], [], [], timeout)[0]:
+            num_signals += 1  # handled once: here or by the main loop
+            if state.mode == "immediate":
+                print(f"{NOTHING_TO_SAVE}.", flush=True)
+                exit_immediately(EXIT_PREEMPTED)
             continue
-        byte = os.read(receiving, 1)
+        byte = os.read(read_fd, 1)
         if not byte:
             return
-        if byte[0] in SIGNALS:
-            count += 1
-            if count > 1:
-                leave(128 + byte[0])
+        if byte[0] in STOP_SIGNALS:
+            num_signals += 1
+            if num_signals > 1:
+                exit_immediately(128 + byte[0])
 
 
-def leave(code: int) -> None:
-    """Ends the process from whatever thread, and whatever the others do."""
+def exit_immediately(code: int) -> None:
+    """Exits the process from any thread, without cleanup."""
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.flush()
     os._exit(code)
 
 
-def answer(mode: Mode) -> None:
-    """Says how signals are answered from now on, within a block of `stop_signal`."""
-    if LISTENING:
-        LISTENING[0].mode = mode
-        if mode == "leave":
-            poll()
+def set_signal_mode(mode: SignalMode) -> None:
+    """Sets the signal mode inside a `handle_signals` block."""
+    if _active_signal_states:
+        _active_signal_states[0].mode = mode
+        if mode == "immediate":
+            check_interrupted()
 
 
-def poll() -> None:
-    """Between two pieces of work: a sign of life, and `Stopped` if a signal came."""
-    show_life()
-    if LISTENING and LISTENING[0].came and LISTENING[0].mode != "together":
-        raise Stopped(NOTHING)
+def check_interrupted() -> None:
+    """Sends a heartbeat; raises `Interrupted` after a signal."""
+    heartbeat()
+    if (
+        _active_signal_states
+        and _active_signal_states[0].received
+        and _active_signal_states[0].mode != "collective"
+    ):
+        raise Interrupted(NOTHING_TO_SAVE)
 
 
-SHOWN: dict[str, Any] = {
-    "at": -RARELY,
+last_heartbeat: dict[str, Any] = {
+    "at": -HEARTBEAT_INTERVAL_SECONDS,
     "text": "",
     "step": 0.0,
-}  # the last sign of life
+}  # the last heartbeat
 
 
-def show_life(step: float | None = None, slow: bool = False) -> None:
-    """Tells the supervisor, where there is one, that this process gets on.
+def heartbeat(step_seconds: float | None = None, long_operation: bool = False) -> None:
+    """Writes the heartbeat file if there is a supervisor.
 
-    Args:
-        step: seconds that a step takes, where that is known anew.
-        slow: what comes next may take long, and gives no sign in between.
+    The hang timeout follows the latest estimate of the seconds per step. It is longer
+    before an operation that takes long without heartbeats.
     """
-    path, now = os.environ.get(ALIVE), time.monotonic()
+    path, now = os.environ.get(HEARTBEAT_ENV), time.monotonic()
     if path is None:
         return
-    if step is not None:
-        SHOWN["step"] = step
-    usual = PATIENCE * SHOWN["step"]
-    text = f"{usual:.3f} {max(SLOW, usual) if slow else usual:.3f}"
-    if text != SHOWN["text"] or now - SHOWN["at"] >= RARELY:
+    if step_seconds is not None:
+        last_heartbeat["step"] = step_seconds
+    timeout = HANG_STEPS * last_heartbeat["step"]
+    content = f"{timeout:.3f} {max(LONG_OPERATION_SECONDS, timeout) if long_operation else timeout:.3f}"
+    if (
+        content != last_heartbeat["text"]
+        or now - last_heartbeat["at"] >= HEARTBEAT_INTERVAL_SECONDS
+    ):
         with contextlib.suppress(OSError):
-            Path(path).write_text(text)
-        SHOWN.update(at=now, text=text)
+            Path(path).write_text(content)
+        last_heartbeat.update(at=now, text=content)

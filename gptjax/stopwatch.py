@@ -1,4 +1,4 @@
-"""Timing what is training, and not what is done aside."""
+"""Step timing."""
 
 import contextlib
 import time
@@ -6,22 +6,22 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 
-class Stopwatch:
-    """Seconds from lap to lap, less those spent aside: the one object with a memory."""
+class StepTimer:
+    """Step timer excluding evaluation time."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock, self.started = clock, clock()
-        self.spent = self.waited = 0.0
+        self.excluded_seconds = self.waited = 0.0
 
-    def lap(self) -> tuple[float, float]:
-        """Seconds since the last lap that were not spent aside; those of waiting."""
-        now, waited = self.clock(), self.waited
-        seconds = now - self.started - self.spent
-        self.started, self.spent, self.waited = now, 0.0, 0.0
-        return seconds, waited
+    def end_step(self) -> tuple[float, float]:
+        """Ends a step; returns its seconds and those spent waiting for data."""
+        now, data_seconds = self.clock(), self.waited
+        seconds = now - self.started - self.excluded_seconds
+        self.started, self.excluded_seconds, self.waited = now, 0.0, 0.0
+        return seconds, data_seconds
 
-    def waiting(self, items: Iterable[Any]) -> Iterator[Any]:
-        """The items; the time until each is there counts as waiting."""
+    def time_data(self, items: Iterable[Any]) -> Iterator[Any]:
+        """Yields the items; the time to get each counts as waiting for data."""
         source, end = iter(items), object()
         while True:
             started = self.clock()
@@ -32,8 +32,8 @@ class Stopwatch:
             yield item
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Time in here is not training time."""
-        started = self.clock()
+    def excluded(self) -> Iterator[None]:
+        """Excludes the time of the block, for example of an evaluation."""
+        step_started = self.clock()
         yield
-        self.spent += self.clock() - started
+        self.excluded_seconds += self.clock() - step_started

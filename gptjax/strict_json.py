@@ -1,7 +1,7 @@
-"""JSON from strangers: what the standard says, of bounded size and depth, or an error.
+"""Strict JSON parser for untrusted input: standard JSON of bounded size and depth.
 
-Python's own reader takes NaN, keeps the last of two equal names, turns 1e999 into
-infinity, guesses UTF-16, and fails with RecursionError where lists are nested deeply.
+Python's `json` accepts NaN, keeps the last of duplicate keys, turns 1e999 into
+infinity, guesses UTF-16, and raises RecursionError for deeply nested lists.
 """
 
 import itertools
@@ -11,92 +11,94 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-DEPTH = 64  # of lists and objects inside each other; no file of a model has ten
+MAX_DEPTH = 64  # nesting levels; no model file has more than ten
 
 
-def parse(text: str | bytes) -> Any:
-    """The one value that the text is.
+def parse_json(text: str | bytes) -> Any:
+    """Parses one JSON value.
 
     Raises:
-        ValueError: it is not JSON (json.JSONDecodeError), not UTF-8, nested too deeply,
-            or has a name twice, one that is no text, or a number that no float holds.
+        ValueError: it is not JSON (json.JSONDecodeError), not UTF-8, too deeply nested,
+            or contains a duplicate or unencodable key or a number out of float range.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8")
     try:
-        value = DECODER.decode(text)
+        value = _DECODER.decode(text)
     except RecursionError as error:
-        raise ValueError(TOO_DEEP) from error
-    check_depth(value)
+        raise ValueError(DEPTH_ERROR) from error
+    _check_depth(value)
     return value
 
 
-def parse_at(text: str, start: int) -> tuple[Any, int]:
-    """The value that begins at `start`, and where it ends.
+def decode_json_at(text: str, start: int) -> tuple[Any, int]:
+    """Decodes the value that begins at `start`; returns it and its end position.
 
     Raises:
-        ValueError: as `parse`.
+        ValueError: as `parse_json`.
     """
     try:
-        value, end = DECODER.raw_decode(text, start)
+        value, end = _DECODER.raw_decode(text, start)
     except RecursionError as error:
-        raise ValueError(TOO_DEEP) from error
-    check_depth(value)
+        raise ValueError(DEPTH_ERROR) from error
+    _check_depth(value)
     return value, end
 
 
-def read_json(path: Path, most: int) -> Any:
-    """The value in a file of at most `most` bytes.
+def read_json(path: Path, max_bytes: int) -> Any:
+    """Reads a JSON file of limited size.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is longer, or as `parse`.
+        OSError: the file cannot be read.
+        ValueError: the file is too large, or as `parse_json`.
     """
     with path.open("rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"it has more than {most:,} bytes")
-    return parse(data)
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"it has more than {max_bytes:,} bytes")
+    return parse_json(data)
 
 
-def check_depth(value: Any) -> None:
-    """Raises a ValueError if lists and objects are nested too deeply."""
+def _check_depth(value: Any) -> None:
+    """Raises ValueError if lists and objects are nested too deeply."""
     level: Iterable[Any] = [value]
-    for _ in range(DEPTH):
+    for _ in range(MAX_DEPTH):
         level = [x for x in level if isinstance(x, dict | list) and x]
         if not level:
             return
         parts = (x.values() if isinstance(x, dict) else x for x in level)
         level = itertools.chain.from_iterable(parts)
     if any(isinstance(x, dict | list) for x in level):
-        raise ValueError(TOO_DEEP)
+        raise ValueError(DEPTH_ERROR)
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of the pairs, whose names have to differ and to be text."""
-    table = dict(pairs)
-    if not all(map(str.isascii, table)):
-        "".join(table).encode()  # names are printed, which half a surrogate cannot be
-    if len(table) < len(pairs):
-        names = [name[:20] for name, _ in pairs[:10]]
-        raise ValueError(f"a name appears twice in an object, which begins {names}")
-    return table
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Builds the dict of an object; rejects duplicate and unencodable keys."""
+    result = dict(pairs)
+    if not all(map(str.isascii, result)):
+        "".join(result).encode()  # keys are printed; lone surrogates cannot be
+    if len(result) < len(pairs):
+        keys = [name[:20] for name, _ in pairs[:10]]
+        raise ValueError(f"an object has duplicate keys; it begins with {keys}")
+    return result
 
 
-def no_number(word: str) -> float:
-    """Refuses NaN and Infinity, which JSON does not have."""
-    raise ValueError(f"{word} is no JSON number")
+def _reject_constant(word: str) -> float:
+    """Rejects NaN and Infinity, which are not JSON."""
+    raise ValueError(f"{word} is not a JSON number")
 
 
-def finite(digits: str) -> float:
-    """The number, which Python's floats hold."""
+def _parse_finite(digits: str) -> float:
+    """Parses a float; rejects numbers out of range."""
     number = float(digits)
     if not math.isfinite(number):
-        raise ValueError(f"{digits[:20]} is too large a number")
+        raise ValueError(f"number {digits[:20]} is out of range")
     return number
 
 
-TOO_DEEP = f"lists or objects are nested more than {DEPTH} deep"
-DECODER = json.JSONDecoder(
-    object_pairs_hook=unique, parse_constant=no_number, parse_float=finite
+DEPTH_ERROR = f"lists or objects are nested more than {MAX_DEPTH} levels deep"
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_reject_duplicate_keys,
+    parse_constant=_reject_constant,
+    parse_float=_parse_finite,
 )

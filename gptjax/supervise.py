@@ -1,7 +1,7 @@
-"""A parent of a training process, which starts it again where it crashes or hangs.
+"""Supervisor: restarts a training process after a crash or hang.
 
-It imports nothing heavy and holds nothing that could be lost. The child says in a file
-how long it may give no sign of life (`gptjax.stopping.show_life`).
+Imports nothing heavy and keeps no state worth saving. The child writes its hang
+timeouts to the heartbeat file (`gptjax.runtime.preemption.heartbeat`).
 """
 
 import contextlib
@@ -21,154 +21,189 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptjax.stopping import ALIVE, SIGNALS, STOPPED
+from gptjax.stopping import HEARTBEAT_ENV, STOP_SIGNALS, EXIT_PREEMPTED
 
-ANSWERS = (0, 2, STOPPED)  # exit codes that starting again would not change
-LEAST = 60.0  # seconds without a sign of life, and without work, that are no hang
-DEATHS = 3  # at the same step, then it is given up
-WAIT, LONGEST_WAIT = 1.0, 300.0  # seconds before the first new start, and at most
-IDLE = 0.001  # of the time: a process that computes less does nothing
-TAIL = 20  # last lines of stderr that are told when it is given up
-LOOK = 0.2  # seconds between two looks at the child
-STACKS = 2.0  # seconds for it to write its stacks
-DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
+FINAL_EXIT_CODES = (0, 2, EXIT_PREEMPTED)  # no restart after these exit codes
+MIN_HANG_SECONDS = 60.0  # minimum hang timeout (s)
+MAX_FAILURES = 3  # consecutive failures at one step before giving up
+MIN_RESTART_WAIT_SECONDS, MAX_RESTART_WAIT_SECONDS = (
+    1.0,
+    300.0,
+)  # restart back-off (s): first and maximum
+MIN_CPU_FRACTION = 0.001  # CPU time per wall time below which a process is idle
+STDERR_TAIL_LINES = 20  # lines of stderr shown after the last failure
+POLL_INTERVAL_SECONDS = 0.2  # seconds between polls of the child
+STACK_DUMP_SECONDS = 2.0  # seconds for a child to dump its stacks
+PR_SET_PDEATHSIG = 1  # prctl option: signal to the child at its parent's death
 
 
-class Death(NamedTuple):
-    """How a child ended, and how far it had come."""
+class Failure(NamedTuple):
+    """Exit reason of a child and the last step it logged."""
 
     step: int
-    why: str
+    reason: str
 
 
 def supervise(
     command: Sequence[str],
-    folder: Path,
-    least: float = LEAST,
-    say: Callable[[str], None] | None = None,
+    run_dir: Path,
+    min_hang_seconds: float = MIN_HANG_SECONDS,
+    log: Callable[[str], None] | None = None,
 ) -> int:
-    """Runs a command until it is done, and returns its exit code.
+    """Runs a training command, restarting it after failures.
 
-    Args:
-        command: as words; it trains in `folder`.
-        folder: of the run.
-        least: seconds of silence that are no hang, whatever the child says.
-        say: gets each line for people; by default stderr.
+    Log lines go to stderr by default.
 
     Returns:
-        The exit code of the command where it is an answer: 0, 2 or 75. 1 where the
-        command died three times at the same step.
+        The exit code of the command if it is 0, 2 or 75; 1 after three failures at the
+        same step.
     """
-    say = say or (lambda text: print(f"supervise: {text}", file=sys.stderr, flush=True))
-    tail: deque[str] = deque(maxlen=TAIL)
-    asked: list[int] = []  # signals that came
-    last, deaths, wait = None, 0, WAIT
-    current: list[Any] = []  # the child of the moment
+    log = log or (lambda text: print(f"supervise: {text}", file=sys.stderr, flush=True))
+    stderr_tail: deque[str] = deque(maxlen=STDERR_TAIL_LINES)
+    received_signals: list[int] = []  # received signals
+    last_failure, num_failures, wait_seconds = None, 0, MIN_RESTART_WAIT_SECONDS
+    running: list[Any] = []  # the running child, if any
     with (
-        tempfile.TemporaryDirectory(prefix="gptjax-") as scratch,
-        heard(asked, current),
+        tempfile.TemporaryDirectory(prefix="gptjax-") as scratch_dir,
+        forward_signals(received_signals, running),
     ):
-        sign = Path(scratch) / "alive"
+        heartbeat_path = Path(scratch_dir) / "alive"
         while True:
-            code, hung = run_child(command, sign, least, asked, current, tail)
-            if code in ANSWERS and not hung:
-                return code
-            if asked:
-                return code if code > 0 else 128 - code
-            death = Death(last_step(folder), hung or manner(code))
-            same = last is not None and death.step == last.step
-            deaths, wait = (deaths + 1, wait * 2) if same else (1, WAIT)
-            if deaths >= DEATHS:
-                say(
-                    f"it {death.why} {deaths} times after step {death.step} without "
-                    "getting further, so it is given up. Its last lines:"
+            exit_code, hang_reason = run_child(
+                command,
+                heartbeat_path,
+                min_hang_seconds,
+                received_signals,
+                running,
+                stderr_tail,
+            )
+            if exit_code in FINAL_EXIT_CODES and not hang_reason:
+                return exit_code
+            if received_signals:
+                return exit_code if exit_code > 0 else 128 - exit_code
+            failure = Failure(
+                last_logged_step(run_dir), hang_reason or describe_exit(exit_code)
+            )
+            is_same_step = (
+                last_failure is not None and failure.step == last_failure.step
+            )
+            num_failures, wait_seconds = (
+                (num_failures + 1, wait_seconds * 2)
+                if is_same_step
+                else (1, MIN_RESTART_WAIT_SECONDS)
+            )
+            if num_failures >= MAX_FAILURES:
+                log(
+                    f"the run {failure.reason} {num_failures} times after step {failure.step} "
+                    "without progress; giving up. Its last lines:"
                 )
-                for line in tail:
+                for line in stderr_tail:
                     print(line, file=sys.stderr)
                 return 1
-            wait = min(wait, LONGEST_WAIT)
-            say(f"it {death.why} after step {death.step}; starting again in {wait:g} s")
-            last = death
-            if not slept(wait, asked):
-                return STOPPED
+            wait_seconds = min(wait_seconds, MAX_RESTART_WAIT_SECONDS)
+            log(
+                f"the run {failure.reason} after step {failure.step}; restarting in {wait_seconds:g} s"
+            )
+            last_failure = failure
+            if not interruptible_sleep(wait_seconds, received_signals):
+                return EXIT_PREEMPTED
 
 
 def run_child(
     command: Sequence[str],
-    sign: Path,
-    least: float,
-    asked: list[int],
-    current: list[Any],
-    tail: deque[str],
+    heartbeat_path: Path,
+    min_hang_seconds: float,
+    received_signals: list[int],
+    running: list[Any],
+    stderr_tail: deque[str],
 ) -> tuple[int, str]:
-    """Runs the command once; its exit code, and what is to be said if it hung."""
-    sign.unlink(missing_ok=True)
-    tail.clear()
-    hung = ""
+    """Runs the command once; returns its exit code and, if it hung, the reason."""
+    heartbeat_path.unlink(missing_ok=True)
+    stderr_tail.clear()
+    hang_reason = ""
     child: Any = subprocess.Popen(
         list(command),
         stderr=subprocess.PIPE,
-        env={**os.environ, ALIVE: str(sign)},
-        start_new_session=True,  # so that all that it starts can be ended with it
+        env={**os.environ, HEARTBEAT_ENV: str(heartbeat_path)},
+        start_new_session=True,  # a process group, to kill its children too
         errors="replace",
         text=True,
     )
-    current.append(child)
-    if asked:  # while it was being started
-        child.send_signal(asked[-1])
-    reader = threading.Thread(target=pass_on, args=(child.stderr, tail), daemon=True)
+    running.append(child)
+    if received_signals:  # received during the start
+        child.send_signal(received_signals[-1])
+    reader = threading.Thread(
+        target=tee_stderr, args=(child.stderr, stderr_tail), daemon=True
+    )
     reader.start()
     try:
-        watch = Watch(child.pid, sign, least)
+        detector = HangDetector(child.pid, heartbeat_path, min_hang_seconds)
         while child.poll() is None:
-            time.sleep(LOOK)
-            if child.poll() is None and watch.hangs():
-                hung = f"hung for {watch.silence:.0f} s and was ended"
-                show_stacks(child)
+            time.sleep(POLL_INTERVAL_SECONDS)
+            if child.poll() is None and detector.is_hung():
+                hang_reason = f"hung for {detector.silent_seconds:.0f} s and was killed"
+                dump_stacks(child)
                 break
     finally:
-        current.clear()
+        running.clear()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)
-        code = child.wait()
-        reader.join(STACKS)
-    return code, hung
+        exit_code = child.wait()
+        reader.join(STACK_DUMP_SECONDS)
+    return exit_code, hang_reason
 
 
-class Watch:
-    """Looks whether a child gets on."""
+class HangDetector:
+    """Detects a child without heartbeat or progress."""
 
-    def __init__(self, pid: int, sign: Path, least: float) -> None:
-        """From now on."""
-        self.pid, self.sign, self.least = pid, sign, least
-        self.seen, self.at, self.work = 0, time.monotonic(), cpu_seconds(pid)
-        self.silence = 0.0
+    def __init__(self, pid: int, heartbeat_path: Path, min_hang_seconds: float) -> None:
+        """Starts watching."""
+        self.pid, self.heartbeat_path, self.min_hang_seconds = (
+            pid,
+            heartbeat_path,
+            min_hang_seconds,
+        )
+        self.seen, self.heartbeat_time, self.heartbeat_cpu_seconds = (
+            0,
+            time.monotonic(),
+            process_cpu_seconds(pid),
+        )
+        self.silent_seconds = 0.0
 
-    def hangs(self) -> bool:
-        """Whether it has been silent for longer than can be right."""
+    def is_hung(self) -> bool:
+        """True if the last heartbeat is older than the timeout."""
         now = time.monotonic()
         with contextlib.suppress(OSError):
-            seen = self.sign.stat().st_mtime_ns
-            if seen != self.seen:
-                self.seen, self.at, self.work = seen, now, cpu_seconds(self.pid)
-        self.silence = now - self.at
-        idle, busy = self.allowed()
-        worked = cpu_seconds(self.pid) - self.work
-        if self.silence > max(self.least, busy):
+            heartbeat_mtime = self.heartbeat_path.stat().st_mtime_ns
+            if heartbeat_mtime != self.seen:
+                self.seen, self.heartbeat_time, self.heartbeat_cpu_seconds = (
+                    heartbeat_mtime,
+                    now,
+                    process_cpu_seconds(self.pid),
+                )
+        self.silent_seconds = now - self.heartbeat_time
+        idle_timeout, busy_timeout = self.timeouts()
+        cpu_used = process_cpu_seconds(self.pid) - self.heartbeat_cpu_seconds
+        if self.silent_seconds > max(self.min_hang_seconds, busy_timeout):
             return True
-        return self.silence > max(self.least, idle) and worked < IDLE * self.silence
+        return (
+            self.silent_seconds > max(self.min_hang_seconds, idle_timeout)
+            and cpu_used < MIN_CPU_FRACTION * self.silent_seconds
+        )
 
-    def allowed(self) -> tuple[float, float]:
-        """Seconds of silence that are right while it does nothing, or computes."""
+    def timeouts(self) -> tuple[float, float]:
+        """Timeouts (s) while the child is idle and while it computes."""
         try:
-            idle, busy = map(float, self.sign.read_text().split())
+            idle_timeout, busy_timeout = map(
+                float, self.heartbeat_path.read_text().split()
+            )
         except (OSError, ValueError):
-            return 0.0, math.inf  # it reads its data, which takes as long as it does
-        return idle, busy
+            return 0.0, math.inf  # no heartbeat yet: it is loading data
+        return idle_timeout, busy_timeout
 
 
-def cpu_seconds(pid: int) -> float:
-    """Seconds that a process has computed; 0 where that cannot be known."""
+def process_cpu_seconds(pid: int) -> float:
+    """CPU time of a process in seconds; 0 if unknown."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -176,56 +211,58 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def show_stacks(child: Any) -> None:
-    """Lets a child that hangs write where it is, in all of its threads."""
+def dump_stacks(child: Any) -> None:
+    """Makes a hung child dump the stacks of all its threads."""
     with contextlib.suppress(ProcessLookupError):
         child.send_signal(signal.SIGUSR1)
-        os.killpg(child.pid, signal.SIGCONT)  # where it was stopped
-    end = time.monotonic() + STACKS
+        os.killpg(child.pid, signal.SIGCONT)  # in case it was stopped
+    end = time.monotonic() + STACK_DUMP_SECONDS
     while child.poll() is None and time.monotonic() < end:
-        time.sleep(LOOK)
+        time.sleep(POLL_INTERVAL_SECONDS)
 
 
 @contextlib.contextmanager
-def heard(asked: list[int], current: list[Any]) -> Iterator[None]:
-    """Signals that ask to stop are noted, and go on to the child of the moment."""
+def forward_signals(received_signals: list[int], running: list[Any]) -> Iterator[None]:
+    """Records stop signals and forwards them to the running child."""
 
-    def on(number: int, _: Any) -> None:
-        asked.append(number)
-        for child in current:
+    def on_signal(number: int, _: Any) -> None:
+        received_signals.append(number)
+        for child in running:
             with contextlib.suppress(ProcessLookupError):
                 child.send_signal(number)
 
-    before = {number: signal.signal(number, on) for number in SIGNALS}
+    previous_handlers = {
+        number: signal.signal(number, on_signal) for number in STOP_SIGNALS
+    }
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
-def slept(seconds: float, asked: list[int]) -> bool:
-    """Whether nobody asked to stop in the meantime."""
+def interruptible_sleep(seconds: float, received_signals: list[int]) -> bool:
+    """Sleeps; returns False if a signal arrived."""
     end = time.monotonic() + seconds
-    while not asked and time.monotonic() < end:
-        time.sleep(min(LOOK, seconds))
-    return not asked
+    while not received_signals and time.monotonic() < end:
+        time.sleep(min(POLL_INTERVAL_SECONDS, seconds))
+    return not received_signals
 
 
-def pass_on(lines: Any, tail: deque[str]) -> None:
-    """Shows what a child writes to stderr, and remembers the end of it."""
+def tee_stderr(lines: Any, stderr_tail: deque[str]) -> None:
+    """Copies a child's stderr to ours and keeps its last lines."""
     with lines:
         for line in lines:
             sys.stderr.write(line)
             sys.stderr.flush()
-            tail.append(line.rstrip("\n"))
+            stderr_tail.append(line.rstrip("\n"))
 
 
-def last_step(folder: Path) -> int:
-    """The last step in metrics.jsonl; 0 where there is none."""
+def last_logged_step(run_dir: Path) -> int:
+    """Last training step in metrics.jsonl; 0 if there is none."""
     step = 0
     with contextlib.suppress(OSError):
-        lines = (folder / "metrics.jsonl").read_bytes()[-(1 << 16) :].splitlines()
+        lines = (run_dir / "metrics.jsonl").read_bytes()[-(1 << 16) :].splitlines()
         for line in lines:
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 event = json.loads(line)
@@ -233,19 +270,19 @@ def last_step(folder: Path) -> int:
     return step
 
 
-def manner(code: int) -> str:
-    """What happened to a process, by its exit code."""
-    if code >= 0:
-        return f"ended with exit code {code}"
-    return f"died of {signal.Signals(-code).name}"
+def describe_exit(exit_code: int) -> str:
+    """Describes how a process ended, given its exit code."""
+    if exit_code >= 0:
+        return f"exited with code {exit_code}"
+    return f"was killed by {signal.Signals(-exit_code).name}"
 
 
-def be_supervised() -> None:
-    """In the child: it can be asked for its stacks, and does not outlive its parent."""
-    if ALIVE not in os.environ:
+def init_child() -> None:
+    """In the child: enables stack dumps and ties its life to the parent's."""
+    if HEARTBEAT_ENV not in os.environ:
         return
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
-        if os.getppid() == 1:  # it is gone already
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == 1:  # the parent is already dead
             os._exit(1)

@@ -1,13 +1,13 @@
-"""Chat templates: how a conversation becomes text, and which of it is an answer.
+"""Chat templates: render conversations and locate the assistant's replies.
 
-A template is a Jinja file as Hugging Face's tokenizers have them. It is given
-`messages`, `add_generation_prompt`, `bos_token`, `eos_token` (both <|endoftext|>) and
-`raise_exception`, and runs as `gptjax.rendering` says. The file in a model's folder,
-chat_template.jinja, is what training, generation, chat and export all use.
+A template is a Jinja file in Hugging Face's format. Its variables are `messages`,
+`add_generation_prompt`, `bos_token` and `eos_token` (both <|endoftext|>), and
+`raise_exception`; `gptjax.tokenizer.template_worker` renders it in a sandbox. Training,
+generation, chat and export all use the chat_template.jinja of the model folder.
 
-The texts of the messages are marked while the template runs, so that it is known which
-characters it wrote itself. Only those can be the end token, and texts that look like
-its own marks ("### Response:") get a zero-width space inside them.
+Message texts are wrapped in marks while the template runs, to separate them from the
+template's own text. Only the latter can contain the end token; in a message, text that
+looks like a marker of the template ("### Response:") gets a zero-width space inserted.
 """
 
 import contextlib
@@ -18,202 +18,223 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from gptjax.config import suggestion
+from gptjax.config import did_you_mean
 from gptjax.errors import ConfigError
 from gptjax.rendering import (
-    ANSWER,
-    BUILT_IN,
-    CLOSE,
-    END,
-    ENDOFTEXT,
-    FOLDER,
-    MARKS,
-    TEXT,
-    Message,
-    render,
+    REPLY_MARK,
+    BUILTIN_TEMPLATES,
+    CLOSE_MARK,
+    EOT_MARK,
+    EOT_TEXT,
+    TEMPLATE_DIR,
+    MARK_REPLACEMENTS,
+    TEXT_MARK,
+    ChatMessage,
+    render_template,
 )
 
-FILE = "chat_template.jinja"  # in a model folder
-MOST_CHARACTERS = 100_000  # of a template
-ANSWERS = re.compile(f"{ANSWER}[^{CLOSE}]*{CLOSE}")
-TEXTS = re.compile(f"[{TEXT}{ANSWER}]([^{CLOSE}]*){CLOSE}")
-CONTROL = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z]{2,20}\]")  # <|user|>, </s>, [INST]
-BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"  # in a model folder
+MAX_TEMPLATE_CHARS = 100_000  # in a template file
+MARKED_REPLY_PATTERN = re.compile(f"{REPLY_MARK}[^{CLOSE_MARK}]*{CLOSE_MARK}")
+MARKED_TEXT_PATTERN = re.compile(
+    f"[{TEXT_MARK}{REPLY_MARK}]([^{CLOSE_MARK}]*){CLOSE_MARK}"
+)
+CONTROL_TOKEN_PATTERN = re.compile(
+    r"<[^<>\s]{1,40}>|\[/?[A-Z]{2,20}\]"
+)  # <|user|>, </s>, [INST]
+LINE_BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 ZERO_WIDTH_SPACE = "\u200b"
 
-Kind = Literal["prompt", "header", "answer"]
+SegmentKind = Literal["prompt", "header", "answer"]
 
 
-class Piece(NamedTuple):
-    """A stretch of a rendered conversation."""
+class TemplateSegment(NamedTuple):
+    """Segment of a rendered conversation."""
 
     text: str
-    kind: Kind  # header: between a user's text and the answer to it
-    end: bool = False  # it is the control token <|endoftext|>, not these characters
+    kind: SegmentKind  # header: between the user's text and the reply
+    is_eot: bool = False  # the control token <|endoftext|>, not its characters
 
 
 @dataclasses.dataclass(frozen=True)
-class Template:
-    """A template that was tried out; made by `compiled` and `read_template`."""
+class ChatTemplate:
+    """Validated chat template, from `compile_template` or `load_chat_template`."""
 
     source: str = dataclasses.field(repr=False)
-    closing: str  # what follows an answer; END stands for the end token
-    stops: tuple[str, ...]  # texts that end an answer where the end token does not
-    marks: re.Pattern[str] = dataclasses.field(repr=False)  # not allowed in messages
+    suffix: str  # after each reply; EOT_MARK stands for <|endoftext|>
+    stop_strings: tuple[str, ...]  # end a reply besides <|endoftext|>
+    special_markers: re.Pattern[str] = dataclasses.field(
+        repr=False
+    )  # escaped in messages
 
-    def pieces(
-        self, messages: Sequence[Message], answering: bool = False
-    ) -> list[Piece]:
-        """The conversation as text, in order.
+    def segments(
+        self, messages: Sequence[ChatMessage], add_generation_prompt: bool = False
+    ) -> list[TemplateSegment]:
+        """Renders a conversation into segments, in order.
 
         Args:
-            messages: of the roles "system", "user" and "assistant".
-            answering: whether the text goes on to where the next answer starts.
+            messages: with roles "system", "user" and "assistant".
+            add_generation_prompt: also renders the header of the next reply.
 
         Raises:
-            ConfigError: the template cannot render these messages, or takes their
-                texts apart.
+            ConfigError: the template cannot render these messages, or splits their
+                texts.
         """
-        text = render(self.source, messages, answering)
-        found = []
-        at = 0
-        for answer in ANSWERS.finditer(text):
-            stop = answer.end() + len(self.closing)
-            if text[answer.end() : stop] != self.closing:
+        text = render_template(self.source, messages, add_generation_prompt)
+        parts = []
+        position = 0
+        for reply in MARKED_REPLY_PATTERN.finditer(text):
+            end = reply.end() + len(self.suffix)
+            if text[reply.end() : end] != self.suffix:
                 raise ConfigError(
-                    f"the chat template puts {shown(text[answer.end() : stop])} after "
-                    f"an answer, and elsewhere {shown(self.closing)}. Write the same "
-                    "after each, so that a model learns how to stop."
+                    f"the chat template puts {quote_rendered(text[reply.end() : end])} after "
+                    f"one reply and {quote_rendered(self.suffix)} after others. Use the same "
+                    "suffix for all, so that a model learns when to stop."
                 )
-            found += [*before(text[at : answer.start()]), (text[answer.start() : stop])]
-            at = stop
-        rest = text[at:]
-        found += before(rest) if answering else [rest]
-        kinds: list[Kind] = ["prompt", "header", "answer"] * len(found)
+            parts += [
+                *split_header(text[position : reply.start()]),
+                (text[reply.start() : end]),
+            ]
+            position = end
+        rest = text[position:]
+        parts += split_header(rest) if add_generation_prompt else [rest]
+        kinds: list[SegmentKind] = ["prompt", "header", "answer"] * len(parts)
         return [
-            piece
-            for part, kind in zip(found, kinds, strict=False)
-            for piece in self.split(part, kind)
+            segment
+            for part, kind in zip(parts, kinds, strict=False)
+            for segment in self.split_segments(part, kind)
         ]
 
-    def split(self, text: str, kind: Kind) -> Iterator[Piece]:
-        """The marked text as pieces of one kind, without marks."""
-        for number, part in enumerate(text.split(END)):
-            if number:
-                yield Piece(ENDOFTEXT, kind, end=True)
-            plain = TEXTS.sub(lambda match: self.harmless(match[1]), part)
-            if plain != plain.translate(MARKS):
+    def split_segments(self, text: str, kind: SegmentKind) -> Iterator[TemplateSegment]:
+        """Splits marked text into segments of one kind and removes the marks."""
+        for index, part in enumerate(text.split(EOT_MARK)):
+            if index:
+                yield TemplateSegment(EOT_TEXT, kind, is_eot=True)
+            plain = MARKED_TEXT_PATTERN.sub(
+                lambda match: self.escape_markers(match[1]), part
+            )
+            if plain != plain.translate(MARK_REPLACEMENTS):
                 raise ConfigError(
-                    "the chat template takes the text of a message apart, so it is "
-                    "unknown which of it is whose. Let it print `content` whole."
+                    "the chat template splits or changes the text of a message, so "
+                    "its role cannot be determined. Print `content` unchanged."
                 )
             if plain:
-                yield Piece(plain, kind)
+                yield TemplateSegment(plain, kind)
 
-    def harmless(self, text: str) -> str:
-        """A message's text, with nothing that looks like a mark of the template."""
-        return self.marks.sub(broken, text)
-
-
-def broken(match: re.Match[str]) -> str:
-    """A mark with a character of no width behind its first one."""
-    first = len(match[0]) - len(match[0].lstrip()) + 1
-    return match[0][:first] + ZERO_WIDTH_SPACE + match[0][first:]
+    def escape_markers(self, text: str) -> str:
+        """Breaks up text in a message that looks like a marker of the template."""
+        return self.special_markers.sub(break_marker, text)
 
 
-def before(text: str) -> list[str]:
-    """What stands before an answer: up to the user's last text, and the header."""
-    cut = text.rfind(CLOSE) + 1
-    return [text[:cut], text[cut:]]
+def break_marker(match: re.Match[str]) -> str:
+    """Inserts a zero-width space after the first character of a marker."""
+    split_at = len(match[0]) - len(match[0].lstrip()) + 1
+    return match[0][:split_at] + ZERO_WIDTH_SPACE + match[0][split_at:]
 
 
-def read_template(name: str) -> Template:
-    """A template by its name among those of gptjax, or by the path of its file.
+def split_header(text: str) -> list[str]:
+    """Splits the text before a reply into prompt and header."""
+    header_start = text.rfind(CLOSE_MARK) + 1
+    return [text[:header_start], text[header_start:]]
+
+
+def load_chat_template(name: str) -> ChatTemplate:
+    """Loads a built-in template by name, or a template file by path.
 
     Raises:
-        ConfigError: there is none, or it is not one to train with.
+        ConfigError: there is no such template, or it is invalid.
     """
-    path = FOLDER / f"{name}.jinja" if name in BUILT_IN else Path(name)
-    if name not in BUILT_IN and not path.is_file():
+    path = TEMPLATE_DIR / f"{name}.jinja" if name in BUILTIN_TEMPLATES else Path(name)
+    if name not in BUILTIN_TEMPLATES and not path.is_file():
         raise ConfigError(
-            f"there is no chat template {name!r}.{suggestion(name, BUILT_IN)} Name one "
-            f"of {', '.join(BUILT_IN)}, or a Jinja file."
+            f"there is no chat template {name!r}.{did_you_mean(name, BUILTIN_TEMPLATES)} Use one "
+            f"of {', '.join(BUILTIN_TEMPLATES)}, or the path of a Jinja file."
         )
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            source = file.read(MOST_CHARACTERS + 1)
+            source = file.read(MAX_TEMPLATE_CHARS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the chat template {path}: {error}.") from error
-    return compiled(source)
+    return compile_template(source)
 
 
 @functools.lru_cache(maxsize=16)
-def compiled(source: str) -> Template:
-    """The template with this text, tried out on small conversations.
+def compile_template(source: str) -> ChatTemplate:
+    """Validates a template by rendering small conversations.
 
     Raises:
-        ConfigError: it is too long, no Jinja, or does not close answers; or it asks
-            for an answer with other words than it puts before one.
+        ConfigError: it is too long, not valid Jinja, puts nothing after replies, or
+            its generation prompt differs from the header of a reply.
     """
-    if len(source) > MOST_CHARACTERS:
+    if len(source) > MAX_TEMPLATE_CHARS:
         raise ConfigError(
-            f"the chat template has more than {MOST_CHARACTERS:,} characters. Is it "
-            "the right file?"
+            f"the chat template is longer than {MAX_TEMPLATE_CHARS:,} characters. Check "
+            "that it is the right file."
         )
     user = {"role": "user", "content": "u"}
-    answer = {"role": "assistant", "content": "a"}
-    text = render(source, [user, answer])
-    answers = [*ANSWERS.finditer(text)]
-    if len(answers) != 1:
+    reply = {"role": "assistant", "content": "a"}
+    text = render_template(source, [user, reply])
+    replies = [*MARKED_REPLY_PATTERN.finditer(text)]
+    if len(replies) != 1:
         raise ConfigError(
-            f"the chat template prints an answer {len(answers)} times instead of once. "
-            "Let it print `content` of each message."
+            f"the chat template prints a reply {len(replies)} times instead of once. "
+            "Print the `content` of each message once."
         )
-    start, closing = answers[0].start(), text[answers[0].end() :]
-    if not closing.strip():
+    reply_start, suffix = replies[0].start(), text[replies[0].end() :]
+    if not suffix.strip():
         raise ConfigError(
-            "the chat template puts nothing after an answer, so no model could learn "
-            "to stop. Write {{ eos_token }} after it."
+            "the chat template puts nothing after a reply, so a model cannot learn to "
+            "stop. Put {{ eos_token }} after it."
         )
-    if (asked := render(source, [user], answering=True)) != text[:start]:
+    if (
+        generation_prompt := render_template(source, [user], add_generation_prompt=True)
+    ) != text[:reply_start]:
         raise ConfigError(
-            f"the chat template asks for an answer with {shown(asked)}, but puts "
-            f"{shown(text[:start])} before one. Write the same for both."
+            f"the chat template's generation prompt is {quote_rendered(generation_prompt)}, but it puts "
+            f"{quote_rendered(text[:reply_start])} before a reply. Make them equal."
         )
-    more = [
-        [user, answer, user],
-        [{**user, "role": "system"}, user, answer],
-        [{**user, "input": "i"}, answer],
+    variants = [
+        [user, reply, user],
+        [{**user, "role": "system"}, user, reply],
+        [{**user, "input": "i"}, reply],
     ]
     texts = [text]
-    for messages in more:
-        with contextlib.suppress(ConfigError):  # not every template takes these
-            texts.append(render(source, messages))
-    own = closing.split(END)[0].strip()
-    stops = [own] if own else []
-    # Where the next turn starts, the answer has ended too.
-    again = next((t[len(text) :] for t in texts[1:] if t.startswith(text)), "")
-    stops += [
-        f"\n{line.rstrip()}" for line in again.split(TEXT)[0].split("\n") if line
+    for messages in variants:
+        with contextlib.suppress(ConfigError):  # not every template supports these
+            texts.append(render_template(source, messages))
+    suffix_text = suffix.split(EOT_MARK)[0].strip()
+    stop_strings = [suffix_text] if suffix_text else []
+    # The start of the next turn ends a reply too.
+    next_turn = next((t[len(text) :] for t in texts[1:] if t.startswith(text)), "")
+    stop_strings += [
+        f"\n{line.rstrip()}"
+        for line in next_turn.split(TEXT_MARK)[0].split("\n")
+        if line
     ][:1]
-    return Template(source, closing, tuple(stops), marks_of(texts))
+    return ChatTemplate(source, suffix, tuple(stop_strings), find_markers(texts))
 
 
-def marks_of(texts: Sequence[str]) -> re.Pattern[str]:
-    """What messages must not hold: control words, and the template's own lines."""
-    own = [line for text in texts for line in TEXTS.sub(END, text).split("\n")]
-    literals = {part.strip() for line in own for part in line.split(END)} - {""}
-    words = {word for literal in literals for word in CONTROL.findall(literal)}
-    anywhere = [re.escape(word) for word in sorted(words)]
-    starting = [
-        rf"(?<![^{BREAKS}])[^\S{BREAKS}]*{re.escape(literal)}"
+def find_markers(texts: Sequence[str]) -> re.Pattern[str]:
+    """Pattern of the template's markers: control tokens and its own lines."""
+    lines = [
+        line
+        for text in texts
+        for line in MARKED_TEXT_PATTERN.sub(EOT_MARK, text).split("\n")
+    ]
+    literals = {part.strip() for line in lines for part in line.split(EOT_MARK)} - {""}
+    control_tokens = {
+        word for literal in literals for word in CONTROL_TOKEN_PATTERN.findall(literal)
+    }
+    anywhere = [re.escape(word) for word in sorted(control_tokens)]
+    at_line_start = [
+        rf"(?<![^{LINE_BREAKS}])[^\S{LINE_BREAKS}]*{re.escape(literal)}"
         for literal in sorted(literals)
         if len(literal) > 1
     ]
-    return re.compile("|".join([*anywhere, *starting]) or "(?!)")
+    return re.compile("|".join([*anywhere, *at_line_start]) or "(?!)")
 
 
-def shown(text: str) -> str:
-    """A rendered text for a message about it."""
-    marks = dict.fromkeys(map(ord, TEXT + ANSWER + CLOSE))
-    return repr(text.translate(marks).replace(END, ENDOFTEXT))
+def quote_rendered(text: str) -> str:
+    """Quotes rendered text for an error message."""
+    marks = dict.fromkeys(map(ord, TEXT_MARK + REPLY_MARK + CLOSE_MARK))
+    return repr(text.translate(marks).replace(EOT_MARK, EOT_TEXT))

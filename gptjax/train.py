@@ -1,4 +1,4 @@
-"""The train step, a pure function, and the loop, a generator that its caller owns."""
+"""Train step (a pure function) and training loop (a generator)."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from gptjax.attention.call import platform
+from gptjax.attention.call import target_platform
 from gptjax.errors import ConfigError
 from gptjax.model import Params
 
@@ -17,22 +17,22 @@ LossFn = Callable[[Params, Any, Key[Array, ""]], tuple[Array, Array]]
 
 
 class TrainState(NamedTuple):
-    """Everything that changes during training, and nothing else."""
+    """Everything that changes during training."""
 
-    step: Int[Array, ""]  # finished steps, skipped ones included
+    step: Int[Array, ""]  # finished steps, including skipped ones
     params: Params
     opt_state: Any
-    skipped: Int[Array, ""]  # steps whose update was left out
-    key: Key[Array, ""]  # constant; each step folds its number into it
+    num_skipped: Int[Array, ""]  # steps without an update
+    key: Key[Array, ""]  # constant; each step folds in its number
 
 
 class Metrics(NamedTuple):
-    """What one step computed, still on the device."""
+    """Metrics of one step, still on the device."""
 
     loss: Float[Array, ""]  # nats per token
     grad_norm: Float[Array, ""]  # global, before clipping
-    tokens: Float[Array, ""]  # weight that the loss was divided by
-    updated: Array  # bool: whether the update was made
+    tokens: Float[Array, ""]  # weight the loss was divided by
+    applied: Array  # bool: True if the update was applied
 
 
 TrainStep = Callable[..., tuple[TrainState, Metrics]]  # (state, batch)
@@ -41,51 +41,56 @@ TrainStep = Callable[..., tuple[TrainState, Metrics]]  # (state, batch)
 def init_state(
     params: Params, optimizer: optax.GradientTransformation, key: Key[Array, ""]
 ) -> TrainState:
-    """The state before the first step."""
+    """State before the first step."""
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, optimizer.init(params), jnp.copy(zero), key)
 
 
-def mean_gradient(
-    loss_fn: LossFn, accumulate: int, axis: str | None
+def make_grad_fn(
+    loss_fn: LossFn, accumulate: int, axis_name: str | None
 ) -> Callable[..., tuple[Any, Any, Any]]:
-    """(params, batch, key) -> nats, weight and d(nats / weight)/d(params), of all."""
+    """Returns (params, batch, key) -> (loss sum, weight, gradient of the mean loss)."""
 
-    def whole(part: Any) -> Any:
-        """The sum over the devices of `jax.pmap`."""
-        return part if axis is None else jax.lax.psum(part, axis)
+    def sum_over_devices(tree: Any) -> Any:
+        """Sums over the devices of `jax.pmap`."""
+        return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
-    def at_once(params: Params, batch: Any, key: Key[Array, ""]) -> Any:
-        nats, pull, weight = jax.vjp(
+    def full_batch_gradient(params: Params, batch: Any, key: Key[Array, ""]) -> Any:
+        loss_sum, vjp_fn, weight = jax.vjp(
             lambda params: loss_fn(params, batch, key), params, has_aux=True
         )
-        # The division is of one number here, and of every gradient's otherwise.
-        weight = divisor(whole(weight))
-        (grads,) = pull(1 / weight)
-        return whole(nats), weight, whole(grads)
+        # Seeding the VJP with 1 / weight divides one scalar instead of all gradients.
+        weight = safe_denominator(sum_over_devices(weight))
+        (grads,) = vjp_fn(1 / weight)
+        return sum_over_devices(loss_sum), weight, sum_over_devices(grads)
 
-    def in_parts(params: Params, batch: Any, key: Key[Array, ""]) -> Any:
+    def accumulate_gradients(params: Params, batch: Any, key: Key[Array, ""]) -> Any:
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-        def deal(leaf: Array) -> Array:
+        def to_microbatches(leaf: Array) -> Array:
             return leaf.reshape(-1, accumulate, *leaf.shape[1:]).swapaxes(0, 1)
 
-        def add(sums: Any, micro: Any) -> tuple[Any, None]:
-            (nats, weight), grads = grad_fn(params, *micro)
-            return jax.tree.map(jnp.add, sums, (nats, weight, grads)), None
+        def add_microbatch(sums: Any, microbatch: Any) -> tuple[Any, None]:
+            (loss_sum, weight), grads = grad_fn(params, *microbatch)
+            return jax.tree.map(jnp.add, sums, (loss_sum, weight, grads)), None
 
         zero = jnp.zeros((), jnp.float32)
         zeros = zero, zero, jax.tree.map(jnp.zeros_like, params)
-        micros = jax.tree.map(deal, batch), jax.random.split(key, accumulate)
-        nats, weight, grads = whole(jax.lax.scan(add, zeros, micros)[0])
-        weight = divisor(weight)
-        return nats, weight, jax.tree.map(lambda g: g / weight, grads)
+        microbatches = (
+            jax.tree.map(to_microbatches, batch),
+            jax.random.split(key, accumulate),
+        )
+        loss_sum, weight, grads = sum_over_devices(
+            jax.lax.scan(add_microbatch, zeros, microbatches)[0]
+        )
+        weight = safe_denominator(weight)
+        return loss_sum, weight, jax.tree.map(lambda g: g / weight, grads)
 
-    return at_once if accumulate == 1 else in_parts
+    return full_batch_gradient if accumulate == 1 else accumulate_gradients
 
 
-def divisor(weight: Float[Array, ""]) -> Float[Array, ""]:
-    """The weight; where nothing counts, a tiny one, so that loss and gradient are 0."""
+def safe_denominator(weight: Float[Array, ""]) -> Float[Array, ""]:
+    """Weight, or a tiny number if it is 0, so that loss and gradient are 0."""
     return jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
 
 
@@ -93,107 +98,120 @@ def make_train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     accumulate: int = 1,
-    axis: str | None = None,
+    axis_name: str | None = None,
 ) -> TrainStep:
-    """A pure `step(state, batch, limit=inf)`; the caller jits it and donates `state`.
+    """Returns a pure `train_step(state, batch, max_grad_norm=inf)`.
 
-    The gradient is that of the mean over all tokens of all micro-batches, however
-    unevenly they are filled. A step whose loss or gradient is not finite, or whose
-    gradient has a norm above the limit, changes nothing but the counts of steps and of
-    skipped ones.
+    The caller jits it and donates `state`. The gradient is that of the mean over all
+    tokens of all micro-batches, even if they hold different numbers of tokens. A step
+    with a non-finite loss or gradient, or with a gradient norm above `max_grad_norm`,
+    changes only the step counters.
 
     Args:
-        loss_fn: `(params, batch, key) -> (sum, weight)`, as `gptjax.loss` has it.
+        loss_fn: `(params, batch, key) -> (sum, weight)`, as in `gptjax.training.loss`.
         optimizer: any Optax transformation.
-        accumulate: [G] micro-batches that the first axis of each leaf of the batch
-            is dealt to, row by row; G times less memory for activations.
-        axis: of `jax.pmap`, over which the sums are taken, too; see `pmapped`.
+        accumulate: [G] micro-batches; the first axis of each batch leaf is distributed
+            over them row by row. Divides activation memory by G.
+        axis_name: name of the `jax.pmap` axis to sum over; see `pmap_train_step`.
     """
-    gradient = mean_gradient(loss_fn, accumulate, axis)
+    grad_fn = make_grad_fn(loss_fn, accumulate, axis_name)
 
-    def step(
-        state: TrainState, batch: Any, limit: Any = math.inf
+    def train_step(
+        state: TrainState, batch: Any, max_grad_norm: Any = math.inf
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        if axis is not None:
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-        nats, weight, grads = gradient(state.params, batch, key)
-        norm = optax.tree.norm(grads)
-        good = jnp.isfinite(nats) & jnp.isfinite(norm) & (norm <= limit)
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        loss_sum, weight, grads = grad_fn(state.params, batch, key)
+        grad_norm = optax.tree.norm(grads)
+        is_valid = (
+            jnp.isfinite(loss_sum)
+            & jnp.isfinite(grad_norm)
+            & (grad_norm <= max_grad_norm)
+        )
 
-        def updated(params: Params, opt_state: Any) -> tuple[Any, Any]:
+        def apply_update(params: Params, opt_state: Any) -> tuple[Any, Any]:
             updates, opt_state = optax.with_extra_args_support(optimizer).update(
-                grads, opt_state, params, grad_norm=norm
+                grads, opt_state, params, grad_norm=grad_norm
             )
             return optax.apply_updates(params, updates), opt_state
 
-        before = state.params, state.opt_state
-        params, opt_state = only_if(good, updated, before)
+        old = state.params, state.opt_state
+        params, opt_state = select_update(is_valid, apply_update, old)
         state = TrainState(
-            state.step + 1, params, opt_state, state.skipped + ~good, state.key
+            state.step + 1, params, opt_state, state.num_skipped + ~is_valid, state.key
         )
-        return state, Metrics(nats / weight, norm, weight, good)
+        return state, Metrics(loss_sum / weight, grad_norm, weight, is_valid)
 
-    return step
+    return train_step
 
 
-def only_if(right: Array, change: Callable[..., Any], before: tuple[Any, ...]) -> Any:
-    """`change(*before)` where it is right to make it, else what was before.
+def select_update(
+    condition: Array, update_fn: Callable[..., Any], old: tuple[Any, ...]
+) -> Any:
+    """`update_fn(*old)` if the condition holds, else `old`.
 
-    A CPU makes an update of AdamW in half the time if nothing is chosen element by
-    element; other devices would have to ask the host which way to go.
+    On CPU `lax.cond` halves the time of an AdamW update compared with an elementwise
+    select; on other devices it would synchronize with the host.
     """
-    if platform() == "cpu":
-        return jax.lax.cond(right, change, lambda *same: same, *before)
-    new = change(*before)
-    return jax.tree.map(lambda n, o: jnp.where(right, n, o), new, before)
+    if target_platform() == "cpu":
+        return jax.lax.cond(condition, update_fn, lambda *same: same, *old)
+    new = update_fn(*old)
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
-def pmapped(
+def pmap_train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     accumulate: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> TrainStep:
-    """`make_train_step`, compiled with `jax.pmap`: each device has part of the rows.
+    """`make_train_step` compiled with `jax.pmap`, with the rows split over devices.
 
-    State and metrics are as with `jax.jit`. Every step copies the state to all devices,
-    and none holds less than all of it: a mesh (`gptjax.sharding`) does better.
+    State and metrics are as with `jax.jit`. Every step copies the full state to all
+    devices; prefer a mesh (`gptjax.parallel.sharding`).
 
     Args:
         loss_fn: as for `make_train_step`.
         optimizer: any Optax transformation.
-        accumulate: micro-batches of each device.
-        devices: default: all of this process.
+        accumulate: micro-batches per device.
+        devices: default: all local devices.
     """
     devices = jax.local_devices() if devices is None else list(devices)
-    step, count = make_train_step(loss_fn, optimizer, accumulate, "rows"), len(devices)
-    mapped = jax.pmap(step, "rows", in_axes=(None, 0), out_axes=None, devices=devices)
+    step, num_devices = (
+        make_train_step(loss_fn, optimizer, accumulate, "rows"),
+        len(devices),
+    )
+    pmapped_step = jax.pmap(
+        step, "rows", in_axes=(None, 0), out_axes=None, devices=devices
+    )
 
-    def split(leaf: Any) -> Any:
-        if len(leaf) % (count * accumulate):
+    def split_over_devices(leaf: Any) -> Any:
+        if len(leaf) % (num_devices * accumulate):
             raise ConfigError(
-                f"data.batch_size={len(leaf)} does not split evenly over {count} "
-                f"devices with train.accumulate={accumulate}. Choose a multiple of "
-                f"{count * accumulate}."
+                f"data.batch_size={len(leaf)} is not divisible by the {num_devices} devices "
+                f"times train.accumulate={accumulate}. Choose a multiple of "
+                f"{num_devices * accumulate}."
             )
-        return leaf.reshape(count, -1, *leaf.shape[1:])
+        return leaf.reshape(num_devices, -1, *leaf.shape[1:])
 
-    return lambda state, batch: mapped(state, jax.tree.map(split, batch))
+    return lambda state, batch: pmapped_step(
+        state, jax.tree.map(split_over_devices, batch)
+    )
 
 
-def steps(
-    state: TrainState, step_fn: TrainStep, batches: Iterable[Any]
+def train_steps(
+    state: TrainState, train_step: TrainStep, batches: Iterable[Any]
 ) -> Iterator[tuple[int, TrainState, Metrics]]:
-    """Yields (steps finished, state, metrics) once per batch; the caller does the rest.
+    """Yields (finished steps, state, metrics) after each batch.
 
     Logging, evaluation and checkpoints are plain statements in the caller's `for`
-    body, so there are no callbacks. The count is a Python int: testing it does not
-    wait for the device, reading a metric does. A yielded state is donated to the
-    next step, so it can only be used until the next one is asked for.
+    body, so there are no callbacks. The step is a Python int, so testing it does not
+    block on the device; reading a metric does. A yielded state is donated to the next
+    step and is valid only until then.
     """
-    done = int(state.step)
+    step = int(state.step)
     for batch in batches:
-        state, metrics = step_fn(state, batch)
-        done += 1
-        yield done, state, metrics
+        state, metrics = train_step(state, batch)
+        step += 1
+        yield step, state, metrics

@@ -7,23 +7,23 @@ import sys
 from pathlib import Path
 
 from gptjax import flags, supervise
-from gptjax.command import begin, stoppable
-from gptjax.config import config_path, read_config
-from gptjax.phases import reached
+from gptjax.command import setup_session, run_interruptible
+from gptjax.config import find_config, load_config
+from gptjax.phases import mark_phase
 
 TASKS = {  # train.task: where it is
-    "pretrain": ("pretrain", "pretrain"),
-    "classify": ("classification", "train_classifier"),
-    "instruct": ("instruct", "train_assistant"),
-    "preference": ("preference", "train_preference"),
+    "pretrain": ("tasks.pretrain", "pretrain"),
+    "classify": ("tasks.classify", "train_classifier"),
+    "sft": ("tasks.sft", "train_sft"),
+    "dpo": ("tasks.dpo", "train_dpo"),
     "book": ("book.training", "train_book"),
 }
 
 
-def arguments(sub: argparse.ArgumentParser) -> None:
+def add_train_arguments(sub: argparse.ArgumentParser) -> None:
     """The arguments of `gptjax train`."""
     sub.usage = "gptjax train CONFIG.toml [--section.option value ...] [--run DIR]"
-    sub.epilog = "options:\n" + "\n".join(flags.option_lines())
+    sub.epilog = "options:\n" + "\n".join(flags.format_config_options())
     sub.add_argument("config", metavar="CONFIG.toml", help="a file, or one of configs/")
     sub.add_argument("--run", type=Path, metavar="DIR", help="default: runs/CONFIG")
     sub.add_argument(
@@ -51,49 +51,53 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def train(args: argparse.Namespace) -> int:
+def run_train(args: argparse.Namespace) -> int:
     """Train as a config says; the same command again resumes.
 
     Every option of the config can be given as a flag, --section.option value.
     """
-    path = config_path(args.config)
-    folder = args.run or Path("runs") / path.stem
+    path = find_config(args.config)
+    run_dir = args.run or Path("runs") / path.stem
     if args.supervise:
         words = [word for word in args.words if word != "--supervise"]
-        return supervise.supervise([sys.executable, "-m", "gptjax", *words], folder)
-    supervise.be_supervised()
+        return supervise.supervise([sys.executable, "-m", "gptjax", *words], run_dir)
+    supervise.init_child()
     if not args.distributed:
-        return stoppable(lambda: start(args, path, folder))
+        return run_interruptible(lambda: run_training(args, path, run_dir))
     found: list[int] = []
 
     def connect() -> None:
         from gptjax import distributed
 
-        distributed.start(args.distributed)
+        distributed.initialize(args.distributed)
         found.append(0)
 
-    return stoppable(connect) or train_together(args, path, folder)
+    return run_interruptible(connect) or train_distributed(args, path, run_dir)
 
 
-def train_together(args: argparse.Namespace, path: Path, folder: Path) -> int:
+def train_distributed(args: argparse.Namespace, path: Path, run_dir: Path) -> int:
     """`start` as one of many processes, which have found each other."""
     from gptjax import distributed
 
-    with distributed.ending_together():
-        return stoppable(lambda: start(args, path, folder), "together")
+    with distributed.abort_all_on_error():
+        return run_interruptible(
+            lambda: run_training(args, path, run_dir), "collective"
+        )
 
 
-def start(args: argparse.Namespace, path: Path, folder: Path) -> None:
+def run_training(args: argparse.Namespace, path: Path, run_dir: Path) -> None:
     """Reads the config and trains."""
-    config = flags.on_top(read_config(path), args.rest)
-    begin(args, folder / "compiled")
-    from gptjax.machine_faults import told
-    from gptjax.run_task import Wishes
+    config = flags.apply_overrides(load_config(path), args.rest)
+    setup_session(args, run_dir / "compiled")
+    from gptjax.machine_faults import translate_resource_errors
+    from gptjax.run_task import ResumeOptions
 
     module, function = TASKS[config.train.task]
     run = getattr(importlib.import_module(f"gptjax.{module}"), function)
-    reached("importing")
-    say = functools.partial(print, flush=True)  # into a file as into a terminal
-    wishes = Wishes(tuple(args.allow_change), args.on_spike)
-    with told():  # not only of training, but of what is written after it
-        run(config, folder, say, wishes=wishes)
+    mark_phase("importing")
+    log = functools.partial(print, flush=True)  # into a file as into a terminal
+    options = ResumeOptions(tuple(args.allow_change), args.on_spike)
+    with (
+        translate_resource_errors()
+    ):  # not only of training, but of what is written after it
+        run(config, run_dir, log, wishes=options)

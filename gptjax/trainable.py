@@ -1,7 +1,7 @@
-"""What a fine-tuning run may change: tables of names, and the parameters in two parts.
+"""Trainable/frozen parameter split for fine-tuning.
 
-Only the part that is trained goes through the gradient and the optimiser. Of a stack of
-layers the last ones are split off as "tail", so that nothing flows back further.
+Only the trainable part goes through the gradient and the optimizer. The last layers of
+a stack are split off as "tail", so that backpropagation stops there.
 """
 
 import math
@@ -13,110 +13,141 @@ import jax
 from jaxtyping import Array, Key
 
 from gptjax.config import RunConfig
-from gptjax.lora import Adapters, init_adapters, merged, scaled
+from gptjax.lora import Adapters, init_adapters, merge_adapters, scale_adapters
 from gptjax.model import Params
 from gptjax.train import make_train_step
-from gptjax.tree import merge, partition
+from gptjax.tree import combine, partition
 from gptjax.weights.adapters import save_adapters
-from gptjax.weights.folder import Model, save
+from gptjax.weights.folder import Model, save_model
 
-# (config, parameters, adapters, batch, key) -> (sum, weight)
-TunedLoss = Callable[[RunConfig, Params, Any, Any, Any], tuple[Array, Array]]
+# (config, params, adapters, batch, key) -> (sum, weight)
+FinetuneLossFn = Callable[[RunConfig, Params, Any, Any, Any], tuple[Array, Array]]
 
-# tune.trainable: (layers in the tail, patterns of what is trained). The final norm goes
-# with the blocks, as in Raschka 2024, chapter 6.
-TRAINABLE: dict[str, tuple[int, list[str]]] = {
+# finetune.trainable: (layers in the tail, patterns of trainable parameters). The final
+# norm is trained with the blocks, as in Raschka 2024, chapter 6.
+TRAINABLE_RULES: dict[str, tuple[int, list[str]]] = {
     "all": (0, ["*"]),
     "head": (0, ["head/*"]),
     "last-block": (1, ["tail/*", "final_norm/*", "head/*"]),
     "last-two-blocks": (2, ["tail/*", "final_norm/*", "head/*"]),
-    "lora": (0, ["head/*"]),  # and the adapters
+    "lora": (0, ["head/*"]),  # plus the adapters
 }
 
 
-def parted(c: RunConfig, params: Params, key: Key[Array, ""]) -> tuple[Params, Params]:
-    """(what is trained, what is frozen) of a model's parameters.
+def split_trainable(
+    config: RunConfig, params: Params, key: Key[Array, ""]
+) -> tuple[Params, Params]:
+    """Splits parameters into (trainable, frozen) by `finetune.trainable`.
 
     Args:
-        c: its `tune` says what is trained.
-        params: of the whole model.
-        key: of fresh adapters.
+        config: config of the run.
+        params: parameters of the full model.
+        key: initializes new adapters.
     """
-    tail, patterns = TRAINABLE[c.tune.trainable]
-    trained, frozen = partition(split_tail(params, tail), patterns)
-    if c.tune.trainable == "lora":
-        targets, rank = c.tune.lora_targets, c.tune.lora_rank
-        trained["adapters"] = init_adapters(c.model, params, targets, rank, key)
-    return trained, frozen
+    num_layers, patterns = TRAINABLE_RULES[config.finetune.trainable]
+    trainable_params, frozen_params = partition(
+        split_last_layers(params, num_layers), patterns
+    )
+    if config.finetune.trainable == "lora":
+        targets, rank = config.finetune.lora_targets, config.finetune.lora_rank
+        trainable_params["adapters"] = init_adapters(
+            config.model, params, targets, rank, key
+        )
+    return trainable_params, frozen_params
 
 
-def joined(
-    c: RunConfig, trained: Params, frozen: Params
+def combine_params(
+    config: RunConfig, trainable_params: Params, frozen_params: Params
 ) -> tuple[Params, Adapters | None]:
-    """The parameters as `gptjax.hidden` takes them, and the adapters, scaled."""
-    own = {name: leaf for name, leaf in trained.items() if name != "adapters"}
-    adapters = trained.get("adapters")
+    """Parameters as `gptjax.hidden_states` takes them, and the scaled adapters."""
+    model_params = {
+        name: leaf for name, leaf in trainable_params.items() if name != "adapters"
+    }
+    adapters = trainable_params.get("adapters")
     if adapters is not None:
-        adapters = scaled(adapters, c.tune.lora_alpha / c.tune.lora_rank)
-    return merge(frozen, own), adapters
+        adapters = scale_adapters(
+            adapters, config.finetune.lora_alpha / config.finetune.lora_rank
+        )
+    return combine(frozen_params, model_params), adapters
 
 
-def split_tail(params: Params, layers: int) -> Params:
-    """The last layers of the stack apart; all of them, where there are no more."""
-    if not layers:
+def split_last_layers(params: Params, num_layers: int) -> Params:
+    """Splits off the last layers of the stack, or all of them if it has fewer."""
+    if not num_layers:
         return params
     rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
-    depth = jax.tree.leaves(params["blocks"])[0].shape[0]
-    first = depth - min(layers, depth)
-    parts: Any = {"tail": jax.tree.map(lambda leaf: leaf[first:], params["blocks"])}
-    if first:
-        parts["blocks"] = jax.tree.map(lambda leaf: leaf[:first], params["blocks"])
+    n_layers = jax.tree.leaves(params["blocks"])[0].shape[0]
+    num_remaining = n_layers - min(num_layers, n_layers)
+    parts: Any = {
+        "tail": jax.tree.map(lambda leaf: leaf[num_remaining:], params["blocks"])
+    }
+    if num_remaining:
+        parts["blocks"] = jax.tree.map(
+            lambda leaf: leaf[:num_remaining], params["blocks"]
+        )
     return rest | parts
 
 
-def join_tail(params: Params) -> Params:
-    """All layers in one stack again; the inverse of `split_tail`."""
+def merge_last_layers(params: Params) -> Params:
+    """Merges all layers into one stack; inverse of `split_last_layers`."""
     if "tail" not in params:
         return params
     rest = {n: leaf for n, leaf in params.items() if n not in ("blocks", "tail")}
     blocks = params["tail"]
     if "blocks" in params:
-        together = lambda *parts: jax.numpy.concatenate(parts)  # noqa: E731
-        blocks = jax.tree.map(together, params["blocks"], blocks)
+        concatenate = lambda *parts: jax.numpy.concatenate(parts)  # noqa: E731
+        blocks = jax.tree.map(concatenate, params["blocks"], blocks)
     return rest | {"blocks": blocks}
 
 
-def whole(c: RunConfig, trained: Params, frozen: Params) -> Params:
-    """The parameters of the model that a run has made: one stack, adapters merged."""
-    params, adapters = joined(c, trained, frozen)
-    params = join_tail(params)
-    return merged(params, adapters) if adapters else params
+def full_params(
+    config: RunConfig, trainable_params: Params, frozen_params: Params
+) -> Params:
+    """Parameters of the full model: one stack of layers, adapters merged."""
+    params, adapters = combine_params(config, trainable_params, frozen_params)
+    params = merge_last_layers(params)
+    return merge_adapters(params, adapters) if adapters else params
 
 
-def make_tuned_step(
-    c: RunConfig, loss: TunedLoss, optimizer: Any
+def make_finetune_step(
+    config: RunConfig, loss_fn: FinetuneLossFn, optimizer: Any
 ) -> Callable[[Any, Any, Params], Any]:
-    """A pure (state, batch, frozen) -> (state, metrics); only the state changes."""
+    """Returns a pure (state, batch, frozen_params) -> (state, metrics)."""
 
-    def step(state: Any, batch: Any, frozen: Params, limit: Any = math.inf) -> Any:
-        def loss_fn(trained: Params, batch: Any, key: Any) -> tuple[Array, Array]:
-            return loss(c, *joined(c, trained, frozen), batch, key)
+    def finetune_step(
+        state: Any, batch: Any, frozen_params: Params, max_grad_norm: Any = math.inf
+    ) -> Any:
+        def trainable_loss_fn(
+            trainable_params: Params, batch: Any, key: Any
+        ) -> tuple[Array, Array]:
+            return loss_fn(
+                config,
+                *combine_params(config, trainable_params, frozen_params),
+                batch,
+                key,
+            )
 
-        step = make_train_step(loss_fn, optimizer, c.train.accumulate)
-        return step(state, batch, limit)
+        train_step = make_train_step(
+            trainable_loss_fn, optimizer, config.train.accumulate
+        )
+        return train_step(state, batch, max_grad_norm)
 
-    return step
+    return finetune_step
 
 
-def save_tuned(
-    c: RunConfig, folder: Path, model: Model, trained: Params, frozen: Params
+def save_finetuned(
+    config: RunConfig,
+    run_dir: Path,
+    model: Model,
+    trainable_params: Params,
+    frozen_params: Params,
 ) -> None:
-    """Writes model/ of a run, and its adapters beside it."""
-    save(model, folder / "model")
-    if adapters := joined(c, trained, frozen)[1]:
-        save_adapters(adapters, folder / "adapters.safetensors")
+    """Writes model/ of a run and, if there are any, adapters.safetensors."""
+    save_model(model, run_dir / "model")
+    if adapters := combine_params(config, trainable_params, frozen_params)[1]:
+        save_adapters(adapters, run_dir / "adapters.safetensors")
 
 
-def stream(batches: Any, first: int, stop: int) -> Iterator[Any]:
-    """`batches.batch_at` of the steps from `first` to before `stop`."""
-    return (batches.batch_at(step) for step in range(first, stop))
+def iterate_batches(batches: Any, start: int, stop: int) -> Iterator[Any]:
+    """Batches of the steps [start, stop)."""
+    return (batches.batch_at(step) for step in range(start, stop))

@@ -1,4 +1,4 @@
-"""Parameters spoken of by name: tables of rules instead of branches."""
+"""Parameter trees addressed by name: rule tables, partition, flatten."""
 
 import fnmatch
 from collections.abc import Mapping, Sequence
@@ -7,97 +7,100 @@ from typing import Any
 import jax
 import numpy as np
 
+Params = dict[str, Any]  # nested dict of arrays; block parameters stacked on axis 0
 
-def path_name(path: Any) -> str:
+
+def path_str(path: Any) -> str:
     """The name of a leaf: its keys joined by slashes."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """Every leaf under its name, in the order of the tree."""
+def flatten_with_names(tree: Any) -> dict[str, Any]:
+    """Maps the name of every leaf to the leaf, in tree order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {path_name(path): leaf for path, leaf in leaves}
+    return {path_str(path): leaf for path, leaf in leaves}
 
 
-def assign(tree: Any, rules: Mapping[str, Any]) -> Any:
-    """Gives each leaf the value of the one rule whose pattern matches its name.
+def match_rules(tree: Any, rules: Mapping[str, Any]) -> Any:
+    """Replaces each leaf by the value of the only rule that matches its name.
 
     Raises:
-        ValueError: a leaf that no rule or more than one rule matches, or a rule
-            that matches no leaf: a table of rules is an exact cover.
+        ValueError: a leaf matches no rule or several rules, or a rule matches no
+            leaf. A rule table covers every leaf exactly once.
 
     >>> tree = {"tokens": {"embedding": 0}, "norm": {"scale": 0, "bias": 0}}
-    >>> assign(tree, {"*/embedding": True, "norm/*": False})
+    >>> match_rules(tree, {"*/embedding": True, "norm/*": False})
     {'norm': {'bias': False, 'scale': False}, 'tokens': {'embedding': True}}
     """
-    used = set()
+    used_patterns = set()
 
-    def value(path: Any, _: Any) -> Any:
-        name = path_name(path)
-        hits = [pattern for pattern in rules if fnmatch.fnmatchcase(name, pattern)]
-        if len(hits) != 1:
+    def rule_value(path: Any, _: Any) -> Any:
+        name = path_str(path)
+        matches = [pattern for pattern in rules if fnmatch.fnmatchcase(name, pattern)]
+        if len(matches) != 1:
             raise ValueError(
-                f"parameter {name} needs exactly one rule but matches {hits or 'none'}."
+                f"parameter {name} must match exactly one rule but matches "
+                f"{matches or 'none'}."
             )
-        used.update(hits)
-        return rules[hits[0]]
+        used_patterns.update(matches)
+        return rules[matches[0]]
 
-    result = jax.tree_util.tree_map_with_path(value, tree)
-    if idle := sorted(set(rules) - used):
-        raise ValueError(f"rules that match no parameter: {idle}.")
+    result = jax.tree_util.tree_map_with_path(rule_value, tree)
+    if unused := sorted(set(rules) - used_patterns):
+        raise ValueError(f"rules that match no parameter: {unused}.")
     return result
 
 
 def partition(tree: Any, patterns: Sequence[str]) -> tuple[Any, Any]:
-    """The nested dict in two: leaves whose names match a pattern, and the others.
+    """Splits a nested dict into leaves that match a pattern and all other leaves.
 
     >>> partition({"head": {"bias": 1}, "norm": {"bias": 2}}, ["head/*"])
     ({'head': {'bias': 1}}, {'norm': {'bias': 2}})
     """
     parts: tuple[Any, Any] = {}, {}
-    for name, leaf in named_leaves(tree).items():
-        hit = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-        parts[0 if hit else 1][name] = leaf
-    return unnamed(parts[0]), unnamed(parts[1])
+    for name, leaf in flatten_with_names(tree).items():
+        is_match = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        parts[0 if is_match else 1][name] = leaf
+    return unflatten_names(parts[0]), unflatten_names(parts[1])
 
 
-def unnamed(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict of leaves under their names; the inverse of `named_leaves`.
+def unflatten_names(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Builds a nested dict from named leaves; the inverse of `flatten_with_names`.
 
-    >>> unnamed({"head/bias": 1, "head/kernel": 3})
+    >>> unflatten_names({"head/bias": 1, "head/kernel": 3})
     {'head': {'bias': 1, 'kernel': 3}}
     """
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *path, last = name.split("/")
-        place = tree
+        node = tree
         for key in path:
-            place = place.setdefault(key, {})
-        place[last] = leaf
+            node = node.setdefault(key, {})
+        node[last] = leaf
     return tree
 
 
-def merge(one: Any, other: Any) -> Any:
-    """The nested dict of all leaves of both; the inverse of `partition`.
+def combine(left: Any, right: Any) -> Any:
+    """Merges two nested dicts; the inverse of `partition`.
 
-    >>> merge({"head": {"bias": 1}}, {"head": {"kernel": 3}, "norm": {"bias": 2}})
+    >>> combine({"head": {"bias": 1}}, {"head": {"kernel": 3}, "norm": {"bias": 2}})
     {'head': {'bias': 1, 'kernel': 3}, 'norm': {'bias': 2}}
     """
-    merged = dict(one)
-    for key, value in other.items():
-        merged[key] = merge(merged[key], value) if key in merged else value
+    merged = dict(left)
+    for key, value in right.items():
+        merged[key] = combine(merged[key], value) if key in merged else value
     return merged
 
 
-def count(tree: Any) -> int:
-    """Numbers in all leaves together."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+def num_params(params: Any) -> int:
+    """Total number of elements of all leaves."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def part(leaf: Any, n: int) -> Any:
-    """`leaf[n]`; of an array in a CPU's memory it is seen there and not copied."""
+def layer_slice(leaf: Any, n: int) -> Any:
+    """Returns `leaf[n]`, without a copy if the array is in CPU memory."""
     if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
-        here = jax.devices()[0]
-        if here.platform == "cpu" and leaf.devices() == {here}:
-            return jax.device_put(np.asarray(leaf)[n])  # which keeps all of it alive
+        device = jax.devices()[0]
+        if device.platform == "cpu" and leaf.devices() == {device}:
+            return jax.device_put(np.asarray(leaf)[n])  # keeps `leaf` alive
     return leaf[n]

@@ -61,10 +61,10 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What runs of a session have in common is compiled for the first of them."""
     import jax
 
-    from gptjax.programs import cache_at
+    from gptjax.programs import enable_cache
 
     jax.config.update("jax_enable_compilation_cache", True)
-    with cache_at(tmp_path_factory.mktemp("programs")):
+    with enable_cache(tmp_path_factory.mktemp("programs")):
         yield
 
 

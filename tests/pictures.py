@@ -5,7 +5,7 @@ import itertools
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from gptjax.boxes import SIZE
+from gptjax.boxes import FONT_SIZE
 
 PIXEL = 1.0  # letters are set on whole ones
 
@@ -62,6 +62,6 @@ def assert_boxes_hold_their_texts(figure):
         place = text.get_window_extent()
         middle = (place.y0 + place.y1) / 2
         wide = [box.padded(PIXEL) for box in boxes]
-        if text.get_fontsize() == SIZE:  # others are ids, below
+        if text.get_fontsize() == FONT_SIZE:  # others are ids, below
             wide = [box for box in wide if box.y0 <= middle <= box.y1]
         assert any(box.x0 <= place.x0 and place.x1 <= box.x1 for box in wide), text

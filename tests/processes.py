@@ -18,9 +18,9 @@ import pytest
 import tomli_w
 
 from gptjax import checkpoint, pretrain, report, run_loop, tokenizer
-from gptjax.config import RunConfig, build
-from gptjax.sharding import AXES, local
-from gptjax.tree import named_leaves
+from gptjax.config import RunConfig, from_dict
+from gptjax.sharding import MESH_AXES, to_host
+from gptjax.tree import flatten_with_names
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 240  # seconds that anything may take on a machine with other work
@@ -178,15 +178,15 @@ def until(true: Callable[[], bool], processes: Sequence[Process] = ()) -> None:
 
 def mesh_flags(*sizes: int) -> list[str]:
     """The options that make a mesh of those sizes."""
-    axes = zip(AXES, sizes, strict=True)
+    axes = zip(MESH_AXES, sizes, strict=True)
     return [word for axis, n in axes for word in (f"--mesh.{axis}", str(n))]
 
 
 def config_on(mesh: Sequence[int] | None = None) -> RunConfig:
     """The config of the run on a mesh; None: on one device of pytest's."""
-    sizes = {} if mesh is None else dict(zip(AXES, mesh, strict=True))
+    sizes = {} if mesh is None else dict(zip(MESH_AXES, mesh, strict=True))
     table: dict[str, Any] = {**TABLE, "mesh": sizes}
-    return build(RunConfig, table)
+    return from_dict(RunConfig, table)
 
 
 def write_config(folder: Path) -> Path:
@@ -200,7 +200,7 @@ def write_config(folder: Path) -> Path:
 def write_tokenizer(folder: Path, text: str) -> None:
     """Makes tokenizer/, of one size for any text."""
     shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-    tokenizer.train([text], 280).save(folder / "tokenizer")
+    tokenizer.train_tokenizer([text], 280).save(folder / "tokenizer")
 
 
 def run_here(folder: Path, mesh: Sequence[int] | None = None) -> None:
@@ -224,13 +224,13 @@ def last_step(run: Path) -> int:
 def restored_hashes(config: RunConfig, run: Path, step: int) -> dict[str, str]:
     """A hash of each array of a checkpoint, as it comes back on the config's mesh."""
     mesh = run_loop.make_mesh(config.mesh)
-    here = run_loop.Run(config, run, lambda line: None, mesh)
-    here, task = pretrain.make_task(here)
-    like = run_loop.saved_part(run_loop.placed(task, here).fresh)
-    tree = local(checkpoint.restore(here.checkpoints, step, like))
+    here = run_loop.RunContext(config, run, lambda line: None, mesh)
+    here, task = pretrain.make_pretrain_task(here)
+    like = run_loop.checkpoint_state(run_loop.shard_task(task, here).init_state)
+    tree = to_host(checkpoint.restore(here.checkpoint_dir, step, like))
     return {
         name: hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
-        for name, leaf in named_leaves(tree).items()
+        for name, leaf in flatten_with_names(tree).items()
     }
 
 

@@ -9,7 +9,7 @@ import safetensors.numpy
 
 import gptjax
 from gptjax.config import GPTConfig
-from gptjax.tree import named_leaves
+from gptjax.tree import flatten_with_names
 from gptjax.weights.folder import Model
 
 
@@ -47,5 +47,7 @@ def change_config(folder, **values):
 def assert_same(one, other):
     assert one.config == other.config
     assert one.tokenizer.hash == other.tokenizer.hash
-    assert named_leaves(one.params).keys() == named_leaves(other.params).keys()
+    assert (
+        flatten_with_names(one.params).keys() == flatten_with_names(other.params).keys()
+    )
     jax.tree.map(np.testing.assert_array_equal, one.params, other.params)

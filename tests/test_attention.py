@@ -12,22 +12,22 @@ from hypothesis import strategies as st
 
 import gptjax
 from gptjax.attention import call
-from gptjax.attention.choice import BACKENDS, attend, chosen_backend
+from gptjax.attention.choice import BACKENDS, compute_attention, resolve_backend
 from gptjax.attention.plain import attention_weights
-from gptjax.attention.sight import Sight, visible
+from gptjax.attention.sight import AttentionMask, materialize_mask
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
-from gptjax.model import apply_cached, empty_cache, hidden
-from gptjax.packing import unstack
+from gptjax.model import apply_with_cache, init_cache, hidden_states
+from gptjax.packing import unstack_layers
 from tests.test_attention_conformance import needs_tpu_or_cpu
 
 B, T, H, K = 3, 8, 2, 4
 SEGMENT_BT = jnp.array([[0] * 8, [0, 0, 0, 1, 1, 2, 2, 2], [4, 4, 4, 4, 4, 4, 4, 1]])
 SIGHTS = {
-    "causal": Sight(),
-    "packed": Sight(segment_BT=SEGMENT_BT),
-    "window": Sight(window=3),
-    "slots": Sight(slot_BT=jnp.array([[0, 1], [3, 4], [6, 7]])),
+    "causal": AttentionMask(),
+    "packed": AttentionMask(segment_id_BT=SEGMENT_BT),
+    "window": AttentionMask(sliding_window=3),
+    "slots": AttentionMask(query_position_BT=jnp.array([[0, 1], [3, 4], [6, 7]])),
 }
 
 
@@ -44,7 +44,7 @@ def heads(queries=T, keys=T, dtype=jnp.float32):
 def mask_of(sight, rows=B, keys=T):
     queries = keys if sight.slot_BT is None else sight.slot_BT.shape[1]
     query_BTHK, key_BSHK = (jnp.zeros((rows, n, H, K)) for n in (queries, keys))
-    return visible(sight, query_BTHK, key_BSHK)
+    return materialize_mask(sight, query_BTHK, key_BSHK)
 
 
 # What is visible
@@ -52,7 +52,7 @@ def mask_of(sight, rows=B, keys=T):
 
 @pytest.mark.fast
 def test_a_query_sees_itself_and_what_came_before_it_in_its_document():
-    sight = Sight(segment_BT=jnp.array([[0, 0, 1, 1, 1]]), window=2)
+    sight = AttentionMask(segment_id_BT=jnp.array([[0, 0, 1, 1, 1]]), sliding_window=2)
 
     mask_TS = mask_of(sight, 1, 5)[0].astype(int)
 
@@ -76,7 +76,7 @@ def test_a_query_sees_itself_and_what_came_before_it_in_its_document():
 )
 def test_every_query_sees_itself_whatever_else_is_hidden(segments, causal, window):
     size = len(segments)
-    sight = Sight(None, jnp.array([segments]), causal, window)
+    sight = AttentionMask(None, jnp.array([segments]), causal, window)
 
     mask_BTS = mask_of(sight, 1, size)
 
@@ -86,7 +86,9 @@ def test_every_query_sees_itself_whatever_else_is_hidden(segments, causal, windo
 def test_slots_of_its_own_are_no_slots():
     slot_BT = jnp.tile(jnp.arange(T), (B, 1))
 
-    np.testing.assert_array_equal(mask_of(Sight(slot_BT)), mask_of(Sight()))
+    np.testing.assert_array_equal(
+        mask_of(AttentionMask(slot_BT)), mask_of(AttentionMask())
+    )
 
 
 @pytest.mark.parametrize("kind", SIGHTS)
@@ -102,29 +104,33 @@ def test_weights_sum_to_one_and_are_exactly_zero_where_masked(kind):
     np.testing.assert_allclose(weight_BHTS.sum(-1), 1, atol=1e-6)
 
 
-DROPPING = ("plain", "prefix")
+DROPPING = ("reference", "chunked")
 
 
 @pytest.mark.parametrize("name", DROPPING)
 def test_dropout_is_applied_to_the_normalised_weights(name):
     arrays = heads()
 
-    doubled = attend(*arrays, Sight(), backend=name, dropout=lambda x: 2 * x)
+    doubled = compute_attention(
+        *arrays, AttentionMask(), backend=name, dropout=lambda x: 2 * x
+    )
 
-    np.testing.assert_allclose(doubled, 2 * attend(*arrays, Sight()), rtol=1e-6)
+    np.testing.assert_allclose(
+        doubled, 2 * compute_attention(*arrays, AttentionMask()), rtol=1e-6
+    )
 
 
 # Which backend
 
 
-ASK = functools.partial(chosen_backend, length=1024, head_width=64, dtype="bfloat16")
+ASK = functools.partial(resolve_backend, length=1024, head_dim=64, dtype="bfloat16")
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("platform", "changes", "expected"),
     [
-        ("cpu", {}, "prefix"),
+        ("cpu", {}, "chunked"),
         ("tpu", {}, "splash"),
         ("tpu", {"dtype": "float32"}, "splash"),
         ("tpu", {"length": 1000}, "xla"),
@@ -133,21 +139,21 @@ ASK = functools.partial(chosen_backend, length=1024, head_width=64, dtype="bfloa
         ("gpu", {"length": 1001}, "xla"),
         ("gpu", {"head_width": 60}, "xla"),
         ("gpu", {"head_width": 136}, "xla"),
-        (call.OLDER_GPU, {}, "xla"),
+        (call.GPU_PRE_AMPERE, {}, "xla"),
         ("something new", {}, "xla"),
     ],
 )
 def test_auto_is_the_fastest_that_can_do_it(platform, changes, expected):
     assert ASK("auto", platform=platform, **changes) == expected
     # and where that cannot do something, another one does
-    dropping = "prefix" if platform == "cpu" else "plain"
+    dropping = "chunked" if platform == "cpu" else "reference"
     assert ASK("auto", platform=platform, dropout=0.1, **changes) == dropping
-    assert ASK("auto", platform=platform, decoding=True, **changes) == "plain"
+    assert ASK("auto", platform=platform, decoding=True, **changes) == "reference"
 
 
 @pytest.mark.fast
 def test_a_named_backend_is_the_one_that_is_used():
-    for name in ("plain", "prefix", "xla", "blockwise"):
+    for name in ("reference", "chunked", "xla", "flash"):
         assert ASK(name) == name
     assert ASK("splash", platform="tpu") == "splash"
     assert ASK("cudnn", platform="gpu") == "cudnn"
@@ -169,17 +175,17 @@ class Gpu:
 @pytest.mark.parametrize(
     ("capability", "expected"),
     [
-        ("7.5", call.OLDER_GPU),  # Colab's T4
+        ("7.5", call.GPU_PRE_AMPERE),  # Colab's T4
         ("8.0", "gpu"),
         ("10.0", "gpu"),
-        ("gfx90a", call.OLDER_GPU),
+        ("gfx90a", call.GPU_PRE_AMPERE),
     ],
 )
 def test_a_gpu_is_one_that_has_cudnn_attention(capability, expected, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [Gpu(capability)])
 
-    assert call.platform() == expected
+    assert call.target_platform() == expected
 
 
 # What is refused
@@ -188,10 +194,11 @@ def test_a_gpu_is_one_that_has_cudnn_attention(capability, expected, monkeypatch
 @pytest.mark.fast
 @pytest.mark.parametrize("name", [n for n in BACKENDS if n not in DROPPING])
 def test_a_backend_that_cannot_drop_weights_says_so(name):
-    message = f"model.attention='{name}' cannot drop .* Use model.attention='plain' or"
+    use = "Use model.attention='.*' or model.dropout=0"
+    message = f"model.attention='{name}' .* dropout. {use}"
 
     with pytest.raises(ConfigError, match=message):
-        attend(*heads(), Sight(), backend=name, dropout=lambda x: x)
+        compute_attention(*heads(), AttentionMask(), backend=name, dropout=lambda x: x)
     with pytest.raises(ConfigError, match=message):
         ASK(name, dropout=0.1)
 
@@ -199,16 +206,16 @@ def test_a_backend_that_cannot_drop_weights_says_so(name):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("splash", {"decoding": True}, "'splash' knows no slots .*'plain'"),
-        ("splash", {"platform": "gpu"}, "'splash' needs a TPU, not a gpu. Use .*auto"),
-        ("splash", {"length": 100}, "'splash' takes rows of a multiple of 128 .* 100"),
-        ("cudnn", {"platform": "tpu"}, "'cudnn' needs an NVIDIA GPU .* not a tpu"),
-        ("cudnn", {"platform": call.OLDER_GPU}, "'cudnn' needs an NVIDIA GPU"),
-        ("cudnn", {"dtype": "float32"}, "takes 16-bit .* float32. .*='bfloat16'"),
+        ("splash", {"decoding": True}, "'splash' .* KV cache .* Use model.attention="),
+        ("splash", {"platform": "gpu"}, "'splash' needs a TPU, not gpu. Use .*auto"),
+        ("splash", {"length": 100}, "'splash' .* multiple of 128, not 100. Use"),
+        ("cudnn", {"platform": "tpu"}, "'cudnn' needs an NVIDIA GPU .* not tpu"),
+        ("cudnn", {"platform": call.GPU_PRE_AMPERE}, "'cudnn' needs an NVIDIA GPU"),
+        ("cudnn", {"dtype": "float32"}, "16-bit .* not float32. .*='bfloat16'"),
         ("cudnn", {"head_width": 60}, "multiple of 8 up to 128, not 60. Use"),
         ("cudnn", {"head_width": 256}, "multiple of 8 up to 128, not 256. Use"),
         ("cudnn", {"length": 127}, "even length, not 127 queries and 127 keys. Use"),
-        ("slpash", {}, "no attention backend 'slpash'. Choose auto or one of plain, "),
+        ("slpash", {}, "model.attention='slpash' .* auto or one of .*xla, "),
     ],
 )
 def test_a_backend_that_cannot_do_it_says_what_can(name, changes, message):
@@ -219,7 +226,7 @@ def test_a_backend_that_cannot_do_it_says_what_can(name, changes, message):
 
 
 def test_cudnn_that_is_not_there_is_a_mistake_of_the_config(monkeypatch):
-    monkeypatch.setattr(call, "platform", lambda: "gpu")
+    monkeypatch.setattr(call, "target_platform", lambda: "gpu")
 
     def missing(*args, **options):
         raise RuntimeError("cuDNN is not detected.")
@@ -227,28 +234,28 @@ def test_cudnn_that_is_not_there_is_a_mistake_of_the_config(monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", missing)
     arrays = [jnp.zeros((1, 2, 1, 8), jnp.bfloat16)] * 3
 
-    with pytest.raises(ConfigError, match=r"'cudnn' is not possible here: cuDNN .*xla"):
-        attend(*arrays, Sight(), backend="cudnn")
+    with pytest.raises(ConfigError, match=r"'cudnn' failed: cuDNN .*xla"):
+        compute_attention(*arrays, AttentionMask(), backend="cudnn")
 
 
 @pytest.mark.parametrize(
     ("sight", "message"),
     [
-        (Sight(window=0), "a window of 0 keys hides a query from itself. Use 1"),
+        (AttentionMask(sliding_window=0), "=0 masks a query from itself. Use 1"),
         (
-            Sight(jnp.zeros((B, T), int), SEGMENT_BT),
-            r"slots say nothing .* Leave Sight.slot_BT or",
+            AttentionMask(jnp.zeros((B, T), int), SEGMENT_BT),
+            r"query_position_BT and segment_id_BT cannot be combined",
         ),
     ],
 )
 def test_a_sight_that_means_nothing_is_refused(sight, message):
     with pytest.raises(ConfigError, match=message):
-        attend(*heads(), sight)
+        compute_attention(*heads(), sight)
 
 
 def test_queries_that_do_not_say_where_they_stand_are_refused():
-    with pytest.raises(ConfigError, match=r"2 queries have 8 keys, .* Give Sight.slot"):
-        attend(*heads(queries=2), Sight())
+    with pytest.raises(ConfigError, match=r"2 queries .* 8 keys, .*query_position_BT"):
+        compute_attention(*heads(queries=2), AttentionMask())
 
 
 # In the model
@@ -280,13 +287,13 @@ def loss_and_slopes(backend):
         logit_BTV = gptjax.apply(config, params, token_BT, segment_BT=segment_BT)
         return -jnp.sum(jax.nn.log_softmax(logit_BTV)[..., 0])
 
-    return jax.jit(jax.value_and_grad(loss))(params_of("plain"))
+    return jax.jit(jax.value_and_grad(loss))(params_of("reference"))
 
 
-@pytest.mark.parametrize("backend", ["prefix", "blockwise", "splash"])
+@pytest.mark.parametrize("backend", ["chunked", "flash", "splash"])
 def test_a_model_learns_the_same_by_every_backend(backend):
     needs_tpu_or_cpu(backend)
-    results = loss_and_slopes(backend), loss_and_slopes("plain")
+    results = loss_and_slopes(backend), loss_and_slopes("reference")
 
     # Sums over 256 tokens, of up to 10 each.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), *results)
@@ -296,9 +303,9 @@ def test_a_model_learns_the_same_by_every_backend(backend):
 def test_a_model_starts_and_decodes_whatever_backend_its_rows_need(backend):
     config, params = tiny(backend), params_of(backend)
     token_BT = jnp.array([[3, 1, 4]])
-    layers, cache = unstack(params), empty_cache(config, 1, 8)
+    layers, cache = unstack_layers(params), init_cache(config, 1, 8)
 
-    found, _ = apply_cached(config, layers, token_BT, jnp.array([[0, 1, 2]]), cache)
+    found, _ = apply_with_cache(config, layers, token_BT, jnp.array([[0, 1, 2]]), cache)
 
-    expected, _ = hidden(tiny("plain"), params, token_BT)
+    expected, _ = hidden_states(tiny("reference"), params, token_BT)
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -12,13 +12,13 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax import sharding
 from gptjax.attention import blockwise, call
-from gptjax.attention.choice import attend
-from gptjax.attention.sight import Sight
+from gptjax.attention.choice import compute_attention
+from gptjax.attention.sight import AttentionMask
 
 pytestmark = pytest.mark.mesh
 
-CAUSAL = Sight()
-AUTO = ("plain", "prefix", "xla", "blockwise", "splash")  # on meshes of such axes
+CAUSAL = AttentionMask()
+AUTO = ("reference", "chunked", "xla", "flash", "splash")  # on meshes of such axes
 
 
 def slopes(attention, sight=CAUSAL):
@@ -49,29 +49,33 @@ def test_memory_of_blocks_grows_as_the_row_and_that_of_the_formula_as_its_square
     monkeypatch,
 ):
     short, long = shapes(1, 512, 1, 8), shapes(1, 4096, 1, 8)
-    monkeypatch.setattr(blockwise, "BLOCK", 64)
+    monkeypatch.setattr(blockwise, "FLASH_BLOCK_SIZE", 64)
 
     growth = {
-        backend: temporaries(functools.partial(attend, backend=backend), *long)
-        / temporaries(functools.partial(attend, backend=backend), *short)
-        for backend in ("blockwise", "plain")
+        backend: temporaries(
+            functools.partial(compute_attention, backend=backend), *long
+        )
+        / temporaries(functools.partial(compute_attention, backend=backend), *short)
+        for backend in ("flash", "reference")
     }
 
-    assert growth["blockwise"] <= 8
-    assert growth["plain"] > 32
+    assert growth["flash"] <= 8
+    assert growth["reference"] > 32
 
 
 def flops(backend, sight):
     """Those of the compiled program, forward and backward."""
-    attention = functools.partial(attend, backend=backend)
+    attention = functools.partial(compute_attention, backend=backend)
     lowered = slopes(attention, sight).lower(*shapes(1, 512, 2, 64, packed=False))
     return lowered.compile().cost_analysis()["flops"]
 
 
 def test_of_a_causal_row_five_eighths_of_the_square_are_multiplied():
     """Four blocks of queries, which see 1, 2, 3 and 4 quarters of the keys."""
-    seen = flops("prefix", CAUSAL) / flops("plain", CAUSAL)
-    whole = flops("prefix", Sight(causal=False)) / flops("plain", Sight(causal=False))
+    seen = flops("chunked", CAUSAL) / flops("reference", CAUSAL)
+    whole = flops("chunked", AttentionMask(causal=False)) / flops(
+        "reference", AttentionMask(causal=False)
+    )
 
     assert seen == pytest.approx(5 / 8, rel=0.02)
     assert whole == pytest.approx(1, rel=0.02)
@@ -84,17 +88,17 @@ def test_of_a_causal_row_five_eighths_of_the_square_are_multiplied():
     ("backend", "kind"),
     [
         *((name, AxisType.Auto) for name in AUTO),
-        *((name, AxisType.Explicit) for name in ("blockwise", "splash")),
+        *((name, AxisType.Explicit) for name in ("flash", "splash")),
     ],
 )
 def test_eight_devices_compute_what_one_does_without_a_word_to_each_other(
     backend, kind
 ):
-    mesh = jax.make_mesh((2, 2, 2), sharding.AXES, axis_types=(kind,) * 3)
+    mesh = jax.make_mesh((2, 2, 2), sharding.MESH_AXES, axis_types=(kind,) * 3)
     rng = np.random.default_rng(0)
     heads = [jnp.asarray(rng.normal(size=(4, 128, 2, 8)), "float32") for _ in range(3)]
     segment_BT = jnp.asarray(np.sort(rng.integers(0, 3, (4, 128))), "int32")
-    attention = functools.partial(attend, backend=backend)
+    attention = functools.partial(compute_attention, backend=backend)
 
     expected = slopes(attention)(*heads, segment_BT)
     with jax.set_mesh(mesh):
@@ -122,8 +126,8 @@ def test_eight_devices_compute_what_one_does_without_a_word_to_each_other(
 
 @pytest.mark.parametrize("head_width", [64, 20])
 def test_on_a_tpu_splash_is_three_kernels(head_width, monkeypatch):
-    monkeypatch.setattr(call, "platform", lambda: "tpu")
-    attention = functools.partial(attend, backend="auto")
+    monkeypatch.setattr(call, "target_platform", lambda: "tpu")
+    attention = functools.partial(compute_attention, backend="auto")
 
     traced = slopes(attention).trace(*shapes(2, 256, 2, head_width, "bfloat16"))
 
@@ -138,28 +142,36 @@ def test_splash_compiles_for_a_tpu_and_keeps_no_scores(monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
     devices = np.array(topology.devices[:1]).reshape(1, 1, 1)
-    mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = Mesh(devices, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     args = shapes(8, 1024, 12, 64, "bfloat16", sharding=NamedSharding(mesh, P()))
 
     with jax.set_mesh(mesh):
         used = {
-            backend: temporaries(functools.partial(attend, backend=backend), *args)
-            for backend in ("auto", "blockwise", "plain")
+            backend: temporaries(
+                functools.partial(compute_attention, backend=backend), *args
+            )
+            for backend in ("auto", "flash", "reference")
         }
 
-    assert used["auto"] < used["plain"] / 4
-    assert used["blockwise"] < used["plain"] / 4
+    assert used["auto"] < used["reference"] / 4
+    assert used["flash"] < used["reference"] / 4
 
 
 @pytest.mark.parametrize(
     ("sight", "packed", "name", "mask", "window"),
     [
-        (Sight(), False, "fmhaSoftmax", "CAUSAL", 0),
-        (Sight(causal=False), False, "fmhaSoftmax", "NO_MASK", 0),
-        (Sight(window=8), False, "fmhaSoftmax", "CAUSAL", 8),
-        (Sight(), True, "fmhaScaleBiasSoftmax", "NO_MASK", 0),
-        (Sight(window=8), True, "fmhaScaleBiasSoftmax", "NO_MASK", 0),
-        (Sight(window=8, causal=False), False, "fmhaScaleBiasSoftmax", "NO_MASK", 0),
+        (AttentionMask(), False, "fmhaSoftmax", "CAUSAL", 0),
+        (AttentionMask(causal=False), False, "fmhaSoftmax", "NO_MASK", 0),
+        (AttentionMask(sliding_window=8), False, "fmhaSoftmax", "CAUSAL", 8),
+        (AttentionMask(), True, "fmhaScaleBiasSoftmax", "NO_MASK", 0),
+        (AttentionMask(sliding_window=8), True, "fmhaScaleBiasSoftmax", "NO_MASK", 0),
+        (
+            AttentionMask(sliding_window=8, causal=False),
+            False,
+            "fmhaScaleBiasSoftmax",
+            "NO_MASK",
+            0,
+        ),
     ],
 )
 def test_on_a_gpu_documents_reach_cudnn_as_a_mask(
@@ -167,8 +179,8 @@ def test_on_a_gpu_documents_reach_cudnn_as_a_mask(
 ):
     library = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(library, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(call, "platform", lambda: "gpu")
-    attention = functools.partial(attend, backend="auto")
+    monkeypatch.setattr(call, "target_platform", lambda: "gpu")
+    attention = functools.partial(compute_attention, backend="auto")
 
     traced = slopes(attention, sight).trace(
         *shapes(2, 128, 2, 64, "bfloat16", packed=packed)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gptjax.attention import blockwise, call
-from gptjax.attention.choice import BACKENDS, attend
-from gptjax.attention.sight import Sight
+from gptjax.attention.choice import BACKENDS, compute_attention
+from gptjax.attention.sight import AttentionMask
 from gptjax.errors import ConfigError
 
 B, T, H, K = 2, 128, 2, 8
@@ -19,15 +19,15 @@ SEGMENT_BT = np.sort(np.random.default_rng(0).integers(0, 5, (B, T))).astype(np.
 PADDED_BT = (np.arange(T) < [[T - 40], [T]]).astype(np.int32)
 SLOT_BT = np.array([[0, 1, 2, 3, 4], [60, 61, 62, 126, 127]], np.int32)
 CASES = {
-    "causal": Sight(),
-    "non-causal": Sight(causal=False),
-    "packed": Sight(segment_BT=SEGMENT_BT),
-    "packed, non-causal": Sight(segment_BT=SEGMENT_BT, causal=False),
-    "padded": Sight(segment_BT=PADDED_BT),
-    "window": Sight(window=20),
-    "window, packed": Sight(segment_BT=SEGMENT_BT, window=20),
-    "window, non-causal": Sight(window=20, causal=False),
-    "decode": Sight(SLOT_BT),
+    "causal": AttentionMask(),
+    "non-causal": AttentionMask(causal=False),
+    "packed": AttentionMask(segment_id_BT=SEGMENT_BT),
+    "packed, non-causal": AttentionMask(segment_id_BT=SEGMENT_BT, causal=False),
+    "padded": AttentionMask(segment_id_BT=PADDED_BT),
+    "window": AttentionMask(sliding_window=20),
+    "window, packed": AttentionMask(segment_id_BT=SEGMENT_BT, sliding_window=20),
+    "window, non-causal": AttentionMask(sliding_window=20, causal=False),
+    "decode": AttentionMask(SLOT_BT),
 }
 # bfloat16 keeps 8 bits. Weights, their slopes and the result are rounded once each,
 # and the largest numbers here are below 4.
@@ -39,7 +39,7 @@ COMBINED = {"packed, non-causal", "window, non-causal"}  # seen in float32 only
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
-    monkeypatch.setattr(blockwise, "BLOCK", BLOCK)
+    monkeypatch.setattr(blockwise, "FLASH_BLOCK_SIZE", BLOCK)
 
 
 def seen_keys(sight, b, t):
@@ -91,7 +91,7 @@ def results(attention, numbers, places, *heads_and_slope):
     """As `looped`, by a backend."""
     *heads, slope_BTHK = heads_and_slope
     places = [None if place is None else jnp.asarray(place) for place in places]
-    sight = Sight(*places, *numbers)
+    sight = AttentionMask(*places, *numbers)
     mixed_BTHK, pull = jax.vjp(lambda *heads: attention(*heads, sight), *heads)
     return mixed_BTHK, *pull(slope_BTHK)
 
@@ -103,7 +103,7 @@ def results_of(backend, *args):
     """Whole programs where there are loops; else single operations, which one case
     after the other takes from JAX's cache.
     """
-    run = compiled_results if backend in ("blockwise", "splash") else results
+    run = compiled_results if backend in ("flash", "splash") else results
     return run(named(backend), *args)
 
 
@@ -121,33 +121,33 @@ def check(backend, case, dtype):
 
 def refusal(backend, case, dtype):
     """What a backend answers to what it cannot do, on the machine of the test."""
-    if backend == "splash" and call.platform() not in ("cpu", "tpu"):
-        return "needs a TPU" if case != "decode" else "knows no slots"
+    if backend == "splash" and call.target_platform() not in ("cpu", "tpu"):
+        return "needs a TPU" if case != "decode" else "KV cache"
     if backend == "splash" and case == "decode":
-        return "knows no slots"
-    if backend == "cudnn" and call.platform() != "gpu":
+        return "KV cache"
+    if backend == "cudnn" and call.target_platform() != "gpu":
         return "needs an NVIDIA GPU"
     if backend == "cudnn" and dtype == "float32":
-        return "takes 16-bit numbers"
+        return "needs a 16-bit dtype"
     if backend == "cudnn" and case == "decode":
-        return "is not possible here"  # it has no slopes for an odd number of queries
+        return "'cudnn' failed"  # it has no slopes for an odd number of queries
     return ""
 
 
 def needs_tpu_or_cpu(backend):
-    if backend == "splash" and call.platform() not in ("cpu", "tpu"):
+    if backend == "splash" and call.target_platform() not in ("cpu", "tpu"):
         pytest.skip("the TPU's kernel needs one, or a CPU that interprets it")
 
 
 def needs_cudnn():
-    if call.platform() != "gpu":
+    if call.target_platform() != "gpu":
         pytest.skip("cuDNN's attention needs an NVIDIA GPU from Ampere on")
 
 
 @functools.cache
 def named(backend):
     """One function for all tests, so that what is compiled is compiled once."""
-    return functools.partial(attend, backend=backend)
+    return functools.partial(compute_attention, backend=backend)
 
 
 def each_case(backends):
@@ -181,7 +181,7 @@ def test_a_backend_computes_the_formula_and_its_slopes_or_says_why_not(
 def test_rows_of_any_length_have_no_query_without_a_block(length):
     heads = [x[:, :length] for x in arrays("causal", "float32")[:3]]
 
-    mixed_BTHK = named("prefix")(*heads, Sight())
+    mixed_BTHK = named("chunked")(*heads, AttentionMask())
 
     expected_BTHK = expected("causal", "float32")[0][:, :length]
     np.testing.assert_allclose(mixed_BTHK, expected_BTHK, rtol=0, atol=5e-6)
@@ -197,7 +197,7 @@ def cudnn_by_xla(monkeypatch):
         return attention(*args, implementation="xla", **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", computed)
-    monkeypatch.setattr(call, "platform", lambda: "gpu")
+    monkeypatch.setattr(call, "target_platform", lambda: "gpu")
 
 
 @pytest.mark.usefixtures("cudnn_by_xla")
@@ -220,7 +220,7 @@ def test_cudnn_itself_reads_a_cache(dtype):
     needs_cudnn()
     *heads, _ = arrays("decode", dtype)
 
-    mixed_BTHK = named("cudnn")(*heads, Sight(jnp.asarray(SLOT_BT)))
+    mixed_BTHK = named("cudnn")(*heads, AttentionMask(jnp.asarray(SLOT_BT)))
 
     np.testing.assert_allclose(
         np.asarray(mixed_BTHK, float),
@@ -249,7 +249,7 @@ def test_cudnn_itself_hides_documents_from_each_other(dtype):
 
 @pytest.mark.fast
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("backend", ["plain", "prefix", "xla", "blockwise", "splash"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "xla", "flash", "splash"])
 def test_no_document_has_a_slope_by_another_one(backend, causal):
     needs_tpu_or_cpu(backend)
     *heads, slope_BTHK = arrays("packed", "float32")
@@ -265,7 +265,7 @@ def test_no_document_has_a_slope_by_another_one(backend, causal):
         assert np.asarray(slope)[inside_BT].any()
 
 
-@pytest.mark.parametrize("backend", ["plain", "prefix", "xla", "blockwise", "splash"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "xla", "flash", "splash"])
 def test_scores_too_large_for_exp_do_not_overflow(backend):
     needs_tpu_or_cpu(backend)
     query_BTHK, *rest = arrays("packed", "float32")

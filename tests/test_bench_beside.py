@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gptjax.bench import beside, peers
-from gptjax.bench.turns import summary
+from gptjax.bench.turns import summarize_rates
 from gptjax.cli import main
 from gptjax.errors import GptjaxError
 
@@ -28,11 +28,11 @@ def asked(monkeypatch):
         pairs.append((one, other))
         if other.options["rows"] == 32 or other.options.get("cache") == "static":
             raise GptjaxError("a side ended while it worked; it says why above.")
-        return summary([30.0] * count), summary([20.0] * count), 1.5
+        return summarize_rates([30.0] * count), summarize_rates([20.0] * count), 1.5
 
-    monkeypatch.setattr(beside, "against", known)
-    monkeypatch.setattr(beside, "alone", lambda options: dict(ALONE))
-    monkeypatch.setattr(peers, "needed", lambda name: None)
+    monkeypatch.setattr(beside, "run_interleaved", known)
+    monkeypatch.setattr(beside, "bench_device_isolated", lambda options: dict(ALONE))
+    monkeypatch.setattr(peers, "import_peer", lambda name: None)
     return pairs
 
 
@@ -55,8 +55,8 @@ def test_both_sides_train_with_the_rows_of_the_best_or_half_of_them(asked, tmp_p
 
 
 def test_both_sides_write_and_a_cache_that_works_is_named(asked, capsys):
-    found = beside.bench_beside(
-        print, preset="gpt2", context=64, pairs=2, sweep=[], only=["decode"]
+    found = beside.bench_against_torch(
+        print, preset="gpt2", context=64, repeats=2, device_flags=[], only=["decode"]
     )
 
     said = capsys.readouterr().out
@@ -69,24 +69,28 @@ def test_both_sides_write_and_a_cache_that_works_is_named(asked, capsys):
 
 def test_a_device_that_pytorch_is_not_for_is_refused(asked, monkeypatch):
     other = {"platform": "tpu", "device": "TPU v6 lite"}
-    monkeypatch.setattr(beside, "alone", lambda options: other)
+    monkeypatch.setattr(beside, "bench_device_isolated", lambda options: other)
 
-    with pytest.raises(GptjaxError, match=r"not on a TPU v6 lite, .* Leave --peers"):
-        beside.bench_beside(print, preset="gpt2", context=64, pairs=2, sweep=[])
+    with pytest.raises(GptjaxError, match=r"not TPU v6 lite.* Remove --peers"):
+        beside.bench_against_torch(
+            print, preset="gpt2", context=64, repeats=2, device_flags=[]
+        )
 
 
 def test_gptjax_alone_runs_as_the_command_in_a_process_of_its_own(capfd):
-    with pytest.raises(GptjaxError, match="could not be measured"):
-        beside.alone(["--preset", "gpt3"])
+    with pytest.raises(GptjaxError, match="gptjax bench --device failed"):
+        beside.bench_device_isolated(["--preset", "gpt3"])
 
     assert "unknown preset 'gpt3'" in capfd.readouterr().err
 
 
 def test_the_flags_of_the_sweep_are_handed_on(monkeypatch):
     seen = []
-    monkeypatch.setattr(beside, "bench_beside", lambda say, **given: seen.append(given))
+    monkeypatch.setattr(
+        beside, "bench_against_torch", lambda say, **given: seen.append(given)
+    )
 
     flags = ["--rows", "8", "16", "--attention", "xla", "--only", "train"]
     assert main(["bench", "--device", "--peers", *flags]) == 0
 
-    assert seen[0]["sweep"] == flags
+    assert seen[0]["device_flags"] == flags

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from gptjax.bench import machine, ours, peers
-from gptjax.bench.commands import COMMANDS
-from gptjax.bench.ours import OURS
-from gptjax.bench.saving import save_times
-from gptjax.bench.turns import Side, against, alone, summary
+from gptjax.bench.commands import COMMAND_WORKLOADS
+from gptjax.bench.ours import WORKLOADS
+from gptjax.bench.saving import measure_save_times
+from gptjax.bench.turns import Workload, run_interleaved, run_isolated, summarize_rates
 from gptjax.cli import main
 from gptjax.config import PRESETS, GPTConfig
 from gptjax.errors import GptjaxError
@@ -37,29 +37,31 @@ def mini(monkeypatch):
 @pytest.mark.parametrize("name", WORK)
 def test_our_work_does_as_many_units_as_it_says(mini, monkeypatch, name):
     options, units = WORK[name]
-    monkeypatch.setattr(ours, "texts", lambda: ["ten bytes."] * 2)
+    monkeypatch.setattr(ours, "sample_texts", lambda: ["ten bytes."] * 2)
 
-    work = (OURS | COMMANDS)[name](mini, **options)
+    work = (WORKLOADS | COMMAND_WORKLOADS)[name](mini, **options)
 
     assert [work(), work()] == [units, units]
 
 
 def test_two_sides_work_in_turns_in_processes_of_their_own():
-    one, other, ratio = against(Side("bandwidth", {}), Side("bandwidth", {}), 3)
+    one, other, ratio = run_interleaved(
+        Workload("bandwidth", {}), Workload("bandwidth", {}), 3
+    )
 
-    assert 0 < one.low <= one.middle <= one.high
-    assert 0 < other.low <= other.middle <= other.high
+    assert 0 < one.low <= one.median <= one.high
+    assert 0 < other.low <= other.median <= other.high
     assert one.low / other.high <= ratio <= one.high / other.low
     assert min(one.peak, other.peak) > ours.BANDWIDTH_BYTES
 
 
 def test_the_middle_is_that_of_the_rates():
-    assert summary([3.0, 1.0, 10.0])[:3] == (3.0, 1.0, 10.0)
+    assert summarize_rates([3.0, 1.0, 10.0])[:3] == (3.0, 1.0, 10.0)
 
 
 def test_a_side_that_cannot_start_is_an_error(capfd):
-    with pytest.raises(GptjaxError, match="train could not start"):
-        alone(Side("train", {"preset": "gpt3", "rows": 1, "context": 8}), 1)
+    with pytest.raises(GptjaxError, match="train failed to start"):
+        run_isolated(Workload("train", {"preset": "gpt3", "rows": 1, "context": 8}), 1)
 
     assert "unknown preset 'gpt3'" in capfd.readouterr().err
 
@@ -67,10 +69,10 @@ def test_a_side_that_cannot_start_is_an_error(capfd):
 def test_a_peer_that_is_not_installed_is_named_with_the_line_that_brings_it(
     monkeypatch,
 ):
-    monkeypatch.setitem(peers.FIXES, "nothing_of_it", "pip install it")
+    monkeypatch.setitem(peers.INSTALL_COMMANDS, "nothing_of_it", "pip install it")
 
     with pytest.raises(GptjaxError, match=r"needs nothing_of_it, .*: pip install it"):
-        peers.needed("nothing_of_it.part")
+        peers.import_peer("nothing_of_it.part")
 
 
 def test_the_command_says_each_figure_and_writes_them_all(
@@ -79,14 +81,16 @@ def test_the_command_says_each_figure_and_writes_them_all(
     """With sides that are known, so that the ratios are."""
 
     def known(one, other, pairs):
-        ours, theirs = summary([30.0] * pairs), summary([20.0] * pairs)
+        ours, theirs = summarize_rates([30.0] * pairs), summarize_rates([20.0] * pairs)
         ours = ours._replace(peak=1 << 30)
         return ours, theirs, 1.5
 
-    monkeypatch.setattr(machine, "against", known)
-    monkeypatch.setattr(machine, "alone", lambda side, times: summary([7.0] * times))
+    monkeypatch.setattr(machine, "run_interleaved", known)
+    monkeypatch.setattr(
+        machine, "run_isolated", lambda side, times: summarize_rates([7.0] * times)
+    )
     costs = {"save_blocks_s": [0.25, 0.5, 0.75]}
-    monkeypatch.setattr(machine, "save_times", lambda config, times: costs)
+    monkeypatch.setattr(machine, "measure_save_times", lambda config, times: costs)
     out = tmp_path / "bench.json"
 
     assert main(["bench", "--peers", "--json", str(out)]) == 0
@@ -112,7 +116,7 @@ def test_the_command_says_each_figure_and_writes_them_all(
 def test_each_cost_of_a_save_is_found():
     shape = {"context_length": 8, "n_layers": 1, "n_heads": 2, "d_model": 16}
 
-    found = save_times(GPTConfig(vocab_size=32, dtype="float32", **shape), 2)
+    found = measure_save_times(GPTConfig(vocab_size=32, dtype="float32", **shape), 2)
 
     keys = ["save_blocks_s", "save_copy_s", "save_s", "verify_s"]
     assert [*found] == keys

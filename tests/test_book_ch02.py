@@ -9,29 +9,29 @@ from hypothesis import strategies as st
 
 from gptjax.book import TorchGenerator, epochs
 from gptjax.book.ch02 import (
-    UNKNOWN,
-    batches,
-    contexts,
-    decode_simply,
-    embedded,
-    encode_simply,
-    encode_with_ends,
-    simple_tokens,
+    UNKNOWN_TOKEN,
+    batch_windows,
+    context_target_pairs,
+    simple_decode,
+    embed_tokens,
+    simple_encode,
+    encode_with_eot,
+    split_simple_tokens,
     split_text,
-    vocabulary,
-    windows,
+    make_vocabulary,
+    make_windows,
 )
 from gptjax.data import named
 from gptjax.errors import ConfigError, DataError
-from gptjax.tokenizer import ENDOFTEXT, load
+from gptjax.tokenizer import ENDOFTEXT, load_tokenizer
 
-GPT2 = load("gpt2")
+GPT2 = load_tokenizer("gpt2")
 SIGNS = "abC ,.-:;?_!\"()'\n"
 
 
 @pytest.fixture
 def verdict(shared_data):
-    return named.find("verdict").read_text(encoding="utf-8")
+    return named.fetch_dataset("verdict").read_text(encoding="utf-8")
 
 
 # Words
@@ -39,7 +39,7 @@ def verdict(shared_data):
 
 @given(st.text(SIGNS))
 def test_only_white_space_is_lost_between_tokens(text):
-    tokens = simple_tokens(text)
+    tokens = split_simple_tokens(text)
 
     assert "".join(tokens) == "".join(text.split())
     assert not any(map(str.isspace, tokens))
@@ -56,12 +56,12 @@ def test_only_white_space_is_lost_between_tokens(text):
     ],
 )
 def test_signs_are_tokens_of_their_own(text, tokens):
-    assert simple_tokens(text) == tokens.split()
+    assert split_simple_tokens(text) == tokens.split()
 
 
 def test_the_verdict_has_the_tokens_and_ids_of_the_book(verdict):
-    tokens = simple_tokens(verdict)
-    ids = vocabulary(tokens)
+    tokens = split_simple_tokens(verdict)
+    ids = make_vocabulary(tokens)
 
     assert len(verdict) == 20_479
     assert len(tokens) == 4_690
@@ -69,7 +69,7 @@ def test_the_verdict_has_the_tokens_and_ids_of_the_book(verdict):
     assert len(ids) == 1_130
     assert (ids["!"], ids["A"], ids["Hermia"]) == (0, 11, 50)
 
-    numbers = encode_simply(
+    numbers = simple_encode(
         '"It\'s the last he painted, you know," Mrs. Gisburn said with pardonable '
         "pride.",
         ids,
@@ -79,16 +79,16 @@ def test_the_verdict_has_the_tokens_and_ids_of_the_book(verdict):
         *(1, 56, 2, 850, 988, 602, 533, 746, 5, 1126, 596, 5, 1, 67, 7, 38, 851),
         *(1108, 754, 793, 7),
     ]
-    assert decode_simply(numbers, ids) == (
+    assert simple_decode(numbers, ids) == (
         '" It\' s the last he painted, you know," Mrs. Gisburn said with pardonable '
         "pride."
     )
 
 
 def test_unknown_words_have_an_id_as_in_the_book(verdict):
-    ids = vocabulary(simple_tokens(verdict), [ENDOFTEXT, UNKNOWN])
+    ids = make_vocabulary(split_simple_tokens(verdict), [ENDOFTEXT, UNKNOWN_TOKEN])
 
-    numbers = encode_simply(
+    numbers = simple_encode(
         f"Hello, do you like tea? {ENDOFTEXT} In the sunlit terraces of the palace.",
         ids,
     )
@@ -97,32 +97,32 @@ def test_unknown_words_have_an_id_as_in_the_book(verdict):
     assert numbers == [
         *(1131, 5, 355, 1126, 628, 975, 10, 1130, 55, 988, 956, 984, 722, 988, 1131, 7)
     ]
-    assert decode_simply(numbers, ids) == (
-        f"{UNKNOWN}, do you like tea? {ENDOFTEXT} In the sunlit terraces of the "
-        f"{UNKNOWN}."
+    assert simple_decode(numbers, ids) == (
+        f"{UNKNOWN_TOKEN}, do you like tea? {ENDOFTEXT} In the sunlit terraces of the "
+        f"{UNKNOWN_TOKEN}."
     )
 
 
 @given(st.text(SIGNS))
 def test_a_text_has_an_id_for_each_token_of_its_own_vocabulary(text):
-    tokens = simple_tokens(text)
-    ids = vocabulary(tokens)
+    tokens = split_simple_tokens(text)
+    ids = make_vocabulary(tokens)
 
-    numbers = encode_simply(text, ids)
+    numbers = simple_encode(text, ids)
 
     assert sorted(ids.values()) == list(range(len(ids)))
     assert [list(ids)[number] for number in numbers] == tokens
-    assert simple_tokens(decode_simply(numbers, ids)) == tokens
+    assert split_simple_tokens(simple_decode(numbers, ids)) == tokens
 
 
 def test_an_unknown_word_is_refused():
-    with pytest.raises(DataError, match=r"word 'tea' is not among the 1 .*<\|unk\|>"):
-        encode_simply("or tea", {"or": 0})
+    with pytest.raises(DataError, match=r"'tea' is not in the .* 1 .*<\|unk\|>"):
+        simple_encode("or tea", {"or": 0})
 
 
 def test_an_unknown_id_is_refused():
-    with pytest.raises(DataError, match="id 7 is not among the 1 of the vocabulary"):
-        decode_simply([0, 7], {"or": 0})
+    with pytest.raises(DataError, match="id 7 is not in the vocabulary of 1"):
+        simple_decode([0, 7], {"or": 0})
 
 
 # Ids
@@ -134,7 +134,7 @@ def test_the_control_token_stands_where_it_is_spelled_out():
         "of someunknownPlace."
     )
 
-    ids = encode_with_ends(text, GPT2)
+    ids = encode_with_eot(text, GPT2)
 
     assert ids == [
         *(15496, 11, 466, 345, 588, 8887, 30, 220, 50256, 554, 262, 4252, 18250),
@@ -146,9 +146,9 @@ def test_the_control_token_stands_where_it_is_spelled_out():
     "text", ["", ENDOFTEXT, f"{ENDOFTEXT}{ENDOFTEXT} a{ENDOFTEXT}"]
 )
 def test_ends_are_those_of_tiktoken(text):
-    ids = encode_with_ends(text, GPT2)
+    ids = encode_with_eot(text, GPT2)
 
-    assert ids == GPT2.engine.encode(text, allowed_special={ENDOFTEXT})
+    assert ids == GPT2.encoding.encode(text, allowed_special={ENDOFTEXT})
 
 
 # Windows
@@ -157,7 +157,7 @@ def test_ends_are_those_of_tiktoken(text):
 def test_contexts_grow_as_in_the_book(verdict):
     ids = GPT2.encode(verdict)
 
-    pairs = list(contexts(ids[50:], 4))
+    pairs = list(context_target_pairs(ids[50:], 4))
 
     assert len(ids) == 5_145
     assert pairs[0] == ([290], 4920)
@@ -168,8 +168,8 @@ def test_contexts_grow_as_in_the_book(verdict):
 
 
 def test_contexts_end_with_the_ids():
-    assert list(contexts([1, 2], 4)) == [([1], 2)]
-    assert not list(contexts([], 4))
+    assert list(context_target_pairs([1, 2], 4)) == [([1], 2)]
+    assert not list(context_target_pairs([], 4))
 
 
 @given(st.integers(2, 40), st.integers(1, 10), st.integers(1, 10))
@@ -179,16 +179,16 @@ def test_windows_are_slices_of_the_ids(count, length, stride):
     if not starts:
         return
 
-    rows = windows(ids, length, stride)
+    rows = make_windows(ids, length, stride)
 
     assert rows.input_BT.tolist() == [ids[i : i + length] for i in starts]
     assert rows.target_BT.tolist() == [ids[i + 1 : i + length + 1] for i in starts]
 
 
 def test_the_first_batches_are_those_of_the_book(verdict):
-    rows = windows(GPT2.encode(verdict), max_length=4, stride=1)
+    rows = make_windows(GPT2.encode(verdict), max_length=4, stride=1)
 
-    first, second, *_ = batches(rows, 1)
+    first, second, *_ = batch_windows(rows, 1)
 
     assert first.input_BT.tolist() == [[40, 367, 2885, 1464]]
     assert first.target_BT.tolist() == [[367, 2885, 1464, 1807]]
@@ -197,9 +197,9 @@ def test_the_first_batches_are_those_of_the_book(verdict):
 
 
 def test_a_batch_of_eight_is_that_of_the_book(verdict):
-    rows = windows(GPT2.encode(verdict), max_length=4, stride=4)
+    rows = make_windows(GPT2.encode(verdict), max_length=4, stride=4)
 
-    first = batches(rows, 8)[0]
+    first = batch_windows(rows, 8)[0]
 
     text = [
         *(40, 367, 2885, 1464, 1807, 3619, 402, 271, 10899, 2138, 257, 7026, 15632),
@@ -214,8 +214,8 @@ def test_the_loaders_of_chapter_5_have_the_batches_of_the_book(verdict):
     parts = split_text(verdict, 0.9)
     ids, other_ids = map(GPT2.encode, parts)
 
-    train = batches(windows(ids, 256, 256), 2)
-    valid = batches(windows(other_ids, 256, 256), 2, drop_last=False)
+    train = batch_windows(make_windows(ids, 256, 256), 2)
+    valid = batch_windows(make_windows(other_ids, 256, 256), 2, drop_last=False)
 
     assert [len(part) for part in parts] == [18_431, 2_048]
     assert (len(ids), len(other_ids)) == (4_612, 534)
@@ -226,19 +226,19 @@ def test_the_loaders_of_chapter_5_have_the_batches_of_the_book(verdict):
 
 
 def test_a_shuffled_epoch_has_the_rows_of_the_plain_one(verdict):
-    rows = windows(GPT2.encode(split_text(verdict)[0]), 256, 256)
+    rows = make_windows(GPT2.encode(split_text(verdict)[0]), 256, 256)
 
     shuffled = [rows.input_BT[numbers] for numbers in next(epochs(18, 2))]
 
-    plain = [row for batch in batches(rows, 2) for row in batch.input_BT.tolist()]
+    plain = [row for batch in batch_windows(rows, 2) for row in batch.input_BT.tolist()]
     assert sorted(np.concatenate(shuffled).tolist()) == sorted(plain)
 
 
 @given(st.integers(1, 12), st.integers(1, 5), st.booleans())
 def test_batches_hold_all_rows_but_a_last_few(count, size, drop_last):
-    rows = windows(range(count + 2), 2, 1)
+    rows = make_windows(range(count + 2), 2, 1)
 
-    parts = batches(rows, size, drop_last)
+    parts = batch_windows(rows, size, drop_last)
 
     whole = sum(len(part.input_BT) for part in parts)
     assert whole == (count - count % size if drop_last else count)
@@ -250,23 +250,23 @@ def test_batches_hold_all_rows_but_a_last_few(count, size, drop_last):
 
 @pytest.mark.parametrize(("length", "stride"), [(0, 1), (1, 0), (-1, 4)])
 def test_windows_without_length_or_stride_are_refused(length, stride):
-    with pytest.raises(ConfigError, match=f"max_length={length} and stride={stride} n"):
-        windows(range(9), length, stride)
+    with pytest.raises(ConfigError, match=f"max_length={length} and stride={stride} m"):
+        make_windows(range(9), length, stride)
 
 
 def test_a_text_shorter_than_a_window_is_refused():
-    with pytest.raises(DataError, match="4 ids have no row of max_length=4"):
-        windows(range(4), 4, 1)
+    with pytest.raises(DataError, match=r"4 ids are too few .* max_length=4"):
+        make_windows(range(4), 4, 1)
 
 
 def test_batches_without_rows_are_refused():
-    with pytest.raises(ConfigError, match="batch of size=0 has no rows"):
-        batches(windows(range(9), 4, 1), 0)
+    with pytest.raises(ConfigError, match="batch size 0 must be at least 1"):
+        batch_windows(make_windows(range(9), 4, 1), 0)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_that_is_none_is_refused(share):
-    with pytest.raises(ConfigError, match=f"share={share} of a text is none"):
+    with pytest.raises(ConfigError, match=f"fraction {share} must be between 0 and 1"):
         split_text("text", share)
 
 
@@ -277,7 +277,7 @@ def test_a_table_has_the_numbers_and_rows_of_the_book():
     token_VD = jnp.array(TorchGenerator(123).normal((6, 3)))
     nowhere = jnp.zeros((4, 3))
 
-    x_BTD = embedded(jnp.array([[2, 3, 5, 1]]), token_VD, nowhere)
+    x_BTD = embed_tokens(jnp.array([[2, 3, 5, 1]]), token_VD, nowhere)
 
     expected = [
         [1.2753, -0.2010, -0.1606],
@@ -294,31 +294,29 @@ def test_an_embedding_is_a_product_with_one_hot_rows():
     token_VD = jax.random.normal(keys[1], (7, 4))
     positions = jax.random.normal(keys[2], (9, 4))
 
-    x_BTD = jax.jit(embedded)(ids_BT, token_VD, positions)
+    x_BTD = jax.jit(embed_tokens)(ids_BT, token_VD, positions)
 
     expected = jax.nn.one_hot(ids_BT, 7) @ token_VD + positions[:5][None]
     np.testing.assert_allclose(x_BTD, expected, rtol=1e-6)
 
 
 def test_embeddings_of_the_first_batch_have_the_width_of_the_table(verdict):
-    rows = batches(windows(GPT2.encode(verdict), 4, 4), 8)[0]
+    rows = batch_windows(make_windows(GPT2.encode(verdict), 4, 4), 8)[0]
     token_VD, positions = jnp.ones((50_257, 256)), jnp.ones((4, 256))
 
-    x_BTD = embedded(rows.input_BT, token_VD, positions)
+    x_BTD = embed_tokens(rows.input_BT, token_VD, positions)
 
     assert x_BTD.shape == (8, 4, 256)
     np.testing.assert_array_equal(x_BTD, 2)
 
 
 def test_an_id_beyond_the_table_is_not_another_token():
-    x_BTD = embedded(jnp.array([[1, 2]]), jnp.ones((2, 3)), jnp.ones((2, 3)))
+    x_BTD = embed_tokens(jnp.array([[1, 2]]), jnp.ones((2, 3)), jnp.ones((2, 3)))
 
     assert not jnp.isnan(x_BTD[0, 0]).any()
     assert jnp.isnan(x_BTD[0, 1]).all()
 
 
 def test_rows_longer_than_the_positions_are_refused():
-    with pytest.raises(
-        DataError, match="rows of 3 ids are longer than the 2 positions"
-    ):
-        embedded(jnp.zeros((1, 3), int), jnp.ones((5, 4)), jnp.ones((2, 4)))
+    with pytest.raises(DataError, match=r"rows of 3 ids are longer than .* 2 rows"):
+        embed_tokens(jnp.zeros((1, 3), int), jnp.ones((5, 4)), jnp.ones((2, 4)))

@@ -8,25 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.attention.plain import plain
-from gptjax.attention.sight import Sight
+from gptjax.attention.plain import reference_attention
+from gptjax.attention.sight import AttentionMask
 from gptjax.book import TorchGenerator
 from gptjax.book.ch03 import (
-    JOURNEY,
-    Heads,
-    Projections,
+    EXAMPLE_INPUTS,
+    MultiHeadParams,
+    HeadParams,
     causal_attention,
-    causal_weights,
-    dropped,
-    heads_of,
-    kept,
+    causal_attention_weights,
+    apply_dropout,
+    split_heads,
+    dropout_mask,
     multi_head_attention,
-    past,
-    scores,
+    causal_mask,
+    scaled_scores,
     self_attention,
     similarity,
     simple_attention,
-    without_future,
+    mask_future,
 )
 from gptjax.errors import ConfigError
 
@@ -39,7 +39,7 @@ def is_printed_as(array, numbers):
 
 
 def journey():
-    return jnp.array(JOURNEY)
+    return jnp.array(EXAMPLE_INPUTS)
 
 
 def linear(generator, inner, outer):
@@ -54,14 +54,14 @@ def three_linears(generator, inner=3, outer=2):
 
 
 def linear_head(generator):
-    return Projections(*(jnp.asarray(weight.T) for weight in three_linears(generator)))
+    return HeadParams(*(jnp.asarray(weight.T) for weight in three_linears(generator)))
 
 
 def random_heads(outer=E):
     keys = jax.random.split(jax.random.key(1), 5)
     shapes = [(D, H, K)] * 3 + [(H, K, outer), (outer,)]
     pairs = zip(keys, shapes, strict=True)
-    return Heads(*(jax.random.normal(key, shape) for key, shape in pairs))
+    return MultiHeadParams(*(jax.random.normal(key, shape) for key, shape in pairs))
 
 
 def random_rows():
@@ -97,10 +97,13 @@ def test_attention_without_weights_has_the_numbers_of_the_book():
 
 def test_attention_with_uniform_weights_has_the_numbers_of_the_book():
     generator = TorchGenerator(123)
-    head = Projections(*(jnp.asarray(generator.uniform((3, 2))) for _ in range(3)))
+    head = HeadParams(*(jnp.asarray(generator.uniform((3, 2))) for _ in range(3)))
     query_TK, key_SK = journey() @ head.query_DK, journey() @ head.key_DK
 
-    score_TS, context_TK = scores(query_TK, key_SK), self_attention(journey(), head)
+    score_TS, context_TK = (
+        scaled_scores(query_TK, key_SK),
+        self_attention(journey(), head),
+    )
 
     assert is_printed_as(query_TK[1], [0.4306, 1.4551])
     assert is_printed_as(
@@ -138,7 +141,7 @@ def test_attention_with_linear_layers_has_the_numbers_of_the_book():
 
 def test_causal_weights_have_the_numbers_of_the_book_also_after_dropout():
     head = linear_head(TorchGenerator(789))
-    score_TS = scores(journey() @ head.query_DK, journey() @ head.key_DK)
+    score_TS = scaled_scores(journey() @ head.query_DK, journey() @ head.key_DK)
     keep_TS = jnp.array(  # what torch.manual_seed(123) keeps of 6 x 6 (cell 115)
         [
             [1, 1, 0, 1, 1, 0],
@@ -151,7 +154,7 @@ def test_causal_weights_have_the_numbers_of_the_book_also_after_dropout():
         bool,
     )
 
-    weight_TS = causal_weights(score_TS)
+    weight_TS = causal_attention_weights(score_TS)
 
     assert is_printed_as(
         weight_TS,
@@ -165,7 +168,7 @@ def test_causal_weights_have_the_numbers_of_the_book_also_after_dropout():
         ],
     )
     assert is_printed_as(
-        dropped(weight_TS, keep_TS, 0.5),
+        apply_dropout(weight_TS, keep_TS, 0.5),
         [
             [2.0000, 0.0000, 0.0000, 0.0000, 0.0000, 0.0000],
             [0.0000, 0.0000, 0.0000, 0.0000, 0.0000, 0.0000],
@@ -201,7 +204,7 @@ def test_multi_head_attention_has_the_numbers_of_the_book():
     query, key, value = three_linears(generator)
     out = linear(generator, 2, 2)
     bias = generator.uniform(2, -1 / math.sqrt(2), 1 / math.sqrt(2))
-    heads = heads_of(query, key, value, out, bias, 2)
+    heads = split_heads(query, key, value, out, bias, 2)
 
     context_BTE = multi_head_attention(jnp.stack([journey()] * 2), heads)
 
@@ -227,7 +230,7 @@ def test_multi_head_attention_is_that_of_gptjax():
     query_BTHK, key_BSHK, value_BSHK = (
         jnp.tensordot(x_BTD, kernel, 1) for kernel in heads[:3]
     )
-    mixed_BTHK = plain(query_BTHK, key_BSHK, value_BSHK, Sight())
+    mixed_BTHK = reference_attention(query_BTHK, key_BSHK, value_BSHK, AttentionMask())
     expected = jnp.tensordot(mixed_BTHK, heads.out_HKE, 2) + heads.bias_E[None, None]
     # float32 sums of numbers up to 30, in another order
     np.testing.assert_allclose(context_BTE, expected, atol=1e-4)
@@ -240,7 +243,7 @@ def test_many_heads_are_single_ones_whose_outputs_are_joined():
 
     context_BTE = multi_head_attention(x_BTD, heads)
 
-    singles = [Projections(*(kernel[:, h] for kernel in heads[:3])) for h in range(H)]
+    singles = [HeadParams(*(kernel[:, h] for kernel in heads[:3])) for h in range(H)]
     over_a_batch = jax.vmap(causal_attention, in_axes=(0, None))
     expected = jnp.concatenate([over_a_batch(x_BTD, head) for head in singles], -1)
     np.testing.assert_allclose(context_BTE, expected, atol=2e-5)
@@ -250,7 +253,7 @@ def test_each_head_has_its_own_rows_of_the_linear_layers():
     query, key, value = three_linears(TorchGenerator(0), D, H * K)
     out, bias = linear(TorchGenerator(1), H * K, E), np.zeros(E, np.float32)
 
-    heads = heads_of(query, key, value, out, bias, H)
+    heads = split_heads(query, key, value, out, bias, H)
 
     for h in range(H):
         rows = slice(h * K, (h + 1) * K)
@@ -262,7 +265,7 @@ def test_each_head_has_its_own_rows_of_the_linear_layers():
 
 def test_no_word_learns_from_later_ones():
     x_BTD, heads = random_rows(), random_heads()
-    head = Projections(*(kernel[:, 0] for kernel in heads[:3]))
+    head = HeadParams(*(kernel[:, 0] for kernel in heads[:3]))
 
     def one(x_TD):
         return causal_attention(x_TD, head).sum(-1)
@@ -272,24 +275,24 @@ def test_no_word_learns_from_later_ones():
 
     for function in (one, many):
         slope = jnp.abs(jax.jacobian(function)(x_BTD[0])).sum(-1)
-        np.testing.assert_array_equal(slope > 0, past(T))
+        np.testing.assert_array_equal(slope > 0, causal_mask(T))
 
 
 def test_masking_scores_is_masking_weights_and_scaling_them():
     score_TS = jax.random.normal(jax.random.key(0), (T, T))
 
-    weight_TS = causal_weights(score_TS)
+    weight_TS = causal_attention_weights(score_TS)
 
     np.testing.assert_allclose(
-        weight_TS, without_future(jax.nn.softmax(score_TS)), atol=1e-6
+        weight_TS, mask_future(jax.nn.softmax(score_TS)), atol=1e-6
     )
     np.testing.assert_allclose(weight_TS.sum(1), 1, atol=1e-6)
 
 
 def test_dropout_keeps_the_given_share_and_the_mean():
-    keep = kept(jax.random.key(0), 0.2, (100, 100))
+    keep = dropout_mask(jax.random.key(0), 0.2, (100, 100))
 
-    weights = dropped(jnp.ones((100, 100)), keep, 0.2)
+    weights = apply_dropout(jnp.ones((100, 100)), keep, 0.2)
 
     # Of 10,000 weights the share varies by 0.004 (one standard deviation).
     assert keep.mean() == pytest.approx(0.8, abs=0.02)
@@ -299,8 +302,8 @@ def test_dropout_keeps_the_given_share_and_the_mean():
 
 def test_attention_drops_the_weights_that_are_not_kept():
     x_BTD, heads = random_rows(), random_heads()
-    head = Projections(*(kernel[:, 0] for kernel in heads[:3]))
-    keep_BHTS = kept(jax.random.key(2), 0.5, (B, H, T, T))
+    head = HeadParams(*(kernel[:, 0] for kernel in heads[:3]))
+    keep_BHTS = dropout_mask(jax.random.key(2), 0.5, (B, H, T, T))
     everything = jnp.ones((B, H, T, T), bool)
 
     whole_TK = causal_attention(x_BTD[0], head)
@@ -318,8 +321,8 @@ def test_attention_drops_the_weights_that_are_not_kept():
     query_BTHK, key_BSHK, value_BSHK = (
         jnp.tensordot(x_BTD, kernel, 1) for kernel in heads[:3]
     )
-    mixed_BTHK = plain(
-        *(query_BTHK, key_BSHK, value_BSHK, Sight()),
+    mixed_BTHK = reference_attention(
+        *(query_BTHK, key_BSHK, value_BSHK, AttentionMask()),
         lambda weight_BHTS: 2 * weight_BHTS * keep_BHTS,
     )
     expected = jnp.tensordot(mixed_BTHK, heads.out_HKE, 2) + heads.bias_E[None, None]
@@ -329,16 +332,16 @@ def test_attention_drops_the_weights_that_are_not_kept():
 
 @pytest.mark.parametrize("rate", [-0.1, 1, 1.5, float("nan")])
 def test_a_dropout_rate_that_leaves_nothing_is_refused(rate):
-    with pytest.raises(ConfigError, match=f"dropout rate={rate} needs to be at least"):
-        kept(jax.random.key(0), rate, (2,))
+    with pytest.raises(ConfigError, match=f"dropout rate={rate} must be at least"):
+        dropout_mask(jax.random.key(0), rate, (2,))
 
 
 @pytest.mark.parametrize("count", [0, 4])
 def test_a_width_that_does_not_split_is_refused(count):
     x = np.ones((6, 3), np.float32)
 
-    with pytest.raises(ConfigError, match=f"width of 6 does not split over {count} h"):
-        heads_of(x, x, x, np.ones((6, 6), np.float32), np.ones(6, np.float32), count)
+    with pytest.raises(ConfigError, match=f"width 6 must be divisible by .* {count}"):
+        split_heads(x, x, x, np.ones((6, 6), np.float32), np.ones(6, np.float32), count)
 
 
 # PyTorch
@@ -362,6 +365,6 @@ def test_multi_head_attention_is_that_of_pytorch():
         expected = out(mixed.transpose(1, 2).reshape(B, T, H * K)).numpy()
     weights = [p.weight.detach().numpy() for p in (*projections, out)]
 
-    heads = heads_of(*weights, out.bias.detach().numpy(), H)
+    heads = split_heads(*weights, out.bias.detach().numpy(), H)
 
     np.testing.assert_allclose(multi_head_attention(x_BTD, heads), expected, atol=1e-6)

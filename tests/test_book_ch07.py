@@ -8,18 +8,18 @@ import gptjax
 from gptjax.book import epochs
 from gptjax.data.conversations import (
     read_conversations,
-    read_pairs,
+    read_preference_pairs,
     split_conversations,
 )
-from gptjax.data.example_batches import example_batches
-from gptjax.data.examples import EVERYTHING, encode_all
-from gptjax.preference import examples_of
-from gptjax.template import read_template
+from gptjax.data.example_batches import make_sft_batches
+from gptjax.data.examples import TRAIN_ON_ALL, encode_conversations
+from gptjax.preference import tokenize_pair
+from gptjax.template import load_chat_template
 from gptjax.weights.folder import Model
 from tests.torch_peer import import_torch
 
 GPT2 = gptjax.tokenizer.load("gpt2")
-ALPACA = read_template("alpaca")
+ALPACA = load_chat_template("alpaca")
 SHARES = {"val_fraction": 0, "test_fraction": 0, "seed": 0}
 
 # Raschka 2024, ch07.ipynb, cell 66: the second axis of each batch of the first epoch.
@@ -52,7 +52,7 @@ def instructions(shared_data):
 
 @pytest.fixture(scope="module")
 def preferences(shared_data):
-    found, _ = read_pairs("preferences")
+    found, _ = read_preference_pairs("preferences")
     return split_conversations(found, "book", **SHARES)
 
 
@@ -60,14 +60,14 @@ def pairs_of(rows):
     """Both answers to each prompt as tokens; the template is all that is read."""
     shape = {"context_length": 8, "n_layers": 1, "n_heads": 1, "d_model": 8}
     model = Model(gptjax.GPTConfig(vocab_size=GPT2.vocab_size, **shape), {}, GPT2)
-    return [examples_of(row, model, ALPACA, 1024) for row in rows]
+    return [tokenize_pair(row, model, ALPACA, 1024) for row in rows]
 
 
 def test_the_instructions_are_split_and_as_long_as_in_the_book(
     shared_data, instructions
 ):
     rows = [row for part in instructions.values() for row in part]
-    examples = encode_all(GPT2, ALPACA, rows)
+    examples = encode_conversations(GPT2, ALPACA, rows)
     lengths = [len(example.ids) - 1 for example in examples]  # without the end
 
     sizes = {name: len(part) for name, part in instructions.items()}
@@ -79,10 +79,10 @@ def test_the_instructions_are_split_and_as_long_as_in_the_book(
 def test_the_first_epoch_has_all_lengths_that_the_book_prints(
     shared_data, instructions
 ):
-    examples = encode_all(GPT2, ALPACA, instructions["train"])
+    examples = encode_conversations(GPT2, ALPACA, instructions["train"])
 
-    loader = example_batches(
-        "book", examples, rows=8, context=1024, fill=GPT2.eot, seed=123
+    loader = make_sft_batches(
+        "book", examples, rows=8, context=1024, pad_id=GPT2.eot, seed=123
     )
 
     batches = [loader.batch_at(step) for step in range(loader.steps_per_epoch)]
@@ -110,9 +110,9 @@ def test_both_loaders_give_the_rows_of_pytorchs_in_every_epoch(
     shared_data, instructions, preferences
 ):
     torch = import_torch()
-    examples = encode_all(GPT2, ALPACA, instructions["train"], EVERYTHING)
-    book = example_batches(
-        "book", examples, rows=8, context=1024, fill=GPT2.eot, seed=123
+    examples = encode_conversations(GPT2, ALPACA, instructions["train"], TRAIN_ON_ALL)
+    book = make_sft_batches(
+        "book", examples, rows=8, context=1024, pad_id=GPT2.eot, seed=123
     )
     ours = epochs(len(preferences["train"]), 8, 123)
 
@@ -131,7 +131,7 @@ def test_both_loaders_give_the_rows_of_pytorchs_in_every_epoch(
             ids = example.ids[:-1]
             assert batch["tokens"][n, : len(ids)].tolist() == ids
             assert (batch["tokens"][n, len(ids) :] == GPT2.eot).all()
-            assert batch["weights"][n].sum() == len(ids)
+            assert batch["loss_weights"][n].sum() == len(ids)
     torch.manual_seed(123)
     theirs = loader(range(len(preferences["train"])))
     for _ in range(3):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.book import Loader, TorchGenerator, epochs
-from gptjax.data.torch_order import epoch_order
+from gptjax.data.torch_order import dataloader_order
 from gptjax.errors import ConfigError
 from tests.torch_peer import import_torch
 
@@ -48,7 +48,7 @@ def test_without_evaluations_the_epochs_are_those_of_a_loader_alone(sizes, seed)
     items, size = sizes
 
     for n, batches in enumerate(first(3, epochs(items, size, seed, drop_last=False))):
-        assert list(itertools.chain(*batches)) == epoch_order(seed, items, n)
+        assert list(itertools.chain(*batches)) == dataloader_order(seed, items, n)
 
 
 @given(SIZES, st.integers(1, 12), st.integers(0, 2), st.booleans())
@@ -102,11 +102,11 @@ def test_a_generator_goes_on_where_it_stands():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: epochs(0, 1), "loader.items=0 is too small"),
-        (lambda: epochs(4, 0), "loader.batch_size=0 is too small"),
-        (lambda: epochs(3, 4), "3 items make no batch of 4. Choose a smaller"),
-        (lambda: epochs(4, 2, eval_every=-1), "eval_every=-1 and eval_after=0 need"),
-        (lambda: epochs(4, 2, eval_after=-1), "eval_after=-1 need to be 0 or more"),
+        (lambda: epochs(0, 1), "loader.items=0 must be at least"),
+        (lambda: epochs(4, 0), "loader.batch_size=0 must be at least"),
+        (lambda: epochs(3, 4), "3 items are fewer than batch_size=4"),
+        (lambda: epochs(4, 2, eval_every=-1), "eval_every=-1 and eval_after=0 must"),
+        (lambda: epochs(4, 2, eval_after=-1), "eval_after=-1 must be at least 0"),
     ],
 )
 def test_a_loader_without_a_batch_is_an_error_at_once(call, message):

@@ -7,13 +7,13 @@ import pytest
 
 import gptjax
 from gptjax.book import TorchGenerator
-from gptjax.book.course import begun, loaders_of
-from gptjax.config import config_path, read_config
-from gptjax.data.folds import split_rows
-from gptjax.data.labelled import read_labelled
-from gptjax.loss import next_token_nats
+from gptjax.book.course import first_batches, make_loaders
+from gptjax.config import find_config, load_config
+from gptjax.data.folds import stratified_split
+from gptjax.data.labelled import read_labeled_texts
+from gptjax.loss import cross_entropy_sum
 from gptjax.optim import learning_rates
-from gptjax.sampling import Knobs, filtered, sample
+from gptjax.sampling import SamplingParams, filter_logits, sample
 
 # Section 5.3.1: scores of the words that may follow "every effort moves you".
 WORDS = ["closer", "every", "effort", "forward", "inches", "moves"]
@@ -22,7 +22,7 @@ SCORES = [4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]
 
 
 def knobs(temperature=1.0, top_k=0):
-    return Knobs(
+    return SamplingParams(
         jnp.float32(temperature),
         jnp.int32(top_k),
         jnp.float32(1),
@@ -47,7 +47,7 @@ def test_a_hot_softmax_gives_pizza_the_chance_of_exercise_5_1():
 def test_top_k_leaves_the_three_chances_of_the_book():
     logit_BV = jnp.array([SCORES], jnp.float32)
 
-    chance = jax.nn.softmax(filtered(logit_BV - logit_BV.max(), knobs(top_k=3)))[0]
+    chance = jax.nn.softmax(filter_logits(logit_BV - logit_BV.max(), knobs(top_k=3)))[0]
 
     kept = {WORDS[n]: f"{float(chance[n]):.4f}" for n in np.flatnonzero(chance)}
     assert kept == {"closer": "0.0615", "forward": "0.5775", "toward": "0.3610"}
@@ -64,7 +64,7 @@ def test_top_k_leaves_the_three_chances_of_the_book():
 def test_what_is_not_counted_leaves_the_loss_of_chapter_7(
     logits, targets, weights, printed
 ):
-    nats, weight = next_token_nats(
+    nats, weight = cross_entropy_sum(
         jnp.array([logits]), jnp.array([targets]), jnp.array([weights], jnp.float32)
     )
 
@@ -72,7 +72,7 @@ def test_what_is_not_counted_leaves_the_loss_of_chapter_7(
 
 
 def test_appendix_d_warms_up_over_27_of_135_steps():
-    config = read_config(config_path("book/appendix_d"))
+    config = load_config(find_config("book/appendix_d"))
 
     rates = learning_rates(config.optim, config.train.steps)
 
@@ -85,15 +85,15 @@ def test_appendix_d_warms_up_over_27_of_135_steps():
 
 
 def test_the_spam_set_has_the_counts_of_chapter_6(shared_data):
-    data, _ = read_labelled("sms-spam")
-    splits = split_rows(
+    data, _ = read_labeled_texts("sms-spam")
+    splits = stratified_split(
         data,
         "book",
         val_fraction=0.1,
         test_fraction=0.2,
         seed=0,
-        balance=False,
-        dedupe=False,
+        balance_classes=False,
+        deduplicate=False,
     )
 
     assert len(data) == 5_572
@@ -103,9 +103,9 @@ def test_the_spam_set_has_the_counts_of_chapter_6(shared_data):
 
     longest = {split: max(map(len, ids_of(rows))) for split, rows in splits.items()}
     assert longest["train"] == max(longest.values()) == 120
-    config = read_config(config_path("book/ch06"))
+    config = load_config(find_config("book/ch06"))
     generator = TorchGenerator(123)
-    batches = begun(loaders_of(sizes, config), generator, 999)
+    batches = first_batches(make_loaders(sizes, config), generator, 999)
     counts = {split: len(rows) for split, rows in batches.items()}
     assert counts == {"train": 130, "validation": 19, "test": 38}
 

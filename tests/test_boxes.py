@@ -10,21 +10,21 @@ from matplotlib.font_manager import findfont, get_font
 
 from gptjax import boxes
 from gptjax.boxes import (
-    BREAK,
-    COLUMNS,
-    FAMILY,
-    LABEL_CHARACTERS,
-    MOST_LINES,
+    NEWLINE_MARK,
+    CELLS_PER_LINE,
+    FONT_FAMILIES,
+    MAX_TOKEN_LABEL_CHARS,
+    MAX_LINES,
     Box,
-    boxed,
-    cells,
-    drawable,
-    label_of,
-    spread,
+    token_box_figure,
+    width_in_cells,
+    to_drawable,
+    token_label,
+    layout_boxes,
 )
-from gptjax.figures import PALE_BLUE, PALE_ORANGE, pieces_figure
-from gptjax.terminal import printable
-from gptjax.tokenizer import load
+from gptjax.figures import PALE_BLUE, PALE_ORANGE, tokenization_figure
+from gptjax.terminal import sanitize
+from gptjax.tokenizer import load_tokenizer
 from tests.pictures import (
     assert_boxes_hold_their_texts,
     assert_nothing_is_cut_off,
@@ -43,36 +43,36 @@ notes = st.sampled_from(["", "1", "50256", "1 2 3", "12345 " * 30])
 @example([("😀" * 90, "")])
 @example([("\n" * 200, ""), ("a", "50256")])
 def test_boxes_follow_each_other_without_a_loss_within_the_lines(pairs):
-    spots = list(spread(Box(text, "white", note=note) for text, note in pairs))
+    spots = list(layout_boxes(Box(text, "white", note=note) for text, note in pairs))
 
     for number, (text, note) in enumerate(pairs):
-        parts = [spot for spot in spots if spot.number == number]
-        assert "".join(spot.text for spot in parts) == drawable(text)
+        parts = [spot for spot in spots if spot.box_index == number]
+        assert "".join(spot.text for spot in parts) == to_drawable(text)
         assert parts[0].note[:39] == note[:39]
         assert not any(spot.note for spot in parts[1:])
     for spot in spots:
-        assert 0 <= spot.column <= spot.column + spot.width <= COLUMNS
-        assert spot.width >= max(cells(spot.text), 1)
-        assert BREAK not in spot.text.rstrip(BREAK)
+        assert 0 <= spot.column <= spot.column + spot.width <= CELLS_PER_LINE
+        assert spot.width >= max(width_in_cells(spot.text), 1)
+        assert NEWLINE_MARK not in spot.text.rstrip(NEWLINE_MARK)
     for one, after in itertools.pairwise(spots):
-        if one.text.endswith(BREAK):
+        if one.text.endswith(NEWLINE_MARK):
             assert (after.line, after.column) == (one.line + 1, 0)
         elif after.line == one.line:
             assert after.column == one.column + one.width
         else:
             assert (after.line, after.column) == (one.line + 1, 0)
-            assert one.column + one.width + after.width > COLUMNS
+            assert one.column + one.width + after.width > CELLS_PER_LINE
 
 
 @given(st.text(characters))
 def test_only_what_the_fonts_have_is_drawn(text):
-    shown = drawable(text)
+    shown = to_drawable(text)
 
-    assert len(shown) == len(printable(text))
+    assert len(shown) == len(sanitize(text))
     for character in shown:
         assert any(
             get_font(findfont(family)).get_char_index(ord(character))
-            for family in FAMILY
+            for family in FONT_FAMILIES
         )
     assert "\n" not in shown
 
@@ -81,11 +81,13 @@ def test_only_what_the_fonts_have_is_drawn(text):
 @given(st.lists(words, min_size=1, max_size=9))
 @example([HARD])
 @example(list(HARD))
-@example(["W" * COLUMNS, "g" * (COLUMNS + 1), "😀" * 20])
+@example(["W" * CELLS_PER_LINE, "g" * (CELLS_PER_LINE + 1), "😀" * 20])
 def test_no_text_is_cut_off_or_covers_another(texts):
     pieces = [Box(text, "white", note=str(n) * 5) for n, text in enumerate(texts)]
 
-    figure = boxed(pieces, "a title of many words " * 5, [Box("legend", "red")])
+    figure = token_box_figure(
+        pieces, "a title of many words " * 5, [Box("legend", "red")]
+    )
 
     assert_boxes_hold_their_texts(figure)
     assert_nothing_is_cut_off(figure)
@@ -93,10 +95,10 @@ def test_no_text_is_cut_off_or_covers_another(texts):
 
 @pytest.mark.parametrize("text", ["x", "\n"])
 def test_what_is_too_long_is_counted_in_a_last_box(text):
-    most = (MOST_LINES - 1) * (COLUMNS if text == "x" else 1)
-    full = MOST_LINES * COLUMNS
+    most = (MAX_LINES - 1) * (CELLS_PER_LINE if text == "x" else 1)
+    full = MAX_LINES * CELLS_PER_LINE
 
-    figure = boxed([Box(text, "white")] * (full + 1), "title")
+    figure = token_box_figure([Box(text, "white")] * (full + 1), "title")
 
     assert written(figure)[-1] == f"… {full + 1 - most:,} more boxes"
     assert len(figure.axes[0].patches) == most + 1
@@ -105,33 +107,35 @@ def test_what_is_too_long_is_counted_in_a_last_box(text):
 
 
 def test_what_just_fits_is_drawn_whole():
-    figure = boxed([Box("x", "white")] * (MOST_LINES * COLUMNS), "title")
+    figure = token_box_figure(
+        [Box("x", "white")] * (MAX_LINES * CELLS_PER_LINE), "title"
+    )
 
-    assert written(figure) == ["title", *"x" * (MOST_LINES * COLUMNS)]
+    assert written(figure) == ["title", *"x" * (MAX_LINES * CELLS_PER_LINE)]
 
 
 def test_blanks_before_a_text_are_room_in_its_box():
-    figure = boxed([Box("  ab", "white"), Box("   ", "white")], "title")
+    figure = token_box_figure([Box("  ab", "white"), Box("   ", "white")], "title")
 
     _, text = figure.axes[0].texts
     assert text.get_text() == "ab"
-    assert text.get_position()[0] == boxes.MARGIN + 2 * boxes.CELL
+    assert text.get_position()[0] == boxes.FIGURE_MARGIN + 2 * boxes.CELL_WIDTH
     widths = [patch.get_width() for patch in figure.axes[0].patches]
-    assert widths == [4 * boxes.CELL, 3 * boxes.CELL]
+    assert widths == [4 * boxes.CELL_WIDTH, 3 * boxes.CELL_WIDTH]
 
 
 def test_a_text_in_dollars_is_no_formula():
-    figure = boxed([Box("$x_1$", "white", note="$y$")], "title")
+    figure = token_box_figure([Box("$x_1$", "white", note="$y$")], "title")
 
     assert written(figure) == ["title", "$x_1$", "$y$"]
     assert not any(text.get_parse_math() for text in figure.axes[0].texts[1:])
 
 
 def test_tokens_stay_together_until_their_text_is_whole():
-    tokenizer = load("bytes")
+    tokenizer = load_tokenizer("bytes")
     ids = tokenizer.encode("a漢😀")
 
-    found = list(tokenizer.characters(ids))
+    found = list(tokenizer.iter_characters(ids))
 
     assert [text for text, _ in found] == ["a", "漢", "😀"]
     assert [len(part) for _, part in found] == [1, 3, 4]
@@ -140,24 +144,28 @@ def test_tokens_stay_together_until_their_text_is_whole():
 
 @given(st.binary(max_size=20))
 def test_every_token_has_a_label_of_one_short_line(piece):
-    label = label_of(piece)
+    label = token_label(piece)
 
-    assert len(label) <= LABEL_CHARACTERS
+    assert len(label) <= MAX_TOKEN_LABEL_CHARS
     assert not {" ", "\n", "\t"} & set(label)
-    assert drawable(label) == label
+    assert to_drawable(label) == label
 
 
 def test_letters_are_white_where_that_is_easier_to_read():
-    assert [boxes.dark(c) for c in ("black", "#0072B2", "#08306b")] == [True] * 3
-    assert [boxes.dark(c) for c in ("white", "#D55E00", "#6baed6")] == [False] * 3
+    assert [boxes.needs_white_text(c) for c in ("black", "#0072B2", "#08306b")] == [
+        True
+    ] * 3
+    assert [boxes.needs_white_text(c) for c in ("white", "#D55E00", "#6baed6")] == [
+        False
+    ] * 3
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
 def test_pieces_are_the_tokens_in_two_colours_with_their_ids(name):
-    tokenizer = load(name)
+    tokenizer = load_tokenizer(name)
     ids = tokenizer.encode("cut é漢 $x$")
 
-    figure = pieces_figure(tokenizer, "cut é漢 $x$")
+    figure = tokenization_figure(tokenizer, "cut é漢 $x$")
 
     title, *texts = written(figure)
     assert title == f"{len(ids)} tokens, 13 bytes"

@@ -60,10 +60,10 @@ def input_gradients(config, params, segment_BT=None):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"attention": "plain"},
-        {"attention": "prefix"},
+        {"attention": "reference"},
+        {"attention": "chunked"},
         {"attention": "xla"},
-        {"attention": "plain", "dtype": "bfloat16", "remat": "full"},
+        {"attention": "reference", "dtype": "bfloat16", "remat": "full"},
     ],
 )
 def test_the_loss_of_a_position_depends_on_no_later_input(changes):
@@ -76,7 +76,7 @@ def test_the_loss_of_a_position_depends_on_no_later_input(changes):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("attention", ["plain", "prefix", "xla"])
+@pytest.mark.parametrize("attention", ["reference", "chunked", "xla"])
 def test_documents_of_one_row_exchange_no_gradient(attention):
     config = dataclasses.replace(TINY, attention=attention)
     segment_BT = jnp.array([[3, 3, 3, 1, 1, 2, 2, 2]])

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from gptjax.changes import CLASSES, class_of, settled_changes
-from gptjax.config import RunConfig, build
+from gptjax.changes import RESUME_POLICIES, resume_policy, check_config_changes
+from gptjax.config import RunConfig, from_dict
 from gptjax.errors import ConfigError, ModelError
-from gptjax.run_folder import settle_config, settle_policy, write_whole
+from gptjax.run_folder import reconcile_config, reconcile_spike_policy, write_atomic
 
 OPTIONS = [
     f"{section.name}.{option.name}"
@@ -53,17 +53,19 @@ def test_every_option_is_in_exactly_one_class(name):
     section, option = name.split(".")
 
     holding = [
-        kind for kind in CLASSES if option in CLASSES[kind].get(section, "").split()
+        kind
+        for kind in RESUME_POLICIES
+        if option in RESUME_POLICIES[kind].get(section, "").split()
     ]
 
     assert len(holding) == 1
-    assert class_of(name) == holding[0]
+    assert resume_policy(name) == holding[0]
 
 
 def test_the_classes_name_only_options_that_there_are():
     named = [
         f"{section}.{option}"
-        for sections in CLASSES.values()
+        for sections in RESUME_POLICIES.values()
         for section, options in sections.items()
         for option in options.split()
     ]
@@ -74,52 +76,56 @@ def test_the_classes_name_only_options_that_there_are():
 @pytest.mark.parametrize("name", OPTIONS)
 def test_each_option_may_change_as_its_class_says(name):
     before = RunConfig()
-    after, kind = with_other(name, before), class_of(name)
+    after, kind = with_other(name, before), resume_policy(name)
 
     if kind == "operational":
-        (line,) = settled_changes("run", before, after, [])
+        (line,) = check_config_changes("run", before, after, [])
         assert line.startswith(f"{name}: ")
     elif kind == "trajectory":
         with pytest.raises(ModelError, match=f"--allow-change {name}"):
-            settled_changes("run", before, after, [])
-        (line,) = settled_changes("run", before, after, [name])
+            check_config_changes("run", before, after, [])
+        (line,) = check_config_changes("run", before, after, [name])
         assert line.startswith(f"{name}: ")
     else:
-        with pytest.raises(ModelError, match=rf"{name}: .* says what is trained"):
-            settled_changes("run", before, after, [])
-        with pytest.raises(ConfigError, match="cannot change it"):
-            settled_changes("run", before, after, [name])
+        with pytest.raises(ModelError, match=rf"{name}: .* fixed for a run"):
+            check_config_changes("run", before, after, [])
+        with pytest.raises(ConfigError, match=f"{name} is fixed"):
+            check_config_changes("run", before, after, [name])
 
 
 def test_an_option_to_allow_that_is_none_is_said_with_the_nearest():
     with pytest.raises(ConfigError, match=r"Did you mean optim.peak_lr\?"):
-        settled_changes("run", RunConfig(), RunConfig(), ["optim.peak_lrs"])
+        check_config_changes("run", RunConfig(), RunConfig(), ["optim.peak_lrs"])
 
 
 def test_what_is_computed_from_now_on_is_written_and_the_rest_is_not(tmp_path):
-    settle_config(tmp_path, RunConfig())
+    reconcile_config(tmp_path, RunConfig())
     written = (tmp_path / "config.toml").read_text()
-    slower = build(RunConfig, {"optim": {"peak_lr": 1e-5}})
+    slower = from_dict(RunConfig, {"optim": {"peak_lr": 1e-5}})
 
-    assert settle_config(tmp_path, build(RunConfig, {"mesh": {"fsdp": 2}})) == [
+    assert reconcile_config(tmp_path, from_dict(RunConfig, {"mesh": {"fsdp": 2}})) == [
         "mesh.fsdp: 1 -> 2"
     ]
     assert (tmp_path / "config.toml").read_text() == written
-    settle_config(tmp_path, slower, ["optim.peak_lr"])
-    assert settle_config(tmp_path, slower) == []
+    reconcile_config(tmp_path, slower, ["optim.peak_lr"])
+    assert reconcile_config(tmp_path, slower) == []
     with pytest.raises(ModelError, match=r"optim.peak_lr: 1e-05 -> 0.0006"):
-        settle_config(tmp_path, RunConfig())
+        reconcile_config(tmp_path, RunConfig())
 
 
 def test_the_policy_for_spikes_stays_unless_it_may_change(tmp_path):
-    assert settle_policy(tmp_path, "") == "log"
-    write_whole(tmp_path / "meta.json", '{"on_spike": "skip", "started": "now"}')
+    assert reconcile_spike_policy(tmp_path, "") == "log"
+    write_atomic(tmp_path / "meta.json", '{"on_spike": "skip", "started": "now"}')
 
-    assert settle_policy(tmp_path, "") == settle_policy(tmp_path, "skip") == "skip"
+    assert (
+        reconcile_spike_policy(tmp_path, "")
+        == reconcile_spike_policy(tmp_path, "skip")
+        == "skip"
+    )
     with pytest.raises(ModelError, match="--allow-change on-spike"):
-        settle_policy(tmp_path, "log")
+        reconcile_spike_policy(tmp_path, "log")
     with pytest.raises(ConfigError, match="log, skip, rollback"):
-        settle_policy(tmp_path, "ignore")
-    assert settle_policy(tmp_path, "rollback", ["on-spike"]) == "rollback"
-    assert settle_policy(tmp_path, "") == "rollback"
+        reconcile_spike_policy(tmp_path, "ignore")
+    assert reconcile_spike_policy(tmp_path, "rollback", ["on-spike"]) == "rollback"
+    assert reconcile_spike_policy(tmp_path, "") == "rollback"
     assert "now" in (tmp_path / "meta.json").read_text()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax import chat
-from gptjax.chat import Session, kept
+from gptjax.chat import ChatSession, truncate_history
 from gptjax.errors import ConfigError, DataError, ModelError
 from tests.small_models import make_model
 
@@ -42,7 +42,7 @@ def echo(messages, pressed):
 
 
 class Talk(NamedTuple):
-    session: Session
+    session: ChatSession
     put: str
     said: list[str]
     calls: list[tuple]  # (messages, sampling) of each answer
@@ -62,10 +62,10 @@ def talk(*lines, model=ASSISTANT, session=None, answer=echo, **sampling):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat, "stream_answer", fake)
         patch.setattr(chat, "stream", fake_base)
-        patch.setattr(chat, "prompt_ids", one_per_character)
-        session = chat.converse(
+        patch.setattr(chat, "encode_chat", one_per_character)
+        session = chat.run_repl(
             model,
-            session or Session({"max_new_tokens": 8, **sampling}),
+            session or ChatSession({"max_new_tokens": 8, **sampling}),
             lines,
             put.append,
             said.append,
@@ -79,7 +79,7 @@ def test_each_message_is_answered_with_all_that_was_said_before():
     result = talk("one", "two")
 
     messages = (user("one"), bot("<one>"), user("two"), bot("<two>"))
-    assert result.session.messages == messages
+    assert result.session.history == messages
     assert [call[0] for call in result.calls] == [[*messages[:1]], [*messages[:3]]]
     assert result.put == "<one>\n<two>\n"
     assert result.said == []
@@ -98,14 +98,14 @@ def test_retry_asks_the_last_message_again_without_its_answer():
     result = talk("a", "b", "/retry")
 
     assert result.calls[2][0] == result.calls[1][0]
-    assert result.session.messages == (user("a"), bot("<a>"), user("b"), bot("<b>"))
+    assert result.session.history == (user("a"), bot("<a>"), user("b"), bot("<b>"))
 
 
 @pytest.mark.parametrize("lines", [[], ["/system be brief"], ["a", "/reset"]])
 def test_there_is_nothing_to_ask_again_without_a_message(lines):
     result = talk(*lines, "/retry")
 
-    assert result.said[-1] == "there is no message to ask again. Write one."
+    assert "no message to send again" in result.said[-1]
     assert len(result.calls) == len(lines) // 2
 
 
@@ -130,16 +130,19 @@ def test_a_blank_in_front_makes_a_message_of_what_looks_like_a_command():
     ("line", "words"),
     [
         ("/rest", "there is no command /rest. Did you mean /reset? /help lists them"),
-        ("/", "there is no command /. /help lists them; with a blank before it"),
+        (
+            "/",
+            "there is no command /. /help lists them. To send a message that starts",
+        ),
         ("/etc/passwd\nis a file", "there is no command /etc/passwd."),
-        ("/temperature", "temperature cannot be ''. Give it a number, such as 0.7."),
+        ("/temperature", "temperature cannot be ''. Use a number, such as 0.7."),
         ("/temperature warm", "temperature cannot be 'warm'"),
         ("/temperature inf", "temperature cannot be 'inf'"),
-        ("/temperature nan", "temperature=nan is too small"),
-        ("/temperature -1", "temperature=-1.0 is too small"),
-        ("/top-k 1.5", "top_k cannot be '1.5'. Give it a number, such as 40."),
-        ("/top-k -2", "top_k=-2 is too small"),
-        ("/save", "/save needs the name of a file"),
+        ("/temperature nan", "temperature=nan must be at least"),
+        ("/temperature -1", "temperature=-1.0 must be at least"),
+        ("/top-k 1.5", "top_k cannot be '1.5'. Use a number, such as 40."),
+        ("/top-k -2", "top_k=-2 must be at least"),
+        ("/save", "/save needs a file name"),
     ],
 )
 def test_a_mistake_is_one_remark_and_the_chat_goes_on(line, words):
@@ -167,9 +170,9 @@ def test_the_system_message_is_set_replaced_and_removed_and_turns_stay():
     twice = talk("/system be long", session=once.session)
     removed = talk("/system", session=twice.session)
 
-    assert once.session.messages == (system("be\nbrief"), *turns)
-    assert twice.session.messages == (system("be long"), *turns)
-    assert removed.session.messages == turns
+    assert once.session.history == (system("be\nbrief"), *turns)
+    assert twice.session.history == (system("be long"), *turns)
+    assert removed.session.history == turns
     assert removed.said == ["(the system message is removed)"]
     assert talk("b", session=once.session).calls[0][0][0] == system("be\nbrief")
 
@@ -177,8 +180,8 @@ def test_the_system_message_is_set_replaced_and_removed_and_turns_stay():
 def test_reset_leaves_the_system_message_alone():
     result = talk("/system s", "a", "/reset")
 
-    assert result.session.messages == (system("s"),)
-    assert result.said[-1] == "(forgot all turns)"
+    assert result.session.history == (system("s"),)
+    assert result.said[-1] == "(dropped all turns)"
 
 
 def test_nothing_is_read_after_quit():
@@ -191,7 +194,7 @@ def test_help_lists_every_command():
     (text,) = talk("/help").said
     (base,) = talk("/help", model=BASE).said
 
-    assert {line.split()[0] for line in text.splitlines()} >= {*chat.COMMANDS}
+    assert {line.split()[0] for line in text.splitlines()} >= {*chat.CHAT_COMMANDS}
     assert {"/retry", "/temperature", "/quit"} < {*base.split()}
     assert not {"/save", "/system", "/reset"} & {*base.split()}
 
@@ -205,8 +208,8 @@ def test_save_writes_all_messages_and_nothing_else(tmp_path):
     one, two = ([user(n * 30), bot(f"<{n * 30}>")] for n in "12")
     assert json.loads(file.read_text(encoding="utf-8")) == [system("é"), *one, *two]
     assert "é" in file.read_text(encoding="utf-8")
-    assert result.session.messages == (system("é"), *two)
-    assert result.said[-1] == f"(saved 5 messages in {file})"
+    assert result.session.history == (system("é"), *two)
+    assert result.said[-1] == f"(saved 5 messages to {file})"
 
 
 def test_reset_forgets_what_was_forgotten_too(tmp_path):
@@ -223,7 +226,8 @@ def test_save_writes_over_nothing(tmp_path):
 
     result = talk("a", f"/save {file}")
 
-    assert result.said == [f"{file} is there already. Name another file."]
+    assert len(result.said) == 1
+    assert result.said[0].startswith(f"{file} already exists")
     assert file.read_text() == "mine"
 
 
@@ -250,12 +254,12 @@ def test_as_many_turns_are_kept_as_leave_the_reserve(instruction, sizes, last, r
     room = CONTEXT - reserve
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chat, "prompt_ids", one_per_character)
+        patch.setattr(chat, "encode_chat", one_per_character)
         if len(instruction) + last > room:
-            with pytest.raises(DataError, match="there is room for"):
-                kept(ASSISTANT, [*head, *turns, question], reserve)
+            with pytest.raises(DataError, match=f"at most {room:,} fit"):
+                truncate_history(ASSISTANT, [*head, *turns, question], reserve)
             return
-        rest, count = kept(ASSISTANT, [*head, *turns, question], reserve)
+        rest, count = truncate_history(ASSISTANT, [*head, *turns, question], reserve)
 
     assert rest == [*head, *turns[2 * count :], question]
     assert len(one_per_character(None, rest)) <= room
@@ -266,7 +270,7 @@ def test_as_many_turns_are_kept_as_leave_the_reserve(instruction, sizes, last, r
 
 def test_what_no_longer_fits_is_forgotten_with_a_remark_each_time():
     def forgot(turns):
-        return f"(forgot the first {turns}: the context of 64 tokens is full)"
+        return f"(dropped the first {turns}: the context of 64 tokens is full)"
 
     # A turn takes 10 + 12 tokens, and 56 are free.
     texts = [letter * 10 for letter in "abcdef"]
@@ -275,7 +279,7 @@ def test_what_no_longer_fits_is_forgotten_with_a_remark_each_time():
     assert [len(call[0]) for call in result.calls] == [1, 3, 5, 4, 4, 4, 4]
     assert result.said[1:] == [forgot("2 turns"), forgot("1 turn"), forgot("1 turn")]
     turns = [user("e" * 10), bot(f"<{'e' * 10}>"), user("f" * 10), bot(f"<{'f' * 10}>")]
-    assert result.session.messages == (system("s" * 20), *turns)
+    assert result.session.history == (system("s" * 20), *turns)
 
 
 def test_at_most_half_of_the_context_is_kept_for_the_answer():
@@ -285,15 +289,15 @@ def test_at_most_half_of_the_context_is_kept_for_the_answer():
     assert len(fits.calls) == 1
     assert result.calls == []
     assert result.said == [
-        "the message takes 33 tokens with the template, but there is room for 32: 32 "
-        "of the context's 64 are kept for the answer. Shorten it."
+        "the message is 33 tokens long with the template, but at most 32 fit: 32 of "
+        "the context's 64 are reserved for the reply. Shorten it."
     ]
 
 
 def test_a_message_that_does_not_fit_is_not_added():
     result = talk("/system s", "a", "x" * 60, "b")
 
-    assert "takes 61 tokens with the template and the system message" in result.said[1]
+    assert "61 tokens long with the template and the system message" in result.said[1]
     assert result.calls[1][0] == [system("s"), user("a"), bot("<a>"), user("b")]
 
 
@@ -340,7 +344,7 @@ def test_no_more_is_computed_after_an_interrupt():
     assert talk("x", answer=interrupted).put == "one\n"
 
 
-@pytest.mark.parametrize("said", ["(stopped)", "(the answer is empty)"])
+@pytest.mark.parametrize("said", ["(stopped)", "(the reply is empty)"])
 def test_a_question_without_an_answer_makes_way_or_is_asked_again(said):
     def silent(messages, pressed):
         if messages[-1]["content"] != "x":
@@ -378,18 +382,18 @@ def test_a_classifier_does_not_chat():
     with pytest.raises(
         ModelError, match=r"runs/x is a classifier.*Use gptjax classify"
     ):
-        chat.chat(model, "runs/x", {})
+        chat.run_chat(model, "runs/x", {})
 
 
 def test_sampling_that_cannot_be_is_refused_before_anything_is_read():
-    with pytest.raises(ConfigError, match=r"temperature=-1.0 is too small"):
-        chat.chat(BASE, "name", {"temperature": -1.0})
+    with pytest.raises(ConfigError, match=r"temperature=-1.0 must be at least"):
+        chat.run_chat(BASE, "name", {"temperature": -1.0})
 
 
 def test_interrupts_are_counted_and_then_are_what_they_were():
     before = signal.getsignal(signal.SIGINT)
 
-    with chat.interrupts() as pressed:
+    with chat.handle_interrupts() as pressed:
         for _ in range(3):
             signal.raise_signal(signal.SIGINT)
 

@@ -15,7 +15,7 @@ import gptjax
 from gptjax import chat
 from gptjax.errors import DataError
 from gptjax.generation import complete
-from gptjax.template import read_template
+from gptjax.template import load_chat_template
 from tests.small_models import make_model
 from tests.test_chat import ASSISTANT, BASE, one_per_character, user
 
@@ -135,7 +135,7 @@ def shared(folder):
 @pytest.fixture
 def terminal(shared):
     """The terminal, at the start of a conversation."""
-    assert "(forgot all turns)" in shared.enter("/reset")
+    assert "(dropped all turns)" in shared.enter("/reset")
     return shared
 
 
@@ -218,7 +218,7 @@ def test_an_interrupt_at_the_prompt_clears_the_line_and_once_says_how_to_leave(
         terminal.until(READY)
 
     assert "<<'right' is message 1>>" in terminal.enter("right")
-    assert terminal.seen.count(b"(/quit or Ctrl-D leaves)") == 1
+    assert terminal.seen.count(b"(/quit or Ctrl-D quits)") == 1
 
 
 def test_what_was_said_long_ago_is_forgotten_with_a_remark(terminal):
@@ -226,9 +226,9 @@ def test_what_was_said_long_ago_is_forgotten_with_a_remark(terminal):
     assert "is message 3>>" in terminal.enter("y" * 10)
     shown = terminal.enter("z" * 20)
 
-    assert "(forgot the first 1 turn: the context of 200 tokens is full)" in shown
+    assert "(dropped the first 1 turn: the context of 200 tokens is full)" in shown
     assert "is message 3>>" in shown
-    assert "there is room for 100" in terminal.enter("x" * 101)
+    assert "at most 100 fit" in terminal.enter("x" * 101)
 
 
 def test_a_wrong_command_is_a_remark(terminal):
@@ -260,10 +260,10 @@ def test_from_a_pipe_each_line_is_a_message_and_answers_go_to_stdout(
         return iter([messages[-1]["content"], "\x1b[2J!"])
 
     monkeypatch.setattr(chat, "stream_answer", echo)
-    monkeypatch.setattr(chat, "prompt_ids", one_per_character)
+    monkeypatch.setattr(chat, "encode_chat", one_per_character)
     piped(monkeypatch, "é\r\n\n漢字\n/wrong\nlast")
 
-    chat.chat(ASSISTANT, "a\x1b[2Jname", {"max_new_tokens": 2})
+    chat.run_chat(ASSISTANT, "a\x1b[2Jname", {"max_new_tokens": 2})
 
     out, err = capsys.readouterr()
     assert out == "é\ufffd[2J!\n漢字\ufffd[2J!\nlast\ufffd[2J!\n"
@@ -286,7 +286,7 @@ def test_an_answer_is_written_before_the_next_line_is_read(monkeypatch, capsys):
     monkeypatch.setattr(chat, "stream", lambda model, text, **sampling: iter(text))
     monkeypatch.setattr(sys, "stdin", Lines())
 
-    chat.chat(BASE, "name", {})
+    chat.run_chat(BASE, "name", {})
 
     assert written == ["a\n", "b\n"]
 
@@ -294,14 +294,14 @@ def test_an_answer_is_written_before_the_next_line_is_read(monkeypatch, capsys):
 def test_messages_that_are_no_text_are_refused(monkeypatch):
     piped(monkeypatch, "é", encoding="latin-1")
 
-    with pytest.raises(DataError, match=r"no text: .*Convert them to UTF-8"):
-        chat.chat(ASSISTANT, "name", {})
+    with pytest.raises(DataError, match=r"not UTF-8: .*Convert them to UTF-8"):
+        chat.run_chat(ASSISTANT, "name", {})
 
 
 def test_an_output_that_lacks_characters_gets_question_marks():
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
 
-    chat.writer(file)("aé漢\x1b\n")
+    chat.make_printer(file)("aé漢\x1b\n")
 
     assert file.buffer.getvalue() == b"a???\n"
 
@@ -310,31 +310,31 @@ def test_a_base_model_writes_what_generation_writes(monkeypatch, capsys):
     options = {"max_new_tokens": 20, "temperature": 1.0}
     piped(monkeypatch, "to be\nor not\n")
 
-    chat.chat(BASE, "name", options)
+    chat.run_chat(BASE, "name", options)
 
     out, err = capsys.readouterr()
     results = [
         complete(BASE, text, **options, seed=seed)[0].text
         for seed, text in enumerate(["to be", "or not"])
     ]
-    assert out == "".join(chat.printable(f"{text}\n") for text in results)
-    assert "completes text rather than answers: each line is a prompt" in err
+    assert out == "".join(chat.sanitize(f"{text}\n") for text in results)
+    assert "completes text: each line is a separate prompt" in err
 
 
 def test_an_assistant_with_a_real_template_answers_until_its_context_is_full(
     monkeypatch, capsys
 ):
-    source = read_template("chatml").source
+    source = load_chat_template("chatml").source
     model = dataclasses.replace(
         make_model(context_length=128, n_layers=1), template=source
     )
     piped(monkeypatch, "first\nsecond\n" + "x" * 128)
 
-    chat.chat(model, "name", {"max_new_tokens": 12})
+    chat.run_chat(model, "name", {"max_new_tokens": 12})
 
     out, err = capsys.readouterr()
     first = chat.stream_answer(model, [user("first")], max_new_tokens=12, seed=0)
     second = chat.stream_answer(model, [user("second")], max_new_tokens=12, seed=1)
-    assert out == chat.printable("".join([*first, "\n", *second, "\n"]))
-    assert "(forgot the first 1 turn: the context of 128 tokens is full)" in err
-    assert "there is room for 116: 12 of the context's 128" in err
+    assert out == chat.sanitize("".join([*first, "\n", *second, "\n"]))
+    assert "(dropped the first 1 turn: the context of 128 tokens is full)" in err
+    assert "at most 116 fit: 12 of the context's 128" in err

@@ -28,7 +28,7 @@ def tree(value=0.0):
 
 @pytest.mark.fast
 def test_restoring_gives_back_every_bit_and_the_structure(tmp_path):
-    checkpoint.save(tmp_path, 3, tree(0.1), keep=2)
+    checkpoint.save_step(tmp_path, 3, tree(0.1), keep=2)
 
     restored = checkpoint.restore(tmp_path, 3, tree())
 
@@ -38,14 +38,14 @@ def test_restoring_gives_back_every_bit_and_the_structure(tmp_path):
 
 def test_only_the_newest_steps_are_kept(tmp_path):
     for step in (1, 2, 10):
-        checkpoint.save(tmp_path, step, tree(), keep=2)
+        checkpoint.save_step(tmp_path, step, tree(), keep=2)
 
-    assert checkpoint.saved_steps(tmp_path) == [2, 10]
-    assert checkpoint.latest(tmp_path) == (10, [])
+    assert checkpoint.list_steps(tmp_path) == [2, 10]
+    assert checkpoint.latest_step(tmp_path) == (10, [])
 
 
 def test_nothing_saved_is_no_step_and_no_error(tmp_path):
-    assert checkpoint.latest(tmp_path / "checkpoints") == (None, [])
+    assert checkpoint.latest_step(tmp_path / "checkpoints") == (None, [])
 
 
 FAULTS = {
@@ -63,43 +63,43 @@ def flipped(data: bytes) -> bytes:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_step_with_any_altered_file_is_set_aside_for_the_one_before(tmp_path, fault):
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, tree(step), keep=9)
+        checkpoint.save_step(tmp_path, step, tree(step), keep=9)
     files = [path for path in (tmp_path / "2").rglob("*") if path.is_file()]
 
     for victim in files:
         copy = {path: path.read_bytes() for path in files}
         FAULTS[fault](victim)
-        step, (complaint,) = checkpoint.latest(tmp_path)
+        step, (complaint,) = checkpoint.latest_step(tmp_path)
         assert step == 1
         assert "damaged" in complaint
         (tmp_path / "2.damaged").rename(tmp_path / "2")
         for path, data in copy.items():
             path.write_bytes(data)
 
-    assert checkpoint.latest(tmp_path) == (2, [])
+    assert checkpoint.latest_step(tmp_path) == (2, [])
 
 
 def test_an_alien_folder_named_by_a_number_does_not_count(tmp_path):
-    checkpoint.save(tmp_path, 1, tree(), keep=2)
+    checkpoint.save_step(tmp_path, 1, tree(), keep=2)
     (tmp_path / "999999").mkdir()
 
-    step, complaints = checkpoint.latest(tmp_path)
+    step, complaints = checkpoint.latest_step(tmp_path)
 
     assert step == 1
     assert len(complaints) == 1
 
 
 def test_when_nothing_can_be_trusted_the_run_does_not_start_anew(tmp_path):
-    checkpoint.save(tmp_path, 1, tree(), keep=2)
+    checkpoint.save_step(tmp_path, 1, tree(), keep=2)
     (tmp_path / "1" / "manifest.json").write_text("{}")
 
     for _ in range(2):
-        with pytest.raises(ModelError, match="can be trusted"):
-            checkpoint.latest(tmp_path)
+        with pytest.raises(ModelError, match="no valid checkpoint"):
+            checkpoint.latest_step(tmp_path)
 
 
 def test_other_arrays_than_the_saved_ones_are_refused(tmp_path):
-    checkpoint.save(tmp_path, 1, tree(), keep=2)
+    checkpoint.save_step(tmp_path, 1, tree(), keep=2)
     other = tree()
     other["params"]["kernel"] = jnp.zeros((3, 4), jnp.bfloat16)
 
@@ -111,7 +111,7 @@ def test_arrays_of_another_mesh_come_back_with_the_checksums_they_had(tmp_path):
     mesh = Mesh(np.array(jax.devices()), ("part",))
     split = NamedSharding(mesh, PartitionSpec(None, "part"))
     state = {"kernel": jax.device_put(jnp.arange(32.0).reshape(2, 16), split)}
-    checkpoint.save(tmp_path, 1, state, keep=2)
+    checkpoint.save_step(tmp_path, 1, state, keep=2)
 
     restored = checkpoint.restore(tmp_path, 1, {"kernel": jnp.zeros((2, 16))})
 
@@ -120,34 +120,34 @@ def test_arrays_of_another_mesh_come_back_with_the_checksums_they_had(tmp_path):
 
 def test_arrays_that_come_back_other_than_they_were_are_set_aside(tmp_path):
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, tree(float(step)), keep=2)
+        checkpoint.save_step(tmp_path, step, tree(float(step)), keep=2)
     about = manifest.read_manifest(tmp_path / "2")
     about["arrays"]["params/bias"][1] ^= 1
     (tmp_path / "2" / manifest.MANIFEST).unlink()
     manifest.write_manifest(tmp_path / "2", about)
 
-    step, restored, complaints = checkpoint.resume(tmp_path, tree())
+    step, restored, complaints = checkpoint.restore_latest(tmp_path, tree())
 
     assert step == 1
     jax.tree.map(np.testing.assert_array_equal, restored, tree(1.0))
-    assert "checkpoint 2 is damaged: 'params/bias' came back with" in complaints[0]
+    assert "2 is damaged: the restored values of 'params/bias'" in complaints[0]
     assert (tmp_path / "2.damaged").is_dir()
 
 
 def test_where_nothing_was_saved_a_run_starts_with_what_it_has(tmp_path):
     fresh = tree()
 
-    assert checkpoint.resume(tmp_path, fresh) == (None, fresh, [])
+    assert checkpoint.restore_latest(tmp_path, fresh) == (None, fresh, [])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_value_that_is_not_finite_is_never_saved(tmp_path, value):
-    checkpoint.save(tmp_path, 1, tree(), keep=2)
+    checkpoint.save_step(tmp_path, 1, tree(), keep=2)
     broken = tree()
     broken["params"]["kernel"] = broken["params"]["kernel"].at[2, 3].set(value)
 
-    with pytest.raises(ModelError, match="params/kernel holds values that are not fin"):
-        checkpoint.save(tmp_path, 2, broken, keep=2)
+    with pytest.raises(ModelError, match="params/kernel contains non-finite"):
+        checkpoint.save_step(tmp_path, 2, broken, keep=2)
 
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
@@ -156,13 +156,13 @@ Usage = collections.namedtuple("Usage", ["total", "used", "free"])
 
 
 def test_a_save_that_the_disk_has_no_room_for_is_refused_before(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, 1, tree(), keep=2)
+    checkpoint.save_step(tmp_path, 1, tree(), keep=2)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(9e6, 8e6, 1e6))
 
-    with pytest.raises(ModelError, match=r"needs 1 MB, and 1 MB are free. Free space"):
-        checkpoint.save(tmp_path, 2, tree(), keep=2)
+    with pytest.raises(ModelError, match=r"needs 1 MB, but 1 MB are free"):
+        checkpoint.save_step(tmp_path, 2, tree(), keep=2)
 
-    assert checkpoint.latest(tmp_path) == (1, [])
+    assert checkpoint.latest_step(tmp_path) == (1, [])
 
 
 # In a process of its own: Orbax's threads go on after its save has failed, and what
@@ -203,11 +203,11 @@ def test_what_the_loop_donates_after_a_save_is_saved_as_it_was(tmp_path):
     before = jax.tree.map(np.array, state)
     held = threading.Event()
 
-    with checkpoint.saver(tmp_path, 2, said.append) as save:
-        store = checkpoint.store
+    with checkpoint.async_saver(tmp_path, 2, said.append) as save:
+        store = checkpoint.write_step
         with pytest.MonkeyPatch.context() as patch:
             late = lambda *given: held.wait() and store(*given)  # noqa: E731
-            patch.setattr(checkpoint, "store", late)
+            patch.setattr(checkpoint, "write_step", late)
             save(3, state)
             for _ in range(3):
                 state = move(state)
@@ -225,19 +225,19 @@ def test_what_the_loop_donates_after_a_save_is_saved_as_it_was(tmp_path):
 
 
 def test_a_save_that_fails_later_is_said_by_the_next_one(tmp_path):
-    with checkpoint.saver(tmp_path, 2) as save:
+    with checkpoint.async_saver(tmp_path, 2) as save:
         save(1, {**tree(), "step": jnp.float32(np.nan)})
 
-        with pytest.raises(ModelError, match="step 1 is not saved: step holds"):
+        with pytest.raises(ModelError, match="step 1 is not saved: step contains"):
             save(2, tree())
 
-    assert checkpoint.saved_steps(tmp_path) == []
+    assert checkpoint.list_steps(tmp_path) == []
 
 
 def test_a_save_that_fails_last_is_said_by_the_end(tmp_path):
     with (
         pytest.raises(ModelError, match="step 1 is not saved"),
-        checkpoint.saver(tmp_path, 2) as save,
+        checkpoint.async_saver(tmp_path, 2) as save,
     ):
         save(1, {**tree(), "step": jnp.float32(np.nan)})
 
@@ -246,11 +246,11 @@ def test_a_failure_of_orbax_is_told_with_what_to_do(tmp_path, monkeypatch):
     def full(*_, **__):
         raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
 
-    checkpoint.save(tmp_path, 1, tree(), keep=2)
+    checkpoint.save_step(tmp_path, 1, tree(), keep=2)
     monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", full)
 
     with pytest.raises(ModelError, match=r"cannot save step 2 .* No space left"):
-        checkpoint.save(tmp_path, 2, tree(), keep=2)
+        checkpoint.save_step(tmp_path, 2, tree(), keep=2)
 
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
@@ -261,17 +261,17 @@ def test_a_restore_that_orbax_refuses_leaves_the_step_where_it_is(
     def refused(*_, **__):
         raise KeyError("no such driver")
 
-    checkpoint.save(tmp_path, 1, tree(), keep=2)
+    checkpoint.save_step(tmp_path, 1, tree(), keep=2)
     monkeypatch.setattr(checkpoint.ocp.StandardCheckpointer, "restore", refused)
 
-    with pytest.raises(ModelError, match=r"cannot restore .* enough memory"):
-        checkpoint.resume(tmp_path, tree())
+    with pytest.raises(ModelError, match=r"cannot restore .* Orbax"):
+        checkpoint.restore_latest(tmp_path, tree())
 
-    assert checkpoint.saved_steps(tmp_path) == [1]
+    assert checkpoint.list_steps(tmp_path) == [1]
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("not a folder")
 
     with pytest.raises(ModelError, match="cannot save step 1"):
-        checkpoint.save(tmp_path / "file" / "checkpoints", 1, tree(), keep=2)
+        checkpoint.save_step(tmp_path / "file" / "checkpoints", 1, tree(), keep=2)

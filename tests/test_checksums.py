@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gptjax.checksums import checked
+from gptjax.checksums import checksum_tree
 from tests.chaos.resharded import by_numpy
 
 SIZES = {"int8": 1, "bool": 1, "bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
 
 
 def sum_of(x):
-    return checked({"x": x}).sums["x"]
+    return checksum_tree({"x": x}).sums["x"]
 
 
 @pytest.mark.fast
@@ -71,4 +71,4 @@ def test_the_arrays_with_values_that_are_not_finite_are_named():
         "nothing": jnp.zeros((0, 3)),
     }
 
-    assert checked(tree).endless == ["large", "none"]
+    assert checksum_tree(tree).nonfinite == ["large", "none"]

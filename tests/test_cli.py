@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from gptjax import cli
-from gptjax.config import config_path, read_config
+from gptjax.config import find_config, load_config
 from gptjax.pretrain import pretrain
 from tests.test_pretrain import make_config
 
@@ -44,15 +44,15 @@ def test_train_writes_a_run_with_flags_on_top_of_the_file(capsys, tmp_path):
     options = ["--model.d_model", 8, "--model.n_layers", 1, "--model.context_length", 8]
     options += ["--train.steps", 2, "--train.sample_prompt", ""]
     options += ["--optim.warmup_steps", 1]
-    options += ["--data.source", tmp_path / "text.txt", "--data.batching", "mixed"]
+    options += ["--data.source", tmp_path / "text.txt", "--data.batching", "concat"]
 
     code, out, _ = gptjax(capsys, "train", "tiny", "--run", tmp_path / "run", *options)
 
     assert code == 0
-    config = read_config(tmp_path / "run" / "config.toml")
+    config = load_config(tmp_path / "run" / "config.toml")
     assert (config.model.d_model, config.train.steps) == (8, 2)
-    assert config.data.batching == "mixed"
-    assert config.optim.peak_lr == read_config(config_path("tiny")).optim.peak_lr
+    assert config.data.batching == "concat"
+    assert config.optim.peak_lr == load_config(find_config("tiny")).optim.peak_lr
     assert "done " in out
 
 
@@ -127,7 +127,7 @@ BAD_INPUTS = {
 }
 MESSAGES = {
     "unknown key": "n_head",
-    "impossible shape": "does not split",
+    "impossible shape": "must be divisible",
     "wrong type": "many",
     "unknown config": "Did you mean tiny",
     "unknown model": "no model 'nowhere'",
@@ -181,8 +181,8 @@ def test_doctor_finds_this_machine_fit(capsys):
 def test_doctor_says_what_is_missing_and_how_to_get_it(capsys, monkeypatch):
     from gptjax import doctor
 
-    found = doctor.versions() | {"grain": "0.1.0", "optax": "missing"}
-    monkeypatch.setattr(doctor, "versions", lambda: found)
+    found = doctor.package_versions() | {"grain": "0.1.0", "optax": "missing"}
+    monkeypatch.setattr(doctor, "package_versions", lambda: found)
 
     code, out, _ = gptjax(capsys, "doctor")
 
@@ -192,12 +192,12 @@ def test_doctor_says_what_is_missing_and_how_to_get_it(capsys, monkeypatch):
 
 
 def test_every_shipped_config_can_be_read():
-    folder = config_path("tiny").parent
+    folder = find_config("tiny").parent
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.toml")]
 
     assert {"tiny.toml", "quickstart.toml", "tinyshakespeare.toml"} <= set(names)
     for name in names:
-        config = read_config(config_path(name))
+        config = load_config(find_config(name))
         assert config.optim.warmup_steps <= config.train.steps
-        text = config_path(name).read_text()
+        text = find_config(name).read_text()
         assert text.startswith("# gptjax "), f"{name} does not say its command"

@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 import gptjax
 from gptjax.collectives import (
     Collective,
-    collectives,
-    expected_bytes,
+    parse_collectives,
+    estimate_collective_bytes,
     group_size,
-    turns,
+    trip_counts,
 )
 from gptjax.config import (
     DataConfig,
@@ -26,16 +26,16 @@ from gptjax.config import (
     RunConfig,
     TrainConfig,
 )
-from gptjax.loss import batch_nats
+from gptjax.loss import batch_loss
 from gptjax.optim import make_optimizer
-from gptjax.sharding import AXES, BATCH, layout, make_mesh, on
+from gptjax.sharding import MESH_AXES, BATCH_AXES, param_shardings, make_mesh, use_mesh
 from gptjax.train import init_state, make_train_step
 
 pytestmark = pytest.mark.mesh
 
 T, ROWS = 16, 2  # positions, rows of each shard of the batch
 SHAPE = {"context_length": T, "n_layers": 2, "n_heads": 8, "d_model": 64}
-MODEL = GPTConfig(vocab_size=64, dtype="float32", attention="plain", **SHAPE)
+MODEL = GPTConfig(vocab_size=64, dtype="float32", attention="reference", **SHAPE)
 
 
 def run_of(sizes, accumulate=1, **changes):
@@ -44,8 +44,8 @@ def run_of(sizes, accumulate=1, **changes):
     return RunConfig(
         model=dataclasses.replace(MODEL, **changes),
         data=DataConfig(batch_size=rows),
-        train=TrainConfig(accumulate=accumulate, loss_chunk=8),
-        mesh=MeshConfig(**dict(zip(AXES, sizes, strict=True))),
+        train=TrainConfig(accumulate=accumulate, loss_chunk_size=8),
+        mesh=MeshConfig(**dict(zip(MESH_AXES, sizes, strict=True))),
     )
 
 
@@ -57,25 +57,27 @@ def program(run, optimizer=None):
     state = jax.eval_shape(
         lambda key: init_state(gptjax.init(c, key), optimizer, key), jax.random.key(0)
     )
-    where = layout(state, mesh)
+    where = param_shardings(state, mesh)
     shape = (run.data.batch_size, T)
 
     def described(leaf, sharding):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     def rows(dtype):
-        sharding = NamedSharding(mesh, P(BATCH))
+        sharding = NamedSharding(mesh, P(BATCH_AXES))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    batch = {n: rows("int32") for n in ("tokens", "targets", "segments", "positions")}
-    batch["weights"] = rows("float32")
+    batch = {
+        n: rows("int32") for n in ("tokens", "targets", "segment_ids", "positions")
+    }
+    batch["loss_weights"] = rows("float32")
     step = make_train_step(
-        lambda params, batch, key: batch_nats(c, params, batch, chunk=8),
+        lambda params, batch, key: batch_loss(c, params, batch, chunk_size=8),
         optimizer,
         run.train.accumulate,
     )
     step_fn = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-    with on(mesh):
+    with use_mesh(mesh):
         return step_fn.lower(jax.tree.map(described, state, where), batch).compile()
 
 
@@ -86,11 +88,13 @@ def assert_sends_what_is_expected(run, optimizer=None):
     """
     mesh = make_mesh(run.mesh)
 
-    expected = expected_bytes(run, tuple(mesh.shape.values()), 4, emulated=True)
+    expected = estimate_collective_bytes(
+        run, tuple(mesh.shape.values()), 4, is_emulated=True
+    )
 
-    found = collectives(program(run, optimizer).as_text())
-    gathered = sum(one.sent for one in found if one.kind == "all-gather")
-    reduced = sum(one.sent for one in found if one.kind == "all-reduce")
+    found = parse_collectives(program(run, optimizer).as_text())
+    gathered = sum(one.bytes_sent for one in found if one.kind == "all-gather")
+    reduced = sum(one.bytes_sent for one in found if one.kind == "all-reduce")
     assert {one.kind for one in found} <= {"all-gather", "all-reduce"}
     assert gathered == pytest.approx(expected["weights"], rel=0.05)
     sums = expected["gradients"] + expected["activations"]
@@ -98,12 +102,12 @@ def assert_sends_what_is_expected(run, optimizer=None):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("axis", MESH_AXES)
 @pytest.mark.parametrize(
     "devices", [2, pytest.param(4, marks=pytest.mark.slow), 8], ids=str
 )
 def test_a_step_sends_what_its_mesh_needs_as_rows_grow_with_devices(axis, devices):
-    sizes = tuple(devices if name == axis else 1 for name in AXES)
+    sizes = tuple(devices if name == axis else 1 for name in MESH_AXES)
 
     assert_sends_what_is_expected(run_of(sizes))
 
@@ -128,7 +132,7 @@ def test_data_parallel_work_sends_every_gradient_twice_but_what_is_its_own():
     params = jax.eval_shape(lambda: gptjax.init(MODEL, jax.random.key(0)))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
 
-    expected = expected_bytes(run_of((8, 1, 1)), (8, 1, 1), 4)
+    expected = estimate_collective_bytes(run_of((8, 1, 1)), (8, 1, 1), 4)
 
     gradients = pytest.approx(4 * count * 2 * 7 / 8)
     assert expected == {"weights": 0, "gradients": gradients, "activations": 0}
@@ -140,7 +144,7 @@ def test_accelerators_send_less_than_a_cpu_and_bfloat16_half_of_float32():
     def ratio(run, name, one, other):
         sizes = tuple(make_mesh(run.mesh).shape.values())
         first, second = (
-            expected_bytes(run, sizes, *args)[name] for args in (one, other)
+            estimate_collective_bytes(run, sizes, *args)[name] for args in (one, other)
         )
         return first / second
 
@@ -162,10 +166,12 @@ def test_no_more_than_a_layer_is_gathered_at_a_time_and_none_is_kept():
     for depth in (2, 12):
         programs[depth] = program(run_of((1, 8, 1), n_layers=depth, d_model=256))
 
-    found = collectives(programs[12].as_text())
+    found = parse_collectives(programs[12].as_text())
     gathers = [one for one in found if one.kind == "all-gather"]
     assert max(one.bytes for one in gathers) <= layer
-    of_layers = sum(one.bytes * one.times for one in gathers if one.times == 12)
+    of_layers = sum(
+        one.bytes * one.trip_count for one in gathers if one.trip_count == 12
+    )
     assert of_layers == 2 * 12 * layer
     needed = {n: p.memory_analysis().temp_size_in_bytes for n, p in programs.items()}
     assert needed[12] - needed[2] < 10 * layer / 2
@@ -210,14 +216,14 @@ ENTRY %main (a: f32[4,8]) -> f32[4,8] {
 @pytest.mark.fast
 def test_what_a_loop_sends_counts_as_often_as_it_turns():
     """Three turns, known, of seven, read from the condition as TPUs write it."""
-    gather, reduce, permute = collectives(LOOPS)
+    gather, reduce, permute = parse_collectives(LOOPS)
 
     assert gather == Collective("all-gather", 4 * 32 * 8, 8, 21)
     assert reduce == Collective("all-reduce", 40, 2, 3)
     assert permute == Collective("collective-permute", 12, 2, 2)
-    assert gather.sent == 21 * 1024 * 7 / 8
-    assert reduce.sent == 3 * 40
-    assert permute.sent == 24
+    assert gather.bytes_sent == 21 * 1024 * 7 / 8
+    assert reduce.bytes_sent == 3 * 40
+    assert permute.bytes_sent == 24
 
 
 def test_a_sum_that_is_split_in_the_same_computation_is_scattered():
@@ -242,7 +248,7 @@ ENTRY %main (a: f32[8,4]) -> f32[1,4] {
 }
 """
 
-    assert collectives(text) == [
+    assert parse_collectives(text) == [
         Collective("reduce-scatter", 128, 4, 1),
         Collective("reduce-scatter", 32, 4, 1),
         Collective("all-reduce", 32, 4, 1),
@@ -263,7 +269,7 @@ ENTRY %main (a: f32[]) -> f32[] {
 }
 """
 
-    assert turns(text) == {"leaf": 3, "node": 2, "main": 1}
+    assert trip_counts(text) == {"leaf": 3, "node": 2, "main": 1}
 
 
 @pytest.mark.fast
@@ -293,10 +299,10 @@ ENTRY %main (a: f32[]) -> f32[] {
 def test_every_form_of_an_operation_is_read(line, kind, size, sent):
     text = f"ENTRY %main (a: f32[4]) -> f32[4] {{\n  %x = {line}, GROUPS\n}}\n"
 
-    (found,) = collectives(text.replace("GROUPS", "replica_groups=[2,4]<=[8]"))
+    (found,) = parse_collectives(text.replace("GROUPS", "replica_groups=[2,4]<=[8]"))
 
     assert (found.kind, found.bytes, found.devices) == (kind, size, 4)
-    assert found.sent == sent
+    assert found.bytes_sent == sent
 
 
 @pytest.mark.fast
@@ -322,6 +328,8 @@ def test_groups_of_devices_are_read_however_they_are_written(groups, devices):
 def test_what_one_device_does_alone_is_not_counted():
     alone = "  %r = f32[8] all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add"
 
-    assert collectives(f"ENTRY %main (x: f32[8]) -> f32[8] {{\n{alone}\n}}\n") == []
+    assert (
+        parse_collectives(f"ENTRY %main (x: f32[8]) -> f32[8] {{\n{alone}\n}}\n") == []
+    )
     text = jax.jit(jnp.sum).lower(jnp.ones(8)).compile().as_text()
-    assert collectives(text) == []
+    assert parse_collectives(text) == []

@@ -18,13 +18,13 @@ from gptjax.config import (
     OptimConfig,
     RunConfig,
     TrainConfig,
-    TuneConfig,
-    build,
-    difference,
-    read_config,
+    FinetuneConfig,
+    from_dict,
+    config_diff,
+    load_config,
 )
 from gptjax.errors import ConfigError
-from gptjax.tree import count
+from gptjax.tree import num_params
 
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 POSITIVE = st.integers(1, 10**6)
@@ -46,7 +46,7 @@ def models(draw):
         tie_embeddings=draw(st.booleans()),
         vocab_multiple=draw(POSITIVE),
         dtype=draw(st.sampled_from(["auto", "float32", "bfloat16"])),
-        attention=draw(st.sampled_from(["auto", "plain", "prefix", "xla"])),
+        attention=draw(st.sampled_from(["auto", "reference", "chunked", "xla"])),
         remat=draw(st.sampled_from(["none", "dots", "full"])),
     )
 
@@ -59,45 +59,49 @@ def runs(draw):
         peak_lr=RATE,
         schedule=st.sampled_from(["cosine", "constant", "wsd", "book"]),
         warmup_steps=st.integers(0, 10**6),
-        final_lr=RATE,
+        final_lr_fraction=RATE,
         weight_decay=RATE,
         beta1=FRACTION,
         beta2=FRACTION,
         grad_clip=RATE,
-        decay_all=st.booleans(),
+        decay_norms_and_biases=st.booleans(),
     )
     tune = st.builds(
-        TuneConfig,
-        **dict.fromkeys(["start", "lora_targets"], WORDS),
-        **dict.fromkeys(["lora_alpha", "lm_weight", "beta"], RATE),
+        FinetuneConfig,
+        **dict.fromkeys(["init_from", "lora_targets"], WORDS),
+        **dict.fromkeys(["lora_alpha", "lm_loss_weight", "dpo_beta"], RATE),
         trainable=st.sampled_from(["all", "head", "lora"]),
         lora_rank=POSITIVE,
     )
     train = st.builds(
         TrainConfig,
-        **dict.fromkeys(["steps", "loss_chunk", "log_every", "eval_every"], POSITIVE),
+        **dict.fromkeys(
+            ["steps", "loss_chunk_size", "log_every", "eval_every"], POSITIVE
+        ),
         eval_batches=POSITIVE,
         seed=st.integers(0, 10**6),
-        task=st.sampled_from(["pretrain", "classify", "instruct", "preference"]),
+        task=st.sampled_from(["pretrain", "classify", "sft", "dpo"]),
         accumulate=st.just(groups),
         sample_prompt=WORDS,
     )
     data = st.builds(
         DataConfig,
-        **dict.fromkeys(["source", "tokenizer", "text", "label"], WORDS),
+        **dict.fromkeys(["source", "tokenizer", "text_column", "label_column"], WORDS),
         **dict.fromkeys(["val_fraction", "test_fraction"], FRACTION),
-        **dict.fromkeys(["balance", "dedupe", "mask_prompt"], st.booleans()),
-        split=st.sampled_from(["stratified", "book"]),
+        **dict.fromkeys(
+            ["balance_classes", "deduplicate", "completion_only_loss"], st.booleans()
+        ),
+        split_strategy=st.sampled_from(["stratified", "book"]),
         batch_size=st.integers(1, 64).map(lambda rows: rows * groups),
-        batching=st.sampled_from(["auto", "packed", "mixed", "padded", "book"]),
-        template=WORDS,
+        batching=st.sampled_from(["auto", "packed", "concat", "padded", "book"]),
+        chat_template=WORDS,
     )
     return RunConfig(
         model=draw(models()),
         data=draw(data),
         optim=draw(optim),
         train=draw(train),
-        tune=draw(tune),
+        finetune=draw(tune),
         checkpoint=draw(st.builds(CheckpointConfig, every=POSITIVE, keep=POSITIVE)),
     )
 
@@ -117,7 +121,7 @@ def options(config, prefix=""):
 def test_a_run_written_as_toml_reads_back_equal(run):
     text = tomli_w.dumps(dataclasses.asdict(run))
 
-    assert build(RunConfig, tomllib.loads(text)) == run
+    assert from_dict(RunConfig, tomllib.loads(text)) == run
 
 
 @pytest.mark.fast
@@ -125,7 +129,7 @@ def test_a_config_file_reads_as_the_run_it_describes(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text('optim.peak_lr = 1\n[model]\ndtype = "float32"\nn_layers = 3\n')
 
-    run = read_config(path)
+    run = load_config(path)
 
     assert run.model == GPTConfig(dtype="float32", n_layers=3)
     assert run.optim.peak_lr == 1.0
@@ -134,7 +138,7 @@ def test_a_config_file_reads_as_the_run_it_describes(tmp_path):
 
 
 def test_an_empty_table_is_the_default_run():
-    assert build(RunConfig, {}) == RunConfig()
+    assert from_dict(RunConfig, {}) == RunConfig()
 
 
 def test_a_run_has_at_most_sixty_options():
@@ -152,7 +156,7 @@ def test_an_option_with_a_letter_missing_is_answered_with_its_name(data):
         table = {section: table}
 
     with pytest.raises(ConfigError, match=rf"unknown option .*{typo}\. Did you mean"):
-        build(RunConfig, table)
+        from_dict(RunConfig, table)
 
 
 @pytest.mark.fast
@@ -162,27 +166,27 @@ def test_an_option_with_a_letter_missing_is_answered_with_its_name(data):
         ({"modle": {}}, "unknown option modle. Did you mean model?"),
         ({"optim": {"peak_rl": 1.0}}, "option optim.peak_rl. Did you mean peak_lr?"),
         ({"optim": {"qqq": 1.0}}, "unknown option optim.qqq. Known: peak_lr"),
-        ({"model": 3}, r"model=3 is not a section. Write \[model\]"),
+        ({"model": 3}, r"model=3 .* \[model\]"),
         (
             {"model": {"n_layers": "3"}},
-            "n_layers='3' is a str, .* takes a int. W",
+            "n_layers='3' .*str.* int",
         ),
-        ({"model": {"n_layers": 3.0}}, "n_layers=3.0 is a float, but .* a int"),
-        ({"model": {"n_layers": True}}, "n_layers=True is a bool, but .* a int"),
-        ({"data": {"dedupe": 1}}, "data.dedupe=1 is a int, .* a bool. Write true or"),
+        ({"model": {"n_layers": 3.0}}, "n_layers=3.0 .*float.* int"),
+        ({"model": {"n_layers": True}}, "n_layers=True .*bool.* int"),
+        ({"data": {"deduplicate": 1}}, "data.deduplicate=1 .*int.* bool, .*true or"),
         (
             {"data": {"source": 1}},
-            'source=1 is a int, .* a str. Write "text"',
+            'source=1 .*int.* str, .*"text"',
         ),
-        ({"optim": {"peak_lr": "1e-3"}}, "is a str, but .* a float. Write 0.1"),
-        ({"optim": {"peak_lr": True}}, "is a bool, but .* a float"),
-        ({"model": {"dtype": "float16"}}, "'float16' is not one of .* mean bfloat16?"),
-        ({"model": {"attention": 3}}, "model.attention=3 is not one of auto, plain"),
+        ({"optim": {"peak_lr": "1e-3"}}, "str.* must be float, .*0.1"),
+        ({"optim": {"peak_lr": True}}, "bool.* must be float"),
+        ({"model": {"dtype": "float16"}}, "'float16' .* mean bfloat16?"),
+        ({"model": {"attention": 3}}, "model.attention=3 .* auto, "),
     ],
 )
 def test_a_table_that_names_no_run_is_refused(table, message):
     with pytest.raises(ConfigError, match=message):
-        build(RunConfig, table)
+        from_dict(RunConfig, table)
 
 
 @pytest.mark.parametrize(
@@ -193,27 +197,31 @@ def test_a_table_that_names_no_run_is_refused(table, message):
             {"d_model": 10, "n_heads": 3},
             r"=10 .*n_heads=3 \(remainder 1",
         ),
-        (GPTConfig, {"dropout": 1.0}, r"model.dropout=1.0 is not in \[0, 1\). Choose"),
-        (GPTConfig, {"dropout": -0.1}, "model.dropout=-0.1 is not in"),
-        (GPTConfig, {"dropout": float("nan")}, "model.dropout=nan is not in"),
-        (GPTConfig, {"vocab_size": -1}, "model.vocab_size=-1 is too small"),
+        (GPTConfig, {"dropout": 1.0}, r"model.dropout=1.0 .*\[0, 1\)"),
+        (GPTConfig, {"dropout": -0.1}, "model.dropout=-0.1 must be in"),
+        (GPTConfig, {"dropout": float("nan")}, "model.dropout=nan must be in"),
+        (GPTConfig, {"vocab_size": -1}, "model.vocab_size=-1 must be at least"),
         (GPTConfig, {"context_length": 0}, "model.context_length=0 .* at least 1"),
-        (GPTConfig, {"n_layers": 0}, "model.n_layers=0 is too small"),
-        (GPTConfig, {"n_heads": 0}, "model.n_heads=0 is too small"),
-        (GPTConfig, {"d_model": 0}, "model.d_model=0 is too small"),
-        (GPTConfig, {"vocab_multiple": 0}, "model.vocab_multiple=0 is too small"),
-        (DataConfig, {"batch_size": 0}, "data.batch_size=0 is too small"),
-        (DataConfig, {"val_fraction": 1.0}, "data.val_fraction=1.0 is not in"),
-        (OptimConfig, {"peak_lr": float("nan")}, "optim.peak_lr=nan is too small"),
-        (OptimConfig, {"warmup_steps": -1}, "optim.warmup_steps=-1 is too small"),
-        (OptimConfig, {"weight_decay": -0.1}, "optim.weight_decay=-0.1 is too small"),
-        (OptimConfig, {"grad_clip": -1.0}, "optim.grad_clip=-1.0 is too small"),
-        (OptimConfig, {"beta2": 1.0}, "optim.beta2=1.0 is not in .* the default 0.95"),
-        (TrainConfig, {"steps": 0}, "train.steps=0 is too small"),
-        (TrainConfig, {"accumulate": -1}, "train.accumulate=-1 is too small"),
-        (TrainConfig, {"seed": -1}, "train.seed=-1 is too small"),
-        (CheckpointConfig, {"every": 0}, "checkpoint.every=0 is too small"),
-        (CheckpointConfig, {"keep": 0}, "checkpoint.keep=0 is too small"),
+        (GPTConfig, {"n_layers": 0}, "model.n_layers=0 must be at least"),
+        (GPTConfig, {"n_heads": 0}, "model.n_heads=0 must be at least"),
+        (GPTConfig, {"d_model": 0}, "model.d_model=0 must be at least"),
+        (GPTConfig, {"vocab_multiple": 0}, "model.vocab_multiple=0 must be at least"),
+        (DataConfig, {"batch_size": 0}, "data.batch_size=0 must be at least"),
+        (DataConfig, {"val_fraction": 1.0}, "data.val_fraction=1.0 must be in"),
+        (OptimConfig, {"peak_lr": float("nan")}, "optim.peak_lr=nan must be at least"),
+        (OptimConfig, {"warmup_steps": -1}, "optim.warmup_steps=-1 must be at least"),
+        (
+            OptimConfig,
+            {"weight_decay": -0.1},
+            "optim.weight_decay=-0.1 must be at least",
+        ),
+        (OptimConfig, {"grad_clip": -1.0}, "optim.grad_clip=-1.0 must be at least"),
+        (OptimConfig, {"beta2": 1.0}, "optim.beta2=1.0 must be in .* default 0.95"),
+        (TrainConfig, {"steps": 0}, "train.steps=0 must be at least"),
+        (TrainConfig, {"accumulate": -1}, "train.accumulate=-1 must be at least"),
+        (TrainConfig, {"seed": -1}, "train.seed=-1 must be at least"),
+        (CheckpointConfig, {"every": 0}, "checkpoint.every=0 must be at least"),
+        (CheckpointConfig, {"keep": 0}, "checkpoint.keep=0 must be at least"),
     ],
 )
 def test_values_that_cannot_run_are_refused_at_construction(section, changes, message):
@@ -222,7 +230,7 @@ def test_values_that_cannot_run_are_refused_at_construction(section, changes, me
 
 
 def test_a_batch_that_does_not_split_into_micro_batches_is_refused():
-    with pytest.raises(ConfigError, match=r"=8 does not split .*accumulate=3"):
+    with pytest.raises(ConfigError, match=r"=8 must be divisible .*accumulate=3"):
         RunConfig(data=DataConfig(batch_size=8), train=TrainConfig(accumulate=3))
 
 
@@ -232,12 +240,12 @@ def test_a_file_that_is_not_toml_is_refused(tmp_path, text):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
 
     with pytest.raises(ConfigError, match=r"cannot read the config .*bad\.toml: "):
-        read_config(path)
+        load_config(path)
 
 
 def test_a_missing_config_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot read the config .*none\.toml: .*No"):
-        read_config(tmp_path / "none.toml")
+        load_config(tmp_path / "none.toml")
 
 
 def test_the_difference_of_two_runs_names_exactly_the_options_that_differ():
@@ -246,8 +254,8 @@ def test_the_difference_of_two_runs_names_exactly_the_options_that_differ():
         old, model=GPTConfig(n_layers=3), train=TrainConfig(sample_prompt="a")
     )
 
-    assert difference(old, old) == []
-    assert difference(old, new) == [
+    assert config_diff(old, old) == []
+    assert config_diff(old, new) == [
         "model.n_layers: 12 -> 3",
         r"train.sample_prompt: '\n' -> 'a'",
     ]
@@ -279,7 +287,7 @@ def test_presets_have_exactly_the_published_numbers_of_parameters(name):
     for switches in SWITCHES:
         config = GPTConfig.preset(name, **switches)
         shapes = jax.eval_shape(lambda c=config: gptjax.init(c, jax.random.key(0)))
-        counts.append(count(shapes))
+        counts.append(num_params(shapes))
 
     assert tuple(counts) == COUNTS[name]
 

@@ -9,8 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.data.batches import Batches, make_batches, pack, validation_batches
-from gptjax.data.shards import Shard, Tokens, open_shards
+from gptjax.data.batches import (
+    LMBatches,
+    make_batches,
+    make_lm_batch,
+    validation_batches,
+)
+from gptjax.data.shards import TokenShard, TokenDataset, open_shards
 from gptjax.errors import DataError
 
 EOT = 999
@@ -21,12 +26,12 @@ def stream(tmp_path_factory):
     """A function that puts token ids on disk, in two shards."""
     folders = (tmp_path_factory.mktemp("tokens") for _ in iter(int, 1))
 
-    def opened(ids: list[int]) -> Tokens:
+    def opened(ids: list[int]) -> TokenDataset:
         folder: Path = next(folders)
         shards = []
         for name, part in (("a", ids[: len(ids) // 2]), ("b", ids[len(ids) // 2 :])):
             np.array(part, "<u2").tofile(folder / name)
-            shards.append(Shard(folder / name, len(part), np.dtype("<u2")))
+            shards.append(TokenShard(folder / name, len(part), np.dtype("<u2")))
         return open_shards(shards, 1000, EOT)
 
     return opened
@@ -37,7 +42,7 @@ def counting(length: int) -> list[int]:
     return [EOT, *range(1, length - 1), EOT]
 
 
-def batches_of(tokens: Tokens, **options: object) -> Batches:
+def batches_of(tokens: TokenDataset, **options: object) -> LMBatches:
     """With small values."""
     default = {"rows": 4, "context": 5, "seed": 0, "packed": True}
     return make_batches(tokens, **{**default, **options})
@@ -47,7 +52,7 @@ def same(a: object, b: object) -> bool:
     """Whether two batches are equal in every element and type."""
     return all(
         np.array_equal(a[name], b[name]) and a[name].dtype == b[name].dtype
-        for name in ("tokens", "targets", "weights", "segments", "positions")
+        for name in ("tokens", "targets", "loss_weights", "segment_ids", "positions")
     )
 
 
@@ -152,17 +157,17 @@ def brute_force(row: list[int], eot: int | None) -> tuple[list[int], list[int]]:
     st.sampled_from([EOT, None]),
 )
 def test_documents_of_a_row_are_numbered_and_counted_from_0(rows, eot):
-    batch = pack(np.array(rows, np.int32), eot)
+    batch = make_lm_batch(np.array(rows, np.int32), eot)
 
     for i, row in enumerate(rows):
         segments, positions = brute_force(row[:-1], eot)
         assert batch["tokens"][i].tolist() == row[:-1]
         assert batch["targets"][i].tolist() == row[1:]
-        assert batch["segments"][i].tolist() == segments
+        assert batch["segment_ids"][i].tolist() == segments
         assert batch["positions"][i].tolist() == positions
-    assert (batch["weights"] == 1).all()
+    assert (batch["loss_weights"] == 1).all()
     kinds = {name: array.dtype.name for name, array in batch.items()}
-    assert kinds.pop("weights") == "float32"
+    assert kinds.pop("loss_weights") == "float32"
     assert set(kinds.values()) == {"int32"}
 
 
@@ -174,13 +179,15 @@ def test_validation_scores_every_token_but_the_first_once(
 ):
     tokens = stream(counting(length))
 
-    found = list(validation_batches(tokens, rows=rows, context=context, packed=packed))
+    found = list(
+        validation_batches(tokens, rows=rows, context=context, isolate_documents=packed)
+    )
 
     scored = [
         (int(token), int(target))
         for batch in found
         for token, target, weight in zip(
-            *(batch[name].ravel() for name in ("tokens", "targets", "weights")),
+            *(batch[name].ravel() for name in ("tokens", "targets", "loss_weights")),
             strict=True,
         )
         if weight
@@ -194,20 +201,18 @@ def test_a_limit_takes_whole_batches_from_all_over_the_text(stream):
     options = {"rows": 2, "context": 5, "packed": True}
     everything = list(validation_batches(tokens, **options))
 
-    some = list(validation_batches(tokens, **options, limit=3))
+    some = list(validation_batches(tokens, **options, max_batches=3))
 
     assert len(everything) == 11
     assert all(map(same, some, [everything[i] for i in (0, 3, 7)]))
-    assert len(list(validation_batches(tokens, **options, limit=99))) == 11
+    assert len(list(validation_batches(tokens, **options, max_batches=99))) == 11
 
 
 def test_a_text_shorter_than_one_row_is_refused(stream):
     tokens = stream(counting(5))
 
     assert batches_of(tokens, context=4).rows_per_epoch == 1
-    message = (
-        "5 tokens do not fill one row: model.context_length=5 needs 6. Add text or"
-    )
+    message = "5 tokens are too few for model.context_length=5, which needs 6"
     with pytest.raises(DataError, match=message):
         batches_of(tokens, context=5)
 

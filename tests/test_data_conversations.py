@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from gptjax.data.conversations import (
     Conversation,
-    Pair,
+    PreferencePair,
     read_conversations,
-    read_pairs,
+    read_preference_pairs,
     split_conversations,
 )
-from gptjax.data.folds import SPLITS
+from gptjax.data.folds import ALL_SPLITS
 from gptjax.errors import ConfigError, DataError
 
 quiet = settings(deadline=None, derandomize=True, max_examples=100)
@@ -28,7 +28,12 @@ YES = {"role": "assistant", "content": " Yes.\n"}
 NO = {"role": "assistant", "content": "No!"}
 TALK = [SYSTEM, USER, NO, USER, YES]
 AB = {"prompt": "a", "completion": "b"}
-DEFAULTS = {"how": "stratified", "val_fraction": 0.1, "test_fraction": 0.2, "seed": 0}
+DEFAULTS = {
+    "strategy": "stratified",
+    "val_fraction": 0.1,
+    "test_fraction": 0.2,
+    "seed": 0,
+}
 
 
 def sharegpt(messages):
@@ -112,7 +117,7 @@ def test_each_format_gives_the_same_messages(tmp_path, row, expected, ending):
     found, _ = read_conversations(written(tmp_path / f"a.{ending}", row, row))
 
     assert [list(one.messages) for one in found] == [expected, expected]
-    assert [one.row for one in found] == [row, row]
+    assert [one.source_row for one in found] == [row, row]
 
 
 @pytest.mark.fast
@@ -125,9 +130,9 @@ def test_lists_of_messages_are_read_in_each_spelling(tmp_path, row, expected):
 @pytest.mark.parametrize(("row", "prompt"), PAIRS)
 def test_pairs_have_a_prompt_and_two_answers(tmp_path, row, prompt):
     path = written(tmp_path / "a.json", row)
-    pair = Pair(tuple(prompt), " Yes.\n", "No!", row, f"{path}:1")
+    pair = PreferencePair(tuple(prompt), " Yes.\n", "No!", row, f"{path}:1")
 
-    assert read_pairs(path)[0] == [pair]
+    assert read_preference_pairs(path)[0] == [pair]
     assert messages(path) == [*prompt, YES]
     if set(row) & {"instruction", "question"}:
         path = written(tmp_path / "b.json", row | {"output": "No!"})
@@ -176,7 +181,7 @@ def test_the_line_says_what_was_taken_and_counts_it(tmp_path):
 
     assert read_conversations(talk)[1] == (
         f"{talk}: JSON lines; chat (messages); conversations: 2, turns: 3, with an "
-        "input: 1, with a system message: 1; splits of their own: train 1, "
+        "input: 1, with a system message: 1; splits in the file: train 1, "
         "validation 1."
     )
 
@@ -186,14 +191,14 @@ def test_tasks_splits_and_places_are_those_of_the_rows(tmp_path):
     rows = [AB | BOTH | {"prompt": "a\nb", "split": n, "task": n} for n in names]
     path = written(tmp_path / "a.csv", *rows)
 
-    found, pairs = read_conversations(path)[0], read_pairs(path)[0]
+    found, pairs = read_conversations(path)[0], read_preference_pairs(path)[0]
 
     assert [one.task for one in found] == names
-    assert [one.place for one in found] == [f"{path}:{n}" for n in (2, 5, 8, 11, 14)]
+    assert [one.location for one in found] == [f"{path}:{n}" for n in (2, 5, 8, 11, 14)]
     for items in (found, pairs):
         for how in ("stratified", "book"):
-            splits = split_conversations(items, **DEFAULTS | {"how": how})
-            assert list(splits) == list(SPLITS)
+            splits = split_conversations(items, **DEFAULTS | {"strategy": how})
+            assert list(splits) == list(ALL_SPLITS)
             assert list(splits.values()) == [items[:1], items[1:4], items[4:]]
 
 
@@ -203,29 +208,30 @@ def test_word_tasks_are_built_in(monkeypatch):
 
     found, line = read_conversations("word-tasks")
 
-    assert [(one.row, one.task) for one in found] == [(row, "case") for row in rows]
-    assert [one.place for one in found] == ["word-tasks:1", "word-tasks:2"]
+    assert [(one.source_row, one.task) for one in found] == [
+        (row, "case") for row in rows
+    ]
+    assert [one.location for one in found] == ["word-tasks:1", "word-tasks:2"]
     assert line.startswith("word-tasks: built in; prompts (prompt, completion); ")
 
 
 BAD_ROWS = {
-    "no 'prompt', or it is null; there is nothing. Give all rows the same columns.": {},
-    "no 'prompt', or it is null; there is messages. Give all": {"messages": TALK},
-    "no 'completion', or it is null; there is prompt.": AB | {"completion": None},
-    "'hello' has no columns. Give all rows the same columns.": "hello",
-    "'completion' is empty. Leave the row out, or give it an": AB | {"completion": " "},
-    "'prompt' is empty. Leave the row out, or give it a prompt.": AB | {"prompt": ""},
+    "'prompt' is missing or null; present: nothing.": {},
+    "'prompt' is missing or null; present: messages.": {"messages": TALK},
+    "'completion' is missing or null; present: prompt.": AB | {"completion": None},
+    "'hello' has no columns. All rows need the same columns.": "hello",
+    "'completion' is empty. Add a response": AB | {"completion": " "},
+    "'prompt' is empty. Add a prompt": AB | {"prompt": ""},
     "column 'completion' is 5, not a string.": AB | {"completion": 5},
     "column 'prompt' is {}, not a string.": AB | {"prompt": {}},
     "column 'system' is 1, not a string.": AB | {"system": 1},
     "column 'task' is 1, not a string.": AB | {"task": 1},
-    "half a surrogate pair": AB | {"completion": "\ud800"},
-    "a NUL character": AB | {"completion": "\0"},
-    "'completion' holds 3 messages, but an answer is one": AB
-    | {"completion": TALK[2:]},
-    "'prompt' is [], not a list of messages. Write a message": AB | {"prompt": []},
-    "message 3 is by the assistant, where the user's": AB | {"prompt": [USER, NO]},
-    "unknown split 'trian'. Did you mean train? Name one of train, validation, test, "
+    "unpaired surrogate": AB | {"completion": "\ud800"},
+    "NUL character": AB | {"completion": "\0"},
+    "'completion' has 3 messages": AB | {"completion": TALK[2:]},
+    "'prompt' is [], not a list of messages. Write each message": AB | {"prompt": []},
+    "message 3 has role assistant, expected user": AB | {"prompt": [USER, NO]},
+    "unknown split 'trian'. Did you mean train? Use one of train, validation, test, "
     "val, valid, or rename the column 'split'.": AB | {"split": "trian"},
 }
 
@@ -240,30 +246,28 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path, error):
 
 
 BAD_MESSAGES = {
-    ": 'messages' is 'hello', not a list of messages. Write a message as {": "hello",
+    ": 'messages' is 'hello', not a list of messages. Write each message as {": "hello",
     ": 'messages' is [], not a list of messages.": [],
-    ', message 2: 5 has no columns. Write a message as {"role": "user",': [USER, 5],
-    ", message 1: no 'content', or it is null; there is role.": [{"role": "user"}],
-    ", message 1: no 'role', or it is null; there is content.": [{"content": "a"}],
-    ", message 1: no 'value', or it is null; there is from.": [{"from": "gpt"}],
-    ", message 1: unknown role 'tool'. Known: system, user, human, assistant, gpt, "
-    "model, bot. Leave the row out, or name one of these.": [NO | {"role": "tool"}],
-    ", message 1: unknown role []. Known": [NO | {"role": []}],
+    ', message 2: 5 has no columns. Write each message as {"role": "user",': [USER, 5],
+    ", message 1: 'content' is missing or null; present: role.": [{"role": "user"}],
+    ", message 1: 'role' is missing or null; present: content.": [{"content": "a"}],
+    ", message 1: 'value' is missing or null; present: from.": [{"from": "gpt"}],
+    ", message 1: unknown role 'tool'. Use one of system, user, human, assistant, gpt, "
+    "model, bot": [NO | {"role": "tool"}],
+    ", message 1: unknown role []. Use one of": [NO | {"role": []}],
     ", message 1: column 'content' is 5, not a string.": [NO | {"content": 5}],
     ", message 1: column 'input' is 5, not a string.": [USER | {"input": 5}],
-    ", message 1: 'content' is empty. Leave the row out, or": [NO | {"content": ""}],
+    ", message 1: 'content' is empty.": [NO | {"content": ""}],
     ", message 1: 'value' is empty.": [{"from": "gpt", "value": " "}],
-    ", message 1: no 'text', or it is null; there is type. Leave the row out, or write "
-    'a part as {"type": "text", "text"': [USER | {"content": [{"type": "image_url"}]}],
-    ", message 1: 'a' has no columns. Leave the row out": [USER | {"content": ["a"]}],
-    ": the last message is by the user, so that there is no answer to it. Add one, or "
-    "remove the message.": TALK[:4],
-    ": the last message is by the system, so that": [SYSTEM],
-    ": message 1 is by the assistant, where the user's turn is. Only the first may be "
-    "by the system; then user and assistant alternate. Join or remove messages.": [NO],
-    ": message 2 is by the assistant, where the user's turn is.": [SYSTEM, NO],
-    ": message 2 is by the user, where the assistant's turn is.": [USER, USER],
-    ": message 2 is by the system, where the assistant's turn is.": [USER, SYSTEM],
+    ", message 1: 'text' is missing or null; present: type. Write each part as "
+    '{"type": "text", "text"': [USER | {"content": [{"type": "image_url"}]}],
+    ", message 1: 'a' has no columns. Write each part": [USER | {"content": ["a"]}],
+    ": the last message has role user, expected assistant": TALK[:4],
+    ": the last message has role system, expected assistant": [SYSTEM],
+    ": message 1 has role assistant, expected user": [NO],
+    ": message 2 has role assistant, expected user": [SYSTEM, NO],
+    ": message 2 has role user, expected assistant": [USER, USER],
+    ": message 2 has role system, expected assistant": [USER, SYSTEM],
 }
 
 
@@ -276,16 +280,15 @@ def test_messages_that_are_no_conversation_are_named(tmp_path, error):
 
 
 BAD_PAIRS = {
-    "'chosen' and 'rejected' differ before their last message. Give both the same ones "
-    "up to the answer, or leave": {"chosen": TALK, "rejected": [USER, NO]},
-    "'chosen' is 'Human: a', not a list of messages. A text needs a column 'prompt'. "
-    "Write a message as {": {"chosen": "Human: a", "rejected": "b"},
-    "'rejected' is empty. Leave the row out, or": AB | BOTH | {"rejected": ""},
+    "'chosen' and 'rejected' differ": {"chosen": TALK, "rejected": [USER, NO]},
+    "'chosen' is 'Human: a', not a list of messages. Plain text requires a column "
+    "'prompt'. Write each message as {": {"chosen": "Human: a", "rejected": "b"},
+    "'rejected' is empty.": AB | BOTH | {"rejected": ""},
     "column 'instruction' is [], not a string.": ASKED | BOTH | {"instruction": []},
-    "two system messages, in the column 'system' and as the": HIDDEN | {"chosen": TALK},
-    "cannot tell a pair of answers from the columns prompt, completion. Rename them to "
-    "one of: instruction, chosen, rejected; prompt, chosen, rejected; question, ": AB,
-    "cannot tell a pair of answers from the columns (none).": {},
+    "two system messages, in column 'system' and as the": HIDDEN | {"chosen": TALK},
+    "the columns prompt, completion do not form a preference pair. Rename them to one "
+    "of: instruction, chosen, rejected; prompt, chosen, rejected; question, ": AB,
+    "the columns (none) do not form a preference pair.": {},
     "'hello' has no columns.": "hello",
 }
 
@@ -295,21 +298,21 @@ def test_rows_that_are_no_pair_are_named(tmp_path, error):
     path = written(tmp_path / "a.json", BAD_PAIRS[error])
 
     with refused(f"{path}:1: {error}"):
-        read_pairs(path)
+        read_preference_pairs(path)
 
 
 def test_files_that_hold_no_conversations_are_refused(tmp_path):
     mixed = written(tmp_path / "a.csv", *(AB | {"split": n} for n in ("test", "")))
     other = written(tmp_path / "b.json", {"text": "a"})
     errors = {
-        tmp_path: f"no file is at {tmp_path}. Give a file that ends in one of .jsonl, "
-        ".json, .csv (also .gz), or one of the data sets instructions, preferences, ",
-        written(tmp_path / "a.txt"): "a.txt holds from its name. Give a file that ends",
-        written(tmp_path / "a.json"): "a.json has no rows. Give a file with a conv",
-        other: f"{other}:1: cannot tell a conversation from the columns text. Rename "
-        "them to one of: messages; conversations; instruction, output; prompt, ",
-        mixed: f"{mixed}:3: no 'split', which other rows have. Name it in all rows or ",
-        "sms-spam": "the data set sms-spam has no conversations. Give a file",
+        tmp_path: f"{tmp_path} is not a file. Pass a .jsonl, .json, .csv file (also "
+        ".gz) or one of the data sets instructions, preferences, ",
+        written(tmp_path / "a.txt"): "a.txt: unsupported file suffix. Pass a .jsonl, ",
+        written(tmp_path / "a.json"): "a.json has no rows.",
+        other: f"{other}:1: the columns text do not form a conversation. Rename them "
+        "to one of: messages; conversations; instruction, output; prompt, ",
+        mixed: f"{mixed}:3: no 'split'",
+        "sms-spam": "the data set sms-spam has no conversations.",
     }
     for path, error in errors.items():
         with refused(error):
@@ -340,19 +343,22 @@ def test_each_row_is_in_one_split_that_has_its_share(count, val, test, seed):
     assert again == splits
     assert other != splits or count < 20
     found = [row for part in splits.values() for row in part]
-    assert sorted(found, key=lambda row: row.place) == rows
-    shares = dict(zip(SPLITS, (1 - val - test, val, test), strict=True))
-    assert list(splits) == [name for name in SPLITS if shares[name]]
+    assert sorted(found, key=lambda row: row.location) == rows
+    shares = dict(zip(ALL_SPLITS, (1 - val - test, val, test), strict=True))
+    assert list(splits) == [name for name in ALL_SPLITS if shares[name]]
     assert all(splits.values())
     if min(shares[name] * count for name in splits) >= 1:
         assert all(abs(len(splits[n]) - shares[n] * count) < 1 for n in splits)
 
 
 BAD_SPLITS = {
-    "data.split='bok' is unknown. Did you mean book? Choose": (9, {"how": "bok"}),
+    "data.split_strategy='bok' is unknown. Did you mean book?": (
+        9,
+        {"strategy": "bok"},
+    ),
     "data.val_fraction=0.8 and data.test_fraction=0.2 ": (9, {"val_fraction": 0.8}),
-    "rows: 2, but each of 3 splits needs one. Add some, or set data.test": (2, {}),
-    "data.split=book leaves no test rows of 9. Give 10 or more": (9, {"how": "book"}),
+    "2 rows, but each of 3 splits needs one. Add rows, or set data.test": (2, {}),
+    "data.split_strategy=book leaves no test rows of 9. ": (9, {"strategy": "book"}),
 }
 
 
@@ -363,7 +369,7 @@ def test_a_division_that_cannot_be_made_says_why(error):
 
     with refused(error, DataError if "rows" in error else ConfigError):
         split_conversations(rows_of(count), **DEFAULTS | options)
-    with refused("no row's 'split' is train, only test. Add rows to train on"):
+    with refused("no row has split 'train', only test."):
         split_conversations(held, **DEFAULTS)
 
 
@@ -372,13 +378,13 @@ def test_the_books_instructions_are_divided_as_in_the_book(shared_data):
     answered, _ = read_conversations(shared_data / f"{path.stem}-with-response.json")
 
     found, line = read_conversations("instructions")
-    splits = split_conversations(found, **DEFAULTS | {"how": "book"})
+    splits = split_conversations(found, **DEFAULTS | {"strategy": "book"})
 
     assert line == (
         f"{path}: JSON list; Alpaca (instruction, output); conversations: 1,100, "
         "turns: 1,100, with an input: 325, with a system message: 0."
     )
-    assert [len(splits[name]) for name in SPLITS] == [935, 55, 110]
+    assert [len(splits[name]) for name in ALL_SPLITS] == [935, 55, 110]
     assert splits["train"] + splits["test"] + splits["validation"] == found
     # The book publishes its test rows with answers.
     assert [one.messages for one in splits["test"]] == [a.messages for a in answered]
@@ -387,14 +393,18 @@ def test_the_books_instructions_are_divided_as_in_the_book(shared_data):
 def test_the_books_preferences_are_pairs_and_conversations(shared_data):
     path = shared_data / "instruction-data-with-preference.json"
 
-    pairs, line = read_pairs("preferences")
+    pairs, line = read_preference_pairs("preferences")
     found, _ = read_conversations(path)
 
     assert line == (
         f"{path}: JSON list; preferences (instruction, chosen, rejected); pairs: "
-        "1,100, of equal answers: 6, with an input: 325, with a system message: 0."
+        "1,100, with identical responses: 6, with an input: 325, with a system "
+        "message: 0."
     )
     for pair, one in zip(pairs, found, strict=True):
-        answer = {"role": "assistant", "content": pair.row["output"]}
+        answer = {"role": "assistant", "content": pair.source_row["output"]}
         assert one.messages == (*pair.prompt, answer)
-        assert (pair.chosen, pair.rejected) == (one.row["chosen"], one.row["rejected"])
+        assert (pair.chosen, pair.rejected) == (
+            one.source_row["chosen"],
+            one.source_row["rejected"],
+        )

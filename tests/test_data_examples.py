@@ -7,19 +7,19 @@ from hypothesis import strategies as st
 
 import gptjax
 from gptjax.data.conversations import read_conversations, split_conversations
-from gptjax.data.example_batches import Book, example_batches, filled
+from gptjax.data.example_batches import BookBatches, make_sft_batches, collate
 from gptjax.data.examples import (
-    ANSWERS,
-    EVERYTHING,
+    TRAIN_ON_COMPLETIONS,
+    TRAIN_ON_ALL,
     Example,
-    encode,
-    encode_all,
-    fit_all,
-    fitted,
+    encode_segments,
+    encode_conversations,
+    truncate_all,
+    truncate_left,
 )
-from gptjax.data.torch_order import epoch_order
+from gptjax.data.torch_order import dataloader_order
 from gptjax.errors import ConfigError, DataError
-from gptjax.template import compiled, read_template
+from gptjax.template import compile_template, load_chat_template
 
 GPT2 = gptjax.tokenizer.load("gpt2")
 EOT = GPT2.eot
@@ -51,41 +51,47 @@ def instructions(shared_data):
 
 
 def test_all_instructions_are_encoded_as_the_book_does(instructions):
-    template = read_template("alpaca")
+    template = load_chat_template("alpaca")
 
     for rows in instructions.values():
-        for one, got in zip(rows, encode_all(GPT2, template, rows), strict=True):
+        for one, got in zip(
+            rows, encode_conversations(GPT2, template, rows), strict=True
+        ):
             prompt = book_prompt(one.row)
             text = f"{prompt}\n\n### Response:\n{one.row['output']}"
             assert got.ids == [*GPT2.encode(text), EOT]
-            ((start, stop),) = got.answers
+            ((start, stop),) = got.answer_spans
             assert got.ids[:start] == GPT2.encode(f"{prompt}\n\n### Response:\n")
             assert stop == len(got.ids)
 
 
 def test_the_lengths_of_the_books_batches_are_those_it_prints(instructions):
     # Raschka 2024, ch07.ipynb, cell 66: 116 batches of lengths 61, 76, ..., 74, 69.
-    examples = encode_all(GPT2, read_template("alpaca"), instructions["train"])
+    examples = encode_conversations(
+        GPT2, load_chat_template("alpaca"), instructions["train"]
+    )
 
-    batches = example_batches(
-        "book", examples, rows=8, context=1024, fill=EOT, seed=123
+    batches = make_sft_batches(
+        "book", examples, rows=8, context=1024, pad_id=EOT, seed=123
     )
     lengths = [batches.batch_at(n)["tokens"].shape[1] for n in range(116)]
 
     assert batches.steps_per_epoch == 116
     assert lengths[:10] == [61, 76, 73, 68, 65, 72, 80, 67, 62, 75]
     assert lengths[-2:] == [74, 69]
-    assert len(batches.shapes) == 31
+    assert len(batches.batch_shapes) == 31
 
 
 def test_buckets_need_few_programs_for_the_same_data(instructions):
-    examples = encode_all(GPT2, read_template("alpaca"), instructions["train"])
-
-    batches = example_batches(
-        "padded", examples, rows=8, context=1024, fill=EOT, seed=123
+    examples = encode_conversations(
+        GPT2, load_chat_template("alpaca"), instructions["train"]
     )
 
-    assert len(batches.shapes) <= 8
+    batches = make_sft_batches(
+        "padded", examples, rows=8, context=1024, pad_id=EOT, seed=123
+    )
+
+    assert len(batches.batch_shapes) <= 8
 
 
 def test_the_collate_example_of_the_book():
@@ -96,15 +102,15 @@ def test_the_collate_example_of_the_book():
         for ids in rows
     ]
 
-    batch = Book(examples, 3, EOT, 0)
-    batch = filled([[x] for x in examples], batch.size(range(3)), EOT)
+    batch = BookBatches(examples, 3, EOT, 0)
+    batch = collate([[x] for x in examples], batch.max_length(range(3)), EOT)
 
     assert batch["tokens"].tolist() == [
         [0, 1, 2, 3, 4],
         [5, 6, EOT, EOT, EOT],
         [7, 8, 9, EOT, EOT],
     ]
-    targets = np.where(batch["weights"] > 0, batch["targets"], -100)
+    targets = np.where(batch["loss_weights"] > 0, batch["targets"], -100)
     assert targets.tolist()[0] == [1, 2, 3, 4, EOT]
     assert targets.tolist()[1] == [6, EOT, -100, -100, -100]
     assert targets.tolist()[2] == [8, 9, EOT, -100, -100]
@@ -120,38 +126,38 @@ def test_the_order_is_that_of_torchs_data_loader():
 
     for epoch in range(3):
         rows = [int(row) for batch in loader for row in batch]
-        assert rows == epoch_order(123, 935, epoch)
+        assert rows == dataloader_order(123, 935, epoch)
 
 
 def test_the_masked_form_of_the_book_learns_all_after_the_prompt(instructions):
-    template = read_template("alpaca")
+    template = load_chat_template("alpaca")
     one = instructions["train"][0]
 
-    got = encode(GPT2, template.pieces(one.messages), {"header", "answer"})
+    got = encode_segments(GPT2, template.segments(one.messages), {"header", "answer"})
 
-    assert got.learned.index(True) == len(GPT2.encode(book_prompt(one.row)))
+    assert got.loss_mask.index(True) == len(GPT2.encode(book_prompt(one.row)))
 
 
 @given(st.integers(2, 12), st.integers(1, 11), st.integers(2, 40))
 def test_a_cut_keeps_the_whole_answer_or_nothing(length, answer, most):
     answer = min(answer, length - 1)
 
-    got = fitted(example(length, answer), most)
+    got = truncate_left(example(length, answer), most)
 
     if answer + 1 > most:
         assert got is None
     else:
         assert got is not None
         assert got.ids == list(range(length))[-most:]
-        assert sum(got.learned) == answer
-        assert got.learned[-answer:] == [True] * answer
+        assert sum(got.loss_mask) == answer
+        assert got.loss_mask[-answer:] == [True] * answer
 
 
 def test_what_a_cut_leaves_of_an_earlier_answer_is_not_learned():
     learned = [False, True, True, True, False, False, True, True]
     whole = Example(list(range(8)), learned, [(1, 4), (6, 8)])
 
-    got = fitted(whole, 6)
+    got = truncate_left(whole, 6)
 
     assert got == Example([2, 3, 4, 5, 6, 7], [False] * 4 + [True] * 2, [(4, 6)])
 
@@ -160,9 +166,9 @@ def test_what_a_cut_leaves_of_an_earlier_answer_is_not_learned():
 def test_examples_around_the_context_are_cut_and_counted(length, cut):
     context = 9  # so 10 tokens fit
 
-    got = fit_all([example(length, 3), example(40, 30)], context)
+    got = truncate_all([example(length, 3), example(40, 30)], context)
 
-    assert (got.cut, got.skipped, got.kept) == (cut, 1, [0])
+    assert (got.num_truncated, got.num_dropped, got.kept_indices) == (cut, 1, [0])
     assert len(got.examples[0].ids) == min(length, 10)
 
 
@@ -174,15 +180,15 @@ def test_examples_around_the_context_are_cut_and_counted(length, cut):
 )
 def test_an_epoch_has_every_example_once_whole_and_apart(lengths, rows, kind, epoch):
     examples = [example(n, first=100 * i) for i, n in enumerate(lengths)]
-    batches = example_batches(kind, examples, rows=rows, context=16, fill=-1, seed=5)
+    batches = make_sft_batches(kind, examples, rows=rows, context=16, pad_id=-1, seed=5)
 
     seen = []
     for number in range(batches.steps_per_epoch):
         batch = batches.batch_at(epoch * batches.steps_per_epoch + number)
         assert batch["tokens"].shape[0] == rows
-        assert batch["tokens"].shape[1] in batches.shapes
+        assert batch["tokens"].shape[1] in batches.batch_shapes
         for b in range(rows):
-            segment_T = batch["segments"][b]
+            segment_T = batch["segment_ids"][b]
             for segment in range(1, segment_T.max() + 1):
                 place = np.flatnonzero(segment_T == segment)
                 tokens = batch["tokens"][b, place]
@@ -190,9 +196,11 @@ def test_an_epoch_has_every_example_once_whole_and_apart(lengths, rows, kind, ep
                 seen.append(n)
                 assert tokens.tolist() == examples[n].ids[:-1]
                 assert batch["targets"][b, place].tolist() == examples[n].ids[1:]
-                assert batch["weights"][b, place].tolist() == examples[n].learned[1:]
+                assert (
+                    batch["loss_weights"][b, place].tolist() == examples[n].learned[1:]
+                )
                 assert batch["positions"][b, place].tolist() == list(range(len(place)))
-            assert not batch["weights"][b, segment_T == 0].any()
+            assert not batch["loss_weights"][b, segment_T == 0].any()
 
     assert sorted(seen) == list(range(len(examples)))
 
@@ -202,7 +210,7 @@ def test_packing_wastes_less_than_padding():
     examples = [example(int(n)) for n in rng.integers(5, 60, 500)]
 
     packed, padded = (
-        example_batches(kind, examples, rows=8, context=64, fill=0, seed=0)
+        make_sft_batches(kind, examples, rows=8, context=64, pad_id=0, seed=0)
         for kind in ("packed", "padded")
     )
 
@@ -216,21 +224,23 @@ def test_packing_wastes_less_than_padding():
 
 def test_other_ways_of_batching_are_refused():
     def batches(kind, rows):
-        return example_batches(kind, [example(4)], rows=rows, context=8, fill=0, seed=0)
+        return make_sft_batches(
+            kind, [example(4)], rows=rows, context=8, pad_id=0, seed=0
+        )
 
-    with pytest.raises(DataError, match="mixed lets the documents of a row see each"):
-        batches("mixed", 1)
+    with pytest.raises(DataError, match=r"data\.batching=concat"):
+        batches("concat", 1)
     with pytest.raises(DataError, match="1 conversations do not fill one batch of 2"):
         batches("book", 2)
 
 
 def test_everything_can_be_learned_but_the_first_token():
-    pieces = read_template("qa").pieces(
+    pieces = load_chat_template("qa").segments(
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     )
 
-    assert encode(GPT2, pieces, EVERYTHING).learned.count(False) == 1
-    assert sum(encode(GPT2, pieces, ANSWERS).learned) == 2
+    assert encode_segments(GPT2, pieces, TRAIN_ON_ALL).loss_mask.count(False) == 1
+    assert sum(encode_segments(GPT2, pieces, TRAIN_ON_COMPLETIONS).loss_mask) == 2
 
 
 def test_a_row_that_the_template_refuses_is_named(tmp_path):
@@ -245,4 +255,4 @@ def test_a_row_that_the_template_refuses_is_named(tmp_path):
     )
 
     with pytest.raises(ConfigError, match=r"rows\.jsonl:1: the chat template .*odd"):
-        encode_all(GPT2, compiled(source), conversations)
+        encode_conversations(GPT2, compile_template(source), conversations)

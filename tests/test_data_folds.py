@@ -11,25 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.data import folds
-from gptjax.data.folds import book_csv, describe, split_rows, split_sizes
-from gptjax.data.labelled import Labelled, read_labelled, select
+from gptjax.data.folds import book_csv, describe_splits, stratified_split, split_sizes
+from gptjax.data.labelled import LabeledTexts, read_labeled_texts, take
 from gptjax.errors import ConfigError, DataError
 
 quiet = settings(deadline=None, derandomize=True, max_examples=100)
 DEFAULTS = {
-    "how": "stratified",
+    "strategy": "stratified",
     "val_fraction": 0.1,
     "test_fraction": 0.2,
     "seed": 0,
-    "balance": False,
-    "dedupe": False,
+    "balance_classes": False,
+    "deduplicate": False,
 }
 
 
-def rows_of(*counts: int, texts: int = 1_000_000) -> Labelled:
+def rows_of(*counts: int, texts: int = 1_000_000) -> LabeledTexts:
     """As many rows of each class, of which each class has its own `texts`."""
     labels = [label for label, count in enumerate(counts) for _ in range(count)]
-    return Labelled(
+    return LabeledTexts(
         [f" text {n % texts} of {label} " for n, label in enumerate(labels)],
         labels,
         tuple("abcdefgh"[: len(counts)]),
@@ -37,14 +37,14 @@ def rows_of(*counts: int, texts: int = 1_000_000) -> Labelled:
     )
 
 
-def split(data: Labelled, **changes: object) -> dict[str, Labelled]:
+def split(data: LabeledTexts, **changes: object) -> dict[str, LabeledTexts]:
     """The splits by the defaults and what differs from them."""
-    return split_rows(data, **{**DEFAULTS, **changes})
+    return stratified_split(data, **{**DEFAULTS, **changes})
 
 
-def rows(data: Labelled) -> list[tuple[str, int, str]]:
+def rows(data: LabeledTexts) -> list[tuple[str, int, str]]:
     """All that is known of each row."""
-    return list(zip(data.texts, data.labels, data.places, strict=True))
+    return list(zip(data.texts, data.labels, data.locations, strict=True))
 
 
 classes = st.lists(st.integers(3, 60), min_size=2, max_size=5)
@@ -61,7 +61,11 @@ def test_each_row_is_in_one_split(counts, parts, seed, balance):
     data = rows_of(*counts)
 
     splits = split(
-        data, val_fraction=parts[0], test_fraction=parts[1], seed=seed, balance=balance
+        data,
+        val_fraction=parts[0],
+        test_fraction=parts[1],
+        seed=seed,
+        balance_classes=balance,
     )
 
     found = [row for part in splits.values() for row in rows(part)]
@@ -70,9 +74,9 @@ def test_each_row_is_in_one_split(counts, parts, seed, balance):
     if not balance:
         assert len(found) == len(data)
     assert list(splits) == [
-        name for name, share in zip(folds.SPLITS, (1, *parts), strict=True) if share
+        name for name, share in zip(folds.ALL_SPLITS, (1, *parts), strict=True) if share
     ]
-    assert all(part.names == data.names for part in splits.values())
+    assert all(part.class_names == data.class_names for part in splits.values())
 
 
 @quiet
@@ -118,10 +122,10 @@ def test_the_same_seed_gives_the_same_splits(counts, seed):
 def test_selected_rows_keep_their_order_label_and_place():
     data = rows_of(2, 1)
 
-    chosen = select(data, [2, 0])
+    chosen = take(data, [2, 0])
 
     assert rows(chosen) == [rows(data)[2], rows(data)[0]]
-    assert chosen.names == data.names
+    assert chosen.class_names == data.class_names
 
 
 def test_another_seed_gives_other_splits_in_a_mixed_order():
@@ -129,7 +133,7 @@ def test_another_seed_gives_other_splits_in_a_mixed_order():
 
     first, second = split(data, seed=1), split(data, seed=2)
 
-    assert set(first["test"].places) != set(second["test"].places)
+    assert set(first["test"].locations) != set(second["test"].locations)
     # Sorted rows would make the first batches of an evaluation all of one class.
     assert len(set(first["train"].labels[:20])) == 2
     assert len(set(first["test"].labels[:10])) == 2
@@ -138,7 +142,7 @@ def test_another_seed_gives_other_splits_in_a_mixed_order():
 @quiet
 @given(st.lists(st.integers(5, 60), min_size=2, max_size=5), st.integers(0, 9))
 def test_balanced_classes_have_equal_counts_in_every_split(counts, seed):
-    splits = split(rows_of(*counts), balance=True, seed=seed)
+    splits = split(rows_of(*counts), balance_classes=True, seed=seed)
 
     for part in splits.values():
         assert len(set(Counter(part.labels).values())) == 1
@@ -147,12 +151,12 @@ def test_balanced_classes_have_equal_counts_in_every_split(counts, seed):
 
 
 def test_balanced_rows_are_drawn_from_the_whole_class():
-    splits = split(rows_of(400, 20), balance=True)
+    splits = split(rows_of(400, 20), balance_classes=True)
 
     kept = [
         int(place.split(":")[1])
         for part in splits.values()
-        for label, place in zip(part.labels, part.places, strict=True)
+        for label, place in zip(part.labels, part.locations, strict=True)
         if label == 0
     ]
 
@@ -167,9 +171,9 @@ def test_without_repeats_no_text_is_in_two_splits(counts, texts):
     spaces = [
         text * (n % 2) + text.strip() * (1 - n % 2) for n, text in enumerate(data.texts)
     ]
-    data = Labelled(spaces, data.labels, data.names, data.places)
+    data = LabeledTexts(spaces, data.labels, data.class_names, data.locations)
 
-    splits = split(data, dedupe=True)
+    splits = split(data, deduplicate=True)
 
     found = [text.strip() for part in splits.values() for text in part.texts]
     assert len(found) == len(set(found))
@@ -177,31 +181,31 @@ def test_without_repeats_no_text_is_in_two_splits(counts, texts):
 
 
 def test_of_repeats_the_first_is_kept():
-    data = Labelled(
+    data = LabeledTexts(
         list("xyxzwyuvt"), [0, 1, 0, 0, 0, 1, 1, 1, 1], ("a", "b"), list("123456789")
     )
 
-    splits = split(data, dedupe=True)
+    splits = split(data, deduplicate=True)
 
-    places = sorted(place for part in splits.values() for place in part.places)
+    places = sorted(place for part in splits.values() for place in part.locations)
     assert places == list("1245789")
 
 
 def test_one_text_with_two_labels_is_refused_without_repeats():
-    data = Labelled(["hi", " hi"], [0, 1], ("ham", "spam"), ["a.csv:1", "a.csv:9"])
+    data = LabeledTexts(["hi", " hi"], [0, 1], ("ham", "spam"), ["a.csv:1", "a.csv:9"])
 
     with pytest.raises(
         DataError,
         match=r"^a\.csv:9: the text 'hi' has the label 'spam', but 'ham' at a\.csv:1\. "
-        r"Correct one, or keep both: --data\.dedupe false\.$",
+        r".* --data\.deduplicate false\.$",
     ):
-        split(data, dedupe=True)
+        split(data, deduplicate=True)
 
 
 @pytest.mark.fast
 def test_what_cannot_be_divided_is_refused():
     for counts, message in [
-        ((9, 2), r"class 'b' has 2 rows, but each of 3 splits needs one\. Add some"),
+        ((9, 2), r"class 'b' has 2 rows, but each of 3 splits needs one\. Add "),
         ((1, 9), "class 'a' has 1 row, but each of 3 splits"),
     ]:
         with pytest.raises(DataError, match=message):
@@ -211,15 +215,15 @@ def test_what_cannot_be_divided_is_refused():
     ):
         split(rows_of(9, 9), val_fraction=0.5, test_fraction=0.5)
     with pytest.raises(
-        ConfigError, match=r"split='boook' is unknown\. Did you mean book"
+        ConfigError, match=r"split_strategy='boook' is unknown\. Did you mean book"
     ):
-        split(rows_of(9, 9), how="boook")
+        split(rows_of(9, 9), strategy="boook")
     with pytest.raises(
-        DataError, match=r"book divides two classes, not 3\. Choose data"
+        DataError, match=r"split_strategy=book requires two classes, not 3\. "
     ):
-        split(rows_of(9, 9, 9), how="book")
-    with pytest.raises(DataError, match=r"book leaves 8 rows, .*each class 5 or more"):
-        split(rows_of(9, 4), how="book")
+        split(rows_of(9, 9, 9), strategy="book")
+    with pytest.raises(DataError, match=r"book leaves 8 rows .* 5 rows per class"):
+        split(rows_of(9, 4), strategy="book")
 
 
 @quiet
@@ -227,7 +231,9 @@ def test_what_cannot_be_divided_is_refused():
 def test_the_books_way_halves_the_classes_and_divides_7_1_2(first, second):
     data = rows_of(first, second)
 
-    splits = split(data, how="book", seed=5, val_fraction=0.3, balance=False)
+    splits = split(
+        data, strategy="book", seed=5, val_fraction=0.3, balance_classes=False
+    )
 
     smaller = min(first, second)
     count = 2 * smaller
@@ -242,11 +248,11 @@ def test_the_books_way_halves_the_classes_and_divides_7_1_2(first, second):
 @pytest.fixture
 def sms(shared_data):
     """The SMS collection, where it is on this machine."""
-    return read_labelled("sms-spam")[0]
+    return read_labeled_texts("sms-spam")[0]
 
 
 def test_the_books_rows_of_the_sms_collection_are_the_books(sms):
-    splits = split(sms, how="book")
+    splits = split(sms, strategy="book")
 
     assert [len(part) for part in splits.values()] == [1045, 149, 300]
     ham = [i for i, label in enumerate(sms.labels) if label == 0]
@@ -260,18 +266,18 @@ def test_the_books_rows_of_the_sms_collection_are_the_books(sms):
 
 
 def test_the_sms_collection_is_described(sms):
-    assert describe(split(sms, how="book")) == [
+    assert describe_splits(split(sms, strategy="book")) == [
         "             train  validation    test",
         "ham            528          70     149",
         "spam           517          79     151",
         "all          1,045         149     300",
         "always ham  50.53%      46.98%  49.67%",
-        "47 texts are in more than one split (13 in train and validation, 32 in train "
-        "and test, 6 in validation and test), which flatters the result; leave repeats "
-        "out: --data.dedupe true",
+        "47 texts occur in more than one split (13 in train and validation, 32 in "
+        "train and test, 6 in validation and test), which inflates the test scores; "
+        "remove duplicates with --data.deduplicate true",
     ]
-    without = describe(split(sms, how="book", dedupe=True))
-    assert without[-1] == "no text is in more than one split"
+    without = describe_splits(split(sms, strategy="book", deduplicate=True))
+    assert without[-1] == "no text occurs in more than one split"
     assert without[-2].split() == ["always", "ham", "50.00%", "39.06%", "55.43%"]
 
 
@@ -279,19 +285,19 @@ def test_stratified_rows_of_the_sms_collection_keep_its_share_of_ham(sms):
     splits = split(sms)
 
     assert [len(part) for part in splits.values()] == [3901, 557, 1114]
-    assert describe(splits)[4].split()[2:] == ["86.59%", "86.54%", "86.62%"]
+    assert describe_splits(splits)[4].split()[2:] == ["86.59%", "86.54%", "86.62%"]
 
 
 def test_the_constant_answer_is_the_one_most_frequent_in_training():
-    lines = describe({"train": rows_of(1, 3), "test": rows_of(3, 1)})
+    lines = describe_splits({"train": rows_of(1, 3), "test": rows_of(3, 1)})
 
     assert lines[-2].split() == ["always", "b", "75.00%", "25.00%"]
 
 
 def test_classes_beyond_the_table_are_counted_together(monkeypatch):
-    monkeypatch.setattr(folds, "SHOWN", 2)
+    monkeypatch.setattr(folds, "MAX_TABLE_CLASSES", 2)
 
-    lines = describe(split(rows_of(10, 20, 30, 40), test_fraction=0.0))
+    lines = describe_splits(split(rows_of(10, 20, 30, 40), test_fraction=0.0))
 
     assert [line.split() for line in lines[:5]] == [
         ["train", "validation"],
@@ -309,7 +315,7 @@ def test_classes_beyond_the_table_are_counted_together(monkeypatch):
     )
 )
 def test_the_books_csv_is_read_back_as_it_was(pairs):
-    data = Labelled(
+    data = LabeledTexts(
         [text for text, _ in pairs],
         [label for _, label in pairs],
         ("ham", "spam"),
@@ -326,7 +332,7 @@ def test_the_books_csv_is_a_labelled_table(tmp_path: Path):
     path = tmp_path / "train.csv"
     path.write_text(book_csv(data), encoding="utf-8")
 
-    again, _ = read_labelled(path)
+    again, _ = read_labeled_texts(path)
 
     assert (again.texts, again.labels) == (data.texts, data.labels)
-    assert again.names == ("0", "1")
+    assert again.class_names == ("0", "1")

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptjax.data.labelled import Labelled, read_labelled
-from gptjax.data.rows import field_lists
+from gptjax.data.labelled import LabeledTexts, read_labeled_texts
+from gptjax.data.rows import read_csv_records
 from gptjax.errors import DataError
 
 quiet = settings(
@@ -33,9 +33,11 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
-def pairs(data: Labelled) -> list[tuple[str, str]]:
+def pairs(data: LabeledTexts) -> list[tuple[str, str]]:
     """(label, text) of each row."""
-    return [(data.names[n], t) for n, t in zip(data.labels, data.texts, strict=True)]
+    return [
+        (data.class_names[n], t) for n, t in zip(data.labels, data.texts, strict=True)
+    ]
 
 
 def table(rows: list[tuple[str, ...]], delimiter: str = ",") -> str:
@@ -63,18 +65,20 @@ def test_each_format_gives_the_same_rows_also_compressed(tmp_path, name):
     plain = write(tmp_path / name, content)
     packed = write(tmp_path / f"{name}.gz", gzip.compress(content))
 
-    data, line = read_labelled(plain)
+    data, line = read_labeled_texts(plain)
 
-    assert pairs(data) == pairs(read_labelled(packed)[0]) == PAIRS[: len(data)]
-    assert (data.names, data.labels[:2]) == (("ham", "spam"), [0, 1])
+    assert pairs(data) == pairs(read_labeled_texts(packed)[0]) == PAIRS[: len(data)]
+    assert (data.class_names, data.labels[:2]) == (("ham", "spam"), [0, 1])
     assert line.startswith(f"{plain}: ")
     assert "texts in 2 classes: ham (" in line
-    assert line.endswith("Others: --data.text NAME --data.label NAME.")
+    assert line.endswith("--data.text_column NAME --data.label_column NAME.")
 
 
 def test_the_line_says_what_was_taken_for_what(tmp_path):
     lines = {
-        name: read_labelled(write(tmp_path / name, FORMATS[name]))[1].split(": ", 1)[1]
+        name: read_labeled_texts(write(tmp_path / name, FORMATS[name]))[1].split(
+            ": ", 1
+        )[1]
         for name in FORMATS
     }
 
@@ -91,7 +95,7 @@ def test_the_line_says_what_was_taken_for_what(tmp_path):
 def test_many_classes_are_not_all_listed(tmp_path):
     content = "".join(f'{{"text": "t", "label": {n}}}\n' for n in range(30))
 
-    _, line = read_labelled(write(tmp_path / "a.jsonl", content))
+    _, line = read_labeled_texts(write(tmp_path / "a.jsonl", content))
 
     assert "30 texts in 30 classes: 0 (1), " in line
     assert "7 (1) and 22 more" in line
@@ -100,10 +104,10 @@ def test_many_classes_are_not_all_listed(tmp_path):
 def test_places_are_the_lines_that_rows_start_in(tmp_path):
     path = write(tmp_path / "a.csv", 'text,label\n"a\n\nb",x\n\nc,y\n')
 
-    data, _ = read_labelled(path)
+    data, _ = read_labeled_texts(path)
 
     assert data.texts == ["a\n\nb", "c"]
-    assert data.places == [f"{path}:2", f"{path}:6"]
+    assert data.locations == [f"{path}:2", f"{path}:6"]
 
 
 @pytest.mark.fast
@@ -122,9 +126,9 @@ def test_places_are_the_lines_that_rows_start_in(tmp_path):
 def test_names_are_sorted_numbers_by_their_value(tmp_path, labels, names):
     content = "\n".join(json.dumps({"text": "t", "label": n}) for n in labels)
 
-    data, _ = read_labelled(write(tmp_path / "a.jsonl", content))
+    data, _ = read_labeled_texts(write(tmp_path / "a.jsonl", content))
 
-    assert data.names == names
+    assert data.class_names == names
 
 
 GUESSES = {  # header: (text, label)
@@ -155,19 +159,19 @@ def test_columns_are_guessed(tmp_path, header, kind):
         "jsonl": "\n".join(json.dumps(row) for row in rows),
     }
 
-    data, line = read_labelled(write(tmp_path / f"a.{kind}", files[kind]))
+    data, line = read_labeled_texts(write(tmp_path / f"a.{kind}", files[kind]))
 
     assert data.texts == [f"some words {n}" for n in range(6)]
-    assert data.names == ("a", "b")
+    assert data.class_names == ("a", "b")
     assert f"text in column {text!r}, label in column {label!r}" in line
 
 
 AMBIGUOUS = {
-    "a,b,c\n1,2,3\n": "columns: a, b, c. Name them: --data.text NAME --data.label NAME",
-    "review,comment,label\na,b,c\n": "columns: review, comment, label. Name them",
+    "a,b,c\n1,2,3\n": "columns: a, b, c. Choose with --data.text_column NAME",
+    "review,comment,label\na,b,c\n": "columns: review, comment, label.",
     "text,class,category\na,b,c\n": "columns: text, class, category.",
     "text,other\na,b\nc,d\n": "columns: text, other.",  # nothing comes again
-    "v1,v2\na,b\nc,d\n": "(or count from 1 where the first row is no header).",
+    "v1,v2\na,b\nc,d\n": "numbers from 1",
     "text;label\na;b\n": "columns: text;label.",
     "a,b\nx,y\nx,y\nx,z\nx,z\n": "columns: a, b.",  # both are short and come again
     "a,b\nx,some\nx,more\nz,words\n": "columns: a, b.",  # too seldom
@@ -180,15 +184,15 @@ AMBIGUOUS = {
 def test_ambiguous_columns_have_to_be_named(tmp_path, content):
     path = write(tmp_path / "a.csv", content)
 
-    with pytest.raises(DataError, match=rf"{path}:\d: cannot tell which c") as error:
-        read_labelled(path)
+    with pytest.raises(DataError, match=rf"{path}:\d: ambiguous") as error:
+        read_labeled_texts(path)
 
     assert AMBIGUOUS[content] in str(error.value)
 
 
 def test_json_columns_are_not_to_be_counted(tmp_path):
-    with pytest.raises(DataError, match=r"jsonl:1: .* --data.label NAME\.$"):
-        read_labelled(write(tmp_path / "a.jsonl", '{"a": "b", "c": "d"}'))
+    with pytest.raises(DataError, match=r"jsonl:1: .* --data.label_column NAME\.$"):
+        read_labeled_texts(write(tmp_path / "a.jsonl", '{"a": "b", "c": "d"}'))
 
 
 @pytest.mark.fast
@@ -197,15 +201,15 @@ def test_named_columns_are_taken(tmp_path):
         tmp_path / "a.csv", "text,body,label,mood\na,b,x,1\nc,d,y,2\nc,d,y,2\n"
     )
 
-    assert pairs(read_labelled(path)[0])[0] == ("x", "a")
-    assert pairs(read_labelled(path, "body")[0])[0] == ("x", "b")
-    assert pairs(read_labelled(path, "body", "mood")[0])[0] == ("1", "b")
+    assert pairs(read_labeled_texts(path)[0])[0] == ("x", "a")
+    assert pairs(read_labeled_texts(path, "body")[0])[0] == ("x", "b")
+    assert pairs(read_labeled_texts(path, "body", "mood")[0])[0] == ("1", "b")
 
 
 def test_columns_without_a_header_are_counted(tmp_path):
     path = write(tmp_path / "a.csv", "1,good,pos\n2,bad,neg\n")
 
-    data, line = read_labelled(path, "2", "3")
+    data, line = read_labeled_texts(path, "2", "3")
 
     assert pairs(data) == [("pos", "good"), ("neg", "bad")]
     assert "comma-separated, no header; text in column '2', label in column '3'" in line
@@ -214,59 +218,63 @@ def test_columns_without_a_header_are_counted(tmp_path):
 def test_a_first_row_that_has_a_given_name_is_a_header(tmp_path):
     path = write(tmp_path / "a.csv", "pos,words\npos,good\nneg,bad\nneg,so bad\n")
 
-    assert len(read_labelled(path)[0]) == 4
-    assert len(read_labelled(path, "words", "pos")[0]) == 3
+    assert len(read_labeled_texts(path)[0]) == 4
+    assert len(read_labeled_texts(path, "words", "pos")[0]) == 3
 
 
 def test_a_first_row_whose_label_comes_again_is_no_header(tmp_path):
     rows = [("neg", "so bad"), ("pos", "very good"), ("pos", "fine"), ("neg", "dull")]
 
-    bare, _ = read_labelled(write(tmp_path / "a.csv", table(rows)))
-    headed, _ = read_labelled(write(tmp_path / "b.csv", table([("v1", "v2"), *rows])))
+    bare, _ = read_labeled_texts(write(tmp_path / "a.csv", table(rows)))
+    headed, _ = read_labeled_texts(
+        write(tmp_path / "b.csv", table([("v1", "v2"), *rows]))
+    )
 
     assert pairs(bare) == pairs(headed) == rows
 
 
 BAD = {
-    ("a.csv", "text,label\na,x\n ,y\n"): ":3: the text is empty. Remove the row or",
-    ("a.csv", "text,label\na,x\nb, \n"): ":3: no label in column 'label'. Give the row",
-    ("a.csv", "text,label\na,x\nb\n"): ":3: 1 fields, but 2 in the first row. Quote te",
-    ("a.tsv", "text\tlabel\na\tx\nb\tc\ty"): ":3: 3 fields, but 2 in the first row. A",
-    ("a.csv", "text,label, text\na,x,b\n"): ":1: a column name appears twice: ['text'",
+    ("a.csv", "text,label\na,x\n ,y\n"): ":3: the text is empty.",
+    ("a.csv", "text,label\na,x\nb, \n"): ":3: no label in column 'label'.",
+    ("a.csv", "text,label\na,x\nb\n"): ":3: 1 fields, but 2 in the first row. Quote",
+    (
+        "a.tsv",
+        "text\tlabel\na\tx\nb\tc\ty",
+    ): ":3: 3 fields, but 2 in the first row. Tab",
+    ("a.csv", "text,label, text\na,x,b\n"): ":1: duplicate column name in ['text'",
     ("a.csv", b"text,label\na,x\n\xff,y\n"): ":3: not UTF-8 (byte 0xff: invalid start",
     ("a.csv", 'text,label\na,x\n"b"c,y\n'): ":3: not CSV: ',' expected after '\"'.",
     ("a.csv", 'text,label\na,x\n"b,y\n'): ":3: not CSV: unexpected end of data.",
     (
         "a.tsv",
         'text\tlabel\na\tx\n"b\ty\n',
-    ): ":3: not CSV: a quote mark is never closed",
-    ("a.tsv", 'text\tlabel\na\tx\ny\t"b'): ":3: not CSV: a quote mark is never closed",
-    ("a.csv", ""): " has no rows. Give a file",
-    ("a.json", "[]"): " has no rows. Give a file",
-    ("a.csv", "text,label\n"): " has no rows. Give a file with labelled texts.",
-    ("a.json", "{}"): ":1: not a list of rows.",
+    ): ":3: not CSV: quote is never closed",
+    ("a.tsv", 'text\tlabel\na\tx\ny\t"b'): ":3: not CSV: quote is never closed",
+    ("a.csv", ""): " has no rows.",
+    ("a.json", "[]"): " has no rows.",
+    ("a.csv", "text,label\n"): " has no rows.",
+    ("a.json", "{}"): ":1: not a JSON array.",
     (
         "a.jsonl",
         "{}",
-    ): ":1: cannot tell which column holds the text and which the label",
+    ): ":1: ambiguous text and label columns",
     ("a.jsonl", '{"text": "a", "label": 1}\n"b"'): ":2: 'b' has no columns. Write each",
     ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}'): (
-        ":2: no column 'label'. Columns: text. Choose with --data.label NAME."
+        ":2: no column 'label'. Columns: text. Choose with --data.label_column NAME."
     ),
     ("a.jsonl", '{"text": "a", "label": 1}\n{"txt": "b", "label": 1}'): (
         ":2: no column 'text'. Did you mean txt? Columns: txt, label. Choose with "
-        "--data.text NAME."
+        "--data.text_column NAME."
     ),
     ("a.jsonl", '{"text": "a", "label": null}'): ":1: no label in column 'label'.",
     ("a.jsonl", '{"text": "a", "label": [1]}'): (
-        ":1: the label in column 'label' is [1], not a string or a number. Give each"
+        ":1: the label in column 'label' is [1], not a string or a number."
     ),
     ("a.jsonl", '{"text": 5, "label": 1}'): ":1: column 'text' is 5, not a string.",
-    ("a.jsonl", '{"text": "\\ud800", "label": 1}'): ":1: half a surrogate pair",
-    ("a.jsonl", '{"text": "a", "label": "\\u0000"}'): ":1: a NUL character",
+    ("a.jsonl", '{"text": "\\ud800", "label": 1}'): ":1: unpaired surrogate",
+    ("a.jsonl", '{"text": "a", "label": "\\u0000"}'): ":1: NUL character",
     ("a.csv", "text,label\na,ham\nb,ham\n"): (
-        ", column 'label': the only label is 'ham', but a classifier needs two "
-        "classes. Add the others, or choose the column with --data.label NAME."
+        ", column 'label': the only label is 'ham'"
     ),
 }
 
@@ -276,7 +284,7 @@ def test_bad_rows_are_told_with_their_line(tmp_path, name, content):
     path = write(tmp_path / name, content)
 
     with pytest.raises(DataError) as error:
-        read_labelled(path)
+        read_labeled_texts(path)
 
     assert str(error.value).startswith(f"{path}{BAD[name, content]}")
 
@@ -285,22 +293,22 @@ def test_unknown_columns_and_one_column_for_both_are_refused(tmp_path):
     path = write(tmp_path / "a.csv", "message,label\na,x\nb,y\n")
 
     with pytest.raises(DataError, match=r"csv:2: no column 'mesage'\. Did you mean me"):
-        read_labelled(path, text="mesage")
-    with pytest.raises(DataError, match=r"no column 'id'\..* with --data\.label NAME"):
-        read_labelled(path, label="id")
-    with pytest.raises(DataError, match=r"data\.label are both 'label'. Name two col"):
-        read_labelled(path, "label", "label")
+        read_labeled_texts(path, text_column="mesage")
+    with pytest.raises(DataError, match=r"no column 'id'\..* --data\.label_column "):
+        read_labeled_texts(path, label_column="id")
+    with pytest.raises(DataError, match=r"data\.label_column are both 'label'"):
+        read_labeled_texts(path, "label", "label")
 
 
 def test_paths_without_labelled_rows_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"nothing is at .*none\.csv\. Give a \.csv, "):
-        read_labelled(tmp_path / "none.csv")
-    with pytest.raises(DataError, match=r"a\.parquet holds .* Rename it to end in"):
-        read_labelled(write(tmp_path / "a.parquet", "PAR1"))
-    with pytest.raises(DataError, match=r"set verdict has no labels\. Take sms-spam"):
-        read_labelled("verdict")
-    with pytest.raises(DataError, match=r"cannot read .*a\.csv\.gz.*that it is whole"):
-        read_labelled(write(tmp_path / "a.csv.gz", "text,label\n"))
+    with pytest.raises(DataError, match=r"none\.csv does not exist\. .* \.csv, "):
+        read_labeled_texts(tmp_path / "none.csv")
+    with pytest.raises(DataError, match=r"a\.parquet: unsupported .* \.csv, "):
+        read_labeled_texts(write(tmp_path / "a.parquet", "PAR1"))
+    with pytest.raises(DataError, match=r"set verdict has no labels\. .*sms-spam"):
+        read_labeled_texts("verdict")
+    with pytest.raises(DataError, match=r"cannot read .*a\.csv\.gz.*is complete"):
+        read_labeled_texts(write(tmp_path / "a.csv.gz", "text,label\n"))
 
 
 def test_a_folder_of_folders_is_read_in_the_order_of_names(tmp_path):
@@ -310,7 +318,7 @@ def test_a_folder_of_folders_is_read_in_the_order_of_names(tmp_path):
     write(tmp_path / "README.txt", "not a text")
     write(tmp_path / ".git/a.txt", "not a text")
 
-    data, line = read_labelled(tmp_path)
+    data, line = read_labeled_texts(tmp_path)
 
     assert pairs(data) == [
         ("neg", "text of\nneg/1.txt\n"),
@@ -318,10 +326,10 @@ def test_a_folder_of_folders_is_read_in_the_order_of_names(tmp_path):
         ("pos", "text of\npos/10.txt\n"),
         ("pos", "text of\npos/2.txt\n"),
     ]
-    assert data.places[0] == f"{tmp_path / 'neg' / '1.txt'}:1"
+    assert data.locations[0] == f"{tmp_path / 'neg' / '1.txt'}:1"
     assert line == (
-        f"{tmp_path}: .txt files in folders that are named by their labels; 4 texts in "
-        "2 classes: neg (2), pos (2)."
+        f"{tmp_path}: .txt files in one folder per label; 4 texts in 2 classes: "
+        "neg (2), pos (2)."
     )
 
 
@@ -333,15 +341,15 @@ def test_folders_that_are_not_of_labels_are_refused(tmp_path):
     write(tmp_path / "single/pos/1.txt", "good")
 
     for name, message in {
-        "set": r"set holds train, .* such as .*set.train\.$",
-        "flat": r"flat has no folders of \.txt files\. Put each text into a folder",
+        "set": r"set contains train, .* such as .*set.train\.$",
+        "flat": r"flat has no folders of \.txt files\. .*spam",
         "empty": r"pos.1\.txt:1: the text is empty",
-        "single": r"single: the only label is 'pos', but a classifier needs two",
+        "single": r"single: the only label is 'pos'",
     }.items():
         with pytest.raises(DataError, match=message):
-            read_labelled(tmp_path / name)
-    with pytest.raises(DataError, match=r"is a folder, which has no columns\. Leave"):
-        read_labelled(tmp_path / "flat", "text")
+            read_labeled_texts(tmp_path / name)
+    with pytest.raises(DataError, match=r"flat is a folder .* data\.text_column and"):
+        read_labeled_texts(tmp_path / "flat", "text")
 
 
 letters = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
@@ -355,7 +363,7 @@ def test_what_is_written_is_read(tmp_path, rows, delimiter):
     name = {",": "a.csv", "\t": "a.tsv"}[delimiter]
     content = table([("label", "text"), *rows], delimiter)
 
-    data, _ = read_labelled(write(tmp_path / name, content))
+    data, _ = read_labeled_texts(write(tmp_path / name, content))
 
     assert pairs(data) == [(label.strip(), text) for label, text in rows]
 
@@ -365,7 +373,9 @@ def test_what_is_written_is_read(tmp_path, rows, delimiter):
 def test_fields_are_those_of_pythons_csv_unless_a_quote_is_open(content, strict):
     def read() -> list[list[str]]:
         file = io.BytesIO(content.encode())
-        return [f for _, f in field_lists(file, Path("a.tsv"), "\t", strict=strict)]
+        return [
+            f for _, f in read_csv_records(file, Path("a.tsv"), "\t", strict=strict)
+        ]
 
     # A row after the last one is swallowed where a quote is open.
     ended = content if content.endswith("\n") or not content else content + "\n"
@@ -385,16 +395,16 @@ def test_fields_are_those_of_pythons_csv_unless_a_quote_is_open(content, strict)
 def test_the_sms_collection_is_read_as_pandas_reads_it(tmp_path, shared_data):
     path = shared_data / "SMSSpamCollection"
 
-    data, line = read_labelled("sms-spam")
+    data, line = read_labeled_texts("sms-spam")
 
-    assert data.names == ("ham", "spam")
+    assert data.class_names == ("ham", "spam")
     assert Counter(data.labels) == {0: 4825, 1: 747}
-    assert "1 with line ends in quote marks, first at line 5082" in line
+    assert "1 with quoted line breaks, first at line 5082" in line
     assert data.texts[5081].count("\nham\t") == 2
-    assert data.places[5081:5083] == [f"{path}:5082", f"{path}:5085"]
+    assert data.locations[5081:5083] == [f"{path}:5082", f"{path}:5085"]
     # The rows of pandas 3.1.1: read_csv(path, sep="\t", header=None).values.
     rows = "\0".join(f"{label}\t{text}" for label, text in pairs(data))
     assert hashlib.sha256(rows.encode()).hexdigest()[:16] == "f408737e705aea94"
     # Under another name, the columns are guessed from the values.
     copy = shutil.copy(path, tmp_path / "messages.tsv")
-    assert pairs(read_labelled(copy)[0]) == pairs(data)
+    assert pairs(read_labeled_texts(copy)[0]) == pairs(data)

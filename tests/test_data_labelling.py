@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gptjax.data import labelling
 from gptjax.data.labelling import label_file
-from gptjax.data.rows import field_lists
+from gptjax.data.rows import read_csv_records
 from gptjax.errors import DataError
 
 quiet = settings(
@@ -38,7 +38,7 @@ def predict(texts):
 def label(source, out, **options):
     """The number of rows, and what was said."""
     said = []
-    count = label_file(source, out, predict, say=said.append, **options)
+    count = label_file(source, out, predict, log=said.append, **options)
     return count, said
 
 
@@ -49,7 +49,9 @@ def write(path, content):
 
 
 def fields(path, mark=","):
-    return [row for _, row in field_lists(io.BytesIO(path.read_bytes()), path, mark)]
+    return [
+        row for _, row in read_csv_records(io.BytesIO(path.read_bytes()), path, mark)
+    ]
 
 
 @pytest.mark.fast
@@ -83,7 +85,7 @@ def test_every_kind_of_file_becomes_every_kind_that_holds_it(tmp_path):
         for kind, mark in {"csv": ",", "tsv": "\t", "jsonl": ""}.items():
             out = tmp_path / f"{name}.{kind}"
             if (name, kind) in (("a.jsonl", "csv"), ("a.jsonl", "tsv")):
-                with pytest.raises(DataError, match=r"cannot go into .* in \.jsonl\."):
+                with pytest.raises(DataError, match=r"unsupported .* suffix \.jsonl\."):
                     label(source, out)
                 continue
             assert label(source, out)[0] == 2
@@ -163,7 +165,7 @@ def test_batches_are_full_and_in_order(tmp_path, batch):
         sizes.append(len(texts))
         return predict(texts)
 
-    count = label_file(source, tmp_path / "out.csv", noted, batch=batch, say=len)
+    count = label_file(source, tmp_path / "out.csv", noted, batch_size=batch, log=len)
 
     texts = [str(n) for n in range(12)]
     assert count == 12
@@ -190,7 +192,7 @@ def test_columns_that_are_taken_are_not_lost(tmp_path):
         ["text", "label", "predicted_label", "predicted_probability"],
         ["a", "spam", "A", "0.001"],
     ]
-    with pytest.raises(DataError, match=r"b\.csv:2: the column 'predicted_label' is"):
+    with pytest.raises(DataError, match=r"b\.csv:2: the column 'predicted_label' "):
         label(tmp_path / "b.csv", tmp_path / "c.csv")
 
 
@@ -209,24 +211,24 @@ def test_the_column_is_guessed_from_the_first_row(tmp_path, row, column):
 
     _, said = label(source, tmp_path / "out.jsonl")
 
-    assert f"column {column!r}. Another: --text NAME" in said[0]
+    assert f"column {column!r}. Override with --text NAME" in said[0]
     assert json.loads((tmp_path / "out.jsonl").read_text())["label"] == (
         row[column].upper()
     )
 
 
 BAD = [
-    ("a.csv", "id,words\n1,a\n", "", ":2: cannot tell .*: id, words.* --text NAME"),
+    ("a.csv", "id,words\n1,a\n", "", ":2: ambiguous .*: id, words.* --text NAME"),
     ("a.csv", "id,text\n1,a\n", "txt", ":2: no column 'txt'. Columns: id, text. .*--"),
     ("a.csv", "id,text\n1,a\n\n2\n", "", ":4: 1 fields under 2 .* Quote text"),
-    ("a.csv", "id,text\n1,a\n2, \n", "", ":3: the text is empty. Remove"),
+    ("a.csv", "id,text\n1,a\n2, \n", "", ":3: the text is empty. "),
     ("a.csv", 'id,text\n1,a\n2,"b', "", ":3: not CSV"),
     ("a.csv", 'id,text\n1,"a" b\n', "", ":2: not CSV"),
-    ("a.csv", "text,text\na,b\n", "", ":1: a column name appears twice"),
-    ("a.csv", "id,text\n", "", " has no rows. Give"),
-    ("a.tsv", "id\ttext\n1\ta\tb\n", "", ":2: 3 fields under 2 .* A tab ends"),
-    ("a.txt", "\n\n", "", " has no rows. Give"),
-    ("a.txt", "a\n\n\0", "", ":3: a NUL"),
+    ("a.csv", "text,text\na,b\n", "", ":1: duplicate column name"),
+    ("a.csv", "id,text\n", "", " has no rows. "),
+    ("a.tsv", "id\ttext\n1\ta\tb\n", "", ":2: 3 fields under 2 .* Tabs separate"),
+    ("a.txt", "\n\n", "", " has no rows. "),
+    ("a.txt", "a\n\n\0", "", ":3: NUL"),
     ("a.jsonl", '{"text": "a"}\n"b"\n', "", ":2: 'b' has no columns. Write"),
     (
         "a.jsonl",
@@ -235,10 +237,10 @@ BAD = [
         ":2: no column 'text'. Columns: txt",
     ),
     ("a.jsonl", '{"text": "a"}\n{"text": 3}', "", ":2: column 'text' is 3, not a str"),
-    ("a.jsonl", '{"text": "a"}\n{"text": "b", "label": 1}', "", ":2: .* 'label' is th"),
-    ("a.jsonl", '{"text": "a", "n": 1e999}', "", ":1: not JSON: 1e999 is too large"),
-    ("a.jsonl", '{"n": 1}', "", ":1: cannot tell .* strings: none"),
-    ("a.csv.gz", None, "", "cannot read .*that it is whole"),
+    ("a.jsonl", '{"text": "a"}\n{"text": "b", "label": 1}', "", ":2: .* 'label' alr"),
+    ("a.jsonl", '{"text": "a", "n": 1e999}', "", ":1: not JSON: .*1e999"),
+    ("a.jsonl", '{"n": 1}', "", ":1: ambiguous .* columns: none"),
+    ("a.csv.gz", None, "", "cannot read .*is complete"),
 ]
 
 
@@ -259,17 +261,15 @@ def test_a_row_that_cannot_be_used_is_told_and_leaves_no_file(
 def test_names_that_say_nothing_and_files_that_are_there_are_refused(tmp_path):
     source, out = write(tmp_path / "a.txt", "a\n"), write(tmp_path / "b.csv", "mine")
 
-    with pytest.raises(DataError, match=r"b\.csv is there already. Remove it, or"):
+    with pytest.raises(DataError, match=r"b\.csv already exists"):
         label(source, out)
-    with pytest.raises(
-        DataError, match=r"cannot go into .*c\.md. .* in \.csv or \.tsv"
-    ):
+    with pytest.raises(DataError, match=r"c\.md: unsupported .* suffix \.csv or \.tsv"):
         label(source, tmp_path / "c.md")
-    with pytest.raises(DataError, match=r"what .*a\.pdf holds .* \.jsonl, \.txt"):
+    with pytest.raises(DataError, match=r"a\.pdf: unsupported .* \.jsonl, \.txt"):
         label(tmp_path / "a.pdf", tmp_path / "c.csv")
     with pytest.raises(DataError, match=r"cannot read .*none\.txt"):
         label(tmp_path / "none.txt", tmp_path / "c.csv")
-    with pytest.raises(DataError, match=r"cannot write .*c\.csv: .* and has room"):
+    with pytest.raises(DataError, match=r"cannot write .*c\.csv: .* free space"):
         label(source, out / "c.csv")
     assert out.read_text() == "mine"
 
@@ -286,7 +286,7 @@ def test_the_file_has_its_name_only_when_it_is_whole(tmp_path):
         return predict(texts)
 
     with pytest.raises(KeyboardInterrupt):
-        label_file(source, out, noted, batch=1, say=len)
+        label_file(source, out, noted, batch_size=1, log=len)
 
     assert there == [["out.csv.part"]] * 3
     assert list(out.parent.iterdir()) == []
@@ -296,12 +296,12 @@ def test_as_many_labels_as_texts_are_needed(tmp_path):
     source = write(tmp_path / "a.txt", "a\nb\n")
 
     with pytest.raises(ValueError, match="zip"):
-        label_file(source, tmp_path / "out.csv", lambda texts: [("a", 1.0)], say=len)
+        label_file(source, tmp_path / "out.csv", lambda texts: [("a", 1.0)], log=len)
     assert not (tmp_path / "out.csv").exists()
 
 
 def test_a_terminal_shows_how_much_of_the_file_is_read(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(labelling, "BAR_SECONDS", -1)
+    monkeypatch.setattr(labelling, "PROGRESS_BAR_SECONDS", -1)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     source = write(tmp_path / "a.txt", 4 * f"{'x' * 99}\n")
 
@@ -309,7 +309,7 @@ def test_a_terminal_shows_how_much_of_the_file_is_read(tmp_path, monkeypatch, ca
 
     shown = capsys.readouterr().err
     for share in ("25%", "50%", "75%", "100%"):
-        assert f"labelling a.txt [{'#' * (30 * int(share[:-1]) // 100)}" in shown
+        assert f"classifying a.txt [{'#' * (30 * int(share[:-1]) // 100)}" in shown
         assert share in shown
     assert shown.endswith("\r\033[K")
 

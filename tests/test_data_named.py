@@ -26,13 +26,13 @@ def places(tmp_path, monkeypatch):
     monkeypatch.setenv("GPTJAX_HOME", str(home))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.delenv("GPTJAX_OFFLINE", raising=False)
-    entry = named.NamedFile(
+    entry = named.DatasetFile(
         "right.txt",
         len(RIGHT),
         hashlib.sha256(RIGHT).hexdigest(),
         "http://127.0.0.1:9/",
     )
-    monkeypatch.setitem(named.NAMED, "right", entry)
+    monkeypatch.setitem(named.DATASETS, "right", entry)
     return own, home / "data"
 
 
@@ -67,8 +67,8 @@ def serving(
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         url = f"http://127.0.0.1:{server.server_port}/right.txt"
-        entry = dataclasses.replace(named.NAMED["right"], url=url)
-        monkeypatch.setitem(named.NAMED, "right", entry)
+        entry = dataclasses.replace(named.DATASETS["right"], url=url)
+        monkeypatch.setitem(named.DATASETS, "right", entry)
         try:
             yield asked
         finally:
@@ -87,7 +87,7 @@ def test_a_download_is_checked_and_kept(places, monkeypatch):
     _, cache = places
 
     with serving(monkeypatch, RIGHT, length=len(RIGHT)) as asked:
-        paths = {named.find("right") for _ in range(3)}
+        paths = {named.fetch_dataset("right") for _ in range(3)}
 
     assert paths == {cache / "right.txt"}
     assert (cache / "right.txt").read_bytes() == RIGHT
@@ -98,11 +98,11 @@ def test_a_download_is_checked_and_kept(places, monkeypatch):
 @pytest.mark.parametrize(
     ("body", "length", "status", "message"),
     [
-        (RIGHT[:-1], None, 200, "is not the file that was pinned: 134999 bytes"),
+        (RIGHT[:-1], None, 200, "pinned hash: 134999 bytes"),
         (b"X" + RIGHT[1:], None, 200, "with sha256 .*, expected 135000 bytes with"),
-        (RIGHT * 20, None, 200, "not the file that was pinned: 135001 bytes"),
-        (RIGHT + b"\n", len(RIGHT) + 1, 200, "pinned: 135001 bytes"),
-        (b"", 0, 200, "not the file that was pinned: 0 bytes"),
+        (RIGHT * 20, None, 200, "pinned hash: 135001 bytes"),
+        (RIGHT + b"\n", len(RIGHT) + 1, 200, "pinned hash: 135001 bytes"),
+        (b"", 0, 200, "pinned hash: 0 bytes"),
         (b"<html>", None, 404, "cannot download .* 404"),
         (b"", None, 503, "cannot download .* 503"),
     ],
@@ -116,9 +116,9 @@ def test_a_wrong_download_leaves_nothing(
         serving(monkeypatch, body, length=length, status=status),
         pytest.raises(DataError, match=message) as error,
     ):
-        named.find("right")
+        named.fetch_dataset("right")
 
-    assert f"put the file there yourself: {cache / 'right.txt'}" in str(error.value)
+    assert f"copy the file yourself to {cache / 'right.txt'}" in str(error.value)
     assert list(files(cache)) == []
 
 
@@ -126,17 +126,17 @@ def test_no_server_is_an_error_that_says_what_to_do(places):
     with pytest.raises(
         DataError, match=r"cannot download http://127.*Check the network"
     ):
-        named.find("right")
+        named.fetch_dataset("right")
 
 
 def test_a_stalled_server_is_given_up(places, monkeypatch):
-    monkeypatch.setattr(download, "SECONDS", 0.05)
+    monkeypatch.setattr(download, "DOWNLOAD_TIMEOUT_SECONDS", 0.05)
 
     with (
         serving(monkeypatch, RIGHT[:-1], length=len(RIGHT), stalls=True),
         pytest.raises(DataError, match=r"cannot download .*timed out"),
     ):
-        named.find("right")
+        named.fetch_dataset("right")
 
     assert list(files(places[1])) == ["right.txt.part"]
 
@@ -146,11 +146,11 @@ def test_an_interrupted_download_is_an_error_and_goes_on_next_time(places, monke
 
     with serving(monkeypatch, RIGHT[:-1], length=len(RIGHT)):
         with pytest.raises(DataError, match="ended after 134999 of 135000") as error:
-            named.find("right")
-        assert f"put the file there yourself: {cache / 'right.txt'}" in str(error.value)
+            named.fetch_dataset("right")
+        assert f"copy the file yourself to {cache / 'right.txt'}" in str(error.value)
         assert list(files(cache)) == ["right.txt.part"]
     with serving(monkeypatch, RIGHT):
-        named.find("right")
+        named.fetch_dataset("right")
 
     assert list(files(cache)) == ["right.txt"]
 
@@ -161,7 +161,7 @@ def test_a_leftover_part_is_never_taken_for_the_file(places, monkeypatch):
     (cache / "right.txt.part").write_bytes(b"x" * len(RIGHT))
 
     with serving(monkeypatch, RIGHT) as asked:
-        assert named.find("right").read_bytes() == RIGHT
+        assert named.fetch_dataset("right").read_bytes() == RIGHT
 
     assert len(asked) == 1
 
@@ -173,11 +173,11 @@ def test_offline_forbids_the_download_but_not_what_is_there(places, monkeypatch)
 
     with serving(monkeypatch, RIGHT) as asked:
         with pytest.raises(
-            DataError, match=r"GPTJAX_OFFLINE forbids.*Unset GPTJAX_OFF"
+            DataError, match=r"GPTJAX_OFFLINE disables.*Unset GPTJAX_OFF"
         ):
-            named.find("right")
+            named.fetch_dataset("right")
         (own / "right.txt").write_bytes(RIGHT)
-        assert named.find("right") == own / "right.txt"
+        assert named.fetch_dataset("right") == own / "right.txt"
 
     assert asked == []
 
@@ -187,7 +187,7 @@ def test_the_users_folder_comes_before_the_cache(places):
     cache.mkdir(parents=True)
     for folder in (cache, own):
         (folder / "right.txt").write_bytes(RIGHT)
-        assert named.find("right") == folder / "right.txt"
+        assert named.fetch_dataset("right") == folder / "right.txt"
 
 
 @pytest.mark.fast
@@ -200,7 +200,7 @@ def test_a_wrong_file_on_this_machine_is_named_with_both_hashes(places, monkeypa
     for folder in (cache, own):
         (folder / "right.txt").write_bytes(wrong)
         with pytest.raises(DataError, match="{}.*{}.*remove".format(*hashes)) as error:
-            named.find("right")
+            named.fetch_dataset("right")
         assert str(folder / "right.txt") in str(error.value)
 
 
@@ -208,23 +208,23 @@ def test_an_unknown_name_is_answered_with_the_nearest(places):
     with pytest.raises(
         DataError, match=r"'tinyshakespear'. Did you mean tinyshakespeare"
     ):
-        named.find("tinyshakespear")
+        named.fetch_dataset("tinyshakespear")
 
 
 def test_the_pins_are_those_of_the_real_files(shared_data, monkeypatch):
     monkeypatch.setenv("GPTJAX_DATA", str(shared_data))
 
-    for name, entry in named.NAMED.items():
-        assert named.find(name) == shared_data / entry.file
+    for name, entry in named.DATASETS.items():
+        assert named.fetch_dataset(name) == shared_data / entry.file_name
 
 
 def test_every_download_is_over_https():
-    assert all(e.url.startswith("https://") for e in named.NAMED.values())
+    assert all(e.url.startswith("https://") for e in named.DATASETS.values())
 
 
 def test_pythons_help_is_much_english_and_always_the_same():
-    texts = named.python_help()
+    texts = named.read_python_help()
 
     assert sum(map(len, texts)) > 300_000
     assert all(texts)
-    assert texts == named.python_help()
+    assert texts == named.read_python_help()

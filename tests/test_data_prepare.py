@@ -13,9 +13,14 @@ from gptjax import tokenizer
 from gptjax.config import DataConfig
 from gptjax.data import prepare as module
 from gptjax.data import split, text
-from gptjax.data.prepare import open_dataset, open_prepared, prepare, preview
-from gptjax.data.shards import Tokens, verify
-from gptjax.data.split import divide, read_parts
+from gptjax.data.prepare import (
+    open_dataset,
+    open_prepared,
+    prepare_dataset,
+    sample_windows,
+)
+from gptjax.data.shards import TokenDataset, verify_prepared
+from gptjax.data.split import make_split_rule, iter_split_spans
 from gptjax.data.text import find_sources
 from gptjax.errors import ConfigError, DataError
 
@@ -28,7 +33,7 @@ def jsonl(path: Path, texts: list[str]) -> Path:
     return path
 
 
-def texts_of(tokens: Tokens | None) -> list[str]:
+def texts_of(tokens: TokenDataset | None) -> list[str]:
     """The documents of a split in bytes, and its shape checked."""
     ids = tokens.read(0, len(tokens)).tolist()
     assert ids[0] == ids[-1] == EOT
@@ -69,7 +74,7 @@ def test_every_document_reaches_exactly_one_split(scratch, texts, fraction, seed
     folder = next(scratch)
     path = jsonl(folder / "a.jsonl", texts)
 
-    prepare([path], "bytes", folder / "out", val_fraction=fraction, seed=seed)
+    prepare_dataset([path], "bytes", folder / "out", val_fraction=fraction, seed=seed)
 
     train, validation, _ = open_prepared(folder / "out")
     kept, held_out = texts_of(train), texts_of(validation)
@@ -79,14 +84,14 @@ def test_every_document_reaches_exactly_one_split(scratch, texts, fraction, seed
     wanted = min(max(round(fraction * len(texts)), 1), len(texts) - 1)
     assert len(held_out) == validation.documents == wanted
     assert train.documents == len(kept)
-    assert verify(folder / "out") == []
+    assert verify_prepared(folder / "out") == []
 
 
 @pytest.mark.fast
 def test_the_stream_is_as_documented(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", ["ab", "", "c<|endoftext|>"])
 
-    info = prepare([path], "bytes", tmp_path / "out", val_fraction=0.0)
+    info = prepare_dataset([path], "bytes", tmp_path / "out", val_fraction=0.0)
 
     train, validation, _ = open_prepared(tmp_path / "out")
     assert train.read(0, len(train)).tolist() == (
@@ -103,39 +108,39 @@ def test_the_stream_is_as_documented(tmp_path):
 
 def test_the_result_does_not_depend_on_workers_or_the_moment(tmp_path, monkeypatch):
     path = jsonl(tmp_path / "a.jsonl", TEXTS)
-    monkeypatch.setattr(module, "TASK", 50)
-    monkeypatch.setattr(text, "PIECE", 20)
+    monkeypatch.setattr(module, "TASK_CHARS", 50)
+    monkeypatch.setattr(text, "CHUNK_CHARS", 20)
 
     for workers in (1, 4):
         out = tmp_path / str(workers)
-        prepare([path], "bpe:280", out, workers=workers, shard_tokens=37)
+        prepare_dataset([path], "bpe:280", out, workers=workers, shard_tokens=37)
 
     assert contents(tmp_path / "1") == contents(tmp_path / "4")
     assert len(list((tmp_path / "1").glob("train-*.bin"))) > 3
 
 
 def test_pieces_leave_the_tokens_of_a_long_document_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "PIECE", 64)
-    monkeypatch.setattr(module, "TASK", 100)
+    monkeypatch.setattr(text, "CHUNK_CHARS", 64)
+    monkeypatch.setattr(module, "TASK_CHARS", 100)
     content = " ".join(f"word{n}\n\n don't" for n in range(200))
     (tmp_path / "a.txt").write_text(content)
-    gpt2 = tokenizer.load("gpt2")
+    gpt2 = tokenizer.load_tokenizer("gpt2")
 
-    prepare([tmp_path / "a.txt"], "gpt2", tmp_path / "out", val_fraction=0.0)
+    prepare_dataset([tmp_path / "a.txt"], "gpt2", tmp_path / "out", val_fraction=0.0)
 
     train = open_prepared(tmp_path / "out").train
-    ids = [gpt2.eot, *gpt2.encode(content), gpt2.eot]
+    ids = [gpt2.eot_token, *gpt2.encode(content), gpt2.eot_token]
     assert train.read(0, len(train)).tolist() == ids
 
 
 @pytest.mark.fast
 def test_a_single_document_is_cut_where_nanogpt_cuts_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "PIECE", 10)
+    monkeypatch.setattr(text, "CHUNK_CHARS", 10)
     content = "größer " * 31
     (tmp_path / "a.txt").write_text(content)
     n = int(len(content) * 0.9)
 
-    prepare([tmp_path / "a.txt"], "bytes", tmp_path / "out")
+    prepare_dataset([tmp_path / "a.txt"], "bytes", tmp_path / "out")
 
     train, validation, _ = open_prepared(tmp_path / "out")
     assert texts_of(train) == [content[:n]]
@@ -145,7 +150,7 @@ def test_a_single_document_is_cut_where_nanogpt_cuts_it(tmp_path, monkeypatch):
 
 def test_many_documents_are_held_out_by_lot(tmp_path):
     def held_out(seed: int) -> list[str]:
-        parts = read_parts(sources, divide(sources, 0.1, seed), "")
+        parts = iter_split_spans(sources, make_split_rule(sources, 0.1, seed), "")
         return [part.text for part in parts if part.split == "validation"]
 
     count = 5000  # above the number up to which documents are counted
@@ -161,38 +166,38 @@ def test_an_own_tokenizer_is_learned_from_what_is_not_held_out(tmp_path):
     texts = [f"{word} " * 50 for word in ["apple", "stone", "river", "cloud", "bread"]]
     path = jsonl(tmp_path / "a.jsonl", texts)
 
-    info = prepare([path], "bpe:270", tmp_path / "out", val_fraction=0.2)
+    info = prepare_dataset([path], "bpe:270", tmp_path / "out", val_fraction=0.2)
 
     train, _, mine = open_prepared(tmp_path / "out")
     kept = [
         mine.decode(train.read(start + 1, stop - start - 1))
-        for start, stop in map(train.document, range(train.documents))
+        for start, stop in map(train.document_range, range(train.documents))
     ]
     assert len(kept) == 4
     assert mine.hash == info.meta["tokenizer"]["hash"]
-    assert mine.hash == tokenizer.train(kept, 270).hash
-    assert mine.hash != tokenizer.train(texts, 270).hash
+    assert mine.hash == tokenizer.train_tokenizer(kept, 270).hash
+    assert mine.hash != tokenizer.train_tokenizer(texts, 270).hash
     assert (mine.name, mine.vocab_size) == ("bpe:270", 270)
-    with pytest.raises(ConfigError, match=r"'bpe:many' has no size. Write bpe:2048"):
-        prepare([path], "bpe:many", tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"'bpe:many' has no size"):
+        prepare_dataset([path], "bpe:many", tmp_path / "other")
 
 
 @pytest.mark.fast
 def test_the_same_call_again_finds_its_work_done_and_another_is_refused(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", TEXTS)
     out = tmp_path / "out"
-    first = prepare([path], "bytes", out)
+    first = prepare_dataset([path], "bytes", out)
     before = contents(out), (out / "meta.json").stat().st_mtime_ns
 
-    assert prepare([path], "bytes", out) == first
+    assert prepare_dataset([path], "bytes", out) == first
     for change in ({"seed": 1}, {"val_fraction": 0.2}, {"tokenizer": "bpe:280"}):
         with pytest.raises(
             DataError, match="out already holds other data, or the same"
         ):
-            prepare([path], **{"tokenizer": "bytes", "out": out, **change})
+            prepare_dataset([path], **{"tokenizer": "bytes", "out": out, **change})
     jsonl(path, TEXTS[:-1])
-    with pytest.raises(DataError, match="Name another folder, or remove this one"):
-        prepare([path], "bytes", out)
+    with pytest.raises(DataError, match="Choose another folder, or remove this one"):
+        prepare_dataset([path], "bytes", out)
     assert (contents(out), (out / "meta.json").stat().st_mtime_ns) == before
 
 
@@ -200,19 +205,19 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", TEXTS)
     out = tmp_path / "out"
     out.mkdir()
-    prepare([path], "bytes", out)  # an empty one is fine
+    prepare_dataset([path], "bytes", out)  # an empty one is fine
 
     for other in (path, path.parent):
         with pytest.raises(DataError, match="already holds other data"):
-            prepare([path], "bytes", other)
-    with pytest.raises(DataError, match=r"cannot write .*Choose a folder that can be"):
-        prepare([path], "bytes", path / "below")
+            prepare_dataset([path], "bytes", other)
+    with pytest.raises(DataError, match=r"cannot write .*Choose a writable folder"):
+        prepare_dataset([path], "bytes", path / "below")
 
 
 @pytest.mark.parametrize("broken", ["encode_array", "save"])
 def test_a_failure_leaves_nothing_that_looks_finished(tmp_path, monkeypatch, broken):
     path = jsonl(tmp_path / "a.jsonl", TEXTS)
-    monkeypatch.setattr(module, "TASK", 50)
+    monkeypatch.setattr(module, "TASK_CHARS", 50)
     calls = []
     original = getattr(tokenizer.Tokenizer, broken)
 
@@ -224,38 +229,36 @@ def test_a_failure_leaves_nothing_that_looks_finished(tmp_path, monkeypatch, bro
 
     monkeypatch.setattr(tokenizer.Tokenizer, broken, fails)
     with pytest.raises(DataError, match=r"cannot write .*out: no space left on device"):
-        prepare([path], "bytes", tmp_path / "out")
+        prepare_dataset([path], "bytes", tmp_path / "out")
 
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
 def test_text_that_is_not_there_or_too_short_is_refused(tmp_path):
     for texts, message in [
-        ([], "there is no text: every file and row is empty"),
-        (["", ""], "there is no text: every file and row is empty"),
-        (["a"], "too short to hold out val_fraction=0.1 of it.* --val-fraction 0"),
+        ([], "no text: all files and rows are empty"),
+        (["", ""], "no text: all files and rows are empty"),
+        (["a"], "too short for val_fraction=0.1.* --val-fraction 0"),
     ]:
         path = jsonl(tmp_path / "a.jsonl", texts)
         with pytest.raises(DataError, match=message):
-            prepare([path], "bytes", tmp_path / "out")
+            prepare_dataset([path], "bytes", tmp_path / "out")
     assert os.listdir(tmp_path) == ["a.jsonl"]
     for values in ({"val_fraction": 1.0}, {"val_fraction": -0.1}, {"shard_tokens": 0}):
-        with pytest.raises(
-            ConfigError, match=r"has to be in \[0, 1\), and shard_tokens"
-        ):
-            prepare([path], "bytes", tmp_path / "out", **values)
+        with pytest.raises(ConfigError, match=r"must be in \[0, 1\), and shard_tokens"):
+            prepare_dataset([path], "bytes", tmp_path / "out", **values)
 
 
 def test_a_summary_and_windows_show_what_was_made(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
 
-    info = str(prepare([path], "bytes", tmp_path / "out"))
+    info = str(prepare_dataset([path], "bytes", tmp_path / "out"))
 
     assert "a.jsonl, column 'body'" in info
     assert "bytes tokens" in info
     assert "18 documents" in info
-    windows = preview(tmp_path / "out", n=3, length=20)
+    windows = sample_windows(tmp_path / "out", n=3, length=20)
     assert len(windows) == 3
     assert windows[0].startswith("<|endoftext|>Document ")
 
@@ -266,17 +269,17 @@ def test_text_is_prepared_once_for_a_run(tmp_path, monkeypatch):
     config = DataConfig(source=str(path), tokenizer="bytes")
 
     first = open_dataset(config, tmp_path / "run")
-    monkeypatch.setattr(module, "write_folder", None)  # would fail if it were called
+    monkeypatch.setattr(module, "write_prepared", None)  # would fail if it were called
     second = open_dataset(config, tmp_path / "run")
 
     assert texts_of(first.train) == texts_of(second.train)
-    assert first.tokenizer == second.tokenizer == tokenizer.load("bytes")
+    assert first.tokenizer == second.tokenizer == tokenizer.load_tokenizer("bytes")
 
 
 def test_a_prepared_folder_is_opened_with_its_own_tokenizer_only(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", TEXTS)
-    prepare([path], "bytes", tmp_path / "bytes")
-    prepare([path], "bpe:280", tmp_path / "bpe")
+    prepare_dataset([path], "bytes", tmp_path / "bytes")
+    prepare_dataset([path], "bpe:280", tmp_path / "bpe")
 
     def opened(source: str, name: str) -> tokenizer.Tokenizer:
         config = DataConfig(source=str(tmp_path / source), tokenizer=name)
@@ -289,18 +292,18 @@ def test_a_prepared_folder_is_opened_with_its_own_tokenizer_only(tmp_path):
     assert not (tmp_path / "run").exists()
     for source, name in (("bpe", "bytes"), ("bytes", "bpe:280"), ("bytes", folder)):
         with pytest.raises(
-            DataError, match=r"wrong tokenizer for the data: .*prepared"
+            DataError, match=r"data\.tokenizer=.* does not match .*prepared"
         ):
             opened(source, name)
 
 
 def test_a_swapped_tokenizer_is_noticed(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", TEXTS)
-    prepare([path], "bytes", tmp_path / "out")
-    tokenizer.train(TEXTS, 260).save(tmp_path / "out" / "tokenizer")
+    prepare_dataset([path], "bytes", tmp_path / "out")
+    tokenizer.train_tokenizer(TEXTS, 260).save(tmp_path / "out" / "tokenizer")
 
     with pytest.raises(
-        DataError, match=r"tokenizer has the hash .* made by .*Prepare th"
+        DataError, match=r"tokenizer has the hash .* prepared with .*Prepare th"
     ):
         open_prepared(tmp_path / "out")
 
@@ -309,24 +312,24 @@ def test_foreign_tokens_are_opened_with_the_configured_tokenizer(tmp_path):
     np.array([*b"ab", EOT, *b"c", EOT], "<u2").tofile(tmp_path / "val.bin")
     config = DataConfig(source=str(tmp_path), tokenizer="bytes")
 
-    with pytest.raises(DataError, match=r"tokens for validation only. Add a file"):
+    with pytest.raises(DataError, match=r"has validation tokens only"):
         open_dataset(config, tmp_path / "run")
     (tmp_path / "val.bin").rename(tmp_path / "train.bin")
     train, validation, bytes_ = open_dataset(config, tmp_path / "run")
 
     assert train.read(0, 5).tolist() == [*b"ab", EOT, *b"c", EOT]
-    assert (train.eot, train.vocab_size) == (bytes_.eot, bytes_.vocab_size)
+    assert (train.eot, train.vocab_size) == (bytes_.eot_token, bytes_.vocab_size)
     assert validation is None
 
 
 def test_a_bar_is_shown_on_a_terminal_only(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(split, "BAR_SECONDS", -1)
+    monkeypatch.setattr(split, "PROGRESS_BAR_SECONDS", -1)
     sources = find_sources([jsonl(tmp_path / "a.jsonl", TEXTS)])
 
-    list(split.read_all(sources, "encoding"))
+    list(split.iter_all_chunks(sources, "encoding"))
     quiet = capsys.readouterr()
     monkeypatch.setattr(split.sys.stderr, "isatty", lambda: True)
-    list(split.read_all(sources, "encoding"))
+    list(split.iter_all_chunks(sources, "encoding"))
 
     assert (quiet.out, quiet.err) == ("", "")
     shown = capsys.readouterr()
@@ -335,7 +338,9 @@ def test_a_bar_is_shown_on_a_terminal_only(tmp_path, monkeypatch, capsys):
 
 
 def test_real_texts_are_prepared_as_nanogpt_counts_them(tmp_path, shared_data):
-    splits = prepare(["tinyshakespeare"], "gpt2", tmp_path / "out").meta["splits"]
+    splits = prepare_dataset(["tinyshakespeare"], "gpt2", tmp_path / "out").meta[
+        "splits"
+    ]
 
     # nanoGPT's readme: 301,966 and 36,059 tokens; ours have an eot at each end.
     assert splits["train"]["tokens"] == 301_966 + 2

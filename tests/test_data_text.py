@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gptjax import tokenizer
 from gptjax.data import rows, text
-from gptjax.data.text import count_documents, cut_document, find_sources, read_pieces
+from gptjax.data.text import count_documents, chunk_document, find_sources, iter_chunks
 from gptjax.errors import DataError
 
 quiet = settings(
@@ -30,16 +30,16 @@ line_of_text = st.text(
 @pytest.fixture(scope="module")
 def gpt2():
     """The tokenizer that the places to cut are chosen for."""
-    return tokenizer.load("gpt2")
+    return tokenizer.load_tokenizer("gpt2")
 
 
 def documents(*paths: Path | str, column: str = "") -> list[str]:
     """The whole documents of files."""
     whole, pieces = [], []
     for source in find_sources(paths, column):
-        for piece in read_pieces(source):
+        for piece in iter_chunks(source):
             pieces.append(piece.text)
-            if piece.last:
+            if piece.is_last:
                 whole.append("".join(pieces))
                 pieces = []
     assert not pieces
@@ -97,7 +97,7 @@ def test_empty_documents_do_not_exist(tmp_path):
 @given(st.lists(line_of_text), st.integers(1, 7), st.booleans())
 def test_blocks_may_split_characters(tmp_path, monkeypatch, lines, block, mark):
     content = "\n".join(lines).removeprefix("\ufeff")
-    monkeypatch.setattr(rows, "BLOCK", block)
+    monkeypatch.setattr(rows, "READ_BLOCK_BYTES", block)
     path = write(tmp_path / "a.txt", b"\xef\xbb\xbf" * mark + content.encode())
 
     assert "".join(documents(path)) == content
@@ -106,9 +106,9 @@ def test_blocks_may_split_characters(tmp_path, monkeypatch, lines, block, mark):
 @quiet
 @given(st.text(), st.integers(1, 9))
 def test_pieces_are_short_and_make_up_the_document(monkeypatch, content, size):
-    monkeypatch.setattr(text, "PIECE", size)
+    monkeypatch.setattr(text, "CHUNK_CHARS", size)
 
-    pieces = list(cut_document([content[:5], content[5:]]))
+    pieces = list(chunk_document([content[:5], content[5:]]))
 
     assert "".join(piece for piece, _ in pieces) == content
     assert all(0 < len(piece) <= size for piece, _ in pieces)
@@ -128,11 +128,11 @@ def test_pieces_are_short_and_make_up_the_document(monkeypatch, content, size):
     )
 )
 def test_tokens_of_the_pieces_are_those_of_the_document(monkeypatch, gpt2, words):
-    monkeypatch.setattr(text, "PIECE", 16)
+    monkeypatch.setattr(text, "CHUNK_CHARS", 16)
     # Some place to cut is needed in each 16 characters.
     content = "".join(word + space + "a b" for word, space in words)
 
-    pieces = [piece for piece, _ in cut_document([content])]
+    pieces = [piece for piece, _ in chunk_document([content])]
 
     assert [i for p in pieces for i in gpt2.encode(p)] == gpt2.encode(content)
 
@@ -144,33 +144,33 @@ def test_invalid_utf8_is_told_with_its_line(tmp_path, name, bad):
     path = write(tmp_path / name, b'["a",\n"b",\n"' + bad + b'"]\n')
 
     with pytest.raises(DataError, match=rf"{name}:3: not UTF-8 .* Save the file as"):
-        list(rows.strict_text(rows.read_blocks(io.BytesIO(path.read_bytes())), path))
+        list(rows.decode_utf8(rows.read_blocks(io.BytesIO(path.read_bytes())), path))
     with pytest.raises(DataError, match=rf"{name}:\d"):
         documents(path)
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 1000])
 def test_the_line_does_not_depend_on_the_blocks(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(rows, "BLOCK", block)
+    monkeypatch.setattr(rows, "READ_BLOCK_BYTES", block)
 
     for bad in (b"\xe2\x28\xa1", b"\0", b"\xe2\x82"):
         path = write(tmp_path / "a.txt", "é\n\n€".encode() + bad)
-        with pytest.raises(DataError, match=r"a\.txt:3: (not UTF-8|a NUL character)"):
+        with pytest.raises(DataError, match=r"a\.txt:3: (not UTF-8|NUL character)"):
             documents(path)
 
 
 BAD_JSON = {
-    '"a"\n{"text": NaN}': ":2: not JSON: NaN is no JSON number",
-    '"a"\n{"text": -Infinity}': ":2: not JSON: -Infinity is no JSON number",
-    '"a"\n{"text": "b", "text": "c"}': ":2: not JSON: a name appears twice",
+    '"a"\n{"text": NaN}': ":2: not JSON: NaN",
+    '"a"\n{"text": -Infinity}': ":2: not JSON: -Infinity",
+    '"a"\n{"text": "b", "text": "c"}': ":2: not JSON: an object has duplicate keys",
     '"a"\n' + "[" * 100_000: ":2: not JSON: lists or objects are nested more than",
     '"a"\n' + "9" * 5000: ":2: not JSON",
     '"a"\n\n{"text": ': ":3: not JSON: Expecting value",
-    '"a" "b"': ":1: not one JSON value but ' \"b\"' after it",
-    '"a"\n"\\ud800"': ":2: half a surrogate pair",
-    '"a"\n"b\\u0000"': ":2: a NUL character",
+    '"a" "b"': ":1: ' \"b\"' after the JSON value",
+    '"a"\n"\\ud800"': ":2: unpaired surrogate",
+    '"a"\n"b\\u0000"': ":2: NUL character",
     '"a"\n3': ":2: the row is 3, not a string",
-    '{"text": "a"}\n"b"': ":2: no column 'text'. Columns: none. Choose with --column",
+    '{"text": "a"}\n"b"': ":2: no column 'text'. Columns: none. Choose one with --col",
     '{"text": "a"}\n{"body": "b"}': ":2: no column 'text'. Columns: body.",
     '{"text": "a"}\n{"text": null}': ":2: column 'text' is None, not a string",
 }
@@ -189,12 +189,12 @@ def test_bad_rows_of_jsonl_are_told_with_their_line(tmp_path, content):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", ":1: not a list of rows. Put them between"),
-        ('\n{"text": "a"}', ":1: not a list of rows"),
+        ("", ":1: not a JSON array. Put the rows between"),
+        ('\n{"text": "a"}', ":1: not a JSON array"),
         ('["a",\n\n"b",]', ":3: not JSON: Expecting value"),
-        ('["a"\n\n"b"]', ":3: the list does not go on with a comma or end with ]"),
-        ('["a",\n"b"', ":2: the list does not go on"),
-        ('["a"]\n\n["b"]', ":1: the list does not go on"),
+        ('["a"\n\n"b"]', ":3: expected a comma or the closing ]"),
+        ('["a",\n"b"', ":2: expected a comma or the closing ]"),
+        ('["a"]\n\n["b"]', ":1: expected a comma or the closing ]"),
         ('[\n{"text": "a"},\n{"text": NaN}]', ":3: not JSON: NaN"),
         ('[\n"a",\n\n  7]', ":4: the row is 7, not a string"),
         ("[[[" * 50_000, ":1: not JSON: lists or objects are nested more than"),
@@ -212,11 +212,11 @@ def test_bad_json_lists_are_told_with_their_line(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("id,text\n1,a\n2\n", ":3: 1 fields under 2 column names. Quote text"),
-        ('id,text\n1,"a\n\nb"\n2,c,d\n', ":5: 3 fields under 2 column names"),
+        ("id,text\n1,a\n2\n", ":3: 1 fields, but 2 columns"),
+        ('id,text\n1,"a\n\nb"\n2,c,d\n', ":5: 3 fields, but 2 columns"),
         ('id,text\n1,"a\nb', ":2: not CSV: unexpected end of data"),
         ('id,text\n1,"a"b\n', ":2: not CSV"),
-        ("text,text\na,b\n", ":1: a column name appears twice"),
+        ("text,text\na,b\n", ":1: duplicate column name in ['text', 'text']"),
     ],
 )
 def test_bad_csv_is_told_with_its_line(tmp_path, content, message):
@@ -237,7 +237,7 @@ def test_json_lists_are_read_as_python_reads_them(tmp_path, items, indent):
     content = json.dumps(items, indent=indent)
     file = io.BytesIO(content.encode())
 
-    found = list(rows.json_rows(file, tmp_path))
+    found = list(rows.read_json_array(file, tmp_path))
 
     assert [row for _, row in found] == json.loads(content)
     lines = [line for line, _ in found]
@@ -264,13 +264,13 @@ def test_any_bytes_give_text_or_an_error_with_file_and_line(tmp_path, kind, cont
 
 
 def test_rows_that_would_fill_the_memory_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "LINE_BYTES", 100)
-    monkeypatch.setattr(rows, "JSON_CHARACTERS", 100)
+    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(rows, "MAX_JSON_CHARS", 100)
     long = "x" * 101
 
     for name, content, message in [
-        ("a.jsonl", f'"a"\n"{long}"', ":2: a line of more than 100 bytes"),
-        ("a.csv", f"text\na\n{long}", ":3: a line of more than 100 bytes"),
+        ("a.jsonl", f'"a"\n"{long}"', ":2: line of more than 100 bytes"),
+        ("a.csv", f"text\na\n{long}", ":3: line of more than 100 bytes"),
         ("b.csv", 'text\n"' + "a\n" * 99, ":2: not CSV: field larger than"),
         ("a.json", f'["{long}"]', " has more than 100 characters.* Write it as .jsonl"),
     ]:
@@ -285,9 +285,7 @@ def test_a_damaged_gzip_file_is_refused(tmp_path, name):
     flipped[-5] ^= 1
 
     for data in (whole[:-9], bytes(flipped), b"plain text", whole[:12] + b"\xff" * 30):
-        with pytest.raises(
-            DataError, match=f"cannot read .*{name}: .*that it is whole"
-        ):
+        with pytest.raises(DataError, match=f"cannot read .*{name}: .*is complete"):
             documents(write(tmp_path / name, data))
 
 
@@ -296,7 +294,7 @@ def test_reading_takes_memory_for_a_piece_only(tmp_path):
     (source,) = find_sources([path])
     tracemalloc.start()
 
-    size = sum(len(piece.text) for piece in read_pieces(source))
+    size = sum(len(piece.text) for piece in iter_chunks(source))
 
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -325,7 +323,9 @@ def test_the_column_is_guessed_from_the_first_row(tmp_path, row, column):
 def test_an_ambiguous_column_has_to_be_named(tmp_path):
     path = write(tmp_path / "a.csv", "title,body\na,b\n")
 
-    with pytest.raises(DataError, match=r"a\.csv:2: .* strings: title, body. Name one"):
+    with pytest.raises(
+        DataError, match=r"a\.csv:2: .* columns: title, body. .*text_column"
+    ):
         documents(path)
     with pytest.raises(DataError, match=r"a\.csv:2: no column 'bod'. Columns: title,"):
         documents(path, column="bod")
@@ -352,19 +352,21 @@ def test_paths_without_text_are_refused(tmp_path):
 
     for path in (tmp_path / "none.txt", tmp_path / "*.txt", tmp_path / "images"):
         with pytest.raises(
-            DataError, match=r"no text is found at .*Give a file, a fold"
+            DataError, match=r"no text files found at .*Give a file, a fold"
         ):
             find_sources([path])
-    with pytest.raises(DataError, match=r"what .*a\.png holds .*Rename it to end in"):
+    with pytest.raises(
+        DataError, match=r"unknown file type: .*a\.png\. Rename it to end in"
+    ):
         find_sources([tmp_path / "images" / "a.png"])
     with pytest.raises(DataError, match=r"cannot read .*folder.txt"):
-        text.read_text(tmp_path / "folder.txt")
+        text.read_text_file(tmp_path / "folder.txt")
 
 
 def test_read_text_is_the_whole_file_of_any_name(tmp_path):
     path = write(tmp_path / "README", "a\n" * 400_000)
 
-    assert text.read_text(path) == "a\n" * 400_000
+    assert text.read_text_file(path) == "a\n" * 400_000
 
 
 def test_named_sets_are_texts_too(shared_data):

@@ -11,7 +11,7 @@ import gptjax
 from gptjax import evaluate
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError, DataError
-from gptjax.loss import next_token_nats
+from gptjax.loss import cross_entropy_sum
 from gptjax.model import apply, init
 from gptjax.weights.folder import Model
 
@@ -37,8 +37,10 @@ def test_every_token_but_the_first_is_scored_exactly_once(length, stride):
     token_L = np.arange(1, length + 1, dtype=np.int32)
 
     scored = []
-    for batch in evaluate.windows(token_L, 16, stride, rows=3, eot=None):
-        counted = batch["weights"] > 0
+    for batch in evaluate.sliding_windows(
+        token_L, 16, stride, batch_size=3, eot_token=None
+    ):
+        counted = batch["loss_weights"] > 0
         scored += batch["targets"][counted].tolist()
         assert (batch["targets"] - batch["tokens"])[counted].tolist() == [1] * sum(
             counted.ravel()
@@ -50,10 +52,10 @@ def test_every_token_but_the_first_is_scored_exactly_once(length, stride):
 def test_a_smaller_stride_gives_each_token_at_least_the_rest_to_look_back_at():
     token_L = np.arange(1, 101, dtype=np.int32)
 
-    for batch in evaluate.windows(token_L, 16, 4, rows=4, eot=None):
+    for batch in evaluate.sliding_windows(token_L, 16, 4, batch_size=4, eot_token=None):
         place = np.broadcast_to(np.arange(16), batch["tokens"].shape)
         first = batch["tokens"][:, :1] == 1
-        assert (place[(batch["weights"] > 0) & ~first] >= 12).all()
+        assert (place[(batch["loss_weights"] > 0) & ~first] >= 12).all()
 
 
 @pytest.mark.fast
@@ -63,20 +65,20 @@ def test_the_loss_of_a_short_text_is_that_of_one_plain_forward_pass(model):
     token_BT = jnp.array([ids], jnp.int32)
     logits = apply(model.config, model.params, token_BT[:, :-1])
     weights = jnp.ones((1, len(ids) - 1))
-    nats, _ = next_token_nats(logits, token_BT[:, 1:], weights)
+    nats, _ = cross_entropy_sum(logits, token_BT[:, 1:], weights)
 
     result = evaluate.score(model, text)
 
-    assert result.nats == pytest.approx(float(nats), rel=1e-6)
+    assert result.total_loss == pytest.approx(float(nats), rel=1e-6)
     assert result.tokens == result.bytes == len(text)
     assert result.perplexity == pytest.approx(math.exp(result.loss))
     assert result.bits_per_byte == pytest.approx(float(nats) / math.log(2) / len(text))
 
 
 def test_the_loss_of_a_token_does_not_depend_on_its_batch(model):
-    scorer = evaluate.make_scorer(model.config)
+    scorer = evaluate.make_eval_step(model.config)
     ids = np.array(model.tokenizer.encode(TEXT), np.int32)
-    batch = next(evaluate.windows(ids, 16, 16, rows=4, eot=None))
+    batch = next(evaluate.sliding_windows(ids, 16, 16, batch_size=4, eot_token=None))
     alone = {name: leaf.copy() for name, leaf in batch.items()}
     for name in ("tokens", "targets"):
         alone[name][1:] = 0

@@ -13,19 +13,19 @@ import gptjax
 from gptjax import boxes, evaluate, figures
 from gptjax.config import OptimConfig
 from gptjax.errors import ConfigError, DataError
-from gptjax.evaluate import token_nats
+from gptjax.evaluate import token_losses
 from gptjax.figures import (
     attention_figure,
-    mask_figure,
+    loss_mask_figure,
     next_token_figure,
-    next_tokens,
-    pieces_figure,
+    next_token_probs,
+    tokenization_figure,
     schedule_figure,
     token_loss_figure,
 )
 from gptjax.optim import learning_rates
-from gptjax.preview import parts, preview_rows
-from gptjax.tokenizer import load, train
+from gptjax.preview import token_segments, preview_rows
+from gptjax.tokenizer import load_tokenizer, train_tokenizer
 from gptjax.weights.folder import Model
 from tests.pictures import (
     assert_boxes_hold_their_texts,
@@ -36,7 +36,7 @@ from tests.pictures import (
 )
 from tests.small_models import make_model
 
-BYTES = load("bytes")
+BYTES = load_tokenizer("bytes")
 HARD = "$x$ é漢👩\u200d👧😀\tnaïve\r\n\n\x1b[2J\u202e _{^\\frac $ <|endoftext|>"
 
 
@@ -87,7 +87,9 @@ def test_each_panel_is_the_weights_of_its_head(heads):
 def test_only_the_outer_panels_are_labelled_with_tokens(heads, columns, size):
     labels = [f"␣token {n}…" for n in range(size)]
 
-    figure = drawn(figures.panels(np.zeros((heads, size, size)), labels, "title"))
+    figure = drawn(
+        figures.attention_panels(np.zeros((heads, size, size)), labels, "title")
+    )
 
     for head, axes in enumerate(figure.axes[:heads]):
         left = [label.get_text() for label in axes.get_yticklabels()]
@@ -112,7 +114,7 @@ def test_nats_of_tokens_are_those_of_a_plain_pass_and_of_score(model, text):
     logit_BTV = gptjax.apply(model.config, model.params, jnp.array([read[:-1]]))
     chance_LV = jax.nn.log_softmax(logit_BTV[0])
 
-    ids, nat_L = token_nats(model, text)
+    ids, nat_L = token_losses(model, text)
 
     assert ids == read[1:]
     assert nat_L.shape == (len(ids),)
@@ -131,23 +133,23 @@ def test_texts_of_all_lengths_are_read_by_one_program(model, monkeypatch):
         shapes.add(batch["tokens"].shape)
         return np.zeros(batch["tokens"].shape)
 
-    monkeypatch.setattr(evaluate, "scorer_of", lambda config: scorer)
+    monkeypatch.setattr(evaluate, "eval_step_for", lambda config: scorer)
     for text in ("a", "to be", "x" * 128):
-        token_nats(model, text)
+        token_losses(model, text)
 
     assert shapes == {(1, 128)}
 
 
 def test_a_text_without_tokens_or_with_too_many_has_no_nats(model):
-    with pytest.raises(DataError, match=r"no token to score. Give text"):
-        token_nats(model, "")
+    with pytest.raises(DataError, match="no token to score"):
+        token_losses(model, "")
     with pytest.raises(ConfigError, match=r"129 tokens, more than .* 128. Shorten it"):
-        token_nats(model, "x" * 129)
+        token_losses(model, "x" * 129)
 
 
 def test_a_box_is_the_darker_the_more_nats_its_token_has(model):
     text = "To be, or not to be: that is"
-    _, nat_L = token_nats(model, text)
+    _, nat_L = token_losses(model, text)
 
     figure = token_loss_figure(model, text)
 
@@ -164,13 +166,13 @@ def test_a_box_is_the_darker_the_more_nats_its_token_has(model):
 
 def test_tokens_that_share_a_character_share_a_box_and_add_their_nats(model, other):
     bounds = [(0, 1), (1, 5), (5, 6)]
-    (_, nat_L), (_, other_L) = (token_nats(m, "a😀b") for m in (model, other))
+    (_, nat_L), (_, other_L) = (token_losses(m, "a😀b") for m in (model, other))
     values = np.array([(other_L - nat_L)[a:b].sum() for a, b in bounds])
     most = max(1.0, abs(values).max())
 
     figure = token_loss_figure(model, "a😀b", other)
 
-    expected = figures.WORSE_BETTER((values + most) / (2 * most))[:, :3]
+    expected = figures.DIVERGING_CMAP((values + most) / (2 * most))[:, :3]
     np.testing.assert_allclose(faces(figure), expected, atol=0.01)
     assert written(figure)[1:] == ["a", "😀", "b"]
 
@@ -179,7 +181,7 @@ def test_a_comparison_is_blue_where_the_model_is_better_and_orange_elsewhere(
     model, other
 ):
     text = "To be, or not to be: that is"
-    (_, nat_L), (_, other_L) = token_nats(model, text), token_nats(other, text)
+    (_, nat_L), (_, other_L) = token_losses(model, text), token_losses(other, text)
 
     figure = token_loss_figure(model, text, other)
 
@@ -191,11 +193,11 @@ def test_a_comparison_is_blue_where_the_model_is_better_and_orange_elsewhere(
     assert title == (
         f"mean nats per token: model {nat_L.mean():.3f}, other {other_L.mean():.3f}"
     )
-    assert to_hex(figures.WORSE_BETTER(1.0)) == figures.BLUE.lower()
+    assert to_hex(figures.DIVERGING_CMAP(1.0)) == figures.BLUE.lower()
 
 
 def test_swapping_the_models_mirrors_the_colours(model, other):
-    table = figures.WORSE_BETTER(np.linspace(0, 1, 256))[:, None, :3]
+    table = figures.DIVERGING_CMAP(np.linspace(0, 1, 256))[:, None, :3]
 
     def places(*models):
         found = np.array(faces(token_loss_figure(models[0], "to be é", models[1])))
@@ -215,11 +217,11 @@ def test_a_model_compared_with_itself_is_white(model):
 
 
 def test_losses_of_other_tokenizers_and_of_too_much_text_are_not_drawn(model, other):
-    letters = Model(model.config, model.params, train(["abab"], 258))
+    letters = Model(model.config, model.params, train_tokenizer(["abab"], 258))
 
     with pytest.raises(ConfigError, match=r"'bytes' and 'bpe:258', .* bits_per_byte"):
         token_loss_figure(model, "ab", letters)
-    with pytest.raises(ConfigError, match=r"text is empty,.* Give some"):
+    with pytest.raises(ConfigError, match="text is empty"):
         token_loss_figure(model, "")
     with pytest.raises(ConfigError, match=r"81 tokens, more than .* 80. Shorten it"):
         token_loss_figure(model, "x" * 81, other)
@@ -233,18 +235,18 @@ def test_next_tokens_are_the_softmax_of_the_last_scores(vocab_multiple):
     logit_BTV = gptjax.apply(model.config, model.params, token_BT)
 
     for temperature in (0.5, 1.0, 2.0):
-        found = next_tokens(model, "to be", 1000, temperature)
+        found = next_token_probs(model, "to be", 1000, temperature)
 
         chance_V = jax.nn.softmax(logit_BTV[0, -1, :257] / temperature)
         best_V = np.argsort(-chance_V, kind="stable")
-        names = [boxes.readable(BYTES.decode_bytes([i])) for i in best_V]
+        names = [boxes.visible_text(BYTES.decode_bytes([i])) for i in best_V]
         assert [text for text, _ in found] == names
         chances = [chance for _, chance in found]
         np.testing.assert_allclose(chances, chance_V[best_V], rtol=1e-4)
 
 
 def test_a_lower_temperature_gives_the_likeliest_more_and_keeps_the_order(model):
-    cold, warm, hot = (next_tokens(model, "é", 257, t) for t in (0.1, 1.0, 9.0))
+    cold, warm, hot = (next_token_probs(model, "é", 257, t) for t in (0.1, 1.0, 9.0))
 
     assert cold[0][1] > warm[0][1] > hot[0][1]
     assert cold[-1][1] < warm[-1][1] < hot[-1][1]
@@ -254,10 +256,10 @@ def test_a_lower_temperature_gives_the_likeliest_more_and_keeps_the_order(model)
 def test_of_a_long_prompt_the_end_is_read():
     model = make_model(context_length=8)
 
-    found = next_tokens(model, "something else 12345678")
+    found = next_token_probs(model, "something else 12345678")
 
-    assert found == next_tokens(model, "12345678")
-    assert found != next_tokens(model, "12345677")
+    assert found == next_token_probs(model, "12345678")
+    assert found != next_token_probs(model, "12345677")
 
 
 @pytest.mark.parametrize("temperatures", [(1.0,), (0.5, 1.0), (0.1, 0.5, 1.0, 2.0)])
@@ -268,7 +270,7 @@ def test_bars_are_the_probabilities_at_each_temperature(model, temperatures):
     assert_nothing_is_cut_off(figure)
     assert len(axes.containers) == len(temperatures)
     for bars, t in zip(axes.containers, temperatures, strict=True):
-        chances = [chance for _, chance in next_tokens(model, "to $be$", 5, t)]
+        chances = [chance for _, chance in next_token_probs(model, "to $be$", 5, t)]
         assert [bar.get_width() for bar in bars] == chances
     assert len({bars[0].get_facecolor() for bars in axes.containers}) == len(
         temperatures
@@ -280,52 +282,54 @@ def test_bars_are_the_probabilities_at_each_temperature(model, temperatures):
 
 
 def test_probabilities_that_cannot_be_asked_for_are_refused(model):
-    with pytest.raises(ConfigError, match=r"temperature=0.0 is not above 0. Choose 1"):
+    with pytest.raises(ConfigError, match=r"temperature=0\.0 "):
         next_token_figure(model, "a", 3, (1.0, 0.0))
-    with pytest.raises(ConfigError, match="temperature=nan is not above 0"):
-        next_tokens(model, "a", 3, math.nan)
-    with pytest.raises(ConfigError, match=r"count=0 shows no token. Choose 1"):
+    with pytest.raises(ConfigError, match="temperature=nan "):
+        next_token_probs(model, "a", 3, math.nan)
+    with pytest.raises(ConfigError, match="count=0 "):
         next_token_figure(model, "a", 0)
     with pytest.raises(ConfigError, match=r"count=31 at 2 .* 62 bars, not 1 to 60"):
         next_token_figure(model, "a", 31, (1.0, 2.0))
-    with pytest.raises(ConfigError, match=r"count=10 at 0 temperatures makes 0 bars"):
+    with pytest.raises(ConfigError, match=r"count=10 at 0 .* 0 bars"):
         next_token_figure(model, "a", temperatures=())
     with pytest.raises(ConfigError, match="prompt is empty"):
-        next_tokens(model, "")
+        next_token_probs(model, "")
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("row", "title"),
     [
-        (0, "8 of 155 tokens are learned"),
-        (1, "4 of 344 tokens are learned; the first 93 are cut off"),
-        (2, "0 of 542 tokens are learned; its last answer does not fit"),
+        (0, "8 of 155 tokens are trained"),
+        (1, "4 of 344 tokens are trained; the first 93 are truncated"),
+        (2, "0 of 542 tokens are trained; skipped, as the last answer"),
     ],
 )
 def test_exactly_what_is_learned_is_marked_as_such(preview, row, title):
     one, blue = preview.rows[row], to_hex(figures.PALE_BLUE)
 
-    figure = mask_figure(preview, row)
+    figure = loss_mask_figure(preview, row)
 
     # A box in the order of the text; then those of the legend.
     shown = [to_hex(face) for face in faces(figure)]
-    *states, end = [part.state for part in parts(preview.tokenizer, one)]
+    *states, end = [part.state for part in token_segments(preview.tokenizer, one)]
     assert [face == blue for face in shown[: len(states)]] == [
-        state == "learned" for state in states
+        state == "trained" for state in states
     ]
-    assert shown.count(blue) == states.count("learned") + 1
+    assert shown.count(blue) == states.count("trained") + 1
     assert len(shown) == len(states) + 1 + 4
-    ruled = [state for state in [*states, end, "learned", "cut"] if state != "given"]
+    ruled = [
+        state for state in [*states, end, "trained", "truncated"] if state != "context"
+    ]
     assert len(figure.axes[0].lines) == len(ruled)
     assert written(figure)[0].replace("\n", " ").startswith(title)
-    assert written(figure)[-4:] == ["learned", "given", "cut", "end token"]
+    assert written(figure)[-4:] == ["trained", "context", "truncated", "end token"]
     assert_boxes_hold_their_texts(figure)
     assert_nothing_is_cut_off(figure)
 
 
 def test_the_end_is_inverted_and_tells_whether_it_is_learned(preview):
-    learned, given = mask_figure(preview, 0), mask_figure(preview, 2)
+    learned, given = loss_mask_figure(preview, 0), loss_mask_figure(preview, 2)
 
     for figure, ink in ((learned, "#00405f"), (given, "#333333")):
         *_, end = [text for text in figure.axes[0].texts if "endof" in text.get_text()]
@@ -336,7 +340,7 @@ def test_the_end_is_inverted_and_tells_whether_it_is_learned(preview):
 def test_a_row_that_is_not_there_is_refused(preview):
     for row in (-1, 3):
         with pytest.raises(ConfigError, match=rf"row={row} is not .* 3 .* 0 to 2\."):
-            mask_figure(preview, row)
+            loss_mask_figure(preview, row)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "wsd"])
@@ -359,9 +363,9 @@ def test_the_line_is_the_learning_rate_of_each_step(schedule, warmup, steps):
 
 
 def test_a_run_of_no_step_or_of_too_long_a_warm_up_has_no_picture():
-    with pytest.raises(ConfigError, match=r"steps=0 leaves nothing .* Choose 1"):
+    with pytest.raises(ConfigError, match="steps=0 "):
         schedule_figure(OptimConfig(warmup_steps=0), 0)
-    with pytest.raises(ConfigError, match=r"warmup_steps=100 is longer"):
+    with pytest.raises(ConfigError, match="warmup_steps=100"):
         schedule_figure(OptimConfig(), 50)
 
 
@@ -369,10 +373,10 @@ def test_layers_and_texts_that_have_no_attention_to_show_are_refused(model):
     for layer in (-1, 2):
         with pytest.raises(ConfigError, match=rf"layer={layer} is not .* 0 to 1\."):
             attention_figure(model, "a", layer)
-    with pytest.raises(ConfigError, match=r"has 33 tokens, .* 32 at most\. Shorten"):
+    with pytest.raises(ConfigError, match=r"has 33 tokens, .* 32\. Shorten"):
         attention_figure(model, "x" * 33, 0)
-    for draw in (attention_figure, lambda *_: pieces_figure(BYTES, "")):
-        with pytest.raises(ConfigError, match=r"text is empty, .* Give some"):
+    for draw in (attention_figure, lambda *_: tokenization_figure(BYTES, "")):
+        with pytest.raises(ConfigError, match="text is empty"):
             draw(model, "", 0)
 
 
@@ -382,8 +386,8 @@ def test_no_picture_of_a_text_has_anything_cut_off_or_covered(model, other, text
     boxes_of = [
         token_loss_figure(model, text),
         token_loss_figure(other, short, model),
-        pieces_figure(BYTES, text),
-        pieces_figure(load("gpt2"), text),
+        tokenization_figure(BYTES, text),
+        tokenization_figure(load_tokenizer("gpt2"), text),
     ]
 
     for figure in boxes_of:

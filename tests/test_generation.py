@@ -70,7 +70,7 @@ def test_cached_text_and_logprobs_are_uncached_ones_also_beyond_the_window(
 
     assert result.ids == ids
     np.testing.assert_allclose(result.logprobs, logprobs, atol=1e-4)
-    assert result.finish == "length"
+    assert result.finish_reason == "length"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -116,7 +116,7 @@ def test_padding_of_the_vocabulary_is_never_written(model):
 @pytest.mark.fast
 def test_other_prompts_lengths_and_options_compile_nothing_anew(model):
     def compiled():
-        return [program._cache_size() for program in decoding.programs()]
+        return [program._cache_size() for program in decoding.jitted_steps()]
 
     generation.complete(model, "abc", max_new_tokens=9)
     before = compiled()
@@ -148,10 +148,10 @@ def test_each_row_stops_at_its_own_token(model):
     for result, whole in zip(results, free, strict=True):
         if stop in whole.ids:
             assert result.ids == whole.ids[: whole.ids.index(stop)]
-            assert result.finish == "stop"
+            assert result.finish_reason == "stop"
         else:
             assert result.ids == whole.ids
-    assert results[0].finish == "stop"
+    assert results[0].finish_reason == "stop"
 
 
 @pytest.mark.parametrize("at", [3, 15, 16, 17])
@@ -169,7 +169,7 @@ def test_a_stop_text_ends_the_text_before_it_also_across_chunks(model, at):
 
     assert len(text) == 30
     assert result.text == free.text[:end]
-    assert result.finish == "stop"
+    assert result.finish_reason == "stop"
     assert len(result.ids) == len(result.logprobs) <= 30
     assert "".join(pieces) == result.text
 
@@ -183,11 +183,11 @@ def test_the_stop_text_that_is_complete_first_decides(model, monkeypatch):
             for n in range(chunk, 6 + chunk, chunk):
                 yield [(ids[:n], [0.0] * len(ids[:n]), False)]
 
-        monkeypatch.setattr(generation, "grow", grow)
+        monkeypatch.setattr(generation, "decode_sequences", grow)
         stop = ["abcd", "bc"]
         (result,) = generation.complete(model, "q", stop=stop)
         assert result.text == "".join(generation.stream(model, "q", stop=stop)) == "xa"
-        assert (len(result.ids), result.finish) == (4, "stop")
+        assert (len(result.ids), result.finish_reason) == (4, "stop")
 
 
 def test_one_stop_text_needs_no_list(model):
@@ -215,7 +215,7 @@ def test_a_context_of_one_token_is_enough_to_write(model):
 
     (result,) = generation.complete(tiny, "ab", max_new_tokens=3, stop_ids=[])
 
-    assert (len(result.ids), result.cut) == (3, 1)
+    assert (len(result.ids), result.truncated) == (3, 1)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -235,7 +235,7 @@ def test_no_character_is_split_between_pieces(model, monkeypatch):
         for n in range(1, len(ids) + 1):
             yield [(ids[:n], [0.0] * n, False)]
 
-    monkeypatch.setattr(generation, "grow", grow)
+    monkeypatch.setattr(generation, "decode_sequences", grow)
 
     assert list(generation.stream(model, "ab")) == [*"año 😀 ok"]
 
@@ -247,8 +247,8 @@ def test_a_prompt_longer_than_the_context_keeps_its_end_and_says_so(model):
     (result,) = generation.complete(model, prompt, **options)
     (short,) = generation.complete(model, prompt[-CONTEXT:], **options)
 
-    assert result.cut == 70 - CONTEXT
-    assert short.cut == 0
+    assert result.truncated == 70 - CONTEXT
+    assert short.truncated == 0
     assert result.ids == short.ids
 
 
@@ -270,8 +270,8 @@ WRONG = {
     "top_k": (-1, "top_k=-1"),
     "repetition_penalty": (0.0, "repetition_penalty=0.0"),
     "max_new_tokens": (0, "max_new_tokens=0"),
-    "stop": ([""], "stop text is empty"),
-    "stop_ids": (list(range(9)), "more than 8"),
+    "stop": ([""], "stop contains an empty text"),
+    "stop_ids": (list(range(9)), "stop_ids has 9 tokens.* 8"),
 }
 
 
@@ -306,5 +306,5 @@ def test_examples_of_a_file_come_before_the_query(tmp_path):
     assert prompt == "woc -> cow\nsky -> yks\nlie ->"
 
     path.write_text('{"input": "woc", "output": "cow"}\n{"input": 3}\n')
-    with pytest.raises(DataError, match=r"examples.jsonl:2: an example needs"):
+    with pytest.raises(DataError, match=r"examples.jsonl:2: "):
         generation.few_shot_prompt(path, "lie")

@@ -8,18 +8,18 @@ import pytest
 
 import gptjax
 from gptjax import report
-from gptjax.answering import answer_all, prompt_ids, stream_answer
+from gptjax.answering import answer_batch, encode_chat, stream_answer
 from gptjax.cli import main
-from gptjax.config import RunConfig, build
+from gptjax.config import RunConfig, from_dict
 from gptjax.errors import ConfigError, DataError, ModelError
-from gptjax.instruct import train_assistant
-from gptjax.judge import Judge
+from gptjax.instruct import train_sft
+from gptjax.judge import LLMJudge
 from gptjax.judged import evaluate_file
-from gptjax.lora import merged
-from gptjax.starting import settled_model, starting_params
-from gptjax.stopping import Stopped
-from gptjax.template import read_template
-from gptjax.terminal import printable
+from gptjax.lora import merge_adapters
+from gptjax.starting import resolve_model_config, initial_params
+from gptjax.stopping import Interrupted
+from gptjax.template import load_chat_template
+from gptjax.terminal import sanitize
 from gptjax.weights.adapters import load_adapters
 from tests.judge_server import judging, says
 from tests.small_models import make_model
@@ -45,18 +45,18 @@ def make_config(folder, **changes) -> RunConfig:
     table = {
         "model": {"context_length": 32, "n_layers": 2, "n_heads": 2, "d_model": 16},
         "data": {
-            **{"source": str(path), "tokenizer": "bytes", "template": "qa"},
+            **{"source": str(path), "tokenizer": "bytes", "chat_template": "qa"},
             "batch_size": 4,
         },
         "optim": {"warmup_steps": 2, "peak_lr": 1e-2},
-        "train": {"task": "instruct", "steps": 12, "eval_every": 6, "log_every": 3},
-        "tune": {},
+        "train": {"task": "sft", "steps": 12, "eval_every": 6, "log_every": 3},
+        "finetune": {},
         "checkpoint": {"every": 4},
     }
     for name, value in changes.items():
         section, option = name.split("__")
         table[section][option] = value
-    return build(RunConfig, table)
+    return from_dict(RunConfig, table)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def unbroken(tmp_path_factory):
     """A finished run: its config, folder, model and what it printed."""
     folder = tmp_path_factory.mktemp("assistant")
     config, said = make_config(folder), []
-    model = train_assistant(config, folder / "run", said.append)
+    model = train_sft(config, folder / "run", said.append)
     return config, folder / "run", model, said
 
 
@@ -81,7 +81,7 @@ def events_of(folder, split):
 def test_a_run_leaves_an_assistant_and_what_it_answered(unbroken):
     _, folder, model, said = unbroken
 
-    assert model.template == read_template("qa").source
+    assert model.template == load_chat_template("qa").source
     assert (folder / "model" / "chat_template.jinja").read_text() == model.template
     validation = events_of(folder, "validation")
     assert [e["step"] for e in validation] == [0, 6, 12]
@@ -125,13 +125,13 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(unbroken, monkeypatch
     again = folder.parent / "again"
     stops = iter([False] * 6 + [True] * 100)
     monkeypatch.setattr(
-        "gptjax.run_loop.stop_signal", lambda: Stopping(lambda: next(stops))
+        "gptjax.run_loop.handle_signals", lambda: Stopping(lambda: next(stops))
     )
-    with pytest.raises(Stopped):
-        train_assistant(config, again, lambda line: None)
+    with pytest.raises(Interrupted):
+        train_sft(config, again, lambda line: None)
     monkeypatch.undo()
 
-    resumed = train_assistant(config, again, lambda line: None)
+    resumed = train_sft(config, again, lambda line: None)
 
     jax.tree.map(np.testing.assert_array_equal, resumed.params, model.params)
 
@@ -153,7 +153,7 @@ class Stopping:
 def test_other_ways_of_batching_train_too(tmp_path, batching):
     config = make_config(tmp_path, data__batching=batching, train__steps=2)
 
-    train_assistant(config, tmp_path / "run", lambda line: None)
+    train_sft(config, tmp_path / "run", lambda line: None)
 
     validation = events_of(tmp_path / "run", "validation")
     assert validation[-1]["response_loss"] < validation[0]["response_loss"]
@@ -163,19 +163,19 @@ def test_lora_from_a_model_keeps_what_is_frozen_and_merges(unbroken, tmp_path):
     _, folder, start, _ = unbroken
     config = make_config(
         tmp_path,
-        tune__start=str(folder),
-        tune__trainable="lora",
-        tune__lora_rank=2,
+        finetune__init_from=str(folder),
+        finetune__trainable="lora",
+        finetune__lora_rank=2,
         data__tokenizer="",
-        data__template="",
+        data__chat_template="",
         train__steps=3,
     )
 
-    model = train_assistant(config, tmp_path / "run", lambda line: None)
+    model = train_sft(config, tmp_path / "run", lambda line: None)
 
-    assert model.template == start.template
+    assert model.chat_template == start.template
     adapters = load_adapters(tmp_path / "run" / "adapters.safetensors")
-    again = merged(start.params, adapters)
+    again = merge_adapters(start.params, adapters)
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)  # noqa: E731
     jax.tree.map(close, again, model.params)
     embedding = model.params["token_embedding"]["embedding"]
@@ -188,12 +188,12 @@ def test_the_last_block_alone_can_be_trained(unbroken, tmp_path):
     _, folder, start, _ = unbroken
     config = make_config(
         tmp_path,
-        tune__start=str(folder),
-        tune__trainable="last-block",
+        finetune__init_from=str(folder),
+        finetune__trainable="last-block",
         train__steps=2,
     )
 
-    model = train_assistant(config, tmp_path / "run", lambda line: None)
+    model = train_sft(config, tmp_path / "run", lambda line: None)
 
     for name, same in (("attention", 0), ("mlp", 0)):
         ours, theirs = (
@@ -207,9 +207,9 @@ def test_the_last_block_alone_can_be_trained(unbroken, tmp_path):
 def test_another_tokenizer_keeps_the_rows_of_tokens_that_both_have():
     start = make_model()
     tokenizer = gptjax.tokenizer.train(["the cat the cat the cat"] * 5, 262)
-    config = settled_model(RunConfig().model, start, tokenizer)
+    config = resolve_model_config(RunConfig().model, start, tokenizer)
 
-    params = starting_params(config, start, tokenizer, jax.random.key(0))
+    params = initial_params(config, start, tokenizer, jax.random.key(0))
 
     ours, theirs = (
         np.asarray(p["token_embedding"]["embedding"]) for p in (params, start.params)
@@ -217,7 +217,9 @@ def test_another_tokenizer_keeps_the_rows_of_tokens_that_both_have():
     assert ours.shape[0] == tokenizer.vocab_size == 262
     for token, row in start.tokenizer.ranks.items():
         np.testing.assert_array_equal(ours[tokenizer.ranks[token]], theirs[row])
-    np.testing.assert_array_equal(ours[tokenizer.eot], theirs[start.tokenizer.eot])
+    np.testing.assert_array_equal(
+        ours[tokenizer.eot], theirs[start.tokenizer.eot_token]
+    )
     jax.tree.map(
         np.testing.assert_array_equal, params["blocks"], start.params["blocks"]
     )
@@ -226,14 +228,14 @@ def test_another_tokenizer_keeps_the_rows_of_tokens_that_both_have():
 @pytest.fixture(scope="module")
 def assistant():
     return dataclasses.replace(
-        make_model(context_length=64), template=read_template("chatml").source
+        make_model(context_length=64), template=load_chat_template("chatml").source
     )
 
 
 def test_many_answers_are_those_that_come_alone(assistant):
     asked = [[{"role": "user", "content": "x" * n}] for n in (1, 9, 4, 2)]
 
-    together = answer_all(assistant, asked, 6)
+    together = answer_batch(assistant, asked, 6)
 
     alone = [
         gptjax.answer(assistant, each, temperature=0.0, max_new_tokens=6)
@@ -251,7 +253,7 @@ def test_a_question_is_a_conversation_of_one_message(assistant):
     assert gptjax.answer(assistant, "why", **options) == gptjax.answer(
         assistant, asked, **options
     )
-    assert assistant.tokenizer.decode(prompt_ids(assistant, asked)) == (
+    assert assistant.tokenizer.decode(encode_chat(assistant, asked)) == (
         "<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\n"
     )
 
@@ -296,19 +298,19 @@ def test_eval_writes_responses_and_judgements(unbroken, tmp_path, capsys):
     assert "Given the input `Q: first sky` and correct output `s`" in str(asked[0])
     assert not list(tmp_path.glob("*.judging"))
     assert main(["eval", str(folder), "--data", str(data), *options]) == 2
-    assert "out.jsonl is there already" in capsys.readouterr().err
+    assert "out.jsonl already exists" in capsys.readouterr().err
 
 
 def test_a_judge_that_is_not_there_loses_no_response(unbroken, tmp_path):
     _, folder, model, _ = unbroken
-    judge = Judge("http://127.0.0.1:9/v1", "nobody", tries=1)
+    judge = LLMJudge("http://127.0.0.1:9/v1", "nobody", max_attempts=1)
     data, out = str(folder.parent / "rows.jsonl"), tmp_path / "out.jsonl"
 
     with pytest.raises(ModelError, match=r"The responses are in .*out\.jsonl"):
         evaluate_file(model, data, out, judge, lambda line: None)
 
     assert len(out.read_text().splitlines()) == 20
-    with pytest.raises(ConfigError, match="a judge needs --out FILE"):
+    with pytest.raises(ConfigError, match="--out FILE"):
         evaluate_file(model, data, None, judge, lambda line: None)
 
 
@@ -325,17 +327,21 @@ def test_generate_can_ask_an_assistant(unbroken, capsys):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"data__template": "alpca"}, ConfigError, "no chat template 'alpca'. Did you"),
-        ({"data__batching": "mixed"}, DataError, "mixed lets the documents of a row"),
+        (
+            {"data__chat_template": "alpca"},
+            ConfigError,
+            "no chat template 'alpca'. Did you",
+        ),
+        ({"data__batching": "concat"}, DataError, "data.batching=concat"),
         ({"model__context_length": 1}, DataError, "no train conversation of .* fits"),
-        ({"data__tokenizer": "bpe:x"}, ConfigError, "'bpe:x' has no size"),
+        ({"data__tokenizer": "bpe:x"}, ConfigError, "data.tokenizer='bpe:x'"),
     ],
 )
 def test_a_run_that_cannot_be_says_why(tmp_path, changes, error, message):
     config = make_config(tmp_path, **changes)
 
     with pytest.raises(error, match=message):
-        train_assistant(config, tmp_path / "run", lambda line: None)
+        train_sft(config, tmp_path / "run", lambda line: None)
 
 
 def test_the_preview_shows_what_is_learned(unbroken, tmp_path, capsys):
@@ -370,5 +376,5 @@ def test_chat_answers_the_lines_of_a_pipe(assistant, tmp_path, monkeypatch, caps
 
     assert code == 0
     said = capsys.readouterr()
-    assert said.out.split() == printable(" ".join(answers)).split()
+    assert said.out.split() == sanitize(" ".join(answers)).split()
     assert "there is no command /nonsense" in said.err

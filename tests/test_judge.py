@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 from gptjax import judge as module
 from gptjax.errors import ConfigError, ModelError
 from gptjax.judge import (
-    Judge,
+    LLMJudge,
     Judgement,
     UnreachableError,
-    ask,
-    check_allowed,
+    chat_completion,
+    check_judge_allowed,
     endpoint,
     judge_all,
     judge_prompt,
     parse_score,
-    summary,
+    summarize_judgements,
 )
-from gptjax.scores import mean_interval
+from gptjax.scores import mean_ci
 from tests.file_server import endless, plain
 from tests.judge_server import drips, hangs_up, judging, refuses, replies, says, stalls
 
@@ -43,13 +43,13 @@ def waits(monkeypatch):
 
 
 def judge_at(url, **options):
-    return Judge(url, "llama3", **options)
+    return LLMJudge(url, "llama3", **options)
 
 
 @pytest.mark.fast
 def test_a_prompt_is_asked_as_the_protocol_says():
     with judging(says("85")) as (url, asked):
-        assert ask(judge_at(url), "How good?") == "85"
+        assert chat_completion(judge_at(url), "How good?") == "85"
 
     assert [request.path for request in asked] == ["/v1/chat/completions"]
     assert asked[0].headers["content-type"] == "application/json"
@@ -132,7 +132,7 @@ def test_a_score_is_written_in_the_reply(reply):
 @pytest.mark.parametrize("passing", [refuses(500), refuses(503), hangs_up])
 def test_what_passes_is_tried_again_after_waits_that_grow_to_a_limit(passing, waits):
     with judging(*[passing] * 8, says("85")) as (url, asked):
-        assert ask(judge_at(url, tries=9), "How good?") == "85"
+        assert chat_completion(judge_at(url, tries=9), "How good?") == "85"
 
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
     assert [request.prompt for request in asked] == ["How good?"] * 9
@@ -148,30 +148,30 @@ def test_what_passes_is_tried_again_after_waits_that_grow_to_a_limit(passing, wa
 )
 def test_a_server_may_ask_for_a_longer_wait_up_to_a_limit(asked_for, expected, waits):
     with judging(refuses(429, Retry_After=asked_for), says("85")) as (url, _):
-        assert ask(judge_at(url), "How good?") == "85"
+        assert chat_completion(judge_at(url), "How good?") == "85"
 
     assert waits == [expected]
 
 
-NOT_OPENAI = "not answer as OpenAI's .*: {}. Check the url, which mostly ends in /v1"
+NOT_OPENAI = "OpenAI chat completion: {}. .* /v1"
 
 
 @pytest.mark.parametrize(
     ("answer", "tries", "message"),
     [
-        (refuses(429, "slow"), 3, "status 429: .*slow.* Wait, or look at what the acc"),
-        (refuses(500, "oom"), 3, "status 500: .*oom.* Look at the server's log"),
-        (plain(b"", 502), 3, "status 502: Bad Gateway. Look"),
-        (hangs_up, 3, r"Remote end closed .* \(3 tries\). Is .* `ollama serve`"),
-        (plain(b"{", Content_Length=9), 3, "the connection ended after 1 of 9 bytes"),
-        (refuses(401, "who?"), 1, "status 401: .*who.* Put a key .* into OPENAI_API"),
-        (refuses(403), 1, "status 403: .* into OPENAI_API_KEY"),
+        (refuses(429, "slow"), 3, "status 429: .*slow.* Wait, or check the quota"),
+        (refuses(500, "oom"), 3, "status 500: .*oom.* server's log"),
+        (plain(b"", 502), 3, "status 502: Bad Gateway. "),
+        (hangs_up, 3, r"Remote end closed .* \(3 attempts\). Is .* `ollama serve`"),
+        (plain(b"{", Content_Length=9), 3, "the connection closed after 1 of 9 bytes"),
+        (refuses(401, "who?"), 1, "status 401: .*who.* OPENAI_API_KEY"),
+        (refuses(403), 1, "status 403: .* OPENAI_API_KEY"),
         (refuses(404, "none"), 1, "status 404: .*none.*in /v1.* `ollama pull llama3`"),
-        (refuses(302, Location="/a"), 1, "status 302: .*It redirects to /a; give the"),
+        (refuses(302, Location="/a"), 1, "status 302: .*It redirects to /a; "),
         (refuses(307, Location="file:///a"), 1, "status 307: .*redirects to file:///a"),
         (refuses(308), 1, "status 308: .*redirects to nowhere"),
         (plain(b"<html>\n\x1b[2J"), 1, NOT_OPENAI.format(r"<html> \[2J")),
-        (plain(b""), 1, NOT_OPENAI.format("nothing")),
+        (plain(b""), 1, NOT_OPENAI.format("empty body")),
         (plain(b"\xff"), 1, NOT_OPENAI.format("\N{REPLACEMENT CHARACTER}")),
         (plain(b"[" * 100_000), 1, NOT_OPENAI.format(r"\[{200}")),
         (replies({"choices": []}), 1, NOT_OPENAI.format(r'{"choices": \[\]}')),
@@ -185,7 +185,7 @@ def test_where_no_prompt_would_be_answered_the_error_says_what_to_do(
     whole = f"^the judge llama3 at http:.*{message}"
 
     with judging(answer) as (url, asked), pytest.raises(UnreachableError, match=whole):
-        ask(judge_at(url), "How good?")
+        chat_completion(judge_at(url), "How good?")
 
     assert len(asked) == tries  # a redirect that is followed would be one more
 
@@ -193,18 +193,18 @@ def test_where_no_prompt_would_be_answered_the_error_says_what_to_do(
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (refuses(400, "x" * 999), r"status 400: [^x]*x{177}\. Mend what it complains"),
-        (refuses(413), "status 413: .* Mend"),
-        (says(None), "replies without text: .*null.* Name a model that writes text"),
-        (endless, "replies with more than 1,000,000 bytes. Name a model"),
-        (says("x" * 1_000_001), "replies with more than 1,000,000 bytes"),
+        (refuses(400, "x" * 999), r"status 400: [^x]*x{177}\. Correct the request"),
+        (refuses(413), "status 413: .* Correct"),
+        (says(None), "without text: .*null.* Name a model"),
+        (endless, "more than 1,000,000 bytes. Name a model"),
+        (says("x" * 1_000_001), "more than 1,000,000 bytes"),
     ],
 )
 def test_a_prompt_that_is_refused_is_so_at_once(answer, message):
     refused = pytest.raises(ModelError, match=message)
 
     with judging(answer) as (url, asked), refused as error:
-        ask(judge_at(url), "How good?")
+        chat_completion(judge_at(url), "How good?")
 
     assert type(error.value) is ModelError
     assert len(asked) == 1
@@ -215,9 +215,9 @@ def test_a_slow_server_is_given_up(slow):
     go_on = threading.Event()
 
     with judging(slow(go_on)) as (url, asked):
-        message = r"timed out.* \(2 tries\). Allow more than 0.2 seconds, or name"
+        message = r"timed out.* \(2 attempts\). .* 0\.2 s, or name"
         with pytest.raises(UnreachableError, match=message):
-            ask(judge_at(url, seconds=0.2, tries=2), "How good?")
+            chat_completion(judge_at(url, seconds=0.2, tries=2), "How good?")
         go_on.set()
 
     assert len(asked) == 2
@@ -229,14 +229,14 @@ def test_a_server_that_does_not_run_is_named(waits):
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
 
         with pytest.raises(UnreachableError, match=f"{url}.* refused .*ollama serve"):
-            ask(judge_at(url), "How good?")
+            chat_completion(judge_at(url), "How good?")
 
     assert waits == [1, 2]
 
 
 def test_half_a_character_in_a_reply_does_not_hinder_writing_it():
     with judging(says("85 \ud83d")) as (url, _):
-        assert ask(judge_at(url), "How good?") == "85 ?"
+        assert chat_completion(judge_at(url), "How good?") == "85 ?"
 
 
 def test_a_proxy_is_not_asked_for_a_server_on_this_machine(monkeypatch):
@@ -245,7 +245,7 @@ def test_a_proxy_is_not_asked_for_a_server_on_this_machine(monkeypatch):
 
     with judging(says("proxy")) as (proxy, seen), judging(says("85")) as (url, _):
         monkeypatch.setenv("http_proxy", proxy)
-        assert ask(judge_at(url), "How good?") == "85"
+        assert chat_completion(judge_at(url), "How good?") == "85"
 
     assert not seen
 
@@ -254,13 +254,16 @@ def test_a_key_goes_to_this_machine_and_never_in_the_clear(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
 
     with judging(says("85")) as (url, asked):
-        ask(judge_at(url), "How good?")
-    check_allowed(judge_at("https://api.openai.com/v1"))
+        chat_completion(judge_at(url), "How good?")
+    check_judge_allowed(judge_at("https://api.openai.com/v1"))
 
     assert asked[0].headers["authorization"] == f"Bearer {KEY}"
     for host in (FAR, "example.org", "localhost.example.org", "127.0.0.1.example.org"):
-        for function in (check_allowed, lambda judge: ask(judge, "How good?")):
-            message = f"the clear to http://{host}/v1.*Give an https url, or unset OPEN"
+        for function in (
+            check_judge_allowed,
+            lambda judge: chat_completion(judge, "How good?"),
+        ):
+            message = f"unencrypted to http://{host}/v1.* or unset OPENAI_API_KEY"
             with pytest.raises(ConfigError, match=message):
                 function(judge_at(f"http://{host}/v1"))
 
@@ -270,7 +273,7 @@ def test_a_key_is_in_no_error(monkeypatch):
     refused = pytest.raises(ModelError, match="wrong key …")
 
     with judging(refuses(401, f"wrong key {KEY}")) as (url, asked), refused as error:
-        ask(judge_at(f"{url}?key=hidden"), "How good?")
+        chat_completion(judge_at(f"{url}?key=hidden"), "How good?")
 
     assert asked[0].path.endswith("?key=hidden")
     assert KEY not in str(error.value)
@@ -281,8 +284,8 @@ def test_a_key_is_in_no_error(monkeypatch):
 def test_a_key_that_is_none_is_refused_and_not_shown(key, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", key)
 
-    with pytest.raises(ConfigError, match=r"OPENAI_API_KEY holds .* Set it") as error:
-        ask(judge_at("https://api.openai.com/v1"), "How good?")
+    with pytest.raises(ConfigError, match=r"OPENAI_API_KEY .* Set it") as error:
+        chat_completion(judge_at("https://api.openai.com/v1"), "How good?")
 
     assert "cret" not in str(error.value)
 
@@ -291,11 +294,11 @@ def test_offline_only_this_machine_is_asked(monkeypatch):
     monkeypatch.setenv("GPTJAX_OFFLINE", "1")
 
     with judging(says("85")) as (url, _):
-        assert ask(judge_at(url), "How good?") == "85"
+        assert chat_completion(judge_at(url), "How good?") == "85"
     for url in ("http://localhost/v1", "http://[::1]:1/v1", "http://127.9.9.9/v1"):
-        check_allowed(judge_at(url))
+        check_judge_allowed(judge_at(url))
     for url in (f"http://{FAR}/v1", "https://api.openai.com/v1"):
-        with pytest.raises(ConfigError, match=f"OFFLINE forbids to ask {url}.* Unset"):
+        with pytest.raises(ConfigError, match=f"GPTJAX_OFFLINE .*{url}.* Unset"):
             judge_all(judge_at(url), ROWS, lambda *_: None)
 
 
@@ -308,7 +311,7 @@ def test_offline_only_this_machine_is_asked(monkeypatch):
     ],
 )
 def test_an_address_that_cannot_be_asked_is_refused(url):
-    with pytest.raises(ConfigError, match=r"judge's url .* cannot .* Give") as error:
+    with pytest.raises(ConfigError, match=r"judge's URL .* OPENAI_API_KEY") as error:
         judge_at(url)
 
     assert "secret" not in str(error.value)
@@ -317,16 +320,16 @@ def test_an_address_that_cannot_be_asked_is_refused(url):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": " "}, "the judge has no model. Name one"),
-        ({"seconds": 0}, "seconds=0 and tries=3 cannot .* Give more than 0"),
-        ({"seconds": float("inf")}, "seconds=inf"),
-        ({"seconds": float("nan")}, "seconds=nan"),
-        ({"tries": 0}, "tries=0 cannot"),
+        ({"model": " "}, "the judge's model is empty"),
+        ({"seconds": 0}, "=0 and .*=3.* above 0"),
+        ({"seconds": float("inf")}, "=inf"),
+        ({"seconds": float("nan")}, "=nan"),
+        ({"tries": 0}, "=0.* at least 1"),
     ],
 )
 def test_a_judge_that_cannot_be_asked_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
-        Judge(**{"url": "http://localhost/v1", "model": "llama3", **options})
+        LLMJudge(**{"url": "http://localhost/v1", "model": "llama3", **options})
 
 
 @pytest.mark.fast
@@ -379,9 +382,9 @@ def test_only_scores_are_averaged(grades, unparsable, failed, order):
         *[Judgement(None, "", "refused")] * failed,
     ]
 
-    found = summary(judgements)
+    found = summarize_judgements(judgements)
 
-    low, high = mean_interval(grades) if grades else (None, None)
+    low, high = mean_ci(grades) if grades else (None, None)
     assert found == {
         "judged": len(judgements),
         "scored": len(grades),
@@ -392,4 +395,4 @@ def test_only_scores_are_averaged(grades, unparsable, failed, order):
         "high": high,
     }
     order.shuffle(judgements)
-    assert summary(judgements)["mean_score"] == found["mean_score"]
+    assert summarize_judgements(judgements)["mean_score"] == found["mean_score"]

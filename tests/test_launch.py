@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptjax.config import config_path
+from gptjax.config import find_config
 from gptjax.errors import ConfigError
 from gptjax.launch import FILES, RESTARTS, launch, yaml_text
 
@@ -327,7 +327,7 @@ def test_one_node_of_gpus_needs_no_distributed_start():
 
 
 def test_a_shipped_config_is_named_and_not_copied():
-    text = launch("gke", str(config_path("book/ch05")), **SOME["gke"])
+    text = launch("gke", str(find_config("book/ch05")), **SOME["gke"])
 
     assert "train book/ch05 --run runs/ch05 " in text
     assert "ConfigMap" not in text
@@ -346,7 +346,7 @@ def test_a_file_is_written_once_and_says_how_it_is_submitted(tmp_path, kind):
     assert tried == text == out.read_text(encoding="utf-8")
     head = [row for row in text.splitlines()[:12] if row.startswith("#")]
     assert any(row.startswith(line) for row in head)
-    with pytest.raises(ConfigError, match="is there already, and files are never over"):
+    with pytest.raises(ConfigError, match=r"--out=.* already exists"):
         launch(kind, "tiny", out=out, **SOME[kind])
     assert out.read_text(encoding="utf-8") == text
 

@@ -7,13 +7,19 @@ import optax
 import pytest
 
 import gptjax
-from gptjax.config import GPTConfig, RunConfig, build
+from gptjax.config import GPTConfig, RunConfig, from_dict
 from gptjax.errors import ConfigError
-from gptjax.lora import init_adapters, merged, scaled
-from gptjax.model import hidden
+from gptjax.lora import init_adapters, merge_adapters, scale_adapters
+from gptjax.model import hidden_states
 from gptjax.optim import decay_mask
-from gptjax.trainable import TRAINABLE, join_tail, joined, parted, split_tail
-from gptjax.tree import count, named_leaves
+from gptjax.trainable import (
+    TRAINABLE_RULES,
+    merge_last_layers,
+    combine_params,
+    split_trainable,
+    split_last_layers,
+)
+from gptjax.tree import num_params, flatten_with_names
 
 SHAPE = {"vocab_size": 33, "context_length": 8, "n_layers": 3, "n_heads": 2}
 MODEL = SHAPE | {"d_model": 16, "n_classes": 2}
@@ -27,11 +33,13 @@ def params():
 
 
 def run_config(trainable, **tune):
-    return build(RunConfig, {"model": MODEL, "tune": {"trainable": trainable} | tune})
+    return from_dict(
+        RunConfig, {"model": MODEL, "finetune": {"trainable": trainable} | tune}
+    )
 
 
 def hidden_states(params, **options):
-    return hidden(CONFIG, params, TOKENS, **options)[0]
+    return hidden_states(CONFIG, params, TOKENS, **options)[0]
 
 
 def moved(tree, scale=0.1):
@@ -58,12 +66,12 @@ def test_fresh_adapters_change_nothing(params):
 @pytest.mark.parametrize("targets", ["attention/* mlp/*", "attention/query", "mlp/up"])
 def test_merged_adapters_are_applied_ones(params, targets):
     adapters = init_adapters(CONFIG, params, targets, 4, jax.random.key(1))
-    adapters = scaled(moved(adapters), 0.5)
+    adapters = scale_adapters(moved(adapters), 0.5)
 
     applied = hidden_states(params, adapters=adapters)
 
     np.testing.assert_allclose(
-        hidden_states(merged(params, adapters)), applied, atol=1e-5
+        hidden_states(merge_adapters(params, adapters)), applied, atol=1e-5
     )
     assert np.abs(applied - hidden_states(params)).max() > 1e-3
 
@@ -73,7 +81,7 @@ def test_scaling_an_adapter_scales_its_product_once(params):
     kernel = params["blocks"]["mlp"]["down"]["kernel"]
 
     def added(scale):
-        twice = merged(params, scaled(adapters, scale))
+        twice = merge_adapters(params, scale_adapters(adapters, scale))
         return twice["blocks"]["mlp"]["down"]["kernel"] - kernel
 
     np.testing.assert_allclose(added(2.0), 2 * added(1.0), atol=1e-5)
@@ -89,23 +97,23 @@ def test_adapters_of_124m_have_the_published_number_of_parameters():
 
     adapters = jax.eval_shape(make, jax.random.key(0))
 
-    assert count(adapters) == 2_666_528 - 16 * (768 + 2)
+    assert num_params(adapters) == 2_666_528 - 16 * (768 + 2)
 
 
 def test_the_last_block_of_124m_has_the_published_number_of_parameters():
     """Raschka 2024, chapter 6: last block, final norm and a head with bias."""
     model = {"vocab_size": 50_257, "n_classes": 2, "head_bias": True}
-    c = build(RunConfig, {"model": model, "tune": {"trainable": "last-block"}})
+    c = from_dict(RunConfig, {"model": model, "finetune": {"trainable": "last-block"}})
 
     def make(key):
-        return parted(c, gptjax.init(c.model, key), key)[0]
+        return split_trainable(c, gptjax.init(c.model, key), key)[0]
 
-    assert count(jax.eval_shape(make, jax.random.key(0))) == 7_090_946
+    assert num_params(jax.eval_shape(make, jax.random.key(0))) == 7_090_946
 
 
 def test_patterns_that_choose_no_layer_are_refused(params):
     for patterns, message in (
-        ("attention/* mpl/*", "'mpl/\\*', which is no layer"),
+        ("attention/* mpl/*", r"lora_targets: 'mpl/\*' .* attention/query"),
         ("", "lora_targets is empty"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -115,30 +123,36 @@ def test_patterns_that_choose_no_layer_are_refused(params):
 @pytest.mark.fast
 @pytest.mark.parametrize("layers", [0, 1, 2, 3, 5])
 def test_a_stack_in_two_parts_computes_the_same(params, layers):
-    parts = split_tail(params, layers)
+    parts = split_last_layers(params, layers)
 
     np.testing.assert_array_equal(hidden_states(parts), hidden_states(params))
-    jax.tree.map(np.testing.assert_array_equal, join_tail(parts), params)
+    jax.tree.map(np.testing.assert_array_equal, merge_last_layers(parts), params)
 
 
-@pytest.mark.parametrize("trainable", TRAINABLE)
+@pytest.mark.parametrize("trainable", TRAINABLE_RULES)
 def test_the_two_parts_are_the_whole(params, trainable):
     c = run_config(trainable)
-    trained, frozen = parted(c, params, jax.random.key(1))
+    trained, frozen = split_trainable(c, params, jax.random.key(1))
 
-    together, adapters = joined(c, trained, frozen)
+    together, adapters = combine_params(c, trained, frozen)
 
-    jax.tree.map(np.testing.assert_array_equal, join_tail(together), params)
+    jax.tree.map(np.testing.assert_array_equal, merge_last_layers(together), params)
     assert (adapters is not None) == (trainable == "lora")
     assert "head" in trained
-    sizes = count(trained) + count(frozen) - count(trained.get("adapters", {}))
-    assert sizes == count(params)
-    assert set(named_leaves(decay_mask(trained))) == set(named_leaves(trained))
+    sizes = (
+        num_params(trained)
+        + num_params(frozen)
+        - num_params(trained.get("adapters", {}))
+    )
+    assert sizes == num_params(params)
+    assert set(flatten_with_names(decay_mask(trained))) == set(
+        flatten_with_names(trained)
+    )
 
 
 def test_frozen_parameters_have_no_optimiser_state(params):
-    trained, _ = parted(run_config("head"), params, jax.random.key(1))
+    trained, _ = split_trainable(run_config("head"), params, jax.random.key(1))
 
     state = optax.adamw(1e-3).init(trained)
 
-    assert count(state) == 2 * count(trained) + 1  # two moments and a count
+    assert num_params(state) == 2 * num_params(trained) + 1  # two moments and a count

@@ -9,15 +9,15 @@ import pytest
 
 from gptjax.config import GPTConfig
 from gptjax.loss import (
-    ALIGNED,
-    aligned,
-    join,
-    next_token_nats,
-    split,
-    token_nats,
-    weighted_nats,
+    VOCAB_ALIGNMENT,
+    pad_vocab,
+    from_chunks,
+    cross_entropy_sum,
+    to_chunks,
+    per_token_loss,
+    fused_cross_entropy,
 )
-from gptjax.model import logits
+from gptjax.model import lm_logits
 
 B, T, D, V = 2, 12, 16, 50
 CONFIG = GPTConfig(vocab_size=V, vocab_multiple=16, n_layers=1, n_heads=1, d_model=D)
@@ -42,13 +42,13 @@ def inputs(dtype=jnp.float32):
 
 def full(x_BTD, table_VD, target_BT, weight_BT):
     """The same sum from all logits at once."""
-    logit_BTV = logits(CONFIG, table_VD, x_BTD)
-    return next_token_nats(logit_BTV, target_BT, weight_BT)[0]
+    logit_BTV = lm_logits(CONFIG, table_VD, x_BTD)
+    return cross_entropy_sum(logit_BTV, target_BT, weight_BT)[0]
 
 
 def chunked(chunk):
     def nats(x_BTD, table_VD, target_BT, weight_BT):
-        return weighted_nats(CONFIG, x_BTD, table_VD, target_BT, weight_BT, chunk)
+        return fused_cross_entropy(CONFIG, x_BTD, table_VD, target_BT, weight_BT, chunk)
 
     return nats
 
@@ -77,9 +77,9 @@ def test_the_sides_that_a_gpu_is_given_change_nothing(monkeypatch):
     arrays = inputs()
     expected = with_gradients(full, arrays)
 
-    monkeypatch.setattr("gptjax.loss.platform", lambda: "gpu")
+    monkeypatch.setattr("gptjax.loss.target_platform", lambda: "gpu")
 
-    assert len(aligned(arrays[1])) == ALIGNED > len(arrays[1])
+    assert len(pad_vocab(arrays[1])) == VOCAB_ALIGNMENT > len(arrays[1])
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
         with_gradients(chunked(5), arrays),
@@ -114,7 +114,7 @@ def test_the_value_is_the_same_where_no_gradient_is_asked_for():
 def test_the_loss_of_each_token_sums_to_the_loss():
     x_BTD, table_VD, target_BT, weight_BT = inputs()
 
-    nats_BT = token_nats(CONFIG, x_BTD, table_VD, target_BT, 5)
+    nats_BT = per_token_loss(CONFIG, x_BTD, table_VD, target_BT, 5)
 
     total = jnp.sum(nats_BT * weight_BT)
     np.testing.assert_allclose(
@@ -148,7 +148,7 @@ def test_rows_that_pad_the_vocabulary_have_no_gradient():
 
 
 def test_uniform_logits_cost_the_logarithm_of_the_vocabulary():
-    nats, weight = next_token_nats(
+    nats, weight = cross_entropy_sum(
         jnp.zeros((1, 3, V)), jnp.zeros((1, 3), jnp.int32), jnp.array([[1.0, 1, 0]])
     )
 
@@ -172,11 +172,11 @@ def test_chunks_never_hold_all_logits():
         return compiled.memory_analysis().temp_size_in_bytes
 
     def at_once(x_BTD, table_VD, target_BT, weight_BT):
-        logit_BTV = logits(config, table_VD, x_BTD)
-        return next_token_nats(logit_BTV, target_BT, weight_BT)[0]
+        logit_BTV = lm_logits(config, table_VD, x_BTD)
+        return cross_entropy_sum(logit_BTV, target_BT, weight_BT)[0]
 
     def in_chunks(x_BTD, table_VD, target_BT, weight_BT):
-        return weighted_nats(config, x_BTD, table_VD, target_BT, weight_BT, 32)
+        return fused_cross_entropy(config, x_BTD, table_VD, target_BT, weight_BT, 32)
 
     all_logits = 4 * B * positions * vocabulary
     assert temporary_bytes(in_chunks) < all_logits / 2
@@ -189,15 +189,15 @@ def test_chunks_never_hold_all_logits():
 def test_chunks_are_equal_and_as_long_as_allowed(chunk, size):
     x_BT = jnp.arange(B * T).reshape(B, T)
 
-    parts = split(x_BT, chunk)
+    parts = to_chunks(x_BT, chunk)
 
     assert parts.shape == (T // size, B, size)
-    np.testing.assert_array_equal(join(parts), x_BT)
+    np.testing.assert_array_equal(from_chunks(parts), x_BT)
 
 
 def test_the_loss_may_be_mapped_over_models():
     x_BTD, *rest = inputs()
-    nats = functools.partial(weighted_nats, CONFIG, chunk=4)
+    nats = functools.partial(fused_cross_entropy, CONFIG, chunk=4)
 
     def gradient(x_BTD):
         return jax.grad(lambda x_BTD: nats(x_BTD, *rest))(x_BTD)

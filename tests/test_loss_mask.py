@@ -19,10 +19,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import gptjax
 from gptjax.config import RunConfig
-from gptjax.data.example_batches import example_batches
-from gptjax.data.examples import ANSWERS, EVERYTHING, encode, fit_all
-from gptjax.instruct import loss
-from gptjax.template import read_template
+from gptjax.data.example_batches import make_sft_batches
+from gptjax.data.examples import (
+    TRAIN_ON_COMPLETIONS,
+    TRAIN_ON_ALL,
+    encode_segments,
+    truncate_all,
+)
+from gptjax.instruct import sft_loss_fn
+from gptjax.template import load_chat_template
 from gptjax.train import init_state
 from tests.small_models import make_model
 
@@ -149,7 +154,7 @@ def make_step(accumulate):
     nothing = optax.set_to_zero()
 
     def loss_fn(params, batch, key):
-        return loss(CONFIG, params, None, batch, key)
+        return sft_loss_fn(CONFIG, params, None, batch, key)
 
     state = init_state(MODEL.params, nothing, jax.random.key(0))
     step = jax.jit(gptjax.make_train_step(loss_fn, nothing, accumulate))
@@ -193,23 +198,23 @@ def messages_of(system, turns):
 
 def check(conversations, form, masked, batching, accumulate, devices, seed):
     """Compares tokens, what is learned, and the loss of an epoch."""
-    template = read_template(form)
-    kinds = ANSWERS if masked else EVERYTHING
-    pieces = [template.pieces(messages_of(*each)) for each in conversations]
-    examples = [encode(MODEL.tokenizer, each, kinds) for each in pieces]
-    fitted = fit_all(examples, CONTEXT)
+    template = load_chat_template(form)
+    kinds = TRAIN_ON_COMPLETIONS if masked else TRAIN_ON_ALL
+    pieces = [template.segments(messages_of(*each)) for each in conversations]
+    examples = [encode_segments(MODEL.tokenizer, each, kinds) for each in pieces]
+    fitted = truncate_all(examples, CONTEXT)
     rows = [reference_tokens(form, *each, masked) for each in conversations]
     kept = [row for row in rows if row is not None]
 
-    assert fitted.skipped == len(rows) - len(kept)
-    assert [list(zip(x.ids, x.learned, strict=True)) for x in fitted.examples] == kept
+    assert fitted.num_dropped == len(rows) - len(kept)
+    assert [list(zip(x.ids, x.loss_mask, strict=True)) for x in fitted.examples] == kept
     for example in fitted.examples:
-        assert example.learned[-1], "the end of the last answer is not learned"
+        assert example.loss_mask[-1], "the end of the last answer is not learned"
         assert form == "chatml" or example.ids[-1] == EOT
     if not kept:
         return
-    batches = example_batches(
-        batching, fitted.examples, rows=ROWS, context=CONTEXT, fill=EOT, seed=seed
+    batches = make_sft_batches(
+        batching, fitted.examples, rows=ROWS, context=CONTEXT, pad_id=EOT, seed=seed
     )
     nats, tokens = epoch_loss(batches, accumulate, devices)
     counted = [
@@ -247,11 +252,11 @@ def test_it_is_so_in_thousands_of_cases(**case):
 
 
 def test_a_batch_of_which_nothing_is_learned_has_loss_and_gradient_zero():
-    template = read_template("qa")
+    template = load_chat_template("qa")
     messages = messages_of("", [("a", "", "b")])
-    example = encode(MODEL.tokenizer, template.pieces(messages), frozenset())
-    batches = example_batches(
-        "padded", [example] * 8, rows=8, context=CONTEXT, fill=EOT, seed=0
+    example = encode_segments(MODEL.tokenizer, template.segments(messages), frozenset())
+    batches = make_sft_batches(
+        "padded", [example] * 8, rows=8, context=CONTEXT, pad_id=EOT, seed=0
     )
 
     metrics = make_step(1)(batches.batch_at(0))

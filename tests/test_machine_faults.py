@@ -7,8 +7,8 @@ import jax
 import pytest
 
 from gptjax import budget, cli, machine_faults, pretrain, report
-from gptjax.errors import ConfigError, MachineError, ModelError
-from gptjax.run_task import Run
+from gptjax.errors import ConfigError, ResourceError, ModelError
+from gptjax.run_task import RunContext
 from tests.test_pretrain import make_config
 
 
@@ -22,15 +22,15 @@ def test_a_model_that_cannot_fit_is_refused_before_anything_is_made(tmp_path):
 
 
 def test_a_compiled_step_that_does_not_fit_what_is_free_is_refused(tmp_path):
-    run = Run(make_config(tmp_path), tmp_path, print)
+    run = RunContext(make_config(tmp_path), tmp_path, print)
     sizes = {"output_size_in_bytes": 3, "alias_size_in_bytes": 3}
     free = budget.free_memory()
 
     fitting = types.SimpleNamespace(temp_size_in_bytes=free // 2, **sizes)
-    machine_faults.check_compiled(run, fitting)
+    machine_faults.check_compiled_memory(run, fitting)
     larger = types.SimpleNamespace(temp_size_in_bytes=free * 2, **sizes)
     with pytest.raises(ConfigError, match=r"train\.accumulate"):
-        machine_faults.check_compiled(run, larger)
+        machine_faults.check_compiled_memory(run, larger)
 
 
 @pytest.mark.parametrize("step", [1, 6])
@@ -57,17 +57,29 @@ def test_memory_that_runs_out_ends_the_run_with_what_to_lower(
     assert (tmp_path / "run" / "model").is_dir()
 
 
-@pytest.mark.parametrize("number", machine_faults.FULL)
+@pytest.mark.parametrize("number", machine_faults.DISK_FULL_ERRNOS)
 def test_a_full_disk_is_the_machines_fault_whoever_meets_it(number):
     full = OSError(number, "full")
 
-    with pytest.raises(MachineError, match="Free space"), machine_faults.told():
+    with (
+        pytest.raises(ResourceError, match="Free space"),
+        machine_faults.translate_resource_errors(),
+    ):
         raise full
-    with pytest.raises(MachineError, match="Free space"), machine_faults.told():
+    with (
+        pytest.raises(ResourceError, match="Free space"),
+        machine_faults.translate_resource_errors(),
+    ):
         raise ModelError("cannot save step 3") from full
-    with pytest.raises(OSError, match="denied"), machine_faults.told():
+    with (
+        pytest.raises(OSError, match="denied"),
+        machine_faults.translate_resource_errors(),
+    ):
         raise OSError(errno.EACCES, "denied")
-    with pytest.raises(ModelError, match="other"), machine_faults.told():
+    with (
+        pytest.raises(ModelError, match="other"),
+        machine_faults.translate_resource_errors(),
+    ):
         raise ModelError("other")
 
 
@@ -75,7 +87,7 @@ def test_a_disk_that_fills_up_ends_the_command_with_1_and_it_goes_on_later(
     tmp_path, monkeypatch, capsys
 ):
     make_config(tmp_path)
-    write = report.write_event
+    write = report.log_event
     command = ["train", "tiny", "--run", str(tmp_path / "run")]
     command += ["--data.source", str(tmp_path / "text.txt"), "--train.steps", "4"]
     command += ["--train.log_every", "1", "--model.d_model", "8"]
@@ -86,9 +98,9 @@ def test_a_disk_that_fills_up_ends_the_command_with_1_and_it_goes_on_later(
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, kind, step, **values)
 
-    monkeypatch.setattr(report, "write_event", full)
+    monkeypatch.setattr(report, "log_event", full)
     assert cli.main(command) == 1
-    assert "the disk took no more" in capsys.readouterr().err
+    assert "disk full" in capsys.readouterr().err
     monkeypatch.undo()
 
     assert cli.main(command) == 0

@@ -41,50 +41,66 @@ def test_a_topology_is_a_slice_of_4_or_8_chips_per_host_or_refused(name, shape):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("slurmm", {}, "no launcher 'slurmm'. Did you mean slurm. Known: slurm, gke"),
-        ("slurm", {"topology": "v5e:4x4"}, "--topology is of no use to slurm.*--nodes"),
-        ("slurm", {"partition": "a b"}, "--partition='a b' is no name that slurm"),
-        ("slurm", {"account": "a\n#SBATCH -x"}, "--account=.* is no name"),
-        ("slurm", {"time": "soon"}, "--time='soon' is no time limit of Slurm"),
-        ("slurm", {"nodes": 0}, "--nodes=0 is too small. Give at least 1"),
-        ("slurm", {"devices": -1}, "--devices=-1 is too small. Give at least 0"),
+        (
+            "slurmm",
+            {},
+            "'slurmm' is not a launcher. Did you mean slurm.*slurm, gke",
+        ),
+        (
+            "slurm",
+            {"topology": "v5e:4x4"},
+            "--topology is not supp.*slurm.*--nodes",
+        ),
+        ("slurm", {"partition": "a b"}, "--partition='a b' must consist of"),
+        ("slurm", {"account": "a\n#SBATCH -x"}, "--account=.* must consist of"),
+        ("slurm", {"time": "soon"}, "--time='soon' is not a Slurm time limit"),
+        ("slurm", {"nodes": 0}, "--nodes=0 must be at least 1"),
+        ("slurm", {"devices": -1}, "--devices=-1 must be at least 0"),
         ("slurm", {"run": Path("gs://b/x")}, "--run=gs:/b/x is in an object store"),
-        ("slurm", {"run": "a\0b"}, "holds a byte that is no character"),
-        ("slurm", {"run": "a\udc80"}, "holds a byte that is no character"),
-        ("gke", {}, "gke needs the TPU slice.*--topology v5e:4x4"),
-        ("gke", TPU, "gke needs a shared file system for the run. Give --volume"),
-        ("gke", {**TPU, "volume": "A b"}, "--volume='A b' is no shared file system"),
+        ("slurm", {"run": "a\0b"}, "must not contain null bytes or surrogates"),
+        ("slurm", {"run": "a\udc80"}, "must not contain null bytes or surrogates"),
+        ("gke", {}, "gke requires a TPU slice.*--topology v5e:4x4"),
+        ("gke", TPU, "gke requires a shared file system. Set --volume"),
+        ("gke", {**TPU, "volume": "A b"}, "--volume='A b' is not a volume"),
         (
             "gke",
             {**TPU, "volume": "a", "run": "../x"},
-            "--run=../x is not on the volume",
+            "--run=../x must be on the volume",
         ),
-        ("gke", {**TPU, "volume": "a", "run": "/x"}, "--run=/x is not on the volume a"),
-        ("gke", {**TPU, "volume": "a", "image": "a b"}, "--image='a b' is no name"),
-        ("gke", {"topology": "v5:4x4"}, "names no TPU slice. Did you mean v5"),
+        (
+            "gke",
+            {**TPU, "volume": "a", "run": "/x"},
+            "--run=/x must be on the vol",
+        ),
+        (
+            "gke",
+            {**TPU, "volume": "a", "image": "a b"},
+            "--image='a b' must consist",
+        ),
+        ("gke", {"topology": "v5:4x4"}, "is not a TPU slice. Did you mean v5"),
         (
             "gke",
             {"topology": "v5e"},
-            "'v5e' names no TPU slice.*Write GENERATION:SHAPE",
+            "'v5e' is not a TPU slice.*Use GENERATION:SHAPE",
         ),
-        ("gke", {"topology": "v5e:4x5"}, "v5e has no slice of that shape. Choose.*4x8"),
-        ("gke", {"topology": "v5p:8x4x4"}, "v5p has no slice.*three rising.*6,144"),
-        ("tpu-vm", TPU, "tpu-vm needs the zone.*--zone us-west4-a"),
+        ("gke", {"topology": "v5e:4x5"}, "v5e has no slice of this shape. Use.*4x8"),
+        ("gke", {"topology": "v5p:8x4x4"}, "v5p has no slice.*ascending.*6,144"),
+        ("tpu-vm", TPU, "tpu-vm requires the zone.*--zone us-west4-a"),
         (
             "tpu-vm",
             {**TPU, "zone": "z"},
-            "tpu-vm needs a shared file system.*10.0.0.2:/",
+            "tpu-vm requires a shared file system.*10.0.0.2:/",
         ),
         (
             "tpu-vm",
             {**TPU, "zone": "z", "volume": "runs"},
-            "no shared file system that",
+            "--volume='runs' is not a volume",
         ),
-        ("skypilot", {}, "skypilot needs the machines.*--accelerator H100"),
-        ("skypilot", {"accelerator": "L4"}, "skypilot needs a shared file system"),
-        ("skypilot", {"accelerator": "L4", "zone": "z"}, "--zone=z is for TPUs"),
-        ("skypilot", {**TPU, "nodes": 2}, "--nodes=2 and --topology=v5e:4x4 both say"),
-        ("skypilot", {"topology": "v4:4x4x16"}, "asks for a number of chips"),
+        ("skypilot", {}, "skypilot requires machines.*--accelerator H100"),
+        ("skypilot", {"accelerator": "L4"}, "skypilot requires a shared file system"),
+        ("skypilot", {"accelerator": "L4", "zone": "z"}, "--zone=z applies to TPUs"),
+        ("skypilot", {**TPU, "nodes": 2}, "--nodes=2 and --topology=v5e:4x4 exclude"),
+        ("skypilot", {"topology": "v4:4x4x16"}, "requests a number of chips"),
     ],
 )
 def test_what_a_launcher_cannot_do_is_said_with_what_it_can(kind, options, message):
@@ -95,9 +111,7 @@ def test_what_a_launcher_cannot_do_is_said_with_what_it_can(kind, options, messa
 def test_a_config_must_exist_and_be_one(tmp_path):
     (tmp_path / "bad.toml").write_text("[train]\nstep = 3\n")
 
-    with pytest.raises(
-        ConfigError, match=r"there is no config tinny. Did you mean tiny"
-    ):
+    with pytest.raises(ConfigError, match=r"config tinny .*Did you mean tiny"):
         launch("slurm", "tinny")
     with pytest.raises(ConfigError, match=r"unknown option train.step. Did you mean"):
         launch("slurm", str(tmp_path / "bad.toml"))

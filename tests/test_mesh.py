@@ -15,16 +15,24 @@ import gptjax
 from gptjax import report
 from gptjax.classification import train_classifier
 from gptjax.config import GPTConfig, MeshConfig, OptimConfig
-from gptjax.data.batches import pack
+from gptjax.data.batches import make_lm_batch
 from gptjax.errors import ConfigError
-from gptjax.instruct import train_assistant
-from gptjax.loss import batch_nats
+from gptjax.instruct import train_sft
+from gptjax.loss import batch_loss
 from gptjax.optim import make_optimizer
-from gptjax.preference import train_preference
+from gptjax.preference import train_dpo
 from gptjax.pretrain import pretrain
-from gptjax.sharding import AXES, lay, layout, make_mesh, on, place, place_batch
-from gptjax.train import TrainState, init_state, make_train_step, pmapped
-from gptjax.tree import named_leaves
+from gptjax.sharding import (
+    MESH_AXES,
+    constrain,
+    param_shardings,
+    make_mesh,
+    use_mesh,
+    shard_tree,
+    shard_batch,
+)
+from gptjax.train import TrainState, init_state, make_train_step, pmap_train_step
+from gptjax.tree import flatten_with_names
 from tests.test_classification import make_config as classify_config
 from tests.test_instruct import make_config as instruct_config
 from tests.test_preference import make_config as preference_config
@@ -36,7 +44,7 @@ B, T, V = 16, 16, 60
 STEPS = 20
 SLOW = pytest.mark.slow
 SHAPE = {"context_length": T, "n_layers": 2, "n_heads": 4, "d_model": 32}
-MODEL = GPTConfig(vocab_size=V, dtype="float32", attention="plain", **SHAPE)
+MODEL = GPTConfig(vocab_size=V, dtype="float32", attention="reference", **SHAPE)
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 4), (2, 2, 2)]
 OTHERS = [(1, 4, 2), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 1, 4), (1, 2, 4)]
 
@@ -49,7 +57,7 @@ class Trained(NamedTuple):
 
 
 def mesh_of(sizes):
-    return make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))))
+    return make_mesh(MeshConfig(**dict(zip(MESH_AXES, sizes, strict=True))))
 
 
 @functools.cache
@@ -62,14 +70,14 @@ def batch_at(step):
     """Rows of several documents, some targets of which do not count."""
     rng = np.random.default_rng(step)
     row = (V * rng.random((B, T + 1)) ** 3).astype(np.int32)  # low ones are frequent
-    batch = dict(pack(row, eot=3))
-    return batch | {"weights": (rng.random((B, T)) < 0.8).astype(np.float32)}
+    batch = dict(make_lm_batch(row, eot=3))
+    return batch | {"loss_weights": (rng.random((B, T)) < 0.8).astype(np.float32)}
 
 
 def loss_of(config):
     def loss(params, batch, key):
         dropout_key = key if config.dropout else None
-        return batch_nats(config, params, batch, chunk=8, dropout_key=dropout_key)
+        return batch_loss(config, params, batch, chunk_size=8, dropout_key=dropout_key)
 
     return loss
 
@@ -79,16 +87,16 @@ def train(sizes, config=MODEL, accumulate=1, steps=STEPS):
     """As a run trains, on a mesh of these sizes; None: on one device."""
     mesh = mesh_of(sizes) if sizes else None
     optimizer = make_optimizer(OptimConfig(peak_lr=1e-2, warmup_steps=2), STEPS)
-    params = place(jax.tree.map(jnp.array, params_of(config)), mesh)
-    state = place(init_state(params, optimizer, jax.random.key(1)), mesh)
+    params = shard_tree(jax.tree.map(jnp.array, params_of(config)), mesh)
+    state = shard_tree(init_state(params, optimizer, jax.random.key(1)), mesh)
     options = {"donate_argnums": 0}
     if mesh is not None:
-        options["out_shardings"] = layout(state, mesh), None
+        options["out_shardings"] = param_shardings(state, mesh), None
     step = make_train_step(loss_of(config), optimizer, accumulate)
     step_fn, losses = jax.jit(step, **options), []
-    with on(mesh):
+    with use_mesh(mesh):
         for n in range(steps):
-            state, metrics = step_fn(state, place_batch(batch_at(n), mesh, B))
+            state, metrics = step_fn(state, shard_batch(batch_at(n), mesh, B))
             losses.append(float(metrics.loss))
     return Trained(np.array(losses), state)
 
@@ -135,10 +143,12 @@ def test_any_mesh_has_the_losses_of_one_device(sizes, accumulate, changes):
 def test_the_state_stays_where_it_was_put():
     state = train((2, 2, 2), config=DROPPING, accumulate=2).state
 
-    where = layout(state, mesh_of((2, 2, 2)))
+    where = param_shardings(state, mesh_of((2, 2, 2)))
 
-    for name, leaf in named_leaves(state).items():
-        assert leaf.sharding.is_equivalent_to(named_leaves(where)[name], leaf.ndim)
+    for name, leaf in flatten_with_names(state).items():
+        assert leaf.sharding.is_equivalent_to(
+            flatten_with_names(where)[name], leaf.ndim
+        )
     up = state.params["blocks"]["mlp"]["up"]["kernel"]
     assert up.addressable_shards[0].data.size == up.size // 4
 
@@ -148,7 +158,7 @@ def test_the_state_stays_where_it_was_put():
 def test_a_mesh_reads_the_rows_in_the_order_of_one_device(sizes):
     batch, mesh = batch_at(0), mesh_of(sizes)
 
-    placed = place_batch(batch, mesh, B)
+    placed = shard_batch(batch, mesh, B)
 
     shards = sizes[0] * sizes[1]
     for name, array in placed.items():
@@ -162,31 +172,33 @@ def test_a_mesh_reads_the_rows_in_the_order_of_one_device(sizes):
 def test_arrays_lie_where_their_letters_say_or_tracing_fails(tied):
     """On explicit axes an array's type has its layout, and `lay` asserts it."""
     config = dataclasses.replace(MODEL, tie_embeddings=tied)
-    mesh = jax.make_mesh((2, 2, 2), AXES, (AxisType.Explicit,) * 3)
+    mesh = jax.make_mesh((2, 2, 2), MESH_AXES, (AxisType.Explicit,) * 3)
     grad = jax.value_and_grad(loss_of(config), has_aux=True)
     params, batch = params_of(config), batch_at(0)
     (nats, _), grads = jax.jit(grad)(params, batch, jax.random.key(0))
 
     with jax.set_mesh(mesh):
-        params = place(params, mesh)
-        placed = place_batch(batch, mesh, B)
+        params = shard_tree(params, mesh)
+        placed = shard_batch(batch, mesh, B)
         (found, _), parts = jax.jit(grad)(params, placed, jax.random.key(0))
 
     assert float(found) == pytest.approx(float(nats), rel=1e-6)
-    for name, leaf in named_leaves(parts).items():
-        one, param = named_leaves(grads)[name], named_leaves(params)[name]
+    for name, leaf in flatten_with_names(parts).items():
+        one, param = flatten_with_names(grads)[name], flatten_with_names(params)[name]
         np.testing.assert_allclose(leaf, one, rtol=1e-4, atol=1e-4)  # of sums over 256
         assert leaf.sharding == param.sharding, name
 
 
 def test_an_array_that_lies_elsewhere_than_its_letters_say_is_an_error(monkeypatch):
-    mesh = jax.make_mesh((2, 2, 2), AXES, (AxisType.Explicit,) * 3)
+    mesh = jax.make_mesh((2, 2, 2), MESH_AXES, (AxisType.Explicit,) * 3)
     params = params_of(MODEL)  # by the model as it is
-    monkeypatch.setattr("gptjax.model.lay", lambda x, letters: lay(x, letters[::-1]))
+    monkeypatch.setattr(
+        "gptjax.model.constrain", lambda x, letters: constrain(x, letters[::-1])
+    )
 
     with jax.set_mesh(mesh):
-        params = place(params, mesh)
-        batch = place_batch(batch_at(0), mesh, B)
+        params = shard_tree(params, mesh)
+        batch = shard_batch(batch_at(0), mesh, B)
         with pytest.raises(AssertionError, match="acts as an assert"):
             jax.eval_shape(loss_of(MODEL), params, batch, jax.random.key(0))
 
@@ -197,7 +209,7 @@ def test_pmap_has_the_losses_of_jit():
     params = jax.tree.map(jnp.array, params_of(MODEL))
     state, losses = init_state(params, optimizer, jax.random.key(1)), []
 
-    step = pmapped(loss_of(MODEL), optimizer, accumulate=2)
+    step = pmap_train_step(loss_of(MODEL), optimizer, accumulate=2)
     for n in range(5):
         state, metrics = step(state, batch_at(n))
         losses.append(float(metrics.loss))
@@ -211,9 +223,9 @@ def test_pmap_has_the_losses_of_jit():
 
 @pytest.mark.fast
 def test_pmap_refuses_rows_that_do_not_split():
-    step = pmapped(loss_of(MODEL), make_optimizer(OptimConfig(), 100), 4)
+    step = pmap_train_step(loss_of(MODEL), make_optimizer(OptimConfig(), 100), 4)
 
-    with pytest.raises(ConfigError, match="batch_size=16 does not split evenly over 8"):
+    with pytest.raises(ConfigError, match=r"batch_size=16 .* 8 devices"):
         step(None, batch_at(0))
 
 
@@ -278,9 +290,9 @@ def with_context(config, context):
 @pytest.mark.parametrize(
     ("task", "make", "context", "changes"),
     [
-        (train_assistant, instruct_config, 32, {"tune__trainable": "lora"}),
+        (train_sft, instruct_config, 32, {"finetune__trainable": "lora"}),
         (train_classifier, classify_config, 16, {}),
-        (train_preference, preference_config, 16, {}),
+        (train_dpo, preference_config, 16, {}),
     ],
 )
 def test_fine_tuning_on_a_mesh_is_that_on_one_device(

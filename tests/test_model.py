@@ -16,19 +16,19 @@ from hypothesis import strategies as st
 import gptjax
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
-from gptjax.loss import next_token_nats
+from gptjax.loss import cross_entropy_sum
 from gptjax.model import (
     GPT,
-    Context,
+    BlockInputs,
     Dropout,
-    apply_cached,
-    empty_cache,
-    hidden,
-    logits,
-    output_table,
+    apply_with_cache,
+    init_cache,
+    hidden_states,
+    lm_logits,
+    unembedding_matrix,
 )
-from gptjax.packing import unstack
-from gptjax.tree import named_leaves
+from gptjax.packing import unstack_layers
+from gptjax.tree import flatten_with_names
 
 B, T, V = 2, 8, 50
 SHAPE = {"n_layers": 2, "n_heads": 2, "d_model": 16, "dtype": "float32"}
@@ -64,8 +64,8 @@ def scores(config, params, token_BT, **options):
 @functools.partial(jax.jit, static_argnums=0)
 def continued(config, layers, token_BT, position_BT, cache):
     """Logits of new tokens, and the cache that holds them."""
-    x_BTD, cache = apply_cached(config, layers, token_BT, position_BT, cache)
-    return logits(config, output_table(config, layers), x_BTD), cache
+    x_BTD, cache = apply_with_cache(config, layers, token_BT, position_BT, cache)
+    return lm_logits(config, unembedding_matrix(config, layers), x_BTD), cache
 
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
@@ -76,13 +76,13 @@ def test_separate_layers_compute_what_stacked_layers_compute(qkv_bias):
 
     @jax.jit
     def both(params, layers):
-        x_BTD, _ = hidden(config, params, TOKEN_BT)
+        x_BTD, _ = hidden_states(config, params, TOKEN_BT)
         y_BTD, _ = GPT(config, stacked=False).apply(
-            {"params": layers}, TOKEN_BT, slot_BT, None, Context(slot_BT, None)
+            {"params": layers}, TOKEN_BT, slot_BT, None, BlockInputs(slot_BT, None)
         )
         return x_BTD, y_BTD
 
-    x_BTD, y_BTD = both(params, unstack(params))
+    x_BTD, y_BTD = both(params, unstack_layers(params))
 
     np.testing.assert_allclose(x_BTD, y_BTD, atol=1e-5)
 
@@ -91,7 +91,7 @@ def test_separate_layers_compute_what_stacked_layers_compute(qkv_bias):
 @given(cuts=st.sets(st.integers(1, T - 1)))
 def test_a_row_fed_in_any_pieces_has_the_logits_of_the_whole_row(cuts):
     params = lively(TINY)
-    layers, cache = unstack(params), empty_cache(TINY, B, T)
+    layers, cache = unstack_layers(params), init_cache(TINY, B, T)
     position_BT = jnp.arange(T)[None].repeat(B, 0)
     edges = [0, *sorted(cuts), T]
 
@@ -110,7 +110,7 @@ def test_a_row_fed_in_any_pieces_has_the_logits_of_the_whole_row(cuts):
 @pytest.mark.fast
 def test_rows_of_one_cache_may_stand_at_different_positions():
     params = lively(TINY)
-    layers, cache = unstack(params), empty_cache(TINY, B, T)
+    layers, cache = unstack_layers(params), init_cache(TINY, B, T)
     lengths = (3, 6)
     padded_BT = TOKEN_BT.at[0, 3:].set(V - 1)  # what must not be seen later
 
@@ -129,9 +129,9 @@ def test_rows_of_one_cache_may_stand_at_different_positions():
 
 def test_one_row_alone_is_cached_as_it_is_among_others():
     params = lively(TINY)
-    layers, position_BT = unstack(params), jnp.arange(T)[None]
+    layers, position_BT = unstack_layers(params), jnp.arange(T)[None]
 
-    cache, pieces = empty_cache(TINY, 1, T), []
+    cache, pieces = init_cache(TINY, 1, T), []
     for piece in (slice(0, 4), slice(4, 8)):
         logit_BTV, cache = continued(
             TINY, layers, TOKEN_BT[:1, piece], position_BT[:, piece], cache
@@ -227,7 +227,7 @@ def test_every_layer_drops_other_activations():
 def mean_nats(config, params, token_BT=TOKEN_BT, **options):
     logit_BTV = gptjax.apply(config, params, token_BT, **options)
     target_BT = jnp.roll(token_BT, -1, axis=1)
-    nats, weight = next_token_nats(logit_BTV, target_BT, jnp.ones(token_BT.shape))
+    nats, weight = cross_entropy_sum(logit_BTV, target_BT, jnp.ones(token_BT.shape))
     return nats / weight
 
 
@@ -322,7 +322,9 @@ def test_bfloat16_is_for_activations_only():
     config = dataclasses.replace(TINY, dtype="bfloat16")
     params = lively(config, std=0.02)
 
-    x_BTD, _ = jax.eval_shape(functools.partial(hidden, config), params, TOKEN_BT)
+    x_BTD, _ = jax.eval_shape(
+        functools.partial(hidden_states, config), params, TOKEN_BT
+    )
     loss, grads = jax.jit(jax.value_and_grad(functools.partial(mean_nats, config)))(
         params
     )
@@ -349,7 +351,7 @@ def test_an_untrained_model_is_as_good_as_guessing(vocab_size):
 def test_parameters_start_as_gpt2_starts_them():
     config = dataclasses.replace(TINY, n_layers=8, d_model=128)
 
-    leaves = named_leaves(jax.jit(functools.partial(gptjax.init, config))(KEY))
+    leaves = flatten_with_names(jax.jit(functools.partial(gptjax.init, config))(KEY))
 
     for name, leaf in leaves.items():
         if name.endswith("scale"):
@@ -384,10 +386,10 @@ def test_apply_may_be_jitted_mapped_and_differentiated():
 
 
 def test_a_row_longer_than_the_context_is_refused():
-    with pytest.raises(ConfigError, match=r"9 tokens do not fit model\.context_.*=8"):
+    with pytest.raises(ConfigError, match=r"9 tokens .* model\.context_length=8"):
         gptjax.apply(TINY, lively(TINY), jnp.zeros((1, T + 1), jnp.int32))
 
 
 def test_a_model_without_a_vocabulary_is_refused():
-    with pytest.raises(ConfigError, match="vocab_size=0 leaves nothing to predict"):
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=0"):
         gptjax.init(GPTConfig(), KEY)

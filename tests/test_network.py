@@ -13,12 +13,12 @@ import pytest
 
 import gptjax
 from gptjax.classification import train_classifier
-from gptjax.config import config_path, read_config
-from gptjax.data.named import find
-from gptjax.instruct import train_assistant
-from gptjax.loss import next_token_nats
+from gptjax.config import find_config, load_config
+from gptjax.data.named import fetch_dataset
+from gptjax.instruct import train_sft
+from gptjax.loss import cross_entropy_sum
 from gptjax.report import read_events
-from gptjax.tree import count
+from gptjax.tree import num_params
 from gptjax.weights import published
 
 pytestmark = pytest.mark.network
@@ -35,13 +35,13 @@ def gpt2():
 def test_the_public_models_have_their_numbers_of_parameters(name):
     model = gptjax.load(name)
 
-    assert count(model.params) == published.PUBLISHED[name].parameters
+    assert num_params(model.params) == published.REFERENCE_VALUES[name].num_params
     assert model.config.tie_embeddings
     assert model.tokenizer.hash == gptjax.tokenizer.load("gpt2").hash
 
 
 def test_the_token_embedding_has_the_published_values(gpt2):
-    said = published.check(gpt2, published.PUBLISHED["gpt2"])
+    said = published.check_reference_values(gpt2, published.REFERENCE_VALUES["gpt2"])
 
     assert "published values agree" in said
 
@@ -60,7 +60,7 @@ def test_greedy_text_is_the_published_one(gpt2):
 
 def test_the_loss_on_the_verdict_is_the_published_one(gpt2):
     """Raschka 2024, exercise 5.5: rows of 256 tokens that do not overlap."""
-    text = find("verdict").read_text(encoding="utf-8")
+    text = fetch_dataset("verdict").read_text(encoding="utf-8")
     cut = int(0.9 * len(text))
 
     def loss(part):
@@ -68,7 +68,7 @@ def test_the_loss_on_the_verdict_is_the_published_one(gpt2):
         rows = [ids[i : i + 257] for i in range(0, len(ids) - 256, 256)]
         row_BT = jnp.asarray(np.stack(rows))
         logit_BTV = whole_pass(gpt2.config, gpt2.params, row_BT[:, :-1])
-        nats, weight = next_token_nats(
+        nats, weight = cross_entropy_sum(
             logit_BTV, row_BT[:, 1:], jnp.ones(row_BT[:, 1:].shape)
         )
         return float(nats / weight)
@@ -82,7 +82,7 @@ def test_the_books_spam_filter_is_as_good_as_published(tmp_path):
 
     Head and batch order are not the book's own here, so a few rows may differ.
     """
-    config = read_config(config_path("classify/sms_gpt2"))
+    config = load_config(find_config("classify/sms_gpt2"))
 
     train_classifier(config, tmp_path / "run", lambda line: None)
 
@@ -101,14 +101,12 @@ def test_the_books_assistant_learns_as_published(tmp_path):
     2.637 and 2.626 after the first step, 0.299 and 0.657 after the last. The book
     averages the means of five batches; here it is tokens, and other training rows.
     """
-    config = read_config(config_path("instruct/book_355m"))
+    config = load_config(find_config("instruct/book_355m"))
 
     for steps, train, validation in ((1, 2.637, 2.626), (231, 0.299, 0.657)):
         short = dataclasses.replace(config.train, steps=steps)
         folder = tmp_path / str(steps)
-        train_assistant(
-            dataclasses.replace(config, train=short), folder, lambda line: None
-        )
+        train_sft(dataclasses.replace(config, train=short), folder, lambda line: None)
         events = read_events(folder / "metrics.jsonl")
         loss = {e["split"]: e["loss"] for e in events if "loss" in e and "split" in e}
         assert loss["train"] == pytest.approx(train, rel=0.1)

@@ -14,15 +14,15 @@ import gptjax
 from gptjax.config import GPTConfig, OptimConfig
 from gptjax.errors import ConfigError
 from gptjax.optim import (
-    clipped,
+    clip_by_global_norm,
     decay_mask,
-    make_clipping,
+    make_grad_clip,
     make_optimizer,
     make_schedule,
 )
-from gptjax.tree import named_leaves
+from gptjax.tree import flatten_with_names
 
-OPTIM = OptimConfig(peak_lr=1.0, warmup_steps=10, final_lr=0.1)
+OPTIM = OptimConfig(peak_lr=1.0, warmup_steps=10, final_lr_fraction=0.1)
 
 
 def rates(steps=100, **changes):
@@ -47,9 +47,9 @@ def test_matrices_and_embeddings_decay_and_nothing_else_does(switch):
     config = dataclasses.replace(config, qkv_bias=switch, tie_embeddings=switch)
     shapes = jax.eval_shape(lambda: gptjax.init(config, jax.random.key(0)))
 
-    mask = named_leaves(decay_mask(shapes))
+    mask = flatten_with_names(decay_mask(shapes))
 
-    for name, leaf in named_leaves(shapes).items():
+    for name, leaf in flatten_with_names(shapes).items():
         axes = leaf.ndim - name.startswith("blocks/")
         matrix = axes - name.endswith(("query/bias", "key/bias", "value/bias")) >= 2
         assert mask[name] is matrix, name
@@ -62,12 +62,12 @@ def test_a_tree_without_some_kinds_of_parameters_has_a_mask_too():
 
 
 def test_a_parameter_of_an_unknown_kind_is_an_error():
-    with pytest.raises(ValueError, match="head/gain needs exactly one rule"):
+    with pytest.raises(ValueError, match=r"head/gain .* exactly one rule"):
         decay_mask({"head": {"gain": jnp.zeros(2), "bias": jnp.zeros(2)}})
 
 
 def test_the_schedule_of_the_book_is_its_formula():
-    rate = rates(schedule="book", steps=135, warmup_steps=27, final_lr=0.01)
+    rate = rates(schedule="book", steps=135, warmup_steps=27, final_lr_fraction=0.01)
 
     for step in range(27):
         assert rate[step] == pytest.approx(0.01 + step * 0.99 / 27, rel=1e-5)
@@ -124,7 +124,7 @@ def test_no_update_of_any_run_has_rate_zero_or_above_the_peak(schedule, steps, w
 
 
 def test_a_warm_up_longer_than_the_run_is_refused():
-    with pytest.raises(ConfigError, match=r"warmup_steps=10 is longer .*\.steps=9"):
+    with pytest.raises(ConfigError, match=r"warmup_steps=10 .*\.steps=9"):
         make_optimizer(OPTIM, 9)
 
 
@@ -142,7 +142,7 @@ def test_only_the_direction_of_a_long_gradient_counts():
 
 def test_the_book_clips_after_its_warm_up():
     optim = dataclasses.replace(OPTIM, schedule="book", warmup_steps=2, grad_clip=1.0)
-    clipping = make_clipping(optim)
+    clipping = make_grad_clip(optim)
     grads = {"bias": jnp.array([30.0, 40.0])}
     state = clipping.init(grads)
 
@@ -155,7 +155,7 @@ def test_the_book_clips_after_its_warm_up():
 
 
 def test_a_norm_that_is_known_is_the_one_that_counts():
-    clipping, grads = clipped(1.0), {"bias": jnp.array([3.0, 4.0])}
+    clipping, grads = clip_by_global_norm(1.0), {"bias": jnp.array([3.0, 4.0])}
 
     found = [
         float(clipping.update(grads, optax.EmptyState(), **known)[0]["bias"][1])
@@ -206,7 +206,7 @@ def test_clipping_is_that_of_optax_but_for_its_order(length):
 
     ours, theirs = (
         make(1.0).update(grads, optax.EmptyState())[0]
-        for make in (clipped, optax.clip_by_global_norm)
+        for make in (clip_by_global_norm, optax.clip_by_global_norm)
     )
 
     for one, other in zip(ours.values(), theirs.values(), strict=True):

@@ -15,15 +15,15 @@ from gptjax import packing
 from gptjax.config import GPTConfig
 from gptjax.generation import complete
 from gptjax.model import (
-    apply_cached,
+    apply_with_cache,
     compute_dtype,
-    empty_cache,
+    init_cache,
     init,
-    logits,
-    output_table,
+    lm_logits,
+    unembedding_matrix,
 )
-from gptjax.tokenizer import load
-from gptjax.tree import named_leaves, unnamed
+from gptjax.tokenizer import load_tokenizer
+from gptjax.tree import flatten_with_names, unflatten_names
 from gptjax.weights.folder import Model
 
 CONFIG = GPTConfig(
@@ -36,9 +36,9 @@ TOKEN_BT = np.random.default_rng(0).integers(257, size=(3, 9)).astype(np.int32)
 @functools.partial(jax.jit, static_argnums=0)
 def drawn(config, scale=3.0):
     """Parameters none of which is 0, so that every one of them matters."""
-    leaves = named_leaves(init(config, jax.random.key(0)))
+    leaves = flatten_with_names(init(config, jax.random.key(0)))
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    return unnamed(
+    return unflatten_names(
         {
             name: leaf + scale * 0.02 * jax.random.normal(key, leaf.shape)
             for (name, leaf), key in zip(leaves.items(), keys, strict=True)
@@ -47,16 +47,18 @@ def drawn(config, scale=3.0):
 
 
 def cached_logits(config, params, int8):
-    layers = packing.packed(packing.unstack(params), compute_dtype(config), int8)
+    layers = packing.prepare_decode_params(
+        packing.unstack_layers(params), compute_dtype(config), int8
+    )
     return logits_of(config, layers)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(config, layers):
     slot_BT = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None], TOKEN_BT.shape)
-    cache = empty_cache(config, 3, 16)
-    x_BTD, _ = apply_cached(config, layers, jnp.asarray(TOKEN_BT), slot_BT, cache)
-    return logits(config, output_table(config, layers), x_BTD)
+    cache = init_cache(config, 3, 16)
+    x_BTD, _ = apply_with_cache(config, layers, jnp.asarray(TOKEN_BT), slot_BT, cache)
+    return lm_logits(config, unembedding_matrix(config, layers), x_BTD)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -77,7 +79,7 @@ def test_packed_layers_give_the_logits_of_stacked_ones(
         CONFIG, tie_embeddings=tied, vocab_multiple=multiple, dtype=dtype
     )
     params = drawn(config)
-    params = packing.rounded(params) if int8 else params
+    params = packing.fake_quantize(params) if int8 else params
     expected = apply(config, params, jnp.asarray(TOKEN_BT))[..., :257]
     found = cached_logits(config, params, int8)[..., :257]
     size = float(jnp.abs(expected).max())
@@ -86,8 +88,8 @@ def test_packed_layers_give_the_logits_of_stacked_ones(
 
 def test_only_kernels_and_the_table_of_outputs_are_rounded():
     params = drawn(CONFIG)
-    rounded = named_leaves(packing.rounded(params))
-    for name, leaf in named_leaves(params).items():
+    rounded = flatten_with_names(packing.fake_quantize(params))
+    for name, leaf in flatten_with_names(params).items():
         changed = name.endswith("/kernel") or name == "token_embedding/embedding"
         assert changed == bool(jnp.any(rounded[name] != leaf)), name
 
@@ -95,12 +97,12 @@ def test_only_kernels_and_the_table_of_outputs_are_rounded():
 def test_rounding_moves_no_weight_by_more_than_half_a_step_of_its_output():
     params = drawn(CONFIG)
     kernel_NDHK = params["blocks"]["attention"]["query"]["kernel"]
-    found = packing.rounded(params)["blocks"]["attention"]["query"]["kernel"]
-    step_NHK = jnp.abs(kernel_NDHK).max(axis=1) / packing.MOST
+    found = packing.fake_quantize(params)["blocks"]["attention"]["query"]["kernel"]
+    step_NHK = jnp.abs(kernel_NDHK).max(axis=1) / packing.INT8_MAX
     assert jnp.all(
         jnp.abs(found - kernel_NDHK) <= step_NHK[:, None] * (0.5 + 1e-5)
     )  # and of rounding twice nothing is left
-    again = packing.rounded(packing.rounded(params))
+    again = packing.fake_quantize(packing.fake_quantize(params))
     np.testing.assert_allclose(
         again["blocks"]["attention"]["query"]["kernel"], found, rtol=1e-6
     )
@@ -117,12 +119,14 @@ def test_whole_numbers_multiply_as_exactly_as_rows_of_15_bits(rows, seed, size):
     x_BI[0, 3:] = 0  # a row of few numbers, and one of none
     x_BI[-1] = 0
     kernel_OI = random.standard_normal((7, 40)).astype(np.float32)
-    whole = packing.whole(jnp.asarray(kernel_OI))
-    found = packing.product(jnp.asarray(x_BI), whole)
+    whole = packing.quantize_int8(jnp.asarray(kernel_OI))
+    found = packing.decode_matmul(jnp.asarray(x_BI), whole)
 
     exact_IO = np.asarray(whole.kernel_OI.T, np.float64) * np.asarray(whole.scale_O)
     expected = x_BI.astype(np.float64) @ exact_IO
-    step_B1 = np.abs(x_BI).max(axis=1, keepdims=True) / (packing.MOST * packing.FINE)
+    step_B1 = np.abs(x_BI).max(axis=1, keepdims=True) / (
+        packing.INT8_MAX * packing.SPLIT_BASE
+    )
     bound = 0.51 * step_B1 * np.abs(exact_IO).sum(axis=0) + 1e-6 * np.abs(expected)
     assert np.all(np.abs(found - expected) <= bound)
 
@@ -130,29 +134,31 @@ def test_whole_numbers_multiply_as_exactly_as_rows_of_15_bits(rows, seed, size):
 @pytest.mark.parametrize("rows", [1, 2])
 def test_the_largest_sums_of_whole_numbers_fit_in_32_bits(rows):
     kernel_OI = np.ones((3, 30_000), np.float32) * [[1], [-1], [0.5]]
-    whole = packing.whole(jnp.asarray(kernel_OI, jnp.float32))
-    found = packing.product(jnp.full((rows, 30_000), 2.0), whole)
+    whole = packing.quantize_int8(jnp.asarray(kernel_OI, jnp.float32))
+    found = packing.decode_matmul(jnp.full((rows, 30_000), 2.0), whole)
     np.testing.assert_allclose(found, [[6e4, -6e4, 3e4]] * rows, rtol=1e-6)
 
 
 def test_a_row_has_the_same_product_alone_as_among_others():
     random = np.random.default_rng(0)
     x_BI = random.standard_normal((3, 768)).astype(np.float32)
-    whole = packing.whole(jnp.asarray(random.standard_normal((5, 768)), jnp.float32))
-    together = packing.product(jnp.asarray(x_BI), whole)
+    whole = packing.quantize_int8(
+        jnp.asarray(random.standard_normal((5, 768)), jnp.float32)
+    )
+    together = packing.decode_matmul(jnp.asarray(x_BI), whole)
     for x_I, found_O in zip(x_BI, together, strict=True):
-        alone = packing.product(jnp.asarray(x_I)[None], whole)
+        alone = packing.decode_matmul(jnp.asarray(x_I)[None], whole)
         np.testing.assert_array_equal(found_O, alone[0])
 
 
 def test_a_kernel_of_zeros_stays_zero():
-    whole = packing.whole(jnp.zeros((2, 5)))
-    assert not jnp.any(packing.product(jnp.ones((1, 5)), whole))
+    whole = packing.quantize_int8(jnp.zeros((2, 5)))
+    assert not jnp.any(packing.decode_matmul(jnp.ones((1, 5)), whole))
 
 
 def test_a_model_in_8_bits_writes_what_its_rounded_parameters_write():
-    params = packing.rounded(drawn(CONFIG))
-    tokenizer = load("bytes")
+    params = packing.fake_quantize(drawn(CONFIG))
+    tokenizer = load_tokenizer("bytes")
     options = {"temperature": 0.0, "max_new_tokens": 12, "stop_ids": ()}
     ids = [
         complete(Model(CONFIG, params, tokenizer, int8=int8), "ab", **options)[0].ids

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax.attention.choice import attend
-from gptjax.attention.sight import Sight
+from gptjax.attention.choice import compute_attention
+from gptjax.attention.sight import AttentionMask
 from gptjax.config import GPTConfig, OptimConfig
-from gptjax.loss import next_token_nats, weighted_nats
-from gptjax.model import hidden, output_table
+from gptjax.loss import cross_entropy_sum, fused_cross_entropy
+from gptjax.model import hidden_states, unembedding_matrix
 from gptjax.optim import make_optimizer
-from gptjax.train import init_state, make_train_step, steps
+from gptjax.train import init_state, make_train_step, train_steps
 
 pytestmark = [
     pytest.mark.peers,
@@ -110,9 +110,9 @@ def batch_at(step):
 
 def loss_fn(params, batch, key):
     token_BT, target_BT, weight_BT = batch
-    x_BTD, _ = hidden(CONFIG, params, token_BT)
-    table_VD = output_table(CONFIG, params)
-    nats = weighted_nats(CONFIG, x_BTD, table_VD, target_BT, weight_BT, 8)
+    x_BTD, _ = hidden_states(CONFIG, params, token_BT)
+    table_VD = unembedding_matrix(CONFIG, params)
+    nats = fused_cross_entropy(CONFIG, x_BTD, table_VD, target_BT, weight_BT, 8)
     return nats, jnp.sum(weight_BT)
 
 
@@ -196,7 +196,7 @@ def test_clipped_adamw_steps_are_those_of_pytorch(torch, peer, count):
 
     losses, norms = [], []
     batches = map(batch_at, range(count))
-    for _, state, metrics in steps(state, step_fn, batches):  # noqa: B007, B020
+    for _, state, metrics in train_steps(state, step_fn, batches):  # noqa: B007, B020
         losses.append(float(metrics.loss))
         norms.append(float(metrics.grad_norm))
 
@@ -211,7 +211,7 @@ def test_clipped_adamw_steps_are_those_of_pytorch(torch, peer, count):
     close(state.params, expected, atol=0.02 * OPTIM.peak_lr)
 
 
-@pytest.mark.parametrize("backend", ["plain", "prefix", "xla", "blockwise"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "xla", "flash"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_attention_is_that_of_pytorch(torch, backend, packed):
     rng = np.random.default_rng(0)
@@ -221,9 +221,9 @@ def test_attention_is_that_of_pytorch(torch, backend, packed):
     )
     mask_BTS = np.tril(segment_BT[:, :, None] == segment_BT[:, None])
 
-    mixed_BTHK = attend(
+    mixed_BTHK = compute_attention(
         *map(jnp.asarray, (query_BTHK, key_BSHK, value_BSHK)),
-        Sight(segment_BT=jnp.asarray(segment_BT)),
+        AttentionMask(segment_id_BT=jnp.asarray(segment_BT)),
         backend=backend,
     )
 
@@ -241,7 +241,7 @@ def test_the_mean_loss_is_cross_entropy_with_ignored_targets(torch):
     logit_BTV = rng.normal(0, 3, (B, T, V)).astype(np.float32)
     _, target_BT, weight_BT = batch_at(0)
 
-    nats, weight = next_token_nats(jnp.asarray(logit_BTV), target_BT, weight_BT)
+    nats, weight = cross_entropy_sum(jnp.asarray(logit_BTV), target_BT, weight_BT)
 
     ignored_BT = tensor(torch, jnp.where(weight_BT > 0, target_BT, -100))
     expected = torch.nn.functional.cross_entropy(

@@ -2,16 +2,18 @@
 
 import pytest
 
-from gptjax.bench.peers import PEERS
+from gptjax.bench.peers import TORCH_WORKLOADS
 from gptjax.config import PRESETS
 from tests.test_bench_turns import WORK
 
 pytestmark = pytest.mark.peers
 
 
-@pytest.mark.parametrize("name", [x for x in WORK if f"transformers_{x}" in PEERS])
+@pytest.mark.parametrize(
+    "name", [x for x in WORK if f"transformers_{x}" in TORCH_WORKLOADS]
+)
 def test_their_work_is_as_much_as_ours(monkeypatch, name):
     monkeypatch.setitem(PRESETS, "mini", (1, 2, 16))
     options, units = WORK[name]
 
-    assert PEERS[f"transformers_{name}"]("mini", **options)() == units
+    assert TORCH_WORKLOADS[f"transformers_{name}"]("mini", **options)() == units

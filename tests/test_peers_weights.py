@@ -14,8 +14,8 @@ import gptjax
 from gptjax import generation
 from gptjax.config import GPTConfig
 from gptjax.evaluate import score_tokens
-from gptjax.tree import named_leaves
-from gptjax.weights.exporting import export
+from gptjax.tree import flatten_with_names
+from gptjax.weights.exporting import export_model
 from gptjax.weights.folder import Model
 
 pytestmark = [
@@ -55,7 +55,7 @@ def pair(request, torch, tmp_path_factory):
     params = jax.tree.map(moved, params)
     model = Model(config, params, gptjax.tokenizer.load("gpt2"))
     folder = tmp_path_factory.mktemp("export") / "model"
-    export(model, "hf", folder)
+    export_model(model, "hf", folder)
     peer, about = transformers.AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True
     )
@@ -140,8 +140,8 @@ def test_what_transformers_saves_comes_back_bit_for_bit(pair, tmp_path):
 
     assert again.config == model.config
     assert again.tokenizer.hash == model.tokenizer.hash
-    leaves = named_leaves(model.params)
-    for name, leaf in named_leaves(again.params).items():
+    leaves = flatten_with_names(model.params)
+    for name, leaf in flatten_with_names(again.params).items():
         np.testing.assert_array_equal(leaf, leaves[name])
 
 
@@ -174,7 +174,7 @@ def test_an_exported_classifier_has_the_same_probabilities(torch, tmp_path):
     params = jax.tree.map(lambda x: 5 * x, gptjax.init(config, jax.random.key(0)))
     tokenizer = gptjax.tokenizer.load("gpt2")
     model = Model(config, params, tokenizer, ("ham", "spam", "other"))
-    export(model, "hf", tmp_path / "out")
+    export_model(model, "hf", tmp_path / "out")
     texts = [
         "You won a prize!",
         "See you at six",

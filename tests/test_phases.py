@@ -3,23 +3,29 @@
 import logging
 
 from gptjax import phases
-from gptjax.phases import COMPILED, READ_BACK, Teller, reached, told
+from gptjax.phases import (
+    COMPILE_EVENT,
+    CACHE_HIT_EVENT,
+    PhaseLogger,
+    mark_phase,
+    log_phases,
+)
 
 
 def test_the_seconds_of_a_phase_are_those_since_the_one_before_less_compiling():
     lines, now = [], [10.0]
-    teller = Teller(lines.append, 8.0, "first token", lambda: now[0])
+    teller = PhaseLogger(lines.append, 8.0, "first token", lambda: now[0])
 
     def ended(phase):
         teller.emit(logging.makeLogRecord({"msg": phase}))
 
     ended("importing")
     now[0] = 13.0
-    teller.heard(COMPILED, 0.5)
+    teller.on_jax_event(COMPILE_EVENT, 0.5)
     ended("loading")
     now[0] = 20.0
-    teller.heard(READ_BACK, 1.0)
-    teller.heard(COMPILED, 2.0)
+    teller.on_jax_event(CACHE_HIT_EVENT, 1.0)
+    teller.on_jax_event(COMPILE_EVENT, 2.0)
     ended("first token")
     ended("first token")
 
@@ -28,36 +34,36 @@ def test_the_seconds_of_a_phase_are_those_since_the_one_before_less_compiling():
         ["loading", "2.50", "s"],
         ["compiling", "2.50", "s"],
         ["first", "token", "5.00"],
-        ["in", "all", "12.00"],
+        ["total", "12.00", "s"],
     ]
-    assert "2 programs, 1 of them from a file" in lines[2]
+    assert "2 programs, 1 from the cache" in lines[2]
 
 
 def test_nothing_is_waited_for_or_said_unless_someone_listens(monkeypatch):
     waited, lines = [], []
     monkeypatch.setattr("jax.block_until_ready", waited.append)
 
-    reached("loading", "before")
-    with told(lines.append, 0.0, "first step"):
-        reached("loading", "within")
-        reached("first step", "last")
-        reached("first step", "late")
-    reached("loading", "after")
+    mark_phase("loading", "before")
+    with log_phases(lines.append, 0.0, "first step"):
+        mark_phase("loading", "within")
+        mark_phase("first step", "last")
+        mark_phase("first step", "late")
+    mark_phase("loading", "after")
 
     assert waited == ["within", "last"]
     assert [line.split("  ")[0] for line in lines] == [
-        *("loading", "compiling", "first step", "in all")
+        *("loading", "compiling", "first step", "total")
     ]
-    assert not [h for h in phases.LOG.handlers if isinstance(h, Teller)]
-    assert not phases.LOG.propagate
+    assert not [h for h in phases.phase_logger.handlers if isinstance(h, PhaseLogger)]
+    assert not phases.phase_logger.propagate
 
 
 def test_what_has_no_first_token_is_answered_at_the_end():
     lines = []
 
-    with told(lines.append, 0.0, "answering"):
-        reached("loading")
+    with log_phases(lines.append, 0.0, "answering"):
+        mark_phase("loading")
 
     assert [line.split()[0] for line in lines] == [
-        *("loading", "compiling", "answering", "in")
+        *("loading", "compiling", "answering", "total")
     ]

@@ -7,29 +7,29 @@ import pytest
 
 import gptjax
 from gptjax import report
-from gptjax.config import RunConfig, build
-from gptjax.data.conversations import read_pairs
-from gptjax.data.pair_batches import pair_batches
+from gptjax.config import RunConfig, from_dict
+from gptjax.data.conversations import read_preference_pairs
+from gptjax.data.pair_batches import make_preference_batches
 from gptjax.errors import ConfigError, DataError
-from gptjax.fingerprint import of_arrays
+from gptjax.fingerprint import hash_pytree
 from gptjax.model import apply
 from gptjax.preference import (
-    answer_nats,
-    dpo_nats,
-    examples_of,
-    log_probabilities,
-    loss,
-    train_preference,
+    answer_logprobs,
+    dpo_loss,
+    tokenize_pair,
+    sequence_logprobs,
+    dpo_loss_fn,
+    train_dpo,
 )
-from gptjax.template import read_template
+from gptjax.template import load_chat_template
 from gptjax.weights.folder import Model
 from tests.small_models import make_model
 
 
 def start_model() -> Model:
     made = make_model(context_length=32)
-    template = read_template("qa").source
-    return Model(made.config, made.params, made.tokenizer, template=template)
+    template = load_chat_template("qa").source
+    return Model(made.config, made.params, made.tokenizer, chat_template=template)
 
 
 def make_rows():
@@ -45,20 +45,20 @@ def make_config(folder, **changes) -> RunConfig:
     table = {
         "data": {"source": str(folder / "pairs.json"), "batch_size": 4},
         "optim": {"warmup_steps": 2, "peak_lr": 2e-3},
-        "train": {"task": "preference", "steps": 20, "eval_every": 10},
-        "tune": {"start": str(folder / "start")},
+        "train": {"task": "dpo", "steps": 20, "eval_every": 10},
+        "finetune": {"init_from": str(folder / "start")},
     }
     for name, value in changes.items():
         section, option = name.split("__")
         table[section][option] = value
-    return build(RunConfig, table)
+    return from_dict(RunConfig, table)
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("preference")
+    folder = tmp_path_factory.mktemp("dpo")
     config, said = make_config(folder), []
-    model = train_preference(config, folder / "run", said.append)
+    model = train_dpo(config, folder / "run", said.append)
     return config, folder / "run", model, said
 
 
@@ -75,7 +75,7 @@ def test_before_the_first_step_the_loss_is_ln_2_and_the_margin_0(unbroken):
         assert first["accuracy"] == 0.5
     step = next(e for e in events if e["event"] == "train")
     assert step["step"] == 10
-    assert any("left out 1 pairs of equal answers" in line for line in said)
+    assert any("dropped  1 pairs with equal answers" in line for line in said)
 
 
 def test_the_chosen_answers_win(unbroken):
@@ -87,21 +87,21 @@ def test_the_chosen_answers_win(unbroken):
     assert last["margin"] > 0
     assert last["accuracy"] > 0.6
     assert last["loss"] < np.log(2)
-    assert model.template == start_model().template
+    assert model.template == start_model().chat_template
 
 
 def test_the_reference_is_what_the_start_says_and_does_not_move(unbroken):
     config, folder, _, _ = unbroken
     start = gptjax.load(folder.parent / "start")
-    pairs, _ = read_pairs(folder.parent / "pairs.json")
-    template = read_template("qa")
+    pairs, _ = read_preference_pairs(folder.parent / "pairs.json")
+    template = load_chat_template("qa")
     meta = json.loads((folder / "meta.json").read_text())
 
-    examples = [examples_of(pair, start, template, 32) for pair in pairs[:4]]
-    batches = pair_batches(examples, rows=4, context=32, fill=256)
-    run = build(RunConfig, {"model": {"context_length": 32}})
+    examples = [tokenize_pair(pair, start, template, 32) for pair in pairs[:4]]
+    batches = make_preference_batches(examples, rows=4, context=32, pad_id=256)
+    run = from_dict(RunConfig, {"model": {"context_length": 32}})
     config = run.__class__(model=start.config)
-    found = log_probabilities(config, start.params, batches)
+    found = sequence_logprobs(config, start.params, batches)
 
     for n, pair in enumerate(pairs[:4]):
         for side, answer in enumerate((pair.chosen, pair.rejected)):
@@ -114,14 +114,14 @@ def test_the_reference_is_what_the_start_says_and_does_not_move(unbroken):
                 float(chosen[-len(answer) - 1 :].sum()), abs=1e-4
             )
     assert set(meta["reference"]) == {"train", "validation", "test"}
-    again = log_probabilities(config, start.params, batches)
-    assert of_arrays(again) == of_arrays(found)
+    again = sequence_logprobs(config, start.params, batches)
+    assert hash_pytree(again) == hash_pytree(found)
 
 
 def test_a_finished_run_computes_the_same_reference_again(unbroken, monkeypatch):
     config, folder, model, _ = unbroken
 
-    again = train_preference(config, folder, lambda line: None)
+    again = train_dpo(config, folder, lambda line: None)
 
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
 
@@ -131,22 +131,26 @@ def test_the_loss_is_that_of_the_paper():
 
     expected = -np.log(1 / (1 + np.exp(-0.5 * np.array([2.0, -3.0]))))
 
-    np.testing.assert_allclose(dpo_nats(gain_B2, 0.5), expected, rtol=1e-6)
+    np.testing.assert_allclose(dpo_loss(gain_B2, 0.5), expected, rtol=1e-6)
 
 
 def test_padding_changes_neither_loss_nor_gradient():
-    model, template = start_model(), read_template("qa")
+    model, template = start_model(), load_chat_template("qa")
     config = RunConfig(model=model.config)
     pair = read_pairs_of(
         [{"prompt": "a", "chosen": "bcd", "rejected": "e"}], model, template
     )
-    wide = pair_batches(pair, rows=3, context=32, fill=7).batch(32, [0])
-    narrow = pair_batches(pair, rows=1, context=32, fill=9).batch(16, [0])
+    wide = make_preference_batches(pair, rows=3, context=32, pad_id=7).make_batch(
+        32, [0]
+    )
+    narrow = make_preference_batches(pair, rows=1, context=32, pad_id=9).make_batch(
+        16, [0]
+    )
 
     @jax.jit
     @jax.value_and_grad
     def value(params, batch):
-        nats, weight = loss(config, params, None, batch, None)
+        nats, weight = dpo_loss_fn(config, params, None, batch, None)
         return nats / weight
 
     results = [value(model.params, batch) for batch in (wide, narrow)]
@@ -154,15 +158,15 @@ def test_padding_changes_neither_loss_nor_gradient():
     assert float(results[0][0]) == pytest.approx(float(results[1][0]), rel=1e-5)
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)  # noqa: E731
     jax.tree.map(close, results[0][1], results[1][1])
-    nats = answer_nats(config, model.params, jax.tree.map(jnp.asarray, wide))
+    nats = answer_logprobs(config, model.params, jax.tree.map(jnp.asarray, wide))
     assert np.asarray(nats)[1:].tolist() == [[0, 0], [0, 0]]
 
 
 def read_pairs_of(rows, model, template):
-    from gptjax.data.conversations import Pair
+    from gptjax.data.conversations import PreferencePair
 
     pairs = [
-        Pair(
+        PreferencePair(
             ({"role": "user", "content": row["prompt"]},),
             row["chosen"],
             row["rejected"],
@@ -171,27 +175,27 @@ def read_pairs_of(rows, model, template):
         )
         for row in rows
     ]
-    return [examples_of(pair, model, template, 32) for pair in pairs]
+    return [tokenize_pair(pair, model, template, 32) for pair in pairs]
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"tune__start": ""}, ConfigError, "preference tuning needs an assistant"),
-        ({"data__batching": "packed"}, ConfigError, "do not fit preference tuning"),
-        ({"data__val_fraction": 0.0}, ConfigError, "val_fraction=0.0 holds no pairs"),
+        ({"finetune__init_from": ""}, ConfigError, "set finetune.init_from"),
+        ({"data__batching": "packed"}, ConfigError, "data.batching='packed'"),
+        ({"data__val_fraction": 0.0}, ConfigError, "data.val_fraction=0.0 .* pairs"),
         ({"model__context_length": 3}, DataError, "no train pair of .* fit"),
     ],
 )
 def test_a_run_that_cannot_be_says_why(tmp_path, changes, error, message):
     if "model__context_length" in changes:
         config = make_config(tmp_path)
-        model = build(RunConfig, {"model": {"context_length": 3}}).model
+        model = from_dict(RunConfig, {"model": {"context_length": 3}}).model
         config = type(config)(
-            model=model, data=config.data, train=config.train, tune=config.tune
+            model=model, data=config.data, train=config.train, finetune=config.finetune
         )
     else:
         config = make_config(tmp_path, **changes)
 
     with pytest.raises(error, match=message):
-        train_preference(config, tmp_path / "run", lambda line: None)
+        train_dpo(config, tmp_path / "run", lambda line: None)

@@ -5,16 +5,16 @@ import threading
 
 import pytest
 
-from gptjax.prefetch import prefetched
-from gptjax.stopwatch import Stopwatch
+from gptjax.prefetch import prefetch_to_device
+from gptjax.stopwatch import StepTimer
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_it_is_map(depth):
-    assert list(prefetched(range(9), lambda n: n * n, depth)) == [
+    assert list(prefetch_to_device(range(9), lambda n: n * n, depth)) == [
         n * n for n in range(9)
     ]
-    assert list(prefetched([], str, depth)) == []
+    assert list(prefetch_to_device([], str, depth)) == []
 
 
 def test_the_next_ones_are_made_while_one_is_in_use():
@@ -25,13 +25,13 @@ def test_the_next_ones_are_made_while_one_is_in_use():
         made[n].set()
         return n
 
-    for n in prefetched(range(4), make, depth=2):
+    for n in prefetch_to_device(range(4), make, size=2):
         assert made[min(n + 2, 3)].wait(60)
         assert n == 3 or not (n + 3 < 4 and made[n + 3].is_set())
 
 
 def test_an_error_comes_where_its_batch_is_due():
-    results = prefetched([1, 0, 2], lambda n: 6 // n)
+    results = prefetch_to_device([1, 0, 2], lambda n: 6 // n)
 
     assert next(results) == 6
     with pytest.raises(ZeroDivisionError):
@@ -39,7 +39,7 @@ def test_an_error_comes_where_its_batch_is_due():
 
 
 def test_whoever_stops_early_leaves_no_thread():
-    results = prefetched(itertools.count(), str)
+    results = prefetch_to_device(itertools.count(), str)
     next(results)
 
     results.close()
@@ -56,15 +56,15 @@ def share_waited(source_seconds, step_seconds):
             now[0] += source_seconds
             yield n
 
-    watch = Stopwatch(lambda: now[0])
-    for n in watch.waiting(source()):
+    watch = StepTimer(lambda: now[0])
+    for n in watch.time_data(source()):
         now[0] += step_seconds
         if n == 4:
-            seconds, waited = watch.lap()
+            seconds, waited = watch.end_step()
             assert seconds == pytest.approx(5 * (source_seconds + step_seconds))
-    with watch.aside():
+    with watch.excluded():
         now[0] += 100.0  # an evaluation
-    seconds, again = watch.lap()
+    seconds, again = watch.end_step()
     assert again == pytest.approx(waited)
     return again / seconds
 

@@ -14,11 +14,11 @@ import pytest
 
 import gptjax
 from gptjax import checkpoint, pretrain, report, run_loop, run_steps
-from gptjax.config import MeshConfig, RunConfig, build
+from gptjax.config import MeshConfig, RunConfig, from_dict
 from gptjax.errors import ConfigError, DataError, ModelError
-from gptjax.run_folder import settle_config
-from gptjax.run_task import Wishes
-from gptjax.stopping import Stopped
+from gptjax.run_folder import reconcile_config
+from gptjax.run_task import ResumeOptions
+from gptjax.stopping import Interrupted
 
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(300))
 
@@ -35,7 +35,7 @@ def make_config(folder, **changes) -> RunConfig:
     for name, value in changes.items():
         section, option = name.split("__")
         table[section][option] = value
-    return build(RunConfig, table)
+    return from_dict(RunConfig, table)
 
 
 def losses(folder):
@@ -81,9 +81,9 @@ def test_the_plan_comes_before_the_first_step_and_a_line_per_interval_after(unbr
         "model",
         "data",
         "step",
-        "length",
+        "steps",
         "memory",
-        "kernel",
+        "attention",
         "device",
     ]
     assert any(line.startswith("compiled") for line in said)
@@ -128,18 +128,18 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one_bit_for_bit(
 ):
     config, folder, model, _ = unbroken
     stopped = tmp_path / "run"
-    forward = run_steps.train_event
+    forward = run_steps.log_train_metrics
 
     def interrupting(run, done, *rest):
         if done == step:
             signal.raise_signal(signal.SIGTERM)
         return forward(run, done, *rest)
 
-    monkeypatch.setattr(run_steps, "train_event", interrupting)
-    with pytest.raises(Stopped):
+    monkeypatch.setattr(run_steps, "log_train_metrics", interrupting)
+    with pytest.raises(Interrupted):
         pretrain.pretrain(config, stopped)
     monkeypatch.undo()
-    saved = checkpoint.saved_steps(stopped / "checkpoints")[-1]
+    saved = checkpoint.list_steps(stopped / "checkpoints")[-1]
     assert step <= saved < 12
     resumed = pretrain.pretrain(config, stopped)
 
@@ -166,11 +166,11 @@ def test_an_evaluation_that_a_signal_came_into_is_made_when_the_run_goes_on(
         return forward(*args, **options)
 
     monkeypatch.setattr(pretrain, place, interrupting)
-    text = f"stopped after step {saved};" if saved else "nothing left to save"
-    with pytest.raises(Stopped, match=text):
+    text = f"interrupted after step {saved};" if saved else "no unsaved progress"
+    with pytest.raises(Interrupted, match=text):
         pretrain.pretrain(config, stopped)
     monkeypatch.undo()
-    found = checkpoint.saved_steps(stopped / "checkpoints")
+    found = checkpoint.list_steps(stopped / "checkpoints")
     assert found[-1:] == [saved] * bool(saved)
     resumed = pretrain.pretrain(config, stopped)
 
@@ -190,7 +190,7 @@ def test_what_is_allowed_to_change_is_written_with_the_step_it_changes_at(
     optim = dataclasses.replace(config.optim, peak_lr=0.5)
     changed = dataclasses.replace(config, optim=optim)
 
-    pretrain.pretrain(changed, moved, wishes=Wishes(("optim.peak_lr",)))
+    pretrain.pretrain(changed, moved, options=ResumeOptions(("optim.peak_lr",)))
 
     (event,) = [
         e for e in report.read_events(moved / "metrics.jsonl") if e["event"] == "resume"
@@ -242,7 +242,7 @@ def test_a_run_goes_on_with_another_mesh_and_says_where(unbroken, tmp_path):
 def test_a_signal_ends_the_command_with_75_and_everything_saved(tmp_path, number):
     config = make_config(tmp_path, train__steps=100_000)
     (tmp_path / "run").mkdir()
-    settle_config(tmp_path, config)
+    reconcile_config(tmp_path, config)
     command = [sys.executable, "-m", "gptjax", "train", str(tmp_path / "config.toml")]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
@@ -258,8 +258,8 @@ def test_a_signal_ends_the_command_with_75_and_everything_saved(tmp_path, number
         rest = process.stdout.read()
 
     assert process.returncode == 75
-    (saved,) = checkpoint.saved_steps(tmp_path / "run" / "checkpoints")[-1:]
-    assert f"stopped after step {saved}" in rest
+    (saved,) = checkpoint.list_steps(tmp_path / "run" / "checkpoints")[-1:]
+    assert f"interrupted after step {saved}" in rest
     assert losses(tmp_path / "run")[-1][0] == saved
 
 
@@ -271,7 +271,7 @@ def test_packed_documents_dropout_and_accumulation_run_together(tmp_path):
         data__source=str(tmp_path / "text.jsonl"),
         model__dropout=0.1,
         train__accumulate=4,
-        train__loss_chunk=4,
+        train__loss_chunk_size=4,
     )
 
     pretrain.pretrain(config, tmp_path / "run")
@@ -282,13 +282,17 @@ def test_packed_documents_dropout_and_accumulation_run_together(tmp_path):
 
 BAD = {
     "empty corpus": ({"data__source": "empty.txt"}, DataError, "no text"),
-    "short corpus": ({"data__source": "short.txt"}, DataError, "do not fill one row"),
+    "short corpus": (
+        {"data__source": "short.txt"},
+        DataError,
+        "too few for model.context",
+    ),
     "invalid UTF-8": ({"data__source": "latin1.txt"}, DataError, r"latin1.txt:2"),
     "no such file": ({"data__source": "nowhere.txt"}, DataError, "nowhere.txt"),
     "vocabulary": (
         {"model__vocab_size": 99},
         ConfigError,
-        "does not fit the tokenizer",
+        "model.vocab_size=99",
     ),
 }
 
@@ -319,7 +323,7 @@ def test_data_of_another_tokenizer_is_refused(tmp_path, unbroken):
         tmp_path, data__source=str(folder / "data"), data__tokenizer="gpt2"
     )
 
-    with pytest.raises(DataError, match="wrong tokenizer for the data"):
+    with pytest.raises(DataError, match=r"data\.tokenizer=.* does not match"):
         pretrain.pretrain(config, tmp_path / "run")
 
 
@@ -339,23 +343,27 @@ def test_damaged_tokens_are_said_with_their_place(tmp_path, unbroken):
 def test_pretraining_goes_on_from_a_model_with_its_tokenizer(unbroken, tmp_path):
     _, folder, start, _ = unbroken
     config = make_config(tmp_path, data__tokenizer="")
-    tune = dataclasses.replace(config.tune, start=str(folder))
+    tune = dataclasses.replace(config.finetune, start=str(folder))
     config = dataclasses.replace(config, tune=tune)
 
-    _, task = pretrain.make_task(run_loop.Run(config, tmp_path / "on", print))
+    _, task = pretrain.make_pretrain_task(
+        run_loop.RunContext(config, tmp_path / "on", print)
+    )
 
-    fresh = task.model(task.fresh)
+    fresh = task.to_model(task.init_state)
     jax.tree.map(np.testing.assert_array_equal, fresh.params, start.params)
     assert fresh.tokenizer.hash == start.tokenizer.hash
     tune = dataclasses.replace(tune, trainable="head")
-    with pytest.raises(ConfigError, match="trainable='head' is for fine-tuning"):
-        pretrain.make_task(
-            run_loop.Run(dataclasses.replace(config, tune=tune), tmp_path, print)
+    with pytest.raises(ConfigError, match=r"finetune\.trainable='head'"):
+        pretrain.make_pretrain_task(
+            run_loop.RunContext(dataclasses.replace(config, tune=tune), tmp_path, print)
         )
 
 
 def test_ways_of_batching_conversations_are_refused(tmp_path):
     config = make_config(tmp_path, data__batching="padded")
 
-    with pytest.raises(ConfigError, match="batching='padded' is for fine-tuning"):
-        pretrain.make_task(run_loop.Run(config, tmp_path / "run", print))
+    with pytest.raises(ConfigError, match=r"data\.batching='padded'"):
+        pretrain.make_pretrain_task(
+            run_loop.RunContext(config, tmp_path / "run", print)
+        )

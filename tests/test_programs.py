@@ -10,8 +10,8 @@ import pytest
 
 from gptjax import programs
 from gptjax.cli import main
-from gptjax.phases import COMPILED, READ_BACK, hearing
-from gptjax.programs import folder_of, kept
+from gptjax.phases import COMPILE_EVENT, CACHE_HIT_EVENT, listen_to_jax_events
+from gptjax.programs import cache_dir_for, persistent_cache
 
 
 @pytest.fixture
@@ -31,12 +31,15 @@ def counted(folder, say=print):
     def cubes(x):
         return jnp.sin(x) + x**3
 
-    with warnings.catch_warnings(), hearing(lambda event, _: events.append(event)):
+    with (
+        warnings.catch_warnings(),
+        listen_to_jax_events(lambda event, _: events.append(event)),
+    ):
         warnings.simplefilter("error")
-        with kept(folder, say):
+        with persistent_cache(folder, say):
             result = np.asarray(jax.jit(cubes)(x))
     np.testing.assert_allclose(result, np.sin(x) + x**3, rtol=1e-6)
-    return events.count(COMPILED), events.count(READ_BACK)
+    return events.count(COMPILE_EVENT), events.count(CACHE_HIT_EVENT)
 
 
 def test_what_was_compiled_once_comes_from_its_file(home, tmp_path):
@@ -75,7 +78,7 @@ def test_a_program_under_the_name_of_another_is_not_run(home, tmp_path):
     folder = tmp_path / "compiled"
     counted(folder)
     (program,) = folder.glob("*-cache")
-    programs.seal_of(program).rename(folder / "another-seal")
+    programs.seal_path(program).rename(folder / "another-seal")
     program.rename(folder / "another-cache")
 
     counted(folder)
@@ -90,7 +93,7 @@ def test_a_folder_that_cannot_be_written_is_gone_without(home, tmp_path):
     assert counted(tmp_path / "file" / "compiled", told.append) == (1, 0)
 
     assert len(told) == 1
-    assert "not kept" in told[0]
+    assert "not cached" in told[0]
 
 
 def test_a_folder_that_the_user_named_to_jax_is_the_one(home, tmp_path):
@@ -109,10 +112,10 @@ def test_of_too_many_programs_the_oldest_go(home, tmp_path, monkeypatch):
     for n, name in enumerate(("old", "new")):
         (tmp_path / f"{name}-cache").write_bytes(bytes(100))
         os.utime(tmp_path / f"{name}-cache", (n, n))
-    programs.seal(tmp_path, b"key")
-    monkeypatch.setattr(programs, "MOST_BYTES", 150)
+    programs.write_seals(tmp_path, b"key")
+    monkeypatch.setattr(programs, "MAX_CACHE_BYTES", 150)
 
-    programs.discard(tmp_path, b"key")
+    programs.evict_invalid(tmp_path, b"key")
 
     assert {p.name for p in tmp_path.glob("*-*")} == {"new-cache", "new-seal"}
 
@@ -121,9 +124,9 @@ def test_a_run_has_its_programs_and_other_models_share_theirs(home, tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "model" / "config.json").touch()
 
-    assert folder_of(str(tmp_path / "run")) == tmp_path / "run" / "compiled"
-    assert folder_of(str(tmp_path / "run" / "model")) == home / "compiled"
-    assert folder_of("gpt2") == home / "compiled"
+    assert cache_dir_for(str(tmp_path / "run")) == tmp_path / "run" / "compiled"
+    assert cache_dir_for(str(tmp_path / "run" / "model")) == home / "compiled"
+    assert cache_dir_for("gpt2") == home / "compiled"
 
 
 def test_a_run_that_is_resumed_compiles_nothing(home, tmp_path, capsys):
@@ -139,11 +142,11 @@ def test_a_run_that_is_resumed_compiles_nothing(home, tmp_path, capsys):
         path.rename(path.with_name(f"old-{path.name}"))
     jax.clear_caches()
 
-    with hearing(lambda event, _: events.append(event)):
+    with listen_to_jax_events(lambda event, _: events.append(event)):
         assert main([*command, "--verbose"]) == 0
 
-    assert events.count(COMPILED) == events.count(READ_BACK) > 0
+    assert events.count(COMPILE_EVENT) == events.count(CACHE_HIT_EVENT) > 0
     lines = capsys.readouterr().err.splitlines()
-    names = ["importing", "loading", "compiling", "first step", "in all"]
+    names = ["importing", "loading", "compiling", "first step", "total"]
     assert [line[:12].strip() for line in lines] == names
     assert jax.config.jax_compilation_cache_dir is None

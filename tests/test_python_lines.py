@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from gptjax.data.labelled import read_labelled
-from gptjax.data.python_lines import docstring_lines, python_lines
+from gptjax.data.labelled import read_labeled_texts
+from gptjax.data.python_lines import docstring_line_numbers, python_lines
 
 PROGRAM = '''"""A module.
 
@@ -26,7 +26,7 @@ class A:
 
 
 def test_the_lines_of_docstrings_are_those_and_no_others():
-    assert docstring_lines(PROGRAM) == {1, 2, 3, 9, 14}
+    assert docstring_line_numbers(PROGRAM) == {1, 2, 3, 9, 14}
 
 
 @pytest.mark.fast
@@ -43,8 +43,8 @@ def test_every_line_comes_once_with_its_place():
 
 
 def test_the_set_has_a_name():
-    data, said = read_labelled("python-lines")
+    data, said = read_labeled_texts("python-lines")
 
-    assert data.names == ("code", "prose")
+    assert data.class_names == ("code", "prose")
     assert len(data) == len(python_lines())
     assert "Python's own library" in said

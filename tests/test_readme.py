@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gptjax.cli import make_parser
-from gptjax.config import config_path
+from gptjax.config import find_config
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -44,7 +44,7 @@ def test_the_runs_that_it_names_are_configs():
 
     assert len(names) >= 4
     for name in names:
-        assert config_path(name).is_file()
+        assert find_config(name).is_file()
 
 
 def test_the_files_that_it_names_exist():

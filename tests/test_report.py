@@ -12,18 +12,18 @@ from gptjax.errors import ModelError
 def write_run(folder):
     path = folder / "metrics.jsonl"
     for step in (10, 20, 30):
-        report.write_event(
+        report.log_event(
             path, "train", step, loss=5 / step, lr=1e-3, grad_norm=1.0, tokens_per_s=9.0
         )
-    report.write_event(path, "eval", 20, loss=1 / 3, perplexity=1.4, bits_per_byte=None)
-    report.write_event(path, "sample", 20, text="```é\n")
+    report.log_event(path, "eval", 20, loss=1 / 3, perplexity=1.4, bits_per_byte=None)
+    report.log_event(path, "sample", 20, text="```é\n")
     return path
 
 
 def test_losses_come_back_with_every_digit(tmp_path):
     path = write_run(tmp_path)
 
-    steps, losses = report.series(report.read_events(path), "train", "loss")
+    steps, losses = report.metric_series(report.read_events(path), "train", "loss")
 
     assert steps == [10, 20, 30]
     assert losses == [5 / 10, 5 / 20, 5 / 30]
@@ -37,14 +37,14 @@ def test_a_last_line_cut_short_is_left_out_and_an_inner_one_is_an_error(tmp_path
     assert len(report.read_events(path)) == 4
 
     path.write_text("{broken\n" + whole)
-    with pytest.raises(ModelError, match=r"metrics.jsonl:1 is not an event"):
+    with pytest.raises(ModelError, match=r"metrics\.jsonl:1 "):
         report.read_events(path)
 
 
 def test_trimming_keeps_what_was_written_up_to_a_step(tmp_path):
     path = write_run(tmp_path)
 
-    report.trim_events(path, 20)
+    report.drop_events_after(path, 20)
 
     assert [e["step"] for e in report.read_events(path)] == [10, 20, 20, 20]
 
@@ -55,7 +55,7 @@ def test_pictures_and_report_show_what_the_events_say(tmp_path):
 
     figure = report.loss_figure(report.read_events(path), 512)
     train, validation = figure.axes[0].get_lines()
-    report.write_pictures(tmp_path, 512)
+    report.write_figures(tmp_path, 512)
     report.write_report(tmp_path, "Run x", ["plan line"])
 
     assert list(train.get_ydata()) == [0.5, 0.25, 5 / 30]
@@ -71,14 +71,14 @@ def test_pictures_and_report_show_what_the_events_say(tmp_path):
 def test_the_validation_curve_leaves_out_other_splits(tmp_path):
     path = write_run(tmp_path)  # whose own event names no split
     for step, split in enumerate(("validation", "train", "test")):
-        report.write_event(path, "eval", 30 + step, split=split, loss=1.0 + step)
+        report.log_event(path, "eval", 30 + step, split=split, loss=1.0 + step)
 
     events = report.read_events(path)
     _, validation = report.loss_figure(events, 512).axes[0].get_lines()
 
     assert list(validation.get_xdata()) == [20, 30]
     assert list(validation.get_ydata()) == [1 / 3, 1.0]
-    assert report.series(events, "eval", "loss")[0] == [20, 30, 31, 32]
+    assert report.metric_series(events, "eval", "loss")[0] == [20, 30, 31, 32]
 
 
 def test_events_are_one_json_object_per_line(tmp_path):
@@ -105,21 +105,21 @@ def test_events_are_one_json_object_per_line(tmp_path):
     ],
 )
 def test_counts_are_short(value, text):
-    assert report.short(value) == text
+    assert report.format_number(value) == text
 
 
 def test_durations_round_to_seconds():
-    assert report.duration(59.6) == "1m00s"
-    assert report.duration(math.pi) == "3s"
+    assert report.format_duration(59.6) == "1m00s"
+    assert report.format_duration(math.pi) == "3s"
 
 
 def test_events_are_dropped_but_for_those_of_a_kind(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    report.write_event(path, "train", 1)
+    report.log_event(path, "train", 1)
     size = path.stat().st_size
     for kind in ("eval", "save", "sample"):
-        report.write_event(path, kind, 1)
+        report.log_event(path, kind, 1)
 
-    report.cut(path, size, "save")
+    report.truncate_events(path, size, "save")
 
     assert [e["event"] for e in report.read_events(path)] == ["train", "save"]

@@ -11,14 +11,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from gptjax import report
 from gptjax.report_classes import (
-    TEXT_CHARACTERS,
-    Mistake,
+    MAX_TEXT_CHARS,
+    Misclassification,
     accuracy_figure,
-    class_table,
-    code,
+    per_class_table,
+    inline_code,
     confusion_figure,
-    short_name,
-    write_classification,
+    abbreviate,
+    write_classification_report,
 )
 
 CONFUSION = np.array([[9_990, 10], [2, 6]])
@@ -28,21 +28,21 @@ BAD = "one `two` ``` \n\n# <b>no|bar</b> \\| ![x](y)\u202e " * 9
 def write_run(folder):
     path = folder / "metrics.jsonl"
     for step in (50, 100):
-        report.write_event(path, "train", step, loss=5 / step, lr=1e-3, grad_norm=1.0)
+        report.log_event(path, "train", step, loss=5 / step, lr=1e-3, grad_norm=1.0)
         for split, bonus in (("train", 0.1), ("validation", 0.0), ("test", -0.2)):
             accuracy, loss = 0.8 + step / 1000 + bonus, 1 / step - bonus
             numbers = {"split": split, "accuracy": accuracy, "loss": loss}
-            report.write_event(path, "eval", step, **numbers)
+            report.log_event(path, "eval", step, **numbers)
     return path
 
 
 def write(folder, mistakes, names=("ham", "spam")):
-    write_classification(
+    write_classification_report(
         folder,
-        plan=["plan line"],
+        summary=["plan line"],
         result="test accuracy 0.9988",
-        matrix=CONFUSION,
-        names=names,
+        confusion_CC=CONFUSION,
+        class_names=names,
         mistakes=mistakes,
         examples_per_step=8,
     )
@@ -107,7 +107,9 @@ def test_colours_are_shares_of_the_true_class_and_rows_may_be_empty():
 
 def test_the_report_tells_plan_result_rates_and_mistakes(tmp_path):
     write_run(tmp_path)
-    mistakes = [Mistake(f"text {n}", "ham", "spam", n / 100) for n in range(99)]
+    mistakes = [
+        Misclassification(f"text {n}", "ham", "spam", n / 100) for n in range(99)
+    ]
 
     text = write(tmp_path, mistakes)
 
@@ -118,15 +120,15 @@ def test_the_report_tells_plan_result_rates_and_mistakes(tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert text.count(".png)") == 4
     lines = [line for line in text.splitlines() if line.startswith("- ")]
-    assert lines[0] == "- `ham` taken for `spam` (0.980): `text 98`"
+    assert lines[0] == "- `ham` predicted as `spam` (0.980): `text 98`"
     assert len(lines) == 10
 
 
 def test_a_text_cannot_leave_its_place_in_the_report(tmp_path):
     write_run(tmp_path)
-    plain = write(tmp_path, [Mistake("text", "ham", "spam", 0.9)])
+    plain = write(tmp_path, [Misclassification("text", "ham", "spam", 0.9)])
 
-    bad = write(tmp_path, [Mistake(BAD, BAD, BAD, 0.9)], names=(BAD, "文"))
+    bad = write(tmp_path, [Misclassification(BAD, BAD, BAD, 0.9)], names=(BAD, "文"))
 
     assert len(bad.splitlines()) == len(plain.splitlines())
     assert "\u202e" not in bad
@@ -136,7 +138,7 @@ def test_a_text_cannot_leave_its_place_in_the_report(tmp_path):
 
 @given(st.text() | st.text("` \nab").map(lambda text: 9 * text))
 def test_a_code_span_ends_where_it_is_meant_to(text):
-    span = code(text)
+    span = inline_code(text)
 
     fence = re.match("`+", span)[0]
     # A span ends at the first run of as many backticks as it starts with.
@@ -145,17 +147,17 @@ def test_a_code_span_ends_where_it_is_meant_to(text):
     assert runs[-1] == fence
     assert span.endswith(fence)
     inner = span[len(fence) : -len(fence)].strip()
-    assert len(inner) <= TEXT_CHARACTERS
+    assert len(inner) <= MAX_TEXT_CHARS
     assert inner.isprintable()
     start = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     assert start.startswith(inner.removesuffix("…"))
 
 
 def test_long_names_keep_both_ends():
-    assert short_name("comp.sys.ibm.pc.hardware") == "comp.sys.…hardware"
-    assert short_name("x" * 18) == "x" * 18
+    assert abbreviate("comp.sys.ibm.pc.hardware") == "comp.sys.…hardware"
+    assert abbreviate("x" * 18) == "x" * 18
 
 
 def test_classes_and_rows_of_the_table_must_be_as_many():
     with pytest.raises(ValueError, match="zip"):
-        class_table(CONFUSION, ["ham"])
+        per_class_table(CONFUSION, ["ham"])

@@ -9,7 +9,7 @@ import pytest
 
 from gptjax.cli import main
 from gptjax.errors import ModelError
-from gptjax.run_lock import LOCK, only_writer
+from gptjax.run_lock import RUN_LOCK_FILE, run_lock
 
 HOLD = """
 import sys, time
@@ -35,7 +35,7 @@ def other(tmp_path):
 def test_a_second_writer_is_told_who_the_first_is(tmp_path, other):
     known = rf"pid {other.pid} on {os.uname().nodename}, started 20\d\d-"
 
-    with pytest.raises(ModelError, match=known), only_writer(tmp_path):
+    with pytest.raises(ModelError, match=known), run_lock(tmp_path):
         pytest.fail("it was let in")
 
 
@@ -49,28 +49,28 @@ def test_the_lock_dies_with_its_process(tmp_path, other):
     other.send_signal(signal.SIGKILL)
     other.wait()
 
-    with only_writer(tmp_path):
-        assert f'"pid": {os.getpid()},' in (tmp_path / LOCK).read_text()
+    with run_lock(tmp_path):
+        assert f'"pid": {os.getpid()},' in (tmp_path / RUN_LOCK_FILE).read_text()
 
 
 def test_who_has_finished_lets_the_next_one_in(tmp_path):
     for _ in range(2):
-        with only_writer(tmp_path):
+        with run_lock(tmp_path):
             pass
 
 
 def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):
     (tmp_path / "precious").write_text("x" * 99)
-    (tmp_path / LOCK).symlink_to("precious")
+    (tmp_path / RUN_LOCK_FILE).symlink_to("precious")
 
-    with pytest.raises(ModelError, match="cannot write"), only_writer(tmp_path):
+    with pytest.raises(ModelError, match="cannot write"), run_lock(tmp_path):
         pytest.fail("it was let in")
 
     assert (tmp_path / "precious").read_text() == "x" * 99
 
 
 def test_a_holder_that_has_not_said_who_it_is_keeps_others_out_too(tmp_path, other):
-    os.truncate(tmp_path / LOCK, 0)
+    os.truncate(tmp_path / RUN_LOCK_FILE, 0)
 
-    with pytest.raises(ModelError, match="not yet said"), only_writer(tmp_path):
+    with pytest.raises(ModelError, match="not yet recorded"), run_lock(tmp_path):
         pytest.fail("it was let in")

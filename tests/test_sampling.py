@@ -5,13 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.sampling import Knobs, filtered, highest, log_chance, penalized, sample, top
+from gptjax.sampling import (
+    SamplingParams,
+    filter_logits,
+    argmax,
+    log_prob,
+    apply_repetition_penalty,
+    sample,
+    max_logit,
+)
 
 SCORES = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32) * 2
 
 
 def knobs(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
-    return Knobs(
+    return SamplingParams(
         jnp.float32(temperature),
         jnp.int32(top_k),
         jnp.float32(top_p),
@@ -22,7 +30,9 @@ def knobs(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0
 
 def kept(options):
     shifted = SCORES - SCORES.max(-1, keepdims=True)
-    return np.isfinite(np.asarray(filtered(jnp.asarray(shifted), knobs(**options))))
+    return np.isfinite(
+        np.asarray(filter_logits(jnp.asarray(shifted), knobs(**options)))
+    )
 
 
 def chances(scores):
@@ -61,7 +71,9 @@ def test_min_p_keeps_what_is_near_enough_to_the_likeliest(p):
 def test_the_repetition_penalty_lowers_seen_tokens_of_either_sign():
     seen = jnp.zeros(SCORES.shape, bool).at[:, :25].set(True)
 
-    lowered = np.asarray(penalized(jnp.asarray(SCORES), seen, jnp.float32(1.5)))
+    lowered = np.asarray(
+        apply_repetition_penalty(jnp.asarray(SCORES), seen, jnp.float32(1.5))
+    )
 
     assert (lowered[:, :25] < SCORES[:, :25]).all()
     np.testing.assert_array_equal(lowered[:, 25:], SCORES[:, 25:])
@@ -104,7 +116,7 @@ def test_temperature_zero_is_the_highest_score_whatever_the_key():
 def test_the_first_of_equal_scores_is_the_highest_and_no_number_is_no_crash():
     score_BV = jnp.array([[1.0, 3, 3, 2], [-jnp.inf, -5, -7, -5], [0.0, jnp.nan, 1, 2]])
 
-    np.testing.assert_array_equal(highest(score_BV), [1, 1, 3])
+    np.testing.assert_array_equal(argmax(score_BV), [1, 1, 3])
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -114,7 +126,9 @@ def test_the_highest_score_is_numpys_of_all_kinds_of_numbers(sign):
     score_BV = np.float32(sign) * np.array(kinds, np.float32)[:, None]
     score_BV = np.concatenate([score_BV, score_BV[::-1], -abs(score_BV)], axis=1)
 
-    np.testing.assert_array_equal(top(jnp.asarray(score_BV))[:, 0], score_BV.max(-1))
+    np.testing.assert_array_equal(
+        max_logit(jnp.asarray(score_BV))[:, 0], score_BV.max(-1)
+    )
 
 
 @pytest.mark.parametrize("vocabulary", [1, 1000, 1024, 1025, 50_257])
@@ -124,5 +138,5 @@ def test_the_chance_of_a_token_is_that_of_the_softmax(vocabulary):
     token_B = random.integers(vocabulary, size=3)
 
     expected = np.log(chances(score_BV)[np.arange(3), token_B])
-    found = log_chance(jnp.asarray(score_BV), jnp.asarray(token_B))
+    found = log_prob(jnp.asarray(score_BV), jnp.asarray(token_B))
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=2e-6)

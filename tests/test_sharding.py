@@ -14,31 +14,31 @@ from jax.sharding import PartitionSpec as P
 
 import gptjax
 from gptjax import sharding
-from gptjax.config import GPTConfig, MeshConfig, OptimConfig, RunConfig, TuneConfig
+from gptjax.config import GPTConfig, MeshConfig, OptimConfig, RunConfig, FinetuneConfig
 from gptjax.errors import ConfigError
 from gptjax.optim import make_optimizer
-from gptjax.packing import unstack
+from gptjax.packing import unstack_layers
 from gptjax.sharding import (
-    AXES,
-    LETTERS,
-    STORED,
-    USED,
-    check_layout,
-    check_rows,
-    gathered,
-    lay,
-    layout,
-    letters_of,
-    locally,
+    MESH_AXES,
+    PARAM_LOGICAL_AXES,
+    PARAM_RULES,
+    COMPUTE_RULES,
+    check_divisible,
+    check_batch_divisible,
+    all_gather_params,
+    constrain,
+    param_shardings,
+    logical_axes,
+    shard_map_local,
     make_mesh,
-    mesh_sizes,
-    place,
-    rows_here,
-    spec,
+    resolve_mesh_shape,
+    shard_tree,
+    local_batch_rows,
+    logical_to_spec,
 )
 from gptjax.train import init_state
-from gptjax.trainable import TRAINABLE, parted
-from gptjax.tree import named_leaves
+from gptjax.trainable import TRAINABLE_RULES, split_trainable
+from gptjax.tree import flatten_with_names
 
 # Every letter has a size of its own.
 SIZES = {"D": 24, "H": 3, "K": 8, "F": 96, "V": 60, "T": 16, "C": 5, "R": 7}
@@ -60,26 +60,26 @@ def state_of(model, trainable="all"):
     """Shapes of a run's state, and of what it does not train."""
     c = RunConfig(
         model=GPTConfig(**(SHAPE | MODELS[model])),
-        tune=TuneConfig(trainable=trainable, lora_rank=7),
+        finetune=FinetuneConfig(trainable=trainable, lora_rank=7),
     )
 
     def made(key):
-        trained, frozen = parted(c, gptjax.init(c.model, key), key)
+        trained, frozen = split_trainable(c, gptjax.init(c.model, key), key)
         return init_state(trained, make_optimizer(OptimConfig(), 100), key), frozen
 
     return jax.eval_shape(made, jax.random.key(0))
 
 
-KINDS = [(model, trainable) for model in MODELS for trainable in TRAINABLE]
+KINDS = [(model, trainable) for model in MODELS for trainable in TRAINABLE_RULES]
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize(("model", "trainable"), KINDS)
 def test_letters_say_how_long_the_axes_of_every_array_of_a_state_are(model, trainable):
-    for name, leaf in named_leaves(state_of(model, trainable)).items():
+    for name, leaf in flatten_with_names(state_of(model, trainable)).items():
         if not leaf.ndim:
             continue
-        for letter, size in zip(letters_of(name, leaf.ndim), leaf.shape, strict=True):
+        for letter, size in zip(logical_axes(name, leaf.ndim), leaf.shape, strict=True):
             if letter == "N":
                 assert size in (1, 2, 3, 4), name
             elif letter not in "IO":
@@ -88,51 +88,58 @@ def test_letters_say_how_long_the_axes_of_every_array_of_a_state_are(model, trai
 
 @pytest.mark.fast
 def test_every_rule_is_needed():
-    names = [name for kind in KINDS for name in named_leaves(state_of(*kind))]
+    names = [name for kind in KINDS for name in flatten_with_names(state_of(*kind))]
     used = {letters for name in names for letters in hits(name)}
 
-    assert used == set(LETTERS)
+    assert used == set(PARAM_LOGICAL_AXES)
 
 
 def hits(name):
     """The rules that match a name, by another way than `letters_of` goes."""
-    return [rule for rule in LETTERS if f"/{name}".endswith(rule.lstrip("*"))]
+    return [
+        rule for rule in PARAM_LOGICAL_AXES if f"/{name}".endswith(rule.lstrip("*"))
+    ]
 
 
 def test_the_layers_of_a_model_that_is_not_stacked_have_the_same_rules():
     config = GPTConfig(**SHAPE)
     params = jax.eval_shape(
-        lambda key: unstack(gptjax.init(config, key)), jax.random.key(0)
+        lambda key: unstack_layers(gptjax.init(config, key)), jax.random.key(0)
     )
 
-    for name, leaf in named_leaves(params).items():
-        assert len(letters_of(name, leaf.ndim)) == leaf.ndim
-        assert "N" not in letters_of(name, leaf.ndim)
+    for name, leaf in flatten_with_names(params).items():
+        assert len(logical_axes(name, leaf.ndim)) == leaf.ndim
+        assert "N" not in logical_axes(name, leaf.ndim)
 
 
 def test_a_name_needs_exactly_one_rule(monkeypatch):
-    with pytest.raises(ValueError, match=r"blocks/gate/kernel needs one rule .* none"):
-        letters_of("blocks/gate/kernel", 3)
-    monkeypatch.setitem(LETTERS, "*kernel", "DF")
-    with pytest.raises(ValueError, match=r"but has \['\*mlp/up/kernel', '\*kernel'\]"):
-        letters_of("blocks/mlp/up/kernel", 3)
+    with pytest.raises(
+        ValueError, match=r"blocks/gate/kernel must match one rule.* none"
+    ):
+        logical_axes("blocks/gate/kernel", 3)
+    monkeypatch.setitem(PARAM_LOGICAL_AXES, "*kernel", "DF")
+    with pytest.raises(ValueError, match=r"not \['\*mlp/up/kernel', '\*kernel'\]"):
+        logical_axes("blocks/mlp/up/kernel", 3)
 
 
 @pytest.mark.parametrize(
-    ("letters", "table"), [("HF", USED), ("VF", STORED), ("BX", USED)]
+    ("letters", "table"),
+    [("HF", COMPUTE_RULES), ("VF", PARAM_RULES), ("BX", COMPUTE_RULES)],
 )
 def test_two_axes_cannot_lie_on_one_axis_of_the_mesh(letters, table):
-    with pytest.raises(ValueError, match=f"axes {letters} lie on .* twice"):
-        spec(letters, table)
+    with pytest.raises(ValueError, match=f"axes {letters} map to .* twice"):
+        logical_to_spec(letters, table)
 
 
 @pytest.mark.fast
 def test_no_rule_splits_two_axes_alike_and_every_matrix_is_split():
-    for rule, letters in LETTERS.items():
-        for table in (STORED, USED):
-            spec(f"N{letters}", table)  # raises where one mesh axis comes twice
+    for rule, letters in PARAM_LOGICAL_AXES.items():
+        for table in (PARAM_RULES, COMPUTE_RULES):
+            logical_to_spec(
+                f"N{letters}", table
+            )  # raises where one mesh axis comes twice
         if "lora" not in rule and "norm" not in rule and len(letters) > 1:
-            assert any(spec(letters, STORED)), rule
+            assert any(logical_to_spec(letters, PARAM_RULES)), rule
 
 
 @pytest.mark.fast
@@ -140,7 +147,7 @@ def test_optimiser_state_lies_as_its_parameters_do():
     state, frozen = state_of("classifier", "last-block")
     mesh = mesh_of(data=2, fsdp=4)
 
-    where, rest = layout(state, mesh), layout(frozen, mesh)
+    where, rest = param_shardings(state, mesh), param_shardings(frozen, mesh)
 
     adam = where.opt_state[1][0]
     assert adam.mu == adam.nu == where.params
@@ -156,19 +163,19 @@ def test_optimiser_state_lies_as_its_parameters_do():
         (
             {"vocab_multiple": 1, "vocab_size": 257, "n_heads": 4},
             {"data": 4, "tensor": 2},
-            "token_embedding/embedding has 257 along V, which mesh.tensor=2 does not "
-            "divide. Set model.vocab_multiple=128",
+            "token_embedding/embedding has size 257 along V, .* mesh.tensor=2. "
+            "Set model.vocab_multiple=128",
         ),
         (
             {"vocab_multiple": 8},
             {"data": 4, "tensor": 2},
-            "blocks/attention/key/bias has 3 along H, which mesh.tensor=2 does not "
-            "divide. Choose another mesh.tensor",
+            "blocks/attention/key/bias has size 3 along H, .* mesh.tensor=2. "
+            "Choose another mesh.tensor",
         ),
         (
             {"d_model": 18},
             {"data": 2, "fsdp": 4},
-            "blocks/attention/key/kernel has 18 along D, which mesh.fsdp=4",
+            "blocks/attention/key/kernel has size 18 along D, .* mesh.fsdp=4",
         ),
     ],
 )
@@ -177,7 +184,7 @@ def test_a_size_that_does_not_split_is_named(changes, sizes, message):
     params = jax.eval_shape(lambda key: gptjax.init(config, key), jax.random.key(0))
 
     with pytest.raises(ConfigError, match=message):
-        place(params, mesh_of(**sizes))
+        shard_tree(params, mesh_of(**sizes))
 
 
 @settings(max_examples=20)
@@ -191,22 +198,22 @@ def test_a_layout_fits_just_when_every_split_axis_divides(heads, width, vocabula
     fits = not (heads % 2 or vocabulary % 2 or config.d_model % 2)
 
     if fits:
-        check_layout(params, mesh)
+        check_divisible(params, mesh)
         return
-    with pytest.raises(ConfigError, match="does not divide"):
-        check_layout(params, mesh)
+    with pytest.raises(ConfigError, match="not divisible by mesh"):
+        check_divisible(params, mesh)
 
 
 @pytest.mark.fast
 def test_rows_that_do_not_split_are_named():
-    check_rows(8, 2, (2, 2, 2))
+    check_batch_divisible(8, 2, (2, 2, 2))
 
     with pytest.raises(
         ConfigError,
-        match=r"batch_size=8 in train.accumulate=4 .* gives 2 rows at a time, which "
-        r"the 4 devices of mesh.data=2 x mesh.fsdp=2 do not divide",
+        match=r"batch_size=8 in train.accumulate=4 .* 2 rows each.* not divisible by "
+        r"the 4 devices of mesh.data=2 x mesh.fsdp=2",
     ):
-        check_rows(8, 4, (2, 2, 2))
+        check_batch_divisible(8, 4, (2, 2, 2))
 
 
 @pytest.mark.fast
@@ -217,14 +224,14 @@ def test_rows_that_do_not_split_are_named():
     st.integers(1, 16),
 )
 def test_an_open_axis_takes_the_devices_that_are_left_or_it_is_an_error(asked, devices):
-    config = MeshConfig(**dict(zip(AXES, asked, strict=True)))
+    config = MeshConfig(**dict(zip(MESH_AXES, asked, strict=True)))
     fixed = -math.prod(asked)
 
     if devices % fixed:
         with pytest.raises(ConfigError, match=f"do not fit {devices} devices"):
-            mesh_sizes(config, devices)
+            resolve_mesh_shape(config, devices)
         return
-    sizes = mesh_sizes(config, devices)
+    sizes = resolve_mesh_shape(config, devices)
     assert math.prod(sizes) == devices
     assert all(a in (-1, size) for a, size in zip(asked, sizes, strict=True))
 
@@ -244,7 +251,7 @@ def test_many_processes_use_all_devices(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
 
     with pytest.raises(ConfigError, match="do not fit 8 devices"):
-        mesh_sizes(MeshConfig(data=4), 8)
+        resolve_mesh_shape(MeshConfig(data=4), 8)
 
 
 def slices(count, each):
@@ -271,20 +278,20 @@ def test_only_the_data_axis_goes_between_slices(monkeypatch):
 
     mesh = make_mesh(MeshConfig(data=4, fsdp=1, tensor=2), slices(2, 4))
 
-    assert mesh.axis_names == AXES
+    assert mesh.axis_names == MESH_AXES
     ids = np.vectorize(lambda device: device.id)(mesh.devices)
     assert (ids // 4).reshape(4, 2).tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
     assert sorted(ids.flat) == list(range(8))
-    with pytest.raises(ConfigError, match=r"mesh.data=1 does not split over 2 sl"):
+    with pytest.raises(ConfigError, match=r"mesh.data=1 is not divisible by the 2 sl"):
         make_mesh(MeshConfig(data=1, fsdp=8), slices(2, 4))
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)])
 def test_all_rows_are_read_once_and_in_order(sizes):
-    mesh = mesh_of(**dict(zip(AXES, sizes, strict=True)))
+    mesh = mesh_of(**dict(zip(MESH_AXES, sizes, strict=True)))
 
-    assert rows_here(16, mesh) == rows_here(16, None) == list(range(16))
+    assert local_batch_rows(16, mesh) == local_batch_rows(16, None) == list(range(16))
 
 
 def where_of(function, mesh, *arrays):
@@ -295,25 +302,26 @@ def where_of(function, mesh, *arrays):
 def test_without_a_mesh_arrays_are_left_as_they_are():
     x = jnp.ones((4, 6))
 
-    assert lay(x, "BF") is x
-    assert gathered(x, "DF") is x
-    assert locally(jnp.sin, ["BF"], "BF") is jnp.sin
-    assert place({"x": x}, None)["x"] is x
+    assert constrain(x, "BF") is x
+    assert all_gather_params(x, "DF") is x
+    assert shard_map_local(jnp.sin, ["BF"], "BF") is jnp.sin
+    assert shard_tree({"x": x}, None)["x"] is x
 
 
 def test_another_mesh_than_ours_is_none():
     x = jnp.ones((4, 6))
 
     with jax.set_mesh(jax.make_mesh((8,), ("rows",))):
-        assert lay(x, "BF") is x
-        assert gathered(x, "DF") is x
+        assert constrain(x, "BF") is x
+        assert all_gather_params(x, "DF") is x
 
 
 def test_an_axis_that_cannot_split_stays_whole():
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
 
     lies = [
-        where_of(lambda x: lay(x, "BF"), mesh, jnp.ones(s)) for s in ((8, 6), (2, 5))
+        where_of(lambda x: constrain(x, "BF"), mesh, jnp.ones(s))
+        for s in ((8, 6), (2, 5))
     ]
 
     assert lies[0] == P(("data", "fsdp"), "tensor")
@@ -322,8 +330,8 @@ def test_an_axis_that_cannot_split_stays_whole():
 
 def test_a_gathered_parameter_is_whole_and_its_gradient_is_split():
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
-    kernel = place({"mlp/up/kernel": jnp.ones((4, 6))}, mesh)["mlp/up/kernel"]
-    use = lambda kernel: gathered(kernel, "DF")  # noqa: E731
+    kernel = shard_tree({"mlp/up/kernel": jnp.ones((4, 6))}, mesh)["mlp/up/kernel"]
+    use = lambda kernel: all_gather_params(kernel, "DF")  # noqa: E731
 
     assert kernel.sharding.spec == P("fsdp", "tensor")
     assert where_of(use, mesh, kernel) == P(None, "tensor")
@@ -340,7 +348,7 @@ def test_a_local_function_sees_the_part_of_its_device():
         return jax.nn.softmax(x_BTHK) + y_BTHK
 
     with jax.set_mesh(mesh):
-        function = locally(own, ["BTHK", "BTHK"], "BTHK")
+        function = shard_map_local(own, ["BTHK", "BTHK"], "BTHK")
         found = jax.jit(function)(x_BTHK, x_BTHK)
 
     np.testing.assert_allclose(found, jax.nn.softmax(x_BTHK) + x_BTHK, rtol=1e-6)

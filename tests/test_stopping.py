@@ -10,16 +10,22 @@ from pathlib import Path
 import pytest
 
 from gptjax import stopping
-from gptjax.stopping import Stopped, answer, poll, show_life, stop_signal
+from gptjax.stopping import (
+    Interrupted,
+    set_signal_mode,
+    check_interrupted,
+    heartbeat,
+    handle_signals,
+)
 from tests.processes import ROOT
 
 
-@pytest.mark.parametrize("number", stopping.SIGNALS)
+@pytest.mark.parametrize("number", stopping.STOP_SIGNALS)
 def test_a_signal_is_raised_on_the_spot_where_nothing_would_be_lost(number):
     before = signal.getsignal(number)
-    with stop_signal():
-        answer("leave")
-        with pytest.raises(Stopped):
+    with handle_signals():
+        set_signal_mode("immediate")
+        with pytest.raises(Interrupted):
             signal.raise_signal(number)
     assert signal.getsignal(number) is before
 
@@ -36,12 +42,16 @@ def read_badly(came):
 
 @pytest.mark.parametrize(
     ("mode", "came", "seen"),
-    [("leave", True, Stopped), ("leave", False, ValueError), ("ask", True, ValueError)],
+    [
+        ("immediate", True, Interrupted),
+        ("immediate", False, ValueError),
+        ("deferred", True, ValueError),
+    ],
 )
 def test_of_errors_only_those_that_a_signal_caused_are_one(mode, came, seen):
     def run():
-        with stop_signal():
-            answer(mode)
+        with handle_signals():
+            set_signal_mode(mode)
             read_badly(came)
 
     with pytest.raises(seen):
@@ -49,27 +59,27 @@ def test_of_errors_only_those_that_a_signal_caused_are_one(mode, came, seen):
 
 
 def test_a_signal_is_noted_until_somebody_asks_where_something_would_be_lost():
-    with stop_signal() as came:
+    with handle_signals() as came:
         signal.raise_signal(signal.SIGTERM)
         assert came()
-        answer("together")
-        poll()  # the other processes have to know first
-        answer("ask")
-        with pytest.raises(Stopped):
-            poll()
+        set_signal_mode("collective")
+        check_interrupted()  # the other processes have to know first
+        set_signal_mode("deferred")
+        with pytest.raises(Interrupted):
+            check_interrupted()
 
 
 def test_outside_of_a_block_nothing_is_asked_and_nothing_raised():
-    poll()
-    answer("leave")
-    with stop_signal() as came:
+    check_interrupted()
+    set_signal_mode("immediate")
+    with handle_signals() as came:
         assert not came()
 
 
 def test_a_block_inside_of_another_one_changes_nothing():
-    with stop_signal() as outer:
+    with handle_signals() as outer:
         handler = signal.getsignal(signal.SIGTERM)
-        with stop_signal() as inner:
+        with handle_signals() as inner:
             assert signal.getsignal(signal.SIGTERM) is handler
         signal.raise_signal(signal.SIGTERM)
         assert outer()
@@ -87,7 +97,8 @@ with stop_signal(final=True):
 
 
 @pytest.mark.parametrize(
-    ("mode", "signals", "code"), [("leave", 1, 75), ("ask", 2, 128 + signal.SIGTERM)]
+    ("mode", "signals", "code"),
+    [("immediate", 1, 75), ("deferred", 2, 128 + signal.SIGTERM)],
 )
 def test_a_process_that_is_busy_in_c_is_ended_all_the_same(mode, signals, code):
     process = subprocess.Popen(
@@ -110,15 +121,17 @@ def test_a_process_that_is_busy_in_c_is_ended_all_the_same(mode, signals, code):
 
 def test_signs_of_life_say_how_long_there_may_be_none(tmp_path, monkeypatch):
     sign = tmp_path / "alive"
-    monkeypatch.setenv(stopping.ALIVE, str(sign))
-    monkeypatch.setattr(stopping, "SHOWN", {"at": 0.0, "text": "", "step": 0.0})
+    monkeypatch.setenv(stopping.HEARTBEAT_ENV, str(sign))
+    monkeypatch.setattr(
+        stopping, "last_heartbeat", {"at": 0.0, "text": "", "step": 0.0}
+    )
 
-    show_life(step=0.5)
+    heartbeat(step_seconds=0.5)
     assert sign.read_text() == "10.000 10.000"
-    show_life(slow=True)
+    heartbeat(long_operation=True)
     assert sign.read_text() == "10.000 1800.000"
     sign.unlink()
-    show_life(slow=True)
+    heartbeat(long_operation=True)
     assert not sign.exists()  # rarely enough
-    poll()
+    check_interrupted()
     assert Path(sign).read_text() == "10.000 10.000"

@@ -87,7 +87,7 @@ FORBIDDEN = {  # run what a file says, or belong to another framework
 
 
 def name_of(file):
-    """The module of a file, without the package: "data.text"."""
+    """The module of a file, without the package: "data.text_column"."""
     parts = file.relative_to(ROOT).with_suffix("").parts
     return ".".join(part for part in parts[1:] if part != "__init__") or parts[0]
 

@@ -8,16 +8,16 @@ from hypothesis import strategies as st
 
 import gptjax
 from gptjax import rendering
-from gptjax.data.examples import encode
+from gptjax.data.examples import encode_segments
 from gptjax.errors import ConfigError
-from gptjax.template import BUILT_IN, compiled, read_template
+from gptjax.template import BUILTIN_TEMPLATES, compile_template, load_chat_template
 
 TOKENIZER = gptjax.tokenizer.load("bytes")
 ASKED = {"role": "user", "content": "Reverse it.", "input": "sky"}
 PLAIN = {"role": "user", "content": "Hi"}
 SAID = {"role": "assistant", "content": "yks"}
 SYSTEM = {"role": "system", "content": "Be kind."}
-LOOKING_BACK = [name for name in BUILT_IN if name != "single"]
+LOOKING_BACK = [name for name in BUILTIN_TEMPLATES if name != "single"]
 CHATML = """{%- for m in messages -%}
 {{ '<|im_start|>' + m['role'] + '\\n' + m['content'] | trim + '<|im_end|>' + '\\n' }}
 {%- endfor -%}
@@ -25,7 +25,7 @@ CHATML = """{%- for m in messages -%}
 
 
 def text(name, messages, answering=False):
-    pieces = read_template(name).pieces(messages, answering)
+    pieces = load_chat_template(name).segments(messages, answering)
     return "".join(piece.text for piece in pieces)
 
 
@@ -66,8 +66,10 @@ def test_what_asks_for_an_answer_is_what_stands_before_it(name, first):
     turns = [*first, ASKED, SAID, PLAIN, SAID]
 
     for count in (len(first) + 1, len(first) + 3):
-        asked = read_template(name).pieces(turns[:count], answering=True)
-        whole = read_template(name).pieces(turns)
+        asked = load_chat_template(name).segments(
+            turns[:count], add_generation_prompt=True
+        )
+        whole = load_chat_template(name).segments(turns)
         assert whole[: len(asked)] == asked
         assert whole[len(asked)].kind == "answer"
         assert whole[len(asked)].text.startswith("yks")
@@ -75,14 +77,14 @@ def test_what_asks_for_an_answer_is_what_stands_before_it(name, first):
 
 @pytest.mark.parametrize("name", LOOKING_BACK)
 def test_kinds_alternate_and_every_answer_is_closed(name):
-    pieces = read_template(name).pieces([SYSTEM, ASKED, SAID, PLAIN, SAID])
+    pieces = load_chat_template(name).segments([SYSTEM, ASKED, SAID, PLAIN, SAID])
 
-    kinds = [piece.kind for piece in pieces if not piece.end]
+    kinds = [piece.kind for piece in pieces if not piece.is_eot]
     assert kinds == ["prompt", "header", "answer"] * 2
     if name == "chatml":
         assert pieces[-1].text == "yks<|im_end|>\n"
     else:
-        assert [p.kind for p in pieces if p.end] == ["answer", "answer"]
+        assert [p.kind for p in pieces if p.is_eot] == ["answer", "answer"]
 
 
 def test_single_shows_the_last_question_alone():
@@ -106,22 +108,22 @@ HOSTILE = HOSTILE.map("".join)
 
 @given(st.sampled_from(LOOKING_BACK), HOSTILE, HOSTILE, HOSTILE, HOSTILE)
 def test_no_text_of_a_message_forges_the_end_or_a_turn(name, one, two, three, four):
-    template = read_template(name)
-    harmless = template.pieces([SYSTEM, PLAIN, SAID, PLAIN, SAID])
+    template = load_chat_template(name)
+    harmless = template.segments([SYSTEM, PLAIN, SAID, PLAIN, SAID])
     user = {"role": "user", "content": one} | ({"input": two} if two.strip() else {})
     answers = [{"role": "assistant", "content": each} for each in (three, four)]
     messages = [SYSTEM, user, answers[0], PLAIN, answers[1]]
 
-    pieces = template.pieces(messages)
+    pieces = template.segments(messages)
 
     def marks(pieces):
         """How many marks of the template a model could see."""
         whole = "".join(piece.text for piece in pieces if not piece.end)
-        return len(template.marks.findall(whole))
+        return len(template.special_markers.findall(whole))
 
-    ends = [piece for piece in pieces if piece.end]
-    assert len(ends) == len([piece for piece in harmless if piece.end])
-    ids = encode(TOKENIZER, pieces).ids
+    ends = [piece for piece in pieces if piece.is_eot]
+    assert len(ends) == len([piece for piece in harmless if piece.is_eot])
+    ids = encode_segments(TOKENIZER, pieces).ids
     assert ids.count(TOKENIZER.eot) == len(ends)
     extra = 1 if user.get("input") and name == "alpaca" else 0
     assert marks(pieces) == marks(harmless) + extra
@@ -141,14 +143,14 @@ def test_a_forged_mark_is_broken_and_nothing_else_is_changed():
 
 
 def test_common_templates_of_others_are_understood():
-    template = compiled(CHATML)
+    template = compile_template(CHATML)
     spaced = {"role": "assistant", "content": "  yks \n"}
 
-    pieces = template.pieces([PLAIN, spaced])
+    pieces = template.segments([PLAIN, spaced])
 
     assert [piece.kind for piece in pieces] == ["prompt", "header", "answer"]
     assert pieces[-1].text == "yks<|im_end|>\n"
-    assert template.stops == ("<|im_end|>", "\n<|im_start|>user")
+    assert template.stop_strings == ("<|im_end|>", "\n<|im_start|>user")
 
 
 def test_the_tag_around_answers_and_a_spelled_out_end_are_understood():
@@ -158,7 +160,7 @@ def test_the_tag_around_answers_and_a_spelled_out_end_are_understood():
         "{% endif %}{% endfor %}"
     )
 
-    pieces = compiled(source).pieces([PLAIN, SAID])
+    pieces = compile_template(source).segments([PLAIN, SAID])
 
     assert pieces[-2:] == [("yks", "answer", False), ("<|endoftext|>", "answer", True)]
 
@@ -166,23 +168,23 @@ def test_the_tag_around_answers_and_a_spelled_out_end_are_understood():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{{ messages[0].content", "does not work: TemplateSyntaxError"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "nothing after an answ"),
-        ("hello", "prints an answer 0 times"),
+        ("{{ messages[0].content", "failed: TemplateSyntaxError"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "nothing after a reply"),
+        ("hello", "prints a reply 0 times"),
         (
             "{% for m in messages %}{{ m.content * 2 }}{{ eos_token }}{% endfor %}",
             "SecurityError",
         ),
         (
             "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
-            "prints an answer 2 times",
+            "prints a reply 2 times",
         ),
         (
             "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
             "{% if add_generation_prompt %}A:{% endif %}",
-            "asks for an answer with 'u<.endoftext.>A:', but puts 'u<.endoftext.>'",
+            "prompt is 'u<.endoftext.>A:', but it puts 'u<.endoftext.>'",
         ),
-        ("{% include 'x' %}", "does not work: TypeError"),
+        ("{% include 'x' %}", "failed: TypeError"),
         ("{{ raise_exception('no') }}", "TemplateError: no"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
         ("{{ messages.append(1) }}", "SecurityError"),
@@ -190,12 +192,12 @@ def test_the_tag_around_answers_and_a_spelled_out_end_are_understood():
         ("{% for i in range(10**9) %}{% endfor %}", "SecurityError"),
         ("{% for i in range(1000000000) %}{% endfor %}", "OverflowError: Range too"),
         ("{{ 'a' * 10 }}", "SecurityError"),
-        ("x" * 100_001, "more than 100,000 characters"),
+        ("x" * 100_001, "longer than 100,000 characters"),
     ],
 )
 def test_a_template_that_cannot_be_used_says_why(source, message):
     with pytest.raises(ConfigError, match=message):
-        compiled(source)
+        compile_template(source)
 
 
 FOREVER = {
@@ -223,20 +225,20 @@ HUGE = {
 
 @pytest.mark.parametrize("name", [*FOREVER, *HUGE])
 def test_a_template_that_takes_too_much_is_ended(name, monkeypatch):
-    monkeypatch.setattr(rendering, "SECONDS", 1)
+    monkeypatch.setattr(rendering, "MAX_CPU_SECONDS", 1)
 
-    with pytest.raises(ConfigError, match=r"takes more than 1 s|: MemoryE"):
-        compiled((FOREVER | HUGE)[name])
+    with pytest.raises(ConfigError, match=r"needs more than 1 s|: MemoryE"):
+        compile_template((FOREVER | HUGE)[name])
 
-    assert compiled(CHATML).source == CHATML  # the next one is none the worse
+    assert compile_template(CHATML).source == CHATML  # the next one is none the worse
 
 
 def test_a_template_of_a_stranger_sees_no_secret_and_writes_no_file(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "canary-123")
-    rendering.end(rendering.worker(os.getpid()))
-    rendering.worker.cache_clear()
-    compiled(CHATML)
-    process = rendering.worker(os.getpid())
+    rendering.stop_worker(rendering.render_worker(os.getpid()))
+    rendering.render_worker.cache_clear()
+    compile_template(CHATML)
+    process = rendering.render_worker(os.getpid())
 
     environment = Path(f"/proc/{process.pid}/environ")
 
@@ -246,13 +248,13 @@ def test_a_template_of_a_stranger_sees_no_secret_and_writes_no_file(monkeypatch)
 
 def test_a_process_that_has_ended_is_an_error_and_the_next_one_is_new():
     messages = [PLAIN, SAID]
-    whole = compiled(CHATML).pieces(messages)
-    rendering.worker(os.getpid()).kill()
+    whole = compile_template(CHATML).segments(messages)
+    rendering.render_worker(os.getpid()).kill()
 
-    with pytest.raises(ConfigError, match="takes more than"):
-        compiled(CHATML).pieces(messages)
+    with pytest.raises(ConfigError, match="needs more than"):
+        compile_template(CHATML).segments(messages)
 
-    assert compiled(CHATML).pieces(messages) == whole
+    assert compile_template(CHATML).segments(messages) == whole
 
 
 def test_a_template_that_takes_texts_apart_is_refused():
@@ -261,8 +263,8 @@ def test_a_template_that_takes_texts_apart_is_refused():
         "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     )
 
-    with pytest.raises(ConfigError, match="takes the text of a message apart"):
-        compiled(source).pieces([{"role": "user", "content": "abcdef"}, SAID])
+    with pytest.raises(ConfigError, match="splits or changes the text of a message"):
+        compile_template(source).segments([{"role": "user", "content": "abcdef"}, SAID])
 
 
 def test_a_template_that_closes_answers_unevenly_is_refused():
@@ -271,30 +273,34 @@ def test_a_template_that_closes_answers_unevenly_is_refused():
         "{{ eos_token }}{% endif %}{% endfor %}"
     )
 
-    with pytest.raises(ConfigError, match="after an answer, and elsewhere"):
-        compiled(source).pieces([PLAIN, SAID, PLAIN, SAID])
+    with pytest.raises(ConfigError, match=r"after one reply and .* after others"):
+        compile_template(source).segments([PLAIN, SAID, PLAIN, SAID])
 
 
 def test_a_template_comes_from_a_file_or_is_missed(tmp_path):
     path = tmp_path / "mine.jinja"
     path.write_text(CHATML)
 
-    assert read_template(str(path)).source == CHATML
+    assert load_chat_template(str(path)).source == CHATML
     with pytest.raises(ConfigError, match=r"no chat template 'alpace'\. Did you mean"):
-        read_template("alpace")
+        load_chat_template("alpace")
     path.write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="cannot read the chat template"):
-        read_template(str(path))
+        load_chat_template(str(path))
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("name", [*BUILT_IN, "chatml of others"])
+@pytest.mark.parametrize("name", [*BUILTIN_TEMPLATES, "chatml of others"])
 def test_transformers_renders_the_same_text(name, tmp_path):
     from transformers import GPT2TokenizerFast
 
     gptjax.tokenizer.load("gpt2").save(tmp_path)
     tokenizer = GPT2TokenizerFast.from_pretrained(tmp_path)
-    template = read_template(name) if name in BUILT_IN else compiled(CHATML)
+    template = (
+        load_chat_template(name)
+        if name in BUILTIN_TEMPLATES
+        else compile_template(CHATML)
+    )
     tokenizer.chat_template = template.source
 
     for messages, answering in (
@@ -304,5 +310,5 @@ def test_transformers_renders_the_same_text(name, tmp_path):
         theirs = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=answering
         )
-        ours = template.pieces(messages, answering)
+        ours = template.segments(messages, answering)
         assert theirs == "".join(piece.text for piece in ours)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptjax.terminal import printable
+from gptjax.terminal import sanitize
 
 CONTROLS = {chr(i) for i in [*range(0x20), *range(0x7F, 0xA0)]} - {"\n", "\t"}
 TURNING = set(map(chr, [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]))
@@ -25,7 +25,7 @@ def test_nothing_acts_on_a_terminal_however_the_stream_is_cut(text, cuts):
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     pieces = [text[a:b] for a, b in itertools.pairwise(places)]
 
-    shown = "".join(map(printable, pieces))
+    shown = "".join(map(sanitize, pieces))
 
     assert not FORBIDDEN & set(shown)
     shown.encode()
@@ -35,15 +35,15 @@ def test_nothing_acts_on_a_terminal_however_the_stream_is_cut(text, cuts):
 def test_only_what_acts_is_replaced_each_by_one_character(text):
     text = text.replace("\r\n", "\n")
 
-    shown = printable(text)
+    shown = sanitize(text)
 
     assert [a if a not in FORBIDDEN else "\ufffd" for a in text] == list(shown)
-    assert printable(shown) == shown
+    assert sanitize(shown) == shown
 
 
 @pytest.mark.parametrize("character", [*sorted(CONTROLS | TURNING), chr(0xD800)])
 def test_each_forbidden_character_is_replaced(character):
-    assert printable(f"a{character}b") == "a\ufffdb"
+    assert sanitize(f"a{character}b") == "a\ufffdb"
 
 
 @pytest.mark.parametrize(
@@ -59,19 +59,19 @@ def test_each_forbidden_character_is_replaced(character):
     ],
 )
 def test_text_of_any_language_stays(text):
-    assert printable(text) == text
+    assert sanitize(text) == text
 
 
 def test_line_ends_of_other_systems_become_one_character_or_a_mark():
-    assert printable("a\r\nb\rc") == "a\nb\ufffdc"
-    assert printable("a\r") + printable("\nb") == "a\ufffd\nb"
+    assert sanitize("a\r\nb\rc") == "a\nb\ufffdc"
+    assert sanitize("a\r") + sanitize("\nb") == "a\ufffd\nb"
 
 
 @pytest.mark.parametrize(
     "sequence", ["\x1b]52;c;aGk=\x07", "\x1b[2J", "\x9b2J", "\x1bP+q\x1b\\", "\x08\x08"]
 )
 def test_sequences_lose_what_starts_them(sequence):
-    shown = printable(sequence)
+    shown = sanitize(sequence)
 
     assert "\x1b" not in shown
     assert not any(unicodedata.category(c) == "Cc" for c in shown)

@@ -11,10 +11,10 @@ import pytest
 
 import gptjax
 from gptjax.config import GPTConfig, OptimConfig
-from gptjax.loss import weighted_nats
-from gptjax.model import hidden, output_table
+from gptjax.loss import fused_cross_entropy
+from gptjax.model import hidden_states, unembedding_matrix
 from gptjax.optim import make_optimizer
-from gptjax.train import Metrics, init_state, make_train_step, steps
+from gptjax.train import Metrics, init_state, make_train_step, train_steps
 
 B, T, V = 4, 8, 50
 SHAPE = {"n_layers": 2, "n_heads": 2, "d_model": 16, "dtype": "float32"}
@@ -32,14 +32,18 @@ def start():
 def batch_at(step, weight_BT=None):
     row_BT = np.random.default_rng(step).integers(V, size=(B, T + 1), dtype=np.int32)
     weight_BT = np.ones((B, T), np.float32) if weight_BT is None else weight_BT
-    return {"tokens": row_BT[:, :-1], "targets": row_BT[:, 1:], "weights": weight_BT}
+    return {
+        "tokens": row_BT[:, :-1],
+        "targets": row_BT[:, 1:],
+        "loss_weights": weight_BT,
+    }
 
 
 def loss_fn(params, batch, key, config=TINY):
     dropout_key = key if config.dropout else None
-    x_BTD, _ = hidden(config, params, batch["tokens"], dropout_key=dropout_key)
-    table_VD, weight_BT = output_table(config, params), batch["weights"]
-    nats = weighted_nats(config, x_BTD, table_VD, batch["targets"], weight_BT, T)
+    x_BTD, _ = hidden_states(config, params, batch["tokens"], dropout_key=dropout_key)
+    table_VD, weight_BT = unembedding_matrix(config, params), batch["loss_weights"]
+    nats = fused_cross_entropy(config, x_BTD, table_VD, batch["targets"], weight_BT, T)
     return nats, jnp.sum(weight_BT)
 
 
@@ -170,7 +174,7 @@ def test_ten_steps_overfit_one_batch():
 
     losses = [
         float(metrics.loss)
-        for _, _, metrics in steps(fresh(), step_fn, [batch_at(0)] * 60)
+        for _, _, metrics in train_steps(fresh(), step_fn, [batch_at(0)] * 60)
     ]
 
     assert losses[0] == pytest.approx(np.log(V), rel=0.05)
@@ -195,7 +199,7 @@ def run(state, first, stop):
     """The state at the end, and the metrics of every step."""
     step_fn, _ = adamw_step()
     batches, seen = map(batch_at, range(first, stop)), []
-    for _, state, metrics in steps(state, step_fn, batches):  # noqa: B007, B020
+    for _, state, metrics in train_steps(state, step_fn, batches):  # noqa: B007, B020
         seen.append(metrics)
     return state, seen
 
@@ -227,7 +231,7 @@ def test_each_step_drops_other_activations():
 
     norms = [
         float(metrics.grad_norm)
-        for _, _, metrics in steps(state, step_fn, [batch_at(0)] * 3)
+        for _, _, metrics in train_steps(state, step_fn, [batch_at(0)] * 3)
     ]
 
     assert len(set(norms)) == 3
@@ -246,7 +250,7 @@ def test_the_loop_takes_a_batch_only_when_its_caller_asks_and_reads_no_metric():
 
     state = init_state({}, optax.identity(), KEY)
     state = state._replace(step=jnp.full((), 7, jnp.int32))
-    loop = steps(state, step_fn, batches())
+    loop = train_steps(state, step_fn, batches())
 
     assert taken == []
     assert next(loop)[0] == 8

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.weights.crc32c import BLOCK, MULTIPLE, crc32c
+from gptjax.weights.crc32c import FOLD_BLOCK_BYTES, MULTIPLE, crc32c
 from tests.tensor_bundle import bytewise
 
 
@@ -59,6 +59,6 @@ def test_the_checksum_is_right_at_each_small_size_and_leaves_the_data_alone():
 
 @pytest.mark.parametrize("more", [3, 777])
 def test_the_checksum_goes_on_from_block_to_block(more):
-    content = np.random.default_rng(2).bytes(BLOCK + more)
+    content = np.random.default_rng(2).bytes(FOLD_BLOCK_BYTES + more)
 
     assert crc32c(content) == bytewise(content)

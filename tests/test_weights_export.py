@@ -10,10 +10,10 @@ import pytest
 
 import gptjax
 from gptjax.errors import ConfigError, ModelError
-from gptjax.tree import named_leaves
+from gptjax.tree import flatten_with_names
 from gptjax.weights import hub, names, published
-from gptjax.weights.exporting import export, tensors
-from gptjax.weights.published import import_model
+from gptjax.weights.exporting import export_model, named_tensors
+from gptjax.weights.published import convert_model
 from tests.small_models import assert_same, change_config, make_model
 
 
@@ -25,7 +25,7 @@ def model():
 @pytest.fixture(scope="module")
 def exported(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf") / "model"
-    export(model, "hf", folder)
+    export_model(model, "hf", folder)
     return folder
 
 
@@ -49,10 +49,10 @@ SHAPES = {
 def test_what_is_exported_is_imported_bit_for_bit(layout, shape, tmp_path):
     model = make_model(**SHAPES[shape])
 
-    said = export(model, layout, tmp_path / "out")
+    said = export_model(model, layout, tmp_path / "out")
     again = gptjax.load(tmp_path / "out")
 
-    assert "read back" in said
+    assert "reloaded" in said
     if (layout, shape) == ("hf", "without biases"):  # there they are zeros
         assert again.config == dataclasses.replace(model.config, qkv_bias=True)
         bias = again.params["blocks"]["attention"]["query"].pop("bias")
@@ -67,7 +67,7 @@ def test_rows_that_pad_the_vocabulary_are_not_exported(tmp_path):
     model = make_model(vocab_multiple=64)
 
     for layout in ("hf", "book"):
-        export(model, layout, tmp_path / layout)
+        export_model(model, layout, tmp_path / layout)
         again = gptjax.load(tmp_path / layout)
         table = again.params["token_embedding"]["embedding"]
         padded = model.params["token_embedding"]["embedding"]
@@ -75,30 +75,30 @@ def test_rows_that_pad_the_vocabulary_are_not_exported(tmp_path):
         np.testing.assert_array_equal(table, padded[:257])
 
 
-@pytest.mark.parametrize("layout", names.LAYOUTS)
+@pytest.mark.parametrize("layout", names.SOURCE_LAYOUTS)
 def test_the_table_covers_every_parameter_and_fills_no_tensor_twice(layout):
     model = make_model(tie_embeddings=layout == "openai")
-    leaves = named_leaves(model.params)
+    leaves = flatten_with_names(model.params)
 
-    plan = names.homes(model.config, layout, leaves)
+    plan = names.param_slots(model.config, layout, leaves)
 
-    assert set(leaves) <= set(names.TABLE)
+    assert set(leaves) <= set(names.PARAM_NAMES)
     filled = [home for homes in plan.values() for home in homes]
     assert {home.leaf for home in filled} == set(leaves)
     assert len({(home.leaf, home.layer) for home in filled}) == len(filled)
     for homes in plan.values():
-        assert sorted(home.part or 0 for home in homes) == list(range(len(homes)))
+        assert sorted(home.qkv_index or 0 for home in homes) == list(range(len(homes)))
 
 
 def test_query_key_and_value_are_the_thirds_of_the_joint_tensor(model):
-    joint = tensors(model, "hf")["h.1.attn.c_attn.weight"]
+    joint = named_tensors(model, "hf")["h.1.attn.c_attn.weight"]
     kernel = model.params["blocks"]["attention"]["value"]["kernel"][1]
 
     np.testing.assert_array_equal(joint[:, 32:], np.reshape(kernel, (16, 16)))
 
 
 def test_the_book_has_its_matrices_the_other_way_round(model):
-    up = tensors(model, "book")["trf_blocks.0.ff.layers.0.weight"]
+    up = named_tensors(model, "book")["trf_blocks.0.ff.layers.0.weight"]
 
     assert up.shape == (64, 16)
     np.testing.assert_array_equal(
@@ -109,56 +109,56 @@ def test_the_book_has_its_matrices_the_other_way_round(model):
 def test_an_import_says_what_it_read_and_what_it_compared(hf, model, tmp_path):
     said = []
 
-    import_model(str(hf), tmp_path / "own", said.append)
+    convert_model(str(hf), tmp_path / "own", said.append)
 
     assert [line.split()[0] for line in said] == ["read", "check", "wrote"]
     assert "28 tensors, 10,832 parameters" in said[0]
     assert_same(gptjax.load(tmp_path / "own"), model)
-    with pytest.raises(ModelError, match="is there already"):
-        import_model(str(hf), tmp_path / "own", said.append)
+    with pytest.raises(ModelError, match="already exists"):
+        convert_model(str(hf), tmp_path / "own", said.append)
 
 
 def test_a_public_name_is_compared_with_what_is_published(hf, tmp_path, monkeypatch):
-    known = published.Published(10_832)
-    monkeypatch.setitem(published.PUBLISHED, "gpt2", known)
-    monkeypatch.setattr(hub, "fetch", lambda name, say: hf)
+    known = published.ReferenceValues(10_832)
+    monkeypatch.setitem(published.REFERENCE_VALUES, "gpt2", known)
+    monkeypatch.setattr(hub, "fetch_repo", lambda name, say: hf)
     monkeypatch.chdir(tmp_path)
     said = []
 
-    import_model("gpt2", tmp_path / "own", said.append)
+    convert_model("gpt2", tmp_path / "own", said.append)
 
     assert "number of parameters agrees" in said[1]
-    assert "not compared: none are recorded yet" in said[1]
+    assert "not compared, since none are recorded" in said[1]
 
     table = gptjax.load(hf).params["token_embedding"]["embedding"]
     right = known._replace(
         first=tuple(map(float, table[0, :3])), last=float(table[-1, -1])
     )
     model = gptjax.load(hf)
-    assert "published values agree" in published.check(model, right)
-    ids = model.tokenizer.encode(published.PROMPT)[:8]
+    assert "published values agree" in published.check_reference_values(model, right)
+    ids = model.tokenizer.encode(published.REFERENCE_PROMPT)[:8]
     logits = gptjax.apply(model.config, model.params, jnp.array([ids]))[0, -1, :4]
     seen = right._replace(logits=tuple(map(float, logits)))
-    assert "logits agree within" in published.check(model, seen)
+    assert "logits agree within" in published.check_reference_values(model, seen)
     for wrong in (
         right._replace(parameters=10_833),
         right._replace(last=0.5),
         seen._replace(logits=(9.0,)),
     ):
         with pytest.raises(ModelError):
-            published.check(model, wrong)
+            published.check_reference_values(model, wrong)
 
 
 def test_exports_that_cannot_be_are_refused(model, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"cannot export to 'hff'\. Did you mean hf"):
-        export(model, "hff", tmp_path / "out")
+        export_model(model, "hff", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    with pytest.raises(ModelError, match="is there already"):
-        export(model, "hf", tmp_path / "full")
+    with pytest.raises(ModelError, match="already exists"):
+        export_model(model, "hf", tmp_path / "full")
     (tmp_path / "file").touch()
     with pytest.raises(ModelError, match="cannot write"):
-        export(model, "hf", tmp_path / "file" / "below")
+        export_model(model, "hf", tmp_path / "file" / "below")
 
 
 def test_an_export_that_computes_something_else_leaves_nothing(model, tmp_path):
@@ -166,8 +166,8 @@ def test_an_export_that_computes_something_else_leaves_nothing(model, tmp_path):
         model, params=jax.tree.map(lambda leaf: leaf * np.nan, model.params)
     )
 
-    with pytest.raises(ModelError, match="not finite"):
-        export(broken, "hf", tmp_path / "out")
+    with pytest.raises(ModelError, match="non-finite"):
+        export_model(broken, "hf", tmp_path / "out")
 
     assert not list(tmp_path.iterdir())
 
@@ -175,7 +175,7 @@ def test_an_export_that_computes_something_else_leaves_nothing(model, tmp_path):
 def test_a_classifier_comes_back_with_its_labels_bit_for_bit(tmp_path):
     model = classifier(tie_embeddings=True)
 
-    export(model, "hf", tmp_path / "out")
+    export_model(model, "hf", tmp_path / "out")
     again = gptjax.load(tmp_path / "out")
 
     assert again.labels == ("a", "b", "c")
@@ -188,7 +188,7 @@ def test_a_classifier_comes_back_with_its_labels_bit_for_bit(tmp_path):
 def test_the_head_for_tokens_is_not_part_of_an_exported_classifier(tmp_path):
     model = classifier(tie_embeddings=False)
 
-    export(model, "hf", tmp_path / "out")
+    export_model(model, "hf", tmp_path / "out")
     again = gptjax.load(tmp_path / "out")
 
     assert again.config.tie_embeddings
@@ -201,16 +201,16 @@ def test_the_head_for_tokens_is_not_part_of_an_exported_classifier(tmp_path):
     "changes", [{"pool": "mean"}, {"head_bias": True}, {"causal": False}]
 )
 def test_classifiers_that_transformers_does_not_have_are_refused(changes, tmp_path):
-    with pytest.raises(ModelError, match="is none that transformers has"):
-        export(classifier(**changes), "hf", tmp_path / "out")
-    with pytest.raises(ModelError, match="cannot be exported to the book's names"):
-        export(classifier(**changes), "book", tmp_path / "out")
+    with pytest.raises(ModelError, match="has no equivalent in transformers"):
+        export_model(classifier(**changes), "hf", tmp_path / "out")
+    with pytest.raises(ModelError, match="Use --to hf"):
+        export_model(classifier(**changes), "book", tmp_path / "out")
 
     assert not list(tmp_path.iterdir())
 
 
 def test_a_classifier_without_names_for_its_classes_is_refused(tmp_path):
-    export(classifier(), "hf", tmp_path / "out")
+    export_model(classifier(), "hf", tmp_path / "out")
 
     for table in ({"0": "a", "2": "c"}, {"0": 1}, {}, 3):
         change_config(tmp_path / "out", id2label=table)

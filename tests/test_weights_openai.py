@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from gptjax.errors import ModelError
 from gptjax.weights.crc32c import crc32c
 from gptjax.weights.openai import (
-    DTYPES,
-    HPARAMS,
-    LARGEST_INDEX,
-    open_checkpoint,
+    TF_DTYPES,
+    HPARAM_NAMES,
+    MAX_INDEX_BYTES,
+    open_tf_checkpoint,
     read_hparams,
 )
 from tests.build_openai_fixture import FOLDER, arrays
@@ -58,7 +58,7 @@ def bits(array: np.ndarray) -> tuple:
 def outcome(folder: Path) -> dict | None:
     """All tensors by name, or None if anything is refused."""
     try:
-        checkpoint = open_checkpoint(folder)
+        checkpoint = open_tf_checkpoint(folder)
         return {name: bits(checkpoint.read(name)) for name in checkpoint.tensors}
     except ModelError as error:
         if str(folder) not in str(error):
@@ -71,7 +71,7 @@ def outcome(folder: Path) -> dict | None:
 
 @pytest.mark.fast
 def test_every_tensor_that_tensorflow_wrote_is_read_bit_for_bit():
-    checkpoint = open_checkpoint(FOLDER)
+    checkpoint = open_tf_checkpoint(FOLDER)
 
     assert list(checkpoint.tensors) == sorted(arrays())
     for name, expected in arrays().items():
@@ -89,7 +89,7 @@ def test_every_tensor_that_tensorflow_wrote_is_read_bit_for_bit():
 def test_the_plain_writer_writes_what_tensorflow_wrote(tmp_path):
     data = (FOLDER / DATA).read_bytes()
     pairs = []
-    for name, tensor in open_checkpoint(FOLDER).tensors.items():
+    for name, tensor in open_tf_checkpoint(FOLDER).tensors.items():
         part = data[tensor.offset : tensor.offset + tensor.size]
         dims = shape(*tensor.shape)
         made = entry(
@@ -102,9 +102,9 @@ def test_the_plain_writer_writes_what_tensorflow_wrote(tmp_path):
     assert outcome(folder) == outcome(FOLDER)
 
 
-@pytest.mark.parametrize("number", DTYPES)
+@pytest.mark.parametrize("number", TF_DTYPES)
 def test_types_scalars_and_several_files_are_read(tmp_path, number):
-    values = np.array([1.5, -2, 0.25, 7], DTYPES[number])
+    values = np.array([1.5, -2, 0.25, 7], TF_DTYPES[number])
     raw = values.tobytes()
     size = values.itemsize
     header = proto((1, 2), (3, proto((1, 1), (2, 1))))
@@ -114,18 +114,18 @@ def test_types_scalars_and_several_files_are_read(tmp_path, number):
     index = index_of((b"../a", one), (b"b", two), header=header)
 
     folder = folder_of(tmp_path, index, raw[3 * size :], b"*****" + raw)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_tf_checkpoint(folder)
 
     assert bits(checkpoint.read("../a")) == bits(values[:3].reshape(3, 1))
     assert bits(checkpoint.read("b")) == bits(values[3])
-    assert DTYPES[14] == ml_dtypes.bfloat16
+    assert TF_DTYPES[14] == ml_dtypes.bfloat16
 
 
 def test_a_tensor_is_read_in_blocks_of_bounded_memory(tmp_path):
     values = np.random.default_rng(0).integers(0, 256, 11 << 20, np.uint8)
     made = entry(shape(11, 1 << 18), values.nbytes, crc=masked(crc32c(values)))
     folder = folder_of(tmp_path, index_of((b"a", made)), values.tobytes())
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_tf_checkpoint(folder)
 
     tracemalloc.start()
     found = checkpoint.read("a")
@@ -156,7 +156,7 @@ def test_each_changed_byte_of_the_index_is_refused_or_changes_nothing(tiny, flip
 
 
 def test_each_changed_byte_of_the_data_is_refused(tiny):
-    checkpoint = open_checkpoint(tiny)
+    checkpoint = open_tf_checkpoint(tiny)
     tensors = sorted(checkpoint.tensors.values(), key=lambda tensor: tensor.offset)
     end = 0
 
@@ -187,8 +187,8 @@ def test_an_index_of_any_shorter_or_longer_length_is_refused(tiny):
         path.write_bytes(whole[length + 1 :])
         assert outcome(tiny) is None, length
     path.write_bytes(whole + b"\0")
-    with pytest.raises(ModelError, match=f"does not end as an index of .*{AGAIN}"):
-        open_checkpoint(tiny)
+    with pytest.raises(ModelError, match=f"with the magic number of .*{AGAIN}"):
+        open_tf_checkpoint(tiny)
 
 
 def test_data_of_any_shorter_length_is_refused(tiny):
@@ -198,14 +198,14 @@ def test_data_of_any_shorter_length_is_refused(tiny):
         (tiny / DATA).write_bytes(whole[:length])
         message = rf"{DATA} has {length:,} bytes instead of 15,776\. {AGAIN}"
         with pytest.raises(ModelError, match=message):
-            open_checkpoint(tiny)
+            open_tf_checkpoint(tiny)
 
 
 def test_data_that_goes_away_after_the_index_was_read_is_refused(tiny):
-    checkpoint = open_checkpoint(tiny)
+    checkpoint = open_tf_checkpoint(tiny)
     (tiny / DATA).write_bytes(b"short")
 
-    with pytest.raises(ModelError, match=f"00001 ends in 'model/wte'. {AGAIN}"):
+    with pytest.raises(ModelError, match=f"00001 ends inside 'model/wte'. {AGAIN}"):
         checkpoint.read("model/wte")
     (tiny / DATA).unlink()
     with pytest.raises(ModelError, match=f"cannot read .*00001: .*No such.* {AGAIN}"):
@@ -252,7 +252,7 @@ def test_a_changed_entry_with_a_right_checksum_raises_no_other_error(tmp_path, f
 
 def test_the_index_is_that_which_the_folder_names(tmp_path):
     def prefix() -> str:
-        return open_checkpoint(tmp_path).index.name.removesuffix(".index")
+        return open_tf_checkpoint(tmp_path).index.name.removesuffix(".index")
 
     for suffix in ("index", "data-00000-of-00001"):
         for name in ("model-5", "model.ckpt", "other"):
@@ -265,7 +265,7 @@ def test_the_index_is_that_which_the_folder_names(tmp_path):
     assert prefix() == "model-5"
     assert outcome(tmp_path) == outcome(FOLDER)
     named.write_text('model_checkpoint_path: "model-6"\n')
-    with pytest.raises(ModelError, match=rf"model-6\.index is not there, .*{AGAIN}"):
+    with pytest.raises(ModelError, match=rf"model-6\.index does not exist .*{AGAIN}"):
         prefix()
     for path in (
         "/a/model-5",
@@ -280,50 +280,50 @@ def test_the_index_is_that_which_the_folder_names(tmp_path):
     named.write_bytes(b"\xff\0" * 9)
     assert prefix() == "model.ckpt"
     (tmp_path / "model.ckpt.index").unlink()
-    with pytest.raises(ModelError, match=r"has 2 files that end in \.index, but a ch"):
+    with pytest.raises(ModelError, match=r"has 2 \*\.index files"):
         prefix()
     (tmp_path / "model-5.index").unlink()
     assert prefix() == "other"
     named.write_bytes(bytes(1 << 17))
-    with pytest.raises(ModelError, match="checkpoint has 131,072 bytes, and more th"):
+    with pytest.raises(ModelError, match="checkpoint has 131,072 bytes, more than"):
         prefix()
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(ModelError, match=r"has 0 files that end in \.index, but"):
-        open_checkpoint(tmp_path)
-    with pytest.raises(ModelError, match=r"has 0 files that end in \.index, but"):
-        open_checkpoint(tmp_path / "none")
-    with pytest.raises(ModelError, match=rf"hparams\.json is not there, .*{AGAIN}"):
+    with pytest.raises(ModelError, match=r"has 0 \*\.index files"):
+        open_tf_checkpoint(tmp_path)
+    with pytest.raises(ModelError, match=r"has 0 \*\.index files"):
+        open_tf_checkpoint(tmp_path / "none")
+    with pytest.raises(ModelError, match=rf"hparams\.json does not exist .*{AGAIN}"):
         read_hparams(tmp_path)
     (tmp_path / "model.ckpt.index").mkdir()
-    with pytest.raises(ModelError, match=rf"ckpt\.index is not there, .*{AGAIN}"):
-        open_checkpoint(tmp_path)
+    with pytest.raises(ModelError, match=rf"ckpt\.index does not exist .*{AGAIN}"):
+        open_tf_checkpoint(tmp_path)
     (tmp_path / "model.ckpt.index").rmdir()
     shutil.copy(FOLDER / "model.ckpt.index", tmp_path)
     with pytest.raises(ModelError, match=f"{DATA} has 0 bytes instead of 15,776. Copy"):
-        open_checkpoint(tmp_path)
+        open_tf_checkpoint(tmp_path)
 
 
 def test_an_index_of_too_many_bytes_is_not_read(tiny):
     with (tiny / "model.ckpt.index").open("ab") as file:
-        file.truncate(LARGEST_INDEX + 1)
+        file.truncate(MAX_INDEX_BYTES + 1)
 
-    with pytest.raises(ModelError, match="has 67,108,865 bytes, and more than 67,108"):
-        open_checkpoint(tiny)
+    with pytest.raises(ModelError, match=r"has 67,108,865 bytes, more .* 67,108"):
+        open_tf_checkpoint(tiny)
 
 
 def test_a_tensor_that_is_not_there_is_a_model_error():
-    with pytest.raises(ModelError, match=r"index has no tensor 'wte'\. Name the fol"):
-        open_checkpoint(FOLDER).read("wte")
+    with pytest.raises(ModelError, match=r"index has no tensor 'wte'\."):
+        open_tf_checkpoint(FOLDER).read("wte")
 
 
-@pytest.mark.parametrize("name", HPARAMS)
+@pytest.mark.parametrize("name", HPARAM_NAMES)
 @pytest.mark.parametrize("value", [0, -1, True, 1.0, "8", None, [8], {}])
 def test_a_size_that_is_no_positive_integer_is_refused(tmp_path, name, value):
     (tmp_path / "hparams.json").write_text(json.dumps(SIZES | {name: value, "x": 1}))
 
-    message = rf"json cannot be used: {name}=.* is no positive integer\. {AGAIN}"
+    message = rf"json cannot be used: {name}=.* is not a positive integer\. {AGAIN}"
     with pytest.raises(ModelError, match=message):
         read_hparams(tmp_path)
 

@@ -58,7 +58,7 @@ def test_several_files_are_one_set_of_names_that_differ(path, tmp_path):
 
     assert "d" in open_safetensors([path, other]).tensors
 
-    with pytest.raises(ModelError, match="another file has the tensor a too"):
+    with pytest.raises(ModelError, match="another file also has the tensor a"):
         open_safetensors([path, path])
 
 
@@ -79,40 +79,46 @@ LINES = {
     "a name twice": (
         b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
         b'"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
-        "a name appears twice",
+        "duplicate keys",
     ),
-    "a gap": ({"a": line(offsets=(4, 12))}, "is not where its next tensor begins"),
+    "a gap": ({"a": line(offsets=(4, 12))}, "no tensor starts at byte"),
     "an overlap": (
         {"a": line(), "b": line(offsets=(4, 12))},
-        "is not where its next tensor begins",
+        "no tensor starts at byte",
     ),
     "more than the file": ({"a": line((4,), (0, 16))}, "but its tensors need"),
     "less than the file": ({"a": line((1,), (0, 4))}, "but its tensors need"),
-    "a size that is not the shape's": ({"a": line((3,))}, "line for the tensor 'a'"),
-    "a huge shape": ({"a": line((1 << 40, 1 << 40))}, "line for the tensor 'a'"),
-    "a negative shape": ({"a": line((-2,))}, "line for the tensor 'a'"),
-    "a shape of booleans": ({"a": line((True, 2))}, "line for the tensor 'a'"),
-    "an unknown type": ({"a": line(dtype="Q4")}, "'a' has the type 'Q4'"),
-    "a tensor of no elements": ({"a": line((0,), (0, 0))}, "line for the tensor 'a'"),
+    "a size that is not the shape's": (
+        {"a": line((3,))},
+        "entry of the tensor 'a'",
+    ),
+    "a huge shape": ({"a": line((1 << 40, 1 << 40))}, "entry of the tensor 'a'"),
+    "a negative shape": ({"a": line((-2,))}, "entry of the tensor 'a'"),
+    "a shape of booleans": ({"a": line((True, 2))}, "entry of the tensor 'a'"),
+    "an unknown type": ({"a": line(dtype="Q4")}, "'a' has the dtype 'Q4'"),
+    "a tensor of no elements": (
+        {"a": line((0,), (0, 0))},
+        "entry of the tensor 'a'",
+    ),
     "an axis beside a zero": (
         {"a": line((0, 1 << 61), (0, 0)), "b": line()},
-        "line for the tensor 'a'",
+        "entry of the tensor 'a'",
     ),
-    "nine axes": ({"a": line((1,) * 8 + (2,))}, "line for the tensor 'a'"),
-    "a path for a name": ({"../etc\\x": line()}, "'../etc.*x' is no name"),
-    "no name": ({"": line()}, "'' is no name of a tensor"),
-    "a name of a megabyte": ({"a" * 1000: line()}, "is no name of a tensor"),
+    "nine axes": ({"a": line((1,) * 8 + (2,))}, "entry of the tensor 'a'"),
+    "a path for a name": ({"../etc\\x": line()}, "'../etc.*x' is not a valid"),
+    "no name": ({"": line()}, "'' is not a valid tensor name"),
+    "a name of a megabyte": ({"a" * 1000: line()}, "is not a valid tensor name"),
     "not a number": (
         b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,8]}}',
-        "NaN is no JSON number",
+        "NaN is not a JSON",
     ),
     "too many tensors": (
         {f"t{n}": line((1,), (n, n + 1), "U8") for n in range(10_001)},
         "it has 10,001 tensors",
     ),
     "metadata of numbers": ({"__metadata__": {"x": 1}}, "metadata is not"),
-    "a line more": ({"a": line() | {"x": 1}}, "line for the tensor 'a'"),
-    "a line that is none": ({"a": 3}, "line for the tensor 'a'"),
+    "a line more": ({"a": line() | {"x": 1}}, "entry of the tensor 'a'"),
+    "a line that is none": ({"a": 3}, "entry of the tensor 'a'"),
 }
 
 

@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from gptjax.data.word_tasks import HELD_OUT, TASKS, plural, word_tasks
+from gptjax.data.word_tasks import HELD_OUT_ROWS, WORD_TASK_RULES, pluralize, word_tasks
 
 
 @pytest.mark.fast
@@ -12,9 +12,9 @@ def test_the_rows_are_always_the_same_and_none_comes_twice():
     assert rows == word_tasks()
     assert len({tuple(row.items()) for row in rows}) == len(rows)
     counts = Counter((row["task"], row["split"]) for row in rows)
-    for task in TASKS:
-        assert counts[task, "test"] == HELD_OUT["test"]
-        assert counts[task, "validation"] == HELD_OUT["validation"]
+    for task in WORD_TASK_RULES:
+        assert counts[task, "test"] == HELD_OUT_ROWS["test"]
+        assert counts[task, "validation"] == HELD_OUT_ROWS["validation"]
         assert counts[task, "train"] > 300
 
 
@@ -46,13 +46,13 @@ def test_no_held_out_word_is_in_a_training_row():
     ],
 )
 def test_each_task_has_its_answer(task, answer):
-    asked, solve = TASKS[task]
+    asked, solve = WORD_TASK_RULES[task]
 
     assert solve("sky") == answer
     assert asked.format("sky").startswith("sky ")
 
 
 def test_plurals_are_regular():
-    assert [plural(word) for word in ("bus", "key", "copy", "wish", "type")] == [
+    assert [pluralize(word) for word in ("bus", "key", "copy", "wish", "type")] == [
         *("buses", "keys", "copies", "wishes", "types")
     ]

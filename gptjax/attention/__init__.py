@@ -1,1 +1,1 @@
-"""One attention, several backends: sight -> plain, xla, ... -> choice."""
+"""Attention backends behind one function; start with `mask`, then `dispatch`."""

@@ -1,8 +1,13 @@
-"""The formula a block at a time: O(T) memory, forward and backward, on any platform.
+"""Flash attention in plain JAX: O(T) memory forward and backward, on any platform.
 
-The softmax of a row is kept as its largest score and the sum of exponentials below
-it (Milakov and Gimelshein 2018); backward makes the weights again from the two (Dao
-et al. 2022, "FlashAttention"; the order of the loops is that of Dao 2023).
+Forward is an online softmax over blocks of keys, with a running maximum and a running
+sum per query (Milakov and Gimelshein 2018). Backward recomputes the weights of a block
+as exp(score - lse) from the saved log-sum-exp (Dao et al. 2022, "FlashAttention", sec.
+3.1). The loop order is that of FlashAttention-2 (Dao 2023, algorithms 1 and 2): outer
+loop over query blocks forward, over key blocks backward.
+
+In forward and backward, i is the index of a query block and j of a key block; arrays
+named `block_...` hold one block of them, with T and S of the block.
 """
 
 import functools
@@ -14,234 +19,305 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from gptjax.attention.call import Call, cannot_drop
-from gptjax.attention.parts import by_parts
-from gptjax.attention.sight import MIXED, Heads, KeyHeads, Sight, seen, slots
+from gptjax.attention.call import AttentionSpec, dropout_unsupported
+from gptjax.attention.parts import shard_map_attention
+from gptjax.attention.sight import (
+    ATTN_OUT,
+    QueryHeads,
+    KeyValueHeads,
+    AttentionMask,
+    make_attention_mask,
+    query_positions,
+)
 
-LEAST = jnp.finfo(jnp.float32).min
-BLOCK = 256  # queries, and keys, at a time; the fastest on a CPU, of powers of 2
+MASK_VALUE = jnp.finfo(jnp.float32).min
+FLASH_BLOCK_SIZE = 256  # queries or keys; the fastest power of 2 on CPU
 
-Rows = Float[Array, "B H T K"]
-KeyRows = Float[Array, "B H S K"]
-
-
-class Grid(NamedTuple):
-    """How queries and keys are cut into blocks; all of it known when tracing."""
-
-    sight: Sight  # only its numbers
-    own: bool  # whether query t is at key t: then whole blocks are hidden
-    keys: int  # how many there are; what is beyond them fills the last block
-    block_T: int
-    block_S: int
+_QueriesHeadsFirst = Float[Array, "B H T K"]
+_KeysHeadsFirst = Float[Array, "B H S K"]
 
 
-class Places(NamedTuple):
-    """Where the queries stand, and whose they are."""
+class BlockLayout(NamedTuple):
+    """Static block layout: how queries and keys are divided into blocks."""
 
-    slot_BT: Int[Array, "B T"]
-    segment_BT: Int[Array, "B T"] | None
-
-
-def blockwise(
-    query_BTHK: Heads, key_BSHK: KeyHeads, value_BSHK: KeyHeads, sight: Sight
-) -> Heads:
-    """The same sum, from blocks of scores that are forgotten at once."""
-    return by_parts(part, query_BTHK, key_BSHK, value_BSHK, sight)
+    mask: AttentionMask  # without arrays, hence hashable
+    is_aligned: bool  # query t is at key t, so masked blocks can be skipped
+    num_keys: int  # number of keys without padding of the last block
+    query_block_size: int
+    key_block_size: int
 
 
-def part(
-    query_BTHK: Heads, key_BSHK: KeyHeads, value_BSHK: KeyHeads, sight: Sight
-) -> Heads:
-    """One device's rows and heads."""
+class QueryInfo(NamedTuple):
+    """Query positions and segment ids."""
+
+    query_position_BT: Int[Array, "B T"]
+    segment_id_BT: Int[Array, "B T"] | None
+
+
+def flash_attention(
+    query_BTHK: QueryHeads,
+    key_BSHK: KeyValueHeads,
+    value_BSHK: KeyValueHeads,
+    mask: AttentionMask,
+) -> QueryHeads:
+    """Flash attention: blockwise softmax, scores never stored."""
+    return shard_map_attention(_attend_shard, query_BTHK, key_BSHK, value_BSHK, mask)
+
+
+def _attend_shard(
+    query_BTHK: QueryHeads,
+    key_BSHK: KeyValueHeads,
+    value_BSHK: KeyValueHeads,
+    mask: AttentionMask,
+) -> QueryHeads:
+    """Computes attention for the rows and heads of one device: pads, runs, unpads."""
     queries, keys = query_BTHK.shape[1], key_BSHK.shape[1]
-    block_T, block_S = min(BLOCK, queries), min(BLOCK, keys)
-    numbers = Sight(causal=sight.causal, window=sight.window)
-    grid = Grid(numbers, sight.slot_BT is None, keys, block_T, block_S)
-    places = Places(slots(sight, query_BTHK), sight.segment_BT)
-    mixed_BHTK = mixed(
-        grid,
-        filled(jnp.swapaxes(query_BTHK, 1, 2), 2, block_T),
-        filled(jnp.swapaxes(key_BSHK, 1, 2), 2, block_S),
-        filled(jnp.swapaxes(value_BSHK, 1, 2), 2, block_S),
-        jax.tree.map(lambda place_BT: filled(place_BT, 1, block_T), places),
+    query_block_size, key_block_size = (
+        min(FLASH_BLOCK_SIZE, queries),
+        min(FLASH_BLOCK_SIZE, keys),
     )
-    return jnp.swapaxes(mixed_BHTK[:, :, :queries], 1, 2)
+    static_mask = AttentionMask(causal=mask.causal, sliding_window=mask.sliding_window)
+    layout = BlockLayout(
+        static_mask,
+        mask.query_position_BT is None,
+        keys,
+        query_block_size,
+        key_block_size,
+    )
+    query_info = QueryInfo(query_positions(mask, query_BTHK), mask.segment_id_BT)
+    out_BHTK = _flash_attention(
+        layout,
+        pad_to_multiple(jnp.swapaxes(query_BTHK, 1, 2), 2, query_block_size),
+        pad_to_multiple(jnp.swapaxes(key_BSHK, 1, 2), 2, key_block_size),
+        pad_to_multiple(jnp.swapaxes(value_BSHK, 1, 2), 2, key_block_size),
+        jax.tree.map(
+            lambda x_BT: pad_to_multiple(x_BT, 1, query_block_size), query_info
+        ),
+    )
+    return jnp.swapaxes(out_BHTK[:, :, :queries], 1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def mixed(
-    grid: Grid, query_BHTK: Rows, key_BHSK: KeyRows, value_BHSK: KeyRows, places: Places
-) -> Rows:
-    """The output for whole blocks."""
-    return forward(grid, query_BHTK, key_BHSK, value_BHSK, places)[0]
+def _flash_attention(
+    layout: BlockLayout,
+    query_BHTK: _QueriesHeadsFirst,
+    key_BHSK: _KeysHeadsFirst,
+    value_BHSK: _KeysHeadsFirst,
+    query_info: QueryInfo,
+) -> _QueriesHeadsFirst:
+    """Computes attention for lengths that are multiples of the block sizes."""
+    return _fwd(layout, query_BHTK, key_BHSK, value_BHSK, query_info)[0]
 
 
-def forward(
-    grid: Grid, query_BHTK: Rows, key_BHSK: KeyRows, value_BHSK: KeyRows, places: Places
-) -> tuple[Rows, Any]:
-    """The output, and what backward needs: besides the arguments, O(T)."""
+def _fwd(
+    layout: BlockLayout,
+    query_BHTK: _QueriesHeadsFirst,
+    key_BHSK: _KeysHeadsFirst,
+    value_BHSK: _KeysHeadsFirst,
+    query_info: QueryInfo,
+) -> tuple[_QueriesHeadsFirst, Any]:
+    """Returns the output, and as residuals the arguments, the output and O(T) lse."""
 
-    def row(i: Array) -> tuple[Array, Array]:
-        block_BHTK = cut(query_BHTK, 2, i, grid.block_T)
+    def attend_query_block(i: Array) -> tuple[Array, Array]:
+        block_query_BHTK = slice_block(query_BHTK, 2, i, layout.query_block_size)
 
-        def step(j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        def attend_key_block(j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             most_BHT, sum_BHT, mixed_BHTK = carry
-            block_BHSK = cut(key_BHSK, 2, j, grid.block_S)
-            score_BHTS = scores(grid, block_BHTK, block_BHSK, places, i, j)
-            higher_BHT = jnp.maximum(most_BHT, jnp.max(score_BHTS, -1))
-            shrink_BHT = jnp.exp(most_BHT - higher_BHT)
-            weight_BHTS = jnp.exp(score_BHTS - higher_BHT[..., None])
-            more_BHTK = jnp.einsum(
+            block_key_BHSK = slice_block(key_BHSK, 2, j, layout.key_block_size)
+            score_BHTS = block_scores(
+                layout, block_query_BHTK, block_key_BHSK, query_info, i, j
+            )
+            new_max_BHT = jnp.maximum(most_BHT, jnp.max(score_BHTS, -1))
+            rescale_BHT = jnp.exp(most_BHT - new_max_BHT)
+            weight_BHTS = jnp.exp(score_BHTS - new_max_BHT[..., None])
+            block_out_BHTK = jnp.einsum(
                 "BHTS,BHSK->BHTK",
                 weight_BHTS.astype(value_BHSK.dtype),
-                cut(value_BHSK, 2, j, grid.block_S),
+                slice_block(value_BHSK, 2, j, layout.key_block_size),
                 preferred_element_type=jnp.float32,
             )
             return (
-                higher_BHT,
-                shrink_BHT * sum_BHT + jnp.sum(weight_BHTS, -1),
-                shrink_BHT[..., None] * mixed_BHTK + more_BHTK,
+                new_max_BHT,
+                rescale_BHT * sum_BHT + jnp.sum(weight_BHTS, -1),
+                rescale_BHT[..., None] * mixed_BHTK + block_out_BHTK,
             )
 
-        # A row starts with all of its keys hidden: where a block hides them too, its
-        # weights are wrong, and the first visible key shrinks them to exactly 0.
-        start_BHT = jnp.full(block_BHTK.shape[:3], LEAST)
-        start = (
-            start_BHT,
-            jnp.zeros_like(start_BHT),
-            jnp.zeros(block_BHTK.shape, jnp.float32),
+        # While all keys of a row are masked, its maximum is MASK_VALUE and its weights
+        # are wrong (1 instead of 0); the first unmasked key rescales them to exactly 0.
+        init_max_BHT = jnp.full(block_query_BHTK.shape[:3], MASK_VALUE)
+        init = (
+            init_max_BHT,
+            jnp.zeros_like(init_max_BHT),
+            jnp.zeros(block_query_BHTK.shape, jnp.float32),
         )
-        first, last = reach(grid, i, key_BHSK.shape[2] // grid.block_S)
-        most_BHT, sum_BHT, mixed_BHTK = lax.fori_loop(first, last, step, start)
-        mixed_BHTK = (mixed_BHTK / sum_BHT[..., None]).astype(query_BHTK.dtype)
-        return mixed_BHTK, most_BHT + jnp.log(sum_BHT)
+        first, last = key_block_range(
+            layout, i, key_BHSK.shape[2] // layout.key_block_size
+        )
+        max_BHT, sum_BHT, out_BHTK = lax.fori_loop(first, last, attend_key_block, init)
+        out_BHTK = (out_BHTK / sum_BHT[..., None]).astype(query_BHTK.dtype)
+        return out_BHTK, max_BHT + jnp.log(sum_BHT)
 
-    blocks = jnp.arange(query_BHTK.shape[2] // grid.block_T)
-    named = functools.partial(checkpoint_name, name=MIXED)
-    mixed_BHTK, log_sum_BHT = map(named, map(joined, lax.map(row, blocks)))
-    kept = (query_BHTK, key_BHSK, value_BHSK, places, mixed_BHTK, log_sum_BHT)
-    return mixed_BHTK, kept
+    blocks = jnp.arange(query_BHTK.shape[2] // layout.query_block_size)
+    name_for_remat = functools.partial(checkpoint_name, name=ATTN_OUT)
+    mixed_BHTK, lse_BHT = map(
+        name_for_remat, map(merge_blocks, lax.map(attend_query_block, blocks))
+    )
+    residuals = (query_BHTK, key_BHSK, value_BHSK, query_info, mixed_BHTK, lse_BHT)
+    return mixed_BHTK, residuals
 
 
-def backward(grid: Grid, kept: Any, slope_BHTK: Rows) -> tuple[Any, ...]:
-    """Slopes of queries, keys and values, from those of the output."""
-    query_BHTK, key_BHSK, value_BHSK, places, mixed_BHTK, log_sum_BHT = kept
+def _bwd(
+    layout: BlockLayout, residuals: Any, grad_BHTK: _QueriesHeadsFirst
+) -> tuple[Any, ...]:
+    """Returns the gradients of queries, keys and values.
+
+    With weights P, output O and dO its gradient (Dao 2023, algorithm 2): dV = P^T dO,
+    dP = dO V^T, dS = P * (dP - delta) with delta = rowsum(dO * O), dQ = dS K, and
+    dK = dS^T Q.
+    """
+    query_BHTK, key_BHSK, value_BHSK, query_info, out_BHTK, lse_BHT = residuals
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    # What all weights of a row have in common: they sum to 1.
-    common_BHT = einsum("BHTK,BHTK->BHT", slope_BHTK, mixed_BHTK)
+    # The softmax gradient subtracts rowsum(P * dP), which equals rowsum(dO * O).
+    delta_BHT = einsum("BHTK,BHTK->BHT", grad_BHTK, out_BHTK)
 
-    def column(query_slope_BHTK: Array, j: Array) -> tuple[Array, tuple[Array, Array]]:
-        block_BHSK = cut(key_BHSK, 2, j, grid.block_S)
-        values_BHSK = cut(value_BHSK, 2, j, grid.block_S)
+    def grad_key_block(
+        query_slope_BHTK: Array, j: Array
+    ) -> tuple[Array, tuple[Array, Array]]:
+        block_key_BHSK = slice_block(key_BHSK, 2, j, layout.key_block_size)
+        block_value_BHSK = slice_block(value_BHSK, 2, j, layout.key_block_size)
 
-        def step(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-            query_slope_BHTK, key_slope_BHSK, value_slope_BHSK = carry
-            some_BHTK, slopes_BHTK, logs_BHT, commons_BHT = (
-                cut(x, 2, i, grid.block_T)
-                for x in (query_BHTK, slope_BHTK, log_sum_BHT, common_BHT)
+        def add_query_block(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+            query_slope_BHTK, grad_key_BHSK, grad_value_BHSK = carry
+            block_query_BHTK, block_grad_BHTK, block_lse_BHT, block_delta_BHT = (
+                slice_block(x, 2, i, layout.query_block_size)
+                for x in (query_BHTK, grad_BHTK, lse_BHT, delta_BHT)
             )
-            score_BHTS = scores(grid, some_BHTK, block_BHSK, places, i, j)
-            weight_BHTS = jnp.exp(score_BHTS - logs_BHT[..., None])
-            value_slope_BHSK += einsum(
-                "BHTS,BHTK->BHSK", weight_BHTS.astype(slope_BHTK.dtype), slopes_BHTK
+            score_BHTS = block_scores(
+                layout, block_query_BHTK, block_key_BHSK, query_info, i, j
             )
-            change_BHTS = einsum("BHTK,BHSK->BHTS", slopes_BHTK, values_BHSK)
-            change_BHTS = weight_BHTS * (change_BHTS - commons_BHT[..., None])
-            change_BHTS = (change_BHTS * scale(query_BHTK)).astype(query_BHTK.dtype)
-            key_slope_BHSK += einsum("BHTS,BHTK->BHSK", change_BHTS, some_BHTK)
-            more_BHTK = einsum("BHTS,BHSK->BHTK", change_BHTS, block_BHSK)
-            more_BHTK += cut(query_slope_BHTK, 2, i, grid.block_T)
+            weight_BHTS = jnp.exp(score_BHTS - block_lse_BHT[..., None])
+            grad_value_BHSK += einsum(
+                "BHTS,BHTK->BHSK", weight_BHTS.astype(grad_BHTK.dtype), block_grad_BHTK
+            )
+            grad_score_BHTS = einsum(
+                "BHTK,BHSK->BHTS", block_grad_BHTK, block_value_BHSK
+            )
+            grad_score_BHTS = weight_BHTS * (
+                grad_score_BHTS - block_delta_BHT[..., None]
+            )
+            grad_score_BHTS = (grad_score_BHTS * softmax_scale(query_BHTK)).astype(
+                query_BHTK.dtype
+            )
+            grad_key_BHSK += einsum(
+                "BHTS,BHTK->BHSK", grad_score_BHTS, block_query_BHTK
+            )
+            block_grad_query_BHTK = einsum(
+                "BHTS,BHSK->BHTK", grad_score_BHTS, block_key_BHSK
+            )
+            block_grad_query_BHTK += slice_block(
+                query_slope_BHTK, 2, i, layout.query_block_size
+            )
             query_slope_BHTK = lax.dynamic_update_slice_in_dim(
-                query_slope_BHTK, more_BHTK, i * grid.block_T, 2
+                query_slope_BHTK, block_grad_query_BHTK, i * layout.query_block_size, 2
             )
-            return query_slope_BHTK, key_slope_BHSK, value_slope_BHSK
+            return query_slope_BHTK, grad_key_BHSK, grad_value_BHSK
 
-        zeros_BHSK = jnp.zeros(block_BHSK.shape, jnp.float32)
-        first, last = reach_back(grid, j, query_BHTK.shape[2] // grid.block_T)
+        zeros_BHSK = jnp.zeros(block_key_BHSK.shape, jnp.float32)
+        first, last = query_block_range(
+            layout, j, query_BHTK.shape[2] // layout.query_block_size
+        )
         query_slope_BHTK, *slopes = lax.fori_loop(
-            first, last, step, (query_slope_BHTK, zeros_BHSK, zeros_BHSK)
+            first, last, add_query_block, (query_slope_BHTK, zeros_BHSK, zeros_BHSK)
         )
         return query_slope_BHTK, tuple(x.astype(key_BHSK.dtype) for x in slopes)
 
     zeros_BHTK = jnp.zeros(query_BHTK.shape, jnp.float32)
-    blocks = jnp.arange(key_BHSK.shape[2] // grid.block_S)
-    query_slope_BHTK, slopes = lax.scan(column, zeros_BHTK, blocks)
-    return query_slope_BHTK.astype(query_BHTK.dtype), *map(joined, slopes), None
+    blocks = jnp.arange(key_BHSK.shape[2] // layout.key_block_size)
+    grad_query_BHTK, grads = lax.scan(grad_key_block, zeros_BHTK, blocks)
+    return grad_query_BHTK.astype(query_BHTK.dtype), *map(merge_blocks, grads), None
 
 
-mixed.defvjp(forward, backward)
+_flash_attention.defvjp(_fwd, _bwd)
 
 
-def scores(
-    grid: Grid,
-    query_BHTK: Rows,
-    key_BHSK: KeyRows,
-    places: Places,
+def block_scores(
+    layout: BlockLayout,
+    query_BHTK: _QueriesHeadsFirst,
+    key_BHSK: _KeysHeadsFirst,
+    query_info: QueryInfo,
     i: Int[Array, ""],
     j: Int[Array, ""],
 ) -> Float[Array, "B H T S"]:
-    """Those of block i of the queries and block j of the keys, least where hidden."""
+    """Computes scores of query block i and key block j; MASK_VALUE where masked."""
     score_BHTS = jnp.einsum(
         "BHTK,BHSK->BHTS", query_BHTK, key_BHSK, preferred_element_type=jnp.float32
     )
-    slot_S = j * grid.block_S + jnp.arange(grid.block_S)
-    slot_BT, segment_BT = jax.tree.map(
-        lambda place_BT: cut(place_BT, 1, i, grid.block_T), places
+    key_position_S = j * layout.key_block_size + jnp.arange(layout.key_block_size)
+    query_position_BT, segment_id_BT = jax.tree.map(
+        lambda x_BT: slice_block(x_BT, 1, i, layout.query_block_size), query_info
     )
-    segment_BS = None
-    if places.segment_BT is not None:
-        segment_BS = cut(places.segment_BT, 1, j, grid.block_S)
-    mask_BTS = seen(grid.sight, slot_BT, slot_S, segment_BT, segment_BS)
-    mask_BTS &= (slot_S < grid.keys)[None, None]
-    return jnp.where(mask_BTS[:, None], score_BHTS * scale(query_BHTK), LEAST)
+    segment_id_BS = None
+    if query_info.segment_id_BT is not None:
+        segment_id_BS = slice_block(
+            query_info.segment_id_BT, 1, j, layout.key_block_size
+        )
+    mask_BTS = make_attention_mask(
+        layout.mask, query_position_BT, key_position_S, segment_id_BT, segment_id_BS
+    )
+    mask_BTS &= (key_position_S < layout.num_keys)[None, None]
+    return jnp.where(
+        mask_BTS[:, None], score_BHTS * softmax_scale(query_BHTK), MASK_VALUE
+    )
 
 
-def reach(grid: Grid, i: Array, blocks: int) -> tuple[Any, Any]:
-    """The blocks of keys, from the first to before the last, that block i may see."""
+def key_block_range(layout: BlockLayout, i: Array, blocks: int) -> tuple[Any, Any]:
+    """Returns the range [first, last) of key blocks that query block i attends to."""
     first, last = 0, blocks
-    if grid.own and grid.sight.causal:
+    if layout.is_aligned and layout.mask.causal:
         last = i + 1
-    if grid.own and grid.sight.window is not None:
+    if layout.is_aligned and layout.mask.sliding_window is not None:
         first = jnp.maximum(
-            0, (i * grid.block_T - grid.sight.window + 1) // grid.block_S
+            0,
+            (i * layout.query_block_size - layout.mask.sliding_window + 1)
+            // layout.key_block_size,
         )
     return first, last
 
 
-def reach_back(grid: Grid, j: Array, blocks: int) -> tuple[Any, Any]:
-    """The blocks of queries that may see a key of block j."""
+def query_block_range(layout: BlockLayout, j: Array, blocks: int) -> tuple[Any, Any]:
+    """Returns the range [first, last) of query blocks that attend to key block j."""
     first, last = 0, blocks
-    if grid.own and grid.sight.causal:
+    if layout.is_aligned and layout.mask.causal:
         first = j
-    if grid.own and grid.sight.window is not None:
-        furthest = (j + 1) * grid.block_S - 2 + grid.sight.window
-        last = jnp.minimum(blocks, furthest // grid.block_T + 1)
+    if layout.is_aligned and layout.mask.sliding_window is not None:
+        last_query = (j + 1) * layout.key_block_size - 2 + layout.mask.sliding_window
+        last = jnp.minimum(blocks, last_query // layout.query_block_size + 1)
     return first, last
 
 
-def scale(query: Float[Array, "*B K"]) -> float:
-    """What scores are multiplied by, so that their size does not grow with K."""
+def softmax_scale(query: Float[Array, "*B K"]) -> float:
+    """Returns 1 / sqrt(K), the factor of the scores (Vaswani et al. 2017, eq. 1)."""
     return query.shape[-1] ** -0.5
 
 
-def cut(x: Array, axis: int, n: Array, size: int) -> Array:
-    """Block n of an axis."""
+def slice_block(x: Array, axis: int, n: Array, size: int) -> Array:
+    """Returns block n of an axis, of the given block size."""
     return lax.dynamic_slice_in_dim(x, n * size, size, axis)
 
 
-def filled(x: Array, axis: int, size: int) -> Array:
-    """The array with zeros after it, up to a whole number of blocks."""
+def pad_to_multiple(x: Array, axis: int, size: int) -> Array:
+    """Pads an axis with zeros at its end to a multiple of `size`."""
     width = [(0, 0)] * x.ndim
     width[axis] = (0, -x.shape[axis] % size)
     return jnp.pad(x, width)
 
 
-def joined(x: Float[Array, "n B H T *K"]) -> Float[Array, "B H nT *K"]:
-    """Blocks, one after the other, as one axis again."""
+def merge_blocks(x: Float[Array, "n B H T *K"]) -> Float[Array, "B H nT *K"]:
+    """Merges n blocks, stacked along the first axis, into one axis of positions."""
     x = jnp.moveaxis(x, 0, 2)
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
-def obstacle(call: Call) -> str:
-    """Why this backend cannot answer, or nothing."""
-    return cannot_drop("blockwise") if call.dropout else ""
+def flash_unsupported_reason(spec: AttentionSpec) -> str:
+    """Returns why the flash backend does not support a call, or ""."""
+    return dropout_unsupported("flash") if spec.dropout else ""

@@ -1,4 +1,4 @@
-"""Attention by one function, whichever backend computes it."""
+"""Attention dispatch: one function, several backends, selected by support."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -8,138 +8,140 @@ from jaxtyping import Array
 
 from gptjax.attention import blockwise, cudnn, plain, prefix, splash, xla
 from gptjax.attention import call as asked
-from gptjax.attention.sight import Heads, KeyHeads, Sight
+from gptjax.attention.sight import QueryHeads, KeyValueHeads, AttentionMask
 from gptjax.errors import ConfigError
 
 
 class Backend(NamedTuple):
-    """A way to compute attention, and what it says to a call that it cannot answer."""
+    """Attention implementation, and a check of the calls it supports."""
 
-    run: Callable[..., Heads]
-    obstacle: Callable[[asked.Call], str]
+    run: Callable[..., QueryHeads]
+    unsupported_reason: Callable[[asked.AttentionSpec], str]
 
 
 BACKENDS: Mapping[str, Backend] = {
-    "plain": Backend(plain.plain, lambda call: ""),
-    "prefix": Backend(prefix.prefix, lambda call: ""),
-    "xla": Backend(xla.xla, xla.obstacle),
-    "blockwise": Backend(blockwise.blockwise, blockwise.obstacle),
-    "cudnn": Backend(cudnn.cudnn, cudnn.obstacle),
-    "splash": Backend(splash.splash, splash.obstacle),
+    "reference": Backend(plain.reference_attention, lambda call: ""),
+    "chunked": Backend(prefix.chunked_causal_attention, lambda call: ""),
+    "xla": Backend(xla.xla_attention, xla.xla_unsupported_reason),
+    "flash": Backend(blockwise.flash_attention, blockwise.flash_unsupported_reason),
+    "cudnn": Backend(cudnn.cudnn_attention, cudnn.cudnn_unsupported_reason),
+    "splash": Backend(splash.splash_attention, splash.splash_unsupported_reason),
 }
-AUTO = {  # platform: the first that can answer; caches go to "plain"
-    "cpu": ("prefix",),
+DEFAULT_ORDER = {  # by platform: the first supported one; KV caches use "reference"
+    "cpu": ("chunked",),
     "tpu": ("splash", "xla"),
     "gpu": ("cudnn", "xla"),
-    asked.OLDER_GPU: ("xla",),
+    asked.GPU_PRE_AMPERE: ("xla",),
 }
 
 
-def attend(
-    query_BTHK: Heads,
-    key_BSHK: KeyHeads,
-    value_BSHK: KeyHeads,
-    sight: Sight,
+def compute_attention(
+    query_BTHK: QueryHeads,
+    key_BSHK: KeyValueHeads,
+    value_BSHK: KeyValueHeads,
+    mask: AttentionMask,
     *,
     backend: str = "auto",
     dropout: Callable[[Array], Array] | None = None,
-) -> Heads:
-    """Each query's mean of the values, weighted by how well their keys fit it.
+) -> QueryHeads:
+    """Computes multi-head scaled dot-product attention [B, T, H, K].
 
-    Softmax statistics are float32 in every backend.
+    Softmax statistics are float32 in every backend. A backend that does not support an
+    argument raises instead of ignoring it.
 
     Args:
         query_BTHK: [B, T, H, K].
-        key_BSHK: [B, S, H, K], S = T unless queries have slots.
+        key_BSHK: [B, S, H, K]; S = T unless `mask` has query positions.
         value_BSHK: [B, S, H, K].
-        sight: what each query may see.
-        backend: a name of `BACKENDS`, or "auto".
-        dropout: what the weights go through before they are used.
+        mask: which keys each query attends to.
+        backend: a key of `BACKENDS`, or "auto".
+        dropout: applied to the attention weights.
 
     Raises:
-        ConfigError: the backend cannot do what is asked; nothing is left out silently.
+        ConfigError: the backend does not support the call, or `mask` is invalid.
     """
-    _, queries, _, head_width = query_BTHK.shape
+    _, queries, _, head_dim = query_BTHK.shape
     keys = key_BSHK.shape[1]
-    if sight.window is not None and sight.window < 1:
+    if mask.sliding_window is not None and mask.sliding_window < 1:
         raise ConfigError(
-            f"a window of {sight.window} keys hides a query from itself. Use 1 or more."
+            f"AttentionMask.sliding_window={mask.sliding_window} masks a query from itself. "
+            "Use 1 or more."
         )
-    if sight.slot_BT is not None and sight.segment_BT is not None:
+    if mask.query_position_BT is not None and mask.segment_id_BT is not None:
         raise ConfigError(
-            "slots say nothing about whose the keys are, so that segments of the "
-            "queries cannot be compared. Leave Sight.slot_BT or Sight.segment_BT."
+            "AttentionMask.query_position_BT and segment_id_BT cannot be combined: the "
+            "segment ids of cached keys are unknown. Give only one of them."
         )
-    if sight.slot_BT is None and queries != keys:
+    if mask.query_position_BT is None and queries != keys:
         raise ConfigError(
-            f"{queries} queries have {keys} keys, but no slots that say where among "
-            "these they stand. Give Sight.slot_BT."
+            f"{queries} queries have {keys} keys, so their positions among the keys "
+            "are ambiguous. Give AttentionMask.query_position_BT."
         )
-    call = asked.Call(
+    spec = asked.AttentionSpec(
         queries,
         keys,
-        head_width,
+        head_dim,
         str(query_BTHK.dtype),
-        asked.platform(),
+        asked.target_platform(),
         dropout is not None,
-        sight.slot_BT is not None,
+        mask.query_position_BT is not None,
     )
-    name = best(call) if backend == "auto" else able(backend, call)
+    name = select_backend(spec) if backend == "auto" else check_backend(backend, spec)
     options: dict[str, Any] = {} if dropout is None else {"dropout": dropout}
-    return BACKENDS[name].run(query_BTHK, key_BSHK, value_BSHK, sight, **options)
+    return BACKENDS[name].run(query_BTHK, key_BSHK, value_BSHK, mask, **options)
 
 
-def best(call: asked.Call) -> str:
-    """What "auto" stands for."""
-    if call.slots:
-        return "plain"
-    names = *AUTO.get(call.platform, ("xla",)), "plain"
-    return next(name for name in names if not BACKENDS[name].obstacle(call))
+def select_backend(spec: asked.AttentionSpec) -> str:
+    """Returns the name of the fastest backend that supports a call ("auto")."""
+    if spec.has_query_positions:
+        return "reference"
+    names = *DEFAULT_ORDER.get(spec.platform, ("xla",)), "reference"
+    return next(name for name in names if not BACKENDS[name].unsupported_reason(spec))
 
 
-def able(name: str, call: asked.Call) -> str:
-    """The name, of a backend that can answer."""
+def check_backend(name: str, spec: asked.AttentionSpec) -> str:
+    """Returns the name if that backend supports the call; raises otherwise."""
     if name not in BACKENDS:
         raise ConfigError(
-            f"there is no attention backend {name!r}. Choose auto or one of "
+            f"model.attention={name!r} is unknown. Choose auto or one of "
             f"{', '.join(BACKENDS)}."
         )
-    if problem := BACKENDS[name].obstacle(call):
+    if problem := BACKENDS[name].unsupported_reason(spec):
         raise ConfigError(problem)
     return name
 
 
-def chosen_backend(
+def resolve_backend(
     name: str,
     *,
     length: int,
-    head_width: int,
+    head_dim: int,
     dtype: Any,
     dropout: float = 0.0,
     decoding: bool = False,
     platform: str = "",
 ) -> str:
-    """The backend that a model's `attention` stands for.
+    """Resolves `model.attention`, which may be "auto", to a backend name.
 
     Args:
-        name: model.attention.
-        length: [T] of a row.
-        head_width: [K].
-        dtype: of activations.
-        dropout: model.dropout, where it is in use.
-        decoding: whether queries read a cache.
-        platform: "cpu", "gpu" or "tpu"; "" = this one.
+        name: `model.attention`.
+        length: [T], tokens in a row.
+        head_dim: [K].
+        dtype: dtype of activations.
+        dropout: `model.dropout` in training, else 0.
+        decoding: whether queries attend to a KV cache.
+        platform: "cpu", "gpu" or "tpu"; "" = the current one.
 
     Raises:
-        ConfigError: a backend was named that cannot do it.
+        ConfigError: the named backend does not exist or does not support this.
     """
-    call = asked.Call(
+    spec = asked.AttentionSpec(
         length,
         length,
-        head_width,
+        head_dim,
         str(jnp.dtype(dtype)),
-        platform or asked.platform(),
+        platform or asked.target_platform(),
         dropout > 0,
         decoding,
     )
-    return best(call) if name == "auto" else able(name, call)
+    return select_backend(spec) if name == "auto" else check_backend(name, spec)

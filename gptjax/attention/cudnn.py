@@ -1,81 +1,98 @@
 """cuDNN's flash attention, for NVIDIA GPUs from Ampere on.
 
-It knows no documents: rows of several come with a mask of T x S numbers, which costs
-memory but hides what it should.
+It does not support segment ids: packed rows are masked by an array [B, 1, T, S], which
+costs memory but is exact.
 """
 
 from typing import Any
 
 import jax
 
-from gptjax.attention.call import Call, cannot_drop
-from gptjax.attention.parts import by_parts
-from gptjax.attention.sight import Heads, KeyHeads, Sight, visible
+from gptjax.attention.call import AttentionSpec, dropout_unsupported
+from gptjax.attention.parts import shard_map_attention
+from gptjax.attention.sight import (
+    QueryHeads,
+    KeyValueHeads,
+    AttentionMask,
+    materialize_mask,
+)
 from gptjax.errors import ConfigError
 
-WIDEST = 128  # head that every supported GPU takes
-NAME = "model.attention='cudnn'"
+MAX_HEAD_DIM = 128  # supported by cuDNN on every GPU from Ampere on
+_OPTION = "model.attention='cudnn'"
 
 
-def cudnn(
-    query_BTHK: Heads, key_BSHK: KeyHeads, value_BSHK: KeyHeads, sight: Sight
-) -> Heads:
-    """The same sum, by NVIDIA's kernel.
+def cudnn_attention(
+    query_BTHK: QueryHeads,
+    key_BSHK: KeyValueHeads,
+    value_BSHK: KeyValueHeads,
+    mask: AttentionMask,
+) -> QueryHeads:
+    """Computes attention with NVIDIA's kernel.
 
     Raises:
-        ConfigError: cuDNN is not there, or refuses this shape.
+        ConfigError: cuDNN is missing, or rejects these shapes.
     """
     try:
-        return by_parts(part, query_BTHK, key_BSHK, value_BSHK, sight)
+        return shard_map_attention(
+            _attend_shard, query_BTHK, key_BSHK, value_BSHK, mask
+        )
     except RuntimeError as error:  # NotImplementedError is one
         if isinstance(error, jax.errors.JaxRuntimeError):
-            raise  # of running, such as too little memory
+            raise  # an error of the device, such as out of memory
         raise ConfigError(
-            f"{NAME} is not possible here: {error} Use model.attention='xla'."
+            f"{_OPTION} failed: {error} Use model.attention='xla'."
         ) from error
 
 
-def part(
-    query_BTHK: Heads, key_BSHK: KeyHeads, value_BSHK: KeyHeads, sight: Sight
-) -> Heads:
-    """One device's rows and heads; either a mask says what is hidden, or causality."""
-    placed = sight.slot_BT is not None or sight.segment_BT is not None
+def _attend_shard(
+    query_BTHK: QueryHeads,
+    key_BSHK: KeyValueHeads,
+    value_BSHK: KeyValueHeads,
+    mask: AttentionMask,
+) -> QueryHeads:
+    """Computes attention for the rows and heads of one device.
+
+    Causality and sliding windows are options of the kernel; everything else, including
+    a window that is not causal, needs a mask array.
+    """
+    has_arrays = mask.query_position_BT is not None or mask.segment_id_BT is not None
     options: dict[str, Any] = {}
-    if placed or (sight.window is not None and not sight.causal):
-        mask_BTS = visible(sight, query_BTHK, key_BSHK)
+    if has_arrays or (mask.sliding_window is not None and not mask.causal):
+        mask_BTS = materialize_mask(mask, query_BTHK, key_BSHK)
         options["mask"] = mask_BTS[:, None]
     else:
-        options["is_causal"] = sight.causal
-        if sight.window is not None:
-            options["local_window_size"] = (sight.window - 1, 0)
+        options["is_causal"] = mask.causal
+        if mask.sliding_window is not None:
+            options["local_window_size"] = (mask.sliding_window - 1, 0)
     return jax.nn.dot_product_attention(
         query_BTHK, key_BSHK, value_BSHK, implementation="cudnn", **options
     )
 
 
-def obstacle(call: Call) -> str:
-    """Why this backend cannot answer, or nothing."""
-    instead = "Use model.attention='xla'"
-    if call.dropout:
-        return cannot_drop("cudnn")
-    if call.platform != "gpu":
+def cudnn_unsupported_reason(spec: AttentionSpec) -> str:
+    """Returns why the cuDNN backend does not support a call, or ""."""
+    alternative = "Use model.attention='xla'"
+    if spec.dropout:
+        return dropout_unsupported("cudnn")
+    if spec.platform != "gpu":
         return (
-            f"{NAME} needs an NVIDIA GPU from Ampere on, not a {call.platform}. "
-            f"{instead}."
+            f"{_OPTION} needs an NVIDIA GPU from Ampere on, not {spec.platform}. "
+            f"{alternative}."
         )
-    if call.dtype not in ("bfloat16", "float16"):
+    if spec.dtype not in ("bfloat16", "float16"):
         return (
-            f"{NAME} takes 16-bit numbers, not {call.dtype}. {instead} or "
+            f"{_OPTION} needs a 16-bit dtype, not {spec.dtype}. {alternative} or "
             "model.dtype='bfloat16'."
         )
-    if call.head_width % 8 or call.head_width > WIDEST:
+    if spec.head_dim % 8 or spec.head_dim > MAX_HEAD_DIM:
         return (
-            f"{NAME} takes heads whose width is a multiple of 8 up to {WIDEST}, not "
-            f"{call.head_width}. {instead} or another model.n_heads."
+            f"{_OPTION} needs a head dim that is a multiple of 8 up to {MAX_HEAD_DIM}, not "
+            f"{spec.head_dim}. {alternative} or change model.n_heads."
         )
-    if call.keys % 2 or (call.queries % 2 and not call.slots):
+    if spec.num_keys % 2 or (spec.num_queries % 2 and not spec.has_query_positions):
         return (
-            f"{NAME} takes rows of an even length, not {call.queries} queries and "
-            f"{call.keys} keys. {instead} or an even length."
+            f"{_OPTION} needs rows of even length, not {spec.num_queries} queries and "
+            f"{spec.num_keys} keys. {alternative} or an even context length."
         )
     return ""

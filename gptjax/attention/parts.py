@@ -1,34 +1,38 @@
-"""Attention on each device's own rows and heads, for what XLA cannot split well."""
+"""`shard_map` over rows and heads, for kernels that XLA does not partition well."""
 
 from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Array, Int
 
-from gptjax.attention.sight import Heads, KeyHeads, Sight
-from gptjax.sharding import locally
+from gptjax.attention.sight import QueryHeads, KeyValueHeads, AttentionMask
+from gptjax.sharding import shard_map_local
 
 
-def by_parts(
-    attention: Callable[[Heads, KeyHeads, KeyHeads, Sight], Heads],
-    query_BTHK: Heads,
-    key_BSHK: KeyHeads,
-    value_BSHK: KeyHeads,
-    sight: Sight,
-) -> Heads:
-    """What `attention` gives; on a mesh, each device calls it on its own part."""
-    names = [n for n in ("slot_BT", "segment_BT") if getattr(sight, n) is not None]
+def shard_map_attention(
+    attention: Callable[
+        [QueryHeads, KeyValueHeads, KeyValueHeads, AttentionMask], QueryHeads
+    ],
+    query_BTHK: QueryHeads,
+    key_BSHK: KeyValueHeads,
+    value_BSHK: KeyValueHeads,
+    mask: AttentionMask,
+) -> QueryHeads:
+    """Calls `attention`; on a mesh, on each device with its shard of rows and heads."""
+    names = [n for n in ("slot_BT", "segment_BT") if getattr(mask, n) is not None]
 
-    def own(
-        query_BTHK: Heads,
-        key_BSHK: KeyHeads,
-        value_BSHK: KeyHeads,
+    def attend_shard(
+        query_BTHK: QueryHeads,
+        key_BSHK: KeyValueHeads,
+        value_BSHK: KeyValueHeads,
         *places: Int[Array, "B T"],
-    ) -> Heads:
-        given: Any = dict(zip(names, places, strict=True))
-        part = sight._replace(**given)
-        return attention(query_BTHK, key_BSHK, value_BSHK, part)
+    ) -> QueryHeads:
+        shard_arrays: Any = dict(zip(names, places, strict=True))
+        shard_mask = mask._replace(**shard_arrays)
+        return attention(query_BTHK, key_BSHK, value_BSHK, shard_mask)
 
-    ins = ("BTHK", "BSHK", "BSHK", *("BT" for _ in names))
-    places = [getattr(sight, name) for name in names]
-    return locally(own, ins, "BTHK")(query_BTHK, key_BSHK, value_BSHK, *places)
+    in_axes = ("BTHK", "BSHK", "BSHK", *("BT" for _ in names))
+    arrays = [getattr(mask, name) for name in names]
+    return shard_map_local(attend_shard, in_axes, "BTHK")(
+        query_BTHK, key_BSHK, value_BSHK, *arrays
+    )

@@ -1,4 +1,7 @@
-"""The formula as it stands in Vaswani et al. 2017, eq. 1; O(T S) memory."""
+"""Reference attention: softmax(Q K^T / sqrt(K)) V; O(T·S) memory.
+
+The formula is eq. 1 of Vaswani et al. 2017.
+"""
 
 from collections.abc import Callable
 
@@ -6,33 +9,46 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from gptjax.attention.sight import Heads, KeyHeads, Sight, visible
+from gptjax.attention.sight import (
+    QueryHeads,
+    KeyValueHeads,
+    AttentionMask,
+    materialize_mask,
+)
 
-Rows = Float[Array, "B H T K"]
-KeyRows = Float[Array, "B H S K"]
-Mask = Bool[Array, "B T S"]
+_QueriesHeadsFirst = Float[Array, "B H T K"]
+_KeysHeadsFirst = Float[Array, "B H S K"]
+_MaskArray = Bool[Array, "B T S"]
 
 
 def attention_weights(
-    query_BHTK: Rows, key_BHSK: KeyRows, mask_BTS: Mask
+    query_BHTK: _QueriesHeadsFirst, key_BHSK: _KeysHeadsFirst, mask_BTS: _MaskArray
 ) -> Float[Array, "B H T S"]:
-    """How much of each key a query takes: a float32 softmax, 0 where masked."""
+    """Computes attention weights: a float32 softmax over keys, 0 where masked."""
     score_BHTS = jnp.einsum(
         "BHTK,BHSK->BHTS", query_BHTK, key_BHSK, preferred_element_type=jnp.float32
     )
     score_BHTS *= query_BHTK.shape[-1] ** -0.5
-    least = jnp.finfo(jnp.float32).min
-    return jax.nn.softmax(jnp.where(mask_BTS[:, None], score_BHTS, least))
+    mask_value = jnp.finfo(jnp.float32).min
+    return jax.nn.softmax(jnp.where(mask_BTS[:, None], score_BHTS, mask_value))
 
 
-def weighted(
-    query_BHTK: Rows,
-    key_BHSK: KeyRows,
-    value_BHSK: KeyRows,
-    mask_BTS: Mask,
+def attend_masked(
+    query_BHTK: _QueriesHeadsFirst,
+    key_BHSK: _KeysHeadsFirst,
+    value_BHSK: _KeysHeadsFirst,
+    mask_BTS: _MaskArray,
     dropout: Callable[[Array], Array] | None = None,
-) -> Rows:
-    """The weighted sum of the values; heads come first, as a CPU's products want it."""
+) -> _QueriesHeadsFirst:
+    """Computes masked attention; heads come before positions, the fast layout on CPU.
+
+    Args:
+        query_BHTK: queries.
+        key_BHSK: keys.
+        value_BHSK: values.
+        mask_BTS: True where a query attends to a key.
+        dropout: applied to the attention weights.
+    """
     weight_BHTS = attention_weights(query_BHTK, key_BHSK, mask_BTS)
     if dropout is not None:
         weight_BHTS = dropout(weight_BHTS)
@@ -40,17 +56,17 @@ def weighted(
     return jnp.einsum("BHTS,BHSK->BHTK", weight_BHTS, value_BHSK)
 
 
-def plain(
-    query_BTHK: Heads,
-    key_BSHK: KeyHeads,
-    value_BSHK: KeyHeads,
-    sight: Sight,
+def reference_attention(
+    query_BTHK: QueryHeads,
+    key_BSHK: KeyValueHeads,
+    value_BSHK: KeyValueHeads,
+    mask: AttentionMask,
     dropout: Callable[[Array], Array] | None = None,
-) -> Heads:
-    """All weights at once."""
-    mask_BTS = visible(sight, query_BTHK, key_BSHK)
+) -> QueryHeads:
+    """Computes attention by the formula, all weights at once."""
+    mask_BTS = materialize_mask(mask, query_BTHK, key_BSHK)
     query_BHTK, key_BHSK, value_BHSK = (
         jnp.swapaxes(x, 1, 2) for x in (query_BTHK, key_BSHK, value_BSHK)
     )
-    mixed_BHTK = weighted(query_BHTK, key_BHSK, value_BHSK, mask_BTS, dropout)
-    return jnp.swapaxes(mixed_BHTK, 1, 2)
+    out_BHTK = attend_masked(query_BHTK, key_BHSK, value_BHSK, mask_BTS, dropout)
+    return jnp.swapaxes(out_BHTK, 1, 2)

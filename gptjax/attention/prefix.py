@@ -1,6 +1,6 @@
-"""The formula for some of the queries at a time, with the keys up to the last of them.
+"""Chunked causal attention: chunks of queries, each with the keys up to its end.
 
-Of a causal row, what is above the diagonal is hardly computed; O(T S) memory.
+Skips most of the masked upper triangle; O(T·S) memory.
 """
 
 from collections.abc import Callable
@@ -8,40 +8,49 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from gptjax.attention.plain import weighted
-from gptjax.attention.sight import Heads, KeyHeads, Sight, visible
+from gptjax.attention.plain import attend_masked
+from gptjax.attention.sight import (
+    QueryHeads,
+    KeyValueHeads,
+    AttentionMask,
+    materialize_mask,
+)
 
-BLOCKS = 4  # of queries; more save less than their own products cost
-LEAST = 32  # queries of a block
-WHOLE = 64  # queries that are taken at once, where blocks cost more than they save
+NUM_CHUNKS = 4  # of queries; with more, smaller matmuls cost more than skipping saves
+MIN_CHUNK = 32  # queries in a chunk
+MAX_UNCHUNKED = 64  # queries; up to here, chunks cost more than they save
 
 
-def prefix(
-    query_BTHK: Heads,
-    key_BSHK: KeyHeads,
-    value_BSHK: KeyHeads,
-    sight: Sight,
+def chunked_causal_attention(
+    query_BTHK: QueryHeads,
+    key_BSHK: KeyValueHeads,
+    value_BSHK: KeyValueHeads,
+    mask: AttentionMask,
     dropout: Callable[[Array], Array] | None = None,
-) -> Heads:
-    """The same sum as `plain`, without most of the keys that are hidden."""
+) -> QueryHeads:
+    """Computes the same as `reference_attention`, without most of the masked keys."""
     queries, keys = query_BTHK.shape[1], key_BSHK.shape[1]
-    block = queries if queries <= WHOLE else max(LEAST, -(-queries // BLOCKS))
-    own = sight.causal and sight.slot_BT is None
-    mask_BTS = visible(sight, query_BTHK, key_BSHK)
+    chunk = (
+        queries
+        if queries <= MAX_UNCHUNKED
+        else max(MIN_CHUNK, -(-queries // NUM_CHUNKS))
+    )
+    skip_masked = mask.causal and mask.query_position_BT is None
+    mask_BTS = materialize_mask(mask, query_BTHK, key_BSHK)
     query_BHTK, key_BHSK, value_BHSK = (
         jnp.swapaxes(x, 1, 2) for x in (query_BTHK, key_BSHK, value_BSHK)
     )
-    parts = []
-    for start in range(0, queries, block):
-        end = min(start + block, queries)
-        reach = end if own else keys
-        parts.append(
-            weighted(
+    chunks = []
+    for start in range(0, queries, chunk):
+        end = min(start + chunk, queries)
+        num_keys = end if skip_masked else keys
+        chunks.append(
+            attend_masked(
                 query_BHTK[:, :, start:end],
-                key_BHSK[:, :, :reach],
-                value_BHSK[:, :, :reach],
-                mask_BTS[:, start:end, :reach],
+                key_BHSK[:, :, :num_keys],
+                value_BHSK[:, :, :num_keys],
+                mask_BTS[:, start:end, :num_keys],
                 dropout,
             )
         )
-    return jnp.swapaxes(jnp.concatenate(parts, axis=2), 1, 2)
+    return jnp.swapaxes(jnp.concatenate(chunks, axis=2), 1, 2)

@@ -1,58 +1,83 @@
-"""What a query may see; the letters in array names are those of `gptjax.model`."""
+"""Attention masks as data; dimension letters: see `gptjax.model.gpt`."""
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-Heads = Float[Array, "B T H K"]
-KeyHeads = Float[Array, "B S H K"]
+QueryHeads = Float[Array, "B T H K"]
+KeyValueHeads = Float[Array, "B S H K"]
 
-MIXED = "mixed"  # what kernels call that of their results which backward needs
+ATTN_OUT = "mixed"  # `checkpoint_name` of the attention output, saved by remat policies
 
 
-class Sight(NamedTuple):
-    """What each query may see of the keys; always itself, so never nothing.
+class AttentionMask(NamedTuple):
+    """Attention mask: which keys each query attends to.
 
-    The arrays are of the queries. Documents are for rows that bring their own keys,
-    slots for queries that were given the keys of earlier ones as well.
+    A query attends to key s if all conditions hold. It always attends to itself, so no
+    row of the mask is empty. Backends get this description instead of a [B, T, S]
+    array, so that kernels can skip masked blocks.
+
+    Positions are for decoding, where keys come from a cache; segment ids are for packed
+    rows, where queries and keys are of the same tokens. Only one may be given.
+
+    Attributes:
+        query_position_BT: index of each query among the keys; None = t.
+        segment_id_BT: document of each token; padding is a document of its own.
+        causal: whether keys after the query are masked.
+        sliding_window: number of latest keys to attend to, the query's own included;
+            None = all. Keys after the query depend on `causal` alone.
     """
 
-    slot_BT: Int[Array, "B T"] | None = None  # its place among the keys; None: t at t
-    segment_BT: Int[Array, "B T"] | None = None  # its document; padding is one, too
-    causal: bool = True  # whether later keys are hidden
-    window: int | None = None  # of earlier ones, window - 1 are seen; None: all
+    query_position_BT: Int[Array, "B T"] | None = None
+    segment_id_BT: Int[Array, "B T"] | None = None
+    causal: bool = True
+    sliding_window: int | None = None
 
 
-def visible(
-    sight: Sight, query_BTHK: Heads, key_BSHK: KeyHeads
+def materialize_mask(
+    mask: AttentionMask, query_BTHK: QueryHeads, key_BSHK: KeyValueHeads
 ) -> Bool[Array, "B T S"]:
-    """True where a query may see a key."""
-    slot_BT, slot_S = slots(sight, query_BTHK), jnp.arange(key_BSHK.shape[1])
-    return seen(sight, slot_BT, slot_S, sight.segment_BT, sight.segment_BT)
+    """Returns the mask as an array: True where a query attends to a key."""
+    query_position_BT, key_position_S = (
+        query_positions(mask, query_BTHK),
+        jnp.arange(key_BSHK.shape[1]),
+    )
+    return make_attention_mask(
+        mask, query_position_BT, key_position_S, mask.segment_id_BT, mask.segment_id_BT
+    )
 
 
-def slots(sight: Sight, query_BTHK: Heads) -> Int[Array, "B T"]:
-    """Where among the keys each query stands."""
-    if sight.slot_BT is not None:
-        return sight.slot_BT
+def query_positions(mask: AttentionMask, query_BTHK: QueryHeads) -> Int[Array, "B T"]:
+    """Returns the index of each query among the keys."""
+    if mask.query_position_BT is not None:
+        return mask.query_position_BT
     return jnp.broadcast_to(jnp.arange(query_BTHK.shape[1])[None], query_BTHK.shape[:2])
 
 
-def seen(
-    sight: Sight,
-    slot_BT: Int[Array, "B T"],
-    slot_S: Int[Array, " S"],
-    segment_BT: Int[Array, "B T"] | None,
-    segment_BS: Int[Array, "B S"] | None,
+def make_attention_mask(
+    mask: AttentionMask,
+    query_position_BT: Int[Array, "B T"],
+    key_position_S: Int[Array, " S"],
+    query_segment_id_BT: Int[Array, "B T"] | None,
+    key_segment_id_BS: Int[Array, "B S"] | None,
 ) -> Bool[Array, "B T S"]:
-    """The rule itself, for any queries and any keys: of `sight`, only its numbers."""
-    here_BTS, there_BTS = slot_BT[:, :, None], slot_S[None, None, :]
-    mask_BTS = jnp.ones((*slot_BT.shape, slot_S.size), bool)
-    if sight.causal:
-        mask_BTS &= there_BTS <= here_BTS
-    if sight.window is not None:
-        mask_BTS &= there_BTS > here_BTS - sight.window
-    if segment_BT is not None and segment_BS is not None:
-        mask_BTS &= segment_BT[:, :, None] == segment_BS[:, None, :]
+    """Returns the mask of any block of queries and keys.
+
+    Args:
+        mask: only `causal` and `sliding_window` are used.
+        query_position_BT: index of each query among all keys.
+        key_position_S: index of each key among all keys.
+        query_segment_id_BT: document of each query.
+        key_segment_id_BS: document of each key; without one of the two, documents are
+            not compared.
+    """
+    query_BTS, key_BTS = query_position_BT[:, :, None], key_position_S[None, None, :]
+    mask_BTS = jnp.ones((*query_position_BT.shape, key_position_S.size), bool)
+    if mask.causal:
+        mask_BTS &= key_BTS <= query_BTS
+    if mask.sliding_window is not None:
+        mask_BTS &= key_BTS > query_BTS - mask.sliding_window
+    if query_segment_id_BT is not None and key_segment_id_BS is not None:
+        mask_BTS &= query_segment_id_BT[:, :, None] == key_segment_id_BS[:, None, :]
     return mask_BTS

@@ -1,7 +1,7 @@
-"""Splash attention, the TPU kernel that JAX ships; O(T) memory.
+"""Splash attention, JAX's Pallas kernel for TPU; O(T) memory.
 
-It visits no block of keys that causality or a window hides. Elsewhere than on a TPU
-it is interpreted, slowly, for tests.
+The kernel skips blocks that are masked by causality or a sliding window. On other
+platforms it runs in interpret mode: slow, for tests only.
 """
 
 from typing import Any
@@ -11,81 +11,98 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from gptjax.attention import call as asked
-from gptjax.attention.parts import by_parts
-from gptjax.attention.sight import MIXED, Heads, KeyHeads, Sight
+from gptjax.attention.parts import shard_map_attention
+from gptjax.attention.sight import ATTN_OUT, QueryHeads, KeyValueHeads, AttentionMask
 
-LANES = 128  # of a TPU's vector unit: blocks are multiples of it
-BLOCKS = (512, 384, 256, LANES)  # the largest that divides a row is the fastest
+TPU_LANES = 128  # of a TPU vector register; block sizes are multiples of it
+# Fastest first; the first that divides the row length is used.
+SPLASH_BLOCK_SIZES = (512, 384, 256, TPU_LANES)
 
 
-def splash(
-    query_BTHK: Heads, key_BSHK: KeyHeads, value_BSHK: KeyHeads, sight: Sight
-) -> Heads:
-    """The same sum, by Google's kernel."""
-    interpret = asked.platform() != "tpu"
+def splash_attention(
+    query_BTHK: QueryHeads,
+    key_BSHK: KeyValueHeads,
+    value_BSHK: KeyValueHeads,
+    mask: AttentionMask,
+) -> QueryHeads:
+    """Computes attention with the splash kernel, on each device's rows and heads."""
+    interpret = asked.target_platform() != "tpu"
 
-    def part(
-        query_BTHK: Heads, key_BSHK: KeyHeads, value_BSHK: KeyHeads, sight: Sight
-    ) -> Heads:
-        _, length, heads, width = query_BTHK.shape
-        run = kernel(length, heads, sight.causal, sight.window, interpret)
-        query_BTHK = (query_BTHK * width**-0.5).astype(query_BTHK.dtype)
+    def attend_shard(
+        query_BTHK: QueryHeads,
+        key_BSHK: KeyValueHeads,
+        value_BSHK: KeyValueHeads,
+        sight: AttentionMask,
+    ) -> QueryHeads:
+        _, length, heads, head_dim = query_BTHK.shape
+        kernel = make_splash_kernel(
+            length, heads, sight.causal, sight.sliding_window, interpret
+        )
+        query_BTHK = (query_BTHK * head_dim**-0.5).astype(query_BTHK.dtype)
         heads_first = (
             jnp.swapaxes(x, 1, 2) for x in (query_BTHK, key_BSHK, value_BSHK)
         )
-        segments = () if sight.segment_BT is None else (sight.segment_BT,)
-        return jnp.swapaxes(run(*heads_first, *segments), 1, 2)
+        segments = () if sight.segment_id_BT is None else (sight.segment_id_BT,)
+        return jnp.swapaxes(kernel(*heads_first, *segments), 1, 2)
 
-    return by_parts(part, query_BTHK, key_BSHK, value_BSHK, sight)
+    return shard_map_attention(attend_shard, query_BTHK, key_BSHK, value_BSHK, mask)
 
 
-def kernel(
-    length: int, heads: int, causal: bool, window: int | None, interpret: bool
+def make_splash_kernel(
+    length: int, heads: int, causal: bool, sliding_window: int | None, interpret: bool
 ) -> Any:
-    """The kernel for rows of that length, as a function of B rows [H, T, K]."""
-    # Pallas takes 0.1 s to import: only where it is used.
+    """Returns the kernel as a function of B rows: (query, key, value, *segment ids).
+
+    Args:
+        length: tokens in a row, a multiple of 128.
+        heads: number of heads on one device.
+        causal: whether to mask later keys.
+        sliding_window: see `AttentionMask`.
+        interpret: whether to run without a TPU.
+    """
+    # Imported lazily: Pallas takes 0.1 s.
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
     shape = (length, length)
     mask: Any = library.FullMask(shape)
-    if window is not None:
-        mask = library.LocalMask(shape, (window - 1, 0 if causal else None), 0)
+    if sliding_window is not None:
+        mask = library.LocalMask(shape, (sliding_window - 1, 0 if causal else None), 0)
     elif causal:
         mask = library.CausalMask(shape)
-    block = next(block for block in BLOCKS if length % block == 0)
+    block_size = next(block for block in SPLASH_BLOCK_SIZES if length % block == 0)
     names = "q kv kv_compute q_dkv kv_dkv kv_dkv_compute q_dq kv_dq"
-    sizes: Any = {f"block_{name}": block for name in names.split()}
-    one = library.make_splash_mha(
+    sizes: Any = {f"block_{name}": block_size for name in names.split()}
+    row_kernel = library.make_splash_mha(
         library.MultiHeadMask([mask] * heads),
         block_sizes=library.BlockSizes(**sizes),
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name=MIXED,
+        residual_checkpoint_name=ATTN_OUT,
         interpret=interpret,
     )
 
-    def each(query: Array, key: Array, value: Array, *segments: Array) -> Any:
+    def run_row(query: Array, key: Array, value: Array, *segments: Array) -> Any:
         ids = [library.SegmentIds(segment, segment) for segment in segments]
-        return one(query, key, value, *ids)
+        return row_kernel(query, key, value, *ids)
 
-    return jax.vmap(each)
+    return jax.vmap(run_row)
 
 
-def obstacle(call: asked.Call) -> str:
-    """Why this backend cannot answer, or nothing."""
+def splash_unsupported_reason(spec: asked.AttentionSpec) -> str:
+    """Returns why the splash backend does not support a call, or ""."""
     name = "model.attention='splash'"
-    if call.dropout:
-        return asked.cannot_drop("splash")
-    if call.slots:
+    if spec.dropout:
+        return asked.dropout_unsupported("splash")
+    if spec.has_query_positions:
         return (
-            f"{name} knows no slots (Sight.slot_BT), so that it cannot read a cache. "
-            "Use model.attention='plain'."
+            f"{name} does not support a KV cache (AttentionMask.query_position_BT). "
+            "Use model.attention='reference'."
         )
-    if call.platform not in ("tpu", "cpu"):
-        return f"{name} needs a TPU, not a {call.platform}. Use model.attention='auto'."
-    if call.queries % LANES or call.keys != call.queries:
+    if spec.platform not in ("tpu", "cpu"):
+        return f"{name} needs a TPU, not {spec.platform}. Use model.attention='auto'."
+    if spec.num_queries % TPU_LANES or spec.num_keys != spec.num_queries:
         return (
-            f"{name} takes rows of a multiple of {LANES} tokens, not {call.queries}. "
-            "Use model.attention='xla' or such a length."
+            f"{name} needs rows whose length is a multiple of {TPU_LANES}, not "
+            f"{spec.num_queries}. Use model.attention='xla' or change the context length."
         )
     return ""

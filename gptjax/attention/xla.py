@@ -1,16 +1,24 @@
-"""`jax.nn.dot_product_attention`, as XLA compiles it; O(T S) memory."""
+"""`jax.nn.dot_product_attention` compiled by XLA; O(T·S) memory."""
 
 import jax
 
-from gptjax.attention.call import Call, cannot_drop
-from gptjax.attention.sight import Heads, KeyHeads, Sight, visible
+from gptjax.attention.call import AttentionSpec, dropout_unsupported
+from gptjax.attention.sight import (
+    QueryHeads,
+    KeyValueHeads,
+    AttentionMask,
+    materialize_mask,
+)
 
 
-def xla(
-    query_BTHK: Heads, key_BSHK: KeyHeads, value_BSHK: KeyHeads, sight: Sight
-) -> Heads:
-    """The formula, in the order of operations that JAX chose."""
-    mask_BTS = visible(sight, query_BTHK, key_BSHK)
+def xla_attention(
+    query_BTHK: QueryHeads,
+    key_BSHK: KeyValueHeads,
+    value_BSHK: KeyValueHeads,
+    mask: AttentionMask,
+) -> QueryHeads:
+    """Computes attention with JAX's own implementation."""
+    mask_BTS = materialize_mask(mask, query_BTHK, key_BSHK)
     return jax.nn.dot_product_attention(
         query_BTHK,
         key_BSHK,
@@ -20,6 +28,6 @@ def xla(
     )
 
 
-def obstacle(call: Call) -> str:
-    """Why this backend cannot answer, or nothing."""
-    return cannot_drop("xla") if call.dropout else ""
+def xla_unsupported_reason(spec: AttentionSpec) -> str:
+    """Returns why the XLA backend does not support a call, or ""."""
+    return dropout_unsupported("xla") if spec.dropout else ""

@@ -1,1 +1,1 @@
-"""How fast this machine is with gptjax, alone and beside others."""
+"""Benchmarks of gptjax, alone and against PyTorch. Read `suite` first."""

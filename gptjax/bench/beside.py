@@ -1,7 +1,7 @@
-"""The same device with gptjax and with PyTorch, turn by turn.
+"""Interleaved comparison of gptjax and PyTorch on one device.
 
-Each side is a process of its own, and so is what measures gptjax alone: JAX would keep
-the memory that the other one needs.
+Each side runs in its own process, as do the measurements of gptjax alone: JAX would not
+release the memory that PyTorch needs.
 """
 
 import json
@@ -11,128 +11,144 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gptjax.bench import machine, peers
-from gptjax.bench.limits import NEW
-from gptjax.bench.ours import scratch
-from gptjax.bench.turns import Found, Side, against
+from gptjax.bench.limits import NEW_TOKENS
+from gptjax.bench.ours import make_temp_dir
+from gptjax.bench.turns import Result, Workload, run_interleaved
 from gptjax.errors import ConfigError, GptjaxError
 
-TORCH = {"cpu": "cpu", "gpu": "cuda"}  # PyTorch's names for JAX's platforms
-CACHES = {"cpu": ["dynamic"], "cuda": ["static", "dynamic"]}  # the fastest first
-WRITTEN = (1, 8)  # rows at a time
+TORCH_DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # PyTorch's names for JAX's platforms
+TRANSFORMERS_CACHES = {
+    "cpu": ["dynamic"],
+    "cuda": ["static", "dynamic"],
+}  # fastest first
+COMPARED_BATCH_SIZES = (1, 8)  # batch sizes
 
-Compared = tuple[Found, Found, float]
+Comparison = tuple[Result, Result, float]
 
 
-def bench_beside(
-    say: Callable[[str], None],
+def bench_against_torch(
+    log: Callable[[str], None],
     *,
     preset: str,
     context: int,
-    pairs: int,
-    sweep: Sequence[str],
+    repeats: int,
+    device_flags: Sequence[str],
     only: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """All of `gptjax.bench.device`, then training and writing beside transformers.
+    """Runs `gptjax.bench.device`, then compares with transformers.
 
     Args:
-        say: gets each line.
-        preset: size of the model.
-        context: [T] of a row that is trained on.
-        pairs: of turns.
-        sweep: further flags of `gptjax bench --device`.
-        only: of "train", "decode", "prefill"; all by default.
+        log: called with each line.
+        preset: model size.
+        context: training sequence length T.
+        repeats: number of interleaved runs.
+        device_flags: further flags of `gptjax bench --device`.
+        only: any of "train", "decode", "prefill"; all by default.
 
     Raises:
-        ConfigError: PyTorch is not there, or is not for such a device.
-        GptjaxError: gptjax alone could not be measured.
+        ConfigError: PyTorch is not installed, or does not support the device.
+        GptjaxError: the benchmark of gptjax alone failed.
     """
-    peers.needed("torch")
-    peers.needed("transformers")
-    found = alone(["--preset", preset, "--context", str(context), *sweep])
-    if found["platform"] not in TORCH:
+    peers.import_peer("torch")
+    peers.import_peer("transformers")
+    metrics = bench_device_isolated(
+        ["--preset", preset, "--context", str(context), *device_flags]
+    )
+    if metrics["platform"] not in TORCH_DEVICES:
         raise ConfigError(
-            f"--peers compares on CPUs and NVIDIA's GPUs, not on a {found['device']}, "
-            "which PyTorch has no part for. Leave --peers."
+            f"--peers supports CPUs and NVIDIA GPUs, not {metrics['device']}. Remove "
+            "--peers."
         )
-    device = TORCH[found["platform"]]
-    if (not only or "train" in only) and "train_rows" in found:
-        say("compiling on both sides, which takes a minute or two ...")
-        found |= training(say, preset, context, pairs, device, found)
+    device = TORCH_DEVICES[metrics["platform"]]
+    if (not only or "train" in only) and "train_rows" in metrics:
+        log("compiling on both sides (takes a minute or two) ...")
+        metrics |= compare_training(log, preset, context, repeats, device, metrics)
     if not only or "decode" in only:
-        for rows in WRITTEN:
-            found |= writing(say, preset, rows, pairs, device)
-    return found
+        for rows in COMPARED_BATCH_SIZES:
+            metrics |= compare_decode(log, preset, rows, repeats, device)
+    return metrics
 
 
-def alone(options: Sequence[str]) -> dict[str, Any]:
-    """What `gptjax bench --device` finds, in a process that gives its memory back."""
-    out = scratch() / "device.json"
+def bench_device_isolated(options: Sequence[str]) -> dict[str, Any]:
+    """Runs `gptjax bench --device` in a process, which releases its memory."""
+    json_path = make_temp_dir() / "device.json"
     command = [sys.executable, "-m", "gptjax", "bench", "--device", *options]
-    done = subprocess.run([*command, "--json", str(out)])
-    if done.returncode:
-        raise GptjaxError("gptjax alone could not be measured; it says why above.")
-    return json.loads(out.read_text(encoding="utf-8"))
+    process = subprocess.run([*command, "--json", str(json_path)])
+    if process.returncode:
+        raise GptjaxError("gptjax bench --device failed; see its output above.")
+    return json.loads(json_path.read_text(encoding="utf-8"))
 
 
-def training(
-    say: Callable[[str], None],
+def compare_training(
+    log: Callable[[str], None],
     preset: str,
     context: int,
-    pairs: int,
+    repeats: int,
     device: str,
-    found: dict[str, Any],
+    metrics: dict[str, Any],
 ) -> dict[str, Any]:
-    """With the rows that gptjax was best with, or half of them where it takes less."""
-    best = found["train_rows"]
-    for rows in dict.fromkeys((best, max(best // 2, 1))):
-        work = {"preset": preset, "rows": rows, "context": context}
-        ours = model_side("train", work, context, attention=found["train_attention"])
-        theirs = Side("transformers_train", {**work, "device": device})
-        if result := compared(say, ours, theirs, pairs):
-            figures = told(say, "train", "device", result)
-            return figures | {"train_rows_transformers_device": rows}
+    """Compares training at gptjax's best batch size, or half of it if that fails."""
+    best_rows = metrics["train_rows"]
+    for rows in dict.fromkeys((best_rows, max(best_rows // 2, 1))):
+        options = {"preset": preset, "rows": rows, "context": context}
+        workload = gptjax_workload(
+            "train", options, context, attention=metrics["train_attention"]
+        )
+        peer_workload = Workload("transformers_train", {**options, "device": device})
+        if result := try_interleaved(log, workload, peer_workload, repeats):
+            compared = log_comparison(log, "train", "device", result)
+            return compared | {"train_rows_transformers_device": rows}
     return {}
 
 
-def writing(
-    say: Callable[[str], None], preset: str, rows: int, pairs: int, device: str
+def compare_decode(
+    log: Callable[[str], None], preset: str, rows: int, repeats: int, device: str
 ) -> dict[str, Any]:
-    """Greedily, with the cache of transformers that is the fastest that works."""
-    work = {"preset": preset, "rows": rows, "new": NEW}
-    for cache in CACHES[device]:
-        options = {"device": device, "cache": cache}
-        theirs = Side("transformers_decode", work | options)
-        result = compared(say, model_side("decode", work), theirs, pairs)
+    """Compares greedy decoding with the fastest working cache of transformers."""
+    options = {"preset": preset, "rows": rows, "new": NEW_TOKENS}
+    for cache in TRANSFORMERS_CACHES[device]:
+        peer_options = {"device": device, "cache": cache}
+        peer_workload = Workload("transformers_decode", options | peer_options)
+        result = try_interleaved(
+            log, gptjax_workload("decode", options), peer_workload, repeats
+        )
         if result:
-            figures = told(say, "decode", f"device_b{rows}", result)
-            return figures | {f"decode_cache_transformers_device_b{rows}": cache}
+            compared = log_comparison(log, "decode", f"device_b{rows}", result)
+            return compared | {f"decode_cache_transformers_device_b{rows}": cache}
     return {}
 
 
-def model_side(
-    name: str, work: dict[str, Any], context: int = 1024, **model: Any
-) -> Side:
-    """Our part, in the dtype that gptjax takes on such a device."""
+def gptjax_workload(
+    name: str, options: dict[str, Any], context: int = 1024, **model_options: Any
+) -> Workload:
+    """Makes a gptjax workload with the default dtype of the device."""
     length = max(context, 1024)
-    return Side(name, {**work, "dtype": "auto", "context_length": length, **model})
+    return Workload(
+        name, {**options, "dtype": "auto", "context_length": length, **model_options}
+    )
 
 
-def compared(
-    say: Callable[[str], None], ours: Side, theirs: Side, pairs: int
-) -> Compared | None:
-    """Both rates and their ratio; nothing, said, where a side could not."""
+def try_interleaved(
+    log: Callable[[str], None],
+    workload: Workload,
+    peer_workload: Workload,
+    repeats: int,
+) -> Comparison | None:
+    """Returns both results and their ratio, or logs the error and returns None."""
     try:
-        return against(ours, theirs, pairs)
+        return run_interleaved(workload, peer_workload, repeats)
     except GptjaxError as error:
-        say(f"{theirs.name} with {theirs.options}: {error}")
+        log(f"{peer_workload.name} with {peer_workload.options}: {error}")
         return None
 
 
-def told(
-    say: Callable[[str], None], name: str, tag: str, result: Compared
+def log_comparison(
+    log: Callable[[str], None], name: str, tag: str, result: Comparison
 ) -> dict[str, float]:
-    """The three figures of a comparison, as they were said."""
-    figures = list(machine.beside(name, "transformers", tag, "tokens/s", result))
-    for figure in figures:
-        say(f"{figure.key:<40}{figure.said}")
-    return {figure.key: figure.value for figure in figures}
+    """Logs and returns the three metrics of a comparison."""
+    metrics = list(
+        machine.comparison_metrics(name, "transformers", tag, "tokens/s", result)
+    )
+    for metric in metrics:
+        log(f"{metric.key:<40}{metric.text}")
+    return {figure.key: figure.value for figure in metrics}

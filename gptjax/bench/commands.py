@@ -1,4 +1,4 @@
-"""Commands that are timed from their start to their end, as whole processes."""
+"""Startup benchmarks: commands timed as whole processes."""
 
 import os
 import subprocess
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptjax import tokenizer
-from gptjax.bench.ours import Work, config_of, model_of, scratch
-from gptjax.bench.peers import needed, transformers_model
+from gptjax.bench.ours import WorkFn, bench_config, random_model, make_temp_dir
+from gptjax.bench.peers import import_peer, transformers_model
 from gptjax.errors import GptjaxError
-from gptjax.weights.folder import save
+from gptjax.weights.folder import save_model
 
-PROMPT = "Every effort moves you"
-TRANSFORMERS = """
+STARTUP_PROMPT = "Every effort moves you"
+TRANSFORMERS_SCRIPT = """
 import sys
 import transformers
 from transformers import GPT2LMHeadModel, GPT2Tokenizer
@@ -29,52 +29,56 @@ print(tokenizer.decode(text[0]))
 """
 
 
-def python(arguments: Sequence[str], home: Path | None = None) -> int:
-    """Lets another Python do something.
+def run_python(arguments: Sequence[str], gptjax_home: Path | None = None) -> int:
+    """Runs Python in a subprocess; its output is discarded, its errors shown.
 
     Raises:
-        GptjaxError: it failed; it says why on stderr.
+        GptjaxError: the process failed.
     """
-    env = os.environ | ({"GPTJAX_HOME": str(home)} if home else {})
-    done = subprocess.run(
+    env = os.environ | ({"GPTJAX_HOME": str(gptjax_home)} if gptjax_home else {})
+    process = subprocess.run(
         [sys.executable, *arguments], env=env, stdout=subprocess.DEVNULL, check=False
     )
-    if done.returncode:
-        raise GptjaxError(f"{arguments} ended with {done.returncode}; see above.")
+    if process.returncode:
+        raise GptjaxError(
+            f"{arguments} exited with code {process.returncode}; see above."
+        )
     return 1
 
 
-def importing(preset: str) -> Work:
-    """`import gptjax` and `gptjax --help`; units are both together."""
-    del preset  # they read no model
+def make_import_work(preset: str) -> WorkFn:
+    """Runs `import gptjax` and `gptjax --help`; one unit is both together."""
+    del preset  # no model is loaded
 
     def work() -> int:
-        python(["-c", "import gptjax"])
-        return python(["-m", "gptjax", "--help"])
+        run_python(["-c", "import gptjax"])
+        return run_python(["-m", "gptjax", "--help"])
 
     return work
 
 
-def start(preset: str) -> Work:
-    """From the command to the first token, programs compiled before; in commands."""
-    folder = scratch()
-    save(model_of(config_of(preset)), folder / "model")
-    command = ["-m", "gptjax", "generate", str(folder / "model"), PROMPT]
+def make_startup_work(preset: str) -> WorkFn:
+    """Runs `gptjax generate` to the first token, with a warm compilation cache."""
+    temp_dir = make_temp_dir()
+    save_model(random_model(bench_config(preset)), temp_dir / "model")
+    command = ["-m", "gptjax", "generate", str(temp_dir / "model"), STARTUP_PROMPT]
     command += ["--max-new-tokens", "1", "--temperature", "0"]
-    return lambda: python(command, home=folder)
+    return lambda: run_python(command, gptjax_home=temp_dir)
 
 
-def transformers_start(preset: str) -> Work:
-    """The same with transformers, from a folder of its own kind."""
-    needed("torch")
-    folder = scratch()
-    transformers_model(preset).save_pretrained(folder)
-    tokenizer.load("gpt2").save(folder)
-    return lambda: python(["-c", TRANSFORMERS, str(folder), PROMPT])
+def make_transformers_startup_work(preset: str) -> WorkFn:
+    """Generates the first token with transformers, from a Hugging Face folder."""
+    import_peer("torch")
+    temp_dir = make_temp_dir()
+    transformers_model(preset).save_pretrained(temp_dir)
+    tokenizer.load_tokenizer("gpt2").save(temp_dir)
+    return lambda: run_python(
+        ["-c", TRANSFORMERS_SCRIPT, str(temp_dir), STARTUP_PROMPT]
+    )
 
 
-COMMANDS = {
-    "import": importing,
-    "start": start,
-    "transformers_start": transformers_start,
+COMMAND_WORKLOADS = {
+    "import": make_import_work,
+    "start": make_startup_work,
+    "transformers_start": make_transformers_startup_work,
 }

@@ -1,4 +1,4 @@
-"""How fast this machine trains, a line for each attention backend, writes and reads."""
+"""Device benchmark: training per attention backend, decode and prefill."""
 
 import dataclasses
 import statistics
@@ -10,245 +10,267 @@ import jax
 import numpy as np
 
 from gptjax import budget
-from gptjax.attention.choice import BACKENDS, chosen_backend
+from gptjax.attention.choice import BACKENDS, resolve_backend
 from gptjax.bench import limits
-from gptjax.config import GPTConfig, MeshConfig, OptimConfig, suggestion
-from gptjax.data.batches import pack
+from gptjax.config import GPTConfig, MeshConfig, OptimConfig, did_you_mean
+from gptjax.data.batches import make_lm_batch
 from gptjax.errors import ConfigError
-from gptjax.loss import next_token_loss
+from gptjax.loss import make_lm_loss_fn
 from gptjax.model import compute_dtype, init
 from gptjax.optim import make_optimizer
-from gptjax.run_folder import versions
-from gptjax.sharding import make_mesh, on, place, place_batch
+from gptjax.run_folder import package_versions
+from gptjax.sharding import make_mesh, use_mesh, shard_tree, shard_batch
 from gptjax.train import init_state, make_train_step
 
-ROWS = (4, 8, 16, 32, 64, 128)  # on each device, until they no longer fit
-STEPS = 10  # timed, after WARM that are not
-WARM = 3
-CHUNK = 256  # positions whose logits exist at a time
-PARTS = ("train", "decode", "prefill")
+BATCH_SIZES = (4, 8, 16, 32, 64, 128)  # per device, until out of memory
+TIMED_STEPS = 10  # after WARMUP_STEPS
+WARMUP_STEPS = 3
+TRAIN_LOSS_CHUNK_SIZE = 256  # positions per chunk of logits
+DEVICE_BENCHMARKS = ("train", "decode", "prefill")
 
 
-class Rate(NamedTuple):
-    """How fast one way of training is, and what it takes."""
+class TrainRate(NamedTuple):
+    """Training throughput and memory of one configuration."""
 
     attention: str
-    rows: int  # on each device
-    milliseconds: float  # median of a step
+    rows: int  # per device
+    milliseconds: float  # median per step
     tokens_per_s: float  # all devices together
-    mfu: float | None  # of the published peak, where it is known
+    mfu: float | None  # relative to the published peak; None if unknown
     compile_seconds: float
-    program_bytes: int | None  # of a device's memory, by the compiler's count
-    peak_bytes: int | None  # by the device's own, which knows no peak but the highest
+    program_bytes: int | None  # per device, according to the compiler
+    peak_bytes: int | None  # of the process; None if an earlier one was higher
 
 
-def rates(
+def measure_train_rates(
     config: GPTConfig,
-    say: Callable[[str], None],
-    sizes: Sequence[int] = ROWS,
-    names: Sequence[str] = (),
-) -> Iterator[Rate]:
-    """Every backend that can, with ever more rows until the memory is full.
+    log: Callable[[str], None],
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    backends: Sequence[str] = (),
+) -> Iterator[TrainRate]:
+    """Measures each supported backend with growing batches until out of memory.
 
     Args:
-        config: shape of the model; its `attention` is replaced.
-        say: gets what cannot be measured, and why.
-        sizes: rows on each device to try.
-        names: of backends, or "auto"; all by default.
+        config: model config; its `attention` is replaced.
+        log: called with the reason if something cannot be measured.
+        batch_sizes: rows per device to try.
+        backends: attention backends, or "auto"; all by default.
     """
-    for name in names or BACKENDS:
-        if name == "splash" and jax.default_backend() != "tpu" and not names:
-            continue  # it would be interpreted
+    for name in backends or BACKENDS:
+        if name == "splash" and jax.default_backend() != "tpu" and not backends:
+            continue  # runs in slow interpret mode elsewhere
         try:
-            chosen: Any = chosen_backend(
+            backend: Any = resolve_backend(
                 name,
                 length=config.context_length,
-                head_width=config.head_width,
+                head_dim=config.head_dim,
                 dtype=compute_dtype(config),
             )
         except ConfigError as error:
-            say(f"{name:<10} not here: {error}")
+            log(f"{name:<10} not supported: {error}")
             continue
-        for rows in sizes:
+        for rows in batch_sizes:
             try:
-                yield rate(dataclasses.replace(config, attention=chosen), rows)
+                yield measure_train_rate(
+                    dataclasses.replace(config, attention=backend), rows
+                )
             except (ConfigError, jax.errors.JaxRuntimeError) as error:
-                say(f"{chosen:<10} {rows} rows: {limits.reason(error)}")
+                log(f"{backend:<10} {rows} rows: {limits.first_line_of(error)}")
                 break
 
 
-def rate(config: GPTConfig, rows: int) -> Rate:
-    """Times train steps on random tokens, one document a row, all devices alike."""
+def measure_train_rate(config: GPTConfig, rows: int) -> TrainRate:
+    """Times train steps on random tokens, data-parallel over all devices."""
     mesh = make_mesh(MeshConfig())
     devices = jax.device_count()
     optimizer = make_optimizer(OptimConfig(), 1000)
     key = jax.random.key(0)
-    params = place(init(config, key), mesh)
-    state = place(init_state(params, optimizer, key), mesh)
+    params = shard_tree(init(config, key), mesh)
+    state = shard_tree(init_state(params, optimizer, key), mesh)
     shape = rows * devices, config.context_length + 1
-    token = np.random.default_rng(0).integers(0, config.vocab_size, shape)
-    batch: Any = place_batch(pack(token.astype(np.int32), None), mesh, shape[0])
-    step = make_train_step(next_token_loss(config, CHUNK, False), optimizer)
-    highest = limits.peak_bytes()
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape)
+    batch: Any = shard_batch(
+        make_lm_batch(tokens.astype(np.int32), None), mesh, shape[0]
+    )
+    step = make_train_step(
+        make_lm_loss_fn(config, TRAIN_LOSS_CHUNK_SIZE, False), optimizer
+    )
+    previous_peak = limits.device_peak_bytes()
     started = time.perf_counter()
-    with on(mesh):
-        program = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-    compiling = time.perf_counter() - started
+    with use_mesh(mesh):
+        compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - started
     seconds = []
-    for n in range(WARM + STEPS):
+    for n in range(WARMUP_STEPS + TIMED_STEPS):
         started = time.perf_counter()
-        state, metrics = program(state, batch)
+        state, metrics = compiled(state, batch)
         jax.block_until_ready(metrics)
-        if n >= WARM:
+        if n >= WARMUP_STEPS:
             seconds.append(time.perf_counter() - started)
-    median = statistics.median(seconds)
-    speed = shape[0] * config.context_length / median
-    peak = budget.peak_flops()
-    mfu = speed * budget.flops_per_token(config) / peak if peak else None
-    now = limits.peak_bytes()
-    return Rate(
+    median_seconds = statistics.median(seconds)
+    tokens_per_s = shape[0] * config.context_length / median_seconds
+    peak_flops = budget.total_peak_flops()
+    mfu = (
+        tokens_per_s * budget.flops_per_token(config) / peak_flops
+        if peak_flops
+        else None
+    )
+    current_peak = limits.device_peak_bytes()
+    return TrainRate(
         config.attention,
         rows,
-        median * 1e3,
-        speed,
+        median_seconds * 1e3,
+        tokens_per_s,
         mfu,
-        compiling,
-        needed_bytes(program),
-        now if now != highest else None,  # else that of a program before this one
+        compile_seconds,
+        program_memory_bytes(compiled),
+        current_peak
+        if current_peak != previous_peak
+        else None,  # otherwise an earlier program reached it
     )
 
 
-def needed_bytes(program: Any) -> int | None:
-    """What a program needs of a device's memory, where its compiler says it.
+def program_memory_bytes(compiled: Any) -> int | None:
+    """Device memory of a compiled program, None if the compiler does not report it.
 
-    That is its arguments, what it makes unless in their place, and temporaries.
+    Sum of arguments, outputs that are not donated arguments, and temporaries.
     """
-    memory = program.memory_analysis()
+    memory = compiled.memory_analysis()
     if memory is None:
         return None
-    made = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes + made + memory.temp_size_in_bytes
+    new_output_bytes = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + new_output_bytes + memory.temp_size_in_bytes
 
 
-def line(one: Rate) -> str:
-    """A rate, for people."""
-    mfu = f", MFU {one.mfu:.1%}" if one.mfu else ""
-    needs = [
-        f"{budget.human(size)} {kind}"
-        for kind, size in (("needed", one.program_bytes), ("at peak", one.peak_bytes))
+def format_train_rate(train_rate: TrainRate) -> str:
+    """Formats a rate as a line of text."""
+    mfu = f", MFU {train_rate.mfu:.1%}" if train_rate.mfu else ""
+    memory_texts = [
+        f"{budget.format_bytes(size)} {label}"
+        for label, size in (
+            ("needed", train_rate.program_bytes),
+            ("at peak", train_rate.peak_bytes),
+        )
         if size is not None
     ]
-    compiled = f"compiled in {one.compile_seconds:.1f} s"
+    compile_text = f"compiled in {train_rate.compile_seconds:.1f} s"
     return (
-        f"{one.attention:<10} {one.rows:>3} rows: {one.milliseconds:8.1f} ms a step, "
-        f"{one.tokens_per_s:12,.0f} tokens/s{mfu}; {', '.join([compiled, *needs])}"
+        f"{train_rate.attention:<10} {train_rate.rows:>3} rows: {train_rate.milliseconds:8.1f} ms/step, "
+        f"{train_rate.tokens_per_s:12,.0f} tokens/s{mfu}; {', '.join([compile_text, *memory_texts])}"
     )
 
 
 def bench_device(
     config: GPTConfig,
-    say: Callable[[str], None],
-    sizes: Sequence[int] = ROWS,
+    log: Callable[[str], None],
+    batch_sizes: Sequence[int] = BATCH_SIZES,
     *,
-    names: Sequence[str] = (),
+    backends: Sequence[str] = (),
     only: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Says a table of `rates`, then what the device writes and reads beside its limits.
+    """Benchmarks training, decode and prefill on this device.
 
-    MFU is 6 P + 12 N D T FLOPs a token over the published bfloat16 peak; see
-    `gptjax.budget.flops_per_token`. For the other figures see `gptjax.bench.limits`.
+    MFU is 6 P + 12 N D T FLOPs per token over the published bfloat16 peak; see
+    `gptjax.training.estimate`. `gptjax.bench.roofline` explains the other metrics.
 
     Args:
-        config: shape of the model.
-        say: gets each line.
-        sizes: rows on each device to train with.
-        names: of attention's backends; all by default.
-        only: of "train", "decode", "prefill"; all by default.
+        config: model config.
+        log: called with each line.
+        batch_sizes: training rows per device.
+        backends: attention backends; all by default.
+        only: any of "train", "decode", "prefill"; all by default.
 
     Raises:
-        ConfigError: no backend of that name, no rows, or a part that is not of these.
+        ConfigError: an unknown backend or benchmark, or a batch size below 1.
     """
-    check(sizes, names, only)
+    check_device_options(batch_sizes, backends, only)
     device = jax.devices()[0]
-    say(
+    log(
         f"device     {jax.device_count()} x {device.device_kind}, "
         f"{compute_dtype(config)}"
     )
-    say(
+    log(
         f"model      {budget.parameter_count(config):,} parameters, T = "
-        f"{config.context_length}, {budget.flops_per_token(config) / 1e9:.3f} GFLOPs a "
-        "token (6 P + 12 N D T)"
+        f"{config.context_length}, {budget.flops_per_token(config) / 1e9:.3f} GFLOPs "
+        "per token (6 P + 12 N D T)"
     )
-    found: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "device": device.device_kind,
         "platform": device.platform,
         "devices": jax.device_count(),
-        "versions": versions(),
+        "versions": package_versions(),
         "dtype": str(compute_dtype(config)),
         "context": config.context_length,
     }
-    found |= limits.own_rates(say)
+    metrics |= limits.measure_peaks(log)
     if not only or "train" in only:
-        found |= trained(config, say, sizes, names, found.get("matmul_bfloat16"))
+        metrics |= bench_training(
+            config, log, batch_sizes, backends, metrics.get("matmul_bfloat16")
+        )
     if not only or "decode" in only:
-        found |= limits.writing(config, say, limits.bandwidth_of(found))
+        metrics |= limits.bench_decode(config, log, limits.peak_bandwidth(metrics))
     if not only or "prefill" in only:
-        found |= limits.reading(config, say)
-    return found
+        metrics |= limits.bench_prefill(config, log)
+    return metrics
 
 
-def trained(
+def bench_training(
     config: GPTConfig,
-    say: Callable[[str], None],
-    sizes: Sequence[int],
-    names: Sequence[str],
-    products: float | None,
+    log: Callable[[str], None],
+    batch_sizes: Sequence[int],
+    backends: Sequence[str],
+    matmul_flops: float | None,
 ) -> dict[str, Any]:
-    """The figures of training; `products` are FLOP/s that one device was seen to do."""
-    found = []
-    for one in rates(config, say, sizes, names):
-        say(line(one))
-        found.append(one)
-    if not found:
-        say("best       none: nothing could be trained here")
+    """Benchmarks training; `matmul_flops` is the measured FLOP/s of one device."""
+    train_rates = []
+    for train_rate in measure_train_rates(config, log, batch_sizes, backends):
+        log(format_train_rate(train_rate))
+        train_rates.append(train_rate)
+    if not train_rates:
+        log("best       none: no configuration could be trained")
         return {"rates": []}
-    best = max(found, key=lambda one: one.tokens_per_s)
-    figures = {
-        "rates": [one._asdict() for one in found],
+    best = max(train_rates, key=lambda one: one.tokens_per_s)
+    metrics = {
+        "rates": [one._asdict() for one in train_rates],
         "train_attention": best.attention,
         "train_rows": best.rows,
         "train_tokens_per_s": best.tokens_per_s,
         "train_mfu": best.mfu,
     }
-    share = ""
-    if products:
+    matmul_text = ""
+    if matmul_flops:
         flops = best.tokens_per_s * budget.flops_per_token(config)
-        figures["train_share_of_matmul_rate"] = flops / products / jax.device_count()
-        share = f", {figures['train_share_of_matmul_rate']:.1%} of the products above"
-    say(f"best       {best.attention} with {best.rows} rows{share}")
-    return figures
+        metrics["train_share_of_matmul_rate"] = (
+            flops / matmul_flops / jax.device_count()
+        )
+        matmul_text = (
+            f", {metrics['train_share_of_matmul_rate']:.1%} of the matmul rate"
+        )
+    log(f"best       {best.attention} with {best.rows} rows{matmul_text}")
+    return metrics
 
 
-def check(sizes: Sequence[int], names: Sequence[str], only: Sequence[str]) -> None:
-    """Refuses what cannot be measured.
+def check_device_options(
+    batch_sizes: Sequence[int], backends: Sequence[str], only: Sequence[str]
+) -> None:
+    """Checks batch sizes, backends and benchmark names.
 
     Raises:
         ConfigError: see `bench_device`.
     """
-    if not sizes or min(sizes) < 1:
+    if not batch_sizes or min(batch_sizes) < 1:
         raise ConfigError(
-            f"--rows {' '.join(map(str, sizes))} leaves a step without rows. Give "
-            "numbers of 1 or more."
+            f"--rows {' '.join(map(str, batch_sizes))} must be numbers of at least 1."
         )
-    for name in names:
+    for name in backends:
         if name not in ("auto", *BACKENDS):
             raise ConfigError(
-                f"--attention {name}: there is no such backend."
-                f"{suggestion(name, BACKENDS)} Choose auto or of {', '.join(BACKENDS)}."
+                f"--attention {name} is not a backend."
+                f"{did_you_mean(name, BACKENDS)} Use auto or {', '.join(BACKENDS)}."
             )
-    for part in only:
-        if part not in PARTS:
+    for benchmark in only:
+        if benchmark not in DEVICE_BENCHMARKS:
             raise ConfigError(
-                f"--only {part} is not measured with --device, as it is no work of the "
-                f"device. Choose of {', '.join(PARTS)}, or leave --device."
+                f"--only {benchmark} is not available with --device. Use any of "
+                f"{', '.join(DEVICE_BENCHMARKS)}, or remove --device."
             )

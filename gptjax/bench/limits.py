@@ -1,7 +1,7 @@
-"""What one device can do, and what it writes and reads beside that.
+"""Roofline of one device: measured peaks, and decode and prefill against them.
 
-All of it is measured in the same run, with what was drawn or computed, not zeros: a
-device may be faster with these.
+Everything is measured in the same run, on random or computed values: devices may be
+faster on zeros.
 """
 
 import statistics
@@ -16,126 +16,143 @@ from gptjax.bench import ours
 from gptjax.config import GPTConfig
 from gptjax.model import compute_dtype
 
-NEW = 128  # tokens that are written after a prompt of `ours.PROMPT`
-WRITTEN = (1, 8, 64)  # rows at a time
-READ = (1, 8)
-TIMES = 5  # of which the median counts
-# Sides of matrices, bytes of arrays, and how often each is computed before the host
-# waits: waiting takes as long as a small product.
-ON_CPU: tuple[int, int, int] = 1024, 1 << 28, 1
-ON_OTHERS: tuple[int, int, int] = 8192, 1 << 31, 20
+NEW_TOKENS = 128  # tokens generated after a prompt of PROMPT_LENGTH
+DECODE_BATCH_SIZES = (1, 8, 64)  # batch sizes
+PREFILL_BATCH_SIZES = (1, 8)
+TIMED_RUNS = 5  # the median counts
+# Matrix size, array bytes, and calls before the host synchronizes: synchronizing takes
+# as long as a small matmul.
+CPU_SIZES: tuple[int, int, int] = 1024, 1 << 28, 1
+ACCELERATOR_SIZES: tuple[int, int, int] = 8192, 1 << 31, 20
 
 
-def speed(work: ours.Work, warm: int = 1) -> float:
-    """Units per second, the median."""
-    for _ in range(warm):
+def measure_rate(work: ours.WorkFn, warmup_runs: int = 1) -> float:
+    """Returns the median of the units per second."""
+    for _ in range(warmup_runs):
         work()
-    found = []
-    for _ in range(TIMES):
+    unit_rates = []
+    for _ in range(TIMED_RUNS):
         started = time.perf_counter()
         units = work()
-        found.append(units / (time.perf_counter() - started))
-    return statistics.median(found)
+        unit_rates.append(units / (time.perf_counter() - started))
+    return statistics.median(unit_rates)
 
 
-def tried(
-    say: Callable[[str], None], what: str, prepare: Callable[[], ours.Work]
+def try_measure_rate(
+    log: Callable[[str], None], label: str, make_work: Callable[[], ours.WorkFn]
 ) -> float | None:
-    """The speed of a piece of work, or nothing, and why, as for want of memory."""
+    """Returns the rate; logs the error and returns None if out of memory."""
     try:
-        return speed(prepare())
+        return measure_rate(make_work())
     except jax.errors.JaxRuntimeError as error:
-        say(f"{what:<10} {reason(error)}")
+        log(f"{label:<10} {first_line_of(error)}")
         return None
 
 
-def reason(error: Exception) -> str:
-    """The start of what an error says; XLA's can be pages long."""
+def first_line_of(error: Exception) -> str:
+    """Returns the start of an error message; those of XLA can be pages long."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def peak_bytes() -> int | None:
-    """The most of a device's memory that was in use, where it counts that."""
+def device_peak_bytes() -> int | None:
+    """Peak memory of the first local device, None if it is not tracked."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use")
 
 
-def own_rates(say: Callable[[str], None]) -> dict[str, float]:
-    """FLOP/s of bfloat16 products, and bytes/s that are read, or read and written."""
-    side, size, times = ON_CPU if jax.default_backend() == "cpu" else ON_OTHERS
-    works: dict[str, Callable[[], ours.Work]] = {
-        "matmul_bfloat16": lambda: ours.matmul(side, "bfloat16", times),
-        "read": lambda: ours.bandwidth(size, times),
-        "copy": lambda: ours.copying(size, times),
+def measure_peaks(log: Callable[[str], None]) -> dict[str, float]:
+    """Measures FLOP/s of bfloat16 matmuls, and bytes/s of reads and copies."""
+    matrix_size, array_bytes, repeats = (
+        CPU_SIZES if jax.default_backend() == "cpu" else ACCELERATOR_SIZES
+    )
+    make_works: dict[str, Callable[[], ours.WorkFn]] = {
+        "matmul_bfloat16": lambda: ours.make_matmul_work(
+            matrix_size, "bfloat16", repeats
+        ),
+        "read": lambda: ours.make_read_work(array_bytes, repeats),
+        "copy": lambda: ours.make_copy_work(array_bytes, repeats),
     }
-    found = {}
-    for name, prepare in works.items():
-        if (rate := tried(say, name, prepare)) is not None:
-            found[name] = rate
-    if rate := found.get("matmul_bfloat16"):
-        say(f"products   {rate / 1e12:.3g} TFLOP/s in bfloat16, {side} x {side}")
-    if rate := found.get("read"):
-        say(f"memory     {rate / 1e9:,.1f} GB/s when {budget.human(size)} are read")
-    if rate := found.get("copy"):
-        say(f"memory     {rate / 1e9:,.1f} GB/s read and written when they are copied")
-    return found
+    peaks = {}
+    for name, make_work in make_works.items():
+        if (rate := try_measure_rate(log, name, make_work)) is not None:
+            peaks[name] = rate
+    if rate := peaks.get("matmul_bfloat16"):
+        log(
+            f"matmul     {rate / 1e12:.3g} TFLOP/s in bfloat16, {matrix_size} x {matrix_size}"
+        )
+    if rate := peaks.get("read"):
+        log(
+            f"memory     {rate / 1e9:,.1f} GB/s reading {budget.format_bytes(array_bytes)}"
+        )
+    if rate := peaks.get("copy"):
+        log(f"memory     {rate / 1e9:,.1f} GB/s read and written, copying the same")
+    return peaks
 
 
-def bandwidth_of(found: Mapping[str, Any]) -> float | None:
-    """The higher of both rates of the memory, bytes/s."""
-    return max((found[n] for n in ("read", "copy") if n in found), default=None)
+def peak_bandwidth(peaks: Mapping[str, Any]) -> float | None:
+    """Returns the higher of both memory rates, in bytes/s."""
+    return max((peaks[n] for n in ("read", "copy") if n in peaks), default=None)
 
 
-def step_bytes(config: GPTConfig, rows: int, filled: int | float) -> float:
-    """What writing a token of each row has to read, at least: E (M + 2 N D S B).
+def decode_step_bytes(config: GPTConfig, rows: int, num_filled: int | float) -> float:
+    """Minimum bytes read per decode step: E (M + 2 N D S B).
 
-    E is the size of a number of the activations' dtype, in which parameters are
-    multiplied; M are the parameters that are multiplied, so all but the position table
-    (and but the token table where the head is another one); S of the slots of the
-    cache are filled, for keys and values of each of B rows.
+    E is the item size of the compute dtype; M the number of parameters used in matmuls,
+    that is, all but the position table (and but the token table if embeddings are not
+    tied); S the number of filled cache positions of each of B rows.
     """
-    multiplied = budget.flops_per_token(config) - budget.attention_flops(config)
-    cache = 2 * config.n_layers * config.d_model * filled * rows
-    return compute_dtype(config).itemsize * (multiplied / 6 + cache)
+    matmul_flops = budget.flops_per_token(config) - budget.attention_flops(config)
+    num_cache_values = 2 * config.n_layers * config.d_model * num_filled * rows
+    return compute_dtype(config).itemsize * (matmul_flops / 6 + num_cache_values)
 
 
-def writing(
-    config: GPTConfig, say: Callable[[str], None], bandwidth: float | None
+def bench_decode(
+    config: GPTConfig, log: Callable[[str], None], bandwidth: float | None
 ) -> dict[str, float]:
-    """Greedy tokens/s after a short prompt, which is read within that time.
+    """Measures greedy decoding in tokens/s, including a short prefill.
 
-    The share of the memory's limit is tokens/s over B x `bandwidth` / `step_bytes`,
-    with the cache as full as it is on average.
+    The fraction of the memory roofline is tokens/s over B x bandwidth /
+    `decode_step_bytes`, at the average length of the KV cache.
     """
-    new = min(NEW, config.context_length - ours.PROMPT)
-    found: dict[str, float] = {}
-    if new < 1:
-        say(f"decode     not here: T = {config.context_length} has no room to write in")
-        return found
-    for rows in WRITTEN:
-        rate = tried(say, "decode", lambda rows=rows: ours.decode(config, rows, new))
-        if rate is None:
-            break
-        found[f"decode_b{rows}"] = rate
-        share = ""
-        if bandwidth:
-            each = step_bytes(config, rows, ours.PROMPT + new / 2)
-            found[f"decode_share_of_bandwidth_b{rows}"] = rate / rows * each / bandwidth
-            share = f", {rate / rows * each / bandwidth:.1%} of what the memory allows"
-        say(f"decode     {rows:>3} rows: {rate:12,.0f} tokens/s{share}")
-    return found
-
-
-def reading(config: GPTConfig, say: Callable[[str], None]) -> dict[str, float]:
-    """Tokens/s of prompts as long as the context, up to the first new token."""
-    found: dict[str, float] = {}
-    length = config.context_length
-    for rows in READ:
-        rate = tried(
-            say, "prefill", lambda rows=rows: ours.prefill(config, rows, length)
+    num_new_tokens = min(NEW_TOKENS, config.context_length - ours.PROMPT_LENGTH)
+    metrics: dict[str, float] = {}
+    if num_new_tokens < 1:
+        log(f"decode     skipped: T = {config.context_length} is too short to decode")
+        return metrics
+    for rows in DECODE_BATCH_SIZES:
+        rate = try_measure_rate(
+            log,
+            "decode",
+            lambda rows=rows: ours.make_decode_work(config, rows, num_new_tokens),
         )
         if rate is None:
             break
-        found[f"prefill_b{rows}"] = rate
-        say(f"prefill    {rows:>3} rows: {rate:12,.0f} tokens/s")
-    return found
+        metrics[f"decode_b{rows}"] = rate
+        share_text = ""
+        if bandwidth:
+            bytes_per_step = decode_step_bytes(
+                config, rows, ours.PROMPT_LENGTH + num_new_tokens / 2
+            )
+            metrics[f"decode_share_of_bandwidth_b{rows}"] = (
+                rate / rows * bytes_per_step / bandwidth
+            )
+            share_text = f", {rate / rows * bytes_per_step / bandwidth:.1%} of the bandwidth limit"
+        log(f"decode     {rows:>3} rows: {rate:12,.0f} tokens/s{share_text}")
+    return metrics
+
+
+def bench_prefill(config: GPTConfig, log: Callable[[str], None]) -> dict[str, float]:
+    """Measures prefill of full-context prompts, in tokens/s to the first token."""
+    metrics: dict[str, float] = {}
+    length = config.context_length
+    for rows in PREFILL_BATCH_SIZES:
+        rate = try_measure_rate(
+            log,
+            "prefill",
+            lambda rows=rows: ours.make_prefill_work(config, rows, length),
+        )
+        if rate is None:
+            break
+        metrics[f"prefill_b{rows}"] = rate
+        log(f"prefill    {rows:>3} rows: {rate:12,.0f} tokens/s")
+    return metrics

@@ -1,7 +1,7 @@
-"""What this machine does with gptjax, beside others, and beside its own limits.
+"""Benchmark suite of `gptjax bench`: rates, ratios to PyTorch, fractions of peak.
 
-Ratios above 1 mean that gptjax is faster; shares are of what the machine itself was
-measured to do in the same minutes.
+A ratio above 1 means that gptjax is faster. Fractions are relative to peaks of this
+machine measured in the same minutes.
 """
 
 import os
@@ -10,195 +10,239 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from gptjax import budget
-from gptjax.bench.limits import step_bytes
-from gptjax.bench.ours import PROMPT as BEFORE
-from gptjax.bench.ours import config_of
-from gptjax.bench.saving import save_times
-from gptjax.bench.turns import Found, Side, against, alone, summary
-from gptjax.run_folder import versions
+from gptjax.bench.limits import decode_step_bytes
+from gptjax.bench.ours import PROMPT_LENGTH as BEFORE
+from gptjax.bench.ours import bench_config
+from gptjax.bench.saving import measure_save_times
+from gptjax.bench.turns import (
+    Result,
+    Workload,
+    run_interleaved,
+    run_isolated,
+    summarize_rates,
+)
+from gptjax.run_folder import package_versions
 
-CONTEXT = 256  # tokens of a row that is trained on
-NEW = 128  # tokens that are written
-PROMPT = 512  # tokens that are read
-SECONDS = "s"  # the unit of what is said as a time and not as a rate
+TRAIN_CONTEXT = 256  # tokens per training row
+DECODE_LENGTH = 128  # tokens generated
+PREFILL_LENGTH = 512  # tokens per prompt
+SECONDS_UNIT = "s"  # unit of metrics reported as a time, not a rate
 
 
-class Part(NamedTuple):
-    """Something that gptjax does, and who else does it."""
+class Benchmark(NamedTuple):
+    """A benchmark, and the peers that have it too."""
 
-    name: str  # of `gptjax.bench.ours.OURS` or COMMANDS
-    tag: str  # in the names of the figures, if not ""
+    name: str  # key of WORKLOADS or COMMAND_WORKLOADS
+    tag: str  # part of the metric names
     unit: str
-    others: tuple[str, ...]
+    peers: tuple[str, ...]
     options: dict[str, int]
 
 
-PARTS = (
-    Part("train", "b2", "tokens/s", ("transformers",), {"rows": 2, "context": CONTEXT}),
-    Part(
+BENCHMARKS = (
+    Benchmark(
+        "train",
+        "b2",
+        "tokens/s",
+        ("transformers",),
+        {"rows": 2, "context": TRAIN_CONTEXT},
+    ),
+    Benchmark(
         "train",
         "b4",
         "tokens/s",
         ("transformers", "book"),
-        {"rows": 4, "context": CONTEXT},
+        {"rows": 4, "context": TRAIN_CONTEXT},
     ),
-    Part("decode", "b1", "tokens/s", ("transformers",), {"rows": 1, "new": NEW}),
-    Part("decode", "b8", "tokens/s", ("transformers",), {"rows": 8, "new": NEW}),
-    Part(
-        "prefill", "b1", "tokens/s", ("transformers",), {"rows": 1, "context": PROMPT}
+    Benchmark(
+        "decode", "b1", "tokens/s", ("transformers",), {"rows": 1, "new": DECODE_LENGTH}
     ),
-    Part("load", "safetensors", "models/s", ("transformers",), {}),
-    Part("input", "", "bytes/s", ("tiktoken",), {"workers": os.cpu_count() or 1}),
-    Part("import", "", SECONDS, (), {}),
-    Part("start", "", SECONDS, ("transformers",), {}),
-    Part("compile", "b4", SECONDS, (), {"rows": 4, "context": CONTEXT}),
+    Benchmark(
+        "decode", "b8", "tokens/s", ("transformers",), {"rows": 8, "new": DECODE_LENGTH}
+    ),
+    Benchmark(
+        "prefill",
+        "b1",
+        "tokens/s",
+        ("transformers",),
+        {"rows": 1, "context": PREFILL_LENGTH},
+    ),
+    Benchmark("load", "safetensors", "models/s", ("transformers",), {}),
+    Benchmark("input", "", "bytes/s", ("tiktoken",), {"workers": os.cpu_count() or 1}),
+    Benchmark("import", "", SECONDS_UNIT, (), {}),
+    Benchmark("start", "", SECONDS_UNIT, ("transformers",), {}),
+    Benchmark("compile", "b4", SECONDS_UNIT, (), {"rows": 4, "context": TRAIN_CONTEXT}),
 )
 
 
-class Figure(NamedTuple):
-    """A number with its name, and how it is said."""
+class BenchmarkMetric(NamedTuple):
+    """A metric with its name and formatted value."""
 
     key: str
     value: float
-    said: str
+    text: str
 
 
 def bench_machine(
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     preset: str = "gpt2",
     peers: bool = False,
-    pairs: int = 5,
+    repeats: int = 5,
     only: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Says a line for each figure, and returns all with the machine and the versions.
+    """Runs the benchmarks; returns the metrics with the machine and versions.
 
     Args:
-        say: gets each line.
-        preset: size of the model.
-        peers: whether PyTorch's are timed too, turn by turn.
-        pairs: of turns, or turns where there is no peer.
-        only: names of the parts to measure; all by default.
+        log: called with a line per metric.
+        preset: model size.
+        peers: also time PyTorch, interleaved.
+        repeats: timed runs of each side.
+        only: benchmarks to run; all by default.
 
     Raises:
         GptjaxError: a peer is not installed.
     """
-    numbers: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": versions(),
+        "versions": package_versions(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "preset": preset,
-        "pairs": pairs,
+        "repeats": repeats,
     }
-    say(f"machine    {numbers['machine']}; XLA_FLAGS={numbers['xla_flags']!r}")
-    for figure in measured(preset, pairs, peers, only):
-        numbers[figure.key] = figure.value
-        say(f"{figure.key:<40}{figure.said}")
-    return numbers
+    log(f"machine    {metrics['machine']}; XLA_FLAGS={metrics['xla_flags']!r}")
+    for metric in run_benchmarks(preset, repeats, peers, only):
+        metrics[metric.key] = metric.value
+        log(f"{metric.key:<40}{metric.text}")
+    return metrics
 
 
-def measured(
-    preset: str, pairs: int, peers: bool, only: Sequence[str]
-) -> Iterator[Figure]:
-    """Every figure of the parts that are asked for, as it is found."""
-    for part in PARTS:
-        if not only or part.name in only:
-            yield from figures(part, preset, part.others if peers else (), pairs)
+def run_benchmarks(
+    preset: str, repeats: int, peers: bool, only: Sequence[str]
+) -> Iterator[BenchmarkMetric]:
+    """Yields the metrics of the selected benchmarks as they are measured."""
+    for benchmark in BENCHMARKS:
+        if not only or benchmark.name in only:
+            yield from run_benchmark(
+                benchmark, preset, benchmark.peers if peers else (), repeats
+            )
     if not only or "train" in only:
-        yield from train_share(preset, pairs, peers)
+        yield from measure_train_share(preset, repeats, peers)
     if not only or "decode" in only:
-        yield from decode_share(preset, pairs)
-        yield from decode_int8(preset, pairs)
+        yield from measure_decode_share(preset, repeats)
+        yield from compare_int8_decode(preset, repeats)
     if not only or "save" in only:
-        for key, times in save_times(config_of(preset), pairs).items():
-            yield spanned(key, SECONDS, summary(times))
+        for key, seconds in measure_save_times(bench_config(preset), repeats).items():
+            yield range_metric(key, SECONDS_UNIT, summarize_rates(seconds))
 
 
-def figures(
-    part: Part, preset: str, others: tuple[str, ...], pairs: int
-) -> Iterator[Figure]:
-    """The rate and the memory of a part, alone or beside each of the others."""
-    name, tag, unit, _, options = part
-    ours = Side(name, {"preset": preset, **options})
-    if not others:
-        found = alone(ours, pairs)
-        yield rate(named(name, tag), unit, found)
-        yield held(named(name, tag), found)
-    for other in others:
-        result = against(ours, Side(f"{other}_{name}", ours.options), pairs)
-        yield from beside(name, other, tag, unit, result)
-        yield held(named(name, tag), result[0])
-        yield held(named(name, other, tag), result[1])
+def run_benchmark(
+    benchmark: Benchmark, preset: str, peers: tuple[str, ...], repeats: int
+) -> Iterator[BenchmarkMetric]:
+    """Yields rate and memory of a benchmark, alone or against each peer."""
+    name, tag, unit, _, options = benchmark
+    workload = Workload(name, {"preset": preset, **options})
+    if not peers:
+        measured = run_isolated(workload, repeats)
+        yield rate_metric(metric_key(name, tag), unit, measured)
+        yield memory_metric(metric_key(name, tag), measured)
+    for peer in peers:
+        result = run_interleaved(
+            workload, Workload(f"{peer}_{name}", workload.options), repeats
+        )
+        yield from comparison_metrics(name, peer, tag, unit, result)
+        yield memory_metric(metric_key(name, tag), result[0])
+        yield memory_metric(metric_key(name, peer, tag), result[1])
 
 
-def beside(
-    name: str, other: str, tag: str, unit: str, result: tuple[Found, Found, float]
-) -> Iterator[Figure]:
-    """The rates of both sides of `gptjax.bench.turns.against`, and their ratio."""
-    one, two, ratio = result
-    yield rate(named(name, tag), unit, one)
-    yield rate(named(name, other, tag), unit, two)
-    yield plain(named(name, "ratio", other, tag), ratio)
+def comparison_metrics(
+    name: str, peer: str, tag: str, unit: str, result: tuple[Result, Result, float]
+) -> Iterator[BenchmarkMetric]:
+    """Yields the rates of both sides of `run_interleaved`, and their ratio."""
+    gptjax_result, peer_result, ratio = result
+    yield rate_metric(metric_key(name, tag), unit, gptjax_result)
+    yield rate_metric(metric_key(name, peer, tag), unit, peer_result)
+    yield plain_metric(metric_key(name, "ratio", peer, tag), ratio)
 
 
-def named(*parts: str) -> str:
-    """The key of a figure."""
+def metric_key(*parts: str) -> str:
+    """Joins the parts of a metric name."""
     return "_".join(part for part in parts if part)
 
 
-def train_share(preset: str, pairs: int, peers: bool) -> Iterator[Figure]:
-    """Training at B = 8, and which share of the machine's matrix products it is.
+def measure_train_share(
+    preset: str, repeats: int, peers: bool
+) -> Iterator[BenchmarkMetric]:
+    """Measures training at B = 8, and its fraction of the matmul rate.
 
-    A token takes 6 FLOPs for each parameter that is multiplied.
+    Counts 6 FLOPs per token and matmul parameter.
     """
-    ours = Side("train", {"preset": preset, "rows": 8, "context": CONTEXT})
-    one, flops, share = against(ours, Side("matmul", {}), pairs)
-    yield rate("train_b8", "tokens/s", one)
-    yield rate("matmul", "FLOP/s", flops)
+    workload = Workload(
+        "train", {"preset": preset, "rows": 8, "context": TRAIN_CONTEXT}
+    )
+    train_result, matmul_result, share = run_interleaved(
+        workload, Workload("matmul", {}), repeats
+    )
+    yield rate_metric("train_b8", "tokens/s", train_result)
+    yield rate_metric("matmul", "FLOP/s", matmul_result)
     if peers:
-        yield rate("torch_matmul", "FLOP/s", alone(Side("torch_matmul", {}), pairs))
-    config = config_of(preset)
-    each = budget.flops_per_token(config) - budget.attention_flops(config)
-    yield plain("train_share_of_matmul_rate_b8", share * each)
+        yield rate_metric(
+            "torch_matmul",
+            "FLOP/s",
+            run_isolated(Workload("torch_matmul", {}), repeats),
+        )
+    config = bench_config(preset)
+    flops_per_token = budget.flops_per_token(config) - budget.attention_flops(config)
+    yield plain_metric("train_share_of_matmul_rate_b8", share * flops_per_token)
 
 
-def decode_share(preset: str, pairs: int) -> Iterator[Figure]:
-    """Writing one row, as a share of what reading weights and cache once allows."""
-    ours = Side("decode", {"preset": preset, "rows": 1, "new": NEW})
-    _, read, share = against(ours, Side("bandwidth", {}), pairs)
-    yield rate("read", "bytes/s", read)
-    each = step_bytes(config_of(preset), 1, BEFORE + NEW / 2)
-    yield plain("decode_share_of_bandwidth_b1", share * each)
+def measure_decode_share(preset: str, repeats: int) -> Iterator[BenchmarkMetric]:
+    """Measures decoding of one row, as a fraction of the bandwidth limit."""
+    workload = Workload("decode", {"preset": preset, "rows": 1, "new": DECODE_LENGTH})
+    _, read_result, share = run_interleaved(
+        workload, Workload("bandwidth", {}), repeats
+    )
+    yield rate_metric("read", "bytes/s", read_result)
+    bytes_per_step = decode_step_bytes(
+        bench_config(preset), 1, BEFORE + DECODE_LENGTH / 2
+    )
+    yield plain_metric("decode_share_of_bandwidth_b1", share * bytes_per_step)
 
 
-def decode_int8(preset: str, pairs: int) -> Iterator[Figure]:
-    """Writing with weights in 8 bits beside writing with them as they are."""
+def compare_int8_decode(preset: str, repeats: int) -> Iterator[BenchmarkMetric]:
+    """Compares decoding with int8 and float32 weights."""
     for rows in (1, 8):
-        options = {"preset": preset, "rows": rows, "new": NEW}
-        whole = Side("decode", {**options, "int8": True})
-        one, _, ratio = against(whole, Side("decode", options), pairs)
-        yield rate(f"int8_decode_b{rows}", "tokens/s", one)
-        yield plain(f"int8_decode_ratio_fp32_b{rows}", ratio)
+        options = {"preset": preset, "rows": rows, "new": DECODE_LENGTH}
+        int8_workload = Workload("decode", {**options, "int8": True})
+        int8_result, _, ratio = run_interleaved(
+            int8_workload, Workload("decode", options), repeats
+        )
+        yield rate_metric(f"int8_decode_b{rows}", "tokens/s", int8_result)
+        yield plain_metric(f"int8_decode_ratio_fp32_b{rows}", ratio)
 
 
-def rate(key: str, unit: str, found: Found) -> Figure:
-    """A rate, or the time of one unit, with its least and its most."""
-    if unit == SECONDS:
-        found = Found(1 / found.middle, 1 / found.high, 1 / found.low)
-    return spanned(key, unit, found)
+def rate_metric(key: str, unit: str, measured: Result) -> BenchmarkMetric:
+    """Makes a metric of a rate, or of the time per unit, with its range."""
+    if unit == SECONDS_UNIT:
+        measured = Result(1 / measured.median, 1 / measured.high, 1 / measured.low)
+    return range_metric(key, unit, measured)
 
 
-def spanned(key: str, unit: str, found: Found) -> Figure:
-    """A number of a unit, with its least and its most."""
-    span = f"({found.low:.4g} to {found.high:.4g})"
-    return Figure(key, found.middle, f"{found.middle:12.4g} {unit} {span}")
+def range_metric(key: str, unit: str, measured: Result) -> BenchmarkMetric:
+    """Makes a metric with unit and range."""
+    range_text = f"({measured.low:.4g} to {measured.high:.4g})"
+    return BenchmarkMetric(
+        key, measured.median, f"{measured.median:12.4g} {unit} {range_text}"
+    )
 
 
-def held(key: str, found: Found) -> Figure:
-    """The most memory that a side held."""
-    return Figure(f"{key}_peak_bytes", found.peak, budget.human(found.peak))
+def memory_metric(key: str, measured: Result) -> BenchmarkMetric:
+    """Makes a metric of the peak memory."""
+    return BenchmarkMetric(
+        f"{key}_peak_bytes", measured.peak, budget.format_bytes(measured.peak)
+    )
 
 
-def plain(key: str, value: float) -> Figure:
-    """A ratio or a share."""
-    return Figure(key, value, f"{value:12.3f}")
+def plain_metric(key: str, value: float) -> BenchmarkMetric:
+    """Makes a metric of a ratio or fraction."""
+    return BenchmarkMetric(key, value, f"{value:12.3f}")

@@ -1,6 +1,7 @@
-"""What is timed of gptjax: each function prepares a piece of work and returns it.
+"""Benchmark workloads of gptjax.
 
-A piece of work is called again and again, and returns how many units it did.
+Each function sets up a workload and returns a function that runs it once. That function
+is called repeatedly and returns the number of units processed.
 """
 
 import atexit
@@ -19,106 +20,110 @@ import numpy as np
 
 from gptjax import tokenizer
 from gptjax.config import GPTConfig, OptimConfig
-from gptjax.data.batches import pack
-from gptjax.data.named import python_help
-from gptjax.data.prepare import prepare
+from gptjax.data.batches import make_lm_batch
+from gptjax.data.named import read_python_help
+from gptjax.data.prepare import prepare_dataset
 from gptjax.generation import complete
-from gptjax.loss import next_token_loss
+from gptjax.loss import make_lm_loss_fn
 from gptjax.model import init
 from gptjax.optim import make_optimizer
-from gptjax.packing import rounded
+from gptjax.packing import fake_quantize
 from gptjax.train import init_state, make_train_step
-from gptjax.weights.folder import Model, save
+from gptjax.weights.folder import Model, save_model
 from gptjax.weights.importing import load
 
-Work = Callable[[], int | float]
-PROMPT = 16  # tokens before those that are timed
-CHUNK = 256  # positions whose logits exist at a time
-SIDE = 4096  # of the square matrices whose product is timed
-TIMES = 64  # that the text of Python's help is read
+WorkFn = Callable[[], int | float]
+PROMPT_LENGTH = 16  # prompt tokens before decoding
+LOSS_CHUNK_SIZE = 256  # positions per chunk of logits
+MATMUL_SIZE = 4096  # rows and columns of the multiplied matrices
+TEXT_REPEATS = 64  # repetitions of Python's help texts
 BANDWIDTH_BYTES = 1 << 30
-MODEL = {"dtype", "attention", "context_length"}
+MODEL_OPTIONS = {"dtype", "attention", "context_length"}
 
 
-def config_of(preset: str, **changes: Any) -> GPTConfig:
-    """A public size as the others compute it on a CPU: in float32, nothing twice."""
-    given = {"dtype": "float32", "remat": "none", **changes}
-    return GPTConfig.preset(preset, **given)
+def bench_config(preset: str, **changes: Any) -> GPTConfig:
+    """Preset config in float32 without remat, as the peers compute on a CPU."""
+    options = {"dtype": "float32", "remat": "none", **changes}
+    return GPTConfig.preset(preset, **options)
 
 
-def by_preset(prepare: Callable[..., Work]) -> Callable[..., Work]:
-    """The same for the name of a size: what a process can be told.
+def accept_preset(make_work: Callable[..., WorkFn]) -> Callable[..., WorkFn]:
+    """Wraps a workload to take a preset name, which can be sent to a process.
 
-    Of its options, those of `MODEL` are the model's.
+    Options in MODEL_OPTIONS change the model config.
     """
 
-    @functools.wraps(prepare)
-    def prepared(preset: str, **options: Any) -> Work:
-        changes = {name: options.pop(name) for name in options.keys() & MODEL}
-        return prepare(config_of(preset, **changes), **options)
+    @functools.wraps(make_work)
+    def make_work_for_preset(preset: str, **options: Any) -> WorkFn:
+        changes = {name: options.pop(name) for name in options.keys() & MODEL_OPTIONS}
+        return make_work(bench_config(preset, **changes), **options)
 
-    return prepared
+    return make_work_for_preset
 
 
-def model_of(config: GPTConfig) -> Model:
-    """A model with random parameters, which are as fast as any."""
+def random_model(config: GPTConfig) -> Model:
+    """Makes a model with random parameters; speed does not depend on them."""
     params = init(config, jax.random.key(0))
-    return Model(config, params, tokenizer.load("gpt2"))
+    return Model(config, params, tokenizer.load_tokenizer("gpt2"))
 
 
-def random_tokens(rows: int, length: int, kinds: int = 50_257) -> np.ndarray:
-    """The same random tokens for everyone who is timed."""
-    return np.random.default_rng(0).integers(kinds, size=(rows, length))
+def random_tokens(rows: int, length: int, vocab_size: int = 50_257) -> np.ndarray:
+    """Random tokens, equal for all sides of a comparison."""
+    return np.random.default_rng(0).integers(vocab_size, size=(rows, length))
 
 
-def scratch() -> Path:
-    """A folder that is gone when the process ends."""
-    folder = tempfile.mkdtemp(prefix="gptjax-bench-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+def make_temp_dir() -> Path:
+    """Makes a temporary directory that is deleted when the process exits."""
+    temp_dir = tempfile.mkdtemp(prefix="gptjax-bench-")
+    atexit.register(shutil.rmtree, temp_dir, ignore_errors=True)
+    return Path(temp_dir)
 
 
-def train(config: GPTConfig, rows: int, context: int) -> Work:
-    """Train steps of AdamW with clipping; units are tokens."""
+def make_train_work(config: GPTConfig, rows: int, context: int) -> WorkFn:
+    """Train steps with AdamW and gradient clipping; units are tokens."""
     optimizer = make_optimizer(OptimConfig(warmup_steps=0, schedule="constant"), 1000)
     key = jax.random.key(0)
     params = init(config, key)
     state = init_state(params, optimizer, key)
     del params
-    step = jax.jit(
-        make_train_step(next_token_loss(config, CHUNK, False), optimizer),
+    train_step = jax.jit(
+        make_train_step(make_lm_loss_fn(config, LOSS_CHUNK_SIZE, False), optimizer),
         donate_argnums=0,
     )
-    token = random_tokens(rows, context + 1, config.vocab_size).astype(np.int32)
-    batch = jax.tree.map(jnp.asarray, pack(token, None))
+    tokens = random_tokens(rows, context + 1, config.vocab_size).astype(np.int32)
+    batch = jax.tree.map(jnp.asarray, make_lm_batch(tokens, None))
 
     def work() -> int:
         nonlocal state
-        state, metrics = step(state, batch)
+        state, metrics = train_step(state, batch)
         jax.block_until_ready((state, metrics))
         return rows * context
 
     return work
 
 
-def decode(config: GPTConfig, rows: int, new: int, int8: bool = False) -> Work:
-    """Greedy writing after a short prompt, one token at a time; units are tokens."""
-    model = model_of(config)
+def make_decode_work(
+    config: GPTConfig, rows: int, new: int, int8: bool = False
+) -> WorkFn:
+    """Greedy decoding after a short prompt; units are new tokens."""
+    model = random_model(config)
     if int8:
-        params = rounded(model.params)
+        params = fake_quantize(model.params)
         model = dataclasses.replace(model, params=params, int8=True)
-    prompts = random_tokens(rows, PROMPT, model.config.vocab_size).tolist()
+    prompts = random_tokens(rows, PROMPT_LENGTH, model.config.vocab_size).tolist()
     options: Any = {"temperature": 0.0, "max_new_tokens": new, "stop_ids": ()}
 
     def work() -> int:
-        return sum(len(one.ids) for one in complete(model, prompts, **options))
+        return sum(
+            len(completion.ids) for completion in complete(model, prompts, **options)
+        )
 
     return work
 
 
-def prefill(config: GPTConfig, rows: int, context: int) -> Work:
-    """Reading a prompt up to its first new token; units are tokens of the prompt."""
-    model = model_of(config)
+def make_prefill_work(config: GPTConfig, rows: int, context: int) -> WorkFn:
+    """Prefill up to the first new token; units are prompt tokens."""
+    model = random_model(config)
     prompts = random_tokens(rows, context, model.config.vocab_size).tolist()
 
     def work() -> int:
@@ -128,107 +133,115 @@ def prefill(config: GPTConfig, rows: int, context: int) -> Work:
     return work
 
 
-def loading(config: GPTConfig) -> Work:
-    """From a model folder to arrays; units are models."""
-    folder = scratch() / "model"
-    save(model_of(config), folder)
+def make_load_work(config: GPTConfig) -> WorkFn:
+    """Loads a model folder; units are models."""
+    model_dir = make_temp_dir() / "model"
+    save_model(random_model(config), model_dir)
 
     def work() -> int:
-        jax.block_until_ready(load(folder).params)
+        jax.block_until_ready(load(model_dir).params)
         return 1
 
     return work
 
 
-def matmul(side: int = SIDE, dtype: str = "float32", times: int = 1) -> Work:
-    """Products of large square matrices; units are floating-point operations."""
-    x = jax.random.normal(jax.random.key(0), (side, side), jnp.dtype(dtype))
-    return repeated(jax.jit(jnp.matmul), (x, x), times, 2 * side**3)
+def make_matmul_work(
+    size: int = MATMUL_SIZE, dtype: str = "float32", repeats: int = 1
+) -> WorkFn:
+    """Matmul of large square matrices; units are floating-point operations."""
+    x = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
+    return repeat_program(jax.jit(jnp.matmul), (x, x), repeats, 2 * size**3)
 
 
-def bandwidth(size: int = BANDWIDTH_BYTES, times: int = 1) -> Work:
-    """A sum over more numbers than any cache holds; units are bytes."""
-    return repeated(jax.jit(jnp.sum), (jnp.ones(size // 4, jnp.float32),), times, size)
+def make_read_work(size_bytes: int = BANDWIDTH_BYTES, repeats: int = 1) -> WorkFn:
+    """Sum of an array that exceeds all caches; units are bytes read."""
+    return repeat_program(
+        jax.jit(jnp.sum), (jnp.ones(size_bytes // 4, jnp.float32),), repeats, size_bytes
+    )
 
 
-def copying(size: int = BANDWIDTH_BYTES, times: int = 1) -> Work:
-    """As many numbers read and written; units are bytes, of both together."""
-    x = jnp.ones(size // 4, jnp.float32)
-    return repeated(jax.jit(lambda x: x + 1), (x,), times, 2 * size)
+def make_copy_work(size_bytes: int = BANDWIDTH_BYTES, repeats: int = 1) -> WorkFn:
+    """Copy of an array that exceeds all caches; units are bytes read and written."""
+    x = jnp.ones(size_bytes // 4, jnp.float32)
+    return repeat_program(jax.jit(lambda x: x + 1), (x,), repeats, 2 * size_bytes)
 
 
-def repeated(program: Any, arrays: tuple[Any, ...], times: int, units: int) -> Work:
-    """A program started several times before the host waits, as it takes time too."""
+def repeat_program(
+    program: Any, arrays: tuple[Any, ...], repeats: int, units: int
+) -> WorkFn:
+    """Calls a program several times per synchronization, to hide its cost."""
 
     def work() -> int:
         result = None
-        for _ in range(times):  # one after the other, so the last one ends last
+        for _ in range(repeats):  # executed in order, so waiting for the last suffices
             result = program(*arrays)
         jax.block_until_ready(result)
-        return times * units
+        return repeats * units
 
     return work
 
 
-def compiling(config: GPTConfig, rows: int, context: int) -> Work:
-    """A train step from Python to a program, never seen before; units are programs."""
+def make_compile_work(config: GPTConfig, rows: int, context: int) -> WorkFn:
+    """Traces and compiles a train step without caches; units are programs."""
     optimizer = make_optimizer(OptimConfig(), 1000)
     key = jax.random.key(0)
     state = jax.eval_shape(lambda: init_state(init(config, key), optimizer, key))
-    token = random_tokens(rows, context + 1, config.vocab_size).astype(np.int32)
-    batch = pack(token, None)
+    tokens = random_tokens(rows, context + 1, config.vocab_size).astype(np.int32)
+    batch = make_lm_batch(tokens, None)
 
     def work() -> int:
         jax.clear_caches()
-        step = make_train_step(next_token_loss(config, CHUNK, False), optimizer)
-        jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+        train_step = make_train_step(
+            make_lm_loss_fn(config, LOSS_CHUNK_SIZE, False), optimizer
+        )
+        jax.jit(train_step, donate_argnums=0).lower(state, batch).compile()
         return 1
 
     return work
 
 
-def texts() -> list[str]:
-    """A few megabytes of text that every Python carries, in documents."""
-    return [*python_help()] * TIMES
+def sample_texts() -> list[str]:
+    """A few megabytes of text shipped with Python, as documents."""
+    return [*read_python_help()] * TEXT_REPEATS
 
 
-def prepared(preset: str, workers: int) -> Work:
-    """Text in a file becomes tokens in files; units are bytes of text."""
-    del preset  # all sizes have the same tokens
-    folder = scratch()
-    source = folder / "text.jsonl"
-    source.write_text("".join(json.dumps({"text": x}) + "\n" for x in texts()))
-    size = sum(len(text.encode()) for text in texts())
+def make_prepare_work(preset: str, workers: int) -> WorkFn:
+    """Tokenizes a text file to token files; units are bytes of text."""
+    del preset  # all presets use the same tokens
+    temp_dir = make_temp_dir()
+    source = temp_dir / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": x}) + "\n" for x in sample_texts()))
+    size_bytes = sum(len(text.encode()) for text in sample_texts())
 
     def work() -> int:
-        shutil.rmtree(folder / "out", ignore_errors=True)
-        prepare([source], "gpt2", folder / "out", workers=workers)
-        return size
+        shutil.rmtree(temp_dir / "out", ignore_errors=True)
+        prepare_dataset([source], "gpt2", temp_dir / "out", workers=workers)
+        return size_bytes
 
     return work
 
 
-def tiktoken_prepared(preset: str, workers: int) -> Work:
-    """The same text as ids in memory, by tiktoken's own batches."""
+def make_tiktoken_work(preset: str, workers: int) -> WorkFn:
+    """Tokenizes the same text in memory with tiktoken's batch method."""
     del preset
-    engine, documents = tokenizer.load("gpt2").engine, texts()
-    size = sum(len(text.encode()) for text in documents)
+    encoding, documents = tokenizer.load_tokenizer("gpt2").encoding, sample_texts()
+    size_bytes = sum(len(text.encode()) for text in documents)
 
     def work() -> int:
-        engine.encode_ordinary_batch(documents, num_threads=workers)
-        return size
+        encoding.encode_ordinary_batch(documents, num_threads=workers)
+        return size_bytes
 
     return work
 
 
-OURS: dict[str, Callable[..., Work]] = {
-    "train": by_preset(train),
-    "compile": by_preset(compiling),
-    "input": prepared,
-    "tiktoken_input": tiktoken_prepared,
-    "decode": by_preset(decode),
-    "prefill": by_preset(prefill),
-    "load": by_preset(loading),
-    "matmul": matmul,
-    "bandwidth": bandwidth,
+WORKLOADS: dict[str, Callable[..., WorkFn]] = {
+    "train": accept_preset(make_train_work),
+    "compile": accept_preset(make_compile_work),
+    "input": make_prepare_work,
+    "tiktoken_input": make_tiktoken_work,
+    "decode": accept_preset(make_decode_work),
+    "prefill": accept_preset(make_prefill_work),
+    "load": accept_preset(make_load_work),
+    "matmul": make_matmul_work,
+    "bandwidth": make_read_work,
 }

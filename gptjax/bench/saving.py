@@ -1,4 +1,4 @@
-"""What a checkpoint costs: how long training waits for it, and all that it takes."""
+"""Checkpoint benchmark: time that training is blocked, and total save time."""
 
 import time
 from pathlib import Path
@@ -7,61 +7,61 @@ from typing import Any
 import jax
 
 from gptjax import checkpoint
-from gptjax.bench.ours import scratch
+from gptjax.bench.ours import make_temp_dir
 from gptjax.config import GPTConfig, OptimConfig
-from gptjax.manifest import verified
+from gptjax.manifest import verify_manifest
 from gptjax.model import init
 from gptjax.optim import make_optimizer
 from gptjax.train import init_state
 
-WARM = 1  # saves before those that are timed
+WARMUP_SAVES = 1  # saves before timing starts
 
 
-def save_times(config: GPTConfig, times: int) -> dict[str, list[float]]:
-    """Seconds of each of some saves of a whole training state, by what they went into.
+def measure_save_times(config: GPTConfig, repeats: int) -> dict[str, list[float]]:
+    """Times saves of a full training state, in seconds by metric.
 
-    save_blocks_s: until the loop may go on.
-    save_copy_s: that the next step takes longer on a CPU, where it may not overwrite
-        the state that is being saved.
-    save_s: until the step counts.
-    verify_s: reading all of it again, as is done before it is restored.
+    save_blocks_s: until training continues.
+    save_copy_s: slowdown of the next step on a CPU, where it cannot reuse the buffers
+        of the state that is being saved.
+    save_s: until the checkpoint is committed.
+    verify_s: verification as before a restore, reading all files.
     """
     optimizer = make_optimizer(OptimConfig(), 1000)
 
-    def fresh(key: Any) -> Any:
+    def init_tree(key: Any) -> Any:
         state = init_state(init(config, key), optimizer, key)
         return {"params": state.params, "opt_state": state.opt_state}
 
-    state, folder = jax.jit(fresh)(jax.random.key(0)), scratch()
+    state, temp_dir = jax.jit(init_tree)(jax.random.key(0)), make_temp_dir()
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
-    found: dict[str, list[float]] = {}
-    for n in range(WARM + times):
-        state, alone = stepped(step, state)
-        row, state = one_save(folder, n, step, state)
-        row["save_copy_s"] -= alone
-        for name, seconds in row.items():
-            found.setdefault(name, []).append(seconds)
-    return {name: seconds[WARM:] for name, seconds in found.items()}
+    seconds_by_name: dict[str, list[float]] = {}
+    for n in range(WARMUP_SAVES + repeats):
+        state, step_seconds = time_step(step, state)
+        save_seconds, state = time_save(temp_dir, n, step, state)
+        save_seconds["save_copy_s"] -= step_seconds
+        for name, seconds in save_seconds.items():
+            seconds_by_name.setdefault(name, []).append(seconds)
+    return {name: seconds[WARMUP_SAVES:] for name, seconds in seconds_by_name.items()}
 
 
-def stepped(step: Any, state: Any) -> tuple[Any, float]:
-    """The state after a step that reads and writes all of it, and its seconds."""
+def time_step(step: Any, state: Any) -> tuple[Any, float]:
+    """Runs a step that reads and writes the whole state; returns it and the seconds."""
     started = time.perf_counter()
     state = jax.block_until_ready(step(state))
     return state, time.perf_counter() - started
 
 
-def one_save(
-    folder: Path, n: int, step: Any, state: Any
+def time_save(
+    temp_dir: Path, n: int, step: Any, state: Any
 ) -> tuple[dict[str, float], Any]:
-    """The times of one save, and the state after a step that came in between."""
-    row, started = {}, time.perf_counter()
-    with checkpoint.saver(folder, 1) as save:
+    """Times one save; also returns the state after the step during the save."""
+    save_seconds, started = {}, time.perf_counter()
+    with checkpoint.async_saver(temp_dir, 1) as save:
         save(n, state)
-        row["save_blocks_s"] = time.perf_counter() - started
-        state, row["save_copy_s"] = stepped(step, state)
-    row["save_s"] = time.perf_counter() - started
+        save_seconds["save_blocks_s"] = time.perf_counter() - started
+        state, save_seconds["save_copy_s"] = time_step(step, state)
+    save_seconds["save_s"] = time.perf_counter() - started
     started = time.perf_counter()
-    verified(folder / str(n))
-    row["verify_s"] = time.perf_counter() - started
-    return row, state
+    verify_manifest(temp_dir / str(n))
+    save_seconds["verify_s"] = time.perf_counter() - started
+    return save_seconds, state

@@ -1,9 +1,8 @@
-"""Pieces of work in processes of their own, which take turns, and what came of them.
+"""Runs workloads in their own processes, alone or interleaved with a peer.
 
-Each side starts, compiles and allocates in its own process. Then one side does its
-work while the other waits, one after the other, so that a machine that slows down
-slows both: once to warm up, and once against the clock. What counts is the median of
-the ratios of neighbours.
+Each workload starts, compiles and allocates in its own process. Interleaved workloads
+then run in alternation, one at a time, so that a machine that slows down affects both;
+each turn has an untimed and a timed run. The ratio is the median over adjacent pairs.
 """
 
 import contextlib
@@ -18,135 +17,142 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from gptjax import cpu
-from gptjax.bench.commands import COMMANDS
-from gptjax.bench.ours import OURS
-from gptjax.bench.peers import PEERS
+from gptjax.bench.commands import COMMAND_WORKLOADS
+from gptjax.bench.ours import WORKLOADS
+from gptjax.bench.peers import TORCH_WORKLOADS
 from gptjax.errors import GptjaxError
 
-WARM = 2  # pieces of work before those that are timed
-ALONE = {  # the environment of a side, on top of ours
+WARMUP_RUNS = 2  # runs before timing starts
+ISOLATED_ENV = {  # added to the environment of a worker
     "TOKENIZERS_PARALLELISM": "false",
-    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the other one needs memory of the GPU
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the peer needs GPU memory too
 }
 
 
-class Side(NamedTuple):
-    """A piece of work by name, with what it is asked for."""
+class Workload(NamedTuple):
+    """Name and options of a workload."""
 
-    name: str  # a key of OURS, PEERS or COMMANDS
+    name: str  # key of WORKLOADS, TORCH_WORKLOADS or COMMAND_WORKLOADS
     options: dict[str, Any]
 
 
-class Found(NamedTuple):
-    """What a side did, per second: the median, the least and the most."""
+class Result(NamedTuple):
+    """Units per second: median, minimum and maximum."""
 
-    middle: float
+    median: float
     low: float
     high: float
-    peak: int = 0  # bytes of memory that its process held at most
+    peak: int = 0  # peak memory of the process in bytes
 
 
 @contextlib.contextmanager
-def running(side: Side) -> Iterator[subprocess.Popen[str]]:
-    """The process of a side, ready to work; it ends with the block.
+def worker_process(workload: Workload) -> Iterator[subprocess.Popen[str]]:
+    """Starts a worker process for a workload; it exits at the end of the block.
 
     Raises:
-        GptjaxError: it could not start.
+        GptjaxError: the worker failed to start.
     """
-    child = subprocess.Popen(
-        [sys.executable, "-m", "gptjax.bench.turns", json.dumps(side)],
-        env=os.environ | ALONE,
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "gptjax.bench.turns", json.dumps(workload)],
+        env=os.environ | ISOLATED_ENV,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
-    with child:  # which closes its pipes at the end, so that it ends too
-        if not answer(child):
-            raise GptjaxError(f"{side.name} could not start; it says why above.")
-        yield child
+    with worker:  # closes its pipes on exit, which ends the worker
+        if not read_worker_reply(worker):
+            raise GptjaxError(f"{workload.name} failed to start; see its output above.")
+        yield worker
 
 
-def answer(child: subprocess.Popen[str]) -> dict[str, Any]:
-    """The next line that a side says, or nothing where it has ended."""
-    line = child.stdout.readline() if child.stdout else ""
+def read_worker_reply(worker: subprocess.Popen[str]) -> dict[str, Any]:
+    """Reads the next reply of a worker; empty if it has exited."""
+    line = worker.stdout.readline() if worker.stdout else ""
     return json.loads(line) if line else {}
 
 
-def turn(child: subprocess.Popen[str]) -> tuple[float, int]:
-    """Lets a side work once; units per second, and the most bytes it has held so far.
+def run_once(worker: subprocess.Popen[str]) -> tuple[float, int]:
+    """Runs the workload once; returns units per second and peak memory in bytes.
 
     Raises:
-        GptjaxError: it ended, as for want of memory.
+        GptjaxError: the worker exited, for example out of memory.
     """
-    if child.stdin:
-        child.stdin.write("work\n")
-        child.stdin.flush()
-    if not (found := answer(child)):
-        raise GptjaxError("a side ended while it worked; it says why above.")
-    return found["units"] / found["seconds"], found["peak"]
+    if worker.stdin:
+        worker.stdin.write("work\n")
+        worker.stdin.flush()
+    if not (reply := read_worker_reply(worker)):
+        raise GptjaxError("a benchmark process exited early; see its output above.")
+    return reply["units"] / reply["seconds"], reply["peak"]
 
 
-def alone(side: Side, times: int) -> Found:
-    """The rate of one side."""
-    with running(side) as child:
-        return together([turn(child) for _ in range(times)])
+def run_isolated(workload: Workload, repeats: int) -> Result:
+    """Measures one workload."""
+    with worker_process(workload) as worker:
+        return summarize_runs([run_once(worker) for _ in range(repeats)])
 
 
-def against(one: Side, other: Side, pairs: int) -> tuple[Found, Found, float]:
-    """The rates of both sides, and how many times as fast the first one is."""
-    with running(one) as first, running(other) as second:
-        pairs_of_turns = []
-        for n in range(pairs):
+def run_interleaved(
+    workload: Workload, peer_workload: Workload, repeats: int
+) -> tuple[Result, Result, float]:
+    """Measures two workloads in alternation; returns both results and their ratio."""
+    with (
+        worker_process(workload) as worker,
+        worker_process(peer_workload) as peer_worker,
+    ):
+        paired_runs = []
+        for n in range(repeats):
             if n % 2:
-                pairs_of_turns.append((turn(second), turn(first))[::-1])
+                paired_runs.append((run_once(peer_worker), run_once(worker))[::-1])
             else:
-                pairs_of_turns.append((turn(first), turn(second)))
-    ones, others = zip(*pairs_of_turns, strict=True)
-    ratio = statistics.median(a / b for (a, _), (b, _) in pairs_of_turns)
-    return together(ones), together(others), ratio
+                paired_runs.append((run_once(worker), run_once(peer_worker)))
+    workload_runs, peer_runs = zip(*paired_runs, strict=True)
+    ratio = statistics.median(a / b for (a, _), (b, _) in paired_runs)
+    return summarize_runs(workload_runs), summarize_runs(peer_runs), ratio
 
 
-def together(turns: Sequence[tuple[float, int]]) -> Found:
-    """What came of the turns of one side."""
-    rates, peaks = zip(*turns, strict=True)
-    return summary(rates)._replace(peak=max(peaks))
+def summarize_runs(runs: Sequence[tuple[float, int]]) -> Result:
+    """Summarizes the rates and peak memory of the runs of one workload."""
+    rates, peaks = zip(*runs, strict=True)
+    return summarize_rates(rates)._replace(peak=max(peaks))
 
 
-def summary(rates: Any) -> Found:
-    """The middle and the ends of some rates."""
-    return Found(statistics.median(rates), min(rates), max(rates))
+def summarize_rates(rates: Any) -> Result:
+    """Returns median, minimum and maximum."""
+    return Result(statistics.median(rates), min(rates), max(rates))
 
 
-def serve(name: str, options: dict[str, Any]) -> None:
-    """Prepares a side, then works once for each line that comes in."""
-    if name in OURS and cpu.asked():
-        cpu.keep_memory()
-    work = (OURS | PEERS | COMMANDS)[name](**options)
-    for _ in range(WARM):
+def run_worker(name: str, options: dict[str, Any]) -> None:
+    """Sets up a workload, then runs it once for each line on stdin."""
+    if name in WORKLOADS and cpu.fast_cpu_requested():
+        cpu.disable_malloc_trim()
+    work = (WORKLOADS | TORCH_WORKLOADS | COMMAND_WORKLOADS)[name](**options)
+    for _ in range(WARMUP_RUNS):
         work()
     print(json.dumps({"ready": name}), flush=True)
     for _ in sys.stdin:
-        work()  # who has waited finds caches cold, and pages taken by the system
+        work()  # after a wait caches are cold and pages reclaimed
         started = time.perf_counter()
         units = work()
         seconds = time.perf_counter() - started
-        said = {"units": units, "seconds": seconds, "peak": peak_bytes()}
-        print(json.dumps(said), flush=True)
+        reply = {"units": units, "seconds": seconds, "peak": process_peak_bytes()}
+        print(json.dumps(reply), flush=True)
 
 
-def peak_bytes() -> int:
-    """The most memory that this process, or one that it started, has held."""
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2) of each system
-    both = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-    return unit * max(resource.getrusage(who).ru_maxrss for who in both)
+def process_peak_bytes() -> int:
+    """Returns the peak memory of this process or its largest child, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024  # see getrusage(2)
+    process_groups = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    return unit * max(
+        resource.getrusage(process_group).ru_maxrss for process_group in process_groups
+    )
 
 
 if __name__ == "__main__":
     try:
-        serve(*json.loads(sys.argv[1]))
+        run_worker(*json.loads(sys.argv[1]))
     except GptjaxError as error:
         print(f"gptjax: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except RuntimeError as error:  # of JAX or PyTorch, as for want of memory
+    except RuntimeError as error:  # of JAX or PyTorch, for example out of memory
         print(f"{type(error).__name__}: {error}"[:500], file=sys.stderr)
         raise SystemExit(1) from None

@@ -1,8 +1,8 @@
-"""The book "Build a Large Language Model (From Scratch)", number for number.
+"""Reproduction of the book "Build a Large Language Model (From Scratch)".
 
-Its untrained models, its shuffled batches and its worked examples are made of PyTorch's
-random numbers; here they are without PyTorch. Nothing else in gptjax needs this folder.
-Each name below is loaded from its module at first use.
+Recomputes the numbers that the book prints. They depend on PyTorch's random numbers,
+which this package generates without PyTorch. Read `torch_random` first. The rest of
+gptjax does not need this package. Public names are imported on first use.
 """
 
 import importlib

@@ -1,13 +1,13 @@
-"""Byte-pair encoding from scratch (chapter 2, bonus 05), all of it on strings.
+"""Byte-pair encoding from scratch (chapter 2, bonus 05), on strings.
 
-A word is spelled with symbols, first its characters. Training joins the most frequent
-pair of neighbours into a new symbol, again and again (Sennrich et al. 2016); encoding
-repeats the merges on a new text. A text becomes words, symbols, ids, and back:
+A word starts as a sequence of characters. Training repeatedly merges the most frequent
+pair of adjacent symbols into a new symbol (Sennrich et al. 2016); encoding applies the
+merges to new text. From text to words, symbols and ids:
 
     ids = encode(spaced_words(text), train(text, 1000))
     ids = encode(gpt2_words(text), gpt2_table())
 
-What gptjax itself uses, on bytes and fast, is `gptjax.bpe` and `gptjax.tokenizer`.
+The production version works on bytes: see `gptjax.tokenizer`.
 """
 
 import dataclasses
@@ -18,26 +18,28 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 from gptjax import tokenizer
-from gptjax.bpe import WORD, utf8
+from gptjax.bpe import SPLIT_REGEX, encode_utf8
 from gptjax.errors import ConfigError, DataError
 
 Pair = tuple[str, str]
 Symbols = tuple[str, ...]
 
-SPACE = "Ġ"  # how a space is written within a symbol
-SPACED = re.compile(r" ?\S+|\s")  # what is no white space, with a space before it
+SPACE_MARK = "Ġ"  # stands for a space within a symbol
+SPACED_WORD = re.compile(
+    r" ?\S+|\s"
+)  # non-space characters with an optional space before
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Table:
-    """What training leaves: the symbols, and the order in which pairs are merged."""
+class MergeTable:
+    """Trained vocabulary and merge ranks."""
 
     symbols: Symbols  # by id
-    ranks: Mapping[Pair, int]  # 0 was merged first
+    ranks: Mapping[Pair, int]  # 0 = merged first
 
     @functools.cached_property
     def ids(self) -> dict[str, int]:
-        """The id of each symbol."""
+        """Maps each symbol to its id."""
         return {symbol: i for i, symbol in enumerate(self.symbols)}
 
 
@@ -45,195 +47,204 @@ class Table:
 
 
 def spaced_words(text: str) -> list[str]:
-    """The words that no merge crosses in the book: split at white space alone.
+    """Splits text at white space, as the book does; merges do not cross words.
 
     >>> spaced_words("art and life.")
     ['art', 'Ġand', 'Ġlife.']
 
     Raises:
-        DataError: the text has the letter that stands for a space.
+        DataError: the text contains `Ġ`, which is reserved for spaces.
     """
-    if SPACE in text:
+    if SPACE_MARK in text:
         raise DataError(
-            f"the text has the letter {SPACE!r}, which stands for a space here. "
-            "Replace it, or use gpt2_words."
+            f"the text contains {SPACE_MARK!r}, which is reserved for spaces. Replace it, "
+            "or use gpt2_words."
         )
-    return [word.replace(" ", SPACE) for word in SPACED.findall(text)]
+    return [word.replace(" ", SPACE_MARK) for word in SPACED_WORD.findall(text)]
 
 
 def spaced_text(symbols: Iterable[str]) -> str:
-    """The text that `spaced_words` split.
+    """Joins symbols to text; the inverse of `spaced_words`.
 
     >>> spaced_text(["art", "Ġan", "d"])
     'art and'
     """
-    return "".join(symbols).replace(SPACE, " ")
+    return "".join(symbols).replace(SPACE_MARK, " ")
 
 
 def gpt2_words(text: str) -> list[str]:
-    """GPT-2's words, which part letters from other signs; a character for each byte.
+    """Splits text with GPT-2's pattern; each byte becomes one character.
 
     >>> gpt2_words("art, café")
     ['art', ',', 'ĠcafÃ©']
 
     Raises:
-        DataError: the text holds a lone surrogate.
+        DataError: the text contains a lone surrogate.
     """
-    utf8(text)  # names the place of a surrogate
-    return [tokenizer.visible(match[0].encode()) for match in WORD.finditer(text)]
+    encode_utf8(text)  # raises an error with the position of a surrogate
+    return [
+        tokenizer.bytes_to_unicode(match[0].encode())
+        for match in SPLIT_REGEX.finditer(text)
+    ]
 
 
 def gpt2_text(symbols: Iterable[str]) -> str:
-    """The text that `gpt2_words` split; half a character becomes U+FFFD.
+    """Joins symbols to text; incomplete UTF-8 sequences become U+FFFD.
 
     >>> gpt2_text(["Ġcaf", "Ã©"])
     ' café'
     """
-    data = bytes(map(tokenizer.BYTE.__getitem__, "".join(symbols)))
+    data = bytes(map(tokenizer.CHAR_TO_BYTE.__getitem__, "".join(symbols)))
     return data.decode("utf-8", errors="replace")
 
 
 # Merges
 
 
-def merge(symbols: Symbols, pairs: Container[Pair]) -> Symbols:
-    """The symbols after joining neighbours that are one of the pairs.
+def merge_pairs(symbols: Symbols, pairs: Container[Pair]) -> Symbols:
+    """Merges adjacent symbols that form one of the pairs.
 
-    From left to right, and a symbol that has just been made is not joined again.
+    Works from left to right; a newly merged symbol is not merged again.
 
-    >>> merge(("a", "b", "a", "b", "c"), {("a", "b"), ("b", "c")})
+    >>> merge_pairs(("a", "b", "a", "b", "c"), {("a", "b"), ("b", "c")})
     ('ab', 'ab', 'c')
     """
     merged: list[str] = []
-    rest = list(reversed(symbols))
-    while rest:
-        symbol = rest.pop()
-        if rest and (symbol, rest[-1]) in pairs:
-            symbol += rest.pop()
+    remaining = list(reversed(symbols))
+    while remaining:
+        symbol = remaining.pop()
+        if remaining and (symbol, remaining[-1]) in pairs:
+            symbol += remaining.pop()
         merged.append(symbol)
     return tuple(merged)
 
 
-def pair_counts(words: Mapping[Symbols, int]) -> Counter[Pair]:
-    """How often each pair of neighbours occurs; those met first come first."""
+def count_symbol_pairs(words: Mapping[Symbols, int]) -> Counter[Pair]:
+    """Counts adjacent symbol pairs, in order of first occurrence."""
     counts: Counter[Pair] = Counter()
-    for symbols, times in words.items():
+    for symbols, count in words.items():
         for pair in pairwise(symbols):
-            counts[pair] += times
+            counts[pair] += count
     return counts
 
 
-def train(text: str, vocab_size: int) -> Table:
-    """The table that is learned from a text as the book's bonus notebook does it.
+def train_merges(text: str, vocab_size: int) -> MergeTable:
+    """Trains a merge table as in the book's bonus notebook.
 
-    The first ids are the 256 characters chr(0) to chr(255), other characters of the
-    text, `Ġ` and <|endoftext|>. Then each merge adds a symbol: of the pairs that are
-    most frequent it takes the one that occurs first in the text. There are fewer
-    symbols where no pair is left.
+    The first ids are chr(0) to chr(255), the other characters of the text, `Ġ` and
+    <|endoftext|>. Each merge adds the most frequent pair, on ties the one that occurs
+    first in the text. Training ends early if no pair is left.
 
-    >>> train("low lower lowest", 261).symbols[258:]
+    >>> train_merges("low lower lowest", 261).symbols[258:]
     ('lo', 'low', 'Ġlow')
 
     Raises:
-        ConfigError: the size leaves no room for the first symbols.
-        DataError: the text has the letter that stands for a space.
+        ConfigError: `vocab_size` is smaller than the initial vocabulary.
+        DataError: the text contains `Ġ`, which is reserved for spaces.
     """
     words: Mapping[Symbols, int] = Counter(map(tuple, spaced_words(text)))
-    first = list(map(chr, range(256)))
-    symbols = [*first, *sorted({*text} - {*first}), SPACE, tokenizer.ENDOFTEXT]
+    byte_symbols = list(map(chr, range(256)))
+    symbols = [
+        *byte_symbols,
+        *sorted({*text} - {*byte_symbols}),
+        SPACE_MARK,
+        tokenizer.ENDOFTEXT,
+    ]
     if vocab_size < len(symbols):
         raise ConfigError(
-            f"vocab_size={vocab_size} is too small: the characters, {SPACE!r} and "
-            f"{tokenizer.ENDOFTEXT} need {len(symbols)}. Ask for more."
+            f"vocab_size={vocab_size} must be at least {len(symbols)} for the "
+            f"characters of the text, {SPACE_MARK!r} and {tokenizer.ENDOFTEXT}."
         )
     ranks: dict[Pair, int] = {}
-    while len(symbols) < vocab_size and (counts := pair_counts(words)):
-        pair = max(counts, key=counts.__getitem__)  # the first one of several
+    while len(symbols) < vocab_size and (counts := count_symbol_pairs(words)):
+        pair = max(counts, key=counts.__getitem__)  # the first of equals
         ranks[pair] = len(ranks)
         symbols.append("".join(pair))
-        words = {  # most words do not have the pair
-            merge(word, {pair}) if pair[0] in word else word: times
-            for word, times in words.items()
+        words = {  # skip the words without the pair, which are most
+            merge_pairs(word, {pair}) if pair[0] in word else word: count
+            for word, count in words.items()
         }
-    return Table(tuple(symbols), ranks)
+    return MergeTable(tuple(symbols), ranks)
 
 
 @functools.cache
-def gpt2_table() -> Table:
-    """What OpenAI's training left: 50,257 symbols, 50,000 merges."""
-    lines = tokenizer.gpt2_lines()
-    symbols = map(tokenizer.visible, tokenizer.load("gpt2").ranks)  # in order of ids
+def gpt2_merge_table() -> MergeTable:
+    """GPT-2's table: 50,257 symbols, 50,000 merges."""
+    lines = tokenizer.read_gpt2_merges()
+    symbols = map(
+        tokenizer.bytes_to_unicode, tokenizer.load_tokenizer("gpt2").ranks
+    )  # in order of ids
     ranks = {(a, b): rank for rank, (a, b) in enumerate(map(str.split, lines))}
-    return Table((*symbols, tokenizer.ENDOFTEXT), ranks)
+    return MergeTable((*symbols, tokenizer.ENDOFTEXT), ranks)
 
 
 # Words to ids and back
 
 
-def in_order(word: str, table: Table) -> Symbols:
-    """The word after all merges, those that were learned first done first.
+def merge_by_rank(word: str, table: MergeTable) -> Symbols:
+    """Applies the merges to a word, in the order in which they were learned.
 
-    >>> in_order("Ġlower", train("low lower lowest", 261))
+    >>> merge_by_rank("Ġlower", train_merges("low lower lowest", 261))
     ('Ġlow', 'e', 'r')
     """
     symbols = tuple(word)
-    while possible := [pair for pair in pairwise(symbols) if pair in table.ranks]:
-        symbols = merge(symbols, {min(possible, key=table.ranks.__getitem__)})
+    while candidates := [pair for pair in pairwise(symbols) if pair in table.ranks]:
+        symbols = merge_pairs(symbols, {min(candidates, key=table.ranks.__getitem__)})
     return symbols
 
 
-def by_sweeps(word: str, table: Table) -> Symbols:
-    """The word as the book splits it with a table that it trained itself.
+def merge_by_sweeps(word: str, table: MergeTable) -> Symbols:
+    """Applies the merges to a word as the book does with its own tables.
 
-    A word that is a symbol stays whole; in others any possible merge is done on the
-    way from left to right, whenever it was learned, until none is left. That is
-    simpler than `in_order`, and not what training did:
+    A word that is a symbol is not split. In other words, sweeps from left to right
+    apply every possible merge regardless of its rank, until none is left. This is
+    simpler than `merge_by_rank`, but differs from the order of training:
 
     >>> ranks = {("b", "c"): 0, ("a", "b"): 1}
-    >>> table = Table(("a", "b", "c", "bc", "ab"), ranks)
-    >>> in_order("abc", table), by_sweeps("abc", table)
+    >>> table = MergeTable(("a", "b", "c", "bc", "ab"), ranks)
+    >>> merge_by_rank("abc", table), merge_by_sweeps("abc", table)
     (('a', 'bc'), ('ab', 'c'))
     """
     if word in table.ids:
         return (word,)
     symbols = tuple(word)
-    while (swept := merge(symbols, table.ranks)) != symbols:
-        symbols = swept
+    while (merged := merge_pairs(symbols, table.ranks)) != symbols:
+        symbols = merged
     return symbols
 
 
-def encode(
+def encode_words(
     words: Iterable[str],
-    table: Table,
-    apply: Callable[[str, Table], Symbols] = in_order,
+    table: MergeTable,
+    merge_fn: Callable[[str, MergeTable], Symbols] = merge_by_rank,
 ) -> list[int]:
-    """The ids of the symbols of the words.
+    """Encodes words as symbol ids.
 
-    >>> encode(gpt2_words("This is some text"), gpt2_table())
+    >>> encode_words(gpt2_words("This is some text"), gpt2_merge_table())
     [1212, 318, 617, 2420]
 
     Args:
-        words: from the function that also made the words for training.
-        table: of symbols and merges.
-        apply: how merges are done: `in_order` or `by_sweeps`.
+        words: split by the same function as the training text.
+        table: merge table.
+        merge_fn: merges one word: `merge_by_rank` or `merge_by_sweeps`.
 
     Raises:
-        DataError: a character is no symbol of the table.
+        DataError: a character is not in the table.
     """
-    symbols = [symbol for word in words for symbol in apply(word, table)]
+    symbols = [symbol for word in words for symbol in merge_fn(word, table)]
     for symbol in symbols:
         if symbol not in table.ids:
             raise DataError(
-                f"the character {symbol!r} is not in the table. Train on a text that "
-                "has it, or use gpt2_words with gpt2_table."
+                f"the character {symbol!r} is not in the table. Train on text that "
+                "contains it, or use gpt2_words with gpt2_merge_table."
             )
     return [table.ids[symbol] for symbol in symbols]
 
 
-def decode(ids: Sequence[int], table: Table) -> list[str]:
-    """The symbols of the ids, for `spaced_text` or `gpt2_text`.
+def decode_ids(ids: Sequence[int], table: MergeTable) -> list[str]:
+    """Decodes ids to symbols, for `spaced_text` or `gpt2_text`.
 
-    >>> spaced_text(decode([258, 260], train("low lower lowest", 261)))
+    >>> spaced_text(decode_ids([258, 260], train_merges("low lower lowest", 261)))
     'lo low'
 
     Raises:
@@ -243,7 +254,7 @@ def decode(ids: Sequence[int], table: Table) -> list[str]:
     for i in ids:
         if not 0 <= i < size:
             raise DataError(
-                f"the id {i} is outside the table, which has 0 to {size - 1}. Use the "
-                "table that made the ids."
+                f"the id {i} must be between 0 and {size - 1}. Use the table that "
+                "encoded the text."
             )
     return [table.symbols[i] for i in ids]

@@ -1,9 +1,8 @@
-"""Chapter 3, attention: from dot products to many heads, one step at a time.
+"""Chapter 3: attention from dot products to multiple heads, one step at a time.
 
-The letters in array names are those of `gptjax.model`; E is the width that comes out
-of the last function, in a GPT the same as D. Functions of [T, D] take one text;
-`jax.vmap` makes them functions of a batch. What gptjax itself uses is
-`gptjax.attention`.
+The letters in array names are those of `gptjax.model.gpt`; E is the output width of
+multi-head attention, equal to D in a GPT. Functions of [T, D] take one sequence; batch
+them with `jax.vmap`. The production version is `gptjax.model.attention`.
 """
 
 import math
@@ -16,10 +15,10 @@ from jaxtyping import Array, Bool, Float, Key
 
 from gptjax.errors import ConfigError
 
-Text = Float[Array, "T D"]
+TokenVectors = Float[Array, "T D"]
 AnyArray = Array | np.ndarray
 
-JOURNEY = (  # section 3.3.1: "Your journey starts with one step", a row for each word
+EXAMPLE_INPUTS = (  # section 3.3.1: "Your journey starts with one step", one row per word
     (0.43, 0.15, 0.89),
     (0.55, 0.87, 0.66),
     (0.57, 0.85, 0.64),
@@ -29,21 +28,21 @@ JOURNEY = (  # section 3.3.1: "Your journey starts with one step", a row for eac
 )
 
 
-# Without weights to learn (section 3.3)
+# Without trainable weights (section 3.3)
 
 
-def similarity(x_TD: Text) -> Float[Array, "T S"]:
-    """How much each word takes of each: a softmax of their dot products.
+def similarity(x_TD: TokenVectors) -> Float[Array, "T S"]:
+    """Attention weights: the softmax of dot products between tokens.
 
     >>> print(*(f"{weight:.4f}" for weight in similarity(jnp.array(JOURNEY))[1]))
     0.1385 0.2379 0.2333 0.1240 0.1082 0.1581
     """
-    x_SD = x_TD  # the same words, as those that are looked at
+    x_SD = x_TD  # the same tokens, as keys
     return jax.nn.softmax(jnp.einsum("TD,SD->TS", x_TD, x_SD))
 
 
-def simple_attention(x_TD: Text) -> Text:
-    """For each word the mean of all, weighted with their similarity to it.
+def simple_attention(x_TD: TokenVectors) -> TokenVectors:
+    """Averages all tokens, weighted by similarity.
 
     >>> print(*(f"{x:.4f}" for x in simple_attention(jnp.array(JOURNEY))[1]))
     0.4419 0.6515 0.5683
@@ -54,35 +53,35 @@ def simple_attention(x_TD: Text) -> Text:
 # With queries, keys and values (section 3.4)
 
 
-class Projections(NamedTuple):
-    """What a head learns: how a word asks, how it is found, and what it then gives."""
+class HeadParams(NamedTuple):
+    """Query, key and value projections of one head."""
 
     query_DK: Float[Array, "D K"]
     key_DK: Float[Array, "D K"]
     value_DK: Float[Array, "D K"]
 
 
-def scores(
+def scaled_scores(
     query_TK: Float[Array, "T K"], key_SK: Float[Array, "S K"]
 ) -> Float[Array, "T S"]:
-    """Dot products over sqrt(K), which keeps their variance from growing with K."""
+    """Dot products over sqrt(K), so that their variance is independent of K."""
     score_TS = jnp.einsum("TK,SK->TS", query_TK, key_SK)
     return score_TS / math.sqrt(key_SK.shape[1])
 
 
-def self_attention(x_TD: Text, head: Projections) -> Float[Array, "T K"]:
-    """For each word the weighted mean of the values of all."""
-    query_TK, key_SK, value_SK = (x_TD @ kernel for kernel in head)
-    return jax.nn.softmax(scores(query_TK, key_SK)) @ value_SK
+def self_attention(x_TD: TokenVectors, head_params: HeadParams) -> Float[Array, "T K"]:
+    """Single-head attention over all tokens."""
+    query_TK, key_SK, value_SK = (x_TD @ kernel for kernel in head_params)
+    return jax.nn.softmax(scaled_scores(query_TK, key_SK)) @ value_SK
 
 
-# Without the future, and with dropout (section 3.5)
+# Causal mask and dropout (section 3.5)
 
 
-def past(length: int) -> Bool[Array, "T S"]:
-    """True where a word may look: at itself and at what came before it.
+def causal_mask(length: int) -> Bool[Array, "T S"]:
+    """Causal mask: True for the token itself and earlier tokens.
 
-    >>> print(past(3).astype(int))
+    >>> print(causal_mask(3).astype(int))
     [[1 0 0]
      [1 1 0]
      [1 1 1]]
@@ -90,71 +89,72 @@ def past(length: int) -> Bool[Array, "T S"]:
     return jnp.tril(jnp.ones((length, length), bool))
 
 
-def without_future(weight_TS: Float[Array, "T S"]) -> Float[Array, "T S"]:
-    """The weights of the past, scaled so that each row sums to 1 again.
+def mask_future(weight_TS: Float[Array, "T S"]) -> Float[Array, "T S"]:
+    """Zeroes the weights of later tokens and renormalizes each row.
 
-    The result is that of `causal_weights`: a softmax over fewer scores is a softmax
-    over all, cut and scaled.
+    Equal to `causal_attention_weights`, which masks the scores before the softmax.
     """
-    past_TS = weight_TS * past(len(weight_TS))
-    return past_TS / past_TS.sum(axis=1, keepdims=True)
+    masked_TS = weight_TS * causal_mask(len(weight_TS))
+    return masked_TS / masked_TS.sum(axis=1, keepdims=True)
 
 
-def causal_weights(score_TS: Float[Array, "T S"]) -> Float[Array, "T S"]:
-    """The softmax of the scores, of which those of the future are minus infinity."""
-    return jax.nn.softmax(jnp.where(past(len(score_TS)), score_TS, -jnp.inf))
+def causal_attention_weights(score_TS: Float[Array, "T S"]) -> Float[Array, "T S"]:
+    """Softmax of the scores, with later tokens masked by minus infinity."""
+    return jax.nn.softmax(jnp.where(causal_mask(len(score_TS)), score_TS, -jnp.inf))
 
 
-def kept(key: Key[Array, ""], rate: int | float, shape: tuple[int, ...]) -> Array:
-    """True for what dropout keeps, on average the share 1 - rate."""
-    return jax.random.bernoulli(key, 1 - checked_rate(rate), shape)
+def dropout_mask(
+    key: Key[Array, ""], rate: int | float, shape: tuple[int, ...]
+) -> Array:
+    """Random mask that is True with probability 1 - rate."""
+    return jax.random.bernoulli(key, 1 - check_dropout_rate(rate), shape)
 
 
-def dropped(weight: Array, keep: Array, rate: int | float) -> Array:
-    """The weights that are kept, scaled so that their mean stays; 0 for the others.
+def apply_dropout(weight: Array, keep: Array, rate: int | float) -> Array:
+    """Applies a dropout mask, scaling kept weights by 1 / (1 - rate).
 
-    >>> print(dropped(jnp.ones(4), jnp.array([True, False, True, True]), 0.5))
+    >>> print(apply_dropout(jnp.ones(4), jnp.array([True, False, True, True]), 0.5))
     [2. 0. 2. 2.]
     """
-    return jnp.where(keep, weight / (1 - checked_rate(rate)), 0)
+    return jnp.where(keep, weight / (1 - check_dropout_rate(rate)), 0)
 
 
-def checked_rate(rate: int | float) -> int | float:
-    """The rate, if dropout with it leaves something."""
+def check_dropout_rate(rate: int | float) -> int | float:
+    """Returns the rate after checking that it is in [0, 1)."""
     if not 0 <= rate < 1:
         raise ConfigError(
-            f"a dropout rate={rate} needs to be at least 0 and less than 1. Choose "
-            "0.1, for example."
+            f"the dropout rate={rate} must be at least 0 and less than 1. Use 0.1, "
+            "for example."
         )
     return rate
 
 
 def causal_attention(
-    x_TD: Text,
-    head: Projections,
+    x_TD: TokenVectors,
+    head_params: HeadParams,
     keep_TS: Bool[Array, "T S"] | None = None,
     rate: int | float = 0.0,
 ) -> Float[Array, "T K"]:
-    """For each word the weighted mean of the values so far.
+    """Single-head causal attention.
 
     Args:
-        x_TD: the words of one text.
-        head: what is learned.
-        keep_TS: the weights that dropout keeps; None keeps all.
-        rate: of dropout, which `keep_TS` was drawn with.
+        x_TD: token vectors of one sequence.
+        head_params: projections.
+        keep_TS: dropout mask; None keeps all weights.
+        rate: dropout rate of `keep_TS`.
     """
-    query_TK, key_SK, value_SK = (x_TD @ kernel for kernel in head)
-    weight_TS = causal_weights(scores(query_TK, key_SK))
+    query_TK, key_SK, value_SK = (x_TD @ kernel for kernel in head_params)
+    weight_TS = causal_attention_weights(scaled_scores(query_TK, key_SK))
     if keep_TS is not None:
-        weight_TS = dropped(weight_TS, keep_TS, rate)
+        weight_TS = apply_dropout(weight_TS, keep_TS, rate)
     return weight_TS @ value_SK
 
 
-# Many heads (section 3.6)
+# Multiple heads (section 3.6)
 
 
-class Heads(NamedTuple):
-    """Projections of H heads, and of their joint output."""
+class MultiHeadParams(NamedTuple):
+    """Query, key, value and output projections of H heads."""
 
     query_DHK: Float[Array, "D H K"]
     key_DHK: Float[Array, "D H K"]
@@ -163,58 +163,58 @@ class Heads(NamedTuple):
     bias_E: Float[Array, " E"]
 
 
-def heads_of(
+def split_heads(
     query: Float[AnyArray, "width D"],
     key: Float[AnyArray, "width D"],
     value: Float[AnyArray, "width D"],
     out: Float[AnyArray, "E width"],
     bias: Float[AnyArray, " E"],
-    count: int,
-) -> Heads:
-    """The weights of four of PyTorch's Linear layers, split over `count` heads.
+    n_heads: int,
+) -> MultiHeadParams:
+    """Splits the weights of four PyTorch Linear layers over `n_heads` heads.
 
     Raises:
-        ConfigError: the width does not split over so many heads.
+        ConfigError: the width is not divisible by the number of heads.
     """
     width = len(query)
-    if count < 1 or width % count:
+    if n_heads < 1 or width % n_heads:
         raise ConfigError(
-            f"a width of {width} does not split over {count} heads. Choose a number "
-            "of heads that divides it."
+            f"the width {width} must be divisible by the number of heads, which is "
+            f"{n_heads}."
         )
     query_DHK, key_DHK, value_DHK = (
-        jnp.asarray(weight.T.reshape(-1, count, width // count))
+        jnp.asarray(weight.T.reshape(-1, n_heads, width // n_heads))
         for weight in (query, key, value)
     )
-    out_HKE = jnp.asarray(out.T.reshape(count, width // count, -1))
-    return Heads(query_DHK, key_DHK, value_DHK, out_HKE, jnp.asarray(bias))
+    out_HKE = jnp.asarray(out.T.reshape(n_heads, width // n_heads, -1))
+    return MultiHeadParams(query_DHK, key_DHK, value_DHK, out_HKE, jnp.asarray(bias))
 
 
 def multi_head_attention(
     x_BTD: Float[Array, "B T D"],
-    heads: Heads,
+    heads: MultiHeadParams,
     keep_BHTS: Bool[Array, "B H T S"] | None = None,
     rate: int | float = 0.0,
 ) -> Float[Array, "B T E"]:
-    """Causal attention of several heads at once, whose outputs one projection joins.
+    """Multi-head causal attention with an output projection.
 
     Args:
-        x_BTD: the words of several texts.
-        heads: what is learned.
-        keep_BHTS: the weights that dropout keeps; None keeps all.
-        rate: of dropout, which `keep_BHTS` was drawn with.
+        x_BTD: token vectors.
+        heads: projections.
+        keep_BHTS: dropout mask; None keeps all weights.
+        rate: dropout rate of `keep_BHTS`.
     """
-    x_BSD = x_BTD  # the same words, as those that are looked at
+    x_BSD = x_BTD  # the same tokens, as keys
     query_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, heads.query_DHK)
     key_BSHK = jnp.einsum("BSD,DHK->BSHK", x_BSD, heads.key_DHK)
     value_BSHK = jnp.einsum("BSD,DHK->BSHK", x_BSD, heads.value_DHK)
 
     score_BHTS = jnp.einsum("BTHK,BSHK->BHTS", query_BTHK, key_BSHK)
     score_BHTS /= math.sqrt(key_BSHK.shape[-1])
-    past_TS = past(x_BTD.shape[1])
-    weight_BHTS = jax.nn.softmax(jnp.where(past_TS[None, None], score_BHTS, -jnp.inf))
+    causal_TS = causal_mask(x_BTD.shape[1])
+    weight_BHTS = jax.nn.softmax(jnp.where(causal_TS[None, None], score_BHTS, -jnp.inf))
     if keep_BHTS is not None:
-        weight_BHTS = dropped(weight_BHTS, keep_BHTS, rate)
+        weight_BHTS = apply_dropout(weight_BHTS, keep_BHTS, rate)
 
     mixed_BTHK = jnp.einsum("BHTS,BSHK->BTHK", weight_BHTS, value_BSHK)
     out_BTE = jnp.einsum("BTHK,HKE->BTE", mixed_BTHK, heads.out_HKE)

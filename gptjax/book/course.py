@@ -1,7 +1,7 @@
-"""The rows that the book's training runs read, and those of which they print losses.
+"""Batch schedule of the book's training runs, for training and for printed losses.
 
-What the book's loops print is a mean over some batches of the mean of each, however
-many tokens or rows a batch has; they are the first of a pass that begins just then.
+The book's loops print the unweighted mean of the batch means, regardless of batch size.
+The batches are the first ones of a new pass over the data loader.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,116 +10,143 @@ from typing import NamedTuple
 import numpy as np
 
 from gptjax import report
-from gptjax.book.loader import Batches, Loader
+from gptjax.book.loader import BatchIndices, Loader
 from gptjax.book.torch_random import TorchGenerator
 from gptjax.config import RunConfig, TrainConfig
-from gptjax.run_loop import Run, Task
+from gptjax.run_loop import RunContext, Task
 from gptjax.train import TrainState
 from gptjax.weights.folder import Model
 
-TRAIN, VALIDATION, TEST = "train", "validation", "test"
-FIRST = 1  # finished steps at the book's first evaluation
+TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT = "train", "validation", "test"
+FIRST_EVAL_STEP = 1  # steps before the book's first evaluation
 
-# (model, split, rows of a batch) -> what is known of the batch, by its name
-Score = Callable[[Model, str, list[int]], dict[str, float]]
-
-
-class Course(NamedTuple):
-    """The rows that a run of the book reads."""
-
-    steps: Batches  # of each training step
-    looks: dict[int, Batches]  # training batches of the evaluation after so many steps
-    whole: Batches  # all of them, in order
-    held_out: Batches  # of validation
+# (model, split, row indices of a batch) -> metrics of the batch
+BatchScoreFn = Callable[[Model, str, list[int]], dict[str, float]]
 
 
-def plan_course(
-    loader: Loader,
-    held_out: Loader,
+class BatchSchedule(NamedTuple):
+    """Batches of a run, as row indices."""
+
+    train_batches: BatchIndices  # one batch per training step
+    eval_batches: dict[int, BatchIndices]  # training batches to evaluate, by step
+    all_train_batches: BatchIndices  # all training batches, unshuffled
+    val_batches: BatchIndices  # all validation batches
+
+
+def plan_batch_schedule(
+    train_loader: Loader,
+    val_loader: Loader,
     generator: TorchGenerator,
-    train: TrainConfig,
-    after: int = 0,
-) -> Course:
-    """All passes of a run, in the order in which the book begins them.
+    train_config: TrainConfig,
+    epoch_end_evals: int = 0,
+) -> BatchSchedule:
+    """Draws the batches of a run, in the order in which the book starts its passes.
 
     Args:
-        loader: of the training rows.
-        held_out: of the validation rows.
-        generator: as it is when training begins.
-        train: how many steps there are, and how often it is evaluated.
-        after: evaluations at the end of each epoch.
+        train_loader: training loader.
+        val_loader: validation loader.
+        generator: in its state at the start of training.
+        train_config: steps and evaluation interval.
+        epoch_end_evals: evaluations at the end of each epoch.
     """
-    steps: Batches = []
-    looks: dict[int, Batches] = {}
-    validation = held_out.begin(TorchGenerator(0))  # it does not shuffle
-    while len(steps) < train.steps:
-        for batch in loader.begin(generator):
-            if len(steps) % train.eval_every == 0:
-                some = loader.begin(generator)[: train.eval_batches]
-                looks[len(steps) + FIRST] = some
-                held_out.begin(generator)
-            steps.append(batch)
-        for _ in range(after):
-            loader.begin(generator)
-            held_out.begin(generator)
-    rows = range(0, loader.items, loader.batch_size)
-    whole = [list(range(loader.items))[n : n + loader.batch_size] for n in rows]
-    return Course(steps[: train.steps], looks, whole, validation)
+    train_batches: BatchIndices = []
+    eval_batches: dict[int, BatchIndices] = {}
+    val_batches = val_loader.start_epoch(TorchGenerator(0))  # not shuffled
+    while len(train_batches) < train_config.steps:
+        for batch in train_loader.start_epoch(generator):
+            if len(train_batches) % train_config.eval_every == 0:
+                some_batches = train_loader.start_epoch(generator)[
+                    : train_config.eval_batches
+                ]
+                eval_batches[len(train_batches) + FIRST_EVAL_STEP] = some_batches
+                val_loader.start_epoch(generator)
+            train_batches.append(batch)
+        for _ in range(epoch_end_evals):
+            train_loader.start_epoch(generator)
+            val_loader.start_epoch(generator)
+    rows = range(0, train_loader.items, train_loader.batch_size)
+    all_train_batches = [
+        list(range(train_loader.items))[n : n + train_loader.batch_size] for n in rows
+    ]
+    return BatchSchedule(
+        train_batches[: train_config.steps],
+        eval_batches,
+        all_train_batches,
+        val_batches,
+    )
 
 
-def loaders_of(sizes: Mapping[str, int], c: RunConfig) -> dict[str, Loader]:
-    """One for the rows of each split, as chapters 6 and 7 make them."""
-    each = c.data.batch_size
+def make_loaders(sizes: Mapping[str, int], config: RunConfig) -> dict[str, Loader]:
+    """Makes one loader per split, as in chapters 6 and 7."""
+    batch_size = config.data.batch_size
     return {
-        split: Loader(count, each, shuffle=split == TRAIN, drop_last=split == TRAIN)
+        split: Loader(
+            count,
+            batch_size,
+            shuffle=split == TRAIN_SPLIT,
+            drop_last=split == TRAIN_SPLIT,
+        )
         for split, count in sizes.items()
     }
 
 
-def begun(
-    loaders: Mapping[str, Loader], generator: TorchGenerator, most: int
-) -> dict[str, Batches]:
-    """The first batches of a pass of each loader: training, validation, test."""
-    names = [split for split in (TRAIN, VALIDATION, TEST) if split in loaders]
-    return {split: loaders[split].begin(generator)[:most] for split in names}
+def first_batches(
+    loaders: Mapping[str, Loader], generator: TorchGenerator, max_batches: int
+) -> dict[str, BatchIndices]:
+    """Returns the first batches of a new pass: training, validation, test."""
+    splits = [
+        split
+        for split in (TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT)
+        if split in loaders
+    ]
+    return {
+        split: loaders[split].start_epoch(generator)[:max_batches] for split in splits
+    }
 
 
-def printing(
-    run: Run,
+def make_book_evaluate(
+    run: RunContext,
     task: Task,
-    course: Course,
-    before: Mapping[str, Mapping[str, Batches]],
-    score: Score,
+    schedule: BatchSchedule,
+    initial_batches: Mapping[str, Mapping[str, BatchIndices]],
+    score_batch: BatchScoreFn,
 ) -> Callable[[TrainState, int, bool], str]:
-    """The evaluation of a task, which then says and writes what the book prints.
+    """Extends a task's evaluation: logs the metrics that the book prints.
 
     Args:
-        run: the run; it gets an event "book" with "train_loss" and the like.
-        task: whose `evaluate` is done, too.
-        course: of the run.
-        before: for "loss" and "accuracy", the batches of the look before the first
-            step.
-        score: of one batch.
+        run: receives a "book" event with "train_loss" and other metrics.
+        task: its own `evaluate_and_log` runs first.
+        schedule: batches of the run.
+        initial_batches: batches to evaluate before the first step, by metric ("loss",
+            "accuracy") and split.
+        score_batch: computes the metrics of one batch.
     """
-    held_out = course.held_out[: run.config.train.eval_batches]
+    val_batches = schedule.val_batches[: run.config.train.eval_batches]
 
-    def evaluate(state: TrainState, done: int, last: bool) -> str:
-        told = task.evaluate(state, done, last)
-        wanted = dict(before) if not done else {}
-        if done in course.looks:
-            wanted = {"loss": {TRAIN: course.looks[done], VALIDATION: held_out}}
-        model = task.model(state)
-        found = {
+    def evaluate_and_log(state: TrainState, step: int, last: bool) -> str:
+        text = task.evaluate(state, step, last)
+        batches_by_metric = dict(initial_batches) if not step else {}
+        if step in schedule.eval_batches:
+            batches_by_metric = {
+                "loss": {
+                    TRAIN_SPLIT: schedule.eval_batches[step],
+                    VALIDATION_SPLIT: val_batches,
+                }
+            }
+        model = task.to_model(state)
+        metrics = {
             f"{split}_{name}": float(
-                np.mean([score(model, split, rows)[name] for rows in batches])
+                np.mean([score_batch(model, split, rows)[name] for rows in batches])
             )
-            for name, parts in wanted.items()
-            for split, batches in parts.items()
+            for name, batches_by_split in batches_by_metric.items()
+            for split, batches in batches_by_split.items()
         }
-        if found:
-            report.write_event(run.metrics, "book", done, **found)
-            text = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
-            run.say(f"book     {text.replace('_', ' ')}")
-        return told
+        if metrics:
+            report.log_event(run.metrics_path, "book", step, **metrics)
+            metrics_text = ", ".join(
+                f"{name} {value:.3f}" for name, value in metrics.items()
+            )
+            run.log(f"book     {metrics_text.replace('_', ' ')}")
+        return text
 
-    return evaluate
+    return evaluate_and_log

@@ -1,28 +1,27 @@
-"""The batches of the book's DataLoaders, in its order.
+"""Batches of the book's data loaders, in the book's order.
 
-A generator is shared: the parameters of a model, the epochs of training and the passes
-of evaluation take their numbers from it in turn. A pass takes its own when it begins,
-all of them, however soon it is left: so an evaluation within an epoch does not change
-that epoch, but those after it. On a CPU the book's dropout takes numbers as well; these
-are the batches of a model without dropout, or of one that trains on a GPU.
+Model initialization, training epochs and evaluation passes share one random generator.
+A pass draws all of its random numbers when it starts, so an evaluation within an epoch
+changes the order of later epochs only. On a CPU the book's dropout draws from the same
+generator; these are the batches without dropout, or with training on a GPU.
 """
 
 import dataclasses
 from collections.abc import Iterator
 
 from gptjax.book.torch_random import TorchGenerator
-from gptjax.config import at_least
-from gptjax.data.torch_order import permutation
+from gptjax.config import check_min
+from gptjax.data.torch_order import torch_randperm
 from gptjax.errors import ConfigError
 
-Batches = list[list[int]]
-BASE = 2  # 32-bit numbers that every pass takes, for workers that it may have
-SHUFFLED = 4  # and a shuffled one: its own seed too
+BatchIndices = list[list[int]]
+NUMBERS_PER_PASS = 2  # 32-bit numbers drawn by every pass, for worker seeds
+NUMBERS_PER_SHUFFLED_PASS = 4  # drawn by a shuffled pass, including its own seed
 
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """What PyTorch's DataLoader of that many items goes through."""
+    """Batch order of PyTorch's DataLoader."""
 
     items: int
     batch_size: int
@@ -30,29 +29,29 @@ class Loader:
     drop_last: bool = True
 
     def __post_init__(self) -> None:
-        """Rejects loaders without a batch."""
-        at_least("loader", self, 1, "items batch_size")
+        """Checks that there is at least one batch."""
+        check_min("loader", self, 1, "items batch_size")
         if self.drop_last and self.items < self.batch_size:
             raise ConfigError(
-                f"{self.items} items make no batch of {self.batch_size}. Choose a "
-                "smaller batch_size, or drop_last=False."
+                f"{self.items} items are fewer than batch_size={self.batch_size}. "
+                "Reduce batch_size, or set drop_last=False."
             )
 
     @property
-    def taken(self) -> int:
-        """32-bit numbers that a pass takes from the generator."""
-        return SHUFFLED if self.shuffle else BASE
+    def numbers_per_pass(self) -> int:
+        """Number of 32-bit numbers that a pass draws from the generator."""
+        return NUMBERS_PER_SHUFFLED_PASS if self.shuffle else NUMBERS_PER_PASS
 
-    def begin(self, generator: TorchGenerator) -> Batches:
-        """The batches of the pass that begins now, as numbers of items.
+    def start_epoch(self, generator: TorchGenerator) -> BatchIndices:
+        """Starts a pass and returns its batches of item indices.
 
         >>> Loader(5, 2).begin(TorchGenerator(123))
         [[3, 1], [0, 2]]
         """
-        *_, high, low = generator.numbers(self.taken).tolist()
+        *_, high, low = generator.next_uint32(self.numbers_per_pass).tolist()
         order = list(range(self.items))
         if self.shuffle:
-            order = permutation((high << 32 | low) & (2**63 - 1), self.items)
+            order = torch_randperm((high << 32 | low) & (2**63 - 1), self.items)
         stop = self.items - (self.items % self.batch_size if self.drop_last else 0)
         starts = range(0, stop, self.batch_size)
         return [order[start : start + self.batch_size] for start in starts]
@@ -67,52 +66,52 @@ def epochs(
     *,
     eval_every: int = 0,
     eval_after: int = 0,
-) -> Iterator[Batches]:
-    """Epoch after epoch, the batches that the book's training loops go through.
+) -> Iterator[BatchIndices]:
+    """Yields the training batches of the book, one list per epoch, without end.
 
-    An evaluation begins two passes: one over the training loader, one over a validation
-    loader that does not shuffle. Those of an epoch are made up for when the next epoch
-    is asked for. A loop that uses its loaders in another way passes its own generator,
-    leaves out the evaluations, and calls `Loader.begin` for each use.
+    An evaluation starts two passes: one over the training loader, and one over an
+    unshuffled validation loader. Their random numbers are skipped when the next epoch
+    is requested. If a training loop evaluates differently, pass a generator, leave out
+    the evaluations, and call `Loader.start_epoch` for each pass.
 
     Args:
-        n_items: rows of the training set.
-        batch_size: rows of a batch.
-        seed: of a new generator; or the one that made the model's parameters, which
-            the book's loops go on with.
-        shuffle: whether the training loader shuffles.
-        drop_last: whether it leaves out a last batch that is not full.
-        eval_every: steps from one evaluation to the next, the first of them at step 0;
-            the book's eval_freq. 0: none.
-        eval_after: evaluations at the end of each epoch. 1 in chapter 6, which takes
-            the accuracy then; 0 in the others.
+        n_items: number of training rows.
+        batch_size: rows per batch.
+        seed: seed of a new generator, or the generator that initialized the model.
+        shuffle: shuffle the training rows.
+        drop_last: drop the last batch if it is not full.
+        eval_every: steps between evaluations, the first at step 0 (the book's
+            eval_freq); 0 = none.
+        eval_after: evaluations at the end of each epoch: 1 in chapter 6, else 0.
 
     Raises:
-        ConfigError: there is no batch, or a negative number of evaluations.
+        ConfigError: there is no full batch, or an evaluation option is negative.
 
     >>> next(epochs(5, 2))
     [[3, 1], [0, 2]]
     """
     if min(eval_every, eval_after) < 0:
         raise ConfigError(
-            f"eval_every={eval_every} and eval_after={eval_after} need to be 0 or "
-            "more. Use 0 for no evaluation."
+            f"eval_every={eval_every} and eval_after={eval_after} must be at least 0 "
+            "(0 = no evaluation)."
         )
     loader = Loader(n_items, batch_size, shuffle, drop_last)
     generator = TorchGenerator(seed) if isinstance(seed, int) else seed
-    return passes(loader, generator, eval_every, eval_after)
+    return iterate_epochs(loader, generator, eval_every, eval_after)
 
 
-def passes(
+def iterate_epochs(
     loader: Loader, generator: TorchGenerator, eval_every: int, eval_after: int
-) -> Iterator[Batches]:
-    """What `epochs` yields; the numbers of an epoch are taken when it is asked for."""
+) -> Iterator[BatchIndices]:
+    """Yields the batches of `epochs`; draws the numbers of an epoch on request."""
     step = 0
     while True:
-        batches = loader.begin(generator)
+        batches = loader.start_epoch(generator)
         yield batches
         stop, evaluations = step + len(batches), eval_after
         if eval_every:
             evaluations += -(-stop // eval_every) - -(-step // eval_every)
-        generator.numbers((loader.taken + BASE) * evaluations)
+        generator.next_uint32(
+            (loader.numbers_per_pass + NUMBERS_PER_PASS) * evaluations
+        )
         step = stop

@@ -1,8 +1,8 @@
-"""The untrained parameters of the book's GPTModel.
+"""Initial parameters of the book's GPTModel.
 
-Its layers are PyTorch's, so each draws its own when it is made: an Embedding normal
-numbers, a Linear uniform ones in [-1/sqrt(inner), 1/sqrt(inner)), for the weight and
-then for the bias. Norms draw none.
+PyTorch initializes each layer on construction: an Embedding from a normal distribution,
+a Linear from a uniform one over [-1/sqrt(fan_in), 1/sqrt(fan_in)), first the weight and
+then the bias. Layer norms use no random numbers.
 """
 
 import math
@@ -16,16 +16,16 @@ from gptjax.book.torch_random import TorchGenerator
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
 from gptjax.model import Params, init
-from gptjax.tree import named_leaves
-from gptjax.weights.names import homes, take, their_shape
-from gptjax.weights.streaming import aligned
+from gptjax.tree import flatten_with_names
+from gptjax.weights.names import param_slots, unpack_tensor, source_shape
+from gptjax.weights.streaming import aligned_empty
 
-TABLES = ("tok_emb", "pos_emb")
-BLOCK = (  # in the order in which the book's layers make them
+EMBEDDING_LAYERS = ("tok_emb", "pos_emb")
+BLOCK_LAYERS = (  # in the book's construction order
     *("att.W_query", "att.W_key", "att.W_value", "att.out_proj"),
     *("ff.layers.0", "ff.layers.2"),
 )
-NEEDED = {  # of the shapes that the book's class can have
+REQUIRED_CONFIG = {  # the configurations that the book's class supports
     "tie_embeddings": False,
     "vocab_multiple": 1,
     "n_classes": 0,
@@ -34,50 +34,52 @@ NEEDED = {  # of the shapes that the book's class can have
 
 
 def init_params(config: GPTConfig, seed: int | TorchGenerator = 123) -> Params:
-    """What the book's GPTModel holds after `torch.manual_seed(seed)`, as our tree.
+    """Initializes parameters as the book's GPTModel after `torch.manual_seed(seed)`.
 
     Args:
-        config: shape of the model. The book's GPT_CONFIG_124M is GPTConfig.preset(
-            "gpt2", tie_embeddings=False, qkv_bias=False, dropout=0.1).
-        seed: or a generator, which then stands where PyTorch's does.
+        config: the book's GPT_CONFIG_124M is GPTConfig.preset("gpt2",
+            tie_embeddings=False, qkv_bias=False, dropout=0.1).
+        seed: seed, or a generator, which advances as PyTorch's does.
 
     Raises:
-        ConfigError: the book's class makes no model of that shape.
+        ConfigError: the book's class does not support `config`.
     """
-    for option, need in NEEDED.items():
-        if (value := getattr(config, option)) != need:
+    for option, required in REQUIRED_CONFIG.items():
+        if (value := getattr(config, option)) != required:
             raise ConfigError(
-                f"model.{option}={value}, but the book's GPTModel knows only "
-                f"{option}={need}. Set it."
+                f"model.{option}={value} is not supported by the book's GPTModel. Set "
+                f"model.{option}={required}."
             )
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    leaves = named_leaves(shapes)
-    plan = homes(config, "book", leaves)
-    arrays = {name: aligned(leaf.shape) for name, leaf in leaves.items()}
+    leaves = flatten_with_names(shapes)
+    slots = param_slots(config, "book", leaves)
+    arrays = {name: aligned_empty(leaf.shape) for name, leaf in leaves.items()}
     for name, array in arrays.items():
         array[...] = float(name.endswith("/scale"))
     generator = TorchGenerator(seed) if isinstance(seed, int) else seed
-    for name, tensor in drawn(config, plan, generator):
-        for leaf, layer, values in take(tensor, plan[name]):
+    for name, tensor in sample_params(config, slots, generator):
+        for leaf, layer, values in unpack_tensor(tensor, slots[name]):
             target = arrays[leaf] if layer is None else arrays[leaf][layer]
             target.reshape(values.shape)[...] = values
-    ordered = [jax.device_put(arrays.pop(name)) for name in leaves]
-    return jax.tree.unflatten(jax.tree.structure(shapes), ordered)
+    device_arrays = [jax.device_put(arrays.pop(name)) for name in leaves]
+    return jax.tree.unflatten(jax.tree.structure(shapes), device_arrays)
 
 
-def drawn(
-    config: GPTConfig, plan: Mapping[str, Any], generator: TorchGenerator
+def sample_params(
+    config: GPTConfig, slots: Mapping[str, Any], generator: TorchGenerator
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors that are drawn, one at a time, under the book's names."""
-    for name in TABLES:
+    """Yields the random tensors by their names in the book."""
+    for name in EMBEDDING_LAYERS:
         weight = f"{name}.weight"
-        yield weight, generator.normal(their_shape(plan[weight]))
+        yield weight, generator.normal(source_shape(slots[weight]))
     blocks = [
-        f"trf_blocks.{n}.{name}" for n in range(config.n_layers) for name in BLOCK
+        f"trf_blocks.{n}.{name}"
+        for n in range(config.n_layers)
+        for name in BLOCK_LAYERS
     ]
     for name in (*blocks, "out_head"):
-        shape = their_shape(plan[f"{name}.weight"])
+        shape = source_shape(slots[f"{name}.weight"])
         bound = 1 / math.sqrt(shape[1])
         for part in (f"{name}.weight", f"{name}.bias"):
-            if part in plan:
-                yield part, generator.uniform(their_shape(plan[part]), -bound, bound)
+            if part in slots:
+                yield part, generator.uniform(source_shape(slots[part]), -bound, bound)

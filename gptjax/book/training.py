@@ -1,8 +1,8 @@
-"""The book's training runs, from its own parameters and in its own order.
+"""Training runs of the book, with its initial parameters and batch order.
 
 `train.task = "book"`: chapter 5 and appendix D for `data.source = "verdict"`, chapter 6
-for "sms-spam", chapter 7 for "instructions". What the book's loops count as step n is
-n + 1 finished steps here. Its dropout takes other random numbers than ours.
+for "sms-spam", chapter 7 for "instructions". Step n in the book is n + 1 finished steps
+here. Dropout masks differ from the book's.
 """
 
 import dataclasses
@@ -17,216 +17,276 @@ import numpy as np
 
 from gptjax import budget, classification, instruct, pretrain, report
 from gptjax import tokenizer as tokenizers
-from gptjax.book.ch02 import split_text, windows
+from gptjax.book.ch02 import split_text, make_windows
 from gptjax.book.course import (
-    FIRST,
-    TEST,
-    TRAIN,
-    VALIDATION,
-    Course,
-    begun,
-    loaders_of,
-    plan_course,
-    printing,
+    FIRST_EVAL_STEP,
+    TEST_SPLIT,
+    TRAIN_SPLIT,
+    VALIDATION_SPLIT,
+    BatchSchedule,
+    first_batches,
+    make_loaders,
+    plan_batch_schedule,
+    make_book_evaluate,
 )
 from gptjax.book.loader import Loader
 from gptjax.book.params import init_params
 from gptjax.book.torch_random import TorchGenerator
 from gptjax.config import RunConfig
 from gptjax.data import named
-from gptjax.data.batches import Batch, pack
-from gptjax.data.example_batches import Book
-from gptjax.data.labelled import select
-from gptjax.data.labelled_batches import LabelledBatches
+from gptjax.data.batches import Batch, make_lm_batch
+from gptjax.data.example_batches import BookBatches
+from gptjax.data.labelled import take
+from gptjax.data.labelled_batches import ClassificationBatches
 from gptjax.errors import ConfigError
-from gptjax.evaluate import evaluate, make_scorer
+from gptjax.evaluate import evaluate, make_eval_step
 from gptjax.examine import example_loss
-from gptjax.loss import next_token_loss
+from gptjax.loss import make_lm_loss_fn
 from gptjax.optim import make_optimizer
-from gptjax.prediction import judge, sizes_of
-from gptjax.run_task import NO_WISHES, Run, Say, Task, Wishes, device_line, length_line
-from gptjax.sharding import local
-from gptjax.starting import tokenizer_facts
+from gptjax.prediction import evaluate_classifier, bucket_lengths
+from gptjax.run_task import (
+    DEFAULT_RESUME_OPTIONS,
+    RunContext,
+    LogFn,
+    Task,
+    ResumeOptions,
+    describe_devices,
+    describe_length,
+)
+from gptjax.sharding import to_host
+from gptjax.starting import tokenizer_provenance
 from gptjax.train import TrainState, init_state, make_train_step
-from gptjax.tree import count
+from gptjax.tree import num_params
 from gptjax.weights.folder import Model
 
 
 def train_book(
-    config: RunConfig, folder: Path, say: Say = print, wishes: Wishes = NO_WISHES
+    config: RunConfig,
+    run_dir: Path,
+    log: LogFn = print,
+    options: ResumeOptions = DEFAULT_RESUME_OPTIONS,
 ) -> Model:
-    """Trains as a chapter of the book does, in the run folder `folder`, or goes on.
+    """Trains as a chapter of the book does; resumes if the run exists.
 
     Args:
-        config: of the run; its `data.source` says which chapter.
-        folder: made if it is not there.
-        say: gets each line for the user.
-        wishes: what may change, and what follows a spike.
+        config: `data.source` selects the chapter.
+        run_dir: run directory; created if missing.
+        log: called with each line for the user.
+        options: resume options.
 
     Raises:
-        GptjaxError: data, config or folder cannot be used.
-        Stopped: a signal came; the same call goes on later.
+        GptjaxError: invalid data, config or run directory.
+        Interrupted: a signal was received; the same call resumes.
     """
     source = config.data.source
     if source == "verdict":
-        return pretrain.pretrain(config, folder, say, make_chapter_5, wishes)
+        return pretrain.pretrain(config, run_dir, log, make_chapter_5, options)
     if source == "sms-spam":
         return classification.train_classifier(
-            config, folder, say, make_chapter_6, wishes
+            config, run_dir, log, make_chapter_6, options
         )
     if source == "instructions":
-        return instruct.train_assistant(config, folder, say, make_chapter_7, wishes)
+        return instruct.train_sft(config, run_dir, log, make_chapter_7, options)
     raise ConfigError(
-        f"data.source={source!r} is trained on in no chapter. Choose verdict, sms-spam "
-        "or instructions, or another train.task."
+        f"data.source={source!r} is not used by the book. Use verdict, sms-spam or "
+        "instructions, or another train.task."
     )
 
 
-def verdict_rows(context: int) -> dict[str, np.ndarray]:
-    """Rows of T + 1 tokens of nine tenths of the-verdict, and of the rest."""
-    text = named.find("verdict").read_text(encoding="utf-8")
+def load_verdict_rows(context: int) -> dict[str, np.ndarray]:
+    """Loads the-verdict as rows of T + 1 tokens, split 90:10."""
+    text = named.fetch_dataset("verdict").read_text(encoding="utf-8")
     rows = {}
-    for split, part in zip((TRAIN, VALIDATION), split_text(text), strict=True):
-        ids = tokenizers.load("gpt2").encode(part)
-        found = windows(ids, context, context)
-        rows[split] = np.concatenate([found.input_BT, found.target_BT[:, -1:]], axis=1)
+    for split, split_part in zip(
+        (TRAIN_SPLIT, VALIDATION_SPLIT), split_text(text), strict=True
+    ):
+        ids = tokenizers.load_tokenizer("gpt2").encode(split_part)
+        token_windows = make_windows(ids, context, context)
+        rows[split] = np.concatenate(
+            [token_windows.input_BT, token_windows.target_BT[:, -1:]], axis=1
+        )
     return rows
 
 
-def make_chapter_5(run: Run) -> tuple[Run, Task]:
-    """Pretraining on the-verdict."""
-    c, tokenizer = run.config, tokenizers.load("gpt2")
-    model = dataclasses.replace(c.model, vocab_size=tokenizer.vocab_size)
-    c = dataclasses.replace(c, model=model)
+def make_chapter_5(run: RunContext) -> tuple[RunContext, Task]:
+    """Makes the pretraining task on the-verdict."""
+    c, tokenizer = run.config, tokenizers.load_tokenizer("gpt2")
+    model_config = dataclasses.replace(c.model, vocab_size=tokenizer.vocab_size)
+    c = dataclasses.replace(c, model=model_config)
     run = dataclasses.replace(run, config=c)
-    rows, each = verdict_rows(model.context_length), c.data.batch_size
+    rows, batch_size = load_verdict_rows(model_config.context_length), c.data.batch_size
     generator = TorchGenerator(c.train.seed)
-    params = init_params(model, generator)
+    params = init_params(model_config, generator)
     optimizer = make_optimizer(c.optim, c.train.steps)
-    loss_fn = next_token_loss(model, c.train.loss_chunk)
-    loader = Loader(len(rows[TRAIN]), each)
-    held_out = Loader(len(rows[VALIDATION]), each, shuffle=False, drop_last=False)
-    course = plan_course(loader, held_out, generator, c.train)
-    per_epoch = len(rows[TRAIN]) // each
+    loss_fn = make_lm_loss_fn(model_config, c.train.loss_chunk_size)
+    loader = Loader(len(rows[TRAIN_SPLIT]), batch_size)
+    val_loader = Loader(
+        len(rows[VALIDATION_SPLIT]), batch_size, shuffle=False, drop_last=False
+    )
+    schedule = plan_batch_schedule(loader, val_loader, generator, c.train)
+    steps_per_epoch = len(rows[TRAIN_SPLIT]) // batch_size
 
-    def model_of(state: TrainState) -> Model:
-        return Model(model, local(state.params), tokenizer)
+    def to_model(state: TrainState) -> Model:
+        return Model(model_config, to_host(state.params), tokenizer)
 
-    def batches(first: int, stop: int) -> Iterator[Batch]:
-        return (pack(rows[TRAIN][course.steps[n]], None) for n in range(first, stop))
+    def batches(start: int, stop: int) -> Iterator[Batch]:
+        return (
+            make_lm_batch(rows[TRAIN_SPLIT][schedule.train_batches[n]], None)
+            for n in range(start, stop)
+        )
 
-    def sample(state: TrainState, done: int) -> None:
-        if done % per_epoch < c.train.eval_every:  # about once an epoch
-            pretrain.write_sample(run, model_of(state), done)
+    def sample(state: TrainState, step: int) -> None:
+        if step % steps_per_epoch < c.train.eval_every:  # about once an epoch
+            pretrain.write_sample(run, to_model(state), step)
 
-    memory = budget.memory_bytes(budget.settled(c))
+    memory_by_part = budget.memory_bytes(budget.resolve_config(c))
     return run, Task(
-        fresh=init_state(params, optimizer, jax.random.key(c.train.seed)),
-        step=make_train_step(loss_fn, optimizer, c.train.accumulate),
+        init_state=init_state(params, optimizer, jax.random.key(c.train.seed)),
+        train_step=make_train_step(loss_fn, optimizer, c.train.accumulate),
         batches=batches,
-        tokens_per_step=each * model.context_length,
-        evaluate=make_chapter_5_evaluate(run, rows, course, tokenizer.byte_lengths),
-        model=model_of,
-        facts=tokenizer_facts(tokenizer),
-        plan=[
-            f"run      {run.folder}",
-            f"model    {count(params):,} parameters, drawn as PyTorch draws them",
-            f"data     {rows[TRAIN].size:,} tokens in {len(rows[TRAIN])} rows to train "
-            f"on, {len(rows[VALIDATION])} held out",
-            length_line(c.train.steps, c.train.steps / per_epoch),
-            f"memory   about {budget.human(sum(memory.values()))}",
-            device_line(run),
+        tokens_per_step=batch_size * model_config.context_length,
+        evaluate=make_chapter_5_evaluate(run, rows, schedule, tokenizer.byte_lengths),
+        to_model=to_model,
+        provenance=tokenizer_provenance(tokenizer),
+        summary=[
+            f"run      {run.run_dir}",
+            f"model    {num_params(params):,} parameters, initialized as in PyTorch",
+            f"data     {rows[TRAIN_SPLIT].size:,} tokens in {len(rows[TRAIN_SPLIT])} training "
+            f"rows, {len(rows[VALIDATION_SPLIT])} validation rows",
+            describe_length(c.train.steps, c.train.steps / steps_per_epoch),
+            f"memory   about {budget.format_bytes(sum(memory_by_part.values()))}",
+            describe_devices(run),
         ],
         sample=sample if c.train.sample_prompt else None,
-        eval_offset=FIRST,
+        eval_offset=FIRST_EVAL_STEP,
     )
 
 
 def make_chapter_5_evaluate(
-    run: Run, rows: dict[str, np.ndarray], course: Course, byte_lengths: np.ndarray
+    run: RunContext,
+    rows: dict[str, np.ndarray],
+    schedule: BatchSchedule,
+    byte_lengths: np.ndarray,
 ) -> Any:
-    """Scores the book's random training batches, or all, and the validation rows."""
-    chunk = run.config.train.loss_chunk
-    scorer = make_scorer(run.config.model, chunk, run.mesh)
+    """Evaluates the book's random training batches (or all) and the validation rows."""
+    loss_chunk_size = run.config.train.loss_chunk_size
+    eval_step = make_eval_step(run.config.model, loss_chunk_size, run.mesh)
 
-    def evaluate_rows(state: TrainState, done: int, last: bool) -> str:
-        found = None
-        chosen = course.looks.get(done, course.whole)
-        for split, parts in ((TRAIN, chosen), (VALIDATION, course.held_out)):
-            batches = (pack(rows[split][part], None) for part in parts)
-            found = evaluate(scorer, state.params, batches, byte_lengths)
-            numbers = found.numbers()
-            report.write_event(run.metrics, "eval", done, split=split, **numbers)
-        return f"val {found.loss:.4f}" if found else ""
+    def evaluate_rows(state: TrainState, step: int, last: bool) -> str:
+        evaluation = None
+        train_batches = schedule.eval_batches.get(step, schedule.all_train_batches)
+        for split, batches_by_split in (
+            (TRAIN_SPLIT, train_batches),
+            (VALIDATION_SPLIT, schedule.val_batches),
+        ):
+            batches = (
+                make_lm_batch(rows[split][row_indices], None)
+                for row_indices in batches_by_split
+            )
+            evaluation = evaluate(eval_step, state.params, batches, byte_lengths)
+            metrics = evaluation.to_dict()
+            report.log_event(run.metrics_path, "eval", step, split=split, **metrics)
+        return f"val {evaluation.loss:.4f}" if evaluation else ""
 
     return evaluate_rows
 
 
-def make_chapter_6(run: Run) -> tuple[Run, Task, classification.Sets]:
-    """The spam filter: the book's head, its order of the rows, and what it prints."""
-    run, task, sets = classification.make_task(run)
-    c, ids, size = run.config, sets.ids[TRAIN], sizes_of(run.config.model)[-1]
-    loaders = loaders_of({split: len(part) for split, part in sets.ids.items()}, c)
-    course = plan_course(
-        loaders[TRAIN], loaders[VALIDATION], TorchGenerator(c.train.seed), c.train, 1
+def make_chapter_6(
+    run: RunContext,
+) -> tuple[RunContext, Task, classification.ClassificationData]:
+    """Makes the spam filter task: the book's head, batch order and printed metrics."""
+    run, task, datasets = classification.make_classification_task(run)
+    c, ids, max_length = (
+        run.config,
+        datasets.ids[TRAIN_SPLIT],
+        bucket_lengths(run.config.model)[-1],
     )
-    padded = LabelledBatches(
-        *(ids, sets.rows[TRAIN].labels, c.data.batch_size),
-        *(sizes_of(c.model), sets.tokenizer.eot),
+    loaders = make_loaders(
+        {split: len(part) for split, part in datasets.ids.items()}, c
+    )
+    schedule = plan_batch_schedule(
+        loaders[TRAIN_SPLIT],
+        loaders[VALIDATION_SPLIT],
+        TorchGenerator(c.train.seed),
+        c.train,
+        1,
+    )
+    padded_batches = ClassificationBatches(
+        *(ids, datasets.rows[TRAIN_SPLIT].labels, c.data.batch_size),
+        *(bucket_lengths(c.model), datasets.tokenizer.eot_token),
     )
 
-    def score(model: Model, split: str, rows: list[int]) -> dict[str, float]:
-        data = select(sets.rows[split], rows)
-        found = judge(model, data, [sets.ids[split][n] for n in rows])
-        return {"loss": found.nats, "accuracy": found.scores.accuracy}
+    def score_batch(model: Model, split: str, rows: list[int]) -> dict[str, float]:
+        texts = take(datasets.rows[split], rows)
+        classified = evaluate_classifier(
+            model, texts, [datasets.ids[split][n] for n in rows]
+        )
+        return {"loss": classified.loss, "accuracy": classified.metrics.accuracy}
 
     generator = TorchGenerator(c.train.seed)
-    before = {"accuracy": begun(loaders, generator, 2 * c.train.eval_batches)}
-    before["loss"] = begun(loaders, generator, c.train.eval_batches)
-    params = task.fresh.params | {"head": book_head(c)}
+    initial_batches = {
+        "accuracy": first_batches(loaders, generator, 2 * c.train.eval_batches)
+    }
+    initial_batches["loss"] = first_batches(loaders, generator, c.train.eval_batches)
+    params = task.init_state.params | {"head": init_book_head(c)}
     task = dataclasses.replace(
         task,
-        fresh=task.fresh._replace(params=params),
+        fresh=task.init_state._replace(params=params),
         batches=lambda first, stop: (
-            padded.batch(size, np.asarray(rows)) for rows in course.steps[first:stop]
+            padded_batches.make_batch(max_length, np.asarray(rows))
+            for rows in schedule.train_batches[first:stop]
         ),
-        evaluate=printing(run, task, course, before, score),
-        eval_offset=FIRST,
+        evaluate=make_book_evaluate(run, task, schedule, initial_batches, score_batch),
+        eval_offset=FIRST_EVAL_STEP,
     )
-    return run, task, sets
+    return run, task, datasets
 
 
-def book_head(c: RunConfig) -> dict[str, Any]:
-    """The new output layer of chapter 6: a PyTorch Linear after the run's seed."""
-    generator, width = TorchGenerator(c.train.seed), c.model.d_model
+def init_book_head(config: RunConfig) -> dict[str, Any]:
+    """Initializes the classification head as a PyTorch Linear, from the run's seed."""
+    generator, width = TorchGenerator(config.train.seed), config.model.d_model
     bound = 1 / math.sqrt(width)
-    kernel = generator.uniform((c.model.n_classes, width), -bound, bound).T
+    kernel = generator.uniform((config.model.n_classes, width), -bound, bound).T
     head = {"kernel": jnp.asarray(kernel)}
-    if c.model.head_bias:
-        bias = generator.uniform((c.model.n_classes,), -bound, bound)
+    if config.model.head_bias:
+        bias = generator.uniform((config.model.n_classes,), -bound, bound)
         head["bias"] = jnp.asarray(bias)
     return head
 
 
-def make_chapter_7(run: Run) -> tuple[Run, Task, instruct.Sets]:
-    """The assistant: the book's order of the rows, and what it prints."""
-    run, task, sets = instruct.make_task(run)
-    c, examples = run.config, sets.examples
-    loaders = loaders_of({split: len(part) for split, part in examples.items()}, c)
-    course = plan_course(
-        loaders[TRAIN], loaders[VALIDATION], TorchGenerator(c.train.seed), c.train
+def make_chapter_7(run: RunContext) -> tuple[RunContext, Task, instruct.SFTData]:
+    """Makes the assistant task: the book's batch order and printed metrics."""
+    run, task, datasets = instruct.make_sft_task(run)
+    c, examples = run.config, datasets.examples
+    loaders = make_loaders({split: len(part) for split, part in examples.items()}, c)
+    schedule = plan_batch_schedule(
+        loaders[TRAIN_SPLIT],
+        loaders[VALIDATION_SPLIT],
+        TorchGenerator(c.train.seed),
+        c.train,
     )
 
-    def score(model: Model, split: str, rows: list[int]) -> dict[str, float]:
+    def score_batch(model: Model, split: str, rows: list[int]) -> dict[str, float]:
         return {"loss": example_loss(model, [examples[split][n] for n in rows]).loss}
 
-    loaders.pop(TEST, None)  # the book looks at no test rows before the end
-    before = begun(loaders, TorchGenerator(c.train.seed), c.train.eval_batches)
-    book = Book(examples[TRAIN], c.data.batch_size, sets.tokenizer.eot, c.train.seed)
+    loaders.pop(TEST_SPLIT, None)  # the book evaluates no test rows before the end
+    initial_batches = first_batches(
+        loaders, TorchGenerator(c.train.seed), c.train.eval_batches
+    )
+    book_batches = BookBatches(
+        examples[TRAIN_SPLIT],
+        c.data.batch_size,
+        datasets.tokenizer.eot_token,
+        c.train.seed,
+    )
     task = dataclasses.replace(
         task,
-        batches=lambda first, stop: map(book.batch, course.steps[first:stop]),
-        evaluate=printing(run, task, course, {"loss": before}, score),
-        eval_offset=FIRST,
+        batches=lambda first, stop: map(
+            book_batches.make_batch, schedule.train_batches[first:stop]
+        ),
+        evaluate=make_book_evaluate(
+            run, task, schedule, {"loss": initial_batches}, score_batch
+        ),
+        eval_offset=FIRST_EVAL_STEP,
     )
-    return run, task, sets
+    return run, task, datasets

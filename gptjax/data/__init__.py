@@ -1,1 +1,1 @@
-"""From files to batches: named -> rows -> text -> prepare -> shards -> batches."""
+"""Data pipeline: datasets -> readers -> text -> prepare -> token_files -> lm."""

@@ -1,10 +1,10 @@
-"""Conversations and preferences out of .json, .jsonl and .csv files, also .gz.
+"""Conversations and preference pairs from .json, .jsonl and .csv files (also .gz).
 
-The columns of the first row say which format a file has; all other rows must have it
-too. A message is a mapping of a role (system, user or assistant) and its content, of a
-user's message also an "input" where there is one: Alpaca's second field. After an
-optional system message, user and assistant alternate, and the assistant ends. Texts
-stay as they are written; null and a blank input or system text count as absent.
+The columns of the first row determine the format, which all rows must share. A message
+maps "role" (system, user or assistant) and "content" to strings; a user message may
+also have an "input" (Alpaca's second field). After an optional system message, user and
+assistant alternate; the last message is the assistant's. Texts are not stripped; null
+and blank inputs or system messages count as absent.
 """
 
 import dataclasses
@@ -14,19 +14,21 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from gptjax.config import suggestion
+from gptjax.config import did_you_mean
 from gptjax.data import labelled, named
-from gptjax.data.folds import SPLITS, split_sizes
+from gptjax.data.folds import ALL_SPLITS, split_sizes
 from gptjax.data.python_lines import PYTHON_LINES
-from gptjax.data.rows import ROWS, opened
-from gptjax.data.text import row_text, suffix
+from gptjax.data.rows import READERS, open_decompressed
+from gptjax.data.text import get_row_text, suffix_without_gz
 from gptjax.data.word_tasks import WORD_TASKS, word_tasks
 from gptjax.errors import ConfigError, DataError
 
-SETS = ("instructions", "preferences", WORD_TASKS)
-KINDS = {f".{kind}": labelled.KINDS[f".{kind}"] for kind in ROWS}
-Formats = dict[tuple[str, ...], str]  # columns that a row must have: what it is called
-CONVERSATIONS: Formats = {  # the first that fits is it
+CONVERSATION_DATASETS = ("instructions", "preferences", WORD_TASKS)
+CONVERSATION_FILE_FORMATS = {
+    f".{kind}": labelled.TABLE_FORMATS[f".{kind}"] for kind in READERS
+}
+RowFormats = dict[tuple[str, ...], str]  # required columns: name of the format
+CONVERSATION_FORMATS: RowFormats = {  # the first match wins
     ("messages",): "chat",
     ("conversations",): "ShareGPT",
     ("instruction", "output"): "Alpaca",
@@ -36,364 +38,430 @@ CONVERSATIONS: Formats = {  # the first that fits is it
     ("question", "answer"): "questions",
     ("question", "output"): "questions",
 }
-PROMPTS = ("instruction", "prompt", "question")
-PREFERRED = ("chosen", "rejected")
-PAIRS: Formats = {(prompt, *PREFERRED): "preferences" for prompt in PROMPTS}
-PAIRS |= {PREFERRED: "preferences"}  # lists of messages that hold the prompt
-ROLES = {"system": "system", "user": "user", "human": "user"}
-ROLES |= dict.fromkeys(("assistant", "gpt", "model", "bot"), "assistant")
-SPLIT_NAMES = {n: n for n in SPLITS} | {"val": "validation", "valid": "validation"}
-HOW = ("stratified", "book")
-OPTIONAL = dict.fromkeys(("system", "input", "split", "task"), "")
-ROW_FIX = "Give all rows the same columns."
-MESSAGE_FIX = 'Write a message as {"role": "user", "content": "..."}.'
+PROMPT_COLUMNS = ("instruction", "prompt", "question")
+PREFERENCE_COLUMNS = ("chosen", "rejected")
+PREFERENCE_FORMATS: RowFormats = {
+    (prompt, *PREFERENCE_COLUMNS): "preferences" for prompt in PROMPT_COLUMNS
+}
+PREFERENCE_FORMATS |= {
+    PREFERENCE_COLUMNS: "preferences"
+}  # lists of messages that include the prompt
+ROLE_ALIASES = {"system": "system", "user": "user", "human": "user"}
+ROLE_ALIASES |= dict.fromkeys(("assistant", "gpt", "model", "bot"), "assistant")
+SPLIT_ALIASES = {n: n for n in ALL_SPLITS} | {
+    "val": "validation",
+    "valid": "validation",
+}
+SPLIT_STRATEGIES = ("stratified", "book")
+OPTIONAL_COLUMNS = dict.fromkeys(("system", "input", "split", "task"), "")
+ROW_ADVICE = "All rows need the same columns."
+MESSAGE_ADVICE = 'Write each message as {"role": "user", "content": "..."}.'
 
 Message = Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Messages that end with an answer of the assistant."""
+    """Messages that end with an assistant response."""
 
     messages: tuple[Message, ...]
-    row: Mapping[str, Any]  # as it was read
-    place: str  # "file:line"
-    split: str = ""  # of SPLITS; "" where the rows name none
+    source_row: Mapping[str, Any]  # unmodified
+    location: str  # "file:line"
+    split: str = ""  # one of ALL_SPLITS; "" = not specified in the file
     task: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
-    """Messages that end with one of the user, and a better and a worse answer."""
+class PreferencePair:
+    """Prompt with a chosen and a rejected response."""
 
-    prompt: tuple[Message, ...]
+    prompt: tuple[Message, ...]  # ends with a user message
     chosen: str
     rejected: str
-    row: Mapping[str, Any]  # as it was read
-    place: str  # "file:line"
-    split: str = ""  # of SPLITS; "" where the rows name none
+    source_row: Mapping[str, Any]  # unmodified
+    location: str  # "file:line"
+    split: str = ""  # one of ALL_SPLITS; "" = not specified in the file
 
 
-Item = TypeVar("Item", Conversation, Pair)
+ConversationOrPair = TypeVar("Item", Conversation, PreferencePair)
 
 
 def read_conversations(path: Path | str) -> tuple[list[Conversation], str]:
-    """(the conversations, a line that says what was taken for what).
+    """Reads conversations; returns them with a one-line description.
 
-    Of a file of preferences, the answer is in "output" where there is one, else in
-    "chosen".
+    In preference files, the response is "output" if there is one, else "chosen".
 
     Raises:
-        DataError: there are no such rows, or one of them cannot be used.
+        DataError: the file, its columns or a row is invalid.
     """
-    line, columns, rows = read_rows(str(path), CONVERSATIONS | PAIRS)
-    answer = "chosen" if "chosen" in columns else columns[-1]
-    found = []
-    for place, raw in rows:
-        row = checked(raw, columns, place, ROW_FIX)
-        messages = messages_of(row, columns, answer, place)
-        split, task = split_of(row, place), row_text(row, "task", place)
-        found.append(Conversation(messages, raw, place, split, task))
-    turns = sum(m["role"] == "assistant" for one in found for m in one.messages)
-    return found, (
-        f"{line}; conversations: {len(found):,}, turns: {turns:,}, {summary(found)}."
+    description, columns, rows = read_conversation_rows(
+        str(path), CONVERSATION_FORMATS | PREFERENCE_FORMATS
+    )
+    answer_column = "chosen" if "chosen" in columns else columns[-1]
+    conversations = []
+    for location, source_row in rows:
+        row = check_columns(source_row, columns, location, ROW_ADVICE)
+        messages = to_messages(row, columns, answer_column, location)
+        split, task = get_split(row, location), get_row_text(row, "task", location)
+        conversations.append(Conversation(messages, source_row, location, split, task))
+    turns = sum(
+        m["role"] == "assistant"
+        for conversation in conversations
+        for m in conversation.messages
+    )
+    return conversations, (
+        f"{description}; conversations: {len(conversations):,}, turns: {turns:,}, {summarize_conversations(conversations)}."
     )
 
 
-def read_pairs(path: Path | str) -> tuple[list[Pair], str]:
-    """(prompts with a chosen and a rejected answer, a line that says what was read).
+def read_preference_pairs(path: Path | str) -> tuple[list[PreferencePair], str]:
+    """Reads preference pairs; returns them with a one-line description.
 
-    Lists of several messages in "chosen" and "rejected" hold the prompt themselves.
+    "chosen" and "rejected" may be lists of messages that include the prompt.
 
     Raises:
-        DataError: there are no such rows, or one of them cannot be used.
+        DataError: the file, its columns or a row is invalid.
     """
-    line, columns, rows = read_rows(str(path), PAIRS)
-    found = []
-    for place, raw in rows:
-        row = checked(raw, columns, place, ROW_FIX)
-        chosen, rejected = (messages_of(row, columns, c, place) for c in PREFERRED)
+    description, columns, rows = read_conversation_rows(str(path), PREFERENCE_FORMATS)
+    pairs = []
+    for location, source_row in rows:
+        row = check_columns(source_row, columns, location, ROW_ADVICE)
+        chosen, rejected = (
+            to_messages(row, columns, c, location) for c in PREFERENCE_COLUMNS
+        )
         if chosen[:-1] != rejected[:-1]:
             raise DataError(
-                f"{place}: 'chosen' and 'rejected' differ before their last message. "
-                "Give both the same ones up to the answer, or leave the row out."
+                f"{location}: 'chosen' and 'rejected' differ before their last message. "
+                "Make all messages before it equal, or remove the row."
             )
         answers = (chosen[-1]["content"], rejected[-1]["content"])
-        found.append(Pair(chosen[:-1], *answers, raw, place, split_of(row, place)))
-    equal = sum(pair.chosen == pair.rejected for pair in found)
-    return found, (
-        f"{line}; pairs: {len(found):,}, of equal answers: {equal:,}, {summary(found)}."
+        pairs.append(
+            PreferencePair(
+                chosen[:-1], *answers, source_row, location, get_split(row, location)
+            )
+        )
+    num_equal = sum(pair.chosen == pair.rejected for pair in pairs)
+    return pairs, (
+        f"{description}; pairs: {len(pairs):,}, with identical responses: {num_equal:,}, "
+        f"{summarize_conversations(pairs)}."
     )
 
 
-def read_rows(
-    path: str, formats: Formats
+def read_conversation_rows(
+    path: str, formats: RowFormats
 ) -> tuple[str, tuple[str, ...], list[tuple[str, Any]]]:
-    """(what is read, for people; columns that a row must have; place, row of each)."""
+    """Returns (description, required columns, [(location, row), ...])."""
     if path == WORD_TASKS:
-        where, kind = path, "built in"
+        source, file_format = path, "built in"
         rows = [(f"{path}:{n}", row) for n, row in enumerate(word_tasks(), 1)]
     else:
-        where = find(path)
-        kind = KINDS[suffix(where)]
-        with opened(where) as (file, _):
-            read = ROWS[suffix(where).removeprefix(".")](file, where)
-            rows = [(f"{where}:{line}", row) for line, row in read]
+        source = resolve_conversation_path(path)
+        file_format = CONVERSATION_FILE_FORMATS[suffix_without_gz(source)]
+        with open_decompressed(source) as (file, _):
+            numbered_rows = READERS[suffix_without_gz(source).removeprefix(".")](
+                file, source
+            )
+            rows = [(f"{source}:{line}", row) for line, row in numbered_rows]
     if not rows:
-        raise DataError(f"{where} has no rows. Give a file with a conversation a row.")
-    place, row = rows[0]
-    names = [name for name in checked(row, (), place, ROW_FIX) if name in row]
+        raise DataError(
+            f"{source} has no rows. Pass a file with a conversation per row."
+        )
+    location, row = rows[0]
+    present_columns = [
+        name for name in check_columns(row, (), location, ROW_ADVICE) if name in row
+    ]
     for columns, name in formats.items():
-        if set(columns) <= set(names):
-            return f"{where}: {kind}; {name} ({', '.join(columns)})", columns, rows
-    what = "a pair of answers" if formats == PAIRS else "a conversation"
+        if set(columns) <= set(present_columns):
+            return (
+                f"{source}: {file_format}; {name} ({', '.join(columns)})",
+                columns,
+                rows,
+            )
+    expected = (
+        "a preference pair" if formats == PREFERENCE_FORMATS else "a conversation"
+    )
     raise DataError(
-        f"{place}: cannot tell {what} from the columns {', '.join(names) or '(none)'}. "
+        f"{location}: the columns {', '.join(present_columns) or '(none)'} do not form {expected}. "
         f"Rename them to one of: {'; '.join(map(', '.join, formats))}."
     )
 
 
-def find(path: str) -> Path:
-    """The file that the user's argument stands for."""
+def resolve_conversation_path(path: str) -> Path:
+    """Returns the file of a data set name or a path."""
     file = Path(path).expanduser()
-    if path in SETS:
-        return named.find(path)
-    if path in (named.PYTHON_HELP, PYTHON_LINES, *named.NAMED):
+    if path in CONVERSATION_DATASETS:
+        return named.fetch_dataset(path)
+    if path in (named.PYTHON_HELP, PYTHON_LINES, *named.DATASETS):
         problem = f"the data set {path} has no conversations"
     elif not file.is_file():
-        problem = f"no file is at {path}"
-    elif suffix(file) not in KINDS:
-        problem = f"cannot tell what {path} holds from its name"
+        problem = f"{path} is not a file"
+    elif suffix_without_gz(file) not in CONVERSATION_FILE_FORMATS:
+        problem = f"{path}: unsupported file suffix"
     else:
         return file
     raise DataError(
-        f"{problem}. Give a file that ends in one of {', '.join(KINDS)} (also .gz), or "
-        f"one of the data sets {', '.join(SETS)}."
+        f"{problem}. Pass a {', '.join(CONVERSATION_FILE_FORMATS)} file (also .gz) or one of the data sets "
+        f"{', '.join(CONVERSATION_DATASETS)}."
     )
 
 
-def checked(row: Any, columns: Sequence[str], place: str, fix: str) -> dict[str, Any]:
-    """The row, which must have these columns; the optional ones are "" for null."""
+def check_columns(
+    row: Any, columns: Sequence[str], location: str, advice: str
+) -> dict[str, Any]:
+    """Checks for required columns; returns the row with "" for optional nulls."""
     if not isinstance(row, dict):
-        raise DataError(f"{place}: {row!r:.40} has no columns. {fix}")
+        raise DataError(f"{location}: {row!r:.40} has no columns. {advice}")
     row = {name: value for name, value in row.items() if value is not None}
     for name in columns:
         if name not in row:
             raise DataError(
-                f"{place}: no {name!r}, or it is null; there is "
-                f"{', '.join(row) or 'nothing'}. {fix}"
+                f"{location}: {name!r} is missing or null; present: "
+                f"{', '.join(row) or 'nothing'}. {advice}"
             )
-    return OPTIONAL | row
+    return OPTIONAL_COLUMNS | row
 
 
-def messages_of(
-    row: dict[str, Any], columns: tuple[str, ...], answer: str, place: str
+def to_messages(
+    row: dict[str, Any], columns: tuple[str, ...], answer_column: str, location: str
 ) -> tuple[Message, ...]:
-    """The conversation that ends with the row's answer in this column."""
-    asked = columns[0] if columns[0] in PROMPTS else ""
-    if asked and not isinstance(row[answer], list):
-        content = filled(row, answer, "an answer", place)
+    """Returns the conversation of a row with the response in column `answer_column`."""
+    prompt_column = columns[0] if columns[0] in PROMPT_COLUMNS else ""
+    if prompt_column and not isinstance(row[answer_column], list):
+        content = require_text(row, answer_column, "a response", location)
         messages: list[Message] = [{"role": "assistant", "content": content}]
     else:
-        messages = read_messages(row, answer, place)
-    if asked and len(messages) == 1:
-        messages = [*prompt_of(row, asked, place), *messages]
-    elif asked and answer not in PREFERRED:
+        messages = read_messages(row, answer_column, location)
+    if prompt_column and len(messages) == 1:
+        messages = [*to_prompt_messages(row, prompt_column, location), *messages]
+    elif prompt_column and answer_column not in PREFERENCE_COLUMNS:
         raise DataError(
-            f"{place}: {answer!r} holds {len(messages)} messages, but an answer is "
-            f"one. Put those before it into {asked!r}."
+            f"{location}: {answer_column!r} has {len(messages)} messages, but a response is a "
+            f"single message. Move the messages before it to {prompt_column!r}."
         )
-    check_order(messages, place)
+    check_turn_order(messages, location)
     if messages[0]["role"] == "system" and not messages[0]["content"].strip():
         messages = messages[1:]
-    system = row_text(row, "system", place)
+    system = get_row_text(row, "system", location)
     if system.strip():
         if messages[0]["role"] == "system":
             raise DataError(
-                f"{place}: two system messages, in the column 'system' and as the "
-                "first message. Remove one."
+                f"{location}: two system messages, in column 'system' and as the first "
+                "message. Remove one."
             )
         messages = [{"role": "system", "content": system}, *messages]
     return tuple(messages)
 
 
-def prompt_of(row: dict[str, Any], column: str, place: str) -> list[Message]:
-    """The messages before the answer: one of the user, or a list."""
+def to_prompt_messages(
+    row: dict[str, Any], column: str, location: str
+) -> list[Message]:
+    """Returns the messages before the response: a user message or a list."""
     if column != "instruction" and isinstance(row[column], list):
-        return read_messages(row, column, place)
-    content = filled(row, column, "a prompt", place)
-    second = input_of(row, place) if column == "instruction" else {}
-    return [{"role": "user", "content": content, **second}]
+        return read_messages(row, column, location)
+    content = require_text(row, column, "a prompt", location)
+    input_field = optional_input(row, location) if column == "instruction" else {}
+    return [{"role": "user", "content": content, **input_field}]
 
 
-def input_of(row: dict[str, Any], place: str) -> dict[str, str]:
-    """The input under its name, nothing where it is blank."""
-    text = row_text(row, "input", place)
+def optional_input(row: dict[str, Any], location: str) -> dict[str, str]:
+    """Returns {"input": text}, or {} if the input is blank."""
+    text = get_row_text(row, "input", location)
     return {"input": text} if text.strip() else {}
 
 
-def filled(row: dict[str, Any], column: str, what: str, place: str) -> str:
-    """The text in a column, which is not blank."""
-    text = row_text(row, column, place)
+def require_text(row: dict[str, Any], column: str, expected: str, location: str) -> str:
+    """Returns the text of a column, which must not be blank."""
+    text = get_row_text(row, column, location)
     if not text.strip():
         raise DataError(
-            f"{place}: {column!r} is empty. Leave the row out, or give it {what}."
+            f"{location}: {column!r} is empty. Add {expected}, or remove the row."
         )
     return text
 
 
-def read_messages(row: dict[str, Any], column: str, place: str) -> list[Message]:
-    """The messages in a column, in whatever order, at least one."""
+def read_messages(row: dict[str, Any], column: str, location: str) -> list[Message]:
+    """Returns the messages of a column, at least one; their order is not checked."""
     value = row[column]
     if not isinstance(value, list) or not value:
-        more = "A text needs a column 'prompt'. " * (column in PREFERRED)
-        raise DataError(
-            f"{place}: {column!r} is {value!r:.40}, not a list of messages. "
-            f"{more}{MESSAGE_FIX}"
+        prompt_advice = "Plain text requires a column 'prompt'. " * (
+            column in PREFERENCE_COLUMNS
         )
-    return [read_message(m, f"{place}, message {n}") for n, m in enumerate(value, 1)]
+        raise DataError(
+            f"{location}: {column!r} is {value!r:.40}, not a list of messages. "
+            f"{prompt_advice}{MESSAGE_ADVICE}"
+        )
+    return [read_message(m, f"{location}, message {n}") for n, m in enumerate(value, 1)]
 
 
-def read_message(item: Any, place: str) -> Message:
-    """One message, as chats or as ShareGPT name its fields."""
-    sharegpt = isinstance(item, dict) and "from" in item
-    by, column = ("from", "value") if sharegpt else ("role", "content")
-    item = checked(item, (by, column), place, MESSAGE_FIX)
-    role = ROLES.get(item[by]) if isinstance(item[by], str) else None
+def read_message(message_fields: Any, location: str) -> Message:
+    """Parses a message in chat (role, content) or ShareGPT format (from, value)."""
+    sharegpt = isinstance(message_fields, dict) and "from" in message_fields
+    role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
+    message_fields = check_columns(
+        message_fields, (role_key, content_key), location, MESSAGE_ADVICE
+    )
+    role = (
+        ROLE_ALIASES.get(message_fields[role_key])
+        if isinstance(message_fields[role_key], str)
+        else None
+    )
     if role is None:
         raise DataError(
-            f"{place}: unknown role {item[by]!r:.40}. Known: {', '.join(ROLES)}. Leave "
-            "the row out, or name one of these."
+            f"{location}: unknown role {message_fields[role_key]!r:.40}. Use one of {', '.join(ROLE_ALIASES)}, "
+            "or remove the row."
         )
-    if isinstance(item[column], list):
-        item[column] = join_parts(item[column], place)
+    if isinstance(message_fields[content_key], list):
+        message_fields[content_key] = join_content_parts(
+            message_fields[content_key], location
+        )
     if role == "system":
-        return {"role": role, "content": row_text(item, column, place)}
-    what = "an answer" if role == "assistant" else "a prompt"
-    message = {"role": role, "content": filled(item, column, what, place)}
-    return message | input_of(item, place) if role == "user" else message
+        return {
+            "role": role,
+            "content": get_row_text(message_fields, content_key, location),
+        }
+    expected = "a response" if role == "assistant" else "a prompt"
+    message = {
+        "role": role,
+        "content": require_text(message_fields, content_key, expected, location),
+    }
+    return (
+        message | optional_input(message_fields, location)
+        if role == "user"
+        else message
+    )
 
 
-def join_parts(parts: list[Any], place: str) -> str:
-    """The text of a content that is a list of parts."""
-    fix = 'Leave the row out, or write a part as {"type": "text", "text": "..."}.'
-    items = [checked(part, ("text",), place, fix) for part in parts]
-    return "".join(row_text(item, "text", place) for item in items)
+def join_content_parts(parts: list[Any], location: str) -> str:
+    """Returns the text of a content given as a list of parts."""
+    advice = 'Write each part as {"type": "text", "text": "..."}, or remove the row.'
+    items = [check_columns(part, ("text",), location, advice) for part in parts]
+    return "".join(get_row_text(item, "text", location) for item in items)
 
 
-def check_order(messages: Sequence[Message], place: str) -> None:
-    """Refuses messages that do not alternate up to an answer."""
+def check_turn_order(messages: Sequence[Message], location: str) -> None:
+    """Checks that roles alternate and the last message is the assistant's."""
     roles = [message["role"] for message in messages]
-    first = 1 + (roles[0] == "system")
-    for n, role in enumerate(roles[first - 1 :]):
-        due = ("user", "assistant")[n % 2]
-        if role != due:
+    first_turn = 1 + (roles[0] == "system")
+    for n, role in enumerate(roles[first_turn - 1 :]):
+        expected_role = ("user", "assistant")[n % 2]
+        if role != expected_role:
             raise DataError(
-                f"{place}: message {first + n} is by the {role}, where the {due}'s "
-                "turn is. Only the first may be by the system; then user and assistant "
-                "alternate. Join or remove messages."
+                f"{location}: message {first_turn + n} has role {role}, expected {expected_role}. After "
+                "an optional system message, user and assistant must alternate. Merge "
+                "or remove messages."
             )
     if roles[-1] != "assistant":
         raise DataError(
-            f"{place}: the last message is by the {roles[-1]}, so that there is no "
-            "answer to it. Add one, or remove the message."
+            f"{location}: the last message has role {roles[-1]}, expected assistant. Add "
+            "a response, or remove the message."
         )
 
 
-def split_of(row: dict[str, Any], place: str) -> str:
-    """The split that the row names, or ""."""
-    name = row_text(row, "split", place)
-    if name and name not in SPLIT_NAMES:
+def get_split(row: dict[str, Any], location: str) -> str:
+    """Returns the split of a row, or "" if it has none."""
+    name = get_row_text(row, "split", location)
+    if name and name not in SPLIT_ALIASES:
         raise DataError(
-            f"{place}: unknown split {name!r}.{suggestion(name, SPLIT_NAMES)} Name one "
-            f"of {', '.join(SPLIT_NAMES)}, or rename the column 'split'."
+            f"{location}: unknown split {name!r}.{did_you_mean(name, SPLIT_ALIASES)} Use one "
+            f"of {', '.join(SPLIT_ALIASES)}, or rename the column 'split'."
         )
-    return SPLIT_NAMES[name] if name else ""
+    return SPLIT_ALIASES[name] if name else ""
 
 
-def own_splits(items: list[Item]) -> dict[str, list[Item]]:
-    """The rows of the splits that they name, {} where none does."""
-    unnamed = [item.place for item in items if not item.split]
-    if unnamed and len(unnamed) < len(items):
+def splits_from_column(
+    items: list[ConversationOrPair],
+) -> dict[str, list[ConversationOrPair]]:
+    """Groups rows by their "split" column; {} if no row has one."""
+    without_split = [item.location for item in items if not item.split]
+    if without_split and len(without_split) < len(items):
         raise DataError(
-            f"{unnamed[0]}: no 'split', which other rows have. Name it in all rows or "
+            f"{without_split[0]}: no 'split', but other rows have one. Set it in all rows or "
             "in none."
         )
-    parts = {name: [item for item in items if item.split == name] for name in SPLITS}
+    parts = {
+        name: [item for item in items if item.split == name] for name in ALL_SPLITS
+    }
     return {name: part for name, part in parts.items() if part}
 
 
 def split_conversations(
-    items: list[Item],
-    how: str,
+    items: list[ConversationOrPair],
+    strategy: str,
     *,
     val_fraction: int | float,
     test_fraction: int | float,
     seed: int,
-) -> dict[str, list[Item]]:
-    """The conversations or pairs of each split; one whose fraction is 0 is left out.
+) -> dict[str, list[ConversationOrPair]]:
+    """Splits conversations or pairs; omits splits whose fraction is 0.
 
     Args:
-        items: all of them; where they name their splits, these are taken.
-        how: "stratified", or "book", which has fractions of its own and no lot.
-        val_fraction: of the rows, held out; at least one row.
-        test_fraction: of the rows, held out; at least one row.
-        seed: of the lot that picks and orders the rows.
+        items: rows; their own splits take precedence over the other arguments.
+        strategy: "stratified" or "book"; "book" ignores the fractions and the seed.
+        val_fraction: fraction of the rows; at least one row.
+        test_fraction: fraction of the rows; at least one row.
+        seed: for shuffling.
 
     Raises:
-        ConfigError: the way is unknown, or the fractions leave nothing to train on.
-        DataError: there are too few rows, or only some of them name a split.
+        ConfigError: the strategy is unknown, or the fractions sum to 1 or more.
+        DataError: there are too few rows, or only some specify a split.
     """
-    if how not in HOW:
+    if strategy not in SPLIT_STRATEGIES:
         raise ConfigError(
-            f"data.split={how!r} is unknown.{suggestion(how, HOW)} Choose stratified "
-            "or book."
+            f"data.split_strategy={strategy!r} is unknown.{did_you_mean(strategy, SPLIT_STRATEGIES)} Choose "
+            "stratified or book."
         )
-    if parts := own_splits(items):
+    if parts := splits_from_column(items):
         if "train" not in parts:
             raise DataError(
-                f"no row's 'split' is train, only {' and '.join(parts)}. Add rows to "
-                "train on, or remove the column."
+                f"no row has split 'train', only {' and '.join(parts)}. Add training "
+                "rows, or remove the column 'split'."
             )
         return parts
-    if how == "book":
-        return book_splits(items)
+    if strategy == "book":
+        return book_instruction_split(items)
     if val_fraction + test_fraction >= 1:
         raise ConfigError(
             f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} "
-            "leave nothing to train on. Choose fractions whose sum is below 1."
+            "leave no training rows. Choose fractions with a sum below 1."
         )
     fractions = (1.0 - val_fraction - test_fraction, val_fraction, test_fraction)
-    shares = {n: share for n, share in zip(SPLITS, fractions, strict=True) if share}
+    shares = {n: share for n, share in zip(ALL_SPLITS, fractions, strict=True) if share}
     if len(items) < len(shares):
         raise DataError(
-            f"rows: {len(items)}, but each of {len(shares)} splits needs one. Add "
-            "some, or set data.test_fraction or data.val_fraction to 0."
+            f"{len(items)} rows, but each of {len(shares)} splits needs one. Add rows, "
+            "or set data.test_fraction or data.val_fraction to 0."
         )
     order = np.random.default_rng(seed).permutation(len(items))
     sizes = split_sizes(len(items), list(shares.values()), "")
-    lots = np.split(order, np.cumsum(sizes)[:-1])
-    return {n: [items[i] for i in lot] for n, lot in zip(shares, lots, strict=True)}
+    index_parts = np.split(order, np.cumsum(sizes)[:-1])
+    return {
+        n: [items[i] for i in indices]
+        for n, indices in zip(shares, index_parts, strict=True)
+    }
 
 
-def book_splits(items: list[Item]) -> dict[str, list[Item]]:
-    """In the order of the file, 85 : 10 : 5 (Raschka 2024, chapter 7)."""
+def book_instruction_split(
+    items: list[ConversationOrPair],
+) -> dict[str, list[ConversationOrPair]]:
+    """Splits train:test:validation 85:10:5 in file order (Raschka 2024, ch. 7)."""
     if len(items) < 10:
         raise DataError(
-            f"data.split=book leaves no test rows of {len(items)}. Give 10 or more, or "
-            "choose data.split=stratified."
+            f"data.split_strategy=book leaves no test rows of {len(items)}. Provide at "
+            "least 10 rows, or use data.split_strategy=stratified."
         )
     train = int(len(items) * 0.85)
     test = train + int(len(items) * 0.1)
     parts = (items[:train], items[test:], items[train:test])
-    return dict(zip(SPLITS, parts, strict=True))
+    return dict(zip(ALL_SPLITS, parts, strict=True))
 
 
-def summary(items: list[Item]) -> str:
-    """How many have an input and a system message, and the splits that all name."""
+def summarize_conversations(items: list[ConversationOrPair]) -> str:
+    """Returns counts of inputs, system messages and rows per split as one line."""
     prompts = [i.messages if isinstance(i, Conversation) else i.prompt for i in items]
-    inputs = sum(any("input" in m for m in messages) for messages in prompts)
-    system = sum(messages[0]["role"] == "system" for messages in prompts)
-    sizes = [f"{name} {len(part):,}" for name, part in own_splits(items).items()]
-    own = "; splits of their own: " * bool(sizes) + ", ".join(sizes)
-    return f"with an input: {inputs:,}, with a system message: {system:,}{own}"
+    num_inputs = sum(any("input" in m for m in messages) for messages in prompts)
+    num_system = sum(messages[0]["role"] == "system" for messages in prompts)
+    sizes = [
+        f"{name} {len(part):,}" for name, part in splits_from_column(items).items()
+    ]
+    split_note = "; splits in the file: " * bool(sizes) + ", ".join(sizes)
+    return f"with an input: {num_inputs:,}, with a system message: {num_system:,}{split_note}"

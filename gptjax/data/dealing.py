@@ -1,8 +1,8 @@
-"""Rows of uneven length dealt to batches of a few lengths, epoch after epoch.
+"""Length-bucketed batch sampler.
 
-Rows are padded to the next of a few lengths, so that as many programs are compiled as
-there are lengths. An epoch visits every row once: rows in an order drawn for the epoch
-are dealt to batches by length; what is left over of one length goes to the next.
+Rows are padded to the next bucket length, so that one program is compiled per bucket.
+Each epoch visits every row once, in a new random order: rows are batched by bucket,
+and the rows left over in one bucket are added to the next.
 """
 
 import dataclasses
@@ -11,62 +11,64 @@ from collections.abc import Sequence
 
 import numpy as np
 
-SHORTEST = 16
+MIN_BUCKET = 16
 
 
-def buckets(longest: int, fixed: bool = False) -> list[int]:
-    """Lengths that rows are padded to: 16, 32, 64, ... and the longest.
+def buckets(max_length: int, single: bool = False) -> list[int]:
+    """Returns the padded lengths: 16, 32, 64, ... and `max_length`.
 
     >>> buckets(120), buckets(120, fixed=True)
     ([16, 32, 64, 120], [120])
     """
-    sizes = [] if fixed else [SHORTEST << n for n in range(32)]
-    return [*(size for size in sizes if size < longest), longest]
+    sizes = [] if single else [MIN_BUCKET << n for n in range(32)]
+    return [*(size for size in sizes if size < max_length), max_length]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Deal:
-    """Which rows go into which batch, a pure function of (lengths, seed, step)."""
+class BucketSampler:
+    """Assigns rows to batches as a pure function of (lengths, seed, step)."""
 
-    lengths: Sequence[int]  # of the rows, 1 to the last of `sizes`
-    rows: int  # [B]
-    sizes: Sequence[int]  # `buckets`
+    lengths: Sequence[int]  # of the rows, from 1 to the largest bucket
+    rows: int  # [B] per batch
+    bucket_lengths: Sequence[int]  # see `buckets`
     seed: int = 0
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches that visit every row once."""
+        """Batches per epoch."""
         return -(-len(self.lengths) // self.rows)
 
     @property
-    def shapes(self) -> list[int]:
-        """Lengths that occur in an epoch, so many programs are compiled."""
-        return sorted({size for size, _ in self.plan(0)})
+    def batch_shapes(self) -> list[int]:
+        """Distinct padded lengths in an epoch; each is compiled once."""
+        return sorted({size for size, _ in self.epoch_plan(0)})
 
     @functools.cached_property
-    def bucket_of(self) -> np.ndarray:
-        """Which of `sizes` each row needs."""
-        return np.searchsorted(self.sizes, self.lengths)
+    def row_buckets(self) -> np.ndarray:
+        """Index of the bucket of each row."""
+        return np.searchsorted(self.bucket_lengths, self.lengths)
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 (as many as there are runs)
-    def plan(self, epoch: int | None) -> list[tuple[int, np.ndarray]]:
-        """(length, rows) of each batch of an epoch; None: in the order of the rows."""
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (one instance per run)
+    def epoch_plan(self, epoch: int | None) -> list[tuple[int, np.ndarray]]:
+        """Returns (length, rows) of each batch of an epoch; None: unshuffled."""
         order = np.arange(len(self.lengths))
         rng = np.random.default_rng((self.seed, epoch or 0))
         if epoch is not None:
             rng.shuffle(order)
-        batches, left = [], order[:0]
-        for number, size in enumerate(self.sizes):
-            left = np.concatenate([left, order[self.bucket_of[order] == number]])
-            last = number == len(self.sizes) - 1
-            while len(left) >= self.rows or (last and len(left)):
-                batches.append((size, left[: self.rows]))
-                left = left[self.rows :]
+        batches, remaining = [], order[:0]
+        for number, size in enumerate(self.bucket_lengths):
+            remaining = np.concatenate(
+                [remaining, order[self.row_buckets[order] == number]]
+            )
+            last = number == len(self.bucket_lengths) - 1
+            while len(remaining) >= self.rows or (last and len(remaining)):
+                batches.append((size, remaining[: self.rows]))
+                remaining = remaining[self.rows :]
         if epoch is not None:
             batches = [batches[n] for n in rng.permutation(len(batches))]
         return batches
 
-    def at(self, step: int) -> tuple[int, np.ndarray]:
-        """(length, rows) of the batch of one training step, counted from 0."""
+    def batch_rows(self, step: int) -> tuple[int, np.ndarray]:
+        """Returns (length, rows) of the batch of one step, counted from 0."""
         epoch, number = divmod(step, self.steps_per_epoch)
-        return self.plan(epoch)[number]
+        return self.epoch_plan(epoch)[number]

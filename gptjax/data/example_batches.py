@@ -1,9 +1,9 @@
-"""Batches of conversations, a pure function of (examples, seed, step).
+"""Batches of conversations: a pure function of (examples, seed, step).
 
-padded  one conversation a row, rows of a few lengths, see `gptjax.data.dealing`
-packed  several a row, which see nothing of each other
-book    as the DataLoader and the collate function of Raschka 2024, chapter 7: PyTorch's
-        own order, and every batch as long as its longest row
+padded  one conversation per row, length-bucketed, see `gptjax.data.bucketing`
+packed  several per row, isolated by segment ids
+book    the DataLoader and collate function of Raschka 2024, chapter 7: PyTorch's
+        shuffling, each batch padded to its longest row
 """
 
 import dataclasses
@@ -14,214 +14,228 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.data.batches import Batch
-from gptjax.data.dealing import Deal, buckets
+from gptjax.data.dealing import BucketSampler, buckets
 from gptjax.data.examples import Example
-from gptjax.data.torch_order import epoch_order
+from gptjax.data.torch_order import dataloader_order
 from gptjax.errors import DataError
 
 
-def filled(rows: Sequence[Sequence[Example]], size: int, fill: int) -> Batch:
-    """A batch of rows of `size` positions, each with some examples.
+def collate(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> Batch:
+    """Collates examples into a batch of rows of `length` positions.
 
-    An example of n tokens takes n - 1 positions: all but its last are read, all but
-    its first are predicted. What no example takes has weight 0.
+    An example of n tokens takes n - 1 positions: its last token is only a target, its
+    first only an input. Padding has weight 0.
 
     Args:
-        rows: the examples of each row.
-        size: [T] positions of a row, enough for each.
-        fill: token that fills up rows.
+        rows: examples of each row, which must fit.
+        length: [T] positions per row.
+        pad_id: fills unused positions.
     """
-    shape = len(rows), size
+    shape = len(rows), length
     batch = Batch(
-        tokens=np.full(shape, fill, np.int32),
-        targets=np.full(shape, fill, np.int32),
-        weights=np.zeros(shape, np.float32),
-        segments=np.zeros(shape, np.int32),
+        tokens=np.full(shape, pad_id, np.int32),
+        targets=np.full(shape, pad_id, np.int32),
+        loss_weights=np.zeros(shape, np.float32),
+        segment_ids=np.zeros(shape, np.int32),
         positions=np.zeros(shape, np.int32),
     )
     for b, row in enumerate(rows):
         start = 0
-        for number, example in enumerate(row, 1):
+        for segment_id, example in enumerate(row, 1):
             stop = start + len(example.ids) - 1
             batch["tokens"][b, start:stop] = example.ids[:-1]
             batch["targets"][b, start:stop] = example.ids[1:]
-            batch["weights"][b, start:stop] = example.learned[1:]
-            batch["segments"][b, start:stop] = number
+            batch["loss_weights"][b, start:stop] = example.loss_mask[1:]
+            batch["segment_ids"][b, start:stop] = segment_id
             batch["positions"][b, start:stop] = np.arange(stop - start)
             start = stop
     return batch
 
 
-class Padded(NamedTuple):
-    """One example a row."""
+class BucketedBatches(NamedTuple):
+    """Length-bucketed batches with one example per row."""
 
     examples: Sequence[Example]
-    deal: Deal
-    fill: int
+    sampler: BucketSampler
+    pad_id: int
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of one pass through the examples."""
-        return self.deal.steps_per_epoch
+        """Batches per epoch."""
+        return self.sampler.steps_per_epoch
 
     @property
-    def shapes(self) -> list[int]:
-        """Lengths of rows that occur."""
-        return self.deal.shapes
+    def batch_shapes(self) -> list[int]:
+        """Row lengths that occur."""
+        return self.sampler.batch_shapes
 
     def batch_at(self, step: int) -> Batch:
-        """The batch of one training step, counted from 0."""
-        return self.batch(*self.deal.at(step))
+        """Returns the batch of a training step, counted from 0."""
+        return self.make_batch(*self.sampler.batch_rows(step))
 
     def in_order(self) -> Iterator[tuple[np.ndarray, Batch]]:
-        """(numbers of the examples, batch) so that each comes once."""
-        for size, chosen in self.deal.plan(None):
-            yield chosen, self.batch(size, chosen)
+        """Yields (example indices, batch); every example occurs once."""
+        for length, indices in self.sampler.epoch_plan(None):
+            yield indices, self.make_batch(length, indices)
 
-    def batch(self, size: int, chosen: Iterable[Any]) -> Batch:
-        """The chosen examples, and empty rows up to the size of a batch."""
-        rows = [[self.examples[n]] for n in chosen]
-        rows += [[]] * (self.deal.rows - len(rows))
-        return filled(rows, size, self.fill)
+    def make_batch(self, length: int, indices: Iterable[Any]) -> Batch:
+        """Returns the examples at these indices, with empty rows as padding."""
+        rows = [[self.examples[n]] for n in indices]
+        rows += [[]] * (self.sampler.rows - len(rows))
+        return collate(rows, length, self.pad_id)
 
 
-def padded(
-    examples: Sequence[Example], rows: int, context: int, fill: int, seed: int = 0
-) -> Padded:
-    """One example a row; the examples fit `context`."""
+def make_bucketed_batches(
+    examples: Sequence[Example], rows: int, context: int, pad_id: int, seed: int = 0
+) -> BucketedBatches:
+    """Creates `BucketedBatches`; each example must fit `context`."""
     lengths = [len(example.ids) - 1 for example in examples]
-    return Padded(examples, Deal(lengths, rows, buckets(context), seed), fill)
+    return BucketedBatches(
+        examples, BucketSampler(lengths, rows, buckets(context), seed), pad_id
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Packed:
-    """As many examples a row as fit, the same ones in every epoch."""
+class PackedBatches:
+    """Packed batches with several examples per row, packed alike in every epoch."""
 
     examples: Sequence[Example]
-    rows: int  # [B]
+    rows: int  # batch size B
     context: int  # [T]
-    fill: int
+    pad_id: int
     seed: int
 
     @functools.cached_property
-    def bins(self) -> list[list[int]]:
-        """The examples of each row: the longest first, each where it fits best."""
+    def bin_packing(self) -> list[list[int]]:
+        """Example indices per row: best-fit decreasing bin packing."""
         bins: list[list[int]] = []
-        free: dict[int, list[int]] = {}  # positions left: bins
+        bins_by_space: dict[int, list[int]] = {}  # positions left: bin indices
         lengths = [len(example.ids) - 1 for example in self.examples]
         for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-            room = range(lengths[n], self.context + 1)
-            left = next((space for space in room if free.get(space)), None)
-            if left is None:
+            fitting_spaces = range(lengths[n], self.context + 1)
+            space_left = next(
+                (space for space in fitting_spaces if bins_by_space.get(space)), None
+            )
+            if space_left is None:
                 bins.append([])
-                left, number = self.context, len(bins) - 1
+                space_left, bin_index = self.context, len(bins) - 1
             else:
-                number = free[left].pop()
-            bins[number].append(n)
-            free.setdefault(left - lengths[n], []).append(number)
+                bin_index = bins_by_space[space_left].pop()
+            bins[bin_index].append(n)
+            bins_by_space.setdefault(space_left - lengths[n], []).append(bin_index)
         return bins
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of one pass through the examples."""
-        return -(-len(self.bins) // self.rows)
+        """Batches per epoch."""
+        return -(-len(self.bin_packing) // self.rows)
 
     @property
-    def shapes(self) -> list[int]:
-        """Lengths of rows that occur."""
+    def batch_shapes(self) -> list[int]:
+        """Row lengths that occur."""
         return [self.context]
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 (as many as there are runs)
-    def order(self, epoch: int) -> np.ndarray:
-        """The rows of an epoch."""
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self.bins))
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (one instance per run)
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """Returns the row order of an epoch."""
+        return np.random.default_rng((self.seed, epoch)).permutation(
+            len(self.bin_packing)
+        )
 
     def batch_at(self, step: int) -> Batch:
-        """The batch of one training step, counted from 0."""
+        """Returns the batch of a training step, counted from 0."""
         epoch, number = divmod(step, self.steps_per_epoch)
-        chosen = self.order(epoch)[number * self.rows :][: self.rows]
-        rows = [[self.examples[n] for n in self.bins[row]] for row in chosen]
+        bin_indices = self.epoch_order(epoch)[number * self.rows :][: self.rows]
+        rows = [
+            [self.examples[n] for n in self.bin_packing[row]] for row in bin_indices
+        ]
         rows += [[]] * (self.rows - len(rows))
-        return filled(rows, self.context, self.fill)
+        return collate(rows, self.context, self.pad_id)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Book:
-    """The batches of the book's data loader."""
+class BookBatches:
+    """Batches of the book's data loader."""
 
     examples: Sequence[Example]
-    rows: int  # [B]; what is left over of an epoch is dropped
-    fill: int
+    rows: int  # batch size B; an incomplete last batch is dropped
+    pad_id: int
     seed: int
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of one pass through the examples."""
+        """Batches per epoch."""
         return len(self.examples) // self.rows
 
     @property
-    def shapes(self) -> list[int]:
-        """Lengths of rows that occur in the first epoch."""
-        return sorted({self.size(self.chosen(n)) for n in range(self.steps_per_epoch)})
+    def batch_shapes(self) -> list[int]:
+        """Row lengths that occur in the first epoch."""
+        return sorted(
+            {
+                self.max_length(self.batch_indices(n))
+                for n in range(self.steps_per_epoch)
+            }
+        )
 
-    def chosen(self, step: int) -> list[int]:
-        """The examples of a step."""
+    def batch_indices(self, step: int) -> list[int]:
+        """Returns the example indices of a step."""
         epoch, number = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.seed, len(self.examples), epoch)
+        order = dataloader_order(self.seed, len(self.examples), epoch)
         return order[number * self.rows :][: self.rows]
 
-    def size(self, chosen: Iterable[int]) -> int:
-        """Positions that the longest of the examples takes."""
-        return max(len(self.examples[n].ids) - 1 for n in chosen)
+    def max_length(self, indices: Iterable[int]) -> int:
+        """Returns the positions of the longest of these examples."""
+        return max(len(self.examples[n].ids) - 1 for n in indices)
 
     def batch_at(self, step: int) -> Batch:
-        """The batch of one training step, counted from 0."""
-        return self.batch(self.chosen(step))
+        """Returns the batch of a training step, counted from 0."""
+        return self.make_batch(self.batch_indices(step))
 
-    def batch(self, chosen: Sequence[int]) -> Batch:
-        """The chosen examples, as long as the longest of them."""
-        rows = [[self.examples[n]] for n in chosen]
-        return filled(rows, self.size(chosen), self.fill)
-
-
-ExampleBatches = Padded | Packed | Book
+    def make_batch(self, indices: Sequence[int]) -> Batch:
+        """Returns the examples at these indices, padded to the longest of them."""
+        rows = [[self.examples[n]] for n in indices]
+        return collate(rows, self.max_length(indices), self.pad_id)
 
 
-def example_batches(
+SFTBatches = BucketedBatches | PackedBatches | BookBatches
+
+
+def make_sft_batches(
     batching: str,
     examples: Sequence[Example],
     *,
     rows: int,
     context: int,
-    fill: int,
+    pad_id: int,
     seed: int,
-) -> ExampleBatches:
-    """The batches of a run: same arguments, same batches.
+) -> SFTBatches:
+    """Creates the batches of a run; deterministic in its arguments.
 
     Args:
-        batching: "auto", "padded", "packed" or "book".
-        examples: to train on, each of at most `context` + 1 tokens.
-        rows: [B] of a batch.
-        context: [T] positions of a row at most.
-        fill: token that fills up rows.
-        seed: of the run.
+        batching: "auto" (padded), "padded", "packed" or "book".
+        examples: training examples, at most `context` + 1 tokens each.
+        rows: batch size B.
+        context: [T] maximum positions per row.
+        pad_id: fills unused positions.
+        seed: for shuffling.
 
     Raises:
-        DataError: conversations are not batched like this, or too few for one batch.
+        DataError: `batching` is invalid for conversations, or there are fewer examples
+            than one batch needs.
     """
     if batching == "packed":
-        return Packed(examples, rows, context, fill, seed)
+        return PackedBatches(examples, rows, context, pad_id, seed)
     if batching == "book":
         if len(examples) < rows:
             raise DataError(
                 f"{len(examples)} conversations do not fill one batch of {rows} rows, "
-                "and data.batching=book drops what is left over. Lower "
+                "and data.batching=book drops incomplete batches. Decrease "
                 "data.batch_size, or use data.batching=padded."
             )
-        return Book(examples, rows, fill, seed)
-    if batching == "mixed":
+        return BookBatches(examples, rows, pad_id, seed)
+    if batching == "concat":
         raise DataError(
-            "data.batching=mixed lets the documents of a row see each other, which "
-            "conversations never do. Use packed or padded."
+            "data.batching=concat allows attention across the documents of a row, "
+            "which is not supported for conversations. Use packed or padded."
         )
-    return padded(examples, rows, context, fill, seed)
+    return make_bucketed_batches(examples, rows, context, pad_id, seed)

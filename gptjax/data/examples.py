@@ -1,7 +1,7 @@
-"""Rendered conversations as tokens, and which of these are learned.
+"""Tokenized conversations with loss masks.
 
-What is learned is decided by where a token stands in the conversation, never by its
-id: GPT-2 fills rows up with the same token that ends an answer.
+The loss mask depends on a token's position in the conversation, never on its id: GPT-2
+uses the token that ends a response for padding as well.
 """
 
 import itertools
@@ -10,116 +10,123 @@ from typing import NamedTuple
 
 from gptjax.data.conversations import Conversation
 from gptjax.errors import ConfigError
-from gptjax.template import Piece, Template
+from gptjax.template import TemplateSegment, ChatTemplate
 from gptjax.tokenizer import Tokenizer
 
-ANSWERS = frozenset({"answer"})
-EVERYTHING = frozenset({"prompt", "header", "answer"})
+TRAIN_ON_COMPLETIONS = frozenset({"answer"})
+TRAIN_ON_ALL = frozenset({"prompt", "header", "answer"})
 
 
 class Example(NamedTuple):
-    """A conversation as tokens."""
+    """Tokenized conversation with a loss mask."""
 
     ids: list[int]
-    learned: list[bool]  # of each token, whether its prediction counts
-    answers: list[tuple[int, int]]  # where each starts and stops, its end included
+    loss_mask: list[bool]  # True for tokens that are trained on as targets
+    answer_spans: list[tuple[int, int]]  # (start, stop), end token included
 
 
-def encode(
+def encode_segments(
     tokenizer: Tokenizer,
-    pieces: Iterable[Piece],
-    learned: Collection[str] = ANSWERS,
+    segments: Iterable[TemplateSegment],
+    train_on: Collection[str] = TRAIN_ON_COMPLETIONS,
 ) -> Example:
-    """The tokens of a conversation.
+    """Tokenizes a rendered conversation.
 
-    Prompt, header and answer are encoded apart, as they are when an answer is asked
-    for: no token reaches from one into the next. Messages are ordinary text, in which
-    no control token is found.
+    Prompt, header and answer are encoded separately, like in generation, so that no
+    token spans two of them. Message texts never yield control tokens.
 
     Args:
         tokenizer: of the model.
-        pieces: `gptjax.template.Template.pieces`.
-        learned: kinds of pieces whose tokens are learned.
+        segments: from `ChatTemplate.segments`.
+        train_on: kinds of segments to train on.
     """
     example = Example([], [], [])
-    for kind, group in itertools.groupby(pieces, key=lambda piece: piece.kind):
+    for kind, group in itertools.groupby(segments, key=lambda piece: piece.kind):
         ids = []
-        for piece in group:
-            ids += [tokenizer.eot] if piece.end else tokenizer.encode(piece.text)
+        for segment in group:
+            ids += (
+                [tokenizer.eot_token]
+                if segment.is_eot
+                else tokenizer.encode(segment.text)
+            )
         start = len(example.ids)
         example.ids.extend(ids)
-        example.learned.extend([kind in learned] * len(ids))
+        example.loss_mask.extend([kind in train_on] * len(ids))
         if kind == "answer":
-            example.answers.append((start, len(example.ids)))
-    example.learned[:1] = [False]  # nothing stands before it that could predict it
+            example.answer_spans.append((start, len(example.ids)))
+    example.loss_mask[:1] = [False]  # the first token is never a target
     return example
 
 
-def encode_all(
+def encode_conversations(
     tokenizer: Tokenizer,
-    template: Template,
+    template: ChatTemplate,
     conversations: Iterable[Conversation],
-    learned: Collection[str] = ANSWERS,
+    train_on: Collection[str] = TRAIN_ON_COMPLETIONS,
 ) -> list[Example]:
-    """The tokens of each conversation.
+    """Renders and tokenizes conversations.
 
     Raises:
-        ConfigError: the template cannot render one of them; says which.
+        ConfigError: the template fails to render a conversation.
     """
     examples = []
     for conversation in conversations:
         try:
-            pieces = template.pieces(conversation.messages)
+            segments = template.segments(conversation.messages)
         except ConfigError as error:
-            raise ConfigError(f"{conversation.place}: {error}") from error
-        examples.append(encode(tokenizer, pieces, learned))
+            raise ConfigError(f"{conversation.location}: {error}") from error
+        examples.append(encode_segments(tokenizer, segments, train_on))
     return examples
 
 
-def fitted(example: Example, most: int) -> Example | None:
-    """The example with at most `most` tokens, the last answer whole.
+def truncate_left(example: Example, max_tokens: int) -> Example | None:
+    """Truncates an example from the left to at most `max_tokens` tokens.
 
-    It is cut at its front; what is left there of an answer is not learned.
+    Partially truncated answers are excluded from the loss.
 
     Returns:
-        None where the last answer and a token before it do not fit.
+        None if the last answer and one token before it do not fit.
     """
-    surplus = len(example.ids) - most
+    surplus = len(example.ids) - max_tokens
     if surplus <= 0:
         return example
-    if surplus >= example.answers[-1][0]:
+    if surplus >= example.answer_spans[-1][0]:
         return None
-    learned = list(example.learned)
-    for start, stop in example.answers:
+    loss_mask = list(example.loss_mask)
+    for start, stop in example.answer_spans:
         if start < surplus:
-            learned[start:stop] = [False] * (stop - start)
-    learned[surplus] = False
-    answers = [
+            loss_mask[start:stop] = [False] * (stop - start)
+    loss_mask[surplus] = False
+    answer_spans = [
         (start - surplus, stop - surplus)
-        for start, stop in example.answers
+        for start, stop in example.answer_spans
         if start >= surplus
     ]
-    return Example(example.ids[surplus:], learned[surplus:], answers)
+    return Example(example.ids[surplus:], loss_mask[surplus:], answer_spans)
 
 
-class Fitted(NamedTuple):
-    """Examples that fit a model's rows, and what that took."""
+class TruncatedExamples(NamedTuple):
+    """Examples truncated to the context length."""
 
     examples: list[Example]
-    kept: list[int]  # their numbers among those that were given
-    cut: int  # of these, how many lost tokens at their front
-    skipped: int  # left out, as the answer alone is too long
+    kept_indices: list[int]  # indices of `examples` in the input
+    num_truncated: int  # examples truncated from the left
+    num_dropped: int  # examples dropped because the last answer alone is too long
 
 
-def fit_all(examples: Sequence[Example], context: int) -> Fitted:
-    """The examples as rows that predict at most `context` tokens each.
+def truncate_all(examples: Sequence[Example], context: int) -> TruncatedExamples:
+    """Truncates examples to `context` + 1 tokens and drops those that do not fit.
 
     Args:
-        examples: from `encode`, each with an answer.
-        context: [T] inputs of a row; the last token of an example is only predicted.
+        examples: from `encode_segments`, each with an answer.
+        context: [T] input tokens per row; the last token is only a target.
     """
-    found = [(n, fitted(example, context + 1)) for n, example in enumerate(examples)]
-    fitting = [(n, example) for n, example in found if example is not None]
-    cut = sum(len(example.ids) < len(examples[n].ids) for n, example in fitting)
-    skipped = len(examples) - len(fitting)
-    return Fitted([x for _, x in fitting], [n for n, _ in fitting], cut, skipped)
+    truncated = [
+        (n, truncate_left(example, context + 1)) for n, example in enumerate(examples)
+    ]
+    kept = [(n, example) for n, example in truncated if example is not None]
+    num_truncated = sum(len(example.ids) < len(examples[n].ids) for n, example in kept)
+    num_dropped = len(examples) - len(kept)
+    return TruncatedExamples(
+        [x for _, x in kept], [n for n, _ in kept], num_truncated, num_dropped
+    )

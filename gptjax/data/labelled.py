@@ -1,12 +1,11 @@
-"""Labelled texts, for classification, out of tables and folders.
+"""Labeled texts for classification, from tables and folders.
 
-A table is a .csv, .tsv, .jsonl or .json file (also .gz), whose columns of text and
-labels are guessed where they are not given; what was guessed is told. A folder holds
-one folder per label, named by it, with a .txt file per text.
+A table is a .csv, .tsv, .jsonl or .json file, optionally gzipped. The text and label
+columns are guessed unless named; the returned description states the choice. A folder
+contains one folder per label, with one .txt file per text.
 
-Comma-separated files are read strictly, tab-separated ones as pandas reads them by
-default: a field that starts with a quote mark goes on to the next one, over the ends
-of lines too.
+CSV files are parsed strictly, TSV files like pandas does by default: a field that
+starts with a quote extends to the closing quote, across line ends too.
 """
 
 import dataclasses
@@ -17,377 +16,427 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex
 
-from gptjax.config import suggestion
+from gptjax.config import did_you_mean
 from gptjax.data import named
 from gptjax.data.python_lines import PYTHON_LINES, python_lines
-from gptjax.data.rows import ROWS, Row, field_lists, opened
-from gptjax.data.text import read_text, row_text, suffix
+from gptjax.data.rows import READERS, NumberedRow, read_csv_records, open_decompressed
+from gptjax.data.text import read_text_file, get_row_text, suffix_without_gz
 from gptjax.errors import DataError
 
-SMS = named.NAMED["sms-spam"].file  # tab-separated, with no ending and no header
-TEXTS = ("text", "sentence", "content", "message", "review", "document", "sms")
-TEXTS += ("comment", "tweet", "body", "question", "headline")
-LABELS = ("label", "class", "target", "category", "sentiment", "labels", "intent")
-LABELS += ("topic", "polarity", "rating", "stars")
+SMS_SPAM_FILE = named.DATASETS[
+    "sms-spam"
+].file_name  # tab-separated, without file suffix or header
+TEXT_COLUMNS = ("text", "sentence", "content", "message", "review", "document", "sms")
+TEXT_COLUMNS += ("comment", "tweet", "body", "question", "headline")
+LABEL_COLUMNS = (
+    "label",
+    "class",
+    "target",
+    "category",
+    "sentiment",
+    "labels",
+    "intent",
+)
+LABEL_COLUMNS += ("topic", "polarity", "rating", "stars")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-KINDS = {
+TABLE_FORMATS = {
     ".csv": "comma-separated",
     ".tsv": "tab-separated",
     ".jsonl": "JSON lines",
     ".json": "JSON list",
 }
-FIELD_FIX = {
-    ",": 'Quote text that holds commas: "a, b".',
-    "\t": "A tab ends a field: write a space for one inside a text.",
+FIELD_COUNT_ADVICE = {
+    ",": 'Quote text that contains commas: "a, b".',
+    "\t": "Tabs separate fields: replace tabs inside a text by spaces.",
 }
-LABEL_CHARACTERS = 50  # a column with longer values is not guessed to be labels
-SHOWN = 8  # classes that are listed by name
+MAX_GUESSED_LABEL_CHARS = 50  # longest value in a guessed label column
+MAX_LISTED_CLASSES = 8  # classes listed by name in a summary
 
 
 @dataclasses.dataclass(frozen=True)
-class Labelled:
-    """Texts and their classes."""
+class LabeledTexts:
+    """Texts with class labels."""
 
     texts: list[str]
-    labels: list[int]  # of each text, an index of `names`
-    names: tuple[str, ...]  # of the classes; sorted, numbers by their value
-    places: list[str]  # "file:line" of each text
+    labels: list[int]  # indices into `class_names`
+    class_names: tuple[str, ...]  # sorted, numbers by value
+    locations: list[str]  # "file:line" of each text
 
     def __len__(self) -> int:
-        """How many texts there are."""
+        """Number of texts."""
         return len(self.texts)
 
 
-class Table(NamedTuple):
-    """Rows of a file, before it is settled what their columns mean."""
+class RawTable(NamedTuple):
+    """Rows of a file before the text and label columns are chosen."""
 
     path: Path
-    kind: str  # for people
+    format: str  # description for messages
     columns: list[str]
-    rows: list[Row]
+    rows: list[NumberedRow]
 
 
-def select(data: Labelled, indices: Iterable[SupportsIndex]) -> Labelled:
-    """The rows with these indices, in this order; the classes stay the same."""
+def take(data: LabeledTexts, indices: Iterable[SupportsIndex]) -> LabeledTexts:
+    """Returns the rows at `indices`, in this order, with the same classes."""
     chosen = list(indices)
     return dataclasses.replace(
         data,
         texts=[data.texts[i] for i in chosen],
         labels=[data.labels[i] for i in chosen],
-        places=[data.places[i] for i in chosen],
+        places=[data.locations[i] for i in chosen],
     )
 
 
-def read_labelled(
-    path: Path | str, text: str = "", label: str = ""
-) -> tuple[Labelled, str]:
-    """(the labelled texts, a line that says what was taken for what).
+def read_labeled_texts(
+    path: Path | str, text_column: str = "", label_column: str = ""
+) -> tuple[LabeledTexts, str]:
+    """Reads labeled texts; returns them with a one-line description.
 
     Args:
-        path: a named data set, a table, or a folder with one folder per label.
-        text: column of the text; "" = guess. Columns without names are counted from 1.
-        label: column of the label; "" = guess.
+        path: a built-in data set, a table, or a folder with one folder per label.
+        text_column: "" = guess. Columns without a header are numbered from 1.
+        label_column: "" = guess.
 
     Raises:
-        DataError: there are no such rows, or one of them cannot be used.
+        DataError: the path, a column or a row is invalid.
     """
     if path == PYTHON_LINES:
-        data = label_rows(python_lines(), PYTHON_LINES)
-        return data, f"lines of Python's own library; {summary(data)}."
-    place = find(str(path))
-    if place.is_dir():
-        if text or label:
+        data = encode_labels(python_lines(), PYTHON_LINES)
+        return data, f"lines of Python's standard library; {summarize_classes(data)}."
+    source = resolve_labeled_path(str(path))
+    if source.is_dir():
+        if text_column or label_column:
             raise DataError(
-                f"{place} is a folder, which has no columns. Leave data.text and "
-                "data.label empty, or give a file."
+                f"{source} is a folder and has no columns. Leave data.text_column and "
+                "data.label_column empty, or pass a file."
             )
-        data = label_rows(folder_rows(place), str(place))
+        data = encode_labels(folder_examples(source), str(source))
         return data, (
-            f"{place}: .txt files in folders that are named by their labels; "
-            f"{summary(data)}."
+            f"{source}: .txt files in one folder per label; {summarize_classes(data)}."
         )
-    table = read_table(place, {text, label} - {""})
-    text, label = choose_columns(table, text, label)
-    data = label_rows(table_rows(table, text, label), f"{place}, column {label!r}")
+    table = read_raw_table(source, {text_column, label_column} - {""})
+    text_column, label_column = choose_columns(table, text_column, label_column)
+    data = encode_labels(
+        table_examples(table, text_column, label_column),
+        f"{source}, column {label_column!r}",
+    )
     return data, (
-        f"{place}: {table.kind}; text in column {text!r}, label in column {label!r}; "
-        f"{summary(data)}{joined_lines(table, text)}. "
-        "Others: --data.text NAME --data.label NAME."
+        f"{source}: {table.format}; text in column {text_column!r}, label in column {label_column!r}; "
+        f"{summarize_classes(data)}{describe_multiline_texts(table, text_column)}. "
+        "Override with --data.text_column NAME --data.label_column NAME."
     )
 
 
-def find(path: str) -> Path:
-    """The file or folder that the user's argument stands for."""
+def resolve_labeled_path(path: str) -> Path:
+    """Returns the file or folder of a data set name or a path."""
     if path == "sms-spam":
-        return named.find(path)
-    if path in (named.PYTHON_HELP, *named.NAMED):
+        return named.fetch_dataset(path)
+    if path in (named.PYTHON_HELP, *named.DATASETS):
+        raise DataError(f"the data set {path} has no labels. Use sms-spam or a file.")
+    source = Path(path).expanduser()
+    if not source.exists():
         raise DataError(
-            f"the data set {path} has no labels. Take sms-spam, or give a file."
-        )
-    place = Path(path).expanduser()
-    if not place.exists():
-        raise DataError(
-            f"nothing is at {path}. Give a {', '.join(KINDS)} file (also .gz), a "
+            f"{path} does not exist. Pass a {', '.join(TABLE_FORMATS)} file (also .gz), a "
             "folder with one folder of .txt files per label, or the data set sms-spam."
         )
-    if not place.is_dir() and ending(place) not in KINDS:
+    if not source.is_dir() and file_suffix(source) not in TABLE_FORMATS:
         raise DataError(
-            f"cannot tell what {path} holds from its name. Rename it to end in one of "
-            f"{', '.join(KINDS)} (also .gz)."
+            f"{path}: unsupported file suffix. Supported: {', '.join(TABLE_FORMATS)} (also "
+            ".gz)."
         )
-    return place
+    return source
 
 
-def ending(path: Path) -> str:
-    """The ending that says what the file holds."""
-    return ".tsv" if path.name.removesuffix(".gz") == SMS else suffix(path)
+def file_suffix(path: Path) -> str:
+    """Returns the suffix that determines the file format."""
+    return (
+        ".tsv"
+        if path.name.removesuffix(".gz") == SMS_SPAM_FILE
+        else suffix_without_gz(path)
+    )
 
 
-def read_table(path: Path, given: set[str]) -> Table:
-    """All rows of a file; `given` are the columns that the user names."""
-    kind = ending(path)
-    with opened(path) as (file, _):
-        if kind in DELIMITERS:
-            mark = DELIMITERS[kind]
-            lists = [
+def read_raw_table(path: Path, named_columns: set[str]) -> RawTable:
+    """Reads all rows of a file.
+
+    Args:
+        path: of a table.
+        named_columns: columns chosen by the user, which help to detect a header.
+    """
+    file_type = file_suffix(path)
+    with open_decompressed(path) as (file, _):
+        if file_type in DELIMITERS:
+            delimiter = DELIMITERS[file_type]
+            records = [
                 (line, fields)
-                for line, fields in field_lists(file, path, mark, strict=mark == ",")
+                for line, fields in read_csv_records(
+                    file, path, delimiter, strict=delimiter == ","
+                )
                 if fields  # not a blank line
             ]
-            table = fields_table(path, lists, given)
+            table = table_from_csv(path, records, named_columns)
         else:
-            rows = list(ROWS[kind.removeprefix(".")](file, path))
-            table = objects_table(path, rows)
+            rows = list(READERS[file_type.removeprefix(".")](file, path))
+            table = table_from_json(path, rows)
     if not table.rows:
-        raise DataError(f"{path} has no rows. Give a file with labelled texts.")
+        raise DataError(f"{path} has no rows. Pass a file with labeled texts.")
     return table
 
 
-def objects_table(path: Path, rows: list[Row]) -> Table:
-    """The table of a JSON file, each of whose rows must be an object."""
+def table_from_json(path: Path, rows: list[NumberedRow]) -> RawTable:
+    """Returns the table of a JSON file, whose rows must be objects."""
     for line, row in rows:
         if not isinstance(row, dict):
             raise DataError(
                 f"{path}:{line}: {row!r:.40} has no columns. Write each row as "
                 '{"text": "...", "label": "..."}.'
             )
-    return Table(path, KINDS[ending(path)], list(rows[0][1]) if rows else [], rows)
+    return RawTable(
+        path, TABLE_FORMATS[file_suffix(path)], list(rows[0][1]) if rows else [], rows
+    )
 
 
-def fields_table(
-    path: Path, lists: list[tuple[int, list[str]]], given: set[str]
-) -> Table:
-    """The table of a file whose first row may be a header."""
-    kind, mark = KINDS[ending(path)], DELIMITERS[ending(path)]
-    first = [name.strip() for name in lists[0][1]] if lists else []
-    for line, fields in lists:
-        if len(fields) != len(first):
+def table_from_csv(
+    path: Path, records: list[tuple[int, list[str]]], named_columns: set[str]
+) -> RawTable:
+    """Returns the table of a CSV or TSV file; its first row may be a header."""
+    kind, delimiter = TABLE_FORMATS[file_suffix(path)], DELIMITERS[file_suffix(path)]
+    first_row = [name.strip() for name in records[0][1]] if records else []
+    for line, fields in records:
+        if len(fields) != len(first_row):
             raise DataError(
-                f"{path}:{line}: {len(fields)} fields, but {len(first)} in the first "
-                f"row. {FIELD_FIX[mark]}"
+                f"{path}:{line}: {len(fields)} fields, but {len(first_row)} in the first "
+                f"row. {FIELD_COUNT_ADVICE[delimiter]}"
             )
 
-    def table(kind: str, names: list[str], skip: int = 0) -> Table:
-        rows = [(n, dict(zip(names, row, strict=True))) for n, row in lists[skip:]]
-        return Table(path, kind, names, rows)
+    def make_table(kind: str, names: list[str], skip: int = 0) -> RawTable:
+        rows = [(n, dict(zip(names, row, strict=True))) for n, row in records[skip:]]
+        return RawTable(path, kind, names, rows)
 
-    if not suffix(path) and len(first) == 2:  # the SMS collection
-        return table(f"{kind}, no header", ["label", "text"])
-    counted = table(f"{kind}, no header", [str(n + 1) for n in range(len(first))])
-    if not lists or not has_header(counted, first, given):
-        return counted
-    if len(set(first)) < len(first):
-        raise DataError(f"{path}:1: a column name appears twice: {first}.")
-    return table(f"{kind}, with a header", first, skip=1)
+    if not suffix_without_gz(path) and len(first_row) == 2:  # the SMS Spam Collection
+        return make_table(f"{kind}, no header", ["label", "text"])
+    numbered = make_table(
+        f"{kind}, no header", [str(n + 1) for n in range(len(first_row))]
+    )
+    if not records or not has_header(numbered, first_row, named_columns):
+        return numbered
+    if len(set(first_row)) < len(first_row):
+        raise DataError(f"{path}:1: duplicate column name in {first_row}.")
+    return make_table(f"{kind}, with a header", first_row, skip=1)
 
 
-def has_header(table: Table, first: list[str], given: set[str]) -> bool:
-    """Whether the first row, which is still one of the table's, names the columns.
+def has_header(table: RawTable, first_row: list[str], named_columns: set[str]) -> bool:
+    """True if the first row of the table contains column names.
 
-    It does not where the user counts the columns, or where it has a label that other
-    rows have too.
+    False if the user numbers the columns, or if other rows repeat its label.
     """
-    if given & set(first) or {name.lower() for name in first} & {*TEXTS, *LABELS}:
+    if named_columns & set(first_row) or {name.lower() for name in first_row} & {
+        *TEXT_COLUMNS,
+        *LABEL_COLUMNS,
+    }:
         return True
-    if given and given <= set(table.columns):
+    if named_columns and named_columns <= set(table.columns):
         return False
-    column = label_like(table)
-    others = [row[column] for _, row in table.rows[1:]] if column else []
-    return not column or table.rows[0][1][column] not in others
+    label_column = guess_label_column(table)
+    other_labels = (
+        [row[label_column] for _, row in table.rows[1:]] if label_column else []
+    )
+    return not label_column or table.rows[0][1][label_column] not in other_labels
 
 
-def label_like(table: Table) -> str:
-    """Of two columns, the one that looks like labels beside texts; "" is neither."""
+def guess_label_column(table: RawTable) -> str:
+    """Returns which of two columns looks like labels, "" if neither does."""
     if len(table.columns) != 2:
         return ""
-    for one, other in (table.columns, table.columns[::-1]):
-        labels = [str(row.get(one, "")) for _, row in table.rows]
+    for candidate, other in (table.columns, table.columns[::-1]):
+        labels = [str(row.get(candidate, "")) for _, row in table.rows]
         texts = [str(row.get(other, "")) for _, row in table.rows]
         if (
             2 * len(set(labels)) <= len(labels)
             and len(set(labels)) < len(set(texts))
             and sum(map(len, labels)) < sum(map(len, texts))
-            and max(map(len, labels)) <= LABEL_CHARACTERS
+            and max(map(len, labels)) <= MAX_GUESSED_LABEL_CHARS
         ):
-            return one
+            return candidate
     return ""
 
 
-def choose_columns(table: Table, text: str, label: str) -> tuple[str, str]:
-    """The columns of the text and of the label, guessed where they are ""."""
+def choose_columns(
+    table: RawTable, text_column: str, label_column: str
+) -> tuple[str, str]:
+    """Returns the text and the label column, guessed where they are ""."""
     columns = table.columns
-    place = f"{table.path}:{table.rows[0][0]}"
-    for option, name in (("text", text), ("label", label)):
+    location = f"{table.path}:{table.rows[0][0]}"
+    for option, name in (("text", text_column), ("label", label_column)):
         if name and name not in columns:
-            raise unknown_column(name, option, columns, place)
-    if text and text == label:
+            raise unknown_column_error(name, option, columns, location)
+    if text_column and text_column == label_column:
         raise DataError(
-            f"data.text and data.label are both {text!r}. Name two columns of "
+            f"data.text_column and data.label_column are both {text_column!r}. Choose two of "
             f"{', '.join(columns)}."
         )
-    rest = [name for name in columns if name not in (text, label)]
-    text = text or known_column(rest, TEXTS)
-    label = label or known_column(rest, LABELS)
-    rest = [name for name in columns if name not in (text, label)]
-    if len(columns) == 2 and not text:
-        label = label or label_like(table)
-        text = "".join(set(columns) - {label}) if label else ""
-    elif len(columns) == 2 and not label:
-        values = [str(row.get(rest[0], "")) for _, row in table.rows]
-        label = rest[0] if len(set(values)) < len(values) else ""
-    if not text or not label:
-        count = ending(table.path) in DELIMITERS
+    remaining = [name for name in columns if name not in (text_column, label_column)]
+    text_column = text_column or known_column(remaining, TEXT_COLUMNS)
+    label_column = label_column or known_column(remaining, LABEL_COLUMNS)
+    remaining = [name for name in columns if name not in (text_column, label_column)]
+    if len(columns) == 2 and not text_column:
+        label_column = label_column or guess_label_column(table)
+        text_column = "".join(set(columns) - {label_column}) if label_column else ""
+    elif len(columns) == 2 and not label_column:
+        values = [str(row.get(remaining[0], "")) for _, row in table.rows]
+        label_column = remaining[0] if len(set(values)) < len(values) else ""
+    if not text_column or not label_column:
+        is_delimited = file_suffix(table.path) in DELIMITERS
         raise DataError(
-            f"{place}: cannot tell which column holds the text and which the label; "
-            f"columns: {', '.join(columns) or 'none'}. Name them: --data.text NAME "
-            "--data.label NAME"
-            + (" (or count from 1 where the first row is no header)." * count or ".")
+            f"{location}: ambiguous text and label columns; columns: "
+            f"{', '.join(columns) or 'none'}. Choose with --data.text_column NAME "
+            "--data.label_column NAME"
+            + (" (column numbers from 1 if there is no header)." * is_delimited or ".")
         )
-    return text, label
+    return text_column, label_column
 
 
 def known_column(columns: list[str], names: Sequence[str]) -> str:
-    """The one column with a known name; the first of `names` is known best."""
-    for known in (names[:1], names):
-        found = [name for name in columns if name.strip().lower() in known]
-        if len(found) == 1:
-            return found[0]
+    """Returns the only column with a known name, else ""; `names[0]` is preferred."""
+    for accepted in (names[:1], names):
+        matches = [name for name in columns if name.strip().lower() in accepted]
+        if len(matches) == 1:
+            return matches[0]
     return ""
 
 
-def unknown_column(
-    name: str, option: str, columns: Iterable[str], place: str
+def unknown_column_error(
+    name: str, option: str, columns: Iterable[str], location: str
 ) -> DataError:
-    """The error that a column is not there."""
+    """Returns the error for a missing column."""
     columns = list(columns)
     return DataError(
-        f"{place}: no column {name!r}.{suggestion(name, columns)} Columns: "
-        f"{', '.join(columns) or 'none'}. Choose with --data.{option} NAME."
+        f"{location}: no column {name!r}.{did_you_mean(name, columns)} Columns: "
+        f"{', '.join(columns) or 'none'}. Choose with --data.{option}_column NAME."
     )
 
 
-def table_rows(table: Table, text: str, label: str) -> Iterator[tuple[str, str, str]]:
-    """(text, label, place) of each row."""
+def table_examples(
+    table: RawTable, text_column: str, label_column: str
+) -> Iterator[tuple[str, str, str]]:
+    """Yields (text, label, location) of each row."""
     for line, row in table.rows:
-        place = f"{table.path}:{line}"
-        for option, name in (("text", text), ("label", label)):
+        location = f"{table.path}:{line}"
+        for option, name in (("text", text_column), ("label", label_column)):
             if name not in row:
-                raise unknown_column(name, option, row, place)
-        yield row_text(row, text, place), row_label(row, label, place), place
+                raise unknown_column_error(name, option, row, location)
+        yield (
+            get_row_text(row, text_column, location),
+            get_label(row, label_column, location),
+            location,
+        )
 
 
-def row_label(row: dict[str, Any], column: str, place: str) -> str:
-    """The label of one row, as a string without spaces around it."""
+def get_label(row: dict[str, Any], column: str, location: str) -> str:
+    """Returns the label of a row as a stripped string."""
     value = row[column]
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     if isinstance(value, dict | list):
         raise DataError(
-            f"{place}: the label in column {column!r} is {value!r:.40}, not a string "
-            "or a number. Give each text one label."
+            f"{location}: the label in column {column!r} is {value!r:.40}, not a string "
+            "or a number. Each text needs exactly one label."
         )
-    label = "" if value is None else row_text(row, column, place).strip()
+    label = "" if value is None else get_row_text(row, column, location).strip()
     if not label:
         raise DataError(
-            f"{place}: no label in column {column!r}. Give the row one, or remove it."
+            f"{location}: no label in column {column!r}. Add one, or remove the row."
         )
     return label
 
 
-def folder_rows(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """(text, label, place) of each .txt file in a folder that is named by a label."""
+def folder_examples(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Yields (text, label, location) of each .txt file; its folder is the label."""
 
-    def shown(place: Path) -> list[Path]:
+    def visible_entries(place: Path) -> list[Path]:
         return [path for path in sorted(place.iterdir()) if path.name[0] != "."]
 
-    def folders(place: Path) -> list[Path]:
-        return [path for path in shown(place) if path.is_dir()]
+    def subfolders(place: Path) -> list[Path]:
+        return [path for path in visible_entries(place) if path.is_dir()]
 
-    def texts(place: Path) -> list[Path]:
-        return [p for p in shown(place) if suffix(p) == ".txt" and p.is_file()]
+    def text_files(place: Path) -> list[Path]:
+        return [
+            p
+            for p in visible_entries(place)
+            if suffix_without_gz(p) == ".txt" and p.is_file()
+        ]
 
-    for inner in folders(folder):
-        if any(texts(deeper) for deeper in folders(inner)):
+    for inner in subfolders(folder):
+        if any(text_files(deeper) for deeper in subfolders(inner)):
             raise DataError(
-                f"{folder} holds {inner.name}, which holds folders of texts itself. "
-                f"Give the folder whose folders are the labels, such as {inner}."
+                f"{folder} contains {inner.name}, which has subfolders of texts. "
+                f"Pass the folder whose subfolders are the labels, such as {inner}."
             )
-    files = [(file, inner.name) for inner in folders(folder) for file in texts(inner)]
+    files = [
+        (file, inner.name) for inner in subfolders(folder) for file in text_files(inner)
+    ]
     if not files:
         raise DataError(
-            f"{folder} has no folders of .txt files. Put each text into a folder that "
-            f"is named by its label, such as {folder / 'spam' / '1.txt'}, or give a "
-            "file."
+            f"{folder} has no folders of .txt files. Put each text into a folder named "
+            f"after its label, such as {folder / 'spam' / '1.txt'}, or pass a file."
         )
     for file, label in files:
-        yield read_text(file), label, f"{file}:1"
+        yield read_text_file(file), label, f"{file}:1"
 
 
-def label_rows(rows: Iterable[tuple[str, str, str]], where: str) -> Labelled:
-    """The rows (text, label, place) with labels as numbers.
+def encode_labels(rows: Iterable[tuple[str, str, str]], source: str) -> LabeledTexts:
+    """Builds `LabeledTexts` with integer labels, in the order of the rows.
 
     Args:
-        rows: in the order they keep.
-        where: the labels are from, for errors.
+        rows: (text, label, location).
+        source: origin of the labels, for error messages.
     """
-    texts, labels, places = [], [], []
-    for text, label, place in rows:
+    texts, labels, locations = [], [], []
+    for text, label, location in rows:
         if not text.strip():
-            raise DataError(f"{place}: the text is empty. Remove the row or fill it.")
+            raise DataError(
+                f"{location}: the text is empty. Add text, or remove the row."
+            )
         texts.append(text)
         labels.append(label)
-        places.append(place)
-    names = sorted(set(labels), key=name_order)
-    if len(names) < 2:
+        locations.append(location)
+    class_names = sorted(set(labels), key=class_sort_key)
+    if len(class_names) < 2:
         raise DataError(
-            f"{where}: the only label is {names[0]!r}, but a classifier needs two "
-            "classes. Add the others, or choose the column with --data.label NAME."
+            f"{source}: the only label is {class_names[0]!r}, but a classifier needs at least "
+            "two classes. Add rows of other classes, or choose the column with "
+            "--data.label_column NAME."
         )
-    ids = {name: number for number, name in enumerate(names)}
-    return Labelled(texts, [ids[label] for label in labels], tuple(names), places)
+    class_ids = {name: number for number, name in enumerate(class_names)}
+    return LabeledTexts(
+        texts, [class_ids[label] for label in labels], tuple(class_names), locations
+    )
 
 
-def name_order(name: str) -> tuple[int, float, str]:
-    """What class names are sorted by: numbers first, by their value."""
+def class_sort_key(name: str) -> tuple[int, float, str]:
+    """Returns the sort key of a class name: numbers first, by value."""
     if re.fullmatch(r"-?\d{1,300}(\.\d+)?", name, re.ASCII):
         return 0, float(name), name
     return 1, 0.0, name
 
 
-def summary(data: Labelled) -> str:
-    """How many texts each class has."""
+def summarize_classes(data: LabeledTexts) -> str:
+    """Returns the number of texts per class as one line."""
     counts = Counter(data.labels)
-    shown = [f"{n} ({counts[i]:,})" for i, n in enumerate(data.names[:SHOWN])]
-    more = len(data.names) - SHOWN
+    listed = [
+        f"{n} ({counts[i]:,})"
+        for i, n in enumerate(data.class_names[:MAX_LISTED_CLASSES])
+    ]
+    num_unlisted = len(data.class_names) - MAX_LISTED_CLASSES
     return (
-        f"{len(data):,} texts in {len(data.names)} classes: {', '.join(shown)}"
-        f"{f' and {more} more' if more > 0 else ''}"
+        f"{len(data):,} texts in {len(data.class_names)} classes: {', '.join(listed)}"
+        f"{f' and {num_unlisted} more' if num_unlisted > 0 else ''}"
     )
 
 
-def joined_lines(table: Table, text: str) -> str:
-    """Which texts of a tab-separated file hold line ends, as few are meant to."""
-    lines = [line for line, row in table.rows if "\n" in row[text]]
-    if not lines or ending(table.path) != ".tsv":
+def describe_multiline_texts(table: RawTable, text_column: str) -> str:
+    """Returns a note on TSV texts with line breaks, which are rarely intended."""
+    lines = [line for line, row in table.rows if "\n" in row[text_column]]
+    if not lines or file_suffix(table.path) != ".tsv":
         return ""
-    return f"; {len(lines):,} with line ends in quote marks, first at line {lines[0]}"
+    return f"; {len(lines):,} with quoted line breaks, first at line {lines[0]}"

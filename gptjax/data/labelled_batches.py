@@ -1,4 +1,4 @@
-"""Batches of labelled texts: a pure function of (rows, seed, step), in a few shapes."""
+"""Batches for classification: a pure function of (texts, seed, step)."""
 
 import dataclasses
 import functools
@@ -8,55 +8,60 @@ from typing import TypedDict
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from gptjax.data.dealing import Deal
+from gptjax.data.dealing import BucketSampler
 
 
-class LabelledBatch(TypedDict):
-    """What one step reads."""
+class ClassificationBatch(TypedDict):
+    """Input of one training or evaluation step."""
 
     tokens: Int32[np.ndarray, "B T"]
-    lengths: Int32[np.ndarray, " B"]  # real tokens of each row
-    classes: Int32[np.ndarray, " B"]
-    weights: Float32[np.ndarray, " B"]  # 0 for rows that only fill up the batch
+    lengths: Int32[np.ndarray, " B"]  # tokens per row without padding
+    labels: Int32[np.ndarray, " B"]
+    loss_weights: Float32[np.ndarray, " B"]  # 0 for padding rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LabelledBatches:
-    """The batches of labelled rows."""
+class ClassificationBatches:
+    """Length-bucketed batches of tokenized texts with labels."""
 
-    ids: Sequence[Sequence[int]]  # tokens of each row, 1 to the last of `sizes`
-    classes: Sequence[int]
-    rows: int  # [B]
-    sizes: Sequence[int]  # `buckets`
-    fill: int  # token that fills up rows
+    token_ids: Sequence[Sequence[int]]  # per text; 1 to max(bucket_lengths) tokens
+    labels: Sequence[int]
+    rows: int  # batch size B
+    bucket_lengths: Sequence[int]  # from `buckets`
+    pad_id: int  # padding token
     seed: int = 0
 
     @functools.cached_property
-    def deal(self) -> Deal:
-        """Which rows each batch has."""
-        return Deal([len(row) for row in self.ids], self.rows, self.sizes, self.seed)
+    def sampler(self) -> BucketSampler:
+        """Sampler that assigns rows to batches."""
+        return BucketSampler(
+            [len(row) for row in self.token_ids],
+            self.rows,
+            self.bucket_lengths,
+            self.seed,
+        )
 
-    def batch_at(self, step: int) -> LabelledBatch:
-        """The batch of one training step, counted from 0."""
-        return self.batch(*self.deal.at(step))
+    def batch_at(self, step: int) -> ClassificationBatch:
+        """Returns the batch of a training step, counted from 0."""
+        return self.make_batch(*self.sampler.batch_rows(step))
 
-    def in_order(self) -> Iterator[tuple[np.ndarray, LabelledBatch]]:
-        """(numbers of the rows, batch) so that every row comes once."""
-        for size, chosen in self.deal.plan(None):
-            yield chosen, self.batch(size, chosen)
+    def in_order(self) -> Iterator[tuple[np.ndarray, ClassificationBatch]]:
+        """Yields (row indices, batch); every row occurs once."""
+        for length, row_indices in self.sampler.epoch_plan(None):
+            yield row_indices, self.make_batch(length, row_indices)
 
-    def batch(self, size: int, chosen: np.ndarray) -> LabelledBatch:
-        """The chosen rows, filled up to `size` tokens and `self.rows` rows."""
-        token_BT = np.full((self.rows, size), self.fill, np.int32)
+    def make_batch(self, length: int, row_indices: np.ndarray) -> ClassificationBatch:
+        """Returns the rows at these indices, padded to the length and batch size."""
+        token_BT = np.full((self.rows, length), self.pad_id, np.int32)
         length_B = np.ones(self.rows, np.int32)
         class_B, weight_B = (
             np.zeros(self.rows, np.int32),
             np.zeros(self.rows, np.float32),
         )
-        for n, row in enumerate(chosen):
-            ids = self.ids[row]
+        for n, row in enumerate(row_indices):
+            ids = self.token_ids[row]
             token_BT[n, : len(ids)] = ids
-            length_B[n], class_B[n], weight_B[n] = len(ids), self.classes[row], 1
-        return LabelledBatch(
-            tokens=token_BT, lengths=length_B, classes=class_B, weights=weight_B
+            length_B[n], class_B[n], weight_B[n] = len(ids), self.labels[row], 1
+        return ClassificationBatch(
+            tokens=token_BT, lengths=length_B, labels=class_B, loss_weights=weight_B
         )

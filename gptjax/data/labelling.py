@@ -1,7 +1,7 @@
-"""Labels for each row of a file, which may be larger than memory.
+"""Classification of every row of a file, which may be larger than memory.
 
-Rows are read strictly, one batch at a time, and written in their order. The new file
-gets its name when all of it is there; until then it is NAME.part.
+Rows are parsed strictly, in batches, and written in their order. The output is written
+to NAME.part and renamed when complete.
 """
 
 import contextlib
@@ -16,197 +16,209 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TextIO
 
-from gptjax.data.labelled import DELIMITERS, FIELD_FIX, LABELS, TEXTS, known_column
-from gptjax.data.rows import field_lists, jsonl_rows, opened, read_lines
-from gptjax.data.text import row_text, suffix
-from gptjax.download import BAR_SECONDS, clear_bar, draw_bar
+from gptjax.data.labelled import (
+    DELIMITERS,
+    FIELD_COUNT_ADVICE,
+    LABEL_COLUMNS,
+    TEXT_COLUMNS,
+    known_column,
+)
+from gptjax.data.rows import read_csv_records, read_jsonl, open_decompressed, read_lines
+from gptjax.data.text import get_row_text, suffix_without_gz
+from gptjax.download import PROGRESS_BAR_SECONDS, clear_progress_bar, draw_progress_bar
 from gptjax.errors import DataError
 
-READ = (*DELIMITERS, ".jsonl", ".txt")
-WRITTEN = (*DELIMITERS, ".jsonl")
-ADDED = ("label", "probability")
-DIGITS = 6  # of a probability, after the point
+INPUT_KINDS = (*DELIMITERS, ".jsonl", ".txt")
+OUTPUT_KINDS = (*DELIMITERS, ".jsonl")
+ADDED_COLUMNS = ("label", "probability")
+PROBABILITY_DIGITS = 6  # decimal places
 
-Predict = Callable[[list[str]], list[tuple[str, float]]]
+PredictFn = Callable[[list[str]], list[tuple[str, float]]]
 
 
-class Item(NamedTuple):
-    """One row and where it is."""
+class InputRow(NamedTuple):
+    """Input row with its location."""
 
-    place: str  # "file:line"
+    location: str  # "file:line"
     row: dict[str, Any]
-    share: float  # of the file that has been read by now
+    progress: float  # fraction of the file read so far
 
 
 def label_file(
     source: Path,
-    out: Path,
-    predict: Predict,
+    output: Path,
+    predict: PredictFn,
     *,
-    text: str = "",
-    batch: int = 256,
-    say: Callable[[str], None] = print,
+    text_column: str = "",
+    batch_size: int = 256,
+    log: Callable[[str], None] = print,
 ) -> int:
-    """Writes the rows of `source` with a label and its probability; returns how many.
+    """Adds a predicted label and its probability to each row; returns the row count.
 
-    A .csv or .tsv file has its column names in the first row, a .jsonl file one
-    object a line, a .txt file one text a line; blank lines are left out. The new
-    columns come last. They are called label and probability, or predicted_label and
-    predicted_probability where one of these is taken.
+    A .csv or .tsv file needs a header; .jsonl files have one object and .txt files one
+    text per line; blank lines are skipped. The new columns are appended as label and
+    probability, or as predicted_label and predicted_probability if one of these exists.
 
     Args:
-        source: what to read, .gz too.
-        out: what to write, of the kind that its name ends in; must not be there.
-        predict: (label, probability) of each of some texts.
-        text: the column of the texts; "" = guess.
-        batch: texts that `predict` gets at once.
-        say: gets each line for the user.
+        source: input file, optionally gzipped.
+        output: output file, its suffix determines the format; must not exist.
+        predict: returns (label, probability) of each text.
+        text_column: "" = guess.
+        batch_size: texts per call of `predict`.
+        log: receives messages for the user.
 
     Raises:
-        DataError: a row or the column cannot be used, or a file cannot be read or
-            written. Then there is no `out`.
+        DataError: a row or the column is invalid, or reading or writing failed. No
+            output file is left behind.
     """
-    check_names(source, out)
-    items = read_items(source)
+    check_label_paths(source, output)
+    items = read_input_rows(source)
     first = next(items, None)
     if first is None:
-        raise DataError(f"{source} has no rows. Give a file with one text a row.")
-    column = text or guess_text(first)
-    if not text:
-        say(f"{source}: text in column {column!r}. Another: --text NAME.")
-    added = added_columns(first)
+        raise DataError(f"{source} has no rows. Pass a file with one text per row.")
+    column = text_column or guess_text_column(first)
+    if not text_column:
+        log(f"{source}: text in column {column!r}. Override with --text NAME.")
+    new_columns = added_columns(first)
     items = itertools.chain([first], items)
-    count, shown = 0, time.monotonic()
+    count, last_drawn = 0, time.monotonic()
     try:
-        with new_file(out) as file:
-            put = make_put(file, out, [*first.row, *added])
-            while some := list(itertools.islice(items, batch)):
-                found = predict([text_of(item, column) for item in some])
-                for item, (label, probability) in zip(some, found, strict=True):
-                    new = (label, round(float(probability), DIGITS))
-                    put(item, dict(zip(added, new, strict=True)))
-                count += len(some)
-                if time.monotonic() - shown > BAR_SECONDS and sys.stderr.isatty():
-                    shown = time.monotonic()
-                    draw_bar(f"labelling {source.name}", some[-1].share)
+        with atomic_write(output) as file:
+            write_row = make_writer(file, output, [*first.row, *new_columns])
+            while chunk := list(itertools.islice(items, batch_size)):
+                predictions = predict([get_text(item, column) for item in chunk])
+                for item, (label, probability) in zip(chunk, predictions, strict=True):
+                    new = (label, round(float(probability), PROBABILITY_DIGITS))
+                    write_row(item, dict(zip(new_columns, new, strict=True)))
+                count += len(chunk)
+                if (
+                    time.monotonic() - last_drawn > PROGRESS_BAR_SECONDS
+                    and sys.stderr.isatty()
+                ):
+                    last_drawn = time.monotonic()
+                    draw_progress_bar(f"classifying {source.name}", chunk[-1].progress)
     finally:
-        clear_bar()
-    say(f"wrote {out}: {count:,} rows, new columns {' and '.join(added)}")
+        clear_progress_bar()
+    log(f"wrote {output}: {count:,} rows, new columns {' and '.join(new_columns)}")
     return count
 
 
-def check_names(source: Path, out: Path) -> None:
-    """Refuses files whose names end in nothing known, and an `out` that is there."""
-    if suffix(source) not in READ:
+def check_label_paths(source: Path, output: Path) -> None:
+    """Rejects unsupported file suffixes and an existing output file."""
+    if suffix_without_gz(source) not in INPUT_KINDS:
         raise DataError(
-            f"cannot tell what {source} holds from its name. Rename it to end in one "
-            f"of {', '.join(READ)} (also .gz)."
+            f"{source}: unsupported file suffix. Supported: {', '.join(INPUT_KINDS)} (also "
+            ".gz)."
         )
-    # Objects of JSON may differ in their names and nest: no table holds them.
-    kinds = (".jsonl",) if suffix(source) == ".jsonl" else WRITTEN
-    if out.suffix.lower() not in kinds:
+    # JSON objects may be nested or differ in their keys, so CSV cannot store them.
+    kinds = (".jsonl",) if suffix_without_gz(source) == ".jsonl" else OUTPUT_KINDS
+    if output.suffix.lower() not in kinds:
         raise DataError(
-            f"labels of {source.name} cannot go into {out}. Give a name that ends in "
+            f"{output}: unsupported output format for {source.name}. Use the suffix "
             f"{' or '.join(kinds)}."
         )
-    if out.exists():
-        raise DataError(f"{out} is there already. Remove it, or give another name.")
+    if output.exists():
+        raise DataError(f"{output} already exists. Remove it, or choose another name.")
 
 
-def read_items(path: Path) -> Iterator[Item]:
-    """The rows of a file."""
-    with opened(path) as (file, raw):
+def read_input_rows(path: Path) -> Iterator[InputRow]:
+    """Yields the rows of a file."""
+    with open_decompressed(path) as (file, raw):
         size = max(1, path.stat().st_size)
-        if suffix(path) == ".jsonl":
-            rows = jsonl_rows(file, path)
-        elif suffix(path) == ".txt":
+        if suffix_without_gz(path) == ".jsonl":
+            rows = read_jsonl(file, path)
+        elif suffix_without_gz(path) == ".txt":
             lines = ((n, line.rstrip("\r\n")) for n, line in read_lines(file, path))
             rows = ((n, {"text": line}) for n, line in lines if line.strip())
         else:
-            mark = DELIMITERS[suffix(path)]
-            lists = field_lists(file, path, mark, strict=mark == ",")
-            rows = table_rows(lists, path, mark)
+            delimiter = DELIMITERS[suffix_without_gz(path)]
+            records = read_csv_records(file, path, delimiter, strict=delimiter == ",")
+            rows = rows_with_header(records, path, delimiter)
         for line, row in rows:
             if not isinstance(row, dict):
                 raise DataError(
                     f"{path}:{line}: {row!r:.40} has no columns. Write each row as "
                     '{"text": "..."}.'
                 )
-            yield Item(f"{path}:{line}", row, raw.tell() / size)
+            yield InputRow(f"{path}:{line}", row, raw.tell() / size)
 
 
-def table_rows(
-    lists: Iterator[tuple[int, list[str]]], path: Path, mark: str
+def rows_with_header(
+    records: Iterator[tuple[int, list[str]]], path: Path, delimiter: str
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line, row) under the names of the first row."""
-    full = ((line, fields) for line, fields in lists if fields)
-    line, names = next(full, (1, []))
-    names = [name.strip() for name in names]
-    if len(set(names)) < len(names):
-        raise DataError(f"{path}:{line}: a column name appears twice: {names}.")
-    for line, fields in full:
-        if len(fields) != len(names):
+    """Yields (line, row), with column names from the first row."""
+    nonblank = ((line, fields) for line, fields in records if fields)
+    line, columns = next(nonblank, (1, []))
+    columns = [name.strip() for name in columns]
+    if len(set(columns)) < len(columns):
+        raise DataError(f"{path}:{line}: duplicate column name in {columns}.")
+    for line, fields in nonblank:
+        if len(fields) != len(columns):
             raise DataError(
-                f"{path}:{line}: {len(fields)} fields under {len(names)} column "
-                f"names. {FIELD_FIX[mark]}"
+                f"{path}:{line}: {len(fields)} fields under {len(columns)} column "
+                f"names. {FIELD_COUNT_ADVICE[delimiter]}"
             )
-        yield line, dict(zip(names, fields, strict=True))
+        yield line, dict(zip(columns, fields, strict=True))
 
 
-def guess_text(item: Item) -> str:
-    """The column of the texts: one with a known name, or the only one of strings."""
+def guess_text_column(item: InputRow) -> str:
+    """Returns the text column: one with a known name, or the only string column."""
     strings = [name for name, value in item.row.items() if isinstance(value, str)]
-    known = known_column(strings, TEXTS)
-    others = [name for name in strings if name.strip().lower() not in LABELS]
-    if not known and len(others) != 1:
+    known_name = known_column(strings, TEXT_COLUMNS)
+    candidates = [name for name in strings if name.strip().lower() not in LABEL_COLUMNS]
+    if not known_name and len(candidates) != 1:
         raise DataError(
-            f"{item.place}: cannot tell which column holds the text; columns of "
-            f"strings: {', '.join(strings) or 'none'}. Name one: --text NAME."
+            f"{item.location}: ambiguous text column; string columns: "
+            f"{', '.join(strings) or 'none'}. Choose with --text NAME."
         )
-    return known or others[0]
+    return known_name or candidates[0]
 
 
-def text_of(item: Item, column: str) -> str:
-    """The text of a row, which is not empty."""
+def get_text(item: InputRow, column: str) -> str:
+    """Returns the text of a row, which must not be blank."""
     if column not in item.row:
         raise DataError(
-            f"{item.place}: no column {column!r}. Columns: "
+            f"{item.location}: no column {column!r}. Columns: "
             f"{', '.join(item.row) or 'none'}. Choose with --text NAME."
         )
-    text = row_text(item.row, column, item.place)
+    text = get_row_text(item.row, column, item.location)
     if not text.strip():
-        raise DataError(f"{item.place}: the text is empty. Remove the row or fill it.")
+        raise DataError(
+            f"{item.location}: the text is empty. Add text, or remove the row."
+        )
     return text
 
 
-def added_columns(item: Item) -> tuple[str, ...]:
-    """The names of the label and of the probability, none of which the row has."""
-    added = ADDED
-    if set(added) & set(item.row):
-        added = tuple(f"predicted_{name}" for name in ADDED)
-    refuse_taken(item, added)
-    return added
+def added_columns(item: InputRow) -> tuple[str, ...]:
+    """Returns names of the two new columns that are not in the row."""
+    new_columns = ADDED_COLUMNS
+    if set(new_columns) & set(item.row):
+        new_columns = tuple(f"predicted_{name}" for name in ADDED_COLUMNS)
+    check_columns_free(item, new_columns)
+    return new_columns
 
 
-def refuse_taken(item: Item, added: tuple[str, ...] | dict[str, Any]) -> None:
-    """Raises a DataError where the row has a column that would be added."""
-    for name in added:
+def check_columns_free(
+    item: InputRow, new_columns: tuple[str, ...] | dict[str, Any]
+) -> None:
+    """Raises a DataError if the row already has one of the new columns."""
+    for name in new_columns:
         if name in item.row:
             raise DataError(
-                f"{item.place}: the column {name!r} is there already and would be "
-                "lost. Rename or remove it."
+                f"{item.location}: the column {name!r} already exists and would be "
+                "overwritten. Rename or remove it."
             )
 
 
 @contextlib.contextmanager
-def new_file(out: Path) -> Iterator[TextIO]:
-    """A file that has its name once the block ends well, and is gone if it does not."""
-    part = out.with_name(out.name + ".part")
+def atomic_write(path: Path) -> Iterator[TextIO]:
+    """Opens a file for writing; renames it on success and deletes it on failure."""
+    partial_path = path.with_name(path.name + ".part")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Only strings of JSON may hold half a surrogate pair, which has no UTF-8; its
-        # backslash escape is the one of JSON.
-        with part.open(
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Only JSON strings may contain lone surrogates, which UTF-8 cannot encode;
+        # their backslash escapes are valid JSON.
+        with partial_path.open(
             "w", encoding="utf-8", errors="backslashreplace", newline=""
         ) as f:
             try:
@@ -214,42 +226,43 @@ def new_file(out: Path) -> Iterator[TextIO]:
                 f.flush()
                 os.fsync(f.fileno())
             except BaseException:
-                part.unlink()
+                partial_path.unlink()
                 raise
-        os.replace(part, out)
+        os.replace(partial_path, path)
     except OSError as error:
         raise DataError(
-            f"cannot write {out}: {error}. Check that its folder can be written and "
-            "has room."
+            f"cannot write {path}: {error}. Check the permissions and free space of its "
+            "folder."
         ) from error
 
 
-def make_put(
-    file: TextIO, out: Path, columns: list[str]
-) -> Callable[[Item, dict[str, Any]], None]:
-    """A function that writes a row and what is added to it."""
-    if out.suffix.lower() == ".jsonl":
+def make_writer(
+    file: TextIO, output: Path, columns: list[str]
+) -> Callable[[InputRow, dict[str, Any]], None]:
+    """Returns a function that writes a row with its new columns."""
+    if output.suffix.lower() == ".jsonl":
 
-        def put_object(item: Item, added: dict[str, Any]) -> None:
-            refuse_taken(item, added)
+        def write_object(item: InputRow, added: dict[str, Any]) -> None:
+            check_columns_free(item, added)
             row = item.row | added
             try:
                 line = json.dumps(row, ensure_ascii=False, allow_nan=False)
-            except ValueError as error:  # 1e999 was read as infinite
+            except ValueError as error:  # 1e999 was parsed as infinity
                 raise DataError(
-                    f"{item.place}: a number that JSON does not have. Write another."
+                    f"{item.location}: JSON does not support non-finite numbers. Replace "
+                    "the number."
                 ) from error
             file.write(line + "\n")
 
-        return put_object
+        return write_object
 
-    # Python before 3.13 quotes a lone \r only if it is a part of the line's end.
-    lines = SimpleNamespace(write=lambda line: file.write(line[:-2] + "\n"))
-    mark = DELIMITERS[out.suffix.lower()]
-    writer = csv.writer(lines, delimiter=mark, lineterminator="\r\n")
+    # Python before 3.13 quotes a lone \r only if the line terminator contains it.
+    line_writer = SimpleNamespace(write=lambda line: file.write(line[:-2] + "\n"))
+    delimiter = DELIMITERS[output.suffix.lower()]
+    writer = csv.writer(line_writer, delimiter=delimiter, lineterminator="\r\n")
     writer.writerow(columns)
 
-    def put_fields(item: Item, added: dict[str, Any]) -> None:
+    def write_fields(item: InputRow, added: dict[str, Any]) -> None:
         writer.writerow([*item.row.values(), *added.values()])
 
-    return put_fields
+    return write_fields

@@ -1,4 +1,4 @@
-"""Batches of a better and a worse answer to the same messages."""
+"""Batches of preference pairs."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypedDict
@@ -6,75 +6,84 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from gptjax.data.dealing import Deal, buckets
-from gptjax.data.example_batches import filled
+from gptjax.data.dealing import BucketSampler, buckets
+from gptjax.data.example_batches import collate
 from gptjax.data.examples import Example
 
-CHOSEN, REJECTED = 0, 1  # places on the axis of the two
+CHOSEN, REJECTED = 0, 1  # indices on the pair axis
 
 
-class PairBatch(TypedDict):
-    """What one step reads; the second axis has the chosen and the rejected answer."""
+class PreferenceBatch(TypedDict):
+    """Input of one DPO step; axis 1 is (chosen, rejected)."""
 
     tokens: Int32[np.ndarray, "B 2 T"]
     targets: Int32[np.ndarray, "B 2 T"]
-    weights: Float32[np.ndarray, "B 2 T"]  # 1 where the target is part of an answer
-    segments: Int32[np.ndarray, "B 2 T"]
+    loss_weights: Float32[
+        np.ndarray, "B 2 T"
+    ]  # 1 where the target is part of a response
+    segment_ids: Int32[np.ndarray, "B 2 T"]
     positions: Int32[np.ndarray, "B 2 T"]
-    reference: Float32[np.ndarray, "B 2"]  # log-probabilities under the start; nats
+    reference_logprobs: Float32[
+        np.ndarray, "B 2"
+    ]  # log-probs under the initial model (nats)
 
 
-class PairBatches(NamedTuple):
-    """The batches of a run, a pure function of (pairs, seed, step)."""
+class PreferenceBatches(NamedTuple):
+    """Length-bucketed batches: a pure function of (pairs, seed, step)."""
 
     pairs: Sequence[tuple[Example, Example]]
-    reference: Float32[np.ndarray, "P 2"]  # of each of the P pairs
-    deal: Deal
-    fill: int  # token that fills up rows
+    reference_logprobs: Float32[np.ndarray, "P 2"]  # log-probs of P pairs (nats)
+    sampler: BucketSampler
+    pad_id: int  # padding token
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of one pass through the pairs."""
-        return self.deal.steps_per_epoch
+        """Batches per epoch."""
+        return self.sampler.steps_per_epoch
 
     @property
-    def shapes(self) -> list[int]:
-        """Lengths of rows that occur."""
-        return self.deal.shapes
+    def batch_shapes(self) -> list[int]:
+        """Row lengths that occur."""
+        return self.sampler.batch_shapes
 
-    def batch_at(self, step: int) -> PairBatch:
-        """The batch of one training step, counted from 0."""
-        return self.batch(*self.deal.at(step))
+    def batch_at(self, step: int) -> PreferenceBatch:
+        """Returns the batch of a training step, counted from 0."""
+        return self.make_batch(*self.sampler.batch_rows(step))
 
-    def in_order(self) -> Iterator[tuple[np.ndarray, PairBatch]]:
-        """(numbers of the pairs, batch) so that each comes once."""
-        for size, chosen in self.deal.plan(None):
-            yield chosen, self.batch(size, chosen)
+    def in_order(self) -> Iterator[tuple[np.ndarray, PreferenceBatch]]:
+        """Yields (pair indices, batch); every pair occurs once."""
+        for length, indices in self.sampler.epoch_plan(None):
+            yield indices, self.make_batch(length, indices)
 
-    def batch(self, size: int, chosen: Iterable[Any]) -> PairBatch:
-        """The chosen pairs, and empty ones up to the size of a batch."""
-        numbers = list(chosen)
-        rows = [[example] for n in numbers for example in self.pairs[n]]
-        rows += [[]] * (2 * self.deal.rows - len(rows))
-        flat: Any = filled(rows, size, self.fill)
-        batch: Any = {name: array.reshape(-1, 2, size) for name, array in flat.items()}
-        reference = np.zeros((self.deal.rows, 2), np.float32)
-        reference[: len(numbers)] = self.reference[numbers]
-        return batch | {"reference": reference}
+    def make_batch(self, length: int, indices: Iterable[Any]) -> PreferenceBatch:
+        """Returns the pairs at these indices, with empty pairs as padding."""
+        pair_indices = list(indices)
+        rows = [[example] for n in pair_indices for example in self.pairs[n]]
+        rows += [[]] * (2 * self.sampler.rows - len(rows))
+        flat: Any = collate(rows, length, self.pad_id)
+        batch: Any = {
+            name: array.reshape(-1, 2, length) for name, array in flat.items()
+        }
+        logprob_B2 = np.zeros((self.sampler.rows, 2), np.float32)
+        logprob_B2[: len(pair_indices)] = self.reference_logprobs[pair_indices]
+        return batch | {"reference_logprobs": logprob_B2}
 
 
-def pair_batches(
+def make_preference_batches(
     pairs: Sequence[tuple[Example, Example]],
     *,
     rows: int,
     context: int,
-    fill: int,
+    pad_id: int,
     seed: int = 0,
-    reference: np.ndarray | None = None,
-) -> PairBatches:
-    """The batches of pairs that fit `context`; without a reference it is 0."""
+    reference_logprobs: np.ndarray | None = None,
+) -> PreferenceBatches:
+    """Creates `PreferenceBatches`; each pair must fit `context`.
+
+    Without `reference_logprobs`, zeros are used.
+    """
     lengths = [max(len(x.ids) for x in pair) - 1 for pair in pairs]
-    if reference is None:
-        reference = np.zeros((len(pairs), 2), np.float32)
-    deal = Deal(lengths, rows, buckets(context), seed)
-    return PairBatches(pairs, reference, deal, fill)
+    if reference_logprobs is None:
+        reference_logprobs = np.zeros((len(pairs), 2), np.float32)
+    sampler = BucketSampler(lengths, rows, buckets(context), seed)
+    return PreferenceBatches(pairs, reference_logprobs, sampler, pad_id)

@@ -1,4 +1,4 @@
-"""From text to a prepared folder of tokens, and from a config to its data."""
+"""Tokenizes text into a prepared folder; opens the data that a config names."""
 
 import dataclasses
 import json
@@ -16,60 +16,60 @@ import numpy as np
 
 from gptjax import tokenizer as tokenizers
 from gptjax.config import DataConfig
-from gptjax.data.foreign import open_foreign, token_files
-from gptjax.data.named import NAMED, PYTHON_HELP
+from gptjax.data.foreign import open_external, find_token_files
+from gptjax.data.named import DATASETS, PYTHON_HELP
 from gptjax.data.shards import (
-    FORMAT,
+    TOKEN_FILES_FORMAT,
     ShardWriter,
-    Tokens,
-    is_prepared,
-    open_tokens,
-    read_meta,
-    token_type,
+    TokenDataset,
+    is_prepared_dir,
+    open_split,
+    read_token_metadata,
+    token_dtype,
 )
 from gptjax.data.split import (
-    SPLITS,
-    TRAIN,
-    VALIDATION,
-    Division,
-    Part,
-    divide,
-    fingerprint,
-    read_parts,
+    TEXT_SPLITS,
+    TRAIN_SPLIT,
+    VALIDATION_SPLIT,
+    SplitRule,
+    SplitSpan,
+    make_split_rule,
+    source_fingerprint,
+    iter_split_spans,
 )
-from gptjax.data.text import Source, find_sources
+from gptjax.data.text import TextSource, find_sources
 from gptjax.errors import ConfigError, DataError
 from gptjax.tokenizer import Tokenizer
 
-SHARD_TOKENS = 100_000_000
-TASK = 1 << 17  # characters, about what one worker encodes at a time
+DEFAULT_SHARD_TOKENS = 100_000_000
+TASK_CHARS = 1 << 17  # characters per encoding task, approximately
 
 
-class Dataset(NamedTuple):
-    """What a run reads."""
+class TokenizedSplits(NamedTuple):
+    """Token streams of both splits, with their tokenizer."""
 
-    train: Tokens
-    validation: Tokens | None
+    train: TokenDataset
+    validation: TokenDataset | None
     tokenizer: Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """What is in a prepared folder; as a string, a few lines for people."""
+    """Content of a prepared folder; `str` gives a readable summary."""
 
     folder: Path
     meta: dict[str, Any]
-    # That it took; 0 where it was there already.
+    # Duration of the preparation; 0 if the folder existed.
     seconds: float = dataclasses.field(default=0.0, compare=False)
 
-    def speed(self, workers: int) -> str:
-        """How fast that was, for people; "" where nothing was to do."""
+    def format_throughput(self, workers: int) -> str:
+        """Formats the throughput; "" if the folder existed."""
         size = sum(entry["bytes"] for entry in self.meta["splits"].values()) / 1e6
         if not self.seconds:
             return ""
         rate = size / self.seconds
-        each = f"{rate / workers:.1f} for each of {workers} workers"
-        return f"{size:.1f} MB of text in {self.seconds:.1f} s: {rate:.1f} MB/s, {each}"
+        per_worker = f"{rate / workers:.1f} for each of {workers} workers"
+        return f"{size:.1f} MB of text in {self.seconds:.1f} s: {rate:.1f} MB/s, {per_worker}"
 
     def __str__(self) -> str:
         lines = [f"{self.folder}: {self.meta['tokenizer']['name']} tokens of"]
@@ -85,88 +85,92 @@ class DatasetInfo:
         return "\n".join(lines)
 
 
-def open_dataset(config: DataConfig, folder: Path) -> Dataset:
-    """The tokens that a config names: opened, or first prepared into `folder`.
+def open_dataset(config: DataConfig, prepared_dir: Path) -> TokenizedSplits:
+    """Opens the tokens that a config names, preparing them first if necessary.
 
     Args:
-        config: its source is a folder of tokens, or the text to prepare.
-        folder: of the run, for prepared tokens; used again if they are the same.
+        config: `source` is a folder of token files, or text.
+        prepared_dir: for tokens prepared from text; reused if it has the same content.
 
     Raises:
-        DataError: the text or the tokens cannot be used, or not with the tokenizer.
+        DataError: the text or the tokens are invalid or do not match the tokenizer.
     """
     source = Path(config.source).expanduser()
-    if is_prepared(source):
+    if is_prepared_dir(source):
         return open_prepared(source, config.tokenizer)
-    if config.source not in (PYTHON_HELP, *NAMED) and token_files(source):
-        tokenizer = tokenizers.load(config.tokenizer or "gpt2")
-        both = [
-            open_foreign(source, split, tokenizer.vocab_size, tokenizer.eot)
-            for split in SPLITS
+    if config.source not in (PYTHON_HELP, *DATASETS) and find_token_files(source):
+        tokenizer = tokenizers.load_tokenizer(config.tokenizer or "gpt2")
+        splits = [
+            open_external(source, split, tokenizer.vocab_size, tokenizer.eot_token)
+            for split in TEXT_SPLITS
         ]
-        if both[0] is None:
+        if splits[0] is None:
             raise DataError(
-                f"{source} has tokens for validation only. Add a file to train on."
+                f"{source} has validation tokens only. Add a training file."
             )
-        return Dataset(both[0], both[1], tokenizer)
-    prepare(
+        return TokenizedSplits(splits[0], splits[1], tokenizer)
+    prepare_dataset(
         [config.source],
         config.tokenizer or "gpt2",
-        folder,
+        prepared_dir,
         val_fraction=config.val_fraction,
-        seed=config.val_seed,
-        column=config.text,
+        seed=config.split_seed,
+        column=config.text_column,
     )
-    return open_prepared(folder, "")
+    return open_prepared(prepared_dir, "")
 
 
-def open_prepared(folder: Path, wanted: str = "") -> Dataset:
-    """The data in a prepared folder.
+def open_prepared(folder: Path, expected_tokenizer: str = "") -> TokenizedSplits:
+    """Opens a folder written by `prepare_dataset`.
 
     Args:
-        folder: which `prepare` wrote.
-        wanted: the tokenizer that has to have made it; "" takes any.
+        folder: with a meta.json.
+        expected_tokenizer: required tokenizer; "" accepts any.
 
     Raises:
-        DataError: another tokenizer made it, or the folder is damaged.
+        DataError: the folder was made with another tokenizer or is corrupt.
     """
-    meta = read_meta(folder)
-    name, made = meta["tokenizer"]["name"], meta["tokenizer"]["hash"]
-    tokenizer = tokenizers.load(folder / "tokenizer")
-    if tokenizer.hash != made:
+    meta = read_token_metadata(folder)
+    name, tokenizer_hash = meta["tokenizer"]["name"], meta["tokenizer"]["hash"]
+    tokenizer = tokenizers.load_tokenizer(folder / "tokenizer")
+    if tokenizer.hash != tokenizer_hash:
         raise DataError(
-            f"{folder / 'tokenizer'} has the hash {tokenizer.hash}, but the tokens "
-            f"were made by {made}. Prepare the text again."
+            f"{folder / 'tokenizer'} has the hash {tokenizer.hash}, but the data was "
+            f"prepared with {tokenizer_hash}. Prepare the text again."
         )
-    if (tokenizer.vocab_size, tokenizer.eot) != (meta["vocab_size"], meta["eot"]):
+    if (tokenizer.vocab_size, tokenizer.eot_token) != (meta["vocab_size"], meta["eot"]):
         raise DataError(
             f"{folder / 'meta.json'} has vocab_size={meta['vocab_size']} and "
-            f"eot={meta['eot']}, which are not those of {folder / 'tokenizer'}. Copy "
-            "the folder again, or prepare the text again."
+            f"eot={meta['eot']}, unlike {folder / 'tokenizer'}. Copy the folder again, "
+            "or prepare the text again."
         )
-    asked = identity(wanted) if wanted else made
-    if asked not in (made, name):
+    expected_id = (
+        tokenizer_id(expected_tokenizer) if expected_tokenizer else tokenizer_hash
+    )
+    if expected_id not in (tokenizer_hash, name):
         raise DataError(
-            f"wrong tokenizer for the data: data.tokenizer={wanted!r} ({asked}), but "
-            f"{folder} was prepared with {name!r} ({made}). Set data.tokenizer to "
+            f"data.tokenizer={expected_tokenizer!r} ({expected_id}) does not match {folder}, which was "
+            f"prepared with {name!r} ({tokenizer_hash}). Set data.tokenizer to "
             f'"" to use that one, or prepare the text again.'
         )
     validation = (
-        open_tokens(folder, VALIDATION) if VALIDATION in meta["splits"] else None
+        open_split(folder, VALIDATION_SPLIT)
+        if VALIDATION_SPLIT in meta["splits"]
+        else None
     )
-    named = dataclasses.replace(tokenizer, name=name)
-    return Dataset(open_tokens(folder, TRAIN), validation, named)
+    named_tokenizer = dataclasses.replace(tokenizer, name=name)
+    return TokenizedSplits(open_split(folder, TRAIN_SPLIT), validation, named_tokenizer)
 
 
-def preview(folder: Path, n: int = 3, length: int = 100) -> list[str]:
-    """Windows of the training tokens, evenly apart, as text."""
+def sample_windows(folder: Path, n: int = 3, length: int = 100) -> list[str]:
+    """Decodes `n` evenly spaced windows of the training tokens."""
     train, _, tokenizer = open_prepared(folder)
     length = min(length, len(train))
     starts = [i * (len(train) - length) // n for i in range(n)]
     return [tokenizer.decode(train.read(start, length)) for start in starts]
 
 
-def prepare(
+def prepare_dataset(
     paths: Sequence[str | Path],
     tokenizer: str,
     out: Path,
@@ -175,84 +179,88 @@ def prepare(
     seed: int = 0,
     column: str = "",
     workers: int | None = None,
-    shard_tokens: int = SHARD_TOKENS,
+    shard_tokens: int = DEFAULT_SHARD_TOKENS,
 ) -> DatasetInfo:
-    """Text as tokens in the folder `out`, which appears when it is complete.
+    """Tokenizes text into the folder `out`, which is created atomically.
 
-    The same call again finds its work done. The result does not depend on `workers`.
+    If `out` already holds the result of the same call, nothing is done. The result
+    does not depend on `workers`.
 
     Args:
         paths: files, folders, globs, or names of data sets.
-        tokenizer: gpt2, bytes, a folder, or bpe:SIZE to learn one from what is not
-            held out.
-        out: made if it is not there; one that holds anything else is refused.
-        val_fraction: of the documents to hold out, at least one; 0 holds out none. A
-            single document is cut instead: its end is held out.
-        seed: of the choice of documents.
-        column: of JSON and CSV rows that holds the text; "" guesses it.
-        workers: threads that encode; by default one for each core.
-        shard_tokens: in one file.
+        tokenizer: gpt2, bytes, a folder, or bpe:SIZE to train one on the training
+            split.
+        out: must not exist, be empty, or hold the same data.
+        val_fraction: of the documents to hold out, at least one; 0 holds out none. Of
+            a single document, the end is held out.
+        seed: selects the held-out documents.
+        column: of JSON and CSV rows with the text; "" guesses it.
+        workers: encoding threads; default: one per core.
+        shard_tokens: tokens per shard.
 
     Raises:
-        DataError: the text cannot be used, or `out` cannot be written.
-        ConfigError: a value or the tokenizer makes no sense.
+        DataError: the text is invalid, or `out` cannot be written.
+        ConfigError: an argument or the tokenizer is invalid.
     """
     if not 0 <= val_fraction < 1 or shard_tokens < 1:
         raise ConfigError(
-            f"val_fraction={val_fraction} has to be in [0, 1), and "
-            f"shard_tokens={shard_tokens} positive. Leave them out, or correct them."
+            f"val_fraction={val_fraction} must be in [0, 1), and "
+            f"shard_tokens={shard_tokens} must be positive."
         )
     sources = find_sources(paths, column)
     recipe = {
-        "sources": [fingerprint(source) for source in sources],
-        "tokenizer": identity(tokenizer),
+        "sources": [source_fingerprint(source) for source in sources],
+        "tokenizer": tokenizer_id(tokenizer),
         "val_fraction": val_fraction,
         "seed": seed,
         "shard_tokens": shard_tokens,
     }
-    if is_prepared(out) and (meta := read_meta(out)).get("recipe") == recipe:
+    if (
+        is_prepared_dir(out)
+        and (meta := read_token_metadata(out)).get("recipe") == recipe
+    ):
         return DatasetInfo(out, meta)
-    check_free(out)
+    check_output_empty(out)
     started = time.perf_counter()
-    part = out.with_name(f".{out.name}.part-{uuid.uuid4().hex[:8]}")
+    partial_dir = out.with_name(f".{out.name}.part-{uuid.uuid4().hex[:8]}")
     try:
-        part.mkdir(parents=True)
-        meta = write_folder(part, sources, tokenizer, recipe, workers)
-        os.replace(part, out)
+        partial_dir.mkdir(parents=True)
+        meta = write_prepared(partial_dir, sources, tokenizer, recipe, workers)
+        os.replace(partial_dir, out)
     except OSError as error:
         raise DataError(
-            f"cannot write {out}: {error}. Choose a folder that can be written."
+            f"cannot write {out}: {error}. Choose a writable folder."
         ) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(partial_dir, ignore_errors=True)
     return DatasetInfo(out, meta, time.perf_counter() - started)
 
 
-def write_folder(
+def write_prepared(
     folder: Path,
-    sources: Sequence[Source],
+    sources: Sequence[TextSource],
     tokenizer: str,
     recipe: dict[str, Any],
     workers: int | None,
 ) -> dict[str, Any]:
-    """Writes all of a prepared folder; returns its meta.json."""
-    division = divide(sources, recipe["val_fraction"], recipe["seed"])
-    encoder = make_tokenizer(tokenizer, sources, division)
-    encoder.save(folder / "tokenizer")
+    """Writes a prepared folder; returns the content of its meta.json."""
+    rule = make_split_rule(sources, recipe["val_fraction"], recipe["seed"])
+    loaded_tokenizer = load_or_train_tokenizer(tokenizer, sources, rule)
+    loaded_tokenizer.save(folder / "tokenizer")
     splits = write_splits(
-        read_parts(sources, division, "encoding"),
-        encoder,
+        iter_split_spans(sources, rule, "encoding"),
+        loaded_tokenizer,
         folder,
         recipe["shard_tokens"],
         workers or os.cpu_count() or 1,
     )
     check_splits(splits, recipe["val_fraction"])
     meta = {
-        "format": FORMAT,
-        "dtype": token_type(encoder.vocab_size).str,
-        "tokenizer": {"name": encoder.name, "hash": encoder.hash},
-        "vocab_size": encoder.vocab_size,
-        "eot": encoder.eot,
+        "format": TOKEN_FILES_FORMAT,
+        "dtype": token_dtype(loaded_tokenizer.vocab_size).str,
+        "tokenizer": {"name": loaded_tokenizer.name, "hash": loaded_tokenizer.hash},
+        "vocab_size": loaded_tokenizer.vocab_size,
+        "eot": loaded_tokenizer.eot_token,
         "splits": splits,
         "recipe": recipe,
     }
@@ -260,124 +268,130 @@ def write_folder(
     return meta
 
 
-def check_free(out: Path) -> None:
-    """Raises when something is there already."""
+def check_output_empty(out: Path) -> None:
+    """Raises unless `out` is missing or an empty folder."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(
-            f"{out} already holds other data, or the same text prepared in another "
-            "way. Name another folder, or remove this one."
+            f"{out} already holds other data, or the same text prepared with other "
+            "options. Choose another folder, or remove this one."
         )
 
 
-def identity(name: str) -> str:
-    """What tells tokenizers apart: the hash, or bpe:SIZE before one is learned."""
-    return name if name.startswith("bpe:") else tokenizers.load(name).hash
+def tokenizer_id(name: str) -> str:
+    """Returns the hash of a tokenizer, or bpe:SIZE if it is yet to be trained."""
+    return name if name.startswith("bpe:") else tokenizers.load_tokenizer(name).hash
 
 
-def make_tokenizer(
-    name: str, sources: Sequence[Source], division: Division
+def load_or_train_tokenizer(
+    name: str, sources: Sequence[TextSource], rule: SplitRule
 ) -> Tokenizer:
-    """The named tokenizer; "bpe:SIZE" is learned from what is not held out."""
+    """Loads a tokenizer, or trains "bpe:SIZE" on the training split."""
     if not name.startswith("bpe:"):
-        return tokenizers.load(name)
+        return tokenizers.load_tokenizer(name)
     size = name.removeprefix("bpe:")
     if not size.isdecimal():
         raise ConfigError(
-            f"tokenizer {name!r} has no size. Write bpe:2048, for example."
+            f"tokenizer {name!r} has no size. Write, for example, bpe:2048."
         )
-    parts = read_parts(sources, division, "learning tokens")
-    texts = (part.text for part in parts if part.split == TRAIN)
-    return tokenizers.train(texts, int(size), name)
+    spans = iter_split_spans(sources, rule, "learning tokens")
+    texts = (span.text for span in spans if span.split == TRAIN_SPLIT)
+    return tokenizers.train_tokenizer(texts, int(size), name)
 
 
-class Encoded(NamedTuple):
-    """What a few parts add to a split."""
+class EncodedSpans(NamedTuple):
+    """Encoded text to append to a split."""
 
     tokens: np.ndarray
-    ends: np.ndarray  # after which of the tokens documents end
+    document_ends: np.ndarray  # number of tokens up to each end of a document
     bytes: int  # of text
 
 
-def encode(parts: Sequence[Part], tokenizer: Tokenizer) -> dict[str, Encoded]:
-    """The tokens of the parts, by split."""
-    dtype = token_type(tokenizer.vocab_size)
+def encode_batch(
+    spans: Sequence[SplitSpan], tokenizer: Tokenizer
+) -> dict[str, EncodedSpans]:
+    """Encodes spans of text; returns the tokens by split."""
+    dtype = token_dtype(tokenizer.vocab_size)
     encoded = {}
-    for split in SPLITS:
-        tokens, ends, count, size = [], [], 0, 0
-        start = np.array([tokenizer.eot], dtype)
-        for part in parts:
-            if part.split == split:
-                ids = tokenizer.encode_array(part.text).astype(dtype)
-                tokens += [start, ids] if part.first else [ids]
-                count += part.first + len(ids)
-                size += len(part.text.encode())
-                if part.last:
-                    ends.append(count)
-        whole = np.concatenate([np.empty(0, dtype), *tokens])
-        encoded[split] = Encoded(whole, np.array(ends, np.int64), size)
+    for split in TEXT_SPLITS:
+        tokens, document_ends, count, size = [], [], 0, 0
+        start = np.array([tokenizer.eot_token], dtype)
+        for span in spans:
+            if span.split == split:
+                ids = tokenizer.encode_array(span.text).astype(dtype)
+                tokens += [start, ids] if span.is_first else [ids]
+                count += span.is_first + len(ids)
+                size += len(span.text.encode())
+                if span.is_last:
+                    document_ends.append(count)
+        all_tokens = np.concatenate([np.empty(0, dtype), *tokens])
+        encoded[split] = EncodedSpans(
+            all_tokens, np.array(document_ends, np.int64), size
+        )
     return encoded
 
 
 def write_splits(
-    parts: Iterable[Part],
+    spans: Iterable[SplitSpan],
     tokenizer: Tokenizer,
     folder: Path,
     shard_tokens: int,
     workers: int,
 ) -> dict[str, Any]:
-    """Writes the shards, and returns what meta.json says about them."""
-    dtype = token_type(tokenizer.vocab_size)
-    writers = {s: ShardWriter(folder, s, dtype, shard_tokens) for s in SPLITS}
-    counts = {s: {"documents": 0, "tokens": 0, "bytes": 0} for s in SPLITS}
+    """Encodes and writes the shards; returns "splits" of meta.json."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    writers = {s: ShardWriter(folder, s, dtype, shard_tokens) for s in TEXT_SPLITS}
+    counts = {s: {"documents": 0, "tokens": 0, "bytes": 0} for s in TEXT_SPLITS}
 
-    def write(encoded: dict[str, Encoded]) -> None:
-        for split, (tokens, ends, size) in encoded.items():
-            writers[split].add(tokens, ends)
-            counts[split]["documents"] += len(ends)
+    def write_encoded(encoded: dict[str, EncodedSpans]) -> None:
+        for split, (tokens, document_ends, size) in encoded.items():
+            writers[split].append(tokens, document_ends)
+            counts[split]["documents"] += len(document_ends)
             counts[split]["tokens"] += len(tokens)
             counts[split]["bytes"] += size
 
-    tokenizer.encode("")  # its tables are built here, not by all threads at once
-    # Threads, as tiktoken works outside the interpreter's lock: as fast as processes,
-    # which would need a guarded __main__. The queue bounds memory and keeps the order.
+    tokenizer.encode("")  # builds its tables before the threads start
+    # tiktoken releases the GIL, so threads are as fast as processes, which would need
+    # a guarded __main__. The queue bounds memory and keeps the order.
     with ThreadPoolExecutor(workers) as pool:
         queue = deque()
-        for task in tasks(parts):
-            queue.append(pool.submit(encode, task, tokenizer))
+        for batch in batch_spans(spans):
+            queue.append(pool.submit(encode_batch, batch, tokenizer))
             if len(queue) > 2 * workers:
-                write(queue.popleft().result())
+                write_encoded(queue.popleft().result())
         for future in queue:
-            write(future.result())
+            write_encoded(future.result())
     splits = {}
     for split, writer in writers.items():
         if counts[split]["documents"]:
-            end = Encoded(np.array([tokenizer.eot], dtype), np.empty(0, np.int64), 0)
-            write({split: end})
+            end = EncodedSpans(
+                np.array([tokenizer.eot_token], dtype), np.empty(0, np.int64), 0
+            )
+            write_encoded({split: end})
             writer.finish_shard()
             splits[split] = {**counts[split], "shards": writer.shards}
     return splits
 
 
-def tasks(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """The parts in lists that are worth a thread's attention."""
-    task, size = [], 0
-    for part in parts:
-        task.append(part)
-        size += len(part.text)
-        if size >= TASK:
-            yield task
-            task, size = [], 0
-    yield task
+def batch_spans(spans: Iterable[SplitSpan]) -> Iterator[list[SplitSpan]]:
+    """Groups spans into tasks large enough for a thread."""
+    batch, size = [], 0
+    for span in spans:
+        batch.append(span)
+        size += len(span.text)
+        if size >= TASK_CHARS:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 def check_splits(splits: dict[str, Any], val_fraction: float) -> None:
-    """Raises when a split that was asked for is empty."""
+    """Raises if a required split is empty."""
     if not splits:
         raise DataError(
-            "there is no text: every file and row is empty. Give files that hold text."
+            "no text: all files and rows are empty. Give files that contain text."
         )
-    if TRAIN not in splits or (val_fraction and VALIDATION not in splits):
+    if TRAIN_SPLIT not in splits or (val_fraction and VALIDATION_SPLIT not in splits):
         raise DataError(
-            f"the text is too short to hold out val_fraction={val_fraction} of it. Add "
-            "text, or use --val-fraction 0 (data.val_fraction)."
+            f"the text is too short for val_fraction={val_fraction}. Add text, or set "
+            "--val-fraction 0 (data.val_fraction)."
         )

@@ -1,7 +1,7 @@
-"""Rows out of .jsonl, .json and .csv files, and their characters, strictly.
+"""Strict readers for .jsonl, .json and .csv files.
 
-Nothing is guessed, repaired or skipped: what is not UTF-8, not JSON or not CSV is an
-error that names the file and the line.
+Nothing is guessed, repaired or skipped: invalid UTF-8, JSON or CSV raises an error
+with file and line.
 """
 
 import codecs
@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.errors import DataError
-from gptjax.strict_json import parse_at
+from gptjax.strict_json import decode_json_at
 
-BLOCK = 1 << 18  # bytes read at a time
-LINE_BYTES = 64 << 20  # a longer line or CSV field is refused
-JSON_CHARACTERS = 1 << 30  # a .json file is read whole, a larger one refused
+READ_BLOCK_BYTES = 1 << 18  # bytes per read
+MAX_LINE_BYTES = 64 << 20  # per line and per CSV field
+MAX_JSON_CHARS = 1 << 30  # per .json file, which is read into memory
 
-Row = tuple[int, Any]  # line it starts in; string, or mapping of column to value
+NumberedRow = tuple[int, Any]  # first line number; string, or dict by column
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[BufferedIOBase, BufferedIOBase]]:
-    """The file's bytes, decompressed and as they are on disk."""
+def open_decompressed(path: Path) -> Iterator[tuple[BufferedIOBase, BufferedIOBase]]:
+    """Opens a file for reading: the decompressed stream and the raw one."""
     try:
         with path.open("rb") as raw:
             if path.suffix.lower() == ".gz":
@@ -39,12 +39,12 @@ def opened(path: Path) -> Iterator[tuple[BufferedIOBase, BufferedIOBase]]:
                 yield raw, raw
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
-            f"cannot read {path}: {error}. Check that it is whole."
+            f"cannot read {path}: {error}. Check that the file exists and is complete."
         ) from error
 
 
-def strict_text(blocks: Iterable[bytes], path: Path) -> Iterator[tuple[int, str]]:
-    """(line it starts in, text) of each block of bytes, which may split characters."""
+def decode_utf8(blocks: Iterable[bytes], path: Path) -> Iterator[tuple[int, str]]:
+    """Decodes blocks of bytes, which may split characters, to (first line, text)."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     line = 1
     for block in itertools.chain(blocks, [b""]):
@@ -59,8 +59,8 @@ def strict_text(blocks: Iterable[bytes], path: Path) -> Iterator[tuple[int, str]
         if "\0" in text:
             line += text.count("\n", 0, text.index("\0"))
             raise DataError(
-                f"{path}:{line}: a NUL character, which no text holds. Is the file "
-                "binary or UTF-16? Save it as UTF-8."
+                f"{path}:{line}: NUL character. The file may be binary or UTF-16; "
+                "save it as UTF-8."
             )
         if text:
             yield line, text
@@ -68,130 +68,130 @@ def strict_text(blocks: Iterable[bytes], path: Path) -> Iterator[tuple[int, str]
 
 
 def read_blocks(file: BufferedIOBase) -> Iterator[bytes]:
-    """The file's bytes."""
-    return iter(lambda: file.read(BLOCK), b"")
+    """Yields the content of a file in blocks."""
+    return iter(lambda: file.read(READ_BLOCK_BYTES), b"")
 
 
 def read_lines(file: BufferedIOBase, path: Path) -> Iterator[tuple[int, str]]:
-    """(number, line with its end) of each line."""
+    """Yields (line number, line including its line ending)."""
 
     def lines() -> Iterator[bytes]:
         for number in itertools.count(1):
-            block = file.readline(LINE_BYTES + 1)
+            block = file.readline(MAX_LINE_BYTES + 1)
             if not block:
                 return
-            if len(block) > LINE_BYTES:
+            if len(block) > MAX_LINE_BYTES:
                 raise DataError(
-                    f"{path}:{number}: a line of more than {LINE_BYTES:,} bytes. Write "
-                    "one row a line, or put a long text into a .txt file."
+                    f"{path}:{number}: line of more than {MAX_LINE_BYTES:,} bytes. Write "
+                    "one row per line, or put a long text into a .txt file."
                 )
             yield block
 
-    return strict_text(lines(), path)
+    return decode_utf8(lines(), path)
 
 
-def jsonl_rows(file: BufferedIOBase, path: Path) -> Iterator[Row]:
-    """The value of each line that is not blank."""
+def read_jsonl(file: BufferedIOBase, path: Path) -> Iterator[NumberedRow]:
+    """Yields the JSON value of each non-blank line."""
     for line, text in read_lines(file, path):
         if text := text.strip():
-            row, end = json_value(text, 0, path, line)
+            row, end = next_json_value(text, 0, path, line)
             if end < len(text):
                 raise DataError(
-                    f"{path}:{line}: not one JSON value but {text[end : end + 20]!r} "
-                    "after it. Write one row a line."
+                    f"{path}:{line}: {text[end : end + 20]!r} after the JSON value. "
+                    "Write one row per line."
                 )
             yield line, row
 
 
-def json_rows(file: BufferedIOBase, path: Path) -> Iterator[Row]:
-    """The items of the list that the whole file is."""
-    text = whole_text(file, path)
+def read_json_array(file: BufferedIOBase, path: Path) -> Iterator[NumberedRow]:
+    """Yields the items of a file that holds one JSON array."""
+    text = read_json_text(file, path)
 
-    def mark_after(start: int) -> tuple[int, str]:
-        """(position, character) of the first one that is no space."""
-        spaces = SPACES.match(text, start)
+    def skip_whitespace(start: int) -> tuple[int, str]:
+        """Returns (position, character) after any whitespace."""
+        spaces = JSON_WHITESPACE.match(text, start)
         start = spaces.end() if spaces else start
         return start, text[start : start + 1]
 
-    at, mark = mark_after(0)
-    if mark != "[":
-        raise DataError(f"{path}:1: not a list of rows. Put them between [ and ].")
+    position, char = skip_whitespace(0)
+    if char != "[":
+        raise DataError(f"{path}:1: not a JSON array. Put the rows between [ and ].")
     line, counted = 1, 0
-    end, mark = mark_after(at + 1)
-    while mark != "]":
-        start, _ = mark_after(at + 1)
+    end, char = skip_whitespace(position + 1)
+    while char != "]":
+        start, _ = skip_whitespace(position + 1)
         line, counted = line + text.count("\n", counted, start), start
-        row, end = json_value(text, start, path, line)
+        row, end = next_json_value(text, start, path, line)
         yield line, row
-        at, mark = mark_after(end)
-        if mark != ",":
-            end = at
+        position, char = skip_whitespace(end)
+        if char != ",":
+            end = position
             break
     line += text.count("\n", counted, end)
-    if mark != "]" or mark_after(end + 1)[1]:
+    if char != "]" or skip_whitespace(end + 1)[1]:
         raise DataError(
-            f"{path}:{line}: the list does not go on with a comma or end with ]."
+            f"{path}:{line}: expected a comma or the closing ] of the array."
         )
 
 
-def whole_text(file: BufferedIOBase, path: Path) -> str:
-    """All characters of a file that is small enough for that."""
+def read_json_text(file: BufferedIOBase, path: Path) -> str:
+    """Reads a whole .json file, up to `MAX_JSON_CHARS` characters."""
     texts, count = [], 0
-    for _, text in strict_text(read_blocks(file), path):
+    for _, text in decode_utf8(read_blocks(file), path):
         texts.append(text)
         count += len(text)
-        if count > JSON_CHARACTERS:
+        if count > MAX_JSON_CHARS:
             raise DataError(
-                f"{path} has more than {JSON_CHARACTERS:,} characters, and a .json "
-                "file is read whole. Write it as .jsonl, one row a line."
+                f"{path} has more than {MAX_JSON_CHARS:,} characters, too many for a "
+                ".json file. Write it as .jsonl, one row per line."
             )
     return "".join(texts)
 
 
-def json_value(text: str, start: int, path: Path, line: int) -> tuple[Any, int]:
-    """The JSON value at `start`, which is in `line`, and where it ends."""
+def next_json_value(text: str, start: int, path: Path, line: int) -> tuple[Any, int]:
+    """Decodes the JSON value at `start`, on line `line`; returns (value, end)."""
     try:
-        return parse_at(text, start)
+        return decode_json_at(text, start)
     except json.JSONDecodeError as error:
         line += text.count("\n", start, error.pos)
         raise DataError(f"{path}:{line}: not JSON: {error.msg}.") from error
-    except ValueError as error:  # also of integers with thousands of digits
+    except ValueError as error:  # such as an integer with thousands of digits
         raise DataError(f"{path}:{line}: not JSON: {error}.") from error
 
 
-SPACES = re.compile(r"[ \t\r\n]*")
+JSON_WHITESPACE = re.compile(r"[ \t\r\n]*")
 
 
-def csv_rows(file: BufferedIOBase, path: Path) -> Iterator[Row]:
-    """Each row under the names of the first one; a field may span lines."""
+def read_csv(file: BufferedIOBase, path: Path) -> Iterator[NumberedRow]:
+    """Yields each row as a dict by the names in the header; fields may span lines."""
     names = None
-    for line, fields in field_lists(file, path):
+    for line, fields in read_csv_records(file, path):
         if names is None:
             names = fields
             if len(set(names)) < len(names):
-                raise DataError(f"{path}:1: a column name appears twice: {names}.")
+                raise DataError(f"{path}:1: duplicate column name in {names}.")
         elif fields:  # not a blank line
             if len(fields) != len(names):
                 raise DataError(
-                    f"{path}:{line}: {len(fields)} fields under {len(names)} "
-                    'column names. Quote text that holds commas: "a, b".'
+                    f"{path}:{line}: {len(fields)} fields, but {len(names)} columns "
+                    'in the header. Quote text that contains commas: "a, b".'
                 )
             yield line, dict(zip(names, fields, strict=True))
 
 
-def field_lists(
+def read_csv_records(
     file: BufferedIOBase, path: Path, delimiter: str = ",", strict: bool = True
 ) -> Iterator[tuple[int, list[str]]]:
-    """(line it starts in, fields) of each row, none for a blank line.
+    """Yields (first line, fields) of each row; a blank line has no fields.
 
     Args:
-        file: to read.
-        path: its name, for errors.
+        file: decompressed bytes.
+        path: name for error messages.
         delimiter: between fields.
-        strict: text after a closing quote mark is an error, not a part of the field.
+        strict: raise on text after a closing quote instead of adding it to the field.
     """
-    csv.field_size_limit(LINE_BYTES)  # of the process; 131,072 where nobody sets it
-    # No text holds a NUL, so that this last row stands alone unless a quote is open.
+    csv.field_size_limit(MAX_LINE_BYTES)  # process-wide; default 131,072
+    # Decoded text has no NUL, so this row stands alone unless a quote is still open.
     end = "\0"
     lines = itertools.chain((text for _, text in read_lines(file, path)), [end])
     reader = csv.reader(lines, delimiter=delimiter, strict=strict)
@@ -200,7 +200,7 @@ def field_lists(
         for fields in reader:
             if fields and fields[-1].endswith(end):
                 if reader.line_num > line:
-                    raise csv.Error("a quote mark is never closed")
+                    raise csv.Error("quote is never closed")
                 return
             yield line, fields
             line = reader.line_num + 1
@@ -208,8 +208,8 @@ def field_lists(
         raise DataError(f"{path}:{line}: not CSV: {error}.") from error
 
 
-ROWS: dict[str, Callable[[BufferedIOBase, Path], Iterator[Row]]] = {
-    "jsonl": jsonl_rows,
-    "json": json_rows,
-    "csv": csv_rows,
+READERS: dict[str, Callable[[BufferedIOBase, Path], Iterator[NumberedRow]]] = {
+    "jsonl": read_jsonl,
+    "json": read_json_array,
+    "csv": read_csv,
 }

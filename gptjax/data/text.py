@@ -1,14 +1,14 @@
-"""Documents out of text, JSON and CSV files, in pieces of bounded size.
+"""Documents from text, JSON and CSV files, in chunks of bounded size.
 
-A .txt or .md file is one document, whatever blank lines or `<|endoftext|>` it holds; a
-row of .jsonl, .json and .csv is one document; empty documents do not exist. Any of
-them may be compressed (.gz). Text is taken as it is written: strict UTF-8, line ends
-and spaces included; only a byte order mark is dropped, and NUL is refused.
+A .txt or .md file is one document, including any blank lines or `<|endoftext|>` in it;
+each row of a .jsonl, .json or .csv file is one document; empty documents are dropped.
+Any of these files may be compressed (.gz). Text is kept as it is, with line endings
+and spaces: strict UTF-8, without a byte order mark; NUL is rejected.
 
-A document longer than `PIECE` characters arrives in pieces, so that one larger than
-memory can be read. The cut is in front of a space or line end that follows another
-character. No GPT-2 token spans such a place, so that the pieces' tokens are the
-document's. Text that has no such place in `PIECE` characters is cut all the same.
+A document longer than `CHUNK_CHARS` characters is split into chunks, so that it need
+not fit in memory. Chunks end before a space or newline that follows a non-space
+character. No GPT-2 token spans such a position, so the chunks have the same tokens as
+the document. Text without such a position is split after `CHUNK_CHARS` characters.
 """
 
 import dataclasses
@@ -19,200 +19,201 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.data import named
-from gptjax.data.rows import ROWS, opened, read_blocks, strict_text
+from gptjax.data.rows import READERS, open_decompressed, read_blocks, decode_utf8
 from gptjax.errors import DataError
 
-PIECE = 1 << 18  # characters
-KINDS = {".txt": "text", ".md": "text"} | {f".{kind}": kind for kind in ROWS}
-COLUMNS = ("text", "content", "document")  # what a column of text is mostly called
-BOUNDARY = re.compile(r"(?s).*(?<=\S)[ \n]")  # the last one, as .* is greedy
+CHUNK_CHARS = 1 << 18  # characters
+FILE_KINDS = {".txt": "text", ".md": "text"} | {f".{kind}": kind for kind in READERS}
+TEXT_COLUMN_NAMES = ("text", "content", "document")  # usual names of the text column
+CHUNK_BOUNDARY = re.compile(r"(?s).*(?<=\S)[ \n]")  # greedy: the last one
 
 
-class Piece(NamedTuple):
-    """Some characters of a document, never none."""
+class TextChunk(NamedTuple):
+    """Non-empty part of a document."""
 
     text: str
-    last: bool  # of its document
-    offset: int  # bytes of the file that have been read by now
+    is_last: bool  # of the document
+    bytes_read: int  # bytes of the file read so far
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """One file and how to read it."""
+class TextSource:
+    """Text file and its format."""
 
     path: Path
-    kind: str  # a key of ROWS, "text" or "python-help"
-    column: str  # of the rows' text; "" where rows are strings or there are no rows
+    kind: str  # a key of READERS, "text" or "python-help"
+    column: str  # with the text; "" if rows are strings or no rows exist
 
 
-def find_sources(paths: Sequence[str | Path], column: str = "") -> list[Source]:
-    """The files that named sets, files, folders and globs stand for, each once.
+def find_sources(paths: Sequence[str | Path], column: str = "") -> list[TextSource]:
+    """Expands data set names, files, folders and globs to distinct files.
 
-    A folder stands for all its files of a known kind, also in folders below, in the
-    order of their names; hidden ones are left out.
+    A folder stands for all files of a known type in it and its subfolders, sorted by
+    name, without hidden ones.
 
     Args:
-        paths: what to read; a name that is also a data set's is the data set.
-        column: of JSON and CSV rows that holds the text; "" guesses it from the
-            first row.
+        paths: a name of a data set takes precedence over a file of that name.
+        column: of JSON and CSV rows with the text; "" guesses it from the first row.
 
     Raises:
-        DataError: nothing is there, or it is of no known kind.
+        DataError: no file was found, or a file has an unknown type.
     """
-    files: dict[Path, Path] = {}  # resolved: as given
+    files: dict[Path, Path] = {}  # resolved path to given path
     for path in paths:
-        files |= {file.resolve(): file for file in expand(str(path))}
+        files |= {file.resolve(): file for file in expand_path(str(path))}
     sources = []
     for path in files.values():
-        kind = kind_of(path)
-        source = Source(path, kind, column)
-        if kind in ROWS and not column:
-            with opened(path) as (file, _):
-                line, row = next(ROWS[kind](file, path), (0, ""))
-            source = Source(path, kind, guess_column(row, f"{path}:{line}"))
+        kind = file_kind(path)
+        source = TextSource(path, kind, column)
+        if kind in READERS and not column:
+            with open_decompressed(path) as (file, _):
+                line, row = next(READERS[kind](file, path), (0, ""))
+            source = TextSource(path, kind, guess_column(row, f"{path}:{line}"))
         sources.append(source)
     return sources
 
 
-def expand(path: str) -> list[Path]:
-    """The files behind one argument of the user."""
+def expand_path(path: str) -> list[Path]:
+    """Returns the files that one path, glob or data set name stands for."""
     if path == named.PYTHON_HELP:
         return [Path(path)]
-    if path in named.NAMED:
-        return [named.find(path)]
-    place = Path(path).expanduser()
-    if place.is_dir():
-        below = (file.relative_to(place) for file in sorted(place.rglob("*")))
+    if path in named.DATASETS:
+        return [named.fetch_dataset(path)]
+    expanded = Path(path).expanduser()
+    if expanded.is_dir():
+        relative_paths = (
+            file.relative_to(expanded) for file in sorted(expanded.rglob("*"))
+        )
         found = [
-            place / file
-            for file in below
+            expanded / file
+            for file in relative_paths
             if not any(part.startswith(".") for part in file.parts)
-            and suffix(file) in KINDS
-            and (place / file).is_file()
+            and suffix_without_gz(file) in FILE_KINDS
+            and (expanded / file).is_file()
         ]
-    elif place.is_file():
-        found = [place]
+    elif expanded.is_file():
+        found = [expanded]
     else:
-        matches = sorted(glob.glob(str(place), recursive=True))
+        matches = sorted(glob.glob(str(expanded), recursive=True))
         found = [Path(match) for match in matches if Path(match).is_file()]
     if not found:
         raise DataError(
-            f"no text is found at {path}. Give a file, a folder or a glob of "
-            f"{', '.join(KINDS)} files (also .gz), or a data set: "
-            f"{', '.join([named.PYTHON_HELP, *named.NAMED])}."
+            f"no text files found at {path}. Give a file, a folder or a glob of "
+            f"{', '.join(FILE_KINDS)} files (also .gz), or a data set: "
+            f"{', '.join([named.PYTHON_HELP, *named.DATASETS])}."
         )
     return found
 
 
-def suffix(path: Path) -> str:
-    """The ending that says what the file holds, without .gz."""
+def suffix_without_gz(path: Path) -> str:
+    """Returns the lower-case file extension, ignoring .gz."""
     name = path.name.lower().removesuffix(".gz")
     return Path(name).suffix
 
 
-def kind_of(path: Path) -> str:
-    """How the file is read."""
+def file_kind(path: Path) -> str:
+    """Returns the format of a file: a key of `READERS`, "text" or "python-help"."""
     if str(path) == named.PYTHON_HELP:
         return named.PYTHON_HELP
-    if suffix(path) not in KINDS:
+    if suffix_without_gz(path) not in FILE_KINDS:
         raise DataError(
-            f"cannot tell what {path} holds from its name. Rename it to end in one of "
-            f"{', '.join(KINDS)} (also .gz)."
+            f"unknown file type: {path}. Rename it to end in one of "
+            f"{', '.join(FILE_KINDS)} (also .gz)."
         )
-    return KINDS[suffix(path)]
+    return FILE_KINDS[suffix_without_gz(path)]
 
 
-def guess_column(row: Any, place: str) -> str:
-    """The column that holds the text, told from the first row."""
+def guess_column(row: Any, location: str) -> str:
+    """Guesses the text column from the first row."""
     if not isinstance(row, dict):
         return ""
     strings = [name for name, value in row.items() if isinstance(value, str)]
-    for known in COLUMNS:
+    for known in TEXT_COLUMN_NAMES:
         if known in strings:
             return known
     if len(strings) == 1:
         return strings[0]
     raise DataError(
-        f"{place}: cannot tell which column holds the text; columns of strings: "
-        f"{', '.join(strings) or 'none'}. Name one: --column NAME (data.text)."
+        f"{location}: ambiguous text column; string columns: "
+        f"{', '.join(strings) or 'none'}. Set --column NAME (data.text_column)."
     )
 
 
-def read_pieces(source: Source) -> Iterator[Piece]:
-    """The documents of one source, in pieces.
+def iter_chunks(source: TextSource) -> Iterator[TextChunk]:
+    """Yields the documents of one source in chunks.
 
     Raises:
-        DataError: the text cannot be used; says the file and the line.
+        DataError: the text is invalid; the message names file and line.
     """
     path = source.path
     if source.kind == named.PYTHON_HELP:
-        for text in named.python_help():
-            yield from (Piece(*cut, 0) for cut in cut_document([text]))
+        for text in named.read_python_help():
+            yield from (TextChunk(*chunk, 0) for chunk in chunk_document([text]))
         return
-    with opened(path) as (file, raw):
+    with open_decompressed(path) as (file, raw):
         if source.kind == "text":
-            texts = (text for _, text in strict_text(read_blocks(file), path))
-            yield from (Piece(*cut, raw.tell()) for cut in cut_document(texts))
+            texts = (text for _, text in decode_utf8(read_blocks(file), path))
+            yield from (TextChunk(*cut, raw.tell()) for cut in chunk_document(texts))
             return
-        for line, row in ROWS[source.kind](file, path):
-            text = row_text(row, source.column, f"{path}:{line}")
-            yield from (Piece(*cut, raw.tell()) for cut in cut_document([text]))
+        for line, row in READERS[source.kind](file, path):
+            text = get_row_text(row, source.column, f"{path}:{line}")
+            yield from (TextChunk(*cut, raw.tell()) for cut in chunk_document([text]))
 
 
-def count_documents(sources: Sequence[Source], most: int) -> int:
-    """How many documents there are; stops counting above `most`."""
+def count_documents(sources: Sequence[TextSource], limit: int) -> int:
+    """Counts documents, stopping above `limit`."""
     count = 0
     for source in sources:
-        for piece in read_pieces(source):
-            count += piece.last or source.kind == "text"
-            if source.kind == "text" or count > most:
-                break  # one document, however long
+        for chunk in iter_chunks(source):
+            count += chunk.is_last or source.kind == "text"
+            if source.kind == "text" or count > limit:
+                break  # one document per file
     return count
 
 
-def cut_document(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """(piece, whether it is the last) of the document that the texts are parts of."""
-    held = ""
+def chunk_document(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Re-splits consecutive parts of one document; yields (text, is last)."""
+    buffer = ""
     for text in texts:
-        held += text
-        while len(held) > PIECE:
-            match = BOUNDARY.match(held, 0, PIECE + 1)
-            cut = match.end() - 1 if match else PIECE
-            yield held[:cut], False
-            held = held[cut:]
-    if held:
-        yield held, True
+        buffer += text
+        while len(buffer) > CHUNK_CHARS:
+            match = CHUNK_BOUNDARY.match(buffer, 0, CHUNK_CHARS + 1)
+            end = match.end() - 1 if match else CHUNK_CHARS
+            yield buffer[:end], False
+            buffer = buffer[end:]
+    if buffer:
+        yield buffer, True
 
 
-def row_text(row: Any, column: str, place: str) -> str:
-    """The text of one row."""
+def get_row_text(row: Any, column: str, location: str) -> str:
+    """Returns the text of one row."""
     if column and (not isinstance(row, dict) or column not in row):
         known = ", ".join(row) if isinstance(row, dict) else "none"
         raise DataError(
-            f"{place}: no column {column!r}. Columns: {known}. Choose with "
+            f"{location}: no column {column!r}. Columns: {known}. Choose one with "
             "--column NAME."
         )
     text = row[column] if column else row
     if not isinstance(text, str):
-        what = f"column {column!r}" if column else "the row"
-        raise DataError(f"{place}: {what} is {text!r:.40}, not a string.")
+        subject = f"column {column!r}" if column else "the row"
+        raise DataError(f"{location}: {subject} is {text!r:.40}, not a string.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{place}: half a surrogate pair, {text[error.start]!r}, which is no "
-            "character. Write the character itself."
+            f"{location}: unpaired surrogate {text[error.start]!r}. Write the character "
+            "itself."
         ) from error
     if "\0" in text:
-        raise DataError(f"{place}: a NUL character, which no text holds. Remove it.")
+        raise DataError(f"{location}: NUL character in the text. Remove it.")
     return text
 
 
-def read_text(path: Path) -> str:
-    """All text of one .txt or .md file, of any other name too.
+def read_text_file(path: Path) -> str:
+    """Reads a whole text file with any file extension.
 
     Raises:
-        DataError: it cannot be read, or is not UTF-8.
+        DataError: the file cannot be read or is not valid UTF-8.
     """
-    source = Source(path, "text", "")
-    return "".join(piece.text for piece in read_pieces(source))
+    source = TextSource(path, "text", "")
+    return "".join(chunk.text for chunk in iter_chunks(source))

@@ -1,8 +1,8 @@
-"""The order in which PyTorch's DataLoader visits rows, without PyTorch.
+"""Shuffling order of PyTorch's DataLoader, without PyTorch.
 
-`torch.manual_seed(seed)` starts a Mersenne Twister. Each `iter(loader)` draws a base
-seed from it and, if it shuffles, a seed for a twister of its own, which makes a
-Fisher-Yates permutation (torch.utils.data, aten's randperm on the CPU).
+`torch.manual_seed(seed)` seeds a Mersenne Twister. Each `iter(loader)` draws a base
+seed from it and, if it shuffles, the seed of a second twister, which generates a
+Fisher-Yates permutation (torch.utils.data and aten's randperm on CPU).
 """
 
 import functools
@@ -12,33 +12,33 @@ import numpy as np
 
 
 @functools.lru_cache(maxsize=4)
-def epoch_order(seed: int, rows: int, epoch: int) -> list[int]:
-    """The rows that a shuffling loader visits in its `epoch`-th pass, from 0.
+def dataloader_order(seed: int, rows: int, epoch: int) -> list[int]:
+    """Returns the row order of a shuffling DataLoader in an epoch, counted from 0.
 
-    Nothing else has drawn from the generator since `torch.manual_seed(seed)`.
+    Assumes no other draws from the generator since `torch.manual_seed(seed)`.
 
-    >>> epoch_order(123, 5, 0)
+    >>> dataloader_order(123, 5, 0)
     [3, 1, 0, 2, 4]
     """
-    drawn = numbers(seed, 4 * (epoch + 1))[-2:]
-    return permutation((drawn[0] << 32 | drawn[1]) & (2**63 - 1), rows)
+    draws = mt19937_uint32(seed, 4 * (epoch + 1))[-2:]
+    return torch_randperm((draws[0] << 32 | draws[1]) & (2**63 - 1), rows)
 
 
-def numbers(seed: int, count: int) -> list[int]:
-    """The first 32-bit numbers of the twister with this seed."""
+def mt19937_uint32(seed: int, count: int) -> list[int]:
+    """Returns the first 32-bit outputs of a Mersenne Twister with this seed."""
     generator = np.random.RandomState(seed & 0xFFFFFFFF)
     return generator.randint(0, 1 << 32, count, np.uint32).tolist()
 
 
-def permutation(seed: int, rows: int) -> list[int]:
-    """PyTorch's randperm of a generator with this seed."""
-    return shuffled(rows, numbers(seed, max(rows - 1, 0)))
+def torch_randperm(seed: int, rows: int) -> list[int]:
+    """Returns `torch.randperm(rows)` of a generator with this seed."""
+    return fisher_yates_shuffle(rows, mt19937_uint32(seed, max(rows - 1, 0)))
 
 
-def shuffled(rows: int, drawn: Iterable[int]) -> list[int]:
-    """The permutation that a generator's next rows - 1 numbers make."""
+def fisher_yates_shuffle(rows: int, draws: Iterable[int]) -> list[int]:
+    """Returns the Fisher-Yates permutation of `rows` - 1 random numbers."""
     order = list(range(rows))
-    for n, number in enumerate(drawn):
+    for n, number in enumerate(draws):
         other = n + number % (rows - n)
         order[n], order[other] = order[other], order[n]
     return order

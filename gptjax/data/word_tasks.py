@@ -1,8 +1,8 @@
-"""Small tasks on words, with answers that can be checked: what the quickstart teaches.
+"""Built-in instruction data for the quickstart: word tasks with checkable answers.
 
-The words are those of Python's help topics. A word of the test or the validation rows
-is in no training row of any task. The word comes first, so that a task begins to read
-it at the same place whatever is asked.
+The words are taken from Python's help topics. A word of the test or validation split
+occurs in no training row of any task. Prompts start with the word, so that it stands
+at the same position in every task.
 """
 
 import hashlib
@@ -10,19 +10,22 @@ import random
 import re
 from collections.abc import Callable
 
-from gptjax.data.named import python_help
+from gptjax.data.named import read_python_help
 
 WORD_TASKS = "word-tasks"
-SHORTEST, LONGEST = 3, 6  # letters of a word
-HELD_OUT = {"test": 50, "validation": 20}  # rows of each task
-TEST, VALIDATION = 7, 10  # percent of the words below which they are held out
-SEED = 0  # of the draws of held-out rows
+MIN_WORD_LETTERS, MAX_WORD_LETTERS = 3, 6  # letters per word
+HELD_OUT_ROWS = {"test": 50, "validation": 20}  # rows per task
+TEST_HASH_LIMIT, VALIDATION_HASH_LIMIT = (
+    7,
+    10,
+)  # held out if the hash (0 to 99) is below
+WORD_TASK_SEED = 0  # of the sample of words
 
 
-def plural(word: str) -> str:
-    """The regular English plural.
+def pluralize(word: str) -> str:
+    """Returns the regular English plural.
 
-    >>> [plural(word) for word in ("sky", "day", "box", "match", "word")]
+    >>> [pluralize(word) for word in ("sky", "day", "box", "match", "word")]
     ['skies', 'days', 'boxes', 'matches', 'words']
     """
     if word.endswith(("s", "x", "z", "ch", "sh")):
@@ -32,40 +35,46 @@ def plural(word: str) -> str:
     return f"{word}s"
 
 
-TASKS: dict[str, tuple[str, Callable[[str], str]]] = {  # name: how it is asked, answer
+WORD_TASK_RULES: dict[
+    str, tuple[str, Callable[[str], str]]
+] = {  # prompt template, answer
     "reverse": ("{} reversed", lambda word: word[::-1]),
     "capitals": ("{} uppercase", str.upper),
     "letters": ("{} length", lambda word: str(len(word))),
     "first letter": ("{} start", lambda word: word[0]),
     "last letter": ("{} end", lambda word: word[-1]),
-    "plural": ("{} plural", plural),
+    "plural": ("{} plural", pluralize),
     "spell": ("{} spelled", "-".join),
     "double": ("{} doubled", lambda word: f"{word} {word}"),
 }
-EASY = ("letters", "first letter")  # half of the words are enough for them
+EASY_WORD_TASKS = ("letters", "first letter")  # trained on half of the words
 
 
 def split_words() -> dict[str, list[str]]:
-    """The words of each split, in alphabetical order, by a hash of each."""
-    text = "\n".join(python_help()).lower()
+    """Assigns words to splits by their hash; each split is in alphabetical order."""
+    text = "\n".join(read_python_help()).lower()
     words: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     for word in sorted(set(re.findall(r"[a-z]+", text))):
-        if not SHORTEST <= len(word) <= LONGEST or re.search(r"(.)\1\1", word):
+        if not MIN_WORD_LETTERS <= len(word) <= MAX_WORD_LETTERS or re.search(
+            r"(.)\1\1", word
+        ):
             continue
-        lot = int(hashlib.sha256(word.encode()).hexdigest(), 16) % 100
-        split = "validation" if lot < VALIDATION else "train"
-        words["test" if lot < TEST else split].append(word)
+        hash_value = int(hashlib.sha256(word.encode()).hexdigest(), 16) % 100
+        split = "validation" if hash_value < VALIDATION_HASH_LIMIT else "train"
+        words["test" if hash_value < TEST_HASH_LIMIT else split].append(word)
     return words
 
 
 def word_tasks() -> list[dict[str, str]]:
-    """Rows of "task", "split", "prompt" and "completion", always the same ones."""
+    """Returns rows with "task", "split", "prompt" and "completion"; deterministic."""
     rows = []
-    lot = random.Random(SEED)
-    for task, (asked, answer) in TASKS.items():
+    rng = random.Random(WORD_TASK_SEED)
+    for task, (prompt, complete) in WORD_TASK_RULES.items():
         for split, words in split_words().items():
-            count = HELD_OUT.get(split, len(words) // (2 if task in EASY else 1))
-            for word in lot.sample(words, min(count, len(words))):
-                row = {"prompt": asked.format(word), "completion": answer(word)}
+            count = HELD_OUT_ROWS.get(
+                split, len(words) // (2 if task in EASY_WORD_TASKS else 1)
+            )
+            for word in rng.sample(words, min(count, len(words))):
+                row = {"prompt": prompt.format(word), "completion": complete(word)}
                 rows.append({"task": task, "split": split, **row})
     return rows

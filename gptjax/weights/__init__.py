@@ -1,1 +1,1 @@
-"""Weights in and out: the portable model folder."""
+"""Model folders, and import and export of weights in other formats."""

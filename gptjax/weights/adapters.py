@@ -1,4 +1,4 @@
-"""Adapters in a file of their own: a few megabytes beside the model they belong to."""
+"""LoRA adapter files: a few megabytes, stored without the base model."""
 
 from pathlib import Path
 
@@ -7,43 +7,43 @@ import numpy as np
 
 from gptjax.errors import ModelError
 from gptjax.lora import Adapters
-from gptjax.tree import named_leaves
-from gptjax.weights.folder import write_tensors
+from gptjax.tree import flatten_with_names
+from gptjax.weights.folder import write_safetensors
 from gptjax.weights.tensors import open_safetensors
 
 
 def save_adapters(adapters: Adapters, path: Path) -> None:
-    """Writes adapters, already scaled, under the names of what they are added to.
+    """Writes scaled adapters, named after the parameters that they are added to.
 
     Raises:
         ModelError: the file cannot be written.
     """
     arrays = {
         name: np.ascontiguousarray(leaf)
-        for name, leaf in named_leaves(adapters).items()
+        for name, leaf in flatten_with_names(adapters).items()
     }
-    part = path.with_name(path.name + ".part")
+    partial_path = path.with_name(path.name + ".part")
     try:
-        write_tensors(arrays, part)
-        part.replace(path)
+        write_safetensors(arrays, partial_path)
+        partial_path.replace(path)
     except OSError as error:
-        raise ModelError(f"cannot write {path}: {error}. Name another.") from error
+        raise ModelError(f"cannot write {path}: {error}. Choose another.") from error
 
 
 def load_adapters(path: Path) -> Adapters:
-    """What `save_adapters` wrote: for `gptjax.apply`, or `gptjax.lora.merged`.
+    """Reads a file of `save_adapters`, for `gptjax.apply` or `merge_adapters`.
 
     Raises:
-        ModelError: the file is damaged or holds something else.
+        ModelError: the file is damaged or contains other tensors.
     """
-    files = open_safetensors([path])
+    reader = open_safetensors([path])
     adapters: Adapters = {}
-    for name in files.tensors:
+    for name in reader.tensors:
         first, *middle, last = name.split("/")
         if first != "blocks" or last not in ("lora_a", "lora_b"):
-            raise ModelError(f"{path} has {name[:80]!r}, which is no adapter.")
-        place = adapters
+            raise ModelError(f"{path} has {name[:80]!r}, which is not an adapter.")
+        subtree = adapters
         for key in (first, *middle):
-            place = place.setdefault(key, {})
-        place[last] = jnp.asarray(files.read(name))
+            subtree = subtree.setdefault(key, {})
+        subtree[last] = jnp.asarray(reader.read(name))
     return adapters

@@ -1,9 +1,9 @@
-"""From a model to a folder that other tools load as it is.
+"""Exports models in formats that other tools load.
 
-hf    Hugging Face's GPT-2 (transformers, llama.cpp's converter, vLLM, ...)
-book  the state dict of the book's PyTorch GPTModel, whose head is never tied
+hf    Hugging Face GPT-2 (transformers, llama.cpp's converter, vLLM, ...)
+book  state dict of the book's PyTorch GPTModel, whose output head is never tied
 
-Every export is read back and has to give the same logits before it counts.
+Every export is loaded again and must reproduce the logits before it is kept.
 """
 
 import json
@@ -17,128 +17,142 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.classifier import class_logits
-from gptjax.config import suggestion
+from gptjax.config import did_you_mean
 from gptjax.errors import ConfigError, ModelError
 from gptjax.model import apply
-from gptjax.tree import count, named_leaves
-from gptjax.weights.folder import Model, write_template, write_tensors
+from gptjax.tree import num_params, flatten_with_names
+from gptjax.weights.folder import Model, write_chat_template, write_safetensors
 from gptjax.weights.importing import load
-from gptjax.weights.names import TABLES, give, homes
+from gptjax.weights.names import EMBEDDING_TABLES, pack_tensor, param_slots
 
-CHECK_TOKENS = 16
-HEADS = ("lm_head.weight", "score.weight")  # not part of their "transformer"
-ROUNDING = 1e-5  # of the largest logit; float32 has 6e-8 for each of some hundred sums
+NUM_CHECK_TOKENS = 16
+HF_HEAD_TENSORS = (
+    "lm_head.weight",
+    "score.weight",
+)  # named without the prefix "transformer."
+# Relative to the largest logit: float32 rounding is 6e-8 per sum, of some hundred sums.
+EXPORT_TOLERANCE = 1e-5
 
 
-def export(model: Model, layout: str, folder: Path) -> str:
-    """Writes the model for others into `folder`, which appears when it is checked.
+def export_model(model: Model, layout: str, output_dir: Path) -> str:
+    """Exports the model to `output_dir`, which is created only after verification.
 
     Args:
         model: from `gptjax.load`.
         layout: "hf" or "book".
-        folder: must not be there yet, or be empty.
+        output_dir: must not exist yet, or be empty.
 
     Returns:
-        A line that says what was written and checked.
+        A one-line summary of the export and its verification.
 
     Raises:
-        ConfigError: there is no such layout.
-        ModelError: the folder is taken, cannot be written, or what was written does
-            not compute the same.
+        ConfigError: the layout is unknown.
+        ModelError: the folder is not empty or cannot be written, or the exported
+            model does not reproduce the logits.
     """
-    if layout not in WRITERS:
+    if layout not in EXPORT_WRITERS:
         raise ConfigError(
-            f"cannot export to {layout!r}.{suggestion(layout, WRITERS)} "
-            f"Known: {', '.join(WRITERS)}."
+            f"cannot export to {layout!r}.{did_you_mean(layout, EXPORT_WRITERS)} "
+            f"Known: {', '.join(EXPORT_WRITERS)}."
         )
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ModelError(f"{folder} is there already. Name another with --out.")
+    if output_dir.exists() and not (
+        output_dir.is_dir() and not any(output_dir.iterdir())
+    ):
+        raise ModelError(
+            f"{output_dir} already exists. Choose another folder with --out."
+        )
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
-            dir=folder.parent, prefix=f".{folder.name}-"
-        ) as temporary:
-            new = Path(temporary) / "new"
-            new.mkdir()
-            WRITERS[layout](model, new)
-            model.tokenizer.save(new)
-            if model.template:
-                write_template(model.template, new)
-            difference = compare(model, load(new))
-            if folder.exists():
-                folder.rmdir()
-            os.replace(new, folder)
+            dir=output_dir.parent, prefix=f".{output_dir.name}-"
+        ) as temp_dir:
+            new_dir = Path(temp_dir) / "new"
+            new_dir.mkdir()
+            EXPORT_WRITERS[layout](model, new_dir)
+            model.tokenizer.save(new_dir)
+            if model.chat_template:
+                write_chat_template(model.chat_template, new_dir)
+            difference = compare_logits(model, load(new_dir))
+            if output_dir.exists():
+                output_dir.rmdir()
+            os.replace(new_dir, output_dir)
     except OSError as error:
-        raise ModelError(f"cannot write {folder}: {error}. Name another.") from error
+        raise ModelError(
+            f"cannot write {output_dir}: {error}. Choose another."
+        ) from error
     return (
-        f"wrote    {folder} ({layout}): {count(model.params):,} parameters; read back, "
-        f"its logits differ by {difference:.3g} at most"
+        f"wrote    {output_dir} ({layout}): {num_params(model.params):,} parameters; logits of "
+        f"the reloaded model differ by at most {difference:.3g}"
     )
 
 
-def compare(model: Model, again: Model) -> float:
-    """The largest difference of their logits on a fixed row of tokens.
+def compare_logits(model: Model, reloaded: Model) -> float:
+    """Returns the largest difference of the logits on fixed random tokens.
 
     Raises:
-        ModelError: the models are not the same.
+        ModelError: the logits differ by more than rounding errors.
     """
-    length = min(CHECK_TOKENS, model.config.context_length)
+    length = min(NUM_CHECK_TOKENS, model.config.context_length)
     rng = np.random.default_rng(0)
     token_BT = jnp.asarray(rng.integers(model.config.vocab_size, size=(1, length)))
     length_B = jnp.array([length // 2 + 1])
-    ours, theirs = (
+    logits, reloaded_logits = (
         class_logits(m.config, m.params, token_BT, length_B)
         if model.labels
         else apply(m.config, m.params, token_BT)[..., : model.config.vocab_size]
-        for m in (model, again)
+        for m in (model, reloaded)
     )
-    difference = float(np.abs(np.asarray(ours) - np.asarray(theirs)).max())
-    # Without the padding of the vocabulary, the same sums may round otherwise.
-    if not difference <= ROUNDING * float(np.abs(ours).max()):  # also refuses nan
+    difference = float(np.abs(np.asarray(logits) - np.asarray(reloaded_logits)).max())
+    # Sums may round differently without the padding of the vocabulary.
+    if not difference <= EXPORT_TOLERANCE * float(
+        np.abs(logits).max()
+    ):  # also rejects nan
         raise ModelError(
-            f"what was written computes other logits, by up to {difference}. Nothing "
-            "was kept; this is a fault of gptjax: please report it with the model."
+            f"the logits of the exported model differ by up to {difference}, so the "
+            "export was discarded. This is a bug in gptjax: please report it."
         )
     return difference
 
 
-def tensors(model: Model, layout: str) -> dict[str, np.ndarray]:
-    """All tensors by the names of a layout, without rows that pad the vocabulary."""
-    c, (table, head) = model.config, TABLES
-    leaves = {n: np.asarray(leaf) for n, leaf in named_leaves(model.params).items()}
-    for name in {table, head} & set(leaves):
+def named_tensors(model: Model, layout: str) -> dict[str, np.ndarray]:
+    """Returns the tensors of a layout by name, without vocabulary padding."""
+    c, (embedding_name, head_name) = model.config, EMBEDDING_TABLES
+    leaves = {
+        n: np.asarray(leaf) for n, leaf in flatten_with_names(model.params).items()
+    }
+    for name in {embedding_name, head_name} & set(leaves):
         leaves[name] = leaves[name][: c.vocab_size]
     if model.labels:
-        leaves.pop(head, None)  # their classifiers predict no tokens
+        leaves.pop(head_name, None)  # classifiers of transformers have no LM head
     if layout == "book" and c.tie_embeddings:
-        leaves[head] = leaves[table]
-    if layout == "hf" and not c.qkv_bias:  # GPT-2 has them, so they are 0
-        zeros = np.zeros((c.n_layers, c.n_heads, c.head_width), np.float32)
+        leaves[head_name] = leaves[embedding_name]
+    if layout == "hf" and not c.qkv_bias:  # GPT-2 requires them
+        zeros = np.zeros((c.n_layers, c.n_heads, c.head_dim), np.float32)
         for name in ("query", "key", "value"):
             leaves[f"blocks/attention/{name}/bias"] = zeros
-    plan = homes(c, layout, leaves)
-    return {name: give(filled, leaves) for name, filled in plan.items()}
+    slots_by_name = param_slots(c, layout, leaves)
+    return {name: pack_tensor(slots, leaves) for name, slots in slots_by_name.items()}
 
 
 def write_hf(model: Model, folder: Path) -> None:
-    """Everything that transformers wants but the tokenizer.
+    """Writes all files that transformers needs, except those of the tokenizer.
 
     Raises:
-        ModelError: a classifier that transformers has no name for.
+        ModelError: transformers has no equivalent of the classifier.
     """
-    c, eot = model.config, model.tokenizer.eot
+    c, eot = model.config, model.tokenizer.eot_token
     if model.labels and (c.pool != "last" or c.head_bias or not c.causal):
         raise ModelError(
             f"a classifier with model.pool={c.pool!r}, model.head_bias={c.head_bias} "
-            f"and model.causal={c.causal} is none that transformers has: it needs "
-            "pool='last', no bias, and causal attention. Train one like that."
+            f"and model.causal={c.causal} has no equivalent in transformers, which "
+            "requires pool='last', no head bias and causal attention."
         )
-    about = {
+    hf_config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "vocab_size": c.vocab_size,
         "n_positions": c.context_length,
-        "n_ctx": c.context_length,  # its name before, which other tools read
+        "n_ctx": c.context_length,  # old name of n_positions, still read by some tools
         "n_embd": c.d_model,
         "n_layer": c.n_layers,
         "n_head": c.n_heads,
@@ -152,26 +166,26 @@ def write_hf(model: Model, folder: Path) -> None:
         "dtype": "float32",
     }
     if model.labels:
-        about |= {
+        hf_config |= {
             "architectures": ["GPT2ForSequenceClassification"],
             "id2label": {str(n): label for n, label in enumerate(model.labels)},
             "label2id": {label: n for n, label in enumerate(model.labels)},
-            "pad_token_id": eot,  # the row ends before the first one
+            "pad_token_id": eot,  # classifies the token before the first padding
         }
-    arrays = tensors(model, "hf")
+    arrays = named_tensors(model, "hf")
     prefixed = {
-        name if name in HEADS else f"transformer.{name}": array
+        name if name in HF_HEAD_TENSORS else f"transformer.{name}": array
         for name, array in arrays.items()
     }
-    write_tensors(prefixed, folder / "model.safetensors")
-    write_json(folder / "config.json", about)
-    ends = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
-    write_json(folder / "generation_config.json", ends)
+    write_safetensors(prefixed, folder / "model.safetensors")
+    _write_json(folder / "config.json", hf_config)
+    special_tokens = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
+    _write_json(folder / "generation_config.json", special_tokens)
     (folder / "README.md").write_text(model_card(model), encoding="utf-8")
 
 
 def write_book(model: Model, folder: Path) -> None:
-    """The state dict, and the dictionary that the book calls GPT_CONFIG.
+    """Writes the state dict and the config dictionary of the book (GPT_CONFIG).
 
     Raises:
         ModelError: the model is a classifier.
@@ -179,10 +193,10 @@ def write_book(model: Model, folder: Path) -> None:
     c = model.config
     if model.labels:
         raise ModelError(
-            "a classifier cannot be exported to the book's names, which have no place "
-            "for its labels. Use --to hf."
+            "a classifier cannot be exported to the book's format, which stores no "
+            "labels. Use --to hf."
         )
-    about = {
+    book_config = {
         "vocab_size": c.vocab_size,
         "context_length": c.context_length,
         "emb_dim": c.d_model,
@@ -191,40 +205,43 @@ def write_book(model: Model, folder: Path) -> None:
         "drop_rate": c.dropout,
         "qkv_bias": c.qkv_bias,
     }
-    write_tensors(tensors(model, "book"), folder / "model.safetensors")
-    write_json(folder / "config.json", about)
+    write_safetensors(named_tensors(model, "book"), folder / "model.safetensors")
+    _write_json(folder / "config.json", book_config)
 
 
-WRITERS: dict[str, Callable[[Model, Path], None]] = {"hf": write_hf, "book": write_book}
+EXPORT_WRITERS: dict[str, Callable[[Model, Path], None]] = {
+    "hf": write_hf,
+    "book": write_book,
+}
 
 
-def write_json(path: Path, about: dict[str, Any]) -> None:
-    """A JSON file for people and programs."""
-    path.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes an indented JSON file."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def model_card(model: Model) -> str:
-    """The README.md of an exported folder."""
+    """Returns the model card (README.md) of an exported folder."""
     c = model.config
-    task, auto, what = "text-generation", "AutoModelForCausalLM", "A GPT-2"
+    task, auto_class, title = "text-generation", "AutoModelForCausalLM", "A GPT-2"
     if model.labels:
-        task, auto = "text-classification", "AutoModelForSequenceClassification"
-        what = f"A classifier ({', '.join(model.labels)}) on GPT-2"
+        task, auto_class = "text-classification", "AutoModelForSequenceClassification"
+        title = f"A classifier ({', '.join(model.labels)}) on GPT-2"
     return f"""---
 library_name: transformers
 pipeline_tag: {task}
 tags: [gpt2, gptjax]
 ---
 
-# {what} of {count(model.params):,} parameters
+# {title} with {num_params(model.params):,} parameters
 
 {c.n_layers} layers, {c.n_heads} heads, width {c.d_model}, context {c.context_length},
 {c.vocab_size:,} tokens ({model.tokenizer.name}). Written by gptjax.
 
 ```python
-from transformers import AutoTokenizer, {auto}
+from transformers import AutoTokenizer, {auto_class}
 
-model = {auto}.from_pretrained("THIS FOLDER")
+model = {auto_class}.from_pretrained("THIS FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
 ```
 """

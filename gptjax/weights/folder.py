@@ -1,7 +1,7 @@
-"""A model and its portable form: a folder that every command accepts as MODEL.
+"""Model and model folder, which every command accepts as MODEL.
 
-config.json         shape of the model, format, hash of the tokenizer
-model.safetensors   parameters under their names, float32
+config.json          model config, format version, tokenizer hash, labels
+model.safetensors    float32 parameters by name
 vocab.json, merges.txt, tokenizer_config.json
 chat_template.jinja  of an assistant
 """
@@ -19,84 +19,86 @@ import safetensors.numpy
 from gptjax.config import GPTConfig
 from gptjax.errors import ModelError
 from gptjax.model import Params, compute_dtype
-from gptjax.packing import packed, unstack
-from gptjax.template import FILE as TEMPLATE
+from gptjax.packing import prepare_decode_params, unstack_layers
+from gptjax.template import CHAT_TEMPLATE_FILE as TEMPLATE
 from gptjax.tokenizer import Tokenizer
-from gptjax.tree import count, named_leaves
+from gptjax.tree import num_params, flatten_with_names
 
-FORMAT = "gptjax-1"
+MODEL_FORMAT = "gptjax-1"
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A trained GPT and what it takes to use it."""
+    """A trained GPT with its tokenizer, labels and chat template."""
 
     config: GPTConfig
     params: Params = dataclasses.field(repr=False)
     tokenizer: Tokenizer = dataclasses.field(repr=False)
-    labels: tuple[str, ...] = ()  # of a classifier, by class
-    template: str = dataclasses.field(default="", repr=False)  # of an assistant, Jinja
-    int8: bool = False  # whether parameters are `rounded`, and read in 8 bits to write
+    labels: tuple[str, ...] = ()  # class names of a classifier
+    chat_template: str = dataclasses.field(default="", repr=False)  # Jinja source
+    int8: bool = False  # `fake_quantize`d parameters, int8 matmuls in decoding
 
     @functools.cached_property
-    def layers(self) -> Params:
-        """The parameters as decoding wants them: one array per layer, made once."""
+    def decode_params(self) -> Params:
+        """Parameters in the layout for decoding, one array per layer; cached."""
         dtype = compute_dtype(self.config)
-        return packed(unstack(self.params), dtype, self.int8)
+        return prepare_decode_params(unstack_layers(self.params), dtype, self.int8)
 
     def __str__(self) -> str:
         c = self.config
         return (
-            f"GPT with {count(self.params):,} parameters: {c.n_layers} layers, "
+            f"GPT with {num_params(self.params):,} parameters: {c.n_layers} layers, "
             f"{c.n_heads} heads, width {c.d_model}, context {c.context_length}, "
             f"vocabulary {c.vocab_size:,} ({self.tokenizer.name})"
         )
 
 
-def save(model: Model, folder: str | Path) -> None:
-    """Writes the model folder; a folder that is there already is replaced whole."""
-    folder = Path(folder)
+def save_model(model: Model, model_dir: str | Path) -> None:
+    """Writes the model folder, replacing an existing one atomically."""
+    model_dir = Path(model_dir)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        model_dir.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
-            dir=folder.parent, prefix=f".{folder.name}-"
-        ) as temporary:
-            write_files(model, Path(temporary) / "new")
-            old = Path(temporary) / "old"
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(Path(temporary) / "new", folder)
+            dir=model_dir.parent, prefix=f".{model_dir.name}-"
+        ) as temp_dir:
+            _write_files(model, Path(temp_dir) / "new")
+            old_dir = Path(temp_dir) / "old"
+            if model_dir.exists():
+                os.replace(model_dir, old_dir)
+            os.replace(Path(temp_dir) / "new", model_dir)
     except OSError as error:
-        raise ModelError(f"cannot write the model folder {folder}: {error}.") from error
+        raise ModelError(
+            f"cannot write the model folder {model_dir}: {error}."
+        ) from error
 
 
-def write_files(model: Model, folder: Path) -> None:
-    """Writes the files of a model folder into a new folder."""
-    folder.mkdir()
+def _write_files(model: Model, model_dir: Path) -> None:
+    """Creates a folder and writes the files of a model folder into it."""
+    model_dir.mkdir()
     arrays = {
         name: np.ascontiguousarray(leaf, np.float32)  # safetensors ignores strides
-        for name, leaf in named_leaves(model.params).items()
+        for name, leaf in flatten_with_names(model.params).items()
     }
-    write_tensors(arrays, folder / "model.safetensors")
-    model.tokenizer.save(folder)
-    if model.template:
-        write_template(model.template, folder)
-    about = {
-        "format": FORMAT,
+    write_safetensors(arrays, model_dir / "model.safetensors")
+    model.tokenizer.save(model_dir)
+    if model.chat_template:
+        write_chat_template(model.chat_template, model_dir)
+    metadata = {
+        "format": MODEL_FORMAT,
         "model": dataclasses.asdict(model.config),
         "labels": list(model.labels),
         "tokenizer": {"name": model.tokenizer.name, "hash": model.tokenizer.hash},
     }
-    (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    (model_dir / "config.json").write_text(json.dumps(metadata, indent=2) + "\n")
 
 
-def write_template(source: str, folder: Path) -> None:
-    """Writes a chat template where `transformers` looks for it too."""
-    with (folder / TEMPLATE).open("w", encoding="utf-8", newline="") as file:
+def write_chat_template(source: str, model_dir: Path) -> None:
+    """Writes a chat template under the file name that `transformers` uses."""
+    with (model_dir / TEMPLATE).open("w", encoding="utf-8", newline="") as file:
         file.write(source)
 
 
-def write_tensors(arrays: dict[str, np.ndarray], path: Path) -> None:
-    """Writes a safetensors file that PyTorch's tools take, and others may read."""
+def write_safetensors(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """Writes a safetensors file marked as PyTorch's, readable by all users."""
     safetensors.numpy.save_file(arrays, path, {"format": "pt"})
-    path.chmod(0o644)  # the library leaves it to its owner alone
+    path.chmod(0o644)  # the library creates it with mode 0600

@@ -1,8 +1,7 @@
-"""The files of a Hugging Face hub repository: kept in the cache, checked at each use.
+"""Files of Hugging Face hub repositories, cached and verified at each use.
 
-A file is compared with the hash that is pinned here, else with the one that it had
-when it was first used, which sha256.json beside it records. Weights are taken as
-safetensors only.
+Each file is verified against the hash pinned here, or else against the hash recorded
+in sha256.json at its first use. Weights are accepted as safetensors only.
 """
 
 import dataclasses
@@ -16,30 +15,30 @@ from typing import Any
 from urllib.error import HTTPError
 
 from gptjax import strict_json
-from gptjax.config import suggestion
+from gptjax.config import did_you_mean
 from gptjax.download import (
-    AbsentError,
+    RemoteFileNotFoundError,
     Pin,
-    Remote,
-    cache_folder,
-    download,
-    offline,
+    RemoteFile,
+    user_cache_dir,
+    download_file,
+    is_offline,
     open_part,
-    sha256,
+    sha256_of_files,
 )
 from gptjax.errors import DataError, ModelError
-from gptjax.template import FILE as TEMPLATE
+from gptjax.template import CHAT_TEMPLATE_FILE as TEMPLATE
 
-Say = Callable[[str], None]
-Record = dict[str, Pin | None]  # None = the repository does not have the file
+_LogFn = Callable[[str], None]
+Record = dict[str, Pin | None]  # None if the repository lacks the file
 
 CONFIG, VOCAB, MERGES = "config.json", "vocab.json", "merges.txt"
 TOKENIZER = "tokenizer.json"
-OPTIONAL = (VOCAB, MERGES, TOKENIZER, TEMPLATE)
+OPTIONAL_FILES = (VOCAB, MERGES, TOKENIZER, TEMPLATE)
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 RECORD = "sha256.json"
-MOST = {  # bytes; the numbers have no other limit than the disk
+MAX_HUB_FILE_BYTES = {  # bytes per file; weights are limited only by the disk
     CONFIG: 1_000_000,
     VOCAB: 64_000_000,
     MERGES: 64_000_000,
@@ -48,14 +47,14 @@ MOST = {  # bytes; the numbers have no other limit than the disk
     INDEX: 10_000_000,
     RECORD: 10_000_000,
 }
-DENIED = (401, 403)
-REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w.-]*)?", re.ASCII)
-SHARD = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
+ACCESS_DENIED = (401, 403)
+REPO_ID_PATTERN = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w.-]*)?", re.ASCII)
+SHARD_PATTERN = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
 class Repository:
-    """Where files are on the hub, and what is known of them."""
+    """Hub repository at a revision, with pinned file hashes."""
 
     name: str
     revision: str = "main"
@@ -65,7 +64,7 @@ class Repository:
         return f"{self.name}@{self.revision}"
 
 
-KNOWN = {
+PINNED_REPOS = {
     "gpt2": Repository(
         "openai-community/gpt2",
         "607a30d783dfa663caf39e06633721c8d4cfcd7e",
@@ -93,72 +92,72 @@ KNOWN = {
 }
 
 
-def is_repository(name: str) -> bool:
-    """Whether a name is a public size or could be one of the hub.
+def is_repo_id(name: str) -> bool:
+    """True for a public size or a syntactically valid hub name.
 
-    >>> is_repository("gpt2"), is_repository("owner/name@v1"), is_repository("../x")
+    >>> is_repo_id("gpt2"), is_repo_id("owner/name@v1"), is_repo_id("../x")
     (True, True, False)
     """
-    return name in KNOWN or (
-        REPOSITORY.fullmatch(name) is not None and ".." not in name
+    return name in PINNED_REPOS or (
+        REPO_ID_PATTERN.fullmatch(name) is not None and ".." not in name
     )
 
 
-def find(name: str) -> Repository:
-    """The repository of a public size, or of "owner/name" or "owner/name@revision"."""
-    for known, entry in KNOWN.items():
+def resolve_repo(name: str) -> Repository:
+    """Returns the repository of a public size or of "owner/name[@revision]"."""
+    for known, entry in PINNED_REPOS.items():
         if name in (known, entry.name, str(entry)):
             return entry
-    if not is_repository(name):
+    if not is_repo_id(name):
         raise ModelError(
-            f"no model {name!r} on the hub.{suggestion(name, KNOWN)} Name one of "
-            f"{', '.join(KNOWN)}, or owner/repository, with @revision where wanted."
+            f"no model {name!r} on the hub.{did_you_mean(name, PINNED_REPOS)} Use one of "
+            f"{', '.join(PINNED_REPOS)}, or owner/repository, optionally with @revision."
         )
     name, _, revision = name.partition("@")
     return Repository(name, revision or "main")
 
 
-def fetch(name: str, say: Say = lambda line: None) -> Path:
-    """The folder with the files of a repository, downloaded where they are not yet.
+def fetch_repo(name: str, log: _LogFn = lambda line: None) -> Path:
+    """Downloads the missing files of a repository and returns their folder.
 
-    It holds config.json, the tokenizer's files and the chat template if there are any,
-    and model.safetensors or the index and the shards that it names.
+    It contains config.json, tokenizer files and chat template if there are any, and
+    model.safetensors or an index with its shards.
 
     Args:
-        name: a public size such as "gpt2", or "owner/name", or "owner/name@revision".
-        say: gets what a person should know, a line at a time.
+        name: a public size such as "gpt2", "owner/name" or "owner/name@revision".
+        log: receives messages for the user, one line each.
 
     Raises:
-        ModelError: no such repository, no safetensors in it, a file that cannot be
-            downloaded, or one that is not what it was.
+        ModelError: the repository does not exist or has no safetensors, or a file
+            cannot be downloaded or does not match its hash.
     """
-    repository = find(name)
-    folder = cache_folder("models").joinpath(*str(repository).split("/"))
+    repository = resolve_repo(name)
+    folder = user_cache_dir("models").joinpath(*str(repository).split("/"))
     before = {**read_record(folder), **repository.pins}
     try:
-        fill(repository, folder)
+        download_missing(repository, folder)
     finally:
         record = read_record(folder)
         if new := [file for file in record if record[file] and not before.get(file)]:
-            say(
-                f"{repository}: no hash is pinned for {', '.join(new)}; recorded on "
-                f"first use in {folder / RECORD}, not compared"
+            log(
+                f"{repository}: no hash is pinned for {', '.join(new)}; recorded at "
+                f"first use in {folder / RECORD}, not verified"
             )
     return folder
 
 
-def fill(repository: Repository, folder: Path) -> None:
-    """Downloads what the folder lacks, and checks what it has."""
+def download_missing(repository: Repository, folder: Path) -> None:
+    """Downloads missing files and verifies existing ones."""
 
-    @functools.cache  # a file is hashed once
+    @functools.cache  # hashes each file only once
     def has(file: str) -> bool:
-        return open_file(repository, folder, file)
+        return ensure_file(repository, folder, file)
 
-    for file in [*MOST, WEIGHTS, *read_record(folder)]:
+    for file in [*MAX_HUB_FILE_BYTES, WEIGHTS, *read_record(folder)]:
         if file != RECORD and (folder / file).exists():
             has(file)
     if not has(CONFIG):
-        raise ModelError(lacking(repository, CONFIG))
+        raise ModelError(missing_file_message(repository, CONFIG))
     if not (has(VOCAB) and has(MERGES)):
         has(TOKENIZER)
     if not repository.pins:  # the public sizes have none
@@ -166,165 +165,174 @@ def fill(repository: Repository, folder: Path) -> None:
     if (folder / INDEX).exists() or not has(WEIGHTS):
         if not has(INDEX):
             raise ModelError(
-                f"{repository} has no safetensors, and gptjax opens no pickle such as "
-                "pytorch_model.bin. Convert it where you trust it: load it with "
-                "transformers, save_pretrained(DIR), and name DIR."
+                f"{repository} has no safetensors, and gptjax does not open pickles "
+                "such as pytorch_model.bin. If you trust the repository, load it with "
+                "transformers, call save_pretrained(DIR), and use DIR."
             )
         for shard in read_shards(folder / INDEX):
             if not has(shard):
-                raise ModelError(lacking(repository, shard))
+                raise ModelError(missing_file_message(repository, shard))
 
 
-def lacking(repository: Repository, file: str) -> str:
-    """What to say where the hub does not have a file."""
+def missing_file_message(repository: Repository, file: str) -> str:
+    """Returns the error message for a file that is not on the hub."""
     return (
-        f"{repository} has no {file} on the hub, nor is there such a folder on this "
-        "machine. Check the name and the revision."
+        f"{repository} has no {file} on the hub, and there is no local folder of this "
+        "name. Check the name and the revision."
     )
 
 
-def open_file(repository: Repository, folder: Path, file: str) -> bool:
-    """Whether the repository has a file; if so, it is in the folder, and checked."""
+def ensure_file(repository: Repository, folder: Path, file: str) -> bool:
+    """Downloads or verifies a file; returns False if the repository lacks it."""
     path, record = folder / file, read_record(folder)
     pin = repository.pins.get(file) or record.get(file)
     if not path.exists():
         if file in record and not record[file]:
             return False
-        if offline():
+        if is_offline():
             if file in (VOCAB, MERGES) and (folder / TOKENIZER).exists():
                 return False
             if file == TEMPLATE:
                 return False
-            raise ModelError(what_to_copy(repository, folder, file, record))
+            raise ModelError(offline_message(repository, folder, file, record))
         found = fetch_file(repository, path, pin)
     else:
-        found = measured(path)
+        found = pin_of(path)
         if pin and found != pin:
             source = "pinned are" if file in repository.pins else f"{RECORD} recorded"
             raise ModelError(
                 f"{path} has {found.bytes} bytes with sha256 {found.sha256}, but "
-                f"{source} {pin.bytes} bytes with sha256 {pin.sha256}. Remove the file "
-                "to download it again, or put the right one there."
+                f"{source} {pin.bytes} bytes with sha256 {pin.sha256}. Delete the file "
+                "to download it again, or replace it with the right one."
             )
-    if not record.get(file) and (found or file in OPTIONAL):
+    if not record.get(file) and (found or file in OPTIONAL_FILES):
         write_entry(folder, file, found)
     return found is not None
 
 
-def what_to_copy(
+def offline_message(
     repository: Repository, folder: Path, file: str, record: Record
 ) -> str:
-    """What to say where a file is missing and the network is forbidden."""
+    """Returns the error message for a missing file in offline mode."""
     files = [CONFIG, VOCAB, MERGES, *([] if (folder / INDEX).exists() else [WEIGHTS])]
     files = files if file in files else [file]
     needed = [f for f in files if record.get(f, "?") and not (folder / f).exists()]
     return (
-        f"{file} of {repository} is not on this machine and GPTJAX_OFFLINE forbids its "
-        f"download. Copy {', '.join(needed or [file])} of {repository.name}, revision "
+        f"{file} of {repository} is not cached and GPTJAX_OFFLINE forbids downloads. "
+        f"Copy {', '.join(needed or [file])} of {repository.name}, revision "
         f"{repository.revision}, to {folder}, or unset GPTJAX_OFFLINE."
     )
 
 
-def measured(path: Path) -> Pin:
-    """What a file is."""
+def pin_of(path: Path) -> Pin:
+    """Returns the size and hash of a file."""
     try:
-        return Pin(path.stat().st_size, sha256([path]))
+        return Pin(path.stat().st_size, sha256_of_files([path]))
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}.") from error
 
 
 def fetch_file(repository: Repository, path: Path, pin: Pin | None) -> Pin | None:
-    """Downloads a file and returns what it is; None where the hub does not have it."""
+    """Downloads a file; returns its size and hash, or None if it is not on the hub."""
     name, revision, file = repository.name, repository.revision, path.name
     url = f"{read_endpoint()}/{name}/resolve/{revision}/{file}"
-    remote = Remote(url, pin, MOST.get(file), read_token())
+    remote = RemoteFile(url, pin, MAX_HUB_FILE_BYTES.get(file), read_token())
     try:
-        found = download(remote, path, f"{file} of {repository}")
+        found = download_file(remote, path, f"{file} of {repository}")
         return Pin(path.stat().st_size, found)
-    except AbsentError:
+    except RemoteFileNotFoundError:
         return None
     except DataError as error:
         advice = ""
-        if isinstance(error.__cause__, HTTPError) and error.__cause__.code in DENIED:
+        if (
+            isinstance(error.__cause__, HTTPError)
+            and error.__cause__.code in ACCESS_DENIED
+        ):
             advice = (
-                f" The hub answers so where there is no {name}, too: check the name. "
-                "What is private or gated needs a token in HF_TOKEN."
+                f" The hub also answers this if {name} does not exist: check the name. "
+                "Private and gated repositories need a token in HF_TOKEN."
             )
         elif pin and file not in repository.pins:
             advice = (
-                f" If the repository has changed since its first use, remove "
-                f"{path.parent} to begin anew."
+                f" If the repository has changed since its first use, delete "
+                f"{path.parent} to start over."
             )
         raise ModelError(f"{error}{advice}") from error
 
 
 def read_endpoint() -> str:
-    """The address of the hub."""
+    """Returns the URL of the hub."""
     url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./-]*)?", url, re.ASCII):
-        harmless = re.sub(r"//.*@", "//…@", url)  # it may hold a password
+        harmless = re.sub(r"//.*@", "//…@", url)  # may contain a password
         raise ModelError(
-            f"HF_ENDPOINT={harmless!r} is no address of a hub. Set it to one such as "
-            "https://huggingface.co, or unset it."
+            f"HF_ENDPOINT={harmless!r} is not the URL of a hub. Set it to a URL such "
+            "as https://huggingface.co, or unset it."
         )
     return url.rstrip("/")
 
 
 def read_token() -> str:
-    """The user's token, or nothing."""
+    """Returns the user's token, or "" if there is none."""
     token = os.environ.get("HF_TOKEN", "").strip()
-    if not re.fullmatch(r"[\x21-\x7e]*", token):  # the token itself is not for a screen
+    if not re.fullmatch(r"[\x21-\x7e]*", token):  # never print the token
         raise ModelError(
-            "HF_TOKEN has blanks or other characters that no token has. Set it again, "
-            "or unset it."
+            "HF_TOKEN contains whitespace or other invalid characters. Set it again or "
+            "unset it."
         )
     return token
 
 
 def read_shards(index: Path) -> list[str]:
-    """Names of the shards in an index that nobody vouches for."""
-    fix = "Name another repository, or a folder with safetensors."
+    """Returns the shard names in an untrusted index."""
+    fix = "Use another repository, or a folder with safetensors."
     try:
-        shards = sorted(set(read_json(index, fix)["weight_map"].values()))
-        wrong = [name for name in shards if not SHARD.fullmatch(name)]
+        shards = sorted(set(_read_cached_json(index, fix)["weight_map"].values()))
+        wrong = [name for name in shards if not SHARD_PATTERN.fullmatch(name)]
     except (LookupError, TypeError, AttributeError) as error:
-        raise unusable(index, f"it has no proper weight_map, {error!r}", fix) from error
+        raise _invalid_cache_file(
+            index, f"it has no valid weight_map, {error!r}", fix
+        ) from error
     if wrong or not shards:
-        raise unusable(index, f"{wrong[:1] or 'nothing'} is no name of a shard", fix)
+        raise _invalid_cache_file(
+            index, f"{wrong[:1] or 'nothing'} is no valid shard name", fix
+        )
     return shards
 
 
 def read_record(folder: Path) -> Record:
-    """What the files were at their first use."""
+    """Reads the file hashes recorded at first use."""
     path = folder / RECORD
     if not path.exists():
         return {}
-    fix = "Remove it, and the hashes are recorded anew at the next use."
-    table = read_json(path, fix)
+    fix = "Delete it to record the hashes again at the next use."
+    table = _read_cached_json(path, fix)
     try:
         return {
             file: None if entry is None else Pin(int(entry["bytes"]), entry["sha256"])
             for file, entry in table.items()
         }
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise unusable(path, f"it is no table of hashes, {error!r}", fix) from error
+        raise _invalid_cache_file(
+            path, f"it is not a table of hashes, {error!r}", fix
+        ) from error
 
 
-def read_json(path: Path, fix: str) -> Any:
-    """The content of a JSON file of bounded size."""
+def _read_cached_json(path: Path, fix: str) -> Any:
+    """Reads a JSON file of limited size."""
     try:
-        return strict_json.read_json(path, MOST[path.name])
+        return strict_json.read_json(path, MAX_HUB_FILE_BYTES[path.name])
     except (OSError, ValueError) as error:
-        raise unusable(path, error, fix) from error
+        raise _invalid_cache_file(path, error, fix) from error
 
 
-def unusable(path: Path, why: Any, fix: str) -> ModelError:
-    """The error for a damaged file in the cache."""
+def _invalid_cache_file(path: Path, why: Any, fix: str) -> ModelError:
+    """Returns the error for an invalid file in the cache."""
     return ModelError(f"{path} cannot be used: {why}. {fix}")
 
 
 def write_entry(folder: Path, file: str, found: Pin | None) -> None:
-    """Adds to the record what a file is."""
+    """Adds the size and hash of a file to the record."""
     try:
         with open_part(folder / RECORD) as part:  # locked
             record = read_record(folder) | {file: found}
@@ -337,6 +345,6 @@ def write_entry(folder: Path, file: str, found: Pin | None) -> None:
             os.replace(part.name, folder / RECORD)
     except OSError as error:
         raise ModelError(
-            f"cannot write {folder / RECORD}: {error}. Make the folder writable, or "
-            "set GPTJAX_HOME to another."
+            f"cannot write {folder / RECORD}: {error}. Make the folder writable or "
+            "set GPTJAX_HOME to another one."
         ) from error

@@ -1,12 +1,12 @@
-"""From the files of others to a model: which layout, which shape, then the numbers.
+"""Loads models: finds the files, detects their layout, reads config and parameters.
 
-SOURCE is a folder or file in one of these layouts, or the name of one on the hub:
+A model is a folder or file in one of these layouts, or a name on the hub:
 
-gptjax  what `gptjax.save` writes
-hf      Hugging Face's GPT-2: config.json, *.safetensors, with or without an index
+gptjax  written by `gptjax.save`
+hf      Hugging Face GPT-2: config.json, *.safetensors, with or without an index
 openai  OpenAI's TensorFlow checkpoint: hparams.json, model.ckpt.*
-book    safetensors with the names of the book's PyTorch GPTModel; beside it, a
-        config.json with "n_heads", where the heads are not 64 wide
+book    safetensors with the names of the book's PyTorch GPTModel, with a
+        config.json that sets "n_heads" if the head dim is not 64
 """
 
 import dataclasses
@@ -19,51 +19,51 @@ import numpy as np
 from gptjax import strict_json
 from gptjax import template as templates
 from gptjax import tokenizer as tokenizers
-from gptjax.config import GPTConfig, build
+from gptjax.config import GPTConfig, from_dict
 from gptjax.errors import ConfigError, DataError, ModelError
-from gptjax.packing import rounded
-from gptjax.template import FILE as TEMPLATE
+from gptjax.packing import fake_quantize
+from gptjax.template import CHAT_TEMPLATE_FILE as TEMPLATE
 from gptjax.tokenizer import Tokenizer
 from gptjax.weights import hub
-from gptjax.weights.folder import FORMAT, Model
-from gptjax.weights.openai import open_checkpoint, read_hparams
-from gptjax.weights.streaming import Source, Tensors, read_params
+from gptjax.weights.folder import MODEL_FORMAT, Model
+from gptjax.weights.openai import open_tf_checkpoint, read_hparams
+from gptjax.weights.streaming import ModelSource, TensorReader, read_params
 from gptjax.weights.tensors import open_safetensors
 
-Say = Callable[[str], None]
-HEAD_WIDTH = 64  # of all GPT-2 sizes, and of the book's
-JSON_BYTES = 10_000_000
+_LogFn = Callable[[str], None]
+GPT2_HEAD_DIM = 64  # in all sizes of GPT-2 and in the book
+MAX_MODEL_JSON_BYTES = 10_000_000
 
 
 def load(
-    name: str | Path, say: Say = lambda line: None, *, int8: bool = False
+    name: str | Path, log: _LogFn = lambda line: None, *, int8: bool = False
 ) -> Model:
-    """The model that MODEL names: a run, a folder of any layout, or one of the hub.
+    """Loads a model from a run, a folder of any layout, or the hub.
 
     Args:
         name: a run folder, a model folder, a Hugging Face, OpenAI or book folder, a
             .safetensors file, a public size such as "gpt2", or "owner/repository".
-        say: gets what a person should know, a line at a time.
-        int8: whether weights are rounded to 8 bits, as `gptjax.packing` does, for
-            writing that reads a quarter of the bytes.
+        log: receives messages for the user, one line each.
+        int8: quantize the weights to 8 bits, which reduces the memory traffic of
+            decoding to a quarter; see `gptjax.model.quantization`.
 
     Raises:
-        ModelError: nothing of that name, or files that are damaged or do not agree.
+        ModelError: there is no such model, or its files are corrupt or inconsistent.
     """
-    source = open_source(find(name, say), say)
+    source = open_model_source(resolve_model(name, log), log)
     params = read_params(source)
     return Model(
         source.config,
-        rounded(params) if int8 else params,
+        fake_quantize(params) if int8 else params,
         source.tokenizer,
         source.labels,
-        source.template,
+        source.chat_template,
         int8,
     )
 
 
-def find(name: str | Path, say: Say) -> Path:
-    """Where the files of MODEL are; those of the hub are downloaded once.
+def resolve_model(name: str | Path, log: _LogFn) -> Path:
+    """Returns the path of a model's files, downloading them from the hub if needed.
 
     Raises:
         ModelError: the run has no model yet, or the download failed.
@@ -73,165 +73,178 @@ def find(name: str | Path, say: Say) -> Path:
         return path / "model"
     if (path / "checkpoints").is_dir():
         raise ModelError(
-            f"the run {path} has no model/ yet, it is written when the run ends. "
-            f"Finish it: gptjax train {path / 'config.toml'} --run {path}"
+            f"the run {path} has no model/ yet; it is written when the run ends. "
+            f"Finish the run: gptjax train {path / 'config.toml'} --run {path}"
         )
-    # "runs/typo" looks like "owner/name", but there is a folder runs/.
-    local = path.exists() or (len(path.parts) > 1 and path.parent.is_dir())
+    # "runs/typo" looks like "owner/name", but the folder runs/ exists.
+    is_local = path.exists() or (len(path.parts) > 1 and path.parent.is_dir())
     return (
-        path if local or not hub.is_repository(str(name)) else hub.fetch(str(name), say)
+        path
+        if is_local or not hub.is_repo_id(str(name))
+        else hub.fetch_repo(str(name), log)
     )
 
 
-def open_source(path: Path, say: Say = lambda line: None) -> Source:
-    """Finds out what lies at `path`, and in which shape; reads no parameter yet.
+def open_model_source(path: Path, log: _LogFn = lambda line: None) -> ModelSource:
+    """Detects the layout and config of the model at `path`; reads no parameters.
 
     Raises:
-        ModelError: it is in no known layout, or not a GPT-2.
+        ModelError: the layout is unknown, or the model is not a GPT-2.
     """
     if (path / "hparams.json").is_file():
-        return openai_source(path, say)
+        return from_tf_checkpoint(path, log)
     if path.is_dir():
-        files = safetensors_files(path)
+        files = list_safetensors(path)
     elif path.suffix == ".safetensors" and path.is_file():
         files, path = [path], path.parent
     else:
-        raise ModelError(unreadable(path))
+        raise ModelError(explain_unreadable(path))
     if not files:
-        raise ModelError(unreadable(path))
-    found = open_safetensors(files)
-    about = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    if "format" in about:
-        source = own_source(path, found, about)
-        return dataclasses.replace(source, template=read_template(path))
-    if "tok_emb.weight" in found.tensors:
-        return book_source(path, found, about, say)
-    source = hf_source(path, found, about, say)
+        raise ModelError(explain_unreadable(path))
+    reader = open_safetensors(files)
+    metadata = (
+        read_json_object(path / "config.json")
+        if (path / "config.json").is_file()
+        else {}
+    )
+    if "format" in metadata:
+        source = from_gptjax(path, reader, metadata)
+        return dataclasses.replace(source, template=_read_folder_template(path))
+    if "tok_emb.weight" in reader.tensors:
+        return from_book(path, reader, metadata, log)
+    source = from_hf(path, reader, metadata, log)
     try:
-        return dataclasses.replace(source, template=read_template(path))
-    except ModelError as error:  # the model can still complete
-        say(f"template not used: {error}")
+        return dataclasses.replace(source, template=_read_folder_template(path))
+    except ModelError as error:  # the model can still be used for completion
+        log(f"chat template not used: {error}")
         return source
 
 
-def read_template(path: Path) -> str:
-    """The chat template in a folder, tried out; "" where there is none.
+def _read_folder_template(path: Path) -> str:
+    """Returns the chat template in a folder after a test rendering; "" if none.
 
     Raises:
-        ModelError: it cannot be used.
+        ModelError: the template is invalid.
     """
-    place = path / TEMPLATE
-    if not place.is_file():
+    template_path = path / TEMPLATE
+    if not template_path.is_file():
         return ""
     try:
-        return templates.read_template(str(place)).source
+        return templates.load_chat_template(str(template_path)).source
     except ConfigError as error:
-        raise ModelError(f"{place}: {error}") from error
+        raise ModelError(f"{template_path}: {error}") from error
 
 
-def unreadable(path: Path) -> str:
-    """Why nothing can be imported from `path`, and what helps."""
+def explain_unreadable(path: Path) -> str:
+    """Returns an error message for a path that cannot be read as a model."""
     pickles = [path] if path.is_file() else sorted(path.glob("*"))
     pickles = [p for p in pickles if p.suffix in (".pth", ".pt", ".bin", ".ckpt")]
     if pickles:
-        new = pickles[0].with_suffix(".safetensors").name
+        safetensors_name = pickles[0].with_suffix(".safetensors").name
         return (
-            f"{pickles[0]} is a pickle, which can run anything when it is opened, so "
-            "gptjax never does. Where you trust it and have PyTorch, turn it into "
-            "safetensors:\n"
+            f"{pickles[0]} is a pickle, which can run arbitrary code when it is "
+            "opened, so gptjax does not open it. If you trust the file, convert it to "
+            "safetensors with PyTorch:\n"
             "  import torch, safetensors.torch as st\n"
             f"  st.save_file({{k: v.clone() for k, v in torch.load("
-            f'{pickles[0].name!r}, map_location="cpu").items()}}, {new!r})'
+            f'{pickles[0].name!r}, map_location="cpu").items()}}, {safetensors_name!r})'
         )
     if not path.exists():
         return (
-            f"no model {str(path)!r}: there is no such file or folder. Name a run "
-            "folder (gptjax train ... --run DIR), a model folder, a Hugging Face "
-            f"GPT-2, or one of {', '.join(hub.KNOWN)}."
+            f"no model {str(path)!r}: no such file or folder. Give a run folder "
+            "(gptjax train ... --run DIR), a model folder, a Hugging Face GPT-2, or "
+            f"one of {', '.join(hub.PINNED_REPOS)}."
         )
     return (
-        f"there is no model in {path}: it has no *.safetensors, and no hparams.json. "
-        "Name a run folder, a model folder, or a Hugging Face, OpenAI or book folder."
+        f"no model in {path}: it has neither *.safetensors nor hparams.json. Give a "
+        "run folder, a model folder, or a Hugging Face, OpenAI or book folder."
     )
 
 
-def safetensors_files(folder: Path) -> list[Path]:
-    """The files of a folder that hold its tensors."""
+def list_safetensors(folder: Path) -> list[Path]:
+    """Returns the safetensors files of a folder: those of the index if it has one."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         single = folder / "model.safetensors"
         return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    names = read_json(index).get("weight_map")
+    names = read_json_object(index).get("weight_map")
     if not isinstance(names, dict) or not all(
         isinstance(n, str) and Path(n).name == n for n in names.values()
     ):
         raise ModelError(
-            f"{index} does not name the files beside it. Download the folder again."
+            f"{index} refers to files outside its folder. Download the folder again."
         )
     return [folder / name for name in sorted(set(names.values()))]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a small JSON file."""
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Reads a small JSON file whose value is an object."""
     try:
-        data = strict_json.read_json(path, JSON_BYTES)
+        data = strict_json.read_json(path, MAX_MODEL_JSON_BYTES)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read {path}: {error}. Copy it again.") from error
     if not isinstance(data, dict):
-        raise ModelError(f"{path} holds no JSON object. Copy it again.")
+        raise ModelError(f"{path} does not contain a JSON object. Copy it again.")
     return data
 
 
-def whole(path: Path, about: Mapping[str, Any], *names: str) -> int:
-    """The first of the named positive integers that there is."""
+def get_positive_int(path: Path, metadata: Mapping[str, Any], *names: str) -> int:
+    """Returns the value of the first of `names` that is present."""
     for name in names:
-        if name in about:
-            if type(about[name]) is int and about[name] > 0:
-                return about[name]
+        if name in metadata:
+            if type(metadata[name]) is int and metadata[name] > 0:
+                return metadata[name]
             raise ModelError(
-                f"{path}: {name}={about[name]!r} is not a positive whole number. "
-                "Correct it, or copy the file again."
+                f"{path}: {name}={metadata[name]!r} is not a positive integer. Correct "
+                "it or copy the file again."
             )
     raise ModelError(f"{path} has no {names[0]}. Copy the file again.")
 
 
-def own_source(path: Path, files: Tensors, about: Mapping[str, Any]) -> Source:
-    """A folder that `gptjax.save` wrote."""
-    place = path / "config.json"
-    if about["format"] != FORMAT:
+def from_gptjax(
+    path: Path, reader: TensorReader, metadata: Mapping[str, Any]
+) -> ModelSource:
+    """Opens a model folder written by `gptjax.save`."""
+    config_path = path / "config.json"
+    if metadata["format"] != MODEL_FORMAT:
         raise ModelError(
-            f"{place} has the format {about['format']!r}, but this version reads "
-            f"{FORMAT!r}. Name a folder that gptjax.save or gptjax train wrote."
+            f"{config_path} has the format {metadata['format']!r}, but this version reads "
+            f"{MODEL_FORMAT!r}. Use a folder written by gptjax.save or gptjax train."
         )
-    match about:
+    match metadata:
         case {"model": dict(model), "tokenizer": {"name": str(name), "hash": str(due)}}:
             pass
         case _:
-            raise ModelError(f"{place} has no model or no tokenizer. Copy it again.")
+            raise ModelError(f"{config_path} lacks model or tokenizer. Copy it again.")
     try:
-        config, tokenizer = build(GPTConfig, model, "model."), tokenizers.load(path)
+        config, tokenizer = (
+            from_dict(GPTConfig, model, "model."),
+            tokenizers.load_tokenizer(path),
+        )
     except (ConfigError, DataError) as error:
         raise ModelError(f"cannot use the model folder {path}: {error}") from error
     if tokenizer.hash != due:
         raise ModelError(
             f"the tokenizer in {path} has the hash {tokenizer.hash[:12]}, but the "
-            f"model was trained with {due[:12]}. Put its own tokenizer files back."
+            f"model was trained with {due[:12]}. Restore its tokenizer files."
         )
     tokenizer = dataclasses.replace(tokenizer, name=name)
-    labels = about.get("labels", [])
+    labels = metadata.get("labels", [])
     if not (isinstance(labels, list) and all(isinstance(x, str) for x in labels)):
-        raise ModelError(f"{place}: labels={labels!r} is no list of names.")
+        raise ModelError(f"{config_path}: labels={labels!r} is not a list of strings.")
     if len(labels) != config.n_classes:
         raise ModelError(
-            f"{place} has {len(labels)} labels for {config.n_classes} classes. Copy it "
+            f"{config_path} has {len(labels)} labels for {config.n_classes} classes. Copy it "
             "again."
         )
-    rows = config.padded_vocab_size
-    return Source("gptjax", str(path), config, tokenizer, files, rows, tuple(labels))
+    num_rows = config.padded_vocab_size
+    return ModelSource(
+        "gptjax", str(path), config, tokenizer, reader, num_rows, tuple(labels)
+    )
 
 
-# What our model computes; a file that says otherwise is of another model.
-FIXED = {
+# Properties of our model; files with other values belong to other architectures.
+REQUIRED_HF_VALUES = {
     "model_type": "gpt2",
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
@@ -241,143 +254,152 @@ FIXED = {
 }
 
 
-def hf_source(path: Path, files: Any, about: Mapping[str, Any], say: Say) -> Source:
-    """A folder of transformers."""
-    place = path / "config.json"
-    if not about:
-        raise ModelError(f"{path} has no config.json. Copy or download it too.")
-    for name, need in FIXED.items():
-        if about.get(name, need) != need:
+def from_hf(
+    path: Path, reader: Any, hf_config: Mapping[str, Any], log: _LogFn
+) -> ModelSource:
+    """Opens a folder written by transformers."""
+    config_path = path / "config.json"
+    if not hf_config:
+        raise ModelError(f"{path} has no config.json. Copy or download it as well.")
+    for name, required in REQUIRED_HF_VALUES.items():
+        if hf_config.get(name, required) != required:
             raise ModelError(
-                f"{place}: {name}={about[name]!r}, but GPT-2 needs {need!r}. This is "
-                "a model of another kind, which gptjax cannot compute."
+                f"{config_path}: {name}={hf_config[name]!r}, but GPT-2 requires {required!r}. "
+                "gptjax does not support this architecture."
             )
-    config = shaped(
-        place,
-        vocab_size=whole(place, about, "vocab_size"),
-        context_length=whole(place, about, "n_positions", "n_ctx"),
-        n_layers=whole(place, about, "n_layer"),
-        n_heads=whole(place, about, "n_head"),
-        d_model=whole(place, about, "n_embd"),
-        tie_embeddings=about.get("tie_word_embeddings", True) is not False,
+    config = config_from_shape(
+        config_path,
+        vocab_size=get_positive_int(config_path, hf_config, "vocab_size"),
+        context_length=get_positive_int(config_path, hf_config, "n_positions", "n_ctx"),
+        n_layers=get_positive_int(config_path, hf_config, "n_layer"),
+        n_heads=get_positive_int(config_path, hf_config, "n_head"),
+        d_model=get_positive_int(config_path, hf_config, "n_embd"),
+        tie_embeddings=hf_config.get("tie_word_embeddings", True) is not False,
     )
-    if about.get("n_inner") not in (None, config.mlp_width):
+    if hf_config.get("n_inner") not in (None, config.mlp_dim):
         raise ModelError(
-            f"{place}: n_inner={about['n_inner']!r}, but gptjax's MLP is 4 times the "
-            f"width, {config.mlp_width}. This shape cannot be imported."
+            f"{config_path}: n_inner={hf_config['n_inner']!r}, but gptjax only supports "
+            f"4 * n_embd = {config.mlp_dim}."
         )
-    source = settled("hf", path, config, files, say)
-    if "score.weight" not in files.tensors:
+    source = with_tokenizer("hf", path, config, reader, log)
+    if "score.weight" not in reader.tensors:
         return source
-    labels = labels_of(place, about)
+    labels = label_names(config_path, hf_config)
     config = dataclasses.replace(
         source.config, n_classes=len(labels), tie_embeddings=True
     )
     return dataclasses.replace(source, config=config, labels=labels)
 
 
-def labels_of(place: Path, about: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the classes of a classifier of transformers."""
-    table = about.get("id2label")
-    if isinstance(table, dict) and table:
-        labels = [table.get(str(n)) for n in range(len(table))]
+def label_names(config_path: Path, hf_config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the class names of a transformers classifier."""
+    id2label = hf_config.get("id2label")
+    if isinstance(id2label, dict) and id2label:
+        labels = [id2label.get(str(n)) for n in range(len(id2label))]
         names = tuple(label for label in labels if isinstance(label, str))
         if len(names) == len(labels):
             return names
     raise ModelError(
-        f"{place}: id2label={table!r} does not name the classes 0, 1, ... of the "
-        "model. Correct it, or copy the file again."
+        f"{config_path}: id2label={id2label!r} does not name the classes 0, 1, ... of the "
+        "model. Correct it or copy the file again."
     )
 
 
-def openai_source(path: Path, say: Say) -> Source:
-    """OpenAI's folder."""
-    about = read_hparams(path)
-    config = shaped(
+def from_tf_checkpoint(path: Path, log: _LogFn) -> ModelSource:
+    """Opens a folder published by OpenAI."""
+    hparams = read_hparams(path)
+    config = config_from_shape(
         path / "hparams.json",
-        vocab_size=about["n_vocab"],
-        context_length=about["n_ctx"],
-        n_layers=about["n_layer"],
-        n_heads=about["n_head"],
-        d_model=about["n_embd"],
+        vocab_size=hparams["n_vocab"],
+        context_length=hparams["n_ctx"],
+        n_layers=hparams["n_layer"],
+        n_heads=hparams["n_head"],
+        d_model=hparams["n_embd"],
     )
-    return settled("openai", path, config, open_checkpoint(path), say)
+    return with_tokenizer("openai", path, config, open_tf_checkpoint(path), log)
 
 
-def book_source(path: Path, files: Any, about: Mapping[str, Any], say: Say) -> Source:
-    """The state dict of the book's GPTModel, whose shape is that of its tensors."""
+def from_book(
+    path: Path, reader: Any, metadata: Mapping[str, Any], log: _LogFn
+) -> ModelSource:
+    """Opens a state dict of the book's GPTModel; derives the config from shapes."""
 
     def shape(name: str) -> tuple[int, ...]:
-        if len(found := files.tensors[name].shape) == 2:
+        if len(found := reader.tensors[name].shape) == 2:
             return found
-        raise ModelError(f"{name} in {path} is no matrix. Write the file again.")
+        raise ModelError(f"{name} in {path} is not a matrix. Write the file again.")
 
-    width, layers = shape("tok_emb.weight")[1], 0
-    while f"trf_blocks.{layers}.att.W_query.weight" in files.tensors:
-        layers += 1
-    if "n_heads" not in about:
-        say(f"heads    {width // HEAD_WIDTH}, as {HEAD_WIDTH} wide as those of GPT-2")
-        if width % HEAD_WIDTH:
+    width, n_layers = shape("tok_emb.weight")[1], 0
+    while f"trf_blocks.{n_layers}.att.W_query.weight" in reader.tensors:
+        n_layers += 1
+    if "n_heads" not in metadata:
+        log(
+            f"heads    {width // GPT2_HEAD_DIM}, from GPT-2's head dim of {GPT2_HEAD_DIM}"
+        )
+        if width % GPT2_HEAD_DIM:
             raise ModelError(
-                f"{path} does not say how many heads a width of {width} has. Put a "
-                'config.json beside it: {"n_heads": 12}.'
+                f"{path} does not specify the number of heads for a width of {width}. "
+                'Add a config.json to the folder: {"n_heads": 12}.'
             )
-        about = {"n_heads": width // HEAD_WIDTH}
-    if "pos_emb.weight" not in files.tensors or not layers:
+        metadata = {"n_heads": width // GPT2_HEAD_DIM}
+    if "pos_emb.weight" not in reader.tensors or not n_layers:
         raise ModelError(
             f"{path} lacks pos_emb.weight or trf_blocks.0. Write it again."
         )
-    config = shaped(
+    config = config_from_shape(
         path,
         vocab_size=shape("tok_emb.weight")[0],
         context_length=shape("pos_emb.weight")[0],
-        n_layers=layers,
-        n_heads=whole(path / "config.json", about, "n_heads"),
+        n_layers=n_layers,
+        n_heads=get_positive_int(path / "config.json", metadata, "n_heads"),
         d_model=width,
-        qkv_bias="trf_blocks.0.att.W_query.bias" in files.tensors,
+        qkv_bias="trf_blocks.0.att.W_query.bias" in reader.tensors,
         tie_embeddings=False,
     )
-    head, table = "out_head.weight", "tok_emb.weight"
-    if head not in files.tensors or np.array_equal(files.read(head), files.read(table)):
-        config = dataclasses.replace(config, tie_embeddings=True)  # as the book does
-    return settled("book", path, config, files, say)
+    head_name, embedding_name = "out_head.weight", "tok_emb.weight"
+    if head_name not in reader.tensors or np.array_equal(
+        reader.read(head_name), reader.read(embedding_name)
+    ):
+        # The book copies the weights instead of tying them.
+        config = dataclasses.replace(config, tie_embeddings=True)
+    return with_tokenizer("book", path, config, reader, log)
 
 
-def shaped(path: Path, **shape: Any) -> GPTConfig:
-    """The config of a file, whose mistakes are the file's."""
+def config_from_shape(path: Path, **shape: Any) -> GPTConfig:
+    """Builds the config of a file; errors refer to the file."""
     try:
         return GPTConfig(**shape)
     except ConfigError as error:
-        raise ModelError(f"{path} describes no GPT: {error}") from error
+        raise ModelError(f"{path} does not describe a valid GPT: {error}") from error
 
 
-def settled(
-    layout: str, path: Path, config: GPTConfig, files: Tensors, say: Say
-) -> Source:
-    """The source with its tokenizer, whose size decides that of the vocabulary."""
-    tokenizer, rows = tokenizer_of(path, config), config.vocab_size
-    if tokenizer.vocab_size > rows:
+def with_tokenizer(
+    layout: str, path: Path, config: GPTConfig, reader: TensorReader, log: _LogFn
+) -> ModelSource:
+    """Adds the tokenizer, whose size determines `vocab_size`."""
+    tokenizer, num_rows = find_tokenizer(path, config), config.vocab_size
+    if tokenizer.vocab_size > num_rows:
         raise ModelError(
             f"the tokenizer in {path} has {tokenizer.vocab_size} tokens, but the model "
-            f"knows {rows}. Put the model's own tokenizer files there."
+            f"has only {num_rows}. Use the tokenizer files of the model."
         )
-    if tokenizer.vocab_size < rows:
-        say(f"cut      {rows - tokenizer.vocab_size} rows that no token has")
+    if tokenizer.vocab_size < num_rows:
+        log(f"cut      {num_rows - tokenizer.vocab_size} rows without a token")
         config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-    return Source(layout, str(path), config, tokenizer, files, rows)
+    return ModelSource(layout, str(path), config, tokenizer, reader, num_rows)
 
 
-def tokenizer_of(path: Path, config: GPTConfig) -> Tokenizer:
-    """The tokenizer in the folder, or the known one of that size."""
-    if tokenizers.is_folder(path):
+def find_tokenizer(path: Path, config: GPTConfig) -> Tokenizer:
+    """Loads the tokenizer in the folder, else the built-in one of that size."""
+    if tokenizers.is_tokenizer_dir(path):
         try:
-            return tokenizers.load(path)
+            return tokenizers.load_tokenizer(path)
         except DataError as error:
             raise ModelError(str(error)) from error
     for name in ("gpt2", "bytes"):
-        if (known := tokenizers.load(name)).vocab_size == config.vocab_size:
+        if (known := tokenizers.load_tokenizer(name)).vocab_size == config.vocab_size:
             return known
     raise ModelError(
-        f"{path} has no tokenizer, and {config.vocab_size} tokens are not GPT-2's. "
-        "Put its vocab.json and merges.txt there."
+        f"{path} has no tokenizer, and no built-in one has {config.vocab_size} tokens. "
+        "Copy vocab.json and merges.txt of the model there."
     )

@@ -1,8 +1,9 @@
-"""Where each parameter lies in the files of others: one table, read in both ways.
+"""Parameter names in other layouts: one table for import and export.
 
-A cell is a name of theirs, "{n}" the layer. "[1]" takes the second third of a joint
-tensor along its last axis; "^T" says that a matrix is stored as [outer, inner], which
-PyTorch's Linear does. OpenAI's and Hugging Face's lie as ours do.
+Each cell is a source tensor name, with "{n}" for the layer. "[1]" selects the second
+third of a fused QKV tensor along its last axis; "^T" marks matrices stored as
+[output, input], as in PyTorch's Linear. OpenAI and Hugging Face store [input, output],
+as gptjax does.
 """
 
 import re
@@ -13,8 +14,8 @@ import numpy as np
 
 from gptjax.config import GPTConfig
 
-LAYOUTS = ("hf", "openai", "book")  # of others; in "gptjax", names are ours
-WHOLE = """
+SOURCE_LAYOUTS = ("hf", "openai", "book")  # other than "gptjax"; columns of the tables
+TOP_LEVEL = """
 token_embedding/embedding     wte.weight      model/wte     tok_emb.weight
 position_embedding/embedding  wpe.weight      model/wpe     pos_emb.weight
 output_embedding/embedding    lm_head.weight  -             out_head.weight
@@ -22,7 +23,7 @@ final_norm/scale              ln_f.weight     model/ln_f/g  final_norm.scale
 final_norm/bias               ln_f.bias       model/ln_f/b  final_norm.shift
 head/kernel                   score.weight^T  -             -
 """
-STACKED = """
+PER_LAYER = """
 attention_norm/scale    ln_1.weight            ln_1/g            norm1.scale
 attention_norm/bias     ln_1.bias              ln_1/b            norm1.shift
 attention/query/kernel  attn.c_attn.weight[0]  attn/c_attn/w[0]  att.W_query.weight^T
@@ -40,92 +41,100 @@ mlp/up/bias             mlp.c_fc.bias          mlp/c_fc/b        ff.layers.0.bia
 mlp/down/kernel         mlp.c_proj.weight      mlp/c_proj/w      ff.layers.2.weight^T
 mlp/down/bias           mlp.c_proj.bias        mlp/c_proj/b      ff.layers.2.bias
 """
-LAYERS = ("h.{n}.", "model/h{n}/", "trf_blocks.{n}.")  # before the names in STACKED
+# Prefixes of the names in PER_LAYER.
+LAYER_PREFIXES = ("h.{n}.", "model/h{n}/", "trf_blocks.{n}.")
 
 
-def read_table() -> dict[str, tuple[str, ...]]:
-    """Ours: theirs by layout."""
+def _parse_param_names() -> dict[str, tuple[str, ...]]:
+    """Returns the source names of each parameter, one per layout."""
     table = {
-        ours: theirs for ours, *theirs in map(str.split, WHOLE.strip().split("\n"))
+        ours: theirs for ours, *theirs in map(str.split, TOP_LEVEL.strip().split("\n"))
     }
-    for ours, *theirs in map(str.split, STACKED.strip().split("\n")):
-        table[f"blocks/{ours}"] = [a + b for a, b in zip(LAYERS, theirs, strict=True)]
+    for ours, *theirs in map(str.split, PER_LAYER.strip().split("\n")):
+        table[f"blocks/{ours}"] = [
+            a + b for a, b in zip(LAYER_PREFIXES, theirs, strict=True)
+        ]
     return {ours: tuple(theirs) for ours, theirs in table.items()}
 
 
-TABLE = read_table()
-TABLES = ("token_embedding/embedding", "output_embedding/embedding")  # a row a token
-# Constants that files hold beside the parameters: masks, not learned.
-BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias|trf_blocks\.\d+\.att\.mask")
-CELL = re.compile(r"([^\[^]+)(?:\[(\d)\])?(\^T)?")
+PARAM_NAMES = _parse_param_names()
+# Matrices with one row per token.
+EMBEDDING_TABLES = ("token_embedding/embedding", "output_embedding/embedding")
+# Causal masks that files store beside the parameters.
+IGNORED_BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias|trf_blocks\.\d+\.att\.mask")
+CELL_PATTERN = re.compile(r"([^\[^]+)(?:\[(\d)\])?(\^T)?")
 
 
-class Home(NamedTuple):
-    """What one tensor of theirs is to us: (part of) one leaf, of one layer of it."""
+class ParamSlot(NamedTuple):
+    """Parameter, or one layer of it, that a source tensor or a third of it maps to."""
 
-    leaf: str  # name of ours
-    shape: tuple[int, ...]  # [inner, outer] or [outer], oriented as ours
-    layer: int | None = None  # on the leaf's first axis
-    part: int | None = None  # which third of theirs
+    leaf: str  # parameter name
+    shape: tuple[int, ...]  # [input, output] or [output], not transposed
+    layer: int | None = None  # index on the first axis of the leaf
+    qkv_index: int | None = None  # third of a fused QKV tensor
     transposed: bool = False
 
 
-def homes(
+def param_slots(
     config: GPTConfig, layout: str, leaves: Mapping[str, Any]
-) -> dict[str, list[Home]]:
-    """For each tensor of a layout, by name, the leaves that it fills.
+) -> dict[str, list[ParamSlot]]:
+    """Returns the parameter slots that each tensor of a layout fills, by name.
 
     Args:
-        config: shape of the model.
-        layout: one of LAYOUTS, or "gptjax".
-        leaves: the parameters, or their shapes, by name.
+        config: model config.
+        layout: one of `SOURCE_LAYOUTS`, or "gptjax".
+        leaves: parameters or their shapes by name.
     """
     if layout == "gptjax":
-        return {name: [Home(name, shape=leaf.shape)] for name, leaf in leaves.items()}
-    found: dict[str, list[Home]] = {}
+        return {
+            name: [ParamSlot(name, shape=leaf.shape)] for name, leaf in leaves.items()
+        }
+    slots_by_name: dict[str, list[ParamSlot]] = {}
     for leaf, array in leaves.items():
-        cell: Any = CELL.fullmatch(TABLE[leaf][LAYOUTS.index(layout)])
-        name, part, transposed = cell.groups()
-        stacked = leaf.startswith("blocks/")
-        shape = array.shape[1:] if stacked else array.shape
-        if leaf.endswith("/kernel"):  # the heads of theirs are not an axis
-            inner = config.mlp_width if "mlp/down" in leaf else config.d_model
-            shape = (inner, int(np.prod(shape)) // inner)
-        elif stacked:
+        cell: Any = CELL_PATTERN.fullmatch(
+            PARAM_NAMES[leaf][SOURCE_LAYOUTS.index(layout)]
+        )
+        name, qkv_digit, transposed = cell.groups()
+        is_stacked = leaf.startswith("blocks/")
+        shape = array.shape[1:] if is_stacked else array.shape
+        if leaf.endswith("/kernel"):  # sources have no head axis
+            input_dim = config.mlp_dim if "mlp/down" in leaf else config.d_model
+            shape = (input_dim, int(np.prod(shape)) // input_dim)
+        elif is_stacked:
             shape = (int(np.prod(shape)),)
-        for layer in range(config.n_layers) if stacked else [None]:
-            third = None if part is None else int(part)
-            home = Home(leaf, shape, layer, third, bool(transposed))
-            found.setdefault(name.format(n=layer), []).append(home)
-    return found
+        for layer in range(config.n_layers) if is_stacked else [None]:
+            qkv_index = None if qkv_digit is None else int(qkv_digit)
+            slot = ParamSlot(leaf, shape, layer, qkv_index, bool(transposed))
+            slots_by_name.setdefault(name.format(n=layer), []).append(slot)
+    return slots_by_name
 
 
-def their_shape(filled: list[Home]) -> tuple[int, ...]:
-    """The shape of the tensor that fills these homes."""
-    *first, last = filled[0].shape
-    shape = (*first, last * len(filled))
-    return shape[::-1] if filled[0].transposed else shape
+def source_shape(slots: list[ParamSlot]) -> tuple[int, ...]:
+    """Returns the shape of the source tensor that fills these slots."""
+    *first, last = slots[0].shape
+    shape = (*first, last * len(slots))
+    return shape[::-1] if slots[0].transposed else shape
 
 
-def take(
-    tensor: np.ndarray, filled: list[Home]
+def unpack_tensor(
+    tensor: np.ndarray, slots: list[ParamSlot]
 ) -> Iterator[tuple[str, int | None, np.ndarray]]:
-    """(leaf, layer, values) for each home of a tensor of theirs, as views of it."""
-    tensor = tensor.reshape(their_shape(filled))
-    for home in filled:
-        values = tensor.T if home.transposed else tensor
-        if home.part is not None:
-            width = home.shape[-1]
-            values = values[..., home.part * width : (home.part + 1) * width]
-        yield home.leaf, home.layer, values
+    """Yields (leaf, layer, values) for each slot, as views of a source tensor."""
+    tensor = tensor.reshape(source_shape(slots))
+    for slot in slots:
+        values = tensor.T if slot.transposed else tensor
+        if slot.qkv_index is not None:
+            width = slot.shape[-1]
+            values = values[..., slot.qkv_index * width : (slot.qkv_index + 1) * width]
+        yield slot.leaf, slot.layer, values
 
 
-def give(filled: list[Home], leaves: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The tensor of theirs that these homes make up; the inverse of `take`."""
+def pack_tensor(slots: list[ParamSlot], leaves: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Assembles a source tensor from its slots; inverse of `unpack_tensor`."""
     parts = []
-    for home in sorted(filled, key=lambda home: home.part or 0):
-        leaf = leaves[home.leaf]
-        values = leaf if home.layer is None else leaf[home.layer]
-        parts.append(values.reshape(home.shape))
+    for slot in sorted(slots, key=lambda home: home.qkv_index or 0):
+        leaf = leaves[slot.leaf]
+        values = leaf if slot.layer is None else leaf[slot.layer]
+        parts.append(values.reshape(slot.shape))
     tensor = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
-    return np.ascontiguousarray(tensor.T if filled[0].transposed else tensor)
+    return np.ascontiguousarray(tensor.T if slots[0].transposed else tensor)

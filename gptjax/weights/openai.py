@@ -1,15 +1,15 @@
 """OpenAI's GPT-2 files: a TensorFlow checkpoint, read without TensorFlow.
 
-hparams.json                        sizes of the model
-checkpoint                          text that names the prefix of the next two
-model.ckpt.index                    table of name -> where and what the tensor is
-model.ckpt.data-00000-of-00001      the tensors' bytes, one behind the other
+hparams.json                        model hyperparameters
+checkpoint                          text file with the prefix of the next two
+model.ckpt.index                    table of tensor name -> location, dtype and shape
+model.ckpt.data-00000-of-00001      concatenated tensor data
 
-The index is a table as LevelDB writes it: blocks of sorted (key, value) pairs, then a
-block that says where the blocks are, then a footer that says where that one is. The
-values are protocol buffers (TensorFlow's tensor_bundle.proto). Every block and every
-tensor has a CRC-32C, and all are compared. What a file says about sizes is compared
-with the files themselves before memory is taken.
+The index is a LevelDB table (SSTable): blocks of sorted (key, value) entries, a block
+with the offsets of these blocks, and a footer with the offset of the latter. Values are
+protocol buffers (TensorFlow's tensor_bundle.proto). Every block and every tensor has a
+CRC-32C, and all are verified. Sizes are checked against the files before memory is
+allocated.
 """
 
 import dataclasses
@@ -28,62 +28,74 @@ from gptjax import strict_json
 from gptjax.errors import ModelError
 from gptjax.weights.crc32c import crc32c
 
-MAGIC = 0xDB4775248B80FB57  # the last eight bytes of a table
-FOOTER = 48  # bytes: two places of blocks, zeros, the magic number
-TRAILER = 5  # bytes behind a block: its compression, then a CRC of it and of that
-LARGEST_INDEX, LARGEST_TEXT = 1 << 26, 1 << 16  # bytes
-PAIRS = 10_000  # in an index; the largest GPT-2 has 580 tensors
-LENGTH = 1_000  # bytes of a key, and of a value
-AXES = 8
+SSTABLE_MAGIC = 0xDB4775248B80FB57  # last eight bytes of a table
+FOOTER_BYTES = 48  # two block handles, zeros, the magic number
+BLOCK_TRAILER_BYTES = 5  # after each block: compression type and CRC
+MAX_INDEX_BYTES, MAX_TEXT_FILE_BYTES = 1 << 26, 1 << 16
+MAX_INDEX_ENTRIES = 10_000  # the largest GPT-2 has 580 tensors
+MAX_ENTRY_BYTES = 1_000  # of a key, and of a value
+MAX_TF_AXES = 8
 
-# Numbers of the fields of TensorFlow's messages.
-SHARDS, ENDIANNESS, VERSION = 1, 2, 3  # BundleHeaderProto
-OLDEST_READER = 2  # VersionDef
-DTYPE, SHAPE, SHARD, OFFSET, SIZE, CRC, SLICES = 1, 2, 3, 4, 5, 6, 7  # BundleEntryProto
-AXIS, UNKNOWN_RANK = 2, 3  # TensorShapeProto
-AXIS_LENGTH = 1  # TensorShapeProto.Dim
+# Field numbers of TensorFlow's messages.
+HEADER_NUM_SHARDS, HEADER_ENDIANNESS, HEADER_VERSION = 1, 2, 3  # BundleHeaderProto
+VERSION_MIN_CONSUMER = 2  # VersionDef
+(
+    ENTRY_DTYPE,
+    ENTRY_SHAPE,
+    ENTRY_SHARD_ID,
+    ENTRY_OFFSET,
+    ENTRY_SIZE,
+    ENTRY_CRC32C,
+    ENTRY_SLICES,
+) = 1, 2, 3, 4, 5, 6, 7  # BundleEntryProto
+SHAPE_DIM, SHAPE_UNKNOWN_RANK = 2, 3  # TensorShapeProto
+DIM_SIZE = 1  # TensorShapeProto.Dim
 
-DTYPES = {  # by their numbers in TensorFlow's types.proto
+TF_DTYPES = {  # by number in TensorFlow's types.proto
     1: np.dtype("<f4"),
     14: np.dtype(ml_dtypes.bfloat16),
     19: np.dtype("<f2"),
 }
-HPARAMS = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
-AGAIN = "Copy the folder again, or download the model again."
-OTHER = "Name the folder of a GPT-2 that OpenAI published, or of one saved like it."
+HPARAM_NAMES = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+RECOPY_ADVICE = "Copy the folder again, or download the model again."
+UNSUPPORTED_ADVICE = (
+    "Use the folder of a GPT-2 published by OpenAI, or one in the same format."
+)
 
 
-class Tensor(NamedTuple):
-    """What the index says of one tensor."""
+class TFTensor(NamedTuple):
+    """Index entry of a tensor."""
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    path: Path  # of the file that holds its bytes
-    offset: int  # of the first one
-    crc: int  # of all of them, masked
+    path: Path  # data file
+    offset: int  # in the data file, in bytes
+    crc: int  # masked CRC-32C of the data
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """What a checkpoint holds; the tensors stay on disk until they are read."""
+class TFCheckpoint:
+    """Reader for the tensors of a TensorFlow checkpoint."""
 
     index: Path
-    tensors: dict[str, Tensor]  # in the order of the index, which is sorted
+    tensors: dict[str, TFTensor]  # sorted by name, as in the index
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor of that name, in memory of its own.
+        """Reads one tensor into a new array.
 
         Raises:
-            ModelError: there is none, or its bytes are not those that were written.
+            ModelError: there is no such tensor, or its checksum does not match.
         """
         if name not in self.tensors:
-            raise ModelError(f"{self.index} has no tensor {name!r}. {OTHER}")
+            raise ModelError(
+                f"{self.index} has no tensor {name!r}. {UNSUPPORTED_ADVICE}"
+            )
         tensor = self.tensors[name]
         array = np.empty(tensor.shape, tensor.dtype)
         data = array.reshape(-1).view(np.uint8)
@@ -91,246 +103,275 @@ class Checkpoint:
             with tensor.path.open("rb") as file:
                 file.seek(tensor.offset)
                 if file.readinto(data.data) != len(data):
-                    raise ModelError(f"{tensor.path} ends in {name!r}. {AGAIN}")
+                    raise ModelError(
+                        f"{tensor.path} ends inside {name!r}. {RECOPY_ADVICE}"
+                    )
         except OSError as error:
-            raise ModelError(f"cannot read {tensor.path}: {error}. {AGAIN}") from error
-        crc = masked(crc32c(data))
+            raise ModelError(
+                f"cannot read {tensor.path}: {error}. {RECOPY_ADVICE}"
+            ) from error
+        crc = mask_crc(crc32c(data))
         if crc != tensor.crc:
             raise ModelError(
                 f"{tensor.path} is damaged: the checksum of {name!r} is {crc:08x}, but "
-                f"the index has {tensor.crc:08x}. {AGAIN}"
+                f"the index has {tensor.crc:08x}. {RECOPY_ADVICE}"
             )
         return array
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder; of its tensors, only where they lie is checked.
+def open_tf_checkpoint(folder: Path) -> TFCheckpoint:
+    """Opens the checkpoint in a folder; reads and checks only its index.
 
     Raises:
-        ModelError: there is none, its index is damaged or has what gptjax does not
-            read, or the other files are not those that it describes.
+        ModelError: there is no checkpoint, its index is corrupt or unsupported, or
+            the data files do not match the index.
     """
-    index = index_file(folder)
-    data = read_small(index, LARGEST_INDEX)
+    index = find_index_file(folder)
+    data = read_small_file(index, MAX_INDEX_BYTES)
     try:
-        tensors = tensors_of(index, table(data))
-        check_places(tensors.values())
+        tensors = parse_tensors(index, read_sstable(data))
+        check_offsets(tensors.values())
     except ModelError:
         raise
     except (ValueError, OSError) as error:
-        raise ModelError(f"{index} cannot be used: {error}. {AGAIN}") from error
-    return Checkpoint(index, tensors)
+        raise ModelError(f"{index} cannot be used: {error}. {RECOPY_ADVICE}") from error
+    return TFCheckpoint(index, tensors)
 
 
 def read_hparams(folder: Path) -> dict[str, int]:
-    """The sizes of the model in a folder: `HPARAMS`, from its hparams.json.
+    """Reads the values of `HPARAM_NAMES` from hparams.json.
 
     Raises:
-        ModelError: they are not there, or not all are positive integers.
+        ModelError: the file is missing, or a value is not a positive integer.
     """
     path = folder / "hparams.json"
-    data = read_small(path, LARGEST_TEXT)
+    data = read_small_file(path, MAX_TEXT_FILE_BYTES)
     sizes = {}
     try:
-        found = strict_json.parse(data)
-        for name in HPARAMS:
-            value = found.get(name) if isinstance(found, dict) else None
+        content = strict_json.parse_json(data)
+        for name in HPARAM_NAMES:
+            value = content.get(name) if isinstance(content, dict) else None
             if not isinstance(value, int) or value < 1 or value is True:
-                raise ValueError(f"{name}={str(value)[:40]} is no positive integer")
+                raise ValueError(f"{name}={str(value)[:40]} is not a positive integer")
             sizes[name] = value
     except ValueError as error:
-        raise ModelError(f"{path} cannot be used: {error}. {AGAIN}") from error
+        raise ModelError(f"{path} cannot be used: {error}. {RECOPY_ADVICE}") from error
     return sizes
 
 
-def read_small(path: Path, largest: int) -> bytes:
-    """All bytes of a file, which may not be more than `largest`."""
+def read_small_file(path: Path, max_bytes: int) -> bytes:
+    """Reads a file of at most `max_bytes` bytes."""
     try:
         if not path.is_file():
-            raise ModelError(f"{path} is not there, or is no file. {AGAIN}")
+            raise ModelError(f"{path} does not exist or is not a file. {RECOPY_ADVICE}")
         size = path.stat().st_size
-        if size > largest:
+        if size > max_bytes:
             raise ModelError(
-                f"{path} has {size:,} bytes, and more than {largest:,} are not read. "
-                f"{AGAIN}"
+                f"{path} has {size:,} bytes, more than the limit of {max_bytes:,}. "
+                f"{RECOPY_ADVICE}"
             )
         return path.read_bytes()
     except OSError as error:
-        raise ModelError(f"cannot read {path}: {error}. {AGAIN}") from error
+        raise ModelError(f"cannot read {path}: {error}. {RECOPY_ADVICE}") from error
 
 
-def index_file(folder: Path) -> Path:
-    """The index that `checkpoint` names, else model.ckpt's, else the only one.
+def find_index_file(folder: Path) -> Path:
+    """Finds the index: named in `checkpoint`, else model.ckpt.index, else the only one.
 
-    TensorFlow may have written a path into that file, which is then one of another
-    machine: only a name in this folder is followed.
+    TensorFlow may have written an absolute path of another machine into `checkpoint`,
+    so only plain file names are followed.
     """
     if (folder / "checkpoint").exists():
-        text = read_small(folder / "checkpoint", LARGEST_TEXT)
-        line = rb'^model_checkpoint_path: "(\w[\w.-]*)"\r?$'
-        if name := re.search(line, text, re.MULTILINE):
+        text = read_small_file(folder / "checkpoint", MAX_TEXT_FILE_BYTES)
+        pattern = rb'^model_checkpoint_path: "(\w[\w.-]*)"\r?$'
+        if name := re.search(pattern, text, re.MULTILINE):
             return folder / f"{name[1].decode()}.index"
     if (folder / "model.ckpt.index").exists():
         return folder / "model.ckpt.index"
-    found = sorted(folder.glob("*.index"))
-    if len(found) != 1:
+    candidates = sorted(folder.glob("*.index"))
+    if len(candidates) != 1:
         raise ModelError(
-            f"{folder} has {len(found)} files that end in .index, but a checkpoint has "
-            f"one. {OTHER}"
+            f"{folder} has {len(candidates)} *.index files, but a checkpoint has one. "
+            f"{UNSUPPORTED_ADVICE}"
         )
-    return found[0]
+    return candidates[0]
 
 
-def tensors_of(index: Path, pairs: list[tuple[bytes, bytes]]) -> dict[str, Tensor]:
-    """What the pairs of an index describe; ValueError if it is not all to be read."""
-    if not pairs or pairs[0][0]:
+def parse_tensors(
+    index: Path, entries: list[tuple[bytes, bytes]]
+) -> dict[str, TFTensor]:
+    """Parses the entries of an index; raises ValueError if one is invalid."""
+    if not entries or entries[0][0]:
         raise ValueError("it has no header")
-    numbers, parts = message(pairs[0][1])
-    shards = numbers.get(SHARDS, 0)
-    if not 1 <= shards < 100_000:
-        raise ValueError(f"it describes {shards:,} data files")
-    if numbers.get(ENDIANNESS, 0):
-        raise ModelError(f"{index} is of a big-endian machine. {OTHER}")
-    version, _ = message(b"".join(parts.get(VERSION, [])))
-    if version.get(OLDEST_READER, 0) > 1:  # 1 is what TensorFlow writes
+    numbers, messages = parse_proto(entries[0][1])
+    num_shards = numbers.get(HEADER_NUM_SHARDS, 0)
+    if not 1 <= num_shards < 100_000:
+        raise ValueError(f"it refers to {num_shards:,} data files")
+    if numbers.get(HEADER_ENDIANNESS, 0):
+        raise ModelError(f"{index} is from a big-endian machine. {UNSUPPORTED_ADVICE}")
+    version, _ = parse_proto(b"".join(messages.get(HEADER_VERSION, [])))
+    if version.get(VERSION_MIN_CONSUMER, 0) > 1:  # TensorFlow writes 1
         raise ModelError(
-            f"{index} needs a reader of version {version[OLDEST_READER]}, and gptjax "
-            f"has 1. {OTHER}"
+            f"{index} requires a reader of version {version[VERSION_MIN_CONSUMER]}, but "
+            f"gptjax implements version 1. {UNSUPPORTED_ADVICE}"
         )
-    tensors = [tensor_of(index, shards, *pair) for pair in pairs[1:]]
+    tensors = [parse_tensor(index, num_shards, *pair) for pair in entries[1:]]
     return {tensor.name: tensor for tensor in tensors}
 
 
-def tensor_of(index: Path, shards: int, key: bytes, value: bytes) -> Tensor:
-    """The tensor that one pair of an index describes."""
+def parse_tensor(index: Path, num_shards: int, key: bytes, value: bytes) -> TFTensor:
+    """Parses one entry of an index."""
     name = key.decode("utf-8")
-    numbers, parts = message(value)
-    if SLICES in parts:
-        raise ModelError(f"{index} has {name!r} only in slices. {OTHER}")
-    kind, shard = numbers.get(DTYPE, 0), numbers.get(SHARD, 0)
-    if kind not in DTYPES:
+    numbers, messages = parse_proto(value)
+    if ENTRY_SLICES in messages:
         raise ModelError(
-            f"{index} has {name!r} in TensorFlow's type {kind}, and gptjax reads "
-            f"{', '.join(f'{n} ({dtype})' for n, dtype in DTYPES.items())}. {OTHER}"
+            f"{index} stores {name!r} in slices, unsupported. {UNSUPPORTED_ADVICE}"
         )
-    if shard >= shards:
-        raise ValueError(f"{name!r} is in data file {shard} of 0 to {shards - 1}")
-    rank, axes = message(b"".join(parts.get(SHAPE, [])))
-    shape = tuple(message(a)[0].get(AXIS_LENGTH, 0) for a in axes.get(AXIS, []))
-    size = numbers.get(SIZE, 0)
-    path = index.with_suffix(f".data-{shard:05d}-of-{shards:05d}")
-    place = numbers.get(OFFSET, 0)
-    tensor = Tensor(name, shape, DTYPES[kind], path, place, numbers.get(CRC, 0))
-    if len(shape) > AXES or 0 in shape or UNKNOWN_RANK in rank or tensor.size != size:
-        raise ValueError(f"{name!r} cannot have {size:,} bytes and the shape {shape}")
+    dtype_number, shard = numbers.get(ENTRY_DTYPE, 0), numbers.get(ENTRY_SHARD_ID, 0)
+    if dtype_number not in TF_DTYPES:
+        raise ModelError(
+            f"{index} has {name!r} in TensorFlow's dtype {dtype_number}; supported: "
+            f"{', '.join(f'{n} ({dtype})' for n, dtype in TF_DTYPES.items())}. {UNSUPPORTED_ADVICE}"
+        )
+    if shard >= num_shards:
+        raise ValueError(f"{name!r} is in data file {shard} of only {num_shards}")
+    rank, axes = parse_proto(b"".join(messages.get(ENTRY_SHAPE, [])))
+    shape = tuple(parse_proto(a)[0].get(DIM_SIZE, 0) for a in axes.get(SHAPE_DIM, []))
+    size = numbers.get(ENTRY_SIZE, 0)
+    path = index.with_suffix(f".data-{shard:05d}-of-{num_shards:05d}")
+    offset = numbers.get(ENTRY_OFFSET, 0)
+    tensor = TFTensor(
+        name, shape, TF_DTYPES[dtype_number], path, offset, numbers.get(ENTRY_CRC32C, 0)
+    )
+    if (
+        len(shape) > MAX_TF_AXES
+        or 0 in shape
+        or SHAPE_UNKNOWN_RANK in rank
+        or tensor.size != size
+    ):
+        raise ValueError(f"{name!r} has {size:,} bytes and the invalid shape {shape}")
     return tensor
 
 
-def check_places(tensors: Collection[Tensor]) -> None:
-    """Raises unless the tensors lie in their files and none in another one."""
+def check_offsets(tensors: Collection[TFTensor]) -> None:
+    """Raises ValueError unless tensors are inside their files and do not overlap."""
     order = sorted(tensors, key=lambda tensor: (tensor.path, tensor.offset))
     for path, group in itertools.groupby(order, key=lambda tensor: tensor.path):
         end = 0
         for tensor in group:
             if tensor.offset < end:
-                raise ValueError(f"{tensor.name!r} begins inside of another tensor")
+                raise ValueError(f"{tensor.name!r} overlaps another tensor")
             end = tensor.offset + tensor.size
-        found = path.stat().st_size if path.is_file() else 0
-        if found < end:
-            raise ValueError(f"{path.name} has {found:,} bytes instead of {end:,}")
+        file_size = path.stat().st_size if path.is_file() else 0
+        if file_size < end:
+            raise ValueError(f"{path.name} has {file_size:,} bytes instead of {end:,}")
 
 
-def table(data: bytes) -> list[tuple[bytes, bytes]]:
-    """The (key, value) pairs of a LevelDB table; ValueError if it is not one."""
-    footer = data[-FOOTER:]
-    if int.from_bytes(footer[-8:], "little") != MAGIC:
-        raise ValueError("it does not end as an index of TensorFlow does")
+def read_sstable(data: bytes) -> list[tuple[bytes, bytes]]:
+    """Reads the (key, value) entries of a LevelDB table; ValueError if invalid."""
+    footer = data[-FOOTER_BYTES:]
+    if int.from_bytes(footer[-8:], "little") != SSTABLE_MAGIC:
+        raise ValueError("it does not end with the magic number of an SSTable")
     stream = io.BytesIO(footer)
-    block(data, varint(stream), varint(stream))  # about the table, of no use here
-    blocks = block(data, varint(stream), varint(stream))
-    pairs, end = [], 0
-    for _, value in pairs_of(blocks):
+    read_block(
+        data, read_varint(stream), read_varint(stream)
+    )  # metaindex block, unused
+    blocks = read_block(data, read_varint(stream), read_varint(stream))
+    entries, end = [], 0
+    for _, value in iter_entries(blocks):
         stream = io.BytesIO(value)
-        place, size = varint(stream), varint(stream)
-        if place < end:
-            raise ValueError("its blocks do not lie one behind the other")
-        pairs += pairs_of(block(data, place, size))
-        end = place + size
-        if len(pairs) > PAIRS:
-            raise ValueError(f"it has more than {PAIRS:,} entries")
-    if any(one[0] >= other[0] for one, other in itertools.pairwise(pairs)):
-        raise ValueError("its names are not sorted, or one is there twice")
-    return pairs
+        offset, size = read_varint(stream), read_varint(stream)
+        if offset < end:
+            raise ValueError("its blocks are not in order")
+        entries += iter_entries(read_block(data, offset, size))
+        end = offset + size
+        if len(entries) > MAX_INDEX_ENTRIES:
+            raise ValueError(f"it has more than {MAX_INDEX_ENTRIES:,} entries")
+    if any(one[0] >= other[0] for one, other in itertools.pairwise(entries)):
+        raise ValueError("its names are not sorted and unique")
+    return entries
 
 
-def block(data: bytes, place: int, size: int) -> bytes:
-    """A block of a table, with the checksum behind it compared."""
-    found = data[place : place + size + TRAILER]
-    if len(found) != size + TRAILER:
-        raise ValueError(f"its block at {place:,} is cut off")
-    if masked(crc32c(found[:-4])) != int.from_bytes(found[-4:], "little"):
-        raise ValueError(f"the checksum of its block at {place:,} does not match")
-    if found[size]:
-        raise ValueError("it is compressed, which TensorFlow's checkpoints never are")
-    return found[:size]
+def read_block(data: bytes, offset: int, size: int) -> bytes:
+    """Returns a block of a table after verifying its checksum."""
+    content = data[offset : offset + size + BLOCK_TRAILER_BYTES]
+    if len(content) != size + BLOCK_TRAILER_BYTES:
+        raise ValueError(f"its block at {offset:,} is truncated")
+    if mask_crc(crc32c(content[:-4])) != int.from_bytes(content[-4:], "little"):
+        raise ValueError(f"the checksum of its block at {offset:,} does not match")
+    if content[size]:
+        raise ValueError("it is compressed, which checkpoints of TensorFlow never are")
+    return content[:size]
 
 
-def pairs_of(block: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The pairs of a block; a key repeats the start of the one in front of it."""
-    restarts = int.from_bytes(block[-4:], "little")  # u32 places of unshortened keys
-    end = len(block) - 4 * (restarts + 1)
+def iter_entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yields the entries of a block; keys share prefixes with the preceding key."""
+    num_restarts = int.from_bytes(block[-4:], "little")  # u32 offsets of full keys
+    end = len(block) - 4 * (num_restarts + 1)
     if end < 0:
-        raise ValueError("a block has no end")
+        raise ValueError("a block has no valid restart array")
     stream, key = io.BytesIO(block[:end]), b""
-    for _ in range(PAIRS + 1):
+    for _ in range(MAX_INDEX_ENTRIES + 1):
         if stream.tell() == end:
             return
-        shared, rest, length = varint(stream), varint(stream), varint(stream)
-        if shared > len(key) or shared + rest > LENGTH or length > LENGTH:
-            raise ValueError(f"a name or its entry has more than {LENGTH:,} bytes")
-        key = key[:shared] + take(stream, rest)
-        yield key, take(stream, length)
-    raise ValueError(f"it has more than {PAIRS:,} entries")
+        prefix_length, suffix_length, value_length = (
+            read_varint(stream),
+            read_varint(stream),
+            read_varint(stream),
+        )
+        if (
+            prefix_length > len(key)
+            or prefix_length + suffix_length > MAX_ENTRY_BYTES
+            or value_length > MAX_ENTRY_BYTES
+        ):
+            raise ValueError(
+                f"a name or its value has more than {MAX_ENTRY_BYTES:,} bytes"
+            )
+        key = key[:prefix_length] + read_exact(stream, suffix_length)
+        yield key, read_exact(stream, value_length)
+    raise ValueError(f"it has more than {MAX_INDEX_ENTRIES:,} entries")
 
 
-def message(data: bytes) -> tuple[dict[int, int], dict[int, list[bytes]]]:
-    """The fields of a protocol buffer by number: integers, and parts with a length."""
+def parse_proto(data: bytes) -> tuple[dict[int, int], dict[int, list[bytes]]]:
+    """Parses a protocol buffer into integer and length-delimited fields by number."""
     stream = io.BytesIO(data)
-    numbers, parts = {}, {}
+    numbers, messages = {}, {}
     while stream.tell() < len(data):
-        field, kind = divmod(varint(stream), 8)
-        match kind:
+        field, wire_type = divmod(read_varint(stream), 8)
+        match wire_type:
             case 0:
-                numbers[field] = varint(stream)
+                numbers[field] = read_varint(stream)
             case 1 | 5:
-                width = 8 if kind == 1 else 4
-                numbers[field] = int.from_bytes(take(stream, width), "little")
+                width = 8 if wire_type == 1 else 4
+                numbers[field] = int.from_bytes(read_exact(stream, width), "little")
             case 2:
-                parts.setdefault(field, []).append(take(stream, varint(stream)))
+                messages.setdefault(field, []).append(
+                    read_exact(stream, read_varint(stream))
+                )
             case _:
-                raise ValueError(f"a field has the unknown wire type {kind}")
-    return numbers, parts
+                raise ValueError(f"a field has the unknown wire type {wire_type}")
+    return numbers, messages
 
 
-def varint(stream: io.BytesIO) -> int:
-    """An integer in groups of seven bits, the lowest first."""
+def read_varint(stream: io.BytesIO) -> int:
+    """Reads a base-128 varint."""
     value = 0
     for shift in range(0, 70, 7):
-        (byte,) = take(stream, 1)
+        (byte,) = read_exact(stream, 1)
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value
     raise ValueError("an integer has more than ten bytes")
 
 
-def take(stream: io.BytesIO, count: int) -> bytes:
-    """The next bytes, all of `count`."""
-    data = stream.read(min(count, LARGEST_INDEX))
+def read_exact(stream: io.BytesIO, count: int) -> bytes:
+    """Reads exactly `count` bytes."""
+    data = stream.read(min(count, MAX_INDEX_BYTES))
     if len(data) != count:
-        raise ValueError("it ends in the middle of an entry")
+        raise ValueError("it ends inside an entry")
     return data
 
 
-def masked(crc: int) -> int:
-    """A CRC as TensorFlow stores it, so that it may lie inside what is summed."""
+def mask_crc(crc: int) -> int:
+    """Masks a CRC as TensorFlow does, so that data may contain its own CRC."""
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

@@ -1,4 +1,4 @@
-"""What is known of the public models, and a look at every import whether it fits."""
+"""Model conversion, checked against reference values of the public models."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -6,93 +6,108 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.download import sha256
+from gptjax.download import sha256_of_files
 from gptjax.errors import ModelError
 from gptjax.model import apply
-from gptjax.tree import count
-from gptjax.weights.folder import Model, save
-from gptjax.weights.importing import Say, find, open_source
+from gptjax.tree import num_params
+from gptjax.weights.folder import Model, save_model
+from gptjax.weights.importing import _LogFn, resolve_model, open_model_source
 from gptjax.weights.streaming import read_params
 
-PROMPT = "Every effort moves you"
+REFERENCE_PROMPT = "Every effort moves you"
 
 
-class Published(NamedTuple):
-    """Facts about one public model that need no other copy of it to be checked."""
+class ReferenceValues(NamedTuple):
+    """Published values of a public model, to verify an import without its original."""
 
-    parameters: int
-    first: tuple[float, ...] = ()  # token embedding of token 0, first numbers
-    last: float | None = None  # token embedding of the last token, last number
-    logits: tuple[float, ...] = ()  # after PROMPT, of the first tokens
+    num_params: int
+    first_embedding: tuple[float, ...] = ()  # first values of the embedding of token 0
+    last_embedding: float | None = None  # last value of the embedding of the last token
+    logits: tuple[float, ...] = ()  # of the first token ids, after REFERENCE_PROMPT
 
 
-# Parameters: Radford et al. 2019 by arithmetic. Values of 124M: Raschka, "Build a
-# Large Language Model (From Scratch)", chapter 5. Logits are absent until somebody
-# has run the real files.
-PUBLISHED = {
-    "gpt2": Published(124_439_808, (-0.11010301, -0.03926672, 0.03310751), 0.12067825),
-    "gpt2-medium": Published(354_823_168),
-    "gpt2-large": Published(774_030_080),
-    "gpt2-xl": Published(1_557_611_200),
+# Parameter counts: computed from the shapes in Radford et al. 2019. Values of 124M:
+# Raschka, "Build a Large Language Model (From Scratch)", chapter 5. Logits have to be
+# recorded from the original files.
+REFERENCE_VALUES = {
+    "gpt2": ReferenceValues(
+        124_439_808, (-0.11010301, -0.03926672, 0.03310751), 0.12067825
+    ),
+    "gpt2-medium": ReferenceValues(354_823_168),
+    "gpt2-large": ReferenceValues(774_030_080),
+    "gpt2-xl": ReferenceValues(1_557_611_200),
 }
-TOLERANCE = 1e-3  # of a logit: float32 sums in another order differ by 2e-4
+# Per logit; the order of float32 sums alone changes up to 2e-4.
+LOGIT_TOLERANCE = 1e-3
 
 
-def import_model(name: str, out: Path, say: Say) -> Model:
-    """Reads a model of any layout, looks at it, and writes it as a model folder.
+def convert_model(name: str, output_dir: Path, log: _LogFn) -> Model:
+    """Reads a model in any supported layout, checks it and writes a model folder.
 
     Args:
-        name: as `gptjax.load` takes it.
-        out: must not be there yet.
-        say: gets a line each about the source, the check, and the result.
+        name: as in `gptjax.load`.
+        output_dir: must not exist yet.
+        log: receives one line each about the source, the check and the result.
 
     Raises:
-        ModelError: it cannot be read or written, or is not what its name says.
+        ModelError: the model cannot be read or written, or differs from the public
+            model of that name.
     """
-    if out.exists():
-        raise ModelError(f"{out} is there already. Name another with --out.")
-    source = open_source(find(name, say), say)
+    if output_dir.exists():
+        raise ModelError(
+            f"{output_dir} already exists. Choose another folder with --out."
+        )
+    source = open_model_source(resolve_model(name, log), log)
     params = read_params(source)
     model = Model(source.config, params, source.tokenizer, source.labels)
-    say(
-        f"read     {source.place} ({source.layout}): {len(source.files.tensors)} "
-        f"tensors, {count(model.params):,} parameters"
+    log(
+        f"read     {source.location} ({source.layout}): {len(source.reader.tensors)} "
+        f"tensors, {num_params(model.params):,} parameters"
     )
-    say(f"check    {check(model, PUBLISHED.get(name))}")
-    save(model, out)
-    digest = sha256([out / "model.safetensors"])
-    say(f"wrote    {out}, model.safetensors has sha256 {digest}")
+    log(f"check    {check_reference_values(model, REFERENCE_VALUES.get(name))}")
+    save_model(model, output_dir)
+    digest = sha256_of_files([output_dir / "model.safetensors"])
+    log(f"wrote    {output_dir}, model.safetensors has sha256 {digest}")
     return model
 
 
-def check(model: Model, known: Published | None) -> str:
-    """Looks at the numbers of an import; says what was compared and what was not.
+def check_reference_values(model: Model, reference: ReferenceValues | None) -> str:
+    """Checks imported parameters; returns a summary of what was compared.
 
     Raises:
-        ModelError: they are not those of the public model, or no numbers at all.
+        ModelError: the logits are not finite, or the values differ from those of the
+            public model.
     """
-    ids = model.tokenizer.encode(PROMPT)[: model.config.context_length]
+    ids = model.tokenizer.encode(REFERENCE_PROMPT)[: model.config.context_length]
     logits = np.asarray(apply(model.config, model.params, jnp.array([ids])))[0, -1]
     if not np.isfinite(logits).all():
         raise ModelError(
-            "the model answers with numbers that are not finite. Its file is damaged "
-            "or of another kind of model."
+            "the logits of the model are not finite. Its file is damaged or belongs to "
+            "a different architecture."
         )
-    if known is None:
-        return "logits are finite; there is nothing published to compare them with"
-    table = np.asarray(model.params["token_embedding"]["embedding"])
-    found = [count(model.params), *table[0, : len(known.first)]]
-    due = [known.parameters, *known.first]
-    if known.last is not None:
-        found, due = [*found, table[-1, -1]], [*due, known.last]
-    if not np.allclose(found, due, rtol=0, atol=1e-7):
-        raise ModelError(f"this is not the public model: {found}, but it has {due}.")
-    facts = "parameters and published values agree"
-    if not known.first:
-        facts = "the number of parameters agrees"
-    if not known.logits:
-        return f"{facts}; logits are finite, and not compared: none are recorded yet"
-    away = np.abs(logits[: len(known.logits)] - known.logits).max()
-    if not away <= TOLERANCE:
-        raise ModelError(f"its logits are {away:.3g} away from the recorded ones.")
-    return f"{facts}; logits agree within {away:.1e}"
+    if reference is None:
+        return "logits are finite; no published values to compare with"
+    embedding_VD = np.asarray(model.params["token_embedding"]["embedding"])
+    actual = [
+        num_params(model.params),
+        *embedding_VD[0, : len(reference.first_embedding)],
+    ]
+    expected = [reference.num_params, *reference.first_embedding]
+    if reference.last_embedding is not None:
+        actual, expected = (
+            [*actual, embedding_VD[-1, -1]],
+            [*expected, reference.last_embedding],
+        )
+    if not np.allclose(actual, expected, rtol=0, atol=1e-7):
+        raise ModelError(f"not the public model: found {actual}, expected {expected}.")
+    result = "parameters and published values agree"
+    if not reference.first_embedding:
+        result = "the number of parameters agrees"
+    if not reference.logits:
+        return f"{result}; logits are finite; not compared, since none are recorded yet"
+    difference = np.abs(logits[: len(reference.logits)] - reference.logits).max()
+    if not difference <= LOGIT_TOLERANCE:
+        raise ModelError(
+            f"the logits differ from the recorded ones by {difference:.3g}."
+        )
+    return f"{result}; logits agree within {difference:.1e}"

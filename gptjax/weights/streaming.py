@@ -1,7 +1,7 @@
-"""From tensors of others to our parameters, one tensor at a time.
+"""Reads parameters from files of any layout, one tensor at a time.
 
-Host memory holds the parameters and one tensor of the file; where the parameters are
-on another device, each array leaves the host as soon as it is complete.
+Host memory holds the parameters and one tensor of the file. On accelerators, arrays
+are then moved to the device and released one by one.
 """
 
 import dataclasses
@@ -15,133 +15,151 @@ from gptjax.config import GPTConfig
 from gptjax.errors import ModelError
 from gptjax.model import Params, init
 from gptjax.tokenizer import Tokenizer
-from gptjax.tree import named_leaves
-from gptjax.weights.names import BUFFERS, TABLES, Home, homes, take, their_shape
+from gptjax.tree import flatten_with_names
+from gptjax.weights.names import (
+    IGNORED_BUFFERS,
+    EMBEDDING_TABLES,
+    ParamSlot,
+    param_slots,
+    unpack_tensor,
+    source_shape,
+)
 
-ALIGNMENT = 64  # bytes; JAX on a CPU uses an array so aligned where it lies
+BUFFER_ALIGNMENT = 64  # bytes; JAX on CPU uses arrays of this alignment without copying
 
 
 @runtime_checkable  # for the type checks of the tests
-class Tensors(Protocol):
-    """Tensors by name, read one at a time."""
+class TensorReader(Protocol):
+    """Reads tensors by name, one at a time."""
 
     @property
     def tensors(self) -> Mapping[str, Any]:
-        """Entries with `.shape` and `.dtype`."""
+        """Values with `.shape` and `.dtype`, by name."""
         ...
 
     def read(self, name: str) -> np.ndarray:
-        """One of them."""
+        """Reads one tensor."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """Files of a known layout, of which no parameter has been read yet."""
+class ModelSource:
+    """Model files of a known layout, whose parameters have not been read yet."""
 
     layout: str
-    place: str  # for messages
+    location: str  # for messages
     config: GPTConfig
     tokenizer: Tokenizer
-    files: Tensors
-    rows: int  # of the file's token table; those beyond the vocabulary are left out
-    labels: tuple[str, ...] = ()  # of a classifier
-    template: str = ""  # of an assistant
+    reader: TensorReader
+    num_rows: int  # in the file's token embedding, at least vocab_size
+    labels: tuple[str, ...] = ()  # class names of a classifier
+    chat_template: str = ""  # of an assistant; "" if none
 
 
-def read_params(source: Source) -> Params:
-    """The parameters in float32.
+def read_params(source: ModelSource) -> Params:
+    """Reads the parameters in float32.
 
     Raises:
-        ModelError: a tensor is missing, superfluous, of another shape, no numbers, or
-            holds one that is not finite.
+        ModelError: a tensor is missing, unexpected, of the wrong shape or dtype, or
+            not finite.
     """
-    config, files = source.config, source.files
-    check_sizes(source)
+    config, reader = source.config, source.reader
+    check_config_sizes(source)
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    leaves = named_leaves(shapes)
-    plan = homes(config, source.layout, leaves)
-    names = named(source, plan)
-    arrays = {name: aligned(leaf.shape) for name, leaf in leaves.items()}
-    for name, filled in plan.items():
-        tensor = files.read(names[name])
-        # Of all numbers without a mask of them; both are nan if one is.
+    leaves = flatten_with_names(shapes)
+    slots_by_name = param_slots(config, source.layout, leaves)
+    full_names = match_names(source, slots_by_name)
+    arrays = {name: aligned_empty(leaf.shape) for name, leaf in leaves.items()}
+    for name, slots in slots_by_name.items():
+        tensor = reader.read(full_names[name])
+        # Tests all values without allocating a mask: min and max propagate nan.
         if not np.isfinite([tensor.min(), tensor.max()]).all():
             raise ModelError(
-                f"{source.place}: {names[name]} holds numbers that are not finite. "
-                "Copy or train it again."
+                f"{source.location}: {full_names[name]} contains non-finite values. "
+                "Copy the file again, or retrain the model."
             )
-        if filled[0].leaf in TABLES:
-            tensor = tensor[: leaves[filled[0].leaf].shape[0]]
-        for leaf, layer, values in take(tensor, filled):
+        if slots[0].leaf in EMBEDDING_TABLES:
+            tensor = tensor[: leaves[slots[0].leaf].shape[0]]
+        for leaf, layer, values in unpack_tensor(tensor, slots):
             target = arrays[leaf] if layer is None else arrays[leaf][layer]
             target.reshape(values.shape)[...] = values
     ordered = [jax.device_put(arrays.pop(name)) for name in leaves]
     return jax.tree.unflatten(jax.tree.structure(shapes), ordered)
 
 
-def check_sizes(source: Source) -> None:
-    """Raises for sizes beyond all that the file has, before anything is counted."""
-    c, tensors = source.config, source.files.tensors
-    room = max([len(tensors), *(n for entry in tensors.values() for n in entry.shape)])
-    stacks = [e.shape[0] for n, e in tensors.items() if n[:7] == "blocks/" and e.shape]
-    layers = max([len(tensors), *stacks])  # each has tensors, or a row in a stack
+def check_config_sizes(source: ModelSource) -> None:
+    """Rejects configs larger than the file, before any memory is allocated."""
+    c, tensors = source.config, source.reader.tensors
+    max_axis = max(
+        [len(tensors), *(n for entry in tensors.values() for n in entry.shape)]
+    )
+    stack_lengths = [
+        e.shape[0] for n, e in tensors.items() if n[:7] == "blocks/" and e.shape
+    ]
+    # Each layer has tensors of its own or a row of a stacked tensor.
+    max_layers = max([len(tensors), *stack_lengths])
     for name in ("vocab_size", "context_length", "n_layers", "n_heads", "d_model"):
-        if getattr(c, name) > (layers if name == "n_layers" else room):
+        if getattr(c, name) > (max_layers if name == "n_layers" else max_axis):
             raise ModelError(
-                f"{source.place}: {name}={getattr(c, name)} does not come from "
-                f"{len(tensors)} tensors with axes of up to {room}. Correct its "
-                "config, or copy the files again."
+                f"{source.location}: {name}={getattr(c, name)} is too large for "
+                f"{len(tensors)} tensors with axes of up to {max_axis}. Correct the config "
+                "or copy the files again."
             )
 
 
-def named(source: Source, plan: Mapping[str, list[Home]]) -> dict[str, str]:
-    """The name in the file for each name of the plan, all tensors checked."""
-    names: dict[str, str] = {}
-    for full in source.files.tensors:
+def match_names(
+    source: ModelSource, slots_by_name: Mapping[str, list[ParamSlot]]
+) -> dict[str, str]:
+    """Maps each expected name to its name in the file; checks shapes and dtypes."""
+    full_names: dict[str, str] = {}
+    for full in source.reader.tensors:
         short = full.removeprefix("transformer.") if source.layout == "hf" else full
-        if short in names:
+        if short in full_names:
             raise ModelError(
-                f"{source.place} has both {names[short]} and {full}. Remove one."
+                f"{source.location} has both {full_names[short]} and {full}. Remove one."
             )
-        names[short] = full
+        full_names[short] = full
     tied = {"lm_head.weight", "out_head.weight"} if source.config.tie_embeddings else {}
-    spare = [n for n in names if n not in plan and not BUFFERS.fullmatch(n)]
-    spare = sorted(set(spare) - set(tied))
-    if missing := sorted(set(plan) - set(names)):
+    unexpected = [
+        n
+        for n in full_names
+        if n not in slots_by_name and not IGNORED_BUFFERS.fullmatch(n)
+    ]
+    unexpected = sorted(set(unexpected) - set(tied))
+    if missing := sorted(set(slots_by_name) - set(full_names)):
         raise ModelError(
-            f"{source.place} lacks {len(missing)} tensors that its shape needs, such "
-            f"as {missing[0]}. Copy the files again, or correct their config."
+            f"{source.location} lacks {len(missing)} tensors that its config requires, "
+            f"such as {missing[0]}. Copy the files again or correct the config."
         )
-    if spare:
+    if unexpected:
         raise ModelError(
-            f"{source.place} has {len(spare)} tensors that no GPT-2 of its shape has, "
-            f"such as {spare[0][:80]}. Remove them, or correct the config."
+            f"{source.location} has {len(unexpected)} unexpected tensors, such as "
+            f"{unexpected[0][:80]}. Remove them or correct the config."
         )
-    for name, filled in plan.items():
-        entry, need = source.files.tensors[names[name]], their_shape(filled)
-        if filled[0].leaf in TABLES:
-            need = (source.rows, *need[1:])
-        found = tuple(entry.shape)
+    for name, slots in slots_by_name.items():
+        info, expected = source.reader.tensors[full_names[name]], source_shape(slots)
+        if slots[0].leaf in EMBEDDING_TABLES:
+            expected = (source.num_rows, *expected[1:])
+        found = tuple(info.shape)
         if source.layout == "openai" and found[:1] == (1,) and len(found) == 3:
-            found = found[1:]  # its matrices are convolutions of width 1
-        if found != need or not is_float(entry.dtype):
+            found = found[1:]  # OpenAI stores matrices as width-1 convolutions
+        if found != expected or not is_float(info.dtype):
             raise ModelError(
-                f"{source.place}: {names[name]} is {entry.dtype} {found}, but the "
-                f"config needs floating point {need}. Copy the files again, or "
-                "correct their config."
+                f"{source.location}: {full_names[name]} is {info.dtype} {found}, but the "
+                f"config requires floating point {expected}. Copy the files again or "
+                "correct the config."
             )
-    return names
+    return full_names
 
 
 def is_float(dtype: np.dtype) -> bool:
-    """Whether it is floating point, bfloat16 included, which is NumPy's kind "V"."""
+    """True for floating point, including bfloat16, which is of NumPy kind "V"."""
     return dtype.kind == "f" or dtype.name == "bfloat16"
 
 
-def aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """An array for float32 numbers that JAX need not copy on a CPU."""
+def aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
+    """Returns an empty float32 array that JAX can use on CPU without copying."""
     size = int(np.prod(shape)) * 4
-    buffer = np.empty(size + ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % ALIGNMENT
+    buffer = np.empty(size + BUFFER_ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % BUFFER_ALIGNMENT
     return buffer[start : start + size].view(np.float32).reshape(shape)

@@ -1,9 +1,9 @@
-"""The tensors of safetensors files, one at a time and nothing believed.
+"""Strict safetensors reader for untrusted files; reads one tensor at a time.
 
-The library's reader accepts a name that appears twice, tensors of no bytes by the
-hundred thousand, and maps the whole file; this one refuses what is not exact, and reads
-just the bytes of the tensor asked for. Memory is taken only for what the file has.
-Format: 8 bytes of header length, a JSON header, the data, without gaps.
+The library's reader accepts duplicate names and any number of empty tensors, and maps
+the whole file. This one rejects files that deviate from the format, reads only the
+bytes of the requested tensor, and never allocates more than the size of the file.
+Format: 8 bytes of header length, a JSON header, the data without gaps.
 """
 
 import dataclasses
@@ -20,12 +20,13 @@ import numpy as np
 from gptjax import strict_json
 from gptjax.errors import ModelError
 
-HEADER_BYTES = 1 << 20  # the largest GPT-2 has 580 tensors in 60,000 bytes
-MOST_TENSORS = 10_000  # of one file
-MOST_AXES = 8
-NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,256}", re.ASCII)  # of ours, HF, the book
-LENGTH_BYTES = 8
-DTYPES = {
+MAX_HEADER_BYTES = 1 << 20  # the largest GPT-2 has 580 tensors in 60,000 bytes
+MAX_TENSORS = 10_000  # per file
+MAX_TENSOR_AXES = 8
+# Allows the names of gptjax, Hugging Face and the book.
+TENSOR_NAME_PATTERN = re.compile(r"[A-Za-z0-9_.:/-]{1,256}", re.ASCII)
+HEADER_LENGTH_BYTES = 8
+SAFETENSORS_DTYPES = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -37,131 +38,150 @@ DTYPES = {
 }
 
 
-class Entry(NamedTuple):
-    """One tensor in one file."""
+class TensorInfo(NamedTuple):
+    """Location, dtype and shape of a tensor."""
 
     path: Path
     dtype: np.dtype
     shape: tuple[int, ...]
-    start: int  # bytes from the beginning of the file
+    offset: int  # in bytes from the start of the file
 
 
 @dataclasses.dataclass(frozen=True)
-class Safetensors:
-    """The tensors of one or several files."""
+class SafetensorsReader:
+    """Reader for the tensors of one or several files."""
 
-    tensors: dict[str, Entry]
+    tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, in memory of its own.
+        """Reads one tensor into a new array.
 
         Raises:
-            ModelError: the file became shorter.
+            ModelError: the file was truncated after it was opened.
         """
-        entry = self.tensors[name]
-        array = np.empty(entry.shape, entry.dtype)
-        with entry.path.open("rb", buffering=0) as file:
-            file.seek(entry.start)
-            view, done = array.reshape(-1).view(np.uint8), 0
-            while done < view.size:
-                got = file.readinto(view[done:].data)
-                if not got:
-                    raise damaged(entry.path, f"it ends inside the tensor {name}")
-                done += got
+        info = self.tensors[name]
+        array = np.empty(info.shape, info.dtype)
+        with info.path.open("rb", buffering=0) as file:
+            file.seek(info.offset)
+            view, num_read = array.reshape(-1).view(np.uint8), 0
+            while num_read < view.size:
+                count = file.readinto(view[num_read:].data)
+                if not count:
+                    raise corrupt_file(info.path, f"it ends inside the tensor {name}")
+                num_read += count
         return array
 
 
-def damaged(path: Path, why: str) -> ModelError:
-    """The error for a file that cannot be trusted."""
-    return ModelError(f"cannot use {path}: {why}. Copy or download the file again.")
+def corrupt_file(path: Path, reason: str) -> ModelError:
+    """Returns the error for a corrupt file."""
+    return ModelError(f"cannot use {path}: {reason}. Copy or download the file again.")
 
 
-def open_safetensors(paths: Sequence[Path]) -> Safetensors:
-    """The tensors of the files together; only headers are read.
+def open_safetensors(paths: Sequence[Path]) -> SafetensorsReader:
+    """Opens files as one collection of tensors; reads only their headers.
 
     Raises:
-        ModelError: a file is not exactly a safetensors file, or a name is in two.
+        ModelError: a file is not valid, or two files have a tensor of the same name.
     """
-    tensors: dict[str, Entry] = {}
+    tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for path in paths:
-        entries, about = read_header(path)
-        if twice := sorted(set(tensors) & set(entries)):
-            raise damaged(path, f"another file has the tensor {twice[0]} too")
-        tensors |= entries
-        metadata |= about
-    return Safetensors(tensors, metadata)
+        infos, file_metadata = read_header(path)
+        if duplicates := sorted(set(tensors) & set(infos)):
+            raise corrupt_file(
+                path, f"another file also has the tensor {duplicates[0]}"
+            )
+        tensors |= infos
+        metadata |= file_metadata
+    return SafetensorsReader(tensors, metadata)
 
 
-def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """What one file holds, checked against its size, and its metadata."""
-    header, start, size = read_json(path)
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Reads the tensor infos, checked against the file size, and the metadata."""
+    header, data_start, file_size = _read_header_json(path)
     metadata = header.pop("__metadata__", {})
-    texts = isinstance(metadata, dict) and all(
+    is_valid = isinstance(metadata, dict) and all(
         isinstance(value, str) for value in metadata.values()
     )
-    if not texts:
-        raise damaged(path, "its metadata is not a table of texts")
-    if len(header) > MOST_TENSORS:
-        raise damaged(path, f"it has {len(header):,} tensors, over {MOST_TENSORS:,}")
-    entries = {name: entry(path, name, line, start) for name, line in header.items()}
-    end = start
-    for e in sorted(entries.values(), key=lambda e: (e.start, extent(e))):
-        if e.start != end:
-            raise damaged(path, f"byte {end:,} is not where its next tensor begins")
-        end += extent(e)
-    if end != size:
-        raise damaged(path, f"it has {size:,} bytes, but its tensors need {end:,}")
-    return entries, metadata
+    if not is_valid:
+        raise corrupt_file(path, "its metadata is not an object of strings")
+    if len(header) > MAX_TENSORS:
+        raise corrupt_file(
+            path, f"it has {len(header):,} tensors, over {MAX_TENSORS:,}"
+        )
+    infos = {
+        name: parse_entry(path, name, fields, data_start)
+        for name, fields in header.items()
+    }
+    end = data_start
+    for info in sorted(infos.values(), key=lambda e: (e.offset, num_bytes(e))):
+        if info.offset != end:
+            raise corrupt_file(
+                path, f"no tensor starts at byte {end:,}: gap or overlap"
+            )
+        end += num_bytes(info)
+    if end != file_size:
+        raise corrupt_file(
+            path, f"it has {file_size:,} bytes, but its tensors need {end:,}"
+        )
+    return infos, metadata
 
 
-def read_json(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The header of a file, where its data begin, and the size of the file."""
+def _read_header_json(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Returns the header of a file, the offset of its data and the file size."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-            if length > min(size - LENGTH_BYTES, HEADER_BYTES):
-                why = f"a header of {length:,} bytes in a file of {size:,}"
-                raise damaged(path, why)
+            length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
+            if length > min(size - HEADER_LENGTH_BYTES, MAX_HEADER_BYTES):
+                reason = f"a header of {length:,} bytes in a file of {size:,}"
+                raise corrupt_file(path, reason)
             text = file.read(length)
     except OSError as error:
-        raise damaged(path, str(error)) from error
+        raise corrupt_file(path, str(error)) from error
     try:
-        header = strict_json.parse(text)
+        header = strict_json.parse_json(text)
     except ValueError as error:
-        why = f"its header is not JSON ({str(error)[:200]})"
-        raise damaged(path, why) from error
+        reason = f"its header is not JSON ({str(error)[:200]})"
+        raise corrupt_file(path, reason) from error
     if not isinstance(header, dict):
-        raise damaged(path, "its header is not an object")
-    return header, LENGTH_BYTES + length, size
+        raise corrupt_file(path, "its header is not an object")
+    return header, HEADER_LENGTH_BYTES + length, size
 
 
-def extent(entry: Entry) -> int:
-    """Bytes of a tensor."""
-    return math.prod(entry.shape) * entry.dtype.itemsize
+def num_bytes(info: TensorInfo) -> int:
+    """Returns the size of a tensor in bytes."""
+    return math.prod(info.shape) * info.dtype.itemsize
 
 
-def entry(path: Path, name: str, line: Any, start: int) -> Entry:
-    """One line of a header, checked by itself; `start` is where the data begin."""
-    if not NAME.fullmatch(name):
-        raise damaged(path, f"{name[:80]!r} is no name of a tensor")
-    match line:
+def parse_entry(path: Path, name: str, fields: Any, data_start: int) -> TensorInfo:
+    """Parses and checks one header entry; `data_start` is the offset of the data."""
+    if not TENSOR_NAME_PATTERN.fullmatch(name):
+        raise corrupt_file(path, f"{name[:80]!r} is not a valid tensor name")
+    match fields:
         case {
             "dtype": str(dtype),
             "shape": list(shape),
             "data_offsets": [int(first), int(last)],
             **rest,
-        } if not rest and 0 not in shape and all(map(sized, [*shape, first, last])):
-            if dtype not in DTYPES:
-                raise damaged(path, f"{name[:80]!r} has the type {dtype[:20]!r}")
-            found = Entry(path, DTYPES[dtype], tuple(shape), start + first)
-            if extent(found) == last - first and len(shape) <= MOST_AXES:
-                return found
-    raise damaged(path, f"the header's line for the tensor {name[:80]!r} is not valid")
+        } if (
+            not rest
+            and 0 not in shape
+            and all(map(_is_valid_size, [*shape, first, last]))
+        ):
+            if dtype not in SAFETENSORS_DTYPES:
+                raise corrupt_file(path, f"{name[:80]!r} has the dtype {dtype[:20]!r}")
+            info = TensorInfo(
+                path, SAFETENSORS_DTYPES[dtype], tuple(shape), data_start + first
+            )
+            if num_bytes(info) == last - first and len(shape) <= MAX_TENSOR_AXES:
+                return info
+    raise corrupt_file(
+        path, f"the header entry of the tensor {name[:80]!r} is not valid"
+    )
 
 
-def sized(number: Any) -> bool:
-    """Whether it can be a place in a file."""
+def _is_valid_size(number: Any) -> bool:
+    """True for an integer that can be a file offset or an axis length."""
     return type(number) is int and 0 <= number < 1 << 62

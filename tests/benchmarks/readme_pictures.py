@@ -13,11 +13,11 @@ import jax
 
 import gptjax
 from gptjax import checkpoint
-from gptjax.config import read_config
-from gptjax.figures import attention_figure, mask_figure, token_loss_figure
+from gptjax.config import load_config
+from gptjax.figures import attention_figure, loss_mask_figure, token_loss_figure
 from gptjax.preview import preview_rows
 from gptjax.report import loss_figure, read_events
-from gptjax.run_loop import saved_part
+from gptjax.run_loop import checkpoint_state
 
 PICTURES = Path(__file__).resolve().parent.parent.parent / "colab" / "pictures"
 TEXT = """\
@@ -29,23 +29,23 @@ whose items are the names of all modules. The class body is then executed.
 
 def earlier(run: Path, model: gptjax.Model, step: int) -> gptjax.Model:
     """The model as it was after so many steps, from the run's checkpoint."""
-    config = read_config(run / "config.toml")
+    config = load_config(run / "config.toml")
     optimizer = gptjax.make_optimizer(config.optim, config.train.steps)
     state = gptjax.init_state(model.params, optimizer, jax.random.key(0))
-    kept = checkpoint.restore(run / "checkpoints", step, saved_part(state))
+    kept = checkpoint.restore(run / "checkpoints", step, checkpoint_state(state))
     return dataclasses.replace(model, params=kept["params"])
 
 
 def main() -> None:
     run = Path(sys.argv[1])
-    config, model = read_config(run / "config.toml"), gptjax.load(run)
+    config, model = load_config(run / "config.toml"), gptjax.load(run)
     per_step = config.data.batch_size * config.model.context_length
     preview = preview_rows("instructions")
     figures = {
         "loss": loss_figure(read_events(run / "metrics.jsonl"), per_step),
         "compared": token_loss_figure(model, TEXT, earlier(run, model, 400)),
         "attention": attention_figure(model, "The class body is then executed.", 1),
-        "mask": mask_figure(preview, 2),
+        "mask": loss_mask_figure(preview, 2),
     }
     for name, figure in figures.items():
         figure.savefig(PICTURES / f"{name}.png", dpi=100)

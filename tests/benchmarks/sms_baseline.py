@@ -8,8 +8,8 @@ label, and of scikit-learn's defaults on words and on characters. Needs [peers].
 
 from collections import Counter
 
-from gptjax.data.folds import split_rows
-from gptjax.data.labelled import read_labelled
+from gptjax.data.folds import stratified_split
+from gptjax.data.labelled import read_labeled_texts
 
 KINDS = {
     "words": {},
@@ -24,15 +24,15 @@ def main() -> None:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    data, said = read_labelled("sms-spam")
-    splits = split_rows(
+    data, said = read_labeled_texts("sms-spam")
+    splits = stratified_split(
         data,
         "book",
         val_fraction=0.1,
         test_fraction=0.2,
         seed=0,
-        balance=False,
-        dedupe=False,
+        balance_classes=False,
+        deduplicate=False,
     )
     print(said)
     train = splits["train"]
@@ -40,7 +40,7 @@ def main() -> None:
     for split in ("validation", "test"):
         labels = splits[split].labels
         share = labels.count(frequent) / len(labels)
-        print(f"{split:11} always {data.names[frequent]:15} {share:.4f}")
+        print(f"{split:11} always {data.class_names[frequent]:15} {share:.4f}")
     for name, options in KINDS.items():
         pipe = make_pipeline(
             TfidfVectorizer(**options), LogisticRegression(max_iter=1000)

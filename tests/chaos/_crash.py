@@ -94,11 +94,11 @@ def placed(step: int) -> Any:
 def save(folder: Path, step: int, point: int, where: str) -> int:
     """Saves a step, and dies at a point; where there is none, says how many."""
     if where:
-        distributed.start(where)
+        distributed.initialize(where)
     state = placed(step)
     jax.block_until_ready(state)
     points = watch(point)
-    checkpoint.save(folder, step, state, keep=2)
+    checkpoint.save_step(folder, step, state, keep=2)
     return points()
 
 
@@ -106,7 +106,7 @@ def start(folder: Path, point: int) -> int:
     """Goes on there as a run does, and dies at a point."""
     like = state_at(0)
     points = watch(point)
-    checkpoint.resume(folder, like)
+    checkpoint.restore_latest(folder, like)
     return points()
 
 
@@ -119,7 +119,7 @@ def check(folders: list[str], expected: list[int | None], following: int) -> lis
         if not fault and left:
             fault = f"{left} are left"
         if not fault:
-            checkpoint.save(folder, following, state_at(following), keep=2)
+            checkpoint.save_step(folder, following, state_at(following), keep=2)
             fault = resume_fault(folder, {following})
         found.append(fault)
         shutil.rmtree(folder)

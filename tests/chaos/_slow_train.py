@@ -10,11 +10,11 @@ from typing import Any
 from gptjax import cli, run_steps
 
 if __name__ == "__main__":
-    write, pause = run_steps.train_event, float(sys.argv[1])
+    write, pause = run_steps.log_train_metrics, float(sys.argv[1])
 
     def slowly(*args: Any) -> Any:
         time.sleep(pause)
         return write(*args)
 
-    run_steps.train_event = slowly
+    run_steps.log_train_metrics = slowly
     sys.exit(cli.main(sys.argv[2:]))

@@ -84,7 +84,7 @@ def parameters(run: Path) -> str:
 
 def newest(run: Path) -> int:
     """The newest step that has a checkpoint; 0 where there is none."""
-    return max(checkpoint.saved_steps(run / "checkpoints"), default=0)
+    return max(checkpoint.list_steps(run / "checkpoints"), default=0)
 
 
 def strayed(run: Path, whole: Path) -> str:

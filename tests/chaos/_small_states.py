@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import checkpoint
-from gptjax.tree import named_leaves
+from gptjax.tree import flatten_with_names
 
 
 def state_at(step: int) -> dict[str, Any]:
@@ -29,13 +29,13 @@ def bits(tree: Any) -> dict[str, bytes]:
     """All that makes a tree what it is."""
     return {
         name: f"{leaf.dtype}{leaf.shape}".encode() + np.asarray(leaf).tobytes()
-        for name, leaf in named_leaves(tree).items()
+        for name, leaf in flatten_with_names(tree).items()
     }
 
 
 def resume_fault(folder: Path, expected: set[int | None]) -> str:
     """What is wrong with how a run would go on there, or ""."""
-    resumed = checkpoint.resume(folder, jax.tree.map(jnp.asarray, state_at(0)))
+    resumed = checkpoint.restore_latest(folder, jax.tree.map(jnp.asarray, state_at(0)))
     if resumed.step not in expected:
         return f"it goes on from step {resumed.step}, and not from {expected}"
     if resumed.step is None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gptjax import download
-from gptjax.download import Remote
+from gptjax.download import RemoteFile
 from gptjax.errors import DataError
 from tests.file_server import (
     BODY,
@@ -102,7 +102,11 @@ def fault_of(target: Path, when: str, *, must: bool = False) -> str:
 def killed(url: str, target: Path, point: int) -> int:
     """The exit status of a download that is killed at a point, if it gets there."""
     block = len(BODY) // BLOCKS + 1
-    options = {"seconds": download.SECONDS, "block": block, "blocks": BLOCKS}
+    options = {
+        "seconds": download.DOWNLOAD_TIMEOUT_SECONDS,
+        "block": block,
+        "blocks": BLOCKS,
+    }
     process = process_of(url, target, KILLER.format(point=point, **options))
     try:
         return process.wait(900)
@@ -126,14 +130,14 @@ def faults(name: str, point: int, target: Path) -> Iterator[str]:
             yield f"it ended with {status} before the point"
         yield fault_of(target, "after the kill")
         try:
-            download.download(Remote(url, PIN), target, "it")
+            download.download_file(RemoteFile(url, PIN), target, "it")
         except DataError as error:
             done = name == "right" or target.exists()
             yield f"after all was there: {error}" if done else ""
         yield fault_of(target, "after the second call")
         good, _ = stack.enter_context(serving(file(BODY)))
         if not target.exists():
-            download.download(Remote(good, PIN), target, "it")
+            download.download_file(RemoteFile(good, PIN), target, "it")
         yield fault_of(target, "at the end", must=True)
         left = sorted(path.name for path in target.parent.iterdir())
         left = [part for part in left if part != target.name]
@@ -142,7 +146,7 @@ def faults(name: str, point: int, target: Path) -> Iterator[str]:
 
 def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
     """What went wrong with each case; the seed does not matter."""
-    before = download.SECONDS
+    before = download.DOWNLOAD_TIMEOUT_SECONDS
     names = list(SERVERS)
     spread = [0, 9, 19, *(n for n in range(POINTS) if n not in (0, 9, 19))]
     try:
@@ -150,11 +154,11 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
             name, point = names[case % len(names)], spread[case // len(names)]
             place = folder / str(case)
             place.mkdir()
-            download.SECONDS = SILENT if name == "stalled" else before
+            download.DOWNLOAD_TIMEOUT_SECONDS = SILENT if name == "stalled" else before
             try:
                 found = [f for f in faults(name, point, place / "file") if f]
                 yield "; ".join(f"{name}, point {point}: {fault}" for fault in found)
             except Exception as error:
                 yield f"{name}, point {point}: {type(error).__name__}: {error}"
     finally:
-        download.SECONDS = before
+        download.DOWNLOAD_TIMEOUT_SECONDS = before

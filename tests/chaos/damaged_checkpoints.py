@@ -168,7 +168,7 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
     """What went wrong with each altered checkpoint, or ""."""
     good, steps = folder / "good", folder / "run" / "checkpoints"
     for step in (1, 2):
-        checkpoint.save(good, step, state_at(step), keep=2)
+        checkpoint.save_step(good, step, state_at(step), keep=2)
     shutil.copytree(good / "1", steps / "1")
     for case in cases:
         rng = random.Random(f"{seed} {case}")
@@ -188,7 +188,7 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
 
 def told(steps: Path, case: int) -> str:
     """What is wrong with what a start finds and says, or ""."""
-    step, complaints = checkpoint.latest(steps)
+    step, complaints = checkpoint.latest_step(steps)
     if step != 1:
         return resume_fault(steps, {2})
     aside = [path for path in steps.iterdir() if path.name.endswith(".damaged")]

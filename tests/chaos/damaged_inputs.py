@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from gptjax import tokenizer as tokenizers
-from gptjax.config import read_config
-from gptjax.data.conversations import read_conversations, read_pairs
-from gptjax.data.labelled import read_labelled
-from gptjax.data.text import find_sources, read_pieces, read_text
+from gptjax.config import load_config
+from gptjax.data.conversations import read_conversations, read_preference_pairs
+from gptjax.data.labelled import read_labeled_texts
+from gptjax.data.text import find_sources, iter_chunks, read_text_file
 from gptjax.errors import GptjaxError
 
 FULL, SLICE = 100_000, 10_000
@@ -54,12 +54,12 @@ mask_prompt = true
 task = "pretrain"
 steps = 12
 """
-SMALL = tokenizers.train(["low lower lowest newest widest"] * 3, 264)
+SMALL = tokenizers.train_tokenizer(["low lower lowest newest widest"] * 3, 264)
 
 
 def read_texts(path: Path) -> list[Any]:
     """The documents of a file of rows."""
-    return [p.text for source in find_sources([path]) for p in read_pieces(source)]
+    return [p.text for source in find_sources([path]) for p in iter_chunks(source)]
 
 
 def read_talk(path: Path) -> list[Any]:
@@ -70,19 +70,19 @@ def read_talk(path: Path) -> list[Any]:
 
 def read_preferred(path: Path) -> list[Any]:
     """The messages and answers of pairs."""
-    found, line = read_pairs(path)
+    found, line = read_preference_pairs(path)
     return [line, [(dict(x.prompt[0]), x.chosen, x.rejected, x.split) for x in found]]
 
 
 def read_classes(path: Path) -> list[Any]:
     """The texts and classes of labelled rows."""
-    data, line = read_labelled(path)
-    return [line, data.texts, list(data.names), data.places]
+    data, line = read_labeled_texts(path)
+    return [line, data.texts, list(data.class_names), data.locations]
 
 
 def read_tokenizer(path: Path) -> list[Any]:
     """A text that went through the tokenizer in the file's folder."""
-    found = tokenizers.load(path.parent)
+    found = tokenizers.load_tokenizer(path.parent)
     text = "the lowest <|endoftext|> ü"
     assert found.decode(found.encode(text)) == text
     return [found.vocab_size]
@@ -98,7 +98,10 @@ KINDS: dict[str, tuple[bytes, Reader]] = {  # name of the file: content, reader
     "texts.jsonl": (TEXTS, read_texts),
     "texts.json": (list_of(TEXTS), read_texts),
     "texts.csv": (b'text,n\nrow 1,1\n"row\n2",2\n', read_texts),
-    "text.txt": ("One ö.\n\nTwo.\r\nThree.\n".encode(), lambda path: [read_text(path)]),
+    "text.txt": (
+        "One ö.\n\nTwo.\r\nThree.\n".encode(),
+        lambda path: [read_text_file(path)],
+    ),
     "labels.jsonl": (LABELS, read_classes),
     "labels.json": (list_of(LABELS), read_classes),
     "labels.csv": (CSV, read_classes),
@@ -106,7 +109,7 @@ KINDS: dict[str, tuple[bytes, Reader]] = {  # name of the file: content, reader
     "talk.jsonl": (TALK * 3, read_talk),
     "asked.json": (list_of(ASKED * 3), read_talk),
     "pairs.jsonl": (PAIRS * 3, read_preferred),
-    "config.toml": (CONFIG, lambda path: [repr(read_config(path))]),
+    "config.toml": (CONFIG, lambda path: [repr(load_config(path))]),
     "vocab.json": (b"", read_tokenizer),
     "merges.txt": (b"", read_tokenizer),
 }
@@ -118,6 +121,7 @@ WHOLE = (
     "cannot read",
     "the only label",
     "cannot be used",
+    "invalid tokenizer file",
 )
 
 

@@ -15,9 +15,9 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from gptjax.download import Pin, check, sha256
+from gptjax.download import Pin, check_pin, sha256_of_files
 from gptjax.errors import DataError, ModelError
-from gptjax.weights.tensors import LENGTH_BYTES, open_safetensors
+from gptjax.weights.tensors import HEADER_LENGTH_BYTES, open_safetensors
 
 FULL, SLICE = 1_000_000, 100_000
 MOST_GROWTH = 200 << 10  # kB of resident memory over the whole campaign
@@ -77,7 +77,7 @@ def mutated(lot: random.Random, whole: bytes) -> bytes:
             case 5:
                 data[at : at + 8] = bytes(8)
             case 6:
-                data[:LENGTH_BYTES] = struct.pack(
+                data[:HEADER_LENGTH_BYTES] = struct.pack(
                     "<Q", lot.getrandbits(lot.choice((9, 64)))
                 )
             case 7:
@@ -87,8 +87,8 @@ def mutated(lot: random.Random, whole: bytes) -> bytes:
 
 def reworded(lot: random.Random, whole: bytes) -> bytes:
     """The file with a header that is JSON still, in which some value is another one."""
-    length = struct.unpack("<Q", whole[:LENGTH_BYTES])[0]
-    header = json.loads(whole[LENGTH_BYTES : LENGTH_BYTES + length])
+    length = struct.unpack("<Q", whole[:HEADER_LENGTH_BYTES])[0]
+    header = json.loads(whole[HEADER_LENGTH_BYTES : HEADER_LENGTH_BYTES + length])
     one, other = lot.sample(sorted(header), 2)
     match lot.randrange(6):
         case 0:
@@ -106,14 +106,14 @@ def reworded(lot: random.Random, whole: bytes) -> bytes:
         case 5:
             header |= {f"t{n}": header[one] for n in range(lot.choice((1, 300)))}
     text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + whole[LENGTH_BYTES + length :]
+    return struct.pack("<Q", len(text)) + text + whole[HEADER_LENGTH_BYTES + length :]
 
 
 def fault_of(path: Path, whole: bytes, data: bytes, pin: Pin) -> str:
     """What went wrong with a file of these bytes, or ""."""
     path.write_bytes(data)
     try:
-        check(path, pin, "")
+        check_pin(path, pin, "")
         if data != whole:
             return "another file passed for the one with the known hash"
     except DataError:
@@ -124,7 +124,7 @@ def fault_of(path: Path, whole: bytes, data: bytes, pin: Pin) -> str:
         size = sum(found.read(name).nbytes for name in found.tensors)
     except ModelError as error:
         return "" if str(path) in str(error) else f"no file in: {error}"
-    header = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
+    header = HEADER_LENGTH_BYTES + int.from_bytes(data[:HEADER_LENGTH_BYTES], "little")
     whole_size = header + size  # without gaps, and nothing twice
     return "" if whole_size == len(data) else f"{whole_size} bytes of {len(data)}"
 
@@ -133,7 +133,7 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
     """What went wrong with each case."""
     source, path = whole_file(folder), folder / "x.safetensors"
     whole = source.read_bytes()
-    pin = Pin(len(whole), sha256([source]))
+    pin = Pin(len(whole), sha256_of_files([source]))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for case in cases:
         lot = random.Random(f"{seed} {case}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.data import shards
-from gptjax.data.prepare import Dataset, open_prepared, prepare
+from gptjax.data.prepare import TokenizedSplits, open_prepared, prepare_dataset
 from gptjax.errors import DataError
 
 FULL, SLICE = 10_000, 1_000
@@ -24,23 +24,25 @@ def written(folder: Path, numbers: range) -> Path:
     rows = "".join(f'"{n} times {n} is {n * n}."\n' for n in numbers)
     (folder / "text.jsonl").write_text(rows)
     out = folder / f"from{numbers.start}"
-    prepare([folder / "text.jsonl"], "bytes", out, val_fraction=0.3, shard_tokens=200)
+    prepare_dataset(
+        [folder / "text.jsonl"], "bytes", out, val_fraction=0.3, shard_tokens=200
+    )
     return out
 
 
-def content(data: Dataset) -> list[Any]:
+def content(data: TokenizedSplits) -> list[Any]:
     """All that training reads of a folder, in windows that cross blocks."""
-    found: list[Any] = [data.tokenizer.hash, data.tokenizer.eot]
+    found: list[Any] = [data.tokenizer.hash, data.tokenizer.eot_token]
     for tokens in (data.train, data.validation):
         if tokens is not None:
             starts = range(0, len(tokens), 37)
             found += [tokens.read(n, min(37, len(tokens) - n)).tolist() for n in starts]
-            found += [tokens.document(n) for n in range(tokens.documents)]
+            found += [tokens.document_range(n) for n in range(tokens.documents)]
             found += [tokens.vocab_size, tokens.eot]
     return found
 
 
-def hashes(data: Dataset) -> list[Any]:
+def hashes(data: TokenizedSplits) -> list[Any]:
     """What a run keeps of the data, as `gptjax.pretrain.data_facts` does."""
     parts = [part for part in (data.train, data.validation) if part]
     return [(shard.path.name, shard.sha256) for part in parts for shard in part.shards]
@@ -89,7 +91,7 @@ def damage(lot: random.Random, folder: Path, other: Path) -> tuple[str, bool]:
     return path.name, len(new) == len(before)
 
 
-def fault_of(folder: Path, name: str, same_size: bool, whole: Dataset) -> str:
+def fault_of(folder: Path, name: str, same_size: bool, whole: TokenizedSplits) -> str:
     """What went wrong with a damaged folder, or ""."""
     try:
         found = open_prepared(folder)
@@ -110,7 +112,7 @@ def fault_of(folder: Path, name: str, same_size: bool, whole: Dataset) -> str:
 
 def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
     """What went wrong with each case."""
-    block, shards.BLOCK = shards.BLOCK, BLOCK
+    block, shards.CRC_BLOCK_BYTES = shards.CRC_BLOCK_BYTES, BLOCK
     try:
         good, other = written(folder, range(40)), written(folder, range(1000, 1040))
         whole = open_prepared(good)
@@ -127,4 +129,4 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
                 yield f"{name}: {type(error).__name__}: {error}"
             shutil.rmtree(bad)
     finally:
-        shards.BLOCK = block
+        shards.CRC_BLOCK_BYTES = block

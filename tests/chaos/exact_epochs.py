@@ -26,12 +26,12 @@ import numpy as np
 from gptjax.data import batches as token_batches
 from gptjax.data.batches import make_batches
 from gptjax.data.dealing import buckets
-from gptjax.data.example_batches import example_batches
+from gptjax.data.example_batches import make_sft_batches
 from gptjax.data.examples import Example
-from gptjax.data.labelled_batches import LabelledBatches
-from gptjax.data.pair_batches import pair_batches
-from gptjax.data.shards import Shard, open_shards
-from gptjax.prefetch import prefetched
+from gptjax.data.labelled_batches import ClassificationBatches
+from gptjax.data.pair_batches import make_preference_batches
+from gptjax.data.shards import TokenShard, open_shards
+from gptjax.prefetch import prefetch_to_device
 
 FULL, SLICE = 200, 20
 KINDS = ("tokens", "padded", "packed", "book", "labels", "pairs")
@@ -50,7 +50,9 @@ def numbers(batch: Any, row: int) -> list[int]:
     """Which examples a row of a batch has."""
     found = batch["tokens"][row].reshape(-1)
     if "lengths" in batch:
-        found = found[: batch["lengths"][row]] if batch["weights"][row] else found[:0]
+        found = (
+            found[: batch["lengths"][row]] if batch["loss_weights"][row] else found[:0]
+        )
     return [int(n) - 1 for n in dict.fromkeys(found.tolist()) if n]
 
 
@@ -60,12 +62,17 @@ def stream_of(folder: Path, lot: random.Random, rows: int) -> tuple[Read, int, i
     length -= (length - 1) // context % rows * context  # whole steps, for counting
     path = folder / "tokens"
     np.arange(length, dtype="<u2").tofile(path)
-    tokens = open_shards([Shard(path, length, np.dtype("<u2"))], length, 0)
+    tokens = open_shards([TokenShard(path, length, np.dtype("<u2"))], length, 0)
     seed = lot.randrange(1000)
 
     def read(here: Sequence[int], start: int, stop: int) -> Iterator[list[int]]:
         made = make_batches(
-            tokens, rows=rows, context=context, seed=seed, packed=True, here=here
+            tokens,
+            rows=rows,
+            context=context,
+            seed=seed,
+            isolate_documents=True,
+            local_rows=here,
         )
         for batch in made.iterate(start, stop):
             # The stream is a circle in which 0 and the last token are one.
@@ -84,13 +91,13 @@ def examples_of(lot: random.Random, kind: str, rows: int) -> tuple[Read, int, in
     made: Any
     if kind == "labels":
         ids, sizes = [x.ids for x in found], buckets(17)
-        made = LabelledBatches(ids, [0] * count, rows, sizes, 0, seed)
+        made = ClassificationBatches(ids, [0] * count, rows, sizes, 0, seed)
         steps = made.deal.steps_per_epoch
     elif kind == "pairs":
-        made = pair_batches([(x, x) for x in found], **shape)
+        made = make_preference_batches([(x, x) for x in found], **shape)
         steps = made.steps_per_epoch
     else:
-        made = example_batches(kind, found, **shape)
+        made = make_sft_batches(kind, found, **shape)
         steps = made.steps_per_epoch
 
     def read(here: Sequence[int], start: int, stop: int) -> Iterator[list[int]]:
@@ -112,7 +119,9 @@ def killed(
         child = os.fork()
         if not child:
             with contextlib.suppress(BaseException), os.fdopen(writing, "w") as out:
-                for step in prefetched(read(here, start, stop), lambda rows: rows):
+                for step in prefetch_to_device(
+                    read(here, start, stop), lambda rows: rows
+                ):
                     print(json.dumps(step), file=out, flush=True)
             os._exit(0)
         os.close(writing)
@@ -146,7 +155,7 @@ def fault_of(folder: Path, seed: int, case: int) -> str:
     kills = 0
     while len(committed) < stop:
         threads = lot.choice((1, 1, 2, 4))
-        token_batches.READ_AHEAD = grain.ReadOptions(
+        token_batches.PREFETCH_OPTIONS = grain.ReadOptions(
             num_threads=threads, prefetch_buffer_size=lot.choice((4, 8))
         )
         processes = lot.choice([n for n in (1, 2, 4) if n <= rows])

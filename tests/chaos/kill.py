@@ -122,12 +122,12 @@ def start(run: Path) -> int:
         return child
     code = 1
     try:
-        from gptjax.config import read_config
+        from gptjax.config import load_config
         from gptjax.pretrain import pretrain
-        from gptjax.programs import kept
+        from gptjax.programs import persistent_cache
 
-        with kept(Path("compiled"), lambda line: None):
-            pretrain(read_config(Path("config.toml")), run, lambda line: None)
+        with persistent_cache(Path("compiled"), lambda line: None):
+            pretrain(load_config(Path("config.toml")), run, lambda line: None)
         code = 0
     except BaseException:
         Path(f"{run}.error").write_text(traceback.format_exc())

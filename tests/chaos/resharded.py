@@ -17,14 +17,14 @@ import jax
 import numpy as np
 
 from gptjax import checkpoint, init
-from gptjax.checksums import checked
+from gptjax.checksums import checksum_tree
 from gptjax.config import GPTConfig, MeshConfig, OptimConfig
 from gptjax.manifest import read_manifest
 from gptjax.optim import make_optimizer
-from gptjax.run_loop import saved_part
-from gptjax.sharding import AXES, make_mesh, place
+from gptjax.run_loop import checkpoint_state
+from gptjax.sharding import MESH_AXES, make_mesh, shard_tree
 from gptjax.train import TrainState, init_state
-from gptjax.tree import named_leaves
+from gptjax.tree import flatten_with_names
 from tests.processes import exit_codes, free_port, started
 
 LAYOUTS = [*itertools.product((1, 2, 4, 8), (1, 2))]  # devices of each, processes
@@ -77,13 +77,13 @@ def values(seed: int) -> TrainState:
 
 def there(seed: int, zero: bool = False) -> dict[str, Any]:
     """What a checkpoint holds of the state, on all devices of all processes."""
-    sizes = dict(zip(AXES, MESHES[jax.device_count()], strict=True))
+    sizes = dict(zip(MESH_AXES, MESHES[jax.device_count()], strict=True))
     state = values(seed)
     if zero:
         state = jax.tree.map(np.zeros_like, state)
     if jax.device_count() == 1:
         state = jax.device_put(state)
-    return saved_part(place(state, make_mesh(MeshConfig(**sizes))))
+    return checkpoint_state(shard_tree(state, make_mesh(MeshConfig(**sizes))))
 
 
 def by_numpy(leaf: np.ndarray) -> int:
@@ -100,10 +100,10 @@ def work(job: str, seed: str, *folders: str) -> None:
     """Saves or restores in every folder; prints the checksums of each, by name."""
     for folder in map(Path, folders):
         if job == "save":
-            checkpoint.save(folder, 1, there(int(seed)), keep=2)
+            checkpoint.save_step(folder, 1, there(int(seed)), keep=2)
             continue
         tree = checkpoint.restore(folder, 1, there(int(seed), zero=True))
-        sums, _ = checked(tree)
+        sums, _ = checksum_tree(tree)
         if jax.process_index() == 0:
             print(json.dumps([str(folder), sums]), flush=True)
 
@@ -129,7 +129,10 @@ def together(
 def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
     """How the checksums of each pair differ, or ""."""
     wanted = [pairs(seed)[case] for case in cases]
-    truth = {k: by_numpy(v) for k, v in named_leaves(saved_part(values(seed))).items()}
+    truth = {
+        k: by_numpy(v)
+        for k, v in flatten_with_names(checkpoint_state(values(seed))).items()
+    }
     saved, restored = {}, {}
     for one in dict.fromkeys(one for one, _ in wanted):
         path = saved[one] = folder / "saved{}x{}".format(*one)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gptjax import report
-from gptjax.step_folders import forget_after
+from gptjax.step_folders import delete_after
 from tests.chaos._small_run import (
     different,
     environment,
@@ -89,8 +89,8 @@ def disturbed(
         victims = set(range(count))
     if phase.resumed:
         shutil.copytree(whole, here)
-        forget_after(here / "run" / "checkpoints", SAVED)
-        report.trim_events(here / "run" / "metrics.jsonl", SAVED)
+        delete_after(here / "run" / "checkpoints", SAVED)
+        report.drop_events_after(here / "run" / "metrics.jsonl", SAVED)
         shutil.rmtree(here / "run" / "model")
     else:
         write_config(here, train__sample_prompt="2 times", train__steps=24)
