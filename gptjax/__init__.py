@@ -9,38 +9,39 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_EXPORTS = {  # public name -> module that defines it
-    "GPTConfig": "config",
-    "GptjaxError": "errors",
-    "Model": "weights.folder",
-    "TrainState": "train",
-    "answer": "answering",
-    "apply": "model",
-    "classify": "prediction",
-    "generate": "generation",
-    "hidden": "model",
-    "init": "model",
-    "init_state": "train",
-    "load": "weights.importing",
-    "load_ipython_extension": "notebook",
-    "make_optimizer": "optim",
-    "make_train_step": "train",
-    "save": "weights.folder",
-    "score": "evaluate",
-    "steps": "train",
-    "stream": "generation",
-    "tokenizer": "tokenizer",
+_EXPORTS = {  # public name -> (module, attribute)
+    "GPTConfig": ("config", "GPTConfig"),
+    "GptjaxError": ("errors", "GptjaxError"),
+    "Model": ("weights.model_folder", "Model"),
+    "TrainState": ("training.train_step", "TrainState"),
+    "answer": ("inference.assistant", "answer"),
+    "apply": ("model.gpt", "apply"),
+    "classify": ("inference.classify", "classify"),
+    "generate": ("inference.generate", "generate"),
+    "hidden_states": ("model.gpt", "hidden_states"),
+    "init": ("model.gpt", "init"),
+    "init_state": ("training.train_step", "init_state"),
+    "load": ("weights.load", "load"),
+    "load_ipython_extension": ("cli.notebook", "load_ipython_extension"),
+    "make_optimizer": ("training.optimizer", "make_optimizer"),
+    "make_train_step": ("training.train_step", "make_train_step"),
+    "save": ("weights.model_folder", "save_model"),
+    "score": ("evaluation.perplexity", "score"),
+    "stream": ("inference.generate", "stream"),
+    "train_steps": ("training.train_step", "train_steps"),
 }
 __all__ = [*_EXPORTS, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name from its module (PEP 562)."""
+    if name == "tokenizer":
+        return importlib.import_module("gptjax.tokenizer")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'gptjax' has no attribute {name!r}")
-    module = importlib.import_module(f"gptjax.{_EXPORTS[name]}")
-    return module if name == _EXPORTS[name] == "tokenizer" else getattr(module, name)
+    module, attribute = _EXPORTS[name]
+    return getattr(importlib.import_module(f"gptjax.{module}"), attribute)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "tokenizer"])

@@ -15,7 +15,7 @@ MAX_CONFIG_CHARACTERS = 1_000_000  # maximum size of a config file
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """Shape of a GPT-2 decoder; [X] is the dimension letter of `gptjax.model.gpt`."""
+    """Shape of a GPT-2 decoder; [X] is the dimension letter of `gptjax.model.gpt.gpt`."""
 
     vocab_size: int = 0  # tokens; 0 in a run config = size of its tokenizer
     context_length: int = 1024  # [T] maximum sequence length
@@ -32,7 +32,7 @@ class GPTConfig:
     head_bias: bool = False  # bias of the classifier head
     pool: Literal["last", "first", "mean", "position"] = "last"  # head input
     # Attention backend; "auto" = the fastest supported one, see
-    # `gptjax.model.attention.dispatch`.
+    # `gptjax.model.gpt.attention.dispatch`.
     attention: Literal[
         "auto", "reference", "chunked", "xla", "flash", "cudnn", "splash"
     ] = "auto"

@@ -1,4 +1,4 @@
-"""Writes tests/data/openai-tiny: `python tests/build_openai_fixture.py`.
+"""Writes tests/fixtures/openai-tiny: `python tests/build_openai_fixture.py`.
 
 It needs TensorFlow (2.21 wrote what is there), which is no dependency of anything here:
 install it in an environment of its own. The folder has the files and the names of the
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-FOLDER = Path(__file__).parent / "data" / "openai-tiny"
+FOLDER = Path(__file__).parent / "fixtures" / "openai-tiny"
 HPARAMS = {"n_vocab": 257, "n_ctx": 16, "n_embd": 8, "n_head": 2, "n_layer": 2}
 
 

@@ -1,7 +1,7 @@
 """What every test starts from: eight emulated devices, no silent broadcasting.
 
 Where JAX_PLATFORMS names a GPU, tests that need no mesh run on that one device:
-`JAX_PLATFORMS=cuda pytest -n0 tests/test_attention_conformance.py`, and others.
+`JAX_PLATFORMS=cuda pytest -n0 tests/model/attention/test_attention_conformance.py`, and others.
 """
 
 import os
@@ -43,16 +43,16 @@ if SHARED.is_dir():
 @pytest.fixture(autouse=True, scope="session")
 def one_device_unless_asked() -> Iterator[None]:
     """Runs train on one of the devices where their config leaves the mesh as it is."""
-    from gptjax import run_loop
     from gptjax.config import MeshConfig
+    from gptjax.training import trainer
 
-    make_mesh = run_loop.make_mesh
+    make_mesh = trainer.make_mesh
 
     def chosen(config: MeshConfig) -> object:
         return None if config == MeshConfig() else make_mesh(config)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_loop, "make_mesh", chosen)
+        patch.setattr(trainer, "make_mesh", chosen)
         yield
 
 
@@ -61,7 +61,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What runs of a session have in common is compiled for the first of them."""
     import jax
 
-    from gptjax.programs import enable_cache
+    from gptjax.runtime.compilation_cache import enable_cache
 
     jax.config.update("jax_enable_compilation_cache", True)
     with enable_cache(tmp_path_factory.mktemp("programs")):

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from gptjax.download import Pin
+from gptjax.fileio.download import Pin
 
 BODY = bytes(range(256)) * 800  # more than one block
 HALF = len(BODY) // 2
@@ -121,7 +121,7 @@ def process_of(url: str, target: Path, before: str = "") -> subprocess.Popen:
     """A process that downloads the pinned file."""
     code = (
         "import os, signal, sys\nfrom pathlib import Path\n"
-        "from gptjax.download import Pin, Remote, download\n"
+        "from gptjax.fileio.download import Pin, Remote, download\n"
         f"{before}\n"
         f"pin = Pin({len(BODY)}, {HASH!r})\n"
         "download(Remote(sys.argv[1], pin), Path(sys.argv[2]), 'it')\n"

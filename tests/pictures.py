@@ -5,7 +5,7 @@ import itertools
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from gptjax.boxes import FONT_SIZE
+from gptjax.plots.token_boxes import FONT_SIZE
 
 PIXEL = 1.0  # letters are set on whole ones
 

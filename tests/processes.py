@@ -17,9 +17,14 @@ import numpy as np
 import pytest
 import tomli_w
 
-from gptjax import checkpoint, pretrain, report, run_loop, tokenizer
+from gptjax.checkpoint.checkpoint import restore
 from gptjax.config import RunConfig, from_dict
-from gptjax.sharding import MESH_AXES, to_host
+from gptjax.parallel.sharding import MESH_AXES, to_host
+from gptjax.tasks import pretrain
+from gptjax.tokenizer import tokenizer
+from gptjax.training.metrics import read_events
+from gptjax.training.task import RunContext
+from gptjax.training.trainer import checkpoint_state, make_mesh, shard_task
 from gptjax.tree import flatten_with_names
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,7 +217,7 @@ def run_here(folder: Path, mesh: Sequence[int] | None = None) -> None:
 
 def losses(run: Path) -> list[tuple[int, float]]:
     """(step, loss) of all training steps and evaluations."""
-    events = report.read_events(run / "metrics.jsonl")
+    events = read_events(run / "metrics.jsonl")
     return [(e["step"], e["loss"]) for e in events if e["event"] in ("train", "eval")]
 
 
@@ -223,11 +228,11 @@ def last_step(run: Path) -> int:
 
 def restored_hashes(config: RunConfig, run: Path, step: int) -> dict[str, str]:
     """A hash of each array of a checkpoint, as it comes back on the config's mesh."""
-    mesh = run_loop.make_mesh(config.mesh)
-    here = run_loop.RunContext(config, run, lambda line: None, mesh)
+    mesh = make_mesh(config.mesh)
+    here = RunContext(config, run, lambda line: None, mesh)
     here, task = pretrain.make_pretrain_task(here)
-    like = run_loop.checkpoint_state(run_loop.shard_task(task, here).init_state)
-    tree = to_host(checkpoint.restore(here.checkpoint_dir, step, like))
+    like = checkpoint_state(shard_task(task, here).init_state)
+    tree = to_host(restore(here.checkpoint_dir, step, like))
     return {
         name: hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
         for name, leaf in flatten_with_names(tree).items()

@@ -10,7 +10,7 @@ import safetensors.numpy
 import gptjax
 from gptjax.config import GPTConfig
 from gptjax.tree import flatten_with_names
-from gptjax.weights.folder import Model
+from gptjax.weights.model_folder import Model
 
 
 def make_model(**changes):

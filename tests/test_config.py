@@ -14,13 +14,13 @@ from gptjax.config import (
     PRESETS,
     CheckpointConfig,
     DataConfig,
+    FinetuneConfig,
     GPTConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
-    FinetuneConfig,
-    from_dict,
     config_diff,
+    from_dict,
     load_config,
 )
 from gptjax.errors import ConfigError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.cli import make_parser
+from gptjax.cli.main import make_parser
 from gptjax.config import find_config
 
 ROOT = Path(__file__).resolve().parent.parent

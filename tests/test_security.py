@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gptjax import template
-from gptjax.weights.folder import Model, save_model
+from gptjax.tokenizer.chat_template import load_chat_template
+from gptjax.weights.model_folder import Model, save_model
 from tests.file_server import plain, serving
 from tests.judge_server import judging, says
 from tests.small_models import make_model
@@ -168,7 +168,7 @@ def test_no_secret_of_the_environment_is_printed_or_written(tmp_path):
     row = {"prompt": "Hi", "completion": "Ho"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     made = make_model(context_length=64)
-    source = template.load_chat_template("qa").source
+    source = load_chat_template("qa").source
     assistant = Model(made.config, made.params, made.tokenizer, chat_template=source)
     save_model(assistant, tmp_path / "assistant")
     bad = "https://user:canary-url-4711@127.0.0.1:9/v1"

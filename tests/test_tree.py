@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptjax.tree import match_rules, num_params, flatten_with_names
+from gptjax.tree import flatten_with_names, match_rules, num_params
 
 TREE = {"tokens": {"embedding": 0}, "norm": {"scale": 1, "bias": 2}}
 

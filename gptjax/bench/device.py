@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gptjax import budget
-from gptjax.attention.choice import BACKENDS, resolve_backend
-from gptjax.bench import limits
+from gptjax.bench import roofline
 from gptjax.config import GPTConfig, MeshConfig, OptimConfig, did_you_mean
-from gptjax.data.batches import make_lm_batch
+from gptjax.data.lm import make_lm_batch
 from gptjax.errors import ConfigError
-from gptjax.loss import make_lm_loss_fn
-from gptjax.model import compute_dtype, init
-from gptjax.optim import make_optimizer
-from gptjax.run_folder import package_versions
-from gptjax.sharding import make_mesh, use_mesh, shard_tree, shard_batch
-from gptjax.train import init_state, make_train_step
+from gptjax.model.attention.dispatch import BACKENDS, resolve_backend
+from gptjax.model.gpt import compute_dtype, init
+from gptjax.parallel.sharding import make_mesh, shard_batch, shard_tree, use_mesh
+from gptjax.runtime.device import package_versions
+from gptjax.training import estimate
+from gptjax.training.loss import make_lm_loss_fn
+from gptjax.training.optimizer import make_optimizer
+from gptjax.training.train_step import init_state, make_train_step
 
 BATCH_SIZES = (4, 8, 16, 32, 64, 128)  # per device, until out of memory
 TIMED_STEPS = 10  # after WARMUP_STEPS
@@ -75,7 +75,7 @@ def measure_train_rates(
                     dataclasses.replace(config, attention=backend), rows
                 )
             except (ConfigError, jax.errors.JaxRuntimeError) as error:
-                log(f"{backend:<10} {rows} rows: {limits.first_line_of(error)}")
+                log(f"{backend:<10} {rows} rows: {roofline.first_line_of(error)}")
                 break
 
 
@@ -95,7 +95,7 @@ def measure_train_rate(config: GPTConfig, rows: int) -> TrainRate:
     step = make_train_step(
         make_lm_loss_fn(config, TRAIN_LOSS_CHUNK_SIZE, False), optimizer
     )
-    previous_peak = limits.device_peak_bytes()
+    previous_peak = roofline.device_peak_bytes()
     started = time.perf_counter()
     with use_mesh(mesh):
         compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
@@ -109,13 +109,13 @@ def measure_train_rate(config: GPTConfig, rows: int) -> TrainRate:
             seconds.append(time.perf_counter() - started)
     median_seconds = statistics.median(seconds)
     tokens_per_s = shape[0] * config.context_length / median_seconds
-    peak_flops = budget.total_peak_flops()
+    peak_flops = estimate.total_peak_flops()
     mfu = (
-        tokens_per_s * budget.flops_per_token(config) / peak_flops
+        tokens_per_s * estimate.flops_per_token(config) / peak_flops
         if peak_flops
         else None
     )
-    current_peak = limits.device_peak_bytes()
+    current_peak = roofline.device_peak_bytes()
     return TrainRate(
         config.attention,
         rows,
@@ -146,7 +146,7 @@ def format_train_rate(train_rate: TrainRate) -> str:
     """Formats a rate as a line of text."""
     mfu = f", MFU {train_rate.mfu:.1%}" if train_rate.mfu else ""
     memory_texts = [
-        f"{budget.format_bytes(size)} {label}"
+        f"{estimate.format_bytes(size)} {label}"
         for label, size in (
             ("needed", train_rate.program_bytes),
             ("at peak", train_rate.peak_bytes),
@@ -190,8 +190,8 @@ def bench_device(
         f"{compute_dtype(config)}"
     )
     log(
-        f"model      {budget.parameter_count(config):,} parameters, T = "
-        f"{config.context_length}, {budget.flops_per_token(config) / 1e9:.3f} GFLOPs "
+        f"model      {estimate.parameter_count(config):,} parameters, T = "
+        f"{config.context_length}, {estimate.flops_per_token(config) / 1e9:.3f} GFLOPs "
         "per token (6 P + 12 N D T)"
     )
     metrics: dict[str, Any] = {
@@ -202,15 +202,15 @@ def bench_device(
         "dtype": str(compute_dtype(config)),
         "context": config.context_length,
     }
-    metrics |= limits.measure_peaks(log)
+    metrics |= roofline.measure_peaks(log)
     if not only or "train" in only:
         metrics |= bench_training(
             config, log, batch_sizes, backends, metrics.get("matmul_bfloat16")
         )
     if not only or "decode" in only:
-        metrics |= limits.bench_decode(config, log, limits.peak_bandwidth(metrics))
+        metrics |= roofline.bench_decode(config, log, roofline.peak_bandwidth(metrics))
     if not only or "prefill" in only:
-        metrics |= limits.bench_prefill(config, log)
+        metrics |= roofline.bench_prefill(config, log)
     return metrics
 
 
@@ -239,7 +239,7 @@ def bench_training(
     }
     matmul_text = ""
     if matmul_flops:
-        flops = best.tokens_per_s * budget.flops_per_token(config)
+        flops = best.tokens_per_s * estimate.flops_per_token(config)
         metrics["train_share_of_matmul_rate"] = (
             flops / matmul_flops / jax.device_count()
         )

@@ -17,9 +17,9 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from itertools import pairwise
 
-from gptjax import tokenizer
-from gptjax.bpe import SPLIT_REGEX, encode_utf8
 from gptjax.errors import ConfigError, DataError
+from gptjax.tokenizer import tokenizer
+from gptjax.tokenizer.bpe import SPLIT_REGEX, encode_utf8
 
 Pair = tuple[str, str]
 Symbols = tuple[str, ...]

@@ -1,6 +1,6 @@
 """Chapter 2: tokenization, training windows and embeddings, one step at a time.
 
-The letters in array names are those of `gptjax.model.gpt`. The production versions are
+The letters in array names are those of `gptjax.model.gpt.gpt`. The production versions are
 `gptjax.tokenizer` and `gptjax.data`.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from gptjax.errors import ConfigError, DataError
-from gptjax.tokenizer import ENDOFTEXT, Tokenizer
+from gptjax.tokenizer.tokenizer import ENDOFTEXT, Tokenizer
 
 UNKNOWN_TOKEN = "<|unk|>"
 # Section 2.2: punctuation marks, double dashes, and the text between them and white

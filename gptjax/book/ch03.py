@@ -1,8 +1,8 @@
 """Chapter 3: attention from dot products to multiple heads, one step at a time.
 
-The letters in array names are those of `gptjax.model.gpt`; E is the output width of
+The letters in array names are those of `gptjax.model.gpt.gpt`; E is the output width of
 multi-head attention, equal to D in a GPT. Functions of [T, D] take one sequence; batch
-them with `jax.vmap`. The production version is `gptjax.model.attention`.
+them with `jax.vmap`. The production version is `gptjax.model.gpt.attention`.
 """
 
 import math

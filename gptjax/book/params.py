@@ -15,10 +15,10 @@ import numpy as np
 from gptjax.book.torch_random import TorchGenerator
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
-from gptjax.model import Params, init
-from gptjax.tree import flatten_with_names
-from gptjax.weights.names import param_slots, unpack_tensor, source_shape
-from gptjax.weights.streaming import aligned_empty
+from gptjax.model.gpt import init
+from gptjax.tree import Params, flatten_with_names
+from gptjax.weights.load import aligned_empty
+from gptjax.weights.param_map import param_slots, source_shape, unpack_tensor
 
 EMBEDDING_LAYERS = ("tok_emb", "pos_emb")
 BLOCK_LAYERS = (  # in the book's construction order

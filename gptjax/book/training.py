@@ -15,49 +15,51 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import budget, classification, instruct, pretrain, report
-from gptjax import tokenizer as tokenizers
-from gptjax.book.ch02 import split_text, make_windows
-from gptjax.book.course import (
+from gptjax.book.ch02 import make_windows, split_text
+from gptjax.book.loader import Loader
+from gptjax.book.params import init_params
+from gptjax.book.schedule import (
     FIRST_EVAL_STEP,
     TEST_SPLIT,
     TRAIN_SPLIT,
     VALIDATION_SPLIT,
     BatchSchedule,
     first_batches,
+    make_book_evaluate,
     make_loaders,
     plan_batch_schedule,
-    make_book_evaluate,
 )
-from gptjax.book.loader import Loader
-from gptjax.book.params import init_params
 from gptjax.book.torch_random import TorchGenerator
 from gptjax.config import RunConfig
-from gptjax.data import named
-from gptjax.data.batches import Batch, make_lm_batch
-from gptjax.data.example_batches import BookBatches
-from gptjax.data.labelled import take
-from gptjax.data.labelled_batches import ClassificationBatches
+from gptjax.data.classification import ClassificationBatches, take
+from gptjax.data.datasets import fetch_dataset
+from gptjax.data.lm import Batch, make_lm_batch
+from gptjax.data.sft import BookBatches
 from gptjax.errors import ConfigError
-from gptjax.evaluate import evaluate, make_eval_step
-from gptjax.examine import example_loss
-from gptjax.loss import make_lm_loss_fn
-from gptjax.optim import make_optimizer
-from gptjax.prediction import evaluate_classifier, bucket_lengths
-from gptjax.run_task import (
+from gptjax.evaluation.classification import evaluate_classifier
+from gptjax.evaluation.instructions import example_loss
+from gptjax.evaluation.perplexity import evaluate, make_eval_step
+from gptjax.inference.classify import bucket_lengths
+from gptjax.parallel.sharding import to_host
+from gptjax.tasks import classify, pretrain, sft
+from gptjax.tokenizer.tokenizer import load_tokenizer
+from gptjax.training import estimate
+from gptjax.training.finetune import tokenizer_provenance
+from gptjax.training.loss import make_lm_loss_fn
+from gptjax.training.metrics import log_event
+from gptjax.training.optimizer import make_optimizer
+from gptjax.training.task import (
     DEFAULT_RESUME_OPTIONS,
-    RunContext,
     LogFn,
-    Task,
     ResumeOptions,
+    RunContext,
+    Task,
     describe_devices,
     describe_length,
 )
-from gptjax.sharding import to_host
-from gptjax.starting import tokenizer_provenance
-from gptjax.train import TrainState, init_state, make_train_step
+from gptjax.training.train_step import TrainState, init_state, make_train_step
 from gptjax.tree import num_params
-from gptjax.weights.folder import Model
+from gptjax.weights.model_folder import Model
 
 
 def train_book(
@@ -82,11 +84,9 @@ def train_book(
     if source == "verdict":
         return pretrain.pretrain(config, run_dir, log, make_chapter_5, options)
     if source == "sms-spam":
-        return classification.train_classifier(
-            config, run_dir, log, make_chapter_6, options
-        )
+        return classify.train_classifier(config, run_dir, log, make_chapter_6, options)
     if source == "instructions":
-        return instruct.train_sft(config, run_dir, log, make_chapter_7, options)
+        return sft.train_sft(config, run_dir, log, make_chapter_7, options)
     raise ConfigError(
         f"data.source={source!r} is not used by the book. Use verdict, sms-spam or "
         "instructions, or another train.task."
@@ -95,12 +95,12 @@ def train_book(
 
 def load_verdict_rows(context: int) -> dict[str, np.ndarray]:
     """Loads the-verdict as rows of T + 1 tokens, split 90:10."""
-    text = named.fetch_dataset("verdict").read_text(encoding="utf-8")
+    text = fetch_dataset("verdict").read_text(encoding="utf-8")
     rows = {}
     for split, split_part in zip(
         (TRAIN_SPLIT, VALIDATION_SPLIT), split_text(text), strict=True
     ):
-        ids = tokenizers.load_tokenizer("gpt2").encode(split_part)
+        ids = load_tokenizer("gpt2").encode(split_part)
         token_windows = make_windows(ids, context, context)
         rows[split] = np.concatenate(
             [token_windows.input_BT, token_windows.target_BT[:, -1:]], axis=1
@@ -110,7 +110,7 @@ def load_verdict_rows(context: int) -> dict[str, np.ndarray]:
 
 def make_chapter_5(run: RunContext) -> tuple[RunContext, Task]:
     """Makes the pretraining task on the-verdict."""
-    c, tokenizer = run.config, tokenizers.load_tokenizer("gpt2")
+    c, tokenizer = run.config, load_tokenizer("gpt2")
     model_config = dataclasses.replace(c.model, vocab_size=tokenizer.vocab_size)
     c = dataclasses.replace(c, model=model_config)
     run = dataclasses.replace(run, config=c)
@@ -139,7 +139,7 @@ def make_chapter_5(run: RunContext) -> tuple[RunContext, Task]:
         if step % steps_per_epoch < c.train.eval_every:  # about once an epoch
             pretrain.write_sample(run, to_model(state), step)
 
-    memory_by_part = budget.memory_bytes(budget.resolve_config(c))
+    memory_by_part = estimate.memory_bytes(estimate.resolve_config(c))
     return run, Task(
         init_state=init_state(params, optimizer, jax.random.key(c.train.seed)),
         train_step=make_train_step(loss_fn, optimizer, c.train.accumulate),
@@ -154,7 +154,7 @@ def make_chapter_5(run: RunContext) -> tuple[RunContext, Task]:
             f"data     {rows[TRAIN_SPLIT].size:,} tokens in {len(rows[TRAIN_SPLIT])} training "
             f"rows, {len(rows[VALIDATION_SPLIT])} validation rows",
             describe_length(c.train.steps, c.train.steps / steps_per_epoch),
-            f"memory   about {budget.format_bytes(sum(memory_by_part.values()))}",
+            f"memory   about {estimate.format_bytes(sum(memory_by_part.values()))}",
             describe_devices(run),
         ],
         sample=sample if c.train.sample_prompt else None,
@@ -185,7 +185,7 @@ def make_chapter_5_evaluate(
             )
             evaluation = evaluate(eval_step, state.params, batches, byte_lengths)
             metrics = evaluation.to_dict()
-            report.log_event(run.metrics_path, "eval", step, split=split, **metrics)
+            log_event(run.metrics_path, "eval", step, split=split, **metrics)
         return f"val {evaluation.loss:.4f}" if evaluation else ""
 
     return evaluate_rows
@@ -193,9 +193,9 @@ def make_chapter_5_evaluate(
 
 def make_chapter_6(
     run: RunContext,
-) -> tuple[RunContext, Task, classification.ClassificationData]:
+) -> tuple[RunContext, Task, classify.ClassificationData]:
     """Makes the spam filter task: the book's head, batch order and printed metrics."""
-    run, task, datasets = classification.make_classification_task(run)
+    run, task, datasets = classify.make_classification_task(run)
     c, ids, max_length = (
         run.config,
         datasets.ids[TRAIN_SPLIT],
@@ -254,9 +254,9 @@ def init_book_head(config: RunConfig) -> dict[str, Any]:
     return head
 
 
-def make_chapter_7(run: RunContext) -> tuple[RunContext, Task, instruct.SFTData]:
+def make_chapter_7(run: RunContext) -> tuple[RunContext, Task, sft.SFTData]:
     """Makes the assistant task: the book's batch order and printed metrics."""
-    run, task, datasets = instruct.make_sft_task(run)
+    run, task, datasets = sft.make_sft_task(run)
     c, examples = run.config, datasets.examples
     loaders = make_loaders({split: len(part) for split, part in examples.items()}, c)
     schedule = plan_batch_schedule(

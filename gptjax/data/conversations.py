@@ -15,17 +15,16 @@ from typing import Any, TypeVar
 import numpy as np
 
 from gptjax.config import did_you_mean
-from gptjax.data import labelled, named
-from gptjax.data.folds import ALL_SPLITS, split_sizes
-from gptjax.data.python_lines import PYTHON_LINES
-from gptjax.data.rows import READERS, open_decompressed
+from gptjax.data import classification, datasets
+from gptjax.data.builtin import PYTHON_LINES, WORD_TASKS, word_tasks
+from gptjax.data.readers import READERS, open_decompressed
+from gptjax.data.splits import ALL_SPLITS, split_sizes
 from gptjax.data.text import get_row_text, suffix_without_gz
-from gptjax.data.word_tasks import WORD_TASKS, word_tasks
 from gptjax.errors import ConfigError, DataError
 
 CONVERSATION_DATASETS = ("instructions", "preferences", WORD_TASKS)
 CONVERSATION_FILE_FORMATS = {
-    f".{kind}": labelled.TABLE_FORMATS[f".{kind}"] for kind in READERS
+    f".{kind}": classification.TABLE_FORMATS[f".{kind}"] for kind in READERS
 }
 RowFormats = dict[tuple[str, ...], str]  # required columns: name of the format
 CONVERSATION_FORMATS: RowFormats = {  # the first match wins
@@ -190,8 +189,8 @@ def resolve_conversation_path(path: str) -> Path:
     """Returns the file of a data set name or a path."""
     file = Path(path).expanduser()
     if path in CONVERSATION_DATASETS:
-        return named.fetch_dataset(path)
-    if path in (named.PYTHON_HELP, PYTHON_LINES, *named.DATASETS):
+        return datasets.fetch_dataset(path)
+    if path in (datasets.PYTHON_HELP, PYTHON_LINES, *datasets.DATASETS):
         problem = f"the data set {path} has no conversations"
     elif not file.is_file():
         problem = f"{path} is not a file"

@@ -14,32 +14,33 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax import tokenizer as tokenizers
 from gptjax.config import DataConfig
-from gptjax.data.foreign import open_external, find_token_files
-from gptjax.data.named import DATASETS, PYTHON_HELP
-from gptjax.data.shards import (
-    TOKEN_FILES_FORMAT,
-    ShardWriter,
-    TokenDataset,
-    is_prepared_dir,
-    open_split,
-    read_token_metadata,
-    token_dtype,
-)
-from gptjax.data.split import (
+from gptjax.data.datasets import DATASETS, PYTHON_HELP
+from gptjax.data.text import (
     TEXT_SPLITS,
     TRAIN_SPLIT,
     VALIDATION_SPLIT,
     SplitRule,
     SplitSpan,
+    TextSource,
+    find_sources,
+    iter_split_spans,
     make_split_rule,
     source_fingerprint,
-    iter_split_spans,
 )
-from gptjax.data.text import TextSource, find_sources
+from gptjax.data.token_files import (
+    TOKEN_FILES_FORMAT,
+    ShardWriter,
+    TokenDataset,
+    find_token_files,
+    is_prepared_dir,
+    open_external,
+    open_split,
+    read_token_metadata,
+    token_dtype,
+)
 from gptjax.errors import ConfigError, DataError
-from gptjax.tokenizer import Tokenizer
+from gptjax.tokenizer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 DEFAULT_SHARD_TOKENS = 100_000_000
 TASK_CHARS = 1 << 17  # characters per encoding task, approximately
@@ -99,7 +100,7 @@ def open_dataset(config: DataConfig, prepared_dir: Path) -> TokenizedSplits:
     if is_prepared_dir(source):
         return open_prepared(source, config.tokenizer)
     if config.source not in (PYTHON_HELP, *DATASETS) and find_token_files(source):
-        tokenizer = tokenizers.load_tokenizer(config.tokenizer or "gpt2")
+        tokenizer = load_tokenizer(config.tokenizer or "gpt2")
         splits = [
             open_external(source, split, tokenizer.vocab_size, tokenizer.eot_token)
             for split in TEXT_SPLITS
@@ -132,7 +133,7 @@ def open_prepared(folder: Path, expected_tokenizer: str = "") -> TokenizedSplits
     """
     meta = read_token_metadata(folder)
     name, tokenizer_hash = meta["tokenizer"]["name"], meta["tokenizer"]["hash"]
-    tokenizer = tokenizers.load_tokenizer(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
     if tokenizer.hash != tokenizer_hash:
         raise DataError(
             f"{folder / 'tokenizer'} has the hash {tokenizer.hash}, but the data was "
@@ -279,7 +280,7 @@ def check_output_empty(out: Path) -> None:
 
 def tokenizer_id(name: str) -> str:
     """Returns the hash of a tokenizer, or bpe:SIZE if it is yet to be trained."""
-    return name if name.startswith("bpe:") else tokenizers.load_tokenizer(name).hash
+    return name if name.startswith("bpe:") else load_tokenizer(name).hash
 
 
 def load_or_train_tokenizer(
@@ -287,7 +288,7 @@ def load_or_train_tokenizer(
 ) -> Tokenizer:
     """Loads a tokenizer, or trains "bpe:SIZE" on the training split."""
     if not name.startswith("bpe:"):
-        return tokenizers.load_tokenizer(name)
+        return load_tokenizer(name)
     size = name.removeprefix("bpe:")
     if not size.isdecimal():
         raise ConfigError(
@@ -295,7 +296,7 @@ def load_or_train_tokenizer(
         )
     spans = iter_split_spans(sources, rule, "learning tokens")
     texts = (span.text for span in spans if span.split == TRAIN_SPLIT)
-    return tokenizers.train_tokenizer(texts, int(size), name)
+    return train_tokenizer(texts, int(size), name)
 
 
 class EncodedSpans(NamedTuple):

@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 
-from gptjax import strict_json
 from gptjax.config import did_you_mean
-from gptjax.download import (
-    RemoteFileNotFoundError,
+from gptjax.errors import DataError, ModelError
+from gptjax.fileio import strict_json
+from gptjax.fileio.download import (
     Pin,
     RemoteFile,
-    user_cache_dir,
+    RemoteFileNotFoundError,
     download_file,
     is_offline,
     open_part,
     sha256_of_files,
+    user_cache_dir,
 )
-from gptjax.errors import DataError, ModelError
-from gptjax.template import CHAT_TEMPLATE_FILE as TEMPLATE
+from gptjax.tokenizer.chat_template import CHAT_TEMPLATE_FILE as TEMPLATE
 
 _LogFn = Callable[[str], None]
 Record = dict[str, Pin | None]  # None if the repository lacks the file

@@ -15,10 +15,10 @@ import sys
 import tempfile
 import time
 
-from gptjax import tokenizer
-from gptjax.bench import peers
+from gptjax.bench import torch_workloads
 from gptjax.book.ch02 import split_text
-from gptjax.data import named
+from gptjax.data import datasets
+from gptjax.tokenizer import tokenizer
 
 
 class Gpt2:
@@ -47,14 +47,14 @@ def run_book() -> None:
 
     gpt2 = Gpt2()
     tiktoken.get_encoding = lambda name: gpt2
-    parts = split_text(named.fetch_dataset("verdict").read_text(encoding="utf-8"))
+    parts = split_text(datasets.fetch_dataset("verdict").read_text(encoding="utf-8"))
     torch.manual_seed(123)
     train, validation = (
         create_dataloader_v1(part, 2, 256, 256, shuffle=first, drop_last=first)
         for part, first in zip(parts, (True, False), strict=True)
     )
     torch.manual_seed(123)
-    shape = peers.book_model_config("gpt2", 256)
+    shape = torch_workloads.book_model_config("gpt2", 256)
     model = GPTModel(shape | {"drop_rate": 0.1, "qkv_bias": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0004, weight_decay=0.1)
     device, start = torch.device("cpu"), "Every effort moves you"

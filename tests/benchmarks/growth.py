@@ -16,11 +16,11 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from gptjax.bench.ours import LOSS_CHUNK_SIZE, random_tokens
+from gptjax.bench.workloads import LOSS_CHUNK_SIZE, random_tokens
 from gptjax.config import GPTConfig
-from gptjax.data.batches import make_lm_batch
-from gptjax.loss import make_lm_loss_fn
-from gptjax.model import init
+from gptjax.data.lm import make_lm_batch
+from gptjax.model.gpt import init
+from gptjax.training.loss import make_lm_loss_fn
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 BACKENDS = ("reference", "chunked", "flash")

@@ -12,12 +12,13 @@ from pathlib import Path
 import jax
 
 import gptjax
-from gptjax import checkpoint
+from gptjax.checkpoint.checkpoint import restore
 from gptjax.config import load_config
-from gptjax.figures import attention_figure, loss_mask_figure, token_loss_figure
-from gptjax.preview import preview_rows
-from gptjax.report import loss_figure, read_events
-from gptjax.run_loop import checkpoint_state
+from gptjax.plots.curves import loss_figure
+from gptjax.plots.figures import attention_figure, loss_mask_figure, token_loss_figure
+from gptjax.plots.preview import preview_rows
+from gptjax.training.metrics import read_events
+from gptjax.training.trainer import checkpoint_state
 
 PICTURES = Path(__file__).resolve().parent.parent.parent / "colab" / "pictures"
 TEXT = """\
@@ -32,7 +33,7 @@ def earlier(run: Path, model: gptjax.Model, step: int) -> gptjax.Model:
     config = load_config(run / "config.toml")
     optimizer = gptjax.make_optimizer(config.optim, config.train.steps)
     state = gptjax.init_state(model.params, optimizer, jax.random.key(0))
-    kept = checkpoint.restore(run / "checkpoints", step, checkpoint_state(state))
+    kept = restore(run / "checkpoints", step, checkpoint_state(state))
     return dataclasses.replace(model, params=kept["params"])
 
 

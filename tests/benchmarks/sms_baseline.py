@@ -8,8 +8,8 @@ label, and of scikit-learn's defaults on words and on characters. Needs [peers].
 
 from collections import Counter
 
-from gptjax.data.folds import stratified_split
-from gptjax.data.labelled import read_labeled_texts
+from gptjax.data.classification import read_labeled_texts
+from gptjax.data.splits import stratified_split
 
 KINDS = {
     "words": {},

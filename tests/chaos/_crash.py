@@ -22,7 +22,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gptjax import checkpoint, distributed
+from gptjax.checkpoint.checkpoint import restore_latest, save_step
+from gptjax.parallel import distributed
 from tests.chaos._small_states import resume_fault, state_at
 
 PATCHED = (
@@ -98,7 +99,7 @@ def save(folder: Path, step: int, point: int, where: str) -> int:
     state = placed(step)
     jax.block_until_ready(state)
     points = watch(point)
-    checkpoint.save_step(folder, step, state, keep=2)
+    save_step(folder, step, state, keep=2)
     return points()
 
 
@@ -106,7 +107,7 @@ def start(folder: Path, point: int) -> int:
     """Goes on there as a run does, and dies at a point."""
     like = state_at(0)
     points = watch(point)
-    checkpoint.restore_latest(folder, like)
+    restore_latest(folder, like)
     return points()
 
 
@@ -119,7 +120,7 @@ def check(folders: list[str], expected: list[int | None], following: int) -> lis
         if not fault and left:
             fault = f"{left} are left"
         if not fault:
-            checkpoint.save_step(folder, following, state_at(following), keep=2)
+            save_step(folder, following, state_at(following), keep=2)
             fault = resume_fault(folder, {following})
         found.append(fault)
         shutil.rmtree(folder)

@@ -40,6 +40,6 @@ def disturb(module: str, name: str, call: int, delay: float) -> None:
 if __name__ == "__main__":
     if int(sys.argv[3]):
         disturb(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
-    from gptjax import cli
+    from gptjax.cli import main
 
-    sys.exit(cli.main(sys.argv[5:]))
+    sys.exit(main.main(sys.argv[5:]))

@@ -7,14 +7,15 @@ import sys
 import time
 from typing import Any
 
-from gptjax import cli, run_steps
+from gptjax.cli import main
+from gptjax.training import trainer
 
 if __name__ == "__main__":
-    write, pause = run_steps.log_train_metrics, float(sys.argv[1])
+    write, pause = trainer.log_train_metrics, float(sys.argv[1])
 
     def slowly(*args: Any) -> Any:
         time.sleep(pause)
         return write(*args)
 
-    run_steps.log_train_metrics = slowly
-    sys.exit(cli.main(sys.argv[2:]))
+    trainer.log_train_metrics = slowly
+    sys.exit(main.main(sys.argv[2:]))

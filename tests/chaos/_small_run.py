@@ -9,7 +9,8 @@ from typing import Any
 
 import tomli_w
 
-from gptjax import checkpoint, report
+from gptjax.checkpoint.manifest import list_steps
+from gptjax.training.metrics import read_events
 from tests.processes import TEXT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -71,7 +72,7 @@ def numbers(run: Path) -> dict[tuple[str, int], dict[str, Any]]:
         (event["event"], event["step"]): {
             name: value for name, value in event.items() if name not in VARYING
         }
-        for event in report.read_events(run / "metrics.jsonl")
+        for event in read_events(run / "metrics.jsonl")
         if event["event"] in KINDS
     }
 
@@ -84,7 +85,7 @@ def parameters(run: Path) -> str:
 
 def newest(run: Path) -> int:
     """The newest step that has a checkpoint; 0 where there is none."""
-    return max(checkpoint.list_steps(run / "checkpoints"), default=0)
+    return max(list_steps(run / "checkpoints"), default=0)
 
 
 def strayed(run: Path, whole: Path) -> str:

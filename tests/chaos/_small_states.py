@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import checkpoint
+from gptjax.checkpoint.checkpoint import restore_latest
 from gptjax.tree import flatten_with_names
 
 
@@ -35,7 +35,7 @@ def bits(tree: Any) -> dict[str, bytes]:
 
 def resume_fault(folder: Path, expected: set[int | None]) -> str:
     """What is wrong with how a run would go on there, or ""."""
-    resumed = checkpoint.restore_latest(folder, jax.tree.map(jnp.asarray, state_at(0)))
+    resumed = restore_latest(folder, jax.tree.map(jnp.asarray, state_at(0)))
     if resumed.step not in expected:
         return f"it goes on from step {resumed.step}, and not from {expected}"
     if resumed.step is None:

@@ -11,9 +11,9 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gptjax import download
-from gptjax.download import RemoteFile
 from gptjax.errors import DataError
+from gptjax.fileio import download
+from gptjax.fileio.download import RemoteFile
 from tests.file_server import (
     BODY,
     PIN,

@@ -13,7 +13,8 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from gptjax import checkpoint, manifest
+from gptjax.checkpoint import manifest
+from gptjax.checkpoint.checkpoint import latest_step, save_step
 from tests.chaos._small_states import resume_fault, state_at
 
 FULL, SLICE = 10_000, 1_000
@@ -168,7 +169,7 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
     """What went wrong with each altered checkpoint, or ""."""
     good, steps = folder / "good", folder / "run" / "checkpoints"
     for step in (1, 2):
-        checkpoint.save_step(good, step, state_at(step), keep=2)
+        save_step(good, step, state_at(step), keep=2)
     shutil.copytree(good / "1", steps / "1")
     for case in cases:
         rng = random.Random(f"{seed} {case}")
@@ -188,7 +189,7 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
 
 def told(steps: Path, case: int) -> str:
     """What is wrong with what a start finds and says, or ""."""
-    step, complaints = checkpoint.latest_step(steps)
+    step, complaints = latest_step(steps)
     if step != 1:
         return resume_fault(steps, {2})
     aside = [path for path in steps.iterdir() if path.name.endswith(".damaged")]

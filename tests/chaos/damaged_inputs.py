@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax import tokenizer as tokenizers
 from gptjax.config import load_config
+from gptjax.data.classification import read_labeled_texts
 from gptjax.data.conversations import read_conversations, read_preference_pairs
-from gptjax.data.labelled import read_labeled_texts
 from gptjax.data.text import find_sources, iter_chunks, read_text_file
 from gptjax.errors import GptjaxError
+from gptjax.tokenizer import tokenizer
 
 FULL, SLICE = 100_000, 10_000
 
@@ -54,7 +54,7 @@ mask_prompt = true
 task = "pretrain"
 steps = 12
 """
-SMALL = tokenizers.train_tokenizer(["low lower lowest newest widest"] * 3, 264)
+SMALL = tokenizer.train_tokenizer(["low lower lowest newest widest"] * 3, 264)
 
 
 def read_texts(path: Path) -> list[Any]:
@@ -82,7 +82,7 @@ def read_classes(path: Path) -> list[Any]:
 
 def read_tokenizer(path: Path) -> list[Any]:
     """A text that went through the tokenizer in the file's folder."""
-    found = tokenizers.load_tokenizer(path.parent)
+    found = tokenizer.load_tokenizer(path.parent)
     text = "the lowest <|endoftext|> ü"
     assert found.decode(found.encode(text)) == text
     return [found.vocab_size]

@@ -15,9 +15,9 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from gptjax.download import Pin, check_pin, sha256_of_files
 from gptjax.errors import DataError, ModelError
-from gptjax.weights.tensors import HEADER_LENGTH_BYTES, open_safetensors
+from gptjax.fileio.download import Pin, check_pin, sha256_of_files
+from gptjax.weights.safetensors import HEADER_LENGTH_BYTES, open_safetensors
 
 FULL, SLICE = 1_000_000, 100_000
 MOST_GROWTH = 200 << 10  # kB of resident memory over the whole campaign

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax.data import shards
+from gptjax.data import token_files
 from gptjax.data.prepare import TokenizedSplits, open_prepared, prepare_dataset
 from gptjax.errors import DataError
 
@@ -43,7 +43,7 @@ def content(data: TokenizedSplits) -> list[Any]:
 
 
 def hashes(data: TokenizedSplits) -> list[Any]:
-    """What a run keeps of the data, as `gptjax.pretrain.data_facts` does."""
+    """What a run keeps of the data, as `gptjax.tasks.pretrain.data_facts` does."""
     parts = [part for part in (data.train, data.validation) if part]
     return [(shard.path.name, shard.sha256) for part in parts for shard in part.shards]
 
@@ -112,7 +112,7 @@ def fault_of(folder: Path, name: str, same_size: bool, whole: TokenizedSplits) -
 
 def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
     """What went wrong with each case."""
-    block, shards.CRC_BLOCK_BYTES = shards.CRC_BLOCK_BYTES, BLOCK
+    block, token_files.CRC_BLOCK_BYTES = token_files.CRC_BLOCK_BYTES, BLOCK
     try:
         good, other = written(folder, range(40)), written(folder, range(1000, 1040))
         whole = open_prepared(good)
@@ -129,4 +129,4 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
                 yield f"{name}: {type(error).__name__}: {error}"
             shutil.rmtree(bad)
     finally:
-        shards.CRC_BLOCK_BYTES = block
+        token_files.CRC_BLOCK_BYTES = block

@@ -23,15 +23,14 @@ from typing import Any
 import grain
 import numpy as np
 
-from gptjax.data import batches as token_batches
-from gptjax.data.batches import make_batches
-from gptjax.data.dealing import buckets
-from gptjax.data.example_batches import make_sft_batches
-from gptjax.data.examples import Example
-from gptjax.data.labelled_batches import ClassificationBatches
-from gptjax.data.pair_batches import make_preference_batches
-from gptjax.data.shards import TokenShard, open_shards
-from gptjax.prefetch import prefetch_to_device
+from gptjax.data import lm as token_batches
+from gptjax.data.bucketing import buckets
+from gptjax.data.classification import ClassificationBatches
+from gptjax.data.lm import make_batches
+from gptjax.data.preference import make_preference_batches
+from gptjax.data.prefetch import prefetch_to_device
+from gptjax.data.sft import Example, make_sft_batches
+from gptjax.data.token_files import TokenShard, open_shards
 
 FULL, SLICE = 200, 20
 KINDS = ("tokens", "padded", "packed", "book", "labels", "pairs")

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from gptjax import report
+from gptjax.training.metrics import read_events
 from tests.chaos._small_run import (
     different,
     environment,
@@ -51,7 +51,7 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
 
 def main(seed: int, cases: Sequence[int]) -> None:
     """Kills, and writes a line of JSON for each case; in the folder of the runs."""
-    from gptjax import pretrain  # noqa: F401 (for the children)
+    from gptjax.tasks import pretrain  # noqa: F401 (for the children)
 
     whole, count = Path("whole"), 0
     folder, pace = Path("run0"), undisturbed()
@@ -123,8 +123,8 @@ def start(run: Path) -> int:
     code = 1
     try:
         from gptjax.config import load_config
-        from gptjax.pretrain import pretrain
-        from gptjax.programs import persistent_cache
+        from gptjax.runtime.compilation_cache import persistent_cache
+        from gptjax.tasks.pretrain import pretrain
 
         with persistent_cache(Path("compiled"), lambda line: None):
             pretrain(load_config(Path("config.toml")), run, lambda line: None)
@@ -160,7 +160,7 @@ def ended(child: int, run: Path) -> str:
 
 def resumes(run: Path) -> list[int]:
     """The steps from which the run went on."""
-    events = report.read_events(run / "metrics.jsonl")
+    events = read_events(run / "metrics.jsonl")
     return [event["step"] for event in events if event["event"] == "resume"]
 
 

@@ -16,14 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax import checkpoint, init
-from gptjax.checksums import checksum_tree
+from gptjax import init
+from gptjax.checkpoint.checkpoint import checksum_tree, restore, save_step
+from gptjax.checkpoint.manifest import read_manifest
 from gptjax.config import GPTConfig, MeshConfig, OptimConfig
-from gptjax.manifest import read_manifest
-from gptjax.optim import make_optimizer
-from gptjax.run_loop import checkpoint_state
-from gptjax.sharding import MESH_AXES, make_mesh, shard_tree
-from gptjax.train import TrainState, init_state
+from gptjax.parallel.sharding import MESH_AXES, make_mesh, shard_tree
+from gptjax.training.optimizer import make_optimizer
+from gptjax.training.train_step import TrainState, init_state
+from gptjax.training.trainer import checkpoint_state
 from gptjax.tree import flatten_with_names
 from tests.processes import exit_codes, free_port, started
 
@@ -87,7 +87,7 @@ def there(seed: int, zero: bool = False) -> dict[str, Any]:
 
 
 def by_numpy(leaf: np.ndarray) -> int:
-    """The checksum of `gptjax.checksums`, written down once more."""
+    """The checksum of `gptjax.checkpoint.checkpoint`, written down once more."""
     bits = np.ascontiguousarray(leaf).reshape(-1).view(np.uint32).astype(np.uint64)
     index = np.arange(bits.size, dtype=np.uint64)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
@@ -100,9 +100,9 @@ def work(job: str, seed: str, *folders: str) -> None:
     """Saves or restores in every folder; prints the checksums of each, by name."""
     for folder in map(Path, folders):
         if job == "save":
-            checkpoint.save_step(folder, 1, there(int(seed)), keep=2)
+            save_step(folder, 1, there(int(seed)), keep=2)
             continue
-        tree = checkpoint.restore(folder, 1, there(int(seed), zero=True))
+        tree = restore(folder, 1, there(int(seed), zero=True))
         sums, _ = checksum_tree(tree)
         if jax.process_index() == 0:
             print(json.dumps([str(folder), sums]), flush=True)

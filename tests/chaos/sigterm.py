@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from gptjax import report
-from gptjax.step_folders import delete_after
+from gptjax.checkpoint.manifest import delete_after
+from gptjax.training.metrics import drop_events_after
 from tests.chaos._small_run import (
     different,
     environment,
@@ -41,18 +41,18 @@ class Phase(NamedTuple):
 
 
 PHASES = {
-    "reading data": Phase("gptjax.pretrain", "open_dataset"),
-    "restoring": Phase("gptjax.checkpoint", "restore", resumed=True),
-    "compiling": Phase("gptjax.run_steps", "compiled"),
-    "a step": Phase("gptjax.run_steps", "train_event", 5),
-    "evaluating": Phase("gptjax.pretrain", "evaluate", 2),
-    "saving": Phase("gptjax.checkpoint", "store", 2),
+    "reading data": Phase("gptjax.tasks.pretrain", "open_dataset"),
+    "restoring": Phase("gptjax.checkpoint.checkpoint", "restore", resumed=True),
+    "compiling": Phase("gptjax.training.trainer", "compiled"),
+    "a step": Phase("gptjax.training.trainer", "train_event", 5),
+    "evaluating": Phase("gptjax.tasks.pretrain", "evaluate", 2),
+    "saving": Phase("gptjax.checkpoint.checkpoint", "store", 2),
     "importing": Phase("importlib", "import_module"),
-    "making parameters": Phase("gptjax.pretrain", "starting_params"),
-    "first evaluation": Phase("gptjax.pretrain", "evaluate"),
-    "compiling again": Phase("gptjax.run_steps", "compiled", resumed=True),
-    "sampling": Phase("gptjax.pretrain", "complete", 2),
-    "finishing": Phase("gptjax.report", "write_pictures"),
+    "making parameters": Phase("gptjax.tasks.pretrain", "starting_params"),
+    "first evaluation": Phase("gptjax.tasks.pretrain", "evaluate"),
+    "compiling again": Phase("gptjax.training.trainer", "compiled", resumed=True),
+    "sampling": Phase("gptjax.tasks.pretrain", "complete", 2),
+    "finishing": Phase("gptjax.training.metrics", "write_pictures"),
 }
 FULL, SLICE = 2 * len(PHASES), 6
 
@@ -90,7 +90,7 @@ def disturbed(
     if phase.resumed:
         shutil.copytree(whole, here)
         delete_after(here / "run" / "checkpoints", SAVED)
-        report.drop_events_after(here / "run" / "metrics.jsonl", SAVED)
+        drop_events_after(here / "run" / "metrics.jsonl", SAVED)
         shutil.rmtree(here / "run" / "model")
     else:
         write_config(here, train__sample_prompt="2 times", train__steps=24)

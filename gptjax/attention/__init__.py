@@ -1,1 +1,0 @@
-"""Attention backends behind one function; start with `mask`, then `dispatch`."""

@@ -1,0 +1,392 @@
+"""Training checkpoints: arrays written by Orbax, verified by a manifest of hashes.
+
+    checkpoints/<step>/state/          arrays, written by Orbax
+    checkpoints/<step>/manifest.json   hashes of every file and array, written last
+
+A step is written under a temporary name and renamed when complete, so a folder named
+by a number is complete unless it was modified later. Orbax loads flipped bits silently,
+hence the hashes: a step is valid only if all its files match, and after restoring, on
+any mesh, each array must have the checksum it was saved with.
+"""
+
+import contextlib
+import functools
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental.multihost_utils import (
+    broadcast_one_to_all,
+    sync_global_devices,
+)
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, UInt32
+
+from gptjax.checkpoint.manifest import (
+    CorruptCheckpointError,
+    apply_retention,
+    begin_step,
+    commit_step,
+    latest_valid_step,
+    quarantine,
+    read_manifest,
+    remove_path,
+    write_manifest,
+)
+from gptjax.checkpoint.manifest import list_steps as list_steps  # re-exported
+from gptjax.errors import ModelError
+from gptjax.tree import flatten_with_names
+
+MAX_CHECKPOINT_FILE_BYTES = (
+    1 << 28
+)  # per array file, so that several are hashed in parallel
+MIN_FREE_BYTES = 1 << 20  # free space needed in addition to the arrays
+OS_ERROR_PATTERN = re.compile(
+    r"os_error_code='?(\d+)"
+)  # in error messages of TensorStore
+
+SaveFn = Callable[[int, Any], None]
+
+
+@contextlib.contextmanager
+def async_saver(
+    checkpoint_dir: Path, keep: int, on_saved: Callable[[int], None] = lambda step: None
+) -> Iterator[SaveFn]:
+    """Yields `save(step, tree)`, which writes in a background thread.
+
+    The caller may donate the arrays while they are written: on CPU, JAX copies donated
+    buffers that are still referenced, and arrays on other devices are fetched first.
+    Leaving the `with` block waits for the last save. With several processes each save
+    is synchronous, because processes cannot synchronize in threads beside training.
+
+    Args:
+        checkpoint_dir: checkpoint folder of the run.
+        keep: number of newest steps to keep.
+        on_saved: called when a step is complete, possibly from another thread.
+
+    Raises:
+        ModelError: a step could not be saved, raised by the next `save` or at the end
+            of the `with` block. Earlier checkpoints are kept.
+    """
+
+    def write_and_notify(step: int, tree: Any) -> None:
+        write_step(checkpoint_dir, step, tree, keep)
+        on_saved(step)
+
+    if jax.process_count() > 1:
+        yield write_and_notify
+        return
+    pending: list[Future[None]] = []
+
+    def wait_for_pending() -> None:
+        while pending:
+            wait(pending)  # a signal may raise here; the result is still needed
+            pending.pop().result()
+
+    def begin_save(step: int, tree: Any) -> None:
+        wait_for_pending()
+        check_disk_space(checkpoint_dir, tree)
+        pending.append(executor.submit(write_and_notify, step, copy_to_host(tree)))
+
+    try:
+        with ThreadPoolExecutor(1, "checkpoint") as executor:
+            yield begin_save
+    finally:
+        wait_for_pending()
+
+
+def copy_to_host(tree: Any) -> Any:
+    """Returns the arrays in host memory, safe from donation of the originals.
+
+    Arrays that are in host memory already are not copied.
+    """
+    host_tree = jax.device_get(tree)
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # excluded by JAX_PLATFORMS
+        return host_tree
+    return jax.device_put(host_tree, cpu)
+
+
+def save_step(checkpoint_dir: Path, step: int, tree: Any, keep: int) -> None:
+    """Saves `tree` as `step`, then deletes all but the newest `keep` steps.
+
+    Raises:
+        ModelError: the folder cannot be written, or a value is not finite. Earlier
+            steps are kept.
+    """
+    check_disk_space(checkpoint_dir, tree)
+    write_step(checkpoint_dir, step, tree, keep)
+
+
+def write_step(checkpoint_dir: Path, step: int, tree: Any, keep: int) -> None:
+    """Writes a step without checking the disk space first; see `save_step`."""
+    is_main, partial_dir = jax.process_index() == 0, checkpoint_dir / f"{step}.partial"
+    try:
+        if is_main:
+            begin_step(checkpoint_dir, step)
+        sync_global_devices("checkpoint begun")
+        checksums = checksums_if_finite(step, tree)
+        write_arrays(partial_dir / "state", tree)
+        if is_main:
+            spec = tree_spec(tree)
+            arrays = {name: [spec[name], checksums[name]] for name in spec}
+            write_manifest(partial_dir, {"step": step, "arrays": arrays})
+            commit_step(checkpoint_dir, step)
+        sync_global_devices("checkpoint sealed")
+        if is_main:
+            apply_retention(checkpoint_dir, step, keep)
+    except OSError as error:
+        if is_main:  # frees the space taken by the partial step
+            with contextlib.suppress(OSError):
+                remove_path(partial_dir)
+        raise ModelError(
+            f"cannot save step {step} in {checkpoint_dir}: {error}. Free disk space or "
+            "choose another run folder; earlier checkpoints are kept."
+        ) from error
+
+
+def checksums_if_finite(step: int, tree: Any) -> dict[str, int]:
+    """Returns the checksum of each array by name.
+
+    Raises:
+        ModelError: a value is not finite.
+    """
+    checksums, nonfinite = checksum_tree(tree)
+    if nonfinite:
+        others = f" and {len(nonfinite) - 1} more" if nonfinite[1:] else ""
+        raise ModelError(
+            f"step {step} is not saved: {nonfinite[0]}{others} contains non-finite values. "
+            "Lower optim.peak_lr or optim.grad_clip and rerun the command to resume "
+            "from the last checkpoint."
+        )
+    return checksums
+
+
+def write_arrays(path: Path, tree: Any) -> None:
+    """Writes the arrays with Orbax, uncompressed: weights do not compress well.
+
+    Raises:
+        OSError: the arrays cannot be written.
+    """
+    options = ocp.args.PyTreeSave(
+        tree, ocdbt_target_data_file_size=MAX_CHECKPOINT_FILE_BYTES
+    )
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(path.absolute(), args=options)
+    except Exception as error:  # Orbax documents no type; a full disk is a ValueError
+        if jax.process_count() > 1 or isinstance(error, OSError):
+            raise  # connection lost between processes: handled in `distributed`
+        error_number = [int(text) for text in OS_ERROR_PATTERN.findall(str(error))[:1]]
+        raise OSError(*error_number, summarize_error(error)) from error
+
+
+def summarize_error(error: Exception) -> str:
+    """Returns the first line of an error message, or the name of its type."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def check_disk_space(checkpoint_dir: Path, tree: Any) -> None:
+    """Checks that the disk has space for one more step.
+
+    Raises:
+        ModelError: it has not.
+    """
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    needed = num_bytes + num_bytes // 10 + MIN_FREE_BYTES
+    if jax.process_index() > 0:
+        return
+    existing_dir = next(
+        path
+        for path in [checkpoint_dir, *checkpoint_dir.absolute().parents]
+        if path.exists()
+    )
+    free = shutil.disk_usage(existing_dir).free
+    if free < needed:
+        raise ModelError(
+            f"a checkpoint in {checkpoint_dir} needs {needed / 1e6:,.0f} MB, but "
+            f"{free / 1e6:,.0f} MB are free. Free disk space or choose another run "
+            "folder; earlier checkpoints are kept."
+        )
+
+
+class Restored(NamedTuple):
+    """Restored training state."""
+
+    step: int | None  # None if no step was ever saved
+    tree: Any
+    warnings: list[str]  # about quarantined steps
+
+
+def restore_latest(checkpoint_dir: Path, like: Any) -> Restored:
+    """Restores the newest valid step, or returns `like` if no step was saved.
+
+    Process 0 selects the step and broadcasts it; only its result has warnings.
+
+    Raises:
+        ModelError: the folder is not empty but has no valid step, or the step has
+            other arrays than `like`.
+    """
+    warnings: list[str] = []
+    while True:
+        step, new_warnings = latest_step(checkpoint_dir)
+        warnings += new_warnings
+        if step is None:
+            return Restored(None, like, warnings)
+        try:
+            return Restored(step, restore(checkpoint_dir, step, like), warnings)
+        except CorruptCheckpointError as error:
+            if jax.process_index() == 0:
+                warnings.append(quarantine(checkpoint_dir, step, str(error)))
+
+
+def latest_step(checkpoint_dir: Path) -> tuple[int | None, list[str]]:
+    """Returns the newest valid step (None if no step was ever saved) and warnings.
+
+    Process 0 selects the step and broadcasts it.
+
+    Raises:
+        ModelError: the folder is not empty but has no valid step.
+    """
+    if jax.process_count() == 1:
+        return latest_valid_step(checkpoint_dir)
+    step, warnings = (
+        latest_valid_step(checkpoint_dir) if jax.process_index() == 0 else (None, [])
+    )
+    agreed_step = int(broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    return (None if agreed_step < 0 else agreed_step), warnings
+
+
+def restore(checkpoint_dir: Path, step: int, like: Any) -> Any:
+    """Restores a tree with the structure, dtypes and sharding of `like`.
+
+    Raises:
+        CorruptCheckpointError: a restored array differs from the saved one.
+        ModelError: the saved arrays have other names, shapes or dtypes.
+    """
+    arrays = read_manifest(checkpoint_dir / str(step))["arrays"]
+    saved = {name: text for name, (text, _) in arrays.items()}
+    if saved != tree_spec(like):
+        names = {name for name, _ in saved.items() ^ tree_spec(like).items()}
+        raise ModelError(
+            f"the arrays of checkpoint {step} in {checkpoint_dir} differ from those of this "
+            f"model and optimizer: {sorted(names)[:3]}. Use the config it was saved "
+            "with, or another --run."
+        )
+    tree = read_arrays((checkpoint_dir / str(step)).absolute() / "state", like)
+    checksums, _ = checksum_tree(tree)
+    if changed := [name for name in checksums if checksums[name] != arrays[name][1]]:
+        raise CorruptCheckpointError(
+            f"the restored values of {changed[0]!r} differ from the saved ones"
+        )
+    return tree
+
+
+def read_arrays(path: Path, like: Any) -> Any:
+    """Reads arrays with Orbax, with the structure, dtypes and sharding of `like`.
+
+    Raises:
+        ModelError: Orbax cannot read the files, although they are unchanged.
+    """
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(path, abstract)
+    except Exception as error:  # Orbax documents no type
+        if jax.process_count() > 1:
+            raise  # connection lost between processes: handled in `distributed`
+        raise ModelError(
+            f"cannot restore {path}: {summarize_error(error)}. The files are unchanged "
+            "since they were saved: check the free memory and the version of Orbax."
+        ) from error
+
+
+def tree_spec(tree: Any) -> dict[str, str]:
+    """Returns the dtype and shape of every leaf by name."""
+    leaves = flatten_with_names(tree)
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
+
+
+UINT_DTYPES = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by item size in bytes
+
+
+class ArrayChecksums(NamedTuple):
+    """Checksums of the arrays of a tree."""
+
+    sums: dict[str, int]  # by name, below 2**32
+    nonfinite: list[str]  # names of arrays with a non-finite value
+
+
+def checksum_tree(tree: Any) -> ArrayChecksums:
+    """Computes the checksums of a tree of arrays on any devices.
+
+    A collective operation: all processes must call it, and get the same result.
+    """
+    leaves = flatten_with_names(tree)
+    sums, is_finite = (
+        np.asarray(x) for x in _make_checksum_fn(tree)([*leaves.values()])
+    )
+    return ArrayChecksums(
+        dict(zip(leaves, sums.tolist(), strict=True)),
+        [name for name, ok in zip(leaves, is_finite.tolist(), strict=True) if not ok],
+    )
+
+
+def _make_checksum_fn(tree: Any) -> Any:
+    """Returns the jitted checksum function; on a mesh its result is replicated."""
+    first = jax.tree.leaves(tree)[0]
+    sharding = getattr(first, "sharding", None)
+    if isinstance(sharding, NamedSharding):
+        return _jit_checksum_fn(NamedSharding(sharding.mesh, PartitionSpec()))
+    return _jit_checksum_fn(None)
+
+
+@functools.cache
+def _jit_checksum_fn(out_sharding: NamedSharding | None) -> Any:
+    """Returns one jitted function per output sharding, so that JAX caches it."""
+    return jax.jit(_checksum_leaves, out_shardings=out_sharding)
+
+
+def _checksum_leaves(leaves: list[Any]) -> tuple[Array, Array]:
+    """Returns the checksum of each leaf, and True if all its values are finite."""
+    is_finite = [jnp.all(jnp.isfinite(x)) for x in leaves]
+    return jnp.stack([checksum(x) for x in leaves]), jnp.stack(is_finite)
+
+
+def checksum(x: Any) -> UInt32[Array, ""]:
+    """Returns the sum of the bits of all elements, times their index weights."""
+    bits = as_uint32(x)
+    return jnp.sum(bits * index_weights(bits.shape), dtype=jnp.uint32)
+
+
+def as_uint32(x: Any) -> UInt32[Array, "..."]:
+    """Returns the bits as uint32; 8-byte elements become two on a new last axis."""
+    x = jnp.asarray(x)
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    uint_dtype = UINT_DTYPES.get(x.dtype.itemsize, jnp.uint32)
+    return jax.lax.bitcast_convert_type(x, uint_dtype).astype(jnp.uint32)
+
+
+def index_weights(shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """Returns an odd pseudorandom weight for each row-major index.
+
+    The mixing steps are those of the MurmurHash3 finalizer (Appleby, public domain).
+    """
+    index, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        step = jnp.uint32(stride % 2**32)
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * step
+        stride *= shape[axis]
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        index = (index ^ (index >> jnp.uint32(shift))) * jnp.uint32(factor)
+    return (index ^ (index >> jnp.uint32(16))) | jnp.uint32(1)

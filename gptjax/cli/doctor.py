@@ -1,0 +1,124 @@
+"""Checks of the installation and machine, with a fix for each problem."""
+
+import importlib.util
+import os
+import platform
+from pathlib import Path
+
+from gptjax.runtime.device import package_versions
+
+# Oldest tested version of each package that training needs.
+MIN_VERSIONS = {
+    "jax": (0, 7, 2),
+    "flax": (0, 11, 2),
+    "optax": (0, 2, 6),
+    "orbax-checkpoint": (0, 11, 31),
+    "grain": (0, 2, 15),
+    "numpy": (2, 0),
+    "tiktoken": (0, 13),
+}
+EXTRA_MODULES = {
+    "test": "pytest",
+    "peers": "torch",
+    "dev": "ruff",
+}  # extra -> its module
+
+
+def run_doctor() -> int:
+    """Prints all checks; returns 1 if training cannot run, else 0."""
+    problems = check_packages()
+    installed = package_versions()
+    names = " · ".join(
+        f"{name} {installed[name]}" for name in ("gptjax", *MIN_VERSIONS)
+    )
+    print_check("python", f"{platform.python_version()} · {names}", problems)
+    if problems:
+        return 1
+    problems = check_devices()
+    print_check("tokenizer", *check_tokenizer())
+    print_check("cache", check_cache())
+    for extra, module in EXTRA_MODULES.items():
+        is_installed = importlib.util.find_spec(module) is not None
+        fix = "" if is_installed else f' -> pip install -e ".[{extra}]"'
+        print_check(
+            "extra",
+            f"[{extra}] {'installed' if is_installed else 'not installed'}{fix}",
+        )
+    return 1 if problems else 0
+
+
+def print_check(topic: str, text: str, problems: list[str] | None = None) -> None:
+    """Prints the result of one check and its problems."""
+    print(f"{topic:<10} {text}")
+    for problem in problems or []:
+        print(f"{'problem':<10} {problem}")
+
+
+def check_packages() -> list[str]:
+    """Finds packages that are missing or too old; each problem names its fix."""
+    problems = []
+    installed = package_versions()
+    for name, min_version in MIN_VERSIONS.items():
+        version = [int(part) for part in installed[name].split(".") if part.isdecimal()]
+        if tuple(version) < min_version:
+            min_version_text = ".".join(map(str, min_version))
+            fix = f"pip install '{name}>={min_version_text}'"
+            problems.append(
+                f"{name} is {installed[name]}, requires {min_version_text} -> {fix}"
+            )
+    return problems
+
+
+def check_devices() -> list[str]:
+    """Prints devices, memory, dtype and attention backend; returns problems."""
+    import jax
+
+    from gptjax.config import GPTConfig
+    from gptjax.model.attention.dispatch import resolve_backend
+    from gptjax.model.gpt import compute_dtype
+    from gptjax.training.estimate import format_bytes
+
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        problem = f"jax found no device: {error} -> export JAX_PLATFORMS=cpu"
+        print_check("devices", "none", [problem])
+        return [problem]
+    if devices[0].platform == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory_text = f"{format_bytes(memory)} of memory, {os.cpu_count()} cores"
+    else:
+        stats = devices[0].memory_stats() or {}
+        memory_text = f"{format_bytes(stats.get('bytes_limit', 0))} each"
+    process = f"process {jax.process_index()} of {jax.process_count()}"
+    kind = f"{len(devices)} x {devices[0].device_kind}"
+    print_check("devices", f"{kind} · {memory_text} · {process}")
+    c = GPTConfig(vocab_size=1)
+    dtype = compute_dtype(c)
+    attention = resolve_backend(
+        c.attention, length=c.context_length, head_dim=c.head_dim, dtype=dtype
+    )
+    print_check("compute", f"{dtype} · attention {attention}")
+    return []
+
+
+def check_tokenizer() -> tuple[str, list[str]]:
+    """Checks the GPT-2 merge table that ships with the package."""
+    from gptjax.errors import GptjaxError
+    from gptjax.tokenizer import tokenizer
+
+    try:
+        gpt2 = tokenizer.load_tokenizer("gpt2")
+    except (GptjaxError, OSError) as error:
+        return "gpt2 is damaged", [f"{error} -> pip install --force-reinstall -e ."]
+    return f"gpt2: {gpt2.vocab_size:,} tokens, hash {gpt2.hash[:12]}", []
+
+
+def check_cache() -> str:
+    """Describes the folders of downloads and of the compilation cache."""
+    from gptjax.fileio.download import user_cache_dir
+
+    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    hint = "off -> export JAX_COMPILATION_CACHE_DIR=~/.cache/gptjax/xla"
+    data = Path(os.environ.get("GPTJAX_DATA", user_cache_dir("data")))
+    return f"data in {data} · compiled programs: {compiled or hint}"

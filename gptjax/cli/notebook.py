@@ -1,0 +1,26 @@
+"""Notebook magic: `%gptjax train tiny` after `%load_ext gptjax`.
+
+Commands run in the notebook's process, because a TPU serves one process at a time and
+the first process on a GPU allocates its memory.
+"""
+
+import shlex
+from typing import Any
+
+from gptjax.cli.main import main
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """Registers the line magic %gptjax; called by IPython."""
+    from IPython.core.error import UsageError  # installed, as a shell is given
+
+    def gptjax(line: str) -> None:
+        """Runs `gptjax LINE`; a failure stops the execution of further cells."""
+        try:
+            code = main(shlex.split(line))
+        except SystemExit as stop:  # --help or invalid arguments
+            code = stop.code
+        if code:
+            raise UsageError(f"gptjax {line}: exit code {code}, see above")
+
+    shell.register_magic_function(gptjax, "line")

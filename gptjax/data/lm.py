@@ -1,0 +1,189 @@
+"""Language-modeling batches as a pure function of (tokens, seed, step).
+
+There is no iterator state: a run resumed at step n reads the same batch as an
+uninterrupted one, on any number of hosts.
+
+Each epoch splits the stream, treated as circular, into rows of T + 1 tokens that
+overlap by one, so that each token is a target at most once per epoch (up to T tokens
+are left out). The offset of the first row and the order of the rows are drawn anew
+for each epoch.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, TypedDict
+
+import grain
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from gptjax.data.token_files import TokenDataset
+from gptjax.errors import DataError
+
+
+class Batch(TypedDict):
+    """Batch of one step: NumPy arrays on the host, a pytree for `jax.jit`."""
+
+    tokens: Int32[np.ndarray, "B T"]
+    targets: Int32[np.ndarray, "B T"]  # tokens shifted left by one
+    loss_weights: Float32[np.ndarray, "B T"]  # loss mask: 1 if the target counts
+    segment_ids: Int32[np.ndarray, "B T"]  # document in the row, from 1
+    positions: Int32[np.ndarray, "B T"]  # in the document, from 0
+
+
+def make_lm_batch(row: Int32[np.ndarray, "B _"], eot: int | None) -> Batch:
+    """Makes a next-token prediction batch with all loss weights 1.
+
+    Args:
+        row: T + 1 tokens in each of B rows.
+        eot: token that starts a document; attention does not cross documents. None
+            treats each row as one document.
+    """
+    token_BT = row[:, :-1]
+    start_BT = token_BT == eot if eot is not None else np.zeros(token_BT.shape, bool)
+    start_BT[:, 0] = True
+    index_BT = np.broadcast_to(np.arange(start_BT.shape[1]), start_BT.shape)
+    document_start_BT = np.maximum.accumulate(np.where(start_BT, index_BT, 0), axis=1)
+    return Batch(
+        tokens=np.ascontiguousarray(token_BT),
+        targets=np.ascontiguousarray(row[:, 1:]),
+        loss_weights=np.ones(token_BT.shape, np.float32),
+        segment_ids=np.cumsum(start_BT, axis=1, dtype=np.int32),
+        positions=(index_BT - document_start_BT).astype(np.int32),
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LMBatches:
+    """Language-modeling batches; see `make_batches`."""
+
+    tokens: TokenDataset
+    rows: int
+    context: int
+    seed: int
+    isolate_documents: bool
+    local_rows: Sequence[int]
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows in one pass over the tokens."""
+        return (len(self.tokens) - 1) // self.context
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps for one pass over the tokens."""
+        return self.rows_per_epoch / self.rows
+
+    @functools.cached_property
+    def epoch_order(self) -> grain.MapDataset:
+        """Row of the epoch for each row of the run; a permutation in every epoch."""
+        seed = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
+        return grain.MapDataset.range(self.rows_per_epoch).seed(seed).shuffle().repeat()
+
+    def batch_at(self, step: int) -> Batch:
+        """Returns this process's rows of the batch of one step, counted from 0.
+
+        Raises:
+            DataError: a block of tokens is corrupt, or a token id is out of range.
+        """
+        row = [self.row_at(step * self.rows + n) for n in self.local_rows]
+        return make_lm_batch(
+            np.stack(row), self.tokens.eot if self.isolate_documents else None
+        )
+
+    def row_at(self, number: int) -> Int32[np.ndarray, " _"]:
+        """Returns the T + 1 tokens of one row of the run."""
+        # A prepared stream starts and ends with eot, so dropping the last token makes
+        # it circular.
+        stream_length, row_length = len(self.tokens) - 1, self.context + 1
+        epoch = number // self.rows_per_epoch
+        offset = epoch_offset(self.seed, epoch, stream_length)
+        row_index: Any = self.epoch_order[number]
+        start = (offset + row_index * self.context) % stream_length
+        head = self.tokens.read(start, min(row_length, stream_length - start))
+        rest = self.tokens.read(0, row_length - len(head))
+        return np.concatenate([head, rest])
+
+    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
+        """Yields `batch_at` for the steps [start, stop), prefetched."""
+        if start < stop:
+            steps = grain.MapDataset.range(start, stop).map(self.batch_at)
+            yield from steps.to_iter_dataset(PREFETCH_OPTIONS)
+
+
+@functools.lru_cache(maxsize=8)
+def epoch_offset(seed: int, epoch: int, stream_length: int) -> int:
+    """Draws the offset of the first row of an epoch."""
+    return int(np.random.default_rng((seed, epoch)).integers(stream_length))
+
+
+# One thread: the work is in Python, so a second one would compete for the GIL.
+PREFETCH_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+
+
+def make_batches(
+    tokens: TokenDataset,
+    *,
+    rows: int,
+    context: int,
+    seed: int,
+    isolate_documents: bool,
+    local_rows: Sequence[int] | None = None,
+) -> LMBatches:
+    """Makes the training batches of a run; deterministic.
+
+    Args:
+        tokens: to train on.
+        rows: [B] in the global batch.
+        context: [T] targets per row.
+        seed: of offsets and order.
+        isolate_documents: keep attention inside documents.
+        local_rows: rows of each batch that this process reads; default: all.
+
+    Raises:
+        DataError: there are not enough tokens for one row.
+    """
+    if len(tokens) < context + 1:
+        raise DataError(
+            f"{len(tokens)} tokens are too few for model.context_length={context}, "
+            f"which needs {context + 1}. Add text or lower model.context_length."
+        )
+    local_rows = range(rows) if local_rows is None else local_rows
+    return LMBatches(tokens, rows, context, seed, isolate_documents, local_rows)
+
+
+def validation_batches(
+    tokens: TokenDataset,
+    *,
+    rows: int,
+    context: int,
+    isolate_documents: bool,
+    max_batches: int | None = None,
+) -> Iterator[Batch]:
+    """Yields batches in which every token but the first is a target exactly once.
+
+    The last batch is padded with loss weights of 0, so that all have the same shape.
+
+    Args:
+        tokens: to score, at least two.
+        rows: [B] per batch.
+        context: [T] targets per row.
+        isolate_documents: keep attention inside documents.
+        max_batches: maximum number of batches, evenly spaced.
+    """
+    num_targets, batch_tokens = len(tokens) - 1, rows * context
+    count = -(-num_targets // batch_tokens)
+    selected = range(count)
+    if max_batches is not None and max_batches < count:
+        selected = [i * count // max_batches for i in range(max_batches)]
+    index_BT = np.arange(batch_tokens).reshape(rows, context)
+    for number in selected:
+        start = number * batch_tokens
+        values = tokens.read(start, min(batch_tokens, num_targets - start) + 1)
+        padded = np.full(batch_tokens + 1, tokens.eot, np.int32)
+        padded[: len(values)] = values
+        row = np.lib.stride_tricks.sliding_window_view(padded, context + 1)[::context]
+        batch = make_lm_batch(row, tokens.eot if isolate_documents else None)
+        batch["loss_weights"][index_BT >= len(values) - 1] = 0
+        yield batch

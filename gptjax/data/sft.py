@@ -1,0 +1,360 @@
+"""Tokenized conversations with loss masks.
+
+The loss mask depends on a token's position in the conversation, never on its id: GPT-2
+uses the token that ends a response for padding as well.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptjax.data.bucketing import BucketSampler, buckets
+from gptjax.data.conversations import Conversation
+from gptjax.data.lm import Batch
+from gptjax.data.torch_order import dataloader_order
+from gptjax.errors import ConfigError, DataError
+from gptjax.tokenizer.chat_template import ChatTemplate, TemplateSegment
+from gptjax.tokenizer.tokenizer import Tokenizer
+
+TRAIN_ON_COMPLETIONS = frozenset({"answer"})
+TRAIN_ON_ALL = frozenset({"prompt", "header", "answer"})
+
+
+class Example(NamedTuple):
+    """Tokenized conversation with a loss mask."""
+
+    ids: list[int]
+    loss_mask: list[bool]  # True for tokens that are trained on as targets
+    answer_spans: list[tuple[int, int]]  # (start, stop), end token included
+
+
+def encode_segments(
+    tokenizer: Tokenizer,
+    segments: Iterable[TemplateSegment],
+    train_on: Collection[str] = TRAIN_ON_COMPLETIONS,
+) -> Example:
+    """Tokenizes a rendered conversation.
+
+    Prompt, header and answer are encoded separately, like in generation, so that no
+    token spans two of them. Message texts never yield control tokens.
+
+    Args:
+        tokenizer: of the model.
+        segments: from `ChatTemplate.segments`.
+        train_on: kinds of segments to train on.
+    """
+    example = Example([], [], [])
+    for kind, group in itertools.groupby(segments, key=lambda piece: piece.kind):
+        ids = []
+        for segment in group:
+            ids += (
+                [tokenizer.eot_token]
+                if segment.is_eot
+                else tokenizer.encode(segment.text)
+            )
+        start = len(example.ids)
+        example.ids.extend(ids)
+        example.loss_mask.extend([kind in train_on] * len(ids))
+        if kind == "answer":
+            example.answer_spans.append((start, len(example.ids)))
+    example.loss_mask[:1] = [False]  # the first token is never a target
+    return example
+
+
+def encode_conversations(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    conversations: Iterable[Conversation],
+    train_on: Collection[str] = TRAIN_ON_COMPLETIONS,
+) -> list[Example]:
+    """Renders and tokenizes conversations.
+
+    Raises:
+        ConfigError: the template fails to render a conversation.
+    """
+    examples = []
+    for conversation in conversations:
+        try:
+            segments = template.segments(conversation.messages)
+        except ConfigError as error:
+            raise ConfigError(f"{conversation.location}: {error}") from error
+        examples.append(encode_segments(tokenizer, segments, train_on))
+    return examples
+
+
+def truncate_left(example: Example, max_tokens: int) -> Example | None:
+    """Truncates an example from the left to at most `max_tokens` tokens.
+
+    Partially truncated answers are excluded from the loss.
+
+    Returns:
+        None if the last answer and one token before it do not fit.
+    """
+    surplus = len(example.ids) - max_tokens
+    if surplus <= 0:
+        return example
+    if surplus >= example.answer_spans[-1][0]:
+        return None
+    loss_mask = list(example.loss_mask)
+    for start, stop in example.answer_spans:
+        if start < surplus:
+            loss_mask[start:stop] = [False] * (stop - start)
+    loss_mask[surplus] = False
+    answer_spans = [
+        (start - surplus, stop - surplus)
+        for start, stop in example.answer_spans
+        if start >= surplus
+    ]
+    return Example(example.ids[surplus:], loss_mask[surplus:], answer_spans)
+
+
+class TruncatedExamples(NamedTuple):
+    """Examples truncated to the context length."""
+
+    examples: list[Example]
+    kept_indices: list[int]  # indices of `examples` in the input
+    num_truncated: int  # examples truncated from the left
+    num_dropped: int  # examples dropped because the last answer alone is too long
+
+
+def truncate_all(examples: Sequence[Example], context: int) -> TruncatedExamples:
+    """Truncates examples to `context` + 1 tokens and drops those that do not fit.
+
+    Args:
+        examples: from `encode_segments`, each with an answer.
+        context: [T] input tokens per row; the last token is only a target.
+    """
+    truncated = [
+        (n, truncate_left(example, context + 1)) for n, example in enumerate(examples)
+    ]
+    kept = [(n, example) for n, example in truncated if example is not None]
+    num_truncated = sum(len(example.ids) < len(examples[n].ids) for n, example in kept)
+    num_dropped = len(examples) - len(kept)
+    return TruncatedExamples(
+        [x for _, x in kept], [n for n, _ in kept], num_truncated, num_dropped
+    )
+
+
+def collate(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> Batch:
+    """Collates examples into a batch of rows of `length` positions.
+
+    An example of n tokens takes n - 1 positions: its last token is only a target, its
+    first only an input. Padding has weight 0.
+
+    Args:
+        rows: examples of each row, which must fit.
+        length: [T] positions per row.
+        pad_id: fills unused positions.
+    """
+    shape = len(rows), length
+    batch = Batch(
+        tokens=np.full(shape, pad_id, np.int32),
+        targets=np.full(shape, pad_id, np.int32),
+        loss_weights=np.zeros(shape, np.float32),
+        segment_ids=np.zeros(shape, np.int32),
+        positions=np.zeros(shape, np.int32),
+    )
+    for b, row in enumerate(rows):
+        start = 0
+        for segment_id, example in enumerate(row, 1):
+            stop = start + len(example.ids) - 1
+            batch["tokens"][b, start:stop] = example.ids[:-1]
+            batch["targets"][b, start:stop] = example.ids[1:]
+            batch["loss_weights"][b, start:stop] = example.loss_mask[1:]
+            batch["segment_ids"][b, start:stop] = segment_id
+            batch["positions"][b, start:stop] = np.arange(stop - start)
+            start = stop
+    return batch
+
+
+class BucketedBatches(NamedTuple):
+    """Length-bucketed batches with one example per row."""
+
+    examples: Sequence[Example]
+    sampler: BucketSampler
+    pad_id: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches per epoch."""
+        return self.sampler.steps_per_epoch
+
+    @property
+    def batch_shapes(self) -> list[int]:
+        """Row lengths that occur."""
+        return self.sampler.batch_shapes
+
+    def batch_at(self, step: int) -> Batch:
+        """Returns the batch of a training step, counted from 0."""
+        return self.make_batch(*self.sampler.batch_rows(step))
+
+    def in_order(self) -> Iterator[tuple[np.ndarray, Batch]]:
+        """Yields (example indices, batch); every example occurs once."""
+        for length, indices in self.sampler.epoch_plan(None):
+            yield indices, self.make_batch(length, indices)
+
+    def make_batch(self, length: int, indices: Iterable[Any]) -> Batch:
+        """Returns the examples at these indices, with empty rows as padding."""
+        rows = [[self.examples[n]] for n in indices]
+        rows += [[]] * (self.sampler.rows - len(rows))
+        return collate(rows, length, self.pad_id)
+
+
+def make_bucketed_batches(
+    examples: Sequence[Example], rows: int, context: int, pad_id: int, seed: int = 0
+) -> BucketedBatches:
+    """Creates `BucketedBatches`; each example must fit `context`."""
+    lengths = [len(example.ids) - 1 for example in examples]
+    return BucketedBatches(
+        examples, BucketSampler(lengths, rows, buckets(context), seed), pad_id
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedBatches:
+    """Packed batches with several examples per row, packed alike in every epoch."""
+
+    examples: Sequence[Example]
+    rows: int  # batch size B
+    context: int  # [T]
+    pad_id: int
+    seed: int
+
+    @functools.cached_property
+    def bin_packing(self) -> list[list[int]]:
+        """Example indices per row: best-fit decreasing bin packing."""
+        bins: list[list[int]] = []
+        bins_by_space: dict[int, list[int]] = {}  # positions left: bin indices
+        lengths = [len(example.ids) - 1 for example in self.examples]
+        for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+            fitting_spaces = range(lengths[n], self.context + 1)
+            space_left = next(
+                (space for space in fitting_spaces if bins_by_space.get(space)), None
+            )
+            if space_left is None:
+                bins.append([])
+                space_left, bin_index = self.context, len(bins) - 1
+            else:
+                bin_index = bins_by_space[space_left].pop()
+            bins[bin_index].append(n)
+            bins_by_space.setdefault(space_left - lengths[n], []).append(bin_index)
+        return bins
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches per epoch."""
+        return -(-len(self.bin_packing) // self.rows)
+
+    @property
+    def batch_shapes(self) -> list[int]:
+        """Row lengths that occur."""
+        return [self.context]
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (one instance per run)
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """Returns the row order of an epoch."""
+        return np.random.default_rng((self.seed, epoch)).permutation(
+            len(self.bin_packing)
+        )
+
+    def batch_at(self, step: int) -> Batch:
+        """Returns the batch of a training step, counted from 0."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        bin_indices = self.epoch_order(epoch)[number * self.rows :][: self.rows]
+        rows = [
+            [self.examples[n] for n in self.bin_packing[row]] for row in bin_indices
+        ]
+        rows += [[]] * (self.rows - len(rows))
+        return collate(rows, self.context, self.pad_id)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BookBatches:
+    """Batches of the book's data loader."""
+
+    examples: Sequence[Example]
+    rows: int  # batch size B; an incomplete last batch is dropped
+    pad_id: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches per epoch."""
+        return len(self.examples) // self.rows
+
+    @property
+    def batch_shapes(self) -> list[int]:
+        """Row lengths that occur in the first epoch."""
+        return sorted(
+            {
+                self.max_length(self.batch_indices(n))
+                for n in range(self.steps_per_epoch)
+            }
+        )
+
+    def batch_indices(self, step: int) -> list[int]:
+        """Returns the example indices of a step."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        order = dataloader_order(self.seed, len(self.examples), epoch)
+        return order[number * self.rows :][: self.rows]
+
+    def max_length(self, indices: Iterable[int]) -> int:
+        """Returns the positions of the longest of these examples."""
+        return max(len(self.examples[n].ids) - 1 for n in indices)
+
+    def batch_at(self, step: int) -> Batch:
+        """Returns the batch of a training step, counted from 0."""
+        return self.make_batch(self.batch_indices(step))
+
+    def make_batch(self, indices: Sequence[int]) -> Batch:
+        """Returns the examples at these indices, padded to the longest of them."""
+        rows = [[self.examples[n]] for n in indices]
+        return collate(rows, self.max_length(indices), self.pad_id)
+
+
+SFTBatches = BucketedBatches | PackedBatches | BookBatches
+
+
+def make_sft_batches(
+    batching: str,
+    examples: Sequence[Example],
+    *,
+    rows: int,
+    context: int,
+    pad_id: int,
+    seed: int,
+) -> SFTBatches:
+    """Creates the batches of a run; deterministic in its arguments.
+
+    Args:
+        batching: "auto" (padded), "padded", "packed" or "book".
+        examples: training examples, at most `context` + 1 tokens each.
+        rows: batch size B.
+        context: [T] maximum positions per row.
+        pad_id: fills unused positions.
+        seed: for shuffling.
+
+    Raises:
+        DataError: `batching` is invalid for conversations, or there are fewer examples
+            than one batch needs.
+    """
+    if batching == "packed":
+        return PackedBatches(examples, rows, context, pad_id, seed)
+    if batching == "book":
+        if len(examples) < rows:
+            raise DataError(
+                f"{len(examples)} conversations do not fill one batch of {rows} rows, "
+                "and data.batching=book drops incomplete batches. Decrease "
+                "data.batch_size, or use data.batching=padded."
+            )
+        return BookBatches(examples, rows, pad_id, seed)
+    if batching == "concat":
+        raise DataError(
+            "data.batching=concat allows attention across the documents of a row, "
+            "which is not supported for conversations. Use packed or padded."
+        )
+    return make_bucketed_batches(examples, rows, context, pad_id, seed)

@@ -1,0 +1,482 @@
+"""Memory-mapped token files.
+
+A prepared folder holds, for each split ("train", "validation"), the stream
+
+    eot document eot document ... eot document eot
+
+where eot is the tokenizer's end-of-text token. It precedes every document, and also
+ends the stream, as the target after the last document. The stream is stored in
+shards, all but the last of the same length:
+
+    {split}-00000.bin   tokens, little-endian u16 (u32 above 65,536 token types)
+    {split}-00000.idx   little-endian u64: ends of documents in this shard
+    meta.json           description, with the SHA-256 of each file and the CRC-32 of
+                        each `CRC_BLOCK_BYTES` of tokens
+    tokenizer/          tokenizer of the data
+
+The CRC of a block is verified when the block is first read: opening is cheap, and no
+corrupt token is trained on.
+
+`open_external` opens token files of other programs.
+"""
+
+import dataclasses
+import hashlib
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.errors import DataError
+from gptjax.fileio.download import sha256_of_files
+from gptjax.fileio.strict_json import read_json
+
+TOKEN_FILES_FORMAT = "gptjax tokens 2"
+CRC_BLOCK_BYTES = 1 << 20  # bytes per CRC
+MAX_TOKEN_METADATA_BYTES = 1 << 26  # size of a meta.json
+REPREPARE_ADVICE = "Copy the folder again, or prepare the text again."
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Returns the smallest dtype on disk that holds every token id."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+class ShardWriter:
+    """Appends the tokens of one split to shards in a folder."""
+
+    def __init__(
+        self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int
+    ) -> None:
+        """Starts an empty split with `shard_tokens` tokens per full shard."""
+        self.stem, self.dtype, self.shard_tokens = folder / split, dtype, shard_tokens
+        self.shards: list[dict[str, Any]] = []  # finished, as in meta.json
+        self.tokens = self.documents = 0  # in the unfinished shard
+
+    def append(self, tokens: np.ndarray, document_ends: np.ndarray) -> None:
+        """Appends tokens; `document_ends` are ascending positions in them."""
+        while len(tokens):
+            remaining = self.shard_tokens - self.tokens
+            num_ends = int(np.searchsorted(document_ends, remaining, "right"))
+            data = {".bin": tokens[:remaining].astype(self.dtype)}
+            data[".idx"] = (document_ends[:num_ends] + self.tokens).astype("<u8")
+            for suffix, array in data.items():
+                with self.path(suffix).open("ab") as file:
+                    file.write(array.tobytes())
+            self.tokens += len(tokens[:remaining])
+            self.documents += num_ends
+            tokens, document_ends = (
+                tokens[remaining:],
+                document_ends[num_ends:] - remaining,
+            )
+            if self.tokens == self.shard_tokens:
+                self.finish_shard()
+
+    def path(self, suffix: str) -> Path:
+        """Returns the path of a file of the unfinished shard."""
+        return Path(f"{self.stem}-{len(self.shards):05d}{suffix}")
+
+    def finish_shard(self) -> None:
+        """Finishes the current shard unless it is empty."""
+        if self.tokens:
+            digest, crcs = hash_and_block_crcs(self.path(".bin"))
+            shard = {
+                "file": self.path(".bin").name,
+                "tokens": self.tokens,
+                "documents": self.documents,  # ending in this shard
+                "sha256": [digest, sha256_of_files([self.path(".idx")])],
+                "crc32": crcs,
+            }
+            self.shards.append(shard)
+        self.tokens = self.documents = 0
+
+
+def hash_and_block_crcs(path: Path) -> tuple[str, list[int]]:
+    """Returns the SHA-256 of a file and the CRC-32 of each of its blocks."""
+    digest, crcs = hashlib.sha256(), []
+    with path.open("rb") as file:
+        while block := file.read(CRC_BLOCK_BYTES):
+            digest.update(block)
+            crcs.append(zlib.crc32(block))
+    return digest.hexdigest(), crcs
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenShard:
+    """File with one part of a token stream."""
+
+    path: Path
+    tokens: int
+    dtype: np.dtype
+    header_bytes: int = 0  # header bytes before the tokens
+    index_path: Path | None = None  # u64 ends of documents
+    documents: int = 0  # entries in the index
+    sha256: tuple[str, ...] = ()  # of tokens and index; () = unknown
+    block_crcs: tuple[int, ...] = ()  # per block; () = unknown
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenDataset:
+    """Memory-mapped stream of tokens."""
+
+    shards: tuple[TokenShard, ...]
+    arrays: tuple[np.ndarray, ...]  # memory-mapped tokens of each shard
+    verified_blocks: tuple[
+        np.ndarray, ...
+    ]  # blocks already verified; updated by `read`
+    document_ends: tuple[np.ndarray, ...]  # of documents, from the start of each shard
+    shard_offsets: np.ndarray  # first position of each shard, then the length
+    vocab_size: int
+    eot: int  # token that separates documents
+
+    def __len__(self) -> int:
+        return int(self.shard_offsets[-1])
+
+    @property
+    def documents(self) -> int:
+        """Number of documents; 0 without an index."""
+        return sum(map(len, self.document_ends))
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Reads tokens as int32; the range must lie inside the stream.
+
+        Raises:
+            DataError: a block is corrupt, or a token id is out of range. Accelerators
+                do not report the latter: they clamp the index of the embedding.
+        """
+        tokens = np.empty(count, np.int32)
+        done = 0
+        shard_index = int(np.searchsorted(self.shard_offsets, start, "right")) - 1
+        while done < count:
+            offset = start + done - int(self.shard_offsets[shard_index])
+            chunk = self.arrays[shard_index][offset : offset + count - done]
+            self.verify_blocks(shard_index, offset, len(chunk))
+            if chunk.max() >= self.vocab_size:
+                self.raise_corrupt(shard_index, offset, chunk)
+            tokens[done : done + len(chunk)] = chunk
+            done, shard_index = done + len(chunk), shard_index + 1
+        return tokens
+
+    def verify_blocks(self, shard_index: int, start: int, count: int) -> None:
+        """Verifies the CRCs of the blocks of a range that were not yet verified."""
+        size, verified = (
+            self.shards[shard_index].dtype.itemsize,
+            self.verified_blocks[shard_index],
+        )
+        first, stop = (
+            start * size // CRC_BLOCK_BYTES,
+            -(-(start + count) * size // CRC_BLOCK_BYTES),
+        )
+        if verified[first:stop].all():
+            return
+        data = self.arrays[shard_index].view(np.uint8)
+        for block in range(first, stop):
+            actual = zlib.crc32(
+                data[block * CRC_BLOCK_BYTES : (block + 1) * CRC_BLOCK_BYTES].data
+            )
+            expected = self.shards[shard_index].block_crcs[block]
+            if actual != expected:
+                last = min((block + 1) * CRC_BLOCK_BYTES, len(data)) - 1
+                raise DataError(
+                    f"{self.shards[shard_index].path}: block {block}, bytes "
+                    f"{block * CRC_BLOCK_BYTES:,} to {last:,}, has CRC-32 {actual:08x}, expected "
+                    f"{expected:08x}: the file is corrupt or has been replaced. {REPREPARE_ADVICE}"
+                )
+            verified[block] = True
+
+    def raise_corrupt(self, shard_index: int, start: int, tokens: np.ndarray) -> None:
+        """Raises for the first token that is out of range."""
+        invalid = int(np.argmax(tokens >= self.vocab_size))
+        raise DataError(
+            f"{self.shards[shard_index].path}: token {tokens[invalid]} at offset {start + invalid} "
+            f"is out of range for vocab_size={self.vocab_size}. The file is corrupt "
+            "or was made with another tokenizer; prepare the text again."
+        )
+
+    def document_range(self, number: int) -> tuple[int, int]:
+        """Returns (start, stop) of a document, including the separator before it."""
+        first_documents = np.cumsum([0, *map(len, self.document_ends)])
+
+        def end(number: int) -> int:
+            shard = int(np.searchsorted(first_documents, number, "right")) - 1
+            return int(
+                self.shard_offsets[shard]
+                + self.document_ends[shard][number - first_documents[shard]]
+            )
+
+        return end(number - 1) if number else 0, end(number)
+
+
+def open_shards(
+    shards: Sequence[TokenShard], vocab_size: int, eot: int
+) -> TokenDataset:
+    """Opens shards as one stream.
+
+    Raises:
+        DataError: a file is missing or has the wrong size, or an index is corrupt.
+    """
+    arrays, verified_blocks, document_ends = [], [], []
+    for shard in shards:
+        size = shard.header_bytes + shard.tokens * shard.dtype.itemsize
+        check_file_size(shard.path, max(size, 1))
+        tokens = np.memmap(
+            shard.path, shard.dtype, "r", shard.header_bytes, shard.tokens
+        )
+        arrays.append(np.asarray(tokens))  # several times as fast as reading a memmap
+        unknown = not shard.block_crcs
+        verified_blocks.append(np.full(-(-tokens.nbytes // CRC_BLOCK_BYTES), unknown))
+        document_ends.append(np.empty(0, "<u8"))
+        if shard.index_path and shard.documents:
+            check_file_size(shard.index_path, 8 * shard.documents)
+            if shard.sha256 and sha256_of_files([shard.index_path]) != shard.sha256[1]:
+                raise DataError(
+                    f"{shard.index_path}: block 0, bytes 0 to {8 * shard.documents - 1:,}, "
+                    "does not match its SHA-256: the file is corrupt or has been "
+                    f"replaced. {REPREPARE_ADVICE}"
+                )
+            document_ends[-1] = np.asarray(np.memmap(shard.index_path, "<u8", "r"))
+    shard_offsets = np.cumsum([0, *(shard.tokens for shard in shards)])
+    return TokenDataset(
+        tuple(shards),
+        tuple(arrays),
+        tuple(verified_blocks),
+        tuple(document_ends),
+        shard_offsets,
+        vocab_size,
+        eot,
+    )
+
+
+def check_file_size(path: Path, size: int) -> None:
+    """Raises unless the file has `size` bytes."""
+    actual = path.stat().st_size if path.exists() else 0
+    if actual != size:
+        raise DataError(
+            f"{path} has {actual:,} bytes instead of {size:,}: it is missing, truncated "
+            "or corrupt. Copy it again, or prepare the text again."
+        )
+
+
+def is_prepared_dir(folder: Path) -> bool:
+    """Returns True if the folder was written by `gptjax data prepare`."""
+    try:
+        return '"gptjax tokens ' in (folder / "meta.json").read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def read_token_metadata(folder: Path) -> dict[str, Any]:
+    """Reads the meta.json of a prepared folder.
+
+    Raises:
+        DataError: the file is missing, has another format, or is corrupt.
+    """
+    path = folder / "meta.json"
+    try:
+        meta = read_json(path, MAX_TOKEN_METADATA_BYTES)
+        file_format = meta["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"cannot read {path}: {error}. Give a folder written by "
+            "`gptjax data prepare`."
+        ) from error
+    if file_format != TOKEN_FILES_FORMAT:
+        raise DataError(
+            f"{path} has the format {file_format!r:.40}, expected {TOKEN_FILES_FORMAT!r}. Prepare the "
+            "text again."
+        )
+    if not _is_valid_metadata(meta):
+        raise DataError(
+            f"{path} is not valid metadata of token files. {REPREPARE_ADVICE}"
+        )
+    return meta
+
+
+def _is_valid_metadata(meta: dict[str, Any]) -> bool:
+    """Returns True if all entries needed to open the splits are valid."""
+    match meta:
+        case {
+            "dtype": "<u2" | "<u4" as dtype,
+            "vocab_size": int(size),
+            "eot": int(eot),
+            "tokenizer": {"name": str(), "hash": str()},
+            "splits": dict(splits),
+        } if 0 <= eot < size and token_dtype(size).str == dtype:
+            width = np.dtype(dtype).itemsize
+            return all(
+                re.fullmatch("[a-z]+", split) and _is_valid_split(split, entry, width)
+                for split, entry in splits.items()
+            )
+    return False
+
+
+def _is_valid_split(split: str, entry: Any, width: int) -> bool:
+    """Returns True if the entry of one split is valid; `width` in bytes per token."""
+    match entry:
+        case {
+            "documents": int(),
+            "tokens": int(),
+            "bytes": int(),
+            "shards": [_, *_] as shards,
+        }:
+            pass
+        case _:
+            return False
+    for number, shard in enumerate(shards):
+        match shard:
+            case {
+                "file": str(file),
+                "tokens": int(tokens),
+                "documents": int(documents),
+                "sha256": [str(), str()],
+                "crc32": list(crcs),
+            } if file == f"{split}-{number:05d}.bin" and 0 <= documents <= tokens:
+                blocks = -(-tokens * width // CRC_BLOCK_BYTES)
+                has_valid_crcs = all(
+                    type(crc) is int and 0 <= crc < 1 << 32 for crc in crcs
+                )
+                if has_valid_crcs and tokens and len(crcs) == blocks:
+                    continue
+        return False
+    return True
+
+
+def open_split(folder: Path, split: str) -> TokenDataset:
+    """Opens one split of a prepared folder.
+
+    Raises:
+        DataError: there is no such split, or the folder is corrupt. Of the token
+            files, only the size is checked here.
+    """
+    meta = read_token_metadata(folder)
+    if split not in meta["splits"]:
+        raise DataError(
+            f"{folder} has no split {split!r}, only {', '.join(meta['splits'])}. "
+            "Prepare the text again with --val-fraction 0.1."
+        )
+    shards = [
+        TokenShard(
+            folder / shard["file"],
+            shard["tokens"],
+            np.dtype(meta["dtype"]),
+            index_path=(folder / shard["file"]).with_suffix(".idx"),
+            documents=shard["documents"],
+            sha256=tuple(shard["sha256"]),
+            block_crcs=tuple(shard["crc32"]),
+        )
+        for shard in meta["splits"][split]["shards"]
+    ]
+    return open_shards(shards, meta["vocab_size"], meta["eot"])
+
+
+def verify_prepared(folder: Path) -> list[str]:
+    """Reads a whole prepared folder; returns a message for each problem.
+
+    Raises:
+        DataError: the folder has no valid meta.json.
+    """
+    problems = []
+    for split, entry in read_token_metadata(folder)["splits"].items():
+        for shard in entry["shards"]:
+            path = folder / shard["file"]
+            files = (path, path.with_suffix(".idx"))
+            for file, expected in zip(files, shard["sha256"], strict=True):
+                found = sha256_of_files([file]) if file.exists() else "missing"
+                if found != expected:
+                    problems.append(f"{file}: sha256 {found}, expected {expected}")
+        try:
+            tokens = open_split(folder, split)
+            for start in range(0, len(tokens), CRC_BLOCK_BYTES):
+                tokens.read(start, min(CRC_BLOCK_BYTES, len(tokens) - start))
+        except DataError as error:
+            problems.append(str(error))
+    return problems
+
+
+LLMC_MAGIC = 20240520
+LLMC_HEADER_BYTES = (
+    1024  # header, 256 int32: magic, version 1, number of u16 tokens, zeros
+)
+
+
+def find_token_files(folder: Path) -> list[Path]:
+    """Returns .ds files (datatrove) and .bin files with a split in the name."""
+    return sorted(
+        path
+        for path in folder.glob("*")
+        if path.suffix == ".ds"
+        or (path.suffix == ".bin" and ("train" in path.name or "val" in path.name))
+    )
+
+
+def open_external(
+    folder: Path, split: str, vocab_size: int, eot: int
+) -> TokenDataset | None:
+    """Opens one split; files with "val" in their name are validation data.
+
+    Args:
+        folder: see `find_token_files`.
+        split: "train" or "validation".
+        vocab_size: of the tokenizer of the files.
+        eot: end-of-text token of the same tokenizer.
+
+    Raises:
+        DataError: a file is corrupt or does not match the tokenizer.
+    """
+    if (folder / "meta.pkl").exists():
+        raise DataError(
+            f"{folder} has its vocabulary in meta.pkl; gptjax does not load pickles. "
+            "Prepare the text instead: gptjax data prepare input.txt "
+            "--tokenizer bytes --out DIR."
+        )
+    shards = [
+        datatrove_shard(path, eot) if path.suffix == ".ds" else llmc_shard(path)
+        for path in find_token_files(folder)
+        if ("val" in path.name) == (split == "validation")
+    ]
+    return open_shards(shards, vocab_size, eot) if shards else None
+
+
+def llmc_shard(path: Path) -> TokenShard:
+    """Describes a file of u16 tokens, with or without llm.c's header."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(LLMC_HEADER_BYTES)
+    # As tokens, llm.c's magic number would start with id 55,448, not in GPT-2.
+    if (
+        len(header) < LLMC_HEADER_BYTES
+        or np.frombuffer(header, "<i4", 1)[0] != LLMC_MAGIC
+    ):
+        return TokenShard(path, size // 2, np.dtype("<u2"))
+    _, version, count = np.frombuffer(header, "<i4", 3)
+    if version != 1:
+        raise DataError(
+            f"{path}: llm.c format version {version}; only version 1 (GPT-2) is "
+            "supported. Write the file again, or prepare the text."
+        )
+    return TokenShard(path, int(count), np.dtype("<u2"), LLMC_HEADER_BYTES)
+
+
+def datatrove_shard(path: Path, eot: int) -> TokenShard:
+    """Describes a .ds file; its dtype follows from the last entry of its .index."""
+    index = path.with_name(path.name + ".index")
+    ends = np.fromfile(index, "<u8") if index.exists() else np.empty(0, "<u8")
+    size = path.stat().st_size
+    last = int(ends[-1]) if len(ends) else 0
+    if size not in (2 * last, 4 * last) or not size:
+        raise DataError(
+            f"{path} has {size:,} bytes, but the last entry of {index.name} is "
+            f"{last:,}, neither half nor a quarter of that. Copy both files again."
+        )
+    dtype = np.dtype(f"<u{size // last}")
+    end_token = np.memmap(path, dtype, "r", shape=(last,))[int(ends[0]) - 1]
+    if end_token != eot:
+        raise DataError(
+            f"{path}: the first document ends with token {end_token}, not with the "
+            f"end-of-text token {eot}. Set data.tokenizer to the tokenizer of the "
+            "file, or write the file again with an eos_token."
+        )
+    return TokenShard(path, last, dtype, index_path=index, documents=len(ends))

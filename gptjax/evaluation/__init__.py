@@ -1,0 +1,5 @@
+"""Metrics of a model on texts, labelled texts and instructions.
+
+Input: a `Model` and data. Output: losses, accuracies and scores with confidence
+intervals. Read `perplexity` first.
+"""

@@ -1,0 +1,188 @@
+"""Classification metrics and confidence intervals.
+
+Pure functions of NumPy arrays. C is the number of classes, n the number of examples.
+The metrics agree with scikit-learn's with `zero_division=0`.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int, Real
+
+from gptjax.errors import DataError
+
+NUM_RESAMPLES = 2_000
+MAX_VALUES_PER_DRAW = 1_000_000  # drawn at a time, which limits memory
+
+
+class ClassificationMetrics(NamedTuple):
+    """Classification metrics from 0 to 1; tuples have one entry per class."""
+
+    accuracy: float
+    macro_f1: float  # mean over classes with true or predicted examples
+    balanced_accuracy: float  # mean recall over classes with true examples
+    precision: tuple[float, ...]  # 0 for classes never predicted
+    recall: tuple[float, ...]  # 0 for classes without true examples
+    f1: tuple[float, ...]
+    count: tuple[int, ...]  # true examples
+
+
+def confusion_matrix(
+    true: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"], num_classes: int
+) -> Int[np.ndarray, "C C"]:
+    """Counts examples by true class (row) and predicted class (column).
+
+    >>> confusion_matrix(np.array([0, 0, 1]), np.array([0, 1, 1]), 2).tolist()
+    [[1, 1], [0, 1]]
+    """
+    for class_ids in (true, predicted):
+        if np.any((class_ids < 0) | (class_ids >= num_classes)):
+            raise DataError(
+                f"class ids range from {class_ids.min()} to {class_ids.max()}, but the "
+                f"{num_classes} classes are 0 to {num_classes - 1}. Number them from 0."
+            )
+    cell = true.astype(np.int64) * num_classes + predicted
+    return np.bincount(cell, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def classification_metrics(
+    confusion_CC: Int[np.ndarray, "C C"],
+) -> ClassificationMetrics:
+    """Computes all metrics from a confusion matrix.
+
+    >>> classification_metrics(np.array([[1, 1], [0, 1]])).recall
+    (0.5, 1.0)
+    """
+    correct_C, count_C = confusion_CC.diagonal(), confusion_CC.sum(axis=1)
+    predicted_C = confusion_CC.sum(axis=0)
+    if not count_C.any():
+        raise DataError("there is no example to score. Pass a non-empty data set.")
+    recall_C = correct_C / np.maximum(count_C, 1)
+    f1_C = 2 * correct_C / np.maximum(count_C + predicted_C, 1)
+    return ClassificationMetrics(
+        accuracy=float(correct_C.sum() / count_C.sum()),
+        macro_f1=float(f1_C[count_C + predicted_C > 0].mean()),
+        balanced_accuracy=float(recall_C[count_C > 0].mean()),
+        precision=tuple((correct_C / np.maximum(predicted_C, 1)).tolist()),
+        recall=tuple(recall_C.tolist()),
+        f1=tuple(f1_C.tolist()),
+        count=tuple(count_C.tolist()),
+    )
+
+
+def accuracy_ci(correct: Bool[np.ndarray, " n"], seed: int = 0) -> tuple[float, float]:
+    """95% bootstrap interval of the accuracy (Efron & Tibshirani 1993, ch. 13).
+
+    Percentile interval. Resampling n of n examples makes the number of correct ones
+    binomial, so this number is drawn directly. If all examples are correct or all are
+    wrong, the interval is a point and carries no information.
+    """
+    n = len(correct)
+    if not n:
+        raise DataError("there is no example to score. Pass a non-empty data set.")
+    draws = np.random.default_rng(seed).binomial(n, correct.mean(), NUM_RESAMPLES) / n
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def mean_ci(
+    values: Sequence[int | float] | Real[np.ndarray, " n"], seed: int = 0
+) -> tuple[float, float]:
+    """95% bootstrap interval of the mean (percentiles).
+
+    If all values are equal, the interval is a point and carries no information.
+    """
+    n = len(values)
+    if not n:
+        raise DataError("there is no value to average. Pass a non-empty list.")
+    offsets = np.asarray(values, np.float64) - values[0]  # exact 0 if all are equal
+    rng, resamples_per_draw = (
+        np.random.default_rng(seed),
+        max(1, MAX_VALUES_PER_DRAW // n),
+    )
+    means = [
+        offsets[
+            rng.integers(n, size=(min(resamples_per_draw, NUM_RESAMPLES - start), n))
+        ].mean(axis=1)
+        for start in range(0, NUM_RESAMPLES, resamples_per_draw)
+    ]
+    low, high = values[0] + np.percentile(np.concatenate(means), [2.5, 97.5])
+    return float(low), float(high)
+
+
+ANSWER_WORD_PATTERN = re.compile(r"[^\W_]+")
+
+
+def normalize_answer(text: str) -> list[str]:
+    """Splits a text into lower-case words.
+
+    >>> normalize_answer("It's GPT-2, n_layers=12.")
+    ['it', 's', 'gpt', '2', 'n', 'layers', '12']
+    """
+    return ANSWER_WORD_PATTERN.findall(text.lower())
+
+
+def exact_match(answer: str, reference: str) -> float:
+    """1 if both texts are equal up to surrounding whitespace, else 0."""
+    return float(answer.strip() == reference.strip())
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """F1 of the two bags of words (Rajpurkar et al. 2016, sec. 6.1).
+
+    Unlike in SQuAD, articles count. The score is 1 if neither text has words, and 0 if
+    only one has.
+
+    >>> token_f1("The cat sat.", "the cat sat down")
+    0.8571428571428571
+    """
+    answer_counts, reference_counts = (
+        Counter(normalize_answer(answer)),
+        Counter(normalize_answer(reference)),
+    )
+    total = answer_counts.total() + reference_counts.total()
+    return 2 * (answer_counts & reference_counts).total() / total if total else 1.0
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """F1 of the longest common subsequence of words (Lin 2004, sec. 3.1, beta 1).
+
+    For ASCII texts this equals rougeL of the package rouge_score without stemming; in
+    particular, texts without words score 0, even if both have none.
+
+    >>> rouge_l("police kill the gunman", "police killed the gunman")
+    0.75
+    """
+    answer_words, reference_words = (
+        normalize_answer(answer),
+        normalize_answer(reference),
+    )
+    length = lcs_length(answer_words, reference_words)
+    if not length:
+        return 0.0
+    precision, recall = length / len(answer_words), length / len(reference_words)
+    return 2 * precision * recall / (precision + recall)
+
+
+def lcs_length(first: Sequence[str], second: Sequence[str]) -> int:
+    """Length of the longest common subsequence.
+
+    >>> lcs_length("abcd", "acbd")
+    3
+    """
+    previous_row = [0] * (
+        len(second) + 1
+    )  # LCS lengths of the items so far and each prefix
+    for item in first:
+        row = [0]
+        for n, candidate in enumerate(second):
+            row.append(
+                previous_row[n] + 1
+                if item == candidate
+                else max(previous_row[n + 1], row[n])
+            )
+        previous_row = row
+    return previous_row[-1]

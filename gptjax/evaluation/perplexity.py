@@ -1,0 +1,215 @@
+"""Loss, perplexity and bits per byte on text; every token is scored once."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float32
+
+from gptjax.config import GPTConfig
+from gptjax.data.lm import Batch, make_lm_batch
+from gptjax.errors import ConfigError, DataError
+from gptjax.parallel.sharding import replicate, shard_batch, use_mesh
+from gptjax.runtime.preemption import check_interrupted
+from gptjax.training.loss import batch_per_token_loss
+from gptjax.tree import Params
+from gptjax.weights.model_folder import Model
+
+SCORE_BATCH_SIZE = 8  # windows per batch of `score`
+EVAL_CHUNK_SIZE = 256  # positions whose logits are in memory at a time
+NO_TOKENS_ERROR = "there is no token to score. Pass a non-empty text."
+
+EvalStep = Callable[[Params, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Language model evaluation on a text."""
+
+    loss: float  # nats per token
+    tokens: int  # scored
+    bytes: int  # of the text of the scored tokens
+    total_loss: float  # sum over tokens, nats
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the loss; not comparable across tokenizers."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits per byte of text, comparable across tokenizers; None without bytes."""
+        return self.total_loss / math.log(2) / self.bytes if self.bytes else None
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """Values logged to metrics.jsonl."""
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.tokens,
+        }
+
+
+def make_eval_step(
+    config: GPTConfig, chunk_size: int = EVAL_CHUNK_SIZE, mesh: Mesh | None = None
+) -> EvalStep:
+    """Returns a jitted function (params, batch) -> loss [B, T] in nats.
+
+    Logits are computed for `chunk_size` positions at a time. `mesh` is the mesh of
+    sharded parameters.
+    """
+
+    @jax.jit
+    def compute_losses(params: Params, batch: Any) -> Any:
+        return replicate(
+            batch_per_token_loss(config, params, batch, chunk_size=chunk_size)
+        )
+
+    def eval_step(params: Params, batch: Any) -> Any:
+        with use_mesh(mesh):
+            return compute_losses(
+                params, shard_batch(batch, mesh, len(batch["tokens"]))
+            )
+
+    return eval_step
+
+
+# Cached, so that a notebook that scores many texts compiles once.
+eval_step_for = functools.lru_cache(maxsize=4)(make_eval_step)
+
+
+def evaluate(
+    eval_step: EvalStep,
+    params: Params,
+    batches: Iterable[Batch],
+    byte_lengths: np.ndarray,
+) -> Evaluation:
+    """Evaluates all batches; sums in float64 on the host.
+
+    Batches have one static shape. Targets with weight 0 are excluded, and the loss of a
+    target does not depend on the rest of the batch. `byte_lengths` holds the number of
+    bytes of each token id.
+    """
+    total_loss, num_tokens, num_bytes = 0.0, 0, 0
+    for batch in batches:
+        check_interrupted()
+        mask = batch["loss_weights"] > 0
+        total_loss += float(
+            np.sum(np.asarray(eval_step(params, batch), np.float64)[mask])
+        )
+        num_tokens += int(mask.sum())
+        num_bytes += int(byte_lengths[batch["targets"][mask]].sum())
+    if not num_tokens:
+        raise DataError(NO_TOKENS_ERROR)
+    return Evaluation(total_loss / num_tokens, num_tokens, num_bytes, total_loss)
+
+
+def sliding_windows(
+    token_L: np.ndarray,
+    context_length: int,
+    stride: int,
+    batch_size: int,
+    eot_token: int | None,
+) -> Iterator[Batch]:
+    """Yields batches of overlapping windows that score each token but the first once.
+
+    The first window scores all its targets, later ones the last `stride`, which have at
+    least the context length minus `stride` tokens of context. `stride` is between 1 and
+    the context length. The last batch is padded with rows of weight 0. `eot_token`
+    starts a document; None disables document masking.
+    """
+    num_targets = len(token_L) - 1
+    num_windows = 1 + max(0, -(-(num_targets - context_length) // stride))
+    padded = np.zeros(
+        context_length + 1 + (num_windows + batch_size) * stride, np.int32
+    )
+    padded[: len(token_L)] = token_L
+    for first_window in range(0, num_windows, batch_size):
+        start_B = (first_window + np.arange(batch_size)) * stride
+        tokens = padded[start_B[:, None] + np.arange(context_length + 1)]
+        batch = make_lm_batch(tokens, eot_token)
+        position_BT = start_B[:, None] + np.arange(context_length)
+        is_scored_BT = (np.arange(context_length) >= context_length - stride) | (
+            start_B[:, None] == 0
+        )
+        batch["loss_weights"] = (is_scored_BT & (position_BT < num_targets)).astype(
+            np.float32
+        )
+        yield batch
+
+
+def score(model: Model, text: str, *, stride: int | None = None) -> Evaluation:
+    """Evaluates the model on `text` as one document.
+
+    Args:
+        model: from `gptjax.load`.
+        text: not empty.
+        stride: tokens between the starts of two windows. Default: the context length,
+            which is fastest; smaller values give each token more context.
+
+    Raises:
+        ConfigError: the stride is not between 1 and the context length.
+        DataError: the text is empty.
+    """
+    context_length = model.config.context_length
+    stride = context_length if stride is None else stride
+    if not 1 <= stride <= context_length:
+        raise ConfigError(
+            f"--stride {stride} is not between 1 and the model's context length of "
+            f"{context_length}. Choose a value in this range, e.g. {context_length // 2}."
+        )
+    token_L = np.array(
+        [model.tokenizer.eot_token, *model.tokenizer.encode(text)], np.int32
+    )
+    return score_tokens(model, token_L, stride, None)
+
+
+def token_losses(
+    model: Model, text: str
+) -> tuple[list[int], Float32[np.ndarray, " L"]]:
+    """Returns the tokens of `text` and the loss of each, in nats.
+
+    The text is one document that starts after <|endoftext|>, as in `score`, whose loss
+    is the mean of these values.
+
+    Args:
+        model: from `gptjax.load`.
+        text: 1 to `context_length` tokens.
+
+    Raises:
+        ConfigError: the text is longer than the context.
+        DataError: the text is empty.
+    """
+    context_length, ids = model.config.context_length, model.tokenizer.encode(text)
+    if not ids:
+        raise DataError(NO_TOKENS_ERROR)
+    if len(ids) > context_length:
+        raise ConfigError(
+            f"the text has {len(ids)} tokens, more than the model's context length of "
+            f"{context_length}. Shorten it, or use gptjax.score for the mean loss."
+        )
+    token_L = np.array([model.tokenizer.eot_token, *ids], np.int32)
+    (batch,) = sliding_windows(token_L, context_length, context_length, 1, None)
+    loss_BT = np.asarray(eval_step_for(model.config)(model.params, batch), np.float32)
+    return ids, loss_BT[0, : len(ids)]
+
+
+def score_tokens(
+    model: Model, token_L: np.ndarray, stride: int, eot_token: int | None
+) -> Evaluation:
+    """Evaluates the model on tokens; the first one is context only.
+
+    `stride` is the number of tokens between the starts of two windows, from 1 to the
+    context length. `eot_token` starts each document; None means a single document.
+    """
+    batches = sliding_windows(
+        token_L, model.config.context_length, stride, SCORE_BATCH_SIZE, eot_token
+    )
+    eval_step = eval_step_for(model.config)
+    return evaluate(eval_step, model.params, batches, model.tokenizer.byte_lengths)

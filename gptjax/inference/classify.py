@@ -1,0 +1,89 @@
+"""Classification of texts and evaluation of classifiers."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.config import GPTConfig
+from gptjax.data.bucketing import buckets
+from gptjax.data.classification import ClassificationBatches
+from gptjax.errors import DataError, ModelError
+from gptjax.model.classifier import class_probabilities
+from gptjax.runtime.preemption import check_interrupted
+from gptjax.weights.model_folder import Model
+
+CLASSIFY_BATCH_SIZE = 32  # texts per batch
+
+
+class Prediction(NamedTuple):
+    """Predicted label with probabilities."""
+
+    label: str
+    probability: float  # of the label
+    probabilities: dict[str, float]  # of all labels
+
+
+def classify(model: Model, texts: Sequence[str]) -> list[Prediction]:
+    """Predicts the label of each text; results do not depend on the batch.
+
+    Args:
+        model: a classifier, from `gptjax.load`.
+        texts: non-empty texts; tokens beyond the context length are dropped.
+
+    Raises:
+        ModelError: the model is not a classifier.
+        DataError: a text is empty.
+    """
+    check_classifier(model)
+    for number, text in enumerate(texts, 1):
+        if not text:
+            raise DataError(
+                f"text {number} is empty and cannot be classified. Remove it."
+            )
+    prob_NC = predict_probs(model, encode_texts(model, texts))
+    predicted_N = prob_NC.argmax(axis=-1)
+    return [
+        Prediction(
+            model.labels[predicted],
+            float(prob_C[predicted]),
+            dict(zip(model.labels, prob_C.tolist(), strict=True)),
+        )
+        for predicted, prob_C in zip(predicted_N, prob_NC, strict=True)
+    ]
+
+
+def check_classifier(model: Model) -> None:
+    """Raises ModelError if the model has no classification labels."""
+    if not model.labels:
+        raise ModelError(
+            "this model has no labels, so it is not a classifier. Train one with "
+            "gptjax train and train.task = 'classify'."
+        )
+
+
+def encode_texts(model: Model, texts: Sequence[str]) -> list[list[int]]:
+    """Tokenizes texts, truncated to the context length."""
+    max_length = model.config.context_length
+    return [model.tokenizer.encode(text)[:max_length] for text in texts]
+
+
+def bucket_lengths(config: GPTConfig) -> list[int]:
+    """Lengths to which rows are padded."""
+    return buckets(config.context_length, single=config.pool == "position")
+
+
+def predict_probs(model: Model, ids: Sequence[Sequence[int]]) -> np.ndarray:
+    """Class probabilities [N, C] of tokenized texts."""
+    pad_id = model.tokenizer.eot_token
+    batches = ClassificationBatches(
+        ids, [0] * len(ids), CLASSIFY_BATCH_SIZE, bucket_lengths(model.config), pad_id
+    )
+    prob_NC = np.zeros((len(ids), len(model.labels)), np.float32)
+    for indices, batch in batches.in_order():
+        check_interrupted()
+        tokens, lengths = jnp.asarray(batch["tokens"]), jnp.asarray(batch["lengths"])
+        prob_BC = class_probabilities(model.config, model.params, tokens, lengths)
+        prob_NC[indices] = np.asarray(prob_BC)[: len(indices)]
+    return prob_NC

@@ -1,0 +1,406 @@
+"""Text generation.
+
+Context window: only the last `context_length` tokens of a prompt are used;
+`Completion.truncated` counts the tokens dropped. A sequence that has filled the window
+continues from a new prefill of its last half. Other sequences in the batch keep their
+results.
+"""
+
+import codecs
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int, Key
+
+from gptjax.config import check_min
+from gptjax.data.readers import open_decompressed, read_jsonl
+from gptjax.errors import ConfigError, DataError
+from gptjax.inference.engine import (
+    DecodeArgs,
+    bucket_length,
+    init_decode_state,
+    jitted_steps,
+    pad_prompts,
+)
+from gptjax.inference.sampling import SamplingParams
+from gptjax.runtime.preemption import check_interrupted
+from gptjax.runtime.timing import mark_phase
+from gptjax.weights.model_folder import Model
+
+MAX_STOP_IDS = 8
+TOKENS_PER_CALL = 16  # decoded per compiled call when streaming or checking stop texts
+
+Prompt = str | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Sampling and stopping options."""
+
+    max_new_tokens: int = 100
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # keep the k most likely tokens; 0 = off
+    top_p: float = 1.0  # smallest set of top tokens with this total probability
+    min_p: float = 0.0  # minimum probability relative to the most likely token
+    repetition_penalty: float = 1.0  # penalty on repeated tokens; 1.0 = off
+    stop: str | Sequence[str] = ()  # texts that end generation; not part of the output
+    stop_ids: Sequence[int] | None = None  # stop tokens; None: <|endoftext|>
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Validates the options."""
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        check_min("sampling", self, 1, "max_new_tokens")
+        check_min("sampling", self, 0, "temperature top_k seed")
+        for name, low, high in (("top_p", 0.0, 1.0), ("min_p", -1e-9, 1.0)):
+            if not low < getattr(self, name) <= high:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} is out of range. Choose a "
+                    "probability between 0 and 1."
+                )
+        if not self.repetition_penalty > 0:
+            raise ConfigError(
+                f"repetition_penalty={self.repetition_penalty} is not positive. Use 1 "
+                "for no penalty, 1.2 for a mild one."
+            )
+        if len(self.stop_ids or ()) > MAX_STOP_IDS:
+            raise ConfigError(
+                f"stop_ids has {len(self.stop_ids or ())} tokens, more than the "
+                f"maximum of {MAX_STOP_IDS}. Remove some, or use stop texts."
+            )
+        if "" in self.stop:
+            raise ConfigError("stop contains an empty text. Remove it.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """Generated continuation of one prompt."""
+
+    text: str  # new text only
+    ids: list[int]  # new tokens, without the stop token
+    logprobs: list[float]  # of `ids`, in nats, before temperature and filters
+    finish_reason: str  # "stop" or "length"
+    truncated: int  # tokens dropped from the front of the prompt
+
+
+def generate(
+    model: Model, prompt: Prompt | Sequence[Prompt], **options: Any
+) -> str | list[str]:
+    """Generates text and returns it together with the prompt.
+
+    Args:
+        model: from `gptjax.load`.
+        prompt: a text or token ids, or a list of them.
+        **options: fields of `GenerationConfig`, and `samples` (per prompt).
+
+    Returns:
+        One text, or a list if there are several prompts or samples.
+    """
+    prompts, single = normalize_prompts(prompt)
+    results = complete(model, prompts, **options)
+    samples_per_prompt = len(results) // len(prompts)
+    texts = []
+    for n, result in enumerate(results):
+        source = prompts[n // samples_per_prompt]
+        decode = model.tokenizer.decode
+        texts.append(
+            (source if isinstance(source, str) else decode(source)) + result.text
+        )
+    return texts[0] if single and samples_per_prompt == 1 else texts
+
+
+def complete(
+    model: Model,
+    prompt: Prompt | Sequence[Prompt],
+    *,
+    samples: int = 1,
+    **options: Any,
+) -> list[Completion]:
+    """Generates completions; samples of one prompt are adjacent in the result.
+
+    Results do not depend on the batch: sample s of a prompt is always the same.
+
+    Args:
+        model: from `gptjax.load`.
+        prompt: a text or token ids, or a list of them.
+        samples: number of completions per prompt.
+        **options: fields of `GenerationConfig`.
+
+    Raises:
+        ConfigError: a prompt is empty or an option is invalid.
+        DataError: a token id is not in the model's vocabulary.
+    """
+    generation_config = GenerationConfig(**options)
+    rows, truncated = tokenize_prompts(model, normalize_prompts(prompt)[0], samples)
+    (*_, final) = decode_sequences(
+        model, rows, generation_config, samples, streaming=bool(generation_config.stop)
+    )
+    return [
+        to_completion(model, generation_config, *row, num_truncated)
+        for row, num_truncated in zip(final, truncated, strict=True)
+    ]
+
+
+def stream(
+    model: Model, prompt: Prompt | Sequence[Prompt], **options: Any
+) -> Iterator[str]:
+    """Streams the completion of one prompt as text chunks.
+
+    Chunks never split a character and contain no part of a stop text.
+
+    Raises:
+        ConfigError: as in `complete`, or there are several prompts.
+        DataError: as in `complete`.
+    """
+    generation_config = GenerationConfig(**options)
+    prompts, single = normalize_prompts(prompt)
+    if not single:
+        raise ConfigError(
+            f"{len(prompts)} prompts cannot be streamed as one text. Stream them one "
+            "at a time, or use complete()."
+        )
+    rows, _ = tokenize_prompts(model, prompts, 1)
+    return stream_chunks(model, rows, generation_config)
+
+
+def stream_chunks(
+    model: Model, rows: list[list[int]], generation_config: GenerationConfig
+) -> Iterator[str]:
+    """Yields the text chunks of `stream` for validated prompts."""
+    num_sent, ids = 0, []
+    for ((ids, _, _),) in decode_sequences(
+        model, rows, generation_config, streaming=True
+    ):
+        text, _, is_stopped = decode_until_stop(
+            model, ids, generation_config.stop, final=False
+        )
+        safe_length = (
+            len(text)
+            if is_stopped
+            else len(text) - partial_stop_length(text, generation_config.stop)
+        )
+        if safe_length > num_sent:
+            yield text[num_sent:safe_length]
+            num_sent = safe_length
+        if is_stopped:
+            return
+    text, _, _ = decode_until_stop(model, ids, generation_config.stop)
+    if text[num_sent:]:
+        yield text[num_sent:]
+
+
+def normalize_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
+    """Returns the prompts as a list, and True if a single prompt was given."""
+    untyped_prompt: Any = prompt
+    if isinstance(prompt, str) or not len(prompt):
+        return [untyped_prompt], True
+    if isinstance(prompt[0], int | np.integer):
+        return [untyped_prompt], True
+    return list(untyped_prompt), False
+
+
+def tokenize_prompts(
+    model: Model, prompts: Sequence[Prompt], samples: int
+) -> tuple[list[list[int]], list[int]]:
+    """Tokenizes prompts; also returns the number of tokens dropped from each front."""
+    max_length = model.config.context_length
+    rows, truncated = [], []
+    for prompt in prompts:
+        ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = [int(i) for i in ids]
+        if not ids:
+            raise ConfigError(
+                "the prompt is empty. Give it at least one character, such as a line "
+                "break."
+            )
+        check_token_ids(model, ids, "in the prompt")
+        rows += [ids[-max_length:]] * samples
+        truncated += [max(0, len(ids) - max_length)] * samples
+    return rows, truncated
+
+
+def check_token_ids(model: Model, ids: Iterable[int], where: str) -> None:
+    """Raises DataError for the first token outside the vocabulary."""
+    for i in ids:
+        if not 0 <= i < model.config.vocab_size:
+            raise DataError(
+                f"token {i} {where} is outside the model's vocabulary of "
+                f"{model.config.vocab_size} tokens. Encode with the model's tokenizer."
+            )
+
+
+SequenceState = tuple[
+    list[int], list[float], bool
+]  # new ids, log-probabilities, stopped
+
+
+def decode_sequences(
+    model: Model,
+    prompts: list[list[int]],
+    generation_config: GenerationConfig,
+    samples: int = 1,
+    streaming: bool = False,
+) -> Iterator[list[SequenceState]]:
+    """Yields completions; every chunk if streaming, else once per context window."""
+    prefill, decode_loop = jitted_steps()
+    config, rows = model.config, len(prompts)
+    longest = max(map(len, prompts))
+    cache_length = bucket_length(
+        longest + generation_config.max_new_tokens, config.context_length
+    )
+    args = make_decode_args(model, generation_config, rows, samples)
+    state = init_decode_state(
+        config,
+        rows,
+        cache_length,
+        bucket_length(generation_config.max_new_tokens, None),
+    )
+    max_steps: Any = np.int32(
+        TOKENS_PER_CALL if streaming else generation_config.max_new_tokens
+    )
+    window = prompts
+    while True:
+        state = prefill(
+            config, model.decode_params, *pad_prompts(window, cache_length), state, args
+        )
+        while True:
+            check_interrupted()
+            ids_BM, logprob_BM = jax.device_get((state.ids_BM, state.logprob_BM))
+            count_B, length_B = jax.device_get((state.count_B, state.length_B))
+            done_B = np.array(state.done_B)
+            sequences = [
+                (ids[:n].tolist(), logprob[:n].tolist(), bool(done))
+                for ids, logprob, n, done in zip(
+                    ids_BM, logprob_BM, count_B, done_B, strict=True
+                )
+            ]
+            mark_phase("first token")
+            yield sequences
+            if generation_config.stop:
+                done_B |= [
+                    decode_until_stop(model, ids, generation_config.stop)[2]
+                    for ids, *_ in sequences
+                ]
+                state = state._replace(done_B=done_B)
+            active_B = ~done_B & (count_B < generation_config.max_new_tokens)
+            if not (active_B & (length_B < cache_length)).any():
+                break
+            state = decode_loop(config, model.decode_params, state, args, max_steps)
+        if not active_B.any():
+            return
+        half_length = max(1, config.context_length // 2)
+        window = [
+            [*prompt, *ids[:n].tolist()][-half_length:]
+            for prompt, ids, n in zip(prompts, ids_BM, count_B, strict=True)
+        ]
+
+
+def make_decode_args(
+    model: Model, generation_config: GenerationConfig, rows: int, samples: int
+) -> DecodeArgs:
+    """Converts the options to device arrays; sample s always gets the same key."""
+    stop_ids = (
+        [model.tokenizer.eot_token]
+        if generation_config.stop_ids is None
+        else [*generation_config.stop_ids]
+    )
+    check_token_ids(model, stop_ids, "in stop_ids")
+    sampling: Any = (  # NumPy scalars: eager JAX would compile one program each
+        np.float32(generation_config.temperature),
+        np.int32(min(generation_config.top_k, model.config.vocab_size)),
+        np.float32(generation_config.top_p),
+        np.float32(generation_config.min_p),
+        np.float32(generation_config.repetition_penalty),
+    )
+    stop_id_I: Any = np.full(MAX_STOP_IDS, -1, np.int32)
+    stop_id_I[: len(stop_ids)] = stop_ids
+    max_new_tokens: Any = np.int32(generation_config.max_new_tokens)
+    sample_index_B: Any = np.arange(rows, dtype=np.int32) % samples
+    key_B = row_keys(np.int64(generation_config.seed), sample_index_B)
+    return DecodeArgs(key_B, SamplingParams(*sampling), stop_id_I, max_new_tokens)
+
+
+@jax.jit
+def row_keys(seed: Any, sample_index_B: Int[Array, " B"]) -> Key[Array, " B"]:
+    """Derives one PRNG key per row from the seed and the sample index."""
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    return fold(jax.random.key(seed), sample_index_B)
+
+
+def to_completion(
+    model: Model,
+    generation_config: GenerationConfig,
+    ids: list[int],
+    logprobs: list[float],
+    stopped: bool,
+    truncated: int,
+) -> Completion:
+    """Converts a sequence to a completion, truncated before its first stop text."""
+    text, num_tokens, has_stop_text = decode_until_stop(
+        model, ids, generation_config.stop
+    )
+    finish_reason = "stop" if stopped or has_stop_text else "length"
+    return Completion(
+        text, ids[:num_tokens], logprobs[:num_tokens], finish_reason, truncated
+    )
+
+
+def decode_until_stop(
+    model: Model,
+    ids: Sequence[int],
+    stop_texts: str | Sequence[str],
+    final: bool = True,
+) -> tuple[str, int, bool]:
+    """Decodes tokens up to the first stop text.
+
+    Checks after every token, so the result does not depend on the chunk size: the stop
+    text that is completed first ends the text. Unless `final`, an incomplete character
+    at the end is omitted.
+
+    Returns:
+        The text, the number of tokens decoded, and True if a stop text was found.
+    """
+    decoder, text = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    for count, i in enumerate(ids, 1):
+        text += decoder.decode(model.tokenizer.decode_bytes([i]))
+        if positions := [text.index(stop) for stop in stop_texts if stop in text]:
+            return text[: min(positions)], count, True
+    return text + decoder.decode(b"", final=final), len(ids), False
+
+
+def partial_stop_length(text: str, stop_texts: Iterable[str]) -> int:
+    """Length of the longest suffix of `text` that is a proper prefix of a stop text."""
+    return max(
+        (
+            n
+            for stop in stop_texts
+            for n in range(1, len(stop))
+            if text.endswith(stop[:n])
+        ),
+        default=0,
+    )
+
+
+def few_shot_prompt(path: Path, query: str) -> str:
+    """Builds a few-shot prompt: "input -> output" lines, then "query ->".
+
+    Raises:
+        DataError: a row lacks the texts "input" and "output".
+    """
+    lines = []
+    with open_decompressed(path) as (file, _):
+        for line, row in read_jsonl(file, path):
+            if not isinstance(row, dict) or not all(
+                isinstance(row.get(name), str) for name in ("input", "output")
+            ):
+                raise DataError(
+                    f'{path}:{line}: an example requires the texts "input" and '
+                    '"output". Write {"input": "woc", "output": "cow"}.'
+                )
+            lines.append(f"{row['input']} -> {row['output']}\n")
+    return "".join(lines) + f"{query} ->"

@@ -1,0 +1,58 @@
+"""Attention call properties that determine backend support."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Int
+
+from gptjax.model.attention.mask import AttentionMask, KeyValueHeads, QueryHeads
+from gptjax.parallel.sharding import shard_map_local
+
+
+class AttentionSpec(NamedTuple):
+    """Static properties of one attention call."""
+
+    num_queries: int  # [T]
+    num_keys: int  # [S]
+    head_dim: int  # [K]
+    dtype: str
+    platform: str  # as returned by `target_platform`
+    dropout: bool = False  # on attention weights
+    has_query_positions: bool = False  # queries attend to a KV cache
+
+
+def dropout_unsupported(name: str) -> str:
+    """Returns the error message of a backend that does not support dropout."""
+    return (
+        f"model.attention={name!r} does not support dropout. Use "
+        "model.attention='reference' or model.dropout=0."
+    )
+
+
+def shard_map_attention(
+    attention: Callable[
+        [QueryHeads, KeyValueHeads, KeyValueHeads, AttentionMask], QueryHeads
+    ],
+    query_BTHK: QueryHeads,
+    key_BSHK: KeyValueHeads,
+    value_BSHK: KeyValueHeads,
+    mask: AttentionMask,
+) -> QueryHeads:
+    """Calls `attention`; on a mesh, on each device with its shard of rows and heads."""
+    names = [n for n in ("slot_BT", "segment_BT") if getattr(mask, n) is not None]
+
+    def attend_shard(
+        query_BTHK: QueryHeads,
+        key_BSHK: KeyValueHeads,
+        value_BSHK: KeyValueHeads,
+        *places: Int[Array, "B T"],
+    ) -> QueryHeads:
+        shard_arrays: Any = dict(zip(names, places, strict=True))
+        shard_mask = mask._replace(**shard_arrays)
+        return attention(query_BTHK, key_BSHK, value_BSHK, shard_mask)
+
+    in_axes = ("BTHK", "BSHK", "BSHK", *("BT" for _ in names))
+    arrays = [getattr(mask, name) for name in names]
+    return shard_map_local(attend_shard, in_axes, "BTHK")(
+        query_BTHK, key_BSHK, value_BSHK, *arrays
+    )

@@ -1,0 +1,149 @@
+"""Attention dispatch: one function, several backends, selected by support."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from gptjax.errors import ConfigError
+from gptjax.model.attention import cudnn, flash, reference, splash
+from gptjax.model.attention.backend import AttentionSpec
+from gptjax.model.attention.mask import AttentionMask, KeyValueHeads, QueryHeads
+from gptjax.runtime import device
+from gptjax.runtime.device import GPU_PRE_AMPERE
+
+
+class Backend(NamedTuple):
+    """Attention implementation, and a check of the calls it supports."""
+
+    run: Callable[..., QueryHeads]
+    unsupported_reason: Callable[[AttentionSpec], str]
+
+
+BACKENDS: Mapping[str, Backend] = {
+    "reference": Backend(reference.reference_attention, lambda call: ""),
+    "chunked": Backend(reference.chunked_causal_attention, lambda call: ""),
+    "xla": Backend(reference.xla_attention, reference.xla_unsupported_reason),
+    "flash": Backend(flash.flash_attention, flash.flash_unsupported_reason),
+    "cudnn": Backend(cudnn.cudnn_attention, cudnn.cudnn_unsupported_reason),
+    "splash": Backend(splash.splash_attention, splash.splash_unsupported_reason),
+}
+DEFAULT_ORDER = {  # by platform: the first supported one; KV caches use "reference"
+    "cpu": ("chunked",),
+    "tpu": ("splash", "xla"),
+    "gpu": ("cudnn", "xla"),
+    GPU_PRE_AMPERE: ("xla",),
+}
+
+
+def compute_attention(
+    query_BTHK: QueryHeads,
+    key_BSHK: KeyValueHeads,
+    value_BSHK: KeyValueHeads,
+    mask: AttentionMask,
+    *,
+    backend: str = "auto",
+    dropout: Callable[[Array], Array] | None = None,
+) -> QueryHeads:
+    """Computes multi-head scaled dot-product attention [B, T, H, K].
+
+    Softmax statistics are float32 in every backend. A backend that does not support an
+    argument raises instead of ignoring it.
+
+    Args:
+        query_BTHK: [B, T, H, K].
+        key_BSHK: [B, S, H, K]; S = T unless `mask` has query positions.
+        value_BSHK: [B, S, H, K].
+        mask: which keys each query attends to.
+        backend: a key of `BACKENDS`, or "auto".
+        dropout: applied to the attention weights.
+
+    Raises:
+        ConfigError: the backend does not support the call, or `mask` is invalid.
+    """
+    _, queries, _, head_dim = query_BTHK.shape
+    keys = key_BSHK.shape[1]
+    if mask.sliding_window is not None and mask.sliding_window < 1:
+        raise ConfigError(
+            f"AttentionMask.sliding_window={mask.sliding_window} masks a query from itself. "
+            "Use 1 or more."
+        )
+    if mask.query_position_BT is not None and mask.segment_id_BT is not None:
+        raise ConfigError(
+            "AttentionMask.query_position_BT and segment_id_BT cannot be combined: the "
+            "segment ids of cached keys are unknown. Give only one of them."
+        )
+    if mask.query_position_BT is None and queries != keys:
+        raise ConfigError(
+            f"{queries} queries have {keys} keys, so their positions among the keys "
+            "are ambiguous. Give AttentionMask.query_position_BT."
+        )
+    spec = AttentionSpec(
+        queries,
+        keys,
+        head_dim,
+        str(query_BTHK.dtype),
+        device.target_platform(),
+        dropout is not None,
+        mask.query_position_BT is not None,
+    )
+    name = select_backend(spec) if backend == "auto" else check_backend(backend, spec)
+    options: dict[str, Any] = {} if dropout is None else {"dropout": dropout}
+    return BACKENDS[name].run(query_BTHK, key_BSHK, value_BSHK, mask, **options)
+
+
+def select_backend(spec: AttentionSpec) -> str:
+    """Returns the name of the fastest backend that supports a call ("auto")."""
+    if spec.has_query_positions:
+        return "reference"
+    names = *DEFAULT_ORDER.get(spec.platform, ("xla",)), "reference"
+    return next(name for name in names if not BACKENDS[name].unsupported_reason(spec))
+
+
+def check_backend(name: str, spec: AttentionSpec) -> str:
+    """Returns the name if that backend supports the call; raises otherwise."""
+    if name not in BACKENDS:
+        raise ConfigError(
+            f"model.attention={name!r} is unknown. Choose auto or one of "
+            f"{', '.join(BACKENDS)}."
+        )
+    if problem := BACKENDS[name].unsupported_reason(spec):
+        raise ConfigError(problem)
+    return name
+
+
+def resolve_backend(
+    name: str,
+    *,
+    length: int,
+    head_dim: int,
+    dtype: Any,
+    dropout: float = 0.0,
+    decoding: bool = False,
+    platform: str = "",
+) -> str:
+    """Resolves `model.attention`, which may be "auto", to a backend name.
+
+    Args:
+        name: `model.attention`.
+        length: [T], tokens in a row.
+        head_dim: [K].
+        dtype: dtype of activations.
+        dropout: `model.dropout` in training, else 0.
+        decoding: whether queries attend to a KV cache.
+        platform: "cpu", "gpu" or "tpu"; "" = the current one.
+
+    Raises:
+        ConfigError: the named backend does not exist or does not support this.
+    """
+    spec = AttentionSpec(
+        length,
+        length,
+        head_dim,
+        str(jnp.dtype(dtype)),
+        platform or device.target_platform(),
+        dropout > 0,
+        decoding,
+    )
+    return select_backend(spec) if name == "auto" else check_backend(name, spec)

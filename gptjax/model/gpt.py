@@ -1,0 +1,449 @@
+"""GPT-2 as a pure function of (params, tokens).
+
+Dimension letters, the same in array names, einsum strings and annotations:
+
+    B batch (rows)    T query positions    S key positions    D model width
+    H heads           K head dim           F MLP dim          V vocabulary
+    N layers          C classes
+
+The name of an array ends in the letters of its axes, in order: `query_BTHK` has
+shape [B, T, H, K]. The file reads from the parts to the whole: `Attention`, `MLP`,
+`Block`, `GPT`; then `init` and `apply`, the public functions.
+
+Parameters are a nested dict of float32 arrays. Those of the blocks are stacked along
+a leading axis [N], so that blocks/mlp/up/kernel is [N, D, F].
+
+Numerics are GPT-2's: pre-norm blocks, LayerNorm with epsilon 1e-5, tanh approximation
+of GELU, float32 softmax and layer-norm statistics (Radford et al. 2019, sec. 2.3;
+openai/gpt-2, src/model.py).
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, Key
+
+from gptjax.config import GPTConfig
+from gptjax.errors import ConfigError
+from gptjax.model.attention.dispatch import compute_attention
+from gptjax.model.attention.mask import ATTN_OUT, AttentionMask, materialize_mask
+from gptjax.model.attention.reference import attention_weights
+from gptjax.model.kv_cache import KVCache, update_cache
+from gptjax.model.layers import (
+    Dropout,
+    Embedding,
+    HiddenStates,
+    LayerNorm,
+    Linear,
+    intervene,
+    materialize_on_cpu,
+    project_qkv,
+    sow_activation,
+)
+from gptjax.model.quantization import DecodeKernel, decode_matmul
+from gptjax.parallel.sharding import (
+    all_gather_params,
+    constrain,
+    current_mesh_shape,
+    is_fsdp,
+)
+from gptjax.runtime.device import target_platform
+from gptjax.tree import Params
+
+Tokens = Int[Array, "B T"]
+
+
+def save_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Remat policy that saves everything but parameters gathered for a layer (FSDP)."""
+    return primitive.name not in ("sharding_constraint", "reshard", "reshape")
+
+
+REMAT_POLICIES = {
+    "none": save_all_but_gathered,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTN_OUT),
+    ),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+MAX_UNROLLED_LAYERS = 12  # per iteration of the scan, on one device
+
+
+class BlockInputs(NamedTuple):
+    """Per-token inputs that all blocks share."""
+
+    query_position_BT: Int[Array, "B T"]  # index of each query among the keys
+    segment_id_BT: Int[Array, "B T"] | None  # document of each token
+
+
+def compute_dtype(config: GPTConfig) -> jnp.dtype:
+    """Returns the dtype of activations; "auto" is float32 on CPU, else bfloat16."""
+    name = config.dtype
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017, sec. 3.2.2)."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: HiddenStates, cache: KVCache | None, inputs: BlockInputs
+    ) -> tuple[HiddenStates, KVCache | None]:
+        """Applies attention; with a cache, appends to it and attends to all it holds.
+
+        Args:
+            x_BTD: normalized residual stream.
+            cache: keys and values of earlier tokens; None in training.
+            inputs: positions and segment ids of the tokens.
+
+        Returns:
+            The output projection, and the updated cache or None.
+        """
+        c = self.config
+        head_shape = c.n_heads, c.head_dim
+        query_BTHK, key_BSHK, value_BSHK = (
+            constrain(x_BTHK, "BTHK")
+            for x_BTHK in project_qkv(self, x_BTD, head_shape, c.qkv_bias)
+        )
+        mask = AttentionMask(segment_id_BT=inputs.segment_id_BT, causal=c.causal)
+        if cache is not None:
+            cache = update_cache(cache, key_BSHK, value_BSHK, inputs.query_position_BT)
+            key_BSHK, value_BSHK = (jnp.swapaxes(x_BHSK, 1, 2) for x_BHSK in cache)
+            mask = AttentionMask(inputs.query_position_BT, causal=c.causal)
+        if self.is_mutable_collection("captured"):
+            mask_BTS = materialize_mask(mask, query_BTHK, key_BSHK)
+            heads_first = jnp.swapaxes(query_BTHK, 1, 2), jnp.swapaxes(key_BSHK, 1, 2)
+            sow_activation(self, "attention", attention_weights(*heads_first, mask_BTS))
+        use_dropout = c.dropout > 0 and self.has_rng("dropout")
+        # Decoding and initialization have rows of any length.
+        use_reference = cache is not None or self.is_initializing()
+        attn_out_BTHK = compute_attention(
+            query_BTHK,
+            key_BSHK,
+            value_BSHK,
+            mask,
+            backend="reference" if use_reference else c.attention,
+            dropout=Dropout(c.dropout) if use_dropout else None,
+        )
+        out = Linear((c.d_model,), residual_init_std(c), num_input_axes=2, name="out")
+        return out(attn_out_BTHK), cache
+
+
+class MLP(nn.Module):
+    """Two-layer MLP with GELU."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: HiddenStates) -> HiddenStates:
+        """Applies the MLP to each position."""
+        x_BTF = constrain(Linear((self.config.mlp_dim,), name="up")(x_BTD), "BTF")
+        x_BTF = nn.gelu(x_BTF, approximate=True)
+        down = Linear(
+            (self.config.d_model,), residual_init_std(self.config), name="down"
+        )
+        return down(x_BTF)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention and MLP, both with residual connections."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: HiddenStates, cache: KVCache | None, inputs: BlockInputs
+    ) -> tuple[HiddenStates, KVCache | None]:
+        """Returns the new residual stream, and the updated cache or None."""
+        c = self.config
+        x_BTD = materialize_on_cpu(intervene(self, "residual", x_BTD))
+        sow_activation(self, "residual", x_BTD)
+        normed_BTD = LayerNorm(name="attention_norm")(x_BTD)
+        branch_out_BTD, cache = Attention(c, name="attention")(
+            normed_BTD, cache, inputs
+        )
+        x_BTD = materialize_on_cpu(x_BTD + Dropout(c.dropout)(branch_out_BTD))
+        branch_out_BTD = MLP(c, name="mlp")(LayerNorm(name="mlp_norm")(x_BTD))
+        x_BTD += Dropout(c.dropout)(branch_out_BTD)
+        return constrain(x_BTD, "BTD"), cache
+
+
+class GPT(nn.Module):
+    """GPT-2 decoder from token ids to the final LayerNorm; `lm_logits` is its head.
+
+    Attributes:
+        config: shape of the model.
+        stacked: True for training: the blocks are one scanned module with parameters
+            [N, ...], so compile time does not grow with depth. False for decoding:
+            they are modules "block_0", "block_1", ..., because on CPU a scan copies
+            the parameters of each layer out of the stack.
+        num_trainable_blocks: how many of the last blocks form a stack of their own,
+            "tail". Fine-tuning trains only these, and no gradient is computed for
+            the others.
+    """
+
+    config: GPTConfig
+    stacked: bool = True
+    num_trainable_blocks: int = 0
+
+    @nn.compact
+    def __call__(
+        self, token_BT: Tokens, position_BT: Tokens, cache: Any, inputs: BlockInputs
+    ) -> tuple[HiddenStates, Any]:
+        """Returns the final hidden states, and the updated cache if one was given.
+
+        Args:
+            token_BT: token ids.
+            position_BT: rows of the position table.
+            cache: None, or a tuple of N `KVCache` (only if not `stacked`).
+            inputs: positions and segment ids, shared by all blocks.
+        """
+        c, dtype = self.config, compute_dtype(self.config)
+
+        def embed(name: str, rows: int, std: float) -> Embedding:
+            return Embedding(rows, c.d_model, std, name=name)
+
+        x_BTD = embed("token_embedding", c.padded_vocab_size, 0.02)(token_BT)
+        x_BTD += embed("position_embedding", c.context_length, 0.01)(position_BT)
+        if not c.tie_embeddings and self.is_initializing():
+            embed("output_embedding", c.padded_vocab_size, 0.02)(token_BT)
+        if c.n_classes and self.is_initializing():
+            Linear((c.n_classes,), use_bias=c.head_bias, name="head")(x_BTD)
+        x_BTD = constrain(Dropout(c.dropout)(x_BTD).astype(dtype), "BTD")
+        if self.stacked:
+            for name, layers in (
+                ("blocks", c.n_layers - self.num_trainable_blocks),
+                ("tail", self.num_trainable_blocks),
+            ):
+                if layers:
+                    blocks = scan_blocks(c, layers)(c, name=name)
+                    x_BTD, cache = blocks(x_BTD, cache, inputs)
+        else:
+            caches: list[Any] = [None] * c.n_layers if cache is None else list(cache)
+            for n in range(c.n_layers):
+                block = Block(c, name=f"block_{n}")
+                x_BTD, caches[n] = block(x_BTD, caches[n], inputs)
+            cache = None if cache is None else tuple(caches)
+        return LayerNorm(name="final_norm")(x_BTD), cache
+
+
+def scan_blocks(config: GPTConfig, layers: int) -> Any:
+    """Returns `Block` scanned over layers, with rematerialization by `config.remat`."""
+    # On one device, unrolling saves the copies that a loop makes of the residuals of
+    # each layer, and on CPU of its parameters. Remat and FSDP need the loop: without
+    # it nothing delays recomputation until the backward pass gets to a layer, so all
+    # layers would be recomputed at once and no memory saved.
+    single_device = (
+        target_platform() != "tpu" and math.prod(current_mesh_shape().values()) == 1
+    )
+    unroll, block = min(layers, MAX_UNROLLED_LAYERS) if single_device else 1, Block
+    if config.remat != "none" or is_fsdp():
+        policy = REMAT_POLICIES[config.remat]
+        unroll, block = 1, nn.remat(Block, policy=policy, prevent_cse=False)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "adapters": 0, "added": 0, "captured": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(0, nn.broadcast),
+        length=layers,
+        unroll=unroll,
+    )
+
+
+def residual_init_std(config: GPTConfig) -> float:
+    """Returns the initial standard deviation of projections into the residual stream.
+
+    It is 0.02 / sqrt(2N), as 2N of them add up (Radford et al. 2019, sec. 2.3).
+    """
+    return 0.02 / math.sqrt(2 * config.n_layers)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # one program instead of one per leaf
+def init(config: GPTConfig, key: Key[Array, ""]) -> Params:
+    """Initializes float32 parameters with GPT-2's distribution.
+
+    Raises:
+        ConfigError: `config.vocab_size` is 0, its default.
+    """
+    if not config.vocab_size:
+        raise ConfigError(
+            "model.vocab_size=0 is not a vocabulary size. Set it to the vocab_size of "
+            "the tokenizer."
+        )
+    token_BT = jnp.zeros((1, 1), jnp.int32)
+    inputs = BlockInputs(token_BT, None)
+    variables: Any = GPT(config).init(key, token_BT, token_BT, None, inputs)
+    return variables["params"]
+
+
+def hidden_states(
+    config: GPTConfig,
+    params: Params,
+    token_BT: Tokens,
+    *,
+    position_BT: Tokens | None = None,
+    segment_id_BT: Tokens | None = None,
+    dropout_key: Key[Array, ""] | None = None,
+    adapters: Params | None = None,
+    interventions: Params | None = None,
+    capture: bool = False,
+) -> tuple[HiddenStates, Params]:
+    """Computes the hidden states [B, T, D] after the final LayerNorm.
+
+    Args:
+        config: shape of the model.
+        params: from `init`; the last blocks may be a stack of their own, "tail".
+        token_BT: ids in [0, vocab_size), unchecked because they may be traced.
+        position_BT: row of the position table for each token; default 0, ..., T-1.
+        segment_id_BT: document of each token of packed rows; tokens attend only to
+            their own document. Default: one document per row.
+        dropout_key: enables dropout; omit it in evaluation.
+        adapters: LoRA adapters, scaled by `gptjax.model.gpt.lora.scale_adapters`.
+        interventions: {"residual": [N, B, T, D]}, added to the input of each block:
+            for steering, activation patching, or gradients of activations.
+        capture: whether to return activations.
+
+    Returns:
+        The hidden states, and the Flax collections of captured activations (empty
+        unless `capture`).
+    """
+    query_position_BT = jnp.broadcast_to(
+        jnp.arange(token_BT.shape[1], dtype=jnp.int32)[None], token_BT.shape
+    )
+    position_BT = query_position_BT if position_BT is None else position_BT
+    num_trainable_blocks = (
+        jax.tree.leaves(params["tail"])[0].shape[0] if "tail" in params else 0
+    )
+    collections = {
+        "adapters": adapters,
+        "added": interventions and {"blocks": interventions},
+    }
+    variables = {
+        "params": params,
+        **{n: tree for n, tree in collections.items() if tree},
+    }
+    outputs: Any = GPT(config, num_trainable_blocks=num_trainable_blocks).apply(
+        variables,
+        token_BT,
+        position_BT,
+        None,
+        BlockInputs(query_position_BT, segment_id_BT),
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+        mutable=["captured"] if capture else [],
+    )
+    (x_BTD, _), captured = outputs
+    return x_BTD, captured
+
+
+def apply(
+    config: GPTConfig,
+    params: Params,
+    token_BT: Tokens,
+    *,
+    capture: Sequence[str] = (),
+    **options: Any,
+) -> Any:
+    """Computes logits [B, T, V] in float32; pure, so jit, grad and vmap apply.
+
+    Args:
+        config: shape of the model.
+        params: from `init`.
+        token_BT: int [B, T], T at most `config.context_length`.
+        capture: activations to return, any of "residual" (input of each block,
+            [N, B, T, D]) and "attention" (attention weights, [N, B, H, T, S]).
+        **options: `position_BT`, `segment_id_BT`, `dropout_key`, `adapters` and
+            `interventions` of `hidden_states`.
+
+    Returns:
+        The logits; with `capture`, a pair of the logits and {name: activations}.
+
+    Raises:
+        ConfigError: T exceeds `config.context_length`.
+    """
+    if token_BT.shape[1] > config.context_length:
+        raise ConfigError(
+            f"{token_BT.shape[1]} tokens exceed model.context_length="
+            f"{config.context_length}. Shorten the row or raise the context length."
+        )
+    x_BTD, captured = hidden_states(
+        config, params, token_BT, capture=bool(capture), **options
+    )
+    logit_BTV = lm_logits(config, unembedding_matrix(config, params), x_BTD)
+    if not capture:
+        return logit_BTV
+    blocks = captured["captured"]["blocks"]
+    activations = blocks | blocks["attention"]
+    return logit_BTV, {name: activations[name] for name in capture}
+
+
+def unembedding_matrix(config: GPTConfig, params: Params) -> Any:
+    """Returns the unembedding matrix [V, D], or its decode-time form."""
+    if "output" in params:
+        return params["output"]  # from `gptjax.model.gpt.quantization`
+    name = "token_embedding" if config.tie_embeddings else "output_embedding"
+    return params[name]["embedding"]
+
+
+def lm_logits(
+    config: GPTConfig, unembedding_VD: Any, x_BTD: Float[Array, "*B D"]
+) -> Float[Array, "*B V"]:
+    """Computes float32 logits from final hidden states.
+
+    Args:
+        config: shape of the model.
+        unembedding_VD: from `unembedding_matrix`. [V] may be padded (`vocab_multiple`);
+            padding gets the lowest float32, hence probability 0.
+        x_BTD: final hidden states, with any number of leading axes.
+    """
+    x_flat = x_BTD.reshape(-1, x_BTD.shape[-1])
+    if isinstance(unembedding_VD, DecodeKernel):
+        logit = decode_matmul(x_flat, unembedding_VD).astype(jnp.float32)
+    else:
+        unembedding_VD = all_gather_params(unembedding_VD.astype(x_flat.dtype), "VD")
+        logit = jnp.dot(x_flat, unembedding_VD.T, preferred_element_type=jnp.float32)
+    logit = constrain(logit, "BV")
+    if logit.shape[-1] > config.vocab_size:
+        real_V = jnp.arange(logit.shape[-1]) < config.vocab_size
+        logit = jnp.where(real_V[None], logit, jnp.finfo(jnp.float32).min)
+    return logit.reshape(*x_BTD.shape[:-1], -1)
+
+
+def init_cache(config: GPTConfig, rows: int, max_length: int) -> tuple[KVCache, ...]:
+    """Returns N empty KV caches, one per layer, of `max_length` positions each."""
+    shape = (rows, config.n_heads, max_length, config.head_dim)
+
+    def zeros() -> Array:
+        return jnp.zeros(shape, compute_dtype(config))
+
+    return tuple(KVCache(zeros(), zeros()) for _ in range(config.n_layers))
+
+
+def apply_with_cache(
+    config: GPTConfig,
+    params: Params,
+    token_BT: Tokens,
+    position_BT: Tokens,
+    cache: tuple[KVCache, ...],
+) -> tuple[HiddenStates, tuple[KVCache, ...]]:
+    """Computes the final hidden states of T new tokens per row, and the updated cache.
+
+    Args:
+        config: shape of the model.
+        params: unstacked, from `gptjax.model.gpt.quantization.unstack_layers` or
+            `prepare_decode_params`.
+        token_BT: new tokens, consecutive in each row.
+        position_BT: their positions, which are also their indices in the cache.
+        cache: from `init_cache` or the previous call.
+    """
+    inputs = BlockInputs(position_BT, None)
+    module: Any = GPT(config, stacked=False)
+    return module.apply({"params": params}, token_BT, position_BT, cache, inputs)

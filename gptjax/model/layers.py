@@ -1,0 +1,210 @@
+"""Layers of the transformer blocks, sharding-aware.
+
+Each layer is written as one 2D matmul or one gather whose axes are named by letters,
+so that `gptjax.parallel.sharding` can constrain them. Dimension letters: see
+`gptjax.model.gpt.gpt`; in addition [M] positions of one shard and [X] shards of the batch.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from gptjax.model.quantization import QKV_NAMES, decode_matmul
+from gptjax.parallel.sharding import (
+    COMPUTE_RULES,
+    _with_constraint,
+    all_gather_params,
+    constrain_param_grad,
+    logical_axes,
+    logical_to_spec,
+    num_batch_shards,
+    out_sharding,
+    reshape_sharded,
+)
+from gptjax.runtime.device import target_platform
+
+LORA_NAMES = ("lora_a", "lora_b")
+HiddenStates = Float[Array, "B T D"]
+
+
+class Linear(nn.Module):
+    """Linear layer over the last axes of its input, computed as one 2D matmul.
+
+    On CPU, XLA runs [B*T, D] @ [D, F] much faster than the batched form. If the
+    collection "adapters" holds `lora_a` [in, R] and `lora_b` [R, out], x a b is added
+    to the result without forming a b (Hu et al. 2021, "LoRA", eq. 3). If the
+    parameters hold "packed" in place of "kernel", it is a decode-time kernel of
+    `gptjax.model.gpt.quantization`.
+
+    Attributes:
+        features: output axes, e.g. (H, K).
+        init_std: standard deviation of the initial kernel.
+        num_input_axes: how many of the last axes of the input are contracted.
+        use_bias: whether to add a bias of shape `features`.
+    """
+
+    features: tuple[int, ...]
+    init_std: float = 0.02
+    num_input_axes: int = 1
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*inner"]) -> Float[Array, "*outer"]:
+        """Replaces the last `num_input_axes` axes of x by `features`."""
+        input_shape, num_outputs = (
+            x.shape[-self.num_input_axes :],
+            math.prod(self.features),
+        )
+        shape = (*input_shape, *self.features)
+        has_decode_kernel = self.has_variable("params", "packed")  # never sharded
+        name = "/".join((*self.path, "kernel"))
+        letters = (
+            "_" * len(shape) if has_decode_kernel else logical_axes(name, len(shape))
+        )
+        into, out = letters[0], letters[self.num_input_axes :]
+        x_flat = reshape_sharded(x, (-1, math.prod(input_shape)), "B" + into)
+        if has_decode_kernel:
+            y = decode_matmul(x_flat, self.get_variable("params", "packed"))
+        else:
+            kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape)
+            kernel = all_gather_params(kernel.astype(x.dtype), letters)
+            kernel = reshape_sharded(
+                kernel, (math.prod(input_shape), num_outputs), into + out[0]
+            )
+            y = jnp.matmul(x_flat, kernel, out_sharding=out_sharding("B" + out[0]))
+        if self.has_variable("adapters", "lora_a"):
+            a, b = (self.get_variable("adapters", name) for name in LORA_NAMES)
+            y += (x_flat @ a.astype(x.dtype)) @ b.astype(x.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, self.features)
+            y += reshape_sharded(bias.astype(x.dtype), (1, num_outputs), "_" + out[0])
+        rows = x.shape[: -self.num_input_axes]
+        return reshape_sharded(y, (*rows, *self.features), f"{'B':_<{len(rows)}}{out}")
+
+
+def project_qkv(
+    module: nn.Module, x_BTD: HiddenStates, head_shape: tuple[int, int], use_bias: bool
+) -> tuple[Float[Array, "B T H K"], ...]:
+    """Projects x to queries, keys and values.
+
+    Args:
+        module: attention module that owns the projections; decode-time parameters
+            have one fused projection "qkv".
+        x_BTD: normalized residual stream.
+        head_shape: (H, K).
+        use_bias: whether the projections have biases.
+    """
+
+    def linear(name: str, *features: int) -> Array:
+        return Linear(features, use_bias=use_bias, name=name)(x_BTD)
+
+    if module.has_variable("params", "qkv"):
+        return jnp.unstack(linear("qkv", 3, *head_shape), axis=2)
+    return tuple(linear(name, *head_shape) for name in QKV_NAMES)
+
+
+class Embedding(nn.Module):
+    """Embedding table [num_embeddings, features]."""
+
+    num_embeddings: int
+    features: int
+    init_std: float
+
+    @nn.compact
+    def __call__(self, index: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        """Looks up the embedding of each index."""
+        shape = (self.num_embeddings, self.features)
+        table = self.param("embedding", nn.initializers.normal(self.init_std), shape)
+        letters = logical_axes("/".join((*self.path, "embedding")), 2)
+        return embedding_lookup(table, index, letters)
+
+
+def embedding_lookup(
+    table: Float[Array, "V D"], index: Int[Array, "*B"], letters: str
+) -> Float[Array, "*B D"]:
+    """Looks up rows of an embedding table, with a sharded backward pass.
+
+    Each shard of the batch sums its own gradient of the table before these are summed
+    across devices; by default XLA would all-gather the gradients of all positions.
+
+    Args:
+        table: at rest, sharded as a parameter.
+        index: rows to look up.
+        letters: logical axes of the table.
+    """
+    shards = num_batch_shards()
+    if not shards or index.shape[0] % shards:
+        return all_gather_params(table, letters)[index]
+
+    def forward(table: Array) -> tuple[Array, None]:
+        out = out_sharding("BTD")
+        return all_gather_params(table, letters).at[index].get(out_sharding=out), None
+
+    def backward(_: None, grad: Array) -> tuple[Array]:
+        def scatter_add(index_M: Array, grad_MD: Array) -> Array:
+            return jnp.zeros(table.shape, grad.dtype).at[index_M].add(grad_MD)
+
+        index_XM = reshape_sharded(index, (shards, -1), "XM")
+        grad_XMD = reshape_sharded(grad, (shards, -1, grad.shape[-1]), "XMD")
+        grads = jax.vmap(scatter_add)(index_XM, grad_XMD)
+        grads = _with_constraint(grads, logical_to_spec(f"X{letters}", COMPUTE_RULES))
+        return (constrain_param_grad(jnp.sum(grads, axis=0), letters),)
+
+    lookup = jax.custom_vjp(lambda table: forward(table)[0])
+    lookup.defvjp(forward, backward)
+    return lookup(table)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with float32 statistics and epsilon 1e-5, as in GPT-2."""
+
+    @nn.compact
+    def __call__(self, x_BTD: HiddenStates) -> HiddenStates:
+        """Normalizes over the model width, then applies scale and bias."""
+        norm = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32)
+        nn.share_scope(self, norm)
+        return norm(x_BTD.astype(jnp.float32)).astype(x_BTD.dtype)
+
+
+def materialize_on_cpu(x_BTD: HiddenStates) -> HiddenStates:
+    """Identity; on CPU an optimization barrier, forward and backward.
+
+    Without it, XLA fuses the sum of gradients along the residual stream into each
+    layer that uses it, and reads up to 170 arrays to recompute it. See
+    `gptjax.runtime.cpu_flags.FAST_CPU_XLA_FLAGS`.
+    """
+    return jax.lax.optimization_barrier(x_BTD) if target_platform() == "cpu" else x_BTD
+
+
+class Dropout(nn.Module):
+    """Dropout, active if a "dropout" key was passed to `apply`.
+
+    Each call of one instance draws a new mask. `flax.linen.Dropout`, if created inside
+    another module and called twice, repeats its mask.
+    """
+
+    rate: float
+
+    def __call__(self, x: Array) -> Array:
+        """Zeroes elements with probability `rate` and scales up the others."""
+        if not self.has_rng("dropout"):
+            return x
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
+        return jnp.where(kept, x / (1 - self.rate), 0)
+
+
+def intervene(module: nn.Module, name: str, value: Array) -> Array:
+    """Adds the caller's intervention of that name, if any, to an activation."""
+    if not module.has_variable("added", name):
+        return value
+    return value + module.get_variable("added", name).astype(value.dtype)
+
+
+def sow_activation(module: nn.Module, name: str, value: Array) -> None:
+    """Sows an activation into "captured"; a no-op unless that collection is mutable."""
+    overwrite: Any = lambda _, new: new  # noqa: E731 (Flax expects a tuple)
+    module.sow("captured", name, value, init_fn=tuple, reduce_fn=overwrite)

@@ -1,0 +1,249 @@
+"""Multi-process runs: initialization, consistency checks and coordinated exit.
+
+Only process 0 writes to the run folder, except for checkpoint shards, which each
+process writes for its own devices. The other processes use a temporary folder.
+"""
+
+import atexit
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptjax.errors import ConfigError, GptjaxError, ResourceError
+from gptjax.runtime.preemption import NOTHING_TO_SAVE, Interrupted
+
+INIT_TIMEOUT_SECONDS = 300  # for all processes to connect
+HEARTBEAT_TIMEOUT_SECONDS = 10  # without a heartbeat of a process until the run ends
+LOST_MESSAGE = (
+    "gptjax: lost another process of this run, so this one has exited. Start all "
+    "processes again with the same command to resume from the last checkpoint."
+)
+CONSENSUS_KEYS = ("config", "code", "data", "tokenizer")
+
+
+def initialize(address: str) -> None:
+    """Connects this process to the other processes of its run.
+
+    Args:
+        address: "auto" under a scheduler that JAX supports (Slurm, Open MPI, GKE, TPU
+            pods), else "HOST:PORT,N,I": address of process 0, number of processes,
+            index of this one.
+
+    Raises:
+        ConfigError: it is neither, or the other processes cannot be reached.
+    """
+    options: dict[str, Any] = {}
+    if address != "auto":
+        match = re.fullmatch(r"(.+:\d+),(\d+),(\d+)", address)
+        if not match or int(match[3]) >= int(match[2]):
+            raise ConfigError(
+                f"--distributed {address} is neither auto nor HOST:PORT,N,I with I < N. "
+                "For the second of two processes, for example, use HOST:1234,2,1."
+            )
+        options = {
+            "coordinator_address": match[1],
+            "num_processes": int(match[2]),
+            "process_id": int(match[3]),
+        }
+        if not options["process_id"]:
+            check_coordinator_port(address, int(match[1].rpartition(":")[2]))
+    timer = threading.Timer(INIT_TIMEOUT_SECONDS, explain_startup_timeout, [address])
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            **options,
+            initialization_timeout=INIT_TIMEOUT_SECONDS + 60,  # JAX then exits silently
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"--distributed {address}: cannot connect to the other processes of this run "
+            f"({str(error).splitlines()[0]}). Use HOST:PORT,N,I with the host of "
+            "process 0."
+        ) from error
+    finally:
+        timer.cancel()
+
+
+def check_coordinator_port(address: str, port: int) -> None:
+    """Checks that the coordinator's port can be used; JAX would crash otherwise.
+
+    Raises:
+        ConfigError: the port is in use or invalid.
+    """
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind(("", port))
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"--distributed {address}: cannot use port {port} of this host: {error}. "
+                "End the run that still uses it, or give all processes another port."
+            ) from error
+
+
+def explain_startup_timeout(address: str) -> None:
+    """Reports the timeout and exits; the main thread is blocked inside JAX."""
+    print(
+        f"gptjax: --distributed {address}: timed out after {INIT_TIMEOUT_SECONDS} s waiting for "
+        "all processes. Start all of them, each with its own index; each must be able "
+        "to reach HOST:PORT of process 0.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
+
+
+@contextlib.contextmanager
+def abort_all_on_error() -> Iterator[None]:
+    """Exits immediately after an error, and reports a lost process.
+
+    JAX exits without an exception when a process is lost. So a shell reads from a pipe
+    and prints the message if the pipe closes before "done" was written.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    command = ["sh", "-c", 'read -r word || echo "$0" >&2', LOST_MESSAGE]
+    watcher: Any = subprocess.Popen(
+        command, stdin=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        yield
+    except BaseException as error:
+        # Either the connection broke, or this process failed; exiting tells the others
+        # not to wait for it.
+        connection_lost = is_xla_error(error) and "RESOURCE_EXHAUSTED" not in str(error)
+        sys.stdout.flush()
+        print(describe_error(error), file=sys.stderr, flush=True)
+        watcher.communicate(b"" if connection_lost else b"done\n")
+        if isinstance(error, GptjaxError):
+            # All processes raise the same error. Give them time to receive the last
+            # data and to print it; when process 0 exits, they are terminated.
+            time.sleep(1 if jax.process_index() else 2)
+        is_user_error = isinstance(error, GptjaxError) and not isinstance(
+            error, ResourceError
+        )
+        os._exit(2 if is_user_error else 1)
+    finally:
+        with contextlib.suppress(OSError):
+            watcher.stdin.write(b"done\n")
+            watcher.stdin.close()
+        watcher.wait()
+
+
+def describe_error(error: BaseException) -> str:
+    """Error message for stderr, with a traceback if unexpected."""
+    if isinstance(error, GptjaxError):
+        return f"gptjax: {error}"
+    if is_xla_error(error):
+        return str(error)
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+def is_xla_error(error: BaseException) -> bool:
+    """True for errors that XLA raises, such as after a broken connection."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return True
+    # jax 0.7 has no such type, but the messages start with a status name.
+    return bool(re.match(r"[A-Z]+(_[A-Z]+)*: ", str(error)))
+
+
+def process_dir(run_dir: Path) -> Path:
+    """Run folder in process 0; in the others a temporary copy, deleted at exit.
+
+    The copy contains only the files that a resumed run reads.
+    """
+    if jax.process_index() == 0:
+        return run_dir
+    scratch_dir = Path(tempfile.mkdtemp(prefix="gptjax-"))
+    command = ["sh", "-c", 'read -r word; rm -rf "$0"', str(scratch_dir)]
+    cleaner: Any = subprocess.Popen(
+        command, stdin=subprocess.PIPE, start_new_session=True
+    )
+    atexit.register(cleaner.communicate)  # closes the pipe, as any exit does
+    for name in ("config.toml", "meta.json", "metrics.jsonl"):
+        if (run_dir / name).is_file():
+            shutil.copy(run_dir / name, scratch_dir)
+    return scratch_dir
+
+
+def assert_equal(values: Mapping[str, Any]) -> None:
+    """Checks that all processes have the same config, code, data and tokenizer.
+
+    Args:
+        values: JSON-serializable values by the keys `CONSENSUS_KEYS`.
+
+    Raises:
+        ConfigError: a value differs between processes.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax.experimental.multihost_utils import process_allgather
+
+    local_digests = np.stack([json_digest(values.get(name)) for name in CONSENSUS_KEYS])
+    all_digests = np.asarray(process_allgather(local_digests))
+    different = []
+    for n, name in enumerate(CONSENSUS_KEYS):
+        others = [
+            str(i)
+            for i, process_digests in enumerate(all_digests)
+            if any(process_digests[n] != all_digests[0, n])
+        ]
+        if others:
+            plural = "es" * (len(others) > 1)
+            different.append(f"the {name} of process{plural} {', '.join(others)}")
+    if different:
+        verb = "differs" if len(different) == 1 else "differ"
+        raise ConfigError(
+            f"{' and '.join(different)} {verb} from process 0's. Give all hosts the "
+            "same files, options and versions."
+        )
+
+
+def json_digest(value: Any) -> np.ndarray:
+    """SHA-256 of a JSON-serializable value, as 32 bytes."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+
+
+def source_hash() -> str:
+    """Hash of the package's source files."""
+    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+def any_across_processes(flag: bool) -> bool:
+    """True if the flag is set in any process; a collective operation."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental.multihost_utils import process_allgather
+
+    return bool(np.any(process_allgather(np.array(flag))))
+
+
+def stop_if_any(stop_requested: bool) -> None:
+    """Stops all processes if any was asked to; the trainer saves unsaved progress.
+
+    Raises:
+        Interrupted: any process was asked to stop.
+    """
+    if any_across_processes(stop_requested):
+        raise Interrupted(NOTHING_TO_SAVE)

@@ -1,0 +1,439 @@
+"""Sharding rules: mesh axes by dimension letter, letters by parameter name.
+
+The mesh axes are "data", "fsdp" and "tensor". Batch rows are sharded over the first
+two; heads, MLP width and vocabulary over "tensor" (Shoeybi et al. 2019, "Megatron-LM");
+the model width of stored parameters over "fsdp", which each layer all-gathers before
+use (Rajbhandari et al. 2020, "ZeRO", stage 3). Optimizer state is sharded like its
+parameters. The letters are those of `gptjax.model.gpt.gpt`. Functions use the mesh set by
+`jax.set_mesh`; without one they leave arrays unchanged.
+"""
+
+import contextlib
+import fnmatch
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from gptjax.config import MeshConfig
+from gptjax.errors import ConfigError
+from gptjax.tree import path_str
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+SHARDED_AXES = {"H": "tensor", "F": "tensor", "V": "tensor"}
+COMPUTE_RULES: Mapping[str, Any] = {
+    "B": BATCH_AXES,
+    "X": BATCH_AXES,
+    **SHARDED_AXES,
+}  # in computation
+PARAM_RULES: Mapping[str, Any] = {"D": "fsdp", **SHARDED_AXES}  # as stored
+
+# Axes of each parameter in one layer; stacked layers have a leading [N]. Exactly one
+# rule matches each name. LoRA's [I], [R] and [O] are never sharded: they are small.
+PARAM_LOGICAL_AXES = {
+    "*token_embedding/embedding": "VD",
+    "*output_embedding/embedding": "VD",
+    "*position_embedding/embedding": "TD",
+    "*attention/query/kernel": "DHK",
+    "*attention/query/bias": "HK",
+    "*attention/key/kernel": "DHK",
+    "*attention/key/bias": "HK",
+    "*attention/value/kernel": "DHK",
+    "*attention/value/bias": "HK",
+    "*attention/out/kernel": "HKD",
+    "*attention/out/bias": "D",
+    "*mlp/up/kernel": "DF",
+    "*mlp/up/bias": "F",
+    "*mlp/down/kernel": "FD",
+    "*mlp/down/bias": "D",
+    "*norm/scale": "D",
+    "*norm/bias": "D",
+    "*head/kernel": "DC",
+    "*head/bias": "C",
+    "*/lora_a": "IR",
+    "*/lora_b": "RO",
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh | None:
+    """Makes the mesh of a run; None for a single device.
+
+    Only "data" spans slices, which are connected by a slower network.
+
+    Args:
+        config: sizes of the mesh axes.
+        devices: all devices of all processes by default.
+
+    Raises:
+        ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    mesh_shape = resolve_mesh_shape(config, len(devices))
+    if math.prod(mesh_shape) == 1:
+        return None
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    if num_slices == 1:
+        devices = devices[: math.prod(mesh_shape)]
+        return jax.make_mesh(mesh_shape, MESH_AXES, axis_types, devices=devices)
+    from jax.experimental.mesh_utils import create_hybrid_device_mesh
+
+    if mesh_shape[0] % num_slices:
+        raise ConfigError(
+            f"mesh.data={mesh_shape[0]} is not divisible by the {num_slices} slices. Make it a "
+            "multiple: only the data axis spans slices."
+        )
+    shape_per_slice = (mesh_shape[0] // num_slices, *mesh_shape[1:])
+    device_grid = create_hybrid_device_mesh(
+        shape_per_slice, (num_slices, 1, 1), devices
+    )
+    return Mesh(device_grid, MESH_AXES, axis_types=axis_types)
+
+
+def resolve_mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
+    """Resolves the mesh shape; -1 takes the remaining devices.
+
+    >>> resolve_mesh_shape(MeshConfig(data=-1, fsdp=2, tensor=2), 8)
+    (2, 2, 2)
+
+    Raises:
+        ConfigError: the sizes do not multiply to the number of devices.
+    """
+    requested = (config.data, config.fsdp, config.tensor)
+    fixed = math.prod(size for size in requested if size != -1)
+    sizes = tuple(num_devices // fixed if size == -1 else size for size in requested)
+    uses_subset = (
+        jax.process_count() == 1 and -1 not in requested and fixed < num_devices
+    )
+    if math.prod(sizes) != num_devices and not uses_subset:
+        names = ", ".join(
+            f"mesh.{n}={s}" for n, s in zip(MESH_AXES, requested, strict=True)
+        )
+        raise ConfigError(
+            f"{names} do not fit {num_devices} devices: their product must equal that "
+            "number, where -1 means the remaining devices. Change the sizes."
+        )
+    return sizes  # pyrefly: ignore
+
+
+def check_divisible(params: Any, mesh: Mesh) -> None:
+    """Checks that every parameter is divisible over the mesh.
+
+    Raises:
+        ConfigError: an axis of a parameter is not.
+    """
+
+    def check(path: Any, leaf: Any) -> None:
+        name = path_str(path)
+        letters = logical_axes(name, leaf.ndim) if leaf.ndim else ""
+        for letter, size, axis in zip(
+            letters, leaf.shape, logical_to_spec(letters, PARAM_RULES), strict=True
+        ):
+            num_shards = mesh.shape[axis] if axis else 1
+            if size % num_shards:
+                advice = (
+                    "Set model.vocab_multiple=128 to pad the vocabulary, or choose"
+                    if letter == "V"
+                    else "Choose"
+                )
+                raise ConfigError(
+                    f"parameter {name} has size {size} along {letter}, which is not "
+                    f"divisible by mesh.{axis}={num_shards}. {advice} another mesh.{axis}."
+                )
+
+    jax.tree_util.tree_map_with_path(check, params)
+
+
+def check_batch_divisible(
+    rows: int, accumulate: int, mesh_shape: Sequence[int]
+) -> None:
+    """Checks that the rows of each micro-batch are divisible over a mesh shape.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    data, fsdp, _ = mesh_shape
+    num_shards = data * fsdp
+    if rows // accumulate % num_shards:
+        raise ConfigError(
+            f"data.batch_size={rows} in train.accumulate={accumulate} micro-batches "
+            f"gives {rows // accumulate} rows each, which are not divisible by the "
+            f"{num_shards} devices of mesh.data={data} x mesh.fsdp={fsdp}. Choose a batch "
+            "size that is a multiple, or smaller axes."
+        )
+
+
+def logical_axes(name: str, num_axes: int) -> str:
+    """Logical axes of a parameter, one letter each.
+
+    Raises:
+        ValueError: not exactly one rule of `PARAM_LOGICAL_AXES` matches the name.
+
+    >>> logical_axes("blocks/mlp/up/kernel", 3)
+    'NDF'
+    """
+    matches = [
+        pattern
+        for pattern in PARAM_LOGICAL_AXES
+        if fnmatch.fnmatchcase(f"/{name}", pattern)
+    ]
+    if len(matches) != 1:
+        raise ValueError(
+            f"parameter {name} must match one rule, not {matches or 'none'}."
+        )
+    letters = PARAM_LOGICAL_AXES[matches[0]]
+    return "N" * (num_axes - len(letters)) + letters
+
+
+def logical_to_spec(letters: str, rules: Mapping[str, Any]) -> P:
+    """Maps logical axes to a partition spec.
+
+    Raises:
+        ValueError: two axes map to the same mesh axis.
+
+    >>> logical_to_spec("DF", STORED), logical_to_spec("DF", USED)
+    (P('fsdp', 'tensor'), P(None, 'tensor'))
+    """
+    if (
+        rules is PARAM_RULES and letters.strip("N") == "D"
+    ):  # vectors: too small to shard
+        return P(*[None] * len(letters))
+    axes = [rules.get(letter) for letter in letters]
+    flat = [axis for axis in axes if axis]
+    if len(flat) != len(set(flat)):
+        raise ValueError(f"axes {letters} map to {flat}, with one mesh axis twice.")
+    return P(*axes)
+
+
+def constrain_param_grad(x: Array, letters: str) -> Array:
+    """Constrains a gradient to the sharding of its stored parameter."""
+    return (
+        _with_constraint(x, logical_to_spec(letters, PARAM_RULES))
+        if current_mesh_shape()
+        else x
+    )
+
+
+def param_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Sharding of each leaf of parameters or optimizer state."""
+
+    def leaf_sharding(path: Any, leaf: Any) -> NamedSharding:
+        letters = logical_axes(path_str(path), leaf.ndim) if leaf.ndim else ""
+        return NamedSharding(mesh, logical_to_spec(letters, PARAM_RULES))
+
+    return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
+
+
+def constrain(x: Array, letters: str) -> Array:
+    """Constrains an activation to its sharding; axes not divisible are replicated.
+
+    With explicit mesh axes this only asserts that it is sharded so already.
+    """
+    spec = divisible_spec(x, letters) if current_mesh_shape() else None
+    return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def current_mesh_shape() -> Mapping[str, int]:
+    """Axis sizes of the current mesh; empty without one and in `jax.pmap`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape if mesh.axis_names == MESH_AXES else {}
+
+
+def divisible_spec(x: Array, letters: str) -> P:
+    """Partition spec of an activation, without mesh axes that do not divide it."""
+    mesh_shape, axes = current_mesh_shape(), []
+    for size, axis in zip(
+        x.shape, logical_to_spec(letters, COMPUTE_RULES), strict=True
+    ):
+        names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
+        num_shards = math.prod(mesh_shape[name] for name in names)
+        axes.append(axis if size % num_shards == 0 else None)
+    return P(*axes)
+
+
+def all_gather_params(x: Array, letters: str) -> Array:
+    """All-gathers a parameter over "fsdp" for computation.
+
+    Its gradient is reduce-scattered rather than all-reduced.
+    """
+    param_spec, compute_spec = (
+        logical_to_spec(letters, PARAM_RULES),
+        logical_to_spec(letters, COMPUTE_RULES),
+    )
+    if param_spec == compute_spec or not is_fsdp():
+        return x
+    gather = jax.custom_vjp(lambda x: _with_constraint(x, compute_spec))
+    gather.defvjp(
+        lambda x: (_with_constraint(x, compute_spec), None),
+        lambda _, g: (_with_constraint(g, param_spec),),
+    )
+    return gather(x)
+
+
+def out_sharding(letters: str) -> P | None:
+    """Output sharding for operations that require one with explicit mesh axes."""
+    axis_types = jax.sharding.get_abstract_mesh().axis_types
+    return (
+        logical_to_spec(letters, COMPUTE_RULES)
+        if AxisType.Explicit in axis_types
+        else None
+    )
+
+
+def reshape_sharded(x: Array, shape: tuple[int, ...], letters: str) -> Array:
+    """Reshapes an array; a merged axis has the letter of its first part."""
+    return x.reshape(shape, out_sharding=out_sharding(letters))
+
+
+def _with_constraint(x: Array, spec: P) -> Array:
+    """Constrains or, with explicit mesh axes, reshards an array."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.reshard(x, spec)
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def is_fsdp() -> bool:
+    """True if parameters are all-gathered before use."""
+    return current_mesh_shape().get("fsdp", 1) > 1
+
+
+def num_batch_shards() -> int:
+    """Number of shards of a batch; 0 without a mesh."""
+    mesh_shape = current_mesh_shape()
+    return mesh_shape["data"] * mesh_shape["fsdp"] if mesh_shape else 0
+
+
+def shard_map_local(
+    function: Callable[..., Array], in_letters: Sequence[str], out_letters: str
+) -> Callable[..., Array]:
+    """Runs a function on each device's shards of its arguments.
+
+    For kernels that the compiler cannot partition.
+
+    Args:
+        function: independent along all sharded axes (rows, heads).
+        in_letters: letters of its arguments.
+        out_letters: letters of its result.
+    """
+    if not current_mesh_shape():
+        return function
+
+    def sharded_function(*arrays: Array) -> Array:
+        in_specs = [
+            divisible_spec(x, letters)
+            for x, letters in zip(arrays, in_letters, strict=True)
+        ]
+        letter_to_axis = {
+            letter: axis
+            for letters, each in zip(in_letters, in_specs, strict=True)
+            for letter, axis in zip(letters, each, strict=True)
+        }
+        out_spec = P(*(letter_to_axis.get(letter) for letter in out_letters))
+        mapped = jax.shard_map(
+            function, in_specs=tuple(in_specs), out_specs=out_spec, check_vma=False
+        )
+        return mapped(*arrays)
+
+    return sharded_function
+
+
+def shard_tree(tree: Any, mesh: Mesh | None) -> Any:
+    """Shards parameters or optimizer state for storage.
+
+    Args:
+        tree: equal in all processes; leaves already on the mesh are not moved.
+        mesh: None returns the tree unchanged.
+
+    Raises:
+        ConfigError: a parameter is not divisible over the mesh.
+    """
+    if mesh is None:
+        return tree
+    check_divisible(tree, mesh)
+    return jax.tree.map(make_global_array, tree, param_shardings(tree, mesh))
+
+
+def make_global_array(x: Any, sharding: NamedSharding) -> Array:
+    """Makes a global array from a value that every process holds in full."""
+    if jax.process_count() == 1:
+        return jax.device_put(x, sharding)
+    if isinstance(x, Array) and x.sharding == sharding:
+        return x
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(
+            make_global_array(jax.random.key_data(x), sharding)
+        )
+    host_array = np.asarray(x)
+    return jax.make_array_from_callback(
+        host_array.shape, sharding, lambda at: host_array[at]
+    )
+
+
+def local_batch_rows(rows: int, mesh: Mesh | None) -> list[int]:
+    """Sorted rows of a batch that belong to devices of this process."""
+    if mesh is None:
+        return list(range(rows))
+    device_indices = NamedSharding(mesh, P(BATCH_AXES)).addressable_devices_indices_map(
+        (rows,)
+    )
+    slices: Any = device_indices.values()
+    return sorted({row for (at,) in slices for row in range(rows)[at]})
+
+
+def shard_batch(batch: Any, mesh: Mesh | None, rows: int) -> Any:
+    """Shards a batch by rows.
+
+    Args:
+        batch: arrays of all rows, or of those of `local_batch_rows` only.
+        mesh: None for a single device.
+        rows: number of rows of the global batch.
+    """
+    if mesh is None:
+        return jax.device_put(batch)
+    sharding = NamedSharding(mesh, P(BATCH_AXES))
+    local_rows = local_batch_rows(rows, mesh)
+
+    def shard_leaf(leaf: Any) -> Array:
+        if len(leaf) == rows:
+            return make_global_array(leaf, sharding)
+        shape = (rows, *leaf.shape[1:])
+        row_position = {row: n for n, row in enumerate(local_rows)}
+
+        def local_slice(at: Any) -> Any:
+            start, stop, _ = at[0].indices(rows)
+            return leaf[row_position[start] : row_position[start] + stop - start]
+
+        return jax.make_array_from_callback(shape, sharding, local_slice)
+
+    return jax.tree.map(shard_leaf, batch)
+
+
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Context manager that sets the mesh, if there is one."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def replicate(x: Array) -> Array:
+    """Replicates an array on all devices."""
+    return _with_constraint(x, P()) if current_mesh_shape() else x
+
+
+def to_host(tree: Any) -> Any:
+    """Gathers arrays in full in every process; a collective operation."""
+    if jax.process_count() == 1:
+        return tree
+    from jax.experimental.multihost_utils import process_allgather
+
+    def gather_leaf(leaf: Any) -> Any:
+        if not isinstance(leaf, Array) or leaf.is_fully_addressable:
+            return leaf
+        return process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(gather_leaf, tree)

@@ -1,0 +1,232 @@
+"""Communication volume of a program: parsed from its HLO, or estimated.
+
+HLO contains each loop body once; its collectives are multiplied by the trip count.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from gptjax.config import RunConfig
+from gptjax.model.gpt import compute_dtype, init
+from gptjax.parallel.sharding import PARAM_RULES, logical_axes, logical_to_spec
+from gptjax.tree import flatten_with_names
+
+RING_TRAFFIC_FACTORS = {  # bytes sent per device in a ring of n, per byte of the full array
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n / n,
+    "collective-permute": lambda n: 1.0,
+}
+DTYPE_BITS = {
+    "pred": 8,
+    "bf16": 16,
+    "f8e4m3fn": 8,
+    "f8e5m2": 8,
+}  # otherwise the digits in the name
+ARRAY_TYPE_PATTERN = re.compile(r"\b(pred|bf16|[a-z]+\d+\w*)\[([\d,]*)\]")
+COMPUTATION_PATTERN = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+MESH_GROUPS_PATTERN = re.compile(
+    r"replica_groups=mesh\[(.*?)\](?:, device_ids=\S+)? \{(.*?)\}"
+)
+TRIP_COUNT_PATTERN = re.compile(r"known_trip_count[^\d]*(\d+)")
+
+
+class Collective(NamedTuple):
+    """Collective operation of a compiled program."""
+
+    kind: str
+    bytes: int  # of the full array that is gathered, reduced or exchanged
+    devices: int  # per replica group
+    trip_count: int  # executions per run of the program
+
+    @property
+    def bytes_sent(self) -> float:
+        """Bytes sent per device and run, with ring algorithms."""
+        return (
+            self.trip_count * self.bytes * RING_TRAFFIC_FACTORS[self.kind](self.devices)
+        )
+
+
+def parse_collectives(text: str) -> list[Collective]:
+    """Parses the collectives of a compiled program, in program order.
+
+    Args:
+        text: `compiled.as_text()`.
+    """
+    counts = trip_counts(text)
+    found: dict[Any, Collective] = {}
+    computation = ""
+    for line in text.splitlines():
+        if match := COMPUTATION_PATTERN.match(line):
+            computation = match[1]
+        match = re.search(r"= (.*?) ([a-z\-]+?)(-start)?\(", line)
+        if not match or match[2] not in RING_TRAFFIC_FACTORS:
+            continue
+        kind, shapes = match[2], match[1]
+        sizes = [hlo_array_bytes(*pair) for pair in ARRAY_TYPE_PATTERN.findall(shapes)]
+        devices = group_size(line)
+        if devices < 2:
+            continue
+        if match[3] and kind == "all-gather":  # the result includes the operands
+            sizes = sizes[len(sizes) // 2 :]
+        if match[3] and kind == "collective-permute":  # and context words
+            sizes = sizes[:1]
+        size_bytes = sum(sizes) * (devices if kind == "reduce-scatter" else 1)
+        if computation.startswith(
+            "all-reduce-scatter"
+        ):  # as the TPU compiler writes it
+            kind = "reduce-scatter"
+        if kind == "all-to-all" and not shapes.startswith("("):
+            size_bytes *= devices
+        # The TPU compiler splits one that overlaps with compute into several.
+        channel = re.search(r"channel_id=(\d+)", line)
+        key = (kind, channel[1], size_bytes) if channel else len(found)
+        found.setdefault(
+            key, Collective(kind, size_bytes, devices, counts.get(computation, 1))
+        )
+    return list(found.values())
+
+
+def hlo_array_bytes(dtype: str, shape: str) -> int:
+    """Returns the size in bytes of an array type in HLO.
+
+    >>> hlo_array_bytes("bf16", "8,128")
+    2048
+    """
+    bits = DTYPE_BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 0)
+    return math.prod(int(n) for n in shape.split(",") if n) * bits // 8
+
+
+def group_size(line: str) -> int:
+    """Returns the number of devices per replica group; 1 if not specified."""
+    if match := MESH_GROUPS_PATTERN.search(line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in parts)
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(match[2])
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return match[1].count(",") + 1
+    return 2 if "source_target_pairs" in line else 1
+
+
+def loop_bounds(text: str) -> dict[str, int]:
+    """Returns the largest integer constant in each computation.
+
+    The TPU compiler omits trip counts, but a loop's condition compares with one.
+    """
+    bounds: dict[str, int] = {}
+    computation = ""
+    for line in text.splitlines():
+        if match := COMPUTATION_PATTERN.match(line):
+            computation = match[1]
+        elif match := re.search(r"= [us]32\[\]\S* constant\((\d+)\)", line):
+            bounds[computation] = max(bounds.get(computation, 1), int(match[1]))
+    return bounds
+
+
+def trip_counts(text: str) -> dict[str, int]:
+    """Returns how often each computation of a program is executed."""
+    callers: dict[str, list[tuple[str, int]]] = {}
+    bounds, computation = loop_bounds(text), ""
+    for line in text.splitlines():
+        if match := COMPUTATION_PATTERN.match(line):
+            computation = match[1]
+            callers.setdefault(computation, [])
+            continue
+        count, condition = (
+            TRIP_COUNT_PATTERN.search(line),
+            re.search(r"condition=%?([\w.\-]+)", line),
+        )
+        trips = (
+            int(count[1]) if count else bounds.get(condition[1], 1) if condition else 1
+        )
+        for key, names in re.findall(
+            r"(body|condition|calls|to_apply|branch_computations|called_computations)="
+            r"(\{[^}]*\}|%?[\w.\-]+)",
+            line,
+        ):
+            count_per_call = trips if key in ("body", "condition") else 1
+            for name in re.findall(r"[\w.\-]+", names):
+                callers.setdefault(name, []).append((computation, count_per_call))
+
+    @functools.cache
+    def count_runs(name: str) -> int:
+        return sum(count_runs(caller) * each for caller, each in callers[name]) or 1
+
+    return {name: count_runs(name) for name in callers}
+
+
+def estimate_collective_bytes(
+    config: RunConfig,
+    mesh_shape: Sequence[int],
+    itemsize: int | None = None,
+    is_emulated: bool = False,
+) -> dict[str, float]:
+    """Estimates the bytes sent per device and pretraining step, with ring algorithms.
+
+    "weights": all-gather of parameters sharded over "fsdp" where they are used; those
+    of a layer in the forward and again in the backward pass. "gradients": reduction
+    over "data" and "fsdp". "activations": reduction of the residual stream over
+    "tensor", twice per layer in the forward and twice in the backward pass, and in the
+    embedding and the loss. All of these occur in every micro-batch.
+
+    Args:
+        config: config of the run.
+        mesh_shape: of the mesh axes, as `gptjax.parallel.sharding.AXES`.
+        itemsize: bytes per weight and activation; default: from `model.dtype`.
+        is_emulated: CPU devices, where XLA uses all-reduce instead of reduce-scatter,
+            and reduces separately what it could add first: the two gradients of a tied
+            embedding, and the gradients of the inputs of query, key and value.
+    """
+    c, (data, fsdp, tensor) = config.model, mesh_shape
+    size, num_micro_batches = (
+        itemsize or compute_dtype(c).itemsize,
+        max(config.train.accumulate, 1),
+    )
+    gather, reduce = (
+        RING_TRAFFIC_FACTORS["all-gather"],
+        RING_TRAFFIC_FACTORS["all-reduce"],
+    )
+    reduce_factor = (reduce if is_emulated else gather)(fsdp) + reduce(data) / fsdp
+    weights = gradients = 0.0
+    shapes = jax.eval_shape(lambda: init(c, jax.random.key(0)))
+    for name, leaf in flatten_with_names(shapes).items():
+        axis_names = logical_axes(name, leaf.ndim)
+        axes = tuple(logical_to_spec(axis_names, PARAM_RULES))
+        local_size = leaf.size / (tensor if "tensor" in axes else 1)
+        is_embedding, is_tied = (
+            "embedding" in name,
+            c.tie_embeddings and "token_embed" in name,
+        )
+        gradient = (
+            local_size
+            * (4 if is_embedding else size)
+            * (2 if is_tied and is_emulated else 1)
+        )
+        if "fsdp" not in axes:
+            gradients += gradient * reduce(data * fsdp)
+            continue
+        gradients += gradient * reduce_factor
+        used_bytes = 2 * size if "N" in axis_names else size if "output" in name else 4
+        used_bytes += (
+            size if is_tied and size != 4 else 0
+        )  # also used as the output projection
+        weights += local_size * used_bytes * gather(fsdp)
+    positions = (
+        config.data.batch_size / num_micro_batches / data / fsdp * c.context_length
+    )
+    recomputed = (
+        1 if c.remat == "full" else 0
+    )  # attention, recomputed in the backward pass
+    num_reductions = 2 + (4 if is_emulated else 2) + recomputed
+    bytes_per_feature = c.n_layers * num_reductions * size + size + 4
+    activations = positions * (c.d_model * bytes_per_feature + 3 * 4) * reduce(tensor)
+    totals = {"weights": weights, "gradients": gradients, "activations": activations}
+    return {name: num_micro_batches * each for name, each in totals.items()}

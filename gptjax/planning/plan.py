@@ -1,0 +1,297 @@
+"""Memory, communication and speed of a training run, estimated before it starts."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gptjax.config import RunConfig
+from gptjax.errors import ConfigError, ModelError
+from gptjax.parallel.sharding import (
+    MESH_AXES,
+    check_batch_divisible,
+    resolve_mesh_shape,
+)
+from gptjax.planning import aot
+from gptjax.planning.collectives import estimate_collective_bytes
+from gptjax.training import estimate
+from gptjax.training.estimate import format_bytes
+from gptjax.training.hardware import Topology
+from gptjax.training.metrics import format_number, metric_series, read_events
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Requirements of a run on a set of devices."""
+
+    config: RunConfig  # resolved for the devices
+    topology: Topology
+    mesh_shape: tuple[int, int, int]  # mesh axes, as `gptjax.parallel.sharding.AXES`
+    memory: dict[str, int]  # estimated bytes per device, by part
+    collective_bytes: dict[str, float]  # estimated bytes sent per device and step
+    compile_report: aot.CompileReport | None  # None if not compiled
+
+    @property
+    def memory_estimate(self) -> int:
+        """Estimated bytes in use per device."""
+        return sum(self.memory.values())
+
+    @property
+    def memory_needed(self) -> int:
+        """Bytes in use per device: of the compiled step, else estimated."""
+        return (
+            self.compile_report.peak_bytes
+            if self.compile_report
+            else self.memory_estimate
+        )
+
+    @property
+    def fits(self) -> bool | None:
+        """True if the memory of a device suffices; None if it is unknown."""
+        if self.compile_report:
+            return self.compile_report.fits
+        limit = self.topology.chip.memory
+        return (
+            self.memory_estimate <= estimate.USABLE_MEMORY_FRACTION * limit
+            if limit
+            else None
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens per step on all devices."""
+        return self.config.data.batch_size * self.config.model.context_length
+
+    @property
+    def bytes_sent(self) -> float:
+        """Bytes sent per device and step."""
+        if self.compile_report and self.compile_report.fits:
+            return sum((one.bytes_sent for one in self.compile_report.collectives), 0.0)
+        return sum(self.collective_bytes.values(), 0.0)
+
+    @property
+    def largest_gather(self) -> int | None:
+        """Bytes of the largest all-gather; None if not compiled."""
+        if not self.compile_report or not self.compile_report.fits:
+            return None
+        found = self.compile_report.collectives
+        return max((x.bytes for x in found if x.kind == "all-gather"), default=0)
+
+    @property
+    def min_seconds(self) -> dict[str, float]:
+        """Lower bound on the seconds per step, by resource."""
+        chip, c = self.topology.chip, self.config
+        flops = (
+            estimate.hardware_flops(c.model)
+            * self.tokens_per_step
+            / self.topology.devices
+        )
+        return {
+            "compute": flops / chip.peak_flops,
+            "memory": estimate.memory_traffic(c, self.mesh_shape)
+            / chip.memory_bandwidth,
+            "links": self.bytes_sent / chip.interconnect_bandwidth,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON object that `--json` prints."""
+        c = self.config
+        return {
+            "topology": self.topology.name,
+            "devices": self.topology.devices,
+            "mesh": dict(zip(MESH_AXES, self.mesh_shape, strict=True)),
+            "batch_size": c.data.batch_size,
+            "accumulate": c.train.accumulate,
+            "parameters": estimate.parameter_count(c.model),
+            "flops_per_token": estimate.flops_per_token(c.model),
+            "causal_flops_per_token": estimate.causal_flops_per_token(c.model),
+            "attention": c.model.attention,
+            "memory": self.memory,
+            "memory_estimate": self.memory_estimate,
+            "memory_compiled": self.compile_report.peak_bytes
+            if self.compile_report
+            else None,
+            "bytes_sent": self.bytes_sent,
+            "largest_gather": self.largest_gather,
+            "seconds": self.min_seconds,
+            "fits": self.fits,
+        }
+
+
+def make_plan(config: RunConfig, topology: Topology, run_compiler: bool) -> Plan:
+    """Plans a run on a topology.
+
+    Args:
+        config: `train.accumulate` 0 is replaced by the smallest value that fits.
+        topology: devices of the run.
+        run_compiler: compile the step, which takes a minute or two.
+
+    Raises:
+        ConfigError: the mesh does not fit the devices, or the model or batch size does
+            not fit the mesh.
+    """
+    mesh_shape = resolve_mesh_shape(config.mesh, topology.devices)
+    topology = topology._replace(
+        devices=math.prod(mesh_shape)
+    )  # a run may leave some idle
+    config = estimate.resolve_config(config, topology.chip.platform)
+    if not config.train.accumulate:
+        limit = topology.chip.memory or estimate.host_memory()
+        config = estimate.fit_micro_batch(config, mesh_shape, limit)
+    check_batch_divisible(config.data.batch_size, config.train.accumulate, mesh_shape)
+    return Plan(
+        config,
+        topology,
+        mesh_shape,
+        estimate.memory_bytes(config, mesh_shape),
+        estimate_collective_bytes(config, mesh_shape),
+        aot.compile_step(config, topology) if run_compiler else None,
+    )
+
+
+def format_plan(plan: Plan) -> list[str]:
+    """Formats a plan as lines of text."""
+    c, chip, n = plan.config, plan.topology.chip, plan.topology.devices
+    model, rows = c.model, c.data.batch_size
+    names = [
+        f"{a} {s}" for a, s in zip(MESH_AXES, plan.mesh_shape, strict=True) if s > 1
+    ]
+    shape = f", mesh {' x '.join(names)}" if names else ""
+    flops = estimate.flops_per_token(model) / 1e9
+    causal = estimate.causal_flops_per_token(model) / 1e9
+    micro_batch = (
+        rows // c.train.accumulate // (plan.mesh_shape[0] * plan.mesh_shape[1])
+    )
+    parts = " + ".join(
+        f"{name} {format_bytes(size)}" for name, size in plan.memory.items()
+    )
+    sent = " + ".join(
+        f"{name} {format_bytes(size)}" for name, size in plan.collective_bytes.items()
+    )
+    lines = [
+        f"devices  {plan.topology}{shape}",
+        f"model    {estimate.parameter_count(model):,} parameters in {model.dtype}, "
+        f"attention {model.attention}, remat {model.remat}",
+        f"work     {flops:.3f} GFLOPs per token, forward and backward; {causal:.3f} "
+        "without the masked half of attention",
+        f"step     {rows} rows x {model.context_length} = {plan.tokens_per_step:,} tokens; "
+        f"micro-batches: {c.train.accumulate}, of {micro_batch} rows per device",
+        f"memory   {format_bytes(plan.memory_estimate)} per device, estimated: {parts}",
+    ]
+    if plan.compile_report:
+        lines.append(compiler_message(plan))
+    if n > 1:
+        lines.append(
+            f"links    {format_bytes(plan.bytes_sent)} sent per device and step"
+            f"{f'; estimated: {sent}' if sent else ''}"
+        )
+    if chip.memory:
+        lines += [time_message(plan), fits_message(plan)]
+    return lines
+
+
+def compiler_message(plan: Plan) -> str:
+    """Formats the memory of the compiled step."""
+    compile_report: Any = plan.compile_report
+    if not compile_report.fits:
+        return f"compiler out of memory: needs {format_bytes(compile_report.memory)} per device"
+    relative_error = plan.memory_estimate / compile_report.memory - 1
+    return (
+        f"compiler {format_bytes(compile_report.memory)}: arguments {format_bytes(compile_report.arguments)} + "
+        f"temporaries {format_bytes(compile_report.temporaries)}; the estimate is {relative_error:+.0%} off"
+    )
+
+
+def time_message(plan: Plan) -> str:
+    """Formats the lower bound on the step time at published peak rates."""
+    parts = plan.min_seconds
+    min_step_seconds = max(parts.values())
+    rate = plan.tokens_per_step / min_step_seconds
+    mfu = rate * estimate.flops_per_token(plan.config.model)
+    mfu /= plan.topology.chip.peak_flops * plan.topology.devices
+    details = ", ".join(
+        f"{name} {value * 1e3:,.3g} ms" for name, value in parts.items()
+    )
+    return (
+        f"time     at least {min_step_seconds * 1e3:,.3g} ms per step ({details}, at peak rates): "
+        f"at most {format_number(rate)} tokens/s, {mfu:.0%} MFU"
+    )
+
+
+def fits_message(plan: Plan) -> str:
+    """Formats whether the run fits, and a fix if it does not."""
+    limit = plan.topology.chip.memory
+    basis = "compiler report" if plan.compile_report else "analytic estimate"
+    text = f"{format_bytes(plan.memory_needed)} of {format_bytes(limit)} ({basis})"
+    if plan.fits:
+        return f"fits     yes, {text}"
+    return f"fits     NO, {text}. {suggest_fix(plan)}"
+
+
+def suggest_fix(plan: Plan) -> str:
+    """Suggests the first change of options with which the estimate fits."""
+    c, devices = plan.config, plan.topology.devices
+    limit = plan.topology.chip.memory
+
+    def fits_memory(c: RunConfig) -> bool:
+        try:
+            mesh_shape = resolve_mesh_shape(c.mesh, devices)
+            chosen = estimate.fit_micro_batch(c, mesh_shape, limit)
+        except ConfigError:
+            return False
+        parts = estimate.memory_bytes(chosen, mesh_shape)
+        return sum(parts.values()) <= estimate.USABLE_MEMORY_FRACTION * limit
+
+    remat = dataclasses.replace(c, model=dataclasses.replace(c.model, remat="full"))
+    mesh = dataclasses.replace(c.mesh, data=1, fsdp=-1, tensor=plan.mesh_shape[2])
+    candidates = {
+        "--train.accumulate 0": c,
+        "--train.accumulate 0 --model.remat full": remat,
+        "--train.accumulate 0 --mesh.data 1 --mesh.fsdp -1": dataclasses.replace(
+            c, mesh=mesh
+        ),
+        "--train.accumulate 0 --model.remat full --mesh.data 1 --mesh.fsdp -1": (
+            dataclasses.replace(remat, mesh=mesh)
+        ),
+    }
+    for flags, changed in candidates.items():
+        if fits_memory(changed):
+            return f"Try {flags}"
+    return "Use more devices, or devices with more memory."
+
+
+def compare_with_profile(plan: Plan, run_dir: Path, log: Callable[[str], None]) -> None:
+    """Logs the measurements of a run next to the plan.
+
+    Raises:
+        ModelError: the run has logged fewer than two train events.
+    """
+    events = read_events(run_dir / "metrics.jsonl")
+    _, rates = metric_series(events, "train", "tokens_per_s")
+    if len(rates) < 2:
+        raise ModelError(
+            f"{run_dir} has logged fewer than two train events. Let the run continue "
+            "until train.log_every has passed twice."
+        )
+    rate = statistics.median(rates[1:])  # the first includes compilation
+    min_step_seconds = max(value for value in plan.min_seconds.values())
+    log(f"measured {format_number(rate)} tokens/s (median of {len(rates) - 1})")
+    if plan.topology.chip.memory:
+        max_rate = plan.tokens_per_step / min_step_seconds
+        log(
+            f"planned  at most {format_number(max_rate)}; measured {rate / max_rate:.0%} of it"
+        )
+    for event in events:
+        if event["event"] == "compile" and event.get("temporaries"):
+            temporaries = event["temporaries"]
+            state = sum(
+                v for k, v in plan.memory.items() if k in estimate.TRAIN_STATE_PARTS
+            )
+            temp_estimate = plan.memory_estimate - state
+            log(
+                f"memory   {format_bytes(temporaries)} of temporaries in the run, "
+                f"{format_bytes(temp_estimate)} estimated ({temp_estimate / temporaries - 1:+.0%})"
+            )
+            return

@@ -1,0 +1,279 @@
+"""Pretraining task."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gptjax.config import DataConfig, RunConfig
+from gptjax.data.lm import make_batches, validation_batches
+from gptjax.data.prepare import TokenizedSplits, open_dataset
+from gptjax.data.token_files import TokenShard
+from gptjax.errors import ConfigError
+from gptjax.evaluation.perplexity import evaluate, make_eval_step
+from gptjax.fileio.download import sha256_of_files
+from gptjax.inference.generate import complete
+from gptjax.parallel.sharding import local_batch_rows, shard_tree, to_host
+from gptjax.plots.curves import write_figures
+from gptjax.plots.report import write_report
+from gptjax.tokenizer import tokenizer
+from gptjax.training import estimate
+from gptjax.training.finetune import (
+    init_provenance,
+    initial_params,
+    load_init_model,
+    resolve_model_config,
+)
+from gptjax.training.loss import make_lm_loss_fn
+from gptjax.training.metrics import format_number, log_event, read_events
+from gptjax.training.optimizer import make_optimizer
+from gptjax.training.task import (
+    DEFAULT_RESUME_OPTIONS,
+    LogFn,
+    ResumeOptions,
+    RunContext,
+    Task,
+    describe_devices,
+    describe_length,
+)
+from gptjax.training.train_step import TrainState, init_state, make_train_step
+from gptjax.training.trainer import train
+from gptjax.weights.load import resolve_model
+from gptjax.weights.model_folder import Model, save_model
+
+DOCUMENT_MODE = {"auto": True, "packed": True, "concat": False}  # data.batching
+SAMPLE_TOKENS = 60
+MakePretrainTaskFn = Callable[[RunContext], tuple[RunContext, Task]]
+
+
+def pretrain(
+    config: RunConfig,
+    run_dir: Path,
+    log: LogFn = print,
+    make_task: MakePretrainTaskFn | None = None,
+    options: ResumeOptions = DEFAULT_RESUME_OPTIONS,
+) -> Model:
+    """Pretrains a model; resumes if the run exists.
+
+    Args:
+        config: must match that of an existing run.
+        run_dir: run folder; created if missing.
+        log: receives log lines.
+        make_task: replaces `make_pretrain_task`.
+        options: config options that may change, and the spike policy.
+
+    Raises:
+        GptjaxError: invalid data, config or run folder.
+        Interrupted: interrupted by SIGINT or SIGTERM; the same call resumes.
+    """
+    run, task, state = train(
+        config, run_dir, log, make_task or make_pretrain_task, options
+    )
+    model = task.to_model(state)
+    finalize_pretrain(run, task, model, int(state.num_skipped))
+    return model
+
+
+def make_pretrain_task(run: RunContext) -> tuple[RunContext, Task]:
+    """Builds the pretraining task."""
+    init_model = load_init_model(run.config, run.log)
+    dataset = open_dataset(resolve_data_config(run), run.run_dir / "data")
+    config = resolve_vocab_size(run.config, dataset)
+    config = dataclasses.replace(
+        config, model=resolve_model_config(config.model, init_model, dataset.tokenizer)
+    )
+    run, train_config = dataclasses.replace(run, config=config), config.train
+    optimizer = make_optimizer(config.optim, train_config.steps)
+    key = jax.random.key(train_config.seed)
+    params = initial_params(config.model, init_model, dataset.tokenizer, key)
+    params = shard_tree(params, run.mesh)
+    isolated = isolate_documents(config.data.batching)
+    loss_fn = make_lm_loss_fn(config.model, train_config.loss_chunk_size, isolated)
+    batches = make_batches(
+        dataset.train,
+        rows=config.data.batch_size,
+        context=config.model.context_length,
+        seed=train_config.seed,
+        isolate_documents=isolated,
+        local_rows=local_batch_rows(config.data.batch_size, run.mesh),
+    )
+
+    def to_model(state: TrainState) -> Model:
+        return Model(config.model, to_host(state.params), dataset.tokenizer)
+
+    def sample(state: TrainState, step: int) -> None:
+        write_sample(run, to_model(state), step)
+
+    return run, Task(
+        init_state=init_state(params, optimizer, key),
+        train_step=make_train_step(loss_fn, optimizer, train_config.accumulate),
+        batches=batches.iterate,
+        tokens_per_step=config.data.batch_size * config.model.context_length,
+        evaluate=make_pretrain_evaluate(run, dataset),
+        to_model=to_model,
+        provenance={**data_provenance(dataset), **init_provenance(init_model)},
+        summary=format_pretrain_summary(run, dataset),
+        sample=sample if train_config.sample_prompt else None,
+    )
+
+
+def resolve_data_config(run: RunContext) -> DataConfig:
+    """The run's `[data]`, with the initial model's tokenizer if none is named.
+
+    Raises:
+        ConfigError: `finetune.trainable` is not "all".
+    """
+    config = run.config
+    if config.finetune.trainable != "all":
+        raise ConfigError(
+            f"finetune.trainable={config.finetune.trainable!r} is not supported for "
+            "pretraining, which trains all parameters. Remove the option."
+        )
+    if not config.finetune.init_from or config.data.tokenizer:
+        return config.data
+    model_dir = resolve_model(config.finetune.init_from, run.log)
+    name = str(model_dir) if tokenizer.is_tokenizer_dir(model_dir) else "gpt2"
+    return dataclasses.replace(config.data, tokenizer=name)
+
+
+def make_pretrain_evaluate(run: RunContext, dataset: TokenizedSplits) -> Any:
+    """Evaluates on held-out text: `train.eval_batches` batches, all at the end."""
+    config, held_out = run.config, dataset.validation
+    isolated = isolate_documents(config.data.batching)
+    eval_step = make_eval_step(config.model, config.train.loss_chunk_size, run.mesh)
+
+    def validate(state: TrainState, step: int, is_last: bool) -> str:
+        if held_out is None:
+            return "val -"
+        batches = validation_batches(
+            held_out,
+            rows=config.data.batch_size,
+            context=config.model.context_length,
+            isolate_documents=isolated,
+            max_batches=None if is_last else config.train.eval_batches,
+        )
+        lengths = dataset.tokenizer.byte_lengths
+        result = evaluate(eval_step, state.params, batches, lengths)
+        numbers = result.to_dict()
+        log_event(run.metrics_path, "eval", step, split="validation", **numbers)
+        return f"val {result.loss:.4f}"
+
+    return validate
+
+
+def isolate_documents(batching: str) -> bool:
+    """True if attention is confined to single documents.
+
+    Raises:
+        ConfigError: a value of `data.batching` for fine-tuning only.
+    """
+    if batching not in DOCUMENT_MODE:
+        raise ConfigError(
+            f"data.batching={batching!r} is not supported for pretraining, which fills "
+            "every row with text. Choose packed or concat."
+        )
+    return DOCUMENT_MODE[batching]
+
+
+def resolve_vocab_size(config: RunConfig, dataset: TokenizedSplits) -> RunConfig:
+    """Config with `model.vocab_size` set from the tokenizer of the data."""
+    size, requested = dataset.tokenizer.vocab_size, config.model.vocab_size
+    if requested not in (0, size):
+        raise ConfigError(
+            f"model.vocab_size={requested} does not match the tokenizer "
+            f"{dataset.tokenizer.name}, which has {size} tokens. Remove the option, or "
+            "pad with model.vocab_multiple."
+        )
+    model = dataclasses.replace(config.model, vocab_size=size)
+    return dataclasses.replace(config, model=model)
+
+
+def data_provenance(dataset: TokenizedSplits) -> dict[str, Any]:
+    """Entries of meta.json for data and tokenizer, to detect changes."""
+    splits = {"train": dataset.train, "validation": dataset.validation}
+    return {
+        "data": {
+            split: {shard.path.name: dataset_hash(shard) for shard in tokens.shards}
+            for split, tokens in splits.items()
+            if tokens is not None
+        },
+        "tokenizer": {"name": dataset.tokenizer.name, "hash": dataset.tokenizer.hash},
+    }
+
+
+def dataset_hash(shard: TokenShard) -> str:
+    """SHA-256 of a shard's tokens; as recorded, since its blocks are verified."""
+    return shard.sha256[0] if shard.sha256 else sha256_of_files([shard.path])
+
+
+def format_pretrain_summary(run: RunContext, data: TokenizedSplits) -> list[str]:
+    """Summary printed before training."""
+    c, train_config, rows = (
+        run.config.model,
+        run.config.train,
+        run.config.data.batch_size,
+    )
+    resolved_config = estimate.resolve_config(run.config)
+    sizes = tuple(run.mesh.shape.values()) if run.mesh else estimate.SINGLE_DEVICE_MESH
+    memory_parts = estimate.memory_bytes(resolved_config, sizes)
+    memory_breakdown = " + ".join(
+        f"{name} {estimate.format_bytes(size)}" for name, size in memory_parts.items()
+    )
+    tokens = rows * c.context_length
+    step_shape = f"{rows} rows x {c.context_length} tokens"
+    if train_config.accumulate > 1:
+        step_shape += f" in {train_config.accumulate} micro-batches"
+    num_held_out = len(data.validation) if data.validation else 0
+    origin = f", from {start}" if (start := run.config.finetune.init_from) else ""
+    return [
+        f"run      {run.run_dir}",
+        f"model    {estimate.parameter_count(c):,} parameters: {c.n_layers} layers, "
+        f"{c.n_heads} heads, width {c.d_model}{origin}",
+        f"data     {len(data.train):,} training tokens, {num_held_out:,} held out; "
+        f"{data.tokenizer.name} tokenizer, {c.vocab_size:,} tokens",
+        f"step     {step_shape} = {tokens:,} tokens, "
+        f"{format_number(tokens * estimate.flops_per_token(c))} FLOPs",
+        describe_length(
+            train_config.steps, train_config.steps * tokens / len(data.train)
+        ),
+        f"memory   about {estimate.format_bytes(sum(memory_parts.values()))} per device: {memory_breakdown}",
+        f"attention {resolved_config.model.attention}, remat {c.remat}",
+        describe_devices(run),
+    ]
+
+
+def write_sample(run: RunContext, model: Model, step: int) -> None:
+    """Logs a completion of `train.sample_prompt`."""
+    train_config = run.config.train
+    (sample,) = complete(
+        model,
+        train_config.sample_prompt,
+        max_new_tokens=SAMPLE_TOKENS,
+        temperature=0.8,
+        seed=train_config.seed,
+    )
+    text = train_config.sample_prompt + sample.text
+    log_event(run.metrics_path, "sample", step, text=text)
+    indented = "\n".join(f"    {row}" for row in text.strip("\n").splitlines())
+    run.log(f"sample after step {step}:\n{indented}")
+
+
+def finalize_pretrain(
+    run: RunContext, task: Task, model: Model, num_skipped: int
+) -> None:
+    """Writes model/, figures and report.md, and logs the result."""
+    save_model(model, run.run_dir / "model")
+    write_figures(run.run_dir, round(task.tokens_per_step))
+    write_report(run.run_dir, f"Run {run.run_dir.name}", task.summary)
+    evals = [e for e in read_events(run.metrics_path) if e["event"] == "eval"]
+    result = "no text was held out"
+    if evals:
+        result = f"validation loss {evals[-1]['loss']:.4f} nats per token"
+        if evals[-1]["bits_per_byte"]:
+            result += f", {evals[-1]['bits_per_byte']:.4f} bits per byte"
+    if num_skipped:
+        result += f"; {num_skipped} steps skipped (non-finite)"
+    run.log(f"done     {result}")
+    run.log(f"wrote    {run.run_dir}/model, report.md, loss.png, lr.png, metrics.jsonl")

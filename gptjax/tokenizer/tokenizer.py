@@ -1,0 +1,424 @@
+"""Byte-level BPE tokenizers: GPT-2's, trained ones and plain bytes.
+
+    tokenizer = load_tokenizer("gpt2")             # ships with gptjax
+    tokenizer = load_tokenizer("bytes")            # 256 bytes and <|endoftext|>
+    tokenizer = load_tokenizer("runs/mine/model")  # with vocab.json and merges.txt
+    tokenizer = train_tokenizer(texts, 2048)
+
+Each is a table of byte strings and ids, applied by tiktoken. Encoding is lossless for
+any text. `<|endoftext|>` separates documents; it exists only as an id: the same
+characters in a text are encoded as ordinary text.
+"""
+
+import codecs
+import dataclasses
+import functools
+import hashlib
+import json
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise, zip_longest
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+import regex
+import tiktoken
+from jaxtyping import Int32, UInt32
+
+from gptjax.errors import ConfigError, DataError
+from gptjax.fileio import strict_json
+from gptjax.tokenizer.bpe import (
+    MAX_TOKEN_BYTES,
+    SPLIT_PATTERN,
+    encode_utf8,
+    split_merge,
+    train_bpe,
+)
+
+ENDOFTEXT = "<|endoftext|>"
+GPT2_MERGES = Path(__file__).parent / "gpt2" / "gpt2-merges.txt"
+TOKENIZER_JSON = "tokenizer.json"  # vocabulary and merges in one file [HF tokenizers]
+MERGES_HEADER = "#version: 0.2"  # first line of a merges.txt
+MAX_TOKENIZER_FILE_BYTES = 64_000_000  # GPT-2's files are 1.0 and 0.5 MB
+
+# GPT-2's files represent each byte by one printable character: itself where it is
+# printable, else a character from 256 upwards. Ids 0 to 255 follow the same order.
+PRINTABLE_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
+UNPRINTABLE_BYTES = [byte for byte in range(256) if byte not in PRINTABLE_BYTES]
+BYTE_TO_CHAR = {byte: chr(byte) for byte in PRINTABLE_BYTES}
+BYTE_TO_CHAR |= {byte: chr(256 + i) for i, byte in enumerate(UNPRINTABLE_BYTES)}
+CHAR_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHAR.items()}
+
+# tiktoken's regex engine panics on a million whitespace characters before a word.
+# Longer runs are encoded separately, without their last character: the regex splits
+# there anyway.
+MAX_WHITESPACE_RUN = 100_000
+LONG_WHITESPACE_PATTERN = regex.compile(rf"(?<!\s)\s{{{MAX_WHITESPACE_RUN},}}(?=\s\S)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Byte-level BPE tokenizer; ids are 0 to vocab_size - 1."""
+
+    name: str  # name or path it was loaded from
+    ranks: Mapping[bytes, int] = dataclasses.field(repr=False)  # token -> id
+    eot_token: int  # id of <|endoftext|>
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, <|endoftext|> included."""
+        return len(self.ranks) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Encodes text; a literal "<|endoftext|>" is encoded as ordinary text.
+
+        >>> load_tokenizer("gpt2").encode("Hello, do you like tea?")
+        [15496, 11, 466, 345, 588, 8887, 30]
+
+        Raises:
+            DataError: the text contains a lone surrogate.
+        """
+        return [
+            i
+            for part in split_long_whitespace(text)
+            for i in self.encoding.encode_ordinary(part)
+        ]
+
+    def encode_array(self, text: str) -> UInt32[np.ndarray, " L"]:
+        """Encodes text to an array; releases the GIL.
+
+        Raises:
+            DataError: the text contains a lone surrogate.
+        """
+        options: Any = {"disallowed_special": ()}  # encode them as text
+        arrays = [
+            self.encoding.encode_to_numpy(x, **options)
+            for x in split_long_whitespace(text)
+        ]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        """Decodes ids; invalid UTF-8 becomes U+FFFD.
+
+        Raises:
+            DataError: an id is not in the vocabulary.
+        """
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def iter_characters(self, ids: Sequence[int]) -> Iterator[tuple[str, list[int]]]:
+        """Yields the shortest token groups that decode to complete characters.
+
+        Each comes with its text. An incomplete character at the end is dropped.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        start, text = 0, ""
+        for n, token in enumerate(ids, 1):
+            text += decoder.decode(self.decode_bytes([token]))
+            if not decoder.getstate()[0]:
+                yield text, list(ids[start:n])
+                start, text = n, ""
+
+    def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
+        """Decodes ids to bytes, which may start or end inside a character.
+
+        Raises:
+            DataError: an id is not in the vocabulary.
+        """
+        token_ids, vocab_size = list(map(operator.index, ids)), self.vocab_size
+        for token_id in token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise DataError(
+                    f"token id {token_id} is out of range for tokenizer {self.name!r}: "
+                    f"vocab_size={vocab_size} allows 0 to {vocab_size - 1}. Use the tokenizer "
+                    "that encoded the text."
+                )
+        return self.encoding.decode_bytes(token_ids)
+
+    @functools.cached_property
+    def encoding(self) -> tiktoken.Encoding:
+        """Tiktoken encoding with the same table."""
+        return tiktoken.Encoding(
+            self.name,
+            pat_str=SPLIT_PATTERN,
+            mergeable_ranks=dict(self.ranks),
+            special_tokens={ENDOFTEXT: self.eot_token},
+        )
+
+    @functools.cached_property
+    def byte_lengths(self) -> Int32[np.ndarray, " V"]:
+        """Length of each token in bytes; 0 for <|endoftext|>."""
+        length_V = np.zeros(self.vocab_size, np.int32)
+        length_V[list(self.ranks.values())] = [len(token) for token in self.ranks]
+        return length_V
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """SHA-256 of the split pattern and all tokens; independent of the name."""
+        digest = hashlib.sha256(f"{SPLIT_PATTERN}\n{self.eot_token}\n".encode())
+        for token in sorted(self.ranks, key=self.ranks.__getitem__):
+            digest.update(f"{self.ranks[token]} {token.hex()}\n".encode())
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Writes vocab.json and merges.txt in GPT-2's format.
+
+        `load_tokenizer` and Hugging Face's GPT2Tokenizer read the folder.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        ids = {bytes_to_unicode(token): i for token, i in self.ranks.items()}
+        ids[ENDOFTEXT] = self.eot_token
+        vocab = json.dumps(dict(sorted(ids.items(), key=operator.itemgetter(1))))
+        merges = "\n".join([MERGES_HEADER, *derive_merge_lines(self.ranks), ""])
+        special_tokens = dict.fromkeys(
+            ["bos_token", "eos_token", "unk_token"], ENDOFTEXT
+        )
+        config_json = json.dumps(
+            {"tokenizer_class": "GPT2Tokenizer", **special_tokens}, indent=2
+        )
+        (folder / "vocab.json").write_text(vocab, encoding="utf-8")
+        (folder / "merges.txt").write_text(merges, encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(
+            config_json + "\n", encoding="utf-8"
+        )
+
+
+def split_long_whitespace(text: str) -> list[str]:
+    """Splits text inside whitespace runs too long for tiktoken.
+
+    Raises:
+        DataError: the text contains a lone surrogate.
+    """
+    encode_utf8(text)  # tiktoken would silently replace lone surrogates
+    blocks = (
+        text[i : i + MAX_WHITESPACE_RUN]
+        for i in range(0, len(text), MAX_WHITESPACE_RUN)
+    )
+    if not any(block.isspace() for block in blocks):
+        return [text]
+    ends = (match.end() for match in LONG_WHITESPACE_PATTERN.finditer(text))
+    spans = pairwise([0, *ends, len(text)])
+    return [text[a:b] for a, b in spans]
+
+
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """Loads the tokenizer `gpt2`, `bytes`, or one from a folder.
+
+    Raises:
+        ConfigError: no such tokenizer.
+        DataError: the files in the folder are not a valid tokenizer.
+    """
+    if name == "gpt2":
+        return gpt2_tokenizer()
+    if name == "bytes":
+        return from_merges("bytes", range(256), [])
+    if str(name).startswith("bpe:"):
+        raise ConfigError(
+            f"the tokenizer {str(name)!r} must be trained on text first. Run gptjax "
+            f"data prepare with --tokenizer {name}, then use the tokenizer/ folder in "
+            "its output."
+        )
+    if is_tokenizer_dir(Path(name)):
+        return read_tokenizer_dir(Path(name))
+    raise ConfigError(
+        f"there is no tokenizer {str(name)!r}: expected gpt2, bytes or a folder with "
+        "vocab.json and merges.txt, or tokenizer.json. Correct the name, or use gpt2."
+    )
+
+
+@functools.cache  # a command loads it several times
+def gpt2_tokenizer() -> Tokenizer:
+    """GPT-2's tokenizer."""
+    return from_merges(
+        "gpt2",
+        PRINTABLE_BYTES + UNPRINTABLE_BYTES,
+        [parse_merge_line(x) for x in read_gpt2_merges()],
+    )
+
+
+def is_tokenizer_dir(folder: Path) -> bool:
+    """True if the folder contains the files of a tokenizer."""
+    exists = [
+        (folder / name).is_file()
+        for name in ("vocab.json", "merges.txt", TOKENIZER_JSON)
+    ]
+    return all(exists[:2]) or exists[2]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str = "") -> Tokenizer:
+    """Trains a byte-level BPE tokenizer; see `gptjax.tokenizer.bpe.train_bpe`.
+
+    Args:
+        texts: consumed once, one at a time.
+        vocab_size: 256 bytes, the merges and <|endoftext|>, whose id is the last.
+        name: "bpe:" and the size by default.
+
+    Raises:
+        ConfigError: `vocab_size` is less than 257.
+        DataError: the texts have too few repeated pairs.
+    """
+    if vocab_size < 257:
+        raise ConfigError(
+            f"a vocabulary of {vocab_size} ids is too small: 256 bytes and {ENDOFTEXT} "
+            "need 257. Use 257 or more, for example bpe:2048."
+        )
+    tokens = train_bpe(texts, vocab_size - 257)
+    if (max_vocab_size := 257 + len(tokens)) < vocab_size:
+        raise DataError(
+            f"the text is too short for a vocabulary of {vocab_size} ids: its repeated "
+            f"pairs allow {max_vocab_size}. Use bpe:{max_vocab_size} or smaller, or add text."
+        )
+    return from_merges(name or f"bpe:{vocab_size}", range(256), tokens)
+
+
+def from_merges(
+    name: str, byte_values: Iterable[int], merges: list[bytes]
+) -> Tokenizer:
+    """Numbers the bytes in this order, then the merges, then <|endoftext|>."""
+    tokens = [*(bytes([byte]) for byte in byte_values), *merges]
+    return Tokenizer(name, {token: i for i, token in enumerate(tokens)}, len(tokens))
+
+
+def bytes_to_unicode(token: bytes) -> str:
+    """Token in the notation of GPT-2's files.
+
+    >>> bytes_to_unicode(b" tea")
+    'Ġtea'
+    """
+    return "".join(map(BYTE_TO_CHAR.__getitem__, token))
+
+
+def parse_merge_line(line: str) -> bytes:
+    """Token that one line of merges.txt creates."""
+    return bytes(map(CHAR_TO_BYTE.__getitem__, line.replace(" ", "")))
+
+
+def read_gpt2_merges() -> list[str]:
+    """Reads GPT-2's merges (OpenAI's vocab.bpe)."""
+    return GPT2_MERGES.read_text(encoding="utf-8").split("\n")[1:-1]
+
+
+def derive_merge_lines(ranks: Mapping[bytes, int]) -> list[str]:
+    """Derives the lines of merges.txt from the ranks.
+
+    Raises:
+        DataError: a token is not the merge of two others.
+    """
+    if len(ranks) == 50_256 and ranks == load_tokenizer("gpt2").ranks:
+        return read_gpt2_merges()  # deriving them takes a second
+    lines = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        if len(token) == 1:
+            continue
+        pair = split_merge(token, ranks)
+        if pair is None:
+            raise DataError(
+                f"token {ranks[token]}, {bytes_to_unicode(token)!r}, cannot be merged from two "
+                "tokens with smaller ids"
+            )
+        lines.append(" ".join(map(bytes_to_unicode, pair)))
+    return lines
+
+
+def read_tokenizer_dir(folder: Path) -> Tokenizer:
+    """Reads a tokenizer from a folder of untrusted files."""
+    vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
+    is_single_file = not (vocab_file.is_file() and merges_file.is_file())
+    if is_single_file:
+        vocab_file = merges_file = folder / TOKENIZER_JSON
+    try:
+        vocab: Any = strict_json.parse_json(_read_text(vocab_file))
+        vocab, actual_merges = (
+            parse_tokenizer_json(vocab) if is_single_file else (vocab, [])
+        )
+        ids = validate_vocab(vocab)
+        eot_token = ids.pop(ENDOFTEXT)
+        ranks = vocab_to_ranks(ids)
+        expected_merges = derive_merge_lines(ranks)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise invalid_tokenizer_file(vocab_file, error) from error
+    if not is_single_file:
+        try:
+            actual_merges = _read_text(merges_file).removesuffix("\n").split("\n")
+        except (OSError, ValueError) as error:
+            raise invalid_tokenizer_file(merges_file, error) from error
+        if actual_merges[0].startswith("#version"):
+            actual_merges = actual_merges[1:]
+    for number, (actual, expected) in enumerate(
+        zip_longest(actual_merges, expected_merges), start=1
+    ):
+        if actual != expected:
+            shown_actual, shown_expected = (
+                (actual or "missing")[:80],
+                expected or "absent",
+            )
+            reason = f"merge {number} is {shown_actual!r}, but {vocab_file.name} implies {shown_expected!r}"
+            raise invalid_tokenizer_file(merges_file, reason)
+    return Tokenizer(str(folder), ranks, eot_token)
+
+
+def parse_tokenizer_json(data: Any) -> tuple[Any, list[str]]:
+    """Vocabulary and merge lines of a Hugging Face tokenizer.json."""
+    match data:
+        case {
+            "pre_tokenizer": {"type": "ByteLevel", **split},
+            "model": {"type": "BPE", "vocab": dict(ids), "merges": list(merges)},
+            **rest,
+        } if not split.get("add_prefix_space") and not rest.get("normalizer"):
+            added_tokens = {
+                token["content"]: token["id"] for token in rest["added_tokens"]
+            }
+            merge_lines = [m if isinstance(m, str) else " ".join(m) for m in merges]
+            return ids | added_tokens, merge_lines
+    raise DataError("not a byte-level BPE like GPT-2's")
+
+
+def invalid_tokenizer_file(file: Path, reason: Any) -> DataError:
+    """Error for an invalid tokenizer file."""
+    return DataError(
+        f"invalid tokenizer file {file}: {reason}. Copy the folder again, or use another "
+        "tokenizer."
+    )
+
+
+def _read_text(file: Path) -> str:
+    """Reads a text file of at most MAX_TOKENIZER_FILE_BYTES."""
+    with file.open("rb") as stream:
+        data = stream.read(MAX_TOKENIZER_FILE_BYTES + 1)
+    if len(data) > MAX_TOKENIZER_FILE_BYTES:
+        raise DataError(f"larger than {MAX_TOKENIZER_FILE_BYTES:,} bytes")
+    return data.decode("utf-8")
+
+
+def validate_vocab(vocab: Any) -> dict[str, int]:
+    """Validates a vocab.json: token -> id, with ids 0, 1, 2, ... in any order."""
+    if not isinstance(vocab, dict):
+        raise DataError("not a JSON object of tokens and ids")
+    for token, token_id in vocab.items():
+        if type(token_id) is not int:
+            raise DataError(f"the id of token {token[:80]!r} is not an integer")
+    if missing := set(range(len(vocab))) - set(vocab.values()):
+        raise DataError(f"none of its {len(vocab)} tokens has the id {min(missing)}")
+    if ENDOFTEXT not in vocab:
+        raise DataError(f"{ENDOFTEXT} is missing")
+    return vocab
+
+
+def vocab_to_ranks(vocab: Mapping[str, int]) -> dict[bytes, int]:
+    """Converts tokens to bytes; checks that every single byte is a token."""
+    ranks = {}
+    for token, token_id in vocab.items():
+        if not 0 < len(token) <= MAX_TOKEN_BYTES:
+            raise DataError(
+                f"token {token_id} is {len(token)} bytes long, not 1 to {MAX_TOKEN_BYTES}"
+            )
+        try:
+            ranks[bytes(map(CHAR_TO_BYTE.__getitem__, token))] = token_id
+        except KeyError as error:
+            raise DataError(
+                f"token {token_id} has the character {error}, which represents no byte"
+            ) from error
+    for byte in range(256):
+        if bytes([byte]) not in ranks:
+            raise DataError(f"byte {byte} ({BYTE_TO_CHAR[byte]!r}) is missing")
+    return ranks

@@ -1,0 +1,234 @@
+"""Analytic estimates of parameters, FLOPs, memory and memory traffic."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gptjax.config import GPTConfig, RunConfig
+from gptjax.model.attention.dispatch import resolve_backend
+from gptjax.model.gpt import compute_dtype, init
+from gptjax.tokenizer import tokenizer
+from gptjax.training.hardware import chip_from_device
+from gptjax.tree import num_params
+
+USABLE_MEMORY_FRACTION = 0.95  # fraction of a device's memory that a plan may use
+TRAIN_STATE_PARTS = (
+    "parameters",
+    "AdamW moments",
+)  # parts of memory in use between steps
+SINGLE_DEVICE_MESH = (1, 1, 1)
+
+
+@functools.cache  # called for each line of a run's log
+def parameter_count(config: GPTConfig) -> int:
+    """Counts the parameters of a model without allocating them."""
+    return num_params(jax.eval_shape(lambda: init(config, jax.random.key(0))))
+
+
+def flops_per_token(config: GPTConfig) -> int:
+    """Returns forward and backward FLOPs per token: 6 P + 12 N D T.
+
+    P counts the parameters used in matmuls: all but the position embedding (and the
+    token embedding if the head is untied). The second term is unmasked attention, as
+    in Chowdhery et al. 2022, appendix B; causal kernels do half of it.
+    """
+    multiplied = parameter_count(config) - config.context_length * config.d_model
+    if not config.tie_embeddings:
+        multiplied -= config.padded_vocab_size * config.d_model
+    return 6 * multiplied + attention_flops(config)
+
+
+def attention_flops(config: GPTConfig) -> int:
+    """Returns FLOPs of unmasked attention per token, with backward: 12 N D T."""
+    return 12 * config.n_layers * config.d_model * config.context_length
+
+
+def causal_flops_per_token(config: GPTConfig) -> int:
+    """Returns `flops_per_token` without the masked half of attention."""
+    return flops_per_token(config) - attention_flops(config) // 2
+
+
+def hardware_flops(config: GPTConfig) -> float:
+    """Returns FLOPs per token including recomputation by `model.remat`."""
+    recompute_factor = 4 / 3 if config.remat == "full" else 1.0
+    return flops_per_token(config) * recompute_factor
+
+
+def resolve_config(config: RunConfig, platform: str = "") -> RunConfig:
+    """Resolves vocabulary size, dtype and attention backend without reading data.
+
+    Args:
+        config: config that defines its model, not `finetune.init_from`.
+        platform: "cpu", "gpu" or "tpu"; "" = this machine's.
+
+    Raises:
+        ConfigError: the attention backend does not support the platform.
+    """
+    model = config.model
+    name = config.data.tokenizer or "gpt2"
+    if not model.vocab_size and name.startswith("bpe:"):
+        model = dataclasses.replace(model, vocab_size=int(name[4:]))
+    elif not model.vocab_size:
+        size = tokenizer.load_tokenizer(name).vocab_size
+        model = dataclasses.replace(model, vocab_size=size)
+    if platform and model.dtype == "auto":
+        dtype: Any = "float32" if platform == "cpu" else "bfloat16"
+        model = dataclasses.replace(model, dtype=dtype)
+    attention: Any = resolve_backend(
+        model.attention,
+        length=model.context_length,
+        head_dim=model.head_dim,
+        dtype=compute_dtype(model),
+        dropout=model.dropout,
+        platform=platform,
+    )
+    model = dataclasses.replace(model, attention=attention)
+    return dataclasses.replace(config, model=model)
+
+
+def memory_bytes(
+    config: RunConfig, mesh_shape: Sequence[int] = SINGLE_DEVICE_MESH
+) -> dict[str, int]:
+    """Returns bytes per device by part; those of activations are an estimate.
+
+    Args:
+        config: from `resolve_config`; `train.accumulate` = number of micro-batches.
+        mesh_shape: of the mesh axes, as `gptjax.parallel.sharding.AXES`.
+    """
+    c, total_params = config.model, parameter_count(config.model)
+    data, fsdp, tensor = mesh_shape
+    itemsize = compute_dtype(c).itemsize
+    rows = max(config.data.batch_size // config.train.accumulate // (data * fsdp), 1)
+    tokens = rows * c.context_length
+    local_params = total_params // (fsdp * tensor)
+    table_size = c.padded_vocab_size * c.d_model
+    all_bytes, matmul_bytes = activation_bytes(c, itemsize, tensor)
+    saved_bytes = {
+        "none": all_bytes,
+        "dots": matmul_bytes,
+        "full": c.d_model * itemsize,
+    }[c.remat]
+    recomputed_bytes = (
+        0 if c.remat == "none" else all_bytes // 2
+    )  # of the layer being recomputed
+    chunk = (
+        tokens * min(config.train.loss_chunk_size, c.context_length) // c.context_length
+    )
+    parts = {
+        "parameters": 4 * local_params,
+        "AdamW moments": 8 * local_params,
+        "gradients": (4 if config.train.accumulate == 1 else 8) * local_params,
+        "activations": tokens * (c.n_layers * saved_bytes + recomputed_bytes),
+        "logits": 2 * 4 * chunk * c.padded_vocab_size // tensor,
+        "vocabulary": (4 + itemsize)
+        * table_size
+        // tensor,  # gathered copy and its gradient
+    }
+    if itemsize < 4:
+        parts[f"{c.dtype} copy"] = itemsize * (
+            local_params - table_size // (fsdp * tensor)
+        )
+    return parts
+
+
+def activation_bytes(config: GPTConfig, itemsize: int, tensor: int) -> tuple[int, int]:
+    """Returns the bytes saved for backward per token and layer: (all, matmuls only).
+
+    Matmul outputs are query, key, value, attention output before and after its
+    projection, MLP hidden layer and MLP output; the residual stream is counted with
+    them. The rest is float32 arrays in the layer norms and seven arrays of MLP width
+    around the GELU, as observed with the TPU compiler.
+    """
+    features, heads, hidden = config.d_model, 4 * config.d_model, config.mlp_dim
+    matmul_bytes = itemsize * (4 * features + (heads + hidden) // tensor)
+    all_bytes = (6 * 4 + 4 * itemsize) * features + itemsize * (
+        heads + 7 * hidden
+    ) // tensor
+    if config.attention in ("reference", "chunked", "xla"):
+        all_bytes += config.n_heads * config.context_length * (4 + itemsize) // tensor
+    return all_bytes, matmul_bytes
+
+
+def memory_traffic(
+    config: RunConfig, mesh_shape: Sequence[int] = SINGLE_DEVICE_MESH
+) -> int:
+    """Returns a lower bound on the bytes of memory traffic per device and step.
+
+    Weights are read three times per micro-batch; saved activations are written and
+    read; AdamW reads four values per parameter and writes three.
+    """
+    parts = memory_bytes(config, mesh_shape)
+    size = compute_dtype(config.model).itemsize
+    weights = parameter_count(config.model) * size // mesh_shape[2]
+    bytes_per_micro_batch = 3 * weights + 2 * parts["activations"] + 2 * parts["logits"]
+    return config.train.accumulate * bytes_per_micro_batch + 7 * parts["parameters"]
+
+
+def fit_micro_batch(
+    config: RunConfig, mesh_shape: Sequence[int], memory_limit: int | float
+) -> RunConfig:
+    """Sets `train.accumulate` to the smallest value that fits, else the largest.
+
+    Args:
+        config: from `resolve_config`.
+        mesh_shape: of the mesh axes.
+        memory_limit: bytes of memory per device.
+    """
+    rows, shards = config.data.batch_size, mesh_shape[0] * mesh_shape[1]
+    candidate = config
+    for num_micro_batches in range(1, rows + 1):
+        if rows % num_micro_batches or rows // num_micro_batches % shards:
+            continue
+        train = dataclasses.replace(config.train, accumulate=num_micro_batches)
+        candidate = dataclasses.replace(config, train=train)
+        if (
+            sum(memory_bytes(candidate, mesh_shape).values())
+            <= USABLE_MEMORY_FRACTION * memory_limit
+        ):
+            break
+    return candidate
+
+
+def total_peak_flops() -> float | None:
+    """Returns peak FLOP/s of all devices together, or None if unknown."""
+    chip = chip_from_device(jax.devices()[0].device_kind)
+    return chip.peak_flops * jax.device_count() if chip else None
+
+
+def device_memory() -> int:
+    """Returns the bytes of memory that one device of this process may use."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or host_memory()
+
+
+def host_memory() -> int:
+    """Returns the bytes of host memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def free_memory() -> int:
+    """Returns the bytes of available host memory."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return host_memory()
+    sizes = [int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")]
+    return 1024 * sizes[0] if sizes else host_memory()
+
+
+def format_bytes(size: int | float) -> str:
+    """Formats a size in bytes.
+
+    >>> format_bytes(1.6e9)
+    '1.5 GiB'
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

@@ -1,0 +1,378 @@
+"""Initialization of a run: tokenizer, model config, parameters, provenance."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from gptjax.config import GPTConfig, RunConfig
+from gptjax.data.conversations import ConversationOrPair, split_conversations
+from gptjax.data.text import VALIDATION_SPLIT
+from gptjax.errors import ConfigError
+from gptjax.model.gpt import init
+from gptjax.model.lora import Adapters, init_adapters, merge_adapters, scale_adapters
+from gptjax.tokenizer.chat_template import (
+    ChatTemplate,
+    compile_template,
+    load_chat_template,
+)
+from gptjax.tokenizer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from gptjax.training import run_dir
+from gptjax.training.train_step import make_train_step
+from gptjax.tree import Params, combine, partition
+from gptjax.weights.load import load
+from gptjax.weights.model_folder import Model, save_adapters, save_model
+
+# GPTConfig fields that a run may override in the model it starts from.
+OVERRIDABLE_FIELDS = (
+    "dropout",
+    "causal",
+    "head_bias",
+    "pool",
+    "dtype",
+    "attention",
+    "remat",
+)
+# On CPU: same values, half the compile time. Initialization runs only once.
+FAST_COMPILE_OPTIONS = {"xla_backend_optimization_level": 1}
+
+
+def load_init_model(config: RunConfig, log: Callable[[str], None]) -> Model | None:
+    """Loads the model of `finetune.init_from`; None for random initialization."""
+    return load(config.finetune.init_from, log) if config.finetune.init_from else None
+
+
+def train_val_test_split(
+    config: RunConfig, items: list[ConversationOrPair], item_name: str
+) -> dict[str, list[ConversationOrPair]]:
+    """Splits conversations or preference pairs; the validation split is required.
+
+    Args:
+        config: config of the run.
+        items: conversations or pairs.
+        item_name: plural noun for the items in error messages.
+
+    Raises:
+        ConfigError: the training or validation split is empty.
+    """
+    splits = split_conversations(
+        items,
+        config.data.split_strategy,
+        val_fraction=config.data.val_fraction,
+        test_fraction=config.data.test_fraction,
+        seed=config.data.split_seed,
+    )
+    return check_validation_split(config, splits, item_name)
+
+
+def check_validation_split(
+    config: RunConfig, splits: dict[str, Any], item_name: str
+) -> dict[str, Any]:
+    """Returns the splits after checking that there is a validation split.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if VALIDATION_SPLIT not in splits:
+        raise ConfigError(
+            f"data.val_fraction={config.data.val_fraction} leaves no {item_name} for validation, "
+            "which selects the best step. Choose a fraction above 0."
+        )
+    return splits
+
+
+def choose_tokenizer(
+    name: str, init_model: Model | None, texts: Callable[[], Iterable[str]]
+) -> Tokenizer:
+    """Loads or trains the tokenizer of a run.
+
+    Args:
+        name: `data.tokenizer`; "" = the initial model's, or GPT-2's.
+        init_model: model the run starts from.
+        texts: returns the training texts for "bpe:SIZE".
+
+    Raises:
+        GptjaxError: no tokenizer of that name, or no valid size.
+    """
+    if not name:
+        return init_model.tokenizer if init_model else load_tokenizer("gpt2")
+    if not name.startswith("bpe:"):
+        return load_tokenizer(name)
+    size = name.removeprefix("bpe:")
+    if not size.isdecimal():
+        raise ConfigError(
+            f"data.tokenizer={name!r} has no valid size. Write bpe:2048, for example."
+        )
+    return train_tokenizer(texts(), int(size), name)
+
+
+def resolve_model_config(
+    config: GPTConfig,
+    init_model: Model | None,
+    tokenizer: Tokenizer,
+    num_classes: int = 0,
+) -> GPTConfig:
+    """Model config: the initial model's, with task overrides.
+
+    Args:
+        config: the run's `[model]`.
+        init_model: model the run starts from; its context is truncated to the config's.
+        tokenizer: of the run.
+        num_classes: [C] of a classifier's head, 0 for none.
+
+    Raises:
+        ConfigError: the config has a different number of classes.
+    """
+    if config.n_classes not in (0, num_classes):
+        available = f"{num_classes} labels" if num_classes else "no labels"
+        raise ConfigError(
+            f"model.n_classes={config.n_classes} does not match the data, which have "
+            f"{available}. Remove the option."
+        )
+    task_fields = {"n_classes": num_classes, "vocab_size": tokenizer.vocab_size}
+    if init_model is None:
+        return dataclasses.replace(config, **task_fields)
+    overrides = {name: getattr(config, name) for name in OVERRIDABLE_FIELDS}
+    context_length = min(config.context_length, init_model.config.context_length)
+    return dataclasses.replace(
+        init_model.config, context_length=context_length, **task_fields, **overrides
+    )
+
+
+def initial_params(
+    config: GPTConfig,
+    init_model: Model | None,
+    tokenizer: Tokenizer,
+    key: Key[Array, ""],
+) -> Params:
+    """New parameters, or the initial model's with a new classifier head if needed.
+
+    If the tokenizers differ, tokens in both vocabularies keep their embeddings; the
+    others get new ones.
+
+    Args:
+        config: from `resolve_model_config`.
+        init_model: model the run starts from.
+        tokenizer: of the run.
+        key: initializes new parameters.
+    """
+    options = FAST_COMPILE_OPTIONS if jax.default_backend() == "cpu" else None
+    new_params = jax.jit(lambda key: init(config, key), compiler_options=options)(key)
+    if init_model is None:
+        return new_params
+    params: Params = {
+        n: init_model.params[n] for n in new_params if n in init_model.params
+    }
+    table = init_model.params["position_embedding"]["embedding"][
+        : config.context_length
+    ]
+    params["position_embedding"] = {"embedding": table}
+    if config.n_classes:
+        params["head"] = new_params["head"]
+    if tokenizer.hash != init_model.tokenizer.hash:
+        for name in {"token_embedding", "output_embedding"} & set(params):
+            table_VD = np.array(new_params[name]["embedding"])
+            new_ids, old_ids = shared_token_ids(tokenizer, init_model.tokenizer)
+            table_VD[new_ids] = np.asarray(init_model.params[name]["embedding"])[
+                old_ids
+            ]
+            params[name] = {"embedding": jnp.asarray(table_VD)}
+    return params
+
+
+def shared_token_ids(one: Tokenizer, other: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids, in each of two tokenizers, of the tokens in both, with the end token."""
+    both = [token for token in one.ranks if token in other.ranks]
+    return (
+        [one.eot_token, *(one.ranks[token] for token in both)],
+        [other.eot_token, *(other.ranks[token] for token in both)],
+    )
+
+
+def tokenizer_provenance(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Tokenizer entry of meta.json."""
+    return {"tokenizer": {"name": tokenizer.name, "hash": tokenizer.hash}}
+
+
+def init_provenance(init_model: Model | None) -> dict[str, Any]:
+    """Entry of meta.json for the initial model, if there is one."""
+    return {"start": run_dir.hash_pytree(init_model.params)} if init_model else {}
+
+
+def finetune_provenance(
+    tokenizer: Tokenizer,
+    init_model: Model | None,
+    rows: Mapping[str, Iterable[Any]],
+    template: ChatTemplate | None = None,
+) -> dict[str, Any]:
+    """Entries of meta.json for all inputs of fine-tuning, as hashes.
+
+    Args:
+        tokenizer: of the run.
+        init_model: model the run starts from.
+        rows: JSON-serializable rows by split.
+        template: chat template of the conversations.
+    """
+    data = {split: run_dir.hash_rows(part) for split, part in rows.items()}
+    provenance = {
+        "data": data,
+        **tokenizer_provenance(tokenizer),
+        **init_provenance(init_model),
+    }
+    if template:
+        provenance["template"] = run_dir.hash_text(template.source)
+    return provenance
+
+
+def choose_chat_template(name: str, init_model: Model | None) -> ChatTemplate:
+    """Loads the chat template of a run.
+
+    Args:
+        name: `data.chat_template`; "" = the initial model's, or Alpaca's.
+        init_model: model the run starts from.
+
+    Raises:
+        ConfigError: no template of that name, or an invalid one.
+    """
+    if not name and init_model and init_model.chat_template:
+        return compile_template(init_model.chat_template)
+    return load_chat_template(name or "alpaca")
+
+
+# (config, params, adapters, batch, key) -> (sum, weight)
+FinetuneLossFn = Callable[[RunConfig, Params, Any, Any, Any], tuple[Array, Array]]
+
+# finetune.trainable: (layers in the tail, patterns of trainable parameters). The final
+# norm is trained with the blocks, as in Raschka 2024, chapter 6.
+TRAINABLE_RULES: dict[str, tuple[int, list[str]]] = {
+    "all": (0, ["*"]),
+    "head": (0, ["head/*"]),
+    "last-block": (1, ["tail/*", "final_norm/*", "head/*"]),
+    "last-two-blocks": (2, ["tail/*", "final_norm/*", "head/*"]),
+    "lora": (0, ["head/*"]),  # plus the adapters
+}
+
+
+def split_trainable(
+    config: RunConfig, params: Params, key: Key[Array, ""]
+) -> tuple[Params, Params]:
+    """Splits parameters into (trainable, frozen) by `finetune.trainable`.
+
+    Args:
+        config: config of the run.
+        params: parameters of the full model.
+        key: initializes new adapters.
+    """
+    num_layers, patterns = TRAINABLE_RULES[config.finetune.trainable]
+    trainable_params, frozen_params = partition(
+        split_last_layers(params, num_layers), patterns
+    )
+    if config.finetune.trainable == "lora":
+        targets, rank = config.finetune.lora_targets, config.finetune.lora_rank
+        trainable_params["adapters"] = init_adapters(
+            config.model, params, targets, rank, key
+        )
+    return trainable_params, frozen_params
+
+
+def combine_params(
+    config: RunConfig, trainable_params: Params, frozen_params: Params
+) -> tuple[Params, Adapters | None]:
+    """Parameters as `gptjax.hidden_states` takes them, and the scaled adapters."""
+    model_params = {
+        name: leaf for name, leaf in trainable_params.items() if name != "adapters"
+    }
+    adapters = trainable_params.get("adapters")
+    if adapters is not None:
+        adapters = scale_adapters(
+            adapters, config.finetune.lora_alpha / config.finetune.lora_rank
+        )
+    return combine(frozen_params, model_params), adapters
+
+
+def split_last_layers(params: Params, num_layers: int) -> Params:
+    """Splits off the last layers of the stack, or all of them if it has fewer."""
+    if not num_layers:
+        return params
+    rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
+    n_layers = jax.tree.leaves(params["blocks"])[0].shape[0]
+    num_remaining = n_layers - min(num_layers, n_layers)
+    parts: Any = {
+        "tail": jax.tree.map(lambda leaf: leaf[num_remaining:], params["blocks"])
+    }
+    if num_remaining:
+        parts["blocks"] = jax.tree.map(
+            lambda leaf: leaf[:num_remaining], params["blocks"]
+        )
+    return rest | parts
+
+
+def merge_last_layers(params: Params) -> Params:
+    """Merges all layers into one stack; inverse of `split_last_layers`."""
+    if "tail" not in params:
+        return params
+    rest = {n: leaf for n, leaf in params.items() if n not in ("blocks", "tail")}
+    blocks = params["tail"]
+    if "blocks" in params:
+        concatenate = lambda *parts: jax.numpy.concatenate(parts)  # noqa: E731
+        blocks = jax.tree.map(concatenate, params["blocks"], blocks)
+    return rest | {"blocks": blocks}
+
+
+def full_params(
+    config: RunConfig, trainable_params: Params, frozen_params: Params
+) -> Params:
+    """Parameters of the full model: one stack of layers, adapters merged."""
+    params, adapters = combine_params(config, trainable_params, frozen_params)
+    params = merge_last_layers(params)
+    return merge_adapters(params, adapters) if adapters else params
+
+
+def make_finetune_step(
+    config: RunConfig, loss_fn: FinetuneLossFn, optimizer: Any
+) -> Callable[[Any, Any, Params], Any]:
+    """Returns a pure (state, batch, frozen_params) -> (state, metrics)."""
+
+    def finetune_step(
+        state: Any, batch: Any, frozen_params: Params, max_grad_norm: Any = math.inf
+    ) -> Any:
+        def trainable_loss_fn(
+            trainable_params: Params, batch: Any, key: Any
+        ) -> tuple[Array, Array]:
+            return loss_fn(
+                config,
+                *combine_params(config, trainable_params, frozen_params),
+                batch,
+                key,
+            )
+
+        train_step = make_train_step(
+            trainable_loss_fn, optimizer, config.train.accumulate
+        )
+        return train_step(state, batch, max_grad_norm)
+
+    return finetune_step
+
+
+def save_finetuned(
+    config: RunConfig,
+    run_dir: Path,
+    model: Model,
+    trainable_params: Params,
+    frozen_params: Params,
+) -> None:
+    """Writes model/ of a run and, if there are any, adapters.safetensors."""
+    save_model(model, run_dir / "model")
+    if adapters := combine_params(config, trainable_params, frozen_params)[1]:
+        save_adapters(adapters, run_dir / "adapters.safetensors")
+
+
+def iterate_batches(batches: Any, start: int, stop: int) -> Iterator[Any]:
+    """Batches of the steps [start, stop)."""
+    return (batches.batch_at(step) for step in range(start, stop))

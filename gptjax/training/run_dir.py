@@ -1,0 +1,325 @@
+"""Run directory: config, metadata and the files of a run.
+
+config.toml  meta.json  metrics.jsonl  loss.png  lr.png  report.md
+data/  checkpoints/  model/  compiled/
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+
+from gptjax.config import RunConfig, config_diff, did_you_mean, load_config
+from gptjax.errors import ConfigError, ModelError
+from gptjax.fileio.strict_json import read_json
+from gptjax.runtime.device import package_versions
+from gptjax.training.anomalies import SPIKE_POLICIES, SpikePolicy
+from gptjax.tree import flatten_with_names
+
+
+def create_run_dir(run_dir: Path) -> None:
+    """Creates the run folder and checks that it is writable.
+
+    Raises:
+        ModelError: the folder is not writable.
+    """
+    probe = run_dir / ".writable"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink(missing_ok=True)  # another process of the run may have done it
+    except OSError as error:
+        raise ModelError(
+            f"cannot write the run folder {run_dir}: {error.strerror}. Choose "
+            "another one with --run DIR."
+        ) from error
+
+
+def reconcile_config(
+    run_dir: Path, config: RunConfig, allowed: Sequence[str] = ()
+) -> list[str]:
+    """Writes config.toml, or checks that the existing run can resume with `config`.
+
+    An existing config.toml is rewritten only if a "trajectory" option changes, which
+    must be in `allowed`.
+
+    Returns:
+        Changed options, as lines `section.option: old -> new`.
+
+    Raises:
+        ConfigError: one of the allowed options can never change.
+        ModelError: the folder has a run with an incompatible config.
+    """
+    path = run_dir / "config.toml"
+    changes: list[str] = []
+    if path.is_file():
+        before = load_config(path)
+        changes = check_config_changes(str(run_dir), before, config, allowed)
+        if not any(
+            resume_policy(line.partition(":")[0]) == "trajectory" for line in changes
+        ):
+            return changes
+    else:
+        check_allow_change(allowed)
+    write_atomic(path, tomli_w.dumps(dataclasses.asdict(config)))
+    return changes
+
+
+def reconcile_spike_policy(
+    run_dir: Path, requested: str, allowed: Sequence[str] = ()
+) -> SpikePolicy:
+    """Chooses the spike policy: the requested one, else the run's, else "log".
+
+    Raises:
+        ConfigError: unknown policy.
+        ModelError: the run has another policy, which may not change.
+    """
+    if requested and requested not in SPIKE_POLICIES:
+        raise ConfigError(
+            f"--on-spike {requested} must be one of {', '.join(SPIKE_POLICIES)}."
+        )
+    metadata = read_run_metadata(run_dir)
+    before: Any = metadata.get("on_spike")
+    chosen: Any = requested or before or "log"
+    if before and chosen != before:
+        if ON_SPIKE not in allowed:
+            raise ModelError(
+                f"the run in {run_dir} was started with --on-spike {before}; another "
+                "policy changes its results. Omit the option, or allow the change with "
+                f"--allow-change {ON_SPIKE}."
+            )
+        path = run_dir / "meta.json"
+        write_atomic(
+            path, json.dumps({**metadata, "on_spike": chosen}, indent=2) + "\n"
+        )
+    return chosen
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes a file atomically."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_run_metadata(
+    run_dir: Path, command: list[str], provenance: dict[str, Any]
+) -> None:
+    """Writes meta.json: command, versions, devices and provenance."""
+    import jax
+
+    devices = jax.devices()
+    metadata = {
+        "command": command,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": {"python": platform.python_version(), **package_versions()},
+        "platform": platform.platform(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "devices": {
+            "kind": devices[0].device_kind,
+            "count": len(devices),
+            "processes": jax.process_count(),
+        },
+        **provenance,
+    }
+    write_atomic(run_dir / "meta.json", json.dumps(metadata, indent=2) + "\n")
+
+
+def command_line() -> list[str]:
+    """Command line of this process, for meta.json and messages."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
+ON_SPIKE = "on-spike"  # a flag, not a config option, but affects the steps too
+RESUME_POLICIES = {  # class: {section: options}
+    "identity": {
+        "model": "vocab_size context_length n_layers n_heads d_model qkv_bias "
+        "tie_embeddings vocab_multiple causal n_classes head_bias pool",
+        "data": "source tokenizer text_column label_column split_strategy balance_classes deduplicate test_fraction "
+        "val_fraction split_seed chat_template completion_only_loss",
+        "train": "task seed",
+        "finetune": "init_from trainable lora_rank lora_targets",
+    },
+    "trajectory": {
+        "model": "dropout dtype attention remat",
+        "data": "batch_size batching",
+        "optim": "peak_lr schedule warmup_steps final_lr_fraction weight_decay decay_norms_and_biases beta1 "
+        "beta2 grad_clip",
+        # Evaluations choose the best model of fine-tuning; spikes are detected in the
+        # logged steps, and a rollback restores a checkpoint.
+        "train": "steps accumulate loss_chunk_size log_every eval_every eval_batches",
+        "finetune": "lora_alpha lm_loss_weight dpo_beta",
+        "checkpoint": "every",
+    },
+    "operational": {
+        "train": "sample_prompt",
+        "checkpoint": "keep",
+        "mesh": "data fsdp tensor",
+    },
+}
+
+
+def resume_policy(name: str) -> str:
+    """Resume policy of an option, `section.option`.
+
+    Raises:
+        ConfigError: unknown option.
+    """
+    known = {ON_SPIKE: "trajectory"}
+    for policy, sections in RESUME_POLICIES.items():
+        for section, options in sections.items():
+            known |= {f"{section}.{option}": policy for option in options.split()}
+    if name not in known:
+        raise ConfigError(
+            f"--allow-change {name}: unknown option.{did_you_mean(name, known)} Write it "
+            "as --allow-change section.option."
+        )
+    return known[name]
+
+
+def check_allow_change(names: Iterable[str]) -> None:
+    """Checks that every name is an option that --allow-change accepts.
+
+    Raises:
+        ConfigError: the option is unknown or part of the identity of a run.
+    """
+    for name in names:
+        if resume_policy(name) == "identity":
+            raise ConfigError(
+                f"--allow-change {name}: {name} is fixed for a run. Start a new run "
+                "with --run DIR."
+            )
+
+
+def check_config_changes(
+    run_dir: str, before: RunConfig, after: RunConfig, allowed: Sequence[str]
+) -> list[str]:
+    """Lists the changes of a resumed run as `section.option: old -> new`.
+
+    `allowed` has the "trajectory" options that the user allows to change.
+
+    Raises:
+        ConfigError: one of the allowed options can never change.
+        ModelError: an option changes that may not.
+    """
+    check_allow_change(allowed)
+    changes = {line.partition(":")[0]: line for line in config_diff(before, after)}
+    identity_changes = [
+        line for name, line in changes.items() if resume_policy(name) == "identity"
+    ]
+    not_allowed = [
+        name
+        for name in changes
+        if resume_policy(name) == "trajectory" and name not in allowed
+    ]
+    if identity_changes:
+        raise ModelError(
+            f"the run in {run_dir} was started with another config: "
+            f"{'; '.join(identity_changes)}. These options are fixed for a run: resume it with "
+            "its own config, or start a new run with another --run DIR."
+        )
+    if not_allowed:
+        flags = " ".join(f"--allow-change {name}" for name in not_allowed)
+        raise ModelError(
+            f"the run in {run_dir} was started with another config: "
+            f"{'; '.join(changes[name] for name in not_allowed)}. Resume it with its own "
+            f"config, or allow the change with {flags}."
+        )
+    return list(changes.values())
+
+
+MAX_RUN_METADATA_BYTES = 1 << 26
+TRACKED_INPUTS = {  # key in meta.json: (description, config option)
+    "data": ("data", "data.source"),
+    "tokenizer": ("tokenizer", "data.tokenizer"),
+    "start": ("initial model", "finetune.init_from"),
+    "template": ("chat template", "data.chat_template"),
+}
+
+
+def hash_rows(rows: Iterable[Any]) -> dict[str, Any]:
+    """Number of rows and a hash of all; a row is any JSON value."""
+    digest, count = hashlib.sha256(), 0
+    for row in rows:
+        digest.update(json.dumps(row).encode() + b"\n")
+        count += 1
+    return {"rows": count, "sha256": digest.hexdigest()}
+
+
+def hash_text(text: str) -> str:
+    """Hashes a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_pytree(tree: Any) -> str:
+    """Hashes the names, shapes, dtypes and values of all leaves."""
+    digest = hashlib.sha256()
+    for name, leaf in flatten_with_names(tree).items():
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def check_provenance(run_dir: Path, provenance: Mapping[str, Any]) -> None:
+    """Compares the inputs of a resumed run with those recorded in meta.json.
+
+    Inputs that an older version of gptjax did not record are not compared.
+
+    Raises:
+        ModelError: an input has changed, or meta.json is corrupt.
+    """
+    before = read_run_metadata(run_dir)
+    for name, (description, option) in TRACKED_INPUTS.items():
+        now = json.loads(json.dumps(provenance.get(name)))
+        if name in before and before[name] != now:
+            raise ModelError(
+                f"the {description} of the run in {run_dir} has changed since it was started "
+                f"({option}): {describe_mismatch(before[name], now)}. Restore the original "
+                "or start a new run with another --run DIR."
+            )
+
+
+def read_run_metadata(run_dir: Path) -> dict[str, Any]:
+    """Reads meta.json of a run; empty if there is none.
+
+    Raises:
+        ModelError: the file is corrupt.
+    """
+    path = run_dir / "meta.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(read_json(path, MAX_RUN_METADATA_BYTES))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"cannot read {path}, which records the inputs of the run: {error}. "
+            "Restore it from a copy, or start a new run with another --run DIR."
+        ) from error
+
+
+def describe_mismatch(before: Any, now: Any, name: str = "") -> str:
+    """Describes the first value that differs; long values are shortened.
+
+    >>> describe_mismatch({"a": {"rows": 3}}, {"a": {"rows": 4}})
+    'a rows was 3, now 4'
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            if before.get(key) != now.get(key):
+                return describe_mismatch(before.get(key), now.get(key), f"{name} {key}")
+    return f"{name} was {shorten_value(before)}, now {shorten_value(now)}".strip()
+
+
+def shorten_value(value: Any) -> str:
+    """Shortens a value for display; the first digits identify a hash."""
+    return "none" if value is None else str(value)[:16]

@@ -1,0 +1,187 @@
+"""Strict safetensors reader for untrusted files; reads one tensor at a time.
+
+The library's reader accepts duplicate names and any number of empty tensors, and maps
+the whole file. This one rejects files that deviate from the format, reads only the
+bytes of the requested tensor, and never allocates more than the size of the file.
+Format: 8 bytes of header length, a JSON header, the data without gaps.
+"""
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from gptjax.errors import ModelError
+from gptjax.fileio import strict_json
+
+MAX_HEADER_BYTES = 1 << 20  # the largest GPT-2 has 580 tensors in 60,000 bytes
+MAX_TENSORS = 10_000  # per file
+MAX_TENSOR_AXES = 8
+# Allows the names of gptjax, Hugging Face and the book.
+TENSOR_NAME_PATTERN = re.compile(r"[A-Za-z0-9_.:/-]{1,256}", re.ASCII)
+HEADER_LENGTH_BYTES = 8
+SAFETENSORS_DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+
+
+class TensorInfo(NamedTuple):
+    """Location, dtype and shape of a tensor."""
+
+    path: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int  # in bytes from the start of the file
+
+
+@dataclasses.dataclass(frozen=True)
+class SafetensorsReader:
+    """Reader for the tensors of one or several files."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads one tensor into a new array.
+
+        Raises:
+            ModelError: the file was truncated after it was opened.
+        """
+        info = self.tensors[name]
+        array = np.empty(info.shape, info.dtype)
+        with info.path.open("rb", buffering=0) as file:
+            file.seek(info.offset)
+            view, num_read = array.reshape(-1).view(np.uint8), 0
+            while num_read < view.size:
+                count = file.readinto(view[num_read:].data)
+                if not count:
+                    raise corrupt_file(info.path, f"it ends inside the tensor {name}")
+                num_read += count
+        return array
+
+
+def corrupt_file(path: Path, reason: str) -> ModelError:
+    """Returns the error for a corrupt file."""
+    return ModelError(f"cannot use {path}: {reason}. Copy or download the file again.")
+
+
+def open_safetensors(paths: Sequence[Path]) -> SafetensorsReader:
+    """Opens files as one collection of tensors; reads only their headers.
+
+    Raises:
+        ModelError: a file is not valid, or two files have a tensor of the same name.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    for path in paths:
+        infos, file_metadata = read_header(path)
+        if duplicates := sorted(set(tensors) & set(infos)):
+            raise corrupt_file(
+                path, f"another file also has the tensor {duplicates[0]}"
+            )
+        tensors |= infos
+        metadata |= file_metadata
+    return SafetensorsReader(tensors, metadata)
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Reads the tensor infos, checked against the file size, and the metadata."""
+    header, data_start, file_size = _read_header_json(path)
+    metadata = header.pop("__metadata__", {})
+    is_valid = isinstance(metadata, dict) and all(
+        isinstance(value, str) for value in metadata.values()
+    )
+    if not is_valid:
+        raise corrupt_file(path, "its metadata is not an object of strings")
+    if len(header) > MAX_TENSORS:
+        raise corrupt_file(
+            path, f"it has {len(header):,} tensors, over {MAX_TENSORS:,}"
+        )
+    infos = {
+        name: parse_entry(path, name, fields, data_start)
+        for name, fields in header.items()
+    }
+    end = data_start
+    for info in sorted(infos.values(), key=lambda e: (e.offset, num_bytes(e))):
+        if info.offset != end:
+            raise corrupt_file(
+                path, f"no tensor starts at byte {end:,}: gap or overlap"
+            )
+        end += num_bytes(info)
+    if end != file_size:
+        raise corrupt_file(
+            path, f"it has {file_size:,} bytes, but its tensors need {end:,}"
+        )
+    return infos, metadata
+
+
+def _read_header_json(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Returns the header of a file, the offset of its data and the file size."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
+            if length > min(size - HEADER_LENGTH_BYTES, MAX_HEADER_BYTES):
+                reason = f"a header of {length:,} bytes in a file of {size:,}"
+                raise corrupt_file(path, reason)
+            text = file.read(length)
+    except OSError as error:
+        raise corrupt_file(path, str(error)) from error
+    try:
+        header = strict_json.parse_json(text)
+    except ValueError as error:
+        reason = f"its header is not JSON ({str(error)[:200]})"
+        raise corrupt_file(path, reason) from error
+    if not isinstance(header, dict):
+        raise corrupt_file(path, "its header is not an object")
+    return header, HEADER_LENGTH_BYTES + length, size
+
+
+def num_bytes(info: TensorInfo) -> int:
+    """Returns the size of a tensor in bytes."""
+    return math.prod(info.shape) * info.dtype.itemsize
+
+
+def parse_entry(path: Path, name: str, fields: Any, data_start: int) -> TensorInfo:
+    """Parses and checks one header entry; `data_start` is the offset of the data."""
+    if not TENSOR_NAME_PATTERN.fullmatch(name):
+        raise corrupt_file(path, f"{name[:80]!r} is not a valid tensor name")
+    match fields:
+        case {
+            "dtype": str(dtype),
+            "shape": list(shape),
+            "data_offsets": [int(first), int(last)],
+            **rest,
+        } if (
+            not rest
+            and 0 not in shape
+            and all(map(_is_valid_size, [*shape, first, last]))
+        ):
+            if dtype not in SAFETENSORS_DTYPES:
+                raise corrupt_file(path, f"{name[:80]!r} has the dtype {dtype[:20]!r}")
+            info = TensorInfo(
+                path, SAFETENSORS_DTYPES[dtype], tuple(shape), data_start + first
+            )
+            if num_bytes(info) == last - first and len(shape) <= MAX_TENSOR_AXES:
+                return info
+    raise corrupt_file(
+        path, f"the header entry of the tensor {name[:80]!r} is not valid"
+    )
+
+
+def _is_valid_size(number: Any) -> bool:
+    """True for an integer that can be a file offset or an axis length."""
+    return type(number) is int and 0 <= number < 1 << 62

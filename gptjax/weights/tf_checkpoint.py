@@ -1,0 +1,429 @@
+"""OpenAI's GPT-2 files: a TensorFlow checkpoint, read without TensorFlow.
+
+hparams.json                        model hyperparameters
+checkpoint                          text file with the prefix of the next two
+model.ckpt.index                    table of tensor name -> location, dtype and shape
+model.ckpt.data-00000-of-00001      concatenated tensor data
+
+The index is a LevelDB table (SSTable): blocks of sorted (key, value) entries, a block
+with the offsets of these blocks, and a footer with the offset of the latter. Values are
+protocol buffers (TensorFlow's tensor_bundle.proto). Every block and every tensor has a
+CRC-32C, and all are verified. Sizes are checked against the files before memory is
+allocated.
+"""
+
+import dataclasses
+import io
+import itertools
+import math
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import UInt8
+
+from gptjax.errors import ModelError
+from gptjax.fileio import strict_json
+
+SSTABLE_MAGIC = 0xDB4775248B80FB57  # last eight bytes of a table
+FOOTER_BYTES = 48  # two block handles, zeros, the magic number
+BLOCK_TRAILER_BYTES = 5  # after each block: compression type and CRC
+MAX_INDEX_BYTES, MAX_TEXT_FILE_BYTES = 1 << 26, 1 << 16
+MAX_INDEX_ENTRIES = 10_000  # the largest GPT-2 has 580 tensors
+MAX_ENTRY_BYTES = 1_000  # of a key, and of a value
+MAX_TF_AXES = 8
+
+# Field numbers of TensorFlow's messages.
+HEADER_NUM_SHARDS, HEADER_ENDIANNESS, HEADER_VERSION = 1, 2, 3  # BundleHeaderProto
+VERSION_MIN_CONSUMER = 2  # VersionDef
+(
+    ENTRY_DTYPE,
+    ENTRY_SHAPE,
+    ENTRY_SHARD_ID,
+    ENTRY_OFFSET,
+    ENTRY_SIZE,
+    ENTRY_CRC32C,
+    ENTRY_SLICES,
+) = 1, 2, 3, 4, 5, 6, 7  # BundleEntryProto
+SHAPE_DIM, SHAPE_UNKNOWN_RANK = 2, 3  # TensorShapeProto
+DIM_SIZE = 1  # TensorShapeProto.Dim
+
+TF_DTYPES = {  # by number in TensorFlow's types.proto
+    1: np.dtype("<f4"),
+    14: np.dtype(ml_dtypes.bfloat16),
+    19: np.dtype("<f2"),
+}
+HPARAM_NAMES = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+RECOPY_ADVICE = "Copy the folder again, or download the model again."
+UNSUPPORTED_ADVICE = (
+    "Use the folder of a GPT-2 published by OpenAI, or one in the same format."
+)
+
+
+class TFTensor(NamedTuple):
+    """Index entry of a tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    path: Path  # data file
+    offset: int  # in the data file, in bytes
+    crc: int  # masked CRC-32C of the data
+
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class TFCheckpoint:
+    """Reader for the tensors of a TensorFlow checkpoint."""
+
+    index: Path
+    tensors: dict[str, TFTensor]  # sorted by name, as in the index
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads one tensor into a new array.
+
+        Raises:
+            ModelError: there is no such tensor, or its checksum does not match.
+        """
+        if name not in self.tensors:
+            raise ModelError(
+                f"{self.index} has no tensor {name!r}. {UNSUPPORTED_ADVICE}"
+            )
+        tensor = self.tensors[name]
+        array = np.empty(tensor.shape, tensor.dtype)
+        data = array.reshape(-1).view(np.uint8)
+        try:
+            with tensor.path.open("rb") as file:
+                file.seek(tensor.offset)
+                if file.readinto(data.data) != len(data):
+                    raise ModelError(
+                        f"{tensor.path} ends inside {name!r}. {RECOPY_ADVICE}"
+                    )
+        except OSError as error:
+            raise ModelError(
+                f"cannot read {tensor.path}: {error}. {RECOPY_ADVICE}"
+            ) from error
+        crc = mask_crc(crc32c(data))
+        if crc != tensor.crc:
+            raise ModelError(
+                f"{tensor.path} is damaged: the checksum of {name!r} is {crc:08x}, but "
+                f"the index has {tensor.crc:08x}. {RECOPY_ADVICE}"
+            )
+        return array
+
+
+def open_tf_checkpoint(folder: Path) -> TFCheckpoint:
+    """Opens the checkpoint in a folder; reads and checks only its index.
+
+    Raises:
+        ModelError: there is no checkpoint, its index is corrupt or unsupported, or
+            the data files do not match the index.
+    """
+    index = find_index_file(folder)
+    data = read_small_file(index, MAX_INDEX_BYTES)
+    try:
+        tensors = parse_tensors(index, read_sstable(data))
+        check_offsets(tensors.values())
+    except ModelError:
+        raise
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{index} cannot be used: {error}. {RECOPY_ADVICE}") from error
+    return TFCheckpoint(index, tensors)
+
+
+def read_hparams(folder: Path) -> dict[str, int]:
+    """Reads the values of `HPARAM_NAMES` from hparams.json.
+
+    Raises:
+        ModelError: the file is missing, or a value is not a positive integer.
+    """
+    path = folder / "hparams.json"
+    data = read_small_file(path, MAX_TEXT_FILE_BYTES)
+    sizes = {}
+    try:
+        content = strict_json.parse_json(data)
+        for name in HPARAM_NAMES:
+            value = content.get(name) if isinstance(content, dict) else None
+            if not isinstance(value, int) or value < 1 or value is True:
+                raise ValueError(f"{name}={str(value)[:40]} is not a positive integer")
+            sizes[name] = value
+    except ValueError as error:
+        raise ModelError(f"{path} cannot be used: {error}. {RECOPY_ADVICE}") from error
+    return sizes
+
+
+def read_small_file(path: Path, max_bytes: int) -> bytes:
+    """Reads a file of at most `max_bytes` bytes."""
+    try:
+        if not path.is_file():
+            raise ModelError(f"{path} does not exist or is not a file. {RECOPY_ADVICE}")
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise ModelError(
+                f"{path} has {size:,} bytes, more than the limit of {max_bytes:,}. "
+                f"{RECOPY_ADVICE}"
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error}. {RECOPY_ADVICE}") from error
+
+
+def find_index_file(folder: Path) -> Path:
+    """Finds the index: named in `checkpoint`, else model.ckpt.index, else the only one.
+
+    TensorFlow may have written an absolute path of another machine into `checkpoint`,
+    so only plain file names are followed.
+    """
+    if (folder / "checkpoint").exists():
+        text = read_small_file(folder / "checkpoint", MAX_TEXT_FILE_BYTES)
+        pattern = rb'^model_checkpoint_path: "(\w[\w.-]*)"\r?$'
+        if name := re.search(pattern, text, re.MULTILINE):
+            return folder / f"{name[1].decode()}.index"
+    if (folder / "model.ckpt.index").exists():
+        return folder / "model.ckpt.index"
+    candidates = sorted(folder.glob("*.index"))
+    if len(candidates) != 1:
+        raise ModelError(
+            f"{folder} has {len(candidates)} *.index files, but a checkpoint has one. "
+            f"{UNSUPPORTED_ADVICE}"
+        )
+    return candidates[0]
+
+
+def parse_tensors(
+    index: Path, entries: list[tuple[bytes, bytes]]
+) -> dict[str, TFTensor]:
+    """Parses the entries of an index; raises ValueError if one is invalid."""
+    if not entries or entries[0][0]:
+        raise ValueError("it has no header")
+    numbers, messages = parse_proto(entries[0][1])
+    num_shards = numbers.get(HEADER_NUM_SHARDS, 0)
+    if not 1 <= num_shards < 100_000:
+        raise ValueError(f"it refers to {num_shards:,} data files")
+    if numbers.get(HEADER_ENDIANNESS, 0):
+        raise ModelError(f"{index} is from a big-endian machine. {UNSUPPORTED_ADVICE}")
+    version, _ = parse_proto(b"".join(messages.get(HEADER_VERSION, [])))
+    if version.get(VERSION_MIN_CONSUMER, 0) > 1:  # TensorFlow writes 1
+        raise ModelError(
+            f"{index} requires a reader of version {version[VERSION_MIN_CONSUMER]}, but "
+            f"gptjax implements version 1. {UNSUPPORTED_ADVICE}"
+        )
+    tensors = [parse_tensor(index, num_shards, *pair) for pair in entries[1:]]
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def parse_tensor(index: Path, num_shards: int, key: bytes, value: bytes) -> TFTensor:
+    """Parses one entry of an index."""
+    name = key.decode("utf-8")
+    numbers, messages = parse_proto(value)
+    if ENTRY_SLICES in messages:
+        raise ModelError(
+            f"{index} stores {name!r} in slices, unsupported. {UNSUPPORTED_ADVICE}"
+        )
+    dtype_number, shard = numbers.get(ENTRY_DTYPE, 0), numbers.get(ENTRY_SHARD_ID, 0)
+    if dtype_number not in TF_DTYPES:
+        raise ModelError(
+            f"{index} has {name!r} in TensorFlow's dtype {dtype_number}; supported: "
+            f"{', '.join(f'{n} ({dtype})' for n, dtype in TF_DTYPES.items())}. {UNSUPPORTED_ADVICE}"
+        )
+    if shard >= num_shards:
+        raise ValueError(f"{name!r} is in data file {shard} of only {num_shards}")
+    rank, axes = parse_proto(b"".join(messages.get(ENTRY_SHAPE, [])))
+    shape = tuple(parse_proto(a)[0].get(DIM_SIZE, 0) for a in axes.get(SHAPE_DIM, []))
+    size = numbers.get(ENTRY_SIZE, 0)
+    path = index.with_suffix(f".data-{shard:05d}-of-{num_shards:05d}")
+    offset = numbers.get(ENTRY_OFFSET, 0)
+    tensor = TFTensor(
+        name, shape, TF_DTYPES[dtype_number], path, offset, numbers.get(ENTRY_CRC32C, 0)
+    )
+    if (
+        len(shape) > MAX_TF_AXES
+        or 0 in shape
+        or SHAPE_UNKNOWN_RANK in rank
+        or tensor.size != size
+    ):
+        raise ValueError(f"{name!r} has {size:,} bytes and the invalid shape {shape}")
+    return tensor
+
+
+def check_offsets(tensors: Collection[TFTensor]) -> None:
+    """Raises ValueError unless tensors are inside their files and do not overlap."""
+    order = sorted(tensors, key=lambda tensor: (tensor.path, tensor.offset))
+    for path, group in itertools.groupby(order, key=lambda tensor: tensor.path):
+        end = 0
+        for tensor in group:
+            if tensor.offset < end:
+                raise ValueError(f"{tensor.name!r} overlaps another tensor")
+            end = tensor.offset + tensor.size
+        file_size = path.stat().st_size if path.is_file() else 0
+        if file_size < end:
+            raise ValueError(f"{path.name} has {file_size:,} bytes instead of {end:,}")
+
+
+def read_sstable(data: bytes) -> list[tuple[bytes, bytes]]:
+    """Reads the (key, value) entries of a LevelDB table; ValueError if invalid."""
+    footer = data[-FOOTER_BYTES:]
+    if int.from_bytes(footer[-8:], "little") != SSTABLE_MAGIC:
+        raise ValueError("it does not end with the magic number of an SSTable")
+    stream = io.BytesIO(footer)
+    read_block(
+        data, read_varint(stream), read_varint(stream)
+    )  # metaindex block, unused
+    blocks = read_block(data, read_varint(stream), read_varint(stream))
+    entries, end = [], 0
+    for _, value in iter_entries(blocks):
+        stream = io.BytesIO(value)
+        offset, size = read_varint(stream), read_varint(stream)
+        if offset < end:
+            raise ValueError("its blocks are not in order")
+        entries += iter_entries(read_block(data, offset, size))
+        end = offset + size
+        if len(entries) > MAX_INDEX_ENTRIES:
+            raise ValueError(f"it has more than {MAX_INDEX_ENTRIES:,} entries")
+    if any(one[0] >= other[0] for one, other in itertools.pairwise(entries)):
+        raise ValueError("its names are not sorted and unique")
+    return entries
+
+
+def read_block(data: bytes, offset: int, size: int) -> bytes:
+    """Returns a block of a table after verifying its checksum."""
+    content = data[offset : offset + size + BLOCK_TRAILER_BYTES]
+    if len(content) != size + BLOCK_TRAILER_BYTES:
+        raise ValueError(f"its block at {offset:,} is truncated")
+    if mask_crc(crc32c(content[:-4])) != int.from_bytes(content[-4:], "little"):
+        raise ValueError(f"the checksum of its block at {offset:,} does not match")
+    if content[size]:
+        raise ValueError("it is compressed, which checkpoints of TensorFlow never are")
+    return content[:size]
+
+
+def iter_entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yields the entries of a block; keys share prefixes with the preceding key."""
+    num_restarts = int.from_bytes(block[-4:], "little")  # u32 offsets of full keys
+    end = len(block) - 4 * (num_restarts + 1)
+    if end < 0:
+        raise ValueError("a block has no valid restart array")
+    stream, key = io.BytesIO(block[:end]), b""
+    for _ in range(MAX_INDEX_ENTRIES + 1):
+        if stream.tell() == end:
+            return
+        prefix_length, suffix_length, value_length = (
+            read_varint(stream),
+            read_varint(stream),
+            read_varint(stream),
+        )
+        if (
+            prefix_length > len(key)
+            or prefix_length + suffix_length > MAX_ENTRY_BYTES
+            or value_length > MAX_ENTRY_BYTES
+        ):
+            raise ValueError(
+                f"a name or its value has more than {MAX_ENTRY_BYTES:,} bytes"
+            )
+        key = key[:prefix_length] + read_exact(stream, suffix_length)
+        yield key, read_exact(stream, value_length)
+    raise ValueError(f"it has more than {MAX_INDEX_ENTRIES:,} entries")
+
+
+def parse_proto(data: bytes) -> tuple[dict[int, int], dict[int, list[bytes]]]:
+    """Parses a protocol buffer into integer and length-delimited fields by number."""
+    stream = io.BytesIO(data)
+    numbers, messages = {}, {}
+    while stream.tell() < len(data):
+        field, wire_type = divmod(read_varint(stream), 8)
+        match wire_type:
+            case 0:
+                numbers[field] = read_varint(stream)
+            case 1 | 5:
+                width = 8 if wire_type == 1 else 4
+                numbers[field] = int.from_bytes(read_exact(stream, width), "little")
+            case 2:
+                messages.setdefault(field, []).append(
+                    read_exact(stream, read_varint(stream))
+                )
+            case _:
+                raise ValueError(f"a field has the unknown wire type {wire_type}")
+    return numbers, messages
+
+
+def read_varint(stream: io.BytesIO) -> int:
+    """Reads a base-128 varint."""
+    value = 0
+    for shift in range(0, 70, 7):
+        (byte,) = read_exact(stream, 1)
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value
+    raise ValueError("an integer has more than ten bytes")
+
+
+def read_exact(stream: io.BytesIO, count: int) -> bytes:
+    """Reads exactly `count` bytes."""
+    data = stream.read(min(count, MAX_INDEX_BYTES))
+    if len(data) != count:
+        raise ValueError("it ends inside an entry")
+    return data
+
+
+def mask_crc(crc: int) -> int:
+    """Masks a CRC as TensorFlow does, so that data may contain its own CRC."""
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+DIVISOR = 0x82F63B78  # Castagnoli, RFC 3720 sec. 12.1; the low bit is the highest power
+# The first one with all other exponents in the lower half; found by search.
+MULTIPLE = (290, 136, 113, 107, 32, 0)
+ONES = 0xFFFFFFFF
+FOLD_BLOCK_BYTES = 1 << 20  # bytes copied and folded at a time; fits in the CPU cache
+
+
+def remainder(byte: int) -> int:
+    """Returns the CRC table entry of a byte."""
+    for _ in range(8):
+        byte = byte >> 1 ^ DIVISOR * (byte & 1)
+    return byte
+
+
+CRC_TABLE = [remainder(byte) for byte in range(256)]
+
+
+def crc32c(data: bytes | UInt8[np.ndarray, " _"], crc: int = 0) -> int:
+    """Returns the CRC-32C of `data`, or continues from the `crc` of preceding data.
+
+    >>> hex(crc32c(b"56789", crc32c(b"1234")))
+    '0xe3069283'
+    """
+    register = crc ^ ONES
+    whole = np.frombuffer(data, np.uint8)
+    for start in range(0, len(whole), FOLD_BLOCK_BYTES):
+        rest = whole[start : start + FOLD_BLOCK_BYTES]
+        if len(rest) > MULTIPLE[0]:
+            rest = rest.copy()
+            rest[:4] ^= np.frombuffer(register.to_bytes(4, "little"), np.uint8)
+            rest, register = folded(rest), 0
+        for byte in rest.tolist():
+            register = CRC_TABLE[(register ^ byte) & 0xFF] ^ register >> 8
+    return register ^ ONES
+
+
+def folded(rest: UInt8[np.ndarray, " _"]) -> UInt8[np.ndarray, " _"]:
+    """Folds `rest` in place into its last bytes, which have the same remainder."""
+    highest, *places = MULTIPLE
+    scale = 1 << len(rest).bit_length()
+    while len(rest) > highest:
+        while scale * highest >= len(rest):
+            scale //= 2
+        # Only bytes that are not the target of an XOR in this step can be removed.
+        count = min(len(rest) - scale * highest, scale * (highest - places[0]))
+        for place in places:
+            start = scale * (highest - place)
+            rest[start : start + count] ^= rest[:count]
+        rest = rest[count:]
+    return rest

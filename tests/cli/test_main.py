@@ -1,0 +1,203 @@
+"""The command line: what a user types, sees and gets back."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from gptjax.cli import main
+from gptjax.config import find_config, load_config
+from gptjax.tasks.pretrain import pretrain
+from tests.tasks.test_pretrain import make_config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a finished tiny run."""
+    folder = tmp_path_factory.mktemp("cli")
+    pretrain(make_config(folder), folder / "run", lambda line: None)
+    return folder / "run"
+
+
+def gptjax(capsys, *args):
+    code = main.main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.fast
+def test_help_imports_nothing_that_takes_time():
+    program = (
+        "import sys; from gptjax.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "heavy = {'jax', 'flax', 'numpy', 'tyro', 'tiktoken', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_train_writes_a_run_with_flags_on_top_of_the_file(capsys, tmp_path):
+    make_config(tmp_path)
+    options = ["--model.d_model", 8, "--model.n_layers", 1, "--model.context_length", 8]
+    options += ["--train.steps", 2, "--train.sample_prompt", ""]
+    options += ["--optim.warmup_steps", 1]
+    options += ["--data.source", tmp_path / "text.txt", "--data.batching", "concat"]
+
+    code, out, _ = gptjax(capsys, "train", "tiny", "--run", tmp_path / "run", *options)
+
+    assert code == 0
+    config = load_config(tmp_path / "run" / "config.toml")
+    assert (config.model.d_model, config.train.steps) == (8, 2)
+    assert config.data.batching == "concat"
+    assert config.optim.peak_lr == load_config(find_config("tiny")).optim.peak_lr
+    assert "done " in out
+
+
+@pytest.mark.fast
+def test_generate_prints_prompt_and_continuation(capsys, run):
+    code, out, _ = gptjax(capsys, "generate", run, "2 times", "--max-new-tokens", 5)
+
+    assert code == 0
+    assert out.startswith("2 times")
+    assert len(out) > len("2 times\n")
+
+
+def test_generate_can_give_several_samples_as_json(capsys, run):
+    args = ["--samples", 2, "--json", "--max-new-tokens", 3, "--seed", 1]
+
+    code, out, _ = gptjax(capsys, "generate", run, "2 times", *args)
+
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [len(row["ids"]) for row in rows] == [3, 3]
+
+
+def test_generate_takes_examples_from_a_file(capsys, run, tmp_path):
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text('{"input": "woc", "output": "cow"}\n')
+
+    args = ["--few-shot", examples, "--max-new-tokens", 3]
+    code, out, err = gptjax(capsys, "generate", run, "lie", *args)
+
+    assert (code, err) == (0, "")
+    assert out.count("\n") == 1
+
+
+def test_eval_prints_every_measure(capsys, run, tmp_path):
+    (tmp_path / "text.txt").write_text("3 times 3 is 9.\n")
+    args = ["eval", run, "--text", tmp_path / "text.txt", "--stride", 4]
+
+    code, out, _ = gptjax(capsys, *args)
+    _, as_json, _ = gptjax(capsys, *args, "--json")
+
+    numbers = json.loads(as_json)
+    assert code == 0
+    assert numbers["tokens"] == 16
+    assert f"{numbers['loss']:.4f} nats per token" in out
+    assert f"{numbers['bits_per_byte']:.4f}" in out
+
+
+def test_data_is_prepared_previewed_and_verified(capsys, tmp_path):
+    (tmp_path / "text.txt").write_text("some words\n" * 99)
+    folder = tmp_path / "tokens"
+    prepare = ["data", "prepare", tmp_path / "text.txt", "--tokenizer", "bytes"]
+
+    assert gptjax(capsys, *prepare, "--out", folder)[0] == 0
+    assert "some words" in gptjax(capsys, "data", "preview", folder)[1]
+    assert gptjax(capsys, "data", "verify", folder)[0] == 0
+    shard = folder / "train-00000.bin"
+    shard.write_bytes(b"\1\0" + shard.read_bytes()[2:])
+    code, out, _ = gptjax(capsys, "data", "verify", folder)
+    assert code == 1
+    assert "train-00000.bin" in out
+
+
+BAD_INPUTS = {
+    "unknown key": ["train", "tiny", "--model.n_head", "2"],
+    "impossible shape": ["train", "tiny", "--model.n_heads", "3"],
+    "wrong type": ["train", "tiny", "--train.steps", "many"],
+    "unknown config": ["train", "tinny"],
+    "unknown model": ["generate", "nowhere", "hello"],
+    "unknown data set": ["data", "fetch", "verdikt"],
+    "unknown argument": ["eval", "nowhere", "--text", "x", "--strid", "4"],
+    "no command": [],
+}
+MESSAGES = {
+    "unknown key": "n_head",
+    "impossible shape": "must be divisible",
+    "wrong type": "many",
+    "unknown config": "Did you mean tiny",
+    "unknown model": "no model 'nowhere'",
+    "unknown data set": "Did you mean verdict",
+    "unknown argument": "--strid",
+    "no command": "COMMAND",
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_a_mistake_gives_one_message_no_traceback_and_2(capsys, case, tmp_path):
+    args = BAD_INPUTS[case]
+    if args[:1] == ["train"]:
+        args = [*args, "--run", tmp_path / "run"]
+
+    try:
+        code, out, err = gptjax(capsys, *args)
+    except SystemExit as stop:  # argparse and tyro leave by themselves
+        code, (out, err) = stop.code, capsys.readouterr()
+
+    assert code == 2
+    assert MESSAGES[case] in err
+    assert "Traceback" not in err + out
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_key_in_a_file_names_the_nearest(capsys, tmp_path):
+    (tmp_path / "my.toml").write_text("[model]\nn_layer = 3\n")
+
+    code, _, err = gptjax(capsys, "train", tmp_path / "my.toml")
+
+    assert code == 2
+    assert "unknown option model.n_layer. Did you mean n_layers?" in err
+
+
+def test_an_empty_prompt_is_a_mistake(capsys, run):
+    code, _, err = gptjax(capsys, "generate", run, "")
+
+    assert code == 2
+    assert "prompt is empty" in err
+
+
+def test_doctor_finds_this_machine_fit(capsys):
+    code, out, _ = gptjax(capsys, "doctor")
+
+    assert code == 0
+    for topic in ["python", "devices", "compute", "tokenizer", "cache", "extra"]:
+        assert f"\n{topic}" in f"\n{out}"
+
+
+def test_doctor_says_what_is_missing_and_how_to_get_it(capsys, monkeypatch):
+    from gptjax.cli import doctor
+
+    found = doctor.package_versions() | {"grain": "0.1.0", "optax": "missing"}
+    monkeypatch.setattr(doctor, "package_versions", lambda: found)
+
+    code, out, _ = gptjax(capsys, "doctor")
+
+    assert code == 1
+    assert "pip install 'grain>=0.2.15'" in out
+    assert "pip install 'optax>=0.2.6'" in out
+
+
+def test_every_shipped_config_can_be_read():
+    folder = find_config("tiny").parent
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.toml")]
+
+    assert {"tiny.toml", "quickstart.toml", "tinyshakespeare.toml"} <= set(names)
+    for name in names:
+        config = load_config(find_config(name))
+        assert config.optim.warmup_steps <= config.train.steps
+        text = find_config(name).read_text()
+        assert text.startswith("# gptjax "), f"{name} does not say its command"

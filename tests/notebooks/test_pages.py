@@ -1,0 +1,66 @@
+"""Notebooks as pages, measured in a browser without a screen: wide, and on a phone."""
+
+import shutil
+
+import pytest
+
+from tests.notebook_runs import executed, pictures
+from tests.notebooks.test_notebooks import NOTEBOOKS
+
+nbconvert = pytest.importorskip("nbconvert", reason="needs [dev]")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs [dev]")
+
+pytestmark = pytest.mark.notebooks
+
+# Right edges of what sticks out of the page, and what each picture measures.
+OUTSIDE = """() => [...document.querySelectorAll("main *")]
+    .filter(e => e.getBoundingClientRect().right > innerWidth + 1)
+    .filter(e => !e.closest("pre, .highlight, .MathJax"))
+    .map(e => e.outerHTML.slice(0, 120))"""
+CUT = """() => [...document.querySelectorAll("main pre")]
+    .filter(e => e.scrollWidth > e.clientWidth + 1)
+    .filter(e => {
+        const scrolls = x => ["auto", "scroll"].includes(getComputedStyle(x).overflowX)
+        for (let at = e; at; at = at.parentElement) if (scrolls(at)) return false
+        return true
+    })
+    .map(e => e.textContent.slice(0, 120))"""
+SHOWN = """() => [...document.querySelectorAll("main .jp-OutputArea img")]
+    .map(e => e.naturalWidth ? e.getBoundingClientRect().width : 0)"""
+LETTERS = """() => Math.min(...[...document.querySelectorAll("main p, main pre")]
+    .map(e => parseFloat(getComputedStyle(e).fontSize)))"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as play:
+        program = shutil.which("chromium") or shutil.which("google-chrome")
+        browser = play.chromium.launch(
+            executable_path=program, args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_nothing_is_cut_off_and_pictures_can_be_read(
+    path, tmp_path, monkeypatch, browser
+):
+    notebook = executed(path, tmp_path, monkeypatch)
+    html, _ = nbconvert.HTMLExporter().from_notebook_node(notebook)
+    page_file = tmp_path / f"{path.stem}.html"
+    page_file.write_text(html, encoding="utf-8")
+
+    for width, least in ((1280, 400), (390, 250)):  # pixels: of the window, a picture
+        page = browser.new_page(viewport={"width": width, "height": 844})
+        page.goto(page_file.as_uri(), wait_until="domcontentloaded")
+        page.screenshot(path=tmp_path / f"{path.stem}-{width}.png", full_page=True)
+
+        shown = page.evaluate(SHOWN)
+        assert len(shown) == pictures(notebook) >= 1
+        assert min(shown) > least
+        assert page.evaluate(OUTSIDE) == []
+        assert page.evaluate(CUT) == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(LETTERS) >= 12
+        page.close()

@@ -1,0 +1,386 @@
+"""Many processes are one run: they compute, agree, end and go on together.
+
+These are real processes of this machine, which take their seconds to start. What has
+the same mesh and the same batches is compiled once, and then read from a cache.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from gptjax.checkpoint.manifest import delete_after, list_steps
+from gptjax.cli import main
+from gptjax.errors import ConfigError
+from gptjax.parallel import distributed
+from gptjax.training.metrics import read_events
+from tests.processes import (
+    AUTO,
+    BROKEN,
+    HASHES,
+    IMPATIENT,
+    OTHER,
+    TEXT,
+    commands_of_pair,
+    config_on,
+    exit_codes,
+    last_step,
+    losses,
+    mesh_flags,
+    restored_hashes,
+    run_here,
+    started,
+    train,
+    until,
+    write_config,
+    write_tokenizer,
+)
+
+pytestmark = pytest.mark.mesh
+
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        cache = tmp_path_factory.mktemp("programs")
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The losses of one device."""
+    folder = write_config(tmp_path_factory.mktemp("alone"))
+    run_here(folder)
+    return np.array(losses(folder / "run"))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A finished run of two processes with four devices each.
+
+    They share nothing but the checkpoints: all else that the second one writes into
+    its run folder shows.
+    """
+    folder = write_config(tmp_path_factory.mktemp("pair"))
+    (folder / "run" / "checkpoints").mkdir(parents=True)
+    (folder / "other").mkdir()
+    (folder / "other" / "checkpoints").symlink_to(folder / "run" / "checkpoints")
+    commands = commands_of_pair()
+    commands[1] += ["--run", "other"]
+    with started(commands, [folder, folder], devices=4) as processes:
+        codes = exit_codes(processes)
+    said = [one.said() for one in processes]
+    complained = "".join(one.complained() for one in processes)
+    assert codes == [0, 0], complained
+    return folder, said, complained
+
+
+@pytest.mark.fast
+def test_two_processes_of_four_devices_compute_what_one_device_does(alone, pair):
+    folder, *_ = pair
+
+    here = np.array(losses(folder / "run"))
+
+    np.testing.assert_array_equal(here[:, 0], alone[:, 0])
+    np.testing.assert_allclose(here[:, 1], alone[:, 1], rtol=2e-6)
+
+
+@pytest.mark.fast
+def test_only_the_first_process_speaks_and_writes_into_the_run_folder(pair):
+    folder, (first, second), complained = pair
+
+    assert "8 x cpu of 2 processes, as data 2 x fsdp 2 x tensor 2" in first
+    assert "step 20/20 | loss" in first
+    assert second == ""
+    assert "Traceback" not in complained
+    assert os.listdir(folder / "other") == ["checkpoints"]
+    assert os.listdir(folder / "scratch1") == []  # what it read is deleted
+    events = read_events(folder / "run" / "metrics.jsonl")
+    kinds = Counter(event["event"] for event in events)
+    assert [kinds[name] for name in ("train", "eval", "save")] == [20, 2, 3]
+    assert json.loads((folder / "run/meta.json").read_text())["devices"] == {
+        **{"kind": "cpu", "count": 8, "processes": 2}
+    }
+
+
+def test_a_checkpoint_of_two_processes_is_the_same_anywhere(pair, monkeypatch):
+    folder, *_ = pair
+    monkeypatch.chdir(folder)
+
+    there, one, eight = (
+        restored_hashes(config_on(mesh), folder / "run", 16)
+        for mesh in ((2, 2, 2), None, (1, 8, 1))
+    )
+
+    assert there == one == eight
+
+
+@pytest.mark.parametrize("mesh", [None, pytest.param((1, 8, 1), marks=SLOW)])
+def test_a_run_of_two_processes_goes_on_in_one(alone, pair, tmp_path, mesh):
+    write_config(tmp_path)
+    shutil.copytree(pair[0] / "run", tmp_path / "run")
+    delete_after(tmp_path / "run" / "checkpoints", 16)
+
+    run_here(tmp_path, mesh)
+
+    here = np.array(losses(tmp_path / "run"))
+    np.testing.assert_allclose(here[:, 1], alone[:, 1], rtol=2e-6)
+    events = read_events(tmp_path / "run" / "metrics.jsonl")
+    (device,) = [e["device"] for e in events if e["event"] == "resume"]
+    assert device.endswith("as fsdp 8" if mesh else "cpu")
+
+
+@SLOW
+def test_a_run_of_one_process_goes_on_in_two(alone, tmp_path, monkeypatch):
+    monkeypatch.chdir(write_config(tmp_path))
+    run_here(tmp_path, (1, 8, 1))
+    delete_after(tmp_path / "run" / "checkpoints", 16)
+    here = restored_hashes(config_on((1, 8, 1)), tmp_path / "run", 16)
+    hosts = [tmp_path / "first", tmp_path / "second"]
+    for host in hosts:
+        shutil.copytree(tmp_path / "run", write_config(host) / "run")
+    asking = train(2)
+    for command in asking:
+        command[1:4] = ["-c", HASHES]
+
+    with started(asking, hosts, devices=2) as processes:
+        assert exit_codes(processes) == [0, 0], processes[0].complained()
+    commands = train(2, "config.toml", "--run", "run", *mesh_flags(2, 2, 1))
+    with started(commands, [tmp_path] * 2, devices=2) as going_on:
+        assert exit_codes(going_on) == [0, 0], going_on[0].complained()
+
+    assert [json.loads(one.said()) for one in processes] == [here, here]
+    values = np.array(losses(tmp_path / "run"))
+    np.testing.assert_allclose(values[:, 1], alone[:, 1], rtol=2e-6)
+
+
+MESHES = {
+    "data": (8, 1, 1),
+    "fsdp": (1, 8, 1),
+    "tensor": (1, 2, 4),
+    "concat": (2, 2, 2),
+}
+
+
+@SLOW
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("name", MESHES)
+def test_each_mesh_of_many_processes_computes_what_one_device_does(
+    alone, tmp_path, count, name
+):
+    write_config(tmp_path)
+    commands = train(count, "config.toml", "--run", "run", *mesh_flags(*MESHES[name]))
+
+    with started(commands, [tmp_path] * count, devices=8 // count) as processes:
+        assert exit_codes(processes) == [0] * count, processes[0].complained()
+
+    here = np.array(losses(tmp_path / "run"))
+    np.testing.assert_allclose(here[:, 1], alone[:, 1], rtol=2e-6)
+
+
+def test_a_stopped_run_goes_on_and_a_lost_process_ends_it(pair, tmp_path):
+    unbroken, run = losses(pair[0] / "run"), tmp_path / "run"
+    write_config(tmp_path)
+    folders = [tmp_path, tmp_path]
+    with started(commands_of_pair(), folders, devices=4) as processes:
+        until(lambda: last_step(run) >= 2, processes)
+        processes[1].popen.send_signal(signal.SIGTERM)
+        assert exit_codes(processes) == [75, 75], processes[0].complained()
+        stopped = last_step(run)
+        for process in processes:
+            assert (
+                f"interrupted after step {stopped}; all progress is saved in run."
+                in process.said()
+            )
+            assert process.complained() == ""
+    assert list_steps(run / "checkpoints") == [stopped]
+    with started(commands_of_pair(), folders, devices=4) as processes:
+        until(lambda: last_step(run) >= stopped + 2, processes)
+        assert_end_together(processes, victim=1)
+
+    assert f"resumed  run after step {stopped}" in processes[0].said()
+    assert losses(run) == unbroken[: len(losses(run))]
+    assert last_step(run) >= stopped + 2
+
+
+def assert_end_together(processes, victim, number=signal.SIGKILL):
+    """One is lost, and the other one notices and says so."""
+    other = processes[1 - victim]
+    processes[victim].popen.send_signal(number)
+    lost = time.monotonic()
+    assert exit_codes([other]) != [0]
+    seconds = time.monotonic() - lost
+    print(f"process {victim} was lost; the other one ended after {seconds:.1f} s")
+    assert seconds < 30  # 15 where the machine has nothing else to do
+    until(lambda: distributed.LOST_MESSAGE in other.complained())
+
+
+@SLOW
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_whatever_ends_one_process_the_run_goes_on_bit_for_bit(
+    pair, tmp_path, number, victim
+):
+    run = tmp_path / "run"
+    write_config(tmp_path)
+    folders = [tmp_path, tmp_path]
+    with started(commands_of_pair(), folders, devices=4) as processes:
+        until(lambda: last_step(run) >= 10, processes)
+        if number == signal.SIGKILL:
+            assert_end_together(processes, victim)
+        else:
+            processes[victim].popen.send_signal(number)
+            assert exit_codes(processes) == [75, 75]
+    with started(commands_of_pair(), folders, devices=4) as processes:
+        assert exit_codes(processes) == [0, 0], processes[0].complained()
+
+    assert "resumed  run after step" in processes[0].said()
+    assert losses(run) == losses(pair[0] / "run")
+    weights = "run/model/model.safetensors"
+    assert (tmp_path / weights).read_bytes() == (pair[0] / weights).read_bytes()
+
+
+@SLOW
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_hangs_is_a_lost_one(tmp_path, victim):
+    write_config(tmp_path)
+    with started(commands_of_pair(), [tmp_path] * 2, devices=4) as processes:
+        until(lambda: last_step(tmp_path / "run") >= 2, processes)
+        assert_end_together(processes, victim, signal.SIGSTOP)
+
+
+@SLOW
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_fails_by_itself_ends_the_others_too(tmp_path, victim):
+    write_config(tmp_path)
+    commands = train(2, "config.toml", "--run", "run")
+    commands[victim][1:3] = ["-c", BROKEN]
+
+    with started(commands, [tmp_path] * 2) as processes:
+        codes = exit_codes(processes)
+
+    assert 0 not in codes
+    assert "is not callable" in processes[victim].complained()
+    assert distributed.LOST_MESSAGE not in processes[victim].complained()
+    until(lambda: distributed.LOST_MESSAGE in processes[1 - victim].complained())
+    until(lambda: not os.listdir(tmp_path / "scratch1"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["config code data tokenizer", *(pytest.param(n, marks=SLOW) for n in OTHER)],
+)
+def test_processes_that_would_not_do_the_same_all_say_so_and_end(tmp_path, names):
+    flags = ["--run", "run", "--data.tokenizer", "tokenizer"]
+    commands = train(2, "config.toml", *flags)
+    folders = [write_config(tmp_path / host) for host in ("first", "second")]
+    for folder in folders:
+        write_tokenizer(folder, TEXT)
+    for name in names.split():
+        OTHER[name](commands[1], folders[1])
+
+    with started(commands, folders) as processes:
+        codes = exit_codes(processes)
+
+    for code, process in zip(codes, processes, strict=True):
+        assert process.complained().startswith("gptjax: the ")
+        assert re.search(r"differs? from process 0's. Give all", process.complained())
+        assert len(process.complained().splitlines()) == 1
+        for name in names.split():
+            assert f"the {name} of process 1" in process.complained()
+        assert code == 2
+    until(lambda: not os.listdir(folders[1] / "scratch1"))
+
+
+@SLOW
+def test_a_mistake_of_one_process_ends_the_others_too(tmp_path):
+    folders = [write_config(tmp_path / host) for host in ("first", "second")]
+    (folders[1] / "text.txt").unlink()
+
+    with started(train(2, "config.toml", "--run", "run"), folders) as processes:
+        codes = exit_codes(processes)
+
+    assert codes[1] == 2
+    assert "text.txt" in processes[1].complained()
+    assert codes[0] != 0
+    until(lambda: distributed.LOST_MESSAGE in processes[0].complained())
+
+
+WRONG = {
+    "nonsense": r"nonsense is neither auto nor HOST:PORT,N,I with I < N",
+    "host:1234,2,2": r"host:1234,2,2 is neither auto nor HOST:PORT,N,I",
+    "host:1234,0,0": r"host:1234,0,0 is neither auto nor HOST:PORT,N,I",
+    "host:99999,2,0": r"cannot use port 99999 of this host",
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("where", WRONG)
+def test_a_place_of_the_others_that_is_none_is_said(where):
+    with pytest.raises(ConfigError, match=WRONG[where]):
+        distributed.initialize(where)
+
+
+@pytest.mark.fast
+def test_a_port_that_another_run_has_is_said(tmp_path, capsys):
+    config = write_config(tmp_path) / "config.toml"
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        where = f"127.0.0.1:{port},2,0"
+        assert main.main(["train", str(config), "--distributed", where]) == 2
+
+    assert f"cannot use port {port} " in capsys.readouterr().err
+
+
+@pytest.mark.fast
+def test_a_process_without_the_others_says_so_and_ends(tmp_path):
+    where = [train(2)[number][-1] for number in (0, 1)]  # of two different runs
+    commands = [[sys.executable, "-c", IMPATIENT, each] for each in where]
+
+    with started(commands, [tmp_path, tmp_path]) as processes:
+        assert exit_codes(processes) == [2, 2]
+
+    for process in processes:
+        assert "timed out after 2 s" in process.complained()
+        assert "Traceback" not in process.complained()
+
+
+def test_slurm_tells_the_processes_of_each_other(tmp_path):
+    first = 65_535 - 2**12 + 1  # of the ports that JAX takes by the number of the job
+    port = next(
+        p
+        for p in range(first, 65_536)
+        if not distributed.check_coordinator_port("auto", p)
+    )
+    slurm = {
+        "SLURM_JOB_ID": str(port - first),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_NTASKS": "2",
+    }
+    commands = []
+    for number in ("0", "1"):
+        own = {"SLURM_PROCID": number, "SLURM_LOCALID": number}
+        words = [f"{name}={value}" for name, value in (slurm | own).items()]
+        commands.append(["env", *words, sys.executable, "-c", AUTO])
+
+    with started(commands, [tmp_path, tmp_path], devices=2) as processes:
+        assert exit_codes(processes) == [0, 0], processes[0].complained()
+
+    assert [one.said().split() for one in processes] == [
+        ["0", "2", "4"],
+        ["1", "2", "4"],
+    ]

@@ -1,0 +1,355 @@
+"""Where arrays lie: rules that cover every parameter, and what does not fit is said."""
+
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import gptjax
+from gptjax.config import FinetuneConfig, GPTConfig, MeshConfig, OptimConfig, RunConfig
+from gptjax.errors import ConfigError
+from gptjax.model.quantization import unstack_layers
+from gptjax.parallel import sharding
+from gptjax.parallel.sharding import (
+    COMPUTE_RULES,
+    MESH_AXES,
+    PARAM_LOGICAL_AXES,
+    PARAM_RULES,
+    all_gather_params,
+    check_batch_divisible,
+    check_divisible,
+    constrain,
+    local_batch_rows,
+    logical_axes,
+    logical_to_spec,
+    make_mesh,
+    param_shardings,
+    resolve_mesh_shape,
+    shard_map_local,
+    shard_tree,
+)
+from gptjax.training.finetune import TRAINABLE_RULES, split_trainable
+from gptjax.training.optimizer import make_optimizer
+from gptjax.training.train_step import init_state
+from gptjax.tree import flatten_with_names
+
+# Every letter has a size of its own.
+SIZES = {"D": 24, "H": 3, "K": 8, "F": 96, "V": 60, "T": 16, "C": 5, "R": 7}
+SHAPE = {"vocab_size": 58, "vocab_multiple": 4, "context_length": 16, "n_layers": 4}
+SHAPE |= {"n_heads": 3, "d_model": 24}
+MODELS = {
+    "tied": {},
+    "untied": {"tie_embeddings": False},
+    "plain biases": {"qkv_bias": False},
+    "classifier": {"n_classes": 5, "head_bias": True},
+}
+
+
+def mesh_of(**sizes):
+    return make_mesh(MeshConfig(**sizes))
+
+
+def state_of(model, trainable="all"):
+    """Shapes of a run's state, and of what it does not train."""
+    c = RunConfig(
+        model=GPTConfig(**(SHAPE | MODELS[model])),
+        finetune=FinetuneConfig(trainable=trainable, lora_rank=7),
+    )
+
+    def made(key):
+        trained, frozen = split_trainable(c, gptjax.init(c.model, key), key)
+        return init_state(trained, make_optimizer(OptimConfig(), 100), key), frozen
+
+    return jax.eval_shape(made, jax.random.key(0))
+
+
+KINDS = [(model, trainable) for model in MODELS for trainable in TRAINABLE_RULES]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("model", "trainable"), KINDS)
+def test_letters_say_how_long_the_axes_of_every_array_of_a_state_are(model, trainable):
+    for name, leaf in flatten_with_names(state_of(model, trainable)).items():
+        if not leaf.ndim:
+            continue
+        for letter, size in zip(logical_axes(name, leaf.ndim), leaf.shape, strict=True):
+            if letter == "N":
+                assert size in (1, 2, 3, 4), name
+            elif letter not in "IO":
+                assert size == SIZES[letter], name
+
+
+@pytest.mark.fast
+def test_every_rule_is_needed():
+    names = [name for kind in KINDS for name in flatten_with_names(state_of(*kind))]
+    used = {letters for name in names for letters in hits(name)}
+
+    assert used == set(PARAM_LOGICAL_AXES)
+
+
+def hits(name):
+    """The rules that match a name, by another way than `letters_of` goes."""
+    return [
+        rule for rule in PARAM_LOGICAL_AXES if f"/{name}".endswith(rule.lstrip("*"))
+    ]
+
+
+def test_the_layers_of_a_model_that_is_not_stacked_have_the_same_rules():
+    config = GPTConfig(**SHAPE)
+    params = jax.eval_shape(
+        lambda key: unstack_layers(gptjax.init(config, key)), jax.random.key(0)
+    )
+
+    for name, leaf in flatten_with_names(params).items():
+        assert len(logical_axes(name, leaf.ndim)) == leaf.ndim
+        assert "N" not in logical_axes(name, leaf.ndim)
+
+
+def test_a_name_needs_exactly_one_rule(monkeypatch):
+    with pytest.raises(
+        ValueError, match=r"blocks/gate/kernel must match one rule.* none"
+    ):
+        logical_axes("blocks/gate/kernel", 3)
+    monkeypatch.setitem(PARAM_LOGICAL_AXES, "*kernel", "DF")
+    with pytest.raises(ValueError, match=r"not \['\*mlp/up/kernel', '\*kernel'\]"):
+        logical_axes("blocks/mlp/up/kernel", 3)
+
+
+@pytest.mark.parametrize(
+    ("letters", "table"),
+    [("HF", COMPUTE_RULES), ("VF", PARAM_RULES), ("BX", COMPUTE_RULES)],
+)
+def test_two_axes_cannot_lie_on_one_axis_of_the_mesh(letters, table):
+    with pytest.raises(ValueError, match=f"axes {letters} map to .* twice"):
+        logical_to_spec(letters, table)
+
+
+@pytest.mark.fast
+def test_no_rule_splits_two_axes_alike_and_every_matrix_is_split():
+    for rule, letters in PARAM_LOGICAL_AXES.items():
+        for table in (PARAM_RULES, COMPUTE_RULES):
+            logical_to_spec(
+                f"N{letters}", table
+            )  # raises where one mesh axis comes twice
+        if "lora" not in rule and "norm" not in rule and len(letters) > 1:
+            assert any(logical_to_spec(letters, PARAM_RULES)), rule
+
+
+@pytest.mark.fast
+def test_optimiser_state_lies_as_its_parameters_do():
+    state, frozen = state_of("classifier", "last-block")
+    mesh = mesh_of(data=2, fsdp=4)
+
+    where, rest = param_shardings(state, mesh), param_shardings(frozen, mesh)
+
+    adam = where.opt_state[1][0]
+    assert adam.mu == adam.nu == where.params
+    assert where.params["tail"]["mlp"]["up"]["kernel"].spec == P(None, "fsdp", "tensor")
+    assert rest["token_embedding"]["embedding"].spec == P("tensor", "fsdp")
+    assert where.step.spec == P()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("changes", "sizes", "message"),
+    [
+        (
+            {"vocab_multiple": 1, "vocab_size": 257, "n_heads": 4},
+            {"data": 4, "tensor": 2},
+            "token_embedding/embedding has size 257 along V, .* mesh.tensor=2. "
+            "Set model.vocab_multiple=128",
+        ),
+        (
+            {"vocab_multiple": 8},
+            {"data": 4, "tensor": 2},
+            "blocks/attention/key/bias has size 3 along H, .* mesh.tensor=2. "
+            "Choose another mesh.tensor",
+        ),
+        (
+            {"d_model": 18},
+            {"data": 2, "fsdp": 4},
+            "blocks/attention/key/kernel has size 18 along D, .* mesh.fsdp=4",
+        ),
+    ],
+)
+def test_a_size_that_does_not_split_is_named(changes, sizes, message):
+    config = GPTConfig(**(SHAPE | changes))
+    params = jax.eval_shape(lambda key: gptjax.init(config, key), jax.random.key(0))
+
+    with pytest.raises(ConfigError, match=message):
+        shard_tree(params, mesh_of(**sizes))
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
+def test_a_layout_fits_just_when_every_split_axis_divides(heads, width, vocabulary):
+    shape = {"n_heads": heads, "d_model": heads * width, "vocab_size": vocabulary}
+    config = GPTConfig(context_length=8, n_layers=1, **shape)
+    params = jax.eval_shape(lambda key: gptjax.init(config, key), jax.random.key(0))
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+
+    fits = not (heads % 2 or vocabulary % 2 or config.d_model % 2)
+
+    if fits:
+        check_divisible(params, mesh)
+        return
+    with pytest.raises(ConfigError, match="not divisible by mesh"):
+        check_divisible(params, mesh)
+
+
+@pytest.mark.fast
+def test_rows_that_do_not_split_are_named():
+    check_batch_divisible(8, 2, (2, 2, 2))
+
+    with pytest.raises(
+        ConfigError,
+        match=r"batch_size=8 in train.accumulate=4 .* 2 rows each.* not divisible by "
+        r"the 4 devices of mesh.data=2 x mesh.fsdp=2",
+    ):
+        check_batch_divisible(8, 4, (2, 2, 2))
+
+
+@pytest.mark.fast
+@given(
+    st.permutations([st.integers(1, 4), st.integers(1, 4), st.just(-1)]).flatmap(
+        lambda three: st.tuples(*three)
+    ),
+    st.integers(1, 16),
+)
+def test_an_open_axis_takes_the_devices_that_are_left_or_it_is_an_error(asked, devices):
+    config = MeshConfig(**dict(zip(MESH_AXES, asked, strict=True)))
+    fixed = -math.prod(asked)
+
+    if devices % fixed:
+        with pytest.raises(ConfigError, match=f"do not fit {devices} devices"):
+            resolve_mesh_shape(config, devices)
+        return
+    sizes = resolve_mesh_shape(config, devices)
+    assert math.prod(sizes) == devices
+    assert all(a in (-1, size) for a, size in zip(asked, sizes, strict=True))
+
+
+def test_one_process_may_use_some_of_its_devices_but_not_more():
+    assert make_mesh(MeshConfig(data=1)) is None
+    assert mesh_of(data=2, fsdp=2).size == 4
+    assert make_mesh(MeshConfig()).shape["data"] == len(jax.devices())
+
+    with pytest.raises(
+        ConfigError, match=r"mesh.data=4, mesh.fsdp=4, mesh.tensor=1 do not"
+    ):
+        mesh_of(data=4, fsdp=4)
+
+
+def test_many_processes_use_all_devices(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    with pytest.raises(ConfigError, match="do not fit 8 devices"):
+        resolve_mesh_shape(MeshConfig(data=4), 8)
+
+
+def slices(count, each):
+    """Devices of several slices, in no order."""
+    devices = [
+        types.SimpleNamespace(
+            id=n,
+            slice_index=n // each,
+            process_index=n // each,
+            platform="cpu",
+            device_kind="cpu",
+        )
+        for n in range(count * each)
+    ]
+    return [devices[n] for n in np.random.default_rng(0).permutation(len(devices))]
+
+
+def test_only_the_data_axis_goes_between_slices(monkeypatch):
+    def real(grid, axes, axis_types):
+        grid = np.vectorize(lambda fake: jax.devices()[fake.id])(grid)
+        return Mesh(grid, axes, axis_types=axis_types)
+
+    monkeypatch.setattr(sharding, "Mesh", real)
+
+    mesh = make_mesh(MeshConfig(data=4, fsdp=1, tensor=2), slices(2, 4))
+
+    assert mesh.axis_names == MESH_AXES
+    ids = np.vectorize(lambda device: device.id)(mesh.devices)
+    assert (ids // 4).reshape(4, 2).tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    assert sorted(ids.flat) == list(range(8))
+    with pytest.raises(ConfigError, match=r"mesh.data=1 is not divisible by the 2 sl"):
+        make_mesh(MeshConfig(data=1, fsdp=8), slices(2, 4))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)])
+def test_all_rows_are_read_once_and_in_order(sizes):
+    mesh = mesh_of(**dict(zip(MESH_AXES, sizes, strict=True)))
+
+    assert local_batch_rows(16, mesh) == local_batch_rows(16, None) == list(range(16))
+
+
+def where_of(function, mesh, *arrays):
+    with jax.set_mesh(mesh):
+        return jax.jit(function)(*arrays).sharding.spec
+
+
+def test_without_a_mesh_arrays_are_left_as_they_are():
+    x = jnp.ones((4, 6))
+
+    assert constrain(x, "BF") is x
+    assert all_gather_params(x, "DF") is x
+    assert shard_map_local(jnp.sin, ["BF"], "BF") is jnp.sin
+    assert shard_tree({"x": x}, None)["x"] is x
+
+
+def test_another_mesh_than_ours_is_none():
+    x = jnp.ones((4, 6))
+
+    with jax.set_mesh(jax.make_mesh((8,), ("rows",))):
+        assert constrain(x, "BF") is x
+        assert all_gather_params(x, "DF") is x
+
+
+def test_an_axis_that_cannot_split_stays_whole():
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+
+    lies = [
+        where_of(lambda x: constrain(x, "BF"), mesh, jnp.ones(s))
+        for s in ((8, 6), (2, 5))
+    ]
+
+    assert lies[0] == P(("data", "fsdp"), "tensor")
+    assert not any(lies[1])
+
+
+def test_a_gathered_parameter_is_whole_and_its_gradient_is_split():
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+    kernel = shard_tree({"mlp/up/kernel": jnp.ones((4, 6))}, mesh)["mlp/up/kernel"]
+    use = lambda kernel: all_gather_params(kernel, "DF")  # noqa: E731
+
+    assert kernel.sharding.spec == P("fsdp", "tensor")
+    assert where_of(use, mesh, kernel) == P(None, "tensor")
+    grad = jax.grad(lambda kernel: jnp.sum(use(kernel) ** 2))
+    assert where_of(grad, mesh, kernel) == P("fsdp", "tensor")
+
+
+def test_a_local_function_sees_the_part_of_its_device():
+    mesh, shapes = mesh_of(data=2, fsdp=2, tensor=2), []
+    x_BTHK = jax.random.normal(jax.random.key(0), (8, 3, 4, 5))
+
+    def own(x_BTHK, y_BTHK):
+        shapes.append(x_BTHK.shape)
+        return jax.nn.softmax(x_BTHK) + y_BTHK
+
+    with jax.set_mesh(mesh):
+        function = shard_map_local(own, ["BTHK", "BTHK"], "BTHK")
+        found = jax.jit(function)(x_BTHK, x_BTHK)
+
+    np.testing.assert_allclose(found, jax.nn.softmax(x_BTHK) + x_BTHK, rtol=1e-6)
+    assert shapes == [(2, 3, 2, 5)]

@@ -1,0 +1,200 @@
+"""Models go to transformers and come back: the same logits, losses, text and bits.
+
+Run with `pytest -m peers -n0 tests/peers/test_weights.py`; needs the extra [peers].
+"""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gptjax
+from gptjax.config import GPTConfig
+from gptjax.evaluation.perplexity import score_tokens
+from gptjax.inference import generate
+from gptjax.tree import flatten_with_names
+from gptjax.weights.export import export_model
+from gptjax.weights.model_folder import Model
+
+pytestmark = [
+    pytest.mark.peers,
+    # The libraries warn about their own coming versions; we only read their numbers.
+    pytest.mark.filterwarnings("ignore"),
+]
+
+MOST = 2e-4  # difference of float32 logits that only the order of sums explains
+whole_pass = jax.jit(gptjax.apply, static_argnums=0)
+SIZES = {
+    "2 layers": {"n_layers": 2, "n_heads": 2, "d_model": 128},
+    "untied": {"n_layers": 2, "n_heads": 2, "d_model": 128, "tie_embeddings": False},
+    "124M": {},
+}
+
+
+@pytest.fixture(scope="module")
+def torch():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def pair(request, torch, tmp_path_factory):
+    """(our model, that of transformers read from our export, its folder)."""
+    transformers = pytest.importorskip("transformers")
+    config = GPTConfig.preset("gpt2", **SIZES[request.param])
+    params = jax.jit(lambda key: gptjax.init(config, key))(jax.random.key(0))
+    rng = np.random.default_rng(1)
+
+    def moved(leaf):  # away from zeros and ones, and so that choices differ clearly
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        return leaf + 0.02 * noise
+
+    params = jax.tree.map(moved, params)
+    model = Model(config, params, gptjax.tokenizer.load("gpt2"))
+    folder = tmp_path_factory.mktemp("export") / "model"
+    export_model(model, "hf", folder)
+    peer, about = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert type(peer).__name__ == "GPT2LMHeadModel"
+    assert not any(about[kind] for kind in ("missing_keys", "unexpected_keys"))
+    return model, peer.eval(), folder
+
+
+def tokens(rows=3, length=64):
+    return np.random.default_rng(2).integers(50_257, size=(rows, length))
+
+
+def logits_of(peer, torch, token_BT, **options):
+    with torch.no_grad():
+        return peer(torch.tensor(token_BT), **options).logits.numpy()
+
+
+def test_logits_are_those_of_transformers(pair, torch):
+    model, peer, _ = pair
+    token_BT = tokens()
+
+    ours = whole_pass(model.config, model.params, jnp.asarray(token_BT))
+    theirs = logits_of(peer, torch, token_BT)
+
+    assert np.abs(np.asarray(ours) - theirs).max() <= MOST
+
+
+def test_a_row_that_is_padded_has_the_logits_that_transformers_gives_it(pair, torch):
+    model, peer, _ = pair
+    token_BT, lengths = tokens(), np.array([64, 40, 7])
+    real_BT = np.arange(64) < lengths[:, None]
+    padded_BT = np.where(real_BT, token_BT, 50_256)
+
+    ours = jax.jit(gptjax.apply, static_argnums=0)(
+        model.config, model.params, padded_BT
+    )
+    mask = torch.tensor(real_BT.astype(int))
+    theirs = logits_of(peer, torch, padded_BT, attention_mask=mask)
+
+    assert np.abs(np.asarray(ours) - theirs)[real_BT].max() <= MOST
+
+
+def test_the_loss_of_a_text_is_that_of_transformers(pair, torch):
+    model, peer, _ = pair
+    token_L = tokens(1, 129)[0]
+
+    ours = score_tokens(model, token_L.astype(np.int32), 1024, None).loss
+    batch = torch.tensor(token_L[None])
+    with torch.no_grad():
+        theirs = peer(batch, labels=batch).loss.item()
+
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_greedy_text_of_uneven_prompts_is_that_of_transformers(pair, torch):
+    model, peer, _ = pair
+    prompts = [tokens()[n, :length].tolist() for n, length in enumerate((9, 5, 12))]
+
+    ours = generate.complete(
+        model, prompts, max_new_tokens=64, temperature=0.0, stop_ids=[]
+    )
+
+    for prompt, result in zip(prompts, ours, strict=True):
+        theirs = peer.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=int),
+            max_new_tokens=64,
+            min_new_tokens=64,
+            do_sample=False,
+            pad_token_id=50_256,
+        )
+        assert result.ids == theirs[0, len(prompt) :].tolist()
+
+
+def test_what_transformers_saves_comes_back_bit_for_bit(pair, tmp_path):
+    model, peer, folder = pair
+    transformers = pytest.importorskip("transformers")
+    peer.save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+
+    again = gptjax.load(tmp_path)
+
+    assert again.config == model.config
+    assert again.tokenizer.hash == model.tokenizer.hash
+    leaves = flatten_with_names(model.params)
+    for name, leaf in flatten_with_names(again.params).items():
+        np.testing.assert_array_equal(leaf, leaves[name])
+
+
+def test_a_fresh_model_of_transformers_is_imported(torch, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {"n_layer": 3, "n_head": 4, "n_embd": 64, "n_positions": 32}
+    peer = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
+    peer.save_pretrained(tmp_path)
+
+    model = gptjax.load(tmp_path)
+
+    ours = whole_pass(model.config, model.params, jnp.asarray(tokens(2, 32)))
+    assert np.abs(ours - logits_of(peer, torch, tokens(2, 32))).max() <= MOST
+
+
+def test_the_tokenizer_of_an_export_is_ours(pair):
+    model, _, folder = pair
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    text = "Every effort moves you, año 2026 😀\n\n  and   spaces"
+
+    assert theirs.encode(text) == model.tokenizer.encode(text)
+    assert theirs.eos_token_id == model.tokenizer.eot
+
+
+def test_an_exported_classifier_has_the_same_probabilities(torch, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = GPTConfig.preset("gpt2", n_layers=2, n_heads=2, d_model=64, n_classes=3)
+    params = jax.tree.map(lambda x: 5 * x, gptjax.init(config, jax.random.key(0)))
+    tokenizer = gptjax.tokenizer.load("gpt2")
+    model = Model(config, params, tokenizer, ("ham", "spam", "other"))
+    export_model(model, "hf", tmp_path / "out")
+    texts = [
+        "You won a prize!",
+        "See you at six",
+        "a longer text of several words, " * 9,
+    ]
+
+    peer, about = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    rows = [tokenizer.encode(text) for text in texts]
+    longest = max(map(len, rows))
+    padded = torch.tensor([row + [50_256] * (longest - len(row)) for row in rows])
+    with torch.no_grad():
+        theirs = peer.eval()(padded, attention_mask=(padded != 50_256).long()).logits
+    theirs = theirs.softmax(-1).numpy()
+
+    assert not any(about[kind] for kind in ("missing_keys", "unexpected_keys"))
+    for verdict, row in zip(gptjax.classify(model, texts), theirs, strict=True):
+        np.testing.assert_allclose([*verdict.probabilities.values()], row, atol=1e-5)
+        assert peer.config.id2label[int(row.argmax())] == verdict.label
+    again = gptjax.load(tmp_path / "out")
+    assert again.labels == model.labels
+    jax.tree.map(np.testing.assert_array_equal, again.params, params)

@@ -1,0 +1,273 @@
+"""What a plan says before anything runs, and how near the compiler it is."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from gptjax.cli.main import main
+from gptjax.config import DataConfig, GPTConfig, MeshConfig, RunConfig, TrainConfig
+from gptjax.errors import ConfigError, ModelError
+from gptjax.planning import aot, plan
+from gptjax.training import estimate
+from gptjax.training.hardware import CHIPS, chip_from_device, parse_topology
+
+GIB = 2**30
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs the TPU compiler, from the extra [tpu-plan]",
+)
+
+# What the TPU compiler (libtpu 0.0.42.1, jax 0.10.2) gave for a step, in GiB: arguments
+# and temporaries. (preset, topology, mesh, rows, accumulate, remat)
+COMPILED = {
+    ("gpt2", "v5e:1", (1, 1, 1), 8, 1, "none"): 1.39 + 8.36,
+    ("gpt2", "v5e:1", (1, 1, 1), 32, 1, "dots"): 1.39 + 11.55,
+    ("gpt2-medium", "v5e:1", (1, 1, 1), 8, 1, "dots"): 3.97 + 8.04,
+    ("gpt2-large", "v5e:1", (1, 1, 1), 4, 1, "full"): 8.65 + 5.58,
+    ("gpt2", "v5e:8", (1, 8, 1), 256, 1, "dots"): 0.19 + 10.98,
+    ("gpt2-medium", "v5e:8", (1, 8, 1), 128, 1, "dots"): 0.50 + 11.27,
+    ("gpt2-medium", "v5e:8", (1, 4, 2), 64, 2, "full"): 0.50 + 1.53,
+    ("gpt2-large", "v5e:8", (1, 8, 1), 64, 1, "dots"): 1.29 + 9.42,
+    ("gpt2-xl", "v5e:8", (1, 8, 1), 32, 1, "dots"): 2.38 + 8.77,
+    ("gpt2-xl", "v5e:8", (1, 8, 1), 128, 1, "full"): 2.38 + 7.01,
+}
+
+
+def words(text):
+    return text.split()
+
+
+def run_of(preset, sizes, rows, accumulate=1, remat="dots", **model):
+    data, fsdp, tensor = sizes
+    return RunConfig(
+        model=GPTConfig.preset(preset, vocab_multiple=128, remat=remat, **model),
+        data=DataConfig(batch_size=rows),
+        train=TrainConfig(accumulate=accumulate),
+        mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor),
+    )
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=str)
+def test_the_arithmetic_is_within_15_percent_of_the_tpu_compiler(case):
+    preset, where, sizes, rows, accumulate, remat = case
+
+    config = run_of(preset, sizes, rows, accumulate, remat)
+    planned = plan.make_plan(config, parse_topology(where), run_compiler=False)
+
+    assert planned.config.model.attention == "splash"
+    assert planned.memory_estimate / GIB == pytest.approx(COMPILED[case], rel=0.15)
+
+
+def test_memory_at_rest_is_12_bytes_a_parameter_shared_by_fsdp_and_tensor():
+    config = estimate.resolve_config(run_of("gpt2", (1, 1, 1), 8), "tpu")
+    count = estimate.parameter_count(config.model)
+
+    for sizes in [(1, 1, 1), (4, 1, 1), (1, 4, 1), (1, 2, 4)]:
+        parts = estimate.memory_bytes(config, sizes)
+        rest = sum(parts[name] for name in estimate.TRAIN_STATE_PARTS)
+        assert rest == pytest.approx(12 * count / (sizes[1] * sizes[2]), rel=1e-6)
+
+
+def test_the_number_of_parameters_and_flops_is_that_of_nanogpt():
+    """Position embeddings are not counted there: they are added, not multiplied."""
+    config = GPTConfig.preset("gpt2")
+
+    assert estimate.parameter_count(config) - 1024 * 768 == 123_653_376
+    assert estimate.flops_per_token(config) == 6 * 123_653_376 + 12 * 12 * 768 * 1024
+    half = estimate.flops_per_token(config) - estimate.causal_flops_per_token(config)
+    assert half == 6 * 12 * 768 * 1024
+
+
+def test_what_does_not_fit_is_said_with_a_way_that_fits():
+    config = run_of("gpt2-xl", (-1, 1, 1), 64)
+
+    planned = plan.make_plan(config, parse_topology("v5e:2x4"), run_compiler=False)
+    last = plan.format_plan(planned)[-1]
+
+    assert planned.fits is False
+    assert "NO, " in last
+    assert "(analytic estimate)" in last
+    assert "--mesh.data 1 --mesh.fsdp -1" in last
+    mesh = MeshConfig(data=1, fsdp=-1)
+    train = dataclasses.replace(config.train, accumulate=0)
+    better = dataclasses.replace(config, mesh=mesh, train=train)
+    assert plan.make_plan(better, parse_topology("v5e:2x4"), run_compiler=False).fits
+
+
+def test_no_way_on_one_device_is_said_too():
+    planned = plan.make_plan(
+        run_of("gpt2-xl", (1, 1, 1), 8), parse_topology("v5e:1"), run_compiler=False
+    )
+
+    assert "Use more devices" in plan.format_plan(planned)[-1]
+
+
+def test_accumulate_0_takes_the_fewest_micro_batches_that_fit():
+    found = plan.make_plan(
+        run_of("gpt2", (1, 1, 1), 512, accumulate=0),
+        parse_topology("v5e:1"),
+        run_compiler=False,
+    )
+    chosen = found.config.train.accumulate
+
+    assert found.fits
+    assert chosen > 1
+    fewer = dataclasses.replace(found.config.train, accumulate=chosen // 2)
+    more = dataclasses.replace(found.config, train=fewer)
+    assert not plan.make_plan(more, parse_topology("v5e:1"), run_compiler=False).fits
+
+
+def test_the_step_is_bounded_by_its_slowest_part():
+    planned = plan.make_plan(
+        run_of("gpt2", (1, 1, 1), 32), parse_topology("v5e:1"), run_compiler=False
+    )
+    compute = planned.min_seconds["compute"]
+
+    flops = estimate.flops_per_token(planned.config.model)
+    assert compute == pytest.approx(32 * 1024 * flops / 197e12)
+    assert planned.min_seconds["links"] == 0
+    assert "MFU of" in "\n".join(plan.format_plan(planned))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("v7:8", "unknown chip 'v7'"),
+        ("v5e:7", "does not determine the shape"),
+        ("v5p:8", "does not determine the shape"),
+        ("v5e:2xx4", "invalid shape '2xx4'"),
+        ("h100:0", "invalid shape '0'"),
+    ],
+)
+def test_topologies_that_are_none_are_refused(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_topology(text)
+
+
+@pytest.mark.fast
+def test_devices_are_recognised_by_the_name_that_jax_gives_them():
+    assert chip_from_device("TPU v5 lite") == CHIPS["v5e"]
+    assert chip_from_device("TPU v5") == CHIPS["v5p"]
+    assert chip_from_device("NVIDIA H100 80GB HBM3") == CHIPS["h100"]
+    assert chip_from_device("cpu") is None
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused():
+    with pytest.raises(ConfigError, match="do not fit 8 devices"):
+        plan.make_plan(run_of("gpt2", (3, 3, 1), 18), parse_topology("v5e:8"), False)
+
+
+def test_rows_that_the_devices_do_not_divide_are_refused_as_the_run_does():
+    with pytest.raises(ConfigError, match=r"batch_size=12 .* the 8 devices"):
+        plan.make_plan(run_of("gpt2", (8, 1, 1), 12), parse_topology("v5e:8"), False)
+
+
+@pytest.mark.mesh
+def test_this_machine_compiles_for_emulated_devices(capsys):
+    flags = words("--topology cpu:8 --mesh.fsdp 2 --model.vocab_multiple 8")
+
+    assert main(["plan", "tiny", *flags]) == 0
+    told = capsys.readouterr().out
+
+    assert "devices  8 x cpu, mesh data 4 x fsdp 2" in told
+    assert "compiler" in told
+    assert "sent per device and step" in told
+
+
+@pytest.mark.mesh
+def test_a_plan_in_json_has_both_figures_of_memory(capsys):
+    assert main(["plan", "tiny", "--topology", "cpu:1", "--json"]) == 0
+
+    found = json.loads(capsys.readouterr().out)
+    assert found["memory_compiled"] > 0
+    assert sum(found["memory"].values()) == found["memory_estimate"]
+
+
+def test_what_does_not_fit_exits_with_1(capsys):
+    flags = words("--topology v5e:1 --estimate --train.accumulate 1")
+
+    assert main(["plan", "gpt2_124m", *flags]) == 1
+    told = capsys.readouterr().out
+    assert "fits     NO, " in told
+    assert "(analytic estimate)" in told
+
+
+@pytest.mark.mesh
+def test_a_plan_is_set_beside_what_a_run_measured(tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = words("--train.steps 30 --train.eval_every 30 --mesh.data 1")
+    assert main(["train", "tiny", "--run", str(run), *flags]) == 0
+    capsys.readouterr()
+
+    assert main(["plan", "tiny", *flags, "--against", str(run)]) == 0
+
+    told = capsys.readouterr().out
+    assert "measured" in told
+    assert "of temporaries in the run" in told
+
+
+def test_a_run_without_measurements_is_refused(tmp_path):
+    planned = plan.make_plan(
+        run_of("gpt2", (1, 1, 1), 8), parse_topology("v5e:1"), run_compiler=False
+    )
+
+    with pytest.raises(ModelError, match="fewer than two train events"):
+        plan.compare_with_profile(planned, tmp_path, print)
+
+
+def tpu_plan(*flags):
+    """`gptjax plan` in a process of its own, as libtpu wants it."""
+    command = [sys.executable, "-m", "gptjax", "plan", *flags, "--json"]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_tpu_compiler_agrees_with_the_arithmetic_for_a_small_model():
+    shape = words("--model.d_model 256 --model.n_heads 4 --model.n_layers 4")
+    size = words("--model.context_length 512 --model.vocab_multiple 128")
+    batch = words("--data.batch_size 64 --data.tokenizer gpt2 --mesh.fsdp 2")
+    chunk = words("--train.loss_chunk_size 64")
+
+    found = tpu_plan("tiny", "--topology", "v5e:2x2", *shape, *size, *batch, *chunk)
+
+    assert found["fits"]
+    assert found["memory_estimate"] == pytest.approx(found["memory_compiled"], rel=0.15)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_tpu_compiler_takes_124m_fully_sharded_over_eight_chips():
+    flags = "--mesh.data 1 --mesh.fsdp 8 --train.accumulate 1 --data.batch_size 64"
+
+    found = tpu_plan("gpt2_124m", "--topology", "v5e:2x4", *words(flags))
+
+    assert found["fits"]
+    assert found["memory_compiled"] < 16 * GIB
+    # Never all parameters at once: at most the table of the vocabulary, in float32.
+    assert 0 < found["largest_gather"] <= 50_304 * 768 * 4
+    assert found["memory_estimate"] == pytest.approx(found["memory_compiled"], rel=0.15)
+
+
+def test_without_the_compiler_a_plan_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+    main(["plan", "gpt2_124m", "--topology", "v5e:2x4"])
+
+    told = capsys.readouterr()
+    assert "(analytic estimate)" in told.out
+    assert "pip install 'gptjax[tpu-plan]'" in told.err
+
+
+def test_all_to_one_device_cannot_be_compiled_where_there_are_too_few():
+    assert not aot.can_compile(parse_topology(f"cpu:{jax.device_count() + 1}"))
+    assert aot.can_compile(parse_topology(f"cpu:{jax.device_count()}"))

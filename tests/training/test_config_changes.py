@@ -1,0 +1,137 @@
+"""What may change when a run goes on."""
+
+import dataclasses
+
+import pytest
+
+from gptjax.config import RunConfig, from_dict
+from gptjax.errors import ConfigError, ModelError
+from gptjax.training.run_dir import (
+    RESUME_POLICIES,
+    check_config_changes,
+    reconcile_config,
+    reconcile_spike_policy,
+    resume_policy,
+    write_atomic,
+)
+
+OPTIONS = [
+    f"{section.name}.{option.name}"
+    for section in dataclasses.fields(RunConfig)
+    for option in dataclasses.fields(getattr(RunConfig(), section.name))
+]
+OTHERS = {  # options that do not take any value
+    "model.n_heads": 6,
+    "model.d_model": 24,
+    "model.dropout": 0.5,
+    "data.batch_size": 16,
+    "data.test_fraction": 0.3,
+    "data.val_fraction": 0.3,
+    "optim.beta1": 0.5,
+    "optim.beta2": 0.5,
+    "train.accumulate": 2,
+    "mesh.data": 4,
+}
+
+
+def with_other(name, config):
+    """The config with another value of an option."""
+    section, option = name.split(".")
+    part = getattr(config, section)
+    value = getattr(part, option)
+    hint = {field.name: field.type for field in dataclasses.fields(part)}[option]
+    choices = getattr(hint, "__args__", ())
+    if name in OTHERS:
+        value = OTHERS[name]
+    elif choices:
+        value = next(choice for choice in choices if choice != value)
+    elif isinstance(value, str):
+        value += "other"
+    else:
+        value = not value if isinstance(value, bool) else value + 1
+    return dataclasses.replace(
+        config, **{section: dataclasses.replace(part, **{option: value})}
+    )
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_is_in_exactly_one_class(name):
+    section, option = name.split(".")
+
+    holding = [
+        kind
+        for kind in RESUME_POLICIES
+        if option in RESUME_POLICIES[kind].get(section, "").split()
+    ]
+
+    assert len(holding) == 1
+    assert resume_policy(name) == holding[0]
+
+
+def test_the_classes_name_only_options_that_there_are():
+    named = [
+        f"{section}.{option}"
+        for sections in RESUME_POLICIES.values()
+        for section, options in sections.items()
+        for option in options.split()
+    ]
+
+    assert sorted(named) == sorted(OPTIONS)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_each_option_may_change_as_its_class_says(name):
+    before = RunConfig()
+    after, kind = with_other(name, before), resume_policy(name)
+
+    if kind == "operational":
+        (line,) = check_config_changes("run", before, after, [])
+        assert line.startswith(f"{name}: ")
+    elif kind == "trajectory":
+        with pytest.raises(ModelError, match=f"--allow-change {name}"):
+            check_config_changes("run", before, after, [])
+        (line,) = check_config_changes("run", before, after, [name])
+        assert line.startswith(f"{name}: ")
+    else:
+        with pytest.raises(ModelError, match=rf"{name}: .* fixed for a run"):
+            check_config_changes("run", before, after, [])
+        with pytest.raises(ConfigError, match=f"{name} is fixed"):
+            check_config_changes("run", before, after, [name])
+
+
+def test_an_option_to_allow_that_is_none_is_said_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"Did you mean optim.peak_lr\?"):
+        check_config_changes("run", RunConfig(), RunConfig(), ["optim.peak_lrs"])
+
+
+def test_what_is_computed_from_now_on_is_written_and_the_rest_is_not(tmp_path):
+    reconcile_config(tmp_path, RunConfig())
+    written = (tmp_path / "config.toml").read_text()
+    slower = from_dict(RunConfig, {"optim": {"peak_lr": 1e-5}})
+
+    assert reconcile_config(tmp_path, from_dict(RunConfig, {"mesh": {"fsdp": 2}})) == [
+        "mesh.fsdp: 1 -> 2"
+    ]
+    assert (tmp_path / "config.toml").read_text() == written
+    reconcile_config(tmp_path, slower, ["optim.peak_lr"])
+    assert reconcile_config(tmp_path, slower) == []
+    with pytest.raises(ModelError, match=r"optim.peak_lr: 1e-05 -> 0.0006"):
+        reconcile_config(tmp_path, RunConfig())
+
+
+def test_the_policy_for_spikes_stays_unless_it_may_change(tmp_path):
+    assert reconcile_spike_policy(tmp_path, "") == "log"
+    write_atomic(tmp_path / "meta.json", '{"on_spike": "skip", "started": "now"}')
+
+    assert (
+        reconcile_spike_policy(tmp_path, "")
+        == reconcile_spike_policy(tmp_path, "skip")
+        == "skip"
+    )
+    with pytest.raises(ModelError, match="--allow-change on-spike"):
+        reconcile_spike_policy(tmp_path, "log")
+    with pytest.raises(ConfigError, match="log, skip, rollback"):
+        reconcile_spike_policy(tmp_path, "ignore")
+    assert reconcile_spike_policy(tmp_path, "rollback", ["on-spike"]) == "rollback"
+    assert reconcile_spike_policy(tmp_path, "") == "rollback"
+    assert "now" in (tmp_path / "meta.json").read_text()
