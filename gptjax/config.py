@@ -1,4 +1,8 @@
-"""Run configuration: one tree of dataclasses defines TOML, flags and Python API."""
+"""Run configuration: one tree of dataclasses defines TOML, flags and Python API.
+
+Every option carries its description, its range and its resume policy in the metadata of
+its field, see `option`.
+"""
 
 import dataclasses
 import difflib
@@ -12,40 +16,124 @@ from gptjax.errors import ConfigError
 
 MAX_CONFIG_CHARACTERS = 1_000_000  # maximum size of a config file
 
+# Effect of an option on a run that is resumed. "identity": never changes, another value
+# is another run. "trajectory": changes the following steps, needs --allow-change.
+# "operational": does not change the results.
+ResumePolicy = Literal["identity", "trajectory", "operational"]
+
+
+def option(
+    default: Any,
+    description: str,
+    *,
+    resume: ResumePolicy,
+    minimum: int | None = None,
+    unit_interval: bool = False,
+) -> Any:
+    """Field of a config section.
+
+    Args:
+        default: default value.
+        description: help text of the option, with its unit.
+        resume: whether the option may change when a run is resumed.
+        minimum: smallest valid value.
+        unit_interval: whether the value must be in [0, 1).
+    """
+    metadata = {
+        "description": description,
+        "resume": resume,
+        "minimum": minimum,
+        "unit_interval": unit_interval,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """Shape of a GPT-2 decoder; [X] is the dimension letter of `gptjax.model.gpt.gpt`."""
+    """Shape of a GPT-2 decoder.
 
-    vocab_size: int = 0  # tokens; 0 in a run config = size of its tokenizer
-    context_length: int = 1024  # [T] maximum sequence length
-    n_layers: int = 12  # [N]
-    n_heads: int = 12  # [H]
-    d_model: int = 768  # [D] residual stream width; the MLP width is 4 * D
-    dropout: float = 0.0  # probability of zeroing an activation in training
-    qkv_bias: bool = True  # biases of the query, key and value projections
-    tie_embeddings: bool = True  # output head shares the token embedding
-    vocab_multiple: int = 1  # [V] vocab_size is padded to a multiple of this
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # activation dtype
-    causal: bool = True  # causal attention mask
-    n_classes: int = 0  # [C] classes of the classifier head; 0 = no head
-    head_bias: bool = False  # bias of the classifier head
-    pool: Literal["last", "first", "mean", "position"] = "last"  # head input
-    # Attention backend; "auto" = the fastest supported one, see
-    # `gptjax.model.gpt.attention.dispatch`.
+    [X] in a description is the dimension letter of `gptjax.model.gpt`.
+    """
+
+    vocab_size: int = option(
+        0,
+        "number of tokens; 0 = size of the run's tokenizer",
+        minimum=0,
+        resume="identity",
+    )
+    context_length: int = option(
+        1024, "maximum sequence length in tokens [T]", minimum=1, resume="identity"
+    )
+    n_layers: int = option(
+        12, "number of transformer blocks [N]", minimum=1, resume="identity"
+    )
+    n_heads: int = option(
+        12,
+        "number of attention heads [H]; must divide d_model",
+        minimum=1,
+        resume="identity",
+    )
+    d_model: int = option(
+        768,
+        "width of the residual stream [D]; the MLP is 4 times as wide",
+        minimum=1,
+        resume="identity",
+    )
+    dropout: float = option(
+        0.0,
+        "probability of zeroing an activation in training",
+        unit_interval=True,
+        resume="trajectory",
+    )
+    qkv_bias: bool = option(
+        True, "biases in the query, key and value projections", resume="identity"
+    )
+    tie_embeddings: bool = option(
+        True, "output head shares the token embedding", resume="identity"
+    )
+    vocab_multiple: int = option(
+        1,
+        "vocab_size is padded to a multiple of this many tokens",
+        minimum=1,
+        resume="identity",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto",
+        "dtype of activations; auto = bfloat16 on accelerators, float32 on CPUs",
+        resume="trajectory",
+    )
+    causal: bool = option(True, "causal attention mask", resume="identity")
+    n_classes: int = option(
+        0,
+        "number of classes of the classifier head [C]; 0 = no head",
+        minimum=0,
+        resume="identity",
+    )
+    head_bias: bool = option(False, "bias in the classifier head", resume="identity")
+    pool: Literal["last", "first", "mean", "position"] = option(
+        "last",
+        "input of the classifier head: the last or first token, the mean of all, or "
+        "the last position of the padded row",
+        resume="identity",
+    )
     attention: Literal[
         "auto", "reference", "chunked", "xla", "flash", "cudnn", "splash"
-    ] = "auto"
-    # Activations recomputed in the backward pass: all, all but matmul results, or none.
-    # "none" is fastest on one CPU or GPU but compiles longer and needs more memory.
-    remat: Literal["full", "dots", "none"] = "dots"
+    ] = option(
+        "auto",
+        "attention backend; auto = fastest that supports the device",
+        resume="trajectory",
+    )
+    remat: Literal["full", "dots", "none"] = option(
+        "dots",
+        "activations recomputed in the backward pass: all (full), all but matmul "
+        "results (dots), or none, which is fastest on one CPU or GPU but compiles "
+        "longer and needs more memory",
+        resume="trajectory",
+    )
 
     def __post_init__(self) -> None:
         """Rejects impossible shapes."""
-        check_min("model", self, 0, "vocab_size n_classes")
-        check_min(
-            "model", self, 1, "context_length n_layers n_heads d_model vocab_multiple"
-        )
+        check_ranges("model", self)
         if self.d_model % self.n_heads:
             raise ConfigError(
                 f"model.d_model={self.d_model} must be divisible by "
@@ -53,7 +141,6 @@ class GPTConfig:
                 f"{self.d_model % self.n_heads}). Change model.n_heads or "
                 "model.d_model."
             )
-        check_unit_interval("model", self, "dropout")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "GPTConfig":
@@ -100,104 +187,269 @@ PRESETS = {  # name: layers, heads, width
 class DataConfig:
     """Data source, tokenizer, splits and batching."""
 
-    source: str = "python-help"  # named data set, prepared folder, files or glob
-    # gpt2, bytes, bpe:SIZE or a folder; "" = that of finetune.init_from, else gpt2
-    tokenizer: str = ""
-    text_column: str = ""  # text column of JSON and CSV files; "" = detect
-    label_column: str = ""  # label column; "" = detect
-    split_strategy: Literal["stratified", "book"] = "stratified"  # for fine-tuning
-    balance_classes: bool = False  # downsample all classes to the size of the smallest
-    deduplicate: bool = False  # drop repeated labeled texts
-    test_fraction: float = 0.2  # of fine-tuning examples, evaluated at the end
-    val_fraction: float = 0.1  # of documents or examples, for validation
-    split_seed: int = 0  # seed of the validation and test splits
-    batch_size: int = 8  # [B] rows per step, over all devices and micro-batches
-    # "packed": several documents or conversations per row, isolated from each other;
-    # "concat": documents in one stream, attention across their boundaries; "padded":
-    # one per row, padded to a bucket length; "book": as in the book.
-    # "auto" = packed for pretraining, else padded.
-    batching: Literal["auto", "packed", "concat", "padded", "book"] = "auto"
-    # alpaca, phi3, chatml, qa, single or a Jinja file; "" = that of
-    # finetune.init_from, else alpaca
-    chat_template: str = ""
-    completion_only_loss: bool = True  # loss on the completion only, not on the prompt
+    source: str = option(
+        "python-help",
+        "named data set, prepared folder, file or glob",
+        resume="identity",
+    )
+    tokenizer: str = option(
+        "",
+        "gpt2, bytes, bpe:SIZE or a folder; empty = that of finetune.init_from, else "
+        "gpt2",
+        resume="identity",
+    )
+    text_column: str = option(
+        "", "text column of JSON and CSV files; empty = detect", resume="identity"
+    )
+    label_column: str = option(
+        "", "label column of labeled texts; empty = detect", resume="identity"
+    )
+    split_strategy: Literal["stratified", "book"] = option(
+        "stratified",
+        "split of fine-tuning data: stratified by class, or as in the book",
+        resume="identity",
+    )
+    balance_classes: bool = option(
+        False, "downsample all classes to the size of the smallest", resume="identity"
+    )
+    deduplicate: bool = option(False, "drop repeated labeled texts", resume="identity")
+    test_fraction: float = option(
+        0.2,
+        "fraction of fine-tuning examples for the test at the end",
+        unit_interval=True,
+        resume="identity",
+    )
+    val_fraction: float = option(
+        0.1,
+        "fraction of documents or examples for validation",
+        unit_interval=True,
+        resume="identity",
+    )
+    split_seed: int = option(
+        0, "seed of the validation and test splits", minimum=0, resume="identity"
+    )
+    batch_size: int = option(
+        8,
+        "rows per step, over all devices and micro-batches [B]",
+        minimum=1,
+        resume="trajectory",
+    )
+    batching: Literal["auto", "packed", "concat", "padded", "book"] = option(
+        "auto",
+        "packed = several documents or conversations per row, isolated from each "
+        "other; concat = one stream of documents, attention across their boundaries; "
+        "padded = one per row, padded to a bucket length; book = as in the book; auto "
+        "= packed for pretraining, else padded",
+        resume="trajectory",
+    )
+    chat_template: str = option(
+        "",
+        "alpaca, phi3, chatml, qa, single or a Jinja file; empty = that of "
+        "finetune.init_from, else alpaca",
+        resume="identity",
+    )
+    completion_only_loss: bool = option(
+        True, "loss on the completion only, not on the prompt", resume="identity"
+    )
 
     def __post_init__(self) -> None:
         """Rejects invalid batch sizes, seeds and split fractions."""
-        check_min("data", self, 1, "batch_size")
-        check_min("data", self, 0, "split_seed")
-        check_unit_interval("data", self, "val_fraction test_fraction")
+        check_ranges("data", self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW and learning rate schedule."""
 
-    peak_lr: float = 6e-4
-    schedule: Literal["cosine", "constant", "wsd", "book"] = "cosine"  # after warmup
-    warmup_steps: int = 100  # linear increase from 0
-    final_lr_fraction: float = 0.1  # final learning rate, as a fraction of peak_lr
-    weight_decay: float = 0.1  # for matrices and embeddings
-    decay_norms_and_biases: bool = False  # as PyTorch does by default
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0  # maximum global norm; 0 = no clipping
+    peak_lr: float = option(
+        6e-4, "learning rate after the warmup", minimum=0, resume="trajectory"
+    )
+    schedule: Literal["cosine", "constant", "wsd", "book"] = option(
+        "cosine",
+        "learning rate after the warmup; wsd = constant, then decay in the last fifth; "
+        "book = cosine, with a warmup from the final learning rate",
+        resume="trajectory",
+    )
+    warmup_steps: int = option(
+        100,
+        "steps of linear warmup",
+        minimum=0,
+        resume="trajectory",
+    )
+    final_lr_fraction: float = option(
+        0.1,
+        "learning rate of the last step, as a fraction of peak_lr",
+        minimum=0,
+        resume="trajectory",
+    )
+    weight_decay: float = option(
+        0.1,
+        "weight decay of matrices and embeddings",
+        minimum=0,
+        resume="trajectory",
+    )
+    decay_norms_and_biases: bool = option(
+        False,
+        "weight decay of norms and biases too, the default of PyTorch",
+        resume="trajectory",
+    )
+    beta1: float = option(
+        0.9,
+        "decay rate of AdamW's first moment",
+        unit_interval=True,
+        resume="trajectory",
+    )
+    beta2: float = option(
+        0.95,
+        "decay rate of AdamW's second moment",
+        unit_interval=True,
+        resume="trajectory",
+    )
+    grad_clip: float = option(
+        1.0,
+        "maximum global norm of the gradient; 0 = no clipping",
+        minimum=0,
+        resume="trajectory",
+    )
 
     def __post_init__(self) -> None:
         """Rejects invalid learning rates and coefficients."""
-        check_min(
-            "optim", self, 0, "peak_lr warmup_steps final_lr_fraction weight_decay"
-        )
-        check_min("optim", self, 0, "grad_clip")
-        check_unit_interval("optim", self, "beta1 beta2")
+        check_ranges("optim", self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Task, length, seed, logging and evaluation."""
 
-    task: Literal["pretrain", "classify", "sft", "dpo", "book"] = "pretrain"
-    steps: int = 1000  # optimizer updates
-    seed: int = 0  # for parameters, batches and dropout
-    accumulate: int = 1  # [G] micro-batches per step; 0 = fewest that fit in memory
-    loss_chunk_size: int = 256  # positions whose logits are in memory at a time
-    log_every: int = 10  # steps between log lines
-    eval_every: int = 100  # steps between evaluations; the last step is evaluated
-    eval_batches: int = 20  # batches per evaluation; the last one uses all
-    sample_prompt: str = "\n"  # completed at each evaluation; "" = no sample
+    task: Literal["pretrain", "classify", "sft", "dpo", "book"] = option(
+        "pretrain", "kind of training; book = as in the book", resume="identity"
+    )
+    steps: int = option(
+        1000, "number of optimizer updates", minimum=1, resume="trajectory"
+    )
+    seed: int = option(
+        0, "seed of parameters, batches and dropout", minimum=0, resume="identity"
+    )
+    accumulate: int = option(
+        1,
+        "micro-batches per step [G]; 0 = fewest that fit in memory",
+        minimum=0,
+        resume="trajectory",
+    )
+    loss_chunk_size: int = option(
+        256,
+        "positions whose logits are in memory at a time",
+        minimum=1,
+        resume="trajectory",
+    )
+    # Spikes are detected in the logged steps.
+    log_every: int = option(
+        10, "steps between log lines", minimum=1, resume="trajectory"
+    )
+    # Evaluations choose the best model of fine-tuning.
+    eval_every: int = option(
+        100,
+        "steps between evaluations; the last step is always evaluated",
+        minimum=1,
+        resume="trajectory",
+    )
+    eval_batches: int = option(
+        20,
+        "batches per evaluation; the last one uses all data",
+        minimum=1,
+        resume="trajectory",
+    )
+    sample_prompt: str = option(
+        "\n",
+        "prompt completed at each evaluation; empty = no sample",
+        resume="operational",
+    )
 
     def __post_init__(self) -> None:
         """Rejects empty runs and intervals."""
-        names = "steps loss_chunk_size log_every eval_every eval_batches"
-        check_min("train", self, 1, names)
-        check_min("train", self, 0, "seed accumulate")
+        check_ranges("train", self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     """Initial model of fine-tuning and its trainable parameters."""
 
-    init_from: str = ""  # MODEL, overrides the shape in [model]; "" = random init
-    trainable: Literal["all", "head", "last-block", "last-two-blocks", "lora"] = "all"
-    lora_rank: int = 16
-    lora_alpha: float = 16.0  # adapters are scaled by lora_alpha / lora_rank
-    lora_targets: str = "attention/* mlp/*"  # name patterns inside a block
-    lm_loss_weight: float = 0.0  # weight of the next-token loss in classification
-    dpo_beta: float = 0.1  # DPO beta: strength of the KL penalty
+    init_from: str = option(
+        "",
+        "MODEL to start from, whose shape replaces [model]; empty = random "
+        "initialization",
+        resume="identity",
+    )
+    trainable: Literal["all", "head", "last-block", "last-two-blocks", "lora"] = option(
+        "all",
+        "parameters that are trained; lora = adapters on frozen parameters",
+        resume="identity",
+    )
+    lora_rank: int = option(
+        16, "rank of the LoRA adapters", minimum=1, resume="identity"
+    )
+    lora_alpha: float = option(
+        16.0,
+        "scale of the LoRA adapters, divided by lora_rank",
+        minimum=0,
+        resume="trajectory",
+    )
+    lora_targets: str = option(
+        "attention/* mlp/*",
+        "parameters of a block that get adapters: name patterns, separated by blanks",
+        resume="identity",
+    )
+    lm_loss_weight: float = option(
+        0.0,
+        "weight of the next-token loss in classification",
+        minimum=0,
+        resume="trajectory",
+    )
+    dpo_beta: float = option(
+        0.1,
+        "DPO beta: strength of the KL penalty",
+        minimum=0,
+        resume="trajectory",
+    )
 
     def __post_init__(self) -> None:
         """Rejects invalid adapters and loss weights."""
-        check_min("finetune", self, 1, "lora_rank")
-        check_min("finetune", self, 0, "lora_alpha lm_loss_weight dpo_beta")
+        check_ranges("finetune", self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoint interval and retention."""
+
+    # Where a run is resumed decides which steps are recomputed.
+    every: int = option(
+        500,
+        "steps between checkpoints; the last step is always saved",
+        minimum=1,
+        resume="trajectory",
+    )
+    keep: int = option(
+        2, "number of newest checkpoints to keep", minimum=1, resume="operational"
+    )
+
+    def __post_init__(self) -> None:
+        """Rejects values that would leave no checkpoint."""
+        check_ranges("checkpoint", self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Device mesh; the product of the axis sizes is the number of devices."""
 
-    data: int = -1  # data-parallel replicas; -1 = all remaining devices
-    fsdp: int = 1  # shards of parameters and optimizer state
-    tensor: int = 1  # shards of heads, MLP and vocabulary
+    data: int = option(
+        -1,
+        "data-parallel replicas; -1 = all remaining devices",
+        resume="operational",
+    )
+    fsdp: int = option(
+        1, "shards of parameters and optimizer state", resume="operational"
+    )
+    tensor: int = option(1, "shards of heads, MLP and vocabulary", resume="operational")
 
     def __post_init__(self) -> None:
         """Rejects invalid axis sizes."""
@@ -214,18 +466,6 @@ class MeshConfig:
                 f"{self.tensor}: at most one axis can be -1 (all remaining devices). "
                 "Set the others to a number of devices."
             )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """Checkpoint interval and retention."""
-
-    every: int = 500  # steps between checkpoints; the last step is saved
-    keep: int = 2  # number of newest checkpoints to keep
-
-    def __post_init__(self) -> None:
-        """Rejects values that would leave no checkpoint."""
-        check_min("checkpoint", self, 1, "every keep")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -250,9 +490,27 @@ class RunConfig:
             )
 
 
-def check_min(section: str, config: Any, minimum: int, names: str) -> None:
+def config_options() -> dict[str, "dataclasses.Field[Any]"]:
+    """Fields of all options of a run config, by their names `section.option`."""
+    return {
+        f"{section.name}.{field.name}": field
+        for section in dataclasses.fields(RunConfig)
+        for field in dataclasses.fields(section.default_factory)
+    }
+
+
+def check_ranges(section: str, config: Any) -> None:
+    """Raises for the first option whose value is outside the range of its field."""
+    for field in dataclasses.fields(config):
+        if field.metadata["unit_interval"]:
+            check_unit_interval(section, config, field.name)
+        if field.metadata["minimum"] is not None:
+            check_min(section, config, field.metadata["minimum"], field.name)
+
+
+def check_min(section: str, config: Any, minimum: int, *names: str) -> None:
     """Raises for the first field in `names` whose value is less than `minimum`."""
-    for name in names.split():
+    for name in names:
         value = getattr(config, name)
         if not value >= minimum:  # also rejects nan
             raise ConfigError(
@@ -260,9 +518,9 @@ def check_min(section: str, config: Any, minimum: int, names: str) -> None:
             )
 
 
-def check_unit_interval(section: str, config: Any, names: str) -> None:
+def check_unit_interval(section: str, config: Any, *names: str) -> None:
     """Raises for the first field in `names` whose value is not in [0, 1)."""
-    for name in names.split():
+    for name in names:
         value = getattr(config, name)
         if not 0 <= value < 1:
             raise ConfigError(
@@ -279,6 +537,8 @@ def did_you_mean(word: str, known: Any) -> str:
 
 def from_dict(cls: Any, table: Mapping[str, Any], prefix: str = "") -> Any:
     """Builds dataclass `cls` from a nested dict; unknown keys and types are errors."""
+    if renames := find_renames(table, prefix):
+        raise ConfigError(f"{'; '.join(renames)}. Use the new names.")
     hints = get_type_hints(cls)
     values = {}
     for key, value in table.items():
@@ -297,6 +557,53 @@ def from_dict(cls: Any, table: Mapping[str, Any], prefix: str = "") -> Any:
         else:
             values[key] = _check_type(name, value, hints[key])
     return cls(**values)
+
+
+RENAMED_OPTIONS = {  # earlier name: current name
+    "data.text": "data.text_column",
+    "data.label": "data.label_column",
+    "data.split": "data.split_strategy",
+    "data.balance": "data.balance_classes",
+    "data.dedupe": "data.deduplicate",
+    "data.val_seed": "data.split_seed",
+    "data.template": "data.chat_template",
+    "data.mask_prompt": "data.completion_only_loss",
+    "optim.final_lr": "optim.final_lr_fraction",
+    "optim.decay_all": "optim.decay_norms_and_biases",
+    "train.loss_chunk": "train.loss_chunk_size",
+    "tune": "finetune",
+    "tune.start": "finetune.init_from",
+    "tune.trainable": "finetune.trainable",
+    "tune.lora_rank": "finetune.lora_rank",
+    "tune.lora_alpha": "finetune.lora_alpha",
+    "tune.lora_targets": "finetune.lora_targets",
+    "tune.lm_weight": "finetune.lm_loss_weight",
+    "tune.beta": "finetune.dpo_beta",
+}
+RENAMED_VALUES = {  # option: {earlier value: current value}
+    "train.task": {"instruct": "sft", "preference": "dpo"},
+    "data.batching": {"mixed": "concat"},
+    "model.attention": {
+        "plain": "reference",
+        "prefix": "chunked",
+        "blockwise": "flash",
+    },
+}
+
+
+def find_renames(table: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Lists earlier names and values in a nested dict, with the current ones."""
+    renames = []
+    for key, value in table.items():
+        name = f"{prefix}{key}"
+        inner = find_renames(value, f"{name}.") if isinstance(value, Mapping) else []
+        if name in RENAMED_OPTIONS and not inner:
+            inner = [f"`{name}` is now `{RENAMED_OPTIONS[name]}`"]
+        values = RENAMED_VALUES.get(name, {})
+        if isinstance(value, str) and value in values:
+            inner = [f"{name} = {value!r} is now {values[value]!r}"]
+        renames += inner
+    return renames
 
 
 def _check_type(name: str, value: Any, kind: Any) -> Any:
@@ -361,8 +668,8 @@ def find_config(name: str) -> Path:
         p.relative_to(config_dir).as_posix() for p in sorted(config_dir.rglob("*.toml"))
     ]
     raise ConfigError(
-        f"config {name} not found.{did_you_mean(file_name, known)} Give the path of a TOML "
-        f"file or one of {', '.join(known)}."
+        f"config {name} not found.{did_you_mean(file_name, known)} Give the path of a "
+        f"TOML file or one of {', '.join(known)}."
     )
 
 
@@ -376,15 +683,11 @@ def config_diff(old: RunConfig, new: RunConfig) -> list[str]:
     """Lists each option that differs as `section.option: old -> new`."""
     lines = []
     for section in dataclasses.fields(old):
-        old_section, new_section = (
-            getattr(old, section.name),
-            getattr(new, section.name),
-        )
+        old_section = getattr(old, section.name)
+        new_section = getattr(new, section.name)
         for field in dataclasses.fields(old_section):
-            old_value, new_value = (
-                getattr(old_section, field.name),
-                getattr(new_section, field.name),
-            )
+            old_value = getattr(old_section, field.name)
+            new_value = getattr(new_section, field.name)
             if old_value != new_value:
                 lines.append(
                     f"{section.name}.{field.name}: {old_value!r} -> {new_value!r}"

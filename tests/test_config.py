@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 import gptjax
 from gptjax.config import (
     PRESETS,
+    RENAMED_OPTIONS,
+    RENAMED_VALUES,
     CheckpointConfig,
     DataConfig,
     FinetuneConfig,
@@ -20,6 +22,7 @@ from gptjax.config import (
     RunConfig,
     TrainConfig,
     config_diff,
+    config_options,
     from_dict,
     load_config,
 )
@@ -106,16 +109,6 @@ def runs(draw):
     )
 
 
-def options(config, prefix=""):
-    """Every option of a config class or value, under its full name."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from options(value, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", value
-
-
 @settings(deadline=None)
 @given(runs())
 def test_a_run_written_as_toml_reads_back_equal(run):
@@ -142,12 +135,12 @@ def test_an_empty_table_is_the_default_run():
 
 
 def test_a_run_has_at_most_sixty_options():
-    assert len(list(options(RunConfig()))) <= 60
+    assert len(config_options()) <= 60
 
 
 @given(st.data())
 def test_an_option_with_a_letter_missing_is_answered_with_its_name(data):
-    name, _ = data.draw(st.sampled_from(list(options(RunConfig()))))
+    name = data.draw(st.sampled_from(list(config_options())))
     *sections, option = name.split(".")
     cut = data.draw(st.integers(0, len(option) - 1))
     typo = option[:cut] + option[cut + 1 :]
@@ -156,6 +149,79 @@ def test_an_option_with_a_letter_missing_is_answered_with_its_name(data):
         table = {section: table}
 
     with pytest.raises(ConfigError, match=rf"unknown option .*{typo}\. Did you mean"):
+        from_dict(RunConfig, table)
+
+
+@pytest.mark.parametrize("name", config_options())
+def test_every_option_has_a_description_a_range_and_a_resume_policy(name):
+    field = config_options()[name]
+    section = getattr(RunConfig(), name.partition(".")[0])
+
+    assert len(field.metadata["description"]) > 10
+    assert not field.metadata["description"].endswith(".")
+    assert field.metadata["resume"] in ("identity", "trajectory", "operational")
+    minimum, unit_interval = field.metadata["minimum"], field.metadata["unit_interval"]
+    if name.startswith("mesh."):  # -1 or at least 1
+        assert (minimum, unit_interval) == (None, False)
+    elif field.type in (int, float):
+        low = 0 if unit_interval else minimum
+        assert (minimum is None) == unit_interval
+        for value in [low - 1, *([1] * unit_interval)]:
+            with pytest.raises(ConfigError, match=f"{name}="):
+                type(section)(**{field.name: field.type(value)})
+        if name != "model.d_model":  # must be divisible by n_heads
+            edge = type(section)(**{field.name: field.type(low)})
+            assert getattr(edge, field.name) == low
+    else:
+        assert (minimum, unit_interval) == (None, False)
+
+
+def nested(name, value):
+    """A config table with one option."""
+    section, _, key = name.partition(".")
+    return {section: {key: value}}
+
+
+@pytest.mark.parametrize("old", [name for name in RENAMED_OPTIONS if "." in name])
+def test_an_old_option_is_rejected_with_its_new_name(old, tmp_path):
+    new = RENAMED_OPTIONS[old]
+    path = tmp_path / "old.toml"
+    path.write_text(tomli_w.dumps(nested(old, 1)))
+
+    assert new in config_options()
+    assert old not in config_options()
+    with pytest.raises(ConfigError, match=f"`{old}` is now `{new}`"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "old"),
+    [(name, old) for name in RENAMED_VALUES for old in RENAMED_VALUES[name]],
+)
+def test_an_old_value_is_rejected_with_the_new_one(name, old):
+    new = RENAMED_VALUES[name][old]
+
+    with pytest.raises(ConfigError, match=f"{name} = {old!r} is now {new!r}"):
+        from_dict(RunConfig, nested(name, old))
+    assert from_dict(RunConfig, nested(name, new))
+
+
+def test_all_old_names_of_a_config_are_reported_at_once():
+    table = {"tune": {"start": "gpt2", "beta": 0.1}, "data": {"mask_prompt": True}}
+
+    with pytest.raises(ConfigError) as error:
+        from_dict(RunConfig, table)
+
+    assert str(error.value) == (
+        "`tune.start` is now `finetune.init_from`; `tune.beta` is now "
+        "`finetune.dpo_beta`; `data.mask_prompt` is now `data.completion_only_loss`. "
+        "Use the new names."
+    )
+
+
+@pytest.mark.parametrize("table", [{"tune": {}}, {"tune": 3}])
+def test_an_old_section_is_rejected_with_its_new_name(table):
+    with pytest.raises(ConfigError, match="`tune` is now `finetune`"):
         from_dict(RunConfig, table)
 
 

@@ -79,10 +79,8 @@ def run_chat(model: Model, name: str, sampling: dict[str, Any]) -> None:
         )
     GenerationConfig(**sampling)
     is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    print_reply, write_notice = (
-        make_printer(sys.stdout),
-        make_printer(sys.stdout if is_interactive else sys.stderr),
-    )
+    print_reply = make_printer(sys.stdout)
+    write_notice = make_printer(sys.stdout if is_interactive else sys.stderr)
 
     def print_notice(text: str) -> None:
         write_notice(f"{text}\n")
@@ -199,8 +197,8 @@ def handle_line(model: Model, session: ChatSession, line: str) -> Action:
     available = available_commands(model)
     if name not in available:
         raise ConfigError(
-            f"there is no command {name}.{did_you_mean(name, available)} /help lists them. "
-            "To send a message that starts with /, put a space before it."
+            f"there is no command {name}.{did_you_mean(name, available)} /help lists "
+            "them. To send a message that starts with /, put a space before it."
         )
     return available[name].run(model, session, "".join(rest).strip())
 
@@ -212,9 +210,9 @@ def start_turn(model: Model, session: ChatSession, text: str) -> Action:
         DataError: the message alone exceeds the context, or cannot be encoded.
     """
     message = {"role": "user", "content": text}
-    updated = dataclasses.replace(session, answers=session.num_replies + 1)
+    updated = dataclasses.replace(session, num_replies=session.num_replies + 1)
     if not model.chat_template:
-        return Action(dataclasses.replace(updated, messages=(message,)), then="reply")
+        return Action(dataclasses.replace(updated, history=(message,)), then="reply")
     system, turns = split_system_message(session.history)
     if turns and turns[-1]["role"] == "user":
         turns = turns[:-1]
@@ -227,7 +225,7 @@ def start_turn(model: Model, session: ChatSession, text: str) -> Action:
     )
     dropped_messages = (*session.dropped_messages, *turns[: 2 * num_dropped])
     updated = dataclasses.replace(
-        updated, messages=tuple(remaining), forgotten=dropped_messages
+        updated, history=tuple(remaining), dropped_messages=dropped_messages
     )
     dropped_turns = f"the first {num_dropped} turn{'s' * (num_dropped > 1)}"
     notice = f"(dropped {dropped_turns}: the context of {context:,} tokens is full)"
@@ -264,8 +262,8 @@ def truncate_history(
     raise DataError(
         f"the message is {num_tokens:,} tokens long with the template"
         f"{' and the system message' * bool(system)}, but at most {max_tokens:,} fit: "
-        f"{reserved_tokens:,} of the context's {max_tokens + reserved_tokens:,} are reserved for the reply. "
-        "Shorten it."
+        f"{reserved_tokens:,} of the context's {max_tokens + reserved_tokens:,} are "
+        "reserved for the reply. Shorten it."
     )
 
 
@@ -301,7 +299,7 @@ def stream_reply(
     if not model.chat_template or not text.strip():
         return session
     reply = {"role": "assistant", "content": text.strip()}
-    return dataclasses.replace(session, messages=(*session.history, reply))
+    return dataclasses.replace(session, history=(*session.history, reply))
 
 
 def available_commands(model: Model) -> dict[str, ChatCommand]:
@@ -329,7 +327,7 @@ def quit_chat(model: Model, session: ChatSession, argument: str) -> Action:
 def reset(model: Model, session: ChatSession, argument: str) -> Action:
     """Drops everything but the system message."""
     system, _ = split_system_message(session.history)
-    session = dataclasses.replace(session, messages=system, forgotten=())
+    session = dataclasses.replace(session, history=system, dropped_messages=())
     return Action(session, "(dropped all turns)")
 
 
@@ -337,7 +335,7 @@ def set_system(model: Model, session: ChatSession, argument: str) -> Action:
     """Sets or removes the system message."""
     _, turns = split_system_message(session.history)
     system = [{"role": "system", "content": argument}] if argument else []
-    session = dataclasses.replace(session, messages=(*system, *turns))
+    session = dataclasses.replace(session, history=(*system, *turns))
     return Action(session, f"(the system message is {'set' if system else 'removed'})")
 
 
@@ -348,7 +346,7 @@ def retry(model: Model, session: ChatSession, argument: str) -> Action:
     if not questions:
         raise ConfigError("there is no message to send again. Write one first.")
     if turns[-1]["role"] == "assistant":
-        session = dataclasses.replace(session, messages=session.history[:-1])
+        session = dataclasses.replace(session, history=session.history[:-1])
     return start_turn(model, session, questions[-1])
 
 

@@ -1,69 +1,132 @@
 """The `gptjax data` commands."""
 
-import argparse
 import itertools
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
-from gptjax.cli import arguments
+import click
 
-
-def add_data_commands(commands: Any, add_command: Any) -> None:
-    """Adds the `gptjax data` commands; `add_command` adds a single one."""
-    data = commands.add_parser("data", help="Fetch, prepare and check data.")
-    kinds = data.add_subparsers(required=True, metavar="fetch|prepare|preview|verify")
-    add_command(data_fetch, "fetch", kinds).add_argument("name", metavar="NAME")
-    arguments.add_prepare_arguments(add_command(data_prepare, "prepare", kinds))
-    add_command(data_verify, "verify", kinds).add_argument(
-        "folder", type=Path, metavar="DIR"
-    )
-    arguments.add_preview_arguments(add_command(data_preview, "preview", kinds))
+from gptjax.cli.arguments import PATH, Command, flag_option, value_option
 
 
-def data_fetch(args: argparse.Namespace) -> None:
+@click.command("fetch", cls=Command)
+@click.argument("name")
+def data_fetch(name: str) -> None:
     """Find or download a named data set and print its path."""
     from gptjax.data.datasets import fetch_dataset
 
-    print(fetch_dataset(args.name))
+    print(fetch_dataset(name))
 
 
-def data_prepare(args: argparse.Namespace) -> None:
+@click.command("prepare", cls=Command)
+@click.argument("paths", nargs=-1, required=True, metavar="PATH ...")
+@value_option(
+    "--tokenizer", default="gpt2", metavar="gpt2|bytes|bpe:N|DIR", text="tokenizer"
+)
+@value_option("--out", type=PATH, required=True, metavar="DIR", text="new folder")
+@value_option(
+    "--val-fraction",
+    type=float,
+    default=0.1,
+    metavar="X",
+    text="fraction of documents for validation, in [0, 1)",
+)
+@value_option(
+    "--seed", type=int, default=0, metavar="N", text="seed of the validation split"
+)
+@value_option(
+    "--column",
+    default="",
+    shown="detect",
+    metavar="NAME",
+    text="text column of JSON and CSV rows",
+)
+@value_option(
+    "--workers", type=int, shown="all cores", metavar="N", text="number of processes"
+)
+def data_prepare(
+    paths: tuple[str, ...],
+    tokenizer: str,
+    out: Path,
+    val_fraction: float,
+    seed: int,
+    column: str,
+    workers: int | None,
+) -> None:
     """Tokenize text files, folders and globs for training."""
     from gptjax.data.prepare import prepare_dataset, sample_windows
 
     info = prepare_dataset(
-        args.paths,
-        args.tokenizer,
-        args.out,
-        val_fraction=args.val_fraction,
-        seed=args.seed,
-        column=args.column,
-        workers=args.workers,
+        paths,
+        tokenizer,
+        out,
+        val_fraction=val_fraction,
+        seed=seed,
+        column=column,
+        workers=workers,
     )
     print(info)
-    if throughput := info.format_throughput(args.workers or os.cpu_count() or 1):
+    if throughput := info.format_throughput(workers or os.cpu_count() or 1):
         print(throughput)
-    for text in sample_windows(args.out):
+    for text in sample_windows(out):
         print(f"--- sample\n{text}")
 
 
-def data_preview(args: argparse.Namespace) -> None:
+@click.command("preview", cls=Command)
+@click.argument("path", metavar="DIR|FILE")
+@value_option(
+    "--chat-template",
+    default="alpaca",
+    metavar="NAME|FILE.jinja",
+    text="template of the conversations: alpaca, phi3, chatml, qa, single or a file",
+)
+@value_option("--tokenizer", default="gpt2", metavar="gpt2|bytes|DIR", text="tokenizer")
+@value_option(
+    "--context",
+    type=int,
+    default=1024,
+    metavar="N",
+    text="maximum sequence length in tokens",
+)
+@flag_option(
+    "--train-on-prompts",
+    text="loss on the prompts too, as with data.completion_only_loss = false",
+)
+@value_option(
+    "--rows",
+    type=int,
+    shown="3; all with --json",
+    metavar="N",
+    text="number of conversations",
+)
+@value_option(
+    "--html",
+    type=PATH,
+    shown="none",
+    metavar="FILE",
+    text="write a page instead of printing",
+)
+@flag_option("--json", "as_json", text="print one JSON object per conversation")
+def data_preview(
+    path: str,
+    chat_template: str,
+    tokenizer: str,
+    context: int,
+    train_on_prompts: bool,
+    rows: int | None,
+    html: Path | None,
+    as_json: bool,
+) -> None:
     """Show prepared data or a file of conversations as model input."""
-    if not Path(args.path).is_dir():
-        preview_conversations(args)
+    if Path(path).is_dir():
+        from gptjax.data.prepare import sample_windows
+
+        for text in sample_windows(Path(path)):
+            print(f"--- sample\n{text}")
         return
-    from gptjax.data.prepare import sample_windows
-
-    for text in sample_windows(Path(args.path)):
-        print(f"--- sample\n{text}")
-
-
-def preview_conversations(args: argparse.Namespace) -> None:
-    """Shows rows of a file of conversations: raw, rendered and tokenized."""
     from gptjax.plots.preview import (
         json_objects,
         preview_rows,
@@ -72,32 +135,31 @@ def preview_conversations(args: argparse.Namespace) -> None:
     )
 
     preview = preview_rows(
-        args.path,
-        chat_template=args.template,
-        tokenizer=args.tokenizer,
-        context=args.context,
-        completion_only_loss=not args.learn_prompts,
+        path,
+        chat_template=chat_template,
+        tokenizer=tokenizer,
+        context=context,
+        completion_only_loss=not train_on_prompts,
     )
-    rows = 3 if args.rows is None else args.rows
-    if args.json:
-        for row in itertools.islice(json_objects(preview), args.rows):
+    shown_rows = 3 if rows is None else rows
+    if as_json:
+        for row in itertools.islice(json_objects(preview), rows):
             print(json.dumps(row, ensure_ascii=False))
-    elif args.html:
-        write_html(preview, args.html, rows)
-        print(f"wrote    {args.html}")
+    elif html:
+        write_html(preview, html, shown_rows)
+        print(f"wrote    {html}")
     else:
         use_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        print(
-            render_terminal(
-                preview, rows, use_color, shutil.get_terminal_size().columns
-            )
-        )
+        columns = shutil.get_terminal_size().columns
+        print(render_terminal(preview, shown_rows, use_color, columns))
 
 
-def data_verify(args: argparse.Namespace) -> int:
+@click.command("verify", cls=Command)
+@click.argument("folder", type=PATH, metavar="DIR")
+def data_verify(folder: Path) -> int:
     """Verify all files of prepared data against its meta.json."""
     from gptjax.data.token_files import verify_prepared
 
-    problems = verify_prepared(args.folder)
-    print("\n".join(problems) or f"{args.folder}: all files verified")
+    problems = verify_prepared(folder)
+    print("\n".join(problems) or f"{folder}: all files verified")
     return 1 if problems else 0

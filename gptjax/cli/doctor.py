@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 
 from gptjax.runtime.device import package_versions
+from gptjax.runtime.installation import install_command
 
 # Oldest tested version of each package that training needs.
 MIN_VERSIONS = {
@@ -39,7 +40,7 @@ def run_doctor() -> int:
     print_check("cache", check_cache())
     for extra, module in EXTRA_MODULES.items():
         is_installed = importlib.util.find_spec(module) is not None
-        fix = "" if is_installed else f' -> pip install -e ".[{extra}]"'
+        fix = "" if is_installed else f" -> {install_command(extra)}"
         print_check(
             "extra",
             f"[{extra}] {'installed' if is_installed else 'not installed'}{fix}",

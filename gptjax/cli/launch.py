@@ -29,6 +29,7 @@ from gptjax.cli.machines import (
 )
 from gptjax.config import builtin_config_dir, did_you_mean, find_config, load_config
 from gptjax.errors import ConfigError
+from gptjax.runtime.installation import install_requirement
 
 FOLDER = Path(__file__).parent / "launchers"
 FILES = {  # launcher: template
@@ -77,13 +78,13 @@ def launch(
     for text in (config, folder, wanted.install, *overrides):
         check_text(text)
     check_run(wanted, folder)
-    text = rendered(kind, config, path, list(overrides), folder, out, wanted)
+    text = render_launcher(kind, config, path, list(overrides), folder, out, wanted)
     if out is not None and not dry_run:
         write_new(out, text)
     return text
 
 
-def rendered(
+def render_launcher(
     kind: str,
     config: str,
     path: Path,
@@ -105,10 +106,10 @@ def rendered(
     there = config if kind == "slurm" else shipped or "/etc/gptjax/config.toml"
     command = ["gptjax", "train", there, *end]
     home = '"$HOME"/gptjax.toml' if source else shlex.quote(there)
-    install = wanted.install or f"gptjax[{'tpu' if tpus else 'cuda12'}]"
+    install = wanted.install or install_requirement("tpu" if tpus else "cuda12")
     values |= {
         "name": job_name(run),
-        "file": shown(out),
+        "file": format_output(out),
         "limits": {name: values[name] for name in ("partition", "account", "time")},
         "nodes": nodes,
         "devices": devices,
@@ -132,7 +133,7 @@ def rendered(
 
 def templates() -> jinja2.Environment:
     """Makes the Jinja environment with filters for shell and YAML quoting."""
-    environment = jinja2.Environment(
+    environment = jinja2.Environment(  # noqa: S701 (scripts, not HTML)
         loader=jinja2.FileSystemLoader(FOLDER, encoding="utf-8"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -202,7 +203,7 @@ def shipped_name(path: Path) -> str:
     return found.relative_to(folder).with_suffix("").as_posix()
 
 
-def shown(out: Path | None) -> str:
+def format_output(out: Path | None) -> str:
     """Returns the file name for use in a comment."""
     name = shlex.quote(str(out)) if out is not None else "FILE"
     return name if name.isprintable() else "FILE"

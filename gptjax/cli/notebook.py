@@ -4,14 +4,18 @@ Commands run in the notebook's process, because a TPU serves one process at a ti
 the first process on a GPU allocates its memory.
 """
 
+import logging
 import shlex
 from typing import Any
 
 from gptjax.cli.main import main
+from gptjax.cli.session import StdoutHandler
+
+handler = StdoutHandler()
 
 
 def load_ipython_extension(shell: Any) -> None:
-    """Registers the line magic %gptjax; called by IPython."""
+    """Registers the line magic %gptjax and prints progress; called by IPython."""
     from IPython.core.error import UsageError  # installed, as a shell is given
 
     def gptjax(line: str) -> None:
@@ -24,3 +28,16 @@ def load_ipython_extension(shell: Any) -> None:
             raise UsageError(f"gptjax {line}: exit code {code}, see above")
 
     shell.register_magic_function(gptjax, "line")
+    logger = logging.getLogger("gptjax")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # Colab has a handler at the root logger
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """Removes the line magic and the handler; called by IPython."""
+    del shell.magics_manager.magics["line"]["gptjax"]
+    logger = logging.getLogger("gptjax")
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True

@@ -1,11 +1,14 @@
-"""Set-up shared by commands: compilation cache, --verbose, interruption."""
+"""Set-up shared by commands: messages, compilation cache, --verbose, interruption."""
 
-import argparse
+import contextlib
+import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import click
 
 from gptjax.runtime.preemption import (
     EXIT_PREEMPTED,
@@ -15,31 +18,69 @@ from gptjax.runtime.preemption import (
     set_signal_mode,
 )
 
-LAST_STARTUP_PHASE = dict.fromkeys(["run_quickstart", "run_train"], "first step")
-LAST_STARTUP_PHASE |= dict.fromkeys(["run_generate", "start_chat"], "first token")
 PROCESS_START = time.perf_counter()  # close to the start of the process
 
 
-def setup_session(args: argparse.Namespace, cache_dir: Path | None = None) -> None:
+class StdoutHandler(logging.Handler):
+    """Prints log messages to stdout and flushes, into a file as on a terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints the message; a closed pipe raises `BrokenPipeError`."""
+        print(self.format(record), flush=True)
+
+
+@contextlib.contextmanager
+def log_to_stdout() -> Iterator[None]:
+    """Prints the progress messages of the library (logger "gptjax", INFO) meanwhile."""
+    logger, handler = logging.getLogger("gptjax"), StdoutHandler()
+    if any(isinstance(other, StdoutHandler) for other in logger.handlers):
+        yield  # in a notebook
+        return
+    previous = (logger.level, logger.propagate)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # absl adds a handler to the root logger
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = previous
+
+
+def setup_session(
+    verbose: bool, cache_dir: Path, last_phase: str = "answering"
+) -> None:
     """Enables the compilation cache and --verbose until the command ends.
 
     Args:
-        args: of a command that runs a model.
-        cache_dir: folder of the compilation cache; by default that of MODEL.
+        verbose: log the startup phases to stderr.
+        cache_dir: folder of the compilation cache.
+        last_phase: name of the phase that ends with the first result.
     """
-    from gptjax.runtime.compilation_cache import cache_dir_for, persistent_cache
+    from gptjax.runtime.compilation_cache import persistent_cache
     from gptjax.runtime.timing import log_phases
 
-    exit_stack, log = (
-        args.until_end,
-        log_to_stderr if args.verbose else lambda line: None,
-    )
-    if args.verbose:
-        last_phase = LAST_STARTUP_PHASE.get(args.command.__name__, "answering")
-        exit_stack.enter_context(log_phases(log_to_stderr, PROCESS_START, last_phase))
-    exit_stack.enter_context(
-        persistent_cache(cache_dir or cache_dir_for(args.model), log)
-    )
+    context = click.get_current_context()
+    if verbose:
+        context.with_resource(log_phases(log_to_stderr, PROCESS_START, last_phase))
+    log = log_to_stderr if verbose else lambda line: None
+    context.with_resource(persistent_cache(cache_dir, log))
+
+
+def load_model(
+    name: str, *, int8: bool, verbose: bool, last_phase: str = "answering"
+) -> Any:
+    """Sets up the session and loads MODEL."""
+    from gptjax.runtime.compilation_cache import cache_dir_for
+    from gptjax.runtime.timing import mark_phase
+
+    setup_session(verbose, cache_dir_for(name), last_phase)
+    from gptjax.weights.load import load
+
+    mark_phase("importing")
+    model = load(name, log_to_stderr, int8=int8)
+    mark_phase("loading")
+    return model
 
 
 def run_interruptible(run: Callable[[], Any], mode: SignalMode = "immediate") -> int:

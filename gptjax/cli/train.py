@@ -1,104 +1,134 @@
-"""The command `gptjax train`."""
+"""The commands `gptjax train` and `gptjax quickstart`."""
 
-import argparse
-import functools
-import importlib
 import sys
 from pathlib import Path
 
+import click
+
 from gptjax.cli import arguments
-from gptjax.cli.session import run_interruptible, setup_session
-from gptjax.config import find_config, load_config
+from gptjax.cli.arguments import PATH, Command, ConfigCommand, value_option
+from gptjax.cli.session import log_to_stdout, run_interruptible, setup_session
+from gptjax.config import RunConfig, find_config, load_config
 from gptjax.runtime import supervisor
 from gptjax.runtime.timing import mark_phase
 
-TASKS = {  # train.task: where it is
-    "pretrain": ("tasks.pretrain", "pretrain"),
-    "classify": ("tasks.classify", "train_classifier"),
-    "sft": ("tasks.sft", "train_sft"),
-    "dpo": ("tasks.dpo", "train_dpo"),
-    "book": ("book.training", "train_book"),
-}
 
+@click.command("quickstart", cls=Command)
+@value_option(
+    "--run",
+    type=PATH,
+    default=Path("runs/quickstart"),
+    shown="runs/quickstart",
+    metavar="DIR",
+    text="run folder",
+)
+@arguments.session_arguments
+def run_quickstart(run: Path, verbose: bool) -> int:
+    """Train a small GPT, a classifier and an assistant in minutes.
 
-def add_train_arguments(sub: argparse.ArgumentParser) -> None:
-    """The arguments of `gptjax train`."""
-    sub.usage = "gptjax train CONFIG.toml [--section.option value ...] [--run DIR]"
-    sub.epilog = "options:\n" + "\n".join(arguments.format_config_options())
-    sub.add_argument("config", metavar="CONFIG.toml", help="a file, or one of configs/")
-    sub.add_argument("--run", type=Path, metavar="DIR", help="default: runs/CONFIG")
-    sub.add_argument(
-        "--distributed",
-        metavar="auto|HOST:PORT,N,I",
-        help="one of N processes, I from 0; HOST:PORT is of process 0",
-    )
-    sub.add_argument(
-        "--allow-change",
-        action="append",
-        default=[],
-        metavar="SECTION.OPTION",
-        help="may differ from what the run was started with; can be given again",
-    )
-    sub.add_argument(
-        "--on-spike",
-        default="",
-        metavar="log|skip|rollback",
-        help="where loss or gradient jumps: say so, skip such steps, or go back",
-    )
-    sub.add_argument(
-        "--supervise",
-        action="store_true",
-        help="start it again where it crashes or hangs",
-    )
-
-
-def run_train(args: argparse.Namespace) -> int:
-    """Train as a config says; the same command again resumes.
-
-    Every option of the config can be given as a flag, --section.option value.
+    The texts come with Python, so nothing is downloaded. The same command resumes.
     """
-    path = find_config(args.config)
-    run_dir = args.run or Path("runs") / path.stem
-    if args.supervise:
-        words = [word for word in args.words if word != "--supervise"]
+
+    def train_all() -> None:
+        setup_session(verbose, run / "compiled", "first step")
+        from gptjax.tasks.quickstart import quickstart
+
+        mark_phase("importing")
+        with log_to_stdout():
+            quickstart(run)
+
+    return run_interruptible(train_all)
+
+
+@click.command(
+    "train",
+    cls=ConfigCommand,
+    options_metavar="[--section.option VALUE ...] [OPTIONS]",
+)
+@click.argument("config_name", metavar="CONFIG.toml")
+@value_option(
+    "--run",
+    "run_dir",
+    type=PATH,
+    shown="runs/CONFIG",
+    metavar="DIR",
+    text="run folder",
+)
+@value_option(
+    "--distributed",
+    shown="a single process",
+    metavar="auto|HOST:PORT,N,I",
+    text="train as process I of N, counted from 0; HOST:PORT is a free port of the "
+    "host of process 0; auto asks the scheduler (Slurm, GKE, TPU pods)",
+)
+@click.option(
+    "--allow-change",
+    multiple=True,
+    metavar="SECTION.OPTION",
+    help="option that may differ from the config of the run that is resumed; may be "
+    "repeated  [default: none]",
+)
+@value_option(
+    "--on-spike",
+    type=click.Choice(["log", "skip"]),
+    shown="that of the run, or log",
+    text="after a spike of the loss or gradient norm: log it, or skip such updates",
+)
+@arguments.flag_option(
+    "--auto-restart", text="restart the run after a crash or hang, with a back-off"
+)
+@arguments.session_arguments
+@click.pass_context
+def run_train(
+    ctx: click.Context,
+    config_name: str,
+    overrides: list[str],
+    run_dir: Path | None,
+    distributed: str | None,
+    allow_change: tuple[str, ...],
+    on_spike: str | None,
+    auto_restart: bool,
+    verbose: bool,
+) -> int:
+    """Train as a config says; the same command resumes.
+
+    CONFIG.toml is a file or the name of a built-in config, such as tiny. Options of the
+    config are listed below by section; they replace those of the file.
+    """
+    path = find_config(config_name)
+    run_dir = run_dir or Path("runs") / path.stem
+    if auto_restart:
+        words = [word for word in ctx.obj if word != "--auto-restart"]
         return supervisor.supervise([sys.executable, "-m", "gptjax", *words], run_dir)
     supervisor.init_child()
-    if not args.distributed:
-        return run_interruptible(lambda: run_training(args, path, run_dir))
-    found: list[int] = []
 
-    def connect() -> None:
-        from gptjax.parallel import distributed
+    def train() -> None:
+        config = arguments.apply_overrides(load_config(path), overrides)
+        setup_session(verbose, run_dir / "compiled", "first step")
+        train_config(config, run_dir, allow_change, on_spike or "")
 
-        distributed.initialize(args.distributed)
-        found.append(0)
+    if not distributed:
+        return run_interruptible(train)
+    from gptjax.parallel.distributed import abort_all_on_error, initialize
 
-    return run_interruptible(connect) or train_distributed(args, path, run_dir)
-
-
-def train_distributed(args: argparse.Namespace, path: Path, run_dir: Path) -> int:
-    """`start` as one of many processes, which have found each other."""
-    from gptjax.parallel import distributed
-
-    with distributed.abort_all_on_error():
-        return run_interruptible(
-            lambda: run_training(args, path, run_dir), "collective"
-        )
+    if code := run_interruptible(lambda: initialize(distributed)):
+        return code
+    with abort_all_on_error():
+        return run_interruptible(train, "collective")
 
 
-def run_training(args: argparse.Namespace, path: Path, run_dir: Path) -> None:
-    """Reads the config and trains."""
-    config = arguments.apply_overrides(load_config(path), args.rest)
-    setup_session(args, run_dir / "compiled")
+def train_config(
+    config: RunConfig, run_dir: Path, allow_change: tuple[str, ...], on_spike: str
+) -> None:
+    """Trains the task of the config and logs the progress to stdout."""
     from gptjax.training.resource_errors import translate_resource_errors
-    from gptjax.training.task import ResumeOptions
 
-    module, function = TASKS[config.train.task]
-    run = getattr(importlib.import_module(f"gptjax.{module}"), function)
+    if config.train.task == "book":
+        from gptjax.book.training import train_book as train_task
+    else:
+        from gptjax.tasks.train import train as train_task
+
     mark_phase("importing")
-    log = functools.partial(print, flush=True)  # into a file as into a terminal
-    options = ResumeOptions(tuple(args.allow_change), args.on_spike)
-    with (
-        translate_resource_errors()
-    ):  # not only of training, but of what is written after it
-        run(config, run_dir, log, wishes=options)
+    # Resource errors may also occur after training, when the results are written.
+    with log_to_stdout(), translate_resource_errors():
+        train_task(config, run_dir, allow_change=allow_change, on_spike=on_spike)

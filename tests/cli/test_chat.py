@@ -16,7 +16,7 @@ from tests.small_models import make_model
 
 CONTEXT = 64
 BASE = make_model(context_length=CONTEXT, n_layers=1)
-ASSISTANT = dataclasses.replace(BASE, template="any")
+ASSISTANT = dataclasses.replace(BASE, chat_template="any")
 
 
 def user(text):

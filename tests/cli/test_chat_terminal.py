@@ -326,7 +326,7 @@ def test_an_assistant_with_a_real_template_answers_until_its_context_is_full(
 ):
     source = load_chat_template("chatml").source
     model = dataclasses.replace(
-        make_model(context_length=128, n_layers=1), template=source
+        make_model(context_length=128, n_layers=1), chat_template=source
     )
     piped(monkeypatch, "first\nsecond\n" + "x" * 128)
 

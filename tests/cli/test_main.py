@@ -1,14 +1,18 @@
 """The command line: what a user types, sees and gets back."""
 
 import json
+import logging
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from gptjax.cli import main
+from gptjax.cli.session import log_to_stdout
 from gptjax.config import find_config, load_config
-from gptjax.tasks.pretrain import pretrain
+from gptjax.tasks.train import train
 from tests.tasks.test_pretrain import make_config
 
 
@@ -16,7 +20,7 @@ from tests.tasks.test_pretrain import make_config
 def run(tmp_path_factory):
     """The folder of a finished tiny run."""
     folder = tmp_path_factory.mktemp("cli")
-    pretrain(make_config(folder), folder / "run", lambda line: None)
+    train(make_config(folder), folder / "run")
     return folder / "run"
 
 
@@ -30,9 +34,10 @@ def gptjax(capsys, *args):
 def test_help_imports_nothing_that_takes_time():
     program = (
         "import sys; from gptjax.cli import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit as stop: assert stop.code == 0\n"
-        "heavy = {'jax', 'flax', 'numpy', 'tyro', 'tiktoken', 'matplotlib'}\n"
+        "from gptjax.cli.main import parse_command\n"
+        "assert main.main(['--help']) == main.main(['train', '--help']) == 0\n"
+        "parse_command(['generate', 'gpt2', 'Hello'])\n"
+        "heavy = {'jax', 'flax', 'numpy', 'jinja2', 'tiktoken', 'matplotlib'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
 
@@ -133,7 +138,7 @@ MESSAGES = {
     "unknown model": "no model 'nowhere'",
     "unknown data set": "Did you mean verdict",
     "unknown argument": "--strid",
-    "no command": "COMMAND",
+    "no command": "command",
 }
 
 
@@ -143,10 +148,7 @@ def test_a_mistake_gives_one_message_no_traceback_and_2(capsys, case, tmp_path):
     if args[:1] == ["train"]:
         args = [*args, "--run", tmp_path / "run"]
 
-    try:
-        code, out, err = gptjax(capsys, *args)
-    except SystemExit as stop:  # argparse and tyro leave by themselves
-        code, (out, err) = stop.code, capsys.readouterr()
+    code, out, err = gptjax(capsys, *args)
 
     assert code == 2
     assert MESSAGES[case] in err
@@ -201,3 +203,50 @@ def test_every_shipped_config_can_be_read():
         assert config.optim.warmup_steps <= config.train.steps
         text = find_config(name).read_text()
         assert text.startswith("# gptjax "), f"{name} does not say its command"
+
+
+def test_progress_messages_are_printed_only_while_a_command_trains(capsys):
+    logger = logging.getLogger("gptjax")
+    before = (logger.level, logger.propagate, list(logger.handlers))
+
+    with log_to_stdout():
+        logging.getLogger("gptjax.training.trainer").info("step %d", 3)
+        logger.debug("details")
+    logger.info("silent")
+
+    assert capsys.readouterr() == ("step 3\n", "")
+    assert (logger.level, logger.propagate, list(logger.handlers)) == before
+
+
+def test_a_closed_pipe_ends_the_command_quietly():
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "gptjax", "train", "--help"]
+
+    done = subprocess.run(
+        command, stdout=write_end, stderr=subprocess.PIPE, check=False
+    )
+
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_ctrl_c_gives_exit_code_130(monkeypatch):
+    def interrupt(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gptjax.data.datasets.fetch_dataset", interrupt)
+
+    assert main.main(["data", "fetch", "verdict"]) == 130
+
+
+def test_auto_restart_runs_the_same_command_line_without_it(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "gptjax.runtime.supervisor.supervise", lambda *args: calls.append(args) or 75
+    )
+    words = ["train", "tiny", "--train.steps=3", "--run", "a b"]
+
+    assert main.main([*words[:2], "--auto-restart", *words[2:]]) == 75
+
+    assert calls == [([sys.executable, "-m", "gptjax", *words], Path("a b"))]

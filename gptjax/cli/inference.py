@@ -1,0 +1,180 @@
+"""The commands `gptjax generate`, `gptjax classify` and `gptjax chat`."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gptjax.cli import arguments
+from gptjax.cli.arguments import PATH, Command, flag_option, value_option
+from gptjax.cli.session import load_model, log_to_stderr
+from gptjax.errors import ConfigError
+
+
+@click.command("generate", cls=Command)
+@click.argument("model")
+@click.argument("prompt", required=False)
+@value_option(
+    "--few-shot",
+    type=PATH,
+    shown="no examples",
+    metavar="FILE.jsonl",
+    text='examples before the prompt, one {"input": ..., "output": ...} per line; the '
+    "completion ends with its line",
+)
+@flag_option("--chat", text="answer the prompt as an assistant, in its chat template")
+@arguments.sampling_arguments(max_new_tokens=100, temperature=0.8)
+@value_option(
+    "--min-p",
+    type=float,
+    default=0.0,
+    metavar="P",
+    text="minimum probability of a token, relative to the most likely one",
+)
+@value_option(
+    "--repetition-penalty",
+    type=float,
+    default=1.0,
+    metavar="X",
+    text="penalty on repeated tokens, above 0; 1 = off",
+)
+@click.option(
+    "--stop",
+    multiple=True,
+    metavar="TEXT",
+    help="text that ends the completion; may be repeated  [default: none]",
+)
+@value_option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="N",
+    text="number of completions",
+)
+@flag_option("--json", "as_json", text="print one JSON object per completion")
+@arguments.model_session_arguments
+def run_generate(
+    model: str,
+    prompt: str | None,
+    few_shot: Path | None,
+    chat: bool,
+    stop: tuple[str, ...],
+    samples: int,
+    as_json: bool,
+    int8: bool,
+    verbose: bool,
+    **sampling: Any,
+) -> None:
+    """Complete a prompt, or answer it as an assistant (--chat).
+
+    MODEL is described in gptjax --help. PROMPT is read from stdin if it is missing.
+    """
+    from gptjax.inference.generate import complete, few_shot_prompt, stream
+
+    prompt = sys.stdin.read() if prompt is None else prompt
+    if few_shot:
+        prompt = few_shot_prompt(few_shot, prompt)
+        stop = stop or ("\n",)
+    loaded = load_model(model, int8=int8, verbose=verbose, last_phase="first token")
+    sampling["stop"] = stop
+    if chat:
+        from gptjax.inference.assistant import answer
+
+        print(answer(loaded, prompt, **sampling))
+        return
+    if samples == 1 and not as_json:
+        print("" if few_shot else prompt, end="", flush=True)
+        for piece in stream(loaded, prompt, **sampling):
+            print(piece, end="", flush=True)
+        print()
+        return
+    for sample in complete(loaded, prompt, samples=samples, **sampling):
+        if as_json:
+            print(json.dumps(dataclasses.asdict(sample), ensure_ascii=False))
+        else:
+            print(f"--- {sample.finish_reason}\n{prompt}{sample.text}")
+
+
+@click.command("chat", cls=Command)
+@click.argument("model")
+@arguments.sampling_arguments(max_new_tokens=256, temperature=0.7)
+@arguments.model_session_arguments
+def start_chat(model: str, int8: bool, verbose: bool, **sampling: Any) -> None:
+    """Talk to an assistant in the terminal.
+
+    MODEL is described in gptjax --help. /help lists the commands of the chat.
+    """
+    from gptjax.cli.chat import run_chat
+
+    loaded = load_model(model, int8=int8, verbose=verbose, last_phase="first token")
+    run_chat(loaded, model, sampling)
+
+
+@click.command("classify", cls=Command)
+@click.argument("model")
+@click.argument("texts", nargs=-1, metavar="[TEXT ...]")
+@value_option(
+    "--file",
+    type=PATH,
+    shown="none",
+    metavar="IN",
+    text="CSV, TSV, JSON lines or text file to label, together with --out",
+)
+@value_option(
+    "--out",
+    type=PATH,
+    shown="none",
+    metavar="OUT",
+    text="copy of IN with a label and its probability in each row",
+)
+@value_option(
+    "--text",
+    "text_column",
+    default="",
+    shown="detect",
+    metavar="NAME",
+    text="text column of IN",
+)
+@flag_option("--json", "as_json", text="print one JSON object per text")
+@arguments.model_session_arguments
+def run_classify(
+    model: str,
+    texts: tuple[str, ...],
+    file: Path | None,
+    out: Path | None,
+    text_column: str,
+    as_json: bool,
+    int8: bool,
+    verbose: bool,
+) -> None:
+    """Label texts, or every row of a file, with probabilities.
+
+    MODEL is described in gptjax --help. Without TEXT and --file, each line of stdin is
+    a text.
+    """
+    from gptjax.inference.classify import classify
+    from gptjax.inference.label_file import label_file
+
+    if (file is None) != (out is None) or (file and texts):
+        raise ConfigError(
+            "classify takes texts, or --file IN together with --out OUT. Give one."
+        )
+    loaded = load_model(model, int8=int8, verbose=verbose)
+    if file and out:
+        label_file(
+            file,
+            out,
+            lambda texts: [label[:2] for label in classify(loaded, texts)],
+            text_column=text_column,
+            log=log_to_stderr,
+        )
+        return
+    lines = list(texts) or [line for line in sys.stdin.read().splitlines() if line]
+    for text, result in zip(lines, classify(loaded, lines), strict=True):
+        if as_json:
+            print(json.dumps({"text": text, **result._asdict()}, ensure_ascii=False))
+        else:
+            print(f"{result.label} {result.probability:.3f}  {text}")

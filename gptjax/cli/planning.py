@@ -1,0 +1,153 @@
+"""The commands `gptjax plan` and `gptjax launch`."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gptjax.cli.arguments import (
+    PATH,
+    ConfigCommand,
+    apply_overrides,
+    flag_option,
+    value_option,
+)
+from gptjax.cli.session import log_to_stderr
+from gptjax.config import find_config, load_config
+from gptjax.runtime.installation import install_command
+
+
+@click.command(
+    "plan", cls=ConfigCommand, options_metavar="[--section.option VALUE ...] [OPTIONS]"
+)
+@click.argument("config_name", metavar="CONFIG.toml")
+@value_option(
+    "--topology",
+    default="",
+    shown="the devices of this machine",
+    metavar="v5e:2x4|v6e:1|v5p:2x2x4|h100:8|cpu:8",
+    text="devices to plan for",
+)
+@value_option(
+    "--compare-profile",
+    type=PATH,
+    shown="none",
+    metavar="RUN",
+    text="run folder whose measurements are printed next to the plan",
+)
+@flag_option("--no-compile", text="estimate everything, without the compiler")
+@flag_option("--json", "as_json", text="print one JSON object")
+def run_plan(
+    config_name: str,
+    overrides: list[str],
+    topology: str,
+    compare_profile: Path | None,
+    no_compile: bool,
+    as_json: bool,
+) -> int:
+    """Estimate parameters, FLOPs, memory and communication of a run.
+
+    Nothing is trained. With gptjax[tpu-plan], the compiler for TPUs is used even if
+    there are none. The exit code is 1 if the run does not fit into memory.
+
+    CONFIG.toml is a file or the name of a built-in config, such as tiny. Options of the
+    config are listed below by section; they replace those of the file.
+    """
+    from gptjax.training.hardware import local_topology, parse_topology
+
+    config = apply_overrides(load_config(find_config(config_name)), overrides)
+    target = parse_topology(topology) if topology else local_topology()
+    if topology:  # before JAX starts: else libtpu looks for a TPU
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        if target.chip.platform == "cpu":
+            os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(target.devices))
+    from gptjax.planning import aot, plan
+
+    run_compiler = aot.can_compile(target) and not no_compile
+    if run_compiler:
+        log_to_stderr(f"compiling for {target} ...")
+    result = plan.make_plan(config, target, run_compiler)
+    print(
+        json.dumps(result.to_dict()) if as_json else "\n".join(plan.format_plan(result))
+    )
+    if not run_compiler and not no_compile and target.chip.platform == "tpu":
+        log_to_stderr(f"For the compiler's own figures: {install_command('tpu-plan')}")
+    if compare_profile:
+        plan.compare_with_profile(result, compare_profile, print)
+    return 1 if result.fits is False else 0
+
+
+@click.command(
+    "launch",
+    cls=ConfigCommand,
+    options_metavar="[--section.option VALUE ...] [OPTIONS]",
+)
+@click.argument("kind", type=click.Choice(["slurm", "gke", "tpu-vm", "skypilot"]))
+@click.argument("config_name", metavar="CONFIG.toml")
+@value_option("--run", type=PATH, shown="runs/CONFIG", metavar="DIR", text="run folder")
+@value_option(
+    "--out", type=PATH, shown="stdout", metavar="FILE", text="new file to write"
+)
+@flag_option("--dry-run", text="print, and write nothing")
+@value_option("--nodes", type=int, shown="1", metavar="N", text="number of machines")
+@value_option(
+    "--devices", type=int, shown="1", metavar="N", text="GPUs per node; 0 = none"
+)
+@value_option("--accelerator", default="", metavar="GPU", text="GPU type, such as H100")
+@value_option(
+    "--topology", default="", metavar="SLICE", text="TPU slice, such as v5e:4x8"
+)
+@value_option(
+    "--volume",
+    default="",
+    metavar="CLAIM|HOST:/EXPORT",
+    text="shared file system of the hosts",
+)
+@value_option("--partition", default="", metavar="NAME", text="partition of Slurm")
+@value_option("--account", default="", metavar="NAME", text="account of Slurm")
+@value_option(
+    "--time", default="", metavar="TIME", text="time limit of Slurm, such as 24:00:00"
+)
+@value_option(
+    "--zone", default="", metavar="ZONE", text="Google Cloud zone, such as us-west4-a"
+)
+@value_option("--project", default="", metavar="NAME", text="Google Cloud project")
+@value_option(
+    "--image", default="", metavar="IMAGE", text="container image with gptjax (gke)"
+)
+@value_option(
+    "--install",
+    default="",
+    shown="gptjax[EXTRA] @ git+URL",
+    metavar="REQUIREMENT",
+    text="pip requirement",
+)
+@flag_option("--spot", text="use spot (preemptible) machines")
+def run_launch(
+    kind: str,
+    config_name: str,
+    overrides: list[str],
+    run: Path | None,
+    out: Path | None,
+    dry_run: bool,
+    **machines: Any,
+) -> None:
+    """Write the script with which a scheduler trains on many hosts.
+
+    Nothing is started.
+
+    CONFIG.toml is a file or the name of a built-in config, such as tiny. Options of the
+    config are listed below by section; they replace those of the file.
+    """
+    from gptjax.cli.launch import launch
+
+    apply_overrides(load_config(find_config(config_name)), overrides)  # checks them
+    text = launch(
+        kind, config_name, overrides, run=run, out=out, dry_run=dry_run, **machines
+    )
+    if out is None or dry_run:
+        print(text, end="")
+    else:
+        print(f"wrote    {out}")
