@@ -1,7 +1,7 @@
-"""What every test starts from: eight emulated devices, no silent broadcasting.
+"""Settings of all tests: eight emulated devices, no implicit rank promotion.
 
-Where JAX_PLATFORMS names a GPU, tests that need no mesh run on that one device:
-`JAX_PLATFORMS=cuda pytest -n0 tests/model/attention/test_attention_conformance.py`, and others.
+If JAX_PLATFORMS names a GPU, tests that need no mesh run on that one device:
+`JAX_PLATFORMS=cuda pytest -n0 tests/model/attention/test_attention_conformance.py`.
 """
 
 import os
@@ -44,15 +44,15 @@ if SHARED.is_dir():
 def one_device_unless_asked() -> Iterator[None]:
     """Runs train on one of the devices where their config leaves the mesh as it is."""
     from gptjax.config import MeshConfig
-    from gptjax.training import trainer
+    from gptjax.training import run_dir
 
-    make_mesh = trainer.make_mesh
+    make_mesh = run_dir.make_mesh
 
     def chosen(config: MeshConfig) -> object:
         return None if config == MeshConfig() else make_mesh(config)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "make_mesh", chosen)
+        patch.setattr(run_dir, "make_mesh", chosen)
         yield
 
 

@@ -19,12 +19,13 @@ import tomli_w
 
 from gptjax.checkpoint.checkpoint import restore
 from gptjax.config import RunConfig, from_dict
-from gptjax.parallel.sharding import MESH_AXES, to_host
-from gptjax.tasks import pretrain
+from gptjax.parallel.sharding import MESH_AXES, make_mesh, to_host
+from gptjax.tasks.pretrain import PRETRAIN
+from gptjax.tasks.train import train as train_run
 from gptjax.tokenizer import tokenizer
 from gptjax.training.metrics import read_events
 from gptjax.training.task import RunContext
-from gptjax.training.trainer import checkpoint_state, make_mesh, shard_task
+from gptjax.training.trainer import checkpoint_state, shard_task
 from gptjax.tree import flatten_with_names
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,34 +58,36 @@ TABLE = {
 HASHES = """
 import json, sys
 from pathlib import Path
-from gptjax import distributed
-distributed.start(sys.argv[-1])
+from gptjax.parallel import distributed
+distributed.initialize(sys.argv[-1])
 from tests.processes import config_on, restored_hashes
 print(json.dumps(restored_hashes(config_on((2, 2, 1)), Path("run"), 16)))
 """
 BROKEN = """
 import sys
-from gptjax import cli, run_steps
-run_steps.train_event = None
-sys.exit(cli.main(sys.argv[1:]))
+from gptjax.cli import main
+from gptjax.training import metrics
+metrics.log_train_metrics = None
+sys.exit(main.main(sys.argv[1:]))
 """
 IMPATIENT = """
 import sys
-from gptjax import distributed
-distributed.START_SECONDS = 2
-distributed.start(sys.argv[1])
+from gptjax.parallel import distributed
+distributed.INIT_TIMEOUT_SECONDS = 2
+distributed.initialize(sys.argv[1])
 """
 AUTO = """
-from gptjax import distributed
-distributed.start("auto")
+from gptjax.parallel import distributed
+distributed.initialize("auto")
 import jax
 print(jax.process_index(), jax.process_count(), jax.device_count())
 """
 OTHER_CODE = """
 import sys
-from gptjax import cli, distributed
-distributed.code_facts = lambda: "of another version"
-sys.exit(cli.main(sys.argv[1:]))
+from gptjax.cli import main
+from gptjax.parallel import distributed
+distributed.source_hash = lambda: "of another version"
+sys.exit(main.main(sys.argv[1:]))
 """
 
 # Gloo writes "[Gloo] Rank 0 is connected to 1 peer ranks. Expected number of connected
@@ -212,7 +215,7 @@ def run_here(folder: Path, mesh: Sequence[int] | None = None) -> None:
     """Runs on devices of pytest's own process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        pretrain.pretrain(config_on(mesh), folder / "run", lambda line: None)
+        train_run(config_on(mesh), folder / "run")
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
@@ -228,10 +231,9 @@ def last_step(run: Path) -> int:
 
 def restored_hashes(config: RunConfig, run: Path, step: int) -> dict[str, str]:
     """A hash of each array of a checkpoint, as it comes back on the config's mesh."""
-    mesh = make_mesh(config.mesh)
-    here = RunContext(config, run, lambda line: None, mesh)
-    here, task = pretrain.make_pretrain_task(here)
-    like = checkpoint_state(shard_task(task, here).init_state)
+    here, data = PRETRAIN.load_data(RunContext(config, run, make_mesh(config.mesh)))
+    task = PRETRAIN.make_task(here, data)
+    like = checkpoint_state(shard_task(here, task).init_state)
     tree = to_host(restore(here.checkpoint_dir, step, like))
     return {
         name: hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()

@@ -5,23 +5,24 @@ which this package generates without PyTorch. Read `torch_random` first. The res
 gptjax does not need this package. Public names are imported on first use.
 """
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-HOMES = {  # public name: the module that defines it
-    "Loader": "loader",
-    "TorchGenerator": "torch_random",
-    "epochs": "loader",
-    "init_params": "params",
-}
-__all__ = [*HOMES]
+if TYPE_CHECKING:
+    from gptjax.book.loader import Loader as Loader
+    from gptjax.book.loader import epochs as epochs
+    from gptjax.book.params import init_params as init_params
+    from gptjax.book.torch_random import TorchGenerator as TorchGenerator
+
+__all__ = ["Loader", "TorchGenerator", "epochs", "init_params"]
 
 
 def __getattr__(name: str) -> Any:
     """Loads a public name from its module (PEP 562)."""
-    if name not in HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'gptjax.book' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"gptjax.book.{HOMES[name]}"), name)
+    from gptjax.book import loader, params
+
+    return getattr(params if hasattr(params, name) else loader, name)
 
 
 def __dir__() -> list[str]:

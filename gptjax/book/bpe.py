@@ -4,8 +4,8 @@ A word starts as a sequence of characters. Training repeatedly merges the most f
 pair of adjacent symbols into a new symbol (Sennrich et al. 2016); encoding applies the
 merges to new text. From text to words, symbols and ids:
 
-    ids = encode(spaced_words(text), train(text, 1000))
-    ids = encode(gpt2_words(text), gpt2_table())
+    ids = encode_words(spaced_words(text), train_merges(text, 1000))
+    ids = encode_words(gpt2_words(text), gpt2_merge_table())
 
 The production version works on bytes: see `gptjax.tokenizer`.
 """
@@ -24,10 +24,8 @@ from gptjax.tokenizer.bpe import SPLIT_REGEX, encode_utf8
 Pair = tuple[str, str]
 Symbols = tuple[str, ...]
 
-SPACE_MARK = "Ġ"  # stands for a space within a symbol
-SPACED_WORD = re.compile(
-    r" ?\S+|\s"
-)  # non-space characters with an optional space before
+SPACE_MARK = "Ġ"  # represents a space within a symbol
+SPACED_WORD = re.compile(r" ?\S+|\s")  # white space, or a word with a space before it
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -57,8 +55,8 @@ def spaced_words(text: str) -> list[str]:
     """
     if SPACE_MARK in text:
         raise DataError(
-            f"the text contains {SPACE_MARK!r}, which is reserved for spaces. Replace it, "
-            "or use gpt2_words."
+            f"the text contains {SPACE_MARK!r}, which is reserved for spaces. Replace "
+            "it, or use gpt2_words."
         )
     return [word.replace(" ", SPACE_MARK) for word in SPACED_WORD.findall(text)]
 
@@ -160,7 +158,7 @@ def train_merges(text: str, vocab_size: int) -> MergeTable:
         pair = max(counts, key=counts.__getitem__)  # the first of equals
         ranks[pair] = len(ranks)
         symbols.append("".join(pair))
-        words = {  # skip the words without the pair, which are most
+        words = {  # most words do not contain the pair
             merge_pairs(word, {pair}) if pair[0] in word else word: count
             for word, count in words.items()
         }
@@ -171,9 +169,8 @@ def train_merges(text: str, vocab_size: int) -> MergeTable:
 def gpt2_merge_table() -> MergeTable:
     """GPT-2's table: 50,257 symbols, 50,000 merges."""
     lines = tokenizer.read_gpt2_merges()
-    symbols = map(
-        tokenizer.bytes_to_unicode, tokenizer.load_tokenizer("gpt2").ranks
-    )  # in order of ids
+    ranked_tokens = tokenizer.load_tokenizer("gpt2").ranks  # in order of ids
+    symbols = map(tokenizer.bytes_to_unicode, ranked_tokens)
     ranks = {(a, b): rank for rank, (a, b) in enumerate(map(str.split, lines))}
     return MergeTable((*symbols, tokenizer.ENDOFTEXT), ranks)
 
@@ -182,7 +179,7 @@ def gpt2_merge_table() -> MergeTable:
 
 
 def merge_by_rank(word: str, table: MergeTable) -> Symbols:
-    """Applies the merges to a word, in the order in which they were learned.
+    """Applies the merges to a word, in the order of training.
 
     >>> merge_by_rank("Ġlower", train_merges("low lower lowest", 261))
     ('Ġlow', 'e', 'r')

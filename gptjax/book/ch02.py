@@ -1,6 +1,6 @@
 """Chapter 2: tokenization, training windows and embeddings, one step at a time.
 
-The letters in array names are those of `gptjax.model.gpt.gpt`. The production versions are
+The letters in array names are those of `gptjax.model.gpt`. The production versions are
 `gptjax.tokenizer` and `gptjax.data`.
 """
 
@@ -46,7 +46,7 @@ def make_vocabulary(
 ) -> dict[str, int]:
     """Maps the sorted distinct tokens, then the special tokens, to ids.
 
-    >>> make_vocabulary(["to", "be", "or", "not", "to", "be"], [UNKNOWN])
+    >>> make_vocabulary(["to", "be", "or", "not", "to", "be"], [UNKNOWN_TOKEN])
     {'be': 0, 'not': 1, 'or': 2, 'to': 3, '<|unk|>': 4}
     """
     names = [*sorted(set(tokens)), *special_tokens]
@@ -56,7 +56,7 @@ def make_vocabulary(
 def simple_encode(text: str, ids: Mapping[str, int]) -> list[int]:
     """Encodes text; unknown tokens become <|unk|> if the vocabulary has it.
 
-    >>> simple_encode("be or see", {"be": 0, "or": 1, UNKNOWN: 2})
+    >>> simple_encode("be or see", {"be": 0, "or": 1, UNKNOWN_TOKEN: 2})
     [0, 1, 2]
 
     Raises:
@@ -69,7 +69,8 @@ def simple_encode(text: str, ids: Mapping[str, int]) -> list[int]:
         if token not in ids:
             raise DataError(
                 f"the word {token!r} is not in the vocabulary of {len(ids)} tokens. "
-                f"Add {UNKNOWN_TOKEN}, or build the vocabulary from text with this word."
+                f"Add {UNKNOWN_TOKEN}, or build the vocabulary from text with this "
+                "word."
             )
     return [ids[token] for token in tokens]
 

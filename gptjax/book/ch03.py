@@ -1,8 +1,8 @@
 """Chapter 3: attention from dot products to multiple heads, one step at a time.
 
-The letters in array names are those of `gptjax.model.gpt.gpt`; E is the output width of
+The letters in array names are those of `gptjax.model.gpt`; E is the output width of
 multi-head attention, equal to D in a GPT. Functions of [T, D] take one sequence; batch
-them with `jax.vmap`. The production version is `gptjax.model.gpt.attention`.
+them with `jax.vmap`. The production version is `gptjax.model.attention`.
 """
 
 import math
@@ -18,7 +18,8 @@ from gptjax.errors import ConfigError
 TokenVectors = Float[Array, "T D"]
 AnyArray = Array | np.ndarray
 
-EXAMPLE_INPUTS = (  # section 3.3.1: "Your journey starts with one step", one row per word
+# Section 3.3.1: "Your journey starts with one step", one row per word.
+EXAMPLE_INPUTS = (
     (0.43, 0.15, 0.89),
     (0.55, 0.87, 0.66),
     (0.57, 0.85, 0.64),
@@ -34,7 +35,7 @@ EXAMPLE_INPUTS = (  # section 3.3.1: "Your journey starts with one step", one ro
 def similarity(x_TD: TokenVectors) -> Float[Array, "T S"]:
     """Attention weights: the softmax of dot products between tokens.
 
-    >>> print(*(f"{weight:.4f}" for weight in similarity(jnp.array(JOURNEY))[1]))
+    >>> print(*(f"{weight:.4f}" for weight in similarity(jnp.array(EXAMPLE_INPUTS))[1]))
     0.1385 0.2379 0.2333 0.1240 0.1082 0.1581
     """
     x_SD = x_TD  # the same tokens, as keys
@@ -44,7 +45,7 @@ def similarity(x_TD: TokenVectors) -> Float[Array, "T S"]:
 def simple_attention(x_TD: TokenVectors) -> TokenVectors:
     """Averages all tokens, weighted by similarity.
 
-    >>> print(*(f"{x:.4f}" for x in simple_attention(jnp.array(JOURNEY))[1]))
+    >>> print(*(f"{x:.4f}" for x in simple_attention(jnp.array(EXAMPLE_INPUTS))[1]))
     0.4419 0.6515 0.5683
     """
     return similarity(x_TD) @ x_TD

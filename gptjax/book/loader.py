@@ -30,7 +30,7 @@ class Loader:
 
     def __post_init__(self) -> None:
         """Checks that there is at least one batch."""
-        check_min("loader", self, 1, "items batch_size")
+        check_min("loader", self, 1, "items", "batch_size")
         if self.drop_last and self.items < self.batch_size:
             raise ConfigError(
                 f"{self.items} items are fewer than batch_size={self.batch_size}. "
@@ -45,7 +45,7 @@ class Loader:
     def start_epoch(self, generator: TorchGenerator) -> BatchIndices:
         """Starts a pass and returns its batches of item indices.
 
-        >>> Loader(5, 2).begin(TorchGenerator(123))
+        >>> Loader(5, 2).start_epoch(TorchGenerator(123))
         [[3, 1], [0, 2]]
         """
         *_, high, low = generator.next_uint32(self.numbers_per_pass).tolist()

@@ -12,12 +12,11 @@ import numpy as np
 from gptjax.book.loader import BatchIndices, Loader
 from gptjax.book.torch_random import TorchGenerator
 from gptjax.config import RunConfig, TrainConfig
-from gptjax.training.metrics import log_event
-from gptjax.training.task import RunContext, Task
+from gptjax.data.text import TEST_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT
+from gptjax.training.task import EvalResult, RunContext, Task
 from gptjax.training.train_step import TrainState
 from gptjax.weights.model_folder import Model
 
-TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT = "train", "validation", "test"
 FIRST_EVAL_STEP = 1  # steps before the book's first evaluation
 
 # (model, split, row indices of a batch) -> metrics of the batch
@@ -110,12 +109,14 @@ def make_book_evaluate(
     schedule: BatchSchedule,
     initial_batches: Mapping[str, Mapping[str, BatchIndices]],
     score_batch: BatchScoreFn,
-) -> Callable[[TrainState, int, bool], str]:
-    """Extends a task's evaluation: logs the metrics that the book prints.
+) -> Callable[[TrainState, int, bool], EvalResult]:
+    """Extends a task's evaluation by the metrics that the book prints.
+
+    Adds a "book" event with "train_loss" and other metrics.
 
     Args:
-        run: receives a "book" event with "train_loss" and other metrics.
-        task: its own `evaluate_and_log` runs first.
+        run: the run.
+        task: its own evaluation comes first.
         schedule: batches of the run.
         initial_batches: batches to evaluate before the first step, by metric ("loss",
             "accuracy") and split.
@@ -123,15 +124,13 @@ def make_book_evaluate(
     """
     val_batches = schedule.val_batches[: run.config.train.eval_batches]
 
-    def evaluate_and_log(state: TrainState, step: int, last: bool) -> str:
-        text = task.evaluate(state, step, last)
+    def evaluate(state: TrainState, step: int, is_last: bool) -> EvalResult:
+        result = task.evaluate(state, step, is_last)
         batches_by_metric = dict(initial_batches) if not step else {}
         if step in schedule.eval_batches:
+            train_batches = schedule.eval_batches[step]
             batches_by_metric = {
-                "loss": {
-                    TRAIN_SPLIT: schedule.eval_batches[step],
-                    VALIDATION_SPLIT: val_batches,
-                }
+                "loss": {TRAIN_SPLIT: train_batches, VALIDATION_SPLIT: val_batches}
             }
         model = task.to_model(state)
         metrics = {
@@ -141,12 +140,12 @@ def make_book_evaluate(
             for name, batches_by_split in batches_by_metric.items()
             for split, batches in batches_by_split.items()
         }
-        if metrics:
-            log_event(run.metrics_path, "book", step, **metrics)
-            metrics_text = ", ".join(
-                f"{name} {value:.3f}" for name, value in metrics.items()
-            )
-            run.log(f"book     {metrics_text.replace('_', ' ')}")
-        return text
+        if not metrics:
+            return result
+        text = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        return result._replace(
+            events=[*result.events, ("book", metrics)],
+            log_lines=(f"book     {text.replace('_', ' ')}",),
+        )
 
-    return evaluate_and_log
+    return evaluate

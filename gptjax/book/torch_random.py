@@ -91,8 +91,8 @@ class TorchGenerator:
         """
         if (count := math.prod(check_shape(shape))) < BOX_MULLER_BLOCK:
             raise ConfigError(
-                f"normal({shape}) has {count} numbers, but at least {BOX_MULLER_BLOCK} are "
-                "required: PyTorch uses another algorithm for fewer."
+                f"normal({shape}) has {count} numbers, but at least {BOX_MULLER_BLOCK} "
+                "are required: PyTorch uses another algorithm for fewer."
             )
         array = self.uniform(shape)
         flat = array.reshape(-1)
@@ -200,10 +200,8 @@ def cos_sin(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     )
     odd = fma(horner(square, SIN_COEFFICIENTS) * square, x, x)
     is_even_quadrant = (octant & 2) == 0
-    cosine, sine = (
-        np.where(is_even_quadrant, even, odd),
-        np.where(is_even_quadrant, odd, even),
-    )
+    cosine = np.where(is_even_quadrant, even, odd)
+    sine = np.where(is_even_quadrant, odd, even)
     return (
         np.where((octant - 2) & 4, cosine, -cosine),
         np.where(octant & 4, -sine, sine),

@@ -7,9 +7,9 @@ here. Dropout masks differ from the book's.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,6 @@ from gptjax.book.loader import Loader
 from gptjax.book.params import init_params
 from gptjax.book.schedule import (
     FIRST_EVAL_STEP,
-    TEST_SPLIT,
-    TRAIN_SPLIT,
-    VALIDATION_SPLIT,
     BatchSchedule,
     first_batches,
     make_book_evaluate,
@@ -35,23 +32,30 @@ from gptjax.data.classification import ClassificationBatches, take
 from gptjax.data.datasets import fetch_dataset
 from gptjax.data.lm import Batch, make_lm_batch
 from gptjax.data.sft import BookBatches
+from gptjax.data.text import TEST_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError
+from gptjax.evaluation import perplexity
 from gptjax.evaluation.classification import evaluate_classifier
 from gptjax.evaluation.instructions import example_loss
-from gptjax.evaluation.perplexity import evaluate, make_eval_step
 from gptjax.inference.classify import bucket_lengths
 from gptjax.parallel.sharding import to_host
-from gptjax.tasks import classify, pretrain, sft
-from gptjax.tokenizer.tokenizer import load_tokenizer
+from gptjax.tasks.builder import TaskStages
+from gptjax.tasks.classify import (
+    ClassificationData,
+    finalize_classification,
+    load_classification_data,
+    make_classification_task,
+)
+from gptjax.tasks.pretrain import finalize_pretrain, make_sample
+from gptjax.tasks.sft import SFTData, finalize_sft, load_sft_data, make_sft_task
+from gptjax.tasks.train import run_stages
+from gptjax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from gptjax.training import estimate
 from gptjax.training.finetune import tokenizer_provenance
 from gptjax.training.loss import make_lm_loss_fn
-from gptjax.training.metrics import log_event
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.task import (
-    DEFAULT_RESUME_OPTIONS,
-    LogFn,
-    ResumeOptions,
+    EvalResult,
     RunContext,
     Task,
     describe_devices,
@@ -60,37 +64,6 @@ from gptjax.training.task import (
 from gptjax.training.train_step import TrainState, init_state, make_train_step
 from gptjax.tree import num_params
 from gptjax.weights.model_folder import Model
-
-
-def train_book(
-    config: RunConfig,
-    run_dir: Path,
-    log: LogFn = print,
-    options: ResumeOptions = DEFAULT_RESUME_OPTIONS,
-) -> Model:
-    """Trains as a chapter of the book does; resumes if the run exists.
-
-    Args:
-        config: `data.source` selects the chapter.
-        run_dir: run directory; created if missing.
-        log: called with each line for the user.
-        options: resume options.
-
-    Raises:
-        GptjaxError: invalid data, config or run directory.
-        Interrupted: a signal was received; the same call resumes.
-    """
-    source = config.data.source
-    if source == "verdict":
-        return pretrain.pretrain(config, run_dir, log, make_chapter_5, options)
-    if source == "sms-spam":
-        return classify.train_classifier(config, run_dir, log, make_chapter_6, options)
-    if source == "instructions":
-        return sft.train_sft(config, run_dir, log, make_chapter_7, options)
-    raise ConfigError(
-        f"data.source={source!r} is not used by the book. Use verdict, sms-spam or "
-        "instructions, or another train.task."
-    )
 
 
 def load_verdict_rows(context: int) -> dict[str, np.ndarray]:
@@ -108,102 +81,106 @@ def load_verdict_rows(context: int) -> dict[str, np.ndarray]:
     return rows
 
 
-def make_chapter_5(run: RunContext) -> tuple[RunContext, Task]:
+class VerdictData(NamedTuple):
+    """Data of chapter 5: rows of T + 1 tokens by split."""
+
+    rows: dict[str, np.ndarray]
+    tokenizer: Tokenizer
+
+
+def load_chapter_5(run: RunContext) -> tuple[RunContext, VerdictData]:
+    """Loads the-verdict; sets the vocabulary of the model."""
+    config, tokenizer = run.config, load_tokenizer("gpt2")
+    model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+    config = dataclasses.replace(config, model=model)
+    data = VerdictData(load_verdict_rows(model.context_length), tokenizer)
+    return dataclasses.replace(run, config=config), data
+
+
+def make_chapter_5(run: RunContext, data: VerdictData) -> Task:
     """Makes the pretraining task on the-verdict."""
-    c, tokenizer = run.config, load_tokenizer("gpt2")
-    model_config = dataclasses.replace(c.model, vocab_size=tokenizer.vocab_size)
-    c = dataclasses.replace(c, model=model_config)
-    run = dataclasses.replace(run, config=c)
-    rows, batch_size = load_verdict_rows(model_config.context_length), c.data.batch_size
+    c, batch_size = run.config, run.config.data.batch_size
+    train_rows, val_rows = data.rows[TRAIN_SPLIT], data.rows[VALIDATION_SPLIT]
     generator = TorchGenerator(c.train.seed)
-    params = init_params(model_config, generator)
+    params = init_params(c.model, generator)
     optimizer = make_optimizer(c.optim, c.train.steps)
-    loss_fn = make_lm_loss_fn(model_config, c.train.loss_chunk_size)
-    loader = Loader(len(rows[TRAIN_SPLIT]), batch_size)
-    val_loader = Loader(
-        len(rows[VALIDATION_SPLIT]), batch_size, shuffle=False, drop_last=False
-    )
+    loss_fn = make_lm_loss_fn(c.model, c.train.loss_chunk_size)
+    loader = Loader(len(train_rows), batch_size)
+    val_loader = Loader(len(val_rows), batch_size, shuffle=False, drop_last=False)
     schedule = plan_batch_schedule(loader, val_loader, generator, c.train)
-    steps_per_epoch = len(rows[TRAIN_SPLIT]) // batch_size
+    steps_per_epoch = len(train_rows) // batch_size
 
     def to_model(state: TrainState) -> Model:
-        return Model(model_config, to_host(state.params), tokenizer)
+        return Model(c.model, to_host(state.params), data.tokenizer)
 
     def batches(start: int, stop: int) -> Iterator[Batch]:
         return (
-            make_lm_batch(rows[TRAIN_SPLIT][schedule.train_batches[n]], None)
+            make_lm_batch(train_rows[schedule.train_batches[n]], None)
             for n in range(start, stop)
         )
 
-    def sample(state: TrainState, step: int) -> None:
-        if step % steps_per_epoch < c.train.eval_every:  # about once an epoch
-            pretrain.write_sample(run, to_model(state), step)
+    complete = make_sample(run, to_model)
+
+    def sample(state: TrainState, step: int) -> str | None:
+        is_due = step % steps_per_epoch < c.train.eval_every  # about once an epoch
+        return complete(state, step) if complete and is_due else None
 
     memory_by_part = estimate.memory_bytes(estimate.resolve_config(c))
-    return run, Task(
+    return Task(
         init_state=init_state(params, optimizer, jax.random.key(c.train.seed)),
         train_step=make_train_step(loss_fn, optimizer, c.train.accumulate),
         batches=batches,
-        tokens_per_step=batch_size * model_config.context_length,
-        evaluate=make_chapter_5_evaluate(run, rows, schedule, tokenizer.byte_lengths),
+        evaluate=make_chapter_5_evaluate(run, data, schedule),
         to_model=to_model,
-        provenance=tokenizer_provenance(tokenizer),
+        tokens_per_step=batch_size * c.model.context_length,
+        provenance=tokenizer_provenance(data.tokenizer),
         summary=[
             f"run      {run.run_dir}",
             f"model    {num_params(params):,} parameters, initialized as in PyTorch",
-            f"data     {rows[TRAIN_SPLIT].size:,} tokens in {len(rows[TRAIN_SPLIT])} training "
-            f"rows, {len(rows[VALIDATION_SPLIT])} validation rows",
+            f"data     {train_rows.size:,} tokens in {len(train_rows)} training rows, "
+            f"{len(val_rows)} validation rows",
             describe_length(c.train.steps, c.train.steps / steps_per_epoch),
             f"memory   about {estimate.format_bytes(sum(memory_by_part.values()))}",
             describe_devices(run),
         ],
-        sample=sample if c.train.sample_prompt else None,
+        sample=sample,
         eval_offset=FIRST_EVAL_STEP,
     )
 
 
 def make_chapter_5_evaluate(
-    run: RunContext,
-    rows: dict[str, np.ndarray],
-    schedule: BatchSchedule,
-    byte_lengths: np.ndarray,
-) -> Any:
+    run: RunContext, data: VerdictData, schedule: BatchSchedule
+) -> Callable[[TrainState, int, bool], EvalResult]:
     """Evaluates the book's random training batches (or all) and the validation rows."""
     loss_chunk_size = run.config.train.loss_chunk_size
-    eval_step = make_eval_step(run.config.model, loss_chunk_size, run.mesh)
+    eval_step = perplexity.make_eval_step(run.config.model, loss_chunk_size, run.mesh)
 
-    def evaluate_rows(state: TrainState, step: int, last: bool) -> str:
-        evaluation = None
-        train_batches = schedule.eval_batches.get(step, schedule.all_train_batches)
-        for split, batches_by_split in (
-            (TRAIN_SPLIT, train_batches),
-            (VALIDATION_SPLIT, schedule.val_batches),
-        ):
-            batches = (
-                make_lm_batch(rows[split][row_indices], None)
-                for row_indices in batches_by_split
+    def evaluate(state: TrainState, step: int, is_last: bool) -> EvalResult:
+        all_batches = schedule.all_train_batches
+        batches_by_split = {
+            TRAIN_SPLIT: schedule.eval_batches.get(step, all_batches),
+            VALIDATION_SPLIT: schedule.val_batches,
+        }
+        events, loss = [], 0.0
+        for split, batch_indices in batches_by_split.items():
+            rows = data.rows[split]
+            batches = (make_lm_batch(rows[n], None) for n in batch_indices)
+            result = perplexity.evaluate(
+                eval_step, state.params, batches, data.tokenizer.byte_lengths
             )
-            evaluation = evaluate(eval_step, state.params, batches, byte_lengths)
-            metrics = evaluation.to_dict()
-            log_event(run.metrics_path, "eval", step, split=split, **metrics)
-        return f"val {evaluation.loss:.4f}" if evaluation else ""
+            events.append(("eval", {"split": split, **result.to_dict()}))
+            loss = result.loss
+        return EvalResult(events, f"val {loss:.4f}")
 
-    return evaluate_rows
+    return evaluate
 
 
-def make_chapter_6(
-    run: RunContext,
-) -> tuple[RunContext, Task, classify.ClassificationData]:
+def make_chapter_6(run: RunContext, data: ClassificationData) -> Task:
     """Makes the spam filter task: the book's head, batch order and printed metrics."""
-    run, task, datasets = classify.make_classification_task(run)
-    c, ids, max_length = (
-        run.config,
-        datasets.ids[TRAIN_SPLIT],
-        bucket_lengths(run.config.model)[-1],
-    )
-    loaders = make_loaders(
-        {split: len(part) for split, part in datasets.ids.items()}, c
-    )
+    task = make_classification_task(run, data)
+    c, ids = run.config, data.ids[TRAIN_SPLIT]
+    max_length = bucket_lengths(c.model)[-1]
+    loaders = make_loaders({split: len(part) for split, part in data.ids.items()}, c)
     schedule = plan_batch_schedule(
         loaders[TRAIN_SPLIT],
         loaders[VALIDATION_SPLIT],
@@ -212,14 +189,14 @@ def make_chapter_6(
         1,
     )
     padded_batches = ClassificationBatches(
-        *(ids, datasets.rows[TRAIN_SPLIT].labels, c.data.batch_size),
-        *(bucket_lengths(c.model), datasets.tokenizer.eot_token),
+        *(ids, data.rows[TRAIN_SPLIT].labels, c.data.batch_size),
+        *(bucket_lengths(c.model), data.tokenizer.eot_token),
     )
 
     def score_batch(model: Model, split: str, rows: list[int]) -> dict[str, float]:
-        texts = take(datasets.rows[split], rows)
+        texts = take(data.rows[split], rows)
         classified = evaluate_classifier(
-            model, texts, [datasets.ids[split][n] for n in rows]
+            model, texts, [data.ids[split][n] for n in rows]
         )
         return {"loss": classified.loss, "accuracy": classified.metrics.accuracy}
 
@@ -229,9 +206,9 @@ def make_chapter_6(
     }
     initial_batches["loss"] = first_batches(loaders, generator, c.train.eval_batches)
     params = task.init_state.params | {"head": init_book_head(c)}
-    task = dataclasses.replace(
+    return dataclasses.replace(
         task,
-        fresh=task.init_state._replace(params=params),
+        init_state=task.init_state._replace(params=params),
         batches=lambda first, stop: (
             padded_batches.make_batch(max_length, np.asarray(rows))
             for rows in schedule.train_batches[first:stop]
@@ -239,7 +216,6 @@ def make_chapter_6(
         evaluate=make_book_evaluate(run, task, schedule, initial_batches, score_batch),
         eval_offset=FIRST_EVAL_STEP,
     )
-    return run, task, datasets
 
 
 def init_book_head(config: RunConfig) -> dict[str, Any]:
@@ -254,10 +230,10 @@ def init_book_head(config: RunConfig) -> dict[str, Any]:
     return head
 
 
-def make_chapter_7(run: RunContext) -> tuple[RunContext, Task, sft.SFTData]:
+def make_chapter_7(run: RunContext, data: SFTData) -> Task:
     """Makes the assistant task: the book's batch order and printed metrics."""
-    run, task, datasets = sft.make_sft_task(run)
-    c, examples = run.config, datasets.examples
+    task = make_sft_task(run, data)
+    c, examples = run.config, data.examples
     loaders = make_loaders({split: len(part) for split, part in examples.items()}, c)
     schedule = plan_batch_schedule(
         loaders[TRAIN_SPLIT],
@@ -276,10 +252,10 @@ def make_chapter_7(run: RunContext) -> tuple[RunContext, Task, sft.SFTData]:
     book_batches = BookBatches(
         examples[TRAIN_SPLIT],
         c.data.batch_size,
-        datasets.tokenizer.eot_token,
+        data.tokenizer.eot_token,
         c.train.seed,
     )
-    task = dataclasses.replace(
+    return dataclasses.replace(
         task,
         batches=lambda first, stop: map(
             book_batches.make_batch, schedule.train_batches[first:stop]
@@ -289,4 +265,45 @@ def make_chapter_7(run: RunContext) -> tuple[RunContext, Task, sft.SFTData]:
         ),
         eval_offset=FIRST_EVAL_STEP,
     )
-    return run, task, datasets
+
+
+CHAPTERS = {  # data.source -> stages of the chapter's run
+    "verdict": TaskStages(load_chapter_5, make_chapter_5, finalize_pretrain),
+    "sms-spam": TaskStages(
+        load_classification_data, make_chapter_6, finalize_classification
+    ),
+    "instructions": TaskStages(load_sft_data, make_chapter_7, finalize_sft),
+}
+
+
+def train_book(
+    config: RunConfig,
+    run_dir: str | Path,
+    *,
+    allow_change: Sequence[str] = (),
+    on_spike: str = "",
+) -> Model:
+    """Trains as a chapter of the book does; resumes if the run exists.
+
+    Args:
+        config: `data.source` selects the chapter.
+        run_dir: run folder; created if missing.
+        allow_change: config options that may differ from those of an existing run.
+        on_spike: "log" or "skip"; "" = that of an existing run, or "log".
+
+    Raises:
+        GptjaxError: invalid data, config or run folder, or a resource error.
+        Interrupted: interrupted by SIGINT or SIGTERM; the same call resumes.
+    """
+    if config.data.source not in CHAPTERS:
+        raise ConfigError(
+            f"data.source={config.data.source!r} is not used by the book. Use "
+            f"{', '.join(CHAPTERS)}, or another train.task."
+        )
+    return run_stages(
+        CHAPTERS[config.data.source],
+        config,
+        Path(run_dir),
+        allow_change=allow_change,
+        on_spike=on_spike,
+    )

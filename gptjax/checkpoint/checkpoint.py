@@ -13,9 +13,10 @@ import contextlib
 import functools
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -31,40 +32,40 @@ from jaxtyping import Array, UInt32
 
 from gptjax.checkpoint.manifest import (
     CorruptCheckpointError,
+    read_manifest,
+    write_manifest,
+)
+from gptjax.checkpoint.retention import (
     apply_retention,
     begin_step,
     commit_step,
     latest_valid_step,
     quarantine,
-    read_manifest,
     remove_path,
-    write_manifest,
 )
-from gptjax.checkpoint.manifest import list_steps as list_steps  # re-exported
 from gptjax.errors import ModelError
 from gptjax.tree import flatten_with_names
 
-MAX_CHECKPOINT_FILE_BYTES = (
-    1 << 28
-)  # per array file, so that several are hashed in parallel
+# Per array file, so that several are hashed in parallel.
+MAX_CHECKPOINT_FILE_BYTES = 1 << 28
 MIN_FREE_BYTES = 1 << 20  # free space needed in addition to the arrays
-OS_ERROR_PATTERN = re.compile(
-    r"os_error_code='?(\d+)"
-)  # in error messages of TensorStore
+OS_ERROR_PATTERN = re.compile(r"os_error_code='?(\d+)")  # in TensorStore's messages
+UINT_DTYPES = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by item size in bytes
+NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
-SaveFn = Callable[[int, Any], None]
+SaveFn = Callable[..., None]  # (step, tree, metadata)
 
 
 @contextlib.contextmanager
 def async_saver(
     checkpoint_dir: Path, keep: int, on_saved: Callable[[int], None] = lambda step: None
 ) -> Iterator[SaveFn]:
-    """Yields `save(step, tree)`, which writes in a background thread.
+    """Yields `save(step, tree, metadata)`, which writes in a background thread.
 
     The caller may donate the arrays while they are written: on CPU, JAX copies donated
     buffers that are still referenced, and arrays on other devices are fetched first.
     Leaving the `with` block waits for the last save. With several processes each save
-    is synchronous, because processes cannot synchronize in threads beside training.
+    is synchronous, because processes cannot synchronize in a thread during training.
 
     Args:
         checkpoint_dir: checkpoint folder of the run.
@@ -76,8 +77,10 @@ def async_saver(
             of the `with` block. Earlier checkpoints are kept.
     """
 
-    def write_and_notify(step: int, tree: Any) -> None:
-        write_step(checkpoint_dir, step, tree, keep)
+    def write_and_notify(
+        step: int, tree: Any, metadata: Mapping[str, Any] = NO_METADATA
+    ) -> None:
+        write_step(checkpoint_dir, step, tree, keep, metadata)
         on_saved(step)
 
     if jax.process_count() > 1:
@@ -90,10 +93,13 @@ def async_saver(
             wait(pending)  # a signal may raise here; the result is still needed
             pending.pop().result()
 
-    def begin_save(step: int, tree: Any) -> None:
+    def begin_save(
+        step: int, tree: Any, metadata: Mapping[str, Any] = NO_METADATA
+    ) -> None:
         wait_for_pending()
         check_disk_space(checkpoint_dir, tree)
-        pending.append(executor.submit(write_and_notify, step, copy_to_host(tree)))
+        host_tree = copy_to_host(tree)
+        pending.append(executor.submit(write_and_notify, step, host_tree, metadata))
 
     try:
         with ThreadPoolExecutor(1, "checkpoint") as executor:
@@ -126,8 +132,22 @@ def save_step(checkpoint_dir: Path, step: int, tree: Any, keep: int) -> None:
     write_step(checkpoint_dir, step, tree, keep)
 
 
-def write_step(checkpoint_dir: Path, step: int, tree: Any, keep: int) -> None:
-    """Writes a step without checking the disk space first; see `save_step`."""
+def write_step(
+    checkpoint_dir: Path,
+    step: int,
+    tree: Any,
+    keep: int,
+    metadata: Mapping[str, Any] = NO_METADATA,
+) -> None:
+    """Writes a step without checking the disk space first; see `save_step`.
+
+    Args:
+        checkpoint_dir: checkpoint folder of the run.
+        step: number of finished steps.
+        tree: arrays.
+        keep: number of newest steps to keep.
+        metadata: JSON values, stored in the manifest.
+    """
     is_main, partial_dir = jax.process_index() == 0, checkpoint_dir / f"{step}.partial"
     try:
         if is_main:
@@ -138,9 +158,10 @@ def write_step(checkpoint_dir: Path, step: int, tree: Any, keep: int) -> None:
         if is_main:
             spec = tree_spec(tree)
             arrays = {name: [spec[name], checksums[name]] for name in spec}
-            write_manifest(partial_dir, {"step": step, "arrays": arrays})
+            contents = {"step": step, "arrays": arrays, "metadata": dict(metadata)}
+            write_manifest(partial_dir, contents)
             commit_step(checkpoint_dir, step)
-        sync_global_devices("checkpoint sealed")
+        sync_global_devices("checkpoint committed")
         if is_main:
             apply_retention(checkpoint_dir, step, keep)
     except OSError as error:
@@ -163,9 +184,9 @@ def checksums_if_finite(step: int, tree: Any) -> dict[str, int]:
     if nonfinite:
         others = f" and {len(nonfinite) - 1} more" if nonfinite[1:] else ""
         raise ModelError(
-            f"step {step} is not saved: {nonfinite[0]}{others} contains non-finite values. "
-            "Lower optim.peak_lr or optim.grad_clip and rerun the command to resume "
-            "from the last checkpoint."
+            f"step {step} is not saved: {nonfinite[0]}{others} contains non-finite "
+            "values. Lower optim.peak_lr or optim.grad_clip and rerun the command to "
+            "resume from the last checkpoint."
         )
     return checksums
 
@@ -199,7 +220,7 @@ def check_disk_space(checkpoint_dir: Path, tree: Any) -> None:
     """Checks that the disk has space for one more step.
 
     Raises:
-        ModelError: it has not.
+        ModelError: there is too little space.
     """
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
     needed = num_bytes + num_bytes // 10 + MIN_FREE_BYTES
@@ -225,6 +246,7 @@ class Restored(NamedTuple):
     step: int | None  # None if no step was ever saved
     tree: Any
     warnings: list[str]  # about quarantined steps
+    metadata: dict[str, Any]  # as saved with the step
 
 
 def restore_latest(checkpoint_dir: Path, like: Any) -> Restored:
@@ -241,9 +263,11 @@ def restore_latest(checkpoint_dir: Path, like: Any) -> Restored:
         step, new_warnings = latest_step(checkpoint_dir)
         warnings += new_warnings
         if step is None:
-            return Restored(None, like, warnings)
+            return Restored(None, like, warnings, {})
         try:
-            return Restored(step, restore(checkpoint_dir, step, like), warnings)
+            tree = restore(checkpoint_dir, step, like)
+            metadata = read_manifest(checkpoint_dir / str(step)).get("metadata", {})
+            return Restored(step, tree, warnings, metadata)
         except CorruptCheckpointError as error:
             if jax.process_index() == 0:
                 warnings.append(quarantine(checkpoint_dir, step, str(error)))
@@ -278,9 +302,9 @@ def restore(checkpoint_dir: Path, step: int, like: Any) -> Any:
     if saved != tree_spec(like):
         names = {name for name, _ in saved.items() ^ tree_spec(like).items()}
         raise ModelError(
-            f"the arrays of checkpoint {step} in {checkpoint_dir} differ from those of this "
-            f"model and optimizer: {sorted(names)[:3]}. Use the config it was saved "
-            "with, or another --run."
+            f"the arrays of checkpoint {step} in {checkpoint_dir} differ from those of "
+            f"this model and optimizer: {sorted(names)[:3]}. Use the config it was "
+            "saved with, or another --run."
         )
     tree = read_arrays((checkpoint_dir / str(step)).absolute() / "state", like)
     checksums, _ = checksum_tree(tree)
@@ -314,9 +338,6 @@ def tree_spec(tree: Any) -> dict[str, str]:
     """Returns the dtype and shape of every leaf by name."""
     leaves = flatten_with_names(tree)
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
-
-
-UINT_DTYPES = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by item size in bytes
 
 
 class ArrayChecksums(NamedTuple):

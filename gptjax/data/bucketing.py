@@ -11,13 +11,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MIN_BUCKET = 16
+MIN_BUCKET = 16  # padded length
 
 
 def buckets(max_length: int, single: bool = False) -> list[int]:
     """Returns the padded lengths: 16, 32, 64, ... and `max_length`.
 
-    >>> buckets(120), buckets(120, fixed=True)
+    >>> buckets(120), buckets(120, single=True)
     ([16, 32, 64, 120], [120])
     """
     sizes = [] if single else [MIN_BUCKET << n for n in range(32)]

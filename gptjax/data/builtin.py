@@ -1,8 +1,12 @@
-"""Built-in instruction data for the quickstart: word tasks with checkable answers.
+"""Built-in data sets, generated from files that ship with Python.
 
-The words are taken from Python's help topics. A word of the test or validation split
-occurs in no training row of any task. Prompts start with the word, so that it stands
-at the same position in every task.
+`word_tasks` are instructions with checkable answers, for the quickstart. The words are
+taken from Python's help topics. A word of the test or validation split occurs in no
+training row of any task. Prompts start with the word, so that it has the same position
+in every task.
+
+`python_lines` are lines of the standard library, labeled as code or prose, for
+classification without a download.
 """
 
 import ast
@@ -16,13 +20,19 @@ from pathlib import Path
 from gptjax.data.datasets import read_python_help
 
 WORD_TASKS = "word-tasks"
-MIN_WORD_LETTERS, MAX_WORD_LETTERS = 3, 6  # letters per word
+MIN_WORD_LETTERS, MAX_WORD_LETTERS = 3, 6
 HELD_OUT_ROWS = {"test": 50, "validation": 20}  # rows per task
-TEST_HASH_LIMIT, VALIDATION_HASH_LIMIT = (
-    7,
-    10,
-)  # held out if the hash (0 to 99) is below
+TEST_HASH_LIMIT, VALIDATION_HASH_LIMIT = 7, 10  # held out if the hash (0-99) is below
 WORD_TASK_SEED = 0  # of the sample of words
+EASY_WORD_TASKS = ("letters", "first letter")  # trained on half of the words
+
+PYTHON_LINES = "python-lines"
+# Pure-Python modules with many docstrings, present in all supported versions.
+PYTHON_LINE_MODULES = (
+    *("argparse", "calendar", "contextlib", "doctest", "heapq", "inspect", "pathlib"),
+    *("random", "statistics", "subprocess", "textwrap", "threading", "zipfile"),
+)
+MIN_LINE_CHARS, MAX_LINE_CHARS = 20, 100
 
 
 def pluralize(word: str) -> str:
@@ -38,9 +48,8 @@ def pluralize(word: str) -> str:
     return f"{word}s"
 
 
-WORD_TASK_RULES: dict[
-    str, tuple[str, Callable[[str], str]]
-] = {  # prompt template, answer
+# Prompt template and answer of each task.
+WORD_TASK_RULES: dict[str, tuple[str, Callable[[str], str]]] = {
     "reverse": ("{} reversed", lambda word: word[::-1]),
     "capitals": ("{} uppercase", str.upper),
     "letters": ("{} length", lambda word: str(len(word))),
@@ -50,7 +59,6 @@ WORD_TASK_RULES: dict[
     "spell": ("{} spelled", "-".join),
     "double": ("{} doubled", lambda word: f"{word} {word}"),
 }
-EASY_WORD_TASKS = ("letters", "first letter")  # trained on half of the words
 
 
 def split_words() -> dict[str, list[str]]:
@@ -71,7 +79,7 @@ def split_words() -> dict[str, list[str]]:
 def word_tasks() -> list[dict[str, str]]:
     """Returns rows with "task", "split", "prompt" and "completion"; deterministic."""
     rows = []
-    rng = random.Random(WORD_TASK_SEED)
+    rng = random.Random(WORD_TASK_SEED)  # noqa: S311 (data, not cryptography)
     for task, (prompt, complete) in WORD_TASK_RULES.items():
         for split, words in split_words().items():
             count = HELD_OUT_ROWS.get(
@@ -81,15 +89,6 @@ def word_tasks() -> list[dict[str, str]]:
                 row = {"prompt": prompt.format(word), "completion": complete(word)}
                 rows.append({"task": task, "split": split, **row})
     return rows
-
-
-PYTHON_LINES = "python-lines"
-# Pure-Python modules with many docstrings, present in all supported versions.
-PYTHON_LINE_MODULES = (
-    *("argparse", "calendar", "contextlib", "doctest", "heapq", "inspect", "pathlib"),
-    *("random", "statistics", "subprocess", "textwrap", "threading", "zipfile"),
-)
-MIN_LINE_CHARS, MAX_LINE_CHARS = 20, 100  # characters per line
 
 
 def python_lines() -> list[tuple[str, str, str]]:

@@ -1,4 +1,4 @@
-"""Labeled texts for classification, from tables and folders.
+"""Labeled texts for classification, from tables and folders, and their batches.
 
 A table is a .csv, .tsv, .jsonl or .json file, optionally gzipped. The text and label
 columns are guessed unless named; the returned description states the choice. A folder
@@ -33,21 +33,12 @@ from gptjax.data.readers import (
 from gptjax.data.text import get_row_text, read_text_file, suffix_without_gz
 from gptjax.errors import DataError
 
-SMS_SPAM_FILE = datasets.DATASETS[
-    "sms-spam"
-].file_name  # tab-separated, without file suffix or header
+# Tab-separated, without a file suffix and a header.
+SMS_SPAM_FILE = datasets.DATASETS["sms-spam"].file_name
 TEXT_COLUMNS = ("text", "sentence", "content", "message", "review", "document", "sms")
 TEXT_COLUMNS += ("comment", "tweet", "body", "question", "headline")
-LABEL_COLUMNS = (
-    "label",
-    "class",
-    "target",
-    "category",
-    "sentiment",
-    "labels",
-    "intent",
-)
-LABEL_COLUMNS += ("topic", "polarity", "rating", "stars")
+LABEL_COLUMNS = ("label", "class", "target", "category", "sentiment", "labels")
+LABEL_COLUMNS += ("intent", "topic", "polarity", "rating", "stars")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 TABLE_FORMATS = {
     ".csv": "comma-separated",
@@ -93,7 +84,7 @@ def take(data: LabeledTexts, indices: Iterable[SupportsIndex]) -> LabeledTexts:
         data,
         texts=[data.texts[i] for i in chosen],
         labels=[data.labels[i] for i in chosen],
-        places=[data.locations[i] for i in chosen],
+        locations=[data.locations[i] for i in chosen],
     )
 
 
@@ -121,19 +112,19 @@ def read_labeled_texts(
                 "data.label_column empty, or pass a file."
             )
         data = encode_labels(folder_examples(source), str(source))
-        return data, (
-            f"{source}: .txt files in one folder per label; {summarize_classes(data)}."
-        )
+        summary = summarize_classes(data)
+        return data, f"{source}: .txt files in one folder per label; {summary}."
     table = read_raw_table(source, {text_column, label_column} - {""})
     text_column, label_column = choose_columns(table, text_column, label_column)
     data = encode_labels(
         table_examples(table, text_column, label_column),
         f"{source}, column {label_column!r}",
     )
+    multiline_note = describe_multiline_texts(table, text_column)
     return data, (
-        f"{source}: {table.format}; text in column {text_column!r}, label in column {label_column!r}; "
-        f"{summarize_classes(data)}{describe_multiline_texts(table, text_column)}. "
-        "Override with --data.text_column NAME --data.label_column NAME."
+        f"{source}: {table.format}; text in column {text_column!r}, label in column "
+        f"{label_column!r}; {summarize_classes(data)}{multiline_note}. Override with "
+        "--data.text_column NAME --data.label_column NAME."
     )
 
 
@@ -146,24 +137,22 @@ def resolve_labeled_path(path: str) -> Path:
     source = Path(path).expanduser()
     if not source.exists():
         raise DataError(
-            f"{path} does not exist. Pass a {', '.join(TABLE_FORMATS)} file (also .gz), a "
-            "folder with one folder of .txt files per label, or the data set sms-spam."
+            f"{path} does not exist. Pass a {', '.join(TABLE_FORMATS)} file (also "
+            ".gz), a folder with one folder of .txt files per label, or the data set "
+            "sms-spam."
         )
     if not source.is_dir() and file_suffix(source) not in TABLE_FORMATS:
         raise DataError(
-            f"{path}: unsupported file suffix. Supported: {', '.join(TABLE_FORMATS)} (also "
-            ".gz)."
+            f"{path}: unsupported file suffix. Supported: {', '.join(TABLE_FORMATS)} "
+            "(also .gz)."
         )
     return source
 
 
 def file_suffix(path: Path) -> str:
     """Returns the suffix that determines the file format."""
-    return (
-        ".tsv"
-        if path.name.removesuffix(".gz") == SMS_SPAM_FILE
-        else suffix_without_gz(path)
-    )
+    is_sms_spam = path.name.removesuffix(".gz") == SMS_SPAM_FILE
+    return ".tsv" if is_sms_spam else suffix_without_gz(path)
 
 
 def read_raw_table(path: Path, named_columns: set[str]) -> RawTable:
@@ -194,7 +183,7 @@ def read_raw_table(path: Path, named_columns: set[str]) -> RawTable:
 
 
 def table_from_json(path: Path, rows: list[NumberedRow]) -> RawTable:
-    """Returns the table of a JSON file, whose rows must be objects."""
+    """Returns the table of a JSON file of objects."""
     for line, row in rows:
         if not isinstance(row, dict):
             raise DataError(
@@ -215,8 +204,8 @@ def table_from_csv(
     for line, fields in records:
         if len(fields) != len(first_row):
             raise DataError(
-                f"{path}:{line}: {len(fields)} fields, but {len(first_row)} in the first "
-                f"row. {FIELD_COUNT_ADVICE[delimiter]}"
+                f"{path}:{line}: {len(fields)} fields, but {len(first_row)} in the "
+                f"first row. {FIELD_COUNT_ADVICE[delimiter]}"
             )
 
     def make_table(kind: str, names: list[str], skip: int = 0) -> RawTable:
@@ -255,7 +244,7 @@ def has_header(table: RawTable, first_row: list[str], named_columns: set[str]) -
 
 
 def guess_label_column(table: RawTable) -> str:
-    """Returns which of two columns looks like labels, "" if neither does."""
+    """Returns the one of two columns that looks like labels, or ""."""
     if len(table.columns) != 2:
         return ""
     for candidate, other in (table.columns, table.columns[::-1]):
@@ -282,8 +271,8 @@ def choose_columns(
             raise unknown_column_error(name, option, columns, location)
     if text_column and text_column == label_column:
         raise DataError(
-            f"data.text_column and data.label_column are both {text_column!r}. Choose two of "
-            f"{', '.join(columns)}."
+            f"data.text_column and data.label_column are both {text_column!r}. Choose "
+            f"two of {', '.join(columns)}."
         )
     remaining = [name for name in columns if name not in (text_column, label_column)]
     text_column = text_column or known_column(remaining, TEXT_COLUMNS)
@@ -349,8 +338,8 @@ def get_label(row: dict[str, Any], column: str, location: str) -> str:
         return json.dumps(value)
     if isinstance(value, dict | list):
         raise DataError(
-            f"{location}: the label in column {column!r} is {value!r:.40}, not a string "
-            "or a number. Each text needs exactly one label."
+            f"{location}: the label in column {column!r} is {value!r:.40}, not a "
+            "string or a number. Each text needs exactly one label."
         )
     label = "" if value is None else get_row_text(row, column, location).strip()
     if not label:
@@ -413,9 +402,9 @@ def encode_labels(rows: Iterable[tuple[str, str, str]], source: str) -> LabeledT
     class_names = sorted(set(labels), key=class_sort_key)
     if len(class_names) < 2:
         raise DataError(
-            f"{source}: the only label is {class_names[0]!r}, but a classifier needs at least "
-            "two classes. Add rows of other classes, or choose the column with "
-            "--data.label_column NAME."
+            f"{source}: the only label is {class_names[0]!r}, but a classifier needs "
+            "at least two classes. Add rows of other classes, or choose the column "
+            "with --data.label_column NAME."
         )
     class_ids = {name: number for number, name in enumerate(class_names)}
     return LabeledTexts(
@@ -482,6 +471,16 @@ class ClassificationBatches:
             self.seed,
         )
 
+    @property
+    def batch_shapes(self) -> list[int]:
+        """Row lengths [T], one compiled shape each."""
+        return self.sampler.batch_shapes
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps until every row was used once."""
+        return self.sampler.steps_per_epoch
+
     def batch_at(self, step: int) -> ClassificationBatch:
         """Returns the batch of a training step, counted from 0."""
         return self.make_batch(*self.sampler.batch_rows(step))
@@ -495,10 +494,8 @@ class ClassificationBatches:
         """Returns the rows at these indices, padded to the length and batch size."""
         token_BT = np.full((self.rows, length), self.pad_id, np.int32)
         length_B = np.ones(self.rows, np.int32)
-        class_B, weight_B = (
-            np.zeros(self.rows, np.int32),
-            np.zeros(self.rows, np.float32),
-        )
+        class_B = np.zeros(self.rows, np.int32)
+        weight_B = np.zeros(self.rows, np.float32)
         for n, row in enumerate(row_indices):
             ids = self.token_ids[row]
             token_BT[n, : len(ids)] = ids

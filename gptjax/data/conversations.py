@@ -18,9 +18,16 @@ from gptjax.config import did_you_mean
 from gptjax.data import classification, datasets
 from gptjax.data.builtin import PYTHON_LINES, WORD_TASKS, word_tasks
 from gptjax.data.readers import READERS, open_decompressed
-from gptjax.data.splits import ALL_SPLITS, split_sizes
-from gptjax.data.text import get_row_text, suffix_without_gz
+from gptjax.data.splits import split_sizes
+from gptjax.data.text import (
+    ALL_SPLITS,
+    TRAIN_SPLIT,
+    VALIDATION_SPLIT,
+    get_row_text,
+    suffix_without_gz,
+)
 from gptjax.errors import ConfigError, DataError
+from gptjax.tokenizer.template_worker import ChatMessage
 
 CONVERSATION_DATASETS = ("instructions", "preferences", WORD_TASKS)
 CONVERSATION_FILE_FORMATS = {
@@ -42,28 +49,23 @@ PREFERENCE_COLUMNS = ("chosen", "rejected")
 PREFERENCE_FORMATS: RowFormats = {
     (prompt, *PREFERENCE_COLUMNS): "preferences" for prompt in PROMPT_COLUMNS
 }
-PREFERENCE_FORMATS |= {
-    PREFERENCE_COLUMNS: "preferences"
-}  # lists of messages that include the prompt
+# Lists of messages that include the prompt.
+PREFERENCE_FORMATS |= {PREFERENCE_COLUMNS: "preferences"}
 ROLE_ALIASES = {"system": "system", "user": "user", "human": "user"}
 ROLE_ALIASES |= dict.fromkeys(("assistant", "gpt", "model", "bot"), "assistant")
-SPLIT_ALIASES = {n: n for n in ALL_SPLITS} | {
-    "val": "validation",
-    "valid": "validation",
-}
+SPLIT_ALIASES = {name: name for name in ALL_SPLITS}
+SPLIT_ALIASES |= dict.fromkeys(("val", "valid"), VALIDATION_SPLIT)
 SPLIT_STRATEGIES = ("stratified", "book")
 OPTIONAL_COLUMNS = dict.fromkeys(("system", "input", "split", "task"), "")
 ROW_ADVICE = "All rows need the same columns."
 MESSAGE_ADVICE = 'Write each message as {"role": "user", "content": "..."}.'
-
-Message = Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
     """Messages that end with an assistant response."""
 
-    messages: tuple[Message, ...]
+    messages: tuple[ChatMessage, ...]
     source_row: Mapping[str, Any]  # unmodified
     location: str  # "file:line"
     split: str = ""  # one of ALL_SPLITS; "" = not specified in the file
@@ -74,7 +76,7 @@ class Conversation:
 class PreferencePair:
     """Prompt with a chosen and a rejected response."""
 
-    prompt: tuple[Message, ...]  # ends with a user message
+    prompt: tuple[ChatMessage, ...]  # ends with a user message
     chosen: str
     rejected: str
     source_row: Mapping[str, Any]  # unmodified
@@ -82,7 +84,7 @@ class PreferencePair:
     split: str = ""  # one of ALL_SPLITS; "" = not specified in the file
 
 
-ConversationOrPair = TypeVar("Item", Conversation, PreferencePair)
+ConversationOrPair = TypeVar("ConversationOrPair", Conversation, PreferencePair)
 
 
 def read_conversations(path: Path | str) -> tuple[list[Conversation], str]:
@@ -109,7 +111,8 @@ def read_conversations(path: Path | str) -> tuple[list[Conversation], str]:
         for m in conversation.messages
     )
     return conversations, (
-        f"{description}; conversations: {len(conversations):,}, turns: {turns:,}, {summarize_conversations(conversations)}."
+        f"{description}; conversations: {len(conversations):,}, turns: {turns:,}, "
+        f"{summarize_conversations(conversations)}."
     )
 
 
@@ -130,8 +133,8 @@ def read_preference_pairs(path: Path | str) -> tuple[list[PreferencePair], str]:
         )
         if chosen[:-1] != rejected[:-1]:
             raise DataError(
-                f"{location}: 'chosen' and 'rejected' differ before their last message. "
-                "Make all messages before it equal, or remove the row."
+                f"{location}: 'chosen' and 'rejected' differ before their last "
+                "message. Make all messages before it equal, or remove the row."
             )
         answers = (chosen[-1]["content"], rejected[-1]["content"])
         pairs.append(
@@ -141,8 +144,8 @@ def read_preference_pairs(path: Path | str) -> tuple[list[PreferencePair], str]:
         )
     num_equal = sum(pair.chosen == pair.rejected for pair in pairs)
     return pairs, (
-        f"{description}; pairs: {len(pairs):,}, with identical responses: {num_equal:,}, "
-        f"{summarize_conversations(pairs)}."
+        f"{description}; pairs: {len(pairs):,}, with identical responses: "
+        f"{num_equal:,}, {summarize_conversations(pairs)}."
     )
 
 
@@ -180,8 +183,8 @@ def read_conversation_rows(
         "a preference pair" if formats == PREFERENCE_FORMATS else "a conversation"
     )
     raise DataError(
-        f"{location}: the columns {', '.join(present_columns) or '(none)'} do not form {expected}. "
-        f"Rename them to one of: {'; '.join(map(', '.join, formats))}."
+        f"{location}: the columns {', '.join(present_columns) or '(none)'} do not form "
+        f"{expected}. Rename them to one of: {'; '.join(map(', '.join, formats))}."
     )
 
 
@@ -199,8 +202,8 @@ def resolve_conversation_path(path: str) -> Path:
     else:
         return file
     raise DataError(
-        f"{problem}. Pass a {', '.join(CONVERSATION_FILE_FORMATS)} file (also .gz) or one of the data sets "
-        f"{', '.join(CONVERSATION_DATASETS)}."
+        f"{problem}. Pass a {', '.join(CONVERSATION_FILE_FORMATS)} file (also .gz) or "
+        f"one of the data sets {', '.join(CONVERSATION_DATASETS)}."
     )
 
 
@@ -222,20 +225,21 @@ def check_columns(
 
 def to_messages(
     row: dict[str, Any], columns: tuple[str, ...], answer_column: str, location: str
-) -> tuple[Message, ...]:
+) -> tuple[ChatMessage, ...]:
     """Returns the conversation of a row with the response in column `answer_column`."""
     prompt_column = columns[0] if columns[0] in PROMPT_COLUMNS else ""
     if prompt_column and not isinstance(row[answer_column], list):
         content = require_text(row, answer_column, "a response", location)
-        messages: list[Message] = [{"role": "assistant", "content": content}]
+        messages: list[ChatMessage] = [{"role": "assistant", "content": content}]
     else:
         messages = read_messages(row, answer_column, location)
     if prompt_column and len(messages) == 1:
         messages = [*to_prompt_messages(row, prompt_column, location), *messages]
     elif prompt_column and answer_column not in PREFERENCE_COLUMNS:
         raise DataError(
-            f"{location}: {answer_column!r} has {len(messages)} messages, but a response is a "
-            f"single message. Move the messages before it to {prompt_column!r}."
+            f"{location}: {answer_column!r} has {len(messages)} messages, but a "
+            "response is a single message. Move the messages before it to "
+            f"{prompt_column!r}."
         )
     check_turn_order(messages, location)
     if messages[0]["role"] == "system" and not messages[0]["content"].strip():
@@ -253,7 +257,7 @@ def to_messages(
 
 def to_prompt_messages(
     row: dict[str, Any], column: str, location: str
-) -> list[Message]:
+) -> list[ChatMessage]:
     """Returns the messages before the response: a user message or a list."""
     if column != "instruction" and isinstance(row[column], list):
         return read_messages(row, column, location)
@@ -278,7 +282,7 @@ def require_text(row: dict[str, Any], column: str, expected: str, location: str)
     return text
 
 
-def read_messages(row: dict[str, Any], column: str, location: str) -> list[Message]:
+def read_messages(row: dict[str, Any], column: str, location: str) -> list[ChatMessage]:
     """Returns the messages of a column, at least one; their order is not checked."""
     value = row[column]
     if not isinstance(value, list) or not value:
@@ -292,7 +296,7 @@ def read_messages(row: dict[str, Any], column: str, location: str) -> list[Messa
     return [read_message(m, f"{location}, message {n}") for n, m in enumerate(value, 1)]
 
 
-def read_message(message_fields: Any, location: str) -> Message:
+def read_message(message_fields: Any, location: str) -> ChatMessage:
     """Parses a message in chat (role, content) or ShareGPT format (from, value)."""
     sharegpt = isinstance(message_fields, dict) and "from" in message_fields
     role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
@@ -306,8 +310,8 @@ def read_message(message_fields: Any, location: str) -> Message:
     )
     if role is None:
         raise DataError(
-            f"{location}: unknown role {message_fields[role_key]!r:.40}. Use one of {', '.join(ROLE_ALIASES)}, "
-            "or remove the row."
+            f"{location}: unknown role {message_fields[role_key]!r:.40}. Use one of "
+            f"{', '.join(ROLE_ALIASES)}, or remove the row."
         )
     if isinstance(message_fields[content_key], list):
         message_fields[content_key] = join_content_parts(
@@ -337,7 +341,7 @@ def join_content_parts(parts: list[Any], location: str) -> str:
     return "".join(get_row_text(item, "text", location) for item in items)
 
 
-def check_turn_order(messages: Sequence[Message], location: str) -> None:
+def check_turn_order(messages: Sequence[ChatMessage], location: str) -> None:
     """Checks that roles alternate and the last message is the assistant's."""
     roles = [message["role"] for message in messages]
     first_turn = 1 + (roles[0] == "system")
@@ -345,14 +349,14 @@ def check_turn_order(messages: Sequence[Message], location: str) -> None:
         expected_role = ("user", "assistant")[n % 2]
         if role != expected_role:
             raise DataError(
-                f"{location}: message {first_turn + n} has role {role}, expected {expected_role}. After "
-                "an optional system message, user and assistant must alternate. Merge "
-                "or remove messages."
+                f"{location}: message {first_turn + n} has role {role}, expected "
+                f"{expected_role}. After an optional system message, user and "
+                "assistant must alternate. Merge or remove messages."
             )
     if roles[-1] != "assistant":
         raise DataError(
-            f"{location}: the last message has role {roles[-1]}, expected assistant. Add "
-            "a response, or remove the message."
+            f"{location}: the last message has role {roles[-1]}, expected assistant. "
+            "Add a response, or remove the message."
         )
 
 
@@ -361,8 +365,8 @@ def get_split(row: dict[str, Any], location: str) -> str:
     name = get_row_text(row, "split", location)
     if name and name not in SPLIT_ALIASES:
         raise DataError(
-            f"{location}: unknown split {name!r}.{did_you_mean(name, SPLIT_ALIASES)} Use one "
-            f"of {', '.join(SPLIT_ALIASES)}, or rename the column 'split'."
+            f"{location}: unknown split {name!r}.{did_you_mean(name, SPLIT_ALIASES)} "
+            f"Use one of {', '.join(SPLIT_ALIASES)}, or rename the column 'split'."
         )
     return SPLIT_ALIASES[name] if name else ""
 
@@ -374,8 +378,8 @@ def splits_from_column(
     without_split = [item.location for item in items if not item.split]
     if without_split and len(without_split) < len(items):
         raise DataError(
-            f"{without_split[0]}: no 'split', but other rows have one. Set it in all rows or "
-            "in none."
+            f"{without_split[0]}: no 'split', but other rows have one. Set it in all "
+            "rows or in none."
         )
     parts = {
         name: [item for item in items if item.split == name] for name in ALL_SPLITS
@@ -391,7 +395,7 @@ def split_conversations(
     test_fraction: int | float,
     seed: int,
 ) -> dict[str, list[ConversationOrPair]]:
-    """Splits conversations or pairs; omits splits whose fraction is 0.
+    """Splits conversations or pairs; omits splits with a fraction of 0.
 
     Args:
         items: rows; their own splits take precedence over the other arguments.
@@ -406,11 +410,11 @@ def split_conversations(
     """
     if strategy not in SPLIT_STRATEGIES:
         raise ConfigError(
-            f"data.split_strategy={strategy!r} is unknown.{did_you_mean(strategy, SPLIT_STRATEGIES)} Choose "
-            "stratified or book."
+            f"unknown data.split_strategy={strategy!r}."
+            f"{did_you_mean(strategy, SPLIT_STRATEGIES)} Choose stratified or book."
         )
     if parts := splits_from_column(items):
-        if "train" not in parts:
+        if TRAIN_SPLIT not in parts:
             raise DataError(
                 f"no row has split 'train', only {' and '.join(parts)}. Add training "
                 "rows, or remove the column 'split'."
@@ -463,4 +467,7 @@ def summarize_conversations(items: list[ConversationOrPair]) -> str:
         f"{name} {len(part):,}" for name, part in splits_from_column(items).items()
     ]
     split_note = "; splits in the file: " * bool(sizes) + ", ".join(sizes)
-    return f"with an input: {num_inputs:,}, with a system message: {num_system:,}{split_note}"
+    return (
+        f"with an input: {num_inputs:,}, with a system message: {num_system:,}"
+        f"{split_note}"
+    )

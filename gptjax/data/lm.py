@@ -21,6 +21,9 @@ from jaxtyping import Float32, Int32
 from gptjax.data.token_files import TokenDataset
 from gptjax.errors import DataError
 
+# One thread: the work is in Python, so a second one would compete for the GIL.
+PREFETCH_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+
 
 class Batch(TypedDict):
     """Batch of one step: NumPy arrays on the host, a pytree for `jax.jit`."""
@@ -116,10 +119,6 @@ class LMBatches:
 def epoch_offset(seed: int, epoch: int, stream_length: int) -> int:
     """Draws the offset of the first row of an epoch."""
     return int(np.random.default_rng((seed, epoch)).integers(stream_length))
-
-
-# One thread: the work is in Python, so a second one would compete for the GIL.
-PREFETCH_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
 
 
 def make_batches(

@@ -17,14 +17,11 @@ class PreferenceBatch(TypedDict):
 
     tokens: Int32[np.ndarray, "B 2 T"]
     targets: Int32[np.ndarray, "B 2 T"]
-    loss_weights: Float32[
-        np.ndarray, "B 2 T"
-    ]  # 1 where the target is part of a response
+    loss_weights: Float32[np.ndarray, "B 2 T"]  # 1 if the target is in a response
     segment_ids: Int32[np.ndarray, "B 2 T"]
     positions: Int32[np.ndarray, "B 2 T"]
-    reference_logprobs: Float32[
-        np.ndarray, "B 2"
-    ]  # log-probs under the initial model (nats)
+    # Log-probabilities under the initial model (nats).
+    reference_logprobs: Float32[np.ndarray, "B 2"]
 
 
 class PreferenceBatches(NamedTuple):

@@ -1,21 +1,26 @@
 """Prefetching of batches in a background thread."""
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 PREFETCH_SIZE = 2  # batches prepared ahead
 
 
 def prefetch_to_device(
-    items: Iterable[Any], make: Callable[[Any], Any], size: int = PREFETCH_SIZE
+    items: Iterable[Any],
+    make: Callable[[Any], Any],
+    size: int = PREFETCH_SIZE,
+    waiting: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Iterator[Any]:
     """Yields `map(make, items)`, computed by a thread up to `size` results ahead.
 
     Order and errors are those of `map`: an error is raised in place of its result. Only
     the thread reads `items`, one at a time. Usually `make` transfers a batch to the
-    devices.
+    devices. The consumer waits for each result inside the context `waiting()`.
     """
     source, end = iter(items), object()
 
@@ -27,7 +32,8 @@ def prefetch_to_device(
         queue = deque(thread.submit(next_result) for _ in range(size))
         try:
             while queue:
-                result = queue.popleft().result()
+                with waiting():
+                    result = queue.popleft().result()
                 if result is end:
                     return
                 queue.append(thread.submit(next_result))

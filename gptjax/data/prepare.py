@@ -70,7 +70,10 @@ class DatasetInfo:
             return ""
         rate = size / self.seconds
         per_worker = f"{rate / workers:.1f} for each of {workers} workers"
-        return f"{size:.1f} MB of text in {self.seconds:.1f} s: {rate:.1f} MB/s, {per_worker}"
+        return (
+            f"{size:.1f} MB of text in {self.seconds:.1f} s: {rate:.1f} MB/s, "
+            f"{per_worker}"
+        )
 
     def __str__(self) -> str:
         lines = [f"{self.folder}: {self.meta['tokenizer']['name']} tokens of"]
@@ -150,9 +153,9 @@ def open_prepared(folder: Path, expected_tokenizer: str = "") -> TokenizedSplits
     )
     if expected_id not in (tokenizer_hash, name):
         raise DataError(
-            f"data.tokenizer={expected_tokenizer!r} ({expected_id}) does not match {folder}, which was "
-            f"prepared with {name!r} ({tokenizer_hash}). Set data.tokenizer to "
-            f'"" to use that one, or prepare the text again.'
+            f"data.tokenizer={expected_tokenizer!r} ({expected_id}) does not match "
+            f"{folder}, which was prepared with {name!r} ({tokenizer_hash}). Set "
+            'data.tokenizer to "" to use that one, or prepare the text again.'
         )
     validation = (
         open_split(folder, VALIDATION_SPLIT)

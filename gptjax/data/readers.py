@@ -20,9 +20,10 @@ from typing import Any
 from gptjax.errors import DataError
 from gptjax.fileio.strict_json import decode_json_at
 
-READ_BLOCK_BYTES = 1 << 18  # bytes per read
+READ_BLOCK_BYTES = 1 << 18  # per read
 MAX_LINE_BYTES = 64 << 20  # per line and per CSV field
 MAX_JSON_CHARS = 1 << 30  # per .json file, which is read into memory
+JSON_WHITESPACE = re.compile(r"[ \t\r\n]*")
 
 NumberedRow = tuple[int, Any]  # first line number; string, or dict by column
 
@@ -82,8 +83,8 @@ def read_lines(file: BufferedIOBase, path: Path) -> Iterator[tuple[int, str]]:
                 return
             if len(block) > MAX_LINE_BYTES:
                 raise DataError(
-                    f"{path}:{number}: line of more than {MAX_LINE_BYTES:,} bytes. Write "
-                    "one row per line, or put a long text into a .txt file."
+                    f"{path}:{number}: line of more than {MAX_LINE_BYTES:,} bytes. "
+                    "Write one row per line, or put a long text into a .txt file."
                 )
             yield block
 
@@ -159,9 +160,6 @@ def next_json_value(text: str, start: int, path: Path, line: int) -> tuple[Any, 
         raise DataError(f"{path}:{line}: not JSON: {error}.") from error
 
 
-JSON_WHITESPACE = re.compile(r"[ \t\r\n]*")
-
-
 def read_csv(file: BufferedIOBase, path: Path) -> Iterator[NumberedRow]:
     """Yields each row as a dict by the names in the header; fields may span lines."""
     names = None
@@ -191,7 +189,7 @@ def read_csv_records(
         strict: raise on text after a closing quote instead of adding it to the field.
     """
     csv.field_size_limit(MAX_LINE_BYTES)  # process-wide; default 131,072
-    # Decoded text has no NUL, so this row stands alone unless a quote is still open.
+    # Decoded text has no NUL, so this row is the last one unless a quote is still open.
     end = "\0"
     lines = itertools.chain((text for _, text in read_lines(file, path)), [end])
     reader = csv.reader(lines, delimiter=delimiter, strict=strict)

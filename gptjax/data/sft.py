@@ -1,7 +1,8 @@
-"""Tokenized conversations with loss masks.
+"""Tokenized conversations with loss masks, and their batches.
 
-The loss mask depends on a token's position in the conversation, never on its id: GPT-2
-uses the token that ends a response for padding as well.
+Batches are length-bucketed, packed, or those of the book's data loader. The loss mask
+depends on a token's position in the conversation, never on its id: GPT-2 uses the token
+that ends a response for padding as well.
 """
 
 import dataclasses
@@ -48,7 +49,7 @@ def encode_segments(
         train_on: kinds of segments to train on.
     """
     example = Example([], [], [])
-    for kind, group in itertools.groupby(segments, key=lambda piece: piece.kind):
+    for kind, group in itertools.groupby(segments, key=lambda segment: segment.kind):
         ids = []
         for segment in group:
             ids += (

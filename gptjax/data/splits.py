@@ -14,9 +14,9 @@ import numpy as np
 
 from gptjax.config import did_you_mean
 from gptjax.data.classification import LabeledTexts, take
+from gptjax.data.text import ALL_SPLITS
 from gptjax.errors import ConfigError, DataError
 
-ALL_SPLITS = ("train", "validation", "test")
 BOOK_SPLIT_SEED = 123
 MAX_TABLE_CLASSES = 20  # classes with a table row of their own
 
@@ -31,7 +31,7 @@ def stratified_split(
     balance_classes: bool,
     deduplicate: bool,
 ) -> dict[str, LabeledTexts]:
-    """Splits labeled texts by class; omits splits whose fraction is 0.
+    """Splits labeled texts by class; omits splits with a fraction of 0.
 
     Args:
         data: all rows.
@@ -53,8 +53,9 @@ def stratified_split(
         return book_classification_split(data)
     if strategy != "stratified":
         raise ConfigError(
-            f"data.split_strategy={strategy!r} is unknown."
-            f"{did_you_mean(strategy, ('stratified', 'book'))} Choose stratified or book."
+            f"unknown data.split_strategy={strategy!r}."
+            f"{did_you_mean(strategy, ('stratified', 'book'))} Choose stratified or "
+            "book."
         )
     if val_fraction + test_fraction >= 1:
         raise ConfigError(
@@ -100,9 +101,10 @@ def split_sizes(num_rows: int, shares: Sequence[float], class_name: str) -> list
     """
     if num_rows < len(shares):
         raise DataError(
-            f"class {class_name!r} has {num_rows} {'row' if num_rows == 1 else 'rows'}, but each "
-            f"of {len(shares)} splits needs one. Add rows, remove the class, or set "
-            "data.test_fraction or data.val_fraction to 0."
+            f"class {class_name!r} has {num_rows} "
+            f"{'row' if num_rows == 1 else 'rows'}, but each of {len(shares)} splits "
+            "needs one. Add rows, remove the class, or set data.test_fraction or "
+            "data.val_fraction to 0."
         )
     ideal = [num_rows * share for share in shares]
     sizes = [int(size) for size in ideal]
@@ -116,7 +118,7 @@ def split_sizes(num_rows: int, shares: Sequence[float], class_name: str) -> list
 
 
 def drop_duplicates(data: LabeledTexts) -> LabeledTexts:
-    """Drops rows whose stripped text occurred before."""
+    """Drops rows with a text that occurred before, apart from outer whitespace."""
     first_index: dict[str, int] = {}
     for i, text in enumerate(data.texts):
         earlier = first_index.setdefault(text.strip(), i)
@@ -124,8 +126,9 @@ def drop_duplicates(data: LabeledTexts) -> LabeledTexts:
             raise DataError(
                 f"{data.locations[i]}: the text {text.strip()!r:.50} has the label "
                 f"{data.class_names[data.labels[i]]!r}, but "
-                f"{data.class_names[data.labels[earlier]]!r} at {data.locations[earlier]}. "
-                "Correct one, or keep both with --data.deduplicate false."
+                f"{data.class_names[data.labels[earlier]]!r} at "
+                f"{data.locations[earlier]}. Correct one, or keep both with "
+                "--data.deduplicate false."
             )
     return take(data, first_index.values())
 
@@ -137,8 +140,8 @@ def book_classification_split(data: LabeledTexts) -> dict[str, LabeledTexts]:
     """
     if len(data.class_names) != 2:
         raise DataError(
-            f"data.split_strategy=book requires two classes, not {len(data.class_names)}. "
-            "Use data.split_strategy=stratified."
+            "data.split_strategy=book requires two classes, not "
+            f"{len(data.class_names)}. Use data.split_strategy=stratified."
         )
     larger, smaller = sorted(class_indices(data), key=len, reverse=True)
     sampled = larger[book_sample(len(larger), len(smaller))]
@@ -218,6 +221,6 @@ def describe_overlap(splits: dict[str, LabeledTexts]) -> list[str]:
         for other in list(texts)[i + 1 :]
     ]
     return [
-        f"{num_shared:,} texts occur in more than one split ({', '.join(pairs)}), which "
-        "inflates the test scores; remove duplicates with --data.deduplicate true"
+        f"{num_shared:,} texts occur in more than one split ({', '.join(pairs)}), "
+        "which inflates the test scores; remove duplicates with --data.deduplicate true"
     ]

@@ -1,4 +1,4 @@
-"""Documents from text, JSON and CSV files, in chunks of bounded size.
+"""Documents from text, JSON and CSV files, in chunks of bounded size, and their split.
 
 A .txt or .md file is one document, including any blank lines or `<|endoftext|>` in it;
 each row of a .jsonl, .json or .csv file is one document; empty documents are dropped.
@@ -9,6 +9,9 @@ A document longer than `CHUNK_CHARS` characters is split into chunks, so that it
 not fit in memory. Chunks end before a space or newline that follows a non-space
 character. No GPT-2 token spans such a position, so the chunks have the same tokens as
 the document. Text without such a position is split after `CHUNK_CHARS` characters.
+
+Documents are held out for validation by a hash of their number, so the split needs one
+pass and depends on nothing but the seed.
 """
 
 import dataclasses
@@ -32,7 +35,10 @@ from gptjax.fileio.download import (
     sha256_of_files,
 )
 
-CHUNK_CHARS = 1 << 18  # characters
+TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT = "train", "validation", "test"
+ALL_SPLITS = (TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT)
+TEXT_SPLITS = (TRAIN_SPLIT, VALIDATION_SPLIT)  # of pretraining data
+CHUNK_CHARS = 1 << 18
 FILE_KINDS = {".txt": "text", ".md": "text"} | {f".{kind}": kind for kind in READERS}
 TEXT_COLUMN_NAMES = ("text", "content", "document")  # usual names of the text column
 CHUNK_BOUNDARY = re.compile(r"(?s).*(?<=\S)[ \n]")  # greedy: the last one
@@ -58,8 +64,8 @@ class TextSource:
 def find_sources(paths: Sequence[str | Path], column: str = "") -> list[TextSource]:
     """Expands data set names, files, folders and globs to distinct files.
 
-    A folder stands for all files of a known type in it and its subfolders, sorted by
-    name, without hidden ones.
+    A folder yields all files of a known type in it and its subfolders, sorted by name,
+    without hidden ones.
 
     Args:
         paths: a name of a data set takes precedence over a file of that name.
@@ -84,7 +90,7 @@ def find_sources(paths: Sequence[str | Path], column: str = "") -> list[TextSour
 
 
 def expand_path(path: str) -> list[Path]:
-    """Returns the files that one path, glob or data set name stands for."""
+    """Returns the files that match a path, glob or data set name."""
     if path == datasets.PYTHON_HELP:
         return [Path(path)]
     if path in datasets.DATASETS:
@@ -211,8 +217,8 @@ def get_row_text(row: Any, column: str, location: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{location}: unpaired surrogate {text[error.start]!r}. Write the character "
-            "itself."
+            f"{location}: unpaired surrogate {text[error.start]!r}. Write the "
+            "character itself."
         ) from error
     if "\0" in text:
         raise DataError(f"{location}: NUL character in the text. Remove it.")
@@ -227,9 +233,6 @@ def read_text_file(path: Path) -> str:
     """
     source = TextSource(path, "text", "")
     return "".join(chunk.text for chunk in iter_chunks(source))
-
-
-TRAIN_SPLIT, VALIDATION_SPLIT = TEXT_SPLITS = ("train", "validation")
 
 
 class SplitSpan(NamedTuple):
@@ -301,10 +304,8 @@ def iter_split_spans(
             held_out = hash_to_unit(rule.seed, document_index) < rule.threshold
             yield SplitSpan(TEXT_SPLITS[held_out], chunk.text, is_first, chunk.is_last)
         else:
-            head, tail = (
-                chunk.text[: max(train_chars - chars_read, 0)],
-                chunk.text[max(train_chars - chars_read, 0) :],
-            )
+            head = chunk.text[: max(train_chars - chars_read, 0)]
+            tail = chunk.text[max(train_chars - chars_read, 0) :]
             previous, chars_read = chars_read, chars_read + len(chunk.text)
             if head:
                 yield SplitSpan(TRAIN_SPLIT, head, is_first, chars_read >= train_chars)

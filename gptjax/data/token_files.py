@@ -17,7 +17,7 @@ shards, all but the last of the same length:
 The CRC of a block is verified when the block is first read: opening is cheap, and no
 corrupt token is trained on.
 
-`open_external` opens token files of other programs.
+`open_external` opens token files of other programs: llm.c, nanoGPT and datatrove.
 """
 
 import dataclasses
@@ -35,9 +35,12 @@ from gptjax.fileio.download import sha256_of_files
 from gptjax.fileio.strict_json import read_json
 
 TOKEN_FILES_FORMAT = "gptjax tokens 2"
-CRC_BLOCK_BYTES = 1 << 20  # bytes per CRC
+CRC_BLOCK_BYTES = 1 << 20  # per CRC
 MAX_TOKEN_METADATA_BYTES = 1 << 26  # size of a meta.json
 REPREPARE_ADVICE = "Copy the folder again, or prepare the text again."
+LLMC_MAGIC = 20240520
+# Header of llm.c, 256 int32: magic, version 1, number of u16 tokens, zeros.
+LLMC_HEADER_BYTES = 1024
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -68,10 +71,8 @@ class ShardWriter:
                     file.write(array.tobytes())
             self.tokens += len(tokens[:remaining])
             self.documents += num_ends
-            tokens, document_ends = (
-                tokens[remaining:],
-                document_ends[num_ends:] - remaining,
-            )
+            tokens = tokens[remaining:]
+            document_ends = document_ends[num_ends:] - remaining
             if self.tokens == self.shard_tokens:
                 self.finish_shard()
 
@@ -124,9 +125,7 @@ class TokenDataset:
 
     shards: tuple[TokenShard, ...]
     arrays: tuple[np.ndarray, ...]  # memory-mapped tokens of each shard
-    verified_blocks: tuple[
-        np.ndarray, ...
-    ]  # blocks already verified; updated by `read`
+    verified_blocks: tuple[np.ndarray, ...]  # bool per block; updated by `read`
     document_ends: tuple[np.ndarray, ...]  # of documents, from the start of each shard
     shard_offsets: np.ndarray  # first position of each shard, then the length
     vocab_size: int
@@ -162,14 +161,10 @@ class TokenDataset:
 
     def verify_blocks(self, shard_index: int, start: int, count: int) -> None:
         """Verifies the CRCs of the blocks of a range that were not yet verified."""
-        size, verified = (
-            self.shards[shard_index].dtype.itemsize,
-            self.verified_blocks[shard_index],
-        )
-        first, stop = (
-            start * size // CRC_BLOCK_BYTES,
-            -(-(start + count) * size // CRC_BLOCK_BYTES),
-        )
+        size = self.shards[shard_index].dtype.itemsize
+        verified = self.verified_blocks[shard_index]
+        first = start * size // CRC_BLOCK_BYTES
+        stop = -(-(start + count) * size // CRC_BLOCK_BYTES)
         if verified[first:stop].all():
             return
         data = self.arrays[shard_index].view(np.uint8)
@@ -182,8 +177,9 @@ class TokenDataset:
                 last = min((block + 1) * CRC_BLOCK_BYTES, len(data)) - 1
                 raise DataError(
                     f"{self.shards[shard_index].path}: block {block}, bytes "
-                    f"{block * CRC_BLOCK_BYTES:,} to {last:,}, has CRC-32 {actual:08x}, expected "
-                    f"{expected:08x}: the file is corrupt or has been replaced. {REPREPARE_ADVICE}"
+                    f"{block * CRC_BLOCK_BYTES:,} to {last:,}, has CRC-32 "
+                    f"{actual:08x}, expected {expected:08x}: the file is corrupt or "
+                    f"has been replaced. {REPREPARE_ADVICE}"
                 )
             verified[block] = True
 
@@ -191,9 +187,10 @@ class TokenDataset:
         """Raises for the first token that is out of range."""
         invalid = int(np.argmax(tokens >= self.vocab_size))
         raise DataError(
-            f"{self.shards[shard_index].path}: token {tokens[invalid]} at offset {start + invalid} "
-            f"is out of range for vocab_size={self.vocab_size}. The file is corrupt "
-            "or was made with another tokenizer; prepare the text again."
+            f"{self.shards[shard_index].path}: token {tokens[invalid]} at offset "
+            f"{start + invalid} is out of range for vocab_size={self.vocab_size}. The "
+            "file is corrupt or was made with another tokenizer; prepare the text "
+            "again."
         )
 
     def document_range(self, number: int) -> tuple[int, int]:
@@ -233,9 +230,9 @@ def open_shards(
             check_file_size(shard.index_path, 8 * shard.documents)
             if shard.sha256 and sha256_of_files([shard.index_path]) != shard.sha256[1]:
                 raise DataError(
-                    f"{shard.index_path}: block 0, bytes 0 to {8 * shard.documents - 1:,}, "
-                    "does not match its SHA-256: the file is corrupt or has been "
-                    f"replaced. {REPREPARE_ADVICE}"
+                    f"{shard.index_path}: block 0, bytes 0 to "
+                    f"{8 * shard.documents - 1:,}, does not match its SHA-256: the "
+                    f"file is corrupt or has been replaced. {REPREPARE_ADVICE}"
                 )
             document_ends[-1] = np.asarray(np.memmap(shard.index_path, "<u8", "r"))
     shard_offsets = np.cumsum([0, *(shard.tokens for shard in shards)])
@@ -255,8 +252,8 @@ def check_file_size(path: Path, size: int) -> None:
     actual = path.stat().st_size if path.exists() else 0
     if actual != size:
         raise DataError(
-            f"{path} has {actual:,} bytes instead of {size:,}: it is missing, truncated "
-            "or corrupt. Copy it again, or prepare the text again."
+            f"{path} has {actual:,} bytes instead of {size:,}: it is missing, "
+            "truncated or corrupt. Copy it again, or prepare the text again."
         )
 
 
@@ -285,8 +282,8 @@ def read_token_metadata(folder: Path) -> dict[str, Any]:
         ) from error
     if file_format != TOKEN_FILES_FORMAT:
         raise DataError(
-            f"{path} has the format {file_format!r:.40}, expected {TOKEN_FILES_FORMAT!r}. Prepare the "
-            "text again."
+            f"{path} has the format {file_format!r:.40}, expected "
+            f"{TOKEN_FILES_FORMAT!r}. Prepare the text again."
         )
     if not _is_valid_metadata(meta):
         raise DataError(
@@ -394,12 +391,6 @@ def verify_prepared(folder: Path) -> list[str]:
         except DataError as error:
             problems.append(str(error))
     return problems
-
-
-LLMC_MAGIC = 20240520
-LLMC_HEADER_BYTES = (
-    1024  # header, 256 int32: magic, version 1, number of u16 tokens, zeros
-)
 
 
 def find_token_files(folder: Path) -> list[Path]:

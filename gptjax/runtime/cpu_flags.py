@@ -11,7 +11,7 @@ import sys
 FAST_CPU_XLA_FLAGS = (
     "--xla_cpu_prefer_vector_width=512",  # AVX-512 if available
     # Keeps optimization barriers until after fusion, so that shared inputs are computed
-    # once, see `gptjax.model.gpt.layers.LayerNorm`.
+    # once, see `gptjax.model.layers.LayerNorm`.
     "--xla_disable_hlo_passes=cse_barrier_expander",
 )
 # Parameters and values of glibc's mallopt.

@@ -4,8 +4,10 @@ import importlib.metadata
 
 import jax
 
-GPU_PRE_AMPERE = (
-    "gpu without cuDNN attention"  # NVIDIA before Ampere, or another vendor
+GPU_PRE_AMPERE = "gpu without cuDNN attention"  # or not from NVIDIA
+TRACKED_PACKAGES = (
+    *("gptjax", "jax", "jaxlib", "flax", "optax"),
+    *("orbax-checkpoint", "grain", "numpy", "tiktoken"),
 )
 
 
@@ -24,12 +26,6 @@ def target_platform() -> str:
     capability = getattr(jax.devices()[0], "compute_capability", "")
     major = str(capability).split(".")[0]
     return "gpu" if major.isdecimal() and int(major) >= 8 else GPU_PRE_AMPERE
-
-
-TRACKED_PACKAGES = (
-    *("gptjax", "jax", "jaxlib", "flax", "optax"),
-    *("orbax-checkpoint", "grain", "numpy", "tiktoken"),
-)
 
 
 def package_versions() -> dict[str, str]:

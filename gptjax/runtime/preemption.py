@@ -22,13 +22,11 @@ SignalMode = Literal["immediate", "deferred", "collective"]
 EXIT_PREEMPTED = 75  # exit code; EX_TEMPFAIL of sysexits.h: retry
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NOTHING_TO_SAVE = "interrupted; no unsaved progress"
-SIGNAL_GRACE_SECONDS = (
-    1.0  # seconds for Python to handle a signal, e.g. while compiling
-)
+SIGNAL_GRACE_SECONDS = 1.0  # for Python to handle a signal, e.g. while compiling
 HEARTBEAT_ENV = "GPTJAX_ALIVE"  # environment variable: path of the heartbeat file
-HEARTBEAT_INTERVAL_SECONDS = 0.5  # seconds between heartbeats
+HEARTBEAT_INTERVAL_SECONDS = 0.5  # minimum time between heartbeats
 HANG_STEPS = 20  # hang timeout, as a multiple of the step time
-LONG_OPERATION_SECONDS = 1800.0  # hang timeout during operations without heartbeat
+LONG_OPERATION_SECONDS = 1800.0  # hang timeout during operations without heartbeats
 
 
 class Interrupted(BaseException):
@@ -47,9 +45,8 @@ class SignalState:
         self.mode: SignalMode = "deferred"
 
 
-_active_signal_states: list[
-    SignalState
-] = []  # at most one: signal handlers are per process
+# At most one: signal handlers are per process.
+_active_signal_states: list[SignalState] = []
 
 
 @contextlib.contextmanager
@@ -69,18 +66,14 @@ def handle_signals(final: bool = False) -> Iterator[Callable[[], bool]]:
     ):
         yield lambda: bool(_active_signal_states and _active_signal_states[0].received)
         return
-    state, previous_handlers = (
-        SignalState(),
-        {n: signal.getsignal(n) for n in STOP_SIGNALS},
-    )
+    state = SignalState()
+    previous_handlers = {n: signal.getsignal(n) for n in STOP_SIGNALS}
 
     def on_signal(number: int, _: Any) -> None:
         state.received.append(number)
-        for stop_signal_number in STOP_SIGNALS:
-            signal.signal(
-                stop_signal_number,
-                signal.SIG_DFL if final else previous_handlers[stop_signal_number],
-            )
+        for stop_signal in STOP_SIGNALS:
+            handler = signal.SIG_DFL if final else previous_handlers[stop_signal]
+            signal.signal(stop_signal, handler)
         if state.mode == "immediate":
             raise Interrupted(NOTHING_TO_SAVE)
 
@@ -165,11 +158,12 @@ def check_interrupted() -> None:
         raise Interrupted(NOTHING_TO_SAVE)
 
 
+# Time and text of the last heartbeat, and the estimated seconds per step.
 last_heartbeat: dict[str, Any] = {
     "at": -HEARTBEAT_INTERVAL_SECONDS,
     "text": "",
     "step": 0.0,
-}  # the last heartbeat
+}
 
 
 def heartbeat(step_seconds: float | None = None, long_operation: bool = False) -> None:
@@ -184,7 +178,8 @@ def heartbeat(step_seconds: float | None = None, long_operation: bool = False) -
     if step_seconds is not None:
         last_heartbeat["step"] = step_seconds
     timeout = HANG_STEPS * last_heartbeat["step"]
-    content = f"{timeout:.3f} {max(LONG_OPERATION_SECONDS, timeout) if long_operation else timeout:.3f}"
+    busy_timeout = max(LONG_OPERATION_SECONDS, timeout) if long_operation else timeout
+    content = f"{timeout:.3f} {busy_timeout:.3f}"
     if (
         content != last_heartbeat["text"]
         or now - last_heartbeat["at"] >= HEARTBEAT_INTERVAL_SECONDS

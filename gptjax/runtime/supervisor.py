@@ -1,7 +1,7 @@
 """Supervisor: restarts a training process after a crash or hang.
 
-Imports nothing heavy and keeps no state worth saving. The child writes its hang
-timeouts to the heartbeat file (`gptjax.runtime.preemption.heartbeat`).
+It imports no heavy package and has no state that needs saving. The child writes its
+hang timeouts to the heartbeat file (`gptjax.runtime.preemption.heartbeat`).
 """
 
 import contextlib
@@ -24,17 +24,15 @@ from typing import Any, NamedTuple
 from gptjax.runtime.preemption import EXIT_PREEMPTED, HEARTBEAT_ENV, STOP_SIGNALS
 
 FINAL_EXIT_CODES = (0, 2, EXIT_PREEMPTED)  # no restart after these exit codes
-MIN_HANG_SECONDS = 60.0  # minimum hang timeout (s)
+MIN_HANG_SECONDS = 60.0  # minimum hang timeout
 MAX_FAILURES = 3  # consecutive failures at one step before giving up
-MIN_RESTART_WAIT_SECONDS, MAX_RESTART_WAIT_SECONDS = (
-    1.0,
-    300.0,
-)  # restart back-off (s): first and maximum
+MIN_RESTART_WAIT_SECONDS = 1.0  # first wait before a restart; doubles each time
+MAX_RESTART_WAIT_SECONDS = 300.0
 MIN_CPU_FRACTION = 0.001  # CPU time per wall time below which a process is idle
 STDERR_TAIL_LINES = 20  # lines of stderr shown after the last failure
-POLL_INTERVAL_SECONDS = 0.2  # seconds between polls of the child
-STACK_DUMP_SECONDS = 2.0  # seconds for a child to dump its stacks
-PR_SET_PDEATHSIG = 1  # prctl option: signal to the child at its parent's death
+POLL_INTERVAL_SECONDS = 0.2  # between polls of the child
+STACK_DUMP_SECONDS = 2.0  # for a child to dump its stacks
+PR_SET_PDEATHSIG = 1  # prctl option: signal sent when the parent dies
 
 
 class Failure(NamedTuple):
@@ -60,7 +58,7 @@ def supervise(
     """
     log = log or (lambda text: print(f"supervise: {text}", file=sys.stderr, flush=True))
     stderr_tail: deque[str] = deque(maxlen=STDERR_TAIL_LINES)
-    received_signals: list[int] = []  # received signals
+    received_signals: list[int] = []
     last_failure, num_failures, wait_seconds = None, 0, MIN_RESTART_WAIT_SECONDS
     running: list[Any] = []  # the running child, if any
     with (
@@ -94,15 +92,16 @@ def supervise(
             )
             if num_failures >= MAX_FAILURES:
                 log(
-                    f"the run {failure.reason} {num_failures} times after step {failure.step} "
-                    "without progress; giving up. Its last lines:"
+                    f"the run {failure.reason} {num_failures} times after step "
+                    f"{failure.step} without progress; giving up. Its last lines:"
                 )
                 for line in stderr_tail:
                     print(line, file=sys.stderr)
                 return 1
             wait_seconds = min(wait_seconds, MAX_RESTART_WAIT_SECONDS)
             log(
-                f"the run {failure.reason} after step {failure.step}; restarting in {wait_seconds:g} s"
+                f"the run {failure.reason} after step {failure.step}; restarting in "
+                f"{wait_seconds:g} s"
             )
             last_failure = failure
             if not interruptible_sleep(wait_seconds, received_signals):
@@ -158,16 +157,12 @@ class HangDetector:
 
     def __init__(self, pid: int, heartbeat_path: Path, min_hang_seconds: float) -> None:
         """Starts watching."""
-        self.pid, self.heartbeat_path, self.min_hang_seconds = (
-            pid,
-            heartbeat_path,
-            min_hang_seconds,
-        )
-        self.seen, self.heartbeat_time, self.heartbeat_cpu_seconds = (
-            0,
-            time.monotonic(),
-            process_cpu_seconds(pid),
-        )
+        self.pid = pid
+        self.heartbeat_path = heartbeat_path
+        self.min_hang_seconds = min_hang_seconds
+        self.seen = 0
+        self.heartbeat_time = time.monotonic()
+        self.heartbeat_cpu_seconds = process_cpu_seconds(pid)
         self.silent_seconds = 0.0
 
     def is_hung(self) -> bool:
@@ -176,11 +171,9 @@ class HangDetector:
         with contextlib.suppress(OSError):
             heartbeat_mtime = self.heartbeat_path.stat().st_mtime_ns
             if heartbeat_mtime != self.seen:
-                self.seen, self.heartbeat_time, self.heartbeat_cpu_seconds = (
-                    heartbeat_mtime,
-                    now,
-                    process_cpu_seconds(self.pid),
-                )
+                self.seen = heartbeat_mtime
+                self.heartbeat_time = now
+                self.heartbeat_cpu_seconds = process_cpu_seconds(self.pid)
         self.silent_seconds = now - self.heartbeat_time
         idle_timeout, busy_timeout = self.timeouts()
         cpu_used = process_cpu_seconds(self.pid) - self.heartbeat_cpu_seconds
@@ -278,7 +271,7 @@ def describe_exit(exit_code: int) -> str:
 
 
 def init_child() -> None:
-    """In the child: enables stack dumps and ties its life to the parent's."""
+    """In the child: enables stack dumps and exit at the parent's death."""
     if HEARTBEAT_ENV not in os.environ:
         return
     faulthandler.register(signal.SIGUSR1, all_threads=True)

@@ -1,13 +1,14 @@
-"""Startup time breakdown: phases between a command and its first result.
+"""Timing: startup phases of a command, and training steps.
 
-The library marks the end of each phase through Python's logging. Nothing is measured or
-printed unless the command line enables it (`--verbose`).
+Startup phases lie between a command and its first result. The library marks the end of
+each phase through Python's logging; nothing is measured or printed unless the command
+line enables it (`--verbose`). `StepTimer` measures the steps of a training run.
 """
 
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 phase_logger = logging.getLogger("gptjax.runtime.timing")
@@ -58,15 +59,12 @@ class PhaseLogger(logging.Handler):
         """`started` is the clock time when the first phase began; see `log_phases`."""
         super().__init__()
         self.final_phase = final_phase
-        self.log, self.clock, self.started, self.phase_started = (
-            log,
-            clock,
-            started,
-            started,
-        )
-        self.compile_seconds = self.phase_compile_seconds = (
-            0.0  # compilation: total, in this phase
-        )
+        self.log = log
+        self.clock = clock
+        self.started = started
+        self.phase_started = started
+        # of compilation: in total, and in this phase
+        self.compile_seconds = self.phase_compile_seconds = 0.0
         self.num_programs = self.num_cache_hits = 0
         self.logged_phases: set[str] = set()
 
@@ -133,19 +131,17 @@ class StepTimer:
         self.started, self.excluded_seconds, self.waited = now, 0.0, 0.0
         return seconds, data_seconds
 
-    def time_data(self, items: Iterable[Any]) -> Iterator[Any]:
-        """Yields the items; the time to get each counts as waiting for data."""
-        source, end = iter(items), object()
-        while True:
-            started = self.clock()
-            item = next(source, end)
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time of the block as waiting for data."""
+        started = self.clock()
+        try:
+            yield
+        finally:
             self.waited += self.clock() - started
-            if item is end:
-                return
-            yield item
 
     @contextlib.contextmanager
-    def excluded(self) -> Iterator[None]:
+    def exclude(self) -> Iterator[None]:
         """Excludes the time of the block, for example of an evaluation."""
         step_started = self.clock()
         yield

@@ -1,12 +1,8 @@
 """Classification fine-tuning task."""
 
-import dataclasses
-import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,161 +14,55 @@ from gptjax.data.classification import (
     take,
 )
 from gptjax.data.splits import describe_splits, stratified_split
+from gptjax.data.text import TEST_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError
 from gptjax.evaluation.classification import ClassificationResult, evaluate_classifier
 from gptjax.inference.classify import CLASSIFY_BATCH_SIZE, bucket_lengths
 from gptjax.model.classifier import classifier_hidden_states, pool_and_project
 from gptjax.model.gpt import unembedding_matrix
-from gptjax.parallel.sharding import shard_tree, to_host
 from gptjax.plots.report import Misclassification, write_classification_report
+from gptjax.tasks.builder import (
+    FinetuneSummary,
+    TaskStages,
+    load_best_model,
+    make_finetune_task,
+    make_initial_params,
+    with_model_config,
+)
 from gptjax.tokenizer.tokenizer import Tokenizer
-from gptjax.training import estimate
 from gptjax.training.finetune import (
     check_validation_split,
     choose_tokenizer,
     finetune_provenance,
-    full_params,
-    initial_params,
-    iterate_batches,
     load_init_model,
-    make_finetune_step,
-    resolve_model_config,
-    save_finetuned,
-    split_trainable,
 )
 from gptjax.training.loss import classification_loss, fused_cross_entropy
 from gptjax.training.metrics import log_event, read_events
-from gptjax.training.optimizer import make_optimizer
-from gptjax.training.task import (
-    DEFAULT_RESUME_OPTIONS,
-    LogFn,
-    ResumeOptions,
-    RunContext,
-    Task,
-    describe_devices,
-    describe_length,
-)
-from gptjax.training.train_step import TrainState, init_state
-from gptjax.training.trainer import finetune
-from gptjax.tree import Params, num_params
+from gptjax.training.task import EvalResult, RunContext, Task
+from gptjax.training.train_step import TrainState
+from gptjax.tree import Params
 from gptjax.weights.model_folder import Model
-
-TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT = "train", "validation", "test"
 
 
 class ClassificationData(NamedTuple):
     """Data of a classification run."""
 
     rows: dict[str, LabeledTexts]  # by split
-    ids: dict[str, list[list[int]]]
+    ids: dict[str, list[list[int]]]  # by split, truncated to the context
     tokenizer: Tokenizer
-    columns: str  # summary line with the detected columns
-    num_truncated: int  # rows longer than the context
+    init_model: Model | None
+    summary_lines: list[str]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes [C]."""
+        return self.rows[TRAIN_SPLIT].class_names
 
 
-MakeClassificationTaskFn = Callable[
-    [RunContext], tuple[RunContext, Task, ClassificationData]
-]
-
-
-def train_classifier(
-    config: RunConfig,
-    run_dir: Path,
-    log: LogFn = print,
-    make_task: MakeClassificationTaskFn | None = None,
-    options: ResumeOptions = DEFAULT_RESUME_OPTIONS,
-) -> Model:
-    """Fine-tunes a classifier; resumes if the run exists.
-
-    Returns the model of the step with the best validation accuracy; only this one is
-    evaluated on the test rows.
-
-    Args:
-        config: must match that of an existing run.
-        run_dir: run folder; created if missing.
-        log: receives log lines.
-        make_task: replaces `make_classification_task`.
-        options: config options that may change, and the spike policy.
-
-    Raises:
-        GptjaxError: invalid data, config or run folder.
-        Interrupted: interrupted by a signal; the same call resumes.
-    """
-    return finetune(
-        config,
-        run_dir,
-        log,
-        make_task or make_classification_task,
-        finalize_classification,
-        options,
-    )
-
-
-def make_classification_task(
-    run: RunContext,
-) -> tuple[RunContext, Task, ClassificationData]:
-    """Builds the classification task; also returns its data."""
-    config = run.config
-    init_model = load_init_model(config, run.log)
-    data = load_classification_data(config, init_model)
-    class_names, tokenizer = data.rows[TRAIN_SPLIT].class_names, data.tokenizer
-    model_config = resolve_model_config(
-        config.model, init_model, tokenizer, len(class_names)
-    )
-    config = dataclasses.replace(config, model=model_config)
-    run = dataclasses.replace(run, config=config)
-    key = jax.random.key(config.train.seed)
-    params = initial_params(config.model, init_model, tokenizer, key)
-    trainable_params, frozen_params = shard_tree(
-        split_trainable(config, params, key), run.mesh
-    )
-    optimizer = make_optimizer(config.optim, config.train.steps)
-    batches = ClassificationBatches(
-        data.ids[TRAIN_SPLIT],
-        data.rows[TRAIN_SPLIT].labels,
-        config.data.batch_size,
-        bucket_lengths(config.model),
-        tokenizer.eot_token,
-        config.train.seed,
-    )
-
-    def to_model(state: TrainState) -> Model:
-        return Model(
-            config.model,
-            full_params(config, to_host(state.params), frozen_params),
-            tokenizer,
-            class_names,
-        )
-
-    def save_best(state: TrainState) -> None:
-        state = state._replace(params=to_host(state.params))
-        save_finetuned(
-            config, run.run_dir, to_model(state), state.params, frozen_params
-        )
-
-    mean_length = sum(map(len, data.ids[TRAIN_SPLIT])) / len(data.ids[TRAIN_SPLIT])
-    task = Task(
-        init_state=init_state(trainable_params, optimizer, key),
-        train_step=make_finetune_step(config, classification_loss_fn, optimizer),
-        batches=functools.partial(iterate_batches, batches),
-        tokens_per_step=mean_length * config.data.batch_size,
-        evaluate=make_classification_evaluate(run, data, to_model, save_best),
-        to_model=to_model,
-        provenance=finetune_provenance(
-            tokenizer, init_model, text_label_pairs(data.rows)
-        ),
-        summary=format_classification_summary(
-            run, data, batches, num_params(trainable_params), num_params(frozen_params)
-        ),
-        frozen_params=(frozen_params,),
-    )
-    return run, task, data
-
-
-def load_classification_data(
-    c: RunConfig, init_model: Model | None
-) -> ClassificationData:
-    """Loads, splits and tokenizes the labeled rows."""
+def load_classification_data(run: RunContext) -> tuple[RunContext, ClassificationData]:
+    """Loads, splits and tokenizes the labeled rows; resolves the model's config."""
+    c = run.config
+    init_model = load_init_model(c.finetune, run.log)
     if c.data.batching not in ("auto", "padded"):
         raise ConfigError(
             f"data.batching={c.data.batching!r} is not supported for classification, "
@@ -202,7 +92,41 @@ def load_classification_data(
         token_ids = [tokenizer.encode(text) for text in part.texts]
         num_truncated += sum(len(row) > max_length for row in token_ids)
         ids[split] = [row[:max_length] for row in token_ids]
-    return ClassificationData(rows, ids, tokenizer, columns, num_truncated)
+    summary_lines = [f"data     {columns}", *describe_splits(rows)]
+    if num_truncated:
+        summary_lines.append(f"too long {num_truncated} texts truncated to the context")
+    data = ClassificationData(rows, ids, tokenizer, init_model, summary_lines)
+    run = with_model_config(run, init_model, tokenizer, len(data.class_names))
+    return run, data
+
+
+def make_classification_task(run: RunContext, data: ClassificationData) -> Task:
+    """Makes the classification task."""
+    config, tokenizer = run.config, data.tokenizer
+    ids = data.ids[TRAIN_SPLIT]
+    batches = ClassificationBatches(
+        ids,
+        data.rows[TRAIN_SPLIT].labels,
+        config.data.batch_size,
+        bucket_lengths(config.model),
+        tokenizer.eot_token,
+        config.train.seed,
+    )
+    return make_finetune_task(
+        run,
+        make_initial_params(run, data.init_model, tokenizer),
+        loss_fn=classification_loss_fn,
+        batches=batches,
+        tokens_per_step=sum(map(len, ids)) / len(ids) * config.data.batch_size,
+        evaluate=make_classification_evaluate(run, data),
+        make_model=lambda params: Model(
+            config.model, params, tokenizer, data.class_names
+        ),
+        provenance=finetune_provenance(
+            tokenizer, data.init_model, text_label_pairs(data.rows)
+        ),
+        summary=FinetuneSummary(data.summary_lines, "rows"),
+    )
 
 
 def text_label_pairs(rows: dict[str, LabeledTexts]) -> dict[str, Any]:
@@ -258,108 +182,65 @@ def classification_loss_fn(
 
 
 def make_classification_evaluate(
-    run: RunContext,
-    data: ClassificationData,
-    to_model: Callable[[TrainState], Model],
-    save_best: Callable[[TrainState], None],
-) -> Callable[[TrainState, int, bool], str]:
-    """Evaluates on validation and some training rows; saves the best model.
+    run: RunContext, data: ClassificationData
+) -> Callable[[Model, int, bool], EvalResult]:
+    """Evaluates on validation and some training rows.
 
     The best model has the highest validation accuracy; ties go to the lower loss.
     """
     max_train_rows = run.config.train.eval_batches * CLASSIFY_BATCH_SIZE
-    train_subset = (
-        np.linspace(0, len(data.ids[TRAIN_SPLIT]) - 1, max_train_rows)
-        .round()
-        .astype(int)
-    )
+    last_row = len(data.ids[TRAIN_SPLIT]) - 1
+    train_subset = np.linspace(0, last_row, max_train_rows).round().astype(int)
     train_subset = np.unique(train_subset).tolist()
 
     def evaluate_split(
-        model: Model, split: str, step: int, rows: list[int] | None
+        model: Model, split: str, rows: list[int] | None
     ) -> ClassificationResult:
         texts, ids = data.rows[split], data.ids[split]
         if rows is not None:
             texts, ids = take(texts, rows), [ids[n] for n in rows]
-        result = evaluate_classifier(model, texts, ids)
-        log_evaluation(run, split, step, result)
-        return result
+        return evaluate_classifier(model, texts, ids)
 
-    def evaluate(state: TrainState, step: int, is_last: bool) -> str:
-        model = to_model(state)
-        evaluate_split(model, TRAIN_SPLIT, step, None if is_last else train_subset)
-        previous_scores = [
-            (event["accuracy"], -event["loss"])
-            for event in read_events(run.metrics_path)
-            if event["event"] == "eval" and event["split"] == VALIDATION_SPLIT
-        ]
-        result = evaluate_split(model, VALIDATION_SPLIT, step, None)
-        if (result.metrics.accuracy, -result.loss) > max(
-            previous_scores, default=(-1.0, 0.0)
-        ):
-            save_best(state)
-        return f"val {result.loss:.4f} acc {result.metrics.accuracy:.1%}"
+    def evaluate(model: Model, step: int, is_last: bool) -> EvalResult:
+        train_rows = None if is_last else train_subset
+        train_result = evaluate_split(model, TRAIN_SPLIT, train_rows)
+        result = evaluate_split(model, VALIDATION_SPLIT, None)
+        accuracy = result.metrics.accuracy
+        return EvalResult(
+            events=[
+                ("eval", to_event(TRAIN_SPLIT, train_result)),
+                ("eval", to_event(VALIDATION_SPLIT, result)),
+            ],
+            text=f"val {result.loss:.4f} acc {accuracy:.1%}",
+            score=(accuracy, -result.loss),
+        )
 
     return evaluate
 
 
-def log_evaluation(
-    run: RunContext, split: str, step: int, result: ClassificationResult
-) -> None:
-    """Writes an evaluation to metrics.jsonl."""
-    scores = result.metrics
-    log_event(
-        run.metrics_path,
-        "eval",
-        step,
-        split=split,
-        loss=result.loss,
-        accuracy=scores.accuracy,
-        macro_f1=scores.macro_f1,
-        balanced_accuracy=scores.balanced_accuracy,
-    )
-
-
-def format_classification_summary(
-    run: RunContext,
-    data: ClassificationData,
-    batches: ClassificationBatches,
-    num_trainable: int,
-    num_frozen: int,
-) -> list[str]:
-    """Summary printed before training."""
-    config, splits = run.config, data.rows
-    steps, rows = config.train.steps, config.data.batch_size
-    batch_lengths = batches.sampler.batch_shapes
-    truncation_note = (
-        f"; {data.num_truncated} truncated to the context" if data.num_truncated else ""
-    )
-    return [
-        f"run      {run.run_dir}",
-        f"data     {data.columns}",
-        *describe_splits(splits),
-        f"model    {estimate.parameter_count(config.model):,} parameters: "
-        f"{config.model.n_layers} layers, {config.model.n_heads} heads, width {config.model.d_model}, "
-        f"from {config.finetune.init_from or 'random initialization'}",
-        f"trained  {num_trainable:,} parameters ({config.finetune.trainable}), {num_frozen:,} frozen",
-        f"step     {rows} rows of up to {', '.join(map(str, batch_lengths))} tokens: "
-        f"{len(batch_lengths)} compiled shapes{truncation_note}",
-        describe_length(steps, steps / batches.sampler.steps_per_epoch),
-        describe_devices(run),
-    ]
+def to_event(split: str, result: ClassificationResult) -> dict[str, Any]:
+    """Values of an "eval" event."""
+    return {
+        "split": split,
+        "loss": result.loss,
+        "accuracy": result.metrics.accuracy,
+        "macro_f1": result.metrics.macro_f1,
+        "balanced_accuracy": result.metrics.balanced_accuracy,
+    }
 
 
 def finalize_classification(
-    run: RunContext, task: Task, model: Model, data: ClassificationData
-) -> None:
+    run: RunContext, data: ClassificationData, task: Task, state: TrainState
+) -> Model:
     """Evaluates the best model on the test rows; writes figures and report.md."""
+    model = load_best_model(run)
     split = TEST_SPLIT if TEST_SPLIT in data.rows else VALIDATION_SPLIT
     texts, ids = data.rows[split], data.ids[split]
     result = evaluate_classifier(model, texts, ids)
     step = run.config.train.steps
     events = read_events(run.metrics_path)
     if split == TEST_SPLIT and not any(e.get("split") == TEST_SPLIT for e in events):
-        log_evaluation(run, TEST_SPLIT, step, result)
+        log_event(run.metrics_path, "eval", step, **to_event(TEST_SPLIT, result))
     predicted_N = result.prob_NC.argmax(axis=-1)
     misclassified = [
         n for n, label in enumerate(texts.labels) if predicted_N[n] != label
@@ -391,9 +272,15 @@ def finalize_classification(
     )
     run.log(f"done     {text}")
     run.log(f"wrote    {run.run_dir}/model (best on validation), report.md, figures")
+    return model
 
 
 def majority_baseline(train: LabeledTexts, texts: LabeledTexts) -> str:
     """Accuracy of always predicting the most frequent training label."""
     frequent = max(set(train.labels), key=train.labels.count)
     return f"{texts.labels.count(frequent) / len(texts.labels):.4f}"
+
+
+CLASSIFY = TaskStages(
+    load_classification_data, make_classification_task, finalize_classification
+)

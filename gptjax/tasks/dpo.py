@@ -9,7 +9,6 @@ under model and reference.
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -26,44 +25,33 @@ from gptjax.data.preference import (
     make_preference_batches,
 )
 from gptjax.data.sft import Example, encode_segments, truncate_left
+from gptjax.data.text import TEST_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError, DataError
-from gptjax.parallel.sharding import shard_tree, to_host
 from gptjax.plots.report import write_samples
 from gptjax.runtime.preemption import check_interrupted
+from gptjax.tasks.builder import (
+    FinetuneSummary,
+    TaskStages,
+    load_best_model,
+    make_finetune_task,
+    make_initial_params,
+    with_model_config,
+)
 from gptjax.tokenizer.chat_template import ChatTemplate
-from gptjax.training import estimate
 from gptjax.training.finetune import (
     choose_chat_template,
     finetune_provenance,
-    full_params,
-    initial_params,
-    iterate_batches,
     load_init_model,
-    make_finetune_step,
-    resolve_model_config,
-    save_finetuned,
-    split_trainable,
     train_val_test_split,
 )
 from gptjax.training.loss import batch_per_token_loss
-from gptjax.training.metrics import log_event, metric_series, read_events
-from gptjax.training.optimizer import make_optimizer
+from gptjax.training.metrics import log_event, read_events
 from gptjax.training.run_dir import hash_pytree
-from gptjax.training.task import (
-    DEFAULT_RESUME_OPTIONS,
-    LogFn,
-    ResumeOptions,
-    RunContext,
-    Task,
-    describe_devices,
-    describe_length,
-)
-from gptjax.training.train_step import TrainState, init_state
-from gptjax.training.trainer import finetune
-from gptjax.tree import Params, num_params
+from gptjax.training.task import EvalResult, RunContext, Task
+from gptjax.training.train_step import TrainState
+from gptjax.tree import Params
 from gptjax.weights.model_folder import Model
 
-TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT = "train", "validation", "test"
 PerExample = Float[Array, "B 2"]
 ExamplePairs = list[tuple[Example, Example]]
 
@@ -71,9 +59,11 @@ ExamplePairs = list[tuple[Example, Example]]
 class DPOData(NamedTuple):
     """Data of a DPO run."""
 
-    pairs: dict[str, ExamplePairs]  # chosen and rejected, by split
+    batches: dict[str, PreferenceBatches]  # by split, with reference log-probabilities
+    params: Params  # of the initial model, which is the reference
+    init_model: Model
     chat_template: ChatTemplate
-    log_lines: list[str]  # summary lines
+    summary_lines: list[str]
 
 
 class DPOMetrics(NamedTuple):
@@ -86,115 +76,95 @@ class DPOMetrics(NamedTuple):
     rejected_reward: float
 
 
-def train_dpo(
-    config: RunConfig,
-    run_dir: Path,
-    log: LogFn = print,
-    options: ResumeOptions = DEFAULT_RESUME_OPTIONS,
-) -> Model:
-    """Trains with DPO; resumes if the run exists.
+def load_dpo_data(run: RunContext) -> tuple[RunContext, DPOData]:
+    """Loads the pairs and computes their log-probabilities under the initial model."""
+    init_model = load_dpo_init_model(run)
+    template = choose_chat_template(run.config.data.chat_template, init_model)
+    pairs, summary_lines = load_pairs(run.config, init_model, template)
+    run = with_model_config(run, init_model, init_model.tokenizer)
+    config = run.config
+    params = make_initial_params(run, init_model, init_model.tokenizer)
+    batches = {}
+    for split, split_pairs in pairs.items():
+        zero_batches = make_preference_batches(
+            split_pairs,
+            rows=config.data.batch_size,
+            context=config.model.context_length,
+            pad_id=init_model.tokenizer.eot_token,
+            seed=config.train.seed,
+        )
+        reference_logprobs = sequence_logprobs(config, params, zero_batches)
+        batches[split] = zero_batches._replace(reference_logprobs=reference_logprobs)
+    return run, DPOData(batches, params, init_model, template, summary_lines)
 
-    Returns the model of the step with the lowest loss on the validation pairs.
+
+def load_dpo_init_model(run: RunContext) -> Model:
+    """Loads the model to start from.
 
     Raises:
-        GptjaxError: invalid data, config or run folder.
-        Interrupted: interrupted by a signal; the same call resumes.
+        ConfigError: there is none, or an option does not apply to DPO.
     """
-    return finetune(config, run_dir, log, make_dpo_task, finalize_dpo, options)
-
-
-def make_dpo_task(
-    run: RunContext,
-) -> tuple[RunContext, Task, dict[str, PreferenceBatches]]:
-    """Builds the DPO task; also returns batches with reference log-probabilities."""
-    config = run.config
-    init_model = load_init_model(config, run.log)
+    init_model, data = load_init_model(run.config.finetune, run.log), run.config.data
     if init_model is None:
         raise ConfigError(
             "train.task='dpo' requires an initial model: set finetune.init_from to the "
             "folder of a run with train.task='sft'."
         )
-    tokenizer = init_model.tokenizer
-    is_supported = config.data.completion_only_loss and config.data.batching in (
-        "auto",
-        "padded",
-    )
-    if config.data.tokenizer or not is_supported:
+    is_padded = data.batching in ("auto", "padded")
+    if data.tokenizer or not (data.completion_only_loss and is_padded):
         raise ConfigError(
-            f"data.tokenizer={config.data.tokenizer!r}, data.batching={config.data.batching!r} "
-            f"and data.completion_only_loss={config.data.completion_only_loss} are not supported for "
-            "train.task='dpo', which uses the tokenizer of finetune.init_from, padded "
-            "batches and completion-only loss. Remove these options."
+            f"data.tokenizer={data.tokenizer!r}, data.batching={data.batching!r} and "
+            f"data.completion_only_loss={data.completion_only_loss} are not supported "
+            "for train.task='dpo', which uses the tokenizer of finetune.init_from, "
+            "padded batches and completion-only loss. Remove these options."
         )
-    data = load_dpo_data(config, init_model)
-    config = dataclasses.replace(
-        config, model=resolve_model_config(config.model, init_model, tokenizer)
-    )
-    run = dataclasses.replace(run, config=config)
-    key = jax.random.key(config.train.seed)
-    params = initial_params(config.model, init_model, tokenizer, key)
-    batches = {}
-    for split, pairs in data.pairs.items():
-        batch_options: Any = {
-            "rows": config.data.batch_size,
-            "context": config.model.context_length,
-        }
-        batch_options |= {"fill": tokenizer.eot_token, "seed": config.train.seed}
-        reference_logprobs = sequence_logprobs(
-            config, params, make_preference_batches(pairs, **batch_options)
-        )
-        batches[split] = make_preference_batches(
-            pairs, reference_logprobs=reference_logprobs, **batch_options
-        )
-    trainable_params, frozen_params = shard_tree(
-        split_trainable(config, params, key), run.mesh
-    )
-    optimizer = make_optimizer(config.optim, config.train.steps)
+    return init_model
 
-    def to_model(state: TrainState) -> Model:
-        params = full_params(config, to_host(state.params), frozen_params)
-        return Model(
-            config.model, params, tokenizer, chat_template=data.chat_template.source
-        )
 
-    def save_best(state: TrainState) -> None:
-        state = state._replace(params=to_host(state.params))
-        save_finetuned(
-            config, run.run_dir, to_model(state), state.params, frozen_params
-        )
-
-    num_tokens = sum(len(x.ids) - 1 for pair in data.pairs[TRAIN_SPLIT] for x in pair)
-    task = Task(
-        init_state=init_state(trainable_params, optimizer, key),
-        train_step=make_finetune_step(config, dpo_loss_fn, optimizer),
-        batches=functools.partial(iterate_batches, batches[TRAIN_SPLIT]),
-        tokens_per_step=num_tokens / batches[TRAIN_SPLIT].steps_per_epoch,
-        evaluate=make_dpo_evaluate(run, batches, to_model, save_best),
-        to_model=to_model,
-        provenance={
-            **finetune_provenance(
-                tokenizer, init_model, data.pairs, data.chat_template
-            ),
-            "reference": {s: hash_pytree(b.reference) for s, b in batches.items()},
-        },
-        summary=format_dpo_summary(
-            run,
-            data,
-            batches[TRAIN_SPLIT],
-            num_params(trainable_params),
-            num_params(frozen_params),
+def make_dpo_task(run: RunContext, data: DPOData) -> Task:
+    """Makes the DPO task."""
+    config, tokenizer = run.config, data.init_model.tokenizer
+    template = data.chat_template
+    batches = data.batches[TRAIN_SPLIT]
+    num_tokens = sum(len(x.ids) - 1 for pair in batches.pairs for x in pair)
+    pairs = {split: part.pairs for split, part in data.batches.items()}
+    reference = {
+        split: hash_pytree(part.reference_logprobs)
+        for split, part in data.batches.items()
+    }
+    return make_finetune_task(
+        run,
+        data.params,
+        loss_fn=dpo_loss_fn,
+        batches=batches,
+        tokens_per_step=num_tokens / batches.steps_per_epoch,
+        evaluate=make_dpo_evaluate(run, data.batches),
+        make_model=lambda params: Model(
+            config.model, params, tokenizer, chat_template=template.source
         ),
-        frozen_params=(frozen_params,),
+        provenance={
+            **finetune_provenance(tokenizer, data.init_model, pairs, template),
+            "reference": reference,
+        },
+        summary=FinetuneSummary(
+            data.summary_lines,
+            "pairs of rows",
+            init_note=f" (also the reference; beta {config.finetune.dpo_beta})",
+        ),
     )
-    return run, task, batches
 
 
-def load_dpo_data(c: RunConfig, init_model: Model) -> DPOData:
-    """Loads, splits and tokenizes the preference pairs."""
-    all_pairs, columns = read_preference_pairs(c.data.source)
-    splits = train_val_test_split(c, all_pairs, "pairs")
-    template = choose_chat_template(c.data.chat_template, init_model)
-    context = min(c.model.context_length, init_model.config.context_length)
+def load_pairs(
+    config: RunConfig, init_model: Model, template: ChatTemplate
+) -> tuple[dict[str, ExamplePairs], list[str]]:
+    """Loads, splits and tokenizes the preference pairs.
+
+    Returns:
+        (chosen, rejected) examples by split, and summary lines.
+    """
+    all_pairs, columns = read_preference_pairs(config.data.source)
+    splits = train_val_test_split(config, all_pairs, "pairs")
+    context = min(config.model.context_length, init_model.config.context_length)
     pairs, num_equal, num_too_long = {}, 0, 0
     for name, part in splits.items():
         unequal = [pair for pair in part if pair.chosen != pair.rejected]
@@ -202,23 +172,21 @@ def load_dpo_data(c: RunConfig, init_model: Model) -> DPOData:
             tokenize_pair(pair, init_model, template, context) for pair in unequal
         ]
         pairs[name] = [pair for pair in tokenized if pair is not None]
-        num_equal, num_too_long = (
-            num_equal + len(part) - len(unequal),
-            num_too_long + tokenized.count(None),
-        )
+        num_equal += len(part) - len(unequal)
+        num_too_long += tokenized.count(None)
         if not pairs[name]:
             raise DataError(
-                f"no {name} pair of {c.data.source} has two different answers that fit "
-                f"model.context_length={context}. Raise it, or shorten them."
+                f"no {name} pair of {config.data.source} has two different answers "
+                f"that fit model.context_length={context}. Raise it, or shorten them."
             )
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in pairs.items())
-    log_lines = [f"data     {columns}", f"pairs    {sizes}"]
+    summary_lines = [f"data     {columns}", f"pairs    {sizes}"]
     if num_equal or num_too_long:
-        log_lines.append(
-            f"dropped  {num_equal} pairs with equal answers, {num_too_long} with an answer that "
-            f"does not fit {context} tokens"
+        summary_lines.append(
+            f"dropped  {num_equal} pairs with equal answers, {num_too_long} with an "
+            f"answer that does not fit {context} tokens"
         )
-    return DPOData(pairs, template, log_lines)
+    return pairs, summary_lines
 
 
 def tokenize_pair(
@@ -229,11 +197,12 @@ def tokenize_pair(
     for answer in (pair.chosen, pair.rejected):
         messages = [*pair.prompt, {"role": "assistant", "content": answer}]
         example = encode_segments(init_model.tokenizer, template.segments(messages))
-        answer_start, _ = example.answer_spans[
-            -1
-        ]  # earlier answers are part of the prompt
+        # Earlier answers are part of the prompt.
+        answer_start, _ = example.answer_spans[-1]
         loss_mask = [on and n >= answer_start for n, on in enumerate(example.loss_mask)]
-        examples.append(truncate_left(example._replace(learned=loss_mask), context + 1))
+        examples.append(
+            truncate_left(example._replace(loss_mask=loss_mask), context + 1)
+        )
     chosen, rejected = examples
     return None if chosen is None or rejected is None else (chosen, rejected)
 
@@ -265,9 +234,8 @@ def sequence_logprobs(
     logprob_P2 = np.zeros((len(batches.pairs), 2), np.float32)
     for indices, batch in batches.in_order():
         check_interrupted()
-        logprob_P2[indices] = np.asarray(jit_answer_logprobs(config)(params, batch))[
-            : len(indices)
-        ]
+        logprob_B2 = jit_answer_logprobs(config)(params, batch)
+        logprob_P2[indices] = np.asarray(logprob_B2)[: len(indices)]
     return logprob_P2
 
 
@@ -324,32 +292,33 @@ def evaluate_pairs(
 
 
 def make_dpo_evaluate(
-    run: RunContext,
-    batches: dict[str, PreferenceBatches],
-    to_model: Callable[[TrainState], Model],
-    save_best: Callable[[TrainState], None],
-) -> Callable[[TrainState, int, bool], str]:
-    """Evaluates on validation and some training pairs; saves the best model."""
+    run: RunContext, batches: dict[str, PreferenceBatches]
+) -> Callable[[Model, int, bool], EvalResult]:
+    """Evaluates on validation and some training pairs.
+
+    The best model has the lowest loss on the validation pairs.
+    """
     max_train_pairs = run.config.train.eval_batches * run.config.data.batch_size
     eval_splits = {
         TRAIN_SPLIT: take_pairs(batches[TRAIN_SPLIT], max_train_pairs),
         VALIDATION_SPLIT: batches[VALIDATION_SPLIT],
     }
 
-    def evaluate(state: TrainState, step: int, is_last: bool) -> str:
-        model = to_model(state)
+    def evaluate(model: Model, step: int, is_last: bool) -> EvalResult:
         metrics = {
             split: evaluate_pairs(run.config, model, eval_splits[split])
             for split in eval_splits
         }
-        for split, scores in metrics.items():
-            log_event(run.metrics_path, "eval", step, split=split, **scores._asdict())
-        events = read_events(run.metrics_path)
-        _, losses = metric_series(events, "eval", "loss", VALIDATION_SPLIT)
-        if losses[-1] <= min(losses):
-            save_best(state)
         validation = metrics[VALIDATION_SPLIT]
-        return f"val {validation.loss:.4f} margin {validation.margin:.3f} {format_preference_accuracy(validation)}"
+        return EvalResult(
+            events=[
+                ("eval", {"split": split, **scores._asdict()})
+                for split, scores in metrics.items()
+            ],
+            text=f"val {validation.loss:.4f} margin {validation.margin:.3f} "
+            f"{format_preference_accuracy(validation)}",
+            score=(-validation.loss,),
+        )
 
     return evaluate
 
@@ -365,47 +334,25 @@ def take_pairs(batches: PreferenceBatches, max_pairs: int) -> PreferenceBatches:
     return batches._replace(
         pairs=batches.pairs[:max_pairs],
         reference_logprobs=batches.reference_logprobs[:max_pairs],
-        deal=dataclasses.replace(batches.sampler, lengths=lengths),
+        sampler=dataclasses.replace(batches.sampler, lengths=lengths),
     )
 
 
-def format_dpo_summary(
-    run: RunContext,
-    data: DPOData,
-    batches: PreferenceBatches,
-    num_trainable: int,
-    num_frozen: int,
-) -> list[str]:
-    """Summary printed before training."""
-    config, steps = run.config, run.config.train.steps
-    shapes = ", ".join(map(str, batches.batch_shapes))
-    return [
-        f"run      {run.run_dir}",
-        *data.log_lines,
-        f"model    {estimate.parameter_count(config.model):,} parameters: "
-        f"{config.model.n_layers} layers, {config.model.n_heads} heads, width {config.model.d_model}, "
-        f"from {config.finetune.init_from} (also the reference; beta {config.finetune.dpo_beta})",
-        f"trained  {num_trainable:,} parameters ({config.finetune.trainable}), {num_frozen:,} frozen",
-        f"step     {config.data.batch_size} pairs of rows of {shapes} tokens: "
-        f"{len(batches.batch_shapes)} compiled shapes",
-        describe_length(steps, steps / batches.steps_per_epoch),
-        describe_devices(run),
-    ]
-
-
 def finalize_dpo(
-    run: RunContext, task: Task, model: Model, batches: dict[str, PreferenceBatches]
-) -> None:
+    run: RunContext, data: DPOData, task: Task, state: TrainState
+) -> Model:
     """Evaluates the best model on the test pairs; writes figures and report.md."""
-    split = TEST_SPLIT if TEST_SPLIT in batches else VALIDATION_SPLIT
-    metrics = evaluate_pairs(run.config, model, batches[split])
+    model = load_best_model(run)
+    split = TEST_SPLIT if TEST_SPLIT in data.batches else VALIDATION_SPLIT
+    metrics = evaluate_pairs(run.config, model, data.batches[split])
     events = read_events(run.metrics_path)
     if split == TEST_SPLIT and not any(e.get("split") == TEST_SPLIT for e in events):
         step = run.config.train.steps
         log_event(run.metrics_path, "eval", step, split=TEST_SPLIT, **metrics._asdict())
     text = (
-        f"{split} loss {metrics.loss:.4f}, margin {metrics.margin:.4f}, {format_preference_accuracy(metrics)} on "
-        f"{len(batches[split].pairs):,} pairs (chance: 50%)"
+        f"{split} loss {metrics.loss:.4f}, margin {metrics.margin:.4f}, "
+        f"{format_preference_accuracy(metrics)} on {len(data.batches[split].pairs):,} "
+        "pairs (chance: 50%)"
     )
     write_samples(
         run.run_dir,
@@ -415,3 +362,7 @@ def finalize_dpo(
     )
     run.log(f"done     {text}")
     run.log(f"wrote    {run.run_dir}/model (best on validation), report.md, figures")
+    return model
+
+
+DPO = TaskStages(load_dpo_data, make_dpo_task, finalize_dpo)

@@ -2,8 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -12,87 +11,69 @@ from gptjax.data.lm import make_batches, validation_batches
 from gptjax.data.prepare import TokenizedSplits, open_dataset
 from gptjax.data.token_files import TokenShard
 from gptjax.errors import ConfigError
-from gptjax.evaluation.perplexity import evaluate, make_eval_step
+from gptjax.evaluation import perplexity
 from gptjax.fileio.download import sha256_of_files
 from gptjax.inference.generate import complete
 from gptjax.parallel.sharding import local_batch_rows, shard_tree, to_host
 from gptjax.plots.curves import write_figures
 from gptjax.plots.report import write_report
+from gptjax.tasks.builder import (
+    TaskStages,
+    describe_model,
+    make_initial_params,
+    with_model_config,
+)
 from gptjax.tokenizer import tokenizer
 from gptjax.training import estimate
 from gptjax.training.finetune import (
     init_provenance,
-    initial_params,
     load_init_model,
-    resolve_model_config,
+    tokenizer_provenance,
 )
 from gptjax.training.loss import make_lm_loss_fn
-from gptjax.training.metrics import format_number, log_event, read_events
+from gptjax.training.metrics import format_number, read_events
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.task import (
-    DEFAULT_RESUME_OPTIONS,
-    LogFn,
-    ResumeOptions,
+    EvalResult,
     RunContext,
     Task,
     describe_devices,
     describe_length,
 )
 from gptjax.training.train_step import TrainState, init_state, make_train_step
-from gptjax.training.trainer import train
 from gptjax.weights.load import resolve_model
-from gptjax.weights.model_folder import Model, save_model
+from gptjax.weights.model_folder import Model, save
 
 DOCUMENT_MODE = {"auto": True, "packed": True, "concat": False}  # data.batching
 SAMPLE_TOKENS = 60
-MakePretrainTaskFn = Callable[[RunContext], tuple[RunContext, Task]]
 
 
-def pretrain(
-    config: RunConfig,
-    run_dir: Path,
-    log: LogFn = print,
-    make_task: MakePretrainTaskFn | None = None,
-    options: ResumeOptions = DEFAULT_RESUME_OPTIONS,
-) -> Model:
-    """Pretrains a model; resumes if the run exists.
+class PretrainData(NamedTuple):
+    """Data of a pretraining run."""
 
-    Args:
-        config: must match that of an existing run.
-        run_dir: run folder; created if missing.
-        log: receives log lines.
-        make_task: replaces `make_pretrain_task`.
-        options: config options that may change, and the spike policy.
-
-    Raises:
-        GptjaxError: invalid data, config or run folder.
-        Interrupted: interrupted by SIGINT or SIGTERM; the same call resumes.
-    """
-    run, task, state = train(
-        config, run_dir, log, make_task or make_pretrain_task, options
-    )
-    model = task.to_model(state)
-    finalize_pretrain(run, task, model, int(state.num_skipped))
-    return model
+    splits: TokenizedSplits
+    init_model: Model | None
 
 
-def make_pretrain_task(run: RunContext) -> tuple[RunContext, Task]:
-    """Builds the pretraining task."""
-    init_model = load_init_model(run.config, run.log)
-    dataset = open_dataset(resolve_data_config(run), run.run_dir / "data")
-    config = resolve_vocab_size(run.config, dataset)
-    config = dataclasses.replace(
-        config, model=resolve_model_config(config.model, init_model, dataset.tokenizer)
-    )
-    run, train_config = dataclasses.replace(run, config=config), config.train
+def load_pretrain_data(run: RunContext) -> tuple[RunContext, PretrainData]:
+    """Opens or prepares the token files; resolves the model's config."""
+    init_model = load_init_model(run.config.finetune, run.log)
+    splits = open_dataset(resolve_data_config(run), run.run_dir / "data")
+    run = dataclasses.replace(run, config=resolve_vocab_size(run.config, splits))
+    run = with_model_config(run, init_model, splits.tokenizer)
+    return run, PretrainData(splits, init_model)
+
+
+def make_pretrain_task(run: RunContext, data: PretrainData) -> Task:
+    """Makes the pretraining task."""
+    config, train_config = run.config, run.config.train
+    init_model, tokens = data.init_model, data.splits.tokenizer
+    params = shard_tree(make_initial_params(run, init_model, tokens), run.mesh)
     optimizer = make_optimizer(config.optim, train_config.steps)
-    key = jax.random.key(train_config.seed)
-    params = initial_params(config.model, init_model, dataset.tokenizer, key)
-    params = shard_tree(params, run.mesh)
     isolated = isolate_documents(config.data.batching)
     loss_fn = make_lm_loss_fn(config.model, train_config.loss_chunk_size, isolated)
     batches = make_batches(
-        dataset.train,
+        data.splits.train,
         rows=config.data.batch_size,
         context=config.model.context_length,
         seed=train_config.seed,
@@ -101,21 +82,18 @@ def make_pretrain_task(run: RunContext) -> tuple[RunContext, Task]:
     )
 
     def to_model(state: TrainState) -> Model:
-        return Model(config.model, to_host(state.params), dataset.tokenizer)
+        return Model(config.model, to_host(state.params), tokens)
 
-    def sample(state: TrainState, step: int) -> None:
-        write_sample(run, to_model(state), step)
-
-    return run, Task(
-        init_state=init_state(params, optimizer, key),
+    return Task(
+        init_state=init_state(params, optimizer, jax.random.key(train_config.seed)),
         train_step=make_train_step(loss_fn, optimizer, train_config.accumulate),
         batches=batches.iterate,
-        tokens_per_step=config.data.batch_size * config.model.context_length,
-        evaluate=make_pretrain_evaluate(run, dataset),
+        evaluate=make_pretrain_evaluate(run, data.splits),
         to_model=to_model,
-        provenance={**data_provenance(dataset), **init_provenance(init_model)},
-        summary=format_pretrain_summary(run, dataset),
-        sample=sample if train_config.sample_prompt else None,
+        tokens_per_step=config.data.batch_size * config.model.context_length,
+        provenance={**data_provenance(data.splits), **init_provenance(init_model)},
+        summary=format_pretrain_summary(run, data.splits),
+        sample=make_sample(run, to_model),
     )
 
 
@@ -138,15 +116,19 @@ def resolve_data_config(run: RunContext) -> DataConfig:
     return dataclasses.replace(config.data, tokenizer=name)
 
 
-def make_pretrain_evaluate(run: RunContext, dataset: TokenizedSplits) -> Any:
+def make_pretrain_evaluate(
+    run: RunContext, splits: TokenizedSplits
+) -> Callable[[TrainState, int, bool], EvalResult]:
     """Evaluates on held-out text: `train.eval_batches` batches, all at the end."""
-    config, held_out = run.config, dataset.validation
+    config, held_out = run.config, splits.validation
     isolated = isolate_documents(config.data.batching)
-    eval_step = make_eval_step(config.model, config.train.loss_chunk_size, run.mesh)
+    eval_step = perplexity.make_eval_step(
+        config.model, config.train.loss_chunk_size, run.mesh
+    )
 
-    def validate(state: TrainState, step: int, is_last: bool) -> str:
+    def evaluate(state: TrainState, step: int, is_last: bool) -> EvalResult:
         if held_out is None:
-            return "val -"
+            return EvalResult([], "")
         batches = validation_batches(
             held_out,
             rows=config.data.batch_size,
@@ -154,13 +136,12 @@ def make_pretrain_evaluate(run: RunContext, dataset: TokenizedSplits) -> Any:
             isolate_documents=isolated,
             max_batches=None if is_last else config.train.eval_batches,
         )
-        lengths = dataset.tokenizer.byte_lengths
-        result = evaluate(eval_step, state.params, batches, lengths)
-        numbers = result.to_dict()
-        log_event(run.metrics_path, "eval", step, split="validation", **numbers)
-        return f"val {result.loss:.4f}"
+        lengths = splits.tokenizer.byte_lengths
+        result = perplexity.evaluate(eval_step, state.params, batches, lengths)
+        event = {"split": "validation", **result.to_dict()}
+        return EvalResult([("eval", event)], f"val {result.loss:.4f}")
 
-    return validate
+    return evaluate
 
 
 def isolate_documents(batching: str) -> bool:
@@ -199,7 +180,7 @@ def data_provenance(dataset: TokenizedSplits) -> dict[str, Any]:
             for split, tokens in splits.items()
             if tokens is not None
         },
-        "tokenizer": {"name": dataset.tokenizer.name, "hash": dataset.tokenizer.hash},
+        **tokenizer_provenance(dataset.tokenizer),
     }
 
 
@@ -210,11 +191,9 @@ def dataset_hash(shard: TokenShard) -> str:
 
 def format_pretrain_summary(run: RunContext, data: TokenizedSplits) -> list[str]:
     """Summary printed before training."""
-    c, train_config, rows = (
-        run.config.model,
-        run.config.train,
-        run.config.data.batch_size,
-    )
+    c = run.config.model
+    train_config = run.config.train
+    rows = run.config.data.batch_size
     resolved_config = estimate.resolve_config(run.config)
     sizes = tuple(run.mesh.shape.values()) if run.mesh else estimate.SINGLE_DEVICE_MESH
     memory_parts = estimate.memory_bytes(resolved_config, sizes)
@@ -229,8 +208,7 @@ def format_pretrain_summary(run: RunContext, data: TokenizedSplits) -> list[str]
     origin = f", from {start}" if (start := run.config.finetune.init_from) else ""
     return [
         f"run      {run.run_dir}",
-        f"model    {estimate.parameter_count(c):,} parameters: {c.n_layers} layers, "
-        f"{c.n_heads} heads, width {c.d_model}{origin}",
+        f"model    {describe_model(run)}{origin}",
         f"data     {len(data.train):,} training tokens, {num_held_out:,} held out; "
         f"{data.tokenizer.name} tokenizer, {c.vocab_size:,} tokens",
         f"step     {step_shape} = {tokens:,} tokens, "
@@ -238,33 +216,40 @@ def format_pretrain_summary(run: RunContext, data: TokenizedSplits) -> list[str]
         describe_length(
             train_config.steps, train_config.steps * tokens / len(data.train)
         ),
-        f"memory   about {estimate.format_bytes(sum(memory_parts.values()))} per device: {memory_breakdown}",
+        f"memory   about {estimate.format_bytes(sum(memory_parts.values()))} per "
+        f"device: {memory_breakdown}",
         f"attention {resolved_config.model.attention}, remat {c.remat}",
         describe_devices(run),
     ]
 
 
-def write_sample(run: RunContext, model: Model, step: int) -> None:
-    """Logs a completion of `train.sample_prompt`."""
+def make_sample(
+    run: RunContext, to_model: Callable[[TrainState], Model]
+) -> Callable[[TrainState, int], str | None] | None:
+    """Completes `train.sample_prompt`; None if that is empty."""
     train_config = run.config.train
-    (sample,) = complete(
-        model,
-        train_config.sample_prompt,
-        max_new_tokens=SAMPLE_TOKENS,
-        temperature=0.8,
-        seed=train_config.seed,
-    )
-    text = train_config.sample_prompt + sample.text
-    log_event(run.metrics_path, "sample", step, text=text)
-    indented = "\n".join(f"    {row}" for row in text.strip("\n").splitlines())
-    run.log(f"sample after step {step}:\n{indented}")
+    if not train_config.sample_prompt:
+        return None
+
+    def sample(state: TrainState, step: int) -> str:
+        (completion,) = complete(
+            to_model(state),
+            train_config.sample_prompt,
+            max_new_tokens=SAMPLE_TOKENS,
+            temperature=0.8,
+            seed=train_config.seed,
+        )
+        return train_config.sample_prompt + completion.text
+
+    return sample
 
 
 def finalize_pretrain(
-    run: RunContext, task: Task, model: Model, num_skipped: int
-) -> None:
+    run: RunContext, _data: Any, task: Task, state: TrainState
+) -> Model:
     """Writes model/, figures and report.md, and logs the result."""
-    save_model(model, run.run_dir / "model")
+    model, num_skipped = task.to_model(state), int(state.num_skipped)
+    save(model, run.run_dir / "model")
     write_figures(run.run_dir, round(task.tokens_per_step))
     write_report(run.run_dir, f"Run {run.run_dir.name}", task.summary)
     evals = [e for e in read_events(run.metrics_path) if e["event"] == "eval"]
@@ -277,3 +262,7 @@ def finalize_pretrain(
         result += f"; {num_skipped} steps skipped (non-finite)"
     run.log(f"done     {result}")
     run.log(f"wrote    {run.run_dir}/model, report.md, loss.png, lr.png, metrics.jsonl")
+    return model
+
+
+PRETRAIN = TaskStages(load_pretrain_data, make_pretrain_task, finalize_pretrain)

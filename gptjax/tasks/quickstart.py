@@ -1,8 +1,11 @@
 """Quickstart: pretraining and fine-tuning in miniature, on text from Python itself."""
 
+import contextlib
 import dataclasses
 import gzip
+import logging
 import lzma
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,9 @@ from gptjax.data.datasets import read_python_help
 from gptjax.data.prepare import open_dataset
 from gptjax.evaluation.perplexity import Evaluation, score_tokens
 from gptjax.plots.report import markdown_table
-from gptjax.tasks.classify import train_classifier
-from gptjax.tasks.pretrain import pretrain
-from gptjax.tasks.sft import train_sft
+from gptjax.tasks.train import train
 from gptjax.training.metrics import read_events
-from gptjax.training.task import LogFn
+from gptjax.training.task import logger
 from gptjax.weights.model_folder import Model
 
 CLASSIFIER_DIR = "classifier"  # subfolder of the run for the second stage
@@ -23,7 +24,7 @@ ASSISTANT_DIR = "assistant"  # subfolder for the third stage
 SCORE_COLUMNS = ("before", "after")
 
 
-def quickstart(run_dir: Path, log: LogFn = print) -> Evaluation:
+def quickstart(run_dir: Path) -> Evaluation:
     """Trains `configs/quickstart.toml` in `run_dir` and scores the held-out topics.
 
     The number of steps is fixed, so the result does not depend on the speed of the
@@ -33,10 +34,12 @@ def quickstart(run_dir: Path, log: LogFn = print) -> Evaluation:
         GptjaxError: the run folder cannot be used.
         Interrupted: interrupted by a signal; the same call resumes.
     """
-    log("gptjax quickstart: text -> tokens -> a GPT -> text, all on this machine")
-    log("text     Python's help topics, one tenth held out")
+    logger.info(
+        "gptjax quickstart: text -> tokens -> a GPT -> text, all on this machine"
+    )
+    logger.info("text     Python's help topics, one tenth held out")
     config = load_config(find_config("quickstart"))
-    model = pretrain(config, run_dir, log)
+    model = train(config, run_dir)
     tokens: Any = open_dataset(config.data, run_dir / "data").validation
     held_out = tokens.read(0, len(tokens))
     stride = config.model.context_length // 4
@@ -44,36 +47,39 @@ def quickstart(run_dir: Path, log: LogFn = print) -> Evaluation:
     text = "\n".join(read_python_help()).encode()
     gzip_bits = 8 * len(gzip.compress(text, 9)) / len(text)
     xz_bits = 8 * len(lzma.compress(text, preset=9)) / len(text)
-    log(
+    logger.info(
         f"result   {result.bits_per_byte:.3f} bits per byte on the held-out topics "
         f"(on all the text, gzip -9 needs {gzip_bits:.2f} and xz {xz_bits:.2f})"
     )
-    compare_classifiers(run_dir, model, log)
-    train_word_assistant(run_dir, log)
-    log("next")
-    log(f"  gptjax generate {run_dir} 'The \"for\" statement'")
-    log(
-        f"  gptjax classify {run_dir / CLASSIFIER_DIR} 'for n in range(3):' 'A long story.'"
+    compare_classifiers(run_dir, model)
+    train_word_assistant(run_dir)
+    logger.info("next")
+    logger.info(f"  gptjax generate {run_dir} 'The \"for\" statement'")
+    texts = "'for n in range(3):' 'A long story.'"
+    logger.info(f"  gptjax classify {run_dir / CLASSIFIER_DIR} {texts}")
+    logger.info(
+        f"  gptjax chat {run_dir / ASSISTANT_DIR}  # then type: planet reversed"
     )
-    log(f"  gptjax chat {run_dir / ASSISTANT_DIR}  # then type: planet reversed")
-    log("  gptjax train tinyshakespeare")
+    logger.info("  gptjax train tinyshakespeare")
     return result
 
 
-def compare_classifiers(run_dir: Path, model: Model, log: LogFn) -> None:
+def compare_classifiers(run_dir: Path, model: Model) -> None:
     """Fine-tunes a classifier from the pretrained model and from random parameters.
 
     Both runs take the same steps on the same lines, so the difference measures the
     effect of pretraining. The first is written to `run_dir`/classifier; report.md
     compares the two.
     """
-    log("classes  lines of Python's standard library: code or docstring prose?")
+    logger.info("classes  lines of Python's standard library: code or docstring prose?")
     config = load_config(find_config("classify/python_lines"))
     configs = {
         CLASSIFIER_DIR: dataclasses.replace(
             config,
             data=dataclasses.replace(config.data, tokenizer=""),
-            tune=dataclasses.replace(config.finetune, start=str(run_dir / "model")),
+            finetune=dataclasses.replace(
+                config.finetune, init_from=str(run_dir / "model")
+            ),
         ),
         f"{CLASSIFIER_DIR}-random": dataclasses.replace(
             config,
@@ -85,36 +91,34 @@ def compare_classifiers(run_dir: Path, model: Model, log: LogFn) -> None:
     }
     accuracies = []
     for name, classifier_config in configs.items():
-        train_classifier(
-            classifier_config,
-            run_dir / name,
-            log if name == CLASSIFIER_DIR else silence,
-        )
+        with contextlib.nullcontext() if name == CLASSIFIER_DIR else quiet():
+            train(classifier_config, run_dir / name)
         events = read_events(run_dir / name / "metrics.jsonl")
         accuracies += [e["accuracy"] for e in events if e.get("split") == "test"]
     text = (
-        f"test accuracy {accuracies[0]:.4f} from the pretrained model, "
-        f"{accuracies[1]:.4f} from random parameters, after {config.train.steps} steps "
-        "each; chance is 0.5"
+        f"{accuracies[0]:.1%} test accuracy from the pretrained model, "
+        f"{accuracies[1]:.1%} from random initialization, after {config.train.steps} "
+        "steps each; chance is 50%"
     )
     with (run_dir / "report.md").open("a", encoding="utf-8") as file:
         file.write(f"\n## Code or prose\n\n{text}.\n")
-    log(f"transfer {text}")
+    logger.info(f"transfer {text}")
 
 
-def train_word_assistant(run_dir: Path, log: LogFn) -> None:
+def train_word_assistant(run_dir: Path) -> None:
     """Fine-tunes the pretrained model into an assistant for word tasks.
 
     It uses a byte tokenizer: it takes the blocks and the embeddings of the single-byte
     tokens from the pretrained model. The test words are held out of training; report.md
     compares the exact matches before and after.
     """
-    log("answers  small tasks on words of the text; test words are held out")
+    logger.info("answers  small tasks on words of the text; test words are held out")
     config = load_config(find_config("instruct/words"))
-    finetune_config = dataclasses.replace(config.finetune, start=str(run_dir / "model"))
-    train_sft(
-        dataclasses.replace(config, tune=finetune_config), run_dir / ASSISTANT_DIR, log
+    finetune_config = dataclasses.replace(
+        config.finetune, init_from=str(run_dir / "model")
     )
+    config = dataclasses.replace(config, finetune=finetune_config)
+    train(config, run_dir / ASSISTANT_DIR)
     events = read_events(run_dir / ASSISTANT_DIR / "metrics.jsonl")
     before, *_, after = [e["tasks"] for e in events if e.get("split") == "test"]
     rows = {
@@ -125,7 +129,7 @@ def train_word_assistant(run_dir: Path, log: LogFn) -> None:
         for name in SCORE_COLUMNS
     }
     for task, row in rows.items():
-        log(f"task     {task:<14} {row['before']:.2f} -> {row['after']:.2f}")
+        logger.info(f"task     {task:<14} {row['before']:.2f} -> {row['after']:.2f}")
     text = (
         f"exact match {means['after']:.4f} on held-out words, mean over "
         f"{len(rows)} tasks; {means['before']:.4f} before fine-tuning"
@@ -133,8 +137,15 @@ def train_word_assistant(run_dir: Path, log: LogFn) -> None:
     with (run_dir / "report.md").open("a", encoding="utf-8") as file:
         lines = markdown_table("task", rows | {"mean": means})
         file.write("\n".join(["", "## Words", "", f"{text}.", "", *lines]))
-    log(f"assistant {text}")
+    logger.info(f"assistant {text}")
 
 
-def silence(line: str) -> None:
-    """Discards a log line."""
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Suppresses progress messages in the block."""
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,12 +1,8 @@
-"""Supervised fine-tuning (SFT) task."""
+"""Supervised fine-tuning (SFT) task: conversations to an assistant."""
 
-import dataclasses
-import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from gptjax.config import RunConfig
@@ -15,11 +11,11 @@ from gptjax.data.sft import (
     TRAIN_ON_ALL,
     TRAIN_ON_COMPLETIONS,
     Example,
-    SFTBatches,
     encode_conversations,
     make_sft_batches,
     truncate_all,
 )
+from gptjax.data.text import TEST_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import DataError
 from gptjax.evaluation.instructions import (
     ResponseEval,
@@ -30,47 +26,34 @@ from gptjax.evaluation.instructions import (
     to_rows,
     write_rows,
 )
-from gptjax.parallel.sharding import shard_tree, to_host
 from gptjax.plots.report import write_samples
+from gptjax.tasks.builder import (
+    FinetuneSummary,
+    TaskStages,
+    load_best_model,
+    make_finetune_task,
+    make_initial_params,
+    with_model_config,
+)
 from gptjax.tokenizer.chat_template import ChatTemplate
 from gptjax.tokenizer.tokenizer import Tokenizer
-from gptjax.training import estimate
 from gptjax.training.finetune import (
     choose_chat_template,
     choose_tokenizer,
     finetune_provenance,
-    full_params,
-    initial_params,
-    iterate_batches,
     load_init_model,
-    make_finetune_step,
-    resolve_model_config,
-    save_finetuned,
-    split_trainable,
     train_val_test_split,
 )
 from gptjax.training.loss import batch_loss
-from gptjax.training.metrics import log_event, metric_series, read_events
-from gptjax.training.optimizer import make_optimizer
-from gptjax.training.task import (
-    DEFAULT_RESUME_OPTIONS,
-    LogFn,
-    ResumeOptions,
-    RunContext,
-    Task,
-    describe_devices,
-    describe_length,
-)
-from gptjax.training.train_step import TrainState, init_state
-from gptjax.training.trainer import finetune
-from gptjax.tree import Params, num_params
+from gptjax.training.metrics import Event, log_event, read_events
+from gptjax.training.task import EvalResult, RunContext, Task
+from gptjax.training.train_step import TrainState
+from gptjax.tree import Params
 from gptjax.weights.model_folder import Model
 
-TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT = "train", "validation", "test"
 NUM_EVAL_SAMPLES = 32  # validation rows with a generated answer at each evaluation
-NUM_TEST_SAMPLES = (
-    512  # test rows with a generated answer, before the first step and at the end
-)
+# Test rows with a generated answer, before the first step and at the end
+NUM_TEST_SAMPLES = 512
 ANSWER_SLACK = 16  # tokens beyond the longest answer in the data
 MAX_ANSWER_TOKENS = 256
 
@@ -85,7 +68,8 @@ class SFTData(NamedTuple):
     ]  # the same with completion-only loss masks
     tokenizer: Tokenizer
     chat_template: ChatTemplate
-    log_lines: list[str]  # summary lines
+    init_model: Model | None
+    summary_lines: list[str]
 
     @property
     def longest_answer(self) -> int:
@@ -98,98 +82,10 @@ class SFTData(NamedTuple):
         return max(stop - start for start, stop in last)
 
 
-MakeSFTTaskFn = Callable[[RunContext], tuple[RunContext, Task, SFTData]]
-
-
-def train_sft(
-    config: RunConfig,
-    run_dir: Path,
-    log: LogFn = print,
-    make_task: MakeSFTTaskFn | None = None,
-    options: ResumeOptions = DEFAULT_RESUME_OPTIONS,
-) -> Model:
-    """Fine-tunes an assistant; resumes if the run exists.
-
-    Returns the model of the step with the lowest loss on validation answers; only this
-    one is evaluated on the test rows after training.
-
-    Args:
-        config: must match that of an existing run.
-        run_dir: run folder; created if missing.
-        log: receives log lines.
-        make_task: replaces `make_sft_task`.
-        options: config options that may change, and the spike policy.
-
-    Raises:
-        GptjaxError: invalid data, config or run folder.
-        Interrupted: interrupted by a signal; the same call resumes.
-    """
-    return finetune(
-        config, run_dir, log, make_task or make_sft_task, finalize_sft, options
-    )
-
-
-def make_sft_task(run: RunContext) -> tuple[RunContext, Task, SFTData]:
-    """Builds the SFT task; also returns its data."""
-    config = run.config
-    init_model = load_init_model(config, run.log)
-    data = load_sft_data(config, init_model)
-    tokenizer = data.tokenizer
-    config = dataclasses.replace(
-        config, model=resolve_model_config(config.model, init_model, tokenizer)
-    )
-    run = dataclasses.replace(run, config=config)
-    key = jax.random.key(config.train.seed)
-    params = initial_params(config.model, init_model, tokenizer, key)
-    trainable_params, frozen_params = shard_tree(
-        split_trainable(config, params, key), run.mesh
-    )
-    optimizer = make_optimizer(config.optim, config.train.steps)
-    batches = make_sft_batches(
-        config.data.batching,
-        data.examples[TRAIN_SPLIT],
-        rows=config.data.batch_size,
-        context=config.model.context_length,
-        pad_id=tokenizer.eot_token,
-        seed=config.train.seed,
-    )
-
-    def to_model(state: TrainState) -> Model:
-        params = full_params(config, to_host(state.params), frozen_params)
-        return Model(
-            config.model, params, tokenizer, chat_template=data.chat_template.source
-        )
-
-    def save_best(state: TrainState) -> None:
-        state = state._replace(params=to_host(state.params))
-        save_finetuned(
-            config, run.run_dir, to_model(state), state.params, frozen_params
-        )
-
-    num_tokens = sum(len(x.ids) - 1 for x in data.examples[TRAIN_SPLIT])
-    task = Task(
-        init_state=init_state(trainable_params, optimizer, key),
-        train_step=make_finetune_step(config, sft_loss_fn, optimizer),
-        batches=functools.partial(iterate_batches, batches),
-        tokens_per_step=num_tokens / batches.steps_per_epoch,
-        evaluate=make_sft_evaluate(run, data, to_model, save_best),
-        to_model=to_model,
-        provenance=finetune_provenance(
-            tokenizer,
-            init_model,
-            {s: (x.messages for x in part) for s, part in data.conversations.items()},
-            data.chat_template,
-        ),
-        summary=format_sft_summary(
-            run, data, batches, num_params(trainable_params), num_params(frozen_params)
-        ),
-        frozen_params=(frozen_params,),
-    )
-    return run, task, data
-
-
-def load_sft_data(c: RunConfig, init_model: Model | None) -> SFTData:
-    """Loads, splits and tokenizes the conversations."""
+def load_sft_data(run: RunContext) -> tuple[RunContext, SFTData]:
+    """Loads, splits and tokenizes the conversations; resolves the model's config."""
+    c = run.config
+    init_model = load_init_model(c.finetune, run.log)
     all_conversations, columns = read_conversations(c.data.source)
     splits = train_val_test_split(c, all_conversations, "rows")
     template = choose_chat_template(c.data.chat_template, init_model)
@@ -202,9 +98,8 @@ def load_sft_data(c: RunConfig, init_model: Model | None) -> SFTData:
         TRAIN_ON_COMPLETIONS if c.data.completion_only_loss else TRAIN_ON_ALL
     )
     if c.data.completion_only_loss and c.data.batching == "book":
-        trained_segments = trained_segments | {
-            "header"
-        }  # as in Raschka 2024, exercise 7.2
+        # As in Raschka 2024, exercise 7.2.
+        trained_segments = trained_segments | {"header"}
     conversations, examples, completion_examples = {}, {}, {}
     num_truncated = num_dropped = 0
     for name, part in splits.items():
@@ -222,19 +117,59 @@ def load_sft_data(c: RunConfig, init_model: Model | None) -> SFTData:
             tokenizer, template, conversations[name], TRAIN_ON_COMPLETIONS
         )
         completion_examples[name] = truncate_all(completions, context).examples
-        num_truncated, num_dropped = (
-            num_truncated + truncated.num_truncated,
-            num_dropped + truncated.num_dropped,
-        )
+        num_truncated = num_truncated + truncated.num_truncated
+        num_dropped = num_dropped + truncated.num_dropped
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in examples.items())
-    log_lines = [f"data     {columns}", f"rows     {sizes}"]
+    summary_lines = [f"data     {columns}", f"rows     {sizes}"]
     if num_truncated or num_dropped:
-        log_lines.append(
-            f"too long {num_truncated} conversations truncated on the left, {num_dropped} dropped "
-            f"(the answer alone does not fit {context} tokens)"
+        summary_lines.append(
+            f"too long {num_truncated} conversations truncated on the left, "
+            f"{num_dropped} dropped (the answer alone does not fit {context} tokens)"
         )
-    return SFTData(
-        conversations, examples, completion_examples, tokenizer, template, log_lines
+    data = SFTData(
+        conversations,
+        examples,
+        completion_examples,
+        tokenizer,
+        template,
+        init_model,
+        summary_lines,
+    )
+    return with_model_config(run, init_model, tokenizer), data
+
+
+def make_sft_task(run: RunContext, data: SFTData) -> Task:
+    """Makes the SFT task."""
+    config, tokenizer = run.config, data.tokenizer
+    examples = data.examples[TRAIN_SPLIT]
+    batches = make_sft_batches(
+        config.data.batching,
+        examples,
+        rows=config.data.batch_size,
+        context=config.model.context_length,
+        pad_id=tokenizer.eot_token,
+        seed=config.train.seed,
+    )
+    template = data.chat_template
+    messages = {s: (x.messages for x in part) for s, part in data.conversations.items()}
+    num_trained = sum(sum(x.loss_mask) for x in examples)
+    trained_fraction = num_trained / sum(len(x.ids) for x in examples)
+    return make_finetune_task(
+        run,
+        make_initial_params(run, data.init_model, tokenizer),
+        loss_fn=sft_loss_fn,
+        batches=batches,
+        tokens_per_step=sum(len(x.ids) - 1 for x in examples) / batches.steps_per_epoch,
+        evaluate=make_sft_evaluate(run, data),
+        make_model=lambda params: Model(
+            config.model, params, tokenizer, chat_template=template.source
+        ),
+        provenance=finetune_provenance(tokenizer, data.init_model, messages, template),
+        summary=FinetuneSummary(
+            data.summary_lines,
+            "rows",
+            trained_note=f"; loss on {trained_fraction:.0%} of the tokens",
+        ),
     )
 
 
@@ -253,61 +188,53 @@ def sft_loss_fn(
 
 
 def make_sft_evaluate(
-    run: RunContext,
-    data: SFTData,
-    to_model: Callable[[TrainState], Model],
-    save_best: Callable[[TrainState], None],
-) -> Callable[[TrainState, int, bool], str]:
-    """Evaluates on validation and some training rows; saves the best model.
+    run: RunContext, data: SFTData
+) -> Callable[[Model, int, bool], EvalResult]:
+    """Evaluates on validation and some training rows.
 
     The best model has the lowest loss on validation answers. Also generates answers to
     a fixed subset of these rows, and before the first step to test rows as a baseline.
     """
+    data_config = run.config.data
     rows = evenly_spaced(data.conversations[VALIDATION_SPLIT], NUM_EVAL_SAMPLES)
     test_rows = evenly_spaced(data.conversations.get(TEST_SPLIT, []), NUM_TEST_SAMPLES)
     train_subset = evenly_spaced(
         range(len(data.examples[TRAIN_SPLIT])), run.config.train.eval_batches * 8
     )
+    # Else the training loss is that of the answers.
+    has_response_loss = (
+        not data_config.completion_only_loss or data_config.batching == "book"
+    )
 
-    def log_split(split: str, step: int, model: Model, values: dict[str, Any]) -> None:
-        indices = (
-            train_subset if split == TRAIN_SPLIT else range(len(data.examples[split]))
-        )
-        all_tokens = example_loss(model, [data.examples[split][n] for n in indices])
-        completions = all_tokens
-        if (
-            not run.config.data.completion_only_loss
-            or run.config.data.batching == "book"
-        ):
-            completions = example_loss(
-                model, [data.completion_examples[split][n] for n in indices]
-            )
-        numbers = {"loss": all_tokens.loss, "response_loss": completions.loss, **values}
-        log_event(run.metrics_path, "eval", step, split=split, **numbers)
+    def evaluate_split(model: Model, split: str, **values: Any) -> dict[str, Any]:
+        all_rows = range(len(data.examples[split]))
+        indices = train_subset if split == TRAIN_SPLIT else all_rows
+        loss = example_loss(model, [data.examples[split][n] for n in indices]).loss
+        response_loss = loss
+        if has_response_loss:
+            completions = [data.completion_examples[split][n] for n in indices]
+            response_loss = example_loss(model, completions).loss
+        losses = {"loss": loss, "response_loss": response_loss}
+        return {"split": split, **losses, **values}
 
-    def evaluate(state: TrainState, step: int, is_last: bool) -> str:
-        model = to_model(state)
-        log_split(TRAIN_SPLIT, step, model, {})
-        scores = mean_scores(
-            generate_responses(model, rows, answer_token_limit(model, data))
-        )
-        log_split(VALIDATION_SPLIT, step, model, scores)
+    def evaluate(model: Model, step: int, is_last: bool) -> EvalResult:
+        token_limit = answer_token_limit(model, data)
+        events = [evaluate_split(model, TRAIN_SPLIT)]
+        scores = mean_scores(generate_responses(model, rows, token_limit))
+        validation = evaluate_split(model, VALIDATION_SPLIT, **scores)
+        events.append(validation)
         if step == 0 and TEST_SPLIT in data.examples:
-            test_responses = generate_responses(
-                model, test_rows, answer_token_limit(model, data)
-            )
-            log_split(
-                TEST_SPLIT,
-                step,
-                model,
-                mean_scores(test_responses) | task_exact_matches(test_responses),
-            )
-        events = read_events(run.metrics_path)
-        _, losses = metric_series(events, "eval", "response_loss", VALIDATION_SPLIT)
-        if losses[-1] <= min(losses):
-            save_best(state)
+            responses = generate_responses(model, test_rows, token_limit)
+            scores_by_task = task_exact_matches(responses)
+            test_scores = mean_scores(responses) | scores_by_task
+            events.append(evaluate_split(model, TEST_SPLIT, **test_scores))
+        loss = validation["response_loss"]
         match, rouge = scores["exact_match"], scores["rouge_l"]
-        return f"val {losses[-1]:.4f} exact {match:.1%} rouge {rouge:.2f}"
+        return EvalResult(
+            events=[("eval", event) for event in events],
+            text=f"val {loss:.4f} exact {match:.1%} rouge {rouge:.2f}",
+            score=(-loss,),
+        )
 
     return evaluate
 
@@ -338,51 +265,23 @@ def answer_token_limit(model: Model, data: SFTData) -> int:
     return min(data.longest_answer + ANSWER_SLACK, limit)
 
 
-def format_sft_summary(
-    run: RunContext,
-    data: SFTData,
-    batches: SFTBatches,
-    num_trainable: int,
-    num_frozen: int,
-) -> list[str]:
-    """Summary printed before training."""
-    config, steps = run.config, run.config.train.steps
-    shapes = ", ".join(map(str, batches.batch_shapes))
-    examples = data.examples[TRAIN_SPLIT]
-    trained_fraction = sum(sum(x.loss_mask) for x in examples) / sum(
-        len(x.ids) for x in examples
-    )
-    return [
-        f"run      {run.run_dir}",
-        *data.log_lines,
-        f"model    {estimate.parameter_count(config.model):,} parameters: "
-        f"{config.model.n_layers} layers, {config.model.n_heads} heads, width {config.model.d_model}, "
-        f"from {config.finetune.init_from or 'random initialization'}",
-        f"trained  {num_trainable:,} parameters ({config.finetune.trainable}), {num_frozen:,} frozen; "
-        f"loss on {trained_fraction:.0%} of the tokens",
-        f"step     {config.data.batch_size} rows of {shapes} tokens: "
-        f"{len(batches.batch_shapes)} compiled shapes",
-        describe_length(steps, steps / batches.steps_per_epoch),
-        describe_devices(run),
-    ]
-
-
-def finalize_sft(run: RunContext, task: Task, model: Model, data: SFTData) -> None:
+def finalize_sft(
+    run: RunContext, data: SFTData, task: Task, state: TrainState
+) -> Model:
     """Evaluates the best model; writes its answers, figures and report.md."""
+    model = load_best_model(run)
     split = TEST_SPLIT if TEST_SPLIT in data.examples else VALIDATION_SPLIT
     rows = evenly_spaced(data.conversations[split], NUM_TEST_SAMPLES)
     responses = generate_responses(model, rows, answer_token_limit(model, data))
-    result, scores = (
-        example_loss(model, data.completion_examples[split]),
-        mean_scores(responses),
-    )
+    result = example_loss(model, data.completion_examples[split])
+    scores = mean_scores(responses)
     step = run.config.train.steps
     evaluations = [
         event
         for event in read_events(run.metrics_path)
         if event["event"] == "eval" and event["split"] == split
     ]
-    if split == TEST_SPLIT and evaluations[-1]["step"] != step:
+    if split == TEST_SPLIT and all(event["step"] != step for event in evaluations):
         numbers = {
             "response_loss": result.loss,
             **scores,
@@ -391,9 +290,10 @@ def finalize_sft(run: RunContext, task: Task, model: Model, data: SFTData) -> No
         log_event(run.metrics_path, "eval", step, split=TEST_SPLIT, **numbers)
     write_rows(to_rows(responses), run.run_dir / "responses.jsonl")
     text = (
-        f"{split} loss {result.loss:.4f} nats per answer token (before: "
-        f"{evaluations[0]['response_loss']:.4f}), exact match {scores['exact_match']:.4f} on "
-        f"{len(responses):,} answers (before: {evaluations[0]['exact_match']:.4f}), "
+        f"{split} loss {result.loss:.4f} nats per answer token"
+        f"{format_before(evaluations, 'response_loss')}, exact match "
+        f"{scores['exact_match']:.4f} on {len(responses):,} answers"
+        f"{format_before(evaluations, 'exact_match')}, "
         f"token F1 {scores['token_f1']:.4f}, ROUGE-L {scores['rouge_l']:.4f}"
     )
     write_samples(
@@ -412,3 +312,13 @@ def finalize_sft(run: RunContext, task: Task, model: Model, data: SFTData) -> No
         f"wrote    {run.run_dir}/model (best on validation), responses.jsonl, "
         "report.md, figures"
     )
+    return model
+
+
+def format_before(evaluations: Sequence[Event], name: str) -> str:
+    """Metric before the first step, for the result line; "" if it was not logged."""
+    values = [event[name] for event in evaluations if not event["step"]]
+    return f" (before: {values[0]:.4f})" if values else ""
+
+
+SFT = TaskStages(load_sft_data, make_sft_task, finalize_sft)

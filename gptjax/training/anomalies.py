@@ -6,10 +6,8 @@ absolute deviation, which is robust to outliers.
 
 `--on-spike` sets the reaction to a spike in step s:
 
-    log       print it and write it to metrics.jsonl
-    skip      also skip each step with a gradient norm above the threshold
-    rollback  restore the last regular checkpoint before s and continue with the batches
-              after that of step s
+    log   print it and write it to metrics.jsonl
+    skip  also skip each step with a gradient norm above the threshold
 
 Decisions depend only on the metrics of logged steps, at least METRICS_LAG steps old, so
 an interrupted and resumed run takes the same ones.
@@ -17,18 +15,18 @@ an interrupted and resumed run takes the same ones.
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
-SpikePolicy = Literal["log", "skip", "rollback"]
-SPIKE_POLICIES = ("log", "skip", "rollback")
+SpikePolicy = Literal["log", "skip"]
+SPIKE_POLICIES = ("log", "skip")
 MAX_CONSECUTIVE_SKIPS = 10  # skipped steps that end a run
 MAX_HISTORY = 128  # logged steps
 MIN_HISTORY = 32  # logged steps before spikes are detected
 NUM_SIGMAS = 6.0
 MIN_RELATIVE_SIGMA = 0.02  # lower bound of sigma, as a fraction of the median
 METRICS_LAG = 2  # steps until the metrics of a step are available on the host
-MAX_ROLLBACKS = 3  # to the same step, before the run ends
+MAX_LOGGED_STEPS = MAX_HISTORY + METRICS_LAG  # that the thresholds depend on
 
 
 class LoggedStep(NamedTuple):
@@ -46,25 +44,6 @@ class Spike(NamedTuple):
     name: str  # "loss" or "grad_norm"
     value: float
     threshold: float
-
-
-class Jump(NamedTuple):
-    """Number of batches skipped from a step on."""
-
-    step: int
-    batches: int
-
-
-def logged_steps(events: Iterable[dict[str, Any]], log_every: int) -> list[LoggedStep]:
-    """Regularly logged steps of a run, oldest first.
-
-    Steps logged only because the run was interrupted there are excluded.
-    """
-    return [
-        LoggedStep(event["step"], event["loss"], event["grad_norm"])
-        for event in events
-        if event["event"] == "train" and event["step"] % log_every == 0
-    ]
 
 
 def spike_threshold(values: Sequence[float]) -> float:
@@ -86,7 +65,7 @@ def history_at(logged: Sequence[LoggedStep], step: int) -> list[LoggedStep]:
     """Logged steps that the spike threshold of a step is computed from."""
     return [
         entry
-        for entry in logged[-MAX_HISTORY - METRICS_LAG :]
+        for entry in logged[-MAX_LOGGED_STEPS:]
         if entry.step <= step - METRICS_LAG
     ][-MAX_HISTORY:]
 
@@ -100,36 +79,8 @@ def detect_spike(logged: Sequence[LoggedStep]) -> Spike | None:
     """Spike in the last logged step, or None."""
     last, history = logged[-1], history_at(logged, logged[-1].step)
     for name in ("loss", "grad_norm"):
-        value, threshold = (
-            getattr(last, name),
-            spike_threshold([getattr(entry, name) for entry in history]),
-        )
+        value = getattr(last, name)
+        threshold = spike_threshold([getattr(entry, name) for entry in history])
         if value > threshold:
             return Spike(last.step, name, value, threshold)
     return None
-
-
-def jump_after(spike: Spike, every: int) -> Jump:
-    """Checkpoint to roll back to and the batches to skip, for a checkpoint interval.
-
-    >>> jump_after(Spike(25, "loss", 9.0, 3.0), 10)
-    Jump(step=20, batches=5)
-    """
-    step = (spike.step - 1) // every * every
-    return Jump(step, spike.step - step)
-
-
-def batch_ranges(jumps: Sequence[Jump], start: int, stop: int) -> list[tuple[int, int]]:
-    """Batch ranges [start, stop) of the steps from `start` to before `stop`.
-
-    >>> batch_ranges([Jump(20, 5)], 18, 30)
-    [(18, 20), (25, 35)]
-    """
-    ranges, num_skipped = [], 0
-    for jump in sorted(jumps):
-        if start < jump.step < stop:
-            ranges.append((start + num_skipped, jump.step + num_skipped))
-            start = jump.step
-        if jump.step <= start:
-            num_skipped += jump.batches
-    return [*ranges, (start + num_skipped, stop + num_skipped)]

@@ -98,7 +98,7 @@ def memory_bytes(
 
     Args:
         config: from `resolve_config`; `train.accumulate` = number of micro-batches.
-        mesh_shape: of the mesh axes, as `gptjax.parallel.sharding.AXES`.
+        mesh_shape: of the mesh axes, as `gptjax.parallel.sharding.MESH_AXES`.
     """
     c, total_params = config.model, parameter_count(config.model)
     data, fsdp, tensor = mesh_shape

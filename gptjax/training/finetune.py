@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from gptjax.config import GPTConfig, RunConfig
+from gptjax.config import FinetuneConfig, GPTConfig, RunConfig
 from gptjax.data.conversations import ConversationOrPair, split_conversations
 from gptjax.data.text import VALIDATION_SPLIT
 from gptjax.errors import ConfigError
@@ -27,7 +27,7 @@ from gptjax.training import run_dir
 from gptjax.training.train_step import make_train_step
 from gptjax.tree import Params, combine, partition
 from gptjax.weights.load import load
-from gptjax.weights.model_folder import Model, save_adapters, save_model
+from gptjax.weights.model_folder import Model, save, save_adapters
 
 # GPTConfig fields that a run may override in the model it starts from.
 OVERRIDABLE_FIELDS = (
@@ -43,9 +43,9 @@ OVERRIDABLE_FIELDS = (
 FAST_COMPILE_OPTIONS = {"xla_backend_optimization_level": 1}
 
 
-def load_init_model(config: RunConfig, log: Callable[[str], None]) -> Model | None:
+def load_init_model(config: FinetuneConfig, log: Callable[[str], None]) -> Model | None:
     """Loads the model of `finetune.init_from`; None for random initialization."""
-    return load(config.finetune.init_from, log) if config.finetune.init_from else None
+    return load(config.init_from, log) if config.init_from else None
 
 
 def train_val_test_split(
@@ -81,8 +81,8 @@ def check_validation_split(
     """
     if VALIDATION_SPLIT not in splits:
         raise ConfigError(
-            f"data.val_fraction={config.data.val_fraction} leaves no {item_name} for validation, "
-            "which selects the best step. Choose a fraction above 0."
+            f"data.val_fraction={config.data.val_fraction} leaves no {item_name} for "
+            "validation, which selects the best step. Choose a fraction above 0."
         )
     return splits
 
@@ -368,7 +368,7 @@ def save_finetuned(
     frozen_params: Params,
 ) -> None:
     """Writes model/ of a run and, if there are any, adapters.safetensors."""
-    save_model(model, run_dir / "model")
+    save(model, run_dir / "model")
     if adapters := combine_params(config, trainable_params, frozen_params)[1]:
         save_adapters(adapters, run_dir / "adapters.safetensors")
 

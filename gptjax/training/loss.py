@@ -4,7 +4,7 @@ All losses are a sum in nats and the sum of weights to divide it by, so that
 micro-batches and shards with different numbers of targets are averaged exactly. Logits
 [B, T, V] are never stored all at once.
 
-Dimension letters: see `gptjax.model.gpt.gpt`; here, [C] is positions of a chunk, [X] shards
+Dimension letters: see `gptjax.model.gpt`; here, [C] is positions of a chunk, [X] shards
 of the batch and [M] positions of one shard in a chunk.
 """
 
@@ -74,7 +74,7 @@ def per_token_loss(
     Args:
         config: shape of the model.
         x_BTD: final hidden states.
-        unembedding_VD: from `gptjax.model.gpt.gpt.unembedding_matrix`.
+        unembedding_VD: from `gptjax.model.gpt.unembedding_matrix`.
         target_BT: the token that follows each position.
         chunk_size: positions whose logits exist at a time, at most.
     """
@@ -193,7 +193,7 @@ def fused_cross_entropy(
     Args:
         config: shape of the model.
         x_BTD: final hidden states.
-        unembedding_VD: from `gptjax.model.gpt.gpt.unembedding_matrix`.
+        unembedding_VD: from `gptjax.model.gpt.unembedding_matrix`.
         target_BT: the token that follows each position.
         weight_BT: loss weights.
         chunk_size: positions [C] whose logits [B, C, V] exist at a time, at most; T is

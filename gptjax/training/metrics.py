@@ -1,21 +1,31 @@
-"""Run outputs: metrics.jsonl, figures and report.md.
+"""Metrics of a run: the event log metrics.jsonl, and the logger of the trainer.
 
 A "train" event has the loss in nats per token, the learning rate, the gradient norm
 before clipping, tokens per second since the previous event, and the fraction of that
 time spent waiting for the next batch (input_wait, 0 to 1).
 """
 
+import dataclasses
+import functools
 import json
+import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax.errors import ModelError
+import jax
 
-Event = dict[str, Any]
+from gptjax.errors import ConfigError, ModelError
+from gptjax.runtime.preemption import heartbeat
+from gptjax.runtime.timing import StepTimer
+from gptjax.training import anomalies, estimate
+from gptjax.training.optimizer import learning_rates
+from gptjax.training.task import EvalResult, RunContext
+from gptjax.training.train_step import Metrics
 
+Event = dict[str, Any]  # "event", "step" and values
 
 WRITE_LOCK = threading.Lock()  # the checkpoint thread also writes events
 
@@ -25,25 +35,6 @@ def log_event(path: Path, kind: str, step: int, **values: Any) -> None:
     line = json.dumps({"event": kind, "step": step, **values}, ensure_ascii=False)
     with WRITE_LOCK, path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
-
-
-def truncate_events(path: Path, size: int, keep_kind: str) -> None:
-    """Truncates metrics.jsonl to `size` bytes, except for events of one kind.
-
-    Args:
-        path: of metrics.jsonl.
-        size: bytes.
-        keep_kind: kind of the events after `size` to keep.
-    """
-    if not path.is_file():
-        return
-    start = json.dumps({"event": keep_kind})[:-1].encode()
-    with WRITE_LOCK, path.open("r+b") as file:
-        file.seek(size)
-        lines = [line for line in file.readlines() if line.startswith(start)]
-        file.truncate(size)
-        file.seek(size)
-        file.writelines(lines)
 
 
 def sync_events(path: Path) -> None:
@@ -134,13 +125,20 @@ def format_duration(seconds: int | float) -> str:
 
 
 def format_progress(
-    total_steps: int, event: Event, validation: str, seconds_left: float
+    total_steps: int, event: Event, eval_text: str, seconds_left: float
 ) -> str:
-    """Progress line of a logged step."""
+    """Progress line of a logged step; all values are of that step.
+
+    Args:
+        total_steps: steps of the run.
+        event: "train" event.
+        eval_text: evaluation of the step, "" if it was not evaluated.
+        seconds_left: estimated time to the last step.
+    """
     parts = [
         f"step {event['step']:>{len(str(total_steps))}}/{total_steps}",
         f"loss {event['loss']:.4f}",
-        validation,
+        *([eval_text] if eval_text else []),
         f"lr {event['lr']:.2e}",
         f"|g| {event['grad_norm']:.2f}",
         f"{format_number(event['tokens_per_s'])} tok/s",
@@ -149,3 +147,219 @@ def format_progress(
         *([f"{event['skipped']}: step skipped"] if "skipped" in event else []),
     ]
     return " | ".join(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """Values of earlier steps that a resumed run needs; saved with each checkpoint."""
+
+    best_score: tuple[float, ...] | None = None  # of the evaluations so far
+    evaluated_step: int = -1  # last step that was evaluated
+    consecutive_skips: int = 0
+    last_good_step: int = 0  # last step that was not skipped
+    logged: tuple[anomalies.LoggedStep, ...] = ()  # for the spike threshold
+
+    def to_metadata(self) -> dict[str, Any]:
+        """JSON values; non-finite numbers become None."""
+        logged = [
+            [step, *(value if math.isfinite(value) else None for value in values)]
+            for step, *values in self.logged
+        ]
+        return {**dataclasses.asdict(self), "logged": logged}
+
+
+def history_from_metadata(metadata: Mapping[str, Any]) -> History:
+    """Inverse of `History.to_metadata`."""
+    score, logged = metadata["best_score"], metadata["logged"]
+    steps = (
+        anomalies.LoggedStep(step, *(math.nan if x is None else x for x in values))
+        for step, *values in logged
+    )
+    return History(
+        **{
+            **metadata,
+            "best_score": None if score is None else tuple(score),
+            "logged": tuple(steps),
+        }
+    )
+
+
+class MetricsLogger:
+    """Logs the metrics of a run and detects anomalies.
+
+    Metrics are read one step later, so that the device is not blocked.
+    """
+
+    def __init__(
+        self,
+        run: RunContext,
+        tokens_per_step: int | float,
+        step: int,
+        history: History,
+    ) -> None:
+        """Starts after `step` steps, with the history of those steps."""
+        self.run = run
+        self.tokens_per_step = tokens_per_step
+        self.timer = StepTimer()
+        self.step = self.logged_step = step
+        self.history = history
+        self.pending: tuple[int, Metrics] | None = None
+        self.applied: list[Any] = []  # of the steps not yet logged, on the device
+
+    @functools.cached_property
+    def learning_rates(self) -> list[float]:
+        """Learning rate of each step."""
+        config = self.run.config
+        return learning_rates(config.optim, config.train.steps)
+
+    def log_step(self, metrics: Metrics, should_log: bool) -> None:
+        """Records a dispatched step; its metrics are read later if they are logged."""
+        self.step += 1
+        self.applied.append(metrics.applied)
+        if should_log:
+            self.pending = self.step, metrics
+
+    def flush_step(self) -> Event | None:
+        """Logs and returns the pending metrics; detects spikes.
+
+        Raises:
+            ConfigError: too many consecutive steps were skipped.
+        """
+        if self.pending is None:
+            return None
+        (step, metrics), self.pending = self.pending, None
+        jax.block_until_ready(metrics)  # dispatch is asynchronous
+        seconds, wait_seconds = self.timer.end_step()
+        num_steps, self.logged_step = step - self.logged_step, step
+        heartbeat(seconds / num_steps)
+        tokens_per_second = num_steps * self.tokens_per_step / seconds
+        event = log_train_metrics(
+            self.run,
+            step,
+            metrics,
+            self.learning_rates[step - 1],
+            tokens_per_second,
+            wait_seconds / seconds,
+        )
+        self.count_skips(step - num_steps + 1, num_steps)
+        if step % self.run.config.train.log_every == 0:
+            self.detect_spike(event)
+        return event
+
+    def count_skips(self, first_step: int, num_steps: int) -> None:
+        """Updates the number of consecutive skipped steps.
+
+        Raises:
+            ConfigError: there are too many.
+        """
+        applied, self.applied = self.applied[:num_steps], self.applied[num_steps:]
+        skips, last_good = self.history.consecutive_skips, self.history.last_good_step
+        for step, was_applied in enumerate(jax.device_get(applied), first_step):
+            skips = 0 if was_applied else skips + 1
+            last_good = step if was_applied else last_good
+            if skips >= anomalies.MAX_CONSECUTIVE_SKIPS:
+                raise ConfigError(self.skip_limit_message(step, skips, last_good))
+        self.history = dataclasses.replace(
+            self.history, consecutive_skips=skips, last_good_step=last_good
+        )
+
+    def skip_limit_message(self, step: int, num_skips: int, last_good: int) -> str:
+        """Error message after too many consecutive skipped steps."""
+        reason = "non-finite gradients"
+        if self.run.on_spike == "skip":
+            reason += ", or gradients above the threshold of --on-spike skip"
+        return (
+            f"{num_skips} consecutive steps were skipped ({reason}), the last of them "
+            f"step {step}. The last good step is {last_good}. Lower optim.peak_lr, "
+            "raise optim.warmup_steps or set optim.grad_clip: resume with "
+            "--allow-change for each, or start a new run with another --run DIR."
+        )
+
+    def detect_spike(self, event: Event) -> None:
+        """Adds a logged step to the history; logs a spike."""
+        logged = anomalies.LoggedStep(event["step"], event["loss"], event["grad_norm"])
+        steps = (*self.history.logged, logged)[-anomalies.MAX_LOGGED_STEPS :]
+        self.history = dataclasses.replace(self.history, logged=steps)
+        spike = anomalies.detect_spike(steps)
+        if spike is None:
+            return
+        values = {"name": spike.name, "value": spike.value, "limit": spike.threshold}
+        log_event(self.run.metrics_path, "spike", spike.step, **values)
+        self.run.log(
+            f"spike    step {spike.step}: {spike.name} {spike.value:.4g} exceeds the "
+            f"spike threshold {spike.threshold:.4g}"
+        )
+
+    def grad_norm_threshold(self) -> float:
+        """Gradient norm above which the next step is skipped."""
+        return anomalies.grad_norm_threshold(self.history.logged, self.step + 1)
+
+    def log_evaluation(self, step: int, result: EvalResult, sample: str | None) -> bool:
+        """Logs an evaluation and a sample; returns True if the score is the best.
+
+        Ties go to the earlier step; a score that is not finite is never the best.
+        """
+        for kind, values in result.events:
+            log_event(self.run.metrics_path, kind, step, **values)
+        for line in result.log_lines:
+            self.run.log(line)
+        if sample is not None:
+            log_event(self.run.metrics_path, "sample", step, text=sample)
+        best, score = self.history.best_score, result.score
+        is_best = (
+            score is not None
+            and all(map(math.isfinite, score))
+            and (best is None or score > best)
+        )
+        self.history = dataclasses.replace(
+            self.history, evaluated_step=step, best_score=score if is_best else best
+        )
+        return is_best
+
+    def print_progress(self, event: Event | None, eval_text: str = "") -> None:
+        """Prints the progress line of a step, with its evaluation if there is one."""
+        steps = self.run.config.train.steps
+        if event is None:  # only before the first step
+            if eval_text:
+                self.run.log(f"step {0:>{len(str(steps))}}/{steps} | {eval_text}")
+            return
+        tokens_left = (steps - event["step"]) * self.tokens_per_step
+        seconds_left = tokens_left / event["tokens_per_s"]
+        self.run.log(format_progress(steps, event, eval_text, seconds_left))
+
+
+def log_train_metrics(
+    run: RunContext,
+    step: int,
+    metrics: Metrics,
+    lr: float,
+    tokens_per_second: float,
+    input_wait: float,
+) -> Event:
+    """Logs the metrics of a step as a "train" event.
+
+    Args:
+        run: the run.
+        step: finished steps.
+        metrics: of the last finished step.
+        lr: learning rate of that step.
+        tokens_per_second: since the previous event.
+        input_wait: fraction of that time spent waiting for the next batch.
+    """
+    values: Event = {
+        "loss": float(metrics.loss),
+        "lr": lr,
+        "grad_norm": float(metrics.grad_norm),
+        "tokens_per_s": tokens_per_second,
+        "input_wait": input_wait,
+    }
+    if peak := estimate.total_peak_flops():
+        flops_per_second = tokens_per_second * estimate.flops_per_token(
+            run.config.model
+        )
+        values["mfu"] = flops_per_second / peak
+    if not metrics.applied:
+        finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+        values["skipped"] = "spike" if finite else "not finite"
+    log_event(run.metrics_path, "train", step, **values)
+    return {"step": step, **values}

@@ -36,7 +36,8 @@ def translate_resource_errors() -> Iterator[None]:
             raise
         first = str(error).splitlines()[0][:200].rstrip(".")
         raise ConfigError(
-            f"out of device memory: {first}. {OOM_ADVICE} Saved checkpoints are unaffected."
+            f"out of device memory: {first}. {OOM_ADVICE} Saved checkpoints are "
+            "unaffected."
         ) from error
     except MemoryError as error:
         raise ConfigError(
@@ -97,8 +98,9 @@ def micro_batches_that_fit(run: RunContext) -> int:
     )
     num_micro_batches = fitted_config.train.accumulate
     run.log(
-        f"accumulate {num_micro_batches} micro-batches of {c.data.batch_size // num_micro_batches} rows, the "
-        f"largest estimated to fit {estimate.format_bytes(limit)} of memory"
+        f"accumulate {num_micro_batches} micro-batches of "
+        f"{c.data.batch_size // num_micro_batches} rows, the largest estimated to fit "
+        f"{estimate.format_bytes(limit)} of memory"
     )
     return num_micro_batches
 
@@ -162,7 +164,7 @@ def check_memory_limit(
         name = max(parts, key=lambda name: parts[name])
         largest = f", mostly for {name}"
     raise ConfigError(
-        f"a step needs {estimate.format_bytes(needed)} of memory per device{largest}; the device "
-        f"has {estimate.format_bytes(estimate.device_memory())}, of which "
+        f"a step needs {estimate.format_bytes(needed)} of memory per device{largest}; "
+        f"the device has {estimate.format_bytes(estimate.device_memory())}, of which "
         f"{estimate.format_bytes(estimate.free_memory())} are free. {OOM_ADVICE}"
     )

@@ -4,6 +4,7 @@ config.toml  meta.json  metrics.jsonl  loss.png  lr.png  report.md
 data/  checkpoints/  model/  compiled/
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,18 +12,37 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import tomli_w
 
-from gptjax.config import RunConfig, config_diff, did_you_mean, load_config
+from gptjax.config import (
+    RunConfig,
+    config_diff,
+    config_options,
+    did_you_mean,
+    find_renames,
+    load_config,
+    load_toml,
+)
 from gptjax.errors import ConfigError, ModelError
 from gptjax.fileio.strict_json import read_json
+from gptjax.parallel.distributed import process_dir
+from gptjax.parallel.sharding import make_mesh
 from gptjax.runtime.device import package_versions
+from gptjax.runtime.preemption import handle_signals, set_signal_mode
 from gptjax.training.anomalies import SPIKE_POLICIES, SpikePolicy
+from gptjax.training.resource_errors import (
+    check_estimated_memory,
+    choose_accumulation,
+    translate_resource_errors,
+)
+from gptjax.training.run_lock import run_lock
+from gptjax.training.task import RunContext
 from gptjax.tree import flatten_with_names
 
 
@@ -44,6 +64,45 @@ def create_run_dir(run_dir: Path) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def open_run(
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    allow_change: Sequence[str] = (),
+    on_spike: str = "",
+) -> Iterator[RunContext]:
+    """Opens a run folder for training: lock, signal handlers, mesh, resolved config.
+
+    Args:
+        config: must match that of an existing run.
+        run_dir: run folder; created if missing.
+        allow_change: config options that may differ from those of an existing run.
+        on_spike: one of `SPIKE_POLICIES`; "" = that of an existing run, or "log".
+
+    Raises:
+        GptjaxError: invalid config or run folder, or a resource error in the block.
+        Interrupted: interrupted by SIGINT or SIGTERM; the same call resumes.
+    """
+    create_run_dir(run_dir)
+    lock = run_lock(run_dir) if jax.process_index() == 0 else contextlib.nullcontext()
+    with lock, handle_signals() as is_interrupted, translate_resource_errors():
+        set_signal_mode("collective" if jax.process_count() > 1 else "immediate")
+        own_dir = process_dir(run_dir)
+        run = RunContext(
+            config=config,
+            run_dir=own_dir,
+            mesh=make_mesh(config.mesh),
+            shared_run_dir=run_dir,
+            on_spike=reconcile_spike_policy(own_dir, on_spike, allow_change),
+            allow_change=tuple(allow_change),
+            is_interrupted=is_interrupted,
+        )
+        run = choose_accumulation(run)
+        check_estimated_memory(run)
+        yield run
+
+
 def reconcile_config(
     run_dir: Path, config: RunConfig, allowed: Sequence[str] = ()
 ) -> list[str]:
@@ -62,6 +121,12 @@ def reconcile_config(
     path = run_dir / "config.toml"
     changes: list[str] = []
     if path.is_file():
+        if renames := find_renames(load_toml(path)):
+            raise ModelError(
+                f"the run in {run_dir} was started by an earlier version of gptjax "
+                f"({'; '.join(renames)}) and cannot be resumed by this one. Start a "
+                "new run with another --run DIR."
+            )
         before = load_config(path)
         changes = check_config_changes(str(run_dir), before, config, allowed)
         if not any(
@@ -90,6 +155,11 @@ def reconcile_spike_policy(
     metadata = read_run_metadata(run_dir)
     before: Any = metadata.get("on_spike")
     chosen: Any = requested or before or "log"
+    if chosen not in SPIKE_POLICIES:
+        raise ModelError(
+            f"the run in {run_dir} was started with --on-spike {chosen}, which no "
+            "longer exists. Start a new run with another --run DIR."
+        )
     if before and chosen != before:
         if ON_SPIKE not in allowed:
             raise ModelError(
@@ -115,8 +185,6 @@ def write_run_metadata(
     run_dir: Path, command: list[str], provenance: dict[str, Any]
 ) -> None:
     """Writes meta.json: command, versions, devices and provenance."""
-    import jax
-
     devices = jax.devices()
     metadata = {
         "command": command,
@@ -140,32 +208,6 @@ def command_line() -> list[str]:
 
 
 ON_SPIKE = "on-spike"  # a flag, not a config option, but affects the steps too
-RESUME_POLICIES = {  # class: {section: options}
-    "identity": {
-        "model": "vocab_size context_length n_layers n_heads d_model qkv_bias "
-        "tie_embeddings vocab_multiple causal n_classes head_bias pool",
-        "data": "source tokenizer text_column label_column split_strategy balance_classes deduplicate test_fraction "
-        "val_fraction split_seed chat_template completion_only_loss",
-        "train": "task seed",
-        "finetune": "init_from trainable lora_rank lora_targets",
-    },
-    "trajectory": {
-        "model": "dropout dtype attention remat",
-        "data": "batch_size batching",
-        "optim": "peak_lr schedule warmup_steps final_lr_fraction weight_decay decay_norms_and_biases beta1 "
-        "beta2 grad_clip",
-        # Evaluations choose the best model of fine-tuning; spikes are detected in the
-        # logged steps, and a rollback restores a checkpoint.
-        "train": "steps accumulate loss_chunk_size log_every eval_every eval_batches",
-        "finetune": "lora_alpha lm_loss_weight dpo_beta",
-        "checkpoint": "every",
-    },
-    "operational": {
-        "train": "sample_prompt",
-        "checkpoint": "keep",
-        "mesh": "data fsdp tensor",
-    },
-}
 
 
 def resume_policy(name: str) -> str:
@@ -175,13 +217,13 @@ def resume_policy(name: str) -> str:
         ConfigError: unknown option.
     """
     known = {ON_SPIKE: "trajectory"}
-    for policy, sections in RESUME_POLICIES.items():
-        for section, options in sections.items():
-            known |= {f"{section}.{option}": policy for option in options.split()}
+    known |= {
+        name: field.metadata["resume"] for name, field in config_options().items()
+    }
     if name not in known:
         raise ConfigError(
-            f"--allow-change {name}: unknown option.{did_you_mean(name, known)} Write it "
-            "as --allow-change section.option."
+            f"--allow-change {name}: unknown option.{did_you_mean(name, known)} Write "
+            "it as --allow-change section.option."
         )
     return known[name]
 
@@ -224,15 +266,15 @@ def check_config_changes(
     if identity_changes:
         raise ModelError(
             f"the run in {run_dir} was started with another config: "
-            f"{'; '.join(identity_changes)}. These options are fixed for a run: resume it with "
-            "its own config, or start a new run with another --run DIR."
+            f"{'; '.join(identity_changes)}. These options are fixed for a run: resume "
+            "it with its own config, or start a new run with another --run DIR."
         )
     if not_allowed:
         flags = " ".join(f"--allow-change {name}" for name in not_allowed)
         raise ModelError(
             f"the run in {run_dir} was started with another config: "
-            f"{'; '.join(changes[name] for name in not_allowed)}. Resume it with its own "
-            f"config, or allow the change with {flags}."
+            f"{'; '.join(changes[name] for name in not_allowed)}. Resume it with its "
+            f"own config, or allow the change with {flags}."
         )
     return list(changes.values())
 
@@ -283,9 +325,9 @@ def check_provenance(run_dir: Path, provenance: Mapping[str, Any]) -> None:
         now = json.loads(json.dumps(provenance.get(name)))
         if name in before and before[name] != now:
             raise ModelError(
-                f"the {description} of the run in {run_dir} has changed since it was started "
-                f"({option}): {describe_mismatch(before[name], now)}. Restore the original "
-                "or start a new run with another --run DIR."
+                f"the {description} of the run in {run_dir} has changed since it was "
+                f"started ({option}): {describe_mismatch(before[name], now)}. Restore "
+                "the original or start a new run with another --run DIR."
             )
 
 

@@ -54,8 +54,8 @@ def _acquire_lock(descriptor: int, path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ModelError(
-            f"another process trains in {path.parent}: {_lock_owner(descriptor)}. Wait for "
-            "it, stop it, or choose another folder with --run DIR."
+            f"another process trains in {path.parent}: {_lock_owner(descriptor)}. Wait "
+            "for it, stop it, or choose another folder with --run DIR."
         ) from error
     except OSError as error:
         if error.errno not in UNSUPPORTED_LOCK_ERRNOS:

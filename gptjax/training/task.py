@@ -1,9 +1,10 @@
-"""Run context, task interface and resume options."""
+"""Task: the trainer's only interface, and the context of a run."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -11,23 +12,23 @@ from jax.sharding import Mesh
 from gptjax.config import RunConfig
 from gptjax.training.anomalies import SpikePolicy
 from gptjax.training.train_step import TrainState
+from gptjax.tree import Params
 from gptjax.weights.model_folder import Model
 
-LogFn = Callable[[str], None]
+logger = logging.getLogger("gptjax")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunContext:
-    """Run context shared by all parts of a run."""
+    """Context shared by all parts of a run; opened by `open_run`."""
 
     config: RunConfig
-    run_dir: Path
-    log: LogFn
+    run_dir: Path  # of this process
     mesh: Mesh | None = None  # None for a single device
-    shared_run_dir: Path | None = (
-        None  # run folder with the checkpoints, if not `run_dir`
-    )
+    shared_run_dir: Path | None = None  # has the checkpoints, if not `run_dir`
     on_spike: SpikePolicy = "log"
+    allow_change: tuple[str, ...] = ()  # config options that may change on resume
+    is_interrupted: Callable[[], bool] = lambda: False  # True after a signal
 
     @property
     def checkpoint_dir(self) -> Path:
@@ -39,16 +40,19 @@ class RunContext:
         """Path of metrics.jsonl."""
         return self.run_dir / "metrics.jsonl"
 
-
-@dataclasses.dataclass(frozen=True)
-class ResumeOptions:
-    """Options of starting or resuming a run that are not part of its config."""
-
-    allow_change: tuple[str, ...] = ()  # config options that may change on resume
-    on_spike: str = ""  # one of SPIKE_POLICIES; "" = the saved policy, or "log"
+    def log(self, text: str) -> None:
+        """Logs progress to the logger "gptjax", from the first process only."""
+        if jax.process_index() == 0:
+            logger.info(text)
 
 
-DEFAULT_RESUME_OPTIONS = ResumeOptions()
+class EvalResult(NamedTuple):
+    """Evaluation of one step; the trainer logs it and keeps the best model."""
+
+    events: list[tuple[str, dict[str, Any]]]  # kind and values, for metrics.jsonl
+    text: str  # for the progress line, such as "val 3.2012"
+    score: tuple[float, ...] | None = None  # the highest is the best
+    log_lines: tuple[str, ...] = ()  # printed before the progress line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,20 +60,17 @@ class Task:
     """One kind of training."""
 
     init_state: TrainState  # before the first step
-    train_step: Callable[
-        ..., Any
-    ]  # (state, batch, *frozen_params) -> (state, metrics), pure
+    train_step: Callable[..., Any]  # (state, batch, *frozen_params), pure
     batches: Callable[[int, int], Iterator[Any]]  # of steps [start, stop)
-    tokens_per_step: int | float
-    # (state, finished steps, is_last) -> text for the progress line
-    evaluate: Callable[[TrainState, int, bool], str]
+    evaluate: Callable[[TrainState, int, bool], EvalResult]  # (state, step, is_last)
     to_model: Callable[[TrainState], Model]
-    provenance: dict[
-        str, Any
-    ]  # for meta.json: hashes of data, tokenizer, initial weights
-    summary: list[str]  # lines printed before training
-    sample: Callable[[TrainState, int], None] | None = None
-    frozen_params: tuple[Any, ...] = ()
+    tokens_per_step: int | float  # mean
+    provenance: dict[str, Any]  # hashes of data, tokenizer and initial weights
+    summary: list[str]  # printed before training
+    frozen_params: tuple[Params, ...] = ()
+    # Completion to log after an evaluation, or None: (state, step) -> text
+    sample: Callable[[TrainState, int], str | None] | None = None
+    save_best: Callable[[TrainState], None] | None = None  # writes model/
     eval_offset: int = 0  # first step evaluated; then every `train.eval_every` steps
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
@@ -89,6 +90,25 @@ def make_grad_fn(
     return full_batch_gradient if accumulate == 1 else accumulate_gradients
 
 
+def check_loss_fn(loss_fn: LossFn) -> LossFn:
+    """Returns a loss function that raises ConfigError unless it returns two scalars."""
+
+    def checked_loss_fn(
+        params: Params, batch: Any, key: Key[Array, ""]
+    ) -> tuple[Array, Array]:
+        result: Any = loss_fn(params, batch, key)
+        shapes = jax.tree.map(np.shape, result)
+        if not isinstance(result, tuple) or shapes != ((), ()):
+            raise ConfigError(
+                f"loss_fn returned shapes {shapes} instead of ((), ()), a tuple of two "
+                "scalars (loss sum, weight). Return (jnp.sum(losses), "
+                "jnp.sum(loss_weights)); the step divides one by the other."
+            )
+        return result
+
+    return checked_loss_fn
+
+
 def safe_denominator(weight: Float[Array, ""]) -> Float[Array, ""]:
     """Weight, or a tiny number if it is 0, so that loss and gradient are 0."""
     return jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
@@ -114,7 +134,7 @@ def make_train_step(
             over them row by row. Divides activation memory by G.
         axis_name: name of the `jax.pmap` axis to sum over; see `pmap_train_step`.
     """
-    grad_fn = make_grad_fn(loss_fn, accumulate, axis_name)
+    grad_fn = make_grad_fn(check_loss_fn(loss_fn), accumulate, axis_name)
 
     def train_step(
         state: TrainState, batch: Any, max_grad_norm: Any = math.inf
@@ -178,10 +198,8 @@ def pmap_train_step(
         devices: default: all local devices.
     """
     devices = jax.local_devices() if devices is None else list(devices)
-    step, num_devices = (
-        make_train_step(loss_fn, optimizer, accumulate, "rows"),
-        len(devices),
-    )
+    step = make_train_step(loss_fn, optimizer, accumulate, "rows")
+    num_devices = len(devices)
     pmapped_step = jax.pmap(
         step, "rows", in_axes=(None, 0), out_axes=None, devices=devices
     )
@@ -189,8 +207,8 @@ def pmap_train_step(
     def split_over_devices(leaf: Any) -> Any:
         if len(leaf) % (num_devices * accumulate):
             raise ConfigError(
-                f"data.batch_size={len(leaf)} is not divisible by the {num_devices} devices "
-                f"times train.accumulate={accumulate}. Choose a multiple of "
+                f"data.batch_size={len(leaf)} is not divisible by the {num_devices} "
+                f"devices times train.accumulate={accumulate}. Choose a multiple of "
                 f"{num_devices * accumulate}."
             )
         return leaf.reshape(num_devices, -1, *leaf.shape[1:])

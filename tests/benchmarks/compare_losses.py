@@ -3,7 +3,7 @@
     python tests/benchmarks/compare_losses.py BEFORE [AFTER] [--work DIR] [--only TASK]
 
 Each run trains in a process of its own, with the package and the configs of its
-checkout. Prints the losses side by side and exits with 1 if any differs in a single bit.
+checkout. Prints the losses side by side; exits with 1 if any differs in a single bit.
 Runs in the work folder are kept and reused, so that one side is computed only once.
 Needs GPTJAX_DATA for all tasks but `tiny`.
 """

@@ -100,10 +100,8 @@ def test_attention_with_uniform_weights_has_the_numbers_of_the_book():
     head = HeadParams(*(jnp.asarray(generator.uniform((3, 2))) for _ in range(3)))
     query_TK, key_SK = journey() @ head.query_DK, journey() @ head.key_DK
 
-    score_TS, context_TK = (
-        scaled_scores(query_TK, key_SK),
-        self_attention(journey(), head),
-    )
+    score_TS = scaled_scores(query_TK, key_SK)
+    context_TK = self_attention(journey(), head)
 
     assert is_printed_as(query_TK[1], [0.4306, 1.4551])
     assert is_printed_as(

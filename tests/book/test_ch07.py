@@ -81,7 +81,7 @@ def test_the_first_epoch_has_all_lengths_that_the_book_prints(
     examples = encode_conversations(GPT2, ALPACA, instructions["train"])
 
     loader = make_sft_batches(
-        "book", examples, rows=8, context=1024, pad_id=GPT2.eot, seed=123
+        "book", examples, rows=8, context=1024, pad_id=GPT2.eot_token, seed=123
     )
 
     batches = [loader.batch_at(step) for step in range(loader.steps_per_epoch)]
@@ -111,7 +111,7 @@ def test_both_loaders_give_the_rows_of_pytorchs_in_every_epoch(
     torch = import_torch()
     examples = encode_conversations(GPT2, ALPACA, instructions["train"], TRAIN_ON_ALL)
     book = make_sft_batches(
-        "book", examples, rows=8, context=1024, pad_id=GPT2.eot, seed=123
+        "book", examples, rows=8, context=1024, pad_id=GPT2.eot_token, seed=123
     )
     ours = epochs(len(preferences["train"]), 8, 123)
 
@@ -129,7 +129,7 @@ def test_both_loaders_give_the_rows_of_pytorchs_in_every_epoch(
         for n, example in enumerate(next(rows)):
             ids = example.ids[:-1]
             assert batch["tokens"][n, : len(ids)].tolist() == ids
-            assert (batch["tokens"][n, len(ids) :] == GPT2.eot).all()
+            assert (batch["tokens"][n, len(ids) :] == GPT2.eot_token).all()
             assert batch["loss_weights"][n].sum() == len(ids)
     torch.manual_seed(123)
     theirs = loader(range(len(preferences["train"])))

@@ -61,14 +61,14 @@ def test_evaluations_are_passes_that_begin_within_the_epochs(
 
     generator, step, due = TorchGenerator(9), 0, []
     for _ in range(4):
-        due.append(train.begin(generator))
+        due.append(train.start_epoch(generator))
         evaluations = after
         for _ in due[-1]:
             evaluations += step % every == 0
             step += 1
         for _ in range(evaluations):
-            train.begin(generator)
-            validation.begin(generator)
+            train.start_epoch(generator)
+            validation.start_epoch(generator)
 
     assert got == due
 
@@ -92,11 +92,11 @@ def test_a_generator_goes_on_where_it_stands():
 
     passes = epochs(10, 3, generator)
 
-    other.numbers(100)
-    assert next(passes) == Loader(10, 3).begin(other)
+    other.next_uint32(100)
+    assert next(passes) == Loader(10, 3).start_epoch(other)
     generator.permutation(5)  # between the epochs, and the next one sees it
-    other.numbers(4)
-    assert next(passes) == Loader(10, 3).begin(other)
+    other.next_uint32(4)
+    assert next(passes) == Loader(10, 3).start_epoch(other)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_passes_of_several_loaders_in_any_order_are_pytorchs(torch, seed):
     torch.manual_seed(seed)
 
     for which in choices.integers(0, 3, 50):
-        due = ours[which].begin(generator)
+        due = ours[which].start_epoch(generator)
         most = int(choices.integers(1, 6))  # some passes are left early
         assert first(most, theirs[which]) == due[:most]
         if choices.random() < 0.2:

@@ -95,8 +95,8 @@ def test_the_generator_then_stands_where_pytorchs_does():
         if "norm" not in name
     )
     other = TorchGenerator(3)
-    other.numbers(drawn)
-    np.testing.assert_array_equal(generator.numbers(9), other.numbers(9))
+    other.next_uint32(drawn)
+    np.testing.assert_array_equal(generator.next_uint32(9), other.next_uint32(9))
     again = init_params(SMALL, 3)
     jax.tree.map(np.testing.assert_array_equal, params, again)
 
@@ -132,7 +132,7 @@ def torch_layers(torch, c):
         if bias:
             made[f"{name}/bias"] = layer.bias.detach().numpy().reshape(bias_shape)
 
-    heads = c.n_heads, c.head_width
+    heads = c.n_heads, c.head_dim
     made["token_embedding/embedding"] = nn.Embedding(c.vocab_size, d).weight
     made["position_embedding/embedding"] = nn.Embedding(c.context_length, d).weight
     for n in range(c.n_layers):

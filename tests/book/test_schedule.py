@@ -10,8 +10,7 @@ import pytest
 from gptjax.book import Loader, TorchGenerator, epochs
 from gptjax.book.schedule import first_batches, make_book_evaluate, plan_batch_schedule
 from gptjax.config import RunConfig, TrainConfig
-from gptjax.training.metrics import read_events
-from gptjax.training.task import RunContext, Task
+from gptjax.training.task import EvalResult, RunContext, Task
 from gptjax.training.train_step import TrainState
 from tests.small_models import make_model
 from tests.torch_peer import import_torch
@@ -44,10 +43,8 @@ def test_the_steps_of_a_run_are_those_of_the_epochs(chapter):
 
 
 def test_a_look_is_the_mean_of_the_means_of_its_batches(tmp_path):
-    said = []
-    run = RunContext(
-        RunConfig(train=TrainConfig(eval_batches=2)), tmp_path, said.append
-    )
+    run = RunContext(RunConfig(train=TrainConfig(eval_batches=2)), tmp_path)
+    told = EvalResult([("eval", {"loss": 1.0})], "told", (0.5,))
     zero = jnp.int32(0)
     state = TrainState(zero, {}, (), zero, jax.random.key(0))
     task = Task(
@@ -55,7 +52,7 @@ def test_a_look_is_the_mean_of_the_means_of_its_batches(tmp_path):
         train_step=print,
         batches=lambda first, stop: iter(()),
         tokens_per_step=1,
-        evaluate=lambda *at: "told",
+        evaluate=lambda *at: told,
         to_model=lambda state: make_model(),
         provenance={},
         summary=[],
@@ -67,15 +64,22 @@ def test_a_look_is_the_mean_of_the_means_of_its_batches(tmp_path):
         return {"loss": sum(rows) / len(rows)}
 
     evaluate = make_book_evaluate(run, task, course, before, score)
-    assert [evaluate(state, done, False) for done in (0, 1, 2, 6)] == ["told"] * 4
+    results = {step: evaluate(state, step, False) for step in (0, 1, 2, 6)}
 
-    events = read_events(run.metrics_path)
-    assert [event["step"] for event in events] == [0, 1, 6]
-    for event in events[1:]:
-        rows = np.concatenate(course.eval_batches[event["step"]])
-        assert event["train_loss"] == pytest.approx(rows.mean())
-        assert event["validation_loss"] == (0.5 + 2.5) / 2
-    assert said[1].startswith(f"book     train loss {events[1]['train_loss']:.3f}, val")
+    for result in results.values():
+        assert (result.events[0], result.text, result.score) == (
+            *(told.events[0], told.text, told.score),
+        )
+    assert results.pop(2) == told
+    books = {step: result.events[1:] for step, result in results.items()}
+    assert [kind for ((kind, _),) in books.values()] == ["book"] * 3
+    for step in (1, 6):
+        ((_, values),) = books[step]
+        rows = np.concatenate(course.eval_batches[step])
+        assert values["train_loss"] == pytest.approx(rows.mean())
+        assert values["validation_loss"] == (0.5 + 2.5) / 2
+        (line,) = results[step].log_lines
+        assert line.startswith(f"book     train loss {values['train_loss']:.3f}, val")
 
 
 @pytest.mark.peers

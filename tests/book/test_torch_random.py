@@ -111,7 +111,7 @@ def test_a_last_block_that_is_not_full_is_drawn_anew():
     cut = generator.normal(BOX_MULLER_BLOCK + 3)
 
     other = TorchGenerator(5)
-    other.numbers(BOX_MULLER_BLOCK + 3)
+    other.next_uint32(BOX_MULLER_BLOCK + 3)
     assert_same_bits(cut[3:], other.normal(BOX_MULLER_BLOCK))
     assert_same_bits(cut[:3], TorchGenerator(5).normal(BOX_MULLER_BLOCK)[:3])
     assert_same_bits(generator.uniform(4), other.uniform(4))
@@ -227,7 +227,7 @@ def test_what_is_not_covered_says_so_and_draws_nothing(draw, message):
     with pytest.raises(ConfigError, match=message):
         draw(generator)
 
-    assert_same_bits(generator.numbers(3), TorchGenerator(1).numbers(3))
+    assert_same_bits(generator.next_uint32(3), TorchGenerator(1).next_uint32(3))
 
 
 @pytest.mark.parametrize("name", gptjax.book.__all__)

@@ -14,17 +14,20 @@ import pytest
 import gptjax
 from gptjax import book
 from gptjax.book import training
-from gptjax.cli.main import make_parser
+from gptjax.book.training import CHAPTERS
+from gptjax.cli.main import parse_command
 from gptjax.config import RunConfig, find_config, from_dict, load_config
 from gptjax.data.classification import take
 from gptjax.data.sft import collate
 from gptjax.errors import ConfigError
 from gptjax.evaluation.classification import evaluate_classifier
 from gptjax.tasks import classify, sft
+from gptjax.tasks.train import train
 from gptjax.training.loss import batch_loss
 from gptjax.training.metrics import read_events
-from gptjax.training.task import RunContext
+from gptjax.training.task import EvalResult
 from gptjax.weights.model_folder import Model
+from tests.runs import make_task
 
 PAGE = Path(book.__file__).parent / "README.md"
 
@@ -61,12 +64,12 @@ def start(tmp_path):
 def test_chapter_5_trains_from_the_books_parameters_in_its_order(tmp_path, shared_data):
     config = small("ch05")
 
-    model = training.train_book(config, tmp_path / "run", lambda line: None)
+    model = training.train_book(config, tmp_path / "run")
 
     events = read_events(tmp_path / "run" / "metrics.jsonl")
     steps = [e["step"] for e in events if e.get("split") == "validation"]
     assert steps == [0, 1, 6, 11, 12]  # the book's 0, 5 and 10, and the ends
-    run, task = training.make_chapter_5(RunContext(config, tmp_path, print))
+    run, _, task = make_task(CHAPTERS["verdict"], config, tmp_path)
     fresh = book.init_params(run.config.model, 123)
     jax.tree.map(np.testing.assert_array_equal, task.init_state.params, fresh)
     first, second = itertools.islice(passes_of(run.config.model), 2)
@@ -84,14 +87,14 @@ def test_chapter_5_trains_from_the_books_parameters_in_its_order(tmp_path, share
 def started(name, start):
     """The small config of a chapter, from a model that is there."""
     config = small(name)
-    tune = dataclasses.replace(config.finetune, start=start)
-    return dataclasses.replace(config, tune=tune)
+    tune = dataclasses.replace(config.finetune, init_from=start)
+    return dataclasses.replace(config, finetune=tune)
 
 
 def test_chapter_6_has_the_books_head_and_order(tmp_path, start, shared_data):
     config = started("ch06", start)
 
-    run, task, sets = training.make_chapter_6(RunContext(config, tmp_path, print))
+    run, sets, task = make_task(CHAPTERS["sms-spam"], config, tmp_path)
 
     kernel = book.TorchGenerator(123).uniform((2, 8), -(8**-0.5), 8**-0.5)
     head = task.init_state.params["head"]
@@ -108,7 +111,7 @@ def test_chapter_6_has_the_books_head_and_order(tmp_path, start, shared_data):
 def test_chapter_7_has_the_books_order(tmp_path, start, shared_data):
     config = started("ch07", start)
 
-    _, task, sets = training.make_chapter_7(RunContext(config, tmp_path, print))
+    _, sets, task = make_task(CHAPTERS["instructions"], config, tmp_path)
 
     lengths = [batch["tokens"].shape[1] for batch in task.batches(0, 10)]
     assert lengths == [61, 76, 73, 68, 65, 72, 80, 67, 62, 75]
@@ -117,21 +120,25 @@ def test_chapter_7_has_the_books_order(tmp_path, start, shared_data):
     assert len(sets.examples["train"]) == 935
 
 
-def look(run, task, done):
-    """The event that an evaluation writes of what the book prints."""
-    task.evaluate(task.fresh, done, False)
-    return [e for e in read_events(run.metrics) if e["event"] == "book"][-1]
+def look(task, step):
+    """The metrics that the book prints, from an evaluation."""
+    result = task.evaluate(task.init_state, step, False)
+    (values,) = [values for kind, values in result.events if kind == "book"]
+    return values
+
+
+def evaluate_nothing(*parts):
+    """Replaces the evaluation of a task."""
+    return lambda model, step, is_last: EvalResult([], "")
 
 
 def test_chapter_6_says_what_the_book_prints(tmp_path, start, shared_data, monkeypatch):
-    monkeypatch.setattr(
-        classify, "make_classification_evaluate", lambda *parts: lambda *at: ""
-    )
+    monkeypatch.setattr(classify, "make_classification_evaluate", evaluate_nothing)
     config = started("ch06", start)
-    run, task, sets = training.make_chapter_6(RunContext(config, tmp_path, print))
+    run, sets, task = make_task(CHAPTERS["sms-spam"], config, tmp_path)
     model = task.to_model(task.init_state)
 
-    before, first = look(run, task, 0), look(run, task, 1)
+    before, first = look(task, 0), look(task, 1)
 
     def means(split, batches):
         """Mean loss and accuracy of the means of batches."""
@@ -147,29 +154,29 @@ def test_chapter_6_says_what_the_book_prints(tmp_path, start, shared_data, monke
         return np.mean([part.loss for part in parts]), np.mean(accuracy)
 
     generator = book.TorchGenerator(123)
-    wide_batches = book.Loader(1045, 8).begin(generator)[:10]
-    generator.numbers(2 + 2)  # the passes over the others
-    loss_batches = book.Loader(1045, 8).begin(generator)[:5]
+    wide_batches = book.Loader(1045, 8).start_epoch(generator)[:10]
+    generator.next_uint32(2 + 2)  # the passes over the others
+    loss_batches = book.Loader(1045, 8).start_epoch(generator)[:5]
     assert before["train_accuracy"] == pytest.approx(means("train", wide_batches)[1])
     assert before["train_loss"] == pytest.approx(means("train", loss_batches)[0])
     in_order = [list(range(n, n + 8)) for n in range(0, 80, 8)]
     for split in ("validation", "test"):
         assert before[f"{split}_accuracy"] == pytest.approx(means(split, in_order)[1])
         assert before[f"{split}_loss"] == pytest.approx(means(split, in_order[:5])[0])
-    assert set(first) == {"event", "step", "train_loss", "validation_loss"}
+    assert set(first) == {"train_loss", "validation_loss"}
     assert first["validation_loss"] == before["validation_loss"]
     assert first["train_loss"] != before["train_loss"]
 
 
 def test_chapter_7_says_what_the_book_prints(tmp_path, start, shared_data, monkeypatch):
-    monkeypatch.setattr(sft, "make_sft_evaluate", lambda *parts: lambda *at: "")
+    monkeypatch.setattr(sft, "make_sft_evaluate", evaluate_nothing)
     config = started("ch07", start)
-    run, task, sets = training.make_chapter_7(RunContext(config, tmp_path, print))
+    _, sets, task = make_task(CHAPTERS["instructions"], config, tmp_path)
     model = task.to_model(task.init_state)
 
-    before = look(run, task, 0)
+    before = look(task, 0)
 
-    order = book.Loader(935, 8).begin(book.TorchGenerator(123))[:5]
+    order = book.Loader(935, 8).start_epoch(book.TorchGenerator(123))[:5]
     parts = {"train": order, "validation": [range(n, n + 8) for n in range(0, 40, 8)]}
     for split, batches in parts.items():
         examples = sets.examples[split]
@@ -192,6 +199,13 @@ def test_other_data_are_of_no_chapter(tmp_path):
         training.train_book(config, tmp_path)
 
 
+def test_train_rejects_the_task_of_the_book_and_names_its_function(tmp_path):
+    with pytest.raises(ConfigError, match=r"task='book' .* gptjax\.book\.train_book"):
+        train(small("ch05"), tmp_path / "run")
+
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_page_names_what_there_is():
     text = PAGE.read_text(encoding="utf-8")
 
@@ -199,8 +213,8 @@ def test_the_page_names_what_there_is():
         assert (PAGE.parent / name).is_file(), name
     for line in re.findall(r"`(gptjax [^`]+)`", text):
         words = shlex.split(line)[1:]
-        args, _ = make_parser().parse_known_args(words)
-        assert find_config(args.config).is_file()
+        _, args = parse_command(words)
+        assert find_config(args["config_name"]).is_file()
     for file in re.findall(r"tests/\w+\.py", text):
         assert (PAGE.parents[2] / file).is_file()
     for name in re.findall(r"`(\w+)\(", text):

@@ -8,14 +8,14 @@ import time
 from typing import Any
 
 from gptjax.cli import main
-from gptjax.training import trainer
+from gptjax.training import metrics
 
 if __name__ == "__main__":
-    write, pause = trainer.log_train_metrics, float(sys.argv[1])
+    write, pause = metrics.log_train_metrics, float(sys.argv[1])
 
     def slowly(*args: Any) -> Any:
         time.sleep(pause)
         return write(*args)
 
-    trainer.log_train_metrics = slowly
+    metrics.log_train_metrics = slowly
     sys.exit(main.main(sys.argv[2:]))

@@ -9,7 +9,7 @@ from typing import Any
 
 import tomli_w
 
-from gptjax.checkpoint.manifest import list_steps
+from gptjax.checkpoint.retention import list_steps
 from gptjax.training.metrics import read_events
 from tests.processes import TEXT
 

@@ -33,8 +33,9 @@ WRONG = bytes(reversed(BODY))
 SILENT = 0.3  # seconds that the server which stalls is waited for
 KILLER = """
 import http.client
-from gptjax import download as module
-module.SECONDS, module.BLOCK, point, blocks = {seconds}, {block}, {point}, {blocks}
+from gptjax.fileio import download as module
+module.DOWNLOAD_TIMEOUT_SECONDS, module.DOWNLOAD_BLOCK_BYTES = {seconds}, {block}
+point, blocks = {point}, {blocks}
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 def at(owner, name, first):
@@ -48,7 +49,7 @@ def at(owner, name, first):
         return result
     setattr(owner, name, wrapped)
 at(os, 'fsync', blocks)
-at(module, 'sha256', blocks + 2)
+at(module, 'sha256_of_files', blocks + 2)
 at(os, 'replace', blocks + 4)
 real, count = http.client.HTTPResponse.read1, [0]
 def read1(*args):

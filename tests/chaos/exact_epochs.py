@@ -86,12 +86,12 @@ def examples_of(lot: random.Random, kind: str, rows: int) -> tuple[Read, int, in
     count, seed = lot.randint(rows, 60), lot.randrange(1000)
     count -= count % rows if kind == "book" else 0  # which drops what is left over
     found = examples(lot, count)
-    shape: dict[str, Any] = {"rows": rows, "context": 16, "fill": 0, "seed": seed}
+    shape: dict[str, Any] = {"rows": rows, "context": 16, "pad_id": 0, "seed": seed}
     made: Any
     if kind == "labels":
         ids, sizes = [x.ids for x in found], buckets(17)
         made = ClassificationBatches(ids, [0] * count, rows, sizes, 0, seed)
-        steps = made.deal.steps_per_epoch
+        steps = made.steps_per_epoch
     elif kind == "pairs":
         made = make_preference_batches([(x, x) for x in found], **shape)
         steps = made.steps_per_epoch

@@ -31,8 +31,8 @@ PAUSE = 0.05  # seconds that a step takes longer than it would
 LEAST = 4.0  # seconds of silence that the supervisor bears
 LIMIT = 600  # seconds from the last fault to the end
 SUPERVISE = (
-    "import sys; from pathlib import Path; from gptjax.runtime.supervisor import supervise; "
-    f"sys.exit(supervise(sys.argv[1:], Path('run'), {LEAST}))"
+    "import sys; from pathlib import Path; from gptjax.runtime.supervisor import "
+    f"supervise; sys.exit(supervise(sys.argv[1:], Path('run'), {LEAST}))"
 )
 
 

@@ -124,10 +124,10 @@ def start(run: Path) -> int:
     try:
         from gptjax.config import load_config
         from gptjax.runtime.compilation_cache import persistent_cache
-        from gptjax.tasks.pretrain import pretrain
+        from gptjax.tasks.train import train
 
         with persistent_cache(Path("compiled"), lambda line: None):
-            pretrain(load_config(Path("config.toml")), run, lambda line: None)
+            train(load_config(Path("config.toml")), run)
         code = 0
     except BaseException:
         Path(f"{run}.error").write_text(traceback.format_exc())

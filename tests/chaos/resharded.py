@@ -36,9 +36,9 @@ CONFIG = GPTConfig(vocab_size=64, dtype="float32", **SHAPE)
 MASK = np.uint64(2**32 - 1)
 CODE = """
 import sys
-from gptjax import distributed
+from gptjax.parallel import distributed
 if "," in sys.argv[1]:
-    distributed.start(sys.argv[1])
+    distributed.initialize(sys.argv[1])
 from tests.chaos.resharded import work
 work(*sys.argv[2:])
 """

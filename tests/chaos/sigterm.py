@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from gptjax.checkpoint.manifest import delete_after
 from gptjax.training.metrics import drop_events_after
 from tests.chaos._small_run import (
     different,
@@ -25,6 +24,7 @@ from tests.chaos._small_run import (
     write_config,
 )
 from tests.processes import free_port
+from tests.runs import delete_after
 
 SAVED = 21  # the last checkpoint of runs that are resumed
 LIMIT = 240  # seconds that anything may take on a machine with other work
@@ -43,16 +43,16 @@ class Phase(NamedTuple):
 PHASES = {
     "reading data": Phase("gptjax.tasks.pretrain", "open_dataset"),
     "restoring": Phase("gptjax.checkpoint.checkpoint", "restore", resumed=True),
-    "compiling": Phase("gptjax.training.trainer", "compiled"),
-    "a step": Phase("gptjax.training.trainer", "train_event", 5),
-    "evaluating": Phase("gptjax.tasks.pretrain", "evaluate", 2),
-    "saving": Phase("gptjax.checkpoint.checkpoint", "store", 2),
-    "importing": Phase("importlib", "import_module"),
-    "making parameters": Phase("gptjax.tasks.pretrain", "starting_params"),
-    "first evaluation": Phase("gptjax.tasks.pretrain", "evaluate"),
-    "compiling again": Phase("gptjax.training.trainer", "compiled", resumed=True),
+    "compiling": Phase("gptjax.training.trainer", "aot_compile"),
+    "a step": Phase("gptjax.training.metrics", "log_train_metrics", 5),
+    "evaluating": Phase("gptjax.evaluation.perplexity", "evaluate", 2),
+    "saving": Phase("gptjax.checkpoint.checkpoint", "write_step", 2),
+    "importing": Phase("gptjax.cli.train", "train_config"),
+    "making parameters": Phase("gptjax.tasks.pretrain", "make_initial_params"),
+    "first evaluation": Phase("gptjax.evaluation.perplexity", "evaluate"),
+    "compiling again": Phase("gptjax.training.trainer", "aot_compile", resumed=True),
     "sampling": Phase("gptjax.tasks.pretrain", "complete", 2),
-    "finishing": Phase("gptjax.training.metrics", "write_pictures"),
+    "finishing": Phase("gptjax.tasks.pretrain", "write_figures"),
 }
 FULL, SLICE = 2 * len(PHASES), 6
 

@@ -24,7 +24,7 @@ from gptjax.checkpoint.checkpoint import (
     save_step,
     write_step,
 )
-from gptjax.checkpoint.manifest import list_steps
+from gptjax.checkpoint.retention import list_steps
 from gptjax.errors import ModelError
 from tests.processes import ROOT
 
@@ -137,7 +137,7 @@ def test_arrays_that_come_back_other_than_they_were_are_set_aside(tmp_path):
     (tmp_path / "2" / manifest.MANIFEST).unlink()
     manifest.write_manifest(tmp_path / "2", about)
 
-    step, restored, complaints = restore_latest(tmp_path, tree())
+    step, restored, complaints, _ = restore_latest(tmp_path, tree())
 
     assert step == 1
     jax.tree.map(np.testing.assert_array_equal, restored, tree(1.0))
@@ -148,7 +148,7 @@ def test_arrays_that_come_back_other_than_they_were_are_set_aside(tmp_path):
 def test_where_nothing_was_saved_a_run_starts_with_what_it_has(tmp_path):
     fresh = tree()
 
-    assert restore_latest(tmp_path, fresh) == (None, fresh, [])
+    assert restore_latest(tmp_path, fresh) == (None, fresh, [], {})
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -181,21 +181,21 @@ def test_a_save_that_the_disk_has_no_room_for_is_refused_before(tmp_path, monkey
 FULL = """
 import resource, sys
 from pathlib import Path
-from gptjax import checkpoint
+from gptjax.checkpoint import checkpoint
 from gptjax.errors import ModelError
 from tests.checkpoint.test_checkpoint import tree
 
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 for most in map(int, sys.argv[2:]):
     folder = Path(sys.argv[1]) / str(most)
-    checkpoint.save(folder, 1, tree(), keep=2)
+    checkpoint.save_step(folder, 1, tree(), keep=2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
     try:
-        checkpoint.save(folder, 2, tree(), keep=2)
+        checkpoint.save_step(folder, 2, tree(), keep=2)
     except ModelError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         said = str(error).startswith("cannot save step 2"), error.__cause__.errno
-        print(most, *said, *checkpoint.latest(folder))
+        print(most, *said, *checkpoint.latest_step(folder))
 """
 
 

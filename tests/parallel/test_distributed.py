@@ -17,7 +17,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from gptjax.checkpoint.manifest import delete_after, list_steps
+from gptjax.checkpoint.retention import list_steps
 from gptjax.cli import main
 from gptjax.errors import ConfigError
 from gptjax.parallel import distributed
@@ -43,6 +43,7 @@ from tests.processes import (
     write_config,
     write_tokenizer,
 )
+from tests.runs import delete_after
 
 pytestmark = pytest.mark.mesh
 

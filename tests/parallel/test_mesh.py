@@ -24,10 +24,7 @@ from gptjax.parallel.sharding import (
     shard_tree,
     use_mesh,
 )
-from gptjax.tasks.classify import train_classifier
-from gptjax.tasks.dpo import train_dpo
-from gptjax.tasks.pretrain import pretrain
-from gptjax.tasks.sft import train_sft
+from gptjax.tasks.train import train as train_run
 from gptjax.training.loss import batch_loss
 from gptjax.training.metrics import read_events
 from gptjax.training.optimizer import make_optimizer
@@ -38,6 +35,7 @@ from gptjax.training.train_step import (
     pmap_train_step,
 )
 from gptjax.tree import flatten_with_names
+from tests.runs import train_logged
 from tests.tasks.test_classify import make_config as classify_config
 from tests.tasks.test_dpo import make_config as preference_config
 from tests.tasks.test_pretrain import make_config as pretrain_config
@@ -250,12 +248,12 @@ def samples(folder):
     return [e["text"] for e in events if e["event"] == "sample"]
 
 
-def run_both(task, config, folder, **sizes):
+def run_both(config, folder, **sizes):
     """The same run on one device and on a mesh: models and losses of each."""
     meshed = dataclasses.replace(config, mesh=MeshConfig(**sizes))
-    one = task(config, folder / "one", lambda line: None)
+    one = train_run(config, folder / "one")
     said = []
-    many = task(meshed, folder / "many", said.append)
+    many = train_logged(meshed, folder / "many", said)
     assert any(line.startswith("device   8 x cpu, as") for line in said)
     return (one, numbers(folder / "one")), (many, numbers(folder / "many"))
 
@@ -277,7 +275,7 @@ def assert_same_runs(one, many):
 def test_a_whole_run_on_a_mesh_is_that_on_one_device(tmp_path):
     config = pretrain_config(tmp_path, model__dropout=0.1, model__vocab_multiple=2)
 
-    one, many = run_both(pretrain, config, tmp_path, data=2, fsdp=2, tensor=2)
+    one, many = run_both(config, tmp_path, data=2, fsdp=2, tensor=2)
 
     assert_same_runs(one, many)
     assert samples(tmp_path / "many") == samples(tmp_path / "one")
@@ -293,19 +291,17 @@ def with_context(config, context):
 
 @SLOW
 @pytest.mark.parametrize(
-    ("task", "make", "context", "changes"),
+    ("make", "context", "changes"),
     [
-        (train_sft, instruct_config, 32, {"finetune__trainable": "lora"}),
-        (train_classifier, classify_config, 16, {}),
-        (train_dpo, preference_config, 16, {}),
+        (instruct_config, 32, {"finetune__trainable": "lora"}),
+        (classify_config, 16, {}),
+        (preference_config, 16, {}),
     ],
 )
-def test_fine_tuning_on_a_mesh_is_that_on_one_device(
-    tmp_path, task, make, context, changes
-):
+def test_fine_tuning_on_a_mesh_is_that_on_one_device(tmp_path, make, context, changes):
     config = make(tmp_path, train__steps=4, train__eval_every=4, **changes)
     config = with_context(config, context)
 
-    one, many = run_both(task, config, tmp_path, data=2, fsdp=2, tensor=1)
+    one, many = run_both(config, tmp_path, data=2, fsdp=2, tensor=1)
 
     assert_same_runs(one, many)

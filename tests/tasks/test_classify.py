@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gptjax
-from gptjax.checkpoint.manifest import list_steps
+from gptjax.checkpoint.retention import list_steps
 from gptjax.cli.main import main
 from gptjax.config import GPTConfig, RunConfig, from_dict
 from gptjax.data.bucketing import buckets
@@ -24,13 +24,15 @@ from gptjax.inference.classify import predict_probs
 from gptjax.model.classifier import class_logits
 from gptjax.model.lora import merge_adapters
 from gptjax.runtime.preemption import Interrupted
-from gptjax.tasks import classify
-from gptjax.tasks.classify import train_classifier
+from gptjax.tasks.classify import load_classification_data
+from gptjax.tasks.train import train
 from gptjax.training import trainer
 from gptjax.training.loss import classification_loss
 from gptjax.training.metrics import read_events
+from gptjax.training.task import RunContext
 from gptjax.training.trainer import save_checkpoint
 from gptjax.weights.model_folder import Model, load_adapters
+from tests.runs import train_logged
 
 class_logits = jax.jit(class_logits, static_argnums=0)
 POOLS = ["last", "first", "mean"]
@@ -177,7 +179,7 @@ def make_config(folder, shortest=2, **changes):
 def unbroken(tmp_path_factory):
     folder, said = tmp_path_factory.mktemp("classes"), []
     config = make_config(folder)
-    model = train_classifier(config, folder / "run", said.append)
+    model = train_logged(config, folder / "run", said)
     return config, folder / "run", model, said
 
 
@@ -207,7 +209,7 @@ def test_a_run_leaves_its_best_model_and_a_report(unbroken):
 def test_the_kept_model_is_the_one_that_did_best(unbroken):
     config, folder, model, _ = unbroken
     best = max(evals(folder, "validation"), key=lambda e: (e["accuracy"], -e["loss"]))
-    sets = classify.load_classification_data(config, None)
+    _, sets = load_classification_data(RunContext(config, folder))
 
     result = evaluate_classifier(model, sets.rows["validation"], sets.ids["validation"])
 
@@ -216,30 +218,36 @@ def test_the_kept_model_is_the_one_that_did_best(unbroken):
 
 
 @pytest.mark.parametrize(
-    ("trainable", "shortest"), [("all", 2), ("last-block", 17), ("lora", 17)]
+    ("trainable", "shortest", "lost"),
+    [("all", 2, ""), ("last-block", 17, "metrics.jsonl"), ("lora", 17, "")],
 )
 def test_a_stopped_and_resumed_run_is_the_unbroken_one(
-    tmp_path, monkeypatch, trainable, shortest
+    tmp_path, monkeypatch, trainable, shortest, lost
 ):
     tuned = {"finetune__trainable": trainable, "train__steps": 20}
     config = make_config(tmp_path, shortest, **tuned)
-    whole = train_classifier(config, tmp_path / "whole", lambda line: None)
+    whole = train(config, tmp_path / "whole")
     forward = save_checkpoint
 
-    def interrupting(run, save, state, done):
-        forward(run, save, state, done)
-        if done == 10:
+    def interrupting(run, state, step, *rest):
+        forward(run, state, step, *rest)
+        if step == 10:
             raise Interrupted("here")
 
     monkeypatch.setattr(trainer, "save_checkpoint", interrupting)
     with pytest.raises(Interrupted):
-        train_classifier(config, tmp_path / "run", lambda line: None)
+        train(config, tmp_path / "run")
     monkeypatch.undo()
-    resumed = train_classifier(config, tmp_path / "run", lambda line: None)
+    if lost:
+        (tmp_path / "run" / lost).unlink()
+    resumed = train(config, tmp_path / "run")
 
     jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
     for split in ("train", "validation", "test"):
-        assert evals(tmp_path / "run", split) == evals(tmp_path / "whole", split)
+        expected = evals(tmp_path / "whole", split)
+        if lost:
+            expected = [event for event in expected if event["step"] > 10]
+        assert evals(tmp_path / "run", split) == expected
 
 
 def test_asked_to_stop_while_it_compiles_again_a_run_makes_no_step_more(
@@ -256,7 +264,7 @@ def test_asked_to_stop_while_it_compiles_again_a_run_makes_no_step_more(
 
     monkeypatch.setattr(trainer, "aot_compile", interrupting)
     with pytest.raises(Interrupted, match="all progress is saved"):
-        train_classifier(config, tmp_path / "run", lambda line: None)
+        train(config, tmp_path / "run")
 
     assert before[0] < before[1]
     assert max(list_steps(tmp_path / "run" / "checkpoints")) == before[1]
@@ -277,7 +285,7 @@ def test_frozen_parameters_come_out_bit_for_bit(tmp_path, trainable):
         train__eval_every=5,
     )
 
-    model = train_classifier(config, tmp_path / "run", lambda line: None)
+    model = train(config, tmp_path / "run")
 
     assert model.config.n_layers == 3
     blocks = {"head": [], "last-block": [2], "last-two-blocks": [1, 2], "lora": []}
@@ -310,7 +318,7 @@ def test_the_next_token_loss_can_be_added(tmp_path):
         model__dropout=0.1,
     )
 
-    train_classifier(config, tmp_path / "run", lambda line: None)
+    train(config, tmp_path / "run")
 
     events = read_events(tmp_path / "run" / "metrics.jsonl")
     losses = [e["loss"] for e in events if e["event"] == "train"]
@@ -326,9 +334,9 @@ def test_what_is_no_classifier_or_no_text_is_said(tmp_path):
     with pytest.raises(DataError, match="text 2 is empty"):
         gptjax.classify(make_model(), ["x", ""])
     with pytest.raises(ConfigError, match=r"data\.val_fraction=0\.0"):
-        train_classifier(make_config(tmp_path, data__val_fraction=0.0), tmp_path / "r")
+        train(make_config(tmp_path, data__val_fraction=0.0), tmp_path / "r")
     with pytest.raises(ConfigError, match=r"model\.n_classes=7"):
-        train_classifier(make_config(tmp_path, model__n_classes=7), tmp_path / "run")
+        train(make_config(tmp_path, model__n_classes=7), tmp_path / "run")
 
 
 def test_labels_travel_with_the_model(tmp_path):
@@ -360,12 +368,13 @@ def test_the_command_line_labels_texts_and_files(unbroken, tmp_path, capsys):
     assert [line.split()[0] for line in lines] == [row["label"] for row in rows]
     assert [row["id"] for row in rows] == ["1", "2"]
     words = str(folder.parent / "words.csv")
-    assert main(["eval", str(folder), "--labelled", words, "--json"]) == 0
+    assert main(["eval", str(folder), "--classification-data", words, "--json"]) == 0
     numbers = json.loads(capsys.readouterr().out)
     assert numbers["texts"] == 120
     assert numbers["accuracy low 95%"] <= numbers["accuracy"] > 0.8
     (tmp_path / "new.csv").write_text("text,label\nabba,vowel\ndodo,new\n")
-    assert main(["eval", str(folder), "--labelled", str(tmp_path / "new.csv")]) == 2
+    new = str(tmp_path / "new.csv")
+    assert main(["eval", str(folder), "--classification-data", new]) == 2
     assert "the label 'new'" in capsys.readouterr().err
     assert main(["classify", str(folder), "--file", "x.csv"]) == 2
     assert "together with --out" in capsys.readouterr().err

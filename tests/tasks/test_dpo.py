@@ -17,12 +17,13 @@ from gptjax.tasks.dpo import (
     dpo_loss_fn,
     sequence_logprobs,
     tokenize_pair,
-    train_dpo,
 )
+from gptjax.tasks.train import train
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.training.metrics import read_events
 from gptjax.training.run_dir import hash_pytree
 from gptjax.weights.model_folder import Model
+from tests.runs import train_logged
 from tests.small_models import make_model
 
 
@@ -58,7 +59,7 @@ def make_config(folder, **changes) -> RunConfig:
 def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dpo")
     config, said = make_config(folder), []
-    model = train_dpo(config, folder / "run", said.append)
+    model = train_logged(config, folder / "run", said)
     return config, folder / "run", model, said
 
 
@@ -87,7 +88,7 @@ def test_the_chosen_answers_win(unbroken):
     assert last["margin"] > 0
     assert last["accuracy"] > 0.6
     assert last["loss"] < np.log(2)
-    assert model.template == start_model().chat_template
+    assert model.chat_template == start_model().chat_template
 
 
 def test_the_reference_is_what_the_start_says_and_does_not_move(unbroken):
@@ -121,7 +122,7 @@ def test_the_reference_is_what_the_start_says_and_does_not_move(unbroken):
 def test_a_finished_run_computes_the_same_reference_again(unbroken, monkeypatch):
     config, folder, model, _ = unbroken
 
-    again = train_dpo(config, folder, lambda line: None)
+    again = train(config, folder)
 
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
 
@@ -198,4 +199,4 @@ def test_a_run_that_cannot_be_says_why(tmp_path, changes, error, message):
         config = make_config(tmp_path, **changes)
 
     with pytest.raises(error, match=message):
-        train_dpo(config, tmp_path / "run", lambda line: None)
+        train(config, tmp_path / "run")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,15 +14,19 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax.checkpoint.manifest import list_steps
+from gptjax.checkpoint.retention import list_steps
 from gptjax.config import MeshConfig, RunConfig, from_dict
+from gptjax.data.prepare import open_dataset
 from gptjax.errors import ConfigError, DataError, ModelError
+from gptjax.evaluation import perplexity
 from gptjax.runtime.preemption import Interrupted
 from gptjax.tasks import pretrain
-from gptjax.training import trainer
+from gptjax.tasks.pretrain import PRETRAIN
+from gptjax.tasks.train import train
+from gptjax.training import metrics
 from gptjax.training.metrics import read_events
 from gptjax.training.run_dir import reconcile_config
-from gptjax.training.task import ResumeOptions, RunContext
+from tests.runs import make_task, train_logged
 
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(300))
 
@@ -51,7 +56,7 @@ def unbroken(tmp_path_factory):
     """A finished run: its config, folder, model and what it printed."""
     folder = tmp_path_factory.mktemp("unbroken")
     config, said = make_config(folder), []
-    model = pretrain.pretrain(config, folder / "run", said.append)
+    model = train_logged(config, folder / "run", said)
     return config, folder / "run", model, said
 
 
@@ -94,11 +99,22 @@ def test_the_plan_comes_before_the_first_step_and_a_line_per_interval_after(unbr
     assert before.startswith("step  0/12 | val ")
     assert len(lines) == 12
     for text in lines:
-        names = ("step ", "loss ", "val ", "lr ", "|g| ", "tok/s", "eta ")
+        names = ("step ", "loss ", "lr ", "|g| ", "tok/s", "eta ")
         places = [text.index(name) for name in names]
         assert places == sorted(places)
-    assert before[before.index("val ") :] in lines[0]
-    assert before[before.index("val ") :] not in lines[-1]
+
+
+def test_a_progress_line_has_a_validation_loss_exactly_at_evaluated_steps(unbroken):
+    _, folder, _, said = unbroken
+    events = read_events(folder / "metrics.jsonl")
+    evaluated = {e["step"]: e["loss"] for e in events if e["event"] == "eval"}
+    lines = [line for line in said if line[:5] == "step " and " | " in line]
+
+    assert list(evaluated) == [0, 6, 12]
+    for step, line in enumerate(lines):
+        assert line.startswith(f"step {step:>2}/12 | ")
+        values = re.findall(r"\| val ([0-9.]+)", line)
+        assert values == ([f"{evaluated[step]:.4f}"] if step in evaluated else [])
 
 
 def test_the_model_folder_computes_what_the_run_computed(unbroken):
@@ -113,12 +129,10 @@ def test_the_model_folder_computes_what_the_run_computed(unbroken):
 
 def test_the_last_evaluation_is_that_of_the_whole_validation_text(unbroken):
     config, folder, model, _ = unbroken
-    dataset = pretrain.open_dataset(config.data, folder / "data")
+    dataset = open_dataset(config.data, folder / "data")
     held_out = dataset.validation.read(0, len(dataset.validation))
 
-    result = gptjax.evaluation.perplexity.score_tokens(
-        model, held_out, 16, dataset.train.eot
-    )
+    result = perplexity.score_tokens(model, held_out, 16, dataset.train.eot)
 
     final = list(read_events(folder / "metrics.jsonl"))[::-1]
     final = next(e for e in final if e["event"] == "eval")
@@ -133,20 +147,20 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one_bit_for_bit(
 ):
     config, folder, model, _ = unbroken
     stopped = tmp_path / "run"
-    forward = trainer.log_train_metrics
+    forward = metrics.log_train_metrics
 
     def interrupting(run, done, *rest):
         if done == step:
             signal.raise_signal(signal.SIGTERM)
         return forward(run, done, *rest)
 
-    monkeypatch.setattr(trainer, "log_train_metrics", interrupting)
+    monkeypatch.setattr(metrics, "log_train_metrics", interrupting)
     with pytest.raises(Interrupted):
-        pretrain.pretrain(config, stopped)
+        train(config, stopped)
     monkeypatch.undo()
     saved = list_steps(stopped / "checkpoints")[-1]
     assert step <= saved < 12
-    resumed = pretrain.pretrain(config, stopped)
+    resumed = train(config, stopped)
 
     jax.tree.map(np.testing.assert_array_equal, resumed.params, model.params)
     assert losses(stopped) == losses(folder)
@@ -155,14 +169,19 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    ("place", "call", "saved"),
-    [("evaluate", 2, 6), ("complete", 2, 6), ("evaluate", 3, 12), ("evaluate", 1, 0)],
+    ("module", "place", "call", "saved"),
+    [
+        (perplexity, "evaluate", 2, 6),
+        (pretrain, "complete", 2, 6),
+        (perplexity, "evaluate", 3, 12),
+        (perplexity, "evaluate", 1, 0),
+    ],
 )
 def test_an_evaluation_that_a_signal_came_into_is_made_when_the_run_goes_on(
-    unbroken, tmp_path, monkeypatch, place, call, saved
+    unbroken, tmp_path, monkeypatch, module, place, call, saved
 ):
     config, folder, model, _ = unbroken
-    stopped, forward, calls = tmp_path / "run", getattr(pretrain, place), []
+    stopped, forward, calls = tmp_path / "run", getattr(module, place), []
 
     def interrupting(*args, **options):
         calls.append(place)
@@ -170,14 +189,14 @@ def test_an_evaluation_that_a_signal_came_into_is_made_when_the_run_goes_on(
             signal.raise_signal(signal.SIGTERM)
         return forward(*args, **options)
 
-    monkeypatch.setattr(pretrain, place, interrupting)
+    monkeypatch.setattr(module, place, interrupting)
     text = f"interrupted after step {saved};" if saved else "no unsaved progress"
     with pytest.raises(Interrupted, match=text):
-        pretrain.pretrain(config, stopped)
+        train(config, stopped)
     monkeypatch.undo()
     found = list_steps(stopped / "checkpoints")
     assert found[-1:] == [saved] * bool(saved)
-    resumed = pretrain.pretrain(config, stopped)
+    resumed = train(config, stopped)
 
     jax.tree.map(np.testing.assert_array_equal, resumed.params, model.params)
     assert losses(stopped) == losses(folder)
@@ -195,7 +214,7 @@ def test_what_is_allowed_to_change_is_written_with_the_step_it_changes_at(
     optim = dataclasses.replace(config.optim, peak_lr=0.5)
     changed = dataclasses.replace(config, optim=optim)
 
-    pretrain.pretrain(changed, moved, options=ResumeOptions(("optim.peak_lr",)))
+    train(changed, moved, allow_change=["optim.peak_lr"])
 
     (event,) = [
         e for e in read_events(moved / "metrics.jsonl") if e["event"] == "resume"
@@ -209,7 +228,7 @@ def test_a_finished_run_is_not_trained_again(unbroken):
     config, folder, model, _ = unbroken
     before = (folder / "metrics.jsonl").read_bytes()
 
-    again = pretrain.pretrain(config, folder)
+    again = train(config, folder)
 
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
     assert (folder / "metrics.jsonl").read_bytes() == before
@@ -220,7 +239,7 @@ def test_a_changed_config_is_refused_with_the_difference(unbroken):
     optim = dataclasses.replace(config.optim, peak_lr=0.5)
 
     with pytest.raises(ModelError, match=r"optim.peak_lr: 0.01 -> 0.5"):
-        pretrain.pretrain(dataclasses.replace(config, optim=optim), folder)
+        train(dataclasses.replace(config, optim=optim), folder)
 
 
 def test_a_run_goes_on_with_another_mesh_and_says_where(unbroken, tmp_path):
@@ -230,7 +249,7 @@ def test_a_run_goes_on_with_another_mesh_and_says_where(unbroken, tmp_path):
     shutil.rmtree(moved / "checkpoints" / "12")
     mesh = MeshConfig(data=2, fsdp=4)
 
-    pretrain.pretrain(dataclasses.replace(config, mesh=mesh), moved, said.append)
+    train_logged(dataclasses.replace(config, mesh=mesh), moved, said)
 
     assert said[:2] == [
         f"resumed  {moved} after step 8",
@@ -279,7 +298,7 @@ def test_packed_documents_dropout_and_accumulation_run_together(tmp_path):
         train__loss_chunk_size=4,
     )
 
-    pretrain.pretrain(config, tmp_path / "run")
+    train(config, tmp_path / "run")
 
     values = [loss for _, loss in losses(tmp_path / "run")]
     assert values[-1] < values[0]
@@ -312,14 +331,14 @@ def test_data_that_cannot_be_trained_on_is_said_in_a_sentence(tmp_path, case):
         changes = {"data__source": str(tmp_path / source)}
 
     with pytest.raises(kind, match=message):
-        pretrain.pretrain(make_config(tmp_path, **changes), tmp_path / "run")
+        train(make_config(tmp_path, **changes), tmp_path / "run")
 
 
 def test_a_run_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
 
     with pytest.raises(ModelError, match="cannot write the run folder"):
-        pretrain.pretrain(make_config(tmp_path), tmp_path / "file" / "run")
+        train(make_config(tmp_path), tmp_path / "file" / "run")
 
 
 def test_data_of_another_tokenizer_is_refused(tmp_path, unbroken):
@@ -329,7 +348,7 @@ def test_data_of_another_tokenizer_is_refused(tmp_path, unbroken):
     )
 
     with pytest.raises(DataError, match=r"data\.tokenizer=.* does not match"):
-        pretrain.pretrain(config, tmp_path / "run")
+        train(config, tmp_path / "run")
 
 
 def test_damaged_tokens_are_said_with_their_place(tmp_path, unbroken):
@@ -340,31 +359,27 @@ def test_damaged_tokens_are_said_with_their_place(tmp_path, unbroken):
     shard.write_bytes(b"\xff" * shard.stat().st_size)
 
     with pytest.raises(DataError, match=r"train-00000.bin: block 0, bytes 0 to"):
-        pretrain.pretrain(
-            make_config(tmp_path, data__source=str(data)), tmp_path / "run"
-        )
+        train(make_config(tmp_path, data__source=str(data)), tmp_path / "run")
 
 
 def test_pretraining_goes_on_from_a_model_with_its_tokenizer(unbroken, tmp_path):
     _, folder, start, _ = unbroken
     config = make_config(tmp_path, data__tokenizer="")
-    tune = dataclasses.replace(config.finetune, start=str(folder))
-    config = dataclasses.replace(config, tune=tune)
+    tune = dataclasses.replace(config.finetune, init_from=str(folder))
+    config = dataclasses.replace(config, finetune=tune)
 
-    _, task = pretrain.make_pretrain_task(RunContext(config, tmp_path / "on", print))
+    _, _, task = make_task(PRETRAIN, config, tmp_path / "on")
 
     fresh = task.to_model(task.init_state)
     jax.tree.map(np.testing.assert_array_equal, fresh.params, start.params)
     assert fresh.tokenizer.hash == start.tokenizer.hash
     tune = dataclasses.replace(tune, trainable="head")
     with pytest.raises(ConfigError, match=r"finetune\.trainable='head'"):
-        pretrain.make_pretrain_task(
-            RunContext(dataclasses.replace(config, tune=tune), tmp_path, print)
-        )
+        make_task(PRETRAIN, dataclasses.replace(config, finetune=tune), tmp_path)
 
 
 def test_ways_of_batching_conversations_are_refused(tmp_path):
     config = make_config(tmp_path, data__batching="padded")
 
     with pytest.raises(ConfigError, match=r"data\.batching='padded'"):
-        pretrain.make_pretrain_task(RunContext(config, tmp_path / "run", print))
+        make_task(PRETRAIN, config, tmp_path / "run")

@@ -16,12 +16,13 @@ from gptjax.inference.assistant import answer_batch, encode_chat, stream_answer
 from gptjax.model.lora import merge_adapters
 from gptjax.runtime.preemption import Interrupted
 from gptjax.runtime.terminal import sanitize
-from gptjax.tasks.sft import train_sft
+from gptjax.tasks.train import train
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.training.finetune import initial_params, resolve_model_config
 from gptjax.training.metrics import read_events
 from gptjax.weights.model_folder import load_adapters
 from tests.judge_server import judging, says
+from tests.runs import train_logged
 from tests.small_models import make_model
 
 WORDS = ["sky", "sea", "sun", "ant", "elm", "ice", "oak", "owl", "rye", "yew"]
@@ -64,7 +65,7 @@ def unbroken(tmp_path_factory):
     """A finished run: its config, folder, model and what it printed."""
     folder = tmp_path_factory.mktemp("assistant")
     config, said = make_config(folder), []
-    model = train_sft(config, folder / "run", said.append)
+    model = train_logged(config, folder / "run", said)
     return config, folder / "run", model, said
 
 
@@ -81,8 +82,8 @@ def events_of(folder, split):
 def test_a_run_leaves_an_assistant_and_what_it_answered(unbroken):
     _, folder, model, said = unbroken
 
-    assert model.template == load_chat_template("qa").source
-    assert (folder / "model" / "chat_template.jinja").read_text() == model.template
+    assert model.chat_template == load_chat_template("qa").source
+    assert (folder / "model" / "chat_template.jinja").read_text() == model.chat_template
     validation = events_of(folder, "validation")
     assert [e["step"] for e in validation] == [0, 6, 12]
     assert validation[-1]["response_loss"] < validation[0]["response_loss"]
@@ -117,21 +118,24 @@ def test_the_kept_model_is_the_one_that_predicts_the_validation_answers_best(unb
     assert numbers["response_loss"] == pytest.approx(best, rel=1e-6)
     assert numbers["rows"] == len(rows)
     assert set(tasks) == {"first", "upper"}
-    assert config.data.template == "qa"
+    assert config.data.chat_template == "qa"
 
 
-def test_a_stopped_and_resumed_run_ends_with_the_same_bits(unbroken, monkeypatch):
+@pytest.mark.parametrize("lost", ["", "metrics.jsonl"])
+def test_a_stopped_and_resumed_run_ends_with_the_same_bits(unbroken, monkeypatch, lost):
     config, folder, model, _ = unbroken
-    again = folder.parent / "again"
+    again = folder.parent / f"again{bool(lost)}"
     stops = iter([False] * 6 + [True] * 100)
     monkeypatch.setattr(
-        "gptjax.training.trainer.handle_signals", lambda: Stopping(lambda: next(stops))
+        "gptjax.training.run_dir.handle_signals", lambda: Stopping(lambda: next(stops))
     )
     with pytest.raises(Interrupted):
-        train_sft(config, again, lambda line: None)
+        train(config, again)
     monkeypatch.undo()
+    if lost:
+        (again / lost).unlink()
 
-    resumed = train_sft(config, again, lambda line: None)
+    resumed = train(config, again)
 
     jax.tree.map(np.testing.assert_array_equal, resumed.params, model.params)
 
@@ -153,7 +157,7 @@ class Stopping:
 def test_other_ways_of_batching_train_too(tmp_path, batching):
     config = make_config(tmp_path, data__batching=batching, train__steps=2)
 
-    train_sft(config, tmp_path / "run", lambda line: None)
+    train(config, tmp_path / "run")
 
     validation = events_of(tmp_path / "run", "validation")
     assert validation[-1]["response_loss"] < validation[0]["response_loss"]
@@ -171,9 +175,9 @@ def test_lora_from_a_model_keeps_what_is_frozen_and_merges(unbroken, tmp_path):
         train__steps=3,
     )
 
-    model = train_sft(config, tmp_path / "run", lambda line: None)
+    model = train(config, tmp_path / "run")
 
-    assert model.chat_template == start.template
+    assert model.chat_template == start.chat_template
     adapters = load_adapters(tmp_path / "run" / "adapters.safetensors")
     again = merge_adapters(start.params, adapters)
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)  # noqa: E731
@@ -193,7 +197,7 @@ def test_the_last_block_alone_can_be_trained(unbroken, tmp_path):
         train__steps=2,
     )
 
-    model = train_sft(config, tmp_path / "run", lambda line: None)
+    model = train(config, tmp_path / "run")
 
     for name, same in (("attention", 0), ("mlp", 0)):
         ours, theirs = (
@@ -218,7 +222,7 @@ def test_another_tokenizer_keeps_the_rows_of_tokens_that_both_have():
     for token, row in start.tokenizer.ranks.items():
         np.testing.assert_array_equal(ours[tokenizer.ranks[token]], theirs[row])
     np.testing.assert_array_equal(
-        ours[tokenizer.eot], theirs[start.tokenizer.eot_token]
+        ours[tokenizer.eot_token], theirs[start.tokenizer.eot_token]
     )
     jax.tree.map(
         np.testing.assert_array_equal, params["blocks"], start.params["blocks"]
@@ -228,7 +232,7 @@ def test_another_tokenizer_keeps_the_rows_of_tokens_that_both_have():
 @pytest.fixture(scope="module")
 def assistant():
     return dataclasses.replace(
-        make_model(context_length=64), template=load_chat_template("chatml").source
+        make_model(context_length=64), chat_template=load_chat_template("chatml").source
     )
 
 
@@ -270,11 +274,11 @@ def test_a_model_with_a_template_is_saved_exported_and_loaded(assistant, tmp_pat
     )
 
     assert code == 0
-    assert gptjax.load(tmp_path / "own").template == assistant.template
-    assert gptjax.load(tmp_path / "hf").template == assistant.template
+    assert gptjax.load(tmp_path / "own").chat_template == assistant.chat_template
+    assert gptjax.load(tmp_path / "hf").chat_template == assistant.chat_template
     (tmp_path / "hf" / "chat_template.jinja").write_text("{{ broken")
     said = []
-    assert gptjax.load(tmp_path / "hf", said.append).template == ""
+    assert gptjax.load(tmp_path / "hf", said.append).chat_template == ""
     assert "template not used" in said[-1]
     (tmp_path / "own" / "chat_template.jinja").write_text("{{ broken")
     with pytest.raises(ModelError, match=r"chat_template\.jinja: the chat "):
@@ -287,7 +291,7 @@ def test_eval_writes_responses_and_judgements(unbroken, tmp_path, capsys):
     replies = [says("80"), says("nonsense"), *[says("60")] * 18]
     with judging(*replies) as (url, asked):
         options = ["--out", f"{tmp_path}/out.jsonl", "--judge", url, "--json"]
-        code = main(["eval", str(folder), "--data", str(data), *options])
+        code = main(["eval", str(folder), "--chat-data", str(data), *options])
 
     assert code == 0
     numbers = json.loads(capsys.readouterr().out)
@@ -297,7 +301,7 @@ def test_eval_writes_responses_and_judgements(unbroken, tmp_path, capsys):
     assert [row["judge_score"] for row in rows] == [80, None, *[60] * 18]
     assert "Given the input `Q: first sky` and correct output `s`" in str(asked[0])
     assert not list(tmp_path.glob("*.judging"))
-    assert main(["eval", str(folder), "--data", str(data), *options]) == 2
+    assert main(["eval", str(folder), "--chat-data", str(data), *options]) == 2
     assert "out.jsonl already exists" in capsys.readouterr().err
 
 
@@ -341,20 +345,20 @@ def test_a_run_that_cannot_be_says_why(tmp_path, changes, error, message):
     config = make_config(tmp_path, **changes)
 
     with pytest.raises(error, match=message):
-        train_sft(config, tmp_path / "run", lambda line: None)
+        train(config, tmp_path / "run")
 
 
 def test_the_preview_shows_what_is_learned(unbroken, tmp_path, capsys):
     _, folder, model, _ = unbroken
-    command = ["data", "preview", str(folder.parent / "rows.jsonl"), "--template", "qa"]
-    command += ["--tokenizer", "bytes"]
+    command = ["data", "preview", str(folder.parent / "rows.jsonl")]
+    command += ["--chat-template", "qa", "--tokenizer", "bytes"]
 
     assert main([*command, "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 20
     assert rows[0]["text"] == "Q: first sky\nA: s<|endoftext|>"
     assert model.tokenizer.decode(rows[0]["tokens"]) == rows[0]["text"]
-    assert rows[0]["loss"] == [0] * (len(rows[0]["tokens"]) - 2) + [1, 1]
+    assert rows[0]["loss_mask"] == [0] * (len(rows[0]["tokens"]) - 2) + [1, 1]
     assert main([*command, "--rows", "1"]) == 0
     assert "A: ⟦s<|endoftext|>⟧" in capsys.readouterr().out
     assert main([*command, "--html", str(tmp_path / "page.html")]) == 0

@@ -1,4 +1,4 @@
-"""Spikes: what is one, and what a run does about it."""
+"""Spikes and skipped steps: detection, and what a run does about them."""
 
 import dataclasses
 import math
@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptjax.checkpoint.manifest import list_steps
+from gptjax.checkpoint.retention import list_steps
 from gptjax.errors import ConfigError
 from gptjax.runtime.preemption import Interrupted
 from gptjax.tasks import pretrain
-from gptjax.training import anomalies, trainer
-from gptjax.training.anomalies import Jump, LoggedStep, batch_ranges
+from gptjax.tasks.train import TASKS, train
+from gptjax.training import anomalies, metrics
+from gptjax.training.anomalies import LoggedStep
 from gptjax.training.metrics import read_events
-from gptjax.training.task import DEFAULT_RESUME_OPTIONS, ResumeOptions
 from tests.tasks.test_pretrain import losses, make_config
 
 SPIKE = 45  # the step whose loss is made large, where the data of that step are read
@@ -60,33 +60,20 @@ def test_what_is_looked_back_on_does_not_depend_on_how_late_metrics_came(step, l
     assert [one.step for one in window] == list(range(max(1, step - 129), step - 1))
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), max_size=4))
-def test_each_step_reads_its_batch_wherever_the_run_is_resumed(jumps):
-    jumps = sorted(Jump(*jump) for jump in jumps)
-
-    def read(first):
-        return [n for span in batch_ranges(jumps, first, 12) for n in range(*span)]
-
-    whole = read(0)
-    assert len(whole) == 12
-    assert whole == sorted(set(whole))
-    assert all(read(first) == whole[first:] for first in range(12))
-
-
 @pytest.fixture
 def spiky(monkeypatch):
     """In runs, loss and gradient of one batch are a thousand times as large."""
-    make_task, make_train_step = pretrain.make_pretrain_task, pretrain.make_train_step
+    stages, make_train_step = TASKS["pretrain"], pretrain.make_train_step
 
-    def made(run):
-        run, task = make_task(run)
+    def make_task(run, data):
+        task = stages.make_task(run, data)
 
         def marked(first, stop):
             for n, batch in enumerate(task.batches(first, stop), first + 1):
                 times = np.full(len(batch["tokens"]), FACTORS.get(n, 1), np.float32)
                 yield {**batch, "times": times}
 
-        return run, dataclasses.replace(task, batches=marked)
+        return dataclasses.replace(task, batches=marked)
 
     def make_step(loss_fn, optimizer, accumulate):
         def larger(params, batch, key):
@@ -96,7 +83,7 @@ def spiky(monkeypatch):
 
         return make_train_step(larger, optimizer, accumulate)
 
-    monkeypatch.setattr(pretrain, "make_pretrain_task", made)
+    monkeypatch.setitem(TASKS, "pretrain", stages._replace(make_task=make_task))
     monkeypatch.setattr(pretrain, "make_train_step", make_step)
 
 
@@ -113,13 +100,9 @@ def events(run, kind):
     return [e for e in read_events(run / "metrics.jsonl") if e["event"] == kind]
 
 
-def train(config, run, wishes=DEFAULT_RESUME_OPTIONS):
-    return pretrain.pretrain(config, run, lambda line: None, options=wishes)
-
-
-def stopped_after(step, config, run, wishes):
+def stopped_after(step, config, run, on_spike=""):
     """A run that gets a signal when what that step computed is written."""
-    write = trainer.log_train_metrics
+    write = metrics.log_train_metrics
 
     def interrupting(run, done, *rest):
         if done == step:
@@ -127,9 +110,9 @@ def stopped_after(step, config, run, wishes):
         return write(run, done, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "log_train_metrics", interrupting)
+        patch.setattr(metrics, "log_train_metrics", interrupting)
         with pytest.raises(Interrupted):
-            train(config, run, wishes)
+            train(config, run, on_spike=on_spike)
 
 
 @pytest.mark.parametrize("policy", anomalies.SPIKE_POLICIES)
@@ -137,34 +120,20 @@ def test_a_run_does_with_a_spike_what_it_was_told_and_the_same_when_resumed(
     spiky, tmp_path, policy
 ):
     config, whole = make_config(tmp_path, **QUICK), tmp_path / "whole"
-    broken, wishes = tmp_path / "broken", ResumeOptions(on_spike=policy)
+    broken = tmp_path / "broken"
 
-    model = train(config, whole, wishes)
-    stopped_after(12, config, broken, wishes)
+    model = train(config, whole, on_spike=policy)
+    stopped_after(12, config, broken, policy)
     for step in (44, 46, 50):  # each is stopped a step later, as it is told late
-        stopped_after(step, config, broken, DEFAULT_RESUME_OPTIONS)
+        stopped_after(step, config, broken)
     again = train(config, broken)
 
     assert losses(whole) == losses(broken)
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
     spiked = [event["step"] for event in events(whole, "spike")]
     left_out = [event["step"] for event in events(whole, "train") if "skipped" in event]
-    jumps = [(event["step"], event["batches"]) for event in events(whole, "rollback")]
-    assert (spiked, left_out, jumps) == {
-        "log": ([SPIKE], [], []),
-        "skip": ([SPIKE], [SPIKE], []),
-        "rollback": ([], [], [(40, 5)]),
-    }[policy]
-
-
-def test_spikes_with_any_batches_end_the_run_with_what_to_do(spiky, tmp_path):
-    config = make_config(tmp_path, **QUICK)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(anomalies, "MAX_ROLLBACKS", 1)
-        patch.setitem(FACTORS, SPIKE + 3, 1000.0)
-        with pytest.raises(ConfigError, match=r"after step 40 a spike came 2 times"):
-            train(config, tmp_path / "run", ResumeOptions(on_spike="rollback"))
+    expected = {"log": ([SPIKE], []), "skip": ([SPIKE], [SPIKE])}
+    assert (spiked, left_out) == expected[policy]
 
 
 def test_steps_that_change_nothing_end_the_run_and_name_the_last_good_one(

@@ -7,7 +7,6 @@ import pytest
 from gptjax.config import RunConfig, from_dict
 from gptjax.errors import ConfigError, ModelError
 from gptjax.training.run_dir import (
-    RESUME_POLICIES,
     check_config_changes,
     reconcile_config,
     reconcile_spike_policy,
@@ -20,6 +19,18 @@ OPTIONS = [
     for section in dataclasses.fields(RunConfig)
     for option in dataclasses.fields(getattr(RunConfig(), section.name))
 ]
+IDENTITY = {
+    *("model.vocab_size", "model.context_length", "model.n_layers", "model.n_heads"),
+    *("model.d_model", "model.qkv_bias", "model.tie_embeddings"),
+    *("model.vocab_multiple", "model.causal", "model.n_classes", "model.head_bias"),
+    *("model.pool", "train.task", "train.seed", "finetune.init_from"),
+    *("finetune.trainable", "finetune.lora_rank", "finetune.lora_targets"),
+}
+LOADING = {"data.batch_size", "data.batching"}  # all other data options are identity
+OPERATIONAL = {
+    *("train.sample_prompt", "checkpoint.keep"),
+    *("mesh.data", "mesh.fsdp", "mesh.tensor"),
+}
 OTHERS = {  # options that do not take any value
     "model.n_heads": 6,
     "model.d_model": 24,
@@ -55,28 +66,26 @@ def with_other(name, config):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_is_in_exactly_one_class(name):
-    section, option = name.split(".")
+def test_every_option_has_its_policy(name):
+    expected = "operational" if name in OPERATIONAL else "trajectory"
+    if name in IDENTITY or (name.startswith("data.") and name not in LOADING):
+        expected = "identity"
 
-    holding = [
-        kind
-        for kind in RESUME_POLICIES
-        if option in RESUME_POLICIES[kind].get(section, "").split()
-    ]
-
-    assert len(holding) == 1
-    assert resume_policy(name) == holding[0]
+    assert resume_policy(name) == expected
 
 
-def test_the_classes_name_only_options_that_there_are():
-    named = [
-        f"{section}.{option}"
-        for sections in RESUME_POLICIES.values()
-        for section, options in sections.items()
-        for option in options.split()
-    ]
+def test_a_run_of_an_earlier_version_is_rejected_with_the_reason(tmp_path):
+    config = tmp_path / "config.toml"
+    config.write_text('[tune]\nstart = "gpt2"\n[train]\ntask = "instruct"\n')
+    before = config.read_bytes()
 
-    assert sorted(named) == sorted(OPTIONS)
+    with pytest.raises(ModelError, match="earlier version") as error:
+        reconcile_config(tmp_path, RunConfig())
+
+    assert "`tune.start` is now `finetune.init_from`" in str(error.value)
+    assert "train.task = 'instruct' is now 'sft'" in str(error.value)
+    assert "--run DIR" in str(error.value)
+    assert config.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -130,8 +139,15 @@ def test_the_policy_for_spikes_stays_unless_it_may_change(tmp_path):
     )
     with pytest.raises(ModelError, match="--allow-change on-spike"):
         reconcile_spike_policy(tmp_path, "log")
-    with pytest.raises(ConfigError, match="log, skip, rollback"):
+    with pytest.raises(ConfigError, match="log, skip"):
         reconcile_spike_policy(tmp_path, "ignore")
-    assert reconcile_spike_policy(tmp_path, "rollback", ["on-spike"]) == "rollback"
-    assert reconcile_spike_policy(tmp_path, "") == "rollback"
+    assert reconcile_spike_policy(tmp_path, "log", ["on-spike"]) == "log"
+    assert reconcile_spike_policy(tmp_path, "") == "log"
     assert "now" in (tmp_path / "meta.json").read_text()
+
+
+def test_a_policy_that_no_longer_exists_is_rejected(tmp_path):
+    write_atomic(tmp_path / "meta.json", '{"on_spike": "rollback"}')
+
+    with pytest.raises(ModelError, match="--on-spike rollback, which no longer exists"):
+        reconcile_spike_policy(tmp_path, "")

@@ -197,7 +197,7 @@ def test_chunks_are_equal_and_as_long_as_allowed(chunk, size):
 
 def test_the_loss_may_be_mapped_over_models():
     x_BTD, *rest = inputs()
-    nats = functools.partial(fused_cross_entropy, CONFIG, chunk=4)
+    nats = functools.partial(fused_cross_entropy, CONFIG, chunk_size=4)
 
     def gradient(x_BTD):
         return jax.grad(lambda x_BTD: nats(x_BTD, *rest))(x_BTD)

@@ -15,7 +15,6 @@ from gptjax.training.metrics import (
     log_event,
     metric_series,
     read_events,
-    truncate_events,
 )
 
 
@@ -121,15 +120,3 @@ def test_counts_are_short(value, text):
 def test_durations_round_to_seconds():
     assert format_duration(59.6) == "1m00s"
     assert format_duration(math.pi) == "3s"
-
-
-def test_events_are_dropped_but_for_those_of_a_kind(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    log_event(path, "train", 1)
-    size = path.stat().st_size
-    for kind in ("eval", "save", "sample"):
-        log_event(path, kind, 1)
-
-    truncate_events(path, size, "save")
-
-    assert [e["event"] for e in read_events(path)] == ["train", "save"]

@@ -6,8 +6,9 @@ import pytest
 
 from gptjax.config import load_config
 from gptjax.errors import ConfigError
-from gptjax.tasks import pretrain
+from gptjax.tasks.train import train
 from gptjax.training import estimate
+from tests.runs import train_logged
 from tests.tasks.test_pretrain import losses, make_config
 
 pytestmark = pytest.mark.mesh
@@ -29,12 +30,12 @@ def test_a_run_chooses_the_fewest_micro_batches_that_fit(tmp_path, monkeypatch):
     )
     said = []
 
-    pretrain.pretrain(config, tmp_path / "run", said.append)
+    train_logged(config, tmp_path / "run", said)
 
     assert any("accumulate 4 micro-batches of 2 rows" in line for line in said)
     assert load_config(tmp_path / "run" / "config.toml").train.accumulate == 4
     same = make_config(tmp_path, train__accumulate=4, train__steps=2)
-    pretrain.pretrain(same, tmp_path / "same", said.append)
+    train(same, tmp_path / "same")
     assert losses(tmp_path / "run") == losses(tmp_path / "same")
 
 
@@ -42,21 +43,19 @@ def test_a_resumed_run_keeps_what_was_chosen(tmp_path, monkeypatch):
     config = make_config(tmp_path, train__accumulate=0, train__steps=2)
     # Less than a row needs by arithmetic, but not so little that it is refused.
     monkeypatch.setattr(estimate, "device_memory", lambda: 100 * 1024)
-    pretrain.pretrain(config, tmp_path / "run", lambda text: None)
+    train(config, tmp_path / "run")
     before = losses(tmp_path / "run")
     assert load_config(tmp_path / "run" / "config.toml").train.accumulate == 8
 
     monkeypatch.setattr(estimate, "device_memory", lambda: 2**40)
-    pretrain.pretrain(config, tmp_path / "run", lambda text: None)
+    train(config, tmp_path / "run")
 
     assert losses(tmp_path / "run") == before
 
 
 def test_a_model_of_unknown_size_is_refused(tmp_path):
     config = make_config(tmp_path, train__accumulate=0)
-    tune = dataclasses.replace(config.finetune, start="gpt2")
+    tune = dataclasses.replace(config.finetune, init_from="gpt2")
 
     with pytest.raises(ConfigError, match=r"accumulate=0 .* finetune\.init_from"):
-        pretrain.pretrain(
-            dataclasses.replace(config, tune=tune), tmp_path / "run", print
-        )
+        train(dataclasses.replace(config, finetune=tune), tmp_path / "run")

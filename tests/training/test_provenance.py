@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gptjax.errors import ModelError
-from gptjax.tasks.sft import train_sft
+from gptjax.tasks.train import train
 from gptjax.training.run_dir import (
     TRACKED_INPUTS,
     check_provenance,
@@ -16,7 +16,7 @@ from gptjax.training.run_dir import (
     hash_rows,
     hash_text,
 )
-from gptjax.weights.model_folder import save_model
+from gptjax.weights.model_folder import save
 from tests.small_models import make_model
 from tests.tasks.test_sft import make_config
 
@@ -92,7 +92,7 @@ def test_hashes_see_every_part_of_what_they_stand_for():
 def tuned(tmp_path_factory):
     """A finished run that started from a model and has a template of its own."""
     folder = tmp_path_factory.mktemp("tuned")
-    save_model(make_model(context_length=64), folder / "start")
+    save(make_model(context_length=64), folder / "start")
     (folder / "own.jinja").write_text(
         "{% for m in messages %}{{ m.content }}{% if m.role != 'user' %}"
         "{{ eos_token }}{% endif %}{% endfor %}"
@@ -103,7 +103,7 @@ def tuned(tmp_path_factory):
         data__chat_template=str(folder / "own.jinja"),
         train__steps=2,
     )
-    train_sft(config, folder / "run", lambda line: None)
+    train(config, folder / "run")
     return config, folder
 
 
@@ -116,7 +116,7 @@ def other_model():
 
 
 CHANGES = {
-    "start": lambda folder: save_model(other_model(), folder / "start"),
+    "start": lambda folder: save(other_model(), folder / "start"),
     "template": lambda folder: (folder / "own.jinja").write_text(
         (folder / "own.jinja").read_text() + "\n{# changed #}"
     ),
@@ -130,7 +130,7 @@ def test_a_file_that_is_only_touched_is_the_same(tuned):
     config, folder = tuned
     os.utime(folder / "own.jinja")
 
-    train_sft(config, folder / "run", lambda line: None)
+    train(config, folder / "run")
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -142,7 +142,7 @@ def test_a_run_is_not_resumed_with_another(tuned, name):
     with pytest.raises(
         ModelError, match=f"the {TRACKED_INPUTS[name][0]} of the run in"
     ):
-        train_sft(config, folder / "run", lambda line: None)
+        train(config, folder / "run")
 
     for path, data in before.items():  # nothing of the run was touched but its lock
         if path.is_relative_to(folder / "run") and path.name != ".lock":

@@ -8,8 +8,8 @@ import pytest
 
 from gptjax.cli import main
 from gptjax.errors import ConfigError, ModelError, ResourceError
-from gptjax.tasks import pretrain
-from gptjax.training import estimate, resource_errors, trainer
+from gptjax.tasks.train import train
+from gptjax.training import estimate, metrics, resource_errors
 from gptjax.training.metrics import log_event
 from gptjax.training.task import RunContext
 from tests.tasks.test_pretrain import make_config
@@ -19,13 +19,13 @@ def test_a_model_that_cannot_fit_is_refused_before_anything_is_made(tmp_path):
     config = make_config(tmp_path, model__d_model=2**16, model__n_layers=500)
 
     with pytest.raises(ConfigError, match=r"GiB of memory .* data.batch_size"):
-        pretrain.pretrain(config, tmp_path / "run")
+        train(config, tmp_path / "run")
 
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_compiled_step_that_does_not_fit_what_is_free_is_refused(tmp_path):
-    run = RunContext(make_config(tmp_path), tmp_path, print)
+    run = RunContext(make_config(tmp_path), tmp_path)
     sizes = {"output_size_in_bytes": 3, "alias_size_in_bytes": 3}
     free = estimate.free_memory()
 
@@ -51,12 +51,12 @@ def test_memory_that_runs_out_ends_the_run_with_what_to_lower(
             )
         return get(tree)
 
-    monkeypatch.setattr("gptjax.training.trainer.jax.device_get", short)
+    monkeypatch.setattr("gptjax.training.metrics.jax.device_get", short)
     with pytest.raises(ConfigError, match=r"4398046511104 bytes.*model.remat"):
-        pretrain.pretrain(config, tmp_path / "run", lambda line: None)
+        train(config, tmp_path / "run")
     monkeypatch.undo()
 
-    pretrain.pretrain(config, tmp_path / "run", lambda line: None)
+    train(config, tmp_path / "run")
     assert (tmp_path / "run" / "model").is_dir()
 
 
@@ -101,7 +101,7 @@ def test_a_disk_that_fills_up_ends_the_command_with_1_and_it_goes_on_later(
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, kind, step, **values)
 
-    monkeypatch.setattr(trainer, "log_event", full)
+    monkeypatch.setattr(metrics, "log_event", full)
     assert main.main(command) == 1
     assert "disk full" in capsys.readouterr().err
     monkeypatch.undo()

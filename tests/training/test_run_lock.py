@@ -14,8 +14,8 @@ from gptjax.training.run_lock import RUN_LOCK_FILE, run_lock
 HOLD = """
 import sys, time
 from pathlib import Path
-from gptjax.training.run_lock import only_writer
-with only_writer(Path(sys.argv[1])):
+from gptjax.training.run_lock import run_lock
+with run_lock(Path(sys.argv[1])):
     print("has it", flush=True)
     time.sleep(600)
 """

@@ -111,7 +111,7 @@ def test_a_batch_without_weight_has_loss_zero_and_stays_finite():
     state, metrics = step_fn(fresh(), batch_at(0, np.zeros((B, T), np.float32)))
 
     assert float(metrics.loss) == 0
-    assert bool(metrics.updated)
+    assert bool(metrics.applied)
     assert jax.tree.all(jax.tree.map(lambda p: jnp.all(jnp.isfinite(p)), state.params))
 
 
@@ -126,12 +126,12 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(bad):
 
     after, metrics = step_fn(before, batch_at(1, weight_BT))
 
-    assert not bool(metrics.updated)
+    assert not bool(metrics.applied)
     assert_equal((after.params, after.opt_state), (kept.params, kept.opt_state))
-    assert (int(after.step), int(after.skipped)) == (2, 1)
+    assert (int(after.step), int(after.num_skipped)) == (2, 1)
     after, metrics = step_fn(after, batch_at(2))
-    assert bool(metrics.updated)
-    assert (int(after.step), int(after.skipped)) == (3, 1)
+    assert bool(metrics.applied)
+    assert (int(after.step), int(after.num_skipped)) == (3, 1)
     assert jnp.any(
         after.params["final_norm"]["bias"] != kept.params["final_norm"]["bias"]
     )
@@ -145,12 +145,10 @@ def test_a_step_whose_gradient_is_above_the_limit_changes_nothing_either():
 
     for limit, made in ((norm * 0.9, False), (norm * 1.1, True)):
         state, metrics = step_fn(init_state(start(), optimizer, KEY), batch, limit)
-        assert bool(metrics.updated) == made
-        assert int(state.skipped) == (not made)
-        before, after = (
-            start()["final_norm"]["bias"],
-            state.params["final_norm"]["bias"],
-        )
+        assert bool(metrics.applied) == made
+        assert int(state.num_skipped) == (not made)
+        before = start()["final_norm"]["bias"]
+        after = state.params["final_norm"]["bias"]
         assert np.array_equal(before, after) == (not made)
 
 
@@ -164,8 +162,8 @@ def test_a_finite_loss_with_a_gradient_that_is_not_finite_is_skipped_too():
     state, metrics = jax.jit(make_train_step(root, optimizer))(state, jnp.ones(()))
 
     assert jnp.isfinite(metrics.loss)
-    assert not bool(metrics.updated)
-    assert (float(state.params["bias"]), int(state.skipped)) == (0, 1)
+    assert not bool(metrics.applied)
+    assert (float(state.params["bias"]), int(state.num_skipped)) == (0, 1)
 
 
 @pytest.mark.fast

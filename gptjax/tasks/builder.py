@@ -1,0 +1,209 @@
+"""Stages of a run, shared by all tasks, and the task of a fine-tuning run."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+
+from gptjax.errors import ConfigError
+from gptjax.parallel.sharding import shard_tree, to_host
+from gptjax.tokenizer.tokenizer import Tokenizer
+from gptjax.training.estimate import parameter_count
+from gptjax.training.finetune import (
+    FinetuneLossFn,
+    full_params,
+    initial_params,
+    iterate_batches,
+    make_finetune_step,
+    resolve_model_config,
+    save_finetuned,
+    split_trainable,
+)
+from gptjax.training.optimizer import make_optimizer
+from gptjax.training.task import (
+    EvalResult,
+    RunContext,
+    Task,
+    describe_devices,
+    describe_length,
+)
+from gptjax.training.train_step import TrainState, init_state
+from gptjax.tree import Params, num_params
+from gptjax.weights.load import load
+from gptjax.weights.model_folder import Model
+
+
+class TaskStages(NamedTuple):
+    """Stages of one kind of training, in the order in which they run."""
+
+    # Reads the data; returns the run with its resolved config, and the data.
+    load_data: Callable[[RunContext], tuple[RunContext, Any]]
+    make_task: Callable[[RunContext, Any], Task]
+    # Writes results, figures and report; returns the trained model.
+    finalize: Callable[[RunContext, Any, Task, TrainState], Model]
+
+
+def with_model_config(
+    run: RunContext,
+    init_model: Model | None,
+    tokenizer: Tokenizer,
+    num_classes: int = 0,
+) -> RunContext:
+    """Returns the run with the resolved config of its model.
+
+    Args:
+        run: the run.
+        init_model: model that the run starts from.
+        tokenizer: of the run.
+        num_classes: [C] of a classifier's head, 0 for none.
+    """
+    model = resolve_model_config(run.config.model, init_model, tokenizer, num_classes)
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, model=model))
+
+
+def make_initial_params(
+    run: RunContext, init_model: Model | None, tokenizer: Tokenizer
+) -> Params:
+    """Parameters before the first step: the initial model's, or new ones."""
+    key = jax.random.key(run.config.train.seed)
+    return initial_params(run.config.model, init_model, tokenizer, key)
+
+
+@runtime_checkable  # for the type checks of the tests
+class EpochBatches(Protocol):
+    """Batches that are a pure function of the step."""
+
+    @property
+    def batch_shapes(self) -> list[int]:
+        """Row lengths [T], one compiled shape each."""
+        ...
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps until every row was used once."""
+        ...
+
+    def batch_at(self, step: int) -> Any:
+        """Returns the batch of a training step, counted from 0."""
+        ...
+
+
+class FinetuneSummary(NamedTuple):
+    """Task-specific parts of the summary that is printed before training."""
+
+    data_lines: list[str]
+    rows: str  # what a batch has, such as "pairs of rows"
+    init_note: str = ""  # about the initial model
+    trained_note: str = ""  # about the trained tokens
+
+
+def make_finetune_task(
+    run: RunContext,
+    params: Params,
+    *,
+    loss_fn: FinetuneLossFn,
+    batches: EpochBatches,
+    tokens_per_step: float,
+    evaluate: Callable[[Model, int, bool], EvalResult],
+    make_model: Callable[[Params], Model],
+    provenance: dict[str, Any],
+    summary: FinetuneSummary,
+) -> Task:
+    """Makes the task of a fine-tuning run.
+
+    Args:
+        run: with its resolved config.
+        params: of the full model, before the first step.
+        loss_fn: (config, params, adapters, batch, key) -> (sum, weight).
+        batches: training batches.
+        tokens_per_step: mean number of tokens per step.
+        evaluate: evaluates a model: (model, step, is_last); its score selects the model
+            that is saved in model/.
+        make_model: makes the model of full parameters.
+        provenance: hashes of all inputs.
+        summary: task-specific parts of the summary.
+    """
+    config, key = run.config, jax.random.key(run.config.train.seed)
+    trainable_params, frozen_params = shard_tree(
+        split_trainable(config, params, key), run.mesh
+    )
+    optimizer = make_optimizer(config.optim, config.train.steps)
+
+    def to_model(state: TrainState) -> Model:
+        return make_model(full_params(config, to_host(state.params), frozen_params))
+
+    def save_best(state: TrainState) -> None:
+        state = state._replace(params=to_host(state.params))
+        model = to_model(state)
+        save_finetuned(config, run.run_dir, model, state.params, frozen_params)
+
+    return Task(
+        init_state=init_state(trainable_params, optimizer, key),
+        train_step=make_finetune_step(config, loss_fn, optimizer),
+        batches=functools.partial(iterate_batches, batches),
+        evaluate=lambda state, step, last: evaluate(to_model(state), step, last),
+        to_model=to_model,
+        tokens_per_step=tokens_per_step,
+        provenance=provenance,
+        summary=format_finetune_summary(
+            run,
+            summary,
+            batches,
+            num_params(trainable_params),
+            num_params(frozen_params),
+        ),
+        frozen_params=(frozen_params,),
+        save_best=save_best,
+    )
+
+
+def format_finetune_summary(
+    run: RunContext,
+    summary: FinetuneSummary,
+    batches: EpochBatches,
+    num_trainable: int,
+    num_frozen: int,
+) -> list[str]:
+    """Summary printed before training."""
+    config = run.config
+    lengths = ", ".join(map(str, batches.batch_shapes))
+    init_from = config.finetune.init_from or "random initialization"
+    return [
+        f"run      {run.run_dir}",
+        *summary.data_lines,
+        f"model    {describe_model(run)}, from {init_from}{summary.init_note}",
+        f"trained  {num_trainable:,} parameters ({config.finetune.trainable}), "
+        f"{num_frozen:,} frozen{summary.trained_note}",
+        f"step     {config.data.batch_size} {summary.rows} of {lengths} tokens: "
+        f"{len(batches.batch_shapes)} compiled shapes",
+        describe_length(
+            config.train.steps, config.train.steps / batches.steps_per_epoch
+        ),
+        describe_devices(run),
+    ]
+
+
+def describe_model(run: RunContext) -> str:
+    """Number of parameters and shape of the run's model."""
+    c = run.config.model
+    return (
+        f"{parameter_count(c):,} parameters: {c.n_layers} layers, {c.n_heads} heads, "
+        f"width {c.d_model}"
+    )
+
+
+def load_best_model(run: RunContext) -> Model:
+    """Loads the model of the best evaluation from model/.
+
+    Raises:
+        ConfigError: no evaluation had a finite score.
+    """
+    if not (run.run_dir / "model").is_dir():
+        raise ConfigError(
+            f"no evaluation of the run in {run.run_dir} had a finite score, so no "
+            "model was saved. Lower optim.peak_lr and start a new run with another "
+            "--run DIR."
+        )
+    return load(run.run_dir / "model")

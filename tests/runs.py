@@ -1,0 +1,67 @@
+"""Training runs and the progress lines that they log."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gptjax.checkpoint.retention import delete_step, list_steps
+from gptjax.config import RunConfig
+from gptjax.tasks.builder import TaskStages
+from gptjax.tasks.train import train
+from gptjax.training.task import RunContext, Task
+from gptjax.weights.model_folder import Model
+
+
+class LineHandler(logging.Handler):
+    """Appends each message to a list."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__()
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def capture_lines(lines: list[str]) -> Iterator[list[str]]:
+    """Appends the progress lines (logger "gptjax", INFO) of the block to a list."""
+    logger, handler = logging.getLogger("gptjax"), LineHandler(lines)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def train_logged(
+    config: RunConfig,
+    run_dir: Path,
+    lines: list[str],
+    *,
+    train_fn: Callable[..., Model] = train,
+    **options: Any,
+) -> Model:
+    """Trains, and appends the progress lines to a list."""
+    with capture_lines(lines):
+        return train_fn(config, run_dir, **options)
+
+
+def make_task(
+    stages: TaskStages, config: RunConfig, run_dir: Path
+) -> tuple[RunContext, Any, Task]:
+    """Makes the task of a run without training it; returns (run, data, task)."""
+    run, data = stages.load_data(RunContext(config, run_dir))
+    return run, data, stages.make_task(run, data)
+
+
+def delete_after(checkpoint_dir: Path, step: int) -> None:
+    """Deletes all saved steps after `step`."""
+    for saved in list_steps(checkpoint_dir):
+        if saved > step:
+            delete_step(checkpoint_dir, saved)
