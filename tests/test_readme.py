@@ -1,78 +1,101 @@
-"""The README's Python runs as it stands there, and what it names exists."""
+"""README.md: its Python runs, its commands parse, and the files it names exist."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
 
+import click
 import pytest
 
-from gptjax.cli.main import make_parser
-from gptjax.config import find_config
+from gptjax import config
+from gptjax.cli.main import parse_command
+from gptjax.config import find_config, load_config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
+COMMANDS = (
+    "pip install -e . && gptjax quickstart",
+    'pip install -e ".[test]" && pytest',
+)
 
 
 def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+def with_options(path, options):
+    """Loads a config, with other values for some options."""
+    run_config = load_config(path)
+    for name, value in options:
+        section, _, key = name.partition(".")
+        changed = dataclasses.replace(getattr(run_config, section), **{key: value})
+        run_config = dataclasses.replace(run_config, **{section: changed})
+    return run_config
+
+
+def command_lines():
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("gptjax ")]
+
+
 def test_the_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    short = [("train.steps", 2), ("optim.warmup_steps", 1), ("train.sample_prompt", "")]
+    monkeypatch.setattr(config, "load_config", lambda path: with_options(path, short))
     scope = {}
 
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), scope)
 
     assert (tmp_path / "my-model" / "model.safetensors").is_file()
+    assert (tmp_path / "runs" / "tiny" / "model" / "model.safetensors").is_file()
     assert "(2, 1, 2, 22, 22)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "line", [x for b in blocks("bash") for x in b.splitlines() if x[:7] == "gptjax "]
-)
-def test_the_commands_are_ones_that_gptjax_has(line):
-    words = shlex.split(line, comments=True)[1:]
-    args, rest = make_parser().parse_known_args(words)
+@pytest.mark.parametrize("line", command_lines())
+def test_the_commands_parse(line):
+    command, arguments = parse_command(shlex.split(line, comments=True)[1:])
 
-    assert callable(args.command)
-    assert not rest or words[0] in ("train", "plan", "launch")
+    assert isinstance(command, click.Command)
+    if "config_name" in arguments:
+        assert find_config(arguments["config_name"]).is_file()
 
 
-def test_the_runs_that_it_names_are_configs():
-    names = re.findall(r"`gptjax train ([\w/]+)`", README)
+def test_the_configs_that_it_names_load():
+    names = re.findall(r"`?gptjax train ([\w/]+)", README)
 
-    assert len(names) >= 4
+    assert {"text", "classify/csv"} <= set(names)
     for name in names:
-        assert find_config(name).is_file()
+        load_config(find_config(name))
+
+
+def test_the_set_up_commands_are_complete():
+    bash = [block.strip() for block in blocks("bash")]
+
+    assert set(COMMANDS) <= set(bash)
 
 
 def test_the_files_that_it_names_exist():
     links = re.findall(r"\]\((?!https)([^)]*)\)", README)
+    paths = re.findall(r"`((?:gptjax|configs|tests|colab)/[\w/.]*)`", README)
 
-    assert len(links) > 15
-    for name in (*links, *re.findall(r"`(gptjax/[\w/]+\.py|\.ci/run)`", README)):
-        assert (ROOT / name).is_file(), name
-    code = re.findall(r"^\|[^|]*\|([^|]*)\|", README, re.MULTILINE)
-    for name in re.findall(r"`(\w+(?:\.py|/))`", "".join(code)):
-        assert (ROOT / "gptjax" / name).exists(), name
-
-
-def test_the_files_to_read_are_as_long_as_it_says():
-    rows = re.findall(r"^\| (`gptjax/.*?`) \| (\d+) \|", README, re.MULTILINE)
-
-    assert len(rows) >= 8
-    for names, said in rows:
-        files = [ROOT / name for name in re.findall("`(.*?)`", names)]
-        lines = sum(len(file.read_text("utf-8").splitlines()) for file in files)
-        assert abs(lines - int(said)) <= 0.1 * lines, names
+    assert links
+    assert paths
+    for name in (*links, *paths):
+        assert (ROOT / name).exists(), name
 
 
-def test_it_is_short_and_its_pictures_are_small():
-    pictures = sorted((ROOT / "colab" / "pictures").iterdir())
+def test_the_tree_lists_all_packages():
+    (tree,) = [block for block in blocks("text") if block.startswith("gptjax/\n")]
+    packages = {path.parent.name for path in (ROOT / "gptjax").glob("*/__init__.py")}
 
-    assert len(README.splitlines()) <= 200
-    assert {f"colab/pictures/{p.name}" for p in pictures} == {
-        *re.findall(r"!\[[^]]+\]\((.*?)\)", README)
-    }
-    assert sum(picture.stat().st_size for picture in pictures) < 200_000
+    assert packages <= set(re.findall(r"(\w+)/", tree))
+
+
+def test_every_picture_is_shown_and_small():
+    pictures = [*(ROOT / "colab" / "pictures").iterdir()]
+    shown = re.findall(r"!\[[^]]+\]\((colab/[^)]*)\)", README)
+
+    assert {f"colab/pictures/{path.name}" for path in pictures} == set(shown)
+    assert sum(path.stat().st_size for path in pictures) < 200_000
