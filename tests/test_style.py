@@ -1,6 +1,7 @@
-"""The conventions of the code, each as a test; the tables here are the rules."""
+"""Conventions that no tool checks; each test lists all places that break its rule."""
 
 import ast
+import collections
 import fnmatch
 import re
 import subprocess
@@ -14,187 +15,119 @@ import gptjax
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((ROOT / "gptjax").rglob("*.py"))
 FILES = [*PACKAGE, *sorted((ROOT / "tests").rglob("*.py"))]
-
-ROWS = [  # imports point upwards; files of one row, unless of one folder, are strangers
-    ["errors", "strict_json"],
-    [
-        "config",
-        "cpu",
-        "tree",
-        "bpe",
-        "stopping",
-        "stopwatch",
-        "spikes",
-        "download",
-        "scores",
-        "overlap",
-        "terminal",
-        "phases",
-        "prefetch",
-        "manifest",
-        "run_lock",
-        "rendering",
-    ],
-    [
-        "programs",
-        "fingerprint",
-        "packing",
-        "tokenizer",
-        "template",
-        "sampling",
-        "machines",
-        "sharding",
-        "checksums",
-        "step_folders",
-        "changes",
-        "supervise",
-    ],
-    ["attention.*"],
-    ["cache", "layers"],
-    ["model"],
-    ["lora", "classifier"],
-    ["loss", "optim", "collectives", "data.*", "checkpoint", "weights.*"],
-    ["report", "run_folder", "chips", "decoding", "judge", "preview"],
-    ["train", "generation", "evaluate", "prediction", "report_*", "boxes"],
-    ["distributed", "budget", "run_task"],
-    ["machine_faults", "going_back"],
-    ["run_steps"],
-    ["run_loop", "trainable", "starting", "answering", "figures"],
-    ["examine", "ahead"],
-    ["pretrain", "classification", "instruct", "preference", "chat", "judged"],
-    ["quickstart", "doctor", "flags", "launch", "plan", "bench.*", "book.*"],
-    ["command"],
-    ["data_cli", "train_cli"],
-    ["cli"],
-    ["__main__", "gptjax", "notebook"],
-]
-DOORS = {  # dependency: the modules that may import it
-    "flax": ["layers", "model"],
-    "grain": ["data.batches"],
-    "jinja2": ["rendering", "launch"],
-    "matplotlib": ["report", "report_classes", "boxes", "figures"],
-    "optax": ["loss", "classifier", "optim", "train"],
-    "orbax": ["checkpoint"],
-    "prompt_toolkit": ["chat"],
+IMPORTERS = {  # dependency: the modules that may import it
+    "IPython": ["cli.notebook"],
+    "click": ["cli.*"],
+    "flax": ["model.*"],
+    "grain": ["data.lm"],
+    "jinja2": ["tokenizer.template_worker", "cli.launch"],
+    "lazy_loader": ["gptjax"],
+    "matplotlib": ["plots.*"],
+    "ml_dtypes": ["weights.*"],
+    "optax": ["training.*"],
+    "orbax": ["checkpoint.checkpoint"],
+    "prompt_toolkit": ["cli.chat"],
+    "regex": ["tokenizer.*"],
     "safetensors": ["weights.*"],
-    "tiktoken": ["tokenizer"],
-    "tyro": ["flags"],
+    "tiktoken": ["tokenizer.tokenizer"],
+    "tomli_w": ["training.run_dir"],
 }
-FORBIDDEN = {  # run what a file says, or belong to another framework
+# May import modules by name: the peers of a benchmark are optional.
+DYNAMIC_IMPORTERS = {"bench.torch_workloads"}
+FORBIDDEN = {  # they execute what a file says, or belong to another framework
     *("pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "yaml"),
     *("torch", "tensorflow"),
 }
+VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "base", "misc"}
+IRREGULAR_PARTICIPLES = {
+    *("begun", "built", "chosen", "drawn", "found", "given", "heard", "held", "kept"),
+    *("known", "left", "lost", "made", "met", "seen", "sent", "shown", "slept"),
+    *("sought", "taken", "told", "written"),
+}
+VERBS_IN_ED = {"embed", "feed", "need", "seed", "shed", "speed"}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def name_of(file):
-    """The module of a file, without the package: "data.text_column"."""
+def module_name(file):
+    """The module of a file, without the package: "data.lm"."""
     parts = file.relative_to(ROOT).with_suffix("").parts
     return ".".join(part for part in parts[1:] if part != "__init__") or parts[0]
 
 
-def each(files):
-    return pytest.mark.parametrize(
-        "file", files, ids=lambda file: str(file.relative_to(ROOT))
-    )
-
-
 def nodes(file, *kinds):
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    return [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    """(location, node) of the syntax nodes of these kinds."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, kinds):
+            line = getattr(node, "lineno", 1)
+            yield f"{file.relative_to(ROOT)}:{line}", node
 
 
 def imports(file):
-    """Full names of all that a file imports, inside functions too."""
-    for node in nodes(file, ast.Import, ast.ImportFrom):
-        assert not getattr(node, "level", 0), "a relative import"
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        else:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    """(location, full name) of each import, also those inside functions."""
+    for place, node in nodes(file, ast.Import, ast.ImportFrom):
+        for alias in node.names:
+            is_plain = isinstance(node, ast.Import)
+            yield place, alias.name if is_plain else f"{node.module}.{alias.name}"
 
 
-def row_of(module):
-    """The row of a module, which must be in exactly one."""
-    rows = [
-        n
-        for n, patterns in enumerate(ROWS)
-        if any(fnmatch.fnmatchcase(module, pattern) for pattern in patterns)
+def test_names_of_modules_say_what_is_inside():
+    vague = [f for f in FILES if set(re.split(r"\W|_", module_name(f))) & VAGUE_NAMES]
+
+    assert not vague
+
+
+def test_nothing_is_evaluated_or_executed():
+    names = {"eval", "exec", "compile", "__import__"}
+
+    calls = [
+        place
+        for file in PACKAGE
+        for place, call in nodes(file, ast.Call)
+        if isinstance(call.func, ast.Name) and call.func.id in names
     ]
-    assert len(rows) == 1, f"{module} is in rows {rows} of the table"
-    return rows[0]
+
+    assert not calls
 
 
-MODULES = {name_of(file): file for file in PACKAGE}
-FOLDERS = {name for name in MODULES if (ROOT / "gptjax" / name).is_dir()}
+def test_no_module_imports_pickle_yaml_or_another_framework():
+    found = [
+        place
+        for file in PACKAGE
+        for place, name in imports(file)
+        if name.split(".")[0] in FORBIDDEN
+    ]
+
+    assert not found
 
 
-@pytest.mark.fast
-@each(FILES)
-def test_files_and_functions_are_short(file):
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= 400
+def test_each_dependency_is_imported_by_one_package_or_module():
+    unexpected, used = [], set()
+    for file in PACKAGE:
+        for place, name in imports(file):
+            dependency = name.split(".")[0]
+            patterns = IMPORTERS.get(dependency, ["*"])
+            matches = [p for p in patterns if fnmatch.fnmatchcase(module_name(file), p)]
+            used |= {(dependency, pattern) for pattern in matches}
+            if not matches:
+                unexpected.append(f"{place} {dependency}")
 
-    for node in nodes(file, ast.FunctionDef, ast.AsyncFunctionDef):
-        assert node.end_lineno - node.lineno < 60, node.name
-
-
-def test_no_file_is_a_drawer_for_everything():
-    for file in FILES:
-        assert not set(re.split(r"\W|_", name_of(file))) & {
-            *("util", "utils", "helper", "helpers", "common", "misc")
-        }, file
-
-
-@each(PACKAGE)
-def test_nothing_is_asserted_evaluated_or_executed(file):
-    assert not nodes(file, ast.Assert)
-
-    calls = [node.func for node in nodes(file, ast.Call)]
-    names = {func.id for func in calls if isinstance(func, ast.Name)}
-    assert not names & {"eval", "exec", "compile", "__import__"}
+    assert not unexpected
+    assert {(d, p) for d, patterns in IMPORTERS.items() for p in patterns} <= used
 
 
-@each(PACKAGE)
-def test_nothing_is_imported_that_runs_files_or_is_another_framework(file):
-    assert not {name.split(".")[0] for name in imports(file)} & FORBIDDEN
+def test_few_modules_import_others_by_name():
+    found = [
+        place
+        for file in PACKAGE
+        for place, name in imports(file)
+        if name in ("importlib", "importlib.import_module")
+        and module_name(file) not in DYNAMIC_IMPORTERS
+    ]
+
+    assert not found
 
 
-@each(PACKAGE)
-def test_each_dependency_has_one_door(file):
-    for name in imports(file):
-        doors = DOORS.get(name.split(".")[0], ["*"])
-        assert any(fnmatch.fnmatchcase(name_of(file), door) for door in doors), name
-
-
-def test_each_door_is_used():
-    for dependency, doors in DOORS.items():
-        for door in doors:
-            files = [MODULES[name] for name in fnmatch.filter(MODULES, door)]
-            used = {name.split(".")[0] for file in files for name in imports(file)}
-            assert dependency in used, (dependency, door)
-
-
-@each(PACKAGE)
-def test_imports_point_upwards(file):
-    here = name_of(file)
-    if here in FOLDERS:  # it stands in no row
-        assert set(imports(file)) <= {"importlib", "typing.Any"}
-        return
-    for name in imports(file):
-        if not name.startswith("gptjax."):
-            continue
-        parts = name.removeprefix("gptjax.").split(".")
-        there = ".".join(parts if ".".join(parts) in MODULES else parts[:-1])
-        same_folder = "." in here and here.split(".")[0] == there.split(".")[0]
-        assert there not in FOLDERS, name
-        assert same_folder or row_of(there) < row_of(here), name
-
-
-def test_the_table_of_rows_lists_only_what_there_is():
-    for pattern in [pattern for row in ROWS for pattern in row]:
-        assert fnmatch.filter(MODULES, pattern), pattern
-
-
-def suffix(node):
+def axes_suffix(node):
     """The axes that a name ends in, or None."""
     if isinstance(node, ast.Attribute):
         node = ast.Name(node.attr)
@@ -205,59 +138,95 @@ def suffix(node):
 
 
 def einsums(file):
-    """(letters, node) for each operand and each target of each einsum."""
-    for node in nodes(file, ast.Call):
-        match node:
+    """(location, letters, node) for each operand and each target of each einsum."""
+    for place, node in nodes(file, ast.Call, ast.Assign):
+        call = node.value if isinstance(node, ast.Assign) else node
+        match call:
             case ast.Call(
                 func=ast.Attribute(attr="einsum"),
                 args=[ast.Constant(str(spec)), *operands],
             ):
-                yield from zip(spec.split("->")[0].split(","), operands, strict=True)
-    for node in nodes(file, ast.Assign):
-        match node.value:
-            case ast.Call(
-                func=ast.Attribute(attr="einsum"), args=[ast.Constant(str(spec)), *_]
-            ):
-                yield from ((spec.split("->")[1], target) for target in node.targets)
+                inputs, output = spec.split("->")
+                pairs = (
+                    [(output, target) for target in node.targets]
+                    if isinstance(node, ast.Assign)
+                    else zip(inputs.split(","), operands, strict=True)
+                )
+                yield from ((place, letters, operand) for letters, operand in pairs)
 
 
-@each(FILES)
-def test_the_letters_of_names_are_those_of_einsum(file):
-    for letters, node in einsums(file):
-        assert suffix(node) in (None, letters), ast.unparse(node)
+def test_names_of_arrays_end_in_the_letters_of_einsum():
+    named = [
+        (place, letters, axes_suffix(node))
+        for file in FILES
+        for place, letters, node in einsums(file)
+        if axes_suffix(node)
+    ]
+
+    assert len(named) > 20
+    assert not [(p, letters, s) for p, letters, s in named if letters != s]
 
 
-def test_there_are_einsums_whose_letters_are_checked():
-    assert [pair for pair in einsums(MODULES["attention.plain"]) if suffix(pair[1])]
-
-
-@each(PACKAGE)
-def test_annotated_axes_are_the_letters_of_the_name(file):
+def test_annotated_axes_are_the_letters_of_the_name():
     """`x_BTD: Float[Array, "B T D"]`; a leading `*N` is an axis that may be absent."""
-    for node in nodes(file, ast.arg, ast.AnnAssign):
-        name = ast.Name(node.arg) if isinstance(node, ast.arg) else node.target
-        match node.annotation:
-            case ast.Subscript(
-                value=ast.Name(),
-                slice=ast.Tuple(elts=[_, ast.Constant(str(axes))]),
-            ) if suffix(name):
-                letters = [axis for axis in axes.split() if axis[0] != "*"]
-                assert "".join(letters) == suffix(name) or "*" in axes, axes
+    wrong = []
+    for file in PACKAGE:
+        for place, node in nodes(file, ast.arg, ast.AnnAssign):
+            name = ast.Name(node.arg) if isinstance(node, ast.arg) else node.target
+            match node.annotation:
+                case ast.Subscript(
+                    value=ast.Name(),
+                    slice=ast.Tuple(elts=[_, ast.Constant(str(axes))]),
+                ) if axes_suffix(name) and "*" not in axes:
+                    if "".join(axes.split()) != axes_suffix(name):
+                        wrong.append((place, axes))
+
+    assert not wrong
 
 
-@each(PACKAGE)
-def test_all_that_is_public_has_a_docstring(file):
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    kinds = (ast.FunctionDef, ast.ClassDef)
-    public = [node for node in tree.body if isinstance(node, kinds)]
-    for node in list(public):
-        public += [member for member in node.body if isinstance(node, ast.ClassDef)]
+def top_level_names(file):
+    """The public functions, classes and constants that a module defines."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+            yield node.name
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        for target in targets if isinstance(node, ast.Assign | ast.AnnAssign) else []:
+            yield from (n.id for n in ast.walk(target) if isinstance(n, ast.Name))
 
-    for node in [tree, *public]:
-        name = getattr(node, "name", "")
-        if isinstance(node, (ast.Module, *kinds)) and not name.startswith("_"):
-            empty = name == "" and not tree.body
-            assert empty or ast.get_docstring(node), name
+
+def test_a_public_name_is_defined_once_in_the_package():
+    modules = collections.defaultdict(set)
+    for file in PACKAGE:
+        for name in top_level_names(file):
+            if not name.startswith("_") and name != "main":
+                modules[name].add(module_name(file))
+
+    assert not {name: found for name, found in modules.items() if len(found) > 1}
+
+
+def test_no_docstring_begins_with_what():
+    kinds = (ast.Module, ast.ClassDef, *FUNCTIONS)
+
+    found = [
+        place
+        for file in PACKAGE
+        for place, node in nodes(file, *kinds)
+        if (ast.get_docstring(node) or "").startswith("What ")
+    ]
+
+    assert not found
+
+
+def test_no_function_is_named_by_a_bare_participle():
+    found = [
+        f"{place} {node.name}"
+        for file in PACKAGE
+        for place, node in nodes(file, *FUNCTIONS)
+        if (name := node.name.strip("_")) in IRREGULAR_PARTICIPLES
+        or (re.fullmatch("[a-z]+ed", name) and name not in VERBS_IN_ED)
+    ]
+
+    assert not found
 
 
 @pytest.mark.fast
@@ -270,16 +239,15 @@ def test_importing_the_package_imports_nothing_heavy():
 
     loaded = {name.split(".")[0] for name in output.split()}
     assert "gptjax" in loaded
-    assert not loaded & {*DOORS, "jax", "numpy"}
+    assert not loaded & ({*IMPORTERS, "jax", "numpy"} - {"lazy_loader"})
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("name", gptjax.__all__)
-def test_every_public_name_is_there(name):
-    assert name in dir(gptjax)
-    assert getattr(gptjax, name) is not None
+def test_every_public_name_is_there():
+    assert set(gptjax.__all__) <= set(dir(gptjax))
+    assert all(getattr(gptjax, name) is not None for name in gptjax.__all__)
 
 
 def test_a_name_that_is_not_public_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="'gptjax' has no attribute 'GTP'"):
+    with pytest.raises(AttributeError, match="GTP"):
         _ = gptjax.GTP
