@@ -492,10 +492,11 @@ class RunConfig:
 
 def config_options() -> dict[str, "dataclasses.Field[Any]"]:
     """Fields of all options of a run config, by their names `section.option`."""
+    hints = get_type_hints(RunConfig)
     return {
-        f"{section.name}.{field.name}": field
-        for section in dataclasses.fields(RunConfig)
-        for field in dataclasses.fields(section.default_factory)
+        f"{section}.{field.name}": field
+        for section, cls in hints.items()
+        for field in dataclasses.fields(cls)
     }
 
 

@@ -119,9 +119,9 @@ def parse_command(argv: Sequence[str]) -> tuple[click.Command, dict[str, Any]]:
     Raises:
         click.UsageError: the command line is invalid.
     """
+    context, words = click.Context(COMMANDS), list(argv)
     command: click.Command = COMMANDS
-    words = list(argv)
-    while isinstance(command, click.Group):
-        _, command, words = command.resolve_command(click.Context(command), words)
+    while isinstance(command, Group):
+        _, command, words = command.resolve_command(context, words)
     with command.make_context(command.name, words, obj=list(argv)) as context:
         return command, dict(context.params)

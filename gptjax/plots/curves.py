@@ -8,13 +8,9 @@ from matplotlib.figure import Figure
 
 from gptjax.training.metrics import Event, format_number, metric_series, read_events
 
-# Okabe & Ito 2008: distinguishable with colour blindness.
+# Okabe & Ito 2008: distinguishable with color blindness.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
-
-
 TRAIN_STYLE = {"color": BLUE, "marker": "o", "markersize": 3}
-
-
 VALIDATION_STYLE = {"color": ORANGE, "linestyle": "-.", "marker": "o", "markersize": 3}
 
 

@@ -1,4 +1,4 @@
-"""Figures for notebooks: attention, losses, next tokens, loss masks, tokenization.
+"""Figures for notebooks: attention, losses, tokens, loss masks, device placement.
 
 Each function returns a new Figure, which a notebook displays as the result of a cell.
 Figures are legible at widths of 700 pixels (desktop) and 360 pixels (phone).
@@ -6,7 +6,8 @@ Figures are legible at widths of 700 pixels (desktop) and 360 pixels (phone).
 
 import functools
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from gptjax.config import GPTConfig, OptimConfig
 from gptjax.errors import ConfigError
@@ -43,15 +45,14 @@ from gptjax.tree import Params
 from gptjax.weights.model_folder import Model
 
 MAX_ATTENTION_TOKENS = 32  # more labels are illegible
+# Figure width in points, columns of panels.
 PANEL_LAYOUTS = (
-    (FIGURE_WIDTH, 4),
-    (FIGURE_WIDTH, 3),
-    (FIGURE_WIDTH, 2),
+    *((FIGURE_WIDTH, 4), (FIGURE_WIDTH, 3), (FIGURE_WIDTH, 2)),
     (1.4 * FIGURE_WIDTH, 2),
-)  # points, columns
+)
 MAX_BARS = 60
-MAX_TITLE_CHARS = 40  # characters of the prompt in a title
-COLORBAR_HEIGHT = 46.0  # height of a color bar, points
+MAX_TITLE_CHARS = 40  # of the prompt in a title
+COLORBAR_HEIGHT = 46.0  # points
 
 PALE_BLUE, PALE_ORANGE, PALE_GREY = "#C3DFF0", "#F8DCC8", "#EFEFEF"
 DIVERGING_CMAP = LinearSegmentedColormap.from_list("", [ORANGE, "white", BLUE])
@@ -107,10 +108,8 @@ def attention_panels(
     text_style = {"parse_math": False, "fontsize": size, "fontfamily": FONT_FAMILIES}
     for head, weight_TS in enumerate(weight_HTS):
         row, column = divmod(head, columns)
-        left, bottom = (
-            margin + column * (panel_size + 8),
-            top + panel_size + row * (panel_size + gap),
-        )
+        left = margin + column * (panel_size + 8)
+        bottom = top + panel_size + row * (panel_size + gap)
         axes = figure.add_axes(
             (left / width, 1 - bottom / height, panel_size / width, panel_size / height)
         )
@@ -130,7 +129,7 @@ def token_loss_figure(model: Model, text: str, other: Model | None = None) -> Fi
     """Plots the tokens of a text, colored by their loss.
 
     The darkest color is the loss of a uniform prediction or more. With a second model,
-    tokens are blue where `model` has the lower loss and orange where `other` has.
+    tokens are blue if `model` has the lower loss, and orange if `other` has.
     Tokens that share a character share a box with the sum of their losses.
 
     Args:
@@ -160,9 +159,8 @@ def token_loss_figure(model: Model, text: str, other: Model | None = None) -> Fi
     else:
         _, other_L = token_losses(other, text)
         value_L = np.add.reduceat(other_L, start_L) - value_L
-        max_loss = max(
-            1.0, float(np.abs(value_L).max())
-        )  # keeps small differences pale
+        # Small differences stay pale.
+        max_loss = max(1.0, float(np.abs(value_L).max()))
         colors = ScalarMappable(Normalize(-max_loss, max_loss), DIVERGING_CMAP)
         other_mean = other_L.mean(dtype=np.float64)
         title = f"mean nats per token: model {mean:.3f}, other {other_mean:.3f}"
@@ -283,7 +281,7 @@ def next_token_figure(
     for n, (t, tokens) in enumerate(
         zip(temperatures, tokens_by_temperature, strict=True)
     ):
-        probs = [chance for _, chance in tokens]
+        probs = [prob for _, prob in tokens]
         positions = np.arange(len(probs)) + (n - (groups - 1) / 2) * bar_height
         bars = axes.barh(positions, probs, bar_height, color=colors[n])
         bars.set_label(f"temperature {t:g}")
@@ -399,6 +397,82 @@ def schedule_figure(optim: OptimConfig, steps: int) -> Figure:
     )
     axes.set_ylim(0, 1.18 * rates[peak_step] or 1)
     return figure
+
+
+def sharding_figure(arrays: Mapping[str, Array], device: int = 0) -> Figure:
+    """Plots the shards of arrays and the ids of the devices that hold each of them.
+
+    A panel is one array, cut along its sharded axes; a shard with more than one id is
+    replicated on these devices. `jax.debug.visualize_array_sharding` does this in text,
+    for arrays of at most two axes.
+
+    Args:
+        arrays: title and array of each panel; with a `NamedSharding` the labels name
+            the mesh axes.
+        device: id of the device whose shards are blue.
+
+    Raises:
+        ConfigError: there is no array, or one is sharded along more than two axes.
+    """
+    if not arrays:
+        raise ConfigError("there are no arrays to plot. Pass {title: array}.")
+    columns = min(len(arrays), 2)
+    rows = -(-len(arrays) // columns)
+    figure = Figure(
+        (FIGURE_WIDTH / 72, 1.9 * rows + 0.4), dpi=144, layout="constrained"
+    )
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, (title, x) in zip(panels, arrays.items(), strict=False):
+        plot_shards(axes, x, device)
+        axes.set_title(f"{title}\n{list(x.shape)}", fontsize=9, parse_math=False)
+    for axes in list(panels)[len(arrays) :]:
+        axes.set_axis_off()
+    figure.suptitle(
+        f"ids of the devices of each shard; blue: device {device}", fontsize=10
+    )
+    return figure
+
+
+def plot_shards(axes: Any, x: Array, device: int) -> None:
+    """Plots the shards of an array as cells with device ids, rows and columns."""
+    devices_by_start: dict[tuple[int, ...], list[int]] = {}
+    for holder, index in x.sharding.devices_indices_map(x.shape).items():
+        start = tuple(
+            part.indices(size)[0] for part, size in zip(index, x.shape, strict=True)
+        )
+        devices_by_start.setdefault(start, []).append(holder.id)
+    starts = [sorted(set(axis)) for axis in zip(*devices_by_start, strict=True)]
+    sharded = [axis for axis, values in enumerate(starts) if len(values) > 1]
+    if len(sharded) > 2:
+        raise ConfigError(
+            f"array sharded along {len(sharded)} axes. Pass arrays with at most two."
+        )
+    # Rows, then columns; unsharded axes fill up, the last ones first.
+    unsharded = [axis for axis in reversed(range(x.ndim)) if axis not in sharded]
+    shown = sorted([*sharded, *unsharded][:2])
+    counts = [1] * (2 - len(shown)) + [len(starts[axis]) for axis in shown]
+    for start, ids in devices_by_start.items():
+        cell = [starts[axis].index(start[axis]) for axis in shown]
+        row, column = [0] * (2 - len(cell)) + cell
+        fill = PALE_BLUE if device in ids else PALE_GREY
+        axes.add_patch(
+            Rectangle((column, row), 1, 1, facecolor=fill, edgecolor="white")
+        )
+        lines = textwrap.wrap(" ".join(map(str, sorted(ids))), max(3, 24 // counts[1]))
+        axes.text(column + 0.5, row + 0.5, "\n".join(lines), ha="center", va="center")
+    axes.set(xlim=(0, counts[1]), ylim=(counts[0], 0), xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    labels = [""] * (2 - len(shown)) + [axis_label(x, axis) for axis in shown]
+    axes.set_ylabel(labels[0], fontsize=8)
+    axes.set_xlabel(labels[1], fontsize=8)
+
+
+def axis_label(x: Array, axis: int) -> str:
+    """Describes an axis of an array: its size and the mesh axes that shard it."""
+    spec = getattr(x.sharding, "spec", ())
+    names = spec[axis] if axis < len(spec) else None
+    names = (names,) if isinstance(names, str) else names or ()
+    return f"{x.shape[axis]} over {' x '.join(names)}" if names else f"{x.shape[axis]}"
 
 
 def encode_nonempty(tokenizer: Tokenizer, text: str) -> list[int]:

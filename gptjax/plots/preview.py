@@ -29,43 +29,24 @@ from gptjax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 TokenState = Literal["trained", "context", "truncated"]  # role of a token in training
 
+# Parameters of ANSI's SGR sequence.
 ANSI_CODES: dict[TokenState, str] = {
     "trained": "32;4",
     "context": "2",
     "truncated": "2;9",
-}  # ANSI SGR
+}
 STATE_MARKS: dict[TokenState, str] = {"trained": "⟦⟧", "context": "", "truncated": "⟪⟫"}
-REPLACED_MARKS = dict.fromkeys(
-    map(ord, "⟦⟧⟪⟫"), "\ufffd"
-)  # for marks in the data itself
+# Marks that occur in the data.
+REPLACED_MARKS = dict.fromkeys(map(ord, "⟦⟧⟪⟫"), "\ufffd")
 HTML_TAGS: dict[TokenState, str] = {
     "trained": "mark",
     "context": "span",
     "truncated": "s",
 }
 MAX_SOURCE_ROW_CHARS = 1_500  # longest excerpt of a source row
-BIN_WIDTH_PREFIXES = (
-    10,
-    12,
-    15,
-    20,
-    25,
-    30,
-    40,
-    50,
-    60,
-    80,
-)  # leading digits of round bin widths
-BIN_WIDTHS = [
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    8,
-    *(d * 10**n for n in range(12) for d in BIN_WIDTH_PREFIXES),
-]
+BIN_WIDTH_PREFIXES = (*(10, 12, 15, 20, 25), *(30, 40, 50, 60, 80))  # leading digits
+BIN_WIDTHS = [*range(1, 7), 8]
+BIN_WIDTHS += [d * 10**n for n in range(12) for d in BIN_WIDTH_PREFIXES]
 BAR_EIGHTHS = ("", *"▏▎▍▌▋▊▉")
 
 
@@ -145,10 +126,8 @@ def preview_rows(
     """
     if context < 1:
         raise ConfigError(f"context={context} is too small. Use at least 1.")
-    parsed_template, loaded_tokenizer = (
-        load_chat_template(chat_template),
-        load_tokenizer(tokenizer),
-    )
+    parsed_template = load_chat_template(chat_template)
+    loaded_tokenizer = load_tokenizer(tokenizer)
     conversations, detected = read_conversations(path)
     train_on = TRAIN_ON_COMPLETIONS if completion_only_loss else TRAIN_ON_ALL
     rows = []
@@ -302,12 +281,14 @@ def format_preview_summary(preview: Preview) -> list[str]:
     lengths, tokens = preview.lengths, preview.num_tokens
     share = f" ({preview.num_trained / tokens:.1%})" if tokens else ""
     return [
-        f"rows     {len(lengths):,}; truncated from the left: {preview.num_truncated:,}, "
-        f"dropped because the last answer is too long: {preview.num_dropped:,}",
-        f"tokens   {tokens:,} after truncation, trained: {preview.num_trained:,}{share}",
+        f"rows     {len(lengths):,}; truncated from the left: "
+        f"{preview.num_truncated:,}, dropped because the last answer is too long: "
+        f"{preview.num_dropped:,}",
+        f"tokens   {tokens:,} after truncation, trained: "
+        f"{preview.num_trained:,}{share}",
         f"lengths  {min(lengths):,} to {max(lengths):,} tokens, median "
-        f"{statistics.median(lengths):,.0f}; limit {preview.max_length:,}: the context and "
-        "one more target",
+        f"{statistics.median(lengths):,.0f}; limit {preview.max_length:,}: the context "
+        "and one more target",
     ]
 
 
@@ -365,7 +346,8 @@ def render_histogram(preview: Preview, width: int) -> list[str]:
         full_blocks, rest = divmod(
             max(8 * bar_width * one.count // max_count, one.count > 0), 8
         )
-        line = f"{one.label:>{label_width}} {'█' * full_blocks}{BAR_EIGHTHS[rest]} {one.count:,}"
+        bar = "█" * full_blocks + BAR_EIGHTHS[rest]
+        line = f"{one.label:>{label_width}} {bar} {one.count:,}"
         lines.append(line + limit_mark * (one.start <= preview.max_length < one.stop))
     note = truncation_note(hist_bins, preview.max_length)
     return [*lines, note] if note else lines
@@ -415,7 +397,10 @@ def render_html(preview: Preview, max_rows: int) -> str:
         f"<p>{escape_html(format_row_status(preview, row))}</p>"
         for number, row in enumerate(preview.rows[:max_rows], 1)
     ]
-    about = f"<p>{escape_html(preview.format_description)}</p>\n<p>{escape_html(preview.settings)}</p>"
+    about = "\n".join(
+        f"<p>{escape_html(text)}</p>"
+        for text in (preview.format_description, preview.settings)
+    )
     overall = [
         "<h2>All rows</h2>\n<pre>",
         *map(escape_html, format_preview_summary(preview)),
@@ -454,7 +439,8 @@ def histogram_svg(preview: Preview) -> list[str]:
         left, upper = n * step, height - 15 - bar_height
         lines += [
             f'<rect x="{left + 2:.1f}" y="{upper:.1f}" width="{step - 4:.1f}" '
-            f'height="{bar_height:.1f}"><title>{one.label}: {one.count:,}</title></rect>',
+            f'height="{bar_height:.1f}">'
+            f"<title>{one.label}: {one.count:,}</title></rect>",
             f'<text x="{left + step / 2:.1f}" y="{upper - 4:.1f}">{one.count:,}</text>',
             f'<text x="{left:.1f}" y="{height}">{one.start:,}</text>',
         ]

@@ -1,4 +1,4 @@
-"""Report of SFT and DPO runs."""
+"""Reports of runs: report.md with its tables, samples and figures."""
 
 import re
 import warnings
@@ -26,9 +26,13 @@ from gptjax.training.metrics import Event, format_number, metric_series, read_ev
 MetricRows = Mapping[str, Mapping[str, float]]  # values by metric name, by table row
 METRIC_NAMES = ("loss", "response_loss", "exact_match", "token_f1", "rouge_l")
 METRIC_NAMES += ("margin", "accuracy", "chosen_reward", "rejected_reward")
-SampleRow = tuple[
-    Sequence[ChatMessage], str, str
-]  # messages, response, reference answer
+ZERO_COUNT_COLOR = "#AAAAAA"  # of empty cells in a confusion matrix
+MAX_NAME_CHARS = 18  # of a class name in a plot
+MAX_TEXT_CHARS = 200  # of a misclassified text in report.md
+MAX_MISTAKES = 10  # listed in report.md
+
+# Messages, response, reference answer.
+SampleRow = tuple[Sequence[ChatMessage], str, str]
 
 
 def write_samples(
@@ -99,12 +103,6 @@ def write_report(run_dir: Path, title: str, summary: Sequence[str]) -> None:
     (run_dir / "report.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-ZERO_COUNT_COLOR = "#AAAAAA"
-MAX_NAME_CHARS = 18  # of a class name in a plot
-MAX_TEXT_CHARS = 200  # of a misclassified text in report.md
-MAX_MISTAKES = 10  # listed in report.md
-
-
 class Misclassification(NamedTuple):
     """One wrong prediction."""
 
@@ -146,13 +144,9 @@ def confusion_figure(
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     for (row, column), count in np.ndenumerate(confusion_CC):
-        color = (
-            "white"
-            if share_CC[row, column] > 0.5
-            else "black"
-            if count
-            else ZERO_COUNT_COLOR
-        )
+        color = "black" if count else ZERO_COUNT_COLOR
+        if share_CC[row, column] > 0.5:
+            color = "white"
         text = str(count) if count < 10_000 else format_number(int(count))
         axes.text(
             column, row, text, color=color, fontsize=size, ha="center", va="center"
@@ -198,9 +192,10 @@ def write_classification_report(
     for mistake in sorted(mistakes, key=lambda wrong: -wrong.probability)[
         :MAX_MISTAKES
     ]:
-        confusion = f"{inline_code(mistake.label)} predicted as {inline_code(mistake.predicted)}"
         lines.append(
-            f"- {confusion} ({mistake.probability:.3f}): {inline_code(mistake.text)}"
+            f"- {inline_code(mistake.label)} predicted as "
+            f"{inline_code(mistake.predicted)} ({mistake.probability:.3f}): "
+            f"{inline_code(mistake.text)}"
         )
     (run_dir / "report.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
 

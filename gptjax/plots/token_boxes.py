@@ -25,9 +25,7 @@ CELL_WIDTH = (FIGURE_WIDTH - 2 * FIGURE_MARGIN) / CELLS_PER_LINE
 FONT_SIZE = CELL_WIDTH / 0.602  # DejaVu Sans Mono advances by 1233 / 2048 of its size
 LINE_HEIGHT, BOX_HEIGHT, BASELINE_OFFSET, NOTE_HEIGHT = 16.0, 14.4, 10.8, 9.5
 NOTE_FONT_SIZE = 7.5
-NOTE_CHAR_CELLS = (
-    0.602 * NOTE_FONT_SIZE / CELL_WIDTH
-)  # width of a note character in text cells
+NOTE_CHAR_CELLS = 0.602 * NOTE_FONT_SIZE / CELL_WIDTH  # width of a character of a note
 
 FONT_FAMILIES = ["DejaVu Sans Mono", "DejaVu Sans"]  # both bundled with matplotlib
 NEWLINE_MARK = "↵"
@@ -43,9 +41,8 @@ class Box(NamedTuple):
     fill: Any  # color
     text_color: Any = "black"  # color
     note: str = ""  # small text below the box
-    rule_position: float = (
-        0.0  # position of a line, as a fraction of the height; 0 = none
-    )
+    # Position of a line, as a fraction of the height; 0 = none
+    rule_position: float = 0.0
 
 
 class PlacedBox(NamedTuple):
@@ -76,7 +73,7 @@ def token_box_figure(
     """
     placed_boxes = list(layout_boxes(boxes))
     if placed_boxes[-1].line >= MAX_LINES:
-        placed_boxes = [spot for spot in placed_boxes if spot.line < MAX_LINES - 1]
+        placed_boxes = [box for box in placed_boxes if box.line < MAX_LINES - 1]
         rest = len(boxes) - 1 - placed_boxes[-1].box_index
         (overflow,) = layout_boxes([Box(f"… {rest:,} more boxes", "white", GREY)])
         placed_boxes.append(overflow._replace(line=MAX_LINES - 1))
@@ -119,11 +116,9 @@ def layout_boxes(boxes: Iterable[Box]) -> Iterator[PlacedBox]:
 
 def draw_box(axes: Any, placed_box: PlacedBox, top: float) -> None:
     """Draws a box on axes in points with the origin at the upper left."""
-    box, left, width = (
-        placed_box.box,
-        FIGURE_MARGIN + CELL_WIDTH * placed_box.column,
-        CELL_WIDTH * placed_box.width,
-    )
+    box = placed_box.box
+    left = FIGURE_MARGIN + CELL_WIDTH * placed_box.column
+    width = CELL_WIDTH * placed_box.width
     axes.add_patch(
         Rectangle(
             (left, top),

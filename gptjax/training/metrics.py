@@ -176,11 +176,11 @@ def history_from_metadata(metadata: Mapping[str, Any]) -> History:
         for step, *values in logged
     )
     return History(
-        **{
-            **metadata,
-            "best_score": None if score is None else tuple(score),
-            "logged": tuple(steps),
-        }
+        best_score=None if score is None else tuple(score),
+        evaluated_step=metadata["evaluated_step"],
+        consecutive_skips=metadata["consecutive_skips"],
+        last_good_step=metadata["last_good_step"],
+        logged=tuple(steps),
     )
 
 

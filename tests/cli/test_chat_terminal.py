@@ -32,7 +32,7 @@ from types import SimpleNamespace
 
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C is a signal from here on
 
-from gptjax import chat
+from gptjax.cli import chat
 
 class Straw(SimpleNamespace):
     def __str__(self):
@@ -57,9 +57,9 @@ def stream_answer(model, messages, **sampling):
         yield f"{len(messages)}>>"
 
 chat.stream_answer = stream_answer
-chat.prompt_ids = lambda model, messages: "".join(m["content"] for m in messages)
+chat.encode_chat = lambda model, messages: "".join(m["content"] for m in messages)
 config = SimpleNamespace(context_length=200)
-chat.chat(Straw(labels=(), template="any", config=config), "straw", {})
+chat.run_chat(Straw(labels=(), chat_template="any", config=config), "straw", {})
 """
 
 

@@ -10,9 +10,9 @@ from gptjax.runtime import cpu_flags
 FAULTS = """
 import resource
 import numpy as np
-from gptjax import cpu
+from gptjax.runtime import cpu_flags
 if {keep}:
-    cpu.keep_memory()
+    cpu_flags.disable_malloc_trim()
 def used():
     np.empty(1 << 25).fill(1.0)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -21,9 +21,9 @@ before = used()
 print(used() - before)
 """
 READERS = """
-from gptjax import cpu
+from gptjax.runtime import cpu_flags
 if {fast}:
-    cpu.fast_cpu()
+    cpu_flags.enable_fast_cpu()
 import jax, jax.numpy as jnp
 def twice(x):
     y = jax.lax.optimization_barrier(jnp.sin(x) * x + 1)

@@ -88,9 +88,9 @@ def test_a_block_inside_of_another_one_changes_nothing():
 
 BUSY = """
 import hashlib, sys
-from gptjax.runtime.preemption import answer, stop_signal
-with stop_signal(final=True):
-    answer(sys.argv[1])
+from gptjax.runtime.preemption import handle_signals, set_signal_mode
+with handle_signals(final=True):
+    set_signal_mode(sys.argv[1])
     print("ready", flush=True)
     hashlib.scrypt(b"", salt=b"", n=1 << 14, r=8, p=9999, maxmem=1 << 30)  # minutes
 """

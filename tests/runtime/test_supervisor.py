@@ -15,8 +15,8 @@ from tests.processes import ROOT, until
 COUNT = """
 import json, os, signal, sys, time
 from pathlib import Path
-from gptjax.runtime.supervisor import be_supervised
-be_supervised()
+from gptjax.runtime.supervisor import init_child
+init_child()
 runs = Path("runs")
 number = len(runs.read_text()) if runs.exists() else 0
 runs.write_text("." * (number + 1))
@@ -101,12 +101,12 @@ if number == 0:
 
 def test_a_process_that_computes_is_no_hang_until_it_has_said_so(tmp_path):
     program = """
-from gptjax.runtime.preemption import ALIVE
+from gptjax.runtime.preemption import HEARTBEAT_ENV
 end = time.monotonic() + 3
 if number == 0:
     while time.monotonic() < end:
         sum(range(1000))
-    Path(os.environ[ALIVE]).write_text("0.1 0.1")
+    Path(os.environ[HEARTBEAT_ENV]).write_text("0.1 0.1")
     while True:
         sum(range(1000))
 """
