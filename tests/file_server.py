@@ -121,10 +121,10 @@ def process_of(url: str, target: Path, before: str = "") -> subprocess.Popen:
     """A process that downloads the pinned file."""
     code = (
         "import os, signal, sys\nfrom pathlib import Path\n"
-        "from gptjax.fileio.download import Pin, Remote, download\n"
+        "from gptjax.fileio.download import Pin, RemoteFile, download_file\n"
         f"{before}\n"
         f"pin = Pin({len(BODY)}, {HASH!r})\n"
-        "download(Remote(sys.argv[1], pin), Path(sys.argv[2]), 'it')\n"
+        "download_file(RemoteFile(sys.argv[1], pin), Path(sys.argv[2]), 'it')\n"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code, url, str(target)], stderr=subprocess.DEVNULL

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gptjax.tokenizer.chat_template import load_chat_template
-from gptjax.weights.model_folder import Model, save_model
+from gptjax.weights.model_folder import Model, save
 from tests.file_server import plain, serving
 from tests.judge_server import judging, says
 from tests.small_models import make_model
@@ -34,13 +34,18 @@ WORDS = {"allow_pickle", "shell", "weights_only"}  # arguments
 STRINGS = {"jax_compilation_cache_dir"}  # options of JAX
 LOWERED = "of a program that was lowered, not of a text"
 ALLOWED = {  # module: {what: why}
-    "launch": {"jinja2.Environment": "the templates are files of the package"},
-    "programs": {"jax_compilation_cache_dir": "each program is sealed by a key"},
-    "ahead": {"compile": LOWERED},
-    "run_steps": {"compile": LOWERED},
+    "cli.launch": {"jinja2.Environment": "the templates are files of the package"},
+    "runtime.compilation_cache": {
+        "jax_compilation_cache_dir": "each program is sealed by a key"
+    },
+    "planning.aot": {"compile": LOWERED},
+    "training.trainer": {"compile": LOWERED},
     "bench.device": {"compile": LOWERED},
-    "bench.ours": {"compile": LOWERED},
-    "bench.peers": {"compile": "torch.compile of a model", "eval": "model.eval()"},
+    "bench.workloads": {"compile": LOWERED},
+    "bench.torch_workloads": {
+        "compile": "torch.compile of a model",
+        "eval": "model.eval()",
+    },
 }
 COMPILERS = {"re", "regex"}  # of patterns
 
@@ -132,11 +137,11 @@ sample_prompt = ""
 """
 CRASH = """
 import sys
-from gptjax import run_loop
-from gptjax.cli import main
-def save_step(run, save, state, done):
+from gptjax.cli.main import main
+from gptjax.training import trainer
+def save_checkpoint(*arguments):
     raise RuntimeError("a crash")
-run_loop.save_step = save_step
+trainer.save_checkpoint = save_checkpoint
 sys.exit(main(sys.argv[1:]))
 """
 COMPILED = {  # by the first command for the others, in a file that is looked at too
@@ -145,7 +150,7 @@ COMPILED = {  # by the first command for the others, in a file that is looked at
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
-RUN = "import sys; from gptjax.cli import main; sys.exit(main(sys.argv[1:]))"
+RUN = "import sys; from gptjax.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 def said(folder, *arguments, code=RUN, **environment):
@@ -170,7 +175,7 @@ def test_no_secret_of_the_environment_is_printed_or_written(tmp_path):
     made = make_model(context_length=64)
     source = load_chat_template("qa").source
     assistant = Model(made.config, made.params, made.tokenizer, chat_template=source)
-    save_model(assistant, tmp_path / "assistant")
+    save(assistant, tmp_path / "assistant")
     bad = "https://user:canary-url-4711@127.0.0.1:9/v1"
 
     outputs = [
@@ -183,7 +188,7 @@ def test_no_secret_of_the_environment_is_printed_or_written(tmp_path):
         outputs.append(said(tmp_path, "generate", "owner/name", "Hi", HF_ENDPOINT=end))
     with judging(says("80")) as (url, judged):
         for address, out in ((url, "out.jsonl"), (bad, "other.jsonl")):
-            options = ["--data", "rows.jsonl", "--out", out, "--judge", address]
+            options = ["--chat-data", "rows.jsonl", "--out", out, "--judge", address]
             outputs.append(said(tmp_path, "eval", "assistant", *options))
 
     assert [code for code, _ in outputs] == [0, 1, 2, 2, 0, 2], outputs
@@ -205,4 +210,4 @@ def test_the_network_is_asked_for_by_two_modules_only():
         if "urllib.request" in file.read_text(encoding="utf-8")
     }
 
-    assert found == {"download", "judge"}
+    assert found == {"fileio.download", "evaluation.llm_judge"}

@@ -17,11 +17,9 @@ from gptjax.bench.workloads import make_temp_dir
 from gptjax.errors import ConfigError, GptjaxError
 
 TORCH_DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # PyTorch's names for JAX's platforms
-TRANSFORMERS_CACHES = {
-    "cpu": ["dynamic"],
-    "cuda": ["static", "dynamic"],
-}  # fastest first
-COMPARED_BATCH_SIZES = (1, 8)  # batch sizes
+# Fastest first.
+TRANSFORMERS_CACHES = {"cpu": ["dynamic"], "cuda": ["static", "dynamic"]}
+COMPARED_BATCH_SIZES = (1, 8)
 
 Comparison = tuple[Result, Result, float]
 
@@ -151,4 +149,4 @@ def log_comparison(
     )
     for metric in metrics:
         log(f"{metric.key:<40}{metric.text}")
-    return {figure.key: figure.value for figure in metrics}
+    return {metric.key: metric.value for metric in metrics}

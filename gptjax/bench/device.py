@@ -124,9 +124,8 @@ def measure_train_rate(config: GPTConfig, rows: int) -> TrainRate:
         mfu,
         compile_seconds,
         program_memory_bytes(compiled),
-        current_peak
-        if current_peak != previous_peak
-        else None,  # otherwise an earlier program reached it
+        # An unchanged peak was reached by an earlier program.
+        current_peak if current_peak != previous_peak else None,
     )
 
 
@@ -155,8 +154,9 @@ def format_train_rate(train_rate: TrainRate) -> str:
     ]
     compile_text = f"compiled in {train_rate.compile_seconds:.1f} s"
     return (
-        f"{train_rate.attention:<10} {train_rate.rows:>3} rows: {train_rate.milliseconds:8.1f} ms/step, "
-        f"{train_rate.tokens_per_s:12,.0f} tokens/s{mfu}; {', '.join([compile_text, *memory_texts])}"
+        f"{train_rate.attention:<10} {train_rate.rows:>3} rows: "
+        f"{train_rate.milliseconds:8.1f} ms/step, {train_rate.tokens_per_s:12,.0f} "
+        f"tokens/s{mfu}; {', '.join([compile_text, *memory_texts])}"
     )
 
 
@@ -260,7 +260,7 @@ def check_device_options(
     """
     if not batch_sizes or min(batch_sizes) < 1:
         raise ConfigError(
-            f"--rows {' '.join(map(str, batch_sizes))} must be numbers of at least 1."
+            f"--rows {','.join(map(str, batch_sizes))} must be numbers of at least 1."
         )
     for name in backends:
         if name not in ("auto", *BACKENDS):

@@ -17,7 +17,7 @@ from gptjax.model.gpt import compute_dtype
 from gptjax.training import estimate
 
 NEW_TOKENS = 128  # tokens generated after a prompt of PROMPT_LENGTH
-DECODE_BATCH_SIZES = (1, 8, 64)  # batch sizes
+DECODE_BATCH_SIZES = (1, 8, 64)
 PREFILL_BATCH_SIZES = (1, 8)
 TIMED_RUNS = 5  # the median counts
 # Matrix size, array bytes, and calls before the host synchronizes: synchronizing takes
@@ -78,11 +78,13 @@ def measure_peaks(log: Callable[[str], None]) -> dict[str, float]:
             peaks[name] = rate
     if rate := peaks.get("matmul_bfloat16"):
         log(
-            f"matmul     {rate / 1e12:.3g} TFLOP/s in bfloat16, {matrix_size} x {matrix_size}"
+            f"matmul     {rate / 1e12:.3g} TFLOP/s in bfloat16, {matrix_size} x "
+            f"{matrix_size}"
         )
     if rate := peaks.get("read"):
         log(
-            f"memory     {rate / 1e9:,.1f} GB/s reading {estimate.format_bytes(array_bytes)}"
+            f"memory     {rate / 1e9:,.1f} GB/s reading "
+            f"{estimate.format_bytes(array_bytes)}"
         )
     if rate := peaks.get("copy"):
         log(f"memory     {rate / 1e9:,.1f} GB/s read and written, copying the same")
@@ -133,10 +135,9 @@ def bench_decode(
             bytes_per_step = decode_step_bytes(
                 config, rows, workloads.PROMPT_LENGTH + num_new_tokens / 2
             )
-            metrics[f"decode_share_of_bandwidth_b{rows}"] = (
-                rate / rows * bytes_per_step / bandwidth
-            )
-            share_text = f", {rate / rows * bytes_per_step / bandwidth:.1%} of the bandwidth limit"
+            share = rate / rows * bytes_per_step / bandwidth
+            metrics[f"decode_share_of_bandwidth_b{rows}"] = share
+            share_text = f", {share:.1%} of the bandwidth limit"
         log(f"decode     {rows:>3} rows: {rate:12,.0f} tokens/s{share_text}")
     return metrics
 

@@ -10,7 +10,7 @@ from gptjax.bench.torch_workloads import import_peer, transformers_model
 from gptjax.bench.workloads import WorkFn, bench_config, make_temp_dir, random_model
 from gptjax.errors import GptjaxError
 from gptjax.tokenizer import tokenizer
-from gptjax.weights.model_folder import save_model
+from gptjax.weights.model_folder import save
 
 STARTUP_PROMPT = "Every effort moves you"
 TRANSFORMERS_SCRIPT = """
@@ -60,7 +60,7 @@ def make_import_work(preset: str) -> WorkFn:
 def make_startup_work(preset: str) -> WorkFn:
     """Runs `gptjax generate` to the first token, with a warm compilation cache."""
     temp_dir = make_temp_dir()
-    save_model(random_model(bench_config(preset)), temp_dir / "model")
+    save(random_model(bench_config(preset)), temp_dir / "model")
     command = ["-m", "gptjax", "generate", str(temp_dir / "model"), STARTUP_PROMPT]
     command += ["--max-new-tokens", "1", "--temperature", "0"]
     return lambda: run_python(command, gptjax_home=temp_dir)

@@ -18,8 +18,7 @@ from gptjax.bench.runner import (
     run_isolated,
     summarize_rates,
 )
-from gptjax.bench.workloads import PROMPT_LENGTH as BEFORE
-from gptjax.bench.workloads import bench_config
+from gptjax.bench.workloads import PROMPT_LENGTH, bench_config
 from gptjax.runtime.device import package_versions
 from gptjax.training import estimate
 
@@ -206,7 +205,7 @@ def measure_decode_share(preset: str, repeats: int) -> Iterator[BenchmarkMetric]
     )
     yield rate_metric("read", "bytes/s", read_result)
     bytes_per_step = decode_step_bytes(
-        bench_config(preset), 1, BEFORE + DECODE_LENGTH / 2
+        bench_config(preset), 1, PROMPT_LENGTH + DECODE_LENGTH / 2
     )
     yield plain_metric("decode_share_of_bandwidth_b1", share * bytes_per_step)
 

@@ -1,4 +1,4 @@
-"""The same workloads in PyTorch; needs the extra `peers`.
+"""PyTorch versions of the workloads; needs the extra `peers`.
 
 The only module that imports PyTorch; used by `gptjax bench --peers` alone.
 """

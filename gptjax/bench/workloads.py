@@ -30,12 +30,12 @@ from gptjax.training.loss import make_lm_loss_fn
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.train_step import init_state, make_train_step
 from gptjax.weights.load import load
-from gptjax.weights.model_folder import Model, save_model
+from gptjax.weights.model_folder import Model, save
 
 WorkFn = Callable[[], int | float]
 PROMPT_LENGTH = 16  # prompt tokens before decoding
 LOSS_CHUNK_SIZE = 256  # positions per chunk of logits
-MATMUL_SIZE = 4096  # rows and columns of the multiplied matrices
+MATMUL_SIZE = 4096  # rows and columns of each matrix
 TEXT_REPEATS = 64  # repetitions of Python's help texts
 BANDWIDTH_BYTES = 1 << 30
 MODEL_OPTIONS = {"dtype", "attention", "context_length"}
@@ -136,7 +136,7 @@ def make_prefill_work(config: GPTConfig, rows: int, context: int) -> WorkFn:
 def make_load_work(config: GPTConfig) -> WorkFn:
     """Loads a model folder; units are models."""
     model_dir = make_temp_dir() / "model"
-    save_model(random_model(config), model_dir)
+    save(random_model(config), model_dir)
 
     def work() -> int:
         jax.block_until_ready(load(model_dir).params)

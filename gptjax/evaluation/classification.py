@@ -1,4 +1,4 @@
-"""Evaluation of a classifier on labelled texts."""
+"""Evaluation of a classifier on labeled texts."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ def evaluate_labeled_file(model: Model, path: str) -> dict[str, int | float]:
             f"{', '.join(model.labels)}. Rename it, or train with it."
         )
     label_ids = [model.labels.index(data.class_names[label]) for label in data.labels]
-    data = dataclasses.replace(data, labels=label_ids, names=model.labels)
+    data = dataclasses.replace(data, labels=label_ids, class_names=model.labels)
     result = evaluate_classifier(model, data, encode_texts(model, data.texts))
     correct_N = result.prob_NC.argmax(axis=-1) == np.asarray(label_ids)
     low, high = accuracy_ci(correct_N)

@@ -1,4 +1,7 @@
-"""Evaluation of assistants: loss on reference answers and overlap of responses."""
+"""Evaluation of assistants: loss on reference answers and scores of responses.
+
+Responses are scored by their overlap with the reference answers and by an LLM judge.
+"""
 
 import json
 from collections import defaultdict
@@ -29,6 +32,9 @@ from gptjax.weights.model_folder import Model
 
 LOSS_BATCH_SIZE = 8  # conversations per batch
 SCORE_FUNCTIONS = {"exact_match": exact_match, "token_f1": token_f1, "rouge_l": rouge_l}
+
+MetricValues = dict[str, float | int | None]
+_LogFn = Callable[[str], None]
 
 
 class ResponseEval(NamedTuple):
@@ -113,10 +119,6 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-_LogFn = Callable[[str], None]
-MetricValues = dict[str, float | int | None]
-
-
 def evaluate_file(
     model: Model,
     path: str,
@@ -156,7 +158,8 @@ def evaluate_file(
     if truncated.num_truncated or truncated.num_dropped:
         log(
             f"too long {truncated.num_truncated} conversations truncated on the left, "
-            f"{truncated.num_dropped} without a loss because the answer alone does not fit"
+            f"{truncated.num_dropped} without a loss because the answer alone does not "
+            "fit"
         )
     loss = example_loss(model, truncated.examples)
     results = generate_responses(

@@ -27,7 +27,7 @@ from gptjax.fileio.download import is_offline
 
 MIN_BACKOFF = 1.0  # seconds before the first retry; doubles with each retry
 MAX_BACKOFF = 60.0  # seconds; also limits the Retry-After of the server
-MAX_REPLY_BYTES = 1_000_000  # bytes of a reply
+MAX_REPLY_BYTES = 1_000_000
 MAX_SHOWN = 200  # characters of a reply in an error message
 CHAT_COMPLETIONS_PATH = "/chat/completions"
 SCORE_PATTERN = re.compile(
@@ -55,9 +55,9 @@ class LLMJudge:
             raise ConfigError("the judge's model is empty. Name a model of the server.")
         if not 0 < self.timeout <= 86_400 or self.max_attempts < 1:
             raise ConfigError(
-                f"the judge has timeout={self.timeout} and max_attempts={self.max_attempts}. "
-                "Use a timeout above 0 and at most 86400 seconds, and at least 1 "
-                "attempt."
+                f"the judge has timeout={self.timeout} and "
+                f"max_attempts={self.max_attempts}. Use a timeout above 0 and at most "
+                "86400 seconds, and at least 1 attempt."
             )
 
 
@@ -115,7 +115,7 @@ def judge_all(
 
     Raises:
         ConfigError: requests to the endpoint are not allowed.
-        UnreachableError: the endpoint is unusable already for the first row.
+        UnreachableError: the endpoint cannot be used for the first row.
     """
     judgements = []
     for n, row in enumerate(rows):
@@ -179,13 +179,14 @@ def check_judge_allowed(judge: LLMJudge) -> None:
         return
     if is_offline():
         raise ConfigError(
-            f"GPTJAX_OFFLINE forbids requests to {display_url(url)}. Unset it, or pass the "
-            "URL of a server on this machine."
+            f"GPTJAX_OFFLINE forbids requests to {display_url(url)}. Unset it, or pass "
+            "the URL of a server on this machine."
         )
     if url.scheme != "https" and api_key():
         raise ConfigError(
-            f"the key in OPENAI_API_KEY would be sent unencrypted to {display_url(url)}. "
-            "Pass an https URL, or unset OPENAI_API_KEY if the server needs no key."
+            "the key in OPENAI_API_KEY would be sent unencrypted to "
+            f"{display_url(url)}. Pass an https URL, or unset OPENAI_API_KEY if the "
+            "server needs no key."
         )
 
 
@@ -208,11 +209,8 @@ def endpoint(url: str) -> SplitResult:
             "without user name and spaces, such as http://localhost:11434/v1; put a "
             "key into OPENAI_API_KEY."
         ) from None
-    path = (
-        parts.path.rstrip("/").removesuffix(CHAT_COMPLETIONS_PATH)
-        + CHAT_COMPLETIONS_PATH
-    )
-    return parts._replace(path=path, fragment="")
+    base_path = parts.path.rstrip("/").removesuffix(CHAT_COMPLETIONS_PATH)
+    return parts._replace(path=base_path + CHAT_COMPLETIONS_PATH, fragment="")
 
 
 def display_url(url: SplitResult) -> str:
@@ -251,7 +249,10 @@ def build_request(judge: LLMJudge, prompt: str) -> urllib.request.Request:
     }
     headers = {"User-Agent": "gptjax", "Content-Type": "application/json"}
     url = endpoint(judge.url).geturl()
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    # `endpoint` allows only http and https.
+    request = urllib.request.Request(  # noqa: S310
+        url, json.dumps(body).encode(), headers
+    )
     if key := api_key():
         request.add_unredirected_header("Authorization", f"Bearer {key}")
     return request
@@ -271,14 +272,12 @@ def read_response(judge: LLMJudge, request: urllib.request.Request) -> bytes:
         handlers.append(urllib.request.ProxyHandler({}))
     opener = urllib.request.build_opener(*handlers)
     with opener.open(request, timeout=judge.timeout) as answer:
-        length, body = (
-            answer.length,
-            read_limited(answer, MAX_REPLY_BYTES + 1, judge.timeout),
-        )
+        length = answer.length
+        body = read_limited(answer, MAX_REPLY_BYTES + 1, judge.timeout)
     if len(body) > MAX_REPLY_BYTES:
         raise ModelError(
-            f"{describe_endpoint(judge)} replied with more than {MAX_REPLY_BYTES:,} bytes. Name a model with "
-            "shorter answers."
+            f"{describe_endpoint(judge)} replied with more than {MAX_REPLY_BYTES:,} "
+            "bytes. Name a model with shorter answers."
         )
     if length is not None and len(body) < length:
         raise OSError(f"the connection closed after {len(body)} of {length} bytes")
@@ -307,8 +306,8 @@ def reply_text(judge: LLMJudge, body: bytes) -> str:
             return text.encode("utf-8", "replace").decode()
         case {"choices": [{"message": {}}, *_]}:
             raise ModelError(
-                f"{describe_endpoint(judge)} replied without text: {redact(body)}. Name a model "
-                "that generates text."
+                f"{describe_endpoint(judge)} replied without text: {redact(body)}. "
+                "Name a model that generates text."
             )
     raise UnreachableError(
         f"{describe_endpoint(judge)} did not return an OpenAI chat completion: "
@@ -354,8 +353,8 @@ def to_error(judge: LLMJudge, error: Exception) -> ModelError:
     elif is_loopback(endpoint(judge.url)):
         fix = "Is the server running, such as `ollama serve`?"
     return UnreachableError(
-        f"{describe_endpoint(judge)} cannot be reached: {reason or type(reason).__name__} "
-        f"({judge.max_attempts} attempts). {fix}"
+        f"{describe_endpoint(judge)} cannot be reached: "
+        f"{reason or type(reason).__name__} ({judge.max_attempts} attempts). {fix}"
     )
 
 
@@ -384,5 +383,6 @@ def http_status_error(judge: LLMJudge, error: urllib.error.HTTPError) -> ModelEr
     except (OSError, http.client.HTTPException):
         text = ""
     return kind(
-        f"{describe_endpoint(judge)} returned status {code}: {text or error.reason}. {fix}"
+        f"{describe_endpoint(judge)} returned status {code}: {text or error.reason}. "
+        f"{fix}"
     )

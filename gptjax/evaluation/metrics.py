@@ -1,7 +1,7 @@
-"""Classification metrics and confidence intervals.
+"""Metrics of classes and of answers, with confidence intervals.
 
-Pure functions of NumPy arrays. C is the number of classes, n the number of examples.
-The metrics agree with scikit-learn's with `zero_division=0`.
+Pure functions. C is the number of classes, n the number of examples. The metrics of
+classes agree with scikit-learn's with `zero_division=0`.
 """
 
 import re
@@ -16,6 +16,7 @@ from gptjax.errors import DataError
 
 NUM_RESAMPLES = 2_000
 MAX_VALUES_PER_DRAW = 1_000_000  # drawn at a time, which limits memory
+ANSWER_WORD_PATTERN = re.compile(r"[^\W_]+")
 
 
 class ClassificationMetrics(NamedTuple):
@@ -99,10 +100,8 @@ def mean_ci(
     if not n:
         raise DataError("there is no value to average. Pass a non-empty list.")
     offsets = np.asarray(values, np.float64) - values[0]  # exact 0 if all are equal
-    rng, resamples_per_draw = (
-        np.random.default_rng(seed),
-        max(1, MAX_VALUES_PER_DRAW // n),
-    )
+    rng = np.random.default_rng(seed)
+    resamples_per_draw = max(1, MAX_VALUES_PER_DRAW // n)
     means = [
         offsets[
             rng.integers(n, size=(min(resamples_per_draw, NUM_RESAMPLES - start), n))
@@ -111,9 +110,6 @@ def mean_ci(
     ]
     low, high = values[0] + np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(low), float(high)
-
-
-ANSWER_WORD_PATTERN = re.compile(r"[^\W_]+")
 
 
 def normalize_answer(text: str) -> list[str]:
@@ -139,10 +135,8 @@ def token_f1(answer: str, reference: str) -> float:
     >>> token_f1("The cat sat.", "the cat sat down")
     0.8571428571428571
     """
-    answer_counts, reference_counts = (
-        Counter(normalize_answer(answer)),
-        Counter(normalize_answer(reference)),
-    )
+    answer_counts = Counter(normalize_answer(answer))
+    reference_counts = Counter(normalize_answer(reference))
     total = answer_counts.total() + reference_counts.total()
     return 2 * (answer_counts & reference_counts).total() / total if total else 1.0
 
@@ -156,10 +150,8 @@ def rouge_l(answer: str, reference: str) -> float:
     >>> rouge_l("police kill the gunman", "police killed the gunman")
     0.75
     """
-    answer_words, reference_words = (
-        normalize_answer(answer),
-        normalize_answer(reference),
-    )
+    answer_words = normalize_answer(answer)
+    reference_words = normalize_answer(reference)
     length = lcs_length(answer_words, reference_words)
     if not length:
         return 0.0
@@ -173,9 +165,8 @@ def lcs_length(first: Sequence[str], second: Sequence[str]) -> int:
     >>> lcs_length("abcd", "acbd")
     3
     """
-    previous_row = [0] * (
-        len(second) + 1
-    )  # LCS lengths of the items so far and each prefix
+    # LCS lengths of the items so far and each prefix of `second`.
+    previous_row = [0] * (len(second) + 1)
     for item in first:
         row = [0]
         for n, candidate in enumerate(second):

@@ -162,7 +162,8 @@ def score(model: Model, text: str, *, stride: int | None = None) -> Evaluation:
     if not 1 <= stride <= context_length:
         raise ConfigError(
             f"--stride {stride} is not between 1 and the model's context length of "
-            f"{context_length}. Choose a value in this range, e.g. {context_length // 2}."
+            f"{context_length}. Choose a value in this range, e.g. "
+            f"{context_length // 2}."
         )
     token_L = np.array(
         [model.tokenizer.eot_token, *model.tokenizer.encode(text)], np.int32

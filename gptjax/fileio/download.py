@@ -38,7 +38,7 @@ class RemoteFileNotFoundError(DataError):
 
 
 class Pin(NamedTuple):
-    """Expected size and hash of a file."""
+    """Expected size in bytes and hash of a file."""
 
     bytes: int
     sha256: str
@@ -115,14 +115,14 @@ def download_file(remote: RemoteFile, target: Path, description: str) -> str:
     others wait. Error messages call the file `description`.
 
     Raises:
-        AbsentError: the server does not have the file.
+        RemoteFileNotFoundError: the server does not have the file.
         DataError: the network is disabled or fails, or the file does not match.
     """
     by_hand = f"Or copy the file yourself to {target}"
     if is_offline():
         raise DataError(
-            f"{description} is not on this machine and GPTJAX_OFFLINE disables the download "
-            f"of {remote.url}. Unset GPTJAX_OFFLINE. {by_hand}"
+            f"{description} is not on this machine and GPTJAX_OFFLINE disables the "
+            f"download of {remote.url}. Unset GPTJAX_OFFLINE. {by_hand}"
         )
     try:
         with open_part(target) as part:
@@ -183,10 +183,8 @@ def open_part(target: Path) -> Iterator[BufferedWriter]:
     while True:
         with path.open("ab") as part:
             fcntl.flock(part, fcntl.LOCK_EX)
-            if not refers_to(
-                part, path
-            ):  # renamed or removed by the previous lock owner
-                continue
+            if not refers_to(part, path):
+                continue  # the previous owner of the lock renamed or removed it
             part.seek(0, os.SEEK_END)  # it may have grown since it was opened
             try:
                 yield part
@@ -211,7 +209,7 @@ def complete_download(part: BufferedWriter, remote: RemoteFile, label: str) -> s
     """Completes a partial download, verifies it and returns its sha256.
 
     Raises:
-        _WrongError: the file does not match its pin.
+        _PinMismatchError: the file does not match its pin.
     """
     pin = remote.pin
     try:
@@ -369,7 +367,7 @@ def open_url(
     if urlsplit(remote.url).scheme not in ("http", "https"):
         raise OSError("only http and https URLs are supported")
     sent = {"User-Agent": "gptjax", "Accept-Encoding": "identity", **headers}
-    request = urllib.request.Request(remote.url, headers=sent)
+    request = urllib.request.Request(remote.url, headers=sent)  # noqa: S310 (checked)
     if remote.token:
         request.add_unredirected_header("Authorization", f"Bearer {remote.token}")
     opener = urllib.request.build_opener(SafeRedirectHandler)

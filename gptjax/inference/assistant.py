@@ -1,11 +1,18 @@
 """Chat completion for models with a chat template."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Unpack
 
 from gptjax.data.sft import encode_segments
 from gptjax.errors import ModelError
-from gptjax.inference.generate import complete, stream
+from gptjax.inference.generate import (
+    GenerationConfig,
+    GenerationOptions,
+    complete,
+    list_options,
+    stream,
+)
 from gptjax.tokenizer.chat_template import ChatTemplate, compile_template
 from gptjax.tokenizer.template_worker import ChatMessage
 from gptjax.weights.model_folder import Model
@@ -27,48 +34,60 @@ def chat_template_of(model: Model) -> ChatTemplate:
     return compile_template(model.chat_template)
 
 
-def encode_chat(model: Model, messages: Sequence[ChatMessage]) -> list[int]:
-    """Encodes messages up to the start of the next answer."""
+def encode_chat(model: Model, messages: str | Sequence[ChatMessage]) -> list[int]:
+    """Encodes messages, or the only user message, up to the start of the answer."""
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
     segments = chat_template_of(model).segments(messages, add_generation_prompt=True)
     return encode_segments(model.tokenizer, segments).ids
 
 
-def add_stop_strings(model: Model, options: dict[str, Any]) -> dict[str, Any]:
-    """Adds the stop texts of the chat template to the generation options."""
-    stop = options.get("stop", ())
-    stop = (stop,) if isinstance(stop, str) else stop
-    return {**options, "stop": (*stop, *chat_template_of(model).stop_strings)}
+def add_stop_strings(model: Model, config: GenerationConfig) -> GenerationConfig:
+    """Adds the stop texts of the chat template to a generation config."""
+    stop = (*config.stop, *chat_template_of(model).stop_strings)
+    return dataclasses.replace(config, stop=stop)
 
 
-def answer(model: Model, messages: str | Sequence[ChatMessage], **options: Any) -> str:
+@list_options
+def answer(
+    model: Model,
+    messages: str | Sequence[ChatMessage],
+    *,
+    generation_config: GenerationConfig | None = None,
+    **options: Unpack[GenerationOptions],
+) -> str:
     """Generates an answer, stripped of surrounding whitespace.
 
     Args:
         model: with a chat template, from `gptjax.load`.
         messages: {"role": "user", "content": ...} and so on, or one user message as
             a string.
-        **generation_options: fields of `gptjax.GenerationConfig`.
+        generation_config: as in `gptjax.generate`.
+        **options: as in `gptjax.generate`.
 
     Raises:
         GptjaxError: the model has no chat template, or an option is invalid.
     """
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    ids, generation_options = (
-        encode_chat(model, messages),
-        add_stop_strings(model, options),
-    )
-    (result,) = complete(model, ids, **generation_options)
+    config = dataclasses.replace(generation_config or GenerationConfig(), **options)
+    config = add_stop_strings(model, config)
+    ids = encode_chat(model, messages)
+    (result,) = complete(model, ids, generation_config=config)
     return result.text.strip()
 
 
+@list_options
 def stream_answer(
-    model: Model, messages: Sequence[ChatMessage], **options: Any
+    model: Model,
+    messages: str | Sequence[ChatMessage],
+    *,
+    generation_config: GenerationConfig | None = None,
+    **options: Unpack[GenerationOptions],
 ) -> Iterator[str]:
-    """Streams the answer as text chunks; same options and errors as `answer`."""
-    return stream(
-        model, encode_chat(model, messages), **add_stop_strings(model, options)
-    )
+    """Streams the answer as text chunks; arguments and errors are those of `answer`."""
+    config = dataclasses.replace(generation_config or GenerationConfig(), **options)
+    config = add_stop_strings(model, config)
+    ids = encode_chat(model, messages)
+    return stream(model, ids, generation_config=config)
 
 
 def answer_batch(
@@ -80,7 +99,8 @@ def answer_batch(
     compiled. Answers do not depend on the batch and keep the order of the prompts.
     """
     prompt_ids = [encode_chat(model, messages) for messages in prompts]
-    options = {"temperature": 0.0, "max_new_tokens": max_new_tokens}
+    greedy = GenerationConfig(temperature=0.0, max_new_tokens=max_new_tokens)
+    config = add_stop_strings(model, greedy)
     order = sorted(range(len(prompt_ids)), key=lambda n: len(prompt_ids[n]))
     answers = [""] * len(prompt_ids)
     for start in range(0, len(order), ANSWER_BATCH_SIZE):
@@ -88,7 +108,7 @@ def answer_batch(
         batch = [prompt_ids[n] for n in indices]
         if len(prompt_ids) > ANSWER_BATCH_SIZE:
             batch += [batch[-1]] * (ANSWER_BATCH_SIZE - len(batch))
-        results = complete(model, batch, **add_stop_strings(model, options))
+        results = complete(model, batch, generation_config=config)
         for n, result in zip(indices, results, strict=False):
             answers[n] = result.text.strip()
     return answers

@@ -34,9 +34,13 @@ def classify(model: Model, texts: Sequence[str]) -> list[Prediction]:
 
     Raises:
         ModelError: the model is not a classifier.
-        DataError: a text is empty.
+        DataError: a text is empty, or `texts` is a string.
     """
     check_classifier(model)
+    if isinstance(texts, str):
+        raise DataError(
+            f"texts={texts[:40]!r} is a string, not a list of texts. Write [text]."
+        )
     for number, text in enumerate(texts, 1):
         if not text:
             raise DataError(

@@ -8,9 +8,10 @@ results.
 
 import codecs
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import numpy as np
@@ -56,7 +57,7 @@ class GenerationConfig:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         check_min("sampling", self, 1, "max_new_tokens")
-        check_min("sampling", self, 0, "temperature top_k seed")
+        check_min("sampling", self, 0, "temperature", "top_k", "seed")
         for name, low, high in (("top_p", 0.0, 1.0), ("min_p", -1e-9, 1.0)):
             if not low < getattr(self, name) <= high:
                 raise ConfigError(
@@ -77,6 +78,45 @@ class GenerationConfig:
             raise ConfigError("stop contains an empty text. Remove it.")
 
 
+class GenerationOptions(TypedDict, total=False):
+    """Fields of `GenerationConfig` as keyword arguments."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    stop: str | Sequence[str]
+    stop_ids: Sequence[int] | None
+    seed: int
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def list_options(function: Function) -> Function:
+    """Lists the fields of `GenerationConfig` in place of `**options` in a signature.
+
+    `help` and IPython's completion use it; static tools know `GenerationOptions`.
+    """
+    signature = inspect.signature(function)
+    *parameters, options = signature.parameters.values()
+    fields = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=field.type,
+        )
+        for field in dataclasses.fields(GenerationConfig)
+    ]
+    assert options.kind is inspect.Parameter.VAR_KEYWORD  # noqa: S101 (narrows the type)
+    listed: Any = function
+    listed.__signature__ = signature.replace(parameters=[*parameters, *fields])
+    return listed
+
+
 @dataclasses.dataclass(frozen=True)
 class Completion:
     """Generated continuation of one prompt."""
@@ -88,38 +128,85 @@ class Completion:
     truncated: int  # tokens dropped from the front of the prompt
 
 
+@overload
 def generate(
-    model: Model, prompt: Prompt | Sequence[Prompt], **options: Any
+    model: Model,
+    prompt: Prompt,
+    *,
+    generation_config: GenerationConfig | None = None,
+    **options: Unpack[GenerationOptions],
+) -> str: ...
+
+
+@overload
+def generate(
+    model: Model,
+    prompt: Sequence[Prompt],
+    *,
+    samples: int = 1,
+    generation_config: GenerationConfig | None = None,
+    **options: Unpack[GenerationOptions],
+) -> list[str]: ...
+
+
+@overload
+def generate(
+    model: Model,
+    prompt: Prompt,
+    *,
+    samples: int,
+    generation_config: GenerationConfig | None = None,
+    **options: Unpack[GenerationOptions],
+) -> str | list[str]: ...
+
+
+@list_options
+def generate(
+    model: Model,
+    prompt: Prompt | Sequence[Prompt],
+    *,
+    samples: int = 1,
+    generation_config: GenerationConfig | None = None,
+    **options: Unpack[GenerationOptions],
 ) -> str | list[str]:
     """Generates text and returns it together with the prompt.
 
     Args:
         model: from `gptjax.load`.
         prompt: a text or token ids, or a list of them.
-        **options: fields of `GenerationConfig`, and `samples` (per prompt).
+        samples: number of completions per prompt.
+        generation_config: sampling and stopping options; default: `GenerationConfig()`.
+        **options: fields of `GenerationConfig`, which replace those of
+            `generation_config`.
 
     Returns:
         One text, or a list if there are several prompts or samples.
+
+    Raises:
+        ConfigError: a prompt is empty or an option is invalid.
+        DataError: a token id is not in the model's vocabulary.
     """
     prompts, single = normalize_prompts(prompt)
-    results = complete(model, prompts, **options)
-    samples_per_prompt = len(results) // len(prompts)
+    config = dataclasses.replace(generation_config or GenerationConfig(), **options)
+    results = complete(model, prompts, samples=samples, generation_config=config)
     texts = []
     for n, result in enumerate(results):
-        source = prompts[n // samples_per_prompt]
+        source = prompts[n // samples]
         decode = model.tokenizer.decode
         texts.append(
             (source if isinstance(source, str) else decode(source)) + result.text
         )
-    return texts[0] if single and samples_per_prompt == 1 else texts
+    return texts[0] if single and samples == 1 else texts
 
 
+@list_options
 def complete(
     model: Model,
     prompt: Prompt | Sequence[Prompt],
     *,
     samples: int = 1,
-    **options: Any,
+    generation_config: GenerationConfig | None = None,
+    **options: Unpack[GenerationOptions],
 ) -> list[Completion]:
     """Generates completions; samples of one prompt are adjacent in the result.
 
@@ -129,35 +216,49 @@ def complete(
         model: from `gptjax.load`.
         prompt: a text or token ids, or a list of them.
         samples: number of completions per prompt.
-        **options: fields of `GenerationConfig`.
+        generation_config: as in `generate`.
+        **options: as in `generate`.
 
     Raises:
         ConfigError: a prompt is empty or an option is invalid.
         DataError: a token id is not in the model's vocabulary.
     """
-    generation_config = GenerationConfig(**options)
+    config = dataclasses.replace(generation_config or GenerationConfig(), **options)
+    if samples < 1:
+        raise ConfigError(f"samples={samples} is not positive. Use 1 or more.")
     rows, truncated = tokenize_prompts(model, normalize_prompts(prompt)[0], samples)
     (*_, final) = decode_sequences(
-        model, rows, generation_config, samples, streaming=bool(generation_config.stop)
+        model, rows, config, samples, streaming=bool(config.stop)
     )
     return [
-        to_completion(model, generation_config, *row, num_truncated)
+        to_completion(model, config, *row, num_truncated)
         for row, num_truncated in zip(final, truncated, strict=True)
     ]
 
 
+@list_options
 def stream(
-    model: Model, prompt: Prompt | Sequence[Prompt], **options: Any
+    model: Model,
+    prompt: Prompt | Sequence[Prompt],
+    *,
+    generation_config: GenerationConfig | None = None,
+    **options: Unpack[GenerationOptions],
 ) -> Iterator[str]:
     """Streams the completion of one prompt as text chunks.
 
     Chunks never split a character and contain no part of a stop text.
 
+    Args:
+        model: from `gptjax.load`.
+        prompt: a text or token ids.
+        generation_config: as in `generate`.
+        **options: as in `generate`.
+
     Raises:
-        ConfigError: as in `complete`, or there are several prompts.
-        DataError: as in `complete`.
+        ConfigError: as in `generate`, or there are several prompts.
+        DataError: as in `generate`.
     """
-    generation_config = GenerationConfig(**options)
+    config = dataclasses.replace(generation_config or GenerationConfig(), **options)
     prompts, single = normalize_prompts(prompt)
     if not single:
         raise ConfigError(
@@ -165,7 +266,7 @@ def stream(
             "at a time, or use complete()."
         )
     rows, _ = tokenize_prompts(model, prompts, 1)
-    return stream_chunks(model, rows, generation_config)
+    return stream_chunks(model, rows, config)
 
 
 def stream_chunks(

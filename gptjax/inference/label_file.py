@@ -116,8 +116,8 @@ def check_label_paths(source: Path, output: Path) -> None:
     """Rejects unsupported file suffixes and an existing output file."""
     if suffix_without_gz(source) not in INPUT_KINDS:
         raise DataError(
-            f"{source}: unsupported file suffix. Supported: {', '.join(INPUT_KINDS)} (also "
-            ".gz)."
+            f"{source}: unsupported file suffix. Supported: "
+            f"{', '.join(INPUT_KINDS)} (also .gz)."
         )
     # JSON objects may be nested or differ in their keys, so CSV cannot store them.
     kinds = (".jsonl",) if suffix_without_gz(source) == ".jsonl" else OUTPUT_KINDS
@@ -240,8 +240,8 @@ def atomic_write(path: Path) -> Iterator[TextIO]:
         os.replace(partial_path, path)
     except OSError as error:
         raise DataError(
-            f"cannot write {path}: {error}. Check the permissions and free space of its "
-            "folder."
+            f"cannot write {path}: {error}. Check the permissions and free space of "
+            "its folder."
         ) from error
 
 
@@ -258,8 +258,8 @@ def make_writer(
                 line = json.dumps(row, ensure_ascii=False, allow_nan=False)
             except ValueError as error:  # 1e999 was parsed as infinity
                 raise DataError(
-                    f"{item.location}: JSON does not support non-finite numbers. Replace "
-                    "the number."
+                    f"{item.location}: JSON does not support non-finite numbers. "
+                    "Replace the number."
                 ) from error
             file.write(line + "\n")
 

@@ -1,13 +1,11 @@
 """Text classifier: a linear head on a pooled hidden state of a GPT.
 
-Dimension letters: see `gptjax.model.gpt.gpt`.
+Dimension letters: see `gptjax.model.gpt`.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from gptjax.config import GPTConfig
 from gptjax.model.gpt import hidden_states
@@ -19,7 +17,9 @@ def class_logits(
     params: Params,
     token_BT: Int[Array, "B T"],
     length_B: Int[Array, " B"],
-    **options: Any,
+    *,
+    dropout_key: Key[Array, ""] | None = None,
+    adapters: Params | None = None,
 ) -> Float[Array, "B C"]:
     """Computes float32 logits of the classes; padding does not affect them.
 
@@ -32,9 +32,17 @@ def class_logits(
         params: from `gptjax.init`, including "head".
         token_BT: rows padded on the right with any token id.
         length_B: number of tokens in each row without padding, at least 1.
-        **options: `dropout_key` and `adapters` of `gptjax.hidden_states`.
+        dropout_key: enables dropout; omit it in evaluation.
+        adapters: scaled LoRA adapters.
     """
-    x_BTD, _ = classifier_hidden_states(config, params, token_BT, length_B, **options)
+    x_BTD, _ = classifier_hidden_states(
+        config,
+        params,
+        token_BT,
+        length_B,
+        dropout_key=dropout_key,
+        adapters=adapters,
+    )
     return pool_and_project(config, params, x_BTD, length_B)
 
 
@@ -43,8 +51,10 @@ def classifier_hidden_states(
     params: Params,
     token_BT: Int[Array, "B T"],
     length_B: Int[Array, " B"],
-    **options: Any,
-) -> tuple[Float[Array, "B T D"], Any]:
+    *,
+    dropout_key: Key[Array, ""] | None = None,
+    adapters: Params | None = None,
+) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
     """Computes hidden states of padded rows; no token attends to padding.
 
     Padding is a segment of its own, except with `config.pool="position"`. Arguments
@@ -55,7 +65,12 @@ def classifier_hidden_states(
         position_BT = jnp.arange(token_BT.shape[1])[None]
         segment_id_BT = (position_BT < length_B[:, None]).astype(jnp.int32)
     return hidden_states(
-        config, params, token_BT, segment_id_BT=segment_id_BT, **options
+        config,
+        params,
+        token_BT,
+        segment_id_BT=segment_id_BT,
+        dropout_key=dropout_key,
+        adapters=adapters,
     )
 
 

@@ -18,10 +18,11 @@ of GELU, float32 softmax and layer-norm statistics (Radford et al. 2019, sec. 2.
 openai/gpt-2, src/model.py).
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,17 @@ from jaxtyping import Array, Float, Int, Key
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
 from gptjax.model.attention.dispatch import compute_attention
-from gptjax.model.attention.mask import ATTN_OUT, AttentionMask, materialize_mask
-from gptjax.model.attention.reference import attention_weights
+from gptjax.model.attention.mask import ATTN_OUT, AttentionMask
+from gptjax.model.decode_layers import DecodeLinear, decode_qkv
+from gptjax.model.interventions import (
+    POINT_MODULES,
+    CapturePoint,
+    capture_point,
+    check_points,
+    intervention_variables,
+    is_observed,
+    stack_captured,
+)
 from gptjax.model.kv_cache import KVCache, update_cache
 from gptjax.model.layers import (
     Dropout,
@@ -40,12 +50,12 @@ from gptjax.model.layers import (
     HiddenStates,
     LayerNorm,
     Linear,
-    intervene,
     materialize_on_cpu,
     project_qkv,
-    sow_activation,
 )
-from gptjax.model.quantization import DecodeKernel, decode_matmul
+from gptjax.model.lora import apply_adapters
+from gptjax.model.quantization import QKV_NAMES, DecodeKernel, decode_matmul
+from gptjax.model.validation import check_params, check_tokens
 from gptjax.parallel.sharding import (
     all_gather_params,
     constrain,
@@ -71,6 +81,7 @@ REMAT_POLICIES = {
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+STACKED_COLLECTIONS = ["params", "adapters", "interventions", *POINT_MODULES]
 MAX_UNROLLED_LAYERS = 12  # per iteration of the scan, on one device
 
 
@@ -93,6 +104,7 @@ class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, sec. 3.2.2)."""
 
     config: GPTConfig
+    decode: bool = False  # parameters may be in a decode-time layout
 
     @nn.compact
     def __call__(
@@ -109,32 +121,41 @@ class Attention(nn.Module):
             The output projection, and the updated cache or None.
         """
         c = self.config
-        head_shape = c.n_heads, c.head_dim
+        shape = c.n_heads, c.head_dim
+        if self.decode:
+            qkv = decode_qkv(self, x_BTD, shape, c.qkv_bias)
+        else:
+            qkv = project_qkv(x_BTD, shape, c.qkv_bias)
         query_BTHK, key_BSHK, value_BSHK = (
-            constrain(x_BTHK, "BTHK")
-            for x_BTHK in project_qkv(self, x_BTD, head_shape, c.qkv_bias)
+            capture_point(self, name, constrain(x_BTHK, "BTHK"))
+            for name, x_BTHK in zip(QKV_NAMES, qkv, strict=True)
         )
         mask = AttentionMask(segment_id_BT=inputs.segment_id_BT, causal=c.causal)
         if cache is not None:
             cache = update_cache(cache, key_BSHK, value_BSHK, inputs.query_position_BT)
             key_BSHK, value_BSHK = (jnp.swapaxes(x_BHSK, 1, 2) for x_BHSK in cache)
             mask = AttentionMask(inputs.query_position_BT, causal=c.causal)
-        if self.is_mutable_collection("captured"):
-            mask_BTS = materialize_mask(mask, query_BTHK, key_BSHK)
-            heads_first = jnp.swapaxes(query_BTHK, 1, 2), jnp.swapaxes(key_BSHK, 1, 2)
-            sow_activation(self, "attention", attention_weights(*heads_first, mask_BTS))
         use_dropout = c.dropout > 0 and self.has_rng("dropout")
+        dropout = Dropout(c.dropout) if use_dropout else None
+        observed = is_observed(self, "attention")
+
+        def observe_weights(weight_BHTS: Array) -> Array:
+            weight_BHTS = capture_point(self, "attention", weight_BHTS)
+            return weight_BHTS if dropout is None else dropout(weight_BHTS)
+
         # Decoding and initialization have rows of any length.
-        use_reference = cache is not None or self.is_initializing()
+        use_reference = cache is not None or self.is_initializing() or observed
         attn_out_BTHK = compute_attention(
             query_BTHK,
             key_BSHK,
             value_BSHK,
             mask,
             backend="reference" if use_reference else c.attention,
-            dropout=Dropout(c.dropout) if use_dropout else None,
+            edit_weights=observe_weights if observed else dropout,
         )
-        out = Linear((c.d_model,), residual_init_std(c), num_input_axes=2, name="out")
+        attn_out_BTHK = capture_point(self, "head_output", attn_out_BTHK)
+        linear, std = DecodeLinear if self.decode else Linear, residual_init_std(c)
+        out = linear((c.d_model,), std, num_input_axes=2, name="out")
         return out(attn_out_BTHK), cache
 
 
@@ -142,22 +163,23 @@ class MLP(nn.Module):
     """Two-layer MLP with GELU."""
 
     config: GPTConfig
+    decode: bool = False  # parameters may be in a decode-time layout
 
     @nn.compact
     def __call__(self, x_BTD: HiddenStates) -> HiddenStates:
         """Applies the MLP to each position."""
-        x_BTF = constrain(Linear((self.config.mlp_dim,), name="up")(x_BTD), "BTF")
-        x_BTF = nn.gelu(x_BTF, approximate=True)
-        down = Linear(
-            (self.config.d_model,), residual_init_std(self.config), name="down"
-        )
-        return down(x_BTF)
+        c, linear = self.config, DecodeLinear if self.decode else Linear
+        x_BTF = constrain(linear((c.mlp_dim,), name="up")(x_BTD), "BTF")
+        x_BTF = capture_point(self, "mlp_hidden", nn.gelu(x_BTF, approximate=True))
+        down = linear((c.d_model,), residual_init_std(c), name="down")
+        return capture_point(self, "mlp_output", down(x_BTF))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block: attention and MLP, both with residual connections."""
 
     config: GPTConfig
+    decode: bool = False  # parameters may be in a decode-time layout
 
     @nn.compact
     def __call__(
@@ -165,14 +187,13 @@ class Block(nn.Module):
     ) -> tuple[HiddenStates, KVCache | None]:
         """Returns the new residual stream, and the updated cache or None."""
         c = self.config
-        x_BTD = materialize_on_cpu(intervene(self, "residual", x_BTD))
-        sow_activation(self, "residual", x_BTD)
+        x_BTD = materialize_on_cpu(capture_point(self, "residual", x_BTD))
         normed_BTD = LayerNorm(name="attention_norm")(x_BTD)
-        branch_out_BTD, cache = Attention(c, name="attention")(
-            normed_BTD, cache, inputs
-        )
+        attention = Attention(c, self.decode, name="attention")
+        branch_out_BTD, cache = attention(normed_BTD, cache, inputs)
         x_BTD = materialize_on_cpu(x_BTD + Dropout(c.dropout)(branch_out_BTD))
-        branch_out_BTD = MLP(c, name="mlp")(LayerNorm(name="mlp_norm")(x_BTD))
+        normed_BTD = LayerNorm(name="mlp_norm")(x_BTD)
+        branch_out_BTD = MLP(c, self.decode, name="mlp")(normed_BTD)
         x_BTD += Dropout(c.dropout)(branch_out_BTD)
         return constrain(x_BTD, "BTD"), cache
 
@@ -230,7 +251,7 @@ class GPT(nn.Module):
         else:
             caches: list[Any] = [None] * c.n_layers if cache is None else list(cache)
             for n in range(c.n_layers):
-                block = Block(c, name=f"block_{n}")
+                block = Block(c, decode=True, name=f"block_{n}")
                 x_BTD, caches[n] = block(x_BTD, caches[n], inputs)
             cache = None if cache is None else tuple(caches)
         return LayerNorm(name="final_norm")(x_BTD), cache
@@ -251,7 +272,7 @@ def scan_blocks(config: GPTConfig, layers: int) -> Any:
         unroll, block = 1, nn.remat(Block, policy=policy, prevent_cse=False)
     return nn.scan(
         block,
-        variable_axes={"params": 0, "adapters": 0, "added": 0, "captured": 0},
+        variable_axes=dict.fromkeys(STACKED_COLLECTIONS, 0),
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),
         length=layers,
@@ -281,8 +302,24 @@ def init(config: GPTConfig, key: Key[Array, ""]) -> Params:
         )
     token_BT = jnp.zeros((1, 1), jnp.int32)
     inputs = BlockInputs(token_BT, None)
-    variables: Any = GPT(config).init(key, token_BT, token_BT, None, inputs)
+    variables: Any = GPT(config).init(
+        key, token_BT, token_BT, None, inputs, mutable=["params"]
+    )
     return variables["params"]
+
+
+def check_inputs(
+    config: GPTConfig, params: Params, token_BT: Any, capture: Sequence[str]
+) -> None:
+    """Validates the arguments of `hidden_states`, before anything is computed."""
+    check_params(config, params)
+    check_tokens(config, token_BT)
+    check_points("capture", capture)
+
+
+def num_tail_layers(params: Params) -> int:
+    """Number of layers in the stack "tail"; 0 without one."""
+    return jax.tree.leaves(params["tail"])[0].shape[0] if "tail" in params else 0
 
 
 def hidden_states(
@@ -294,54 +331,88 @@ def hidden_states(
     segment_id_BT: Tokens | None = None,
     dropout_key: Key[Array, ""] | None = None,
     adapters: Params | None = None,
-    interventions: Params | None = None,
-    capture: bool = False,
-) -> tuple[HiddenStates, Params]:
+    interventions: Mapping[str, Array] | None = None,
+    capture: Sequence[CapturePoint] = (),
+) -> tuple[HiddenStates, dict[str, Array]]:
     """Computes the hidden states [B, T, D] after the final LayerNorm.
 
     Args:
         config: shape of the model.
         params: from `init`; the last blocks may be a stack of their own, "tail".
-        token_BT: ids in [0, vocab_size), unchecked because they may be traced.
+        token_BT: ids in [0, vocab_size), T at most `config.context_length`. Inside
+            `jit` they are traced and their range is not checked.
         position_BT: row of the position table for each token; default 0, ..., T-1.
         segment_id_BT: document of each token of packed rows; tokens attend only to
             their own document. Default: one document per row.
         dropout_key: enables dropout; omit it in evaluation.
-        adapters: LoRA adapters, scaled by `gptjax.model.gpt.lora.scale_adapters`.
-        interventions: {"residual": [N, B, T, D]}, added to the input of each block:
-            for steering, activation patching, or gradients of activations.
-        capture: whether to return activations.
+        adapters: LoRA adapters, scaled by `gptjax.model.lora.scale_adapters`.
+        interventions: {capture point: array to add}, for steering, activation patching
+            or gradients of activations; `gptjax.model.interventions` has the shapes.
+        capture: capture points whose activations to return.
 
     Returns:
-        The hidden states, and the Flax collections of captured activations (empty
-        unless `capture`).
+        The hidden states, and {capture point: activations [N, ...]}.
+
+    Raises:
+        ConfigError: shapes of tokens or interventions, or names of capture points.
+        ModelError: `params` belong to another config.
+        DataError: a token id outside the vocabulary.
     """
+    check_inputs(config, params, token_BT, capture)
     query_position_BT = jnp.broadcast_to(
         jnp.arange(token_BT.shape[1], dtype=jnp.int32)[None], token_BT.shape
     )
     position_BT = query_position_BT if position_BT is None else position_BT
-    num_trainable_blocks = (
-        jax.tree.leaves(params["tail"])[0].shape[0] if "tail" in params else 0
-    )
-    collections = {
-        "adapters": adapters,
-        "added": interventions and {"blocks": interventions},
-    }
-    variables = {
-        "params": params,
-        **{n: tree for n, tree in collections.items() if tree},
-    }
-    outputs: Any = GPT(config, num_trainable_blocks=num_trainable_blocks).apply(
-        variables,
-        token_BT,
-        position_BT,
-        None,
-        BlockInputs(query_position_BT, segment_id_BT),
-        rngs=None if dropout_key is None else {"dropout": dropout_key},
-        mutable=["captured"] if capture else [],
-    )
-    (x_BTD, _), captured = outputs
-    return x_BTD, captured
+    num_tail = num_tail_layers(params)
+    variables = {"params": params}
+    if adapters:
+        variables["adapters"] = adapters
+    if interventions:
+        variables["interventions"] = intervention_variables(
+            config, interventions, token_BT.shape, num_tail
+        )
+    module: Any = GPT(config, num_trainable_blocks=num_tail)
+    with apply_adapters() if adapters else contextlib.nullcontext():
+        (x_BTD, _), captured = module.apply(
+            variables,
+            token_BT,
+            position_BT,
+            None,
+            BlockInputs(query_position_BT, segment_id_BT),
+            rngs=None if dropout_key is None else {"dropout": dropout_key},
+            mutable=list(capture),
+        )
+    return x_BTD, stack_captured(captured, capture)
+
+
+@overload
+def apply(
+    config: GPTConfig,
+    params: Params,
+    token_BT: Tokens,
+    *,
+    position_BT: Tokens | None = None,
+    segment_id_BT: Tokens | None = None,
+    dropout_key: Key[Array, ""] | None = None,
+    adapters: Params | None = None,
+    interventions: Mapping[str, Array] | None = None,
+    capture: tuple[()] = (),
+) -> Float[Array, "B T V"]: ...
+
+
+@overload
+def apply(
+    config: GPTConfig,
+    params: Params,
+    token_BT: Tokens,
+    *,
+    position_BT: Tokens | None = None,
+    segment_id_BT: Tokens | None = None,
+    dropout_key: Key[Array, ""] | None = None,
+    adapters: Params | None = None,
+    interventions: Mapping[str, Array] | None = None,
+    capture: Sequence[CapturePoint],
+) -> tuple[Float[Array, "B T V"], dict[str, Array]]: ...
 
 
 def apply(
@@ -349,46 +420,40 @@ def apply(
     params: Params,
     token_BT: Tokens,
     *,
-    capture: Sequence[str] = (),
-    **options: Any,
+    position_BT: Tokens | None = None,
+    segment_id_BT: Tokens | None = None,
+    dropout_key: Key[Array, ""] | None = None,
+    adapters: Params | None = None,
+    interventions: Mapping[str, Array] | None = None,
+    capture: Sequence[CapturePoint] = (),
 ) -> Any:
     """Computes logits [B, T, V] in float32; pure, so jit, grad and vmap apply.
 
-    Args:
-        config: shape of the model.
-        params: from `init`.
-        token_BT: int [B, T], T at most `config.context_length`.
-        capture: activations to return, any of "residual" (input of each block,
-            [N, B, T, D]) and "attention" (attention weights, [N, B, H, T, S]).
-        **options: `position_BT`, `segment_id_BT`, `dropout_key`, `adapters` and
-            `interventions` of `hidden_states`.
+    Arguments and errors are those of `hidden_states`.
 
     Returns:
-        The logits; with `capture`, a pair of the logits and {name: activations}.
-
-    Raises:
-        ConfigError: T exceeds `config.context_length`.
+        The logits; with `capture`, a pair of the logits and
+        {capture point: activations [N, ...]}.
     """
-    if token_BT.shape[1] > config.context_length:
-        raise ConfigError(
-            f"{token_BT.shape[1]} tokens exceed model.context_length="
-            f"{config.context_length}. Shorten the row or raise the context length."
-        )
-    x_BTD, captured = hidden_states(
-        config, params, token_BT, capture=bool(capture), **options
+    x_BTD, activations = hidden_states(
+        config,
+        params,
+        token_BT,
+        position_BT=position_BT,
+        segment_id_BT=segment_id_BT,
+        dropout_key=dropout_key,
+        adapters=adapters,
+        interventions=interventions,
+        capture=capture,
     )
     logit_BTV = lm_logits(config, unembedding_matrix(config, params), x_BTD)
-    if not capture:
-        return logit_BTV
-    blocks = captured["captured"]["blocks"]
-    activations = blocks | blocks["attention"]
-    return logit_BTV, {name: activations[name] for name in capture}
+    return (logit_BTV, activations) if capture else logit_BTV
 
 
 def unembedding_matrix(config: GPTConfig, params: Params) -> Any:
     """Returns the unembedding matrix [V, D], or its decode-time form."""
     if "output" in params:
-        return params["output"]  # from `gptjax.model.gpt.quantization`
+        return params["output"]  # from `gptjax.model.quantization`
     name = "token_embedding" if config.tie_embeddings else "output_embedding"
     return params[name]["embedding"]
 
@@ -438,7 +503,7 @@ def apply_with_cache(
 
     Args:
         config: shape of the model.
-        params: unstacked, from `gptjax.model.gpt.quantization.unstack_layers` or
+        params: unstacked, from `gptjax.model.quantization.unstack_layers` or
             `prepare_decode_params`.
         token_BT: new tokens, consecutive in each row.
         position_BT: their positions, which are also their indices in the cache.

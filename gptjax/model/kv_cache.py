@@ -1,4 +1,4 @@
-"""Key/value cache for decoding; dimension letters: see `gptjax.model.gpt.gpt`."""
+"""Key/value cache for decoding; dimension letters: see `gptjax.model.gpt`."""
 
 from typing import NamedTuple
 

@@ -2,23 +2,22 @@
 
 Each layer is written as one 2D matmul or one gather whose axes are named by letters,
 so that `gptjax.parallel.sharding` can constrain them. Dimension letters: see
-`gptjax.model.gpt.gpt`; in addition [M] positions of one shard and [X] shards of the batch.
+`gptjax.model.gpt`; in addition [M] positions of one shard and [X] shards of the batch.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from gptjax.model.quantization import QKV_NAMES, decode_matmul
+from gptjax.model.quantization import QKV_NAMES
 from gptjax.parallel.sharding import (
     COMPUTE_RULES,
-    _with_constraint,
     all_gather_params,
     constrain_param_grad,
+    constrain_to_spec,
     logical_axes,
     logical_to_spec,
     num_batch_shards,
@@ -27,18 +26,13 @@ from gptjax.parallel.sharding import (
 )
 from gptjax.runtime.device import target_platform
 
-LORA_NAMES = ("lora_a", "lora_b")
 HiddenStates = Float[Array, "B T D"]
 
 
 class Linear(nn.Module):
     """Linear layer over the last axes of its input, computed as one 2D matmul.
 
-    On CPU, XLA runs [B*T, D] @ [D, F] much faster than the batched form. If the
-    collection "adapters" holds `lora_a` [in, R] and `lora_b` [R, out], x a b is added
-    to the result without forming a b (Hu et al. 2021, "LoRA", eq. 3). If the
-    parameters hold "packed" in place of "kernel", it is a decode-time kernel of
-    `gptjax.model.gpt.quantization`.
+    On CPU, XLA runs [B*T, D] @ [D, F] much faster than the batched form.
 
     Attributes:
         features: output axes, e.g. (H, K).
@@ -55,56 +49,51 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*inner"]) -> Float[Array, "*outer"]:
         """Replaces the last `num_input_axes` axes of x by `features`."""
-        input_shape, num_outputs = (
-            x.shape[-self.num_input_axes :],
-            math.prod(self.features),
-        )
+        input_shape = x.shape[-self.num_input_axes :]
+        num_inputs, num_outputs = math.prod(input_shape), math.prod(self.features)
         shape = (*input_shape, *self.features)
-        has_decode_kernel = self.has_variable("params", "packed")  # never sharded
-        name = "/".join((*self.path, "kernel"))
-        letters = (
-            "_" * len(shape) if has_decode_kernel else logical_axes(name, len(shape))
-        )
+        letters = logical_axes("/".join((*self.path, "kernel")), len(shape))
         into, out = letters[0], letters[self.num_input_axes :]
-        x_flat = reshape_sharded(x, (-1, math.prod(input_shape)), "B" + into)
-        if has_decode_kernel:
-            y = decode_matmul(x_flat, self.get_variable("params", "packed"))
-        else:
-            kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape)
-            kernel = all_gather_params(kernel.astype(x.dtype), letters)
-            kernel = reshape_sharded(
-                kernel, (math.prod(input_shape), num_outputs), into + out[0]
-            )
-            y = jnp.matmul(x_flat, kernel, out_sharding=out_sharding("B" + out[0]))
-        if self.has_variable("adapters", "lora_a"):
-            a, b = (self.get_variable("adapters", name) for name in LORA_NAMES)
-            y += (x_flat @ a.astype(x.dtype)) @ b.astype(x.dtype)
+        x_BI = reshape_sharded(x, (-1, num_inputs), "B" + into)
+        kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape)
+        kernel = all_gather_params(kernel.astype(x.dtype), letters)
+        kernel_IO = reshape_sharded(kernel, (num_inputs, num_outputs), into + out[0])
+        y_BO = self.matmul(x_BI, kernel_IO, out[0])
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.features)
-            y += reshape_sharded(bias.astype(x.dtype), (1, num_outputs), "_" + out[0])
+            bias = reshape_sharded(bias.astype(x.dtype), (1, num_outputs), "_" + out[0])
+            y_BO += bias
         rows = x.shape[: -self.num_input_axes]
-        return reshape_sharded(y, (*rows, *self.features), f"{'B':_<{len(rows)}}{out}")
+        letters = f"{'B':_<{len(rows)}}{out}"
+        return reshape_sharded(y_BO, (*rows, *self.features), letters)
+
+    def matmul(
+        self, x_BI: Float[Array, "B I"], kernel_IO: Float[Array, "I O"], out: str
+    ) -> Float[Array, "B O"]:
+        """Multiplies rows by the kernel; `out` is the letter of the output axis.
+
+        A method of its own, so that `gptjax.model.lora` can extend it.
+        """
+        return jnp.matmul(x_BI, kernel_IO, out_sharding=out_sharding("B" + out))
 
 
 def project_qkv(
-    module: nn.Module, x_BTD: HiddenStates, head_shape: tuple[int, int], use_bias: bool
+    x_BTD: HiddenStates,
+    head_shape: tuple[int, int],
+    use_bias: bool,
+    linear: type[Linear] = Linear,
 ) -> tuple[Float[Array, "B T H K"], ...]:
-    """Projects x to queries, keys and values.
+    """Projects the normalized residual stream to queries, keys and values.
 
     Args:
-        module: attention module that owns the projections; decode-time parameters
-            have one fused projection "qkv".
         x_BTD: normalized residual stream.
         head_shape: (H, K).
         use_bias: whether the projections have biases.
+        linear: class of the three layers.
     """
-
-    def linear(name: str, *features: int) -> Array:
-        return Linear(features, use_bias=use_bias, name=name)(x_BTD)
-
-    if module.has_variable("params", "qkv"):
-        return jnp.unstack(linear("qkv", 3, *head_shape), axis=2)
-    return tuple(linear(name, *head_shape) for name in QKV_NAMES)
+    return tuple(
+        linear(head_shape, use_bias=use_bias, name=name)(x_BTD) for name in QKV_NAMES
+    )
 
 
 class Embedding(nn.Module):
@@ -151,7 +140,7 @@ def embedding_lookup(
         index_XM = reshape_sharded(index, (shards, -1), "XM")
         grad_XMD = reshape_sharded(grad, (shards, -1, grad.shape[-1]), "XMD")
         grads = jax.vmap(scatter_add)(index_XM, grad_XMD)
-        grads = _with_constraint(grads, logical_to_spec(f"X{letters}", COMPUTE_RULES))
+        grads = constrain_to_spec(grads, logical_to_spec(f"X{letters}", COMPUTE_RULES))
         return (constrain_param_grad(jnp.sum(grads, axis=0), letters),)
 
     lookup = jax.custom_vjp(lambda table: forward(table)[0])
@@ -195,16 +184,3 @@ class Dropout(nn.Module):
             return x
         kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
         return jnp.where(kept, x / (1 - self.rate), 0)
-
-
-def intervene(module: nn.Module, name: str, value: Array) -> Array:
-    """Adds the caller's intervention of that name, if any, to an activation."""
-    if not module.has_variable("added", name):
-        return value
-    return value + module.get_variable("added", name).astype(value.dtype)
-
-
-def sow_activation(module: nn.Module, name: str, value: Array) -> None:
-    """Sows an activation into "captured"; a no-op unless that collection is mutable."""
-    overwrite: Any = lambda _, new: new  # noqa: E731 (Flax expects a tuple)
-    module.sow("captured", name, value, init_fn=tuple, reduce_fn=overwrite)

@@ -7,19 +7,52 @@ so a new adapter leaves the model unchanged.
     I inputs of a kernel    O outputs of a kernel    R rank    N layers
 """
 
+import contextlib
 import fnmatch
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jaxtyping import Array, Key
 
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
+from gptjax.model.layers import Linear
 from gptjax.tree import Params, flatten_with_names
 
 Adapters = dict[str, Any]
+
+
+def apply_adapters() -> contextlib.AbstractContextManager[None]:
+    """Context in which the kernels of all `Linear` layers use their adapters.
+
+    The layers know nothing of adapters: Flax calls `add_update` around their methods.
+    """
+    return nn.intercept_methods(add_update)
+
+
+def add_update(
+    matmul: Callable[..., Array],
+    args: Any,
+    kwargs: Any,
+    call: nn.module.InterceptorContext,
+) -> Any:
+    """Computes x W + x a b without forming a b, where a layer has an adapter."""
+    result = matmul(*args, **kwargs)
+    layer = call.module
+    if not (isinstance(layer, Linear) and call.method_name == "matmul"):
+        return result
+    if not layer.has_variable("adapters", "lora_a"):
+        return result
+    x_BI = args[0]
+    a_IR, b_RO = (
+        layer.get_variable("adapters", name).astype(x_BI.dtype)
+        for name in ("lora_a", "lora_b")
+    )
+    return result + (x_BI @ a_IR) @ b_RO
 
 
 def match_targets(params: Params, patterns: str) -> list[str]:

@@ -29,7 +29,7 @@ from gptjax.errors import ConfigError, GptjaxError, ResourceError
 from gptjax.runtime.preemption import NOTHING_TO_SAVE, Interrupted
 
 INIT_TIMEOUT_SECONDS = 300  # for all processes to connect
-HEARTBEAT_TIMEOUT_SECONDS = 10  # without a heartbeat of a process until the run ends
+HEARTBEAT_TIMEOUT_SECONDS = 10  # the run ends after this time without a heartbeat
 LOST_MESSAGE = (
     "gptjax: lost another process of this run, so this one has exited. Start all "
     "processes again with the same command to resume from the last checkpoint."
@@ -53,8 +53,8 @@ def initialize(address: str) -> None:
         match = re.fullmatch(r"(.+:\d+),(\d+),(\d+)", address)
         if not match or int(match[3]) >= int(match[2]):
             raise ConfigError(
-                f"--distributed {address} is neither auto nor HOST:PORT,N,I with I < N. "
-                "For the second of two processes, for example, use HOST:1234,2,1."
+                f"--distributed {address} is neither auto nor HOST:PORT,N,I with I < "
+                "N. For the second of two processes, for example, use HOST:1234,2,1."
             )
         options = {
             "coordinator_address": match[1],
@@ -74,8 +74,8 @@ def initialize(address: str) -> None:
         )
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"--distributed {address}: cannot connect to the other processes of this run "
-            f"({str(error).splitlines()[0]}). Use HOST:PORT,N,I with the host of "
+            f"--distributed {address}: cannot connect to the other processes of this "
+            f"run ({str(error).splitlines()[0]}). Use HOST:PORT,N,I with the host of "
             "process 0."
         ) from error
     finally:
@@ -94,17 +94,18 @@ def check_coordinator_port(address: str, port: int) -> None:
             server.bind(("", port))
         except (OSError, OverflowError) as error:
             raise ConfigError(
-                f"--distributed {address}: cannot use port {port} of this host: {error}. "
-                "End the run that still uses it, or give all processes another port."
+                f"--distributed {address}: cannot use port {port} of this host: "
+                f"{error}. End the run that still uses it, or give all processes "
+                "another port."
             ) from error
 
 
 def explain_startup_timeout(address: str) -> None:
     """Reports the timeout and exits; the main thread is blocked inside JAX."""
     print(
-        f"gptjax: --distributed {address}: timed out after {INIT_TIMEOUT_SECONDS} s waiting for "
-        "all processes. Start all of them, each with its own index; each must be able "
-        "to reach HOST:PORT of process 0.",
+        f"gptjax: --distributed {address}: timed out after {INIT_TIMEOUT_SECONDS} s "
+        "waiting for all processes. Start all of them, each with its own index; each "
+        "must be able to reach HOST:PORT of process 0.",
         file=sys.stderr,
         flush=True,
     )

@@ -1,10 +1,10 @@
-"""Sharding rules: mesh axes by dimension letter, letters by parameter name.
+"""Sharding rules: from parameter names to dimension letters to mesh axes.
 
 The mesh axes are "data", "fsdp" and "tensor". Batch rows are sharded over the first
 two; heads, MLP width and vocabulary over "tensor" (Shoeybi et al. 2019, "Megatron-LM");
 the model width of stored parameters over "fsdp", which each layer all-gathers before
 use (Rajbhandari et al. 2020, "ZeRO", stage 3). Optimizer state is sharded like its
-parameters. The letters are those of `gptjax.model.gpt.gpt`. Functions use the mesh set by
+parameters. The letters are those of `gptjax.model.gpt`. Functions use the mesh set by
 `jax.set_mesh`; without one they leave arrays unchanged.
 """
 
@@ -27,12 +27,10 @@ from gptjax.tree import path_str
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 SHARDED_AXES = {"H": "tensor", "F": "tensor", "V": "tensor"}
-COMPUTE_RULES: Mapping[str, Any] = {
-    "B": BATCH_AXES,
-    "X": BATCH_AXES,
-    **SHARDED_AXES,
-}  # in computation
-PARAM_RULES: Mapping[str, Any] = {"D": "fsdp", **SHARDED_AXES}  # as stored
+# Mesh axes of activations and of parameters in use.
+COMPUTE_RULES: Mapping[str, Any] = {"B": BATCH_AXES, "X": BATCH_AXES, **SHARDED_AXES}
+# Mesh axes of stored parameters.
+PARAM_RULES: Mapping[str, Any] = {"D": "fsdp", **SHARDED_AXES}
 
 # Axes of each parameter in one layer; stacked layers have a leading [N]. Exactly one
 # rule matches each name. LoRA's [I], [R] and [O] are never sharded: they are small.
@@ -86,8 +84,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh 
 
     if mesh_shape[0] % num_slices:
         raise ConfigError(
-            f"mesh.data={mesh_shape[0]} is not divisible by the {num_slices} slices. Make it a "
-            "multiple: only the data axis spans slices."
+            f"mesh.data={mesh_shape[0]} is not divisible by the {num_slices} slices. "
+            "Make it a multiple: only the data axis spans slices."
         )
     shape_per_slice = (mesh_shape[0] // num_slices, *mesh_shape[1:])
     device_grid = create_hybrid_device_mesh(
@@ -116,8 +114,8 @@ def resolve_mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, 
             f"mesh.{n}={s}" for n, s in zip(MESH_AXES, requested, strict=True)
         )
         raise ConfigError(
-            f"{names} do not fit {num_devices} devices: their product must equal that "
-            "number, where -1 means the remaining devices. Change the sizes."
+            f"{names} do not fit {num_devices} devices: the sizes must multiply to "
+            "that number, where -1 means the remaining devices. Change the sizes."
         )
     return sizes  # pyrefly: ignore
 
@@ -144,7 +142,8 @@ def check_divisible(params: Any, mesh: Mesh) -> None:
                 )
                 raise ConfigError(
                     f"parameter {name} has size {size} along {letter}, which is not "
-                    f"divisible by mesh.{axis}={num_shards}. {advice} another mesh.{axis}."
+                    f"divisible by mesh.{axis}={num_shards}. {advice} another "
+                    f"mesh.{axis}."
                 )
 
     jax.tree_util.tree_map_with_path(check, params)
@@ -164,8 +163,8 @@ def check_batch_divisible(
         raise ConfigError(
             f"data.batch_size={rows} in train.accumulate={accumulate} micro-batches "
             f"gives {rows // accumulate} rows each, which are not divisible by the "
-            f"{num_shards} devices of mesh.data={data} x mesh.fsdp={fsdp}. Choose a batch "
-            "size that is a multiple, or smaller axes."
+            f"{num_shards} devices of mesh.data={data} x mesh.fsdp={fsdp}. Choose a "
+            "batch size that is a multiple, or smaller axes."
         )
 
 
@@ -197,12 +196,10 @@ def logical_to_spec(letters: str, rules: Mapping[str, Any]) -> P:
     Raises:
         ValueError: two axes map to the same mesh axis.
 
-    >>> logical_to_spec("DF", STORED), logical_to_spec("DF", USED)
+    >>> logical_to_spec("DF", PARAM_RULES), logical_to_spec("DF", COMPUTE_RULES)
     (P('fsdp', 'tensor'), P(None, 'tensor'))
     """
-    if (
-        rules is PARAM_RULES and letters.strip("N") == "D"
-    ):  # vectors: too small to shard
+    if rules is PARAM_RULES and letters.strip("N") == "D":  # vectors are not sharded
         return P(*[None] * len(letters))
     axes = [rules.get(letter) for letter in letters]
     flat = [axis for axis in axes if axis]
@@ -213,11 +210,9 @@ def logical_to_spec(letters: str, rules: Mapping[str, Any]) -> P:
 
 def constrain_param_grad(x: Array, letters: str) -> Array:
     """Constrains a gradient to the sharding of its stored parameter."""
-    return (
-        _with_constraint(x, logical_to_spec(letters, PARAM_RULES))
-        if current_mesh_shape()
-        else x
-    )
+    if not current_mesh_shape():
+        return x
+    return constrain_to_spec(x, logical_to_spec(letters, PARAM_RULES))
 
 
 def param_shardings(tree: Any, mesh: Mesh) -> Any:
@@ -233,7 +228,7 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
 def constrain(x: Array, letters: str) -> Array:
     """Constrains an activation to its sharding; axes not divisible are replicated.
 
-    With explicit mesh axes this only asserts that it is sharded so already.
+    With explicit mesh axes, only asserts that it already has this sharding.
     """
     spec = divisible_spec(x, letters) if current_mesh_shape() else None
     return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
@@ -262,16 +257,14 @@ def all_gather_params(x: Array, letters: str) -> Array:
 
     Its gradient is reduce-scattered rather than all-reduced.
     """
-    param_spec, compute_spec = (
-        logical_to_spec(letters, PARAM_RULES),
-        logical_to_spec(letters, COMPUTE_RULES),
-    )
+    param_spec = logical_to_spec(letters, PARAM_RULES)
+    compute_spec = logical_to_spec(letters, COMPUTE_RULES)
     if param_spec == compute_spec or not is_fsdp():
         return x
-    gather = jax.custom_vjp(lambda x: _with_constraint(x, compute_spec))
+    gather = jax.custom_vjp(lambda x: constrain_to_spec(x, compute_spec))
     gather.defvjp(
-        lambda x: (_with_constraint(x, compute_spec), None),
-        lambda _, g: (_with_constraint(g, param_spec),),
+        lambda x: (constrain_to_spec(x, compute_spec), None),
+        lambda _, g: (constrain_to_spec(g, param_spec),),
     )
     return gather(x)
 
@@ -291,7 +284,7 @@ def reshape_sharded(x: Array, shape: tuple[int, ...], letters: str) -> Array:
     return x.reshape(shape, out_sharding=out_sharding(letters))
 
 
-def _with_constraint(x: Array, spec: P) -> Array:
+def constrain_to_spec(x: Array, spec: P) -> Array:
     """Constrains or, with explicit mesh axes, reshards an array."""
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Explicit in mesh.axis_types:
@@ -422,7 +415,7 @@ def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
 
 def replicate(x: Array) -> Array:
     """Replicates an array on all devices."""
-    return _with_constraint(x, P()) if current_mesh_shape() else x
+    return constrain_to_spec(x, P()) if current_mesh_shape() else x
 
 
 def to_host(tree: Any) -> Any:

@@ -16,19 +16,16 @@ from gptjax.model.gpt import compute_dtype, init
 from gptjax.parallel.sharding import PARAM_RULES, logical_axes, logical_to_spec
 from gptjax.tree import flatten_with_names
 
-RING_TRAFFIC_FACTORS = {  # bytes sent per device in a ring of n, per byte of the full array
+# Bytes sent per device in a ring of n devices, per byte of the full array.
+RING_TRAFFIC_FACTORS = {
     "all-gather": lambda n: (n - 1) / n,
     "reduce-scatter": lambda n: (n - 1) / n,
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-to-all": lambda n: (n - 1) / n / n,
     "collective-permute": lambda n: 1.0,
 }
-DTYPE_BITS = {
-    "pred": 8,
-    "bf16": 16,
-    "f8e4m3fn": 8,
-    "f8e5m2": 8,
-}  # otherwise the digits in the name
+# Otherwise the digits in the name.
+DTYPE_BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
 ARRAY_TYPE_PATTERN = re.compile(r"\b(pred|bf16|[a-z]+\d+\w*)\[([\d,]*)\]")
 COMPUTATION_PATTERN = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 MESH_GROUPS_PATTERN = re.compile(
@@ -78,9 +75,7 @@ def parse_collectives(text: str) -> list[Collective]:
         if match[3] and kind == "collective-permute":  # and context words
             sizes = sizes[:1]
         size_bytes = sum(sizes) * (devices if kind == "reduce-scatter" else 1)
-        if computation.startswith(
-            "all-reduce-scatter"
-        ):  # as the TPU compiler writes it
+        if computation.startswith("all-reduce-scatter"):  # of the TPU compiler
             kind = "reduce-scatter"
         if kind == "all-to-all" and not shapes.startswith("("):
             size_bytes *= devices
@@ -140,10 +135,8 @@ def trip_counts(text: str) -> dict[str, int]:
             computation = match[1]
             callers.setdefault(computation, [])
             continue
-        count, condition = (
-            TRIP_COUNT_PATTERN.search(line),
-            re.search(r"condition=%?([\w.\-]+)", line),
-        )
+        count = TRIP_COUNT_PATTERN.search(line)
+        condition = re.search(r"condition=%?([\w.\-]+)", line)
         trips = (
             int(count[1]) if count else bounds.get(condition[1], 1) if condition else 1
         )
@@ -179,21 +172,17 @@ def estimate_collective_bytes(
 
     Args:
         config: config of the run.
-        mesh_shape: of the mesh axes, as `gptjax.parallel.sharding.AXES`.
+        mesh_shape: of the mesh axes, as `gptjax.parallel.sharding.MESH_AXES`.
         itemsize: bytes per weight and activation; default: from `model.dtype`.
         is_emulated: CPU devices, where XLA uses all-reduce instead of reduce-scatter,
             and reduces separately what it could add first: the two gradients of a tied
             embedding, and the gradients of the inputs of query, key and value.
     """
     c, (data, fsdp, tensor) = config.model, mesh_shape
-    size, num_micro_batches = (
-        itemsize or compute_dtype(c).itemsize,
-        max(config.train.accumulate, 1),
-    )
-    gather, reduce = (
-        RING_TRAFFIC_FACTORS["all-gather"],
-        RING_TRAFFIC_FACTORS["all-reduce"],
-    )
+    size = itemsize or compute_dtype(c).itemsize
+    num_micro_batches = max(config.train.accumulate, 1)
+    gather = RING_TRAFFIC_FACTORS["all-gather"]
+    reduce = RING_TRAFFIC_FACTORS["all-reduce"]
     reduce_factor = (reduce if is_emulated else gather)(fsdp) + reduce(data) / fsdp
     weights = gradients = 0.0
     shapes = jax.eval_shape(lambda: init(c, jax.random.key(0)))
@@ -201,10 +190,8 @@ def estimate_collective_bytes(
         axis_names = logical_axes(name, leaf.ndim)
         axes = tuple(logical_to_spec(axis_names, PARAM_RULES))
         local_size = leaf.size / (tensor if "tensor" in axes else 1)
-        is_embedding, is_tied = (
-            "embedding" in name,
-            c.tie_embeddings and "token_embed" in name,
-        )
+        is_embedding = "embedding" in name
+        is_tied = c.tie_embeddings and "token_embed" in name
         gradient = (
             local_size
             * (4 if is_embedding else size)
@@ -215,17 +202,14 @@ def estimate_collective_bytes(
             continue
         gradients += gradient * reduce_factor
         used_bytes = 2 * size if "N" in axis_names else size if "output" in name else 4
-        used_bytes += (
-            size if is_tied and size != 4 else 0
-        )  # also used as the output projection
+        if is_tied and size != 4:  # also used as the output projection
+            used_bytes += size
         weights += local_size * used_bytes * gather(fsdp)
     positions = (
         config.data.batch_size / num_micro_batches / data / fsdp * c.context_length
     )
-    recomputed = (
-        1 if c.remat == "full" else 0
-    )  # attention, recomputed in the backward pass
-    num_reductions = 2 + (4 if is_emulated else 2) + recomputed
+    # Full rematerialization repeats that of attention in the backward pass.
+    num_reductions = 2 + (4 if is_emulated else 2) + (c.remat == "full")
     bytes_per_feature = c.n_layers * num_reductions * size + size + 4
     activations = positions * (c.d_model * bytes_per_feature + 3 * 4) * reduce(tensor)
     totals = {"weights": weights, "gradients": gradients, "activations": activations}

@@ -28,7 +28,7 @@ class Plan:
 
     config: RunConfig  # resolved for the devices
     topology: Topology
-    mesh_shape: tuple[int, int, int]  # mesh axes, as `gptjax.parallel.sharding.AXES`
+    mesh_shape: tuple[int, int, int]  # mesh axes, as `MESH_AXES`
     memory: dict[str, int]  # estimated bytes per device, by part
     collective_bytes: dict[str, float]  # estimated bytes sent per device and step
     compile_report: aot.CompileReport | None  # None if not compiled
@@ -133,9 +133,8 @@ def make_plan(config: RunConfig, topology: Topology, run_compiler: bool) -> Plan
             not fit the mesh.
     """
     mesh_shape = resolve_mesh_shape(config.mesh, topology.devices)
-    topology = topology._replace(
-        devices=math.prod(mesh_shape)
-    )  # a run may leave some idle
+    # A run may leave some devices idle.
+    topology = topology._replace(devices=math.prod(mesh_shape))
     config = estimate.resolve_config(config, topology.chip.platform)
     if not config.train.accumulate:
         limit = topology.chip.memory or estimate.host_memory()
@@ -176,12 +175,13 @@ def format_plan(plan: Plan) -> list[str]:
         f"attention {model.attention}, remat {model.remat}",
         f"work     {flops:.3f} GFLOPs per token, forward and backward; {causal:.3f} "
         "without the masked half of attention",
-        f"step     {rows} rows x {model.context_length} = {plan.tokens_per_step:,} tokens; "
-        f"micro-batches: {c.train.accumulate}, of {micro_batch} rows per device",
+        f"step     {rows} rows x {model.context_length} = {plan.tokens_per_step:,} "
+        f"tokens; micro-batches: {c.train.accumulate}, of {micro_batch} rows per "
+        "device",
         f"memory   {format_bytes(plan.memory_estimate)} per device, estimated: {parts}",
     ]
     if plan.compile_report:
-        lines.append(compiler_message(plan))
+        lines.append(compiler_message(plan, plan.compile_report))
     if n > 1:
         lines.append(
             f"links    {format_bytes(plan.bytes_sent)} sent per device and step"
@@ -192,15 +192,16 @@ def format_plan(plan: Plan) -> list[str]:
     return lines
 
 
-def compiler_message(plan: Plan) -> str:
+def compiler_message(plan: Plan, report: aot.CompileReport) -> str:
     """Formats the memory of the compiled step."""
-    compile_report: Any = plan.compile_report
-    if not compile_report.fits:
-        return f"compiler out of memory: needs {format_bytes(compile_report.memory)} per device"
-    relative_error = plan.memory_estimate / compile_report.memory - 1
+    peak = format_bytes(report.peak_bytes)
+    if not report.fits:
+        return f"compiler out of memory: needs {peak} per device"
+    relative_error = plan.memory_estimate / report.peak_bytes - 1
     return (
-        f"compiler {format_bytes(compile_report.memory)}: arguments {format_bytes(compile_report.arguments)} + "
-        f"temporaries {format_bytes(compile_report.temporaries)}; the estimate is {relative_error:+.0%} off"
+        f"compiler {peak}: arguments {format_bytes(report.argument_bytes)} + "
+        f"temporaries {format_bytes(report.temp_bytes)}; the estimate is "
+        f"{relative_error:+.0%} off"
     )
 
 
@@ -215,8 +216,8 @@ def time_message(plan: Plan) -> str:
         f"{name} {value * 1e3:,.3g} ms" for name, value in parts.items()
     )
     return (
-        f"time     at least {min_step_seconds * 1e3:,.3g} ms per step ({details}, at peak rates): "
-        f"at most {format_number(rate)} tokens/s, {mfu:.0%} MFU"
+        f"time     at least {min_step_seconds * 1e3:,.3g} ms per step ({details}, at "
+        f"peak rates): at most {format_number(rate)} tokens/s, {mfu:.0%} MFU"
     )
 
 
@@ -281,7 +282,8 @@ def compare_with_profile(plan: Plan, run_dir: Path, log: Callable[[str], None]) 
     if plan.topology.chip.memory:
         max_rate = plan.tokens_per_step / min_step_seconds
         log(
-            f"planned  at most {format_number(max_rate)}; measured {rate / max_rate:.0%} of it"
+            f"planned  at most {format_number(max_rate)}; measured "
+            f"{rate / max_rate:.0%} of it"
         )
     for event in events:
         if event["event"] == "compile" and event.get("temporaries"):
@@ -292,6 +294,7 @@ def compare_with_profile(plan: Plan, run_dir: Path, log: Callable[[str], None]) 
             temp_estimate = plan.memory_estimate - state
             log(
                 f"memory   {format_bytes(temporaries)} of temporaries in the run, "
-                f"{format_bytes(temp_estimate)} estimated ({temp_estimate / temporaries - 1:+.0%})"
+                f"{format_bytes(temp_estimate)} estimated "
+                f"({temp_estimate / temporaries - 1:+.0%})"
             )
             return

@@ -54,9 +54,7 @@ def train_bpe(texts: Iterable[str], num_merges: int) -> list[bytes]:
         count, pair = heapq.heappop(queue)
         if pair_freqs[pair] < MIN_PAIR_COUNT:
             continue
-        if (
-            pair_freqs[pair] != -count
-        ):  # stale count: other merges used some occurrences
+        if pair_freqs[pair] != -count:  # stale: other merges used some occurrences
             heapq.heappush(queue, (-pair_freqs[pair], pair))
             continue
         token = chr(len(tokens))
@@ -87,7 +85,7 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
     """
     counts: Counter[str] = Counter()
     for text in texts:
-        encode_utf8(text)  # raises at a lone surrogate
+        encode_utf8(text)  # raises for a lone surrogate
         counts.update(map(operator.itemgetter(0), SPLIT_REGEX.finditer(text)))
     words: Counter[str] = Counter()
     for word, count in counts.items():
@@ -127,9 +125,8 @@ def split_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]
     """
     token_rank = ranks[token]
     parts = [token[i : i + 1] for i in range(len(token))]
-    pair_ranks = [
-        ranks.get(a + b, token_rank) for a, b in pairwise(parts)
-    ]  # per adjacent pair
+    # Of each adjacent pair.
+    pair_ranks = [ranks.get(a + b, token_rank) for a, b in pairwise(parts)]
     while len(parts) > 2:
         rank = min(pair_ranks)
         if rank >= token_rank:

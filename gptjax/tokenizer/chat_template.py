@@ -39,9 +39,8 @@ MARKED_REPLY_PATTERN = re.compile(f"{REPLY_MARK}[^{CLOSE_MARK}]*{CLOSE_MARK}")
 MARKED_TEXT_PATTERN = re.compile(
     f"[{TEXT_MARK}{REPLY_MARK}]([^{CLOSE_MARK}]*){CLOSE_MARK}"
 )
-CONTROL_TOKEN_PATTERN = re.compile(
-    r"<[^<>\s]{1,40}>|\[/?[A-Z]{2,20}\]"
-)  # <|user|>, </s>, [INST]
+# <|user|>, </s>, [INST]
+CONTROL_TOKEN_PATTERN = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z]{2,20}\]")
 LINE_BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 ZERO_WIDTH_SPACE = "\u200b"
 
@@ -61,11 +60,10 @@ class ChatTemplate:
     """Validated chat template, from `compile_template` or `load_chat_template`."""
 
     source: str = dataclasses.field(repr=False)
-    suffix: str  # after each reply; EOT_MARK stands for <|endoftext|>
+    suffix: str  # after each reply; EOT_MARK represents <|endoftext|>
     stop_strings: tuple[str, ...]  # end a reply besides <|endoftext|>
-    special_markers: re.Pattern[str] = dataclasses.field(
-        repr=False
-    )  # escaped in messages
+    # Escaped in messages.
+    special_markers: re.Pattern[str] = dataclasses.field(repr=False)
 
     def segments(
         self, messages: Sequence[ChatMessage], add_generation_prompt: bool = False
@@ -87,13 +85,13 @@ class ChatTemplate:
             end = reply.end() + len(self.suffix)
             if text[reply.end() : end] != self.suffix:
                 raise ConfigError(
-                    f"the chat template puts {quote_rendered(text[reply.end() : end])} after "
-                    f"one reply and {quote_rendered(self.suffix)} after others. Use the same "
-                    "suffix for all, so that a model learns when to stop."
+                    f"the chat template puts {quote_rendered(text[reply.end() : end])} "
+                    f"after one reply and {quote_rendered(self.suffix)} after others. "
+                    "Use the same suffix for all, so that a model learns when to stop."
                 )
             parts += [
                 *split_header(text[position : reply.start()]),
-                (text[reply.start() : end]),
+                text[reply.start() : end],
             ]
             position = end
         rest = text[position:]
@@ -147,8 +145,9 @@ def load_chat_template(name: str) -> ChatTemplate:
     path = TEMPLATE_DIR / f"{name}.jinja" if name in BUILTIN_TEMPLATES else Path(name)
     if name not in BUILTIN_TEMPLATES and not path.is_file():
         raise ConfigError(
-            f"there is no chat template {name!r}.{did_you_mean(name, BUILTIN_TEMPLATES)} Use one "
-            f"of {', '.join(BUILTIN_TEMPLATES)}, or the path of a Jinja file."
+            f"there is no chat template {name!r}."
+            f"{did_you_mean(name, BUILTIN_TEMPLATES)} Use one of "
+            f"{', '.join(BUILTIN_TEMPLATES)}, or the path of a Jinja file."
         )
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -168,8 +167,8 @@ def compile_template(source: str) -> ChatTemplate:
     """
     if len(source) > MAX_TEMPLATE_CHARS:
         raise ConfigError(
-            f"the chat template is longer than {MAX_TEMPLATE_CHARS:,} characters. Check "
-            "that it is the right file."
+            f"the chat template is longer than {MAX_TEMPLATE_CHARS:,} characters. "
+            "Check that it is the right file."
         )
     user = {"role": "user", "content": "u"}
     reply = {"role": "assistant", "content": "a"}
@@ -186,11 +185,11 @@ def compile_template(source: str) -> ChatTemplate:
             "the chat template puts nothing after a reply, so a model cannot learn to "
             "stop. Put {{ eos_token }} after it."
         )
-    if (
-        generation_prompt := render_template(source, [user], add_generation_prompt=True)
-    ) != text[:reply_start]:
+    generation_prompt = render_template(source, [user], add_generation_prompt=True)
+    if generation_prompt != text[:reply_start]:
         raise ConfigError(
-            f"the chat template's generation prompt is {quote_rendered(generation_prompt)}, but it puts "
+            "the chat template's generation prompt is "
+            f"{quote_rendered(generation_prompt)}, but it puts "
             f"{quote_rendered(text[:reply_start])} before a reply. Make them equal."
         )
     variants = [

@@ -28,10 +28,10 @@ TEMPLATE_DIR = Path(__file__).parent / "templates"
 BUILTIN_TEMPLATES = ("alpaca", "phi3", "chatml", "qa", "single")
 EOT_TEXT = "<|endoftext|>"
 
-MAX_CPU_SECONDS = 5  # of CPU time per conversation
-WORKER_TIMEOUT_SECONDS = 300  # wall-clock seconds for the same, on a busy machine
+MAX_CPU_SECONDS = 5  # CPU time per conversation
+WORKER_TIMEOUT_SECONDS = 300  # wall time per conversation, on a busy machine
 MAX_WORKER_MEMORY_BYTES = 1 << 30  # address space of the worker
-MAX_RENDERED_BYTES = 1 << 26  # of a reply of the worker
+MAX_RENDERED_BYTES = 1 << 26  # size of a reply of the worker
 WORKER_ENV_VARS = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "SYSTEMROOT", "LANG")
 WORKER_LOCK = threading.Lock()  # one request at a time
 
@@ -41,9 +41,8 @@ MARK_REPLACEMENTS = str.maketrans(
     dict.fromkeys((TEXT_MARK, REPLY_MARK, CLOSE_MARK, EOT_MARK), "\ufffd")
 )
 
-ChatMessage = Mapping[
-    str, str
-]  # "role", "content" and, from a user, optionally "input"
+# "role", "content" and, from a user, optionally "input".
+ChatMessage = Mapping[str, str]
 
 
 def render_template(
@@ -57,21 +56,18 @@ def render_template(
     if source in trusted_sources():
         return render_in_process(source, messages, add_generation_prompt)
     message_dicts = [dict(message) for message in messages]
-    request = (
-        json.dumps(
-            [source, message_dicts, add_generation_prompt, MAX_CPU_SECONDS]
-        ).encode()
-        + b"\n"
+    request = json.dumps(
+        [source, message_dicts, add_generation_prompt, MAX_CPU_SECONDS]
     )
     with WORKER_LOCK:
-        reply = send_request(render_worker(os.getpid()), request)
+        reply = send_request(render_worker(os.getpid()), f"{request}\n".encode())
         if not reply.endswith(b"\n"):
             stop_worker(render_worker(os.getpid()))
             render_worker.cache_clear()
             raise ConfigError(
                 f"the chat template needs more than {MAX_CPU_SECONDS} seconds or "
-                f"{MAX_WORKER_MEMORY_BYTES >> 20} MB for one conversation. Correct it, or use one of "
-                f"{', '.join(BUILTIN_TEMPLATES)}."
+                f"{MAX_WORKER_MEMORY_BYTES >> 20} MB for one conversation. Correct it, "
+                f"or use one of {', '.join(BUILTIN_TEMPLATES)}."
             )
     text, error = json.loads(reply)
     if error:

@@ -130,8 +130,8 @@ class Tokenizer:
             if not 0 <= token_id < vocab_size:
                 raise DataError(
                     f"token id {token_id} is out of range for tokenizer {self.name!r}: "
-                    f"vocab_size={vocab_size} allows 0 to {vocab_size - 1}. Use the tokenizer "
-                    "that encoded the text."
+                    f"vocab_size={vocab_size} allows 0 to {vocab_size - 1}. Use the "
+                    "tokenizer that encoded the text."
                 )
         return self.encoding.decode_bytes(token_ids)
 
@@ -266,7 +266,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str = "") -> To
     if (max_vocab_size := 257 + len(tokens)) < vocab_size:
         raise DataError(
             f"the text is too short for a vocabulary of {vocab_size} ids: its repeated "
-            f"pairs allow {max_vocab_size}. Use bpe:{max_vocab_size} or smaller, or add text."
+            f"pairs allow {max_vocab_size}. Use bpe:{max_vocab_size} or smaller, or "
+            "add text."
         )
     return from_merges(name or f"bpe:{vocab_size}", range(256), tokens)
 
@@ -280,7 +281,7 @@ def from_merges(
 
 
 def bytes_to_unicode(token: bytes) -> str:
-    """Token in the notation of GPT-2's files.
+    """Writes a token in the notation of GPT-2's files.
 
     >>> bytes_to_unicode(b" tea")
     'Ġtea'
@@ -289,7 +290,7 @@ def bytes_to_unicode(token: bytes) -> str:
 
 
 def parse_merge_line(line: str) -> bytes:
-    """Token that one line of merges.txt creates."""
+    """Returns the token that one line of merges.txt creates."""
     return bytes(map(CHAR_TO_BYTE.__getitem__, line.replace(" ", "")))
 
 
@@ -313,8 +314,8 @@ def derive_merge_lines(ranks: Mapping[bytes, int]) -> list[str]:
         pair = split_merge(token, ranks)
         if pair is None:
             raise DataError(
-                f"token {ranks[token]}, {bytes_to_unicode(token)!r}, cannot be merged from two "
-                "tokens with smaller ids"
+                f"token {ranks[token]}, {bytes_to_unicode(token)!r}, cannot be merged "
+                "from two tokens with smaller ids"
             )
         lines.append(" ".join(map(bytes_to_unicode, pair)))
     return lines
@@ -348,11 +349,12 @@ def read_tokenizer_dir(folder: Path) -> Tokenizer:
         zip_longest(actual_merges, expected_merges), start=1
     ):
         if actual != expected:
-            shown_actual, shown_expected = (
-                (actual or "missing")[:80],
-                expected or "absent",
+            shown_actual = (actual or "missing")[:80]
+            shown_expected = expected or "absent"
+            reason = (
+                f"merge {number} is {shown_actual!r}, but {vocab_file.name} implies "
+                f"{shown_expected!r}"
             )
-            reason = f"merge {number} is {shown_actual!r}, but {vocab_file.name} implies {shown_expected!r}"
             raise invalid_tokenizer_file(merges_file, reason)
     return Tokenizer(str(folder), ranks, eot_token)
 
@@ -376,8 +378,8 @@ def parse_tokenizer_json(data: Any) -> tuple[Any, list[str]]:
 def invalid_tokenizer_file(file: Path, reason: Any) -> DataError:
     """Error for an invalid tokenizer file."""
     return DataError(
-        f"invalid tokenizer file {file}: {reason}. Copy the folder again, or use another "
-        "tokenizer."
+        f"invalid tokenizer file {file}: {reason}. Copy the folder again, or use "
+        "another tokenizer."
     )
 
 
@@ -410,7 +412,8 @@ def vocab_to_ranks(vocab: Mapping[str, int]) -> dict[bytes, int]:
     for token, token_id in vocab.items():
         if not 0 < len(token) <= MAX_TOKEN_BYTES:
             raise DataError(
-                f"token {token_id} is {len(token)} bytes long, not 1 to {MAX_TOKEN_BYTES}"
+                f"token {token_id} is {len(token)} bytes long, not 1 to "
+                f"{MAX_TOKEN_BYTES}"
             )
         try:
             ranks[bytes(map(CHAR_TO_BYTE.__getitem__, token))] = token_id

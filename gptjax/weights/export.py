@@ -26,10 +26,7 @@ from gptjax.weights.model_folder import Model, write_chat_template, write_safete
 from gptjax.weights.param_map import EMBEDDING_TABLES, pack_tensor, param_slots
 
 NUM_CHECK_TOKENS = 16
-HF_HEAD_TENSORS = (
-    "lm_head.weight",
-    "score.weight",
-)  # named without the prefix "transformer."
+HF_HEAD_TENSORS = ("lm_head.weight", "score.weight")  # not prefixed by "transformer."
 # Relative to the largest logit: float32 rounding is 6e-8 per sum, of some hundred sums.
 EXPORT_TOLERANCE = 1e-5
 
@@ -81,8 +78,8 @@ def export_model(model: Model, layout: str, output_dir: Path) -> str:
             f"cannot write {output_dir}: {error}. Choose another."
         ) from error
     return (
-        f"wrote    {output_dir} ({layout}): {num_params(model.params):,} parameters; logits of "
-        f"the reloaded model differ by at most {difference:.3g}"
+        f"wrote    {output_dir} ({layout}): {num_params(model.params):,} parameters; "
+        f"logits of the reloaded model differ by at most {difference:.3g}"
     )
 
 
@@ -104,9 +101,8 @@ def compare_logits(model: Model, reloaded: Model) -> float:
     )
     difference = float(np.abs(np.asarray(logits) - np.asarray(reloaded_logits)).max())
     # Sums may round differently without the padding of the vocabulary.
-    if not difference <= EXPORT_TOLERANCE * float(
-        np.abs(logits).max()
-    ):  # also rejects nan
+    max_logit = float(np.abs(logits).max())
+    if not difference <= EXPORT_TOLERANCE * max_logit:  # also rejects nan
         raise ModelError(
             f"the logits of the exported model differ by up to {difference}, so the "
             "export was discarded. This is a bug in gptjax: please report it."

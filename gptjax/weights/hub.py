@@ -110,8 +110,9 @@ def resolve_repo(name: str) -> Repository:
             return entry
     if not is_repo_id(name):
         raise ModelError(
-            f"no model {name!r} on the hub.{did_you_mean(name, PINNED_REPOS)} Use one of "
-            f"{', '.join(PINNED_REPOS)}, or owner/repository, optionally with @revision."
+            f"no model {name!r} on the hub.{did_you_mean(name, PINNED_REPOS)} Use one "
+            f"of {', '.join(PINNED_REPOS)}, or owner/repository, optionally with "
+            "@revision."
         )
     name, _, revision = name.partition("@")
     return Repository(name, revision or "main")

@@ -12,24 +12,22 @@ book    safetensors with the names of the book's PyTorch GPTModel, with a
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gptjax.config import GPTConfig, from_dict
+from gptjax.config import RENAMED_VALUES, GPTConfig, from_dict
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.fileio import strict_json
-from gptjax.fileio.download import sha256_of_files
-from gptjax.model.gpt import apply, init
+from gptjax.model.gpt import init
 from gptjax.model.quantization import fake_quantize
 from gptjax.tokenizer.chat_template import CHAT_TEMPLATE_FILE as TEMPLATE
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.tokenizer.tokenizer import Tokenizer, is_tokenizer_dir, load_tokenizer
-from gptjax.tree import Params, flatten_with_names, num_params
+from gptjax.tree import Params, flatten_with_names
 from gptjax.weights import hub
-from gptjax.weights.model_folder import MODEL_FORMAT, Model, save_model
+from gptjax.weights.model_folder import MODEL_FORMAT, Model
 from gptjax.weights.param_map import (
     EMBEDDING_TABLES,
     IGNORED_BUFFERS,
@@ -43,13 +41,17 @@ from gptjax.weights.tf_checkpoint import open_tf_checkpoint, read_hparams
 
 _LogFn = Callable[[str], None]
 
-
+# Properties of our model; files with other values belong to other architectures.
+REQUIRED_HF_VALUES = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
 GPT2_HEAD_DIM = 64  # in all sizes of GPT-2 and in the book
-
-
 MAX_MODEL_JSON_BYTES = 10_000_000
-
-
 BUFFER_ALIGNMENT = 64  # bytes; JAX on CPU uses arrays of this alignment without copying
 
 
@@ -69,7 +71,7 @@ class TensorReader(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """Model files of a known layout, whose parameters have not been read yet."""
+    """Model files of a known layout, before the parameters are read."""
 
     layout: str
     location: str  # for messages
@@ -91,7 +93,7 @@ def load(
             .safetensors file, a public size such as "gpt2", or "owner/repository".
         log: receives messages for the user, one line each.
         int8: quantize the weights to 8 bits, which reduces the memory traffic of
-            decoding to a quarter; see `gptjax.model.gpt.quantization`.
+            decoding to a quarter; see `gptjax.model.quantization`.
 
     Raises:
         ModelError: there is no such model, or its files are corrupt or inconsistent.
@@ -124,11 +126,9 @@ def resolve_model(name: str | Path, log: _LogFn) -> Path:
         )
     # "runs/typo" looks like "owner/name", but the folder runs/ exists.
     is_local = path.exists() or (len(path.parts) > 1 and path.parent.is_dir())
-    return (
-        path
-        if is_local or not hub.is_repo_id(str(name))
-        else hub.fetch_repo(str(name), log)
-    )
+    if is_local or not hub.is_repo_id(str(name)):
+        return path
+    return hub.fetch_repo(str(name), log)
 
 
 def open_model_source(path: Path, log: _LogFn = lambda line: None) -> ModelSource:
@@ -148,19 +148,16 @@ def open_model_source(path: Path, log: _LogFn = lambda line: None) -> ModelSourc
     if not files:
         raise ModelError(explain_unreadable(path))
     reader = open_safetensors(files)
-    metadata = (
-        read_json_object(path / "config.json")
-        if (path / "config.json").is_file()
-        else {}
-    )
+    config_path = path / "config.json"
+    metadata = read_json_object(config_path) if config_path.is_file() else {}
     if "format" in metadata:
         source = from_gptjax(path, reader, metadata)
-        return dataclasses.replace(source, template=_read_folder_template(path))
+        return dataclasses.replace(source, chat_template=_read_folder_template(path))
     if "tok_emb.weight" in reader.tensors:
         return from_book(path, reader, metadata, log)
     source = from_hf(path, reader, metadata, log)
     try:
-        return dataclasses.replace(source, template=_read_folder_template(path))
+        return dataclasses.replace(source, chat_template=_read_folder_template(path))
     except ModelError as error:  # the model can still be used for completion
         log(f"chat template not used: {error}")
         return source
@@ -224,7 +221,7 @@ def list_safetensors(folder: Path) -> list[Path]:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads a small JSON file whose value is an object."""
+    """Reads a small JSON file that contains an object."""
     try:
         data = strict_json.read_json(path, MAX_MODEL_JSON_BYTES)
     except (OSError, ValueError) as error:
@@ -235,7 +232,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def get_positive_int(path: Path, metadata: Mapping[str, Any], *names: str) -> int:
-    """Returns the value of the first of `names` that is present."""
+    """Returns the value of the first of `names` that is present; must be positive."""
     for name in names:
         if name in metadata:
             if type(metadata[name]) is int and metadata[name] > 0:
@@ -254,8 +251,9 @@ def from_gptjax(
     config_path = path / "config.json"
     if metadata["format"] != MODEL_FORMAT:
         raise ModelError(
-            f"{config_path} has the format {metadata['format']!r}, but this version reads "
-            f"{MODEL_FORMAT!r}. Use a folder written by gptjax.save or gptjax train."
+            f"{config_path} has the format {metadata['format']!r}, but this version "
+            f"reads {MODEL_FORMAT!r}. Use a folder written by gptjax.save or gptjax "
+            "train."
         )
     match metadata:
         case {"model": dict(model), "tokenizer": {"name": str(name), "hash": str(due)}}:
@@ -263,10 +261,12 @@ def from_gptjax(
         case _:
             raise ModelError(f"{config_path} lacks model or tokenizer. Copy it again.")
     try:
-        config, tokenizer = (
-            from_dict(GPTConfig, model, "model."),
-            load_tokenizer(path),
-        )
+        # Folders written by earlier versions have other names of attention backends.
+        renamed = RENAMED_VALUES["model.attention"]
+        if (attention := str(model.get("attention"))) in renamed:
+            model = {**model, "attention": renamed[attention]}
+        config = from_dict(GPTConfig, model, "model.")
+        tokenizer = load_tokenizer(path)
     except (ConfigError, DataError) as error:
         raise ModelError(f"cannot use the model folder {path}: {error}") from error
     if tokenizer.hash != due:
@@ -280,24 +280,13 @@ def from_gptjax(
         raise ModelError(f"{config_path}: labels={labels!r} is not a list of strings.")
     if len(labels) != config.n_classes:
         raise ModelError(
-            f"{config_path} has {len(labels)} labels for {config.n_classes} classes. Copy it "
-            "again."
+            f"{config_path} has {len(labels)} labels for {config.n_classes} classes. "
+            "Copy it again."
         )
     num_rows = config.padded_vocab_size
     return ModelSource(
         "gptjax", str(path), config, tokenizer, reader, num_rows, tuple(labels)
     )
-
-
-# Properties of our model; files with other values belong to other architectures.
-REQUIRED_HF_VALUES = {
-    "model_type": "gpt2",
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-}
 
 
 def from_hf(
@@ -310,8 +299,8 @@ def from_hf(
     for name, required in REQUIRED_HF_VALUES.items():
         if hf_config.get(name, required) != required:
             raise ModelError(
-                f"{config_path}: {name}={hf_config[name]!r}, but GPT-2 requires {required!r}. "
-                "gptjax does not support this architecture."
+                f"{config_path}: {name}={hf_config[name]!r}, but GPT-2 requires "
+                f"{required!r}. gptjax does not support this architecture."
             )
     config = config_from_shape(
         config_path,
@@ -324,8 +313,8 @@ def from_hf(
     )
     if hf_config.get("n_inner") not in (None, config.mlp_dim):
         raise ModelError(
-            f"{config_path}: n_inner={hf_config['n_inner']!r}, but gptjax only supports "
-            f"4 * n_embd = {config.mlp_dim}."
+            f"{config_path}: n_inner={hf_config['n_inner']!r}, but gptjax only "
+            f"supports 4 * n_embd = {config.mlp_dim}."
         )
     source = with_tokenizer("hf", path, config, reader, log)
     if "score.weight" not in reader.tensors:
@@ -346,8 +335,8 @@ def label_names(config_path: Path, hf_config: Mapping[str, Any]) -> tuple[str, .
         if len(names) == len(labels):
             return names
     raise ModelError(
-        f"{config_path}: id2label={id2label!r} does not name the classes 0, 1, ... of the "
-        "model. Correct it or copy the file again."
+        f"{config_path}: id2label={id2label!r} does not name the classes 0, 1, ... of "
+        "the model. Correct it or copy the file again."
     )
 
 
@@ -380,7 +369,8 @@ def from_book(
         n_layers += 1
     if "n_heads" not in metadata:
         log(
-            f"heads    {width // GPT2_HEAD_DIM}, from GPT-2's head dim of {GPT2_HEAD_DIM}"
+            f"heads    {width // GPT2_HEAD_DIM}, from GPT-2's head dim of "
+            f"{GPT2_HEAD_DIM}"
         )
         if width % GPT2_HEAD_DIM:
             raise ModelError(
@@ -422,7 +412,7 @@ def config_from_shape(path: Path, **shape: Any) -> GPTConfig:
 def with_tokenizer(
     layout: str, path: Path, config: GPTConfig, reader: TensorReader, log: _LogFn
 ) -> ModelSource:
-    """Adds the tokenizer, whose size determines `vocab_size`."""
+    """Adds the tokenizer; its size determines `vocab_size`."""
     tokenizer, num_rows = find_tokenizer(path, config), config.vocab_size
     if tokenizer.vocab_size > num_rows:
         raise ModelError(
@@ -497,8 +487,8 @@ def check_config_sizes(source: ModelSource) -> None:
         if getattr(c, name) > (max_layers if name == "n_layers" else max_axis):
             raise ModelError(
                 f"{source.location}: {name}={getattr(c, name)} is too large for "
-                f"{len(tensors)} tensors with axes of up to {max_axis}. Correct the config "
-                "or copy the files again."
+                f"{len(tensors)} tensors with axes of up to {max_axis}. Correct the "
+                "config or copy the files again."
             )
 
 
@@ -511,7 +501,8 @@ def match_names(
         short = full.removeprefix("transformer.") if source.layout == "hf" else full
         if short in full_names:
             raise ModelError(
-                f"{source.location} has both {full_names[short]} and {full}. Remove one."
+                f"{source.location} has both {full_names[short]} and {full}. Remove "
+                "one."
             )
         full_names[short] = full
     tied = {"lm_head.weight", "out_head.weight"} if source.config.tie_embeddings else {}
@@ -540,9 +531,9 @@ def match_names(
             found = found[1:]  # OpenAI stores matrices as width-1 convolutions
         if found != expected or not is_float(info.dtype):
             raise ModelError(
-                f"{source.location}: {full_names[name]} is {info.dtype} {found}, but the "
-                f"config requires floating point {expected}. Copy the files again or "
-                "correct the config."
+                f"{source.location}: {full_names[name]} is {info.dtype} {found}, but "
+                f"the config requires floating point {expected}. Copy the files again "
+                "or correct the config."
             )
     return full_names
 
@@ -558,104 +549,3 @@ def aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
     buffer = np.empty(size + BUFFER_ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % BUFFER_ALIGNMENT
     return buffer[start : start + size].view(np.float32).reshape(shape)
-
-
-REFERENCE_PROMPT = "Every effort moves you"
-
-
-class ReferenceValues(NamedTuple):
-    """Published values of a public model, to verify an import without its original."""
-
-    num_params: int
-    first_embedding: tuple[float, ...] = ()  # first values of the embedding of token 0
-    last_embedding: float | None = None  # last value of the embedding of the last token
-    logits: tuple[float, ...] = ()  # of the first token ids, after REFERENCE_PROMPT
-
-
-# Parameter counts: computed from the shapes in Radford et al. 2019. Values of 124M:
-# Raschka, "Build a Large Language Model (From Scratch)", chapter 5. Logits have to be
-# recorded from the original files.
-REFERENCE_VALUES = {
-    "gpt2": ReferenceValues(
-        124_439_808, (-0.11010301, -0.03926672, 0.03310751), 0.12067825
-    ),
-    "gpt2-medium": ReferenceValues(354_823_168),
-    "gpt2-large": ReferenceValues(774_030_080),
-    "gpt2-xl": ReferenceValues(1_557_611_200),
-}
-
-
-# Per logit; the order of float32 sums alone changes up to 2e-4.
-LOGIT_TOLERANCE = 1e-3
-
-
-def convert_model(name: str, output_dir: Path, log: _LogFn) -> Model:
-    """Reads a model in any supported layout, checks it and writes a model folder.
-
-    Args:
-        name: as in `gptjax.load`.
-        output_dir: must not exist yet.
-        log: receives one line each about the source, the check and the result.
-
-    Raises:
-        ModelError: the model cannot be read or written, or differs from the public
-            model of that name.
-    """
-    if output_dir.exists():
-        raise ModelError(
-            f"{output_dir} already exists. Choose another folder with --out."
-        )
-    source = open_model_source(resolve_model(name, log), log)
-    params = read_params(source)
-    model = Model(source.config, params, source.tokenizer, source.labels)
-    log(
-        f"read     {source.location} ({source.layout}): {len(source.reader.tensors)} "
-        f"tensors, {num_params(model.params):,} parameters"
-    )
-    log(f"check    {check_reference_values(model, REFERENCE_VALUES.get(name))}")
-    save_model(model, output_dir)
-    digest = sha256_of_files([output_dir / "model.safetensors"])
-    log(f"wrote    {output_dir}, model.safetensors has sha256 {digest}")
-    return model
-
-
-def check_reference_values(model: Model, reference: ReferenceValues | None) -> str:
-    """Checks imported parameters; returns a summary of what was compared.
-
-    Raises:
-        ModelError: the logits are not finite, or the values differ from those of the
-            public model.
-    """
-    ids = model.tokenizer.encode(REFERENCE_PROMPT)[: model.config.context_length]
-    logits = np.asarray(apply(model.config, model.params, jnp.array([ids])))[0, -1]
-    if not np.isfinite(logits).all():
-        raise ModelError(
-            "the logits of the model are not finite. Its file is damaged or belongs to "
-            "a different architecture."
-        )
-    if reference is None:
-        return "logits are finite; no published values to compare with"
-    embedding_VD = np.asarray(model.params["token_embedding"]["embedding"])
-    actual = [
-        num_params(model.params),
-        *embedding_VD[0, : len(reference.first_embedding)],
-    ]
-    expected = [reference.num_params, *reference.first_embedding]
-    if reference.last_embedding is not None:
-        actual, expected = (
-            [*actual, embedding_VD[-1, -1]],
-            [*expected, reference.last_embedding],
-        )
-    if not np.allclose(actual, expected, rtol=0, atol=1e-7):
-        raise ModelError(f"not the public model: found {actual}, expected {expected}.")
-    result = "parameters and published values agree"
-    if not reference.first_embedding:
-        result = "the number of parameters agrees"
-    if not reference.logits:
-        return f"{result}; logits are finite; not compared, since none are recorded yet"
-    difference = np.abs(logits[: len(reference.logits)] - reference.logits).max()
-    if not difference <= LOGIT_TOLERANCE:
-        raise ModelError(
-            f"the logits differ from the recorded ones by {difference:.3g}."
-        )
-    return f"{result}; logits agree within {difference:.1e}"

@@ -56,7 +56,7 @@ class Model:
         )
 
 
-def save_model(model: Model, model_dir: str | Path) -> None:
+def save(model: Model, model_dir: str | Path) -> None:
     """Writes the model folder, replacing an existing one atomically."""
     model_dir = Path(model_dir)
     try:

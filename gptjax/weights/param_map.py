@@ -132,7 +132,7 @@ def unpack_tensor(
 def pack_tensor(slots: list[ParamSlot], leaves: Mapping[str, np.ndarray]) -> np.ndarray:
     """Assembles a source tensor from its slots; inverse of `unpack_tensor`."""
     parts = []
-    for slot in sorted(slots, key=lambda home: home.qkv_index or 0):
+    for slot in sorted(slots, key=lambda slot: slot.qkv_index or 0):
         leaf = leaves[slot.leaf]
         values = leaf if slot.layer is None else leaf[slot.layer]
         parts.append(values.reshape(slot.shape))

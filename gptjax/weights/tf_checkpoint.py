@@ -62,6 +62,12 @@ UNSUPPORTED_ADVICE = (
     "Use the folder of a GPT-2 published by OpenAI, or one in the same format."
 )
 
+DIVISOR = 0x82F63B78  # Castagnoli, RFC 3720 sec. 12.1; the low bit is the highest power
+# The first multiple with all other exponents in the lower half; found by search.
+MULTIPLE = (290, 136, 113, 107, 32, 0)
+ONES = 0xFFFFFFFF
+FOLD_BLOCK_BYTES = 1 << 20  # copied and folded at a time; fits in the CPU cache
+
 
 class TFTensor(NamedTuple):
     """Index entry of a tensor."""
@@ -212,8 +218,8 @@ def parse_tensors(
     version, _ = parse_proto(b"".join(messages.get(HEADER_VERSION, [])))
     if version.get(VERSION_MIN_CONSUMER, 0) > 1:  # TensorFlow writes 1
         raise ModelError(
-            f"{index} requires a reader of version {version[VERSION_MIN_CONSUMER]}, but "
-            f"gptjax implements version 1. {UNSUPPORTED_ADVICE}"
+            f"{index} requires a reader of version {version[VERSION_MIN_CONSUMER]}, "
+            f"but gptjax implements version 1. {UNSUPPORTED_ADVICE}"
         )
     tensors = [parse_tensor(index, num_shards, *pair) for pair in entries[1:]]
     return {tensor.name: tensor for tensor in tensors}
@@ -231,7 +237,8 @@ def parse_tensor(index: Path, num_shards: int, key: bytes, value: bytes) -> TFTe
     if dtype_number not in TF_DTYPES:
         raise ModelError(
             f"{index} has {name!r} in TensorFlow's dtype {dtype_number}; supported: "
-            f"{', '.join(f'{n} ({dtype})' for n, dtype in TF_DTYPES.items())}. {UNSUPPORTED_ADVICE}"
+            f"{', '.join(f'{n} ({dtype})' for n, dtype in TF_DTYPES.items())}. "
+            f"{UNSUPPORTED_ADVICE}"
         )
     if shard >= num_shards:
         raise ValueError(f"{name!r} is in data file {shard} of only {num_shards}")
@@ -273,9 +280,8 @@ def read_sstable(data: bytes) -> list[tuple[bytes, bytes]]:
     if int.from_bytes(footer[-8:], "little") != SSTABLE_MAGIC:
         raise ValueError("it does not end with the magic number of an SSTable")
     stream = io.BytesIO(footer)
-    read_block(
-        data, read_varint(stream), read_varint(stream)
-    )  # metaindex block, unused
+    # The metaindex block is unused.
+    read_block(data, read_varint(stream), read_varint(stream))
     blocks = read_block(data, read_varint(stream), read_varint(stream))
     entries, end = [], 0
     for _, value in iter_entries(blocks):
@@ -314,11 +320,9 @@ def iter_entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
     for _ in range(MAX_INDEX_ENTRIES + 1):
         if stream.tell() == end:
             return
-        prefix_length, suffix_length, value_length = (
-            read_varint(stream),
-            read_varint(stream),
-            read_varint(stream),
-        )
+        prefix_length = read_varint(stream)
+        suffix_length = read_varint(stream)
+        value_length = read_varint(stream)
         if (
             prefix_length > len(key)
             or prefix_length + suffix_length > MAX_ENTRY_BYTES
@@ -377,13 +381,6 @@ def mask_crc(crc: int) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-DIVISOR = 0x82F63B78  # Castagnoli, RFC 3720 sec. 12.1; the low bit is the highest power
-# The first one with all other exponents in the lower half; found by search.
-MULTIPLE = (290, 136, 113, 107, 32, 0)
-ONES = 0xFFFFFFFF
-FOLD_BLOCK_BYTES = 1 << 20  # bytes copied and folded at a time; fits in the CPU cache
-
-
 def remainder(byte: int) -> int:
     """Returns the CRC table entry of a byte."""
     for _ in range(8):
@@ -407,13 +404,13 @@ def crc32c(data: bytes | UInt8[np.ndarray, " _"], crc: int = 0) -> int:
         if len(rest) > MULTIPLE[0]:
             rest = rest.copy()
             rest[:4] ^= np.frombuffer(register.to_bytes(4, "little"), np.uint8)
-            rest, register = folded(rest), 0
+            rest, register = fold_bytes(rest), 0
         for byte in rest.tolist():
             register = CRC_TABLE[(register ^ byte) & 0xFF] ^ register >> 8
     return register ^ ONES
 
 
-def folded(rest: UInt8[np.ndarray, " _"]) -> UInt8[np.ndarray, " _"]:
+def fold_bytes(rest: UInt8[np.ndarray, " _"]) -> UInt8[np.ndarray, " _"]:
     """Folds `rest` in place into its last bytes, which have the same remainder."""
     highest, *places = MULTIPLE
     scale = 1 << len(rest).bit_length()

@@ -92,7 +92,7 @@ def test_the_flags_of_the_sweep_are_handed_on(monkeypatch):
         compare_torch, "bench_against_torch", lambda say, **given: seen.append(given)
     )
 
-    flags = ["--rows", "8", "16", "--attention", "xla", "--only", "train"]
+    flags = ["--rows", "8,16", "--attention", "xla", "--only", "train"]
     assert main(["bench", "--device", "--peers", *flags]) == 0
 
     assert seen[0]["device_flags"] == flags

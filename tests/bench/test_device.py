@@ -152,7 +152,7 @@ def test_a_context_that_ends_with_the_prompt_cannot_be_written_in():
     ("flags", "message"),
     [
         (["--attention", "cudn"], "--attention cudn is not a backend. Did"),
-        (["--rows", "4", "0"], "--rows 4 0 must be"),
+        (["--rows", "4,0"], "--rows 4,0 must be"),
         (["--only", "load"], "--only load is not available with --device"),
     ],
 )

@@ -83,10 +83,8 @@ def test_the_command_says_each_figure_and_writes_them_all(
     """With sides that are known, so that the ratios are."""
 
     def known(one, other, pairs):
-        ours, theirs = (
-            summarize_rates([30.0] * pairs),
-            summarize_rates([20.0] * pairs),
-        )
+        ours = summarize_rates([30.0] * pairs)
+        theirs = summarize_rates([20.0] * pairs)
         ours = ours._replace(peak=1 << 30)
         return ours, theirs, 1.5
 

@@ -135,7 +135,7 @@ def evaluate_nothing(*parts):
 def test_chapter_6_says_what_the_book_prints(tmp_path, start, shared_data, monkeypatch):
     monkeypatch.setattr(classify, "make_classification_evaluate", evaluate_nothing)
     config = started("ch06", start)
-    run, sets, task = make_task(CHAPTERS["sms-spam"], config, tmp_path)
+    _, sets, task = make_task(CHAPTERS["sms-spam"], config, tmp_path)
     model = task.to_model(task.init_state)
 
     before, first = look(task, 0), look(task, 1)

@@ -17,7 +17,7 @@ from gptjax.data.conversations import (
     read_preference_pairs,
     split_conversations,
 )
-from gptjax.data.splits import ALL_SPLITS
+from gptjax.data.text import ALL_SPLITS
 from gptjax.errors import ConfigError, DataError
 
 quiet = settings(deadline=None, derandomize=True, max_examples=100)
@@ -352,7 +352,7 @@ def test_each_row_is_in_one_split_that_has_its_share(count, val, test, seed):
 
 
 BAD_SPLITS = {
-    "data.split_strategy='bok' is unknown. Did you mean book?": (
+    "unknown data.split_strategy='bok'. Did you mean book?": (
         9,
         {"strategy": "bok"},
     ),

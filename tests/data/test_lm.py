@@ -39,7 +39,7 @@ def counting(length: int) -> list[int]:
 
 def batches_of(tokens: TokenDataset, **options: object) -> LMBatches:
     """With small values."""
-    default = {"rows": 4, "context": 5, "seed": 0, "packed": True}
+    default = {"rows": 4, "context": 5, "seed": 0, "isolate_documents": True}
     return make_batches(tokens, **{**default, **options})
 
 
@@ -72,7 +72,7 @@ def test_each_token_is_a_target_at_most_once_an_epoch(stream, length, context, s
 @pytest.mark.fast
 def test_rows_are_read_in_a_circle(stream):
     tokens = stream(counting(23))
-    batches = batches_of(tokens, rows=1, packed=False)
+    batches = batches_of(tokens, rows=1, isolate_documents=False)
     after = {**{i: i + 1 for i in range(1, 21)}, 21: EOT, EOT: 1}
 
     for step in range(50):
@@ -100,7 +100,7 @@ def test_hosts_share_the_rows_of_one_batch(stream, hosts):
 
     for step in (0, 3, 50):
         parts = [
-            batches_of(tokens, rows=8, here=here.tolist()).batch_at(step)
+            batches_of(tokens, rows=8, local_rows=here.tolist()).batch_at(step)
             for here in np.split(np.arange(8), hosts)
         ]
         joined = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
@@ -193,7 +193,7 @@ def test_validation_scores_every_token_but_the_first_once(
 
 def test_a_limit_takes_whole_batches_from_all_over_the_text(stream):
     tokens = stream(counting(103))
-    options = {"rows": 2, "context": 5, "packed": True}
+    options = {"rows": 2, "context": 5, "isolate_documents": True}
     everything = list(validation_batches(tokens, **options))
 
     some = list(validation_batches(tokens, **options, max_batches=3))

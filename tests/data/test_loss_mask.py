@@ -263,5 +263,5 @@ def test_a_batch_of_which_nothing_is_learned_has_loss_and_gradient_zero():
 
     assert float(metrics.loss) == 0
     assert float(metrics.grad_norm) == 0
-    assert bool(metrics.updated)
+    assert bool(metrics.applied)
     assert jnp.isfinite(metrics.loss)

@@ -51,18 +51,15 @@ def share_waited(source_seconds, step_seconds):
     """As the loop counts it, by a clock that only source and step turn."""
     now = [0.0]
 
-    def source():
-        for n in range(10):
-            now[0] += source_seconds
-            yield n
-
     watch = StepTimer(lambda: now[0])
-    for n in watch.time_data(source()):
+    for n in range(10):
+        with watch.waiting():
+            now[0] += source_seconds
         now[0] += step_seconds
         if n == 4:
             seconds, waited = watch.end_step()
             assert seconds == pytest.approx(5 * (source_seconds + step_seconds))
-    with watch.excluded():
+    with watch.exclude():
         now[0] += 100.0  # an evaluation
     seconds, again = watch.end_step()
     assert again == pytest.approx(waited)

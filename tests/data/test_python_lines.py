@@ -47,4 +47,4 @@ def test_the_set_has_a_name():
 
     assert data.class_names == ("code", "prose")
     assert len(data) == len(python_lines())
-    assert "Python's own library" in said
+    assert "lines of Python's standard library" in said

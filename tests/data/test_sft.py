@@ -24,7 +24,7 @@ from gptjax.errors import ConfigError, DataError
 from gptjax.tokenizer.chat_template import compile_template, load_chat_template
 
 GPT2 = gptjax.tokenizer.load("gpt2")
-EOT = GPT2.eot
+EOT = GPT2.eot_token
 
 
 def example(length, answer=1, first=0):
@@ -59,8 +59,8 @@ def test_all_instructions_are_encoded_as_the_book_does(instructions):
         for one, got in zip(
             rows, encode_conversations(GPT2, template, rows), strict=True
         ):
-            prompt = book_prompt(one.row)
-            text = f"{prompt}\n\n### Response:\n{one.row['output']}"
+            prompt = book_prompt(one.source_row)
+            text = f"{prompt}\n\n### Response:\n{one.source_row['output']}"
             assert got.ids == [*GPT2.encode(text), EOT]
             ((start, stop),) = got.answer_spans
             assert got.ids[:start] == GPT2.encode(f"{prompt}\n\n### Response:\n")
@@ -137,7 +137,7 @@ def test_the_masked_form_of_the_book_learns_all_after_the_prompt(instructions):
 
     got = encode_segments(GPT2, template.segments(one.messages), {"header", "answer"})
 
-    assert got.loss_mask.index(True) == len(GPT2.encode(book_prompt(one.row)))
+    assert got.loss_mask.index(True) == len(GPT2.encode(book_prompt(one.source_row)))
 
 
 @given(st.integers(2, 12), st.integers(1, 11), st.integers(2, 40))
@@ -199,7 +199,8 @@ def test_an_epoch_has_every_example_once_whole_and_apart(lengths, rows, kind, ep
                 assert tokens.tolist() == examples[n].ids[:-1]
                 assert batch["targets"][b, place].tolist() == examples[n].ids[1:]
                 assert (
-                    batch["loss_weights"][b, place].tolist() == examples[n].learned[1:]
+                    batch["loss_weights"][b, place].tolist()
+                    == examples[n].loss_mask[1:]
                 )
                 assert batch["positions"][b, place].tolist() == list(range(len(place)))
             assert not batch["loss_weights"][b, segment_T == 0].any()

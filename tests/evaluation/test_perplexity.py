@@ -63,7 +63,7 @@ def test_a_smaller_stride_gives_each_token_at_least_the_rest_to_look_back_at():
 @pytest.mark.fast
 def test_the_loss_of_a_short_text_is_that_of_one_plain_forward_pass(model):
     text = "to be or not to"
-    ids = [model.tokenizer.eot, *model.tokenizer.encode(text)]
+    ids = [model.tokenizer.eot_token, *model.tokenizer.encode(text)]
     token_BT = jnp.array([ids], jnp.int32)
     logits = apply(model.config, model.params, token_BT[:, :-1])
     weights = jnp.ones((1, len(ids) - 1))
@@ -92,7 +92,7 @@ def test_the_loss_of_a_token_does_not_depend_on_its_batch(model):
 
 
 def test_documents_do_not_help_to_predict_each_other(model):
-    eot, ids = model.tokenizer.eot, model.tokenizer.encode("the same text")
+    eot, ids = model.tokenizer.eot_token, model.tokenizer.encode("the same text")
     both = np.array([eot, *ids, eot, *ids, eot], np.int32)
     one = np.array([eot, *ids, eot], np.int32)
 

@@ -118,7 +118,7 @@ def test_fields_come_back_as_they_were(tmp_path, names, rows, kind, batch):
     out = tmp_path / f"out{kind}"
     out.unlink(missing_ok=True)
 
-    count, _ = label(source, out, text="text", batch=batch)
+    count, _ = label(source, out, text_column="text", batch_size=batch)
 
     head, *found = fields(out, mark)
     assert head == [*names, "label", "probability"]
@@ -253,7 +253,7 @@ def test_a_row_that_cannot_be_used_is_told_and_leaves_no_file(
     out = tmp_path / "out.jsonl"
 
     with pytest.raises(DataError, match=rf"{name}{message}" if content else message):
-        label(source, out, text=text, batch=1)
+        label(source, out, text_column=text, batch_size=1)
 
     assert list(tmp_path.iterdir()) == [source]
 
@@ -305,7 +305,7 @@ def test_a_terminal_shows_how_much_of_the_file_is_read(tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     source = write(tmp_path / "a.txt", 4 * f"{'x' * 99}\n")
 
-    label(source, tmp_path / "out.csv", batch=1)
+    label(source, tmp_path / "out.csv", batch_size=1)
 
     shown = capsys.readouterr().err
     for share in ("25%", "50%", "75%", "100%"):
@@ -323,7 +323,7 @@ def test_labelling_takes_memory_for_a_batch_only(tmp_path, kind):
     source = write(tmp_path / f"a.{kind}", head + f"{line}\n" * 1_500)
     tracemalloc.start()
 
-    label(source, tmp_path / f"b.{kind}", batch=32)
+    label(source, tmp_path / f"b.{kind}", batch_size=32)
 
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -38,7 +38,7 @@ def scores(config, params, token_BT, **options):
     return gptjax.apply(config, params, token_BT, **options)
 
 
-def input_gradients(config, params, segment_BT=None):
+def input_gradients(config, params, segment_id_BT=None):
     """[T, T, D]: of the loss at each position, by the input embedding at each.
 
     The position table adds to the inputs and is used nowhere else, so that with one
@@ -49,7 +49,7 @@ def input_gradients(config, params, segment_BT=None):
     def nats(table_TD):
         position = {"position_embedding": {"embedding": table_TD}}
         logit_BTV = gptjax.apply(
-            config, params | position, token_BT, segment_BT=segment_BT
+            config, params | position, token_BT, segment_id_BT=segment_id_BT
         )
         return -jax.nn.log_softmax(logit_BTV[0])[jnp.arange(T), target_B]
 
@@ -79,22 +79,22 @@ def test_the_loss_of_a_position_depends_on_no_later_input(changes):
 @pytest.mark.parametrize("attention", ["reference", "chunked", "xla"])
 def test_documents_of_one_row_exchange_no_gradient(attention):
     config = dataclasses.replace(TINY, attention=attention)
-    segment_BT = jnp.array([[3, 3, 3, 1, 1, 2, 2, 2]])
+    segment_id_BT = jnp.array([[3, 3, 3, 1, 1, 2, 2, 2]])
 
-    grad_TSD = input_gradients(config, lively(config), segment_BT)
+    grad_TSD = input_gradients(config, lively(config), segment_id_BT)
 
     used_TS = np.any(np.asarray(grad_TSD) != 0, axis=-1)
-    same_TS = np.asarray(segment_BT[0, :, None] == segment_BT[0, None])
+    same_TS = np.asarray(segment_id_BT[0, :, None] == segment_id_BT[0, None])
     np.testing.assert_array_equal(used_TS, np.tril(same_TS))
 
 
 def test_packed_documents_are_scored_as_if_each_were_alone():
     params = lively(TINY)
-    segment_BT = jnp.array([[0, 0, 0, 1, 1, 2, 2, 2]])
+    segment_id_BT = jnp.array([[0, 0, 0, 1, 1, 2, 2, 2]])
     position_BT = jnp.array([[0, 1, 2, 0, 1, 0, 1, 2]])
 
     packed_BTV = scores(
-        TINY, params, TOKEN_BT[:1], segment_BT=segment_BT, position_BT=position_BT
+        TINY, params, TOKEN_BT[:1], segment_id_BT=segment_id_BT, position_BT=position_BT
     )
 
     for first, last in ((0, 3), (3, 5), (5, 8)):

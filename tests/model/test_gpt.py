@@ -72,13 +72,17 @@ def continued(config, layers, token_BT, position_BT, cache):
 def test_separate_layers_compute_what_stacked_layers_compute(qkv_bias):
     config = dataclasses.replace(TINY, qkv_bias=qkv_bias)
     params = lively(config)
-    slot_BT = jnp.arange(T)[None].repeat(B, 0)
+    query_position_BT = jnp.arange(T)[None].repeat(B, 0)
 
     @jax.jit
     def both(params, layers):
         x_BTD, _ = hidden_states(config, params, TOKEN_BT)
         y_BTD, _ = GPT(config, stacked=False).apply(
-            {"params": layers}, TOKEN_BT, slot_BT, None, BlockInputs(slot_BT, None)
+            {"params": layers},
+            TOKEN_BT,
+            query_position_BT,
+            None,
+            BlockInputs(query_position_BT, None),
         )
         return x_BTD, y_BTD
 

@@ -1,4 +1,4 @@
-"""What a caller adds to the residual stream: patching, steering, its gradient."""
+"""Capture points and interventions, against a recomputation in NumPy."""
 
 import functools
 
@@ -9,62 +9,233 @@ import pytest
 
 import gptjax
 from gptjax.config import GPTConfig
+from gptjax.errors import ConfigError
+from gptjax.model import gpt, interventions
+from gptjax.model.interventions import POINT_MODULES
+from gptjax.model.lora import init_adapters, merge_adapters, scale_adapters
+from gptjax.training.finetune import split_last_layers
 from tests.small_models import make_model
 
 MODEL = make_model(n_layers=3)
 CONFIG, T = MODEL.config, MODEL.config.context_length
-ONE_BT, OTHER_BT = jax.random.randint(jax.random.key(2), (2, 1, T), 0, 257)
-NOTHING_NBTD = jnp.zeros((CONFIG.n_layers, 1, T, CONFIG.d_model))
+N, D, H, K, F = 3, CONFIG.d_model, CONFIG.n_heads, CONFIG.head_dim, CONFIG.mlp_dim
+TOKEN_BT, OTHER_BT = jax.random.randint(jax.random.key(2), (2, 2, T), 0, 257)
+B = len(TOKEN_BT)
+ALL_POINTS = tuple(POINT_MODULES)
+SHAPES = {
+    "residual": (N, B, T, D),
+    "query": (N, B, T, H, K),
+    "key": (N, B, T, H, K),
+    "value": (N, B, T, H, K),
+    "attention": (N, B, H, T, T),
+    "head_output": (N, B, T, H, K),
+    "mlp_hidden": (N, B, T, F),
+    "mlp_output": (N, B, T, D),
+}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def run(config: GPTConfig, token_BT, added_NBTD):
-    add = {"residual": added_NBTD}
-    logits, kept = gptjax.apply(
-        config, MODEL.params, token_BT, capture=("residual",), add=add
+@functools.partial(jax.jit, static_argnames="capture")
+def run(params, token_BT, add=None, adapters=None, capture=ALL_POINTS):
+    return gptjax.apply(
+        CONFIG,
+        params,
+        token_BT,
+        interventions=add,
+        adapters=adapters,
+        capture=capture,
     )
-    return logits, kept["residual"]
 
 
-def test_adding_nothing_changes_nothing():
-    logits, _ = run(CONFIG, ONE_BT, NOTHING_NBTD)
-
-    plain = jax.jit(gptjax.apply, static_argnums=0)(CONFIG, MODEL.params, ONE_BT)
-    np.testing.assert_allclose(logits, plain, rtol=1e-5, atol=1e-6)
+def normalize(x_BTD, norm):
+    mean, variance = x_BTD.mean(-1, keepdims=True), x_BTD.var(-1, keepdims=True)
+    return (x_BTD - mean) / np.sqrt(variance + 1e-5) * norm["scale"] + norm["bias"]
 
 
-@pytest.mark.parametrize("n", range(CONFIG.n_layers))
-def test_all_that_enters_one_layer_from_another_text_gives_that_texts_logits(n):
-    own_logits, own_NBTD = run(CONFIG, ONE_BT, NOTHING_NBTD)
-    other_logits, other_NBTD = run(CONFIG, OTHER_BT, NOTHING_NBTD)
+def recompute(params, token_BT, add=None):
+    """Logits and activations of every point, in float64 NumPy."""
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    found = {name: [] for name in ALL_POINTS}
 
-    patch_NBTD = NOTHING_NBTD.at[n].set(other_NBTD[n] - own_NBTD[n])
-    logits, seen_NBTD = run(CONFIG, ONE_BT, patch_NBTD)
+    def point(name, value):
+        if add and name in add:
+            value = value + np.asarray(add[name], np.float64)[len(found[name])]
+        found[name].append(value)
+        return value
+
+    x_BTD = p["token_embedding"]["embedding"][np.asarray(token_BT)]
+    x_BTD = x_BTD + p["position_embedding"]["embedding"]
+    for n in range(N):
+        block = jax.tree.map(lambda leaf, n=n: leaf[n], p["blocks"])
+        attention, mlp = block["attention"], block["mlp"]
+        x_BTD = point("residual", x_BTD)
+        y_BTD = normalize(x_BTD, block["attention_norm"])
+        query_BTHK, key_BSHK, value_BSHK = (
+            point(
+                name,
+                np.einsum("BTD,DHK->BTHK", y_BTD, attention[name]["kernel"])
+                + attention[name]["bias"],
+            )
+            for name in ("query", "key", "value")
+        )
+        score_BHTS = np.einsum("BTHK,BSHK->BHTS", query_BTHK, key_BSHK) / np.sqrt(K)
+        score_BHTS = np.where(np.tri(T, dtype=bool), score_BHTS, -np.inf)
+        weight_BHTS = np.exp(score_BHTS - score_BHTS.max(-1, keepdims=True))
+        weight_BHTS /= weight_BHTS.sum(-1, keepdims=True)
+        weight_BHTS = point("attention", weight_BHTS)
+        head_BTHK = np.einsum("BHTS,BSHK->BTHK", weight_BHTS, value_BSHK)
+        head_BTHK = point("head_output", head_BTHK)
+        out = attention["out"]
+        x_BTD = x_BTD + np.einsum("BTHK,HKD->BTD", head_BTHK, out["kernel"])
+        x_BTD = x_BTD + out["bias"]
+        y_BTD = normalize(x_BTD, block["mlp_norm"])
+        x_BTF = y_BTD @ mlp["up"]["kernel"] + mlp["up"]["bias"]
+        cubic = np.sqrt(2 / np.pi) * (x_BTF + 0.044715 * x_BTF**3)
+        x_BTF = point("mlp_hidden", x_BTF * (1 + np.tanh(cubic)) / 2)
+        y_BTD = x_BTF @ mlp["down"]["kernel"] + mlp["down"]["bias"]
+        x_BTD = x_BTD + point("mlp_output", y_BTD)
+    x_BTD = normalize(x_BTD, p["final_norm"])
+    logits = x_BTD @ p["token_embedding"]["embedding"].T
+    return logits, {name: np.stack(values) for name, values in found.items()}
+
+
+def assert_recomputed(params, result, add=None):
+    logits, activations = result
+    expected_logits, expected = recompute(params, TOKEN_BT, add)
+    np.testing.assert_allclose(logits, expected_logits, rtol=1e-3, atol=2e-4)
+    for name, shape in SHAPES.items():
+        assert activations[name].shape == shape, name
+        np.testing.assert_allclose(
+            activations[name], expected[name], rtol=1e-3, atol=1e-4, err_msg=name
+        )
+
+
+def noise(name, scale=0.3):
+    key = jax.random.key(ALL_POINTS.index(name))
+    return scale * jax.random.normal(key, SHAPES[name])
+
+
+def test_captured_activations_are_those_of_a_recomputation():
+    assert_recomputed(MODEL.params, run(MODEL.params, TOKEN_BT))
+
+
+@pytest.mark.parametrize("name", ALL_POINTS)
+def test_an_intervention_at_a_point_is_added_there(name):
+    add = {name: noise(name)}
+
+    result = run(MODEL.params, TOKEN_BT, add)
+
+    assert_recomputed(MODEL.params, result, add)
+    plain, _ = run(MODEL.params, TOKEN_BT)
+    assert np.abs(result[0] - plain).max() > 1e-2
+
+
+def test_interventions_at_all_points_may_be_combined_and_broadcast():
+    add = {name: noise(name)[:, :1] for name in ALL_POINTS}
+
+    assert_recomputed(MODEL.params, run(MODEL.params, TOKEN_BT, add), add)
+
+
+@pytest.mark.parametrize("name", ALL_POINTS)
+def test_gradients_with_respect_to_interventions_are_finite_differences(name):
+    target = jax.random.normal(jax.random.key(5), (B, T, 257))
+
+    @jax.jit
+    def loss(added):
+        logits = gptjax.apply(
+            CONFIG, MODEL.params, TOKEN_BT, interventions={name: added}
+        )
+        return jnp.vdot(logits, target) / target.size
+
+    zero, direction = jnp.zeros(SHAPES[name]), noise(name, 1.0)
+    slope = jnp.vdot(jax.grad(loss)(zero), direction)
+    expected = [
+        np.vdot(recompute(MODEL.params, TOKEN_BT, {name: s * direction})[0], target)
+        for s in (1e-4, -1e-4)
+    ]
+
+    assert abs(slope) > 1e-5
+    difference = (expected[0] - expected[1]) / 2e-4 / target.size
+    np.testing.assert_allclose(slope, difference, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("tail", [1, 3])
+def test_a_tail_of_trainable_layers_has_the_same_points(tail):
+    add = {name: noise(name) for name in ("residual", "value", "mlp_hidden")}
+    parts = split_last_layers(MODEL.params, tail)
+
+    assert_recomputed(MODEL.params, run(parts, TOKEN_BT, add), add)
+
+
+def test_adapters_count_at_every_point():
+    adapters = init_adapters(
+        CONFIG, MODEL.params, "attention/* mlp/*", 2, jax.random.key(1)
+    )
+    adapters = jax.tree.map(lambda leaf: leaf + 0.1, adapters)
+    adapters = scale_adapters(adapters, 0.5)
+    add = {"mlp_output": noise("mlp_output")}
+
+    result = run(MODEL.params, TOKEN_BT, add, adapters)
+
+    assert_recomputed(merge_adapters(MODEL.params, adapters), result, add)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_without_capture_the_program_has_no_trace_of_the_points(remat, monkeypatch):
+    config = GPTConfig(vocab_size=9, context_length=4, n_layers=2, n_heads=1, d_model=4)
+    params = gptjax.init(config, jax.random.key(0))
+
+    def program():
+        def loss(params):
+            return gptjax.apply(config, params, jnp.zeros((1, 4), jnp.int32)).sum()
+
+        return jax.jit(jax.grad(loss)).lower(params).as_text()
+
+    with_points = program()
+    monkeypatch.setattr(gpt, "capture_point", lambda module, name, value: value)
+    monkeypatch.setattr(gpt, "is_observed", lambda module, name: False)
+
+    assert with_points == program()
+
+
+def test_all_that_enters_one_layer_from_another_text_gives_that_texts_logits():
+    own_logits, own = run(MODEL.params, TOKEN_BT)
+    other_logits, other = run(MODEL.params, OTHER_BT)
+    difference = other["residual"] - own["residual"]
+    patch = jnp.zeros(SHAPES["residual"]).at[1].set(difference[1])
+
+    logits, seen = run(MODEL.params, TOKEN_BT, {"residual": patch})
 
     assert np.abs(own_logits - other_logits).max() > 0.1
-    np.testing.assert_allclose(logits, other_logits, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(seen_NBTD[n], other_NBTD[n], rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(seen_NBTD[:n], own_NBTD[:n])
+    np.testing.assert_allclose(logits, other_logits, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(seen["residual"][0], own["residual"][0])
 
 
-def test_what_is_added_at_a_position_changes_none_before_it():
-    vector_D = jax.random.normal(jax.random.key(4), (CONFIG.d_model,))
-    patch_NBTD = NOTHING_NBTD.at[1, 0, 4].set(vector_D)
+def test_an_intervention_at_a_position_changes_none_before_it():
+    vector_D = jax.random.normal(jax.random.key(4), (D,))
+    patch = jnp.zeros(SHAPES["residual"]).at[1, :, 4].set(vector_D)
 
-    before, _ = run(CONFIG, ONE_BT, NOTHING_NBTD)
-    after, _ = run(CONFIG, ONE_BT, patch_NBTD)
+    before, _ = run(MODEL.params, TOKEN_BT)
+    after, _ = run(MODEL.params, TOKEN_BT, {"residual": patch})
 
-    np.testing.assert_array_equal(before[:, :4], after[:, :4])
+    np.testing.assert_allclose(before[:, :4], after[:, :4], rtol=1e-5, atol=1e-5)
     assert (np.abs(before[:, 4:] - after[:, 4:]).max(axis=-1) > 1e-3).all()
 
 
-def test_its_gradient_at_nothing_is_that_of_the_activations():
-    def logit(added_NBTD):
-        return run(CONFIG, ONE_BT, added_NBTD)[0][0, -1, 65]
+def test_unknown_points_and_wrong_shapes_are_rejected():
+    def apply(**options):
+        return gptjax.apply(CONFIG, MODEL.params, TOKEN_BT, **options)
 
-    direction_NBTD = jax.random.normal(jax.random.key(3), NOTHING_NBTD.shape)
-    slope = jnp.vdot(jax.grad(logit)(NOTHING_NBTD), direction_NBTD)
+    zeros = jnp.zeros
+    for error, added in (
+        ("'atention'.*attention", {"atention": zeros(3)}),
+        (r"\(3, 2, 8, 16\)", {"residual": zeros((2, 8, 16))}),
+        (r"\(2, 2, 8, 16\)", {"residual": zeros((2, B, T, D))}),
+        (r"\(3, 3, 8, 16\)", {"residual": zeros((3, 3, T, D))}),
+    ):
+        with pytest.raises(ConfigError, match=error):
+            apply(interventions=added)
 
-    step = 3e-3
-    rise = logit(step * direction_NBTD) - logit(-step * direction_NBTD)
-    np.testing.assert_allclose(rise / (2 * step), slope, rtol=2e-3)
+
+def test_every_documented_point_exists():
+    for name in ALL_POINTS:
+        assert f"    {name} " in interventions.__doc__

@@ -57,9 +57,7 @@ def moved(tree, scale=0.1):
 def test_fresh_adapters_change_nothing(params):
     adapters = init_adapters(CONFIG, params, "attention/* mlp/*", 4, jax.random.key(1))
 
-    np.testing.assert_array_equal(
-        hidden(params, adapters=adapters), hidden(params)
-    )
+    np.testing.assert_array_equal(hidden(params, adapters=adapters), hidden(params))
 
 
 @pytest.mark.fast

@@ -61,9 +61,13 @@ def cached_logits(config, params, int8):
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(config, layers):
-    slot_BT = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None], TOKEN_BT.shape)
+    query_position_BT = jnp.broadcast_to(
+        jnp.arange(9, dtype=jnp.int32)[None], TOKEN_BT.shape
+    )
     cache = init_cache(config, 3, 16)
-    x_BTD, _ = apply_with_cache(config, layers, jnp.asarray(TOKEN_BT), slot_BT, cache)
+    x_BTD, _ = apply_with_cache(
+        config, layers, jnp.asarray(TOKEN_BT), query_position_BT, cache
+    )
     return lm_logits(config, unembedding_matrix(config, layers), x_BTD)
 
 

@@ -165,7 +165,7 @@ def test_the_tokenizer_of_an_export_is_ours(pair):
     text = "Every effort moves you, año 2026 😀\n\n  and   spaces"
 
     assert theirs.encode(text) == model.tokenizer.encode(text)
-    assert theirs.eos_token_id == model.tokenizer.eot
+    assert theirs.eos_token_id == model.tokenizer.eot_token
 
 
 def test_an_exported_classifier_has_the_same_probabilities(torch, tmp_path):

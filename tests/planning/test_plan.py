@@ -190,7 +190,7 @@ def test_a_plan_in_json_has_both_figures_of_memory(capsys):
 
 
 def test_what_does_not_fit_exits_with_1(capsys):
-    flags = words("--topology v5e:1 --estimate --train.accumulate 1")
+    flags = words("--topology v5e:1 --no-compile --train.accumulate 1")
 
     assert main(["plan", "gpt2_124m", *flags]) == 1
     told = capsys.readouterr().out
@@ -205,7 +205,7 @@ def test_a_plan_is_set_beside_what_a_run_measured(tmp_path, capsys):
     assert main(["train", "tiny", "--run", str(run), *flags]) == 0
     capsys.readouterr()
 
-    assert main(["plan", "tiny", *flags, "--against", str(run)]) == 0
+    assert main(["plan", "tiny", *flags, "--compare-profile", str(run)]) == 0
 
     told = capsys.readouterr().out
     assert "measured" in told
@@ -265,7 +265,7 @@ def test_without_the_compiler_a_plan_says_so(capsys, monkeypatch):
 
     told = capsys.readouterr()
     assert "(analytic estimate)" in told.out
-    assert "pip install 'gptjax[tpu-plan]'" in told.err
+    assert 'pip install -e ".[tpu-plan]"' in told.err
 
 
 def test_all_to_one_device_cannot_be_compiled_where_there_are_too_few():

@@ -10,10 +10,11 @@ import pytest
 from matplotlib.colors import to_hex
 
 import gptjax
-from gptjax.config import OptimConfig
+from gptjax.config import MeshConfig, OptimConfig
 from gptjax.errors import ConfigError, DataError
 from gptjax.evaluation import perplexity
 from gptjax.evaluation.perplexity import token_losses
+from gptjax.parallel.sharding import make_mesh, shard_batch, shard_tree
 from gptjax.plots import figures, token_boxes
 from gptjax.plots.figures import (
     attention_figure,
@@ -21,6 +22,7 @@ from gptjax.plots.figures import (
     next_token_figure,
     next_token_probs,
     schedule_figure,
+    sharding_figure,
     token_loss_figure,
     tokenization_figure,
 )
@@ -111,7 +113,7 @@ def test_a_token_of_a_label_shows_its_blanks_and_its_bytes(model):
 @pytest.mark.fast
 @pytest.mark.parametrize("text", ["a", "to be or not to be", "é漢😀", "x" * 128])
 def test_nats_of_tokens_are_those_of_a_plain_pass_and_of_score(model, text):
-    read = [model.tokenizer.eot, *model.tokenizer.encode(text)]
+    read = [model.tokenizer.eot_token, *model.tokenizer.encode(text)]
     logit_BTV = gptjax.apply(model.config, model.params, jnp.array([read[:-1]]))
     chance_LV = jax.nn.log_softmax(logit_BTV[0])
 
@@ -403,3 +405,80 @@ def test_a_certain_token_leaves_room_for_its_label(model):
     assert written(figure) == ["100.0%", "<0.1%", "<0.1%"]
     assert_nothing_is_cut_off(figure)
     assert figure.get_suptitle() == "after …" + "a" * 40
+
+
+@pytest.fixture(scope="module")
+def placed():
+    """A batch and parameters on two by two by two devices."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    shape = {"context_length": 8, "n_layers": 2, "n_heads": 2, "d_model": 16}
+    params = gptjax.init(gptjax.GPTConfig(vocab_size=64, **shape), jax.random.key(0))
+    mlp = shard_tree(params, mesh)["blocks"]["mlp"]
+    batch = shard_batch({"tokens": np.zeros((8, 8), np.int32)}, mesh, 8)
+    return {
+        "tokens": batch["tokens"],
+        "up": mlp["up"]["kernel"],
+        "b": mlp["up"]["bias"],
+    }
+
+
+def test_every_shard_names_the_devices_that_hold_it_and_those_of_one_are_blue(placed):
+    figure = sharding_figure(placed, device=5)
+
+    for axes, x in zip(figure.axes, placed.values(), strict=False):
+        held = {text.get_text() for text in axes.texts}
+        (blue,) = [
+            text.get_text()
+            for text, patch in zip(axes.texts, axes.patches, strict=True)
+            if to_hex(patch.get_facecolor()) == figures.PALE_BLUE.lower()
+        ]
+        assert held == {
+            " ".join(
+                str(shard.device.id)
+                for shard in sorted(x.addressable_shards, key=lambda s: s.device.id)
+                if shard.index == other.index
+            )
+            for other in x.addressable_shards
+        }
+        assert "5" in blue.split()
+    assert [axes.get_ylabel() for axes in figure.axes[:3]] == [
+        "8 over data x fsdp",
+        "16 over fsdp",
+        "2",
+    ]
+    assert [axes.get_xlabel() for axes in figure.axes[:3]] == [
+        "8",
+        "64 over tensor",
+        "64 over tensor",
+    ]
+    assert_nothing_is_cut_off(figure)
+
+
+def test_cells_lie_where_their_shards_lie(placed):
+    figure = sharding_figure({"up": placed["up"]})
+
+    for text, patch in zip(figure.axes[0].texts, figure.axes[0].patches, strict=True):
+        column, row = patch.get_xy()
+        device = int(text.get_text().split()[0])
+        (shard,) = [s for s in placed["up"].addressable_shards if s.device.id == device]
+        starts = [part.indices(64)[0] for part in shard.index]
+        assert starts == [0, 8 * row, 32 * column]
+
+
+@pytest.mark.parametrize("x", [jnp.float32(1), jnp.ones(3), jnp.ones((2, 3, 4))])
+def test_an_array_on_one_device_is_one_cell(x):
+    figure = sharding_figure({"x": x})
+
+    assert written(figure) == ["0"]
+    assert_nothing_is_cut_off(figure)
+
+
+def test_too_many_sharded_axes_and_no_array_are_refused():
+    mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"))
+    spec = jax.sharding.PartitionSpec("a", "b", "c")
+    x = jax.device_put(jnp.ones((2, 2, 2)), jax.sharding.NamedSharding(mesh, spec))
+
+    with pytest.raises(ConfigError, match="3 axes"):
+        sharding_figure({"x": x})
+    with pytest.raises(ConfigError, match="no arrays"):
+        sharding_figure({})

@@ -91,9 +91,9 @@ def test_an_alpaca_row_is_learned_in_its_answer_and_the_end(tmp_path):
     assert found == {
         "text": (prompt + answer).decode() + "<|endoftext|>",
         "tokens": [*prompt, *answer, END],
-        "loss": [0] * len(prompt) + [1] * len(answer) + [1],
+        "loss_mask": [0] * len(prompt) + [1] * len(answer) + [1],
         "num_truncated": 0,
-        "skipped": False,
+        "dropped": False,
     }
 
 
@@ -104,7 +104,7 @@ def test_each_answer_of_a_conversation_is_learned(tmp_path):
     [found] = json_objects(of_bytes(tmp_path, chat("Hi", "Ho", "More", "No.")))
 
     assert found["tokens"] == [*first, *b"Ho", END, *second, *b"No.", END]
-    assert found["loss"] == loss_of(
+    assert found["loss_mask"] == loss_of(
         (first, 0), (b"Ho", 1), ("E", 1), (second, 0), (b"No.", 1), ("E", 1)
     )
 
@@ -114,8 +114,8 @@ def test_all_but_the_first_token_is_learned_where_prompts_are_too(tmp_path):
     [every] = json_objects(of_bytes(tmp_path, alpaca(), completion_only_loss=False))
 
     assert every["tokens"] == masked["tokens"]
-    assert sum(masked["loss"]) == 2
-    assert every["loss"] == [0] + [1] * (len(every["tokens"]) - 1)
+    assert sum(masked["loss_mask"]) == 2
+    assert every["loss_mask"] == [0] + [1] * (len(every["tokens"]) - 1)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_rows_are_those_of_training(own_bpe, talks, context, mask, own, template
         [encode_segments(known, piece, kinds) for piece in pieces], context
     )
     found = list(json_objects(preview))
-    kept = [one for one in found if not one["skipped"]]
+    kept = [one for one in found if not one["dropped"]]
     for one, trained_on in zip(kept, trained.examples, strict=True):
         batch = collate([[trained_on]], context, known.eot_token)
         size = len(one["tokens"]) - 1
@@ -168,7 +168,7 @@ def test_rows_are_those_of_training(own_bpe, talks, context, mask, own, template
             == len(row.ids) - one["num_truncated"]
         )
         assert one["loss_mask"][0] == 0
-        assert not (one["skipped"] and any(one["loss_mask"]))
+        assert not (one["dropped"] and any(one["loss_mask"]))
         assert row.text == "".join(part.text for part in token_segments(known, row))
     assert (preview.num_truncated, preview.num_dropped) == (
         trained.num_truncated,
@@ -191,7 +191,7 @@ def test_rows_are_cut_at_the_front_to_the_context_and_one_more(tmp_path, length,
     assert (preview.lengths, preview.rows[0].text) == ([length], whole)
     assert found["text"] == whole[cut:]
     assert (found["num_truncated"], found["dropped"]) == (cut, False)
-    assert found["loss"] == [0] * (length - cut - 3) + [1, 1, 1]
+    assert found["loss_mask"] == [0] * (length - cut - 3) + [1, 1, 1]
     assert preview.num_truncated == (cut > 0)
     text = render_terminal(preview, 1, False, 80)
     assert (f"the first {cut:,} are truncated" in text) == (cut > 0)
@@ -205,7 +205,7 @@ def test_a_row_is_skipped_when_its_answer_alone_does_not_fit(tmp_path, skipped):
 
     [found] = json_objects(preview)
     assert found["dropped"] == skipped == preview.num_dropped
-    assert sum(found["loss"]) == preview.num_trained == (0 if skipped else 32)
+    assert sum(found["loss_mask"]) == preview.num_trained == (0 if skipped else 32)
     assert len(found["tokens"]) == (41 if skipped else 33)
     assert found["num_truncated"] == (0 if skipped else 40 - 33)
     assert (

@@ -119,13 +119,13 @@ def test_no_text_of_a_message_forges_the_end_or_a_turn(name, one, two, three, fo
 
     def marks(pieces):
         """How many marks of the template a model could see."""
-        whole = "".join(piece.text for piece in pieces if not piece.end)
+        whole = "".join(piece.text for piece in pieces if not piece.is_eot)
         return len(template.special_markers.findall(whole))
 
     ends = [piece for piece in pieces if piece.is_eot]
     assert len(ends) == len([piece for piece in harmless if piece.is_eot])
     ids = encode_segments(TOKENIZER, pieces).ids
-    assert ids.count(TOKENIZER.eot) == len(ends)
+    assert ids.count(TOKENIZER.eot_token) == len(ends)
     extra = 1 if user.get("input") and name == "alpaca" else 0
     assert marks(pieces) == marks(harmless) + extra
     zero = "".join(piece.text for piece in pieces).replace("\u200b", "")

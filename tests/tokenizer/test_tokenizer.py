@@ -96,10 +96,8 @@ def test_the_shipped_table_is_what_its_script_writes():
 
 @pytest.mark.fast
 def test_ids_are_those_in_the_book():
-    before, after = (
-        "Hello, do you like tea? ",
-        " In the sunlit terracesof someunknownPlace.",
-    )
+    before = "Hello, do you like tea? "
+    after = " In the sunlit terracesof someunknownPlace."
 
     ids = [*GPT2.encode(before), GPT2.eot_token, *GPT2.encode(after)]
 
@@ -123,7 +121,7 @@ def test_the_verdict_has_as_many_tokens_as_in_the_book(shared_data):
 def test_text_never_becomes_the_control_token(kind, parts):
     ids = kind.encode(ENDOFTEXT.join(["", *parts, ""]))
 
-    assert kind.eot not in ids
+    assert kind.eot_token not in ids
 
 
 @every_kind
@@ -187,7 +185,7 @@ def test_the_hash_is_of_the_table_and_not_of_the_name():
 
     assert dataclasses.replace(OWN, name="x").hash == OWN.hash
     assert dataclasses.replace(OWN, ranks=swapped).hash != OWN.hash
-    assert dataclasses.replace(OWN, eot=0).hash != OWN.hash
+    assert dataclasses.replace(OWN, eot_token=0).hash != OWN.hash
 
 
 @pytest.mark.fast
@@ -205,7 +203,7 @@ def test_loading_undoes_saving(kind, tmp_path):
 
     assert (loaded.ranks, loaded.eot_token, loaded.hash) == (
         kind.ranks,
-        kind.eot,
+        kind.eot_token,
         kind.hash,
     )
     assert loaded.name == str(tmp_path / "new")
@@ -236,7 +234,7 @@ def test_transformers_reads_a_saved_folder(kind, tmp_path):
     text = topics["assert"]
     assert type(peer).__name__.startswith("GPT2Tokenizer")
     assert peer(text)["input_ids"] == kind.encode(text)
-    assert (peer.eos_token_id, len(peer)) == (kind.eot, kind.vocab_size)
+    assert (peer.eos_token_id, len(peer)) == (kind.eot_token, kind.vocab_size)
 
 
 def test_more_merges_than_the_text_has_are_refused():

@@ -12,8 +12,8 @@ import gptjax
 from gptjax.errors import ConfigError, ModelError
 from gptjax.tree import flatten_with_names
 from gptjax.weights import hub, load, param_map
+from gptjax.weights.convert import convert_model
 from gptjax.weights.export import export_model, named_tensors
-from gptjax.weights.load import convert_model
 from tests.small_models import assert_same, change_config, make_model
 
 
@@ -132,7 +132,8 @@ def test_a_public_name_is_compared_with_what_is_published(hf, tmp_path, monkeypa
 
     table = gptjax.load(hf).params["token_embedding"]["embedding"]
     right = known._replace(
-        first=tuple(map(float, table[0, :3])), last=float(table[-1, -1])
+        first_embedding=tuple(map(float, table[0, :3])),
+        last_embedding=float(table[-1, -1]),
     )
     model = gptjax.load(hf)
     assert "published values agree" in load.check_reference_values(model, right)
@@ -141,8 +142,8 @@ def test_a_public_name_is_compared_with_what_is_published(hf, tmp_path, monkeypa
     seen = right._replace(logits=tuple(map(float, logits)))
     assert "logits agree within" in load.check_reference_values(model, seen)
     for wrong in (
-        right._replace(parameters=10_833),
-        right._replace(last=0.5),
+        right._replace(num_params=10_833),
+        right._replace(last_embedding=0.5),
         seen._replace(logits=(9.0,)),
     ):
         with pytest.raises(ModelError):

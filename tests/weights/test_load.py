@@ -49,6 +49,24 @@ def test_names_without_prefix_and_buffers_are_read_too(hf, model):
     assert_same(gptjax.load(hf), model)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("plain", "reference"), ("prefix", "chunked"), ("blockwise", "flash")],
+)
+def test_a_model_folder_with_an_old_attention_name_is_read(tmp_path, model, old, new):
+    gptjax.save(model, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    metadata = json.loads(path.read_text())
+    metadata["model"]["attention"] = old
+    path.write_text(json.dumps(metadata))
+
+    loaded = gptjax.load(tmp_path / "model")
+
+    assert loaded.config == dataclasses.replace(model.config, attention=new)
+    for name, leaf in flatten_with_names(loaded.params).items():
+        np.testing.assert_array_equal(leaf, flatten_with_names(model.params)[name])
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_other_precisions_become_float32(hf, model, dtype):
     change(hf, lambda arrays: {n: a.astype(dtype) for n, a in arrays.items()})

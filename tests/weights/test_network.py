@@ -1,7 +1,7 @@
-"""The public weights themselves: what is published of them, and nothing recorded here.
+"""Comparison of the public weights with published values.
 
-Run with `pytest -m network -n0 tests/weights/test_network.py`; downloads 0.5 GB for 124M and
-1.5 GB for 355M, once.
+Run with `pytest -m network -n0 tests/weights/test_network.py`; downloads 0.5 GB for
+124M and 1.5 GB for 355M, once.
 """
 
 import dataclasses
@@ -14,8 +14,7 @@ import pytest
 import gptjax
 from gptjax.config import find_config, load_config
 from gptjax.data.datasets import fetch_dataset
-from gptjax.tasks.classify import train_classifier
-from gptjax.tasks.sft import train_sft
+from gptjax.tasks.train import train
 from gptjax.training.loss import cross_entropy_sum
 from gptjax.training.metrics import read_events
 from gptjax.tree import num_params
@@ -84,7 +83,7 @@ def test_the_books_spam_filter_is_as_good_as_published(tmp_path):
     """
     config = load_config(find_config("classify/sms_gpt2"))
 
-    train_classifier(config, tmp_path / "run", lambda line: None)
+    train(config, tmp_path / "run")
 
     events = read_events(tmp_path / "run" / "metrics.jsonl")
     accuracy = {e["split"]: e["accuracy"] for e in events if e["event"] == "eval"}
@@ -103,11 +102,11 @@ def test_the_books_assistant_learns_as_published(tmp_path):
     """
     config = load_config(find_config("instruct/book_355m"))
 
-    for steps, train, validation in ((1, 2.637, 2.626), (231, 0.299, 0.657)):
+    for steps, train_loss, validation_loss in ((1, 2.637, 2.626), (231, 0.299, 0.657)):
         short = dataclasses.replace(config.train, steps=steps)
         folder = tmp_path / str(steps)
-        train_sft(dataclasses.replace(config, train=short), folder, lambda line: None)
+        train(dataclasses.replace(config, train=short), folder)
         events = read_events(folder / "metrics.jsonl")
         loss = {e["split"]: e["loss"] for e in events if "loss" in e and "split" in e}
-        assert loss["train"] == pytest.approx(train, rel=0.1)
-        assert loss["validation"] == pytest.approx(validation, rel=0.1)
+        assert loss["train"] == pytest.approx(train_loss, rel=0.1)
+        assert loss["validation"] == pytest.approx(validation_loss, rel=0.1)

@@ -9,16 +9,16 @@ from typing import Any
 import jax
 
 from gptjax.errors import ConfigError
-from gptjax.model.attention.backend import (
-    AttentionSpec,
-    dropout_unsupported,
-    shard_map_attention,
-)
 from gptjax.model.attention.mask import (
     AttentionMask,
     KeyValueHeads,
     QueryHeads,
     materialize_mask,
+)
+from gptjax.model.attention.spec import (
+    AttentionSpec,
+    dropout_unsupported,
+    shard_map_attention,
 )
 
 MAX_HEAD_DIM = 128  # supported by cuDNN on every GPU from Ampere on
@@ -90,8 +90,8 @@ def cudnn_unsupported_reason(spec: AttentionSpec) -> str:
         )
     if spec.head_dim % 8 or spec.head_dim > MAX_HEAD_DIM:
         return (
-            f"{_OPTION} needs a head dim that is a multiple of 8 up to {MAX_HEAD_DIM}, not "
-            f"{spec.head_dim}. {alternative} or change model.n_heads."
+            f"{_OPTION} needs a head dim that is a multiple of 8 up to {MAX_HEAD_DIM}, "
+            f"not {spec.head_dim}. {alternative} or change model.n_heads."
         )
     if spec.num_keys % 2 or (spec.num_queries % 2 and not spec.has_query_positions):
         return (

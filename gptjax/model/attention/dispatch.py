@@ -8,8 +8,8 @@ from jaxtyping import Array
 
 from gptjax.errors import ConfigError
 from gptjax.model.attention import cudnn, flash, reference, splash
-from gptjax.model.attention.backend import AttentionSpec
 from gptjax.model.attention.mask import AttentionMask, KeyValueHeads, QueryHeads
+from gptjax.model.attention.spec import AttentionSpec
 from gptjax.runtime import device
 from gptjax.runtime.device import GPU_PRE_AMPERE
 
@@ -44,7 +44,7 @@ def compute_attention(
     mask: AttentionMask,
     *,
     backend: str = "auto",
-    dropout: Callable[[Array], Array] | None = None,
+    edit_weights: Callable[[Array], Array] | None = None,
 ) -> QueryHeads:
     """Computes multi-head scaled dot-product attention [B, T, H, K].
 
@@ -57,7 +57,8 @@ def compute_attention(
         value_BSHK: [B, S, H, K].
         mask: which keys each query attends to.
         backend: a key of `BACKENDS`, or "auto".
-        dropout: applied to the attention weights.
+        edit_weights: function of the attention weights [B, H, T, S], e.g. dropout;
+            only some backends support it.
 
     Raises:
         ConfigError: the backend does not support the call, or `mask` is invalid.
@@ -66,8 +67,8 @@ def compute_attention(
     keys = key_BSHK.shape[1]
     if mask.sliding_window is not None and mask.sliding_window < 1:
         raise ConfigError(
-            f"AttentionMask.sliding_window={mask.sliding_window} masks a query from itself. "
-            "Use 1 or more."
+            f"AttentionMask.sliding_window={mask.sliding_window} masks a query from "
+            "itself. Use 1 or more."
         )
     if mask.query_position_BT is not None and mask.segment_id_BT is not None:
         raise ConfigError(
@@ -85,11 +86,11 @@ def compute_attention(
         head_dim,
         str(query_BTHK.dtype),
         device.target_platform(),
-        dropout is not None,
+        edit_weights is not None,
         mask.query_position_BT is not None,
     )
     name = select_backend(spec) if backend == "auto" else check_backend(backend, spec)
-    options: dict[str, Any] = {} if dropout is None else {"dropout": dropout}
+    options = {} if edit_weights is None else {"edit_weights": edit_weights}
     return BACKENDS[name].run(query_BTHK, key_BSHK, value_BSHK, mask, **options)
 
 

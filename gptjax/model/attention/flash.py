@@ -19,11 +19,6 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from gptjax.model.attention.backend import (
-    AttentionSpec,
-    dropout_unsupported,
-    shard_map_attention,
-)
 from gptjax.model.attention.mask import (
     ATTN_OUT,
     AttentionMask,
@@ -31,6 +26,11 @@ from gptjax.model.attention.mask import (
     QueryHeads,
     make_attention_mask,
     query_positions,
+)
+from gptjax.model.attention.spec import (
+    AttentionSpec,
+    dropout_unsupported,
+    shard_map_attention,
 )
 
 MASK_VALUE = jnp.finfo(jnp.float32).min
@@ -75,10 +75,8 @@ def _attend_shard(
 ) -> QueryHeads:
     """Computes attention for the rows and heads of one device: pads, runs, unpads."""
     queries, keys = query_BTHK.shape[1], key_BSHK.shape[1]
-    query_block_size, key_block_size = (
-        min(FLASH_BLOCK_SIZE, queries),
-        min(FLASH_BLOCK_SIZE, keys),
-    )
+    query_block_size = min(FLASH_BLOCK_SIZE, queries)
+    key_block_size = min(FLASH_BLOCK_SIZE, keys)
     static_mask = AttentionMask(causal=mask.causal, sliding_window=mask.sliding_window)
     layout = BlockLayout(
         static_mask,
@@ -179,20 +177,20 @@ def _bwd(
     dK = dS^T Q.
     """
     query_BHTK, key_BHSK, value_BHSK, query_info, out_BHTK, lse_BHT = residuals
+    query_size, key_size = layout.query_block_size, layout.key_block_size
+    scale = softmax_scale(query_BHTK)
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     # The softmax gradient subtracts rowsum(P * dP), which equals rowsum(dO * O).
     delta_BHT = einsum("BHTK,BHTK->BHT", grad_BHTK, out_BHTK)
 
-    def grad_key_block(
-        query_slope_BHTK: Array, j: Array
-    ) -> tuple[Array, tuple[Array, Array]]:
-        block_key_BHSK = slice_block(key_BHSK, 2, j, layout.key_block_size)
-        block_value_BHSK = slice_block(value_BHSK, 2, j, layout.key_block_size)
+    def grad_key_block(grad_query_BHTK: Array, j: Array) -> tuple[Array, Any]:
+        block_key_BHSK = slice_block(key_BHSK, 2, j, key_size)
+        block_value_BHSK = slice_block(value_BHSK, 2, j, key_size)
 
         def add_query_block(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-            query_slope_BHTK, grad_key_BHSK, grad_value_BHSK = carry
+            grad_query_BHTK, grad_key_BHSK, grad_value_BHSK = carry
             block_query_BHTK, block_grad_BHTK, block_lse_BHT, block_delta_BHT = (
-                slice_block(x, 2, i, layout.query_block_size)
+                slice_block(x, 2, i, query_size)
                 for x in (query_BHTK, grad_BHTK, lse_BHT, delta_BHT)
             )
             score_BHTS = block_scores(
@@ -202,40 +200,27 @@ def _bwd(
             grad_value_BHSK += einsum(
                 "BHTS,BHTK->BHSK", weight_BHTS.astype(grad_BHTK.dtype), block_grad_BHTK
             )
-            grad_score_BHTS = einsum(
-                "BHTK,BHSK->BHTS", block_grad_BHTK, block_value_BHSK
+            grad_BHTS = einsum("BHTK,BHSK->BHTS", block_grad_BHTK, block_value_BHSK)
+            grad_BHTS = weight_BHTS * (grad_BHTS - block_delta_BHT[..., None])
+            grad_BHTS = (grad_BHTS * scale).astype(query_BHTK.dtype)
+            grad_key_BHSK += einsum("BHTS,BHTK->BHSK", grad_BHTS, block_query_BHTK)
+            block_BHTK = einsum("BHTS,BHSK->BHTK", grad_BHTS, block_key_BHSK)
+            block_BHTK += slice_block(grad_query_BHTK, 2, i, query_size)
+            grad_query_BHTK = lax.dynamic_update_slice_in_dim(
+                grad_query_BHTK, block_BHTK, i * query_size, 2
             )
-            grad_score_BHTS = weight_BHTS * (
-                grad_score_BHTS - block_delta_BHT[..., None]
-            )
-            grad_score_BHTS = (grad_score_BHTS * softmax_scale(query_BHTK)).astype(
-                query_BHTK.dtype
-            )
-            grad_key_BHSK += einsum(
-                "BHTS,BHTK->BHSK", grad_score_BHTS, block_query_BHTK
-            )
-            block_grad_query_BHTK = einsum(
-                "BHTS,BHSK->BHTK", grad_score_BHTS, block_key_BHSK
-            )
-            block_grad_query_BHTK += slice_block(
-                query_slope_BHTK, 2, i, layout.query_block_size
-            )
-            query_slope_BHTK = lax.dynamic_update_slice_in_dim(
-                query_slope_BHTK, block_grad_query_BHTK, i * layout.query_block_size, 2
-            )
-            return query_slope_BHTK, grad_key_BHSK, grad_value_BHSK
+            return grad_query_BHTK, grad_key_BHSK, grad_value_BHSK
 
         zeros_BHSK = jnp.zeros(block_key_BHSK.shape, jnp.float32)
-        first, last = query_block_range(
-            layout, j, query_BHTK.shape[2] // layout.query_block_size
+        num_query_blocks = query_BHTK.shape[2] // query_size
+        first, last = query_block_range(layout, j, num_query_blocks)
+        grad_query_BHTK, *grads = lax.fori_loop(
+            first, last, add_query_block, (grad_query_BHTK, zeros_BHSK, zeros_BHSK)
         )
-        query_slope_BHTK, *slopes = lax.fori_loop(
-            first, last, add_query_block, (query_slope_BHTK, zeros_BHSK, zeros_BHSK)
-        )
-        return query_slope_BHTK, tuple(x.astype(key_BHSK.dtype) for x in slopes)
+        return grad_query_BHTK, tuple(x.astype(key_BHSK.dtype) for x in grads)
 
     zeros_BHTK = jnp.zeros(query_BHTK.shape, jnp.float32)
-    blocks = jnp.arange(key_BHSK.shape[2] // layout.key_block_size)
+    blocks = jnp.arange(key_BHSK.shape[2] // key_size)
     grad_query_BHTK, grads = lax.scan(grad_key_block, zeros_BHTK, blocks)
     return grad_query_BHTK.astype(query_BHTK.dtype), *map(merge_blocks, grads), None
 

@@ -1,4 +1,4 @@
-"""Attention masks as data; dimension letters: see `gptjax.model.gpt.gpt`."""
+"""Attention masks as data; dimension letters: see `gptjax.model.gpt`."""
 
 from typing import NamedTuple
 
@@ -39,10 +39,8 @@ def materialize_mask(
     mask: AttentionMask, query_BTHK: QueryHeads, key_BSHK: KeyValueHeads
 ) -> Bool[Array, "B T S"]:
     """Returns the mask as an array: True where a query attends to a key."""
-    query_position_BT, key_position_S = (
-        query_positions(mask, query_BTHK),
-        jnp.arange(key_BSHK.shape[1]),
-    )
+    query_position_BT = query_positions(mask, query_BTHK)
+    key_position_S = jnp.arange(key_BSHK.shape[1])
     return make_attention_mask(
         mask, query_position_BT, key_position_S, mask.segment_id_BT, mask.segment_id_BT
     )

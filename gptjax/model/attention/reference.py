@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from gptjax.model.attention.backend import AttentionSpec, dropout_unsupported
 from gptjax.model.attention.mask import (
     AttentionMask,
     KeyValueHeads,
     QueryHeads,
     materialize_mask,
 )
+from gptjax.model.attention.spec import AttentionSpec, dropout_unsupported
 
 _QueriesHeadsFirst = Float[Array, "B H T K"]
 _KeysHeadsFirst = Float[Array, "B H S K"]
@@ -39,7 +39,7 @@ def attend_masked(
     key_BHSK: _KeysHeadsFirst,
     value_BHSK: _KeysHeadsFirst,
     mask_BTS: _MaskArray,
-    dropout: Callable[[Array], Array] | None = None,
+    edit_weights: Callable[[Array], Array] | None = None,
 ) -> _QueriesHeadsFirst:
     """Computes masked attention; heads come before positions, the fast layout on CPU.
 
@@ -48,11 +48,11 @@ def attend_masked(
         key_BHSK: keys.
         value_BHSK: values.
         mask_BTS: True where a query attends to a key.
-        dropout: applied to the attention weights.
+        edit_weights: function of the attention weights, e.g. dropout.
     """
     weight_BHTS = attention_weights(query_BHTK, key_BHSK, mask_BTS)
-    if dropout is not None:
-        weight_BHTS = dropout(weight_BHTS)
+    if edit_weights is not None:
+        weight_BHTS = edit_weights(weight_BHTS)
     weight_BHTS = weight_BHTS.astype(value_BHSK.dtype)
     return jnp.einsum("BHTS,BHSK->BHTK", weight_BHTS, value_BHSK)
 
@@ -62,14 +62,14 @@ def reference_attention(
     key_BSHK: KeyValueHeads,
     value_BSHK: KeyValueHeads,
     mask: AttentionMask,
-    dropout: Callable[[Array], Array] | None = None,
+    edit_weights: Callable[[Array], Array] | None = None,
 ) -> QueryHeads:
     """Computes attention by the formula, all weights at once."""
     mask_BTS = materialize_mask(mask, query_BTHK, key_BSHK)
     query_BHTK, key_BHSK, value_BHSK = (
         jnp.swapaxes(x, 1, 2) for x in (query_BTHK, key_BSHK, value_BSHK)
     )
-    out_BHTK = attend_masked(query_BHTK, key_BHSK, value_BHSK, mask_BTS, dropout)
+    out_BHTK = attend_masked(query_BHTK, key_BHSK, value_BHSK, mask_BTS, edit_weights)
     return jnp.swapaxes(out_BHTK, 1, 2)
 
 
@@ -83,7 +83,7 @@ def chunked_causal_attention(
     key_BSHK: KeyValueHeads,
     value_BSHK: KeyValueHeads,
     mask: AttentionMask,
-    dropout: Callable[[Array], Array] | None = None,
+    edit_weights: Callable[[Array], Array] | None = None,
 ) -> QueryHeads:
     """Computes the same as `reference_attention`, without most of the masked keys."""
     queries, keys = query_BTHK.shape[1], key_BSHK.shape[1]
@@ -107,7 +107,7 @@ def chunked_causal_attention(
                 key_BHSK[:, :, :num_keys],
                 value_BHSK[:, :, :num_keys],
                 mask_BTS[:, start:end, :num_keys],
-                dropout,
+                edit_weights,
             )
         )
     return jnp.swapaxes(jnp.concatenate(chunks, axis=2), 1, 2)

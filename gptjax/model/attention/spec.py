@@ -39,7 +39,11 @@ def shard_map_attention(
     mask: AttentionMask,
 ) -> QueryHeads:
     """Calls `attention`; on a mesh, on each device with its shard of rows and heads."""
-    names = [n for n in ("slot_BT", "segment_BT") if getattr(mask, n) is not None]
+    names = [
+        n
+        for n in ("query_position_BT", "segment_id_BT")
+        if getattr(mask, n) is not None
+    ]
 
     def attend_shard(
         query_BTHK: QueryHeads,

@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from gptjax.model.attention.backend import (
-    AttentionSpec,
-    dropout_unsupported,
-    shard_map_attention,
-)
 from gptjax.model.attention.mask import (
     ATTN_OUT,
     AttentionMask,
     KeyValueHeads,
     QueryHeads,
+)
+from gptjax.model.attention.spec import (
+    AttentionSpec,
+    dropout_unsupported,
+    shard_map_attention,
 )
 from gptjax.runtime import device
 
@@ -112,6 +112,7 @@ def splash_unsupported_reason(spec: AttentionSpec) -> str:
     if spec.num_queries % TPU_LANES or spec.num_keys != spec.num_queries:
         return (
             f"{name} needs rows whose length is a multiple of {TPU_LANES}, not "
-            f"{spec.num_queries}. Use model.attention='xla' or change the context length."
+            f"{spec.num_queries}. Use model.attention='xla' or change the context "
+            "length."
         )
     return ""

@@ -43,7 +43,9 @@ def heads(queries=T, keys=T, dtype=jnp.float32):
 
 
 def mask_of(sight, rows=B, keys=T):
-    queries = keys if sight.slot_BT is None else sight.slot_BT.shape[1]
+    queries = (
+        keys if sight.query_position_BT is None else sight.query_position_BT.shape[1]
+    )
     query_BTHK, key_BSHK = (jnp.zeros((rows, n, H, K)) for n in (queries, keys))
     return materialize_mask(sight, query_BTHK, key_BSHK)
 
@@ -85,10 +87,10 @@ def test_every_query_sees_itself_whatever_else_is_hidden(segments, causal, windo
 
 
 def test_slots_of_its_own_are_no_slots():
-    slot_BT = jnp.tile(jnp.arange(T), (B, 1))
+    query_position_BT = jnp.tile(jnp.arange(T), (B, 1))
 
     np.testing.assert_array_equal(
-        mask_of(AttentionMask(slot_BT)), mask_of(AttentionMask())
+        mask_of(AttentionMask(query_position_BT)), mask_of(AttentionMask())
     )
 
 
@@ -113,7 +115,7 @@ def test_dropout_is_applied_to_the_normalised_weights(name):
     arrays = heads()
 
     doubled = compute_attention(
-        *arrays, AttentionMask(), backend=name, dropout=lambda x: 2 * x
+        *arrays, AttentionMask(), backend=name, edit_weights=lambda x: 2 * x
     )
 
     np.testing.assert_allclose(
@@ -138,8 +140,8 @@ ASK = functools.partial(resolve_backend, length=1024, head_dim=64, dtype="bfloat
         ("gpu", {}, "cudnn"),
         ("gpu", {"dtype": "float32"}, "xla"),
         ("gpu", {"length": 1001}, "xla"),
-        ("gpu", {"head_width": 60}, "xla"),
-        ("gpu", {"head_width": 136}, "xla"),
+        ("gpu", {"head_dim": 60}, "xla"),
+        ("gpu", {"head_dim": 136}, "xla"),
         (GPU_PRE_AMPERE, {}, "xla"),
         ("something new", {}, "xla"),
     ],
@@ -199,7 +201,9 @@ def test_a_backend_that_cannot_drop_weights_says_so(name):
     message = f"model.attention='{name}' .* dropout. {use}"
 
     with pytest.raises(ConfigError, match=message):
-        compute_attention(*heads(), AttentionMask(), backend=name, dropout=lambda x: x)
+        compute_attention(
+            *heads(), AttentionMask(), backend=name, edit_weights=lambda x: x
+        )
     with pytest.raises(ConfigError, match=message):
         ASK(name, dropout=0.1)
 
@@ -213,8 +217,8 @@ def test_a_backend_that_cannot_drop_weights_says_so(name):
         ("cudnn", {"platform": "tpu"}, "'cudnn' needs an NVIDIA GPU .* not tpu"),
         ("cudnn", {"platform": GPU_PRE_AMPERE}, "'cudnn' needs an NVIDIA GPU"),
         ("cudnn", {"dtype": "float32"}, "16-bit .* not float32. .*='bfloat16'"),
-        ("cudnn", {"head_width": 60}, "multiple of 8 up to 128, not 60. Use"),
-        ("cudnn", {"head_width": 256}, "multiple of 8 up to 128, not 256. Use"),
+        ("cudnn", {"head_dim": 60}, "multiple of 8 up to 128, not 60. Use"),
+        ("cudnn", {"head_dim": 256}, "multiple of 8 up to 128, not 256. Use"),
         ("cudnn", {"length": 127}, "even length, not 127 queries and 127 keys. Use"),
         ("slpash", {}, "model.attention='slpash' .* auto or one of .*xla, "),
     ],
@@ -281,11 +285,11 @@ def params_of(backend):
 def loss_and_slopes(backend):
     """Of packed rows."""
     token_BT = jax.random.randint(jax.random.key(1), (2, ROW), 0, 20)
-    segment_BT = jnp.tile(jnp.arange(ROW) // 50, (2, 1))
+    segment_id_BT = jnp.tile(jnp.arange(ROW) // 50, (2, 1))
 
     def loss(params):
         config = tiny(backend)
-        logit_BTV = gptjax.apply(config, params, token_BT, segment_BT=segment_BT)
+        logit_BTV = gptjax.apply(config, params, token_BT, segment_id_BT=segment_id_BT)
         return -jnp.sum(jax.nn.log_softmax(logit_BTV)[..., 0])
 
     return jax.jit(jax.value_and_grad(loss))(params_of("reference"))

@@ -25,8 +25,8 @@ AUTO = ("reference", "chunked", "xla", "flash", "splash")  # on meshes of such a
 def slopes(attention, sight=CAUSAL):
     """A function of heads and segments: a loss and its slopes."""
 
-    def loss(query_BTHK, key_BSHK, value_BSHK, segment_BT):
-        own = sight._replace(segment_BT=segment_BT)
+    def loss(query_BTHK, key_BSHK, value_BSHK, segment_id_BT):
+        own = sight._replace(segment_id_BT=segment_id_BT)
         mixed_BTHK = attention(query_BTHK, key_BSHK, value_BSHK, own)
         return jnp.sum(jnp.sin(mixed_BTHK.astype(jnp.float32)))
 
@@ -98,14 +98,14 @@ def test_eight_devices_compute_what_one_does_without_a_word_to_each_other(
     mesh = jax.make_mesh((2, 2, 2), sharding.MESH_AXES, axis_types=(kind,) * 3)
     rng = np.random.default_rng(0)
     heads = [jnp.asarray(rng.normal(size=(4, 128, 2, 8)), "float32") for _ in range(3)]
-    segment_BT = jnp.asarray(np.sort(rng.integers(0, 3, (4, 128))), "int32")
+    segment_id_BT = jnp.asarray(np.sort(rng.integers(0, 3, (4, 128))), "int32")
     attention = functools.partial(compute_attention, backend=backend)
 
-    expected = slopes(attention)(*heads, segment_BT)
+    expected = slopes(attention)(*heads, segment_id_BT)
     with jax.set_mesh(mesh):
         rows = P(("data", "fsdp"))
         spread = [jax.device_put(x, P(*rows, None, "tensor")) for x in heads]
-        args = (*spread, jax.device_put(segment_BT, rows))
+        args = (*spread, jax.device_put(segment_id_BT, rows))
         program = slopes(attention).lower(*args).compile()
         found = program(*args)
 

@@ -46,12 +46,12 @@ def _small_blocks(monkeypatch):
 
 def seen_keys(sight, b, t):
     """What query t of row b may see, by the words of `Sight`."""
-    place = t if sight.slot_BT is None else sight.slot_BT[b, t]
+    place = t if sight.query_position_BT is None else sight.query_position_BT[b, t]
     for s in range(T):
         later = s > place
-        far = sight.window is not None and s <= place - sight.window
-        foreign = sight.segment_BT is not None and (
-            sight.segment_BT[b, s] != sight.segment_BT[b, t]
+        far = sight.sliding_window is not None and s <= place - sight.sliding_window
+        foreign = sight.segment_id_BT is not None and (
+            sight.segment_id_BT[b, s] != sight.segment_id_BT[b, t]
         )
         if not (foreign or far or (later and sight.causal)):
             yield s

@@ -1,0 +1,153 @@
+"""Capture points: activations that `gptjax.apply` returns and that a caller can add to.
+
+Each of the N blocks has these, in the order of computation:
+
+    residual     [N, B, T, D]     input of the block
+    query        [N, B, T, H, K]  output of the query projection
+    key          [N, B, T, H, K]  output of the key projection
+    value        [N, B, T, H, K]  output of the value projection
+    attention    [N, B, H, T, S]  attention weights: after the softmax, before dropout
+    head_output  [N, B, T, H, K]  sum of the values, weighted by `attention`, of each
+                                  head; input of the output projection
+    mlp_hidden   [N, B, T, F]     after GELU
+    mlp_output   [N, B, T, D]     output of the MLP, before dropout
+
+An intervention is an array of the same shape, where axes other than N may have size 1.
+It is added at its point, and the captured activation contains it. With an intervention,
+attention weights need not sum to 1. If `attention` is captured or has an intervention,
+the reference backend computes attention, since the others never form the weights.
+
+Dimension letters: see `gptjax.model.gpt`.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array
+
+from gptjax.config import GPTConfig, did_you_mean
+from gptjax.errors import ConfigError
+
+CapturePoint = Literal[
+    "residual",
+    "query",
+    "key",
+    "value",
+    "attention",
+    "head_output",
+    "mlp_hidden",
+    "mlp_output",
+]
+POINT_MODULES = {  # name -> module of a block that has it, axes of one layer
+    "residual": ("", "BTD"),
+    "query": ("attention", "BTHK"),
+    "key": ("attention", "BTHK"),
+    "value": ("attention", "BTHK"),
+    "attention": ("attention", "BHTT"),
+    "head_output": ("attention", "BTHK"),
+    "mlp_hidden": ("mlp", "BTF"),
+    "mlp_output": ("mlp", "BTD"),
+}
+
+
+def capture_point(module: nn.Module, name: str, value: Array) -> Array:
+    """Adds the intervention of that name, if any, then captures the sum if asked to.
+
+    Flax collections hold both: "interventions" the arrays to add, and one collection
+    per point its captured activations, which is mutable only if they were asked for.
+    Without either, nothing is added to the compiled program.
+    """
+    variable = variable_name(name)
+    if module.has_variable("interventions", variable):
+        value += module.get_variable("interventions", variable).astype(value.dtype)
+    overwrite: Any = lambda _, new: new  # noqa: E731 (Flax expects a tuple)
+    module.sow(name, variable, value, init_fn=tuple, reduce_fn=overwrite)
+    return value
+
+
+def variable_name(name: str) -> str:
+    """Name of the Flax variable of a point; some points are named like a layer."""
+    return f"{name}_point"
+
+
+def is_observed(module: nn.Module, name: str) -> bool:
+    """True if the activation of that name is captured or has an intervention."""
+    has_intervention = module.has_variable("interventions", variable_name(name))
+    return has_intervention or module.is_mutable_collection(name)
+
+
+def check_points(option: str, names: Iterable[str]) -> None:
+    """Raises ConfigError for the first name that is no capture point."""
+    for name in names:
+        if name not in POINT_MODULES:
+            raise ConfigError(
+                f"{option}: {name!r} is not a capture point."
+                f"{did_you_mean(name, POINT_MODULES)} Known: "
+                f"{', '.join(POINT_MODULES)}."
+            )
+
+
+def intervention_variables(
+    config: GPTConfig,
+    interventions: Mapping[str, Array],
+    token_shape: tuple[int, ...],
+    num_tail_layers: int,
+) -> dict[str, Any]:
+    """Arranges interventions as a Flax collection of the stacked blocks.
+
+    Args:
+        config: shape of the model.
+        interventions: {name: array}, stacked along N.
+        token_shape: (B, T).
+        num_tail_layers: layers of the stack "tail"; the others are in "blocks".
+
+    Raises:
+        ConfigError: a name is no capture point, or an array has another shape.
+    """
+    check_points("interventions", interventions)
+    split = config.n_layers - num_tail_layers
+    stacks = {"blocks": slice(0, split), "tail": slice(split, None)}
+    variables: dict[str, Any] = {"blocks": {}, "tail": {}}
+    for name, array in interventions.items():
+        module, letters = POINT_MODULES[name]
+        check_intervention(config, name, jnp.shape(array), token_shape, letters)
+        for stack, layers in stacks.items():
+            node = variables[stack]
+            node = node.setdefault(module, {}) if module else node
+            node[variable_name(name)] = array[layers]
+    return variables
+
+
+def check_intervention(
+    config: GPTConfig,
+    name: str,
+    shape: tuple[int, ...],
+    token_shape: tuple[int, ...],
+    letters: str,
+) -> None:
+    """Raises ConfigError unless the shape is that of the capture point, or has ones."""
+    rows, length = token_shape
+    sizes = {"B": rows, "T": length, "D": config.d_model, "F": config.mlp_dim}
+    sizes |= {"H": config.n_heads, "K": config.head_dim}
+    expected = (config.n_layers, *(sizes[letter] for letter in letters))
+    fits = len(shape) == len(expected) and shape[0] == expected[0]
+    if not fits or any(n not in (1, m) for n, m in zip(shape, expected, strict=True)):
+        raise ConfigError(
+            f"interventions[{name!r}] has shape {shape}, which does not fit the "
+            f"activation's {expected}, [N{letters}]. Use this shape; axes other than "
+            "the first may have size 1."
+        )
+
+
+def stack_captured(
+    captured: Mapping[str, Any], names: Iterable[str]
+) -> dict[str, Array]:
+    """Returns {name: activations [N, ...]}; joins the layers of both stacks."""
+    activations = {}
+    for name in names:
+        stacks = jax.tree.leaves(captured[name])  # "blocks", then "tail"
+        activations[name] = stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
+    return activations

@@ -1,0 +1,128 @@
+"""Checks of the arguments of the public functions, before anything is computed.
+
+They read shapes and names, so inside `jit` they run once, while it traces. Dimension
+letters: see `gptjax.model.gpt`.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.config import GPTConfig
+from gptjax.errors import ConfigError, DataError, ModelError
+from gptjax.model.quantization import QKV_NAMES
+from gptjax.tree import Params, flatten_with_names
+
+Shapes = dict[str, tuple[int, ...]]  # by parameter name
+
+
+def check_tokens(config: GPTConfig, token_BT: Any) -> None:
+    """Validates token ids: their shape, their dtype and, unless traced, their range.
+
+    Raises:
+        ConfigError: they are not integers [B, T], or T exceeds the context length.
+        DataError: a token id is outside the vocabulary.
+    """
+    shape = tuple(token_BT.shape)
+    if len(shape) != 2:
+        fix = "Add the axis of rows: tokens[None]." if len(shape) == 1 else ""
+        raise ConfigError(
+            f"tokens have shape {shape} instead of [B, T], rows and positions. {fix}"
+        )
+    if not jnp.issubdtype(token_BT.dtype, jnp.integer):
+        raise ConfigError(
+            f"tokens have dtype {token_BT.dtype}, but token ids are integers. Encode "
+            "the text with the model's tokenizer."
+        )
+    if shape[1] > config.context_length:
+        raise ConfigError(
+            f"{shape[1]} tokens exceed model.context_length={config.context_length}. "
+            "Shorten the row or raise the context length."
+        )
+    if isinstance(token_BT, jax.core.Tracer):
+        return
+    if not getattr(token_BT, "is_fully_addressable", True):  # on other hosts too
+        return
+    ids = np.asarray(token_BT)
+    outside = ids[(ids < 0) | (ids >= config.vocab_size)]
+    if outside.size:
+        raise DataError(
+            f"token {outside[0]} is outside the vocabulary of model.vocab_size="
+            f"{config.vocab_size}. Encode with the model's tokenizer."
+        )
+
+
+def check_params(config: GPTConfig, params: Params) -> None:
+    """Validates names and shapes of parameters; a classification head is optional.
+
+    Raises:
+        ModelError: they are not those of the config.
+    """
+    expected, found = expected_shapes(config), found_shapes(params)
+    if expected == found:
+        return
+    for name in [*expected, *found]:
+        if name not in found:
+            problem = f"{name} {expected[name]} is missing"
+        elif name not in expected:
+            problem = f"{name} {found[name]} is not one of its parameters"
+        elif expected[name] != found[name]:
+            problem = f"{name} has shape {found[name]} instead of {expected[name]}"
+        else:
+            continue
+        raise ModelError(
+            f"params belong to another config: {problem}. Use the GPTConfig that they "
+            "were initialized or saved with."
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def expected_shapes(config: GPTConfig) -> Shapes:
+    """Shapes of the parameters of a config, without a classification head."""
+    n, d, f, v = (
+        config.n_layers,
+        config.d_model,
+        config.mlp_dim,
+        config.padded_vocab_size,
+    )
+    h, k = config.n_heads, config.head_dim
+    shapes: Shapes = {
+        "token_embedding/embedding": (v, d),
+        "position_embedding/embedding": (config.context_length, d),
+        "final_norm/scale": (d,),
+        "final_norm/bias": (d,),
+        "blocks/attention/out/kernel": (n, h, k, d),
+        "blocks/attention/out/bias": (n, d),
+        "blocks/mlp/up/kernel": (n, d, f),
+        "blocks/mlp/up/bias": (n, f),
+        "blocks/mlp/down/kernel": (n, f, d),
+        "blocks/mlp/down/bias": (n, d),
+    }
+    for norm in ("attention_norm", "mlp_norm"):
+        shapes |= {f"blocks/{norm}/scale": (n, d), f"blocks/{norm}/bias": (n, d)}
+    for name in QKV_NAMES:
+        shapes[f"blocks/attention/{name}/kernel"] = (n, d, h, k)
+        if config.qkv_bias:
+            shapes[f"blocks/attention/{name}/bias"] = (n, h, k)
+    if not config.tie_embeddings:
+        shapes["output_embedding/embedding"] = (v, d)
+    return shapes
+
+
+def found_shapes(params: Params) -> Shapes:
+    """Shapes of parameters, without a head; "tail" counts as part of "blocks"."""
+    shapes: Shapes = {}
+    for name, leaf in flatten_with_names(params).items():
+        stack, _, rest = name.partition("/")
+        if stack == "head":
+            continue
+        if stack == "tail":
+            name = f"blocks/{rest}"
+        shape = tuple(jnp.shape(leaf))
+        if name in shapes and shapes[name][1:] == shape[1:]:
+            shape = (shapes[name][0] + shape[0], *shape[1:])
+        shapes[name] = shape
+    return shapes

@@ -1,0 +1,144 @@
+"""The first cell of a notebook installs gptjax where nothing of it is.
+
+Each test makes an environment with the versions of this one, so that the same tests
+serve Colab's set and the newest. Notebook 03 runs in every check; all ten of them with
+
+    pytest -n0 -m "notebooks and slow" tests/notebooks/test_first_cell.py
+"""
+
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+
+import nbformat
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from nbclient import NotebookClient
+
+from tests.notebook_runs import OURS, pictures
+from tests.notebooks.test_colab_install import COLAB, ROOT, installed
+from tests.notebooks.test_notebooks import INSTALL, NOTEBOOKS, REPOSITORY
+
+UNSET = "https://github.com/OWNER/NAME"
+PATHS = [
+    pytest.param(
+        path, id=path.stem, marks=[] if "03" in path.stem else pytest.mark.slow
+    )
+    for path in NOTEBOOKS
+]
+
+
+def git(*arguments, folder):
+    author = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    return subprocess.check_output(["git", *author, *arguments], cwd=folder, text=True)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A repository with the files of this one, changes included, that knows its URL."""
+    folder = tmp_path_factory.mktemp("repository") / "gptjax"
+    names = git("ls-files", "-co", "--exclude-standard", folder=ROOT).splitlines()
+    for name in filter(lambda name: (ROOT / name).is_file(), names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    script = folder / "colab" / "set_repository.py"
+    subprocess.check_call([sys.executable, script, folder.as_uri()])
+    git("init", "-q", folder=folder)
+    git("add", ".", folder=folder)
+    git("commit", "-q", "-m", "All files", folder=folder)
+    return folder
+
+
+def packages():
+    """Requirements of Colab's list of packages, with the versions installed here."""
+    lines = [line.partition("#")[0] for line in COLAB.read_text("utf-8").splitlines()]
+    names = [line.partition("==")[0].strip() for line in lines if line.strip()]
+    return [f"{name}=={metadata.version(name)}" for name in names]
+
+
+@pytest.fixture(scope="module", params=["a clone", "an empty folder"])
+def place(request, clone, tmp_path_factory):
+    """A folder, and the name of a kernel without gptjax that is started there."""
+    base = tmp_path_factory.mktemp("environment")
+    subprocess.check_call([sys.executable, "-m", "venv", base])
+    python = base / "bin" / "python"
+    pip = [python, "-m", "pip", "install", "-q", "ipykernel", *packages()]
+    subprocess.check_call(pip)
+    kernel = [python, "-m", "ipykernel", "install", "--prefix", base, "--name", "bare"]
+    subprocess.check_call(kernel)
+    before = installed(python)
+    folder = clone / "colab"
+    if request.param == "an empty folder":
+        folder = tmp_path_factory.mktemp("empty")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in OURS:
+            patch.delenv(name, raising=False)
+        patch.setenv("JUPYTER_PATH", str(base / "share" / "jupyter"))
+        patch.setenv("GPTJAX_FAST", "1")
+        patch.setenv("JAX_PLATFORMS", "cpu")
+        yield folder
+    after = installed(python)
+    assert {name: after[name] for name in before} == before  # pip itself included
+    assert "gptjax" in after
+
+
+def run_bare(path, folder):
+    notebook = nbformat.read(path, as_version=4)
+    place = {"metadata": {"path": str(folder)}}
+    options = {"kernel_name": "bare", "timeout": 900}
+    return NotebookClient(notebook, resources=place, **options).execute()
+
+
+@pytest.mark.notebooks
+@pytest.mark.parametrize("path", PATHS)
+def test_a_notebook_installs_gptjax_and_runs(path, clone, place, request):
+    if path.stem[:2] in ("01", "04", "06", "07"):
+        request.getfixturevalue("shared_data")
+
+    notebook = run_bare(clone / "colab" / path.name, place)
+
+    assert pictures(notebook) >= 1
+
+
+@pytest.fixture
+def run_cell(tmp_path, monkeypatch):
+    """Runs the cell in `tmp_path` without gptjax; returns the lines for pip."""
+    shell, lines = InteractiveShell(), []
+    shell.register_magic_function(lines.append, "line", "pip")
+    monkeypatch.setattr(metadata, "distributions", lambda **_: iter(()))
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.chdir(tmp_path)
+
+    def run(url):
+        shell.run_cell(INSTALL.replace(REPOSITORY, url)).raise_error()
+        return lines
+
+    return run
+
+
+def test_elsewhere_it_installs_from_the_repository(run_cell):
+    assert run_cell("https://x.y/a/b") == ["install -q git+https://x.y/a/b"]
+
+
+def test_in_a_clone_it_installs_the_clone_whatever_the_repository(
+    run_cell, tmp_path, monkeypatch
+):
+    folder = tmp_path / "my clone" / "colab"
+    folder.mkdir(parents=True)
+    (folder / "set_repository.py").touch()
+    monkeypatch.chdir(folder)
+
+    assert run_cell(UNSET) == [f'install -q -e "{tmp_path / "my clone"}"']
+    assert str(tmp_path / "my clone") in sys.path
+
+
+def test_without_a_repository_it_says_what_to_do(run_cell):
+    with pytest.raises(RuntimeError, match=r"set_repository\.py in a clone"):
+        run_cell(UNSET)
+
+
+def test_what_is_installed_stays(run_cell, monkeypatch):
+    monkeypatch.setattr(metadata, "distributions", lambda **_: iter([object()]))
+
+    assert run_cell(UNSET) == []

@@ -1,0 +1,230 @@
+"""Public API: the stub, lazy imports, signatures, and errors for common mistakes."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_type_hints
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import optax
+import pytest
+
+import gptjax
+from gptjax.errors import ConfigError, DataError, ModelError
+from gptjax.inference.generate import GenerationConfig, GenerationOptions
+from gptjax.model.validation import expected_shapes, found_shapes
+from gptjax.training.train_step import init_state, make_train_step
+from tests.small_models import make_model
+
+ROOT = Path(__file__).resolve().parents[1]
+STUB = ast.parse((ROOT / "gptjax" / "__init__.pyi").read_text())
+MODEL = make_model()
+TOKEN_BT = jnp.arange(8)[None]
+
+
+def stub_imports():
+    """(public name, module, attribute) of each import of the stub."""
+    for node in STUB.body:
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 1
+            for alias in node.names:
+                yield alias.asname, node.module, alias.name
+
+
+@pytest.mark.fast
+def test_the_stub_has_the_names_and_objects_of_the_package():
+    names = [public for public, _, _ in stub_imports()]
+
+    assert sorted(names) == sorted(gptjax.__all__) == sorted(dir(gptjax))
+    for public, module, attribute in stub_imports():
+        assert public == attribute, "lazy_loader ignores aliases"
+        path = f"gptjax.{module or attribute}"
+        found = importlib.import_module(path)
+        found = getattr(found, attribute) if module else found
+        assert getattr(gptjax, public) is found
+
+
+def test_importing_the_package_imports_neither_jax_nor_numpy():
+    code = "import gptjax, sys; print(sorted({'jax', 'numpy'} & {*sys.modules}))"
+
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_the_package_is_marked_as_typed():
+    assert (ROOT / "gptjax" / "py.typed").is_file()
+
+
+def test_generation_options_are_the_fields_of_the_config():
+    options, fields = (
+        get_type_hints(GenerationOptions),
+        get_type_hints(GenerationConfig),
+    )
+
+    assert options == fields
+    for name in ("generate", "complete", "stream", "answer", "stream_answer"):
+        parameters = inspect.signature(getattr(gptjax, name)).parameters
+        for field in dataclasses.fields(GenerationConfig):
+            assert parameters[field.name].default == field.default, name
+        assert "generation_config" in parameters
+        assert all(p.kind is not p.VAR_KEYWORD for p in parameters.values())
+
+
+def test_public_functions_take_no_untyped_options():
+    for name in gptjax.__all__:
+        function = getattr(gptjax, name)
+        if inspect.isfunction(function) and name != "load_ipython_extension":
+            for parameter in inspect.signature(function).parameters.values():
+                assert parameter.kind is not parameter.VAR_KEYWORD, name
+                assert parameter.annotation is not parameter.empty, name
+
+
+@pytest.mark.fast
+def test_options_replace_those_of_a_generation_config():
+    greedy = GenerationConfig(temperature=0.0, max_new_tokens=3)
+
+    def ids(**options):
+        return gptjax.complete(MODEL, "ab", **options)[0].ids
+
+    assert ids(generation_config=greedy) == ids(temperature=0.0, max_new_tokens=3)
+    shorter = ids(generation_config=greedy, max_new_tokens=2)
+    assert shorter == ids(generation_config=greedy)[:2]
+    with pytest.raises(ConfigError, match="samples=0"):
+        gptjax.generate(MODEL, "ab", samples=0)
+
+
+@pytest.fixture
+def _without_type_checks():
+    """As for a user: without the type checks at run time that the tests turn on."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.fast
+@pytest.mark.usefixtures("_without_type_checks")
+@pytest.mark.parametrize("function", [gptjax.apply, gptjax.hidden_states])
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        (TOKEN_BT[0], ConfigError, r"\(8,\).*tokens\[None\]"),
+        (TOKEN_BT[None], ConfigError, r"\(1, 1, 8\)"),
+        (TOKEN_BT.astype("float32"), ConfigError, "float32"),
+        (jnp.zeros((1, 9), jnp.int32), ConfigError, r"9 tokens.*context_length=8"),
+        (TOKEN_BT.at[0, 3].set(257), DataError, "257.*model.vocab_size=257"),
+        (np.array([[0, -1]]), DataError, "token -1"),
+    ],
+)
+def test_invalid_tokens_are_rejected(function, tokens, error, message):
+    with pytest.raises(error, match=message):
+        function(MODEL.config, MODEL.params, tokens)
+
+
+def test_traced_token_ids_are_not_checked():
+    apply = jax.jit(gptjax.apply, static_argnums=0)
+
+    assert apply(MODEL.config, MODEL.params, TOKEN_BT.at[0, 3].set(257)).shape[1] == 8
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "capture", [("attn",), ("residual", "mlp_outputs"), "residual"]
+)
+@pytest.mark.usefixtures("_without_type_checks")
+def test_an_unknown_capture_point_is_rejected_with_the_known_ones(capture):
+    with pytest.raises(ConfigError, match=r"capture: .*Known: residual"):
+        gptjax.apply(MODEL.config, MODEL.params, TOKEN_BT, capture=capture)
+    with pytest.raises(ConfigError, match=r"Did you mean mlp_output\?"):
+        gptjax.apply(MODEL.config, MODEL.params, TOKEN_BT, capture=("mlp_outputs",))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"n_layers": 3}, r"blocks/.*\(2, .*instead of \(3, "),
+        ({"d_model": 32}, r"token_embedding/embedding.*\(257, 16\).*\(257, 32\)"),
+        ({"n_heads": 4}, r"out/kernel.*\(2, 2, 8, 16\).*\(2, 4, 4, 16\)"),
+        ({"vocab_size": 300}, r"\(257, 16\) instead of \(300, 16\)"),
+        ({"qkv_bias": False}, r"blocks/attention/\w+/bias.*not one of"),
+        ({"tie_embeddings": False}, "output_embedding/embedding.*missing"),
+    ],
+)
+def test_params_of_another_config_are_rejected_while_tracing(changes, name):
+    config = dataclasses.replace(MODEL.config, **changes)
+    apply = jax.jit(gptjax.apply, static_argnums=0)
+
+    with pytest.raises(ModelError, match=name):
+        apply(config, MODEL.params, TOKEN_BT)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"qkv_bias": False},
+        {"tie_embeddings": False},
+        {"n_classes": 3},
+        {"vocab_multiple": 64},
+    ],
+)
+def test_expected_shapes_are_those_of_initialized_params(changes):
+    config = dataclasses.replace(MODEL.config, **changes)
+
+    params = jax.eval_shape(lambda: gptjax.init(config, jax.random.key(0)))
+
+    assert expected_shapes(config) == found_shapes(params)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("result", "shapes"),
+    [
+        (lambda loss: loss, r"\(\) instead"),
+        (lambda loss: (loss, {"accuracy": loss}), "accuracy"),
+        (lambda loss: (loss[None], loss), r"\(1,\)"),
+        (lambda loss: (loss, loss, loss), r"\(\(\), \(\), \(\)\) instead"),
+    ],
+)
+def test_a_loss_without_a_weight_is_rejected(result, shapes, accumulate):
+    optimizer = optax.sgd(0.1)
+    step = make_train_step(
+        lambda params, batch, key: result(jnp.sum(params["w"] * batch)),
+        optimizer,
+        accumulate,
+    )
+    state = init_state({"w": jnp.ones(())}, optimizer, jax.random.key(0))
+
+    with pytest.raises(ConfigError, match=rf"loss_fn.*{shapes}"):
+        jax.jit(step)(state, jnp.ones((2,)))
+
+
+def test_a_single_text_is_not_a_list_of_texts():
+    model = dataclasses.replace(MODEL, labels=("ham", "spam"))
+
+    with pytest.raises(DataError, match=r"'hello'.*\[text\]"):
+        gptjax.classify(model, "hello")
+
+
+@pytest.mark.parametrize(
+    "command", [["basedpyright", "--level", "error"], ["pyrefly", "check"]]
+)
+def test_a_users_script_passes_the_type_checkers(command):
+    program = shutil.which(command[0], path=Path(sys.executable).parent)
+    if program is None:
+        pytest.skip(f"{command[0]} is not installed; it is part of [dev]")
+    command = [program, *command[1:], "tests/typing/user_script.py"]
+
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    assert run.returncode == 0, run.stdout + run.stderr
