@@ -187,19 +187,17 @@ def prepare_dataset(
 ) -> DatasetInfo:
     """Tokenizes text into the folder `out`, which is created atomically.
 
-    If `out` already holds the result of the same call, nothing is done. The result
-    does not depend on `workers`.
+    If `out` already holds the result of the same call, nothing is done.
 
     Args:
         paths: files, folders, globs, or names of data sets.
-        tokenizer: gpt2, bytes, a folder, or bpe:SIZE to train one on the training
-            split.
+        tokenizer: gpt2, bytes, a folder, or bpe:SIZE to train one.
         out: must not exist, be empty, or hold the same data.
-        val_fraction: of the documents to hold out, at least one; 0 holds out none. Of
-            a single document, the end is held out.
+        val_fraction: of the documents to hold out, at least one unless it is 0. Of a
+            single document, the end is held out.
         seed: selects the held-out documents.
         column: of JSON and CSV rows with the text; "" guesses it.
-        workers: encoding threads; default: one per core.
+        workers: encoding threads, without effect on the result; default: all cores.
         shard_tokens: tokens per shard.
 
     Raises:
@@ -219,10 +217,8 @@ def prepare_dataset(
         "seed": seed,
         "shard_tokens": shard_tokens,
     }
-    if (
-        is_prepared_dir(out)
-        and (meta := read_token_metadata(out)).get("recipe") == recipe
-    ):
+    meta = read_token_metadata(out) if is_prepared_dir(out) else {}
+    if meta.get("recipe") == recipe:
         return DatasetInfo(out, meta)
     check_output_empty(out)
     started = time.perf_counter()

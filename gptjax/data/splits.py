@@ -21,6 +21,27 @@ BOOK_SPLIT_SEED = 123
 MAX_TABLE_CLASSES = 20  # classes with a table row of their own
 
 
+def check_split_options(
+    strategy: str, val_fraction: float, test_fraction: float
+) -> None:
+    """Rejects an unknown strategy, and fractions that leave no training rows.
+
+    Raises:
+        ConfigError: one of them is invalid.
+    """
+    if strategy != "stratified":
+        raise ConfigError(
+            f"unknown data.split_strategy={strategy!r}."
+            f"{did_you_mean(strategy, ('stratified', 'book'))} Choose stratified or "
+            "book."
+        )
+    if val_fraction + test_fraction >= 1:
+        raise ConfigError(
+            f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} "
+            "leave no training rows. Choose fractions with a sum below 1."
+        )
+
+
 def stratified_split(
     data: LabeledTexts,
     strategy: str,
@@ -51,17 +72,7 @@ def stratified_split(
         data = drop_duplicates(data)
     if strategy == "book":
         return book_classification_split(data)
-    if strategy != "stratified":
-        raise ConfigError(
-            f"unknown data.split_strategy={strategy!r}."
-            f"{did_you_mean(strategy, ('stratified', 'book'))} Choose stratified or "
-            "book."
-        )
-    if val_fraction + test_fraction >= 1:
-        raise ConfigError(
-            f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} "
-            "leave no training rows. Choose fractions with a sum below 1."
-        )
+    check_split_options(strategy, val_fraction, test_fraction)
     generator = np.random.default_rng(seed)
     rows_by_class = class_indices(data)
     if balance_classes:

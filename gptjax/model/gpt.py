@@ -339,8 +339,8 @@ def hidden_states(
     Args:
         config: shape of the model.
         params: from `init`; the last blocks may be a stack of their own, "tail".
-        token_BT: ids in [0, vocab_size), T at most `config.context_length`. Inside
-            `jit` they are traced and their range is not checked.
+        token_BT: ids in [0, vocab_size), not checked inside `jit`; T at most
+            `config.context_length`.
         position_BT: row of the position table for each token; default 0, ..., T-1.
         segment_id_BT: document of each token of packed rows; tokens attend only to
             their own document. Default: one document per row.
@@ -359,9 +359,8 @@ def hidden_states(
         DataError: a token id outside the vocabulary.
     """
     check_inputs(config, params, token_BT, capture)
-    query_position_BT = jnp.broadcast_to(
-        jnp.arange(token_BT.shape[1], dtype=jnp.int32)[None], token_BT.shape
-    )
+    positions_1T = jnp.arange(token_BT.shape[1], dtype=jnp.int32)[None]
+    query_position_BT = jnp.broadcast_to(positions_1T, token_BT.shape)
     position_BT = query_position_BT if position_BT is None else position_BT
     num_tail = num_tail_layers(params)
     variables = {"params": params}

@@ -107,9 +107,8 @@ def compile_step(config: RunConfig, topology: Topology) -> CompileReport:
     row_sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     shape = config.data.batch_size, config.model.context_length
     token_struct = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=row_sharding)
-    batch = dict.fromkeys(
-        ("tokens", "targets", "segment_ids", "positions"), token_struct
-    )
+    names = "tokens", "targets", "segment_ids", "positions"
+    batch = dict.fromkeys(names, token_struct)
     batch["loss_weights"] = jax.ShapeDtypeStruct(
         shape, jnp.float32, sharding=row_sharding
     )

@@ -297,12 +297,9 @@ def next_token_figure(
     axes.invert_yaxis()
     axes.xaxis.set_visible(False)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
-    title = "…" * (len(prompt) > MAX_TITLE_CHARS) + to_drawable(
-        prompt[-MAX_TITLE_CHARS:]
-    )
-    figure.suptitle(
-        f"after {title}", fontsize=10, parse_math=False, fontfamily=FONT_FAMILIES
-    )
+    ellipsis = "…" * (len(prompt) > MAX_TITLE_CHARS)
+    title = f"after {ellipsis}{to_drawable(prompt[-MAX_TITLE_CHARS:])}"
+    figure.suptitle(title, fontsize=10, parse_math=False, fontfamily=FONT_FAMILIES)
     if groups > 1:
         figure.legend(
             loc="outside lower center", ncols=min(groups, 3), frameon=False, fontsize=9

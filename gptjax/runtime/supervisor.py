@@ -79,17 +79,11 @@ def supervise(
                 return exit_code
             if received_signals:
                 return exit_code if exit_code > 0 else 128 - exit_code
-            failure = Failure(
-                last_logged_step(run_dir), hang_reason or describe_exit(exit_code)
-            )
-            is_same_step = (
-                last_failure is not None and failure.step == last_failure.step
-            )
-            num_failures, wait_seconds = (
-                (num_failures + 1, wait_seconds * 2)
-                if is_same_step
-                else (1, MIN_RESTART_WAIT_SECONDS)
-            )
+            reason = hang_reason or describe_exit(exit_code)
+            failure = Failure(last_logged_step(run_dir), reason)
+            if last_failure is None or failure.step != last_failure.step:
+                num_failures, wait_seconds = 0, MIN_RESTART_WAIT_SECONDS / 2
+            num_failures, wait_seconds = num_failures + 1, wait_seconds * 2
             if num_failures >= MAX_FAILURES:
                 log(
                     f"the run {failure.reason} {num_failures} times after step "
