@@ -217,13 +217,18 @@ def test_a_single_text_is_not_a_list_of_texts():
 
 
 @pytest.mark.parametrize(
-    "command", [["basedpyright", "--level", "error"], ["pyrefly", "check"]]
+    "command",
+    [
+        ["basedpyright", "--level", "error", "--pythonpath"],
+        ["pyrefly", "check", "--python-interpreter-path"],
+    ],
 )
 def test_a_users_script_passes_the_type_checkers(command):
     program = shutil.which(command[0], path=Path(sys.executable).parent)
     if program is None:
         pytest.skip(f"{command[0]} is not installed; it is part of [dev]")
-    command = [program, *command[1:], "tests/typing/user_script.py"]
+    script = "tests/typing/user_script.py"
+    command = [program, *command[1:], sys.executable, script]
 
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 

@@ -109,7 +109,7 @@ def local_topology() -> Topology:
 def chip_from_device(kind: str) -> Chip | None:
     """Returns the chip with this `device_kind`, or None if its rates are unknown.
 
-    >>> chip_from_device("NVIDIA H100 80GB HBM3").flops
+    >>> chip_from_device("NVIDIA H100 80GB HBM3").peak_flops
     989000000000000.0
     """
     known = [c for c in CHIPS.values() if kind.startswith(c.kind) and c.memory]

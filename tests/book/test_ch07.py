@@ -71,7 +71,7 @@ def test_the_instructions_are_split_and_as_long_as_in_the_book(
 
     sizes = {name: len(part) for name, part in instructions.items()}
     assert sizes == {"train": 935, "validation": 55, "test": 110}
-    assert sum(bool(row.row["input"]) for row in rows) == 325
+    assert sum(bool(row.source_row["input"]) for row in rows) == 325
     assert (min(lengths), max(lengths), statistics.median(lengths)) == (40, 91, 55)
 
 

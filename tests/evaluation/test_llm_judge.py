@@ -132,7 +132,7 @@ def test_a_score_is_written_in_the_reply(reply):
 @pytest.mark.parametrize("passing", [refuses(500), refuses(503), hangs_up])
 def test_what_passes_is_tried_again_after_waits_that_grow_to_a_limit(passing, waits):
     with judging(*[passing] * 8, says("85")) as (url, asked):
-        assert chat_completion(judge_at(url, tries=9), "How good?") == "85"
+        assert chat_completion(judge_at(url, max_attempts=9), "How good?") == "85"
 
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
     assert [request.prompt for request in asked] == ["How good?"] * 9
@@ -217,7 +217,7 @@ def test_a_slow_server_is_given_up(slow):
     with judging(slow(go_on)) as (url, asked):
         message = r"timed out.* \(2 attempts\). .* 0\.2 s, or name"
         with pytest.raises(UnreachableError, match=message):
-            chat_completion(judge_at(url, seconds=0.2, tries=2), "How good?")
+            chat_completion(judge_at(url, timeout=0.2, max_attempts=2), "How good?")
         go_on.set()
 
     assert len(asked) == 2
@@ -321,10 +321,10 @@ def test_an_address_that_cannot_be_asked_is_refused(url):
     ("options", "message"),
     [
         ({"model": " "}, "the judge's model is empty"),
-        ({"seconds": 0}, "=0 and .*=3.* above 0"),
-        ({"seconds": float("inf")}, "=inf"),
-        ({"seconds": float("nan")}, "=nan"),
-        ({"tries": 0}, "=0.* at least 1"),
+        ({"timeout": 0}, "=0 and .*=3.* above 0"),
+        ({"timeout": float("inf")}, "=inf"),
+        ({"timeout": float("nan")}, "=nan"),
+        ({"max_attempts": 0}, "=0.* at least 1"),
     ],
 )
 def test_a_judge_that_cannot_be_asked_is_refused(options, message):
@@ -355,7 +355,7 @@ def test_a_judge_that_cannot_be_reached_at_first_ends_it_and_later_does_not(answ
     with judging(says("85"), answer) as (url, _):
         found = judge_all(judge_at(url), ROWS, lambda *one: done.append(one))
     with judging(answer, says("85")) as (url, _), pytest.raises(UnreachableError):
-        judge_all(judge_at(url, tries=1), ROWS, lambda *one: done.append(one))
+        judge_all(judge_at(url, max_attempts=1), ROWS, lambda *one: done.append(one))
 
     assert [one.score for one in found] == [85, None, None]
     assert [bool(one.error) for one in found] == [False, True, True]

@@ -11,7 +11,7 @@ import pytest
 import gptjax
 from gptjax.errors import ConfigError, ModelError
 from gptjax.tree import flatten_with_names
-from gptjax.weights import hub, load, param_map
+from gptjax.weights import convert, hub, param_map
 from gptjax.weights.convert import convert_model
 from gptjax.weights.export import export_model, named_tensors
 from tests.small_models import assert_same, change_config, make_model
@@ -119,8 +119,8 @@ def test_an_import_says_what_it_read_and_what_it_compared(hf, model, tmp_path):
 
 
 def test_a_public_name_is_compared_with_what_is_published(hf, tmp_path, monkeypatch):
-    known = load.ReferenceValues(10_832)
-    monkeypatch.setitem(load.REFERENCE_VALUES, "gpt2", known)
+    known = convert.ReferenceValues(10_832)
+    monkeypatch.setitem(convert.REFERENCE_VALUES, "gpt2", known)
     monkeypatch.setattr(hub, "fetch_repo", lambda name, say: hf)
     monkeypatch.chdir(tmp_path)
     said = []
@@ -136,18 +136,18 @@ def test_a_public_name_is_compared_with_what_is_published(hf, tmp_path, monkeypa
         last_embedding=float(table[-1, -1]),
     )
     model = gptjax.load(hf)
-    assert "published values agree" in load.check_reference_values(model, right)
-    ids = model.tokenizer.encode(load.REFERENCE_PROMPT)[:8]
+    assert "published values agree" in convert.check_reference_values(model, right)
+    ids = model.tokenizer.encode(convert.REFERENCE_PROMPT)[:8]
     logits = gptjax.apply(model.config, model.params, jnp.array([ids]))[0, -1, :4]
     seen = right._replace(logits=tuple(map(float, logits)))
-    assert "logits agree within" in load.check_reference_values(model, seen)
+    assert "logits agree within" in convert.check_reference_values(model, seen)
     for wrong in (
         right._replace(num_params=10_833),
         right._replace(last_embedding=0.5),
         seen._replace(logits=(9.0,)),
     ):
         with pytest.raises(ModelError):
-            load.check_reference_values(model, wrong)
+            convert.check_reference_values(model, wrong)
 
 
 def test_exports_that_cannot_be_are_refused(model, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from gptjax.tasks.train import train
 from gptjax.training.loss import cross_entropy_sum
 from gptjax.training.metrics import read_events
 from gptjax.tree import num_params
-from gptjax.weights import load
+from gptjax.weights import convert
 
 pytestmark = pytest.mark.network
 
@@ -40,7 +40,7 @@ def test_the_public_models_have_their_numbers_of_parameters(name):
 
 
 def test_the_token_embedding_has_the_published_values(gpt2):
-    said = load.check_reference_values(gpt2, load.REFERENCE_VALUES["gpt2"])
+    said = convert.check_reference_values(gpt2, convert.REFERENCE_VALUES["gpt2"])
 
     assert "published values agree" in said
 
