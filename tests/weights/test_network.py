@@ -34,7 +34,7 @@ def gpt2():
 def test_the_public_models_have_their_numbers_of_parameters(name):
     model = gptjax.load(name)
 
-    assert num_params(model.params) == load.REFERENCE_VALUES[name].num_params
+    assert num_params(model.params) == convert.REFERENCE_VALUES[name].num_params
     assert model.config.tie_embeddings
     assert model.tokenizer.hash == gptjax.tokenizer.load("gpt2").hash
 
