@@ -636,13 +636,13 @@ EXAMPLE_VALUES = {
 }
 
 
-def load_config(path: Path) -> RunConfig:
-    """Loads the run config of a TOML file.
+def load_config(path: str | Path) -> RunConfig:
+    """Loads the run config of a TOML file; `find_config` finds one by name.
 
     Raises:
         ConfigError: the file is missing or not TOML, or an option is invalid.
     """
-    return from_dict(RunConfig, load_toml(path))
+    return from_dict(RunConfig, load_toml(Path(path)))
 
 
 def load_toml(path: Path) -> dict[str, Any]:

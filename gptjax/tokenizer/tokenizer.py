@@ -265,9 +265,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str = "") -> To
     tokens = train_bpe(texts, vocab_size - 257)
     if (max_vocab_size := 257 + len(tokens)) < vocab_size:
         raise DataError(
-            f"the text is too short for a vocabulary of {vocab_size} ids: its repeated "
-            f"pairs allow {max_vocab_size}. Use bpe:{max_vocab_size} or smaller, or "
-            "add text."
+            f"the text is too short to learn a vocabulary of {vocab_size} tokens: it "
+            f"allows at most {max_vocab_size}. Use --data.tokenizer "
+            f"bpe:{max_vocab_size} or bytes, or add text."
         )
     return from_merges(name or f"bpe:{vocab_size}", range(256), tokens)
 

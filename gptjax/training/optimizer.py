@@ -39,7 +39,7 @@ def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
     if warmup_steps > steps:
         raise ConfigError(
             f"optim.warmup_steps={warmup_steps} must not exceed train.steps={steps}. "
-            "Shorten the warm-up or train longer."
+            "Lower optim.warmup_steps or raise train.steps."
         )
     remaining_steps = steps - warmup_steps
     decay_steps = min(remaining_steps, round(steps * WSD_DECAY_FRACTION))
