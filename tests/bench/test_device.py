@@ -90,7 +90,7 @@ def test_full_memory_ends_a_sweep_and_not_the_rest(monkeypatch):
         ("reference", 2)
     ]
     assert [line for line in told if "RESOURCE" in line] == [
-        "plain      4 rows: RESOURCE_EXHAUSTED: Out of memory.",
+        "reference  4 rows: RESOURCE_EXHAUSTED: Out of memory.",
         "xla        2 rows: RESOURCE_EXHAUSTED: Out of memory.",
     ]
     assert found["decode_b8"] > 0
