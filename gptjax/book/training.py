@@ -285,15 +285,7 @@ def train_book(
 ) -> Model:
     """Trains as a chapter of the book does; resumes if the run exists.
 
-    Args:
-        config: `data.source` selects the chapter.
-        run_dir: run folder; created if missing.
-        allow_change: config options that may differ from those of an existing run.
-        on_spike: "log" or "skip"; "" = that of an existing run, or "log".
-
-    Raises:
-        GptjaxError: invalid data, config or run folder, or a resource error.
-        Interrupted: interrupted by SIGINT or SIGTERM; the same call resumes.
+    `data.source` selects the chapter. Arguments and errors are those of `gptjax.train`.
     """
     if config.data.source not in CHAPTERS:
         raise ConfigError(

@@ -94,7 +94,7 @@ class FinetuneSummary(NamedTuple):
     """Task-specific parts of the summary that is printed before training."""
 
     data_lines: list[str]
-    rows: str  # what a batch has, such as "pairs of rows"
+    rows: str  # unit of data.batch_size, such as "pairs of rows"
     init_note: str = ""  # about the initial model
     trained_note: str = ""  # about the trained tokens
 

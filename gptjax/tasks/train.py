@@ -60,19 +60,7 @@ def run_stages(
     allow_change: Sequence[str] = (),
     on_spike: str = "",
 ) -> Model:
-    """Trains a run and returns its model; resumes if the run exists.
-
-    Args:
-        stages: of the kind of training.
-        config: must match that of an existing run.
-        run_dir: run folder; created if missing.
-        allow_change: config options that may differ from those of an existing run.
-        on_spike: "log" or "skip"; "" = that of an existing run, or "log".
-
-    Raises:
-        GptjaxError: invalid data, config or run folder, or a resource error.
-        Interrupted: interrupted by SIGINT or SIGTERM; the same call resumes.
-    """
+    """Runs the stages of a task in an open run; otherwise as `train`."""
     with open_run(config, run_dir, allow_change=allow_change, on_spike=on_spike) as run:
         run, data = stages.load_data(run)
         task = stages.make_task(run, data)

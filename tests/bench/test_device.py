@@ -172,4 +172,4 @@ def test_the_command_writes_all_figures(tmp_path, monkeypatch, capsys):
     assert "tokens/s" in capsys.readouterr().out
     found = json.loads(out.read_text())
     assert found["versions"]["jax"]
-    assert found["train_attention"] == "chunked"  # what "auto" is on a CPU
+    assert found["train_attention"] == "chunked"  # "auto" on a CPU

@@ -1,4 +1,4 @@
-"""What may change when a run goes on."""
+"""Config options that may change when a run resumes."""
 
 import dataclasses
 

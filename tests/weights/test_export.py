@@ -1,7 +1,6 @@
 """Weights out, and the check of what came in."""
 
 import dataclasses
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -15,25 +14,6 @@ from gptjax.weights import convert, hub, param_map
 from gptjax.weights.convert import convert_model
 from gptjax.weights.export import export_model, named_tensors
 from tests.small_models import assert_same, change_config, make_model
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def exported(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hf") / "model"
-    export_model(model, "hf", folder)
-    return folder
-
-
-@pytest.fixture
-def hf(exported, tmp_path):
-    """A copy of the exported folder to be changed."""
-    return shutil.copytree(exported, tmp_path / "hf")
-
 
 SHAPES = {
     "tied": {},

@@ -19,24 +19,6 @@ from tests.build_openai_fixture import FOLDER, arrays
 from tests.small_models import assert_same, change, change_config, make_model
 
 
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def exported(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hf") / "model"
-    export_model(model, "hf", folder)
-    return folder
-
-
-@pytest.fixture
-def hf(exported, tmp_path):
-    """A copy of the exported folder to be changed."""
-    return shutil.copytree(exported, tmp_path / "hf")
-
-
 def test_names_without_prefix_and_buffers_are_read_too(hf, model):
     def edit(arrays):
         plain = {n.removeprefix("transformer."): a for n, a in arrays.items()}
