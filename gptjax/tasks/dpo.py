@@ -317,7 +317,7 @@ def make_dpo_evaluate(
             ],
             text=f"val {validation.loss:.4f} margin {validation.margin:.3f} "
             f"{format_preference_accuracy(validation)}",
-            score=(-validation.loss,),
+            score=(-validation.loss, float(step)),  # of equal losses, the later
         )
 
     return evaluate

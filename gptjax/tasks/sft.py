@@ -233,7 +233,7 @@ def make_sft_evaluate(
         return EvalResult(
             events=[("eval", event) for event in events],
             text=f"val {loss:.4f} exact {match:.1%} rouge {rouge:.2f}",
-            score=(-loss,),
+            score=(-loss, float(step)),  # of equal losses, the later
         )
 
     return evaluate
