@@ -11,6 +11,7 @@ any mesh, each array must have the checksum it was saved with.
 
 import contextlib
 import functools
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -38,13 +39,15 @@ from gptjax.checkpoint.manifest import (
 from gptjax.checkpoint.retention import (
     apply_retention,
     begin_step,
+    check_step,
     commit_step,
     latest_valid_step,
+    list_steps,
     quarantine,
     remove_path,
 )
 from gptjax.errors import ModelError
-from gptjax.tree import flatten_with_names
+from gptjax.tree import flatten_with_names, unflatten_names
 
 # Per array file, so that several are hashed in parallel.
 MAX_CHECKPOINT_FILE_BYTES = 1 << 28
@@ -332,6 +335,58 @@ def read_arrays(path: Path, like: Any) -> Any:
             f"cannot restore {path}: {summarize_error(error)}. The files are unchanged "
             "since they were saved: check the free memory and the version of Orbax."
         ) from error
+
+
+def read_latest_params(checkpoint_dir: Path) -> tuple[int, dict[str, np.ndarray]]:
+    """Reads the parameters of the newest valid step into host memory, by name.
+
+    For other processes than the run's own, which may be training: changes no file.
+
+    Raises:
+        ModelError: there is no valid step.
+    """
+    problem = "its first one is not written yet"
+    for step in reversed(list_steps(checkpoint_dir)):
+        step_dir = checkpoint_dir / str(step)
+        try:
+            # A run deletes old steps, but never the newest ones, while they are read.
+            if (invalid := check_step(checkpoint_dir, step)) is None:
+                return step, _read_params(step_dir.absolute())
+            problem = f"checkpoint {step} is damaged: {invalid}"
+        except CorruptCheckpointError as error:
+            problem = f"checkpoint {step} is damaged: {error}"
+    raise ModelError(
+        f"there is no valid checkpoint in {checkpoint_dir}: {problem}. Wait for the "
+        "next one, or resume the run with its command."
+    )
+
+
+def _read_params(step_dir: Path) -> dict[str, np.ndarray]:
+    """Reads and verifies the arrays below `params` of one step."""
+    arrays = read_manifest(step_dir)["arrays"]
+    saved = {name: value for name, value in arrays.items() if name[:7] == "params/"}
+    like = unflatten_names(
+        {name: _empty_like(text) for name, (text, _) in saved.items()}
+    )
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), like)
+    options = ocp.args.PyTreeRestore(
+        like, restore_args=restore_args, partial_restore=True
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.restore(step_dir / "state", args=options)
+    for name, value in checksum_tree(tree).sums.items():
+        if value != saved[name][1]:
+            raise CorruptCheckpointError(
+                f"the restored values of {name!r} differ from the saved ones"
+            )
+    leaves = flatten_with_names(tree)
+    return {name.removeprefix("params/"): leaf for name, leaf in leaves.items()}
+
+
+def _empty_like(spec: str) -> np.ndarray:
+    """Returns an array with the dtype and shape of a `tree_spec`, uninitialized."""
+    dtype, _, shape = spec.partition("[")
+    return np.empty(json.loads(f"[{shape}"), jnp.dtype(dtype))
 
 
 def tree_spec(tree: Any) -> dict[str, str]:

@@ -46,6 +46,7 @@ from gptjax.training.run_dir import (
 )
 from gptjax.training.task import RunContext, Task, describe_devices
 from gptjax.training.train_step import Metrics, TrainState, TrainStep, train_steps
+from gptjax.weights.model_folder import save_without_params
 
 
 def fit(run: RunContext, task: Task) -> TrainState:
@@ -152,6 +153,9 @@ def restore_or_init(
         run.metrics_path.unlink(missing_ok=True)
         metadata = {**task.provenance, "on_spike": run.on_spike}
         write_run_metadata(run.run_dir, command_line(), metadata)
+        if task.save_best is None:  # model/ gets its parameters at the end of the run
+            model = task.to_model(task.init_state)
+            save_without_params(model, run.run_dir / "model")
         for line in task.summary:
             run.log(line)
         return task.init_state, History()

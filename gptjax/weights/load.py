@@ -2,7 +2,8 @@
 
 A model is a folder or file in one of these layouts, or a name on the hub:
 
-gptjax  written by `gptjax.save`
+gptjax  written by `gptjax.save`; for a pretraining run that has not finished, the
+        parameters come from its newest checkpoint
 hf      Hugging Face GPT-2: config.json, *.safetensors, with or without an index
 openai  OpenAI's TensorFlow checkpoint: hparams.json, model.ckpt.*
 book    safetensors with the names of the book's PyTorch GPTModel, with a
@@ -12,7 +13,7 @@ book    safetensors with the names of the book's PyTorch GPTModel, with a
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -114,15 +115,15 @@ def resolve_model(name: str | Path, log: _LogFn) -> Path:
     """Returns the path of a model's files, downloading them from the hub if needed.
 
     Raises:
-        ModelError: the run has no model yet, or the download failed.
+        ModelError: the run has not started training, or the download failed.
     """
     path = Path(name)
     if (path / "model" / "config.json").is_file():
         return path / "model"
     if (path / "checkpoints").is_dir():
         raise ModelError(
-            f"the run {path} has no model/ yet; it is written when the run ends. "
-            f"Finish the run: gptjax train {path / 'config.toml'} --run {path}"
+            f"the run {path} has no model/. Resume it, which writes one: gptjax train "
+            f"{path / 'config.toml'} --run {path}"
         )
     # "runs/typo" looks like "owner/name", but the folder runs/ exists.
     is_local = path.exists() or (len(path.parts) > 1 and path.parent.is_dir())
@@ -145,10 +146,14 @@ def open_model_source(path: Path, log: _LogFn = lambda line: None) -> ModelSourc
         files, path = [path], path.parent
     else:
         raise ModelError(explain_unreadable(path))
-    if not files:
+    config_path, run_dir = path / "config.json", path.parent
+    reader: TensorReader
+    if files:
+        reader = open_safetensors(files)
+    elif config_path.is_file() and (run_dir / "config.toml").is_file():
+        reader = open_latest_checkpoint(run_dir / "checkpoints", log)
+    else:
         raise ModelError(explain_unreadable(path))
-    reader = open_safetensors(files)
-    config_path = path / "config.json"
     metadata = read_json_object(config_path) if config_path.is_file() else {}
     if "format" in metadata:
         source = from_gptjax(path, reader, metadata)
@@ -161,6 +166,30 @@ def open_model_source(path: Path, log: _LogFn = lambda line: None) -> ModelSourc
     except ModelError as error:  # the model can still be used for completion
         log(f"chat template not used: {error}")
         return source
+
+
+class ArrayReader(NamedTuple):
+    """Tensors that are in memory already."""
+
+    tensors: Mapping[str, np.ndarray]
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns one tensor."""
+        return self.tensors[name]
+
+
+def open_latest_checkpoint(checkpoint_dir: Path, log: _LogFn) -> ArrayReader:
+    """Reads the parameters of an unfinished run, which may be training.
+
+    Raises:
+        ModelError: there is no valid checkpoint.
+    """
+    # Orbax, which other layouts do not need, takes as long to import as all else here.
+    from gptjax.checkpoint.checkpoint import read_latest_params
+
+    step, arrays = read_latest_params(checkpoint_dir)
+    log(f"step     {step} of the unfinished run {checkpoint_dir.parent}")
+    return ArrayReader(arrays)
 
 
 def _read_folder_template(path: Path) -> str:

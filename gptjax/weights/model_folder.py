@@ -58,13 +58,22 @@ class Model:
 
 def save(model: Model, model_dir: str | Path) -> None:
     """Writes the model folder, replacing an existing one atomically."""
-    model_dir = Path(model_dir)
+    _replace_folder(model, Path(model_dir))
+
+
+def save_without_params(model: Model, model_dir: Path) -> None:
+    """Writes the files that a run's checkpoints need to be loaded as a model."""
+    _replace_folder(model, model_dir, with_params=False)
+
+
+def _replace_folder(model: Model, model_dir: Path, with_params: bool = True) -> None:
+    """Writes the model folder, replacing an existing one atomically."""
     try:
         model_dir.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
             dir=model_dir.parent, prefix=f".{model_dir.name}-"
         ) as temp_dir:
-            _write_files(model, Path(temp_dir) / "new")
+            _write_files(model, Path(temp_dir) / "new", with_params)
             old_dir = Path(temp_dir) / "old"
             if model_dir.exists():
                 os.replace(model_dir, old_dir)
@@ -75,14 +84,15 @@ def save(model: Model, model_dir: str | Path) -> None:
         ) from error
 
 
-def _write_files(model: Model, model_dir: Path) -> None:
+def _write_files(model: Model, model_dir: Path, with_params: bool) -> None:
     """Creates a folder and writes the files of a model folder into it."""
     model_dir.mkdir()
-    arrays = {
-        name: np.ascontiguousarray(leaf, np.float32)  # safetensors ignores strides
-        for name, leaf in flatten_with_names(model.params).items()
-    }
-    write_safetensors(arrays, model_dir / "model.safetensors")
+    if with_params:
+        arrays = {
+            name: np.ascontiguousarray(leaf, np.float32)  # safetensors ignores strides
+            for name, leaf in flatten_with_names(model.params).items()
+        }
+        write_safetensors(arrays, model_dir / "model.safetensors")
     model.tokenizer.save(model_dir)
     if model.chat_template:
         write_chat_template(model.chat_template, model_dir)

@@ -58,7 +58,7 @@ def main(seed: int, cases: Sequence[int]) -> None:
     for case in cases:
         lot, fault = random.Random(f"{seed} {case}"), None
         while fault is None:
-            if (folder / "model").is_dir():
+            if (folder / "model" / "model.safetensors").is_file():
                 count += 1
                 folder = Path(f"run{count}")
             fault = killed(lot, folder, whole, pace)

@@ -127,6 +127,37 @@ def test_the_model_folder_computes_what_the_run_computed(unbroken):
     assert loaded.tokenizer.hash == model.tokenizer.hash
 
 
+def test_an_unfinished_run_is_loaded_from_its_newest_valid_checkpoint(
+    unbroken, tmp_path
+):
+    _, folder, model, _ = unbroken
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    (run / "model" / "model.safetensors").unlink()
+
+    loaded = gptjax.load(run)
+    assert (loaded.config, loaded.tokenizer.hash) == (
+        model.config,
+        model.tokenizer.hash,
+    )
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
+
+    file = max((run / "checkpoints" / "12").rglob("*"), key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    before = sorted(run.rglob("*"))
+    lines = []
+    older = gptjax.load(run, lines.append)
+    assert lines == [f"step     8 of the unfinished run {run}"]
+    assert not np.array_equal(*(jax.tree.leaves(m.params)[0] for m in (older, model)))
+    assert sorted(run.rglob("*")) == before
+
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ModelError, match="checkpoints"):
+        gptjax.load(run)
+
+
 def test_the_last_evaluation_is_that_of_the_whole_validation_text(unbroken):
     config, folder, model, _ = unbroken
     dataset = open_dataset(config.data, folder / "data")
@@ -160,6 +191,11 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one_bit_for_bit(
     monkeypatch.undo()
     saved = list_steps(stopped / "checkpoints")[-1]
     assert step <= saved < 12
+    unfinished = gptjax.load(stopped)
+    assert (unfinished.config, unfinished.tokenizer.hash) == (
+        model.config,
+        model.tokenizer.hash,
+    )
     resumed = train(config, stopped)
 
     jax.tree.map(np.testing.assert_array_equal, resumed.params, model.params)
