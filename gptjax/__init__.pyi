@@ -1,36 +1,14 @@
-from . import (
-    checkpoint as checkpoint,
-)
-from . import (
-    data as data,
-)
-from . import (
-    evaluation as evaluation,
-)
-from . import (
-    inference as inference,
-)
-from . import (
-    model as model,
-)
-from . import (
-    parallel as parallel,
-)
-from . import (
-    plots as plots,
-)
-from . import (
-    tasks as tasks,
-)
-from . import (
-    tokenizer as tokenizer,
-)
-from . import (
-    training as training,
-)
-from . import (
-    weights as weights,
-)
+from . import checkpoint as checkpoint
+from . import data as data
+from . import evaluation as evaluation
+from . import inference as inference
+from . import model as model
+from . import parallel as parallel
+from . import plots as plots
+from . import tasks as tasks
+from . import tokenizer as tokenizer
+from . import training as training
+from . import weights as weights
 from .cli.notebook import load_ipython_extension as load_ipython_extension
 from .config import GPTConfig as GPTConfig
 from .config import RunConfig as RunConfig

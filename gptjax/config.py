@@ -56,22 +56,14 @@ class GPTConfig:
     """
 
     vocab_size: int = option(
-        0,
-        "number of tokens; 0 = size of the run's tokenizer",
-        minimum=0,
-        resume="identity",
+        0, "number of tokens; 0 = size of the run's tokenizer", minimum=0, resume="identity"
     )
     context_length: int = option(
         1024, "maximum sequence length in tokens [T]", minimum=1, resume="identity"
     )
-    n_layers: int = option(
-        12, "number of transformer blocks [N]", minimum=1, resume="identity"
-    )
+    n_layers: int = option(12, "number of transformer blocks [N]", minimum=1, resume="identity")
     n_heads: int = option(
-        12,
-        "number of attention heads [H]; must divide d_model",
-        minimum=1,
-        resume="identity",
+        12, "number of attention heads [H]; must divide d_model", minimum=1, resume="identity"
     )
     d_model: int = option(
         768,
@@ -88,14 +80,9 @@ class GPTConfig:
     qkv_bias: bool = option(
         True, "biases in the query, key and value projections", resume="identity"
     )
-    tie_embeddings: bool = option(
-        True, "output head shares the token embedding", resume="identity"
-    )
+    tie_embeddings: bool = option(True, "output head shares the token embedding", resume="identity")
     vocab_multiple: int = option(
-        1,
-        "vocab_size is padded to a multiple of this many tokens",
-        minimum=1,
-        resume="identity",
+        1, "vocab_size is padded to a multiple of this many tokens", minimum=1, resume="identity"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
@@ -104,10 +91,7 @@ class GPTConfig:
     )
     causal: bool = option(True, "causal attention mask", resume="identity")
     n_classes: int = option(
-        0,
-        "number of classes of the classifier head [C]; 0 = no head",
-        minimum=0,
-        resume="identity",
+        0, "number of classes of the classifier head [C]; 0 = no head", minimum=0, resume="identity"
     )
     head_bias: bool = option(False, "bias in the classifier head", resume="identity")
     pool: Literal["last", "first", "mean", "position"] = option(
@@ -116,12 +100,8 @@ class GPTConfig:
         "the last position of the padded row",
         resume="identity",
     )
-    attention: Literal[
-        "auto", "reference", "chunked", "xla", "flash", "cudnn", "splash"
-    ] = option(
-        "auto",
-        "attention backend; auto = fastest that supports the device",
-        resume="trajectory",
+    attention: Literal["auto", "reference", "chunked", "xla", "flash", "cudnn", "splash"] = option(
+        "auto", "attention backend; auto = fastest that supports the device", resume="trajectory"
     )
     remat: Literal["full", "dots", "none"] = option(
         "dots",
@@ -188,14 +168,11 @@ class DataConfig:
     """Data source, tokenizer, splits and batching."""
 
     source: str = option(
-        "python-help",
-        "named data set, prepared folder, file or glob",
-        resume="identity",
+        "python-help", "named data set, prepared folder, file or glob", resume="identity"
     )
     tokenizer: str = option(
         "",
-        "gpt2, bytes, bpe:SIZE or a folder; empty = that of finetune.init_from, else "
-        "gpt2",
+        "gpt2, bytes, bpe:SIZE or a folder; empty = that of finetune.init_from, else gpt2",
         resume="identity",
     )
     text_column: str = option(
@@ -229,10 +206,7 @@ class DataConfig:
         0, "seed of the validation and test splits", minimum=0, resume="identity"
     )
     batch_size: int = option(
-        8,
-        "rows per step, over all devices and micro-batches [B]",
-        minimum=1,
-        resume="trajectory",
+        8, "rows per step, over all devices and micro-batches [B]", minimum=1, resume="trajectory"
     )
     batching: Literal["auto", "packed", "concat", "padded", "book"] = option(
         "auto",
@@ -261,21 +235,14 @@ class DataConfig:
 class OptimConfig:
     """AdamW and learning rate schedule."""
 
-    peak_lr: float = option(
-        6e-4, "learning rate after the warmup", minimum=0, resume="trajectory"
-    )
+    peak_lr: float = option(6e-4, "learning rate after the warmup", minimum=0, resume="trajectory")
     schedule: Literal["cosine", "constant", "wsd", "book"] = option(
         "cosine",
         "learning rate after the warmup; wsd = constant, then decay in the last fifth; "
         "book = cosine, with a warmup from the final learning rate",
         resume="trajectory",
     )
-    warmup_steps: int = option(
-        100,
-        "steps of linear warmup",
-        minimum=0,
-        resume="trajectory",
-    )
+    warmup_steps: int = option(100, "steps of linear warmup", minimum=0, resume="trajectory")
     final_lr_fraction: float = option(
         0.1,
         "learning rate of the last step, as a fraction of peak_lr",
@@ -283,33 +250,19 @@ class OptimConfig:
         resume="trajectory",
     )
     weight_decay: float = option(
-        0.1,
-        "weight decay of matrices and embeddings",
-        minimum=0,
-        resume="trajectory",
+        0.1, "weight decay of matrices and embeddings", minimum=0, resume="trajectory"
     )
     decay_norms_and_biases: bool = option(
-        False,
-        "weight decay of norms and biases too, the default of PyTorch",
-        resume="trajectory",
+        False, "weight decay of norms and biases too, the default of PyTorch", resume="trajectory"
     )
     beta1: float = option(
-        0.9,
-        "decay rate of AdamW's first moment",
-        unit_interval=True,
-        resume="trajectory",
+        0.9, "decay rate of AdamW's first moment", unit_interval=True, resume="trajectory"
     )
     beta2: float = option(
-        0.95,
-        "decay rate of AdamW's second moment",
-        unit_interval=True,
-        resume="trajectory",
+        0.95, "decay rate of AdamW's second moment", unit_interval=True, resume="trajectory"
     )
     grad_clip: float = option(
-        1.0,
-        "maximum global norm of the gradient; 0 = no clipping",
-        minimum=0,
-        resume="trajectory",
+        1.0, "maximum global norm of the gradient; 0 = no clipping", minimum=0, resume="trajectory"
     )
 
     def __post_init__(self) -> None:
@@ -324,12 +277,8 @@ class TrainConfig:
     task: Literal["pretrain", "classify", "sft", "dpo", "book"] = option(
         "pretrain", "kind of training; book = as in the book", resume="identity"
     )
-    steps: int = option(
-        1000, "number of optimizer updates", minimum=1, resume="trajectory"
-    )
-    seed: int = option(
-        0, "seed of parameters, batches and dropout", minimum=0, resume="identity"
-    )
+    steps: int = option(1000, "number of optimizer updates", minimum=1, resume="trajectory")
+    seed: int = option(0, "seed of parameters, batches and dropout", minimum=0, resume="identity")
     accumulate: int = option(
         1,
         "micro-batches per step [G]; 0 = fewest that fit in memory",
@@ -337,15 +286,10 @@ class TrainConfig:
         resume="trajectory",
     )
     loss_chunk_size: int = option(
-        256,
-        "positions whose logits are in memory at a time",
-        minimum=1,
-        resume="trajectory",
+        256, "positions whose logits are in memory at a time", minimum=1, resume="trajectory"
     )
     # Spikes are detected in the logged steps.
-    log_every: int = option(
-        10, "steps between log lines", minimum=1, resume="trajectory"
-    )
+    log_every: int = option(10, "steps between log lines", minimum=1, resume="trajectory")
     # Evaluations choose the best model of fine-tuning.
     eval_every: int = option(
         100,
@@ -354,15 +298,10 @@ class TrainConfig:
         resume="trajectory",
     )
     eval_batches: int = option(
-        20,
-        "batches per evaluation; the last one uses all data",
-        minimum=1,
-        resume="trajectory",
+        20, "batches per evaluation; the last one uses all data", minimum=1, resume="trajectory"
     )
     sample_prompt: str = option(
-        "\n",
-        "prompt completed at each evaluation; empty = no sample",
-        resume="operational",
+        "\n", "prompt completed at each evaluation; empty = no sample", resume="operational"
     )
 
     def __post_init__(self) -> None:
@@ -376,8 +315,7 @@ class FinetuneConfig:
 
     init_from: str = option(
         "",
-        "MODEL to start from, whose shape replaces [model]; empty = random "
-        "initialization",
+        "MODEL to start from, whose shape replaces [model]; empty = random initialization",
         resume="identity",
     )
     trainable: Literal["all", "head", "last-block", "last-two-blocks", "lora"] = option(
@@ -385,14 +323,9 @@ class FinetuneConfig:
         "parameters that are trained; lora = adapters on frozen parameters",
         resume="identity",
     )
-    lora_rank: int = option(
-        16, "rank of the LoRA adapters", minimum=1, resume="identity"
-    )
+    lora_rank: int = option(16, "rank of the LoRA adapters", minimum=1, resume="identity")
     lora_alpha: float = option(
-        16.0,
-        "scale of the LoRA adapters, divided by lora_rank",
-        minimum=0,
-        resume="trajectory",
+        16.0, "scale of the LoRA adapters, divided by lora_rank", minimum=0, resume="trajectory"
     )
     lora_targets: str = option(
         "attention/* mlp/*",
@@ -400,16 +333,10 @@ class FinetuneConfig:
         resume="identity",
     )
     lm_loss_weight: float = option(
-        0.0,
-        "weight of the next-token loss in classification",
-        minimum=0,
-        resume="trajectory",
+        0.0, "weight of the next-token loss in classification", minimum=0, resume="trajectory"
     )
     dpo_beta: float = option(
-        0.1,
-        "DPO beta: strength of the KL penalty",
-        minimum=0,
-        resume="trajectory",
+        0.1, "DPO beta: strength of the KL penalty", minimum=0, resume="trajectory"
     )
 
     def __post_init__(self) -> None:
@@ -428,9 +355,7 @@ class CheckpointConfig:
         minimum=1,
         resume="trajectory",
     )
-    keep: int = option(
-        2, "number of newest checkpoints to keep", minimum=1, resume="operational"
-    )
+    keep: int = option(2, "number of newest checkpoints to keep", minimum=1, resume="operational")
 
     def __post_init__(self) -> None:
         """Rejects values that would leave no checkpoint."""
@@ -442,13 +367,9 @@ class MeshConfig:
     """Device mesh; the product of the axis sizes is the number of devices."""
 
     data: int = option(
-        -1,
-        "data-parallel replicas; -1 = all remaining devices",
-        resume="operational",
+        -1, "data-parallel replicas; -1 = all remaining devices", resume="operational"
     )
-    fsdp: int = option(
-        1, "shards of parameters and optimizer state", resume="operational"
-    )
+    fsdp: int = option(1, "shards of parameters and optimizer state", resume="operational")
     tensor: int = option(1, "shards of heads, MLP and vocabulary", resume="operational")
 
     def __post_init__(self) -> None:
@@ -457,8 +378,7 @@ class MeshConfig:
             size = getattr(self, name)
             if size < 1 and size != -1:
                 raise ConfigError(
-                    f"mesh.{name}={size} must be at least 1, or -1 for all remaining "
-                    "devices."
+                    f"mesh.{name}={size} must be at least 1, or -1 for all remaining devices."
                 )
         if (self.data, self.fsdp, self.tensor).count(-1) > 1:
             raise ConfigError(
@@ -514,9 +434,7 @@ def check_min(section: str, config: Any, minimum: int, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if not value >= minimum:  # also rejects nan
-            raise ConfigError(
-                f"{section}.{name}={value} must be at least {minimum}. Increase it."
-            )
+            raise ConfigError(f"{section}.{name}={value} must be at least {minimum}. Increase it.")
 
 
 def check_unit_interval(section: str, config: Any, *names: str) -> None:
@@ -551,9 +469,7 @@ def from_dict(cls: Any, table: Mapping[str, Any], prefix: str = "") -> Any:
         name = f"{prefix}{key}"
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
-                raise ConfigError(
-                    f"{name}={value!r} must be a section. Write it as [{name}]."
-                )
+                raise ConfigError(f"{name}={value!r} must be a section. Write it as [{name}].")
             values[key] = from_dict(hints[key], value, f"{name}.")
         else:
             values[key] = _check_type(name, value, hints[key])
@@ -584,11 +500,7 @@ RENAMED_OPTIONS = {  # earlier name: current name
 RENAMED_VALUES = {  # option: {earlier value: current value}
     "train.task": {"instruct": "sft", "preference": "dpo"},
     "data.batching": {"mixed": "concat"},
-    "model.attention": {
-        "plain": "reference",
-        "prefix": "chunked",
-        "blockwise": "flash",
-    },
+    "model.attention": {"plain": "reference", "prefix": "chunked", "blockwise": "flash"},
 }
 
 
@@ -628,12 +540,7 @@ def _check_type(name: str, value: Any, kind: Any) -> Any:
     return value
 
 
-EXAMPLE_VALUES = {
-    int: "3",
-    float: "0.1",
-    str: '"text" in quotes',
-    bool: "true or false",
-}
+EXAMPLE_VALUES = {int: "3", float: "0.1", str: '"text" in quotes', bool: "true or false"}
 
 
 def load_config(path: str | Path) -> RunConfig:
@@ -665,9 +572,7 @@ def find_config(name: str) -> Path:
     file_name = name.removeprefix("configs/").removesuffix(".toml") + ".toml"
     if (config_dir / file_name).is_file():
         return config_dir / file_name
-    known = [
-        p.relative_to(config_dir).as_posix() for p in sorted(config_dir.rglob("*.toml"))
-    ]
+    known = [p.relative_to(config_dir).as_posix() for p in sorted(config_dir.rglob("*.toml"))]
     raise ConfigError(
         f"config {name} not found.{did_you_mean(file_name, known)} Give the path of a "
         f"TOML file or one of {', '.join(known)}."
@@ -690,7 +595,5 @@ def config_diff(old: RunConfig, new: RunConfig) -> list[str]:
             old_value = getattr(old_section, field.name)
             new_value = getattr(new_section, field.name)
             if old_value != new_value:
-                lines.append(
-                    f"{section.name}.{field.name}: {old_value!r} -> {new_value!r}"
-                )
+                lines.append(f"{section.name}.{field.name}: {old_value!r} -> {new_value!r}")
     return lines

@@ -39,8 +39,7 @@ def match_rules(tree: Any, rules: Mapping[str, Any]) -> Any:
         matches = [pattern for pattern in rules if fnmatch.fnmatchcase(name, pattern)]
         if len(matches) != 1:
             raise ValueError(
-                f"parameter {name} must match exactly one rule but matches "
-                f"{matches or 'none'}."
+                f"parameter {name} must match exactly one rule but matches {matches or 'none'}."
             )
         used_patterns.update(matches)
         return rules[matches[0]]

@@ -30,12 +30,6 @@ def published(name: str) -> bytes:
 
 
 if __name__ == "__main__":
-    table = (
-        Path(__file__).parent.parent
-        / "gptjax"
-        / "tokenizer"
-        / "gpt2"
-        / "gpt2-merges.txt"
-    )
+    table = Path(__file__).parent.parent / "gptjax" / "tokenizer" / "gpt2" / "gpt2-merges.txt"
     table.write_bytes(published("vocab.bpe"))
     print(f"wrote {table}")

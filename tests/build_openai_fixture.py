@@ -58,9 +58,7 @@ def write() -> None:
     v1 = tensorflow.compat.v1
     v1.disable_eager_execution()
     with v1.Session() as session:
-        variables = [
-            v1.get_variable(name, initializer=array) for name, array in arrays().items()
-        ]
+        variables = [v1.get_variable(name, initializer=array) for name, array in arrays().items()]
         session.run(v1.global_variables_initializer())
         saver = v1.train.Saver(variables, save_relative_paths=True)
         saver.save(session, str(FOLDER / "model.ckpt"))

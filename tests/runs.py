@@ -52,9 +52,7 @@ def train_logged(
         return train_fn(config, run_dir, **options)
 
 
-def make_task(
-    stages: TaskStages, config: RunConfig, run_dir: Path
-) -> tuple[RunContext, Any, Task]:
+def make_task(stages: TaskStages, config: RunConfig, run_dir: Path) -> tuple[RunContext, Any, Task]:
     """Makes the task of a run without training it; returns (run, data, task)."""
     run, data = stages.load_data(RunContext(config, run_dir))
     return run, data, stages.make_task(run, data)

@@ -47,7 +47,5 @@ def change_config(folder, **values):
 def assert_same(one, other):
     assert one.config == other.config
     assert one.tokenizer.hash == other.tokenizer.hash
-    assert (
-        flatten_with_names(one.params).keys() == flatten_with_names(other.params).keys()
-    )
+    assert flatten_with_names(one.params).keys() == flatten_with_names(other.params).keys()
     jax.tree.map(np.testing.assert_array_equal, one.params, other.params)

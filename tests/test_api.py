@@ -65,10 +65,7 @@ def test_the_package_is_marked_as_typed():
 
 
 def test_generation_options_are_the_fields_of_the_config():
-    options, fields = (
-        get_type_hints(GenerationOptions),
-        get_type_hints(GenerationConfig),
-    )
+    options, fields = (get_type_hints(GenerationOptions), get_type_hints(GenerationConfig))
 
     assert options == fields
     for name in ("generate", "complete", "stream", "answer", "stream_answer"):
@@ -136,9 +133,7 @@ def test_traced_token_ids_are_not_checked():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize(
-    "capture", [("attn",), ("residual", "mlp_outputs"), "residual"]
-)
+@pytest.mark.parametrize("capture", [("attn",), ("residual", "mlp_outputs"), "residual"])
 @pytest.mark.usefixtures("_without_type_checks")
 def test_an_unknown_capture_point_is_rejected_with_the_known_ones(capture):
     with pytest.raises(ConfigError, match=r"capture: .*Known: residual"):
@@ -169,13 +164,7 @@ def test_params_of_another_config_are_rejected_while_tracing(changes, name):
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {},
-        {"qkv_bias": False},
-        {"tie_embeddings": False},
-        {"n_classes": 3},
-        {"vocab_multiple": 64},
-    ],
+    [{}, {"qkv_bias": False}, {"tie_embeddings": False}, {"n_classes": 3}, {"vocab_multiple": 64}],
 )
 def test_expected_shapes_are_those_of_initialized_params(changes):
     config = dataclasses.replace(MODEL.config, **changes)
@@ -199,9 +188,7 @@ def test_expected_shapes_are_those_of_initialized_params(changes):
 def test_a_loss_without_a_weight_is_rejected(result, shapes, accumulate):
     optimizer = optax.sgd(0.1)
     step = make_train_step(
-        lambda params, batch, key: result(jnp.sum(params["w"] * batch)),
-        optimizer,
-        accumulate,
+        lambda params, batch, key: result(jnp.sum(params["w"] * batch)), optimizer, accumulate
     )
     state = init_state({"w": jnp.ones(())}, optimizer, jax.random.key(0))
 

@@ -78,9 +78,7 @@ def runs(draw):
     )
     train = st.builds(
         TrainConfig,
-        **dict.fromkeys(
-            ["steps", "loss_chunk_size", "log_every", "eval_every"], POSITIVE
-        ),
+        **dict.fromkeys(["steps", "loss_chunk_size", "log_every", "eval_every"], POSITIVE),
         eval_batches=POSITIVE,
         seed=st.integers(0, 10**6),
         task=st.sampled_from(["pretrain", "classify", "sft", "dpo"]),
@@ -91,9 +89,7 @@ def runs(draw):
         DataConfig,
         **dict.fromkeys(["source", "tokenizer", "text_column", "label_column"], WORDS),
         **dict.fromkeys(["val_fraction", "test_fraction"], FRACTION),
-        **dict.fromkeys(
-            ["balance_classes", "deduplicate", "completion_only_loss"], st.booleans()
-        ),
+        **dict.fromkeys(["balance_classes", "deduplicate", "completion_only_loss"], st.booleans()),
         split_strategy=st.sampled_from(["stratified", "book"]),
         batch_size=st.integers(1, 64).map(lambda rows: rows * groups),
         batching=st.sampled_from(["auto", "packed", "concat", "padded", "book"]),
@@ -195,8 +191,7 @@ def test_an_old_option_is_rejected_with_its_new_name(old, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "old"),
-    [(name, old) for name in RENAMED_VALUES for old in RENAMED_VALUES[name]],
+    ("name", "old"), [(name, old) for name in RENAMED_VALUES for old in RENAMED_VALUES[name]]
 )
 def test_an_old_value_is_rejected_with_the_new_one(name, old):
     new = RENAMED_VALUES[name][old]
@@ -233,17 +228,11 @@ def test_an_old_section_is_rejected_with_its_new_name(table):
         ({"optim": {"peak_rl": 1.0}}, "option optim.peak_rl. Did you mean peak_lr?"),
         ({"optim": {"qqq": 1.0}}, "unknown option optim.qqq. Known: peak_lr"),
         ({"model": 3}, r"model=3 .* \[model\]"),
-        (
-            {"model": {"n_layers": "3"}},
-            "n_layers='3' .*str.* int",
-        ),
+        ({"model": {"n_layers": "3"}}, "n_layers='3' .*str.* int"),
         ({"model": {"n_layers": 3.0}}, "n_layers=3.0 .*float.* int"),
         ({"model": {"n_layers": True}}, "n_layers=True .*bool.* int"),
         ({"data": {"deduplicate": 1}}, "data.deduplicate=1 .*int.* bool, .*true or"),
-        (
-            {"data": {"source": 1}},
-            'source=1 .*int.* str, .*"text"',
-        ),
+        ({"data": {"source": 1}}, 'source=1 .*int.* str, .*"text"'),
         ({"optim": {"peak_lr": "1e-3"}}, "str.* must be float, .*0.1"),
         ({"optim": {"peak_lr": True}}, "bool.* must be float"),
         ({"model": {"dtype": "float16"}}, "'float16' .* mean bfloat16?"),
@@ -258,11 +247,7 @@ def test_a_table_that_names_no_run_is_refused(table, message):
 @pytest.mark.parametrize(
     ("section", "changes", "message"),
     [
-        (
-            GPTConfig,
-            {"d_model": 10, "n_heads": 3},
-            r"=10 .*n_heads=3 \(remainder 1",
-        ),
+        (GPTConfig, {"d_model": 10, "n_heads": 3}, r"=10 .*n_heads=3 \(remainder 1"),
         (GPTConfig, {"dropout": 1.0}, r"model.dropout=1.0 .*\[0, 1\)"),
         (GPTConfig, {"dropout": -0.1}, "model.dropout=-0.1 must be in"),
         (GPTConfig, {"dropout": float("nan")}, "model.dropout=nan must be in"),
@@ -276,11 +261,7 @@ def test_a_table_that_names_no_run_is_refused(table, message):
         (DataConfig, {"val_fraction": 1.0}, "data.val_fraction=1.0 must be in"),
         (OptimConfig, {"peak_lr": float("nan")}, "optim.peak_lr=nan must be at least"),
         (OptimConfig, {"warmup_steps": -1}, "optim.warmup_steps=-1 must be at least"),
-        (
-            OptimConfig,
-            {"weight_decay": -0.1},
-            "optim.weight_decay=-0.1 must be at least",
-        ),
+        (OptimConfig, {"weight_decay": -0.1}, "optim.weight_decay=-0.1 must be at least"),
         (OptimConfig, {"grad_clip": -1.0}, "optim.grad_clip=-1.0 must be at least"),
         (OptimConfig, {"beta2": 1.0}, "optim.beta2=1.0 must be in .* default 0.95"),
         (TrainConfig, {"steps": 0}, "train.steps=0 must be at least"),
@@ -321,10 +302,7 @@ def test_the_difference_of_two_runs_names_exactly_the_options_that_differ():
     )
 
     assert config_diff(old, old) == []
-    assert config_diff(old, new) == [
-        "model.n_layers: 12 -> 3",
-        r"train.sample_prompt: '\n' -> 'a'",
-    ]
+    assert config_diff(old, new) == ["model.n_layers: 12 -> 3", r"train.sample_prompt: '\n' -> 'a'"]
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest():

@@ -14,10 +14,7 @@ from gptjax.config import find_config, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-COMMANDS = (
-    "pip install -e . && gptjax quickstart",
-    'pip install -e ".[test]" && pytest',
-)
+COMMANDS = ("pip install -e . && gptjax quickstart", 'pip install -e ".[test]" && pytest')
 
 
 def blocks(language):

@@ -35,17 +35,12 @@ STRINGS = {"jax_compilation_cache_dir"}  # options of JAX
 LOWERED = "of a program that was lowered, not of a text"
 ALLOWED = {  # module: {what: why}
     "cli.launch": {"jinja2.Environment": "the templates are files of the package"},
-    "runtime.compilation_cache": {
-        "jax_compilation_cache_dir": "each program is sealed by a key"
-    },
+    "runtime.compilation_cache": {"jax_compilation_cache_dir": "each program is sealed by a key"},
     "planning.aot": {"compile": LOWERED},
     "training.trainer": {"compile": LOWERED},
     "bench.device": {"compile": LOWERED},
     "bench.workloads": {"compile": LOWERED},
-    "bench.torch_workloads": {
-        "compile": "torch.compile of a model",
-        "eval": "model.eval()",
-    },
+    "bench.torch_workloads": {"compile": "torch.compile of a model", "eval": "model.eval()"},
 }
 COMPILERS = {"re", "regex"}  # of patterns
 
@@ -205,9 +200,7 @@ def test_no_secret_of_the_environment_is_printed_or_written(tmp_path):
 
 def test_the_network_is_asked_for_by_two_modules_only():
     found = {
-        name_of(file)
-        for file in PACKAGE
-        if "urllib.request" in file.read_text(encoding="utf-8")
+        name_of(file) for file in PACKAGE if "urllib.request" in file.read_text(encoding="utf-8")
     }
 
     assert found == {"fileio.download", "evaluation.llm_judge"}

@@ -143,8 +143,7 @@ def einsums(file):
         call = node.value if isinstance(node, ast.Assign) else node
         match call:
             case ast.Call(
-                func=ast.Attribute(attr="einsum"),
-                args=[ast.Constant(str(spec)), *operands],
+                func=ast.Attribute(attr="einsum"), args=[ast.Constant(str(spec)), *operands]
             ):
                 inputs, output = spec.split("->")
                 pairs = (
@@ -175,8 +174,7 @@ def test_annotated_axes_are_the_letters_of_the_name():
             name = ast.Name(node.arg) if isinstance(node, ast.arg) else node.target
             match node.annotation:
                 case ast.Subscript(
-                    value=ast.Name(),
-                    slice=ast.Tuple(elts=[_, ast.Constant(str(axes))]),
+                    value=ast.Name(), slice=ast.Tuple(elts=[_, ast.Constant(str(axes))])
                 ) if axes_suffix(name) and "*" not in axes:
                     if "".join(axes.split()) != axes_suffix(name):
                         wrong.append((place, axes))

@@ -51,9 +51,7 @@ def time_step(step: Any, state: Any) -> tuple[Any, float]:
     return state, time.perf_counter() - started
 
 
-def time_save(
-    temp_dir: Path, n: int, step: Any, state: Any
-) -> tuple[dict[str, float], Any]:
+def time_save(temp_dir: Path, n: int, step: Any, state: Any) -> tuple[dict[str, float], Any]:
     """Times one save; also returns the state after the step during the save."""
     save_seconds, started = {}, time.perf_counter()
     with async_saver(temp_dir, 1) as save:

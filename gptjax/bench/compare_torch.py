@@ -49,13 +49,10 @@ def bench_against_torch(
     """
     torch_workloads.import_peer("torch")
     torch_workloads.import_peer("transformers")
-    metrics = bench_device_isolated(
-        ["--preset", preset, "--context", str(context), *device_flags]
-    )
+    metrics = bench_device_isolated(["--preset", preset, "--context", str(context), *device_flags])
     if metrics["platform"] not in TORCH_DEVICES:
         raise ConfigError(
-            f"--peers supports CPUs and NVIDIA GPUs, not {metrics['device']}. Remove "
-            "--peers."
+            f"--peers supports CPUs and NVIDIA GPUs, not {metrics['device']}. Remove --peers."
         )
     device = TORCH_DEVICES[metrics["platform"]]
     if (not only or "train" in only) and "train_rows" in metrics:
@@ -89,9 +86,7 @@ def compare_training(
     best_rows = metrics["train_rows"]
     for rows in dict.fromkeys((best_rows, max(best_rows // 2, 1))):
         options = {"preset": preset, "rows": rows, "context": context}
-        workload = gptjax_workload(
-            "train", options, context, attention=metrics["train_attention"]
-        )
+        workload = gptjax_workload("train", options, context, attention=metrics["train_attention"])
         peer_workload = Workload("transformers_train", {**options, "device": device})
         if result := try_interleaved(log, workload, peer_workload, repeats):
             compared = log_comparison(log, "train", "device", result)
@@ -107,9 +102,7 @@ def compare_decode(
     for cache in TRANSFORMERS_CACHES[device]:
         peer_options = {"device": device, "cache": cache}
         peer_workload = Workload("transformers_decode", options | peer_options)
-        result = try_interleaved(
-            log, gptjax_workload("decode", options), peer_workload, repeats
-        )
+        result = try_interleaved(log, gptjax_workload("decode", options), peer_workload, repeats)
         if result:
             compared = log_comparison(log, "decode", f"device_b{rows}", result)
             return compared | {f"decode_cache_transformers_device_b{rows}": cache}
@@ -121,16 +114,11 @@ def gptjax_workload(
 ) -> Workload:
     """Makes a gptjax workload with the default dtype of the device."""
     length = max(context, 1024)
-    return Workload(
-        name, {**options, "dtype": "auto", "context_length": length, **model_options}
-    )
+    return Workload(name, {**options, "dtype": "auto", "context_length": length, **model_options})
 
 
 def try_interleaved(
-    log: Callable[[str], None],
-    workload: Workload,
-    peer_workload: Workload,
-    repeats: int,
+    log: Callable[[str], None], workload: Workload, peer_workload: Workload, repeats: int
 ) -> Comparison | None:
     """Returns both results and their ratio, or logs the error and returns None."""
     try:
@@ -144,9 +132,7 @@ def log_comparison(
     log: Callable[[str], None], name: str, tag: str, result: Comparison
 ) -> dict[str, float]:
     """Logs and returns the three metrics of a comparison."""
-    metrics = list(
-        suite.comparison_metrics(name, "transformers", tag, "tokens/s", result)
-    )
+    metrics = list(suite.comparison_metrics(name, "transformers", tag, "tokens/s", result))
     for metric in metrics:
         log(f"{metric.key:<40}{metric.text}")
     return {metric.key: metric.value for metric in metrics}

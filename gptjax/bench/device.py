@@ -71,9 +71,7 @@ def measure_train_rates(
             continue
         for rows in batch_sizes:
             try:
-                yield measure_train_rate(
-                    dataclasses.replace(config, attention=backend), rows
-                )
+                yield measure_train_rate(dataclasses.replace(config, attention=backend), rows)
             except (ConfigError, jax.errors.JaxRuntimeError) as error:
                 log(f"{backend:<10} {rows} rows: {roofline.first_line_of(error)}")
                 break
@@ -89,12 +87,8 @@ def measure_train_rate(config: GPTConfig, rows: int) -> TrainRate:
     state = shard_tree(init_state(params, optimizer, key), mesh)
     shape = rows * devices, config.context_length + 1
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape)
-    batch: Any = shard_batch(
-        make_lm_batch(tokens.astype(np.int32), None), mesh, shape[0]
-    )
-    step = make_train_step(
-        make_lm_loss_fn(config, TRAIN_LOSS_CHUNK_SIZE, False), optimizer
-    )
+    batch: Any = shard_batch(make_lm_batch(tokens.astype(np.int32), None), mesh, shape[0])
+    step = make_train_step(make_lm_loss_fn(config, TRAIN_LOSS_CHUNK_SIZE, False), optimizer)
     previous_peak = roofline.device_peak_bytes()
     started = time.perf_counter()
     with use_mesh(mesh):
@@ -110,11 +104,7 @@ def measure_train_rate(config: GPTConfig, rows: int) -> TrainRate:
     median_seconds = statistics.median(seconds)
     tokens_per_s = shape[0] * config.context_length / median_seconds
     peak_flops = estimate.total_peak_flops()
-    mfu = (
-        tokens_per_s * estimate.flops_per_token(config) / peak_flops
-        if peak_flops
-        else None
-    )
+    mfu = tokens_per_s * estimate.flops_per_token(config) / peak_flops if peak_flops else None
     current_peak = roofline.device_peak_bytes()
     return TrainRate(
         config.attention,
@@ -185,10 +175,7 @@ def bench_device(
     """
     check_device_options(batch_sizes, backends, only)
     device = jax.devices()[0]
-    log(
-        f"device     {jax.device_count()} x {device.device_kind}, "
-        f"{compute_dtype(config)}"
-    )
+    log(f"device     {jax.device_count()} x {device.device_kind}, {compute_dtype(config)}")
     log(
         f"model      {estimate.parameter_count(config):,} parameters, T = "
         f"{config.context_length}, {estimate.flops_per_token(config) / 1e9:.3f} GFLOPs "
@@ -240,12 +227,8 @@ def bench_training(
     matmul_text = ""
     if matmul_flops:
         flops = best.tokens_per_s * estimate.flops_per_token(config)
-        metrics["train_share_of_matmul_rate"] = (
-            flops / matmul_flops / jax.device_count()
-        )
-        matmul_text = (
-            f", {metrics['train_share_of_matmul_rate']:.1%} of the matmul rate"
-        )
+        metrics["train_share_of_matmul_rate"] = flops / matmul_flops / jax.device_count()
+        matmul_text = f", {metrics['train_share_of_matmul_rate']:.1%} of the matmul rate"
     log(f"best       {best.attention} with {best.rows} rows{matmul_text}")
     return metrics
 

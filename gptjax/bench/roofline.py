@@ -66,9 +66,7 @@ def measure_peaks(log: Callable[[str], None]) -> dict[str, float]:
         CPU_SIZES if jax.default_backend() == "cpu" else ACCELERATOR_SIZES
     )
     make_works: dict[str, Callable[[], workloads.WorkFn]] = {
-        "matmul_bfloat16": lambda: workloads.make_matmul_work(
-            matrix_size, "bfloat16", repeats
-        ),
+        "matmul_bfloat16": lambda: workloads.make_matmul_work(matrix_size, "bfloat16", repeats),
         "read": lambda: workloads.make_read_work(array_bytes, repeats),
         "copy": lambda: workloads.make_copy_work(array_bytes, repeats),
     }
@@ -77,15 +75,9 @@ def measure_peaks(log: Callable[[str], None]) -> dict[str, float]:
         if (rate := try_measure_rate(log, name, make_work)) is not None:
             peaks[name] = rate
     if rate := peaks.get("matmul_bfloat16"):
-        log(
-            f"matmul     {rate / 1e12:.3g} TFLOP/s in bfloat16, {matrix_size} x "
-            f"{matrix_size}"
-        )
+        log(f"matmul     {rate / 1e12:.3g} TFLOP/s in bfloat16, {matrix_size} x {matrix_size}")
     if rate := peaks.get("read"):
-        log(
-            f"memory     {rate / 1e9:,.1f} GB/s reading "
-            f"{estimate.format_bytes(array_bytes)}"
-        )
+        log(f"memory     {rate / 1e9:,.1f} GB/s reading {estimate.format_bytes(array_bytes)}")
     if rate := peaks.get("copy"):
         log(f"memory     {rate / 1e9:,.1f} GB/s read and written, copying the same")
     return peaks
@@ -148,9 +140,7 @@ def bench_prefill(config: GPTConfig, log: Callable[[str], None]) -> dict[str, fl
     length = config.context_length
     for rows in PREFILL_BATCH_SIZES:
         rate = try_measure_rate(
-            log,
-            "prefill",
-            lambda rows=rows: workloads.make_prefill_work(config, rows, length),
+            log, "prefill", lambda rows=rows: workloads.make_prefill_work(config, rows, length)
         )
         if rate is None:
             break

@@ -95,10 +95,7 @@ def run_interleaved(
     workload: Workload, peer_workload: Workload, repeats: int
 ) -> tuple[Result, Result, float]:
     """Measures two workloads in alternation; returns both results and their ratio."""
-    with (
-        worker_process(workload) as worker,
-        worker_process(peer_workload) as peer_worker,
-    ):
+    with worker_process(workload) as worker, worker_process(peer_workload) as peer_worker:
         paired_runs = []
         for n in range(repeats):
             if n % 2:

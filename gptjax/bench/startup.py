@@ -40,9 +40,7 @@ def run_python(arguments: Sequence[str], gptjax_home: Path | None = None) -> int
         [sys.executable, *arguments], env=env, stdout=subprocess.DEVNULL, check=False
     )
     if process.returncode:
-        raise GptjaxError(
-            f"{arguments} exited with code {process.returncode}; see above."
-        )
+        raise GptjaxError(f"{arguments} exited with code {process.returncode}; see above.")
     return 1
 
 
@@ -72,9 +70,7 @@ def make_transformers_startup_work(preset: str) -> WorkFn:
     temp_dir = make_temp_dir()
     transformers_model(preset).save_pretrained(temp_dir)
     tokenizer.load_tokenizer("gpt2").save(temp_dir)
-    return lambda: run_python(
-        ["-c", TRANSFORMERS_SCRIPT, str(temp_dir), STARTUP_PROMPT]
-    )
+    return lambda: run_python(["-c", TRANSFORMERS_SCRIPT, str(temp_dir), STARTUP_PROMPT])
 
 
 COMMAND_WORKLOADS = {

@@ -11,13 +11,7 @@ from typing import Any, NamedTuple
 
 from gptjax.bench.checkpointing import measure_save_times
 from gptjax.bench.roofline import decode_step_bytes
-from gptjax.bench.runner import (
-    Result,
-    Workload,
-    run_interleaved,
-    run_isolated,
-    summarize_rates,
-)
+from gptjax.bench.runner import Result, Workload, run_interleaved, run_isolated, summarize_rates
 from gptjax.bench.workloads import PROMPT_LENGTH, bench_config
 from gptjax.runtime.device import package_versions
 from gptjax.training import estimate
@@ -39,32 +33,14 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = (
+    Benchmark("train", "b2", "tokens/s", ("transformers",), {"rows": 2, "context": TRAIN_CONTEXT}),
     Benchmark(
-        "train",
-        "b2",
-        "tokens/s",
-        ("transformers",),
-        {"rows": 2, "context": TRAIN_CONTEXT},
+        "train", "b4", "tokens/s", ("transformers", "book"), {"rows": 4, "context": TRAIN_CONTEXT}
     ),
+    Benchmark("decode", "b1", "tokens/s", ("transformers",), {"rows": 1, "new": DECODE_LENGTH}),
+    Benchmark("decode", "b8", "tokens/s", ("transformers",), {"rows": 8, "new": DECODE_LENGTH}),
     Benchmark(
-        "train",
-        "b4",
-        "tokens/s",
-        ("transformers", "book"),
-        {"rows": 4, "context": TRAIN_CONTEXT},
-    ),
-    Benchmark(
-        "decode", "b1", "tokens/s", ("transformers",), {"rows": 1, "new": DECODE_LENGTH}
-    ),
-    Benchmark(
-        "decode", "b8", "tokens/s", ("transformers",), {"rows": 8, "new": DECODE_LENGTH}
-    ),
-    Benchmark(
-        "prefill",
-        "b1",
-        "tokens/s",
-        ("transformers",),
-        {"rows": 1, "context": PREFILL_LENGTH},
+        "prefill", "b1", "tokens/s", ("transformers",), {"rows": 1, "context": PREFILL_LENGTH}
     ),
     Benchmark("load", "safetensors", "models/s", ("transformers",), {}),
     Benchmark("input", "", "bytes/s", ("tiktoken",), {"workers": os.cpu_count() or 1}),
@@ -122,9 +98,7 @@ def run_benchmarks(
     """Yields the metrics of the selected benchmarks as they are measured."""
     for benchmark in BENCHMARKS:
         if not only or benchmark.name in only:
-            yield from run_benchmark(
-                benchmark, preset, benchmark.peers if peers else (), repeats
-            )
+            yield from run_benchmark(benchmark, preset, benchmark.peers if peers else (), repeats)
     if not only or "train" in only:
         yield from measure_train_share(preset, repeats, peers)
     if not only or "decode" in only:
@@ -146,9 +120,7 @@ def run_benchmark(
         yield rate_metric(metric_key(name, tag), unit, measured)
         yield memory_metric(metric_key(name, tag), measured)
     for peer in peers:
-        result = run_interleaved(
-            workload, Workload(f"{peer}_{name}", workload.options), repeats
-        )
+        result = run_interleaved(workload, Workload(f"{peer}_{name}", workload.options), repeats)
         yield from comparison_metrics(name, peer, tag, unit, result)
         yield memory_metric(metric_key(name, tag), result[0])
         yield memory_metric(metric_key(name, peer, tag), result[1])
@@ -169,44 +141,30 @@ def metric_key(*parts: str) -> str:
     return "_".join(part for part in parts if part)
 
 
-def measure_train_share(
-    preset: str, repeats: int, peers: bool
-) -> Iterator[BenchmarkMetric]:
+def measure_train_share(preset: str, repeats: int, peers: bool) -> Iterator[BenchmarkMetric]:
     """Measures training at B = 8, and its fraction of the matmul rate.
 
     Counts 6 FLOPs per token and matmul parameter.
     """
-    workload = Workload(
-        "train", {"preset": preset, "rows": 8, "context": TRAIN_CONTEXT}
-    )
-    train_result, matmul_result, share = run_interleaved(
-        workload, Workload("matmul", {}), repeats
-    )
+    workload = Workload("train", {"preset": preset, "rows": 8, "context": TRAIN_CONTEXT})
+    train_result, matmul_result, share = run_interleaved(workload, Workload("matmul", {}), repeats)
     yield rate_metric("train_b8", "tokens/s", train_result)
     yield rate_metric("matmul", "FLOP/s", matmul_result)
     if peers:
         yield rate_metric(
-            "torch_matmul",
-            "FLOP/s",
-            run_isolated(Workload("torch_matmul", {}), repeats),
+            "torch_matmul", "FLOP/s", run_isolated(Workload("torch_matmul", {}), repeats)
         )
     config = bench_config(preset)
-    flops_per_token = estimate.flops_per_token(config) - estimate.attention_flops(
-        config
-    )
+    flops_per_token = estimate.flops_per_token(config) - estimate.attention_flops(config)
     yield plain_metric("train_share_of_matmul_rate_b8", share * flops_per_token)
 
 
 def measure_decode_share(preset: str, repeats: int) -> Iterator[BenchmarkMetric]:
     """Measures decoding of one row, as a fraction of the bandwidth limit."""
     workload = Workload("decode", {"preset": preset, "rows": 1, "new": DECODE_LENGTH})
-    _, read_result, share = run_interleaved(
-        workload, Workload("bandwidth", {}), repeats
-    )
+    _, read_result, share = run_interleaved(workload, Workload("bandwidth", {}), repeats)
     yield rate_metric("read", "bytes/s", read_result)
-    bytes_per_step = decode_step_bytes(
-        bench_config(preset), 1, PROMPT_LENGTH + DECODE_LENGTH / 2
-    )
+    bytes_per_step = decode_step_bytes(bench_config(preset), 1, PROMPT_LENGTH + DECODE_LENGTH / 2)
     yield plain_metric("decode_share_of_bandwidth_b1", share * bytes_per_step)
 
 
@@ -215,9 +173,7 @@ def compare_int8_decode(preset: str, repeats: int) -> Iterator[BenchmarkMetric]:
     for rows in (1, 8):
         options = {"preset": preset, "rows": rows, "new": DECODE_LENGTH}
         int8_workload = Workload("decode", {**options, "int8": True})
-        int8_result, _, ratio = run_interleaved(
-            int8_workload, Workload("decode", options), repeats
-        )
+        int8_result, _, ratio = run_interleaved(int8_workload, Workload("decode", options), repeats)
         yield rate_metric(f"int8_decode_b{rows}", "tokens/s", int8_result)
         yield plain_metric(f"int8_decode_ratio_fp32_b{rows}", ratio)
 
@@ -232,16 +188,12 @@ def rate_metric(key: str, unit: str, measured: Result) -> BenchmarkMetric:
 def range_metric(key: str, unit: str, measured: Result) -> BenchmarkMetric:
     """Makes a metric with unit and range."""
     range_text = f"({measured.low:.4g} to {measured.high:.4g})"
-    return BenchmarkMetric(
-        key, measured.median, f"{measured.median:12.4g} {unit} {range_text}"
-    )
+    return BenchmarkMetric(key, measured.median, f"{measured.median:12.4g} {unit} {range_text}")
 
 
 def memory_metric(key: str, measured: Result) -> BenchmarkMetric:
     """Makes a metric of the peak memory."""
-    return BenchmarkMetric(
-        f"{key}_peak_bytes", measured.peak, estimate.format_bytes(measured.peak)
-    )
+    return BenchmarkMetric(f"{key}_peak_bytes", measured.peak, estimate.format_bytes(measured.peak))
 
 
 def plain_metric(key: str, value: float) -> BenchmarkMetric:

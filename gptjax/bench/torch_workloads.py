@@ -7,13 +7,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from gptjax.bench.workloads import (
-    MATMUL_SIZE,
-    PROMPT_LENGTH,
-    WorkFn,
-    make_temp_dir,
-    random_tokens,
-)
+from gptjax.bench.workloads import MATMUL_SIZE, PROMPT_LENGTH, WorkFn, make_temp_dir, random_tokens
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
 
@@ -84,9 +78,7 @@ def make_torch_train_work(
 
     def loss_fn(token_BT: Any, target_BT: Any) -> Any:
         logits = logits_fn(token_BT)
-        return torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), target_BT.flatten()
-        )
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), target_BT.flatten())
 
     if on_gpu:
         torch.set_float32_matmul_precision("high")
@@ -111,18 +103,14 @@ def synchronize_device(device: str) -> None:
         import_peer("torch").cuda.synchronize()
 
 
-def transformers_train(
-    preset: str, rows: int, context: int, device: str = TORCH_CPU
-) -> WorkFn:
+def transformers_train(preset: str, rows: int, context: int, device: str = TORCH_CPU) -> WorkFn:
     """Train steps; units are tokens."""
     model = transformers_model(preset, context).train()
 
     def logits_of(token_BT: Any) -> Any:
         return model(token_BT, use_cache=False).logits
 
-    return make_torch_train_work(
-        model, logits_of, random_tokens(rows, context + 1), device
-    )
+    return make_torch_train_work(model, logits_of, random_tokens(rows, context + 1), device)
 
 
 def book_model_config(preset: str, context: int) -> dict[str, Any]:

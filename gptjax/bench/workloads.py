@@ -102,9 +102,7 @@ def make_train_work(config: GPTConfig, rows: int, context: int) -> WorkFn:
     return work
 
 
-def make_decode_work(
-    config: GPTConfig, rows: int, new: int, int8: bool = False
-) -> WorkFn:
+def make_decode_work(config: GPTConfig, rows: int, new: int, int8: bool = False) -> WorkFn:
     """Greedy decoding after a short prompt; units are new tokens."""
     model = random_model(config)
     if int8:
@@ -114,9 +112,7 @@ def make_decode_work(
     options: Any = {"temperature": 0.0, "max_new_tokens": new, "stop_ids": ()}
 
     def work() -> int:
-        return sum(
-            len(completion.ids) for completion in complete(model, prompts, **options)
-        )
+        return sum(len(completion.ids) for completion in complete(model, prompts, **options))
 
     return work
 
@@ -145,9 +141,7 @@ def make_load_work(config: GPTConfig) -> WorkFn:
     return work
 
 
-def make_matmul_work(
-    size: int = MATMUL_SIZE, dtype: str = "float32", repeats: int = 1
-) -> WorkFn:
+def make_matmul_work(size: int = MATMUL_SIZE, dtype: str = "float32", repeats: int = 1) -> WorkFn:
     """Matmul of large square matrices; units are floating-point operations."""
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
     return repeat_program(jax.jit(jnp.matmul), (x, x), repeats, 2 * size**3)
@@ -166,9 +160,7 @@ def make_copy_work(size_bytes: int = BANDWIDTH_BYTES, repeats: int = 1) -> WorkF
     return repeat_program(jax.jit(lambda x: x + 1), (x,), repeats, 2 * size_bytes)
 
 
-def repeat_program(
-    program: Any, arrays: tuple[Any, ...], repeats: int, units: int
-) -> WorkFn:
+def repeat_program(program: Any, arrays: tuple[Any, ...], repeats: int, units: int) -> WorkFn:
     """Calls a program several times per synchronization, to hide its cost."""
 
     def work() -> int:
@@ -191,9 +183,7 @@ def make_compile_work(config: GPTConfig, rows: int, context: int) -> WorkFn:
 
     def work() -> int:
         jax.clear_caches()
-        train_step = make_train_step(
-            make_lm_loss_fn(config, LOSS_CHUNK_SIZE, False), optimizer
-        )
+        train_step = make_train_step(make_lm_loss_fn(config, LOSS_CHUNK_SIZE, False), optimizer)
         jax.jit(train_step, donate_argnums=0).lower(state, batch).compile()
         return 1
 

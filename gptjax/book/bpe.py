@@ -80,10 +80,7 @@ def gpt2_words(text: str) -> list[str]:
         DataError: the text contains a lone surrogate.
     """
     encode_utf8(text)  # raises an error with the position of a surrogate
-    return [
-        tokenizer.bytes_to_unicode(match[0].encode())
-        for match in SPLIT_REGEX.finditer(text)
-    ]
+    return [tokenizer.bytes_to_unicode(match[0].encode()) for match in SPLIT_REGEX.finditer(text)]
 
 
 def gpt2_text(symbols: Iterable[str]) -> str:
@@ -142,12 +139,7 @@ def train_merges(text: str, vocab_size: int) -> MergeTable:
     """
     words: Mapping[Symbols, int] = Counter(map(tuple, spaced_words(text)))
     byte_symbols = list(map(chr, range(256)))
-    symbols = [
-        *byte_symbols,
-        *sorted({*text} - {*byte_symbols}),
-        SPACE_MARK,
-        tokenizer.ENDOFTEXT,
-    ]
+    symbols = [*byte_symbols, *sorted({*text} - {*byte_symbols}), SPACE_MARK, tokenizer.ENDOFTEXT]
     if vocab_size < len(symbols):
         raise ConfigError(
             f"vocab_size={vocab_size} must be at least {len(symbols)} for the "
@@ -251,7 +243,6 @@ def decode_ids(ids: Sequence[int], table: MergeTable) -> list[str]:
     for i in ids:
         if not 0 <= i < size:
             raise DataError(
-                f"the id {i} must be between 0 and {size - 1}. Use the table that "
-                "encoded the text."
+                f"the id {i} must be between 0 and {size - 1}. Use the table that encoded the text."
             )
     return [table.symbols[i] for i in ids]

@@ -41,9 +41,7 @@ def split_simple_tokens(text: str) -> list[str]:
     return SIMPLE_TOKEN.findall(text)
 
 
-def make_vocabulary(
-    tokens: Iterable[str], special_tokens: Sequence[str] = ()
-) -> dict[str, int]:
+def make_vocabulary(tokens: Iterable[str], special_tokens: Sequence[str] = ()) -> dict[str, int]:
     """Maps the sorted distinct tokens, then the special tokens, to ids.
 
     >>> make_vocabulary(["to", "be", "or", "not", "to", "be"], [UNKNOWN_TOKEN])
@@ -114,9 +112,7 @@ def encode_with_eot(text: str, tokenizer: Tokenizer) -> list[int]:
 # Windows (section 2.6)
 
 
-def context_target_pairs(
-    ids: Sequence[int], max_length: int
-) -> Iterator[tuple[list[int], int]]:
+def context_target_pairs(ids: Sequence[int], max_length: int) -> Iterator[tuple[list[int], int]]:
     """Yields (context, next id) for contexts of 1 to `max_length` ids.
 
     >>> list(context_target_pairs([290, 4920, 2241, 287], 3))
@@ -155,9 +151,7 @@ def make_windows(ids: Sequence[int], max_length: int, stride: int) -> Windows:
     return Windows(rows[:, :-1], rows[:, 1:])
 
 
-def batch_windows(
-    rows: Windows, batch_size: int, drop_last: bool = True
-) -> list[Windows]:
+def batch_windows(rows: Windows, batch_size: int, drop_last: bool = True) -> list[Windows]:
     """Groups rows into batches, in order.
 
     Args:

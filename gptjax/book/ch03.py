@@ -104,9 +104,7 @@ def causal_attention_weights(score_TS: Float[Array, "T S"]) -> Float[Array, "T S
     return jax.nn.softmax(jnp.where(causal_mask(len(score_TS)), score_TS, -jnp.inf))
 
 
-def dropout_mask(
-    key: Key[Array, ""], rate: int | float, shape: tuple[int, ...]
-) -> Array:
+def dropout_mask(key: Key[Array, ""], rate: int | float, shape: tuple[int, ...]) -> Array:
     """Random mask that is True with probability 1 - rate."""
     return jax.random.bernoulli(key, 1 - check_dropout_rate(rate), shape)
 
@@ -124,8 +122,7 @@ def check_dropout_rate(rate: int | float) -> int | float:
     """Returns the rate after checking that it is in [0, 1)."""
     if not 0 <= rate < 1:
         raise ConfigError(
-            f"the dropout rate={rate} must be at least 0 and less than 1. Use 0.1, "
-            "for example."
+            f"the dropout rate={rate} must be at least 0 and less than 1. Use 0.1, for example."
         )
     return rate
 
@@ -180,8 +177,7 @@ def split_heads(
     width = len(query)
     if n_heads < 1 or width % n_heads:
         raise ConfigError(
-            f"the width {width} must be divisible by the number of heads, which is "
-            f"{n_heads}."
+            f"the width {width} must be divisible by the number of heads, which is {n_heads}."
         )
     query_DHK, key_DHK, value_DHK = (
         jnp.asarray(weight.T.reshape(-1, n_heads, width // n_heads))

@@ -111,7 +111,5 @@ def iterate_epochs(
         stop, evaluations = step + len(batches), eval_after
         if eval_every:
             evaluations += -(-stop // eval_every) - -(-step // eval_every)
-        generator.next_uint32(
-            (loader.numbers_per_pass + NUMBERS_PER_PASS) * evaluations
-        )
+        generator.next_uint32((loader.numbers_per_pass + NUMBERS_PER_PASS) * evaluations)
         step = stop

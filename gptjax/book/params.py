@@ -72,11 +72,7 @@ def sample_params(
     for name in EMBEDDING_LAYERS:
         weight = f"{name}.weight"
         yield weight, generator.normal(source_shape(slots[weight]))
-    blocks = [
-        f"trf_blocks.{n}.{name}"
-        for n in range(config.n_layers)
-        for name in BLOCK_LAYERS
-    ]
+    blocks = [f"trf_blocks.{n}.{name}" for n in range(config.n_layers) for name in BLOCK_LAYERS]
     for name in (*blocks, "out_head"):
         shape = source_shape(slots[f"{name}.weight"])
         bound = 1 / math.sqrt(shape[1])

@@ -54,9 +54,7 @@ def plan_batch_schedule(
     while len(train_batches) < train_config.steps:
         for batch in train_loader.start_epoch(generator):
             if len(train_batches) % train_config.eval_every == 0:
-                some_batches = train_loader.start_epoch(generator)[
-                    : train_config.eval_batches
-                ]
+                some_batches = train_loader.start_epoch(generator)[: train_config.eval_batches]
                 eval_batches[len(train_batches) + FIRST_EVAL_STEP] = some_batches
                 val_loader.start_epoch(generator)
             train_batches.append(batch)
@@ -68,10 +66,7 @@ def plan_batch_schedule(
         list(range(train_loader.items))[n : n + train_loader.batch_size] for n in rows
     ]
     return BatchSchedule(
-        train_batches[: train_config.steps],
-        eval_batches,
-        all_train_batches,
-        val_batches,
+        train_batches[: train_config.steps], eval_batches, all_train_batches, val_batches
     )
 
 
@@ -80,10 +75,7 @@ def make_loaders(sizes: Mapping[str, int], config: RunConfig) -> dict[str, Loade
     batch_size = config.data.batch_size
     return {
         split: Loader(
-            count,
-            batch_size,
-            shuffle=split == TRAIN_SPLIT,
-            drop_last=split == TRAIN_SPLIT,
+            count, batch_size, shuffle=split == TRAIN_SPLIT, drop_last=split == TRAIN_SPLIT
         )
         for split, count in sizes.items()
     }
@@ -93,14 +85,8 @@ def first_batches(
     loaders: Mapping[str, Loader], generator: TorchGenerator, max_batches: int
 ) -> dict[str, BatchIndices]:
     """Returns the first batches of a new pass: training, validation, test."""
-    splits = [
-        split
-        for split in (TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT)
-        if split in loaders
-    ]
-    return {
-        split: loaders[split].start_epoch(generator)[:max_batches] for split in splits
-    }
+    splits = [split for split in (TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT) if split in loaders]
+    return {split: loaders[split].start_epoch(generator)[:max_batches] for split in splits}
 
 
 def make_book_evaluate(

@@ -128,8 +128,7 @@ def check_shape(shape: Shape) -> tuple[int, ...]:
 def split_into_chunks(flat: np.ndarray) -> list[np.ndarray]:
     """Splits a flat array into views of at most NUMBERS_PER_CHUNK numbers."""
     return [
-        flat[start : start + NUMBERS_PER_CHUNK]
-        for start in range(0, flat.size, NUMBERS_PER_CHUNK)
+        flat[start : start + NUMBERS_PER_CHUNK] for start in range(0, flat.size, NUMBERS_PER_CHUNK)
     ]
 
 
@@ -153,9 +152,7 @@ def exact_fma(x: np.ndarray, y: Factor, z: Factor) -> np.ndarray:
         z_error = np.broadcast_to(z, midway.shape)[midway] - z_part
         rounding_error = (product - (nearest - z_part)) + z_error  # Knuth's TwoSum
         direction = np.copysign(np.inf, rounding_error)
-        total[midway] = np.where(
-            rounding_error, np.nextafter(nearest, direction), nearest
-        )
+        total[midway] = np.where(rounding_error, np.nextafter(nearest, direction), nearest)
     return total.astype(F32)
 
 
@@ -195,14 +192,9 @@ def cos_sin(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for part in QUARTER_PI_PARTS:
         x = fma(octant.astype(F32), F32(part), x)
     square = x * x
-    even = (
-        fma(horner(square, COS_COEFFICIENTS) * square, square, F32(-0.5) * square) + 1
-    )
+    even = fma(horner(square, COS_COEFFICIENTS) * square, square, F32(-0.5) * square) + 1
     odd = fma(horner(square, SIN_COEFFICIENTS) * square, x, x)
     is_even_quadrant = (octant & 2) == 0
     cosine = np.where(is_even_quadrant, even, odd)
     sine = np.where(is_even_quadrant, odd, even)
-    return (
-        np.where((octant - 2) & 4, cosine, -cosine),
-        np.where(octant & 4, -sine, sine),
-    )
+    return (np.where((octant - 2) & 4, cosine, -cosine), np.where(octant & 4, -sine, sine))

@@ -54,13 +54,7 @@ from gptjax.training import estimate
 from gptjax.training.finetune import tokenizer_provenance
 from gptjax.training.loss import make_lm_loss_fn
 from gptjax.training.optimizer import make_optimizer
-from gptjax.training.task import (
-    EvalResult,
-    RunContext,
-    Task,
-    describe_devices,
-    describe_length,
-)
+from gptjax.training.task import EvalResult, RunContext, Task, describe_devices, describe_length
 from gptjax.training.train_step import TrainState, init_state, make_train_step
 from gptjax.tree import num_params
 from gptjax.weights.model_folder import Model
@@ -70,9 +64,7 @@ def load_verdict_rows(context: int) -> dict[str, np.ndarray]:
     """Loads the-verdict as rows of T + 1 tokens, split 90:10."""
     text = fetch_dataset("verdict").read_text(encoding="utf-8")
     rows = {}
-    for split, split_part in zip(
-        (TRAIN_SPLIT, VALIDATION_SPLIT), split_text(text), strict=True
-    ):
+    for split, split_part in zip((TRAIN_SPLIT, VALIDATION_SPLIT), split_text(text), strict=True):
         ids = load_tokenizer("gpt2").encode(split_part)
         token_windows = make_windows(ids, context, context)
         rows[split] = np.concatenate(
@@ -115,8 +107,7 @@ def make_chapter_5(run: RunContext, data: VerdictData) -> Task:
 
     def batches(start: int, stop: int) -> Iterator[Batch]:
         return (
-            make_lm_batch(train_rows[schedule.train_batches[n]], None)
-            for n in range(start, stop)
+            make_lm_batch(train_rows[schedule.train_batches[n]], None) for n in range(start, stop)
         )
 
     complete = make_sample(run, to_model)
@@ -182,11 +173,7 @@ def make_chapter_6(run: RunContext, data: ClassificationData) -> Task:
     max_length = bucket_lengths(c.model)[-1]
     loaders = make_loaders({split: len(part) for split, part in data.ids.items()}, c)
     schedule = plan_batch_schedule(
-        loaders[TRAIN_SPLIT],
-        loaders[VALIDATION_SPLIT],
-        TorchGenerator(c.train.seed),
-        c.train,
-        1,
+        loaders[TRAIN_SPLIT], loaders[VALIDATION_SPLIT], TorchGenerator(c.train.seed), c.train, 1
     )
     padded_batches = ClassificationBatches(
         *(ids, data.rows[TRAIN_SPLIT].labels, c.data.batch_size),
@@ -195,15 +182,11 @@ def make_chapter_6(run: RunContext, data: ClassificationData) -> Task:
 
     def score_batch(model: Model, split: str, rows: list[int]) -> dict[str, float]:
         texts = take(data.rows[split], rows)
-        classified = evaluate_classifier(
-            model, texts, [data.ids[split][n] for n in rows]
-        )
+        classified = evaluate_classifier(model, texts, [data.ids[split][n] for n in rows])
         return {"loss": classified.loss, "accuracy": classified.metrics.accuracy}
 
     generator = TorchGenerator(c.train.seed)
-    initial_batches = {
-        "accuracy": first_batches(loaders, generator, 2 * c.train.eval_batches)
-    }
+    initial_batches = {"accuracy": first_batches(loaders, generator, 2 * c.train.eval_batches)}
     initial_batches["loss"] = first_batches(loaders, generator, c.train.eval_batches)
     params = task.init_state.params | {"head": init_book_head(c)}
     return dataclasses.replace(
@@ -236,52 +219,36 @@ def make_chapter_7(run: RunContext, data: SFTData) -> Task:
     c, examples = run.config, data.examples
     loaders = make_loaders({split: len(part) for split, part in examples.items()}, c)
     schedule = plan_batch_schedule(
-        loaders[TRAIN_SPLIT],
-        loaders[VALIDATION_SPLIT],
-        TorchGenerator(c.train.seed),
-        c.train,
+        loaders[TRAIN_SPLIT], loaders[VALIDATION_SPLIT], TorchGenerator(c.train.seed), c.train
     )
 
     def score_batch(model: Model, split: str, rows: list[int]) -> dict[str, float]:
         return {"loss": example_loss(model, [examples[split][n] for n in rows]).loss}
 
     loaders.pop(TEST_SPLIT, None)  # the book evaluates no test rows before the end
-    initial_batches = first_batches(
-        loaders, TorchGenerator(c.train.seed), c.train.eval_batches
-    )
+    initial_batches = first_batches(loaders, TorchGenerator(c.train.seed), c.train.eval_batches)
     book_batches = BookBatches(
-        examples[TRAIN_SPLIT],
-        c.data.batch_size,
-        data.tokenizer.eot_token,
-        c.train.seed,
+        examples[TRAIN_SPLIT], c.data.batch_size, data.tokenizer.eot_token, c.train.seed
     )
     return dataclasses.replace(
         task,
         batches=lambda first, stop: map(
             book_batches.make_batch, schedule.train_batches[first:stop]
         ),
-        evaluate=make_book_evaluate(
-            run, task, schedule, {"loss": initial_batches}, score_batch
-        ),
+        evaluate=make_book_evaluate(run, task, schedule, {"loss": initial_batches}, score_batch),
         eval_offset=FIRST_EVAL_STEP,
     )
 
 
 CHAPTERS = {  # data.source -> stages of the chapter's run
     "verdict": TaskStages(load_chapter_5, make_chapter_5, finalize_pretrain),
-    "sms-spam": TaskStages(
-        load_classification_data, make_chapter_6, finalize_classification
-    ),
+    "sms-spam": TaskStages(load_classification_data, make_chapter_6, finalize_classification),
     "instructions": TaskStages(load_sft_data, make_chapter_7, finalize_sft),
 }
 
 
 def train_book(
-    config: RunConfig,
-    run_dir: str | Path,
-    *,
-    allow_change: Sequence[str] = (),
-    on_spike: str = "",
+    config: RunConfig, run_dir: str | Path, *, allow_change: Sequence[str] = (), on_spike: str = ""
 ) -> Model:
     """Trains as a chapter of the book does; resumes if the run exists.
 

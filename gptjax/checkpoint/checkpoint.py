@@ -24,18 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental.multihost_utils import (
-    broadcast_one_to_all,
-    sync_global_devices,
-)
+from jax.experimental.multihost_utils import broadcast_one_to_all, sync_global_devices
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
-from gptjax.checkpoint.manifest import (
-    CorruptCheckpointError,
-    read_manifest,
-    write_manifest,
-)
+from gptjax.checkpoint.manifest import CorruptCheckpointError, read_manifest, write_manifest
 from gptjax.checkpoint.retention import (
     apply_retention,
     begin_step,
@@ -80,9 +73,7 @@ def async_saver(
             of the `with` block. Earlier checkpoints are kept.
     """
 
-    def write_and_notify(
-        step: int, tree: Any, metadata: Mapping[str, Any] = NO_METADATA
-    ) -> None:
+    def write_and_notify(step: int, tree: Any, metadata: Mapping[str, Any] = NO_METADATA) -> None:
         write_step(checkpoint_dir, step, tree, keep, metadata)
         on_saved(step)
 
@@ -96,9 +87,7 @@ def async_saver(
             wait(pending)  # a signal may raise here; the result is still needed
             pending.pop().result()
 
-    def begin_save(
-        step: int, tree: Any, metadata: Mapping[str, Any] = NO_METADATA
-    ) -> None:
+    def begin_save(step: int, tree: Any, metadata: Mapping[str, Any] = NO_METADATA) -> None:
         wait_for_pending()
         check_disk_space(checkpoint_dir, tree)
         host_tree = copy_to_host(tree)
@@ -136,11 +125,7 @@ def save_step(checkpoint_dir: Path, step: int, tree: Any, keep: int) -> None:
 
 
 def write_step(
-    checkpoint_dir: Path,
-    step: int,
-    tree: Any,
-    keep: int,
-    metadata: Mapping[str, Any] = NO_METADATA,
+    checkpoint_dir: Path, step: int, tree: Any, keep: int, metadata: Mapping[str, Any] = NO_METADATA
 ) -> None:
     """Writes a step without checking the disk space first; see `save_step`.
 
@@ -200,9 +185,7 @@ def write_arrays(path: Path, tree: Any) -> None:
     Raises:
         OSError: the arrays cannot be written.
     """
-    options = ocp.args.PyTreeSave(
-        tree, ocdbt_target_data_file_size=MAX_CHECKPOINT_FILE_BYTES
-    )
+    options = ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=MAX_CHECKPOINT_FILE_BYTES)
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
     try:
         with ocp.Checkpointer(handler) as checkpointer:
@@ -230,9 +213,7 @@ def check_disk_space(checkpoint_dir: Path, tree: Any) -> None:
     if jax.process_index() > 0:
         return
     existing_dir = next(
-        path
-        for path in [checkpoint_dir, *checkpoint_dir.absolute().parents]
-        if path.exists()
+        path for path in [checkpoint_dir, *checkpoint_dir.absolute().parents] if path.exists()
     )
     free = shutil.disk_usage(existing_dir).free
     if free < needed:
@@ -286,9 +267,7 @@ def latest_step(checkpoint_dir: Path) -> tuple[int | None, list[str]]:
     """
     if jax.process_count() == 1:
         return latest_valid_step(checkpoint_dir)
-    step, warnings = (
-        latest_valid_step(checkpoint_dir) if jax.process_index() == 0 else (None, [])
-    )
+    step, warnings = latest_valid_step(checkpoint_dir) if jax.process_index() == 0 else (None, [])
     agreed_step = int(broadcast_one_to_all(np.int32(-1 if step is None else step)))
     return (None if agreed_step < 0 else agreed_step), warnings
 
@@ -365,13 +344,9 @@ def _read_params(step_dir: Path) -> dict[str, np.ndarray]:
     """Reads and verifies the arrays below `params` of one step."""
     arrays = read_manifest(step_dir)["arrays"]
     saved = {name: value for name, value in arrays.items() if name[:7] == "params/"}
-    like = unflatten_names(
-        {name: _empty_like(text) for name, (text, _) in saved.items()}
-    )
+    like = unflatten_names({name: _empty_like(text) for name, (text, _) in saved.items()})
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), like)
-    options = ocp.args.PyTreeRestore(
-        like, restore_args=restore_args, partial_restore=True
-    )
+    options = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         tree = checkpointer.restore(step_dir / "state", args=options)
     for name, value in checksum_tree(tree).sums.items():
@@ -408,9 +383,7 @@ def checksum_tree(tree: Any) -> ArrayChecksums:
     A collective operation: all processes must call it, and get the same result.
     """
     leaves = flatten_with_names(tree)
-    sums, is_finite = (
-        np.asarray(x) for x in _make_checksum_fn(tree)([*leaves.values()])
-    )
+    sums, is_finite = (np.asarray(x) for x in _make_checksum_fn(tree)([*leaves.values()]))
     return ArrayChecksums(
         dict(zip(leaves, sums.tolist(), strict=True)),
         [name for name, ok in zip(leaves, is_finite.tolist(), strict=True) if not ok],

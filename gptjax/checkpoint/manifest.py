@@ -61,9 +61,7 @@ def read_manifest(step_dir: Path) -> dict[str, Any]:
             )
         content = read_json(path, MAX_MANIFEST_BYTES)
         metadata, expected_hash = content["about"], content["sha256"]
-        is_valid = manifest_hash(metadata) == expected_hash and _is_valid_manifest(
-            metadata
-        )
+        is_valid = manifest_hash(metadata) == expected_hash and _is_valid_manifest(metadata)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         if isinstance(error, CorruptCheckpointError):
             raise
@@ -89,9 +87,7 @@ def verify_manifest(step_dir: Path) -> dict[str, Any]:
             if name not in expected:
                 raise CorruptCheckpointError(f"{name!r} is not listed in {MANIFEST}")
             if sizes[name] != expected[name][0]:
-                raise CorruptCheckpointError(
-                    f"{name!r} has {sizes[name]} bytes, a wrong size"
-                )
+                raise CorruptCheckpointError(f"{name!r} has {sizes[name]} bytes, a wrong size")
         for name, value in hash_files(step_dir).items():
             if value != expected[name]:
                 raise CorruptCheckpointError(f"{name!r} has changed since it was saved")

@@ -19,9 +19,7 @@ LEFTOVER_PATTERN = re.compile(rf"{STEP_PATTERN.pattern}\.(partial|replaced)", re
 def list_steps(checkpoint_dir: Path) -> list[int]:
     """Returns the steps that have a folder, in ascending order, without verifying."""
     return sorted(
-        int(name)
-        for name in _entry_names(checkpoint_dir)
-        if STEP_PATTERN.fullmatch(name)
+        int(name) for name in _entry_names(checkpoint_dir) if STEP_PATTERN.fullmatch(name)
     )
 
 
@@ -63,10 +61,7 @@ def latest_valid_step(checkpoint_dir: Path) -> tuple[int | None, list[str]]:
             "folder, or choose another --run."
         ) from error
     if leftover_names:
-        details = (
-            " ".join(warnings)
-            or f"It contains {', '.join(map(repr, leftover_names[:3]))}."
-        )
+        details = " ".join(warnings) or f"It contains {', '.join(map(repr, leftover_names[:3]))}."
         raise ModelError(
             f"no valid checkpoint in {checkpoint_dir}. {details} "
             "Restore the folder from a backup, or choose another --run."
@@ -80,9 +75,7 @@ def check_step(checkpoint_dir: Path, step: int) -> str | None:
         metadata = verify_manifest(checkpoint_dir / str(step))
     except CorruptCheckpointError as error:
         return str(error)
-    return (
-        None if metadata["step"] == step else f"it is a copy of step {metadata['step']}"
-    )
+    return None if metadata["step"] == step else f"it is a copy of step {metadata['step']}"
 
 
 def quarantine(checkpoint_dir: Path, step: int, problem: str) -> str:

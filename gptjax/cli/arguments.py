@@ -11,13 +11,7 @@ from typing import Any, get_args
 
 import click
 
-from gptjax.config import (
-    RENAMED_OPTIONS,
-    RunConfig,
-    config_options,
-    did_you_mean,
-    from_dict,
-)
+from gptjax.config import RENAMED_OPTIONS, RunConfig, config_options, did_you_mean, from_dict
 from gptjax.errors import ConfigError
 from gptjax.runtime import cpu_flags
 
@@ -32,10 +26,7 @@ RENAMED_FLAGS = {  # command: {earlier name: current name}
     "eval": {"--labelled": "--classification-data", "--data": "--chat-data"},
     "plan": {"--against": "--compare-profile", "--estimate": "--no-compile"},
     "bench": {"--pairs": "--repeats"},
-    "preview": {
-        "--template": "--chat-template",
-        "--learn-prompts": "--train-on-prompts",
-    },
+    "preview": {"--template": "--chat-template", "--learn-prompts": "--train-on-prompts"},
 }
 
 
@@ -52,9 +43,7 @@ class Command(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            raise click.UsageError(
-                explain_unknown_option(ctx, error.option_name), ctx
-            ) from error
+            raise click.UsageError(explain_unknown_option(ctx, error.option_name), ctx) from error
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command, with the CPU flags of --fast-cpu."""
@@ -111,9 +100,7 @@ class ConfigCommand(Command):
         ctx.params["overrides"] = overrides
         return super().invoke(ctx)
 
-    def format_options(
-        self, ctx: click.Context, formatter: click.HelpFormatter
-    ) -> None:
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the command's own options, then those of each section."""
         groups: dict[str, list[tuple[str, str]]] = {"Options": []}
         for parameter in self.get_params(ctx):
@@ -229,9 +216,7 @@ def list_option(
         ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]
     ) -> tuple[Any, ...]:
         parts = [part for value in values for part in value.split(",")]
-        return tuple(kind.convert(part, parameter, ctx) for part in parts) or tuple(
-            default
-        )
+        return tuple(kind.convert(part, parameter, ctx) for part in parts) or tuple(default)
 
     text += "; several: separated by commas, or repeat the option"
     text += f"  [default: {shown or ','.join(map(str, default))}]"
@@ -291,9 +276,7 @@ def sampling_arguments(max_new_tokens: int, temperature: float) -> Decorator:
             metavar="P",
             text="sample from the smallest set of tokens with this total probability",
         ),
-        value_option(
-            "--seed", type=int, default=0, metavar="N", text="seed of the sampling"
-        ),
+        value_option("--seed", type=int, default=0, metavar="N", text="seed of the sampling"),
     ]
 
     def decorate(function: Any) -> Any:

@@ -10,10 +10,7 @@ import click
 from gptjax.cli import arguments
 from gptjax.cli.arguments import PATH, Command, flag_option, list_option, value_option
 
-PARTS = [
-    *("train", "decode", "prefill", "load", "input", "import", "start", "compile"),
-    "save",
-]
+PARTS = [*("train", "decode", "prefill", "load", "input", "import", "start", "compile"), "save"]
 
 
 @click.command("bench", cls=Command)
@@ -24,9 +21,7 @@ PARTS = [
     text="GPT-2 size: gpt2, gpt2-medium, gpt2-large or gpt2-xl",
 )
 @flag_option("--peers", text="compare with PyTorch, interleaved")
-@value_option(
-    "--repeats", type=int, default=5, metavar="N", text="timed runs of each side"
-)
+@value_option("--repeats", type=int, default=5, metavar="N", text="timed runs of each side")
 @list_option(
     "--only",
     kind=click.Choice(PARTS),
@@ -40,11 +35,7 @@ PARTS = [
     "share of the peak",
 )
 @value_option(
-    "--context",
-    type=int,
-    default=1024,
-    metavar="T",
-    text="--device: sequence length in tokens",
+    "--context", type=int, default=1024, metavar="T", text="--device: sequence length in tokens"
 )
 @list_option(
     "--rows",
@@ -60,12 +51,7 @@ PARTS = [
     text="--device: attention backends",
 )
 @value_option(
-    "--json",
-    "json_path",
-    type=PATH,
-    shown="none",
-    metavar="FILE",
-    text="write all metrics as JSON",
+    "--json", "json_path", type=PATH, shown="none", metavar="FILE", text="write all metrics as JSON"
 )
 @arguments.fast_cpu_argument
 def run_bench(
@@ -102,9 +88,7 @@ def run_bench(
     else:
         from gptjax.bench.suite import bench_machine
 
-        metrics = bench_machine(
-            log, preset=preset, peers=peers, repeats=repeats, only=only
-        )
+        metrics = bench_machine(log, preset=preset, peers=peers, repeats=repeats, only=only)
     if json_path:
         json_path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 

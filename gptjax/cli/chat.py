@@ -88,15 +88,9 @@ def run_chat(model: Model, name: str, sampling: dict[str, Any]) -> None:
     print_notice(f"{name}: {model}. /help lists the commands; /quit or Ctrl-D quits.")
     if not model.chat_template:
         print_notice("This base model completes text: each line is a separate prompt.")
-    with (
-        handle_interrupts()
-        if is_interactive
-        else contextlib.nullcontext([]) as interrupts
-    ):
+    with handle_interrupts() if is_interactive else contextlib.nullcontext([]) as interrupts:
         lines = prompt_lines(print_notice) if is_interactive else stdin_lines()
-        run_repl(
-            model, ChatSession(sampling), lines, print_reply, print_notice, interrupts
-        )
+        run_repl(model, ChatSession(sampling), lines, print_reply, print_notice, interrupts)
 
 
 def make_printer(stream: Any) -> PrintFn:
@@ -117,9 +111,7 @@ def handle_interrupts() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    previous_handler = signal.signal(
-        signal.SIGINT, lambda number, _: received.append(number)
-    )
+    previous_handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
     try:
         yield received
     finally:
@@ -175,9 +167,7 @@ def run_repl(
             if action.then == "quit":
                 break
             if action.then == "reply":
-                session = stream_reply(
-                    model, session, print_reply, print_notice, interrupts
-                )
+                session = stream_reply(model, session, print_reply, print_notice, interrupts)
         except GptjaxError as error:
             print_notice(str(error))
     return session
@@ -217,12 +207,8 @@ def start_turn(model: Model, session: ChatSession, text: str) -> Action:
     if turns and turns[-1]["role"] == "user":
         turns = turns[:-1]
     context = model.config.context_length
-    reserved_tokens = min(
-        GenerationConfig(**session.sampling).max_new_tokens, context // 2
-    )
-    remaining, num_dropped = truncate_history(
-        model, [*system, *turns, message], reserved_tokens
-    )
+    reserved_tokens = min(GenerationConfig(**session.sampling).max_new_tokens, context // 2)
+    remaining, num_dropped = truncate_history(model, [*system, *turns, message], reserved_tokens)
     dropped_messages = (*session.dropped_messages, *turns[: 2 * num_dropped])
     updated = dataclasses.replace(
         updated, history=tuple(remaining), dropped_messages=dropped_messages
@@ -305,9 +291,7 @@ def stream_reply(
 def available_commands(model: Model) -> dict[str, ChatCommand]:
     """Commands available for this model."""
     rows = CHAT_COMMANDS.items()
-    return {
-        name: row for name, row in rows if model.chat_template or not row.needs_template
-    }
+    return {name: row for name, row in rows if model.chat_template or not row.needs_template}
 
 
 def show_help(model: Model, session: ChatSession, argument: str) -> Action:
@@ -359,9 +343,7 @@ def make_option_setter(field: str, example: int | float) -> CommandFn:
         except ValueError:
             value = math.inf
         if abs(value) == math.inf:
-            raise ConfigError(
-                f"{field} cannot be {argument!r}. Use a number, such as {example}."
-            )
+            raise ConfigError(f"{field} cannot be {argument!r}. Use a number, such as {example}.")
         sampling: dict[str, Any] = {**session.sampling, field: value}
         GenerationConfig(**sampling)
         session = dataclasses.replace(session, sampling=sampling)
@@ -393,9 +375,7 @@ CHAT_COMMANDS = {
     "/help": ChatCommand("", "show this help", show_help),
     "/retry": ChatCommand("", "regenerate the last reply", retry),
     "/reset": ChatCommand("", "drop all turns; keep the system message", reset, True),
-    "/system": ChatCommand(
-        "TEXT", "set the system message, or remove it", set_system, True
-    ),
+    "/system": ChatCommand("TEXT", "set the system message, or remove it", set_system, True),
     "/temperature": ChatCommand(
         "X", "sampling temperature; 0 = greedy", make_option_setter("temperature", 0.7)
     ),

@@ -23,9 +23,7 @@ def data_fetch(name: str) -> None:
 
 @click.command("prepare", cls=Command)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH ...")
-@value_option(
-    "--tokenizer", default="gpt2", metavar="gpt2|bytes|bpe:N|DIR", text="tokenizer"
-)
+@value_option("--tokenizer", default="gpt2", metavar="gpt2|bytes|bpe:N|DIR", text="tokenizer")
 @value_option("--out", type=PATH, required=True, metavar="DIR", text="new folder")
 @value_option(
     "--val-fraction",
@@ -34,19 +32,11 @@ def data_fetch(name: str) -> None:
     metavar="X",
     text="fraction of documents for validation, in [0, 1)",
 )
+@value_option("--seed", type=int, default=0, metavar="N", text="seed of the validation split")
 @value_option(
-    "--seed", type=int, default=0, metavar="N", text="seed of the validation split"
+    "--column", default="", shown="detect", metavar="NAME", text="text column of JSON and CSV rows"
 )
-@value_option(
-    "--column",
-    default="",
-    shown="detect",
-    metavar="NAME",
-    text="text column of JSON and CSV rows",
-)
-@value_option(
-    "--workers", type=int, shown="all cores", metavar="N", text="number of processes"
-)
+@value_option("--workers", type=int, shown="all cores", metavar="N", text="number of processes")
 def data_prepare(
     paths: tuple[str, ...],
     tokenizer: str,
@@ -60,13 +50,7 @@ def data_prepare(
     from gptjax.data.prepare import prepare_dataset, sample_windows
 
     info = prepare_dataset(
-        paths,
-        tokenizer,
-        out,
-        val_fraction=val_fraction,
-        seed=seed,
-        column=column,
-        workers=workers,
+        paths, tokenizer, out, val_fraction=val_fraction, seed=seed, column=column, workers=workers
     )
     print(info)
     if throughput := info.format_throughput(workers or os.cpu_count() or 1):
@@ -85,29 +69,16 @@ def data_prepare(
 )
 @value_option("--tokenizer", default="gpt2", metavar="gpt2|bytes|DIR", text="tokenizer")
 @value_option(
-    "--context",
-    type=int,
-    default=1024,
-    metavar="N",
-    text="maximum sequence length in tokens",
+    "--context", type=int, default=1024, metavar="N", text="maximum sequence length in tokens"
 )
 @flag_option(
-    "--train-on-prompts",
-    text="loss on the prompts too, as with data.completion_only_loss = false",
+    "--train-on-prompts", text="loss on the prompts too, as with data.completion_only_loss = false"
 )
 @value_option(
-    "--rows",
-    type=int,
-    shown="3; all with --json",
-    metavar="N",
-    text="number of conversations",
+    "--rows", type=int, shown="3; all with --json", metavar="N", text="number of conversations"
 )
 @value_option(
-    "--html",
-    type=PATH,
-    shown="none",
-    metavar="FILE",
-    text="write a page instead of printing",
+    "--html", type=PATH, shown="none", metavar="FILE", text="write a page instead of printing"
 )
 @flag_option("--json", "as_json", text="print one JSON object per conversation")
 def data_preview(
@@ -127,12 +98,7 @@ def data_preview(
         for text in sample_windows(Path(path)):
             print(f"--- sample\n{text}")
         return
-    from gptjax.plots.preview import (
-        json_objects,
-        preview_rows,
-        render_terminal,
-        write_html,
-    )
+    from gptjax.plots.preview import json_objects, preview_rows, render_terminal, write_html
 
     preview = preview_rows(
         path,

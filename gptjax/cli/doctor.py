@@ -18,20 +18,14 @@ MIN_VERSIONS = {
     "numpy": (2, 0),
     "tiktoken": (0, 13),
 }
-EXTRA_MODULES = {
-    "test": "pytest",
-    "peers": "torch",
-    "dev": "ruff",
-}  # extra -> its module
+EXTRA_MODULES = {"test": "pytest", "peers": "torch", "dev": "ruff"}  # extra -> its module
 
 
 def run_doctor() -> int:
     """Prints all checks; returns 1 if training cannot run, else 0."""
     problems = check_packages()
     installed = package_versions()
-    names = " · ".join(
-        f"{name} {installed[name]}" for name in ("gptjax", *MIN_VERSIONS)
-    )
+    names = " · ".join(f"{name} {installed[name]}" for name in ("gptjax", *MIN_VERSIONS))
     print_check("python", f"{platform.python_version()} · {names}", problems)
     if problems:
         return 1
@@ -41,10 +35,7 @@ def run_doctor() -> int:
     for extra, module in EXTRA_MODULES.items():
         is_installed = importlib.util.find_spec(module) is not None
         fix = "" if is_installed else f" -> {install_command(extra)}"
-        print_check(
-            "extra",
-            f"[{extra}] {'installed' if is_installed else 'not installed'}{fix}",
-        )
+        print_check("extra", f"[{extra}] {'installed' if is_installed else 'not installed'}{fix}")
     return 1 if problems else 0
 
 
@@ -64,9 +55,7 @@ def check_packages() -> list[str]:
         if tuple(version) < min_version:
             min_version_text = ".".join(map(str, min_version))
             fix = f"pip install '{name}>={min_version_text}'"
-            problems.append(
-                f"{name} is {installed[name]}, requires {min_version_text} -> {fix}"
-            )
+            problems.append(f"{name} is {installed[name]}, requires {min_version_text} -> {fix}")
     return problems
 
 

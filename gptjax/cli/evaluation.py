@@ -37,8 +37,7 @@ from gptjax.cli.session import load_model, log_to_stderr
     type=int,
     shown="the context length",
     metavar="N",
-    text="--text: tokens between the starts of two windows; fewer give each token more "
-    "context",
+    text="--text: tokens between the starts of two windows; fewer give each token more context",
 )
 @value_option(
     "--out",
@@ -53,12 +52,7 @@ from gptjax.cli.session import load_model, log_to_stderr
     metavar="URL",
     text="--chat-data: OpenAI-compatible endpoint of a model that scores the answers",
 )
-@value_option(
-    "--judge-model",
-    default="llama3",
-    metavar="NAME",
-    text="--judge: name of the model",
-)
+@value_option("--judge-model", default="llama3", metavar="NAME", text="--judge: name of the model")
 @flag_option("--json", "as_json", text="print one JSON object")
 @arguments.model_session_arguments
 def run_evaluate(
@@ -80,9 +74,7 @@ def run_evaluate(
     --chat-data is required.
     """
     if [text, classification_data, chat_data].count(None) != 2:
-        raise click.UsageError(
-            "eval takes one of --text, --classification-data and --chat-data."
-        )
+        raise click.UsageError("eval takes one of --text, --classification-data and --chat-data.")
     loaded = load_model(model, int8=int8, verbose=verbose)
     if chat_data:
         from gptjax.evaluation.instructions import evaluate_file
@@ -90,9 +82,7 @@ def run_evaluate(
 
         scorer = LLMJudge(judge, judge_model) if judge else None
         metrics, tasks = evaluate_file(loaded, chat_data, out, scorer, log_to_stderr)
-        lines = [
-            f"{task:<18} {x['exact_match']:.4f} exact" for task, x in tasks.items()
-        ]
+        lines = [f"{task:<18} {x['exact_match']:.4f} exact" for task, x in tasks.items()]
         lines += [f"{name:<18} {format_metric(x)}" for name, x in metrics.items()]
         print_metrics(metrics | ({"tasks": tasks} if tasks else {}), lines, as_json)
     elif classification_data:

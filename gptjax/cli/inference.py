@@ -48,11 +48,7 @@ from gptjax.errors import ConfigError
     help="text that ends the completion; may be repeated  [default: none]",
 )
 @value_option(
-    "--samples",
-    type=click.IntRange(min=1),
-    default=1,
-    metavar="N",
-    text="number of completions",
+    "--samples", type=click.IntRange(min=1), default=1, metavar="N", text="number of completions"
 )
 @flag_option("--json", "as_json", text="print one JSON object per completion")
 @arguments.model_session_arguments
@@ -131,12 +127,7 @@ def start_chat(model: str, int8: bool, verbose: bool, **sampling: Any) -> None:
     text="copy of IN with a label and its probability in each row",
 )
 @value_option(
-    "--text",
-    "text_column",
-    default="",
-    shown="detect",
-    metavar="NAME",
-    text="text column of IN",
+    "--text", "text_column", default="", shown="detect", metavar="NAME", text="text column of IN"
 )
 @flag_option("--json", "as_json", text="print one JSON object per text")
 @arguments.model_session_arguments
@@ -159,9 +150,7 @@ def run_classify(
     from gptjax.inference.label_file import label_file
 
     if (file is None) != (out is None) or (file and texts):
-        raise ConfigError(
-            "classify takes texts, or --file IN together with --out OUT. Give one."
-        )
+        raise ConfigError("classify takes texts, or --file IN together with --out OUT. Give one.")
     loaded = load_model(model, int8=int8, verbose=verbose)
     if file and out:
         label_file(

@@ -67,8 +67,7 @@ def launch(
     """
     if kind not in FILES:
         raise ConfigError(
-            f"{kind!r} is not a launcher.{did_you_mean(kind, FILES)} "
-            f"Use one of {', '.join(FILES)}."
+            f"{kind!r} is not a launcher.{did_you_mean(kind, FILES)} Use one of {', '.join(FILES)}."
         )
     wanted = Machines(**machines)
     check_machines(kind, wanted)
@@ -155,9 +154,7 @@ def container(command: list[str], image: str, install: str) -> list[str]:
 def check_text(text: str) -> None:
     """Raises for characters that shell and YAML cannot represent."""
     if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
-        raise ConfigError(
-            f"{text!r} must not contain null bytes or surrogates. Use another name."
-        )
+        raise ConfigError(f"{text!r} must not contain null bytes or surrogates. Use another name.")
 
 
 def size_of(kind: str, tpus: Slice) -> str:
@@ -220,9 +217,7 @@ def yaml_text(text: str, indent: int = 0) -> str:
         and lines[-1].strip()
         and not lines[0].startswith(" ")
     ):
-        return "|\n" + "\n".join(
-            f"{' ' * indent}{line}" if line else "" for line in lines
-        )
+        return "|\n" + "\n".join(f"{' ' * indent}{line}" if line else "" for line in lines)
     return '"' + "".join(map(yaml_character, text)) + '"'
 
 

@@ -113,8 +113,7 @@ def check_machines(kind: str, wanted: Machines) -> None:
         tpu_slice(wanted.topology)
     if kind == "tpu-vm" and not wanted.zone:
         raise ConfigError(
-            "tpu-vm requires the zone of the TPU. Set --zone, such as --zone "
-            "us-west4-a."
+            "tpu-vm requires the zone of the TPU. Set --zone, such as --zone us-west4-a."
         )
     if kind == "skypilot":
         check_skypilot(wanted)
@@ -206,13 +205,10 @@ def tpu_slice(text: str) -> Slice:
     good = "x".join(map(str, sizes)) == shape and len(sizes) == axes
     if axes == 2 and not (good and shape in FLAT):
         raise ConfigError(
-            f"--topology={text}: {name} has no slice of this shape. Use one of "
-            f"{', '.join(FLAT)}."
+            f"--topology={text}: {name} has no slice of this shape. Use one of {', '.join(FLAT)}."
         )
     quarters = good and all(size % 4 == 0 for size in sizes) and sizes == sorted(sizes)
-    if axes == 3 and not (
-        shape in CUBES or (quarters and math.prod(sizes) <= MOST_CHIPS[name])
-    ):
+    if axes == 3 and not (shape in CUBES or (quarters and math.prod(sizes) <= MOST_CHIPS[name])):
         raise ConfigError(
             f"--topology={text}: {name} has no slice of this shape. Use one of "
             f"{', '.join(CUBES)}, or three ascending multiples of 4 with at most "

@@ -7,21 +7,13 @@ from typing import Any
 
 import click
 
-from gptjax.cli.arguments import (
-    PATH,
-    ConfigCommand,
-    apply_overrides,
-    flag_option,
-    value_option,
-)
+from gptjax.cli.arguments import PATH, ConfigCommand, apply_overrides, flag_option, value_option
 from gptjax.cli.session import log_to_stderr
 from gptjax.config import find_config, load_config
 from gptjax.runtime.installation import install_command
 
 
-@click.command(
-    "plan", cls=ConfigCommand, options_metavar="[--section.option VALUE ...] [OPTIONS]"
-)
+@click.command("plan", cls=ConfigCommand, options_metavar="[--section.option VALUE ...] [OPTIONS]")
 @click.argument("config_name", metavar="CONFIG.toml")
 @value_option(
     "--topology",
@@ -69,9 +61,7 @@ def run_plan(
     if run_compiler:
         log_to_stderr(f"compiling for {target} ...")
     result = plan.make_plan(config, target, run_compiler)
-    print(
-        json.dumps(result.to_dict()) if as_json else "\n".join(plan.format_plan(result))
-    )
+    print(json.dumps(result.to_dict()) if as_json else "\n".join(plan.format_plan(result)))
     if not run_compiler and not no_compile and target.chip.platform == "tpu":
         log_to_stderr(f"For the compiler's own figures: {install_command('tpu-plan')}")
     if compare_profile:
@@ -80,43 +70,26 @@ def run_plan(
 
 
 @click.command(
-    "launch",
-    cls=ConfigCommand,
-    options_metavar="[--section.option VALUE ...] [OPTIONS]",
+    "launch", cls=ConfigCommand, options_metavar="[--section.option VALUE ...] [OPTIONS]"
 )
 @click.argument("kind", type=click.Choice(["slurm", "gke", "tpu-vm", "skypilot"]))
 @click.argument("config_name", metavar="CONFIG.toml")
 @value_option("--run", type=PATH, shown="runs/CONFIG", metavar="DIR", text="run folder")
-@value_option(
-    "--out", type=PATH, shown="stdout", metavar="FILE", text="new file to write"
-)
+@value_option("--out", type=PATH, shown="stdout", metavar="FILE", text="new file to write")
 @flag_option("--dry-run", text="print, and write nothing")
 @value_option("--nodes", type=int, shown="1", metavar="N", text="number of machines")
-@value_option(
-    "--devices", type=int, shown="1", metavar="N", text="GPUs per node; 0 = none"
-)
+@value_option("--devices", type=int, shown="1", metavar="N", text="GPUs per node; 0 = none")
 @value_option("--accelerator", default="", metavar="GPU", text="GPU type, such as H100")
+@value_option("--topology", default="", metavar="SLICE", text="TPU slice, such as v5e:4x8")
 @value_option(
-    "--topology", default="", metavar="SLICE", text="TPU slice, such as v5e:4x8"
-)
-@value_option(
-    "--volume",
-    default="",
-    metavar="CLAIM|HOST:/EXPORT",
-    text="shared file system of the hosts",
+    "--volume", default="", metavar="CLAIM|HOST:/EXPORT", text="shared file system of the hosts"
 )
 @value_option("--partition", default="", metavar="NAME", text="partition of Slurm")
 @value_option("--account", default="", metavar="NAME", text="account of Slurm")
-@value_option(
-    "--time", default="", metavar="TIME", text="time limit of Slurm, such as 24:00:00"
-)
-@value_option(
-    "--zone", default="", metavar="ZONE", text="Google Cloud zone, such as us-west4-a"
-)
+@value_option("--time", default="", metavar="TIME", text="time limit of Slurm, such as 24:00:00")
+@value_option("--zone", default="", metavar="ZONE", text="Google Cloud zone, such as us-west4-a")
 @value_option("--project", default="", metavar="NAME", text="Google Cloud project")
-@value_option(
-    "--image", default="", metavar="IMAGE", text="container image with gptjax (gke)"
-)
+@value_option("--image", default="", metavar="IMAGE", text="container image with gptjax (gke)")
 @value_option(
     "--install",
     default="",
@@ -144,9 +117,7 @@ def run_launch(
     from gptjax.cli.launch import launch
 
     apply_overrides(load_config(find_config(config_name)), overrides)  # checks them
-    text = launch(
-        kind, config_name, overrides, run=run, out=out, dry_run=dry_run, **machines
-    )
+    text = launch(kind, config_name, overrides, run=run, out=out, dry_run=dry_run, **machines)
     if out is None or dry_run:
         print(text, end="")
     else:

@@ -47,9 +47,7 @@ def log_to_stdout() -> Iterator[None]:
         logger.level, logger.propagate = previous
 
 
-def setup_session(
-    verbose: bool, cache_dir: Path, last_phase: str = "answering"
-) -> None:
+def setup_session(verbose: bool, cache_dir: Path, last_phase: str = "answering") -> None:
     """Enables the compilation cache and --verbose until the command ends.
 
     Args:
@@ -67,9 +65,7 @@ def setup_session(
     context.with_resource(persistent_cache(cache_dir, log))
 
 
-def load_model(
-    name: str, *, int8: bool, verbose: bool, last_phase: str = "answering"
-) -> Any:
+def load_model(name: str, *, int8: bool, verbose: bool, last_phase: str = "answering") -> Any:
     """Sets up the session and loads MODEL."""
     from gptjax.runtime.compilation_cache import cache_dir_for
     from gptjax.runtime.timing import mark_phase

@@ -40,20 +40,9 @@ def run_quickstart(run: Path, verbose: bool) -> int:
     return run_interruptible(train_all)
 
 
-@click.command(
-    "train",
-    cls=ConfigCommand,
-    options_metavar="[--section.option VALUE ...] [OPTIONS]",
-)
+@click.command("train", cls=ConfigCommand, options_metavar="[--section.option VALUE ...] [OPTIONS]")
 @click.argument("config_name", metavar="CONFIG.toml")
-@value_option(
-    "--run",
-    "run_dir",
-    type=PATH,
-    shown="runs/CONFIG",
-    metavar="DIR",
-    text="run folder",
-)
+@value_option("--run", "run_dir", type=PATH, shown="runs/CONFIG", metavar="DIR", text="run folder")
 @value_option(
     "--distributed",
     shown="a single process",

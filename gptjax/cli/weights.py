@@ -23,9 +23,7 @@ def run_import(source: str, out: Path) -> None:
 
 @click.command("export", cls=Command)
 @click.argument("model")
-@value_option(
-    "--to", "layout", required=True, metavar="hf|book", text="format of the export"
-)
+@value_option("--to", "layout", required=True, metavar="hf|book", text="format of the export")
 @value_option("--out", type=PATH, required=True, metavar="DIR", text="new folder")
 def run_export(model: str, layout: str, out: Path) -> None:
     """Export a model for other tools and verify its logits.

@@ -57,9 +57,7 @@ class BucketSampler:
             rng.shuffle(order)
         batches, remaining = [], order[:0]
         for number, size in enumerate(self.bucket_lengths):
-            remaining = np.concatenate(
-                [remaining, order[self.row_buckets[order] == number]]
-            )
+            remaining = np.concatenate([remaining, order[self.row_buckets[order] == number]])
             last = number == len(self.bucket_lengths) - 1
             while len(remaining) >= self.rows or (last and len(remaining)):
                 batches.append((size, remaining[: self.rows]))

@@ -66,9 +66,7 @@ def split_words() -> dict[str, list[str]]:
     text = "\n".join(read_python_help()).lower()
     words: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     for word in sorted(set(re.findall(r"[a-z]+", text))):
-        if not MIN_WORD_LETTERS <= len(word) <= MAX_WORD_LETTERS or re.search(
-            r"(.)\1\1", word
-        ):
+        if not MIN_WORD_LETTERS <= len(word) <= MAX_WORD_LETTERS or re.search(r"(.)\1\1", word):
             continue
         hash_value = int(hashlib.sha256(word.encode()).hexdigest(), 16) % 100
         split = "validation" if hash_value < VALIDATION_HASH_LIMIT else "train"
@@ -82,9 +80,7 @@ def word_tasks() -> list[dict[str, str]]:
     rng = random.Random(WORD_TASK_SEED)  # noqa: S311 (data, not cryptography)
     for task, (prompt, complete) in WORD_TASK_RULES.items():
         for split, words in split_words().items():
-            count = HELD_OUT_ROWS.get(
-                split, len(words) // (2 if task in EASY_WORD_TASKS else 1)
-            )
+            count = HELD_OUT_ROWS.get(split, len(words) // (2 if task in EASY_WORD_TASKS else 1))
             for word in rng.sample(words, min(count, len(words))):
                 row = {"prompt": prompt.format(word), "completion": complete(word)}
                 rows.append({"task": task, "split": split, **row})

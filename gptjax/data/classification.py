@@ -24,12 +24,7 @@ from gptjax.config import did_you_mean
 from gptjax.data import datasets
 from gptjax.data.bucketing import BucketSampler
 from gptjax.data.builtin import PYTHON_LINES, python_lines
-from gptjax.data.readers import (
-    READERS,
-    NumberedRow,
-    open_decompressed,
-    read_csv_records,
-)
+from gptjax.data.readers import READERS, NumberedRow, open_decompressed, read_csv_records
 from gptjax.data.text import get_row_text, read_text_file, suffix_without_gz
 from gptjax.errors import DataError
 
@@ -117,8 +112,7 @@ def read_labeled_texts(
     table = read_raw_table(source, {text_column, label_column} - {""})
     text_column, label_column = choose_columns(table, text_column, label_column)
     data = encode_labels(
-        table_examples(table, text_column, label_column),
-        f"{source}, column {label_column!r}",
+        table_examples(table, text_column, label_column), f"{source}, column {label_column!r}"
     )
     multiline_note = describe_multiline_texts(table, text_column)
     return data, (
@@ -143,8 +137,7 @@ def resolve_labeled_path(path: str) -> Path:
         )
     if not source.is_dir() and file_suffix(source) not in TABLE_FORMATS:
         raise DataError(
-            f"{path}: unsupported file suffix. Supported: {', '.join(TABLE_FORMATS)} "
-            "(also .gz)."
+            f"{path}: unsupported file suffix. Supported: {', '.join(TABLE_FORMATS)} (also .gz)."
         )
     return source
 
@@ -168,9 +161,7 @@ def read_raw_table(path: Path, named_columns: set[str]) -> RawTable:
             delimiter = DELIMITERS[file_type]
             records = [
                 (line, fields)
-                for line, fields in read_csv_records(
-                    file, path, delimiter, strict=delimiter == ","
-                )
+                for line, fields in read_csv_records(file, path, delimiter, strict=delimiter == ",")
                 if fields  # not a blank line
             ]
             table = table_from_csv(path, records, named_columns)
@@ -190,9 +181,7 @@ def table_from_json(path: Path, rows: list[NumberedRow]) -> RawTable:
                 f"{path}:{line}: {row!r:.40} has no columns. Write each row as "
                 '{"text": "...", "label": "..."}.'
             )
-    return RawTable(
-        path, TABLE_FORMATS[file_suffix(path)], list(rows[0][1]) if rows else [], rows
-    )
+    return RawTable(path, TABLE_FORMATS[file_suffix(path)], list(rows[0][1]) if rows else [], rows)
 
 
 def table_from_csv(
@@ -214,9 +203,7 @@ def table_from_csv(
 
     if not suffix_without_gz(path) and len(first_row) == 2:  # the SMS Spam Collection
         return make_table(f"{kind}, no header", ["label", "text"])
-    numbered = make_table(
-        f"{kind}, no header", [str(n + 1) for n in range(len(first_row))]
-    )
+    numbered = make_table(f"{kind}, no header", [str(n + 1) for n in range(len(first_row))])
     if not records or not has_header(numbered, first_row, named_columns):
         return numbered
     if len(set(first_row)) < len(first_row):
@@ -237,9 +224,7 @@ def has_header(table: RawTable, first_row: list[str], named_columns: set[str]) -
     if named_columns and named_columns <= set(table.columns):
         return False
     label_column = guess_label_column(table)
-    other_labels = (
-        [row[label_column] for _, row in table.rows[1:]] if label_column else []
-    )
+    other_labels = [row[label_column] for _, row in table.rows[1:]] if label_column else []
     return not label_column or table.rows[0][1][label_column] not in other_labels
 
 
@@ -260,9 +245,7 @@ def guess_label_column(table: RawTable) -> str:
     return ""
 
 
-def choose_columns(
-    table: RawTable, text_column: str, label_column: str
-) -> tuple[str, str]:
+def choose_columns(table: RawTable, text_column: str, label_column: str) -> tuple[str, str]:
     """Returns the text and the label column, guessed where they are ""."""
     columns = table.columns
     location = f"{table.path}:{table.rows[0][0]}"
@@ -343,9 +326,7 @@ def get_label(row: dict[str, Any], column: str, location: str) -> str:
         )
     label = "" if value is None else get_row_text(row, column, location).strip()
     if not label:
-        raise DataError(
-            f"{location}: no label in column {column!r}. Add one, or remove the row."
-        )
+        raise DataError(f"{location}: no label in column {column!r}. Add one, or remove the row.")
     return label
 
 
@@ -359,11 +340,7 @@ def folder_examples(folder: Path) -> Iterator[tuple[str, str, str]]:
         return [path for path in visible_entries(place) if path.is_dir()]
 
     def text_files(place: Path) -> list[Path]:
-        return [
-            p
-            for p in visible_entries(place)
-            if suffix_without_gz(p) == ".txt" and p.is_file()
-        ]
+        return [p for p in visible_entries(place) if suffix_without_gz(p) == ".txt" and p.is_file()]
 
     for inner in subfolders(folder):
         if any(text_files(deeper) for deeper in subfolders(inner)):
@@ -371,9 +348,7 @@ def folder_examples(folder: Path) -> Iterator[tuple[str, str, str]]:
                 f"{folder} contains {inner.name}, which has subfolders of texts. "
                 f"Pass the folder whose subfolders are the labels, such as {inner}."
             )
-    files = [
-        (file, inner.name) for inner in subfolders(folder) for file in text_files(inner)
-    ]
+    files = [(file, inner.name) for inner in subfolders(folder) for file in text_files(inner)]
     if not files:
         raise DataError(
             f"{folder} has no folders of .txt files. Put each text into a folder named "
@@ -393,9 +368,7 @@ def encode_labels(rows: Iterable[tuple[str, str, str]], source: str) -> LabeledT
     texts, labels, locations = [], [], []
     for text, label, location in rows:
         if not text.strip():
-            raise DataError(
-                f"{location}: the text is empty. Add text, or remove the row."
-            )
+            raise DataError(f"{location}: the text is empty. Add text, or remove the row.")
         texts.append(text)
         labels.append(label)
         locations.append(location)
@@ -422,10 +395,7 @@ def class_sort_key(name: str) -> tuple[int, float, str]:
 def summarize_classes(data: LabeledTexts) -> str:
     """Returns the number of texts per class as one line."""
     counts = Counter(data.labels)
-    listed = [
-        f"{n} ({counts[i]:,})"
-        for i, n in enumerate(data.class_names[:MAX_LISTED_CLASSES])
-    ]
+    listed = [f"{n} ({counts[i]:,})" for i, n in enumerate(data.class_names[:MAX_LISTED_CLASSES])]
     num_unlisted = len(data.class_names) - MAX_LISTED_CLASSES
     return (
         f"{len(data):,} texts in {len(data.class_names)} classes: {', '.join(listed)}"
@@ -465,10 +435,7 @@ class ClassificationBatches:
     def sampler(self) -> BucketSampler:
         """Sampler that assigns rows to batches."""
         return BucketSampler(
-            [len(row) for row in self.token_ids],
-            self.rows,
-            self.bucket_lengths,
-            self.seed,
+            [len(row) for row in self.token_ids], self.rows, self.bucket_lengths, self.seed
         )
 
     @property

@@ -106,9 +106,7 @@ def read_conversations(path: Path | str) -> tuple[list[Conversation], str]:
         split, task = get_split(row, location), get_row_text(row, "task", location)
         conversations.append(Conversation(messages, source_row, location, split, task))
     turns = sum(
-        m["role"] == "assistant"
-        for conversation in conversations
-        for m in conversation.messages
+        m["role"] == "assistant" for conversation in conversations for m in conversation.messages
     )
     return conversations, (
         f"{description}; conversations: {len(conversations):,}, turns: {turns:,}, "
@@ -128,9 +126,7 @@ def read_preference_pairs(path: Path | str) -> tuple[list[PreferencePair], str]:
     pairs = []
     for location, source_row in rows:
         row = check_columns(source_row, columns, location, ROW_ADVICE)
-        chosen, rejected = (
-            to_messages(row, columns, c, location) for c in PREFERENCE_COLUMNS
-        )
+        chosen, rejected = (to_messages(row, columns, c, location) for c in PREFERENCE_COLUMNS)
         if chosen[:-1] != rejected[:-1]:
             raise DataError(
                 f"{location}: 'chosen' and 'rejected' differ before their last "
@@ -138,9 +134,7 @@ def read_preference_pairs(path: Path | str) -> tuple[list[PreferencePair], str]:
             )
         answers = (chosen[-1]["content"], rejected[-1]["content"])
         pairs.append(
-            PreferencePair(
-                chosen[:-1], *answers, source_row, location, get_split(row, location)
-            )
+            PreferencePair(chosen[:-1], *answers, source_row, location, get_split(row, location))
         )
     num_equal = sum(pair.chosen == pair.rejected for pair in pairs)
     return pairs, (
@@ -160,28 +154,16 @@ def read_conversation_rows(
         source = resolve_conversation_path(path)
         file_format = CONVERSATION_FILE_FORMATS[suffix_without_gz(source)]
         with open_decompressed(source) as (file, _):
-            numbered_rows = READERS[suffix_without_gz(source).removeprefix(".")](
-                file, source
-            )
+            numbered_rows = READERS[suffix_without_gz(source).removeprefix(".")](file, source)
             rows = [(f"{source}:{line}", row) for line, row in numbered_rows]
     if not rows:
-        raise DataError(
-            f"{source} has no rows. Pass a file with a conversation per row."
-        )
+        raise DataError(f"{source} has no rows. Pass a file with a conversation per row.")
     location, row = rows[0]
-    present_columns = [
-        name for name in check_columns(row, (), location, ROW_ADVICE) if name in row
-    ]
+    present_columns = [name for name in check_columns(row, (), location, ROW_ADVICE) if name in row]
     for columns, name in formats.items():
         if set(columns) <= set(present_columns):
-            return (
-                f"{source}: {file_format}; {name} ({', '.join(columns)})",
-                columns,
-                rows,
-            )
-    expected = (
-        "a preference pair" if formats == PREFERENCE_FORMATS else "a conversation"
-    )
+            return (f"{source}: {file_format}; {name} ({', '.join(columns)})", columns, rows)
+    expected = "a preference pair" if formats == PREFERENCE_FORMATS else "a conversation"
     raise DataError(
         f"{location}: the columns {', '.join(present_columns) or '(none)'} do not form "
         f"{expected}. Rename them to one of: {'; '.join(map(', '.join, formats))}."
@@ -207,9 +189,7 @@ def resolve_conversation_path(path: str) -> Path:
     )
 
 
-def check_columns(
-    row: Any, columns: Sequence[str], location: str, advice: str
-) -> dict[str, Any]:
+def check_columns(row: Any, columns: Sequence[str], location: str, advice: str) -> dict[str, Any]:
     """Checks for required columns; returns the row with "" for optional nulls."""
     if not isinstance(row, dict):
         raise DataError(f"{location}: {row!r:.40} has no columns. {advice}")
@@ -255,9 +235,7 @@ def to_messages(
     return tuple(messages)
 
 
-def to_prompt_messages(
-    row: dict[str, Any], column: str, location: str
-) -> list[ChatMessage]:
+def to_prompt_messages(row: dict[str, Any], column: str, location: str) -> list[ChatMessage]:
     """Returns the messages before the response: a user message or a list."""
     if column != "instruction" and isinstance(row[column], list):
         return read_messages(row, column, location)
@@ -276,9 +254,7 @@ def require_text(row: dict[str, Any], column: str, expected: str, location: str)
     """Returns the text of a column, which must not be blank."""
     text = get_row_text(row, column, location)
     if not text.strip():
-        raise DataError(
-            f"{location}: {column!r} is empty. Add {expected}, or remove the row."
-        )
+        raise DataError(f"{location}: {column!r} is empty. Add {expected}, or remove the row.")
     return text
 
 
@@ -286,9 +262,7 @@ def read_messages(row: dict[str, Any], column: str, location: str) -> list[ChatM
     """Returns the messages of a column, at least one; their order is not checked."""
     value = row[column]
     if not isinstance(value, list) or not value:
-        prompt_advice = "Plain text requires a column 'prompt'. " * (
-            column in PREFERENCE_COLUMNS
-        )
+        prompt_advice = "Plain text requires a column 'prompt'. " * (column in PREFERENCE_COLUMNS)
         raise DataError(
             f"{location}: {column!r} is {value!r:.40}, not a list of messages. "
             f"{prompt_advice}{MESSAGE_ADVICE}"
@@ -314,24 +288,15 @@ def read_message(message_fields: Any, location: str) -> ChatMessage:
             f"{', '.join(ROLE_ALIASES)}, or remove the row."
         )
     if isinstance(message_fields[content_key], list):
-        message_fields[content_key] = join_content_parts(
-            message_fields[content_key], location
-        )
+        message_fields[content_key] = join_content_parts(message_fields[content_key], location)
     if role == "system":
-        return {
-            "role": role,
-            "content": get_row_text(message_fields, content_key, location),
-        }
+        return {"role": role, "content": get_row_text(message_fields, content_key, location)}
     expected = "a response" if role == "assistant" else "a prompt"
     message = {
         "role": role,
         "content": require_text(message_fields, content_key, expected, location),
     }
-    return (
-        message | optional_input(message_fields, location)
-        if role == "user"
-        else message
-    )
+    return message | optional_input(message_fields, location) if role == "user" else message
 
 
 def join_content_parts(parts: list[Any], location: str) -> str:
@@ -371,9 +336,7 @@ def get_split(row: dict[str, Any], location: str) -> str:
     return SPLIT_ALIASES[name] if name else ""
 
 
-def splits_from_column(
-    items: list[ConversationOrPair],
-) -> dict[str, list[ConversationOrPair]]:
+def splits_from_column(items: list[ConversationOrPair]) -> dict[str, list[ConversationOrPair]]:
     """Groups rows by their "split" column; {} if no row has one."""
     without_split = [item.location for item in items if not item.split]
     if without_split and len(without_split) < len(items):
@@ -381,9 +344,7 @@ def splits_from_column(
             f"{without_split[0]}: no 'split', but other rows have one. Set it in all "
             "rows or in none."
         )
-    parts = {
-        name: [item for item in items if item.split == name] for name in ALL_SPLITS
-    }
+    parts = {name: [item for item in items if item.split == name] for name in ALL_SPLITS}
     return {name: part for name, part in parts.items() if part}
 
 
@@ -437,15 +398,10 @@ def split_conversations(
     order = np.random.default_rng(seed).permutation(len(items))
     sizes = split_sizes(len(items), list(shares.values()), "")
     index_parts = np.split(order, np.cumsum(sizes)[:-1])
-    return {
-        n: [items[i] for i in indices]
-        for n, indices in zip(shares, index_parts, strict=True)
-    }
+    return {n: [items[i] for i in indices] for n, indices in zip(shares, index_parts, strict=True)}
 
 
-def book_instruction_split(
-    items: list[ConversationOrPair],
-) -> dict[str, list[ConversationOrPair]]:
+def book_instruction_split(items: list[ConversationOrPair]) -> dict[str, list[ConversationOrPair]]:
     """Splits train:test:validation 85:10:5 in file order (Raschka 2024, ch. 7)."""
     if len(items) < 10:
         raise DataError(
@@ -463,11 +419,6 @@ def summarize_conversations(items: list[ConversationOrPair]) -> str:
     prompts = [i.messages if isinstance(i, Conversation) else i.prompt for i in items]
     num_inputs = sum(any("input" in m for m in messages) for messages in prompts)
     num_system = sum(messages[0]["role"] == "system" for messages in prompts)
-    sizes = [
-        f"{name} {len(part):,}" for name, part in splits_from_column(items).items()
-    ]
+    sizes = [f"{name} {len(part):,}" for name, part in splits_from_column(items).items()]
     split_note = "; splits in the file: " * bool(sizes) + ", ".join(sizes)
-    return (
-        f"with an input: {num_inputs:,}, with a system message: {num_system:,}"
-        f"{split_note}"
-    )
+    return f"with an input: {num_inputs:,}, with a system message: {num_system:,}{split_note}"

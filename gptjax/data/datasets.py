@@ -9,13 +9,7 @@ from pathlib import Path
 
 from gptjax.config import did_you_mean
 from gptjax.errors import DataError
-from gptjax.fileio.download import (
-    Pin,
-    RemoteFile,
-    check_pin,
-    download_file,
-    user_cache_dir,
-)
+from gptjax.fileio.download import Pin, RemoteFile, check_pin, download_file, user_cache_dir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +35,7 @@ DATASETS = {
         "tinyshakespeare.txt",
         1_115_394,
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-        "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
-        "data/tinyshakespeare/input.txt",
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     ),
     "wikitext2": DatasetFile(  # validation split: Merity et al. 2016, CC BY-SA
         "wikitext2-valid.txt",
@@ -61,8 +54,7 @@ DATASETS = {
         "instruction-data-with-preference.json",
         386_968,
         "305315abf14f65fa42c01a0877572f832606571c2a7d49f152ac1d758b16756e",
-        BOOK_URL + "ch07/04_preference-tuning-with-dpo/"
-        "instruction-data-with-preference.json",
+        BOOK_URL + "ch07/04_preference-tuning-with-dpo/instruction-data-with-preference.json",
     ),
     "sms-spam": DatasetFile(  # Almeida and Gómez Hidalgo 2011; UCI dataset 228, CC BY
         "SMSSpamCollection",

@@ -91,9 +91,7 @@ class LMBatches:
             DataError: a block of tokens is corrupt, or a token id is out of range.
         """
         row = [self.row_at(step * self.rows + n) for n in self.local_rows]
-        return make_lm_batch(
-            np.stack(row), self.tokens.eot if self.isolate_documents else None
-        )
+        return make_lm_batch(np.stack(row), self.tokens.eot if self.isolate_documents else None)
 
     def row_at(self, number: int) -> Int32[np.ndarray, " _"]:
         """Returns the T + 1 tokens of one row of the run."""

@@ -57,9 +57,7 @@ class PreferenceBatches(NamedTuple):
         rows = [[example] for n in pair_indices for example in self.pairs[n]]
         rows += [[]] * (2 * self.sampler.rows - len(rows))
         flat: Any = collate(rows, length, self.pad_id)
-        batch: Any = {
-            name: array.reshape(-1, 2, length) for name, array in flat.items()
-        }
+        batch: Any = {name: array.reshape(-1, 2, length) for name, array in flat.items()}
         logprob_B2 = np.zeros((self.sampler.rows, 2), np.float32)
         logprob_B2[: len(pair_indices)] = self.reference_logprobs[pair_indices]
         return batch | {"reference_logprobs": logprob_B2}

@@ -70,10 +70,7 @@ class DatasetInfo:
             return ""
         rate = size / self.seconds
         per_worker = f"{rate / workers:.1f} for each of {workers} workers"
-        return (
-            f"{size:.1f} MB of text in {self.seconds:.1f} s: {rate:.1f} MB/s, "
-            f"{per_worker}"
-        )
+        return f"{size:.1f} MB of text in {self.seconds:.1f} s: {rate:.1f} MB/s, {per_worker}"
 
     def __str__(self) -> str:
         lines = [f"{self.folder}: {self.meta['tokenizer']['name']} tokens of"]
@@ -109,9 +106,7 @@ def open_dataset(config: DataConfig, prepared_dir: Path) -> TokenizedSplits:
             for split in TEXT_SPLITS
         ]
         if splits[0] is None:
-            raise DataError(
-                f"{source} has validation tokens only. Add a training file."
-            )
+            raise DataError(f"{source} has validation tokens only. Add a training file.")
         return TokenizedSplits(splits[0], splits[1], tokenizer)
     prepare_dataset(
         [config.source],
@@ -148,9 +143,7 @@ def open_prepared(folder: Path, expected_tokenizer: str = "") -> TokenizedSplits
             f"eot={meta['eot']}, unlike {folder / 'tokenizer'}. Copy the folder again, "
             "or prepare the text again."
         )
-    expected_id = (
-        tokenizer_id(expected_tokenizer) if expected_tokenizer else tokenizer_hash
-    )
+    expected_id = tokenizer_id(expected_tokenizer) if expected_tokenizer else tokenizer_hash
     if expected_id not in (tokenizer_hash, name):
         raise DataError(
             f"data.tokenizer={expected_tokenizer!r} ({expected_id}) does not match "
@@ -158,9 +151,7 @@ def open_prepared(folder: Path, expected_tokenizer: str = "") -> TokenizedSplits
             'data.tokenizer to "" to use that one, or prepare the text again.'
         )
     validation = (
-        open_split(folder, VALIDATION_SPLIT)
-        if VALIDATION_SPLIT in meta["splits"]
-        else None
+        open_split(folder, VALIDATION_SPLIT) if VALIDATION_SPLIT in meta["splits"] else None
     )
     named_tokenizer = dataclasses.replace(tokenizer, name=name)
     return TokenizedSplits(open_split(folder, TRAIN_SPLIT), validation, named_tokenizer)
@@ -228,9 +219,7 @@ def prepare_dataset(
         meta = write_prepared(partial_dir, sources, tokenizer, recipe, workers)
         os.replace(partial_dir, out)
     except OSError as error:
-        raise DataError(
-            f"cannot write {out}: {error}. Choose a writable folder."
-        ) from error
+        raise DataError(f"cannot write {out}: {error}. Choose a writable folder.") from error
     finally:
         shutil.rmtree(partial_dir, ignore_errors=True)
     return DatasetInfo(out, meta, time.perf_counter() - started)
@@ -282,17 +271,13 @@ def tokenizer_id(name: str) -> str:
     return name if name.startswith("bpe:") else load_tokenizer(name).hash
 
 
-def load_or_train_tokenizer(
-    name: str, sources: Sequence[TextSource], rule: SplitRule
-) -> Tokenizer:
+def load_or_train_tokenizer(name: str, sources: Sequence[TextSource], rule: SplitRule) -> Tokenizer:
     """Loads a tokenizer, or trains "bpe:SIZE" on the training split."""
     if not name.startswith("bpe:"):
         return load_tokenizer(name)
     size = name.removeprefix("bpe:")
     if not size.isdecimal():
-        raise ConfigError(
-            f"tokenizer {name!r} has no size. Write, for example, bpe:2048."
-        )
+        raise ConfigError(f"tokenizer {name!r} has no size. Write, for example, bpe:2048.")
     spans = iter_split_spans(sources, rule, "learning tokens")
     texts = (span.text for span in spans if span.split == TRAIN_SPLIT)
     return train_tokenizer(texts, int(size), name)
@@ -306,9 +291,7 @@ class EncodedSpans(NamedTuple):
     bytes: int  # of text
 
 
-def encode_batch(
-    spans: Sequence[SplitSpan], tokenizer: Tokenizer
-) -> dict[str, EncodedSpans]:
+def encode_batch(spans: Sequence[SplitSpan], tokenizer: Tokenizer) -> dict[str, EncodedSpans]:
     """Encodes spans of text; returns the tokens by split."""
     dtype = token_dtype(tokenizer.vocab_size)
     encoded = {}
@@ -324,18 +307,12 @@ def encode_batch(
                 if span.is_last:
                     document_ends.append(count)
         all_tokens = np.concatenate([np.empty(0, dtype), *tokens])
-        encoded[split] = EncodedSpans(
-            all_tokens, np.array(document_ends, np.int64), size
-        )
+        encoded[split] = EncodedSpans(all_tokens, np.array(document_ends, np.int64), size)
     return encoded
 
 
 def write_splits(
-    spans: Iterable[SplitSpan],
-    tokenizer: Tokenizer,
-    folder: Path,
-    shard_tokens: int,
-    workers: int,
+    spans: Iterable[SplitSpan], tokenizer: Tokenizer, folder: Path, shard_tokens: int, workers: int
 ) -> dict[str, Any]:
     """Encodes and writes the shards; returns "splits" of meta.json."""
     dtype = token_dtype(tokenizer.vocab_size)
@@ -363,9 +340,7 @@ def write_splits(
     splits = {}
     for split, writer in writers.items():
         if counts[split]["documents"]:
-            end = EncodedSpans(
-                np.array([tokenizer.eot_token], dtype), np.empty(0, np.int64), 0
-            )
+            end = EncodedSpans(np.array([tokenizer.eot_token], dtype), np.empty(0, np.int64), 0)
             write_encoded({split: end})
             writer.finish_shard()
             splits[split] = {**counts[split], "shards": writer.shards}
@@ -387,9 +362,7 @@ def batch_spans(spans: Iterable[SplitSpan]) -> Iterator[list[SplitSpan]]:
 def check_splits(splits: dict[str, Any], val_fraction: float) -> None:
     """Raises if a required split is empty."""
     if not splits:
-        raise DataError(
-            "no text: all files and rows are empty. Give files that contain text."
-        )
+        raise DataError("no text: all files and rows are empty. Give files that contain text.")
     if TRAIN_SPLIT not in splits or (val_fraction and VALIDATION_SPLIT not in splits):
         raise DataError(
             f"the text is too short for val_fraction={val_fraction}. Add text, or set "

@@ -60,8 +60,7 @@ def decode_utf8(blocks: Iterable[bytes], path: Path) -> Iterator[tuple[int, str]
         if "\0" in text:
             line += text.count("\n", 0, text.index("\0"))
             raise DataError(
-                f"{path}:{line}: NUL character. The file may be binary or UTF-16; "
-                "save it as UTF-8."
+                f"{path}:{line}: NUL character. The file may be binary or UTF-16; save it as UTF-8."
             )
         if text:
             yield line, text
@@ -130,9 +129,7 @@ def read_json_array(file: BufferedIOBase, path: Path) -> Iterator[NumberedRow]:
             break
     line += text.count("\n", counted, end)
     if char != "]" or skip_whitespace(end + 1)[1]:
-        raise DataError(
-            f"{path}:{line}: expected a comma or the closing ] of the array."
-        )
+        raise DataError(f"{path}:{line}: expected a comma or the closing ] of the array.")
 
 
 def read_json_text(file: BufferedIOBase, path: Path) -> str:

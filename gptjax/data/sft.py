@@ -52,11 +52,7 @@ def encode_segments(
     for kind, group in itertools.groupby(segments, key=lambda segment: segment.kind):
         ids = []
         for segment in group:
-            ids += (
-                [tokenizer.eot_token]
-                if segment.is_eot
-                else tokenizer.encode(segment.text)
-            )
+            ids += [tokenizer.eot_token] if segment.is_eot else tokenizer.encode(segment.text)
         start = len(example.ids)
         example.ids.extend(ids)
         example.loss_mask.extend([kind in train_on] * len(ids))
@@ -129,15 +125,11 @@ def truncate_all(examples: Sequence[Example], context: int) -> TruncatedExamples
         examples: from `encode_segments`, each with an answer.
         context: [T] input tokens per row; the last token is only a target.
     """
-    truncated = [
-        (n, truncate_left(example, context + 1)) for n, example in enumerate(examples)
-    ]
+    truncated = [(n, truncate_left(example, context + 1)) for n, example in enumerate(examples)]
     kept = [(n, example) for n, example in truncated if example is not None]
     num_truncated = sum(len(example.ids) < len(examples[n].ids) for n, example in kept)
     num_dropped = len(examples) - len(kept)
-    return TruncatedExamples(
-        [x for _, x in kept], [n for n, _ in kept], num_truncated, num_dropped
-    )
+    return TruncatedExamples([x for _, x in kept], [n for n, _ in kept], num_truncated, num_dropped)
 
 
 def collate(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> Batch:
@@ -210,9 +202,7 @@ def make_bucketed_batches(
 ) -> BucketedBatches:
     """Creates `BucketedBatches`; each example must fit `context`."""
     lengths = [len(example.ids) - 1 for example in examples]
-    return BucketedBatches(
-        examples, BucketSampler(lengths, rows, buckets(context), seed), pad_id
-    )
+    return BucketedBatches(examples, BucketSampler(lengths, rows, buckets(context), seed), pad_id)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -233,9 +223,7 @@ class PackedBatches:
         lengths = [len(example.ids) - 1 for example in self.examples]
         for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
             fitting_spaces = range(lengths[n], self.context + 1)
-            space_left = next(
-                (space for space in fitting_spaces if bins_by_space.get(space)), None
-            )
+            space_left = next((space for space in fitting_spaces if bins_by_space.get(space)), None)
             if space_left is None:
                 bins.append([])
                 space_left, bin_index = self.context, len(bins) - 1
@@ -258,17 +246,13 @@ class PackedBatches:
     @functools.lru_cache(maxsize=2)  # noqa: B019 (one instance per run)
     def epoch_order(self, epoch: int) -> np.ndarray:
         """Returns the row order of an epoch."""
-        return np.random.default_rng((self.seed, epoch)).permutation(
-            len(self.bin_packing)
-        )
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.bin_packing))
 
     def batch_at(self, step: int) -> Batch:
         """Returns the batch of a training step, counted from 0."""
         epoch, number = divmod(step, self.steps_per_epoch)
         bin_indices = self.epoch_order(epoch)[number * self.rows :][: self.rows]
-        rows = [
-            [self.examples[n] for n in self.bin_packing[row]] for row in bin_indices
-        ]
+        rows = [[self.examples[n] for n in self.bin_packing[row]] for row in bin_indices]
         rows += [[]] * (self.rows - len(rows))
         return collate(rows, self.context, self.pad_id)
 
@@ -290,12 +274,7 @@ class BookBatches:
     @property
     def batch_shapes(self) -> list[int]:
         """Row lengths that occur in the first epoch."""
-        return sorted(
-            {
-                self.max_length(self.batch_indices(n))
-                for n in range(self.steps_per_epoch)
-            }
-        )
+        return sorted({self.max_length(self.batch_indices(n)) for n in range(self.steps_per_epoch)})
 
     def batch_indices(self, step: int) -> list[int]:
         """Returns the example indices of a step."""
@@ -321,13 +300,7 @@ SFTBatches = BucketedBatches | PackedBatches | BookBatches
 
 
 def make_sft_batches(
-    batching: str,
-    examples: Sequence[Example],
-    *,
-    rows: int,
-    context: int,
-    pad_id: int,
-    seed: int,
+    batching: str, examples: Sequence[Example], *, rows: int, context: int, pad_id: int, seed: int
 ) -> SFTBatches:
     """Creates the batches of a run; deterministic in its arguments.
 

@@ -21,9 +21,7 @@ BOOK_SPLIT_SEED = 123
 MAX_TABLE_CLASSES = 20  # classes with a table row of their own
 
 
-def check_split_options(
-    strategy: str, val_fraction: float, test_fraction: float
-) -> None:
+def check_split_options(strategy: str, val_fraction: float, test_fraction: float) -> None:
     """Rejects an unknown strategy, and fractions that leave no training rows.
 
     Raises:
@@ -77,9 +75,7 @@ def stratified_split(
     rows_by_class = class_indices(data)
     if balance_classes:
         smallest = min(map(len, rows_by_class))
-        rows_by_class = [
-            generator.permutation(rows)[:smallest] for rows in rows_by_class
-        ]
+        rows_by_class = [generator.permutation(rows)[:smallest] for rows in rows_by_class]
     fractions = (1 - val_fraction - test_fraction, val_fraction, test_fraction)
     indices_by_split: dict[str, list[np.ndarray]] = {
         name: [] for name, share in zip(ALL_SPLITS, fractions, strict=True) if share
@@ -165,16 +161,12 @@ def book_classification_split(data: LabeledTexts) -> dict[str, LabeledTexts]:
         )
     train_end = int(len(rows) * 0.7)
     parts = np.split(rows, [train_end, train_end + int(len(rows) * 0.1)])
-    return {
-        split: take(data, part) for split, part in zip(ALL_SPLITS, parts, strict=True)
-    }
+    return {split: take(data, part) for split, part in zip(ALL_SPLITS, parts, strict=True)}
 
 
 def book_sample(count: int, size: int) -> np.ndarray:
     """Samples `size` of the indices below `count` without replacement."""
-    return np.random.RandomState(BOOK_SPLIT_SEED).choice(
-        count, size=size, replace=False
-    )
+    return np.random.RandomState(BOOK_SPLIT_SEED).choice(count, size=size, replace=False)
 
 
 def book_csv(data: LabeledTexts) -> str:
@@ -197,20 +189,12 @@ def describe_splits(splits: dict[str, LabeledTexts]) -> list[str]:
         table.append([f"{name:.30}", *(f"{count[label]:,}" for count in counts)])
     if len(names) > MAX_TABLE_CLASSES:
         more = [sum(c[i] for i in range(MAX_TABLE_CLASSES, len(names))) for c in counts]
-        table.append(
-            [
-                f"{len(names) - MAX_TABLE_CLASSES} more classes",
-                *(f"{n:,}" for n in more),
-            ]
-        )
+        table.append([f"{len(names) - MAX_TABLE_CLASSES} more classes", *(f"{n:,}" for n in more)])
     table.append(["all", *(f"{len(part):,}" for part in parts)])
     accuracies = [
-        count[majority_class] / max(len(part), 1)
-        for count, part in zip(counts, parts, strict=True)
+        count[majority_class] / max(len(part), 1) for count, part in zip(counts, parts, strict=True)
     ]
-    table.append(
-        [f"always {names[majority_class]:.30}", *(f"{rate:.2%}" for rate in accuracies)]
-    )
+    table.append([f"always {names[majority_class]:.30}", *(f"{rate:.2%}" for rate in accuracies)])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])

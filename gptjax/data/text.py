@@ -97,9 +97,7 @@ def expand_path(path: str) -> list[Path]:
         return [datasets.fetch_dataset(path)]
     expanded = Path(path).expanduser()
     if expanded.is_dir():
-        relative_paths = (
-            file.relative_to(expanded) for file in sorted(expanded.rglob("*"))
-        )
+        relative_paths = (file.relative_to(expanded) for file in sorted(expanded.rglob("*")))
         found = [
             expanded / file
             for file in relative_paths
@@ -206,8 +204,7 @@ def get_row_text(row: Any, column: str, location: str) -> str:
     if column and (not isinstance(row, dict) or column not in row):
         known = ", ".join(row) if isinstance(row, dict) else "none"
         raise DataError(
-            f"{location}: no column {column!r}. Columns: {known}. Choose one with "
-            "--column NAME."
+            f"{location}: no column {column!r}. Columns: {known}. Choose one with --column NAME."
         )
     text = row[column] if column else row
     if not isinstance(text, str):
@@ -217,8 +214,7 @@ def get_row_text(row: Any, column: str, location: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{location}: unpaired surrogate {text[error.start]!r}. Write the "
-            "character itself."
+            f"{location}: unpaired surrogate {text[error.start]!r}. Write the character itself."
         ) from error
     if "\0" in text:
         raise DataError(f"{location}: NUL character in the text. Remove it.")
@@ -255,15 +251,11 @@ class SplitRule:
 
 def hash_to_unit(seed: int, document_index: int) -> float:
     """Hashes a document number to a pseudorandom value in [0, 1)."""
-    digest = hashlib.blake2b(
-        f"{seed} {document_index}".encode(), digest_size=8
-    ).digest()
+    digest = hashlib.blake2b(f"{seed} {document_index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
-def make_split_rule(
-    sources: Sequence[TextSource], val_fraction: float, seed: int
-) -> SplitRule:
+def make_split_rule(sources: Sequence[TextSource], val_fraction: float, seed: int) -> SplitRule:
     """Makes the rule that holds out a fraction of the documents.
 
     A small number of documents is counted, and those with the smallest hashes are held
@@ -282,9 +274,7 @@ def make_split_rule(
         size = sum(len(chunk.text) for s in sources for chunk in iter_chunks(s))
         return SplitRule(seed, 0.0, train_chars=int(size * (1 - val_fraction)))
     num_held_out = min(max(round(val_fraction * count), 1), count - 1)
-    return SplitRule(
-        seed, sorted(hash_to_unit(seed, i) for i in range(count))[num_held_out]
-    )
+    return SplitRule(seed, sorted(hash_to_unit(seed, i) for i in range(count))[num_held_out])
 
 
 def iter_split_spans(
@@ -310,29 +300,20 @@ def iter_split_spans(
             if head:
                 yield SplitSpan(TRAIN_SPLIT, head, is_first, chars_read >= train_chars)
             if tail:
-                yield SplitSpan(
-                    VALIDATION_SPLIT, tail, previous <= train_chars, chunk.is_last
-                )
+                yield SplitSpan(VALIDATION_SPLIT, tail, previous <= train_chars, chunk.is_last)
         document_index, is_first = document_index + chunk.is_last, chunk.is_last
 
 
-def iter_all_chunks(
-    sources: Sequence[TextSource], bar_label: str
-) -> Iterator[TextChunk]:
+def iter_all_chunks(sources: Sequence[TextSource], bar_label: str) -> Iterator[TextChunk]:
     """Yields all chunks of the sources; draws a progress bar on a terminal."""
     sizes = [0 if s.kind == PYTHON_HELP else s.path.stat().st_size for s in sources]
     bytes_done, last_drawn = 0, time.monotonic()
     for source, size in zip(sources, sizes, strict=True):
         for chunk in iter_chunks(source):
             yield chunk
-            if (
-                time.monotonic() - last_drawn > PROGRESS_BAR_SECONDS
-                and sys.stderr.isatty()
-            ):
+            if time.monotonic() - last_drawn > PROGRESS_BAR_SECONDS and sys.stderr.isatty():
                 last_drawn = time.monotonic()
-                draw_progress_bar(
-                    bar_label, (bytes_done + chunk.bytes_read) / max(sum(sizes), 1)
-                )
+                draw_progress_bar(bar_label, (bytes_done + chunk.bytes_read) / max(sum(sizes), 1))
         bytes_done += size
     clear_progress_bar()
 

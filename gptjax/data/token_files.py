@@ -51,9 +51,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class ShardWriter:
     """Appends the tokens of one split to shards in a folder."""
 
-    def __init__(
-        self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int
-    ) -> None:
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int) -> None:
         """Starts an empty split with `shard_tokens` tokens per full shard."""
         self.stem, self.dtype, self.shard_tokens = folder / split, dtype, shard_tokens
         self.shards: list[dict[str, Any]] = []  # finished, as in meta.json
@@ -169,9 +167,7 @@ class TokenDataset:
             return
         data = self.arrays[shard_index].view(np.uint8)
         for block in range(first, stop):
-            actual = zlib.crc32(
-                data[block * CRC_BLOCK_BYTES : (block + 1) * CRC_BLOCK_BYTES].data
-            )
+            actual = zlib.crc32(data[block * CRC_BLOCK_BYTES : (block + 1) * CRC_BLOCK_BYTES].data)
             expected = self.shards[shard_index].block_crcs[block]
             if actual != expected:
                 last = min((block + 1) * CRC_BLOCK_BYTES, len(data)) - 1
@@ -207,9 +203,7 @@ class TokenDataset:
         return end(number - 1) if number else 0, end(number)
 
 
-def open_shards(
-    shards: Sequence[TokenShard], vocab_size: int, eot: int
-) -> TokenDataset:
+def open_shards(shards: Sequence[TokenShard], vocab_size: int, eot: int) -> TokenDataset:
     """Opens shards as one stream.
 
     Raises:
@@ -219,9 +213,7 @@ def open_shards(
     for shard in shards:
         size = shard.header_bytes + shard.tokens * shard.dtype.itemsize
         check_file_size(shard.path, max(size, 1))
-        tokens = np.memmap(
-            shard.path, shard.dtype, "r", shard.header_bytes, shard.tokens
-        )
+        tokens = np.memmap(shard.path, shard.dtype, "r", shard.header_bytes, shard.tokens)
         arrays.append(np.asarray(tokens))  # several times as fast as reading a memmap
         unknown = not shard.block_crcs
         verified_blocks.append(np.full(-(-tokens.nbytes // CRC_BLOCK_BYTES), unknown))
@@ -277,8 +269,7 @@ def read_token_metadata(folder: Path) -> dict[str, Any]:
         file_format = meta["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"cannot read {path}: {error}. Give a folder written by "
-            "`gptjax data prepare`."
+            f"cannot read {path}: {error}. Give a folder written by `gptjax data prepare`."
         ) from error
     if file_format != TOKEN_FILES_FORMAT:
         raise DataError(
@@ -286,9 +277,7 @@ def read_token_metadata(folder: Path) -> dict[str, Any]:
             f"{TOKEN_FILES_FORMAT!r}. Prepare the text again."
         )
     if not _is_valid_metadata(meta):
-        raise DataError(
-            f"{path} is not valid metadata of token files. {REPREPARE_ADVICE}"
-        )
+        raise DataError(f"{path} is not valid metadata of token files. {REPREPARE_ADVICE}")
     return meta
 
 
@@ -313,12 +302,7 @@ def _is_valid_metadata(meta: dict[str, Any]) -> bool:
 def _is_valid_split(split: str, entry: Any, width: int) -> bool:
     """Returns True if the entry of one split is valid; `width` in bytes per token."""
     match entry:
-        case {
-            "documents": int(),
-            "tokens": int(),
-            "bytes": int(),
-            "shards": [_, *_] as shards,
-        }:
+        case {"documents": int(), "tokens": int(), "bytes": int(), "shards": [_, *_] as shards}:
             pass
         case _:
             return False
@@ -332,9 +316,7 @@ def _is_valid_split(split: str, entry: Any, width: int) -> bool:
                 "crc32": list(crcs),
             } if file == f"{split}-{number:05d}.bin" and 0 <= documents <= tokens:
                 blocks = -(-tokens * width // CRC_BLOCK_BYTES)
-                has_valid_crcs = all(
-                    type(crc) is int and 0 <= crc < 1 << 32 for crc in crcs
-                )
+                has_valid_crcs = all(type(crc) is int and 0 <= crc < 1 << 32 for crc in crcs)
                 if has_valid_crcs and tokens and len(crcs) == blocks:
                     continue
         return False
@@ -403,9 +385,7 @@ def find_token_files(folder: Path) -> list[Path]:
     )
 
 
-def open_external(
-    folder: Path, split: str, vocab_size: int, eot: int
-) -> TokenDataset | None:
+def open_external(folder: Path, split: str, vocab_size: int, eot: int) -> TokenDataset | None:
     """Opens one split; files with "val" in their name are validation data.
 
     Args:
@@ -437,10 +417,7 @@ def llmc_shard(path: Path) -> TokenShard:
     with path.open("rb") as file:
         header = file.read(LLMC_HEADER_BYTES)
     # As tokens, llm.c's magic number would start with id 55,448, not in GPT-2.
-    if (
-        len(header) < LLMC_HEADER_BYTES
-        or np.frombuffer(header, "<i4", 1)[0] != LLMC_MAGIC
-    ):
+    if len(header) < LLMC_HEADER_BYTES or np.frombuffer(header, "<i4", 1)[0] != LLMC_MAGIC:
         return TokenShard(path, size // 2, np.dtype("<u2"))
     _, version, count = np.frombuffer(header, "<i4", 3)
     if version != 1:

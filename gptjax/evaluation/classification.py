@@ -35,13 +35,9 @@ def evaluate_classifier(
     true_N = np.asarray(data.labels)
     min_prob = np.finfo(np.float32).tiny
     true_prob_N = np.maximum(prob_NC[np.arange(len(true_N)), true_N], min_prob)
-    confusion_CC = confusion_matrix(
-        true_N, prob_NC.argmax(axis=-1), len(data.class_names)
-    )
+    confusion_CC = confusion_matrix(true_N, prob_NC.argmax(axis=-1), len(data.class_names))
     loss = float(-np.log(true_prob_N.astype(np.float64)).mean())
-    return ClassificationResult(
-        loss, prob_NC, classification_metrics(confusion_CC), confusion_CC
-    )
+    return ClassificationResult(loss, prob_NC, classification_metrics(confusion_CC), confusion_CC)
 
 
 def evaluate_labeled_file(model: Model, path: str) -> dict[str, int | float]:

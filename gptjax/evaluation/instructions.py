@@ -10,12 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.data.conversations import Conversation, read_conversations
-from gptjax.data.sft import (
-    Example,
-    encode_conversations,
-    make_bucketed_batches,
-    truncate_all,
-)
+from gptjax.data.sft import Example, encode_conversations, make_bucketed_batches, truncate_all
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.evaluation.llm_judge import (
     Judgement,
@@ -76,8 +71,7 @@ def generate_responses(
     ):
         result = ResponseEval(conversation, response, {})
         scores = {
-            name: score(response, result.reference)
-            for name, score in SCORE_FUNCTIONS.items()
+            name: score(response, result.reference) for name, score in SCORE_FUNCTIONS.items()
         }
         results.append(result._replace(scores=scores))
     return results
@@ -176,11 +170,7 @@ def evaluate_file(
 
 
 def run_llm_judge(
-    model: Model,
-    results: Sequence[ResponseEval],
-    out: Path,
-    judge: LLMJudge,
-    log: _LogFn,
+    model: Model, results: Sequence[ResponseEval], out: Path, judge: LLMJudge, log: _LogFn
 ) -> MetricValues:
     """Scores responses with an LLM judge; writes each judgement as it arrives.
 
@@ -191,17 +181,11 @@ def run_llm_judge(
     partial_path = out.with_name(f"{out.name}.judging")
     judge_inputs = []
     for result in results:
-        segments = template.segments(
-            result.conversation.messages[:-1], add_generation_prompt=True
-        )
-        prompt = "".join(
-            segment.text for segment in segments if segment.kind == "prompt"
-        )
+        segments = template.segments(result.conversation.messages[:-1], add_generation_prompt=True)
+        prompt = "".join(segment.text for segment in segments if segment.kind == "prompt")
         judge_inputs.append((prompt, result.reference, result.response))
     try:
-        with partial_path.open(
-            "w", encoding="utf-8", errors="backslashreplace"
-        ) as file:
+        with partial_path.open("w", encoding="utf-8", errors="backslashreplace") as file:
 
             def on_judgement(index: int, judgement: Judgement) -> None:
                 rows[index] |= judgement_columns(judge, judgement)
@@ -213,9 +197,7 @@ def run_llm_judge(
             judgements = judge_all(judge, judge_inputs, on_judgement)
         partial_path.replace(out)
     except OSError as error:
-        raise ModelError(
-            f"cannot write {partial_path}: {error}. Free disk space."
-        ) from error
+        raise ModelError(f"cannot write {partial_path}: {error}. Free disk space.") from error
     except ModelError as error:
         partial_path.unlink(missing_ok=True)
         raise ModelError(f"{error} The responses are in {out}.") from error

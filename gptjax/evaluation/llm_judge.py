@@ -30,9 +30,7 @@ MAX_BACKOFF = 60.0  # seconds; also limits the Retry-After of the server
 MAX_REPLY_BYTES = 1_000_000
 MAX_SHOWN = 200  # characters of a reply in an error message
 CHAT_COMPLETIONS_PATH = "/chat/completions"
-SCORE_PATTERN = re.compile(
-    r"(?:score ?[:=] ?)?(100|[1-9]?[0-9])(?: ?/ ?100)? ?\.?", re.I
-)
+SCORE_PATTERN = re.compile(r"(?:score ?[:=] ?)?(100|[1-9]?[0-9])(?: ?/ ?100)? ?\.?", re.I)
 
 
 class UnreachableError(ModelError):
@@ -131,9 +129,7 @@ def judge_all(
     return judgements
 
 
-def summarize_judgements(
-    judgements: Sequence[Judgement],
-) -> dict[str, float | int | None]:
+def summarize_judgements(judgements: Sequence[Judgement]) -> dict[str, float | int | None]:
     """Counts judgements; mean score and its 95% interval over those with a score."""
     found = [one.score for one in judgements if one.score is not None]
     failed = sum(bool(one.error) for one in judgements)
@@ -382,7 +378,4 @@ def http_status_error(judge: LLMJudge, error: urllib.error.HTTPError) -> ModelEr
             text = redact(read_limited(error, 8 * MAX_SHOWN, judge.timeout))
     except (OSError, http.client.HTTPException):
         text = ""
-    return kind(
-        f"{describe_endpoint(judge)} returned status {code}: {text or error.reason}. "
-        f"{fix}"
-    )
+    return kind(f"{describe_endpoint(judge)} returned status {code}: {text or error.reason}. {fix}")

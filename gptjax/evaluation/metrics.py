@@ -49,9 +49,7 @@ def confusion_matrix(
     return np.bincount(cell, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def classification_metrics(
-    confusion_CC: Int[np.ndarray, "C C"],
-) -> ClassificationMetrics:
+def classification_metrics(confusion_CC: Int[np.ndarray, "C C"]) -> ClassificationMetrics:
     """Computes all metrics from a confusion matrix.
 
     >>> classification_metrics(np.array([[1, 1], [0, 1]])).recall
@@ -103,9 +101,9 @@ def mean_ci(
     rng = np.random.default_rng(seed)
     resamples_per_draw = max(1, MAX_VALUES_PER_DRAW // n)
     means = [
-        offsets[
-            rng.integers(n, size=(min(resamples_per_draw, NUM_RESAMPLES - start), n))
-        ].mean(axis=1)
+        offsets[rng.integers(n, size=(min(resamples_per_draw, NUM_RESAMPLES - start), n))].mean(
+            axis=1
+        )
         for start in range(0, NUM_RESAMPLES, resamples_per_draw)
     ]
     low, high = values[0] + np.percentile(np.concatenate(means), [2.5, 97.5])
@@ -171,9 +169,7 @@ def lcs_length(first: Sequence[str], second: Sequence[str]) -> int:
         row = [0]
         for n, candidate in enumerate(second):
             row.append(
-                previous_row[n] + 1
-                if item == candidate
-                else max(previous_row[n + 1], row[n])
+                previous_row[n] + 1 if item == candidate else max(previous_row[n + 1], row[n])
             )
         previous_row = row
     return previous_row[-1]

@@ -67,15 +67,11 @@ def make_eval_step(
 
     @jax.jit
     def compute_losses(params: Params, batch: Any) -> Any:
-        return replicate(
-            batch_per_token_loss(config, params, batch, chunk_size=chunk_size)
-        )
+        return replicate(batch_per_token_loss(config, params, batch, chunk_size=chunk_size))
 
     def eval_step(params: Params, batch: Any) -> Any:
         with use_mesh(mesh):
-            return compute_losses(
-                params, shard_batch(batch, mesh, len(batch["tokens"]))
-            )
+            return compute_losses(params, shard_batch(batch, mesh, len(batch["tokens"])))
 
     return eval_step
 
@@ -85,10 +81,7 @@ eval_step_for = functools.lru_cache(maxsize=4)(make_eval_step)
 
 
 def evaluate(
-    eval_step: EvalStep,
-    params: Params,
-    batches: Iterable[Batch],
-    byte_lengths: np.ndarray,
+    eval_step: EvalStep, params: Params, batches: Iterable[Batch], byte_lengths: np.ndarray
 ) -> Evaluation:
     """Evaluates all batches; sums in float64 on the host.
 
@@ -100,9 +93,7 @@ def evaluate(
     for batch in batches:
         check_interrupted()
         mask = batch["loss_weights"] > 0
-        total_loss += float(
-            np.sum(np.asarray(eval_step(params, batch), np.float64)[mask])
-        )
+        total_loss += float(np.sum(np.asarray(eval_step(params, batch), np.float64)[mask]))
         num_tokens += int(mask.sum())
         num_bytes += int(byte_lengths[batch["targets"][mask]].sum())
     if not num_tokens:
@@ -111,11 +102,7 @@ def evaluate(
 
 
 def sliding_windows(
-    token_L: np.ndarray,
-    context_length: int,
-    stride: int,
-    batch_size: int,
-    eot_token: int | None,
+    token_L: np.ndarray, context_length: int, stride: int, batch_size: int, eot_token: int | None
 ) -> Iterator[Batch]:
     """Yields batches of overlapping windows that score each token but the first once.
 
@@ -126,9 +113,7 @@ def sliding_windows(
     """
     num_targets = len(token_L) - 1
     num_windows = 1 + max(0, -(-(num_targets - context_length) // stride))
-    padded = np.zeros(
-        context_length + 1 + (num_windows + batch_size) * stride, np.int32
-    )
+    padded = np.zeros(context_length + 1 + (num_windows + batch_size) * stride, np.int32)
     padded[: len(token_L)] = token_L
     for first_window in range(0, num_windows, batch_size):
         start_B = (first_window + np.arange(batch_size)) * stride
@@ -138,9 +123,7 @@ def sliding_windows(
         is_scored_BT = (np.arange(context_length) >= context_length - stride) | (
             start_B[:, None] == 0
         )
-        batch["loss_weights"] = (is_scored_BT & (position_BT < num_targets)).astype(
-            np.float32
-        )
+        batch["loss_weights"] = (is_scored_BT & (position_BT < num_targets)).astype(np.float32)
         yield batch
 
 
@@ -165,15 +148,11 @@ def score(model: Model, text: str, *, stride: int | None = None) -> Evaluation:
             f"{context_length}. Choose a value in this range, e.g. "
             f"{context_length // 2}."
         )
-    token_L = np.array(
-        [model.tokenizer.eot_token, *model.tokenizer.encode(text)], np.int32
-    )
+    token_L = np.array([model.tokenizer.eot_token, *model.tokenizer.encode(text)], np.int32)
     return score_tokens(model, token_L, stride, None)
 
 
-def token_losses(
-    model: Model, text: str
-) -> tuple[list[int], Float32[np.ndarray, " L"]]:
+def token_losses(model: Model, text: str) -> tuple[list[int], Float32[np.ndarray, " L"]]:
     """Returns the tokens of `text` and the loss of each, in nats.
 
     The text is one document that starts after <|endoftext|>, as in `score`, whose loss

@@ -48,9 +48,7 @@ class _PinMismatchError(Exception):
     """The download does not match the pinned size or hash."""
 
     def __init__(self, found: str, pin: Pin) -> None:
-        super().__init__(
-            f"{found}, expected {pin.bytes} bytes with sha256 {pin.sha256}"
-        )
+        super().__init__(f"{found}, expected {pin.bytes} bytes with sha256 {pin.sha256}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +139,7 @@ def download_file(remote: RemoteFile, target: Path, description: str) -> str:
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # also closes the connection
             kind = RemoteFileNotFoundError if error.code in (404, 410) else DataError
-        elif isinstance(error, OSError) and (
-            error.filename or error.errno in DISK_ERRNOS
-        ):
+        elif isinstance(error, OSError) and (error.filename or error.errno in DISK_ERRNOS):
             fix = (
                 f"Check that {target.parent} is writable and has free space, or set "
                 "GPTJAX_HOME to another folder."
@@ -221,9 +217,7 @@ def complete_download(part: BufferedWriter, remote: RemoteFile, label: str) -> s
             restart_download(part, remote, label)
             found = flush_and_hash(part)
         if pin and found != pin:
-            raise _PinMismatchError(
-                f"{found.bytes} bytes with sha256 {found.sha256}", pin
-            )
+            raise _PinMismatchError(f"{found.bytes} bytes with sha256 {found.sha256}", pin)
     except _PinMismatchError:
         truncate_part(part)
         raise
@@ -294,9 +288,7 @@ def restart_download(part: BufferedWriter, remote: RemoteFile, label: str) -> No
         if length is None:
             raise OSError("the server sent no Content-Length")
         if remote.max_bytes is not None and length > remote.max_bytes:
-            raise OSError(
-                f"the file has {length:,} bytes, more than {remote.max_bytes:,}"
-            )
+            raise OSError(f"the file has {length:,} bytes, more than {remote.max_bytes:,}")
         write_note(Path(part.name), answer.headers.get("ETag", ""), length)
         append_body(part, answer, length, label)
 
@@ -347,12 +339,8 @@ class SafeRedirectHandler(urllib.request.HTTPRedirectHandler):
         """Builds the request for the new URL; keeps the token only on the same host."""
         fp.close()  # else urllib reads the whole body, of any size
         old, new = urlsplit(req.full_url), urlsplit(newurl)
-        if new.scheme not in ("http", "https") or (
-            (old.scheme, new.scheme) == ("https", "http")
-        ):
-            raise OSError(
-                f"redirects from {old.scheme} to {new.scheme} are not allowed"
-            )
+        if new.scheme not in ("http", "https") or ((old.scheme, new.scheme) == ("https", "http")):
+            raise OSError(f"redirects from {old.scheme} to {new.scheme} are not allowed")
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
         token = req.unredirected_hdrs.get("Authorization")
         if request and token and (old.scheme, old.netloc) == (new.scheme, new.netloc):
@@ -360,9 +348,7 @@ class SafeRedirectHandler(urllib.request.HTTPRedirectHandler):
         return request
 
 
-def open_url(
-    remote: RemoteFile, headers: Mapping[str, str]
-) -> http.client.HTTPResponse:
+def open_url(remote: RemoteFile, headers: Mapping[str, str]) -> http.client.HTTPResponse:
     """Opens a URL; the body of the response is yet to be read."""
     if urlsplit(remote.url).scheme not in ("http", "https"):
         raise OSError("only http and https URLs are supported")

@@ -38,14 +38,10 @@ def classify(model: Model, texts: Sequence[str]) -> list[Prediction]:
     """
     check_classifier(model)
     if isinstance(texts, str):
-        raise DataError(
-            f"texts={texts[:40]!r} is a string, not a list of texts. Write [text]."
-        )
+        raise DataError(f"texts={texts[:40]!r} is a string, not a list of texts. Write [text].")
     for number, text in enumerate(texts, 1):
         if not text:
-            raise DataError(
-                f"text {number} is empty and cannot be classified. Remove it."
-            )
+            raise DataError(f"text {number} is empty and cannot be classified. Remove it.")
     prob_NC = predict_probs(model, encode_texts(model, texts))
     predicted_N = prob_NC.argmax(axis=-1)
     return [

@@ -22,9 +22,7 @@ MIN_PROMPT_BUCKET = 16
 # XLA passes that undo `quantization.int8_matvec` on CPU. The first splits the reduction
 # and materializes all products, four bytes per kernel element. The second removes the
 # barrier that keeps int8 kernels inside the decode loop.
-DISABLED_XLA_PASSES = {
-    "xla_disable_hlo_passes": "tree_reduction_rewriter,cse_barrier_expander"
-}
+DISABLED_XLA_PASSES = {"xla_disable_hlo_passes": "tree_reduction_rewriter,cse_barrier_expander"}
 
 
 class DecodeState(NamedTuple):
@@ -60,13 +58,9 @@ def bucket_length(length: int, max_length: int | None) -> int:
     return size if max_length is None else min(size, max_length)
 
 
-def pad_prompts(
-    rows: list[list[int]], max_length: int
-) -> tuple[np.ndarray, np.ndarray]:
+def pad_prompts(rows: list[list[int]], max_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Right-pads rows to a common bucket length; returns them and their lengths."""
-    token_BP = np.zeros(
-        (len(rows), bucket_length(max(map(len, rows)), max_length)), np.int32
-    )
+    token_BP = np.zeros((len(rows), bucket_length(max(map(len, rows)), max_length)), np.int32)
     for n, row in enumerate(rows):
         token_BP[n, : len(row)] = row
     return token_BP, np.array([len(row) for row in rows], np.int32)
@@ -111,28 +105,18 @@ def prefill(
     Finished rows are processed as well, but get no token.
     """
     rows, width = token_BP.shape
-    position_BP = jnp.broadcast_to(
-        jnp.arange(width, dtype=jnp.int32)[None], (rows, width)
-    )
-    x_BPD, cache = apply_with_cache(
-        config, decode_params, token_BP, position_BP, state.cache
-    )
+    position_BP = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (rows, width))
+    x_BPD, cache = apply_with_cache(config, decode_params, token_BP, position_BP, state.cache)
     x_BD = x_BPD[jnp.arange(rows), length_B - 1]
     valid_BP = position_BP < length_B[:, None]
     row_B = jnp.arange(rows)[:, None]
     seen_BV = state.seen_BV.at[row_B, token_BP].max(valid_BP)
     state = state._replace(length_B=length_B, seen_BV=seen_BV, cache=cache)
-    return sample_and_append(
-        config, decode_params, x_BD, state, args, active_rows(state, args)
-    )
+    return sample_and_append(config, decode_params, x_BD, state, args, active_rows(state, args))
 
 
 def decode_loop(
-    config: GPTConfig,
-    decode_params: Params,
-    state: DecodeState,
-    args: DecodeArgs,
-    max_steps: Array,
+    config: GPTConfig, decode_params: Params, state: DecodeState, args: DecodeArgs, max_steps: Array
 ) -> DecodeState:
     """Decodes up to `max_steps` tokens for each active row with space in its cache."""
     cache_length = state.cache[0].key_BHSK.shape[2]
@@ -152,9 +136,7 @@ def decode_loop(
         )
         length_B = state.length_B + active_B
         state = state._replace(length_B=length_B, cache=cache)
-        return sample_and_append(
-            config, decode_params, x_B1D[:, 0], state, args, active_B
-        ), n + 1
+        return sample_and_append(config, decode_params, x_B1D[:, 0], state, args, active_B), n + 1
 
     return jax.lax.while_loop(should_continue, decode_step, (state, jnp.int32(0)))[0]
 

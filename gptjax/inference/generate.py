@@ -104,10 +104,7 @@ def list_options(function: Function) -> Function:
     *parameters, options = signature.parameters.values()
     fields = [
         inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=field.default,
-            annotation=field.type,
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
         )
         for field in dataclasses.fields(GenerationConfig)
     ]
@@ -193,9 +190,7 @@ def generate(
     for n, result in enumerate(results):
         source = prompts[n // samples]
         decode = model.tokenizer.decode
-        texts.append(
-            (source if isinstance(source, str) else decode(source)) + result.text
-        )
+        texts.append((source if isinstance(source, str) else decode(source)) + result.text)
     return texts[0] if single and samples == 1 else texts
 
 
@@ -227,9 +222,7 @@ def complete(
     if samples < 1:
         raise ConfigError(f"samples={samples} is not positive. Use 1 or more.")
     rows, truncated = tokenize_prompts(model, normalize_prompts(prompt)[0], samples)
-    (*_, final) = decode_sequences(
-        model, rows, config, samples, streaming=bool(config.stop)
-    )
+    (*_, final) = decode_sequences(model, rows, config, samples, streaming=bool(config.stop))
     return [
         to_completion(model, config, *row, num_truncated)
         for row, num_truncated in zip(final, truncated, strict=True)
@@ -274,12 +267,8 @@ def stream_chunks(
 ) -> Iterator[str]:
     """Yields the text chunks of `stream` for validated prompts."""
     num_sent, ids = 0, []
-    for ((ids, _, _),) in decode_sequences(
-        model, rows, generation_config, streaming=True
-    ):
-        text, _, is_stopped = decode_until_stop(
-            model, ids, generation_config.stop, final=False
-        )
+    for ((ids, _, _),) in decode_sequences(model, rows, generation_config, streaming=True):
+        text, _, is_stopped = decode_until_stop(model, ids, generation_config.stop, final=False)
         safe_length = (
             len(text)
             if is_stopped
@@ -316,8 +305,7 @@ def tokenize_prompts(
         ids = [int(i) for i in ids]
         if not ids:
             raise ConfigError(
-                "the prompt is empty. Give it at least one character, such as a line "
-                "break."
+                "the prompt is empty. Give it at least one character, such as a line break."
             )
         check_token_ids(model, ids, "in the prompt")
         rows += [ids[-max_length:]] * samples
@@ -335,9 +323,7 @@ def check_token_ids(model: Model, ids: Iterable[int], where: str) -> None:
             )
 
 
-SequenceState = tuple[
-    list[int], list[float], bool
-]  # new ids, log-probabilities, stopped
+SequenceState = tuple[list[int], list[float], bool]  # new ids, log-probabilities, stopped
 
 
 def decode_sequences(
@@ -351,19 +337,12 @@ def decode_sequences(
     prefill, decode_loop = jitted_steps()
     config, rows = model.config, len(prompts)
     longest = max(map(len, prompts))
-    cache_length = bucket_length(
-        longest + generation_config.max_new_tokens, config.context_length
-    )
+    cache_length = bucket_length(longest + generation_config.max_new_tokens, config.context_length)
     args = make_decode_args(model, generation_config, rows, samples)
     state = init_decode_state(
-        config,
-        rows,
-        cache_length,
-        bucket_length(generation_config.max_new_tokens, None),
+        config, rows, cache_length, bucket_length(generation_config.max_new_tokens, None)
     )
-    max_steps: Any = np.int32(
-        TOKENS_PER_CALL if streaming else generation_config.max_new_tokens
-    )
+    max_steps: Any = np.int32(TOKENS_PER_CALL if streaming else generation_config.max_new_tokens)
     window = prompts
     while True:
         state = prefill(
@@ -376,9 +355,7 @@ def decode_sequences(
             done_B = np.array(state.done_B)
             sequences = [
                 (ids[:n].tolist(), logprob[:n].tolist(), bool(done))
-                for ids, logprob, n, done in zip(
-                    ids_BM, logprob_BM, count_B, done_B, strict=True
-                )
+                for ids, logprob, n, done in zip(ids_BM, logprob_BM, count_B, done_B, strict=True)
             ]
             mark_phase("first token")
             yield sequences
@@ -442,20 +419,13 @@ def to_completion(
     truncated: int,
 ) -> Completion:
     """Converts a sequence to a completion, truncated before its first stop text."""
-    text, num_tokens, has_stop_text = decode_until_stop(
-        model, ids, generation_config.stop
-    )
+    text, num_tokens, has_stop_text = decode_until_stop(model, ids, generation_config.stop)
     finish_reason = "stop" if stopped or has_stop_text else "length"
-    return Completion(
-        text, ids[:num_tokens], logprobs[:num_tokens], finish_reason, truncated
-    )
+    return Completion(text, ids[:num_tokens], logprobs[:num_tokens], finish_reason, truncated)
 
 
 def decode_until_stop(
-    model: Model,
-    ids: Sequence[int],
-    stop_texts: str | Sequence[str],
-    final: bool = True,
+    model: Model, ids: Sequence[int], stop_texts: str | Sequence[str], final: bool = True
 ) -> tuple[str, int, bool]:
     """Decodes tokens up to the first stop text.
 
@@ -477,12 +447,7 @@ def decode_until_stop(
 def partial_stop_length(text: str, stop_texts: Iterable[str]) -> int:
     """Length of the longest suffix of `text` that is a proper prefix of a stop text."""
     return max(
-        (
-            n
-            for stop in stop_texts
-            for n in range(1, len(stop))
-            if text.endswith(stop[:n])
-        ),
+        (n for stop in stop_texts for n in range(1, len(stop)) if text.endswith(stop[:n])),
         default=0,
     )
 

@@ -23,19 +23,10 @@ from gptjax.data.classification import (
     TEXT_COLUMNS,
     known_column,
 )
-from gptjax.data.readers import (
-    open_decompressed,
-    read_csv_records,
-    read_jsonl,
-    read_lines,
-)
+from gptjax.data.readers import open_decompressed, read_csv_records, read_jsonl, read_lines
 from gptjax.data.text import get_row_text, suffix_without_gz
 from gptjax.errors import DataError
-from gptjax.fileio.download import (
-    PROGRESS_BAR_SECONDS,
-    clear_progress_bar,
-    draw_progress_bar,
-)
+from gptjax.fileio.download import PROGRESS_BAR_SECONDS, clear_progress_bar, draw_progress_bar
 
 INPUT_KINDS = (*DELIMITERS, ".jsonl", ".txt")
 OUTPUT_KINDS = (*DELIMITERS, ".jsonl")
@@ -100,10 +91,7 @@ def label_file(
                     new = (label, round(float(probability), PROBABILITY_DIGITS))
                     write_row(item, dict(zip(new_columns, new, strict=True)))
                 count += len(chunk)
-                if (
-                    time.monotonic() - last_drawn > PROGRESS_BAR_SECONDS
-                    and sys.stderr.isatty()
-                ):
+                if time.monotonic() - last_drawn > PROGRESS_BAR_SECONDS and sys.stderr.isatty():
                     last_drawn = time.monotonic()
                     draw_progress_bar(f"classifying {source.name}", chunk[-1].progress)
     finally:
@@ -116,8 +104,7 @@ def check_label_paths(source: Path, output: Path) -> None:
     """Rejects unsupported file suffixes and an existing output file."""
     if suffix_without_gz(source) not in INPUT_KINDS:
         raise DataError(
-            f"{source}: unsupported file suffix. Supported: "
-            f"{', '.join(INPUT_KINDS)} (also .gz)."
+            f"{source}: unsupported file suffix. Supported: {', '.join(INPUT_KINDS)} (also .gz)."
         )
     # JSON objects may be nested or differ in their keys, so CSV cannot store them.
     kinds = (".jsonl",) if suffix_without_gz(source) == ".jsonl" else OUTPUT_KINDS
@@ -192,9 +179,7 @@ def get_text(item: InputRow, column: str) -> str:
         )
     text = get_row_text(item.row, column, item.location)
     if not text.strip():
-        raise DataError(
-            f"{item.location}: the text is empty. Add text, or remove the row."
-        )
+        raise DataError(f"{item.location}: the text is empty. Add text, or remove the row.")
     return text
 
 
@@ -207,9 +192,7 @@ def added_columns(item: InputRow) -> tuple[str, ...]:
     return new_columns
 
 
-def check_columns_free(
-    item: InputRow, new_columns: tuple[str, ...] | dict[str, Any]
-) -> None:
+def check_columns_free(item: InputRow, new_columns: tuple[str, ...] | dict[str, Any]) -> None:
     """Raises a DataError if the row already has one of the new columns."""
     for name in new_columns:
         if name in item.row:
@@ -227,9 +210,7 @@ def atomic_write(path: Path) -> Iterator[TextIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Only JSON strings may contain lone surrogates, which UTF-8 cannot encode;
         # their backslash escapes are valid JSON.
-        with partial_path.open(
-            "w", encoding="utf-8", errors="backslashreplace", newline=""
-        ) as f:
+        with partial_path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as f:
             try:
                 yield f
                 f.flush()
@@ -240,8 +221,7 @@ def atomic_write(path: Path) -> Iterator[TextIO]:
         os.replace(partial_path, path)
     except OSError as error:
         raise DataError(
-            f"cannot write {path}: {error}. Check the permissions and free space of "
-            "its folder."
+            f"cannot write {path}: {error}. Check the permissions and free space of its folder."
         ) from error
 
 

@@ -26,10 +26,7 @@ class SamplingParams(NamedTuple):
 
 
 def sample(
-    logit_BV: Logits,
-    seen_BV: Bool[Array, "B V"],
-    key_B: Key[Array, " B"],
-    sampling: SamplingParams,
+    logit_BV: Logits, seen_BV: Bool[Array, "B V"], key_B: Key[Array, " B"], sampling: SamplingParams
 ) -> Int[Array, " B"]:
     """Samples the next token of each row with the row's own key.
 
@@ -44,10 +41,7 @@ def sample(
         logit_BV = logit_BV / jnp.maximum(sampling.temperature, 1e-6)
         is_filtered = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
         logit_BV = jax.lax.cond(
-            is_filtered,
-            lambda x_BV: filter_logits(x_BV, sampling),
-            lambda x_BV: x_BV,
-            logit_BV,
+            is_filtered, lambda x_BV: filter_logits(x_BV, sampling), lambda x_BV: x_BV, logit_BV
         )
         vocab_shape = logit_BV.shape[-1:]
         noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, vocab_shape))(key_B)

@@ -36,12 +36,7 @@ def class_logits(
         adapters: scaled LoRA adapters.
     """
     x_BTD, _ = classifier_hidden_states(
-        config,
-        params,
-        token_BT,
-        length_B,
-        dropout_key=dropout_key,
-        adapters=adapters,
+        config, params, token_BT, length_B, dropout_key=dropout_key, adapters=adapters
     )
     return pool_and_project(config, params, x_BTD, length_B)
 
@@ -75,10 +70,7 @@ def classifier_hidden_states(
 
 
 def pool_and_project(
-    config: GPTConfig,
-    params: Params,
-    x_BTD: Float[Array, "B T D"],
-    length_B: Int[Array, " B"],
+    config: GPTConfig, params: Params, x_BTD: Float[Array, "B T D"], length_B: Int[Array, " B"]
 ) -> Float[Array, "B C"]:
     """Pools the hidden states by `config.pool` and applies the head.
 
@@ -93,9 +85,7 @@ def pool_and_project(
         "position": position_BT == x_BTD.shape[1] - 1,
     }[config.pool]
     weight_BT = jnp.broadcast_to(weight_BT, x_BTD.shape[:2]).astype(jnp.float32)
-    x_BD = jnp.einsum(
-        "BT,BTD->BD", weight_BT, x_BTD.astype(jnp.float32), precision="highest"
-    )
+    x_BD = jnp.einsum("BT,BTD->BD", weight_BT, x_BTD.astype(jnp.float32), precision="highest")
     head = params["head"]
     logit_BC = jnp.dot(x_BD, head["kernel"], precision="highest")
     return logit_BC + head["bias"][None] if config.head_bias else logit_BC

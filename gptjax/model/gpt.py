@@ -56,12 +56,7 @@ from gptjax.model.layers import (
 from gptjax.model.lora import apply_adapters
 from gptjax.model.quantization import QKV_NAMES, DecodeKernel, decode_matmul
 from gptjax.model.validation import check_params, check_tokens
-from gptjax.parallel.sharding import (
-    all_gather_params,
-    constrain,
-    current_mesh_shape,
-    is_fsdp,
-)
+from gptjax.parallel.sharding import all_gather_params, constrain, current_mesh_shape, is_fsdp
 from gptjax.runtime.device import target_platform
 from gptjax.tree import Params
 
@@ -263,9 +258,7 @@ def scan_blocks(config: GPTConfig, layers: int) -> Any:
     # each layer, and on CPU of its parameters. Remat and FSDP need the loop: without
     # it nothing delays recomputation until the backward pass gets to a layer, so all
     # layers would be recomputed at once and no memory saved.
-    single_device = (
-        target_platform() != "tpu" and math.prod(current_mesh_shape().values()) == 1
-    )
+    single_device = target_platform() != "tpu" and math.prod(current_mesh_shape().values()) == 1
     unroll, block = min(layers, MAX_UNROLLED_LAYERS) if single_device else 1, Block
     if config.remat != "none" or is_fsdp():
         policy = REMAT_POLICIES[config.remat]
@@ -302,15 +295,11 @@ def init(config: GPTConfig, key: Key[Array, ""]) -> Params:
         )
     token_BT = jnp.zeros((1, 1), jnp.int32)
     inputs = BlockInputs(token_BT, None)
-    variables: Any = GPT(config).init(
-        key, token_BT, token_BT, None, inputs, mutable=["params"]
-    )
+    variables: Any = GPT(config).init(key, token_BT, token_BT, None, inputs, mutable=["params"])
     return variables["params"]
 
 
-def check_inputs(
-    config: GPTConfig, params: Params, token_BT: Any, capture: Sequence[str]
-) -> None:
+def check_inputs(config: GPTConfig, params: Params, token_BT: Any, capture: Sequence[str]) -> None:
     """Validates the arguments of `hidden_states`, before anything is computed."""
     check_params(config, params)
     check_tokens(config, token_BT)

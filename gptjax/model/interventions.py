@@ -32,14 +32,7 @@ from gptjax.config import GPTConfig, did_you_mean
 from gptjax.errors import ConfigError
 
 CapturePoint = Literal[
-    "residual",
-    "query",
-    "key",
-    "value",
-    "attention",
-    "head_output",
-    "mlp_hidden",
-    "mlp_output",
+    "residual", "query", "key", "value", "attention", "head_output", "mlp_hidden", "mlp_output"
 ]
 POINT_MODULES = {  # name -> module of a block that has it, axes of one layer
     "residual": ("", "BTD"),
@@ -122,11 +115,7 @@ def intervention_variables(
 
 
 def check_intervention(
-    config: GPTConfig,
-    name: str,
-    shape: tuple[int, ...],
-    token_shape: tuple[int, ...],
-    letters: str,
+    config: GPTConfig, name: str, shape: tuple[int, ...], token_shape: tuple[int, ...], letters: str
 ) -> None:
     """Raises ConfigError unless the shape is that of the capture point, or has ones."""
     rows, length = token_shape
@@ -142,9 +131,7 @@ def check_intervention(
         )
 
 
-def stack_captured(
-    captured: Mapping[str, Any], names: Iterable[str]
-) -> dict[str, Array]:
+def stack_captured(captured: Mapping[str, Any], names: Iterable[str]) -> dict[str, Array]:
     """Returns {name: activations [N, ...]}; joins the layers of both stacks."""
     activations = {}
     for name in names:

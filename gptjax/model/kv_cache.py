@@ -45,6 +45,4 @@ def update_cache(
         write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))
         return constrain(write(cached_BHSK, new_BHTK, position_BT[:, 0], 1), "BHSK")
 
-    return KVCache(
-        update(cache.key_BHSK, key_BTHK), update(cache.value_BHSK, value_BTHK)
-    )
+    return KVCache(update(cache.key_BHSK, key_BTHK), update(cache.value_BHSK, value_BTHK))

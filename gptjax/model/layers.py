@@ -78,10 +78,7 @@ class Linear(nn.Module):
 
 
 def project_qkv(
-    x_BTD: HiddenStates,
-    head_shape: tuple[int, int],
-    use_bias: bool,
-    linear: type[Linear] = Linear,
+    x_BTD: HiddenStates, head_shape: tuple[int, int], use_bias: bool, linear: type[Linear] = Linear
 ) -> tuple[Float[Array, "B T H K"], ...]:
     """Projects the normalized residual stream to queries, keys and values.
 
@@ -91,9 +88,7 @@ def project_qkv(
         use_bias: whether the projections have biases.
         linear: class of the three layers.
     """
-    return tuple(
-        linear(head_shape, use_bias=use_bias, name=name)(x_BTD) for name in QKV_NAMES
-    )
+    return tuple(linear(head_shape, use_bias=use_bias, name=name)(x_BTD) for name in QKV_NAMES)
 
 
 class Embedding(nn.Module):

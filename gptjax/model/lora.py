@@ -35,10 +35,7 @@ def apply_adapters() -> contextlib.AbstractContextManager[None]:
 
 
 def add_update(
-    matmul: Callable[..., Array],
-    args: Any,
-    kwargs: Any,
-    call: nn.module.InterceptorContext,
+    matmul: Callable[..., Array], args: Any, kwargs: Any, call: nn.module.InterceptorContext
 ) -> Any:
     """Computes x W + x a b without forming a b, where a layer has an adapter."""
     result = matmul(*args, **kwargs)
@@ -49,8 +46,7 @@ def add_update(
         return result
     x_BI = args[0]
     a_IR, b_RO = (
-        layer.get_variable("adapters", name).astype(x_BI.dtype)
-        for name in ("lora_a", "lora_b")
+        layer.get_variable("adapters", name).astype(x_BI.dtype) for name in ("lora_a", "lora_b")
     )
     return result + (x_BI @ a_IR) @ b_RO
 
@@ -143,15 +139,11 @@ def merge_adapters(params: Params, adapters: Adapters) -> Params:
 
     def merge_tree(tree: Params, adapter_tree: Any) -> Params:
         if "lora_a" in adapter_tree:
-            update = jnp.einsum(
-                "NIR,NRO->NIO", adapter_tree["lora_a"], adapter_tree["lora_b"]
-            )
+            update = jnp.einsum("NIR,NRO->NIO", adapter_tree["lora_a"], adapter_tree["lora_b"])
             merged_kernel = tree["kernel"] + update.reshape(tree["kernel"].shape)
             return {**tree, "kernel": merged_kernel}
         return {
-            key: merge_tree(tree[key], adapter_tree[key])
-            if key in adapter_tree
-            else tree[key]
+            key: merge_tree(tree[key], adapter_tree[key]) if key in adapter_tree else tree[key]
             for key in tree
         }
 

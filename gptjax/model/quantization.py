@@ -119,13 +119,9 @@ def fake_quantize(params: Params) -> Params:
             return quantize_dequantize(leaf, (1,))
         if not name.endswith("/kernel") or name.startswith("head/"):
             return leaf
-        return quantize_dequantize(
-            leaf, tuple(range(1, 1 + num_input_axes(name, leaf.ndim - 1)))
-        )
+        return quantize_dequantize(leaf, tuple(range(1, 1 + num_input_axes(name, leaf.ndim - 1))))
 
-    return unflatten_names(
-        {name: round_leaf(name, leaf) for name, leaf in leaves.items()}
-    )
+    return unflatten_names({name: round_leaf(name, leaf) for name, leaf in leaves.items()})
 
 
 def quantize_dequantize(x: Array, axes: tuple[int, ...]) -> Array:
@@ -145,9 +141,7 @@ def quantize_int8(kernel_OI: Float[Array, "O I"]) -> Int8Kernel:
     scale_O1 = absmax_scale(kernel_OI, (1,))
     int8_OI = jnp.round(kernel_OI / scale_O1)
     max_weight_sum = jnp.maximum(jnp.max(jnp.sum(jnp.abs(int8_OI), axis=1)), 1.0)
-    max_abs = jnp.minimum(
-        INT8_MAX * SPLIT_BASE, jnp.floor(MAX_INT32_SUM / max_weight_sum)
-    )
+    max_abs = jnp.minimum(INT8_MAX * SPLIT_BASE, jnp.floor(MAX_INT32_SUM / max_weight_sum))
     return Int8Kernel(int8_OI.astype(jnp.int8), scale_O1[:, 0], max_abs)
 
 
@@ -204,9 +198,7 @@ def int8_matvec(
     Needs the XLA options `DISABLED_XLA_PASSES` of `gptjax.inference.engine`.
     """
     # Otherwise XLA hoists the cast to int32 out of the loop over tokens.
-    row_I, kernel_OI = jax.lax.optimization_barrier(
-        (quantized_1I[0].astype(jnp.int16), kernel_OI)
-    )
+    row_I, kernel_OI = jax.lax.optimization_barrier((quantized_1I[0].astype(jnp.int16), kernel_OI))
     products_OI = kernel_OI.astype(jnp.int32) * row_I.astype(jnp.int32)[None]
     return jnp.sum(products_OI, axis=1)[None]
 
@@ -218,9 +210,7 @@ def int8_matmul_split(
     high_BI = jnp.round(quantized_BI / SPLIT_BASE)
     sums = jnp.einsum(
         "BI,OI->BO",
-        jnp.concatenate([high_BI, quantized_BI - SPLIT_BASE * high_BI]).astype(
-            jnp.int8
-        ),
+        jnp.concatenate([high_BI, quantized_BI - SPLIT_BASE * high_BI]).astype(jnp.int8),
         kernel_OI,
         preferred_element_type=jnp.int32,
     )

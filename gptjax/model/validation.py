@@ -29,9 +29,7 @@ def check_tokens(config: GPTConfig, token_BT: Any) -> None:
     shape = tuple(token_BT.shape)
     if len(shape) != 2:
         fix = "Add the axis of rows: tokens[None]." if len(shape) == 1 else ""
-        raise ConfigError(
-            f"tokens have shape {shape} instead of [B, T], rows and positions. {fix}"
-        )
+        raise ConfigError(f"tokens have shape {shape} instead of [B, T], rows and positions. {fix}")
     if not jnp.issubdtype(token_BT.dtype, jnp.integer):
         raise ConfigError(
             f"tokens have dtype {token_BT.dtype}, but token ids are integers. Encode "
@@ -82,12 +80,7 @@ def check_params(config: GPTConfig, params: Params) -> None:
 @functools.lru_cache(maxsize=16)
 def expected_shapes(config: GPTConfig) -> Shapes:
     """Shapes of the parameters of a config, without a classification head."""
-    n, d, f, v = (
-        config.n_layers,
-        config.d_model,
-        config.mlp_dim,
-        config.padded_vocab_size,
-    )
+    n, d, f, v = (config.n_layers, config.d_model, config.mlp_dim, config.padded_vocab_size)
     h, k = config.n_heads, config.head_dim
     shapes: Shapes = {
         "token_embedding/embedding": (v, d),

@@ -123,9 +123,7 @@ def abort_all_on_error() -> Iterator[None]:
         yield
         return
     command = ["sh", "-c", 'read -r word || echo "$0" >&2', LOST_MESSAGE]
-    watcher: Any = subprocess.Popen(
-        command, stdin=subprocess.PIPE, start_new_session=True
-    )
+    watcher: Any = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
         yield
     except BaseException as error:
@@ -139,9 +137,7 @@ def abort_all_on_error() -> Iterator[None]:
             # All processes raise the same error. Give them time to receive the last
             # data and to print it; when process 0 exits, they are terminated.
             time.sleep(1 if jax.process_index() else 2)
-        is_user_error = isinstance(error, GptjaxError) and not isinstance(
-            error, ResourceError
-        )
+        is_user_error = isinstance(error, GptjaxError) and not isinstance(error, ResourceError)
         os._exit(2 if is_user_error else 1)
     finally:
         with contextlib.suppress(OSError):
@@ -176,9 +172,7 @@ def process_dir(run_dir: Path) -> Path:
         return run_dir
     scratch_dir = Path(tempfile.mkdtemp(prefix="gptjax-"))
     command = ["sh", "-c", 'read -r word; rm -rf "$0"', str(scratch_dir)]
-    cleaner: Any = subprocess.Popen(
-        command, stdin=subprocess.PIPE, start_new_session=True
-    )
+    cleaner: Any = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     atexit.register(cleaner.communicate)  # closes the pipe, as any exit does
     for name in ("config.toml", "meta.json", "metrics.jsonl"):
         if (run_dir / name).is_file():

@@ -88,9 +88,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh 
             "Make it a multiple: only the data axis spans slices."
         )
     shape_per_slice = (mesh_shape[0] // num_slices, *mesh_shape[1:])
-    device_grid = create_hybrid_device_mesh(
-        shape_per_slice, (num_slices, 1, 1), devices
-    )
+    device_grid = create_hybrid_device_mesh(shape_per_slice, (num_slices, 1, 1), devices)
     return Mesh(device_grid, MESH_AXES, axis_types=axis_types)
 
 
@@ -106,13 +104,9 @@ def resolve_mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, 
     requested = (config.data, config.fsdp, config.tensor)
     fixed = math.prod(size for size in requested if size != -1)
     sizes = tuple(num_devices // fixed if size == -1 else size for size in requested)
-    uses_subset = (
-        jax.process_count() == 1 and -1 not in requested and fixed < num_devices
-    )
+    uses_subset = jax.process_count() == 1 and -1 not in requested and fixed < num_devices
     if math.prod(sizes) != num_devices and not uses_subset:
-        names = ", ".join(
-            f"mesh.{n}={s}" for n, s in zip(MESH_AXES, requested, strict=True)
-        )
+        names = ", ".join(f"mesh.{n}={s}" for n, s in zip(MESH_AXES, requested, strict=True))
         raise ConfigError(
             f"{names} do not fit {num_devices} devices: the sizes must multiply to "
             "that number, where -1 means the remaining devices. Change the sizes."
@@ -149,9 +143,7 @@ def check_divisible(params: Any, mesh: Mesh) -> None:
     jax.tree_util.tree_map_with_path(check, params)
 
 
-def check_batch_divisible(
-    rows: int, accumulate: int, mesh_shape: Sequence[int]
-) -> None:
+def check_batch_divisible(rows: int, accumulate: int, mesh_shape: Sequence[int]) -> None:
     """Checks that the rows of each micro-batch are divisible over a mesh shape.
 
     Raises:
@@ -178,14 +170,10 @@ def logical_axes(name: str, num_axes: int) -> str:
     'NDF'
     """
     matches = [
-        pattern
-        for pattern in PARAM_LOGICAL_AXES
-        if fnmatch.fnmatchcase(f"/{name}", pattern)
+        pattern for pattern in PARAM_LOGICAL_AXES if fnmatch.fnmatchcase(f"/{name}", pattern)
     ]
     if len(matches) != 1:
-        raise ValueError(
-            f"parameter {name} must match one rule, not {matches or 'none'}."
-        )
+        raise ValueError(f"parameter {name} must match one rule, not {matches or 'none'}.")
     letters = PARAM_LOGICAL_AXES[matches[0]]
     return "N" * (num_axes - len(letters)) + letters
 
@@ -243,9 +231,7 @@ def current_mesh_shape() -> Mapping[str, int]:
 def divisible_spec(x: Array, letters: str) -> P:
     """Partition spec of an activation, without mesh axes that do not divide it."""
     mesh_shape, axes = current_mesh_shape(), []
-    for size, axis in zip(
-        x.shape, logical_to_spec(letters, COMPUTE_RULES), strict=True
-    ):
+    for size, axis in zip(x.shape, logical_to_spec(letters, COMPUTE_RULES), strict=True):
         names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
         num_shards = math.prod(mesh_shape[name] for name in names)
         axes.append(axis if size % num_shards == 0 else None)
@@ -272,11 +258,7 @@ def all_gather_params(x: Array, letters: str) -> Array:
 def out_sharding(letters: str) -> P | None:
     """Output sharding for operations that require one with explicit mesh axes."""
     axis_types = jax.sharding.get_abstract_mesh().axis_types
-    return (
-        logical_to_spec(letters, COMPUTE_RULES)
-        if AxisType.Explicit in axis_types
-        else None
-    )
+    return logical_to_spec(letters, COMPUTE_RULES) if AxisType.Explicit in axis_types else None
 
 
 def reshape_sharded(x: Array, shape: tuple[int, ...], letters: str) -> Array:
@@ -320,8 +302,7 @@ def shard_map_local(
 
     def sharded_function(*arrays: Array) -> Array:
         in_specs = [
-            divisible_spec(x, letters)
-            for x, letters in zip(arrays, in_letters, strict=True)
+            divisible_spec(x, letters) for x, letters in zip(arrays, in_letters, strict=True)
         ]
         letter_to_axis = {
             letter: axis
@@ -360,22 +341,16 @@ def make_global_array(x: Any, sharding: NamedSharding) -> Array:
     if isinstance(x, Array) and x.sharding == sharding:
         return x
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(
-            make_global_array(jax.random.key_data(x), sharding)
-        )
+        return jax.random.wrap_key_data(make_global_array(jax.random.key_data(x), sharding))
     host_array = np.asarray(x)
-    return jax.make_array_from_callback(
-        host_array.shape, sharding, lambda at: host_array[at]
-    )
+    return jax.make_array_from_callback(host_array.shape, sharding, lambda at: host_array[at])
 
 
 def local_batch_rows(rows: int, mesh: Mesh | None) -> list[int]:
     """Sorted rows of a batch that belong to devices of this process."""
     if mesh is None:
         return list(range(rows))
-    device_indices = NamedSharding(mesh, P(BATCH_AXES)).addressable_devices_indices_map(
-        (rows,)
-    )
+    device_indices = NamedSharding(mesh, P(BATCH_AXES)).addressable_devices_indices_map((rows,))
     slices: Any = device_indices.values()
     return sorted({row for (at,) in slices for row in range(rows)[at]})
 

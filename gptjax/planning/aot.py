@@ -66,9 +66,7 @@ def get_target_devices(topology: Topology) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     name, _, _ = topology.name.partition(":")
-    topology_options = (
-        {"chips_per_host_bounds": [1, 1, 1]} if topology.devices == 1 else {}
-    )
+    topology_options = {"chips_per_host_bounds": [1, 1, 1]} if topology.devices == 1 else {}
     topology_desc = get_topology_desc(
         platform="tpu", topology_name=f"{name}:{topology.shape}", **topology_options
     )
@@ -88,15 +86,10 @@ def compile_step(config: RunConfig, topology: Topology) -> CompileReport:
     devices = get_target_devices(topology)
     mesh_shape = resolve_mesh_shape(config.mesh, len(devices))
     devices = devices[: math.prod(mesh_shape)]
-    mesh = Mesh(
-        np.array(devices).reshape(mesh_shape),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * 3,
-    )
+    mesh = Mesh(np.array(devices).reshape(mesh_shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     optimizer = make_optimizer(config.optim, config.train.steps)
     state = jax.eval_shape(
-        lambda key: init_state(init(config.model, key), optimizer, key),
-        jax.random.key(0),
+        lambda key: init_state(init(config.model, key), optimizer, key), jax.random.key(0)
     )
     check_divisible(state.params, mesh)
     state_shardings = param_shardings(state, mesh)
@@ -109,9 +102,7 @@ def compile_step(config: RunConfig, topology: Topology) -> CompileReport:
     token_struct = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=row_sharding)
     names = "tokens", "targets", "segment_ids", "positions"
     batch = dict.fromkeys(names, token_struct)
-    batch["loss_weights"] = jax.ShapeDtypeStruct(
-        shape, jnp.float32, sharding=row_sharding
-    )
+    batch["loss_weights"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=row_sharding)
     loss = make_lm_loss_fn(config.model, config.train.loss_chunk_size)
     step = make_train_step(loss, optimizer, config.train.accumulate)
     options: dict[str, Any] = {"donate_argnums": 0}

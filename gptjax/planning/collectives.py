@@ -28,9 +28,7 @@ RING_TRAFFIC_FACTORS = {
 DTYPE_BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
 ARRAY_TYPE_PATTERN = re.compile(r"\b(pred|bf16|[a-z]+\d+\w*)\[([\d,]*)\]")
 COMPUTATION_PATTERN = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-MESH_GROUPS_PATTERN = re.compile(
-    r"replica_groups=mesh\[(.*?)\](?:, device_ids=\S+)? \{(.*?)\}"
-)
+MESH_GROUPS_PATTERN = re.compile(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\S+)? \{(.*?)\}")
 TRIP_COUNT_PATTERN = re.compile(r"known_trip_count[^\d]*(\d+)")
 
 
@@ -45,9 +43,7 @@ class Collective(NamedTuple):
     @property
     def bytes_sent(self) -> float:
         """Bytes sent per device and run, with ring algorithms."""
-        return (
-            self.trip_count * self.bytes * RING_TRAFFIC_FACTORS[self.kind](self.devices)
-        )
+        return self.trip_count * self.bytes * RING_TRAFFIC_FACTORS[self.kind](self.devices)
 
 
 def parse_collectives(text: str) -> list[Collective]:
@@ -82,9 +78,7 @@ def parse_collectives(text: str) -> list[Collective]:
         # The TPU compiler splits one that overlaps with compute into several.
         channel = re.search(r"channel_id=(\d+)", line)
         key = (kind, channel[1], size_bytes) if channel else len(found)
-        found.setdefault(
-            key, Collective(kind, size_bytes, devices, counts.get(computation, 1))
-        )
+        found.setdefault(key, Collective(kind, size_bytes, devices, counts.get(computation, 1)))
     return list(found.values())
 
 
@@ -137,9 +131,7 @@ def trip_counts(text: str) -> dict[str, int]:
             continue
         count = TRIP_COUNT_PATTERN.search(line)
         condition = re.search(r"condition=%?([\w.\-]+)", line)
-        trips = (
-            int(count[1]) if count else bounds.get(condition[1], 1) if condition else 1
-        )
+        trips = int(count[1]) if count else bounds.get(condition[1], 1) if condition else 1
         for key, names in re.findall(
             r"(body|condition|calls|to_apply|branch_computations|called_computations)="
             r"(\{[^}]*\}|%?[\w.\-]+)",
@@ -193,9 +185,7 @@ def estimate_collective_bytes(
         is_embedding = "embedding" in name
         is_tied = c.tie_embeddings and "token_embed" in name
         gradient = (
-            local_size
-            * (4 if is_embedding else size)
-            * (2 if is_tied and is_emulated else 1)
+            local_size * (4 if is_embedding else size) * (2 if is_tied and is_emulated else 1)
         )
         if "fsdp" not in axes:
             gradients += gradient * reduce(data * fsdp)
@@ -205,9 +195,7 @@ def estimate_collective_bytes(
         if is_tied and size != 4:  # also used as the output projection
             used_bytes += size
         weights += local_size * used_bytes * gather(fsdp)
-    positions = (
-        config.data.batch_size / num_micro_batches / data / fsdp * c.context_length
-    )
+    positions = config.data.batch_size / num_micro_batches / data / fsdp * c.context_length
     # Full rematerialization repeats that of attention in the backward pass.
     num_reductions = 2 + (4 if is_emulated else 2) + (c.remat == "full")
     bytes_per_feature = c.n_layers * num_reductions * size + size + 4

@@ -9,11 +9,7 @@ from typing import Any
 
 from gptjax.config import RunConfig
 from gptjax.errors import ConfigError, ModelError
-from gptjax.parallel.sharding import (
-    MESH_AXES,
-    check_batch_divisible,
-    resolve_mesh_shape,
-)
+from gptjax.parallel.sharding import MESH_AXES, check_batch_divisible, resolve_mesh_shape
 from gptjax.planning import aot
 from gptjax.planning.collectives import estimate_collective_bytes
 from gptjax.training import estimate
@@ -41,11 +37,7 @@ class Plan:
     @property
     def memory_needed(self) -> int:
         """Bytes in use per device: of the compiled step, else estimated."""
-        return (
-            self.compile_report.peak_bytes
-            if self.compile_report
-            else self.memory_estimate
-        )
+        return self.compile_report.peak_bytes if self.compile_report else self.memory_estimate
 
     @property
     def fits(self) -> bool | None:
@@ -53,11 +45,7 @@ class Plan:
         if self.compile_report:
             return self.compile_report.fits
         limit = self.topology.chip.memory
-        return (
-            self.memory_estimate <= estimate.USABLE_MEMORY_FRACTION * limit
-            if limit
-            else None
-        )
+        return self.memory_estimate <= estimate.USABLE_MEMORY_FRACTION * limit if limit else None
 
     @property
     def tokens_per_step(self) -> int:
@@ -83,15 +71,10 @@ class Plan:
     def min_seconds(self) -> dict[str, float]:
         """Lower bound on the seconds per step, by resource."""
         chip, c = self.topology.chip, self.config
-        flops = (
-            estimate.hardware_flops(c.model)
-            * self.tokens_per_step
-            / self.topology.devices
-        )
+        flops = estimate.hardware_flops(c.model) * self.tokens_per_step / self.topology.devices
         return {
             "compute": flops / chip.peak_flops,
-            "memory": estimate.memory_traffic(c, self.mesh_shape)
-            / chip.memory_bandwidth,
+            "memory": estimate.memory_traffic(c, self.mesh_shape) / chip.memory_bandwidth,
             "links": self.bytes_sent / chip.interconnect_bandwidth,
         }
 
@@ -110,9 +93,7 @@ class Plan:
             "attention": c.model.attention,
             "memory": self.memory,
             "memory_estimate": self.memory_estimate,
-            "memory_compiled": self.compile_report.peak_bytes
-            if self.compile_report
-            else None,
+            "memory_compiled": self.compile_report.peak_bytes if self.compile_report else None,
             "bytes_sent": self.bytes_sent,
             "largest_gather": self.largest_gather,
             "seconds": self.min_seconds,
@@ -154,18 +135,12 @@ def format_plan(plan: Plan) -> list[str]:
     """Formats a plan as lines of text."""
     c, chip, n = plan.config, plan.topology.chip, plan.topology.devices
     model, rows = c.model, c.data.batch_size
-    names = [
-        f"{a} {s}" for a, s in zip(MESH_AXES, plan.mesh_shape, strict=True) if s > 1
-    ]
+    names = [f"{a} {s}" for a, s in zip(MESH_AXES, plan.mesh_shape, strict=True) if s > 1]
     shape = f", mesh {' x '.join(names)}" if names else ""
     flops = estimate.flops_per_token(model) / 1e9
     causal = estimate.causal_flops_per_token(model) / 1e9
-    micro_batch = (
-        rows // c.train.accumulate // (plan.mesh_shape[0] * plan.mesh_shape[1])
-    )
-    parts = " + ".join(
-        f"{name} {format_bytes(size)}" for name, size in plan.memory.items()
-    )
+    micro_batch = rows // c.train.accumulate // (plan.mesh_shape[0] * plan.mesh_shape[1])
+    parts = " + ".join(f"{name} {format_bytes(size)}" for name, size in plan.memory.items())
     sent = " + ".join(
         f"{name} {format_bytes(size)}" for name, size in plan.collective_bytes.items()
     )
@@ -212,9 +187,7 @@ def time_message(plan: Plan) -> str:
     rate = plan.tokens_per_step / min_step_seconds
     mfu = rate * estimate.flops_per_token(plan.config.model)
     mfu /= plan.topology.chip.peak_flops * plan.topology.devices
-    details = ", ".join(
-        f"{name} {value * 1e3:,.3g} ms" for name, value in parts.items()
-    )
+    details = ", ".join(f"{name} {value * 1e3:,.3g} ms" for name, value in parts.items())
     return (
         f"time     at least {min_step_seconds * 1e3:,.3g} ms per step ({details}, at "
         f"peak rates): at most {format_number(rate)} tokens/s, {mfu:.0%} MFU"
@@ -250,9 +223,7 @@ def suggest_fix(plan: Plan) -> str:
     candidates = {
         "--train.accumulate 0": c,
         "--train.accumulate 0 --model.remat full": remat,
-        "--train.accumulate 0 --mesh.data 1 --mesh.fsdp -1": dataclasses.replace(
-            c, mesh=mesh
-        ),
+        "--train.accumulate 0 --mesh.data 1 --mesh.fsdp -1": dataclasses.replace(c, mesh=mesh),
         "--train.accumulate 0 --model.remat full --mesh.data 1 --mesh.fsdp -1": (
             dataclasses.replace(remat, mesh=mesh)
         ),
@@ -281,16 +252,11 @@ def compare_with_profile(plan: Plan, run_dir: Path, log: Callable[[str], None]) 
     log(f"measured {format_number(rate)} tokens/s (median of {len(rates) - 1})")
     if plan.topology.chip.memory:
         max_rate = plan.tokens_per_step / min_step_seconds
-        log(
-            f"planned  at most {format_number(max_rate)}; measured "
-            f"{rate / max_rate:.0%} of it"
-        )
+        log(f"planned  at most {format_number(max_rate)}; measured {rate / max_rate:.0%} of it")
     for event in events:
         if event["event"] == "compile" and event.get("temporaries"):
             temporaries = event["temporaries"]
-            state = sum(
-                v for k, v in plan.memory.items() if k in estimate.TRAIN_STATE_PARTS
-            )
+            state = sum(v for k, v in plan.memory.items() if k in estimate.TRAIN_STATE_PARTS)
             temp_estimate = plan.memory_estimate - state
             log(
                 f"memory   {format_bytes(temporaries)} of temporaries in the run, "

@@ -14,9 +14,7 @@ TRAIN_STYLE = {"color": BLUE, "marker": "o", "markersize": 3}
 VALIDATION_STYLE = {"color": ORANGE, "linestyle": "-.", "marker": "o", "markersize": 3}
 
 
-def loss_figure(
-    events: Sequence[Event], units_per_step: int, unit: str = "token"
-) -> Figure:
+def loss_figure(events: Sequence[Event], units_per_step: int, unit: str = "token") -> Figure:
     """Training and validation loss over steps, with tokens seen as a second axis.
 
     Args:
@@ -48,11 +46,7 @@ def loss_figure(
 def add_tokens_axis(axes: Any, units_per_step: int, unit: str) -> None:
     """Adds a top axis with the number of units seen."""
     top_axis = axes.secondary_xaxis(
-        "top",
-        functions=(
-            lambda step: step * units_per_step,
-            lambda seen: seen / units_per_step,
-        ),
+        "top", functions=(lambda step: step * units_per_step, lambda seen: seen / units_per_step)
     )
     top_axis.set_xlabel(f"{unit}s seen")
     top_axis.xaxis.set_major_formatter(lambda value, _: format_number(value))

@@ -88,9 +88,7 @@ def attention_figure(model: Model, text: str, layer: int) -> Figure:
     return attention_panels(weight_HTS, labels, title)
 
 
-def attention_panels(
-    weight_HTS: np.ndarray, labels: Sequence[str], title: str
-) -> Figure:
+def attention_panels(weight_HTS: np.ndarray, labels: Sequence[str], title: str) -> Figure:
     """Plots a grid of heat maps with labels on the left and at the bottom."""
     heads, size, top, gap = len(weight_HTS), 7.5, 35.0, 18.0  # points
     margin = 0.602 * size * max(map(width_in_cells, labels)) + 6
@@ -116,9 +114,7 @@ def attention_panels(
         axes.imshow(weight_TS, cmap="Blues", vmin=0, vmax=1)
         axes.set_title(f"head {head}", fontsize=9, pad=3)
         is_bottom_row, positions = head + columns >= heads, range(len(labels))
-        axes.set_xticks(
-            positions, labels if is_bottom_row else [], rotation=90, **text_style
-        )
+        axes.set_xticks(positions, labels if is_bottom_row else [], rotation=90, **text_style)
         axes.set_yticks(positions, [] if column else labels, **text_style)
         axes.tick_params(length=0, pad=2)
     add_colorbar(figure, ScalarMappable(Normalize(0, 1), "Blues"), "attention weight")
@@ -236,10 +232,7 @@ def top_tokens(
 
 @functools.partial(jax.jit, static_argnums=0)
 def last_token_logits(
-    config: GPTConfig,
-    params: Params,
-    token_BT: Int[Array, "B T"],
-    length_B: Int[Array, " B"],
+    config: GPTConfig, params: Params, token_BT: Int[Array, "B T"], length_B: Int[Array, " B"]
 ) -> Float[Array, "B V"]:
     """Computes the logits of the token after the first `length_B` of each row."""
     x_BTD, _ = hidden_states(config, params, token_BT)
@@ -278,9 +271,7 @@ def next_token_figure(
     if groups > len(colors):
         colors = colormaps["cividis"](np.linspace(0, 0.9, groups))
     bar_height = 0.8 / groups
-    for n, (t, tokens) in enumerate(
-        zip(temperatures, tokens_by_temperature, strict=True)
-    ):
+    for n, (t, tokens) in enumerate(zip(temperatures, tokens_by_temperature, strict=True)):
         probs = [prob for _, prob in tokens]
         positions = np.arange(len(probs)) + (n - (groups - 1) / 2) * bar_height
         bars = axes.barh(positions, probs, bar_height, color=colors[n])
@@ -288,10 +279,7 @@ def next_token_figure(
         bar_labels = [f"{prob:.1%}" if prob >= 5e-4 else "<0.1%" for prob in probs]
         axes.bar_label(bars, bar_labels, padding=3, fontsize=9 if groups == 1 else 8)
     axes.set_yticks(
-        *(range(len(labels)), labels),
-        parse_math=False,
-        fontfamily=FONT_FAMILIES,
-        fontsize=10,
+        *(range(len(labels)), labels), parse_math=False, fontfamily=FONT_FAMILIES, fontsize=10
     )
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
@@ -301,9 +289,7 @@ def next_token_figure(
     title = f"after {ellipsis}{to_drawable(prompt[-MAX_TITLE_CHARS:])}"
     figure.suptitle(title, fontsize=10, parse_math=False, fontfamily=FONT_FAMILIES)
     if groups > 1:
-        figure.legend(
-            loc="outside lower center", ncols=min(groups, 3), frameon=False, fontsize=9
-        )
+        figure.legend(loc="outside lower center", ncols=min(groups, 3), frameon=False, fontsize=9)
     return figure
 
 
@@ -335,9 +321,7 @@ def loss_mask_figure(preview: Preview, row: int = 0) -> Figure:
         ),
         segment_box(TokenSegment("end token", [], "context", True)),
     ]
-    boxes = [
-        segment_box(segment) for segment in token_segments(preview.tokenizer, example)
-    ]
+    boxes = [segment_box(segment) for segment in token_segments(preview.tokenizer, example)]
     return token_box_figure(boxes, title, legend)
 
 
@@ -361,11 +345,7 @@ def tokenization_figure(tokenizer: Tokenizer, text: str) -> Figure:
     """
     ids = encode_nonempty(tokenizer, text)
     boxes = [
-        Box(
-            part_text,
-            (PALE_BLUE, PALE_ORANGE)[n % 2],
-            note=" ".join(map(str, token_ids)),
-        )
+        Box(part_text, (PALE_BLUE, PALE_ORANGE)[n % 2], note=" ".join(map(str, token_ids)))
         for n, (part_text, token_ids) in enumerate(tokenizer.iter_characters(ids))
     ]
     return token_box_figure(boxes, f"{len(ids):,} tokens, {len(text.encode()):,} bytes")
@@ -415,18 +395,14 @@ def sharding_figure(arrays: Mapping[str, Array], device: int = 0) -> Figure:
         raise ConfigError("there are no arrays to plot. Pass {title: array}.")
     columns = min(len(arrays), 2)
     rows = -(-len(arrays) // columns)
-    figure = Figure(
-        (FIGURE_WIDTH / 72, 1.9 * rows + 0.4), dpi=144, layout="constrained"
-    )
+    figure = Figure((FIGURE_WIDTH / 72, 1.9 * rows + 0.4), dpi=144, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for axes, (title, x) in zip(panels, arrays.items(), strict=False):
         plot_shards(axes, x, device)
         axes.set_title(f"{title}\n{list(x.shape)}", fontsize=9, parse_math=False)
     for axes in list(panels)[len(arrays) :]:
         axes.set_axis_off()
-    figure.suptitle(
-        f"ids of the devices of each shard; blue: device {device}", fontsize=10
-    )
+    figure.suptitle(f"ids of the devices of each shard; blue: device {device}", fontsize=10)
     return figure
 
 
@@ -434,16 +410,12 @@ def plot_shards(axes: Any, x: Array, device: int) -> None:
     """Plots the shards of an array as cells with device ids, rows and columns."""
     devices_by_start: dict[tuple[int, ...], list[int]] = {}
     for holder, index in x.sharding.devices_indices_map(x.shape).items():
-        start = tuple(
-            part.indices(size)[0] for part, size in zip(index, x.shape, strict=True)
-        )
+        start = tuple(part.indices(size)[0] for part, size in zip(index, x.shape, strict=True))
         devices_by_start.setdefault(start, []).append(holder.id)
     starts = [sorted(set(axis)) for axis in zip(*devices_by_start, strict=True)]
     sharded = [axis for axis, values in enumerate(starts) if len(values) > 1]
     if len(sharded) > 2:
-        raise ConfigError(
-            f"array sharded along {len(sharded)} axes. Pass arrays with at most two."
-        )
+        raise ConfigError(f"array sharded along {len(sharded)} axes. Pass arrays with at most two.")
     # Rows, then columns; unsharded axes fill up, the last ones first.
     unsharded = [axis for axis in reversed(range(x.ndim)) if axis not in sharded]
     shown = sorted([*sharded, *unsharded][:2])
@@ -452,9 +424,7 @@ def plot_shards(axes: Any, x: Array, device: int) -> None:
         cell = [starts[axis].index(start[axis]) for axis in shown]
         row, column = [0] * (2 - len(cell)) + cell
         fill = PALE_BLUE if device in ids else PALE_GREY
-        axes.add_patch(
-            Rectangle((column, row), 1, 1, facecolor=fill, edgecolor="white")
-        )
+        axes.add_patch(Rectangle((column, row), 1, 1, facecolor=fill, edgecolor="white"))
         lines = textwrap.wrap(" ".join(map(str, sorted(ids))), max(3, 24 // counts[1]))
         axes.text(column + 0.5, row + 0.5, "\n".join(lines), ha="center", va="center")
     axes.set(xlim=(0, counts[1]), ylim=(counts[0], 0), xticks=[], yticks=[])

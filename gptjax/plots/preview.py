@@ -15,12 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from gptjax.data.conversations import Conversation, read_conversations
-from gptjax.data.sft import (
-    TRAIN_ON_ALL,
-    TRAIN_ON_COMPLETIONS,
-    encode_segments,
-    truncate_left,
-)
+from gptjax.data.sft import TRAIN_ON_ALL, TRAIN_ON_COMPLETIONS, encode_segments, truncate_left
 from gptjax.errors import ConfigError
 from gptjax.inference.label_file import atomic_write
 from gptjax.runtime.terminal import sanitize
@@ -30,19 +25,11 @@ from gptjax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 TokenState = Literal["trained", "context", "truncated"]  # role of a token in training
 
 # Parameters of ANSI's SGR sequence.
-ANSI_CODES: dict[TokenState, str] = {
-    "trained": "32;4",
-    "context": "2",
-    "truncated": "2;9",
-}
+ANSI_CODES: dict[TokenState, str] = {"trained": "32;4", "context": "2", "truncated": "2;9"}
 STATE_MARKS: dict[TokenState, str] = {"trained": "⟦⟧", "context": "", "truncated": "⟪⟫"}
 # Marks that occur in the data.
 REPLACED_MARKS = dict.fromkeys(map(ord, "⟦⟧⟪⟫"), "\ufffd")
-HTML_TAGS: dict[TokenState, str] = {
-    "trained": "mark",
-    "context": "span",
-    "truncated": "s",
-}
+HTML_TAGS: dict[TokenState, str] = {"trained": "mark", "context": "span", "truncated": "s"}
 MAX_SOURCE_ROW_CHARS = 1_500  # longest excerpt of a source row
 BIN_WIDTH_PREFIXES = (*(10, 12, 15, 20, 25), *(30, 40, 50, 60, 80))  # leading digits
 BIN_WIDTHS = [*range(1, 7), 8]
@@ -94,9 +81,7 @@ class Preview:
     @property
     def num_tokens(self) -> int:
         """Number of tokens in training, whether in the loss or not."""
-        return sum(
-            len(row.ids) - row.num_truncated for row in self.rows if not row.dropped
-        )
+        return sum(len(row.ids) - row.num_truncated for row in self.rows if not row.dropped)
 
     @property
     def lengths(self) -> list[int]:
@@ -204,23 +189,13 @@ def render_terminal(preview: Preview, max_rows: int, color: bool, width: int) ->
     legend = " ".join(colorize(state, state, False, color) for state in ANSI_CODES)
     lines = [sanitize(preview.format_description), sanitize(preview.settings), legend]
     for number, row in enumerate(preview.rows[:max_rows], 1):
-        lines += [
-            "",
-            format_row_title(preview, number),
-            sanitize(format_source_row(row)),
-            "",
-        ]
+        lines += ["", format_row_title(preview, number), sanitize(format_source_row(row)), ""]
         lines += [
             render_example(preview.tokenizer, row, color),
             "",
             format_row_status(preview, row),
         ]
-    lines += [
-        "",
-        *format_preview_summary(preview),
-        "",
-        *render_histogram(preview, width),
-    ]
+    lines += ["", *format_preview_summary(preview), "", *render_histogram(preview, width)]
     return "\n".join(lines)
 
 
@@ -229,9 +204,7 @@ def render_example(tokenizer: Tokenizer, row: PreviewRow, color: bool) -> str:
     segments = token_segments(tokenizer, row)
     return "".join(
         colorize("".join(part.text for part in run), state, end, color)
-        for (state, end), run in groupby(
-            segments, lambda x: (x.state, x.is_eot and color)
-        )
+        for (state, end), run in groupby(segments, lambda x: (x.state, x.is_eot and color))
     )
 
 
@@ -270,9 +243,7 @@ def format_row_status(preview: Preview, row: PreviewRow) -> str:
     line = f"tokens: {len(row.ids):,}, trained: {sum(row.loss_mask):,}, ends: {ends:,}"
     if row.dropped:
         return f"{line}; dropped: the last answer exceeds {preview.max_length:,} tokens"
-    why = (
-        f"; the first {row.num_truncated:,} are truncated to fit {preview.max_length:,}"
-    )
+    why = f"; the first {row.num_truncated:,} are truncated to fit {preview.max_length:,}"
     return line + why * (row.num_truncated > 0)
 
 
@@ -284,8 +255,7 @@ def format_preview_summary(preview: Preview) -> list[str]:
         f"rows     {len(lengths):,}; truncated from the left: "
         f"{preview.num_truncated:,}, dropped because the last answer is too long: "
         f"{preview.num_dropped:,}",
-        f"tokens   {tokens:,} after truncation, trained: "
-        f"{preview.num_trained:,}{share}",
+        f"tokens   {tokens:,} after truncation, trained: {preview.num_trained:,}{share}",
         f"lengths  {min(lengths):,} to {max(lengths):,} tokens, median "
         f"{statistics.median(lengths):,.0f}; limit {preview.max_length:,}: the context "
         "and one more target",
@@ -338,14 +308,10 @@ def render_histogram(preview: Preview, width: int) -> list[str]:
     limit_mark = f"  <- limit {preview.max_length:,}"
     label_width = max(len(one.label) for one in hist_bins)
     max_count = max(one.count for one in hist_bins)
-    bar_width = max(
-        8, width - label_width - len(f"{max_count:,}") - len(limit_mark) - 3
-    )
+    bar_width = max(8, width - label_width - len(f"{max_count:,}") - len(limit_mark) - 3)
     lines = ["tokens   rows"]
     for one in hist_bins:
-        full_blocks, rest = divmod(
-            max(8 * bar_width * one.count // max_count, one.count > 0), 8
-        )
+        full_blocks, rest = divmod(max(8 * bar_width * one.count // max_count, one.count > 0), 8)
         bar = "█" * full_blocks + BAR_EIGHTHS[rest]
         line = f"{one.label:>{label_width}} {bar} {one.count:,}"
         lines.append(line + limit_mark * (one.start <= preview.max_length < one.stop))
@@ -398,8 +364,7 @@ def render_html(preview: Preview, max_rows: int) -> str:
         for number, row in enumerate(preview.rows[:max_rows], 1)
     ]
     about = "\n".join(
-        f"<p>{escape_html(text)}</p>"
-        for text in (preview.format_description, preview.settings)
+        f"<p>{escape_html(text)}</p>" for text in (preview.format_description, preview.settings)
     )
     overall = [
         "<h2>All rows</h2>\n<pre>",

@@ -52,9 +52,7 @@ def write_samples(
     write_figures(run_dir, tokens_per_step)
     events = read_events(run_dir / "metrics.jsonl")
     evals = {
-        f"{event['step']} {event['split']}": {
-            n: event[n] for n in METRIC_NAMES if n in event
-        }
+        f"{event['step']} {event['split']}": {n: event[n] for n in METRIC_NAMES if n in event}
         for event in events
         if event["event"] == "eval"
     }
@@ -125,9 +123,7 @@ def accuracy_figure(events: Sequence[Event], examples_per_step: int) -> Figure:
     return figure
 
 
-def confusion_figure(
-    confusion_CC: Int[np.ndarray, "C C"], class_names: Sequence[str]
-) -> Figure:
+def confusion_figure(confusion_CC: Int[np.ndarray, "C C"], class_names: Sequence[str]) -> Figure:
     """Plots a confusion matrix; color is the fraction of the true class (row)."""
     classes = len(class_names)
     side = min(max(5.0, 2.6 + 0.42 * classes), 16.0)  # inches
@@ -148,9 +144,7 @@ def confusion_figure(
         if share_CC[row, column] > 0.5:
             color = "white"
         text = str(count) if count < 10_000 else format_number(int(count))
-        axes.text(
-            column, row, text, color=color, fontsize=size, ha="center", va="center"
-        )
+        axes.text(column, row, text, color=color, fontsize=size, ha="center", va="center")
     bar = figure.colorbar(image, shrink=0.8, label="share of the true class")
     bar.outline.set_visible(False)
     return figure
@@ -189,9 +183,7 @@ def write_classification_report(
         lines += ["", f"![{name}]({name}.png)"]
     if mistakes:
         lines += ["", "Most confident misclassifications:", ""]
-    for mistake in sorted(mistakes, key=lambda wrong: -wrong.probability)[
-        :MAX_MISTAKES
-    ]:
+    for mistake in sorted(mistakes, key=lambda wrong: -wrong.probability)[:MAX_MISTAKES]:
         lines.append(
             f"- {inline_code(mistake.label)} predicted as "
             f"{inline_code(mistake.predicted)} ({mistake.probability:.3f}): "
@@ -200,26 +192,17 @@ def write_classification_report(
     (run_dir / "report.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
-def per_class_table(
-    confusion_CC: Int[np.ndarray, "C C"], class_names: Sequence[str]
-) -> list[str]:
+def per_class_table(confusion_CC: Int[np.ndarray, "C C"], class_names: Sequence[str]) -> list[str]:
     """Formats precision, recall, F1 and count per class as a Markdown table."""
     metrics = classification_metrics(confusion_CC)
     lines = ["| class | precision | recall | F1 | count |", "|---|" + "---:|" * 4]
     rows = zip(
-        class_names,
-        metrics.precision,
-        metrics.recall,
-        metrics.f1,
-        metrics.count,
-        strict=True,
+        class_names, metrics.precision, metrics.recall, metrics.f1, metrics.count, strict=True
     )
     for name, precision, recall, f1, count in rows:
         # Markdown renderers disagree on how to escape a bar inside a cell.
         cell = inline_code(name).replace("|", "¦")
-        lines.append(
-            f"| {cell} | {precision:.4f} | {recall:.4f} | {f1:.4f} | {count:,} |"
-        )
+        lines.append(f"| {cell} | {precision:.4f} | {recall:.4f} | {f1:.4f} | {count:,} |")
     return lines
 
 

@@ -58,10 +58,7 @@ class PlacedBox(NamedTuple):
 
 
 def token_box_figure(
-    boxes: Sequence[Box],
-    title: str,
-    legend: Sequence[Box] = (),
-    bottom_space: float = 0.0,
+    boxes: Sequence[Box], title: str, legend: Sequence[Box] = (), bottom_space: float = 0.0
 ) -> Figure:
     """Draws boxes in wrapped lines on a figure of matching height.
 
@@ -101,11 +98,7 @@ def layout_boxes(boxes: Iterable[Box]) -> Iterator[PlacedBox]:
     for box_index, box in enumerate(boxes):
         for n, text in enumerate(split_for_width(box.text)):
             note = "" if n else shorten_label(box.note, 40)
-            width = max(
-                1.0,
-                width_in_cells(text),
-                len(note) * NOTE_CHAR_CELLS + 0.6 * bool(note),
-            )
+            width = max(1.0, width_in_cells(text), len(note) * NOTE_CHAR_CELLS + 0.6 * bool(note))
             if column + width > CELLS_PER_LINE:
                 line, column = line + 1, 0.0
             yield PlacedBox(box_index, box, text, note, line, column, width)
@@ -120,21 +113,12 @@ def draw_box(axes: Any, placed_box: PlacedBox, top: float) -> None:
     left = FIGURE_MARGIN + CELL_WIDTH * placed_box.column
     width = CELL_WIDTH * placed_box.width
     axes.add_patch(
-        Rectangle(
-            (left, top),
-            width,
-            BOX_HEIGHT,
-            facecolor=box.fill,
-            edgecolor=EDGE_COLOR,
-            lw=0.6,
-        )
+        Rectangle((left, top), width, BOX_HEIGHT, facecolor=box.fill, edgecolor=EDGE_COLOR, lw=0.6)
     )
     text_style = {"parse_math": False, "fontfamily": FONT_FAMILIES}
     text = placed_box.text.lstrip()  # leading spaces only shift the text
     if text:
-        start = left + CELL_WIDTH * (
-            width_in_cells(placed_box.text) - width_in_cells(text)
-        )
+        start = left + CELL_WIDTH * (width_in_cells(placed_box.text) - width_in_cells(text))
         axes.text(
             start,
             top + BASELINE_OFFSET,
@@ -150,12 +134,7 @@ def draw_box(axes: Any, placed_box: PlacedBox, top: float) -> None:
     if placed_box.note:
         place = left + width / 2, top + BOX_HEIGHT + NOTE_HEIGHT * 0.75
         axes.text(
-            *place,
-            placed_box.note,
-            color=GREY,
-            fontsize=NOTE_FONT_SIZE,
-            ha="center",
-            **text_style,
+            *place, placed_box.note, color=GREY, fontsize=NOTE_FONT_SIZE, ha="center", **text_style
         )
 
 
@@ -164,9 +143,7 @@ def split_for_width(text: str) -> Iterator[str]:
     fragment = ""
     for character in to_drawable(text):
         ended = fragment.endswith(NEWLINE_MARK) and character != NEWLINE_MARK
-        if fragment and (
-            ended or width_in_cells(fragment + character) > CELLS_PER_LINE
-        ):
+        if fragment and (ended or width_in_cells(fragment + character) > CELLS_PER_LINE):
             yield fragment
             fragment = ""
         fragment += character
@@ -180,11 +157,7 @@ def to_drawable(text: str) -> str:
     'one↵⇥two □�'
     """
     visible = sanitize(text).translate(WHITESPACE_MARKS)
-    missing = {
-        c
-        for c in visible
-        if not any(font_has_glyph(family, c) for family in FONT_FAMILIES)
-    }
+    missing = {c for c in visible if not any(font_has_glyph(family, c) for family in FONT_FAMILIES)}
     return "".join(MISSING_GLYPH if c in missing else c for c in visible)
 
 
@@ -221,9 +194,7 @@ def char_width_in_cells(character: str) -> int:
         return 1
     font = get_font(findfont(FONT_FAMILIES[1]))
     font.set_size(FONT_SIZE, 72)
-    return math.ceil(
-        font.load_char(ord(character)).linearHoriAdvance / 65536 / CELL_WIDTH
-    )
+    return math.ceil(font.load_char(ord(character)).linearHoriAdvance / 65536 / CELL_WIDTH)
 
 
 def font_has_glyph(family: str, character: str) -> bool:

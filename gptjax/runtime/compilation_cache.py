@@ -58,11 +58,7 @@ def persistent_cache(cache_dir: Path, log: Callable[[str], None]) -> Iterator[No
             with contextlib.suppress(OSError):
                 write_seals(cache_dir, key)
 
-    with (
-        enable_cache(cache_dir),
-        listen_to_jax_events(on_jax_event),
-        warnings.catch_warnings(),
-    ):
+    with enable_cache(cache_dir), listen_to_jax_events(on_jax_event), warnings.catch_warnings():
         # An entry truncated by another process or a full disk: JAX recompiles.
         message = "Error (reading|writing) persistent compilation cache"
         warnings.filterwarnings("ignore", message)
@@ -107,9 +103,7 @@ def read_seal_key(path: Path) -> bytes:
                 file.write(secrets.token_bytes(SEAL_KEY_BYTES))
     key = path.read_bytes()
     if len(key) != SEAL_KEY_BYTES:
-        raise OSError(
-            f"{path} has {len(key)} bytes instead of {SEAL_KEY_BYTES}; delete it"
-        )
+        raise OSError(f"{path} has {len(key)} bytes instead of {SEAL_KEY_BYTES}; delete it")
     return key
 
 
@@ -134,16 +128,12 @@ def seal_path(path: Path) -> Path:
 def evict_invalid(cache_dir: Path, key: bytes) -> None:
     """Deletes entries with an invalid seal and the oldest above the size limit."""
     free_bytes = MAX_CACHE_BYTES
-    for path in sorted(
-        cache_dir.glob(f"*{ENTRY_SUFFIX}"), key=modified_time, reverse=True
-    ):
+    for path in sorted(cache_dir.glob(f"*{ENTRY_SUFFIX}"), key=modified_time, reverse=True):
         with contextlib.suppress(FileNotFoundError):  # deleted by another process
             seal_file = seal_path(path)
             free_bytes -= path.stat().st_size
             stored_seal = seal_file.read_bytes() if seal_file.exists() else b""
-            if free_bytes < 0 or not hmac.compare_digest(
-                stored_seal, compute_seal(path, key)
-            ):
+            if free_bytes < 0 or not hmac.compare_digest(stored_seal, compute_seal(path, key)):
                 path.unlink()
                 seal_file.unlink(missing_ok=True)
 

@@ -36,9 +36,7 @@ def fast_cpu_requested() -> bool:
 def add_xla_flags(*flags: str) -> None:
     """Adds XLA flags for this process and its children."""
     existing = os.environ.get("XLA_FLAGS", "").split()
-    os.environ["XLA_FLAGS"] = " ".join(
-        [*existing, *(f for f in flags if f not in existing)]
-    )
+    os.environ["XLA_FLAGS"] = " ".join([*existing, *(f for f in flags if f not in existing)])
 
 
 def disable_malloc_trim() -> None:

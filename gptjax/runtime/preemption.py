@@ -60,10 +60,7 @@ def handle_signals(final: bool = False) -> Iterator[Callable[[], bool]]:
         final: the process exits after this block. Signals are then handled even while
             Python is blocked, for example by compilation.
     """
-    if (
-        _active_signal_states
-        or threading.current_thread() is not threading.main_thread()
-    ):
+    if _active_signal_states or threading.current_thread() is not threading.main_thread():
         yield lambda: bool(_active_signal_states and _active_signal_states[0].received)
         return
     state = SignalState()
@@ -98,9 +95,7 @@ def _install_wakeup_fd(state: SignalState) -> Iterator[None]:
     """Handles signals in a thread while the main thread is blocked."""
     read_fd, write_fd = os.pipe()
     os.set_blocking(write_fd, False)
-    thread = threading.Thread(
-        target=_poll_wakeup_fd, args=(read_fd, state), daemon=True
-    )
+    thread = threading.Thread(target=_poll_wakeup_fd, args=(read_fd, state), daemon=True)
     previous_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
     thread.start()
     try:
@@ -159,11 +154,7 @@ def check_interrupted() -> None:
 
 
 # Time and text of the last heartbeat, and the estimated seconds per step.
-last_heartbeat: dict[str, Any] = {
-    "at": -HEARTBEAT_INTERVAL_SECONDS,
-    "text": "",
-    "step": 0.0,
-}
+last_heartbeat: dict[str, Any] = {"at": -HEARTBEAT_INTERVAL_SECONDS, "text": "", "step": 0.0}
 
 
 def heartbeat(step_seconds: float | None = None, long_operation: bool = False) -> None:

@@ -68,12 +68,7 @@ def supervise(
         heartbeat_path = Path(scratch_dir) / "alive"
         while True:
             exit_code, hang_reason = run_child(
-                command,
-                heartbeat_path,
-                min_hang_seconds,
-                received_signals,
-                running,
-                stderr_tail,
+                command, heartbeat_path, min_hang_seconds, received_signals, running, stderr_tail
             )
             if exit_code in FINAL_EXIT_CODES and not hang_reason:
                 return exit_code
@@ -125,9 +120,7 @@ def run_child(
     running.append(child)
     if received_signals:  # received during the start
         child.send_signal(received_signals[-1])
-    reader = threading.Thread(
-        target=tee_stderr, args=(child.stderr, stderr_tail), daemon=True
-    )
+    reader = threading.Thread(target=tee_stderr, args=(child.stderr, stderr_tail), daemon=True)
     reader.start()
     try:
         detector = HangDetector(child.pid, heartbeat_path, min_hang_seconds)
@@ -181,9 +174,7 @@ class HangDetector:
     def timeouts(self) -> tuple[float, float]:
         """Timeouts (s) while the child is idle and while it computes."""
         try:
-            idle_timeout, busy_timeout = map(
-                float, self.heartbeat_path.read_text().split()
-            )
+            idle_timeout, busy_timeout = map(float, self.heartbeat_path.read_text().split())
         except (OSError, ValueError):
             return 0.0, math.inf  # no heartbeat yet: it is loading data
         return idle_timeout, busy_timeout
@@ -218,9 +209,7 @@ def forward_signals(received_signals: list[int], running: list[Any]) -> Iterator
             with contextlib.suppress(ProcessLookupError):
                 child.send_signal(number)
 
-    previous_handlers = {
-        number: signal.signal(number, on_signal) for number in STOP_SIGNALS
-    }
+    previous_handlers = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     try:
         yield
     finally:

@@ -5,9 +5,7 @@ import re
 # Control characters except tab and newline, surrogates, and bidirectional controls.
 # Joiners, variation selectors and tags stay: emoji and Persian need them.
 CONTROL_CHARS = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"
-    "\ud800-\udfff"
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f]"
 )
 
 

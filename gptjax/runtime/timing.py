@@ -83,13 +83,9 @@ class PhaseLogger(logging.Handler):
             return
         self.logged_phases.add(phase)
         if phase == self.final_phase:
-            detail = (
-                f"{self.num_programs} programs, {self.num_cache_hits} from the cache"
-            )
+            detail = f"{self.num_programs} programs, {self.num_cache_hits} from the cache"
             self.log(f"{'compiling':<12}{self.compile_seconds:8.2f} s  {detail}")
-        self.log(
-            f"{phase:<12}{now - self.phase_started - self.phase_compile_seconds:8.2f} s"
-        )
+        self.log(f"{phase:<12}{now - self.phase_started - self.phase_compile_seconds:8.2f} s")
         if phase == self.final_phase:
             self.log(f"{'total':<12}{now - self.started:8.2f} s")
             phase_logger.setLevel(logging.WARNING)  # stops measuring
@@ -97,9 +93,7 @@ class PhaseLogger(logging.Handler):
 
 
 @contextlib.contextmanager
-def log_phases(
-    log: Callable[[str], None], started: float, final_phase: str
-) -> Iterator[None]:
+def log_phases(log: Callable[[str], None], started: float, final_phase: str) -> Iterator[None]:
     """Logs the time of each phase that ends inside the block.
 
     The first phase began at `started`, in the time of `time.perf_counter()`. The final

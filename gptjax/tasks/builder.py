@@ -22,13 +22,7 @@ from gptjax.training.finetune import (
     split_trainable,
 )
 from gptjax.training.optimizer import make_optimizer
-from gptjax.training.task import (
-    EvalResult,
-    RunContext,
-    Task,
-    describe_devices,
-    describe_length,
-)
+from gptjax.training.task import EvalResult, RunContext, Task, describe_devices, describe_length
 from gptjax.training.train_step import TrainState, init_state
 from gptjax.tree import Params, num_params
 from gptjax.weights.load import load
@@ -46,10 +40,7 @@ class TaskStages(NamedTuple):
 
 
 def with_model_config(
-    run: RunContext,
-    init_model: Model | None,
-    tokenizer: Tokenizer,
-    num_classes: int = 0,
+    run: RunContext, init_model: Model | None, tokenizer: Tokenizer, num_classes: int = 0
 ) -> RunContext:
     """Returns the run with the resolved config of its model.
 
@@ -63,9 +54,7 @@ def with_model_config(
     return dataclasses.replace(run, config=dataclasses.replace(run.config, model=model))
 
 
-def make_initial_params(
-    run: RunContext, init_model: Model | None, tokenizer: Tokenizer
-) -> Params:
+def make_initial_params(run: RunContext, init_model: Model | None, tokenizer: Tokenizer) -> Params:
     """Parameters before the first step: the initial model's, or new ones."""
     key = jax.random.key(run.config.train.seed)
     return initial_params(run.config.model, init_model, tokenizer, key)
@@ -126,9 +115,7 @@ def make_finetune_task(
         summary: task-specific parts of the summary.
     """
     config, key = run.config, jax.random.key(run.config.train.seed)
-    trainable_params, frozen_params = shard_tree(
-        split_trainable(config, params, key), run.mesh
-    )
+    trainable_params, frozen_params = shard_tree(split_trainable(config, params, key), run.mesh)
     optimizer = make_optimizer(config.optim, config.train.steps)
 
     def to_model(state: TrainState) -> Model:
@@ -148,11 +135,7 @@ def make_finetune_task(
         tokens_per_step=tokens_per_step,
         provenance=provenance,
         summary=format_finetune_summary(
-            run,
-            summary,
-            batches,
-            num_params(trainable_params),
-            num_params(frozen_params),
+            run, summary, batches, num_params(trainable_params), num_params(frozen_params)
         ),
         frozen_params=(frozen_params,),
         save_best=save_best,
@@ -178,9 +161,7 @@ def format_finetune_summary(
         f"{num_frozen:,} frozen{summary.trained_note}",
         f"step     {config.data.batch_size} {summary.rows} of {lengths} tokens: "
         f"{len(batches.batch_shapes)} compiled shapes",
-        describe_length(
-            config.train.steps, config.train.steps / batches.steps_per_epoch
-        ),
+        describe_length(config.train.steps, config.train.steps / batches.steps_per_epoch),
         describe_devices(run),
     ]
 

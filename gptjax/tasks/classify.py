@@ -7,12 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import RunConfig
-from gptjax.data.classification import (
-    ClassificationBatches,
-    LabeledTexts,
-    read_labeled_texts,
-    take,
-)
+from gptjax.data.classification import ClassificationBatches, LabeledTexts, read_labeled_texts, take
 from gptjax.data.splits import describe_splits, stratified_split
 from gptjax.data.text import TEST_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError
@@ -68,9 +63,7 @@ def load_classification_data(run: RunContext) -> tuple[RunContext, Classificatio
             f"data.batching={c.data.batching!r} is not supported for classification, "
             "which uses one row per text. Remove the option."
         )
-    texts, columns = read_labeled_texts(
-        c.data.source, c.data.text_column, c.data.label_column
-    )
+    texts, columns = read_labeled_texts(c.data.source, c.data.text_column, c.data.label_column)
     rows = stratified_split(
         texts,
         c.data.split_strategy,
@@ -81,9 +74,7 @@ def load_classification_data(run: RunContext) -> tuple[RunContext, Classificatio
         deduplicate=c.data.deduplicate,
     )
     rows = check_validation_split(c, rows, "rows")
-    tokenizer = choose_tokenizer(
-        c.data.tokenizer, init_model, lambda: rows[TRAIN_SPLIT].texts
-    )
+    tokenizer = choose_tokenizer(c.data.tokenizer, init_model, lambda: rows[TRAIN_SPLIT].texts)
     max_length = c.model.context_length
     if init_model is not None:
         max_length = min(max_length, init_model.config.context_length)
@@ -119,12 +110,8 @@ def make_classification_task(run: RunContext, data: ClassificationData) -> Task:
         batches=batches,
         tokens_per_step=sum(map(len, ids)) / len(ids) * config.data.batch_size,
         evaluate=make_classification_evaluate(run, data),
-        make_model=lambda params: Model(
-            config.model, params, tokenizer, data.class_names
-        ),
-        provenance=finetune_provenance(
-            tokenizer, data.init_model, text_label_pairs(data.rows)
-        ),
+        make_model=lambda params: Model(config.model, params, tokenizer, data.class_names),
+        provenance=finetune_provenance(tokenizer, data.init_model, text_label_pairs(data.rows)),
         summary=FinetuneSummary(data.summary_lines, "rows"),
     )
 
@@ -144,32 +131,18 @@ def classification_loss_fn(
     tokens, lengths = batch["tokens"], batch["lengths"]
     dropout_key = key if config.model.dropout else None
     x_BTD, _ = classifier_hidden_states(
-        config.model,
-        params,
-        tokens,
-        lengths,
-        dropout_key=dropout_key,
-        adapters=adapters,
+        config.model, params, tokens, lengths, dropout_key=dropout_key, adapters=adapters
     )
     logit_BC = pool_and_project(config.model, params, x_BTD, lengths)
-    loss_sum, weight = classification_loss(
-        logit_BC, batch["labels"], batch["loss_weights"]
-    )
+    loss_sum, weight = classification_loss(logit_BC, batch["labels"], batch["loss_weights"])
     if config.finetune.lm_loss_weight:
         position_BT = jnp.arange(tokens.shape[1])[None]
-        inside_BT = (position_BT < lengths[:, None] - 1) & (
-            batch["loss_weights"][:, None] > 0
-        )
+        inside_BT = (position_BT < lengths[:, None] - 1) & (batch["loss_weights"][:, None] > 0)
         lm_weight_BT = inside_BT.astype(jnp.float32)
         target_BT = jnp.roll(tokens, -1, axis=1)
         table_VD = unembedding_matrix(config.model, params)
         lm_loss_sum = fused_cross_entropy(
-            config.model,
-            x_BTD,
-            table_VD,
-            target_BT,
-            lm_weight_BT,
-            config.train.loss_chunk_size,
+            config.model, x_BTD, table_VD, target_BT, lm_weight_BT, config.train.loss_chunk_size
         )
         # Mean over tokens, weighted by the number of texts.
         loss_sum += (
@@ -193,9 +166,7 @@ def make_classification_evaluate(
     train_subset = np.linspace(0, last_row, max_train_rows).round().astype(int)
     train_subset = np.unique(train_subset).tolist()
 
-    def evaluate_split(
-        model: Model, split: str, rows: list[int] | None
-    ) -> ClassificationResult:
+    def evaluate_split(model: Model, split: str, rows: list[int] | None) -> ClassificationResult:
         texts, ids = data.rows[split], data.ids[split]
         if rows is not None:
             texts, ids = take(texts, rows), [ids[n] for n in rows]
@@ -242,9 +213,7 @@ def finalize_classification(
     if split == TEST_SPLIT and not any(e.get("split") == TEST_SPLIT for e in events):
         log_event(run.metrics_path, "eval", step, **to_event(TEST_SPLIT, result))
     predicted_N = result.prob_NC.argmax(axis=-1)
-    misclassified = [
-        n for n, label in enumerate(texts.labels) if predicted_N[n] != label
-    ]
+    misclassified = [n for n, label in enumerate(texts.labels) if predicted_N[n] != label]
     misclassified.sort(key=lambda n: -result.prob_NC[n, predicted_N[n]])
     mistakes = [
         Misclassification(
@@ -281,6 +250,4 @@ def majority_baseline(train: LabeledTexts, texts: LabeledTexts) -> str:
     return f"{texts.labels.count(frequent) / len(texts.labels):.4f}"
 
 
-CLASSIFY = TaskStages(
-    load_classification_data, make_classification_task, finalize_classification
-)
+CLASSIFY = TaskStages(load_classification_data, make_classification_task, finalize_classification)

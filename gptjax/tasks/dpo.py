@@ -18,12 +18,7 @@ from jaxtyping import Array, Float
 
 from gptjax.config import RunConfig
 from gptjax.data.conversations import PreferencePair, read_preference_pairs
-from gptjax.data.preference import (
-    CHOSEN,
-    REJECTED,
-    PreferenceBatches,
-    make_preference_batches,
-)
+from gptjax.data.preference import CHOSEN, REJECTED, PreferenceBatches, make_preference_batches
 from gptjax.data.sft import Example, encode_segments, truncate_left
 from gptjax.data.text import TEST_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError, DataError
@@ -129,8 +124,7 @@ def make_dpo_task(run: RunContext, data: DPOData) -> Task:
     num_tokens = sum(len(x.ids) - 1 for pair in batches.pairs for x in pair)
     pairs = {split: part.pairs for split, part in data.batches.items()}
     reference = {
-        split: hash_pytree(part.reference_logprobs)
-        for split, part in data.batches.items()
+        split: hash_pytree(part.reference_logprobs) for split, part in data.batches.items()
     }
     return make_finetune_task(
         run,
@@ -168,9 +162,7 @@ def load_pairs(
     pairs, num_equal, num_too_long = {}, 0, 0
     for name, part in splits.items():
         unequal = [pair for pair in part if pair.chosen != pair.rejected]
-        tokenized = [
-            tokenize_pair(pair, init_model, template, context) for pair in unequal
-        ]
+        tokenized = [tokenize_pair(pair, init_model, template, context) for pair in unequal]
         pairs[name] = [pair for pair in tokenized if pair is not None]
         num_equal += len(part) - len(unequal)
         num_too_long += tokenized.count(None)
@@ -200,9 +192,7 @@ def tokenize_pair(
         # Earlier answers are part of the prompt.
         answer_start, _ = example.answer_spans[-1]
         loss_mask = [on and n >= answer_start for n, on in enumerate(example.loss_mask)]
-        examples.append(
-            truncate_left(example._replace(loss_mask=loss_mask), context + 1)
-        )
+        examples.append(truncate_left(example._replace(loss_mask=loss_mask), context + 1))
     chosen, rejected = examples
     return None if chosen is None or rejected is None else (chosen, rejected)
 
@@ -256,9 +246,7 @@ def dpo_loss(logratio_B2: PerExample, beta: float) -> Float[Array, " B"]:
     >>> print(dpo_loss(jnp.zeros((1, 2)), 0.1)[0])  # ln 2, before the first step
     0.6931472
     """
-    return -jax.nn.log_sigmoid(
-        beta * (logratio_B2[:, CHOSEN] - logratio_B2[:, REJECTED])
-    )
+    return -jax.nn.log_sigmoid(beta * (logratio_B2[:, CHOSEN] - logratio_B2[:, REJECTED]))
 
 
 def dpo_loss_fn(
@@ -266,20 +254,14 @@ def dpo_loss_fn(
 ) -> tuple[Any, Any]:
     """Summed DPO loss of a batch, and its number of pairs."""
     logprob_B2 = answer_logprobs(config, params, batch, key, adapters)
-    loss_B = dpo_loss(
-        logprob_B2 - batch["reference_logprobs"], config.finetune.dpo_beta
-    )
+    loss_B = dpo_loss(logprob_B2 - batch["reference_logprobs"], config.finetune.dpo_beta)
     valid_B = jnp.any(batch["loss_weights"] > 0, axis=(1, 2))
     return jnp.sum(jnp.where(valid_B, loss_B, 0.0)), valid_B.sum().astype(jnp.float32)
 
 
-def evaluate_pairs(
-    config: RunConfig, model: Model, batches: PreferenceBatches
-) -> DPOMetrics:
+def evaluate_pairs(config: RunConfig, model: Model, batches: PreferenceBatches) -> DPOMetrics:
     """Evaluates a model on all pairs of the batches."""
-    logratio_P2 = (
-        sequence_logprobs(config, model.params, batches) - batches.reference_logprobs
-    )
+    logratio_P2 = sequence_logprobs(config, model.params, batches) - batches.reference_logprobs
     reward_P2 = config.finetune.dpo_beta * logratio_P2.astype(np.float64)
     margin_P = reward_P2[:, CHOSEN] - reward_P2[:, REJECTED]
     return DPOMetrics(
@@ -306,14 +288,12 @@ def make_dpo_evaluate(
 
     def evaluate(model: Model, step: int, is_last: bool) -> EvalResult:
         metrics = {
-            split: evaluate_pairs(run.config, model, eval_splits[split])
-            for split in eval_splits
+            split: evaluate_pairs(run.config, model, eval_splits[split]) for split in eval_splits
         }
         validation = metrics[VALIDATION_SPLIT]
         return EvalResult(
             events=[
-                ("eval", {"split": split, **scores._asdict()})
-                for split, scores in metrics.items()
+                ("eval", {"split": split, **scores._asdict()}) for split, scores in metrics.items()
             ],
             text=f"val {validation.loss:.4f} margin {validation.margin:.3f} "
             f"{format_preference_accuracy(validation)}",
@@ -338,9 +318,7 @@ def take_pairs(batches: PreferenceBatches, max_pairs: int) -> PreferenceBatches:
     )
 
 
-def finalize_dpo(
-    run: RunContext, data: DPOData, task: Task, state: TrainState
-) -> Model:
+def finalize_dpo(run: RunContext, data: DPOData, task: Task, state: TrainState) -> Model:
     """Evaluates the best model on the test pairs; writes figures and report.md."""
     model = load_best_model(run)
     split = TEST_SPLIT if TEST_SPLIT in data.batches else VALIDATION_SPLIT
@@ -355,10 +333,7 @@ def finalize_dpo(
         "pairs (chance: 50%)"
     )
     write_samples(
-        run.run_dir,
-        summary=task.summary,
-        result=text,
-        tokens_per_step=round(task.tokens_per_step),
+        run.run_dir, summary=task.summary, result=text, tokens_per_step=round(task.tokens_per_step)
     )
     run.log(f"done     {text}")
     run.log(f"wrote    {run.run_dir}/model (best on validation), report.md, figures")

@@ -17,29 +17,14 @@ from gptjax.inference.generate import complete
 from gptjax.parallel.sharding import local_batch_rows, shard_tree, to_host
 from gptjax.plots.curves import write_figures
 from gptjax.plots.report import write_report
-from gptjax.tasks.builder import (
-    TaskStages,
-    describe_model,
-    make_initial_params,
-    with_model_config,
-)
+from gptjax.tasks.builder import TaskStages, describe_model, make_initial_params, with_model_config
 from gptjax.tokenizer import tokenizer
 from gptjax.training import estimate
-from gptjax.training.finetune import (
-    init_provenance,
-    load_init_model,
-    tokenizer_provenance,
-)
+from gptjax.training.finetune import init_provenance, load_init_model, tokenizer_provenance
 from gptjax.training.loss import make_lm_loss_fn
 from gptjax.training.metrics import format_number, read_events
 from gptjax.training.optimizer import make_optimizer
-from gptjax.training.task import (
-    EvalResult,
-    RunContext,
-    Task,
-    describe_devices,
-    describe_length,
-)
+from gptjax.training.task import EvalResult, RunContext, Task, describe_devices, describe_length
 from gptjax.training.train_step import TrainState, init_state, make_train_step
 from gptjax.weights.load import resolve_model
 from gptjax.weights.model_folder import Model, save
@@ -122,9 +107,7 @@ def make_pretrain_evaluate(
     """Evaluates on held-out text: `train.eval_batches` batches, all at the end."""
     config, held_out = run.config, splits.validation
     isolated = isolate_documents(config.data.batching)
-    eval_step = perplexity.make_eval_step(
-        config.model, config.train.loss_chunk_size, run.mesh
-    )
+    eval_step = perplexity.make_eval_step(config.model, config.train.loss_chunk_size, run.mesh)
 
     def evaluate(state: TrainState, step: int, is_last: bool) -> EvalResult:
         if held_out is None:
@@ -213,9 +196,7 @@ def format_pretrain_summary(run: RunContext, data: TokenizedSplits) -> list[str]
         f"{data.tokenizer.name} tokenizer, {c.vocab_size:,} tokens",
         f"step     {step_shape} = {tokens:,} tokens, "
         f"{format_number(tokens * estimate.flops_per_token(c))} FLOPs",
-        describe_length(
-            train_config.steps, train_config.steps * tokens / len(data.train)
-        ),
+        describe_length(train_config.steps, train_config.steps * tokens / len(data.train)),
         f"memory   about {estimate.format_bytes(sum(memory_parts.values()))} per "
         f"device: {memory_breakdown}",
         f"attention {resolved_config.model.attention}, remat {c.remat}",
@@ -244,9 +225,7 @@ def make_sample(
     return sample
 
 
-def finalize_pretrain(
-    run: RunContext, _data: Any, task: Task, state: TrainState
-) -> Model:
+def finalize_pretrain(run: RunContext, _data: Any, task: Task, state: TrainState) -> Model:
     """Writes model/, figures and report.md, and logs the result."""
     model, num_skipped = task.to_model(state), int(state.num_skipped)
     save(model, run.run_dir / "model")

@@ -34,9 +34,7 @@ def quickstart(run_dir: Path) -> Evaluation:
         GptjaxError: the run folder cannot be used.
         Interrupted: interrupted by a signal; the same call resumes.
     """
-    logger.info(
-        "gptjax quickstart: text -> tokens -> a GPT -> text, all on this machine"
-    )
+    logger.info("gptjax quickstart: text -> tokens -> a GPT -> text, all on this machine")
     logger.info("text     Python's help topics, one tenth held out")
     config = load_config(find_config("quickstart"))
     model = train(config, run_dir)
@@ -57,9 +55,7 @@ def quickstart(run_dir: Path) -> Evaluation:
     logger.info(f"  gptjax generate {run_dir} 'The \"for\" statement'")
     texts = "'for n in range(3):' 'A long story.'"
     logger.info(f"  gptjax classify {run_dir / CLASSIFIER_DIR} {texts}")
-    logger.info(
-        f"  gptjax chat {run_dir / ASSISTANT_DIR}  # then type: planet reversed"
-    )
+    logger.info(f"  gptjax chat {run_dir / ASSISTANT_DIR}  # then type: planet reversed")
     logger.info("  gptjax train tinyshakespeare")
     return result
 
@@ -77,15 +73,11 @@ def compare_classifiers(run_dir: Path, model: Model) -> None:
         CLASSIFIER_DIR: dataclasses.replace(
             config,
             data=dataclasses.replace(config.data, tokenizer=""),
-            finetune=dataclasses.replace(
-                config.finetune, init_from=str(run_dir / "model")
-            ),
+            finetune=dataclasses.replace(config.finetune, init_from=str(run_dir / "model")),
         ),
         f"{CLASSIFIER_DIR}-random": dataclasses.replace(
             config,
-            model=dataclasses.replace(
-                model.config, context_length=config.model.context_length
-            ),
+            model=dataclasses.replace(model.config, context_length=config.model.context_length),
             data=dataclasses.replace(config.data, tokenizer=str(run_dir / "model")),
         ),
     }
@@ -114,20 +106,13 @@ def train_word_assistant(run_dir: Path) -> None:
     """
     logger.info("answers  small tasks on words of the text; test words are held out")
     config = load_config(find_config("instruct/words"))
-    finetune_config = dataclasses.replace(
-        config.finetune, init_from=str(run_dir / "model")
-    )
+    finetune_config = dataclasses.replace(config.finetune, init_from=str(run_dir / "model"))
     config = dataclasses.replace(config, finetune=finetune_config)
     train(config, run_dir / ASSISTANT_DIR)
     events = read_events(run_dir / ASSISTANT_DIR / "metrics.jsonl")
     before, *_, after = [e["tasks"] for e in events if e.get("split") == "test"]
-    rows = {
-        task: {"before": before[task], "after": after[task]} for task in sorted(after)
-    }
-    means = {
-        name: sum(row[name] for row in rows.values()) / len(rows)
-        for name in SCORE_COLUMNS
-    }
+    rows = {task: {"before": before[task], "after": after[task]} for task in sorted(after)}
+    means = {name: sum(row[name] for row in rows.values()) / len(rows) for name in SCORE_COLUMNS}
     for task, row in rows.items():
         logger.info(f"task     {task:<14} {row['before']:.2f} -> {row['after']:.2f}")
     text = (

@@ -63,9 +63,7 @@ class SFTData(NamedTuple):
 
     conversations: dict[str, list[Conversation]]
     examples: dict[str, list[Example]]  # with the loss mask used for training
-    completion_examples: dict[
-        str, list[Example]
-    ]  # the same with completion-only loss masks
+    completion_examples: dict[str, list[Example]]  # the same with completion-only loss masks
     tokenizer: Tokenizer
     chat_template: ChatTemplate
     init_model: Model | None
@@ -74,11 +72,7 @@ class SFTData(NamedTuple):
     @property
     def longest_answer(self) -> int:
         """Tokens of the longest last answer, including its end token."""
-        last = [
-            x.answer_spans[-1]
-            for part in self.completion_examples.values()
-            for x in part
-        ]
+        last = [x.answer_spans[-1] for part in self.completion_examples.values() for x in part]
         return max(stop - start for start, stop in last)
 
 
@@ -94,9 +88,7 @@ def load_sft_data(run: RunContext) -> tuple[RunContext, SFTData]:
     context = c.model.context_length
     if init_model is not None:
         context = min(context, init_model.config.context_length)
-    trained_segments = (
-        TRAIN_ON_COMPLETIONS if c.data.completion_only_loss else TRAIN_ON_ALL
-    )
+    trained_segments = TRAIN_ON_COMPLETIONS if c.data.completion_only_loss else TRAIN_ON_ALL
     if c.data.completion_only_loss and c.data.batching == "book":
         # As in Raschka 2024, exercise 7.2.
         trained_segments = trained_segments | {"header"}
@@ -127,13 +119,7 @@ def load_sft_data(run: RunContext) -> tuple[RunContext, SFTData]:
             f"{num_dropped} dropped (the answer alone does not fit {context} tokens)"
         )
     data = SFTData(
-        conversations,
-        examples,
-        completion_examples,
-        tokenizer,
-        template,
-        init_model,
-        summary_lines,
+        conversations, examples, completion_examples, tokenizer, template, init_model, summary_lines
     )
     return with_model_config(run, init_model, tokenizer), data
 
@@ -187,9 +173,7 @@ def sft_loss_fn(
     )
 
 
-def make_sft_evaluate(
-    run: RunContext, data: SFTData
-) -> Callable[[Model, int, bool], EvalResult]:
+def make_sft_evaluate(run: RunContext, data: SFTData) -> Callable[[Model, int, bool], EvalResult]:
     """Evaluates on validation and some training rows.
 
     The best model has the lowest loss on validation answers. Also generates answers to
@@ -202,9 +186,7 @@ def make_sft_evaluate(
         range(len(data.examples[TRAIN_SPLIT])), run.config.train.eval_batches * 8
     )
     # Else the training loss is that of the answers.
-    has_response_loss = (
-        not data_config.completion_only_loss or data_config.batching == "book"
-    )
+    has_response_loss = not data_config.completion_only_loss or data_config.batching == "book"
 
     def evaluate_split(model: Model, split: str, **values: Any) -> dict[str, Any]:
         all_rows = range(len(data.examples[split]))
@@ -241,9 +223,7 @@ def make_sft_evaluate(
 
 def task_exact_matches(responses: list[ResponseEval]) -> dict[str, dict[str, float]]:
     """Exact match by task, as a field of an event; empty if the data name no tasks."""
-    exact = {
-        task: scores["exact_match"] for task, scores in group_scores(responses).items()
-    }
+    exact = {task: scores["exact_match"] for task, scores in group_scores(responses).items()}
     return {"tasks": exact} if exact else {}
 
 
@@ -253,9 +233,7 @@ def evenly_spaced(items: Sequence[Any], max_items: int) -> list[Any]:
     >>> evenly_spaced("abcdefg", 3), evenly_spaced([], 3)
     (['a', 'd', 'g'], [])
     """
-    chosen = (
-        np.linspace(0, len(items) - 1, min(max_items, len(items))).round().astype(int)
-    )
+    chosen = np.linspace(0, len(items) - 1, min(max_items, len(items))).round().astype(int)
     return [items[n] for n in chosen]
 
 
@@ -265,9 +243,7 @@ def answer_token_limit(model: Model, data: SFTData) -> int:
     return min(data.longest_answer + ANSWER_SLACK, limit)
 
 
-def finalize_sft(
-    run: RunContext, data: SFTData, task: Task, state: TrainState
-) -> Model:
+def finalize_sft(run: RunContext, data: SFTData, task: Task, state: TrainState) -> Model:
     """Evaluates the best model; writes its answers, figures and report.md."""
     model = load_best_model(run)
     split = TEST_SPLIT if TEST_SPLIT in data.examples else VALIDATION_SPLIT
@@ -282,11 +258,7 @@ def finalize_sft(
         if event["event"] == "eval" and event["split"] == split
     ]
     if split == TEST_SPLIT and all(event["step"] != step for event in evaluations):
-        numbers = {
-            "response_loss": result.loss,
-            **scores,
-            **task_exact_matches(responses),
-        }
+        numbers = {"response_loss": result.loss, **scores, **task_exact_matches(responses)}
         log_event(run.metrics_path, "eval", step, split=TEST_SPLIT, **numbers)
     write_rows(to_rows(responses), run.run_dir / "responses.jsonl")
     text = (
@@ -302,15 +274,13 @@ def finalize_sft(
         result=text,
         task_scores=group_scores(responses),
         samples=[
-            (x.conversation.messages, x.response, x.reference)
-            for x in evenly_spaced(responses, 8)
+            (x.conversation.messages, x.response, x.reference) for x in evenly_spaced(responses, 8)
         ],
         tokens_per_step=round(task.tokens_per_step),
     )
     run.log(f"done     {text}")
     run.log(
-        f"wrote    {run.run_dir}/model (best on validation), responses.jsonl, "
-        "report.md, figures"
+        f"wrote    {run.run_dir}/model (best on validation), responses.jsonl, report.md, figures"
     )
     return model
 

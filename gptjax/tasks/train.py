@@ -18,11 +18,7 @@ TASKS = {"pretrain": PRETRAIN, "classify": CLASSIFY, "sft": SFT, "dpo": DPO}
 
 
 def train(
-    config: RunConfig,
-    run_dir: str | Path,
-    *,
-    allow_change: Sequence[str] = (),
-    on_spike: str = "",
+    config: RunConfig, run_dir: str | Path, *, allow_change: Sequence[str] = (), on_spike: str = ""
 ) -> Model:
     """Trains a run and returns its model; resumes if the run exists.
 

@@ -36,9 +36,7 @@ from gptjax.tokenizer.template_worker import (
 CHAT_TEMPLATE_FILE = "chat_template.jinja"  # in a model folder
 MAX_TEMPLATE_CHARS = 100_000  # in a template file
 MARKED_REPLY_PATTERN = re.compile(f"{REPLY_MARK}[^{CLOSE_MARK}]*{CLOSE_MARK}")
-MARKED_TEXT_PATTERN = re.compile(
-    f"[{TEXT_MARK}{REPLY_MARK}]([^{CLOSE_MARK}]*){CLOSE_MARK}"
-)
+MARKED_TEXT_PATTERN = re.compile(f"[{TEXT_MARK}{REPLY_MARK}]([^{CLOSE_MARK}]*){CLOSE_MARK}")
 # <|user|>, </s>, [INST]
 CONTROL_TOKEN_PATTERN = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z]{2,20}\]")
 LINE_BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
@@ -89,10 +87,7 @@ class ChatTemplate:
                     f"after one reply and {quote_rendered(self.suffix)} after others. "
                     "Use the same suffix for all, so that a model learns when to stop."
                 )
-            parts += [
-                *split_header(text[position : reply.start()]),
-                text[reply.start() : end],
-            ]
+            parts += [*split_header(text[position : reply.start()]), text[reply.start() : end]]
             position = end
         rest = text[position:]
         parts += split_header(rest) if add_generation_prompt else [rest]
@@ -108,9 +103,7 @@ class ChatTemplate:
         for index, part in enumerate(text.split(EOT_MARK)):
             if index:
                 yield TemplateSegment(EOT_TEXT, kind, is_eot=True)
-            plain = MARKED_TEXT_PATTERN.sub(
-                lambda match: self.escape_markers(match[1]), part
-            )
+            plain = MARKED_TEXT_PATTERN.sub(lambda match: self.escape_markers(match[1]), part)
             if plain != plain.translate(MARK_REPLACEMENTS):
                 raise ConfigError(
                     "the chat template splits or changes the text of a message, so "
@@ -206,20 +199,14 @@ def compile_template(source: str) -> ChatTemplate:
     # The start of the next turn ends a reply too.
     next_turn = next((t[len(text) :] for t in texts[1:] if t.startswith(text)), "")
     stop_strings += [
-        f"\n{line.rstrip()}"
-        for line in next_turn.split(TEXT_MARK)[0].split("\n")
-        if line
+        f"\n{line.rstrip()}" for line in next_turn.split(TEXT_MARK)[0].split("\n") if line
     ][:1]
     return ChatTemplate(source, suffix, tuple(stop_strings), find_markers(texts))
 
 
 def find_markers(texts: Sequence[str]) -> re.Pattern[str]:
     """Pattern of the template's markers: control tokens and its own lines."""
-    lines = [
-        line
-        for text in texts
-        for line in MARKED_TEXT_PATTERN.sub(EOT_MARK, text).split("\n")
-    ]
+    lines = [line for text in texts for line in MARKED_TEXT_PATTERN.sub(EOT_MARK, text).split("\n")]
     literals = {part.strip() for line in lines for part in line.split(EOT_MARK)} - {""}
     control_tokens = {
         word for literal in literals for word in CONTROL_TOKEN_PATTERN.findall(literal)

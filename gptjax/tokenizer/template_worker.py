@@ -56,9 +56,7 @@ def render_template(
     if source in trusted_sources():
         return render_in_process(source, messages, add_generation_prompt)
     message_dicts = [dict(message) for message in messages]
-    request = json.dumps(
-        [source, message_dicts, add_generation_prompt, MAX_CPU_SECONDS]
-    )
+    request = json.dumps([source, message_dicts, add_generation_prompt, MAX_CPU_SECONDS])
     with WORKER_LOCK:
         reply = send_request(render_worker(os.getpid()), f"{request}\n".encode())
         if not reply.endswith(b"\n"):
@@ -231,13 +229,9 @@ class TemplateSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 def compile_jinja(source: str) -> jinja2.Template:
     """Compiles a template; <|endoftext|> in its source is the end token."""
     sandbox = TemplateSandbox(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[GenerationTag, "jinja2.ext.loopcontrols"],
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
     )
-    return sandbox.from_string(
-        source.translate(MARK_REPLACEMENTS).replace(EOT_TEXT, EOT_MARK)
-    )
+    return sandbox.from_string(source.translate(MARK_REPLACEMENTS).replace(EOT_TEXT, EOT_MARK))
 
 
 if __name__ == "__main__":

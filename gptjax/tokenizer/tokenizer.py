@@ -28,13 +28,7 @@ from jaxtyping import Int32, UInt32
 
 from gptjax.errors import ConfigError, DataError
 from gptjax.fileio import strict_json
-from gptjax.tokenizer.bpe import (
-    MAX_TOKEN_BYTES,
-    SPLIT_PATTERN,
-    encode_utf8,
-    split_merge,
-    train_bpe,
-)
+from gptjax.tokenizer.bpe import MAX_TOKEN_BYTES, SPLIT_PATTERN, encode_utf8, split_merge, train_bpe
 
 ENDOFTEXT = "<|endoftext|>"
 GPT2_MERGES = Path(__file__).parent / "gpt2" / "gpt2-merges.txt"
@@ -80,9 +74,7 @@ class Tokenizer:
             DataError: the text contains a lone surrogate.
         """
         return [
-            i
-            for part in split_long_whitespace(text)
-            for i in self.encoding.encode_ordinary(part)
+            i for part in split_long_whitespace(text) for i in self.encoding.encode_ordinary(part)
         ]
 
     def encode_array(self, text: str) -> UInt32[np.ndarray, " L"]:
@@ -92,10 +84,7 @@ class Tokenizer:
             DataError: the text contains a lone surrogate.
         """
         options: Any = {"disallowed_special": ()}  # encode them as text
-        arrays = [
-            self.encoding.encode_to_numpy(x, **options)
-            for x in split_long_whitespace(text)
-        ]
+        arrays = [self.encoding.encode_to_numpy(x, **options) for x in split_long_whitespace(text)]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
@@ -170,17 +159,11 @@ class Tokenizer:
         ids[ENDOFTEXT] = self.eot_token
         vocab = json.dumps(dict(sorted(ids.items(), key=operator.itemgetter(1))))
         merges = "\n".join([MERGES_HEADER, *derive_merge_lines(self.ranks), ""])
-        special_tokens = dict.fromkeys(
-            ["bos_token", "eos_token", "unk_token"], ENDOFTEXT
-        )
-        config_json = json.dumps(
-            {"tokenizer_class": "GPT2Tokenizer", **special_tokens}, indent=2
-        )
+        special_tokens = dict.fromkeys(["bos_token", "eos_token", "unk_token"], ENDOFTEXT)
+        config_json = json.dumps({"tokenizer_class": "GPT2Tokenizer", **special_tokens}, indent=2)
         (folder / "vocab.json").write_text(vocab, encoding="utf-8")
         (folder / "merges.txt").write_text(merges, encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(
-            config_json + "\n", encoding="utf-8"
-        )
+        (folder / "tokenizer_config.json").write_text(config_json + "\n", encoding="utf-8")
 
 
 def split_long_whitespace(text: str) -> list[str]:
@@ -190,10 +173,7 @@ def split_long_whitespace(text: str) -> list[str]:
         DataError: the text contains a lone surrogate.
     """
     encode_utf8(text)  # tiktoken would silently replace lone surrogates
-    blocks = (
-        text[i : i + MAX_WHITESPACE_RUN]
-        for i in range(0, len(text), MAX_WHITESPACE_RUN)
-    )
+    blocks = (text[i : i + MAX_WHITESPACE_RUN] for i in range(0, len(text), MAX_WHITESPACE_RUN))
     if not any(block.isspace() for block in blocks):
         return [text]
     ends = (match.end() for match in LONG_WHITESPACE_PATTERN.finditer(text))
@@ -238,10 +218,7 @@ def gpt2_tokenizer() -> Tokenizer:
 
 def is_tokenizer_dir(folder: Path) -> bool:
     """True if the folder contains the files of a tokenizer."""
-    exists = [
-        (folder / name).is_file()
-        for name in ("vocab.json", "merges.txt", TOKENIZER_JSON)
-    ]
+    exists = [(folder / name).is_file() for name in ("vocab.json", "merges.txt", TOKENIZER_JSON)]
     return all(exists[:2]) or exists[2]
 
 
@@ -272,9 +249,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str = "") -> To
     return from_merges(name or f"bpe:{vocab_size}", range(256), tokens)
 
 
-def from_merges(
-    name: str, byte_values: Iterable[int], merges: list[bytes]
-) -> Tokenizer:
+def from_merges(name: str, byte_values: Iterable[int], merges: list[bytes]) -> Tokenizer:
     """Numbers the bytes in this order, then the merges, then <|endoftext|>."""
     tokens = [*(bytes([byte]) for byte in byte_values), *merges]
     return Tokenizer(name, {token: i for i, token in enumerate(tokens)}, len(tokens))
@@ -329,9 +304,7 @@ def read_tokenizer_dir(folder: Path) -> Tokenizer:
         vocab_file = merges_file = folder / TOKENIZER_JSON
     try:
         vocab: Any = strict_json.parse_json(_read_text(vocab_file))
-        vocab, actual_merges = (
-            parse_tokenizer_json(vocab) if is_single_file else (vocab, [])
-        )
+        vocab, actual_merges = parse_tokenizer_json(vocab) if is_single_file else (vocab, [])
         ids = validate_vocab(vocab)
         eot_token = ids.pop(ENDOFTEXT)
         ranks = vocab_to_ranks(ids)
@@ -367,9 +340,7 @@ def parse_tokenizer_json(data: Any) -> tuple[Any, list[str]]:
             "model": {"type": "BPE", "vocab": dict(ids), "merges": list(merges)},
             **rest,
         } if not split.get("add_prefix_space") and not rest.get("normalizer"):
-            added_tokens = {
-                token["content"]: token["id"] for token in rest["added_tokens"]
-            }
+            added_tokens = {token["content"]: token["id"] for token in rest["added_tokens"]}
             merge_lines = [m if isinstance(m, str) else " ".join(m) for m in merges]
             return ids | added_tokens, merge_lines
     raise DataError("not a byte-level BPE like GPT-2's")
@@ -378,8 +349,7 @@ def parse_tokenizer_json(data: Any) -> tuple[Any, list[str]]:
 def invalid_tokenizer_file(file: Path, reason: Any) -> DataError:
     """Error for an invalid tokenizer file."""
     return DataError(
-        f"invalid tokenizer file {file}: {reason}. Copy the folder again, or use "
-        "another tokenizer."
+        f"invalid tokenizer file {file}: {reason}. Copy the folder again, or use another tokenizer."
     )
 
 
@@ -412,8 +382,7 @@ def vocab_to_ranks(vocab: Mapping[str, int]) -> dict[bytes, int]:
     for token, token_id in vocab.items():
         if not 0 < len(token) <= MAX_TOKEN_BYTES:
             raise DataError(
-                f"token {token_id} is {len(token)} bytes long, not 1 to "
-                f"{MAX_TOKEN_BYTES}"
+                f"token {token_id} is {len(token)} bytes long, not 1 to {MAX_TOKEN_BYTES}"
             )
         try:
             ranks[bytes(map(CHAR_TO_BYTE.__getitem__, token))] = token_id

@@ -17,10 +17,7 @@ from gptjax.training.hardware import chip_from_device
 from gptjax.tree import num_params
 
 USABLE_MEMORY_FRACTION = 0.95  # fraction of a device's memory that a plan may use
-TRAIN_STATE_PARTS = (
-    "parameters",
-    "AdamW moments",
-)  # parts of memory in use between steps
+TRAIN_STATE_PARTS = ("parameters", "AdamW moments")  # parts of memory in use between steps
 SINGLE_DEVICE_MESH = (1, 1, 1)
 
 
@@ -108,31 +105,19 @@ def memory_bytes(
     local_params = total_params // (fsdp * tensor)
     table_size = c.padded_vocab_size * c.d_model
     all_bytes, matmul_bytes = activation_bytes(c, itemsize, tensor)
-    saved_bytes = {
-        "none": all_bytes,
-        "dots": matmul_bytes,
-        "full": c.d_model * itemsize,
-    }[c.remat]
-    recomputed_bytes = (
-        0 if c.remat == "none" else all_bytes // 2
-    )  # of the layer being recomputed
-    chunk = (
-        tokens * min(config.train.loss_chunk_size, c.context_length) // c.context_length
-    )
+    saved_bytes = {"none": all_bytes, "dots": matmul_bytes, "full": c.d_model * itemsize}[c.remat]
+    recomputed_bytes = 0 if c.remat == "none" else all_bytes // 2  # of the layer being recomputed
+    chunk = tokens * min(config.train.loss_chunk_size, c.context_length) // c.context_length
     parts = {
         "parameters": 4 * local_params,
         "AdamW moments": 8 * local_params,
         "gradients": (4 if config.train.accumulate == 1 else 8) * local_params,
         "activations": tokens * (c.n_layers * saved_bytes + recomputed_bytes),
         "logits": 2 * 4 * chunk * c.padded_vocab_size // tensor,
-        "vocabulary": (4 + itemsize)
-        * table_size
-        // tensor,  # gathered copy and its gradient
+        "vocabulary": (4 + itemsize) * table_size // tensor,  # gathered copy and its gradient
     }
     if itemsize < 4:
-        parts[f"{c.dtype} copy"] = itemsize * (
-            local_params - table_size // (fsdp * tensor)
-        )
+        parts[f"{c.dtype} copy"] = itemsize * (local_params - table_size // (fsdp * tensor))
     return parts
 
 
@@ -146,17 +131,13 @@ def activation_bytes(config: GPTConfig, itemsize: int, tensor: int) -> tuple[int
     """
     features, heads, hidden = config.d_model, 4 * config.d_model, config.mlp_dim
     matmul_bytes = itemsize * (4 * features + (heads + hidden) // tensor)
-    all_bytes = (6 * 4 + 4 * itemsize) * features + itemsize * (
-        heads + 7 * hidden
-    ) // tensor
+    all_bytes = (6 * 4 + 4 * itemsize) * features + itemsize * (heads + 7 * hidden) // tensor
     if config.attention in ("reference", "chunked", "xla"):
         all_bytes += config.n_heads * config.context_length * (4 + itemsize) // tensor
     return all_bytes, matmul_bytes
 
 
-def memory_traffic(
-    config: RunConfig, mesh_shape: Sequence[int] = SINGLE_DEVICE_MESH
-) -> int:
+def memory_traffic(config: RunConfig, mesh_shape: Sequence[int] = SINGLE_DEVICE_MESH) -> int:
     """Returns a lower bound on the bytes of memory traffic per device and step.
 
     Weights are read three times per micro-batch; saved activations are written and

@@ -17,11 +17,7 @@ from gptjax.data.text import VALIDATION_SPLIT
 from gptjax.errors import ConfigError
 from gptjax.model.gpt import init
 from gptjax.model.lora import Adapters, init_adapters, merge_adapters, scale_adapters
-from gptjax.tokenizer.chat_template import (
-    ChatTemplate,
-    compile_template,
-    load_chat_template,
-)
+from gptjax.tokenizer.chat_template import ChatTemplate, compile_template, load_chat_template
 from gptjax.tokenizer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from gptjax.training import run_dir
 from gptjax.training.train_step import make_train_step
@@ -30,15 +26,7 @@ from gptjax.weights.load import load
 from gptjax.weights.model_folder import Model, save, save_adapters
 
 # GPTConfig fields that a run may override in the model it starts from.
-OVERRIDABLE_FIELDS = (
-    "dropout",
-    "causal",
-    "head_bias",
-    "pool",
-    "dtype",
-    "attention",
-    "remat",
-)
+OVERRIDABLE_FIELDS = ("dropout", "causal", "head_bias", "pool", "dtype", "attention", "remat")
 # On CPU: same values, half the compile time. Initialization runs only once.
 FAST_COMPILE_OPTIONS = {"xla_backend_optimization_level": 1}
 
@@ -113,10 +101,7 @@ def choose_tokenizer(
 
 
 def resolve_model_config(
-    config: GPTConfig,
-    init_model: Model | None,
-    tokenizer: Tokenizer,
-    num_classes: int = 0,
+    config: GPTConfig, init_model: Model | None, tokenizer: Tokenizer, num_classes: int = 0
 ) -> GPTConfig:
     """Model config: the initial model's, with task overrides.
 
@@ -146,10 +131,7 @@ def resolve_model_config(
 
 
 def initial_params(
-    config: GPTConfig,
-    init_model: Model | None,
-    tokenizer: Tokenizer,
-    key: Key[Array, ""],
+    config: GPTConfig, init_model: Model | None, tokenizer: Tokenizer, key: Key[Array, ""]
 ) -> Params:
     """New parameters, or the initial model's with a new classifier head if needed.
 
@@ -166,12 +148,8 @@ def initial_params(
     new_params = jax.jit(lambda key: init(config, key), compiler_options=options)(key)
     if init_model is None:
         return new_params
-    params: Params = {
-        n: init_model.params[n] for n in new_params if n in init_model.params
-    }
-    table = init_model.params["position_embedding"]["embedding"][
-        : config.context_length
-    ]
+    params: Params = {n: init_model.params[n] for n in new_params if n in init_model.params}
+    table = init_model.params["position_embedding"]["embedding"][: config.context_length]
     params["position_embedding"] = {"embedding": table}
     if config.n_classes:
         params["head"] = new_params["head"]
@@ -179,9 +157,7 @@ def initial_params(
         for name in {"token_embedding", "output_embedding"} & set(params):
             table_VD = np.array(new_params[name]["embedding"])
             new_ids, old_ids = shared_token_ids(tokenizer, init_model.tokenizer)
-            table_VD[new_ids] = np.asarray(init_model.params[name]["embedding"])[
-                old_ids
-            ]
+            table_VD[new_ids] = np.asarray(init_model.params[name]["embedding"])[old_ids]
             params[name] = {"embedding": jnp.asarray(table_VD)}
     return params
 
@@ -220,11 +196,7 @@ def finetune_provenance(
         template: chat template of the conversations.
     """
     data = {split: run_dir.hash_rows(part) for split, part in rows.items()}
-    provenance = {
-        "data": data,
-        **tokenizer_provenance(tokenizer),
-        **init_provenance(init_model),
-    }
+    provenance = {"data": data, **tokenizer_provenance(tokenizer), **init_provenance(init_model)}
     if template:
         provenance["template"] = run_dir.hash_text(template.source)
     return provenance
@@ -270,14 +242,10 @@ def split_trainable(
         key: initializes new adapters.
     """
     num_layers, patterns = TRAINABLE_RULES[config.finetune.trainable]
-    trainable_params, frozen_params = partition(
-        split_last_layers(params, num_layers), patterns
-    )
+    trainable_params, frozen_params = partition(split_last_layers(params, num_layers), patterns)
     if config.finetune.trainable == "lora":
         targets, rank = config.finetune.lora_targets, config.finetune.lora_rank
-        trainable_params["adapters"] = init_adapters(
-            config.model, params, targets, rank, key
-        )
+        trainable_params["adapters"] = init_adapters(config.model, params, targets, rank, key)
     return trainable_params, frozen_params
 
 
@@ -285,14 +253,10 @@ def combine_params(
     config: RunConfig, trainable_params: Params, frozen_params: Params
 ) -> tuple[Params, Adapters | None]:
     """Parameters as `gptjax.hidden_states` takes them, and the scaled adapters."""
-    model_params = {
-        name: leaf for name, leaf in trainable_params.items() if name != "adapters"
-    }
+    model_params = {name: leaf for name, leaf in trainable_params.items() if name != "adapters"}
     adapters = trainable_params.get("adapters")
     if adapters is not None:
-        adapters = scale_adapters(
-            adapters, config.finetune.lora_alpha / config.finetune.lora_rank
-        )
+        adapters = scale_adapters(adapters, config.finetune.lora_alpha / config.finetune.lora_rank)
     return combine(frozen_params, model_params), adapters
 
 
@@ -303,13 +267,9 @@ def split_last_layers(params: Params, num_layers: int) -> Params:
     rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
     n_layers = jax.tree.leaves(params["blocks"])[0].shape[0]
     num_remaining = n_layers - min(num_layers, n_layers)
-    parts: Any = {
-        "tail": jax.tree.map(lambda leaf: leaf[num_remaining:], params["blocks"])
-    }
+    parts: Any = {"tail": jax.tree.map(lambda leaf: leaf[num_remaining:], params["blocks"])}
     if num_remaining:
-        parts["blocks"] = jax.tree.map(
-            lambda leaf: leaf[:num_remaining], params["blocks"]
-        )
+        parts["blocks"] = jax.tree.map(lambda leaf: leaf[:num_remaining], params["blocks"])
     return rest | parts
 
 
@@ -325,9 +285,7 @@ def merge_last_layers(params: Params) -> Params:
     return rest | {"blocks": blocks}
 
 
-def full_params(
-    config: RunConfig, trainable_params: Params, frozen_params: Params
-) -> Params:
+def full_params(config: RunConfig, trainable_params: Params, frozen_params: Params) -> Params:
     """Parameters of the full model: one stack of layers, adapters merged."""
     params, adapters = combine_params(config, trainable_params, frozen_params)
     params = merge_last_layers(params)
@@ -346,26 +304,17 @@ def make_finetune_step(
             trainable_params: Params, batch: Any, key: Any
         ) -> tuple[Array, Array]:
             return loss_fn(
-                config,
-                *combine_params(config, trainable_params, frozen_params),
-                batch,
-                key,
+                config, *combine_params(config, trainable_params, frozen_params), batch, key
             )
 
-        train_step = make_train_step(
-            trainable_loss_fn, optimizer, config.train.accumulate
-        )
+        train_step = make_train_step(trainable_loss_fn, optimizer, config.train.accumulate)
         return train_step(state, batch, max_grad_norm)
 
     return finetune_step
 
 
 def save_finetuned(
-    config: RunConfig,
-    run_dir: Path,
-    model: Model,
-    trainable_params: Params,
-    frozen_params: Params,
+    config: RunConfig, run_dir: Path, model: Model, trainable_params: Params, frozen_params: Params
 ) -> None:
     """Writes model/ of a run and, if there are any, adapters.safetensors."""
     save(model, run_dir / "model")

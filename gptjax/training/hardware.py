@@ -38,15 +38,7 @@ CHIPS = {
     "h200": Chip("NVIDIA H200", "gpu", 989e12, 141 * GIB, 4800e9, 450e9),
     "cpu": Chip("cpu", "cpu", math.nan, 0, math.nan, math.nan),
 }
-TPU_SLICE_SHAPES = {
-    1: "1x1",
-    4: "2x2",
-    8: "2x4",
-    16: "4x4",
-    32: "4x8",
-    64: "8x8",
-    256: "16x16",
-}
+TPU_SLICE_SHAPES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 256: "16x16"}
 
 
 class Topology(NamedTuple):

@@ -109,14 +109,10 @@ def batch_loss(
         dropout_key: enables dropout.
         adapters: scaled LoRA adapters.
     """
-    x_BTD = batch_hidden_states(
-        config, params, batch, dropout_key=dropout_key, adapters=adapters
-    )
+    x_BTD = batch_hidden_states(config, params, batch, dropout_key=dropout_key, adapters=adapters)
     unembedding_VD = unembedding_matrix(config, params)
     targets, weights = batch["targets"], batch["loss_weights"]
-    loss_sum = fused_cross_entropy(
-        config, x_BTD, unembedding_VD, targets, weights, chunk_size
-    )
+    loss_sum = fused_cross_entropy(config, x_BTD, unembedding_VD, targets, weights, chunk_size)
     return loss_sum, weights.sum()
 
 
@@ -135,9 +131,7 @@ def make_lm_loss_fn(
     def loss_fn(params: Params, batch: Any, key: Any) -> tuple[Scalar, Scalar]:
         batch = batch if use_segment_ids else {**batch, "segment_ids": None}
         dropout_key = key if config.dropout else None
-        return batch_loss(
-            config, params, batch, chunk_size=chunk_size, dropout_key=dropout_key
-        )
+        return batch_loss(config, params, batch, chunk_size=chunk_size, dropout_key=dropout_key)
 
     return loss_fn
 
@@ -159,9 +153,7 @@ def batch_per_token_loss(
     return per_token_loss(config, x_BTD, unembedding_VD, batch["targets"], chunk_size)
 
 
-def batch_hidden_states(
-    config: GPTConfig, params: Params, batch: Any, **options: Any
-) -> Array:
+def batch_hidden_states(config: GPTConfig, params: Params, batch: Any, **options: Any) -> Array:
     """Computes the final hidden states [B, T, D] of a batch."""
     x_BTD, _ = hidden_states(
         config,
@@ -231,9 +223,7 @@ def _fwd(
         max_logit_BC = jnp.max(logit_BCV, axis=-1)
         exp_BCV = jnp.exp(logit_BCV - max_logit_BC[..., None])
         sum_exp_BC = jnp.sum(exp_BCV, axis=-1)
-        is_target_BCV = (
-            target_BC[..., None] == jnp.arange(logit_BCV.shape[-1])[None, None]
-        )
+        is_target_BCV = target_BC[..., None] == jnp.arange(logit_BCV.shape[-1])[None, None]
         target_logit_BC = jnp.sum(jnp.where(is_target_BCV, logit_BCV, 0.0), axis=-1)
         loss_BC = max_logit_BC + jnp.log(sum_exp_BC) - target_logit_BC
         grad_logit_BCV = exp_BCV * (weight_BC / sum_exp_BC)[..., None]
@@ -250,15 +240,11 @@ def _fwd(
         grad_BCD = constrain(grad.reshape(x_BCD.shape), "BCD")
         return constrain(grad_XVD, "XVD"), (loss_BC, grad_BCD)
 
-    chunks = tuple(
-        to_chunks(leaf, chunk_size) for leaf in (x_BTD, target_BT, weight_BT)
-    )
+    chunks = tuple(to_chunks(leaf, chunk_size) for leaf in (x_BTD, target_BT, weight_BT))
     shape, sharding = (shards, *unembedding.shape), out_sharding("XVD")
     zeros = constrain(jnp.zeros(shape, jnp.float32, out_sharding=sharding), "XVD")
     grad_XVD, (losses, grad_x) = jax.lax.scan(scan_chunk, zeros, chunks)
-    grad_VD = constrain_param_grad(
-        jnp.sum(grad_XVD, axis=0)[: len(unembedding_VD)], "VD"
-    )
+    grad_VD = constrain_param_grad(jnp.sum(grad_XVD, axis=0)[: len(unembedding_VD)], "VD")
     loss_BT = from_chunks(losses)
     residuals = from_chunks(grad_x), grad_VD.astype(unembedding_VD.dtype), loss_BT
     return jnp.sum(loss_BT * weight_BT), residuals
@@ -274,9 +260,7 @@ def pad_vocab(unembedding_VD: Float[Array, "V D"]) -> Float[Array, "V2 D"]:
         or current_mesh_shape().get("tensor", 1) > 1
     ):
         return unembedding_VD
-    return jnp.pad(
-        unembedding_VD, ((0, -len(unembedding_VD) % VOCAB_ALIGNMENT), (0, 0))
-    )
+    return jnp.pad(unembedding_VD, ((0, -len(unembedding_VD) % VOCAB_ALIGNMENT), (0, 0)))
 
 
 def _bwd(config: GPTConfig, chunk_size: int, residuals: Any, cotangent: Array) -> Any:
@@ -292,9 +276,7 @@ fused_cross_entropy.defvjp(_fwd, _bwd)
 def to_chunks(x: Array, chunk_size: int) -> Array:
     """Reshapes [B, T, ...] to [T/C, B, C, ...]; C divides T and is <= `chunk_size`."""
     rows, positions, *rest = x.shape
-    size = max(
-        c for c in range(1, min(chunk_size, positions) + 1) if positions % c == 0
-    )
+    size = max(c for c in range(1, min(chunk_size, positions) + 1) if positions % c == 0)
     return jnp.moveaxis(x.reshape(rows, -1, size, *rest), 1, 0)
 
 
@@ -305,9 +287,7 @@ def from_chunks(x: Array) -> Array:
 
 
 def classification_loss(
-    logit_BC: Float[Array, "B C"],
-    label_B: Int[Array, " B"],
-    weight_B: Float[Array, " B"],
+    logit_BC: Float[Array, "B C"], label_B: Int[Array, " B"], weight_B: Float[Array, " B"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns the summed cross-entropy (nats) and the sum of weights to divide it by.
 

@@ -124,9 +124,7 @@ def format_duration(seconds: int | float) -> str:
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
-def format_progress(
-    total_steps: int, event: Event, eval_text: str, seconds_left: float
-) -> str:
+def format_progress(total_steps: int, event: Event, eval_text: str, seconds_left: float) -> str:
     """Progress line of a logged step; all values are of that step.
 
     Args:
@@ -191,11 +189,7 @@ class MetricsLogger:
     """
 
     def __init__(
-        self,
-        run: RunContext,
-        tokens_per_step: int | float,
-        step: int,
-        history: History,
+        self, run: RunContext, tokens_per_step: int | float, step: int, history: History
     ) -> None:
         """Starts after `step` steps, with the history of those steps."""
         self.run = run
@@ -307,9 +301,7 @@ class MetricsLogger:
             log_event(self.run.metrics_path, "sample", step, text=sample)
         best, score = self.history.best_score, result.score
         is_best = (
-            score is not None
-            and all(map(math.isfinite, score))
-            and (best is None or score > best)
+            score is not None and all(map(math.isfinite, score)) and (best is None or score > best)
         )
         self.history = dataclasses.replace(
             self.history, evaluated_step=step, best_score=score if is_best else best
@@ -354,9 +346,7 @@ def log_train_metrics(
         "input_wait": input_wait,
     }
     if peak := estimate.total_peak_flops():
-        flops_per_second = tokens_per_second * estimate.flops_per_token(
-            run.config.model
-        )
+        flops_per_second = tokens_per_second * estimate.flops_per_token(run.config.model)
         values["mfu"] = flops_per_second / peak
     if not metrics.applied:
         finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])

@@ -60,9 +60,7 @@ def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
     )
     if optim.schedule == "book":
         warmup_schedule = optax.linear_schedule(final_lr, peak_lr, max(warmup_steps, 1))
-    return optax.join_schedules(
-        [warmup_schedule, schedules[optim.schedule]], [warmup_steps]
-    )
+    return optax.join_schedules([warmup_schedule, schedules[optim.schedule]], [warmup_steps])
 
 
 def learning_rates(optim: OptimConfig, steps: int) -> list[float]:
@@ -104,15 +102,9 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     more. `update(..., grad_norm=norm)` reuses a norm that is already computed.
     """
 
-    def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         del params
-        norm = (
-            extra_args["grad_norm"]
-            if "grad_norm" in extra_args
-            else optax.tree.norm(updates)
-        )
+        norm = extra_args["grad_norm"] if "grad_norm" in extra_args else optax.tree.norm(updates)
         factor = jnp.minimum(1.0, max_norm / norm)
         return jax.tree.map(lambda g: g * factor, updates), state
 
@@ -125,6 +117,4 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 def decay_mask(params: optax.Params) -> optax.Params:
     """True for each parameter with weight decay."""
     suffixes = {name.rsplit("/", 1)[-1] for name in flatten_with_names(params)}
-    return match_rules(
-        params, {p: d for p, d in WEIGHT_DECAY_RULES.items() if p[1:] in suffixes}
-    )
+    return match_rules(params, {p: d for p, d in WEIGHT_DECAY_RULES.items() if p[1:] in suffixes})

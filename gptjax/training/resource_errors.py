@@ -36,8 +36,7 @@ def translate_resource_errors() -> Iterator[None]:
             raise
         first = str(error).splitlines()[0][:200].rstrip(".")
         raise ConfigError(
-            f"out of device memory: {first}. {OOM_ADVICE} Saved checkpoints are "
-            "unaffected."
+            f"out of device memory: {first}. {OOM_ADVICE} Saved checkpoints are unaffected."
         ) from error
     except MemoryError as error:
         raise ConfigError(
@@ -93,9 +92,7 @@ def micro_batches_that_fit(run: RunContext) -> int:
             "finetune.init_from. Set a number of micro-batches."
         )
     limit = estimate.device_memory()
-    fitted_config = estimate.fit_micro_batch(
-        estimate.resolve_config(c), run_mesh_shape(run), limit
-    )
+    fitted_config = estimate.fit_micro_batch(estimate.resolve_config(c), run_mesh_shape(run), limit)
     num_micro_batches = fitted_config.train.accumulate
     run.log(
         f"accumulate {num_micro_batches} micro-batches of "
@@ -123,9 +120,7 @@ def check_estimated_memory(run: RunContext) -> None:
     model = dataclasses.replace(c.model, vocab_size=c.model.vocab_size or 257)
     resolved_config = estimate.resolve_config(dataclasses.replace(c, model=model))
     parts = estimate.memory_bytes(resolved_config, run_mesh_shape(run))
-    check_memory_limit(
-        sum(parts.values()), ESTIMATE_SLACK * estimate.device_memory(), parts
-    )
+    check_memory_limit(sum(parts.values()), ESTIMATE_SLACK * estimate.device_memory(), parts)
 
 
 def check_compiled_memory(run: RunContext, memory: Any) -> None:
@@ -144,9 +139,7 @@ def check_compiled_memory(run: RunContext, memory: Any) -> None:
     check_memory_limit(needed - memory.alias_size_in_bytes, estimate.free_memory(), {})
 
 
-def check_memory_limit(
-    needed: int | float, limit: int | float, parts: dict[str, int]
-) -> None:
+def check_memory_limit(needed: int | float, limit: int | float, parts: dict[str, int]) -> None:
     """Rejects a memory requirement above the limit.
 
     Args:

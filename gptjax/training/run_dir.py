@@ -66,11 +66,7 @@ def create_run_dir(run_dir: Path) -> None:
 
 @contextlib.contextmanager
 def open_run(
-    config: RunConfig,
-    run_dir: Path,
-    *,
-    allow_change: Sequence[str] = (),
-    on_spike: str = "",
+    config: RunConfig, run_dir: Path, *, allow_change: Sequence[str] = (), on_spike: str = ""
 ) -> Iterator[RunContext]:
     """Opens a run folder for training: lock, signal handlers, mesh, resolved config.
 
@@ -103,9 +99,7 @@ def open_run(
         yield run
 
 
-def reconcile_config(
-    run_dir: Path, config: RunConfig, allowed: Sequence[str] = ()
-) -> list[str]:
+def reconcile_config(run_dir: Path, config: RunConfig, allowed: Sequence[str] = ()) -> list[str]:
     """Writes config.toml, or checks that the existing run can resume with `config`.
 
     An existing config.toml is rewritten only if a "trajectory" option changes, which
@@ -129,9 +123,7 @@ def reconcile_config(
             )
         before = load_config(path)
         changes = check_config_changes(str(run_dir), before, config, allowed)
-        if not any(
-            resume_policy(line.partition(":")[0]) == "trajectory" for line in changes
-        ):
+        if not any(resume_policy(line.partition(":")[0]) == "trajectory" for line in changes):
             return changes
     else:
         check_allow_change(allowed)
@@ -149,9 +141,7 @@ def reconcile_spike_policy(
         ModelError: the run has another policy, which may not change.
     """
     if requested and requested not in SPIKE_POLICIES:
-        raise ConfigError(
-            f"--on-spike {requested} must be one of {', '.join(SPIKE_POLICIES)}."
-        )
+        raise ConfigError(f"--on-spike {requested} must be one of {', '.join(SPIKE_POLICIES)}.")
     metadata = read_run_metadata(run_dir)
     before: Any = metadata.get("on_spike")
     chosen: Any = requested or before or "log"
@@ -168,9 +158,7 @@ def reconcile_spike_policy(
                 f"--allow-change {ON_SPIKE}."
             )
         path = run_dir / "meta.json"
-        write_atomic(
-            path, json.dumps({**metadata, "on_spike": chosen}, indent=2) + "\n"
-        )
+        write_atomic(path, json.dumps({**metadata, "on_spike": chosen}, indent=2) + "\n")
     return chosen
 
 
@@ -181,9 +169,7 @@ def write_atomic(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def write_run_metadata(
-    run_dir: Path, command: list[str], provenance: dict[str, Any]
-) -> None:
+def write_run_metadata(run_dir: Path, command: list[str], provenance: dict[str, Any]) -> None:
     """Writes meta.json: command, versions, devices and provenance."""
     devices = jax.devices()
     metadata = {
@@ -217,9 +203,7 @@ def resume_policy(name: str) -> str:
         ConfigError: unknown option.
     """
     known = {ON_SPIKE: "trajectory"}
-    known |= {
-        name: field.metadata["resume"] for name, field in config_options().items()
-    }
+    known |= {name: field.metadata["resume"] for name, field in config_options().items()}
     if name not in known:
         raise ConfigError(
             f"--allow-change {name}: unknown option.{did_you_mean(name, known)} Write "
@@ -237,8 +221,7 @@ def check_allow_change(names: Iterable[str]) -> None:
     for name in names:
         if resume_policy(name) == "identity":
             raise ConfigError(
-                f"--allow-change {name}: {name} is fixed for a run. Start a new run "
-                "with --run DIR."
+                f"--allow-change {name}: {name} is fixed for a run. Start a new run with --run DIR."
             )
 
 
@@ -255,13 +238,9 @@ def check_config_changes(
     """
     check_allow_change(allowed)
     changes = {line.partition(":")[0]: line for line in config_diff(before, after)}
-    identity_changes = [
-        line for name, line in changes.items() if resume_policy(name) == "identity"
-    ]
+    identity_changes = [line for name, line in changes.items() if resume_policy(name) == "identity"]
     not_allowed = [
-        name
-        for name in changes
-        if resume_policy(name) == "trajectory" and name not in allowed
+        name for name in changes if resume_policy(name) == "trajectory" and name not in allowed
     ]
     if identity_changes:
         raise ModelError(

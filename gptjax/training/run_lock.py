@@ -34,8 +34,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise ModelError(
-            f"cannot write {path}: {error.strerror}. Choose another folder with --run "
-            "DIR."
+            f"cannot write {path}: {error.strerror}. Choose another folder with --run DIR."
         ) from error
     try:
         _acquire_lock(descriptor, path)

@@ -77,10 +77,7 @@ def make_grad_fn(
 
         zero = jnp.zeros((), jnp.float32)
         zeros = zero, zero, jax.tree.map(jnp.zeros_like, params)
-        microbatches = (
-            jax.tree.map(to_microbatches, batch),
-            jax.random.split(key, accumulate),
-        )
+        microbatches = (jax.tree.map(to_microbatches, batch), jax.random.split(key, accumulate))
         loss_sum, weight, grads = sum_over_devices(
             jax.lax.scan(add_microbatch, zeros, microbatches)[0]
         )
@@ -93,9 +90,7 @@ def make_grad_fn(
 def check_loss_fn(loss_fn: LossFn) -> LossFn:
     """Returns a loss function that raises ConfigError unless it returns two scalars."""
 
-    def checked_loss_fn(
-        params: Params, batch: Any, key: Key[Array, ""]
-    ) -> tuple[Array, Array]:
+    def checked_loss_fn(params: Params, batch: Any, key: Key[Array, ""]) -> tuple[Array, Array]:
         result: Any = loss_fn(params, batch, key)
         shapes = jax.tree.map(np.shape, result)
         if not isinstance(result, tuple) or shapes != ((), ()):
@@ -144,11 +139,7 @@ def make_train_step(
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         loss_sum, weight, grads = grad_fn(state.params, batch, key)
         grad_norm = optax.tree.norm(grads)
-        is_valid = (
-            jnp.isfinite(loss_sum)
-            & jnp.isfinite(grad_norm)
-            & (grad_norm <= max_grad_norm)
-        )
+        is_valid = jnp.isfinite(loss_sum) & jnp.isfinite(grad_norm) & (grad_norm <= max_grad_norm)
 
         def apply_update(params: Params, opt_state: Any) -> tuple[Any, Any]:
             updates, opt_state = optax.with_extra_args_support(optimizer).update(
@@ -166,9 +157,7 @@ def make_train_step(
     return train_step
 
 
-def select_update(
-    condition: Array, update_fn: Callable[..., Any], old: tuple[Any, ...]
-) -> Any:
+def select_update(condition: Array, update_fn: Callable[..., Any], old: tuple[Any, ...]) -> Any:
     """`update_fn(*old)` if the condition holds, else `old`.
 
     On CPU `lax.cond` halves the time of an AdamW update compared with an elementwise
@@ -200,9 +189,7 @@ def pmap_train_step(
     devices = jax.local_devices() if devices is None else list(devices)
     step = make_train_step(loss_fn, optimizer, accumulate, "rows")
     num_devices = len(devices)
-    pmapped_step = jax.pmap(
-        step, "rows", in_axes=(None, 0), out_axes=None, devices=devices
-    )
+    pmapped_step = jax.pmap(step, "rows", in_axes=(None, 0), out_axes=None, devices=devices)
 
     def split_over_devices(leaf: Any) -> Any:
         if len(leaf) % (num_devices * accumulate):
@@ -213,9 +200,7 @@ def pmap_train_step(
             )
         return leaf.reshape(num_devices, -1, *leaf.shape[1:])
 
-    return lambda state, batch: pmapped_step(
-        state, jax.tree.map(split_over_devices, batch)
-    )
+    return lambda state, batch: pmapped_step(state, jax.tree.map(split_over_devices, batch))
 
 
 def train_steps(

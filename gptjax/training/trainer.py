@@ -10,20 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.checkpoint.checkpoint import (
-    SaveFn,
-    async_saver,
-    check_disk_space,
-    restore_latest,
-)
+from gptjax.checkpoint.checkpoint import SaveFn, async_saver, check_disk_space, restore_latest
 from gptjax.data.prefetch import prefetch_to_device
 from gptjax.parallel import distributed
-from gptjax.parallel.sharding import (
-    check_batch_divisible,
-    shard_batch,
-    shard_tree,
-    use_mesh,
-)
+from gptjax.parallel.sharding import check_batch_divisible, shard_batch, shard_tree, use_mesh
 from gptjax.runtime.device import package_versions
 from gptjax.runtime.preemption import Interrupted, heartbeat, set_signal_mode
 from gptjax.runtime.timing import mark_phase
@@ -93,9 +83,7 @@ def shared_provenance(run: RunContext, task: Task) -> dict[str, Any]:
     data = task.provenance.get("data")
     if data is None:  # each process reads all data: compare its first batch
         first_batch = next(task.batches(0, 1))
-        data = {
-            name: np.asarray(leaf).tobytes().hex() for name, leaf in first_batch.items()
-        }
+        data = {name: np.asarray(leaf).tobytes().hex() for name, leaf in first_batch.items()}
     return {
         "config": [dataclasses.asdict(run.config), run.on_spike],
         "code": [distributed.source_hash(), package_versions()],
@@ -191,9 +179,7 @@ def train_loop(
     train_step = jit_by_shape(run, task, logger.grad_norm_threshold)
     shard = functools.partial(shard_batch, mesh=run.mesh, rows=config.data.batch_size)
     batches = prefetch_to_device(
-        task.batches(start_step, config.train.steps),
-        shard,
-        waiting=logger.timer.waiting,
+        task.batches(start_step, config.train.steps), shard, waiting=logger.timer.waiting
     )
     try:
         for step, state, metrics in train_steps(state, train_step, batches):  # noqa: B020
@@ -326,9 +312,7 @@ def jit_by_shape(
     skip_spikes = run.on_spike == "skip"
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        threshold_arg = (
-            {"max_grad_norm": np.float32(grad_norm_threshold())} if skip_spikes else {}
-        )
+        threshold_arg = {"max_grad_norm": np.float32(grad_norm_threshold())} if skip_spikes else {}
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in compiled_steps:
             heartbeat(long_operation=True)

@@ -11,11 +11,7 @@ from gptjax.errors import ModelError
 from gptjax.fileio.download import sha256_of_files
 from gptjax.model.gpt import apply
 from gptjax.tree import num_params
-from gptjax.weights.load import (
-    open_model_source,
-    read_params,
-    resolve_model,
-)
+from gptjax.weights.load import open_model_source, read_params, resolve_model
 from gptjax.weights.model_folder import Model, save
 
 REFERENCE_PROMPT = "Every effort moves you"
@@ -37,9 +33,7 @@ class ReferenceValues(NamedTuple):
 # Raschka, "Build a Large Language Model (From Scratch)", chapter 5. Logits have to be
 # recorded from the original files.
 REFERENCE_VALUES = {
-    "gpt2": ReferenceValues(
-        124_439_808, (-0.11010301, -0.03926672, 0.03310751), 0.12067825
-    ),
+    "gpt2": ReferenceValues(124_439_808, (-0.11010301, -0.03926672, 0.03310751), 0.12067825),
     "gpt2-medium": ReferenceValues(354_823_168),
     "gpt2-large": ReferenceValues(774_030_080),
     "gpt2-xl": ReferenceValues(1_557_611_200),
@@ -59,9 +53,7 @@ def convert_model(name: str, output_dir: Path, log: Callable[[str], None]) -> Mo
             model of that name.
     """
     if output_dir.exists():
-        raise ModelError(
-            f"{output_dir} already exists. Choose another folder with --out."
-        )
+        raise ModelError(f"{output_dir} already exists. Choose another folder with --out.")
     source = open_model_source(resolve_model(name, log), log)
     params = read_params(source)
     model = Model(source.config, params, source.tokenizer, source.labels)
@@ -93,10 +85,7 @@ def check_reference_values(model: Model, reference: ReferenceValues | None) -> s
     if reference is None:
         return "logits are finite; no published values to compare with"
     embedding_VD = np.asarray(model.params["token_embedding"]["embedding"])
-    actual = [
-        num_params(model.params),
-        *embedding_VD[0, : len(reference.first_embedding)],
-    ]
+    actual = [num_params(model.params), *embedding_VD[0, : len(reference.first_embedding)]]
     expected = [reference.num_params, *reference.first_embedding]
     if reference.last_embedding is not None:
         actual = [*actual, embedding_VD[-1, -1]]
@@ -110,7 +99,5 @@ def check_reference_values(model: Model, reference: ReferenceValues | None) -> s
         return f"{result}; logits are finite; not compared, since none are recorded yet"
     difference = np.abs(logits[: len(reference.logits)] - reference.logits).max()
     if not difference <= LOGIT_TOLERANCE:
-        raise ModelError(
-            f"the logits differ from the recorded ones by {difference:.3g}."
-        )
+        raise ModelError(f"the logits differ from the recorded ones by {difference:.3g}.")
     return f"{result}; logits agree within {difference:.1e}"

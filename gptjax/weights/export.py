@@ -52,12 +52,8 @@ def export_model(model: Model, layout: str, output_dir: Path) -> str:
             f"cannot export to {layout!r}.{did_you_mean(layout, EXPORT_WRITERS)} "
             f"Known: {', '.join(EXPORT_WRITERS)}."
         )
-    if output_dir.exists() and not (
-        output_dir.is_dir() and not any(output_dir.iterdir())
-    ):
-        raise ModelError(
-            f"{output_dir} already exists. Choose another folder with --out."
-        )
+    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+        raise ModelError(f"{output_dir} already exists. Choose another folder with --out.")
     try:
         output_dir.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
@@ -74,9 +70,7 @@ def export_model(model: Model, layout: str, output_dir: Path) -> str:
                 output_dir.rmdir()
             os.replace(new_dir, output_dir)
     except OSError as error:
-        raise ModelError(
-            f"cannot write {output_dir}: {error}. Choose another."
-        ) from error
+        raise ModelError(f"cannot write {output_dir}: {error}. Choose another.") from error
     return (
         f"wrote    {output_dir} ({layout}): {num_params(model.params):,} parameters; "
         f"logits of the reloaded model differ by at most {difference:.3g}"
@@ -113,9 +107,7 @@ def compare_logits(model: Model, reloaded: Model) -> float:
 def named_tensors(model: Model, layout: str) -> dict[str, np.ndarray]:
     """Returns the tensors of a layout by name, without vocabulary padding."""
     c, (embedding_name, head_name) = model.config, EMBEDDING_TABLES
-    leaves = {
-        n: np.asarray(leaf) for n, leaf in flatten_with_names(model.params).items()
-    }
+    leaves = {n: np.asarray(leaf) for n, leaf in flatten_with_names(model.params).items()}
     for name in {embedding_name, head_name} & set(leaves):
         leaves[name] = leaves[name][: c.vocab_size]
     if model.labels:
@@ -205,10 +197,7 @@ def write_book(model: Model, folder: Path) -> None:
     _write_json(folder / "config.json", book_config)
 
 
-EXPORT_WRITERS: dict[str, Callable[[Model, Path], None]] = {
-    "hf": write_hf,
-    "book": write_book,
-}
+EXPORT_WRITERS: dict[str, Callable[[Model, Path], None]] = {"hf": write_hf, "book": write_book}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -70,19 +70,14 @@ PINNED_REPOS = {
         "607a30d783dfa663caf39e06633721c8d4cfcd7e",
         {
             WEIGHTS: Pin(
-                548_105_171,
-                "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+                548_105_171, "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
             ),
-            CONFIG: Pin(
-                665, "0daed7749b4f02b8f76240d5444551d7b08712dab4d0adb8239c56ba823bb7b4"
-            ),
+            CONFIG: Pin(665, "0daed7749b4f02b8f76240d5444551d7b08712dab4d0adb8239c56ba823bb7b4"),
             VOCAB: Pin(
-                1_042_301,
-                "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+                1_042_301, "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
             ),
             MERGES: Pin(
-                456_318,
-                "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+                456_318, "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
             ),
         },
     ),
@@ -211,9 +206,7 @@ def ensure_file(repository: Repository, folder: Path, file: str) -> bool:
     return found is not None
 
 
-def offline_message(
-    repository: Repository, folder: Path, file: str, record: Record
-) -> str:
+def offline_message(repository: Repository, folder: Path, file: str, record: Record) -> str:
     """Returns the error message for a missing file in offline mode."""
     files = [CONFIG, VOCAB, MERGES, *([] if (folder / INDEX).exists() else [WEIGHTS])]
     files = files if file in files else [file]
@@ -245,10 +238,7 @@ def fetch_file(repository: Repository, path: Path, pin: Pin | None) -> Pin | Non
         return None
     except DataError as error:
         advice = ""
-        if (
-            isinstance(error.__cause__, HTTPError)
-            and error.__cause__.code in ACCESS_DENIED
-        ):
+        if isinstance(error.__cause__, HTTPError) and error.__cause__.code in ACCESS_DENIED:
             advice = (
                 f" The hub also answers this if {name} does not exist: check the name. "
                 "Private and gated repositories need a token in HF_TOKEN."
@@ -278,8 +268,7 @@ def read_token() -> str:
     token = os.environ.get("HF_TOKEN", "").strip()
     if not re.fullmatch(r"[\x21-\x7e]*", token):  # never print the token
         raise ModelError(
-            "HF_TOKEN contains whitespace or other invalid characters. Set it again or "
-            "unset it."
+            "HF_TOKEN contains whitespace or other invalid characters. Set it again or unset it."
         )
     return token
 
@@ -291,13 +280,9 @@ def read_shards(index: Path) -> list[str]:
         shards = sorted(set(_read_cached_json(index, fix)["weight_map"].values()))
         wrong = [name for name in shards if not SHARD_PATTERN.fullmatch(name)]
     except (LookupError, TypeError, AttributeError) as error:
-        raise _invalid_cache_file(
-            index, f"it has no valid weight_map, {error!r}", fix
-        ) from error
+        raise _invalid_cache_file(index, f"it has no valid weight_map, {error!r}", fix) from error
     if wrong or not shards:
-        raise _invalid_cache_file(
-            index, f"{wrong[:1] or 'nothing'} is no valid shard name", fix
-        )
+        raise _invalid_cache_file(index, f"{wrong[:1] or 'nothing'} is no valid shard name", fix)
     return shards
 
 
@@ -314,9 +299,7 @@ def read_record(folder: Path) -> Record:
             for file, entry in table.items()
         }
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise _invalid_cache_file(
-            path, f"it is not a table of hashes, {error!r}", fix
-        ) from error
+        raise _invalid_cache_file(path, f"it is not a table of hashes, {error!r}", fix) from error
 
 
 def _read_cached_json(path: Path, fix: str) -> Any:

@@ -84,9 +84,7 @@ class ModelSource:
     chat_template: str = ""  # of an assistant; "" if none
 
 
-def load(
-    name: str | Path, log: _LogFn = lambda line: None, *, int8: bool = False
-) -> Model:
+def load(name: str | Path, log: _LogFn = lambda line: None, *, int8: bool = False) -> Model:
     """Loads a model from a run, a folder of any layout, or the hub.
 
     Args:
@@ -243,9 +241,7 @@ def list_safetensors(folder: Path) -> list[Path]:
     if not isinstance(names, dict) or not all(
         isinstance(n, str) and Path(n).name == n for n in names.values()
     ):
-        raise ModelError(
-            f"{index} refers to files outside its folder. Download the folder again."
-        )
+        raise ModelError(f"{index} refers to files outside its folder. Download the folder again.")
     return [folder / name for name in sorted(set(names.values()))]
 
 
@@ -273,9 +269,7 @@ def get_positive_int(path: Path, metadata: Mapping[str, Any], *names: str) -> in
     raise ModelError(f"{path} has no {names[0]}. Copy the file again.")
 
 
-def from_gptjax(
-    path: Path, reader: TensorReader, metadata: Mapping[str, Any]
-) -> ModelSource:
+def from_gptjax(path: Path, reader: TensorReader, metadata: Mapping[str, Any]) -> ModelSource:
     """Opens a model folder written by `gptjax.save`."""
     config_path = path / "config.json"
     if metadata["format"] != MODEL_FORMAT:
@@ -309,18 +303,13 @@ def from_gptjax(
         raise ModelError(f"{config_path}: labels={labels!r} is not a list of strings.")
     if len(labels) != config.n_classes:
         raise ModelError(
-            f"{config_path} has {len(labels)} labels for {config.n_classes} classes. "
-            "Copy it again."
+            f"{config_path} has {len(labels)} labels for {config.n_classes} classes. Copy it again."
         )
     num_rows = config.padded_vocab_size
-    return ModelSource(
-        "gptjax", str(path), config, tokenizer, reader, num_rows, tuple(labels)
-    )
+    return ModelSource("gptjax", str(path), config, tokenizer, reader, num_rows, tuple(labels))
 
 
-def from_hf(
-    path: Path, reader: Any, hf_config: Mapping[str, Any], log: _LogFn
-) -> ModelSource:
+def from_hf(path: Path, reader: Any, hf_config: Mapping[str, Any], log: _LogFn) -> ModelSource:
     """Opens a folder written by transformers."""
     config_path = path / "config.json"
     if not hf_config:
@@ -349,9 +338,7 @@ def from_hf(
     if "score.weight" not in reader.tensors:
         return source
     labels = label_names(config_path, hf_config)
-    config = dataclasses.replace(
-        source.config, n_classes=len(labels), tie_embeddings=True
-    )
+    config = dataclasses.replace(source.config, n_classes=len(labels), tie_embeddings=True)
     return dataclasses.replace(source, config=config, labels=labels)
 
 
@@ -383,9 +370,7 @@ def from_tf_checkpoint(path: Path, log: _LogFn) -> ModelSource:
     return with_tokenizer("openai", path, config, open_tf_checkpoint(path), log)
 
 
-def from_book(
-    path: Path, reader: Any, metadata: Mapping[str, Any], log: _LogFn
-) -> ModelSource:
+def from_book(path: Path, reader: Any, metadata: Mapping[str, Any], log: _LogFn) -> ModelSource:
     """Opens a state dict of the book's GPTModel; derives the config from shapes."""
 
     def shape(name: str) -> tuple[int, ...]:
@@ -397,10 +382,7 @@ def from_book(
     while f"trf_blocks.{n_layers}.att.W_query.weight" in reader.tensors:
         n_layers += 1
     if "n_heads" not in metadata:
-        log(
-            f"heads    {width // GPT2_HEAD_DIM}, from GPT-2's head dim of "
-            f"{GPT2_HEAD_DIM}"
-        )
+        log(f"heads    {width // GPT2_HEAD_DIM}, from GPT-2's head dim of {GPT2_HEAD_DIM}")
         if width % GPT2_HEAD_DIM:
             raise ModelError(
                 f"{path} does not specify the number of heads for a width of {width}. "
@@ -408,9 +390,7 @@ def from_book(
             )
         metadata = {"n_heads": width // GPT2_HEAD_DIM}
     if "pos_emb.weight" not in reader.tensors or not n_layers:
-        raise ModelError(
-            f"{path} lacks pos_emb.weight or trf_blocks.0. Write it again."
-        )
+        raise ModelError(f"{path} lacks pos_emb.weight or trf_blocks.0. Write it again.")
     config = config_from_shape(
         path,
         vocab_size=shape("tok_emb.weight")[0],
@@ -504,12 +484,8 @@ def read_params(source: ModelSource) -> Params:
 def check_config_sizes(source: ModelSource) -> None:
     """Rejects configs larger than the file, before any memory is allocated."""
     c, tensors = source.config, source.reader.tensors
-    max_axis = max(
-        [len(tensors), *(n for entry in tensors.values() for n in entry.shape)]
-    )
-    stack_lengths = [
-        e.shape[0] for n, e in tensors.items() if n[:7] == "blocks/" and e.shape
-    ]
+    max_axis = max([len(tensors), *(n for entry in tensors.values() for n in entry.shape)])
+    stack_lengths = [e.shape[0] for n, e in tensors.items() if n[:7] == "blocks/" and e.shape]
     # Each layer has tensors of its own or a row of a stacked tensor.
     max_layers = max([len(tensors), *stack_lengths])
     for name in ("vocab_size", "context_length", "n_layers", "n_heads", "d_model"):
@@ -530,15 +506,12 @@ def match_names(
         short = full.removeprefix("transformer.") if source.layout == "hf" else full
         if short in full_names:
             raise ModelError(
-                f"{source.location} has both {full_names[short]} and {full}. Remove "
-                "one."
+                f"{source.location} has both {full_names[short]} and {full}. Remove one."
             )
         full_names[short] = full
     tied = {"lm_head.weight", "out_head.weight"} if source.config.tie_embeddings else {}
     unexpected = [
-        n
-        for n in full_names
-        if n not in slots_by_name and not IGNORED_BUFFERS.fullmatch(n)
+        n for n in full_names if n not in slots_by_name and not IGNORED_BUFFERS.fullmatch(n)
     ]
     unexpected = sorted(set(unexpected) - set(tied))
     if missing := sorted(set(slots_by_name) - set(full_names)):

@@ -79,9 +79,7 @@ def _replace_folder(model: Model, model_dir: Path, with_params: bool = True) -> 
                 os.replace(model_dir, old_dir)
             os.replace(Path(temp_dir) / "new", model_dir)
     except OSError as error:
-        raise ModelError(
-            f"cannot write the model folder {model_dir}: {error}."
-        ) from error
+        raise ModelError(f"cannot write the model folder {model_dir}: {error}.") from error
 
 
 def _write_files(model: Model, model_dir: Path, with_params: bool) -> None:
@@ -124,8 +122,7 @@ def save_adapters(adapters: Adapters, path: Path) -> None:
         ModelError: the file cannot be written.
     """
     arrays = {
-        name: np.ascontiguousarray(leaf)
-        for name, leaf in flatten_with_names(adapters).items()
+        name: np.ascontiguousarray(leaf) for name, leaf in flatten_with_names(adapters).items()
     }
     partial_path = path.with_name(path.name + ".part")
     try:

@@ -47,13 +47,9 @@ LAYER_PREFIXES = ("h.{n}.", "model/h{n}/", "trf_blocks.{n}.")
 
 def _parse_param_names() -> dict[str, tuple[str, ...]]:
     """Returns the source names of each parameter, one per layout."""
-    table = {
-        ours: theirs for ours, *theirs in map(str.split, TOP_LEVEL.strip().split("\n"))
-    }
+    table = {ours: theirs for ours, *theirs in map(str.split, TOP_LEVEL.strip().split("\n"))}
     for ours, *theirs in map(str.split, PER_LAYER.strip().split("\n")):
-        table[f"blocks/{ours}"] = [
-            a + b for a, b in zip(LAYER_PREFIXES, theirs, strict=True)
-        ]
+        table[f"blocks/{ours}"] = [a + b for a, b in zip(LAYER_PREFIXES, theirs, strict=True)]
     return {ours: tuple(theirs) for ours, theirs in table.items()}
 
 
@@ -86,14 +82,10 @@ def param_slots(
         leaves: parameters or their shapes by name.
     """
     if layout == "gptjax":
-        return {
-            name: [ParamSlot(name, shape=leaf.shape)] for name, leaf in leaves.items()
-        }
+        return {name: [ParamSlot(name, shape=leaf.shape)] for name, leaf in leaves.items()}
     slots_by_name: dict[str, list[ParamSlot]] = {}
     for leaf, array in leaves.items():
-        cell: Any = CELL_PATTERN.fullmatch(
-            PARAM_NAMES[leaf][SOURCE_LAYOUTS.index(layout)]
-        )
+        cell: Any = CELL_PATTERN.fullmatch(PARAM_NAMES[leaf][SOURCE_LAYOUTS.index(layout)])
         name, qkv_digit, transposed = cell.groups()
         is_stacked = leaf.startswith("blocks/")
         shape = array.shape[1:] if is_stacked else array.shape

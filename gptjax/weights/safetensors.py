@@ -89,9 +89,7 @@ def open_safetensors(paths: Sequence[Path]) -> SafetensorsReader:
     for path in paths:
         infos, file_metadata = read_header(path)
         if duplicates := sorted(set(tensors) & set(infos)):
-            raise corrupt_file(
-                path, f"another file also has the tensor {duplicates[0]}"
-            )
+            raise corrupt_file(path, f"another file also has the tensor {duplicates[0]}")
         tensors |= infos
         metadata |= file_metadata
     return SafetensorsReader(tensors, metadata)
@@ -107,24 +105,15 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if not is_valid:
         raise corrupt_file(path, "its metadata is not an object of strings")
     if len(header) > MAX_TENSORS:
-        raise corrupt_file(
-            path, f"it has {len(header):,} tensors, over {MAX_TENSORS:,}"
-        )
-    infos = {
-        name: parse_entry(path, name, fields, data_start)
-        for name, fields in header.items()
-    }
+        raise corrupt_file(path, f"it has {len(header):,} tensors, over {MAX_TENSORS:,}")
+    infos = {name: parse_entry(path, name, fields, data_start) for name, fields in header.items()}
     end = data_start
     for info in sorted(infos.values(), key=lambda e: (e.offset, num_bytes(e))):
         if info.offset != end:
-            raise corrupt_file(
-                path, f"no tensor starts at byte {end:,}: gap or overlap"
-            )
+            raise corrupt_file(path, f"no tensor starts at byte {end:,}: gap or overlap")
         end += num_bytes(info)
     if end != file_size:
-        raise corrupt_file(
-            path, f"it has {file_size:,} bytes, but its tensors need {end:,}"
-        )
+        raise corrupt_file(path, f"it has {file_size:,} bytes, but its tensors need {end:,}")
     return infos, metadata
 
 
@@ -165,21 +154,13 @@ def parse_entry(path: Path, name: str, fields: Any, data_start: int) -> TensorIn
             "shape": list(shape),
             "data_offsets": [int(first), int(last)],
             **rest,
-        } if (
-            not rest
-            and 0 not in shape
-            and all(map(_is_valid_size, [*shape, first, last]))
-        ):
+        } if not rest and 0 not in shape and all(map(_is_valid_size, [*shape, first, last])):
             if dtype not in SAFETENSORS_DTYPES:
                 raise corrupt_file(path, f"{name[:80]!r} has the dtype {dtype[:20]!r}")
-            info = TensorInfo(
-                path, SAFETENSORS_DTYPES[dtype], tuple(shape), data_start + first
-            )
+            info = TensorInfo(path, SAFETENSORS_DTYPES[dtype], tuple(shape), data_start + first)
             if num_bytes(info) == last - first and len(shape) <= MAX_TENSOR_AXES:
                 return info
-    raise corrupt_file(
-        path, f"the header entry of the tensor {name[:80]!r} is not valid"
-    )
+    raise corrupt_file(path, f"the header entry of the tensor {name[:80]!r} is not valid")
 
 
 def _is_valid_size(number: Any) -> bool:

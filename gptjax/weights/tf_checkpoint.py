@@ -39,15 +39,15 @@ MAX_TF_AXES = 8
 # Field numbers of TensorFlow's messages.
 HEADER_NUM_SHARDS, HEADER_ENDIANNESS, HEADER_VERSION = 1, 2, 3  # BundleHeaderProto
 VERSION_MIN_CONSUMER = 2  # VersionDef
-(
-    ENTRY_DTYPE,
-    ENTRY_SHAPE,
-    ENTRY_SHARD_ID,
-    ENTRY_OFFSET,
-    ENTRY_SIZE,
-    ENTRY_CRC32C,
-    ENTRY_SLICES,
-) = 1, 2, 3, 4, 5, 6, 7  # BundleEntryProto
+(ENTRY_DTYPE, ENTRY_SHAPE, ENTRY_SHARD_ID, ENTRY_OFFSET, ENTRY_SIZE, ENTRY_CRC32C, ENTRY_SLICES) = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+)  # BundleEntryProto
 SHAPE_DIM, SHAPE_UNKNOWN_RANK = 2, 3  # TensorShapeProto
 DIM_SIZE = 1  # TensorShapeProto.Dim
 
@@ -58,9 +58,7 @@ TF_DTYPES = {  # by number in TensorFlow's types.proto
 }
 HPARAM_NAMES = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
 RECOPY_ADVICE = "Copy the folder again, or download the model again."
-UNSUPPORTED_ADVICE = (
-    "Use the folder of a GPT-2 published by OpenAI, or one in the same format."
-)
+UNSUPPORTED_ADVICE = "Use the folder of a GPT-2 published by OpenAI, or one in the same format."
 
 DIVISOR = 0x82F63B78  # Castagnoli, RFC 3720 sec. 12.1; the low bit is the highest power
 # The first multiple with all other exponents in the lower half; found by search.
@@ -99,9 +97,7 @@ class TFCheckpoint:
             ModelError: there is no such tensor, or its checksum does not match.
         """
         if name not in self.tensors:
-            raise ModelError(
-                f"{self.index} has no tensor {name!r}. {UNSUPPORTED_ADVICE}"
-            )
+            raise ModelError(f"{self.index} has no tensor {name!r}. {UNSUPPORTED_ADVICE}")
         tensor = self.tensors[name]
         array = np.empty(tensor.shape, tensor.dtype)
         data = array.reshape(-1).view(np.uint8)
@@ -109,13 +105,9 @@ class TFCheckpoint:
             with tensor.path.open("rb") as file:
                 file.seek(tensor.offset)
                 if file.readinto(data.data) != len(data):
-                    raise ModelError(
-                        f"{tensor.path} ends inside {name!r}. {RECOPY_ADVICE}"
-                    )
+                    raise ModelError(f"{tensor.path} ends inside {name!r}. {RECOPY_ADVICE}")
         except OSError as error:
-            raise ModelError(
-                f"cannot read {tensor.path}: {error}. {RECOPY_ADVICE}"
-            ) from error
+            raise ModelError(f"cannot read {tensor.path}: {error}. {RECOPY_ADVICE}") from error
         crc = mask_crc(crc32c(data))
         if crc != tensor.crc:
             raise ModelError(
@@ -173,8 +165,7 @@ def read_small_file(path: Path, max_bytes: int) -> bytes:
         size = path.stat().st_size
         if size > max_bytes:
             raise ModelError(
-                f"{path} has {size:,} bytes, more than the limit of {max_bytes:,}. "
-                f"{RECOPY_ADVICE}"
+                f"{path} has {size:,} bytes, more than the limit of {max_bytes:,}. {RECOPY_ADVICE}"
             )
         return path.read_bytes()
     except OSError as error:
@@ -203,9 +194,7 @@ def find_index_file(folder: Path) -> Path:
     return candidates[0]
 
 
-def parse_tensors(
-    index: Path, entries: list[tuple[bytes, bytes]]
-) -> dict[str, TFTensor]:
+def parse_tensors(index: Path, entries: list[tuple[bytes, bytes]]) -> dict[str, TFTensor]:
     """Parses the entries of an index; raises ValueError if one is invalid."""
     if not entries or entries[0][0]:
         raise ValueError("it has no header")
@@ -230,9 +219,7 @@ def parse_tensor(index: Path, num_shards: int, key: bytes, value: bytes) -> TFTe
     name = key.decode("utf-8")
     numbers, messages = parse_proto(value)
     if ENTRY_SLICES in messages:
-        raise ModelError(
-            f"{index} stores {name!r} in slices, unsupported. {UNSUPPORTED_ADVICE}"
-        )
+        raise ModelError(f"{index} stores {name!r} in slices, unsupported. {UNSUPPORTED_ADVICE}")
     dtype_number, shard = numbers.get(ENTRY_DTYPE, 0), numbers.get(ENTRY_SHARD_ID, 0)
     if dtype_number not in TF_DTYPES:
         raise ModelError(
@@ -250,12 +237,7 @@ def parse_tensor(index: Path, num_shards: int, key: bytes, value: bytes) -> TFTe
     tensor = TFTensor(
         name, shape, TF_DTYPES[dtype_number], path, offset, numbers.get(ENTRY_CRC32C, 0)
     )
-    if (
-        len(shape) > MAX_TF_AXES
-        or 0 in shape
-        or SHAPE_UNKNOWN_RANK in rank
-        or tensor.size != size
-    ):
+    if len(shape) > MAX_TF_AXES or 0 in shape or SHAPE_UNKNOWN_RANK in rank or tensor.size != size:
         raise ValueError(f"{name!r} has {size:,} bytes and the invalid shape {shape}")
     return tensor
 
@@ -328,9 +310,7 @@ def iter_entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
             or prefix_length + suffix_length > MAX_ENTRY_BYTES
             or value_length > MAX_ENTRY_BYTES
         ):
-            raise ValueError(
-                f"a name or its value has more than {MAX_ENTRY_BYTES:,} bytes"
-            )
+            raise ValueError(f"a name or its value has more than {MAX_ENTRY_BYTES:,} bytes")
         key = key[:prefix_length] + read_exact(stream, suffix_length)
         yield key, read_exact(stream, value_length)
     raise ValueError(f"it has more than {MAX_INDEX_ENTRIES:,} entries")
@@ -349,9 +329,7 @@ def parse_proto(data: bytes) -> tuple[dict[int, int], dict[int, list[bytes]]]:
                 width = 8 if wire_type == 1 else 4
                 numbers[field] = int.from_bytes(read_exact(stream, width), "little")
             case 2:
-                messages.setdefault(field, []).append(
-                    read_exact(stream, read_varint(stream))
-                )
+                messages.setdefault(field, []).append(read_exact(stream, read_varint(stream)))
             case _:
                 raise ValueError(f"a field has the unknown wire type {wire_type}")
     return numbers, messages

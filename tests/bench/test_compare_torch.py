@@ -11,12 +11,7 @@ from gptjax.errors import GptjaxError
 
 pytestmark = pytest.mark.mesh
 
-ALONE = {
-    "platform": "gpu",
-    "device": "NVIDIA H100",
-    "train_attention": "cudnn",
-    "train_rows": 32,
-}
+ALONE = {"platform": "gpu", "device": "NVIDIA H100", "train_attention": "cudnn", "train_rows": 32}
 
 
 @pytest.fixture
@@ -31,9 +26,7 @@ def asked(monkeypatch):
         return summarize_rates([30.0] * count), summarize_rates([20.0] * count), 1.5
 
     monkeypatch.setattr(compare_torch, "run_interleaved", known)
-    monkeypatch.setattr(
-        compare_torch, "bench_device_isolated", lambda options: dict(ALONE)
-    )
+    monkeypatch.setattr(compare_torch, "bench_device_isolated", lambda options: dict(ALONE))
     monkeypatch.setattr(torch_workloads, "import_peer", lambda name: None)
     return pairs
 

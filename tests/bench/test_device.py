@@ -45,9 +45,7 @@ def test_a_rate_counts_the_tokens_of_a_step():
 def test_a_step_needs_at_least_its_parameters_and_their_moments():
     leaves = flatten_with_names(init(SMALL, jax.random.key(0))).values()
 
-    assert measure_train_rate(SMALL, 1).program_bytes > 3 * sum(
-        leaf.nbytes for leaf in leaves
-    )
+    assert measure_train_rate(SMALL, 1).program_bytes > 3 * sum(leaf.nbytes for leaf in leaves)
 
 
 def test_every_backend_that_can_has_its_line_and_the_others_say_why():
@@ -66,9 +64,7 @@ def test_every_backend_that_can_has_its_line_and_the_others_say_why():
 
 
 def test_the_share_of_the_products_is_of_the_flops_of_all_tokens():
-    found = bench_device(
-        SMALL, lambda line: None, (2,), backends=["xla"], only=["train"]
-    )
+    found = bench_device(SMALL, lambda line: None, (2,), backends=["xla"], only=["train"])
 
     flops = device.estimate.flops_per_token(SMALL) * found["train_tokens_per_s"]
     share = found["train_share_of_matmul_rate"]
@@ -86,9 +82,7 @@ def test_full_memory_ends_a_sweep_and_not_the_rest(monkeypatch):
 
     found = bench_device(SMALL, told.append, (2, 4, 8), backends=["reference", "xla"])
 
-    assert [(one["attention"], one["rows"]) for one in found["rates"]] == [
-        ("reference", 2)
-    ]
+    assert [(one["attention"], one["rows"]) for one in found["rates"]] == [("reference", 2)]
     assert [line for line in told if "RESOURCE" in line] == [
         "reference  4 rows: RESOURCE_EXHAUSTED: Out of memory.",
         "xla        2 rows: RESOURCE_EXHAUSTED: Out of memory.",
@@ -119,10 +113,7 @@ def test_writing_a_token_reads_all_that_is_multiplied_and_the_filled_cache():
     assert roofline.decode_step_bytes(SMALL, 1, 0) == 4 * read
     assert roofline.decode_step_bytes(SMALL, 3, 5) == 4 * (read + 3 * 5 * 2 * keys)
     half = dataclasses.replace(SMALL, dtype="bfloat16")
-    assert (
-        roofline.decode_step_bytes(half, 3, 5)
-        == roofline.decode_step_bytes(SMALL, 3, 5) / 2
-    )
+    assert roofline.decode_step_bytes(half, 3, 5) == roofline.decode_step_bytes(SMALL, 3, 5) / 2
 
 
 def test_shares_are_of_the_faster_of_both_rates_of_the_memory():

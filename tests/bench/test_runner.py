@@ -45,9 +45,7 @@ def test_our_work_does_as_many_units_as_it_says(mini, monkeypatch, name):
 
 
 def test_two_sides_work_in_turns_in_processes_of_their_own():
-    one, other, ratio = run_interleaved(
-        Workload("bandwidth", {}), Workload("bandwidth", {}), 3
-    )
+    one, other, ratio = run_interleaved(Workload("bandwidth", {}), Workload("bandwidth", {}), 3)
 
     assert 0 < one.low <= one.median <= one.high
     assert 0 < other.low <= other.median <= other.high
@@ -66,20 +64,14 @@ def test_a_side_that_cannot_start_is_an_error(capfd):
     assert "unknown preset 'gpt3'" in capfd.readouterr().err
 
 
-def test_a_peer_that_is_not_installed_is_named_with_the_line_that_brings_it(
-    monkeypatch,
-):
-    monkeypatch.setitem(
-        torch_workloads.INSTALL_COMMANDS, "nothing_of_it", "pip install it"
-    )
+def test_a_peer_that_is_not_installed_is_named_with_the_line_that_brings_it(monkeypatch):
+    monkeypatch.setitem(torch_workloads.INSTALL_COMMANDS, "nothing_of_it", "pip install it")
 
     with pytest.raises(GptjaxError, match=r"needs nothing_of_it, .*: pip install it"):
         torch_workloads.import_peer("nothing_of_it.part")
 
 
-def test_the_command_says_each_figure_and_writes_them_all(
-    monkeypatch, tmp_path, capsys
-):
+def test_the_command_says_each_figure_and_writes_them_all(monkeypatch, tmp_path, capsys):
     """With sides that are known, so that the ratios are."""
 
     def known(one, other, pairs):
@@ -89,9 +81,7 @@ def test_the_command_says_each_figure_and_writes_them_all(
         return ours, theirs, 1.5
 
     monkeypatch.setattr(suite, "run_interleaved", known)
-    monkeypatch.setattr(
-        suite, "run_isolated", lambda side, times: summarize_rates([7.0] * times)
-    )
+    monkeypatch.setattr(suite, "run_isolated", lambda side, times: summarize_rates([7.0] * times))
     costs = {"save_blocks_s": [0.25, 0.5, 0.75]}
     monkeypatch.setattr(suite, "measure_save_times", lambda config, times: costs)
     out = tmp_path / "bench.json"

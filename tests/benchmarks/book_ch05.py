@@ -58,9 +58,7 @@ def run_book() -> None:
     model = GPTModel(shape | {"drop_rate": 0.1, "qkv_bias": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0004, weight_decay=0.1)
     device, start = torch.device("cpu"), "Every effort moves you"
-    train_model_simple(
-        model, train, validation, optimizer, device, 10, 5, 5, start, gpt2
-    )
+    train_model_simple(model, train, validation, optimizer, device, 10, 5, 5, start, gpt2)
 
 
 def seconds(*words: str) -> float:
@@ -83,10 +81,7 @@ def main() -> None:
         words = ["-m", "gptjax", "train", "book/ch05", "--run", f"{folder}/run"]
         ours = seconds(*words, *["--fast-cpu"] * given.fast_cpu)
     theirs = seconds(__file__, "--book")
-    print(
-        f"gptjax {ours:.0f} s, the book's loop {theirs:.0f} s: {theirs / ours:.2f} "
-        "times as fast"
-    )
+    print(f"gptjax {ours:.0f} s, the book's loop {theirs:.0f} s: {theirs / ours:.2f} times as fast")
 
 
 if __name__ == "__main__":

@@ -42,9 +42,7 @@ def program(
     )
     key = jax.random.key(0)
     params = jax.jit(functools.partial(init, config))(key)
-    batch = jax.tree.map(
-        jnp.asarray, make_lm_batch(random_tokens(1, length + 1, 256), None)
-    )
+    batch = jax.tree.map(jnp.asarray, make_lm_batch(random_tokens(1, length + 1, 256), None))
     loss = make_lm_loss_fn(config, LOSS_CHUNK_SIZE, False)
     gradient = jax.jit(jax.grad(lambda params: loss(params, batch, key)[0]))
     compiled = gradient.lower(params).compile()
@@ -63,12 +61,8 @@ def main(out: Path, layers: int = 4, width: int = 256) -> None:
     micros = {backend: [] for backend in BACKENDS}
     memory = {backend: [] for backend in BACKENDS}
     for length in LENGTHS:
-        programs = {
-            backend: program(backend, length, layers, width) for backend in BACKENDS
-        }
-        turns = [
-            {b: timed() for b, (timed, _) in programs.items()} for _ in range(TIMES)
-        ]
+        programs = {backend: program(backend, length, layers, width) for backend in BACKENDS}
+        turns = [{b: timed() for b, (timed, _) in programs.items()} for _ in range(TIMES)]
         for backend, (_, size) in programs.items():
             fastest = min(turn[backend] for turn in turns)
             micros[backend].append(fastest / length * 1e6)

@@ -42,9 +42,7 @@ def main() -> None:
         share = labels.count(frequent) / len(labels)
         print(f"{split:11} always {data.class_names[frequent]:15} {share:.4f}")
     for name, options in KINDS.items():
-        pipe = make_pipeline(
-            TfidfVectorizer(**options), LogisticRegression(max_iter=1000)
-        )
+        pipe = make_pipeline(TfidfVectorizer(**options), LogisticRegression(max_iter=1000))
         pipe.fit(train.texts, train.labels)
         for split in ("validation", "test"):
             rows = splits[split]

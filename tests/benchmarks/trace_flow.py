@@ -24,8 +24,7 @@ from gptjax.cli.main import main as gptjax_main
 from gptjax.config import RunConfig
 
 ARGUMENTS = (
-    "train tiny --train.steps 2 --train.eval_every 2 --train.log_every 1 "
-    "--optim.warmup_steps 1"
+    "train tiny --train.steps 2 --train.eval_every 2 --train.log_every 1 --optim.warmup_steps 1"
 )
 OUTSIDE = ("gptjax.evaluation", "gptjax.inference", "gptjax.planning")
 

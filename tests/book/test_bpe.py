@@ -83,9 +83,7 @@ def test_the_sign_for_a_space_is_refused():
 
 
 def test_a_lone_surrogate_is_refused():
-    with pytest.raises(
-        DataError, match=r"character 2 of the text is .* lone surrogate"
-    ):
+    with pytest.raises(DataError, match=r"character 2 of the text is .* lone surrogate"):
         gpt2_words("ab\ud800")
 
 
@@ -154,9 +152,7 @@ def test_a_vocabulary_without_room_for_the_characters_is_refused():
 def test_decoding_undoes_encoding(corpus, text, sweeping):
     table = train_merges(corpus, 270)
 
-    ids = encode_words(
-        spaced_words(text), table, merge_by_sweeps if sweeping else merge_by_rank
-    )
+    ids = encode_words(spaced_words(text), table, merge_by_sweeps if sweeping else merge_by_rank)
 
     assert spaced_text(decode_ids(ids, table)) == text
 
@@ -205,10 +201,7 @@ def test_the_table_of_gpt2_is_that_of_the_tokenizer():
                 *(292, 7568, 3829, 292, 7568, 74),
             ],
         ),
-        (
-            "Hello, world. Is this-- a test?",
-            [15496, 11, 995, 13, 1148, 428, 438, 257, 1332, 30],
-        ),
+        ("Hello, world. Is this-- a test?", [15496, 11, 995, 13, 1148, 428, 438, 257, 1332, 30]),
     ],
 )
 def test_gpt2_gives_the_ids_of_the_book(text, ids):

@@ -70,9 +70,7 @@ def test_the_verdict_has_the_tokens_and_ids_of_the_book(verdict):
     assert (ids["!"], ids["A"], ids["Hermia"]) == (0, 11, 50)
 
     numbers = simple_encode(
-        '"It\'s the last he painted, you know," Mrs. Gisburn said with pardonable '
-        "pride.",
-        ids,
+        '"It\'s the last he painted, you know," Mrs. Gisburn said with pardonable pride.', ids
     )
 
     assert numbers == [
@@ -80,8 +78,7 @@ def test_the_verdict_has_the_tokens_and_ids_of_the_book(verdict):
         *(1108, 754, 793, 7),
     ]
     assert simple_decode(numbers, ids) == (
-        '" It\' s the last he painted, you know," Mrs. Gisburn said with pardonable '
-        "pride."
+        '" It\' s the last he painted, you know," Mrs. Gisburn said with pardonable pride.'
     )
 
 
@@ -89,8 +86,7 @@ def test_unknown_words_have_an_id_as_in_the_book(verdict):
     ids = make_vocabulary(split_simple_tokens(verdict), [ENDOFTEXT, UNKNOWN_TOKEN])
 
     numbers = simple_encode(
-        f"Hello, do you like tea? {ENDOFTEXT} In the sunlit terraces of the palace.",
-        ids,
+        f"Hello, do you like tea? {ENDOFTEXT} In the sunlit terraces of the palace.", ids
     )
 
     assert len(ids) == 1_132
@@ -129,10 +125,7 @@ def test_an_unknown_id_is_refused():
 
 
 def test_the_control_token_stands_where_it_is_spelled_out():
-    text = (
-        f"Hello, do you like tea? {ENDOFTEXT} In the sunlit terraces"
-        "of someunknownPlace."
-    )
+    text = f"Hello, do you like tea? {ENDOFTEXT} In the sunlit terracesof someunknownPlace."
 
     ids = encode_with_eot(text, GPT2)
 
@@ -142,9 +135,7 @@ def test_the_control_token_stands_where_it_is_spelled_out():
     ]
 
 
-@pytest.mark.parametrize(
-    "text", ["", ENDOFTEXT, f"{ENDOFTEXT}{ENDOFTEXT} a{ENDOFTEXT}"]
-)
+@pytest.mark.parametrize("text", ["", ENDOFTEXT, f"{ENDOFTEXT}{ENDOFTEXT} a{ENDOFTEXT}"])
 def test_ends_are_those_of_tiktoken(text):
     ids = encode_with_eot(text, GPT2)
 

@@ -225,9 +225,7 @@ def test_multi_head_attention_is_that_of_gptjax():
 
     context_BTE = jax.jit(multi_head_attention)(x_BTD, heads)
 
-    query_BTHK, key_BSHK, value_BSHK = (
-        jnp.tensordot(x_BTD, kernel, 1) for kernel in heads[:3]
-    )
+    query_BTHK, key_BSHK, value_BSHK = (jnp.tensordot(x_BTD, kernel, 1) for kernel in heads[:3])
     mixed_BTHK = reference_attention(query_BTHK, key_BSHK, value_BSHK, AttentionMask())
     expected = jnp.tensordot(mixed_BTHK, heads.out_HKE, 2) + heads.bias_E[None, None]
     # float32 sums of numbers up to 30, in another order
@@ -281,9 +279,7 @@ def test_masking_scores_is_masking_weights_and_scaling_them():
 
     weight_TS = causal_attention_weights(score_TS)
 
-    np.testing.assert_allclose(
-        weight_TS, mask_future(jax.nn.softmax(score_TS)), atol=1e-6
-    )
+    np.testing.assert_allclose(weight_TS, mask_future(jax.nn.softmax(score_TS)), atol=1e-6)
     np.testing.assert_allclose(weight_TS.sum(1), 1, atol=1e-6)
 
 
@@ -316,9 +312,7 @@ def test_attention_drops_the_weights_that_are_not_kept():
     nothing_BTE = multi_head_attention(x_BTD, heads, ~everything, 0.5)
     np.testing.assert_array_equal(nothing_BTE[0, 0], heads.bias_E)
 
-    query_BTHK, key_BSHK, value_BSHK = (
-        jnp.tensordot(x_BTD, kernel, 1) for kernel in heads[:3]
-    )
+    query_BTHK, key_BSHK, value_BSHK = (jnp.tensordot(x_BTD, kernel, 1) for kernel in heads[:3])
     mixed_BTHK = reference_attention(
         *(query_BTHK, key_BSHK, value_BSHK, AttentionMask()),
         lambda weight_BHTS: 2 * weight_BHTS * keep_BHTS,

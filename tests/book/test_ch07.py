@@ -6,11 +6,7 @@ import pytest
 
 import gptjax
 from gptjax.book import epochs
-from gptjax.data.conversations import (
-    read_conversations,
-    read_preference_pairs,
-    split_conversations,
-)
+from gptjax.data.conversations import read_conversations, read_preference_pairs, split_conversations
 from gptjax.data.sft import TRAIN_ON_ALL, encode_conversations, make_sft_batches
 from gptjax.tasks.dpo import tokenize_pair
 from gptjax.tokenizer.chat_template import load_chat_template
@@ -62,9 +58,7 @@ def pairs_of(rows):
     return [tokenize_pair(row, model, ALPACA, 1024) for row in rows]
 
 
-def test_the_instructions_are_split_and_as_long_as_in_the_book(
-    shared_data, instructions
-):
+def test_the_instructions_are_split_and_as_long_as_in_the_book(shared_data, instructions):
     rows = [row for part in instructions.values() for row in part]
     examples = encode_conversations(GPT2, ALPACA, rows)
     lengths = [len(example.ids) - 1 for example in examples]  # without the end
@@ -75,9 +69,7 @@ def test_the_instructions_are_split_and_as_long_as_in_the_book(
     assert (min(lengths), max(lengths), statistics.median(lengths)) == (40, 91, 55)
 
 
-def test_the_first_epoch_has_all_lengths_that_the_book_prints(
-    shared_data, instructions
-):
+def test_the_first_epoch_has_all_lengths_that_the_book_prints(shared_data, instructions):
     examples = encode_conversations(GPT2, ALPACA, instructions["train"])
 
     loader = make_sft_batches(
@@ -85,16 +77,12 @@ def test_the_first_epoch_has_all_lengths_that_the_book_prints(
     )
 
     batches = [loader.batch_at(step) for step in range(loader.steps_per_epoch)]
-    assert [batch["tokens"].shape for batch in batches] == [
-        (8, length) for length in INSTRUCTIONS
-    ]
+    assert [batch["tokens"].shape for batch in batches] == [(8, length) for length in INSTRUCTIONS]
     text, *_ = GPT2.decode(batches[-1]["tokens"][0].tolist()).split("<|endoftext|>")
     assert text.endswith(f"### Response:\n{SIMILE}")
 
 
-def test_the_loader_of_preferences_has_all_lengths_that_the_book_prints(
-    shared_data, preferences
-):
+def test_the_loader_of_preferences_has_all_lengths_that_the_book_prints(shared_data, preferences):
     pairs = pairs_of(preferences["train"])
 
     order = next(epochs(len(pairs), 8, 123))
@@ -110,9 +98,7 @@ def test_both_loaders_give_the_rows_of_pytorchs_in_every_epoch(
 ):
     torch = import_torch()
     examples = encode_conversations(GPT2, ALPACA, instructions["train"], TRAIN_ON_ALL)
-    book = make_sft_batches(
-        "book", examples, rows=8, context=1024, pad_id=GPT2.eot_token, seed=123
-    )
+    book = make_sft_batches("book", examples, rows=8, context=1024, pad_id=GPT2.eot_token, seed=123)
     ours = epochs(len(preferences["train"]), 8, 123)
 
     def loader(items):

@@ -28,9 +28,7 @@ def first(count, batches):
 
 
 @given(SIZES, st.booleans(), st.booleans())
-def test_an_epoch_visits_each_item_once_but_for_a_batch_that_is_not_full(
-    sizes, shuffle, drop_last
-):
+def test_an_epoch_visits_each_item_once_but_for_a_batch_that_is_not_full(sizes, shuffle, drop_last):
     items, size = sizes
 
     (batches,) = first(1, epochs(items, size, 5, shuffle, drop_last))
@@ -52,9 +50,7 @@ def test_without_evaluations_the_epochs_are_those_of_a_loader_alone(sizes, seed)
 
 
 @given(SIZES, st.integers(1, 12), st.integers(0, 2), st.booleans())
-def test_evaluations_are_passes_that_begin_within_the_epochs(
-    sizes, every, after, shuffle
-):
+def test_evaluations_are_passes_that_begin_within_the_epochs(sizes, every, after, shuffle):
     items, size = sizes
     train, validation = Loader(items, size, shuffle), Loader(3, 2, shuffle=False)
     got = first(4, epochs(items, size, 9, shuffle, eval_every=every, eval_after=after))
@@ -155,21 +151,14 @@ def test_passes_of_several_loaders_in_any_order_are_pytorchs(torch, seed):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("items", "size", "every", "after", "drop_last"),
-    [
-        (18, 2, 5, 0, True),
-        (1045, 8, 50, 1, True),
-        (23, 4, 1, 2, False),
-        (9, 3, 0, 0, True),
-    ],
+    [(18, 2, 5, 0, True), (1045, 8, 50, 1, True), (23, 4, 1, 2, False), (9, 3, 0, 0, True)],
 )
 def test_a_training_loop_with_evaluations_visits_the_same_batches(
     torch, items, size, every, after, drop_last
 ):
     train = torch_loader(torch, Loader(items, size, drop_last=drop_last))
     validation = torch_loader(torch, Loader(7, 2, shuffle=False, drop_last=False))
-    ours = epochs(
-        *(items, size, 123, True, drop_last), eval_every=every, eval_after=after
-    )
+    ours = epochs(*(items, size, 123, True, drop_last), eval_every=every, eval_after=after)
     torch.manual_seed(123)
     step = 0
 

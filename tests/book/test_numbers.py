@@ -23,11 +23,7 @@ SCORES = [4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]
 
 def knobs(temperature=1.0, top_k=0):
     return SamplingParams(
-        jnp.float32(temperature),
-        jnp.int32(top_k),
-        jnp.float32(1),
-        jnp.float32(0),
-        jnp.float32(1),
+        jnp.float32(temperature), jnp.int32(top_k), jnp.float32(1), jnp.float32(0), jnp.float32(1)
     )
 
 
@@ -61,9 +57,7 @@ def test_top_k_leaves_the_three_chances_of_the_book():
         ([[-1.0, 1.0], [-0.5, 1.5], [-0.5, 1.5]], [0, 1, 1], [1, 1, 0], "1.1269"),
     ],
 )
-def test_what_is_not_counted_leaves_the_loss_of_chapter_7(
-    logits, targets, weights, printed
-):
+def test_what_is_not_counted_leaves_the_loss_of_chapter_7(logits, targets, weights, printed):
     nats, weight = cross_entropy_sum(
         jnp.array([logits]), jnp.array([targets]), jnp.array([weights], jnp.float32)
     )

@@ -46,13 +46,7 @@ def change(config, **changes):
 @given(st.integers(2, 30), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.booleans())
 @settings(max_examples=20)
 def test_the_tree_is_that_of_a_fresh_model(rows, layers, heads, biased):
-    config = change(
-        SMALL,
-        vocab_size=rows,
-        n_layers=layers,
-        n_heads=heads,
-        qkv_bias=biased,
-    )
+    config = change(SMALL, vocab_size=rows, n_layers=layers, n_heads=heads, qkv_bias=biased)
 
     params = init_params(config)
 
@@ -142,10 +136,7 @@ def torch_layers(torch, c):
         linear(f"{n}/mlp/up", d, 4 * d, True, (d, 4 * d), 4 * d)
         linear(f"{n}/mlp/down", 4 * d, d, True, (4 * d, d), d)
     made["output_embedding/embedding"] = nn.Linear(d, c.vocab_size, bias=False).weight
-    return {
-        name: x.detach().numpy() if hasattr(x, "detach") else x
-        for name, x in made.items()
-    }
+    return {name: x.detach().numpy() if hasattr(x, "detach") else x for name, x in made.items()}
 
 
 SHAPES = {
@@ -202,9 +193,7 @@ def test_the_untrained_model_of_chapter_4_writes_the_books_words():
     (written,) = complete(model, "Hello, I am", max_new_tokens=10, temperature=0.0)
 
     assert model.tokenizer.encode("Hello, I am") == [15496, 11, 314, 716]
-    assert written.ids == [
-        *(27018, 24086, 47843, 30961, 42348, 7267, 49706, 43231, 47062, 34657),
-    ]
+    assert written.ids == [*(27018, 24086, 47843, 30961, 42348, 7267, 49706, 43231, 47062, 34657)]
     assert written.text == (
         " Featureiman Byeswickattribute argue logger Normandy Compton analogous"
     )
@@ -229,10 +218,7 @@ def test_the_untrained_model_of_chapter_5_has_the_books_loss_and_perplexity(opti
 
     logit_BTV, loss = logits_and_loss(model.config, model.params, token_BT, target_BT)
 
-    assert logit_BTV.argmax(-1).tolist() == [
-        [16657, 339, 42826],
-        [49906, 29669, 41751],
-    ]
+    assert logit_BTV.argmax(-1).tolist() == [[16657, 339, 42826], [49906, 29669, 41751]]
     assert round(float(loss), 4) == 10.7940
     # PyTorch has 48725.8241 in float64. Near 10.8 a step of float32 is one of 0.05 in
     # the perplexity, so that only the nearest step has the book's digits.

@@ -10,13 +10,7 @@ from hypothesis import strategies as st
 
 import gptjax.book
 from gptjax.book import TorchGenerator, torch_random
-from gptjax.book.torch_random import (
-    BOX_MULLER_BLOCK,
-    box_muller,
-    cos_sin,
-    exact_fma,
-    log_float32,
-)
+from gptjax.book.torch_random import BOX_MULLER_BLOCK, box_muller, cos_sin, exact_fma, log_float32
 from gptjax.data.torch_order import torch_randperm
 from gptjax.errors import ConfigError
 from tests.torch_peer import import_exact_torch
@@ -58,10 +52,7 @@ def test_a_sequence_of_calls_gives_what_it_gives_in_pytorch():
     generator = TorchGenerator(123)  # the digits: PyTorch 2.13, AVX512
 
     assert generator.uniform(2).tolist() == [0.29611194133758545, 0.516562283039093]
-    assert generator.uniform((2, 1)).tolist() == [
-        [0.2516707181930542],
-        [0.6885567903518677],
-    ]
+    assert generator.uniform((2, 1)).tolist() == [[0.2516707181930542], [0.6885567903518677]]
     assert generator.permutation(8).tolist() == [4, 0, 2, 5, 7, 6, 1, 3]
     last = generator.uniform(3, -0.5, 0.25).tolist()
     assert last == [0.015330001711845398, -0.44327351450920105, -0.3525213599205017]
@@ -100,9 +91,7 @@ def test_normal_numbers_are_box_mullers_of_the_uniform_ones(count, seed):
         radius, angle = np.sqrt(-2 * np.log(1 - first)), 2 * np.pi * second
         expected = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
         # Seven digits of float32, of numbers below 5.8.
-        np.testing.assert_allclose(
-            normal[start : start + BOX_MULLER_BLOCK], expected, atol=3e-6
-        )
+        np.testing.assert_allclose(normal[start : start + BOX_MULLER_BLOCK], expected, atol=3e-6)
 
 
 def test_a_last_block_that_is_not_full_is_drawn_anew():
@@ -125,9 +114,7 @@ def test_a_permutation_is_that_of_a_sampler_with_the_same_seed(n, seed):
     assert sorted(order) == list(range(n))
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(5, 5.000001), (0.1, 0.1000002), (-0.25, 0.25), (3, 3)]
-)
+@pytest.mark.parametrize(("low", "high"), [(5, 5.000001), (0.1, 0.1000002), (-0.25, 0.25), (3, 3)])
 def test_the_upper_end_of_a_range_is_never_drawn(low, high):
     drawn = TorchGenerator(0).uniform(10_000, low, high)
 
@@ -157,9 +144,7 @@ def test_a_uniform_number_is_too_where_its_range_begins_next_to_nothing():
 
 
 def test_a_radius_of_nothing_leaves_no_minus_sign():
-    assert_same_bits(
-        box_muller(np.zeros(BOX_MULLER_BLOCK, np.float32)), np.zeros(16, np.float32)
-    )
+    assert_same_bits(box_muller(np.zeros(BOX_MULLER_BLOCK, np.float32)), np.zeros(16, np.float32))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -210,10 +195,7 @@ def test_so_they_are_for_every_uniform_number(monkeypatch):
         (lambda g: g.normal((-4, -4)), r"the shape \(-4, -4\) must not"),
         (lambda g: g.uniform(-1), r"the shape \(-1,\) must not .* a negative size"),
         (lambda g: g.uniform(3, 1, 0), r"uniform\(1, 0\) is not a float32 range"),
-        (
-            lambda g: g.uniform(3, 0, float("nan")),
-            r"uniform\(0, nan\) is not a",
-        ),
+        (lambda g: g.uniform(3, 0, float("nan")), r"uniform\(0, nan\) is not a"),
         (lambda g: g.uniform(3, -3e38, 3e38), r"at most 3.4e\+38 apart"),
         (lambda g: g.permutation(-1), r"permutation\(-1\) is not supported"),
         (lambda g: g.permutation(10**9), "Use a length from 0 to 214748363"),

@@ -37,9 +37,7 @@ def small(name, **model):
     c = load_config(find_config(f"book/{name}"))
     shape = {"n_layers": 1, "n_heads": 2, "d_model": 16, "dropout": 0.0} | model
     train = dataclasses.replace(c.train, steps=12, sample_prompt="")
-    return dataclasses.replace(
-        c, model=dataclasses.replace(c.model, **shape), train=train
-    )
+    return dataclasses.replace(c, model=dataclasses.replace(c.model, **shape), train=train)
 
 
 def passes_of(config):
@@ -144,9 +142,7 @@ def test_chapter_6_says_what_the_book_prints(tmp_path, start, shared_data, monke
         """Mean loss and accuracy of the means of batches."""
         parts = [
             evaluate_classifier(
-                model,
-                take(sets.rows[split], rows),
-                [sets.ids[split][n] for n in rows],
+                model, take(sets.rows[split], rows), [sets.ids[split][n] for n in rows]
             )
             for rows in batches
         ]
@@ -183,9 +179,7 @@ def test_chapter_7_says_what_the_book_prints(tmp_path, start, shared_data, monke
         means = []
         for rows in batches:
             longest = max(len(examples[n].ids) for n in rows) - 1
-            batch = collate(
-                [[examples[n]] for n in rows], longest, sets.tokenizer.eot_token
-            )
+            batch = collate([[examples[n]] for n in rows], longest, sets.tokenizer.eot_token)
             batch = jax.tree.map(jnp.asarray, batch)
             nats, weight = batch_loss(model.config, model.params, batch, chunk_size=8)
             means.append(float(nats / weight))

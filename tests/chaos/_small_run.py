@@ -57,11 +57,7 @@ def run_whole(folder: Path, run: str = "whole") -> Path:
     """Runs undisturbed in a process of its own; returns the run folder."""
     command = [sys.executable, "-m", "gptjax", "train", "config.toml", "--run", run]
     subprocess.run(
-        command,
-        cwd=folder,
-        env=environment(folder),
-        check=True,
-        stdout=subprocess.DEVNULL,
+        command, cwd=folder, env=environment(folder), check=True, stdout=subprocess.DEVNULL
     )
     return folder / run
 

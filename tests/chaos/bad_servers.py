@@ -103,11 +103,7 @@ def fault_of(target: Path, when: str, *, must: bool = False) -> str:
 def killed(url: str, target: Path, point: int) -> int:
     """The exit status of a download that is killed at a point, if it gets there."""
     block = len(BODY) // BLOCKS + 1
-    options = {
-        "seconds": download.DOWNLOAD_TIMEOUT_SECONDS,
-        "block": block,
-        "blocks": BLOCKS,
-    }
+    options = {"seconds": download.DOWNLOAD_TIMEOUT_SECONDS, "block": block, "blocks": BLOCKS}
     process = process_of(url, target, KILLER.format(point=point, **options))
     try:
         return process.wait(900)

@@ -159,10 +159,7 @@ def forge(step: Path, rng: random.Random) -> None:
     manifest.write_manifest(step, about)
 
 
-ALTERED = [
-    *(flip, truncate, zero, delete, append, swap),
-    *(empty, link, extra, alien, edit, forge),
-]
+ALTERED = [*(flip, truncate, zero, delete, append, swap), *(empty, link, extra, alien, edit, forge)]
 
 
 def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:

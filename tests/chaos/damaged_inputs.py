@@ -38,9 +38,7 @@ CSV = "".join(
 TALK = b"""{"messages": [{"role": "user", "content": "Hi"},
  {"role": "assistant", "content": "Ho"}]}
 """.replace(b"\n ", b" ")
-ASKED = (
-    b'{"instruction": "Add.", "input": "1 1", "output": "2", "system": "Be kind."}\n'
-)
+ASKED = b'{"instruction": "Add.", "input": "1 1", "output": "2", "system": "Be kind."}\n'
 PAIRS = b'{"prompt": "Hi", "chosen": "Ho", "rejected": "Go away", "split": "train"}\n'
 CONFIG = b"""# a comment
 [model]
@@ -98,10 +96,7 @@ KINDS: dict[str, tuple[bytes, Reader]] = {  # name of the file: content, reader
     "texts.jsonl": (TEXTS, read_texts),
     "texts.json": (list_of(TEXTS), read_texts),
     "texts.csv": (b'text,n\nrow 1,1\n"row\n2",2\n', read_texts),
-    "text.txt": (
-        "One ö.\n\nTwo.\r\nThree.\n".encode(),
-        lambda path: [read_text_file(path)],
-    ),
+    "text.txt": ("One ö.\n\nTwo.\r\nThree.\n".encode(), lambda path: [read_text_file(path)]),
     "labels.jsonl": (LABELS, read_classes),
     "labels.json": (list_of(LABELS), read_classes),
     "labels.csv": (CSV, read_classes),
@@ -162,9 +157,7 @@ def fault_of_message(path: Path, text: str) -> str:
     if str(path.parent if of_tokenizer else path) not in text:
         return f"no file in: {text}"
     in_lines = path.suffix in LINES and not of_tokenizer
-    line = re.search(
-        rf"{re.escape(path.name)}(:\d+|.*line \d+|.*end of document)", text
-    )
+    line = re.search(rf"{re.escape(path.name)}(:\d+|.*line \d+|.*end of document)", text)
     if in_lines and not line and not any(part in text for part in WHOLE):
         return f"no line in: {text}"
     text.encode()

@@ -24,20 +24,7 @@ MOST_GROWTH = 200 << 10  # kB of resident memory over the whole campaign
 
 WORDS = (
     *("F32", "F16", "BF16", "I32", "F64", "dtype", "shape", "data_offsets", "a", "h.0"),
-    *(
-        "0",
-        "1",
-        "2",
-        "-1",
-        "9" * 30,
-        "1e999",
-        "NaN",
-        "null",
-        "[]",
-        "{}",
-        '"',
-        "\\ud800",
-    ),
+    *("0", "1", "2", "-1", "9" * 30, "1e999", "NaN", "null", "[]", "{}", '"', "\\ud800"),
     *("__metadata__", "../x", "true", ":", ",", "[" * 99, "4611686018427387904"),
 )
 
@@ -77,9 +64,7 @@ def mutated(lot: random.Random, whole: bytes) -> bytes:
             case 5:
                 data[at : at + 8] = bytes(8)
             case 6:
-                data[:HEADER_LENGTH_BYTES] = struct.pack(
-                    "<Q", lot.getrandbits(lot.choice((9, 64)))
-                )
+                data[:HEADER_LENGTH_BYTES] = struct.pack("<Q", lot.getrandbits(lot.choice((9, 64))))
             case 7:
                 data[at : at + lot.randint(0, 5)] = lot.choice(WORDS).encode()
     return bytes(data)
@@ -99,9 +84,7 @@ def reworded(lot: random.Random, whole: bytes) -> bytes:
             header[one] = lot.choice((None, [], 3, "x", {}))
         case 3 | 4:
             name = lot.choice(("dtype", "shape", "data_offsets", "x"))
-            value = lot.choice(
-                ("F32", [0], [1 << 62, 0], [-1, 2], [], [12], [0, 48], 0.5)
-            )
+            value = lot.choice(("F32", [0], [1 << 62, 0], [-1, 2], [], [12], [0, 48], 0.5))
             header[one] = {**header[one], name: value}
         case 5:
             header |= {f"t{n}": header[one] for n in range(lot.choice((1, 300)))}

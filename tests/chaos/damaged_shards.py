@@ -24,9 +24,7 @@ def written(folder: Path, numbers: range) -> Path:
     rows = "".join(f'"{n} times {n} is {n * n}."\n' for n in numbers)
     (folder / "text.jsonl").write_text(rows)
     out = folder / f"from{numbers.start}"
-    prepare_dataset(
-        [folder / "text.jsonl"], "bytes", out, val_fraction=0.3, shard_tokens=200
-    )
+    prepare_dataset([folder / "text.jsonl"], "bytes", out, val_fraction=0.3, shard_tokens=200)
     return out
 
 
@@ -102,9 +100,7 @@ def fault_of(folder: Path, name: str, same_size: bool, whole: TokenizedSplits) -
         if str(folder) not in text:
             return f"{name}: no file in: {text}"
         if same_size and name != "meta.json":
-            place = (
-                rf"{folder}/[a-z]+-\d+\.(bin|idx): block \d+, bytes [\d,]+ to [\d,]+"
-            )
+            place = rf"{folder}/[a-z]+-\d+\.(bin|idx): block \d+, bytes [\d,]+ to [\d,]+"
             return "" if re.match(place, text) else f"{name}: no place in: {text}"
         return ""
     return f"{name} is another one, and nobody noticed"

@@ -49,9 +49,7 @@ def numbers(batch: Any, row: int) -> list[int]:
     """Which examples a row of a batch has."""
     found = batch["tokens"][row].reshape(-1)
     if "lengths" in batch:
-        found = (
-            found[: batch["lengths"][row]] if batch["loss_weights"][row] else found[:0]
-        )
+        found = found[: batch["lengths"][row]] if batch["loss_weights"][row] else found[:0]
     return [int(n) - 1 for n in dict.fromkeys(found.tolist()) if n]
 
 
@@ -66,12 +64,7 @@ def stream_of(folder: Path, lot: random.Random, rows: int) -> tuple[Read, int, i
 
     def read(here: Sequence[int], start: int, stop: int) -> Iterator[list[int]]:
         made = make_batches(
-            tokens,
-            rows=rows,
-            context=context,
-            seed=seed,
-            isolate_documents=True,
-            local_rows=here,
+            tokens, rows=rows, context=context, seed=seed, isolate_documents=True, local_rows=here
         )
         for batch in made.iterate(start, stop):
             # The stream is a circle in which 0 and the last token are one.
@@ -118,9 +111,7 @@ def killed(
         child = os.fork()
         if not child:
             with contextlib.suppress(BaseException), os.fdopen(writing, "w") as out:
-                for step in prefetch_to_device(
-                    read(here, start, stop), lambda rows: rows
-                ):
+                for step in prefetch_to_device(read(here, start, stop), lambda rows: rows):
                     print(json.dumps(step), file=out, flush=True)
             os._exit(0)
         os.close(writing)
@@ -162,9 +153,7 @@ def fault_of(folder: Path, seed: int, case: int) -> str:
         after = lot.randint(0, 2 * every + per_epoch)
         parts = killed(read, shares, len(committed), stop, after)
         kills += 1
-        steps = [
-            [n for share in step for n in share] for step in zip(*parts, strict=False)
-        ]
+        steps = [[n for share in step for n in share] for step in zip(*parts, strict=False)]
         done = len(committed) + len(steps)
         done = done if done == stop else done // every * every
         committed += steps[: max(done - len(committed), 0)]

@@ -17,13 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.chaos._small_run import (
-    different,
-    environment,
-    newest,
-    run_whole,
-    write_config,
-)
+from tests.chaos._small_run import different, environment, newest, run_whole, write_config
 
 FULL, SLICE = 40, 3
 EVERY = 15.0  # seconds from fault to fault
@@ -40,9 +34,7 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
     """What each fault did that it should not have."""
     # More steps than can be made while there are faults, but not many more.
     steps = round(len(cases) * EVERY / PAUSE * 0.7)
-    write_config(
-        folder, train__steps=steps, train__eval_every=100, checkpoint__every=20
-    )
+    write_config(folder, train__steps=steps, train__eval_every=100, checkpoint__every=20)
     whole = run_whole(folder)
     train = [sys.executable, "-m", "tests.chaos._slow_train", f"{PAUSE}", "train"]
     words = [*train, "config.toml", "--run", "run"]

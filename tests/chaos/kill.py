@@ -20,14 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gptjax.training.metrics import read_events
-from tests.chaos._small_run import (
-    different,
-    environment,
-    newest,
-    run_whole,
-    strayed,
-    write_config,
-)
+from tests.chaos._small_run import different, environment, newest, run_whole, strayed, write_config
 
 FULL, SLICE = 1000, 20
 LONGEST = 120  # seconds that a process may take to come to its first step

@@ -129,10 +129,7 @@ def together(
 def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
     """How the checksums of each pair differ, or ""."""
     wanted = [pairs(seed)[case] for case in cases]
-    truth = {
-        k: by_numpy(v)
-        for k, v in flatten_with_names(checkpoint_state(values(seed))).items()
-    }
+    truth = {k: by_numpy(v) for k, v in flatten_with_names(checkpoint_state(values(seed))).items()}
     saved, restored = {}, {}
     for one in dict.fromkeys(one for one, _ in wanted):
         path = saved[one] = folder / "saved{}x{}".format(*one)

@@ -16,13 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gptjax.training.metrics import drop_events_after
-from tests.chaos._small_run import (
-    different,
-    environment,
-    newest,
-    numbers,
-    write_config,
-)
+from tests.chaos._small_run import different, environment, newest, numbers, write_config
 from tests.processes import free_port
 from tests.runs import delete_after
 
@@ -80,9 +74,7 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
     )
 
 
-def disturbed(
-    here: Path, whole: Path, count: int, name: str, lot: random.Random
-) -> str:
+def disturbed(here: Path, whole: Path, count: int, name: str, lot: random.Random) -> str:
     """Sends the signal in a phase, and starts again."""
     phase, victims = PHASES[name], {lot.randrange(count)}
     if name == "importing":

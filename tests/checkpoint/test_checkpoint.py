@@ -244,10 +244,7 @@ def test_a_save_that_fails_later_is_said_by_the_next_one(tmp_path):
 
 
 def test_a_save_that_fails_last_is_said_by_the_end(tmp_path):
-    with (
-        pytest.raises(ModelError, match="step 1 is not saved"),
-        async_saver(tmp_path, 2) as save,
-    ):
+    with pytest.raises(ModelError, match="step 1 is not saved"), async_saver(tmp_path, 2) as save:
         save(1, {**tree(), "step": jnp.float32(np.nan)})
 
 
@@ -264,9 +261,7 @@ def test_a_failure_of_orbax_is_told_with_what_to_do(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
-def test_a_restore_that_orbax_refuses_leaves_the_step_where_it_is(
-    tmp_path, monkeypatch
-):
+def test_a_restore_that_orbax_refuses_leaves_the_step_where_it_is(tmp_path, monkeypatch):
     def refused(*_, **__):
         raise KeyError("no such driver")
 

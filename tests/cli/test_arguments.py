@@ -25,9 +25,7 @@ def all_commands(group=COMMANDS, path=()):
 
 
 COMMAND_TABLE = dict(all_commands())
-CONFIG_COMMANDS = [
-    path[0] for path, c in COMMAND_TABLE.items() if isinstance(c, ConfigCommand)
-]
+CONFIG_COMMANDS = [path[0] for path, c in COMMAND_TABLE.items() if isinstance(c, ConfigCommand)]
 
 
 def usage_error(capsys, *words):

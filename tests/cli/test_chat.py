@@ -130,10 +130,7 @@ def test_a_blank_in_front_makes_a_message_of_what_looks_like_a_command():
     ("line", "words"),
     [
         ("/rest", "there is no command /rest. Did you mean /reset? /help lists them"),
-        (
-            "/",
-            "there is no command /. /help lists them. To send a message that starts",
-        ),
+        ("/", "there is no command /. /help lists them. To send a message that starts"),
         ("/etc/passwd\nis a file", "there is no command /etc/passwd."),
         ("/temperature", "temperature cannot be ''. Use a number, such as 0.7."),
         ("/temperature warm", "temperature cannot be 'warm'"),
@@ -358,9 +355,7 @@ def test_a_question_without_an_answer_makes_way_or_is_asked_again(said):
     result = talk("a", "x", "/retry", "b", answer=silent)
 
     assert result.said == [said] * 2
-    assert (
-        result.calls[1][0] == result.calls[2][0] == [user("a"), bot("yes"), user("x")]
-    )
+    assert result.calls[1][0] == result.calls[2][0] == [user("a"), bot("yes"), user("x")]
     assert result.calls[3][0] == [user("a"), bot("yes"), user("b")]
 
 
@@ -368,10 +363,7 @@ def test_a_question_without_an_answer_makes_way_or_is_asked_again(said):
 def test_a_base_model_goes_on_from_each_line_alone():
     result = talk("a", "b" * 100, "/retry", "/system s", model=BASE, seed=1)
 
-    assert [call[0] for call in result.calls] == [
-        [user("a")],
-        *[[user("b" * 100)]] * 2,
-    ]
+    assert [call[0] for call in result.calls] == [[user("a")], *[[user("b" * 100)]] * 2]
     assert [call[1]["seed"] for call in result.calls] == [1, 2, 3]
     assert "no command /system" in result.said[0]
 
@@ -379,9 +371,7 @@ def test_a_base_model_goes_on_from_each_line_alone():
 def test_a_classifier_does_not_chat():
     model = dataclasses.replace(BASE, labels=("ham", "spam"))
 
-    with pytest.raises(
-        ModelError, match=r"runs/x is a classifier.*Use gptjax classify"
-    ):
+    with pytest.raises(ModelError, match=r"runs/x is a classifier.*Use gptjax classify"):
         chat.run_chat(model, "runs/x", {})
 
 

@@ -99,9 +99,7 @@ class Terminal:
             try:
                 more = os.read(self.main, 65536) if ready else b""
             except OSError:  # Linux's way to say that the child is gone
-                raise AssertionError(
-                    f"{text} is not in {self.seen[self.at :]}"
-                ) from None
+                raise AssertionError(f"{text} is not in {self.seen[self.at :]}") from None
             self.seen += more
             assert time.monotonic() < deadline, (text, self.seen[self.at :])
         start, self.at = self.at, found + len(text)
@@ -208,9 +206,7 @@ def test_no_number_of_interrupts_ends_the_chat(terminal):
         terminal.until(READY)
 
 
-def test_an_interrupt_at_the_prompt_clears_the_line_and_once_says_how_to_leave(
-    terminal,
-):
+def test_an_interrupt_at_the_prompt_clears_the_line_and_once_says_how_to_leave(terminal):
     for _ in range(2):
         terminal.press("wrong")
         terminal.until("wrong")
@@ -253,9 +249,7 @@ def piped(monkeypatch, text, encoding="utf-8"):
     monkeypatch.setattr(sys, "stdin", stream)
 
 
-def test_from_a_pipe_each_line_is_a_message_and_answers_go_to_stdout(
-    monkeypatch, capsys
-):
+def test_from_a_pipe_each_line_is_a_message_and_answers_go_to_stdout(monkeypatch, capsys):
     def echo(model, messages, **sampling):
         return iter([messages[-1]["content"], "\x1b[2J!"])
 
@@ -321,13 +315,9 @@ def test_a_base_model_writes_what_generation_writes(monkeypatch, capsys):
     assert "completes text: each line is a separate prompt" in err
 
 
-def test_an_assistant_with_a_real_template_answers_until_its_context_is_full(
-    monkeypatch, capsys
-):
+def test_an_assistant_with_a_real_template_answers_until_its_context_is_full(monkeypatch, capsys):
     source = load_chat_template("chatml").source
-    model = dataclasses.replace(
-        make_model(context_length=128, n_layers=1), chat_template=source
-    )
+    model = dataclasses.replace(make_model(context_length=128, n_layers=1), chat_template=source)
     piped(monkeypatch, "first\nsecond\n" + "x" * 128)
 
     chat.run_chat(model, "name", {"max_new_tokens": 12})

@@ -36,9 +36,7 @@ def run_file(text, tools, *words):
         for tool, body in tools.items():
             path = home / tool if "/" in tool else folder / tool
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(
-                f"#!/bin/bash\nLOG={home}/{path.name}.log\n{NOTE}\n{body}\n"
-            )
+            path.write_text(f"#!/bin/bash\nLOG={home}/{path.name}.log\n{NOTE}\n{body}\n")
             path.chmod(0o755)
         file = home / "file.sh"
         file.write_text(text, encoding="utf-8", newline="")
@@ -72,9 +70,7 @@ def parsed(text):
 
 def expanded(word):
     """A word of a container's command, after Kubernetes has looked for $(NAME)."""
-    return re.sub(
-        r"\$(\$|\([^)]*\))", lambda m: "$" if m[1] == "$" else "expanded", word
-    )
+    return re.sub(r"\$(\$|\([^)]*\))", lambda m: "$" if m[1] == "$" else "expanded", word)
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +81,7 @@ def toml(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(
-    ("code", "queued"), [(75, 1), (0, 0), (1, 0), (2, 0), (143, 0)]
-)
+@pytest.mark.parametrize(("code", "queued"), [(75, 1), (0, 0), (1, 0), (2, 0), (143, 0)])
 def test_a_slurm_job_goes_back_into_the_queue_after_exit_code_75_only(code, queued):
     text = "SLURM_JOB_ID=7\n" + launch("slurm", "tiny", **SOME["slurm"])
 
@@ -253,16 +247,10 @@ def test_tpu_vms_can_be_stopped_and_given_back():
 @pytest.mark.parametrize(
     ("topology", "words"),
     [
-        (
-            "v5e:4x4",
-            "--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite",
-        ),
+        ("v5e:4x4", "--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite"),
         ("v6e:2x4", "--accelerator-type=v6e-8 --runtime-version=v2-alpha-tpuv6e"),
         ("v5p:2x2x4", "--accelerator-type=v5p-32 --runtime-version=v2-alpha-tpuv5"),
-        (
-            "v4:4x4x16",
-            "--type=v4 --topology=4x4x16 --runtime-version=tpu-ubuntu2204-base",
-        ),
+        ("v4:4x4x16", "--type=v4 --topology=4x4x16 --runtime-version=tpu-ubuntu2204-base"),
     ],
 )
 def test_tpu_vms_are_created_by_the_name_that_the_cloud_has_for_them(topology, words):
@@ -279,9 +267,7 @@ def test_tpu_vms_are_created_by_the_name_that_the_cloud_has_for_them(topology, w
 @given(NAMES, TEXTS)
 def test_skypilot_runs_train_with_every_name_as_it_was_given(toml, name, value):
     run = f"x{name.replace('/', '-')}"
-    (task,) = parsed(
-        launch("skypilot", str(toml), ["--a", value], run=run, **SOME["skypilot"])
-    )
+    (task,) = parsed(launch("skypilot", str(toml), ["--a", value], run=run, **SOME["skypilot"]))
 
     names = "$SLURM_STEP_NODELIST $SLURM_NTASKS $SLURM_PROCID $SLURM_LOCALID"
     train = f'note "{names} $JAX_LOCAL_DEVICE_IDS"'

@@ -223,9 +223,7 @@ def test_a_closed_pipe_ends_the_command_quietly():
     os.close(read_end)
     command = [sys.executable, "-m", "gptjax", "train", "--help"]
 
-    done = subprocess.run(
-        command, stdout=write_end, stderr=subprocess.PIPE, check=False
-    )
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, check=False)
 
     os.close(write_end)
     assert (done.returncode, done.stderr) == (0, b"")

@@ -35,9 +35,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 def pairs(data: LabeledTexts) -> list[tuple[str, str]]:
     """(label, text) of each row."""
-    return [
-        (data.class_names[n], t) for n, t in zip(data.labels, data.texts, strict=True)
-    ]
+    return [(data.class_names[n], t) for n, t in zip(data.labels, data.texts, strict=True)]
 
 
 def table(rows: list[tuple[str, ...]], delimiter: str = ",") -> str:
@@ -76,9 +74,7 @@ def test_each_format_gives_the_same_rows_also_compressed(tmp_path, name):
 
 def test_the_line_says_what_was_taken_for_what(tmp_path):
     lines = {
-        name: read_labeled_texts(write(tmp_path / name, FORMATS[name]))[1].split(
-            ": ", 1
-        )[1]
+        name: read_labeled_texts(write(tmp_path / name, FORMATS[name]))[1].split(": ", 1)[1]
         for name in FORMATS
     }
 
@@ -197,9 +193,7 @@ def test_json_columns_are_not_to_be_counted(tmp_path):
 
 @pytest.mark.fast
 def test_named_columns_are_taken(tmp_path):
-    path = write(
-        tmp_path / "a.csv", "text,body,label,mood\na,b,x,1\nc,d,y,2\nc,d,y,2\n"
-    )
+    path = write(tmp_path / "a.csv", "text,body,label,mood\na,b,x,1\nc,d,y,2\nc,d,y,2\n")
 
     assert pairs(read_labeled_texts(path)[0])[0] == ("x", "a")
     assert pairs(read_labeled_texts(path, "body")[0])[0] == ("x", "b")
@@ -226,9 +220,7 @@ def test_a_first_row_whose_label_comes_again_is_no_header(tmp_path):
     rows = [("neg", "so bad"), ("pos", "very good"), ("pos", "fine"), ("neg", "dull")]
 
     bare, _ = read_labeled_texts(write(tmp_path / "a.csv", table(rows)))
-    headed, _ = read_labeled_texts(
-        write(tmp_path / "b.csv", table([("v1", "v2"), *rows]))
-    )
+    headed, _ = read_labeled_texts(write(tmp_path / "b.csv", table([("v1", "v2"), *rows])))
 
     assert pairs(bare) == pairs(headed) == rows
 
@@ -237,27 +229,18 @@ BAD = {
     ("a.csv", "text,label\na,x\n ,y\n"): ":3: the text is empty.",
     ("a.csv", "text,label\na,x\nb, \n"): ":3: no label in column 'label'.",
     ("a.csv", "text,label\na,x\nb\n"): ":3: 1 fields, but 2 in the first row. Quote",
-    (
-        "a.tsv",
-        "text\tlabel\na\tx\nb\tc\ty",
-    ): ":3: 3 fields, but 2 in the first row. Tab",
+    ("a.tsv", "text\tlabel\na\tx\nb\tc\ty"): ":3: 3 fields, but 2 in the first row. Tab",
     ("a.csv", "text,label, text\na,x,b\n"): ":1: duplicate column name in ['text'",
     ("a.csv", b"text,label\na,x\n\xff,y\n"): ":3: not UTF-8 (byte 0xff: invalid start",
     ("a.csv", 'text,label\na,x\n"b"c,y\n'): ":3: not CSV: ',' expected after '\"'.",
     ("a.csv", 'text,label\na,x\n"b,y\n'): ":3: not CSV: unexpected end of data.",
-    (
-        "a.tsv",
-        'text\tlabel\na\tx\n"b\ty\n',
-    ): ":3: not CSV: quote is never closed",
+    ("a.tsv", 'text\tlabel\na\tx\n"b\ty\n'): ":3: not CSV: quote is never closed",
     ("a.tsv", 'text\tlabel\na\tx\ny\t"b'): ":3: not CSV: quote is never closed",
     ("a.csv", ""): " has no rows.",
     ("a.json", "[]"): " has no rows.",
     ("a.csv", "text,label\n"): " has no rows.",
     ("a.json", "{}"): ":1: not a JSON array.",
-    (
-        "a.jsonl",
-        "{}",
-    ): ":1: ambiguous text and label columns",
+    ("a.jsonl", "{}"): ":1: ambiguous text and label columns",
     ("a.jsonl", '{"text": "a", "label": 1}\n"b"'): ":2: 'b' has no columns. Write each",
     ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}'): (
         ":2: no column 'label'. Columns: text. Choose with --data.label_column NAME."
@@ -273,9 +256,7 @@ BAD = {
     ("a.jsonl", '{"text": 5, "label": 1}'): ":1: column 'text' is 5, not a string.",
     ("a.jsonl", '{"text": "\\ud800", "label": 1}'): ":1: unpaired surrogate",
     ("a.jsonl", '{"text": "a", "label": "\\u0000"}'): ":1: NUL character",
-    ("a.csv", "text,label\na,ham\nb,ham\n"): (
-        ", column 'label': the only label is 'ham'"
-    ),
+    ("a.csv", "text,label\na,ham\nb,ham\n"): (", column 'label': the only label is 'ham'"),
 }
 
 
@@ -328,8 +309,7 @@ def test_a_folder_of_folders_is_read_in_the_order_of_names(tmp_path):
     ]
     assert data.locations[0] == f"{tmp_path / 'neg' / '1.txt'}:1"
     assert line == (
-        f"{tmp_path}: .txt files in one folder per label; 4 texts in 2 classes: "
-        "neg (2), pos (2)."
+        f"{tmp_path}: .txt files in one folder per label; 4 texts in 2 classes: neg (2), pos (2)."
     )
 
 
@@ -373,9 +353,7 @@ def test_what_is_written_is_read(tmp_path, rows, delimiter):
 def test_fields_are_those_of_pythons_csv_unless_a_quote_is_open(content, strict):
     def read() -> list[list[str]]:
         file = io.BytesIO(content.encode())
-        return [
-            f for _, f in read_csv_records(file, Path("a.tsv"), "\t", strict=strict)
-        ]
+        return [f for _, f in read_csv_records(file, Path("a.tsv"), "\t", strict=strict)]
 
     # A row after the last one is swallowed where a quote is open.
     ended = content if content.endswith("\n") or not content else content + "\n"

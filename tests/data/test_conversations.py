@@ -28,12 +28,7 @@ YES = {"role": "assistant", "content": " Yes.\n"}
 NO = {"role": "assistant", "content": "No!"}
 TALK = [SYSTEM, USER, NO, USER, YES]
 AB = {"prompt": "a", "completion": "b"}
-DEFAULTS = {
-    "strategy": "stratified",
-    "val_fraction": 0.1,
-    "test_fraction": 0.2,
-    "seed": 0,
-}
+DEFAULTS = {"strategy": "stratified", "val_fraction": 0.1, "test_fraction": 0.2, "seed": 0}
 
 
 def sharegpt(messages):
@@ -208,9 +203,7 @@ def test_word_tasks_are_built_in(monkeypatch):
 
     found, line = read_conversations("word-tasks")
 
-    assert [(one.source_row, one.task) for one in found] == [
-        (row, "case") for row in rows
-    ]
+    assert [(one.source_row, one.task) for one in found] == [(row, "case") for row in rows]
     assert [one.location for one in found] == ["word-tasks:1", "word-tasks:2"]
     assert line.startswith("word-tasks: built in; prompts (prompt, completion); ")
 
@@ -352,10 +345,7 @@ def test_each_row_is_in_one_split_that_has_its_share(count, val, test, seed):
 
 
 BAD_SPLITS = {
-    "unknown data.split_strategy='bok'. Did you mean book?": (
-        9,
-        {"strategy": "bok"},
-    ),
+    "unknown data.split_strategy='bok'. Did you mean book?": (9, {"strategy": "bok"}),
     "data.val_fraction=0.8 and data.test_fraction=0.2 ": (9, {"val_fraction": 0.8}),
     "2 rows, but each of 3 splits needs one. Add rows, or set data.test": (2, {}),
     "data.split_strategy=book leaves no test rows of 9. ": (9, {"strategy": "book"}),

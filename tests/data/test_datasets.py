@@ -27,10 +27,7 @@ def places(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.delenv("GPTJAX_OFFLINE", raising=False)
     entry = datasets.DatasetFile(
-        "right.txt",
-        len(RIGHT),
-        hashlib.sha256(RIGHT).hexdigest(),
-        "http://127.0.0.1:9/",
+        "right.txt", len(RIGHT), hashlib.sha256(RIGHT).hexdigest(), "http://127.0.0.1:9/"
     )
     monkeypatch.setitem(datasets.DATASETS, "right", entry)
     return own, home / "data"
@@ -38,12 +35,7 @@ def places(tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def serving(
-    monkeypatch,
-    body: bytes,
-    *,
-    length: int | None = None,
-    status: int = 200,
-    stalls: bool = False,
+    monkeypatch, body: bytes, *, length: int | None = None, status: int = 200, stalls: bool = False
 ):
     """A server that answers everything with `body`; yields the paths asked for."""
     asked, over = [], threading.Event()
@@ -107,9 +99,7 @@ def test_a_download_is_checked_and_kept(places, monkeypatch):
         (b"", None, 503, "cannot download .* 503"),
     ],
 )
-def test_a_wrong_download_leaves_nothing(
-    places, monkeypatch, body, length, status, message
-):
+def test_a_wrong_download_leaves_nothing(places, monkeypatch, body, length, status, message):
     _, cache = places
 
     with (
@@ -123,9 +113,7 @@ def test_a_wrong_download_leaves_nothing(
 
 
 def test_no_server_is_an_error_that_says_what_to_do(places):
-    with pytest.raises(
-        DataError, match=r"cannot download http://127.*Check the network"
-    ):
+    with pytest.raises(DataError, match=r"cannot download http://127.*Check the network"):
         datasets.fetch_dataset("right")
 
 
@@ -172,9 +160,7 @@ def test_offline_forbids_the_download_but_not_what_is_there(places, monkeypatch)
     monkeypatch.setenv("GPTJAX_OFFLINE", "1")
 
     with serving(monkeypatch, RIGHT) as asked:
-        with pytest.raises(
-            DataError, match=r"GPTJAX_OFFLINE disables.*Unset GPTJAX_OFF"
-        ):
+        with pytest.raises(DataError, match=r"GPTJAX_OFFLINE disables.*Unset GPTJAX_OFF"):
             datasets.fetch_dataset("right")
         (own / "right.txt").write_bytes(RIGHT)
         assert datasets.fetch_dataset("right") == own / "right.txt"
@@ -205,9 +191,7 @@ def test_a_wrong_file_on_this_machine_is_named_with_both_hashes(places, monkeypa
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(places):
-    with pytest.raises(
-        DataError, match=r"'tinyshakespear'. Did you mean tinyshakespeare"
-    ):
+    with pytest.raises(DataError, match=r"'tinyshakespear'. Did you mean tinyshakespeare"):
         datasets.fetch_dataset("tinyshakespear")
 
 

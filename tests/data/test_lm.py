@@ -169,21 +169,16 @@ def test_documents_of_a_row_are_numbered_and_counted_from_0(rows, eot):
 @pytest.mark.fast
 @settings(deadline=None, derandomize=True)
 @given(st.integers(2, 60), st.integers(1, 9), st.integers(1, 4), st.booleans())
-def test_validation_scores_every_token_but_the_first_once(
-    stream, length, context, rows, packed
-):
+def test_validation_scores_every_token_but_the_first_once(stream, length, context, rows, packed):
     tokens = stream(counting(length))
 
-    found = list(
-        validation_batches(tokens, rows=rows, context=context, isolate_documents=packed)
-    )
+    found = list(validation_batches(tokens, rows=rows, context=context, isolate_documents=packed))
 
     scored = [
         (int(token), int(target))
         for batch in found
         for token, target, weight in zip(
-            *(batch[name].ravel() for name in ("tokens", "targets", "loss_weights")),
-            strict=True,
+            *(batch[name].ravel() for name in ("tokens", "targets", "loss_weights")), strict=True
         )
         if weight
     ]

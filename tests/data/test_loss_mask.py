@@ -177,13 +177,11 @@ def epoch_loss(batches, accumulate, devices):
     return nats, tokens
 
 
-TEXTS = st.text(
-    st.sampled_from("ab c\né漢"), min_size=1, max_size=12
-) | st.sampled_from(["<|endoftext|>", "yks", "### Note", "{{ 7 * 7 }}", "0.5%s"])
+TEXTS = st.text(st.sampled_from("ab c\né漢"), min_size=1, max_size=12) | st.sampled_from(
+    ["<|endoftext|>", "yks", "### Note", "{{ 7 * 7 }}", "0.5%s"]
+)
 TURNS = st.lists(
-    st.tuples(TEXTS, st.just("") | TEXTS.filter(str.strip), TEXTS),
-    min_size=1,
-    max_size=3,
+    st.tuples(TEXTS, st.just("") | TEXTS.filter(str.strip), TEXTS), min_size=1, max_size=3
 )
 CONVERSATIONS = st.lists(st.tuples(st.just("") | TEXTS, TURNS), min_size=1, max_size=10)
 
@@ -255,9 +253,7 @@ def test_a_batch_of_which_nothing_is_learned_has_loss_and_gradient_zero():
     template = load_chat_template("qa")
     messages = messages_of("", [("a", "", "b")])
     example = encode_segments(MODEL.tokenizer, template.segments(messages), frozenset())
-    batches = make_sft_batches(
-        "padded", [example] * 8, rows=8, context=CONTEXT, pad_id=EOT, seed=0
-    )
+    batches = make_sft_batches("padded", [example] * 8, rows=8, context=CONTEXT, pad_id=EOT, seed=0)
 
     metrics = make_step(1)(batches.batch_at(0))
 

@@ -11,9 +11,7 @@ from gptjax.runtime.timing import StepTimer
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_it_is_map(depth):
-    assert list(prefetch_to_device(range(9), lambda n: n * n, depth)) == [
-        n * n for n in range(9)
-    ]
+    assert list(prefetch_to_device(range(9), lambda n: n * n, depth)) == [n * n for n in range(9)]
     assert list(prefetch_to_device([], str, depth)) == []
 
 

@@ -13,12 +13,7 @@ from gptjax.config import DataConfig
 from gptjax.data import prepare as module
 from gptjax.data import text
 from gptjax.data import text as split
-from gptjax.data.prepare import (
-    open_dataset,
-    open_prepared,
-    prepare_dataset,
-    sample_windows,
-)
+from gptjax.data.prepare import open_dataset, open_prepared, prepare_dataset, sample_windows
 from gptjax.data.text import find_sources, iter_split_spans, make_split_rule
 from gptjax.data.token_files import TokenDataset, verify_prepared
 from gptjax.errors import ConfigError, DataError
@@ -60,10 +55,7 @@ TEXTS = [f"Document {n}, größer <|endoftext|> " * (n % 5 + 1) for n in range(2
 @settings(deadline=None, derandomize=True, max_examples=25)
 @given(
     st.lists(
-        st.text(
-            st.characters(exclude_characters="\0", exclude_categories=["Cs"]),
-            min_size=1,
-        ),
+        st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1),
         min_size=2,
         max_size=12,
     ),
@@ -94,9 +86,7 @@ def test_the_stream_is_as_documented(tmp_path):
     info = prepare_dataset([path], "bytes", tmp_path / "out", val_fraction=0.0)
 
     train, validation, _ = open_prepared(tmp_path / "out")
-    assert train.read(0, len(train)).tolist() == (
-        [EOT, *b"ab", EOT, *b"c<|endoftext|>", EOT]
-    )
+    assert train.read(0, len(train)).tolist() == ([EOT, *b"ab", EOT, *b"c<|endoftext|>", EOT])
     assert validation is None
     assert info.meta["splits"]["train"] | {"shards": 0} == {
         "documents": 2,
@@ -154,9 +144,7 @@ def test_many_documents_are_held_out_by_lot(tmp_path):
         return [part.text for part in parts if part.split == "validation"]
 
     count = 5000  # above the number up to which documents are counted
-    sources = find_sources(
-        [jsonl(tmp_path / "a.jsonl", [str(n) for n in range(count)])]
-    )
+    sources = find_sources([jsonl(tmp_path / "a.jsonl", [str(n) for n in range(count)])])
 
     assert 0.085 * count < len(held_out(0)) < 0.115 * count
     assert held_out(0) == held_out(0) != held_out(1)
@@ -191,9 +179,7 @@ def test_the_same_call_again_finds_its_work_done_and_another_is_refused(tmp_path
 
     assert prepare_dataset([path], "bytes", out) == first
     for change in ({"seed": 1}, {"val_fraction": 0.2}, {"tokenizer": "bpe:280"}):
-        with pytest.raises(
-            DataError, match="out already holds other data, or the same"
-        ):
+        with pytest.raises(DataError, match="out already holds other data, or the same"):
             prepare_dataset([path], **{"tokenizer": "bytes", "out": out, **change})
     jsonl(path, TEXTS[:-1])
     with pytest.raises(DataError, match="Choose another folder, or remove this one"):
@@ -291,9 +277,7 @@ def test_a_prepared_folder_is_opened_with_its_own_tokenizer_only(tmp_path):
     assert opened("bytes", "bytes").name == opened("bytes", "").name == "bytes"
     assert not (tmp_path / "run").exists()
     for source, name in (("bpe", "bytes"), ("bytes", "bpe:280"), ("bytes", folder)):
-        with pytest.raises(
-            DataError, match=r"data\.tokenizer=.* does not match .*prepared"
-        ):
+        with pytest.raises(DataError, match=r"data\.tokenizer=.* does not match .*prepared"):
             opened(source, name)
 
 
@@ -302,9 +286,7 @@ def test_a_swapped_tokenizer_is_noticed(tmp_path):
     prepare_dataset([path], "bytes", tmp_path / "out")
     tokenizer.train_tokenizer(TEXTS, 260).save(tmp_path / "out" / "tokenizer")
 
-    with pytest.raises(
-        DataError, match=r"tokenizer has the hash .* prepared with .*Prepare th"
-    ):
+    with pytest.raises(DataError, match=r"tokenizer has the hash .* prepared with .*Prepare th"):
         open_prepared(tmp_path / "out")
 
 
@@ -338,9 +320,7 @@ def test_a_bar_is_shown_on_a_terminal_only(tmp_path, monkeypatch, capsys):
 
 
 def test_real_texts_are_prepared_as_nanogpt_counts_them(tmp_path, shared_data):
-    splits = prepare_dataset(["tinyshakespeare"], "gpt2", tmp_path / "out").meta[
-        "splits"
-    ]
+    splits = prepare_dataset(["tinyshakespeare"], "gpt2", tmp_path / "out").meta["splits"]
 
     # nanoGPT's readme: 301,966 and 36,059 tokens; ours have an eot at each end.
     assert splits["train"]["tokens"] == 301_966 + 2

@@ -47,18 +47,14 @@ def book_prompt(row):
 @pytest.fixture
 def instructions(shared_data):
     conversations, _ = read_conversations(shared_data / "instruction-data.json")
-    return split_conversations(
-        conversations, "book", val_fraction=0, test_fraction=0, seed=0
-    )
+    return split_conversations(conversations, "book", val_fraction=0, test_fraction=0, seed=0)
 
 
 def test_all_instructions_are_encoded_as_the_book_does(instructions):
     template = load_chat_template("alpaca")
 
     for rows in instructions.values():
-        for one, got in zip(
-            rows, encode_conversations(GPT2, template, rows), strict=True
-        ):
+        for one, got in zip(rows, encode_conversations(GPT2, template, rows), strict=True):
             prompt = book_prompt(one.source_row)
             text = f"{prompt}\n\n### Response:\n{one.source_row['output']}"
             assert got.ids == [*GPT2.encode(text), EOT]
@@ -69,13 +65,9 @@ def test_all_instructions_are_encoded_as_the_book_does(instructions):
 
 def test_the_lengths_of_the_books_batches_are_those_it_prints(instructions):
     # Raschka 2024, ch07.ipynb, cell 66: 116 batches of lengths 61, 76, ..., 74, 69.
-    examples = encode_conversations(
-        GPT2, load_chat_template("alpaca"), instructions["train"]
-    )
+    examples = encode_conversations(GPT2, load_chat_template("alpaca"), instructions["train"])
 
-    batches = make_sft_batches(
-        "book", examples, rows=8, context=1024, pad_id=EOT, seed=123
-    )
+    batches = make_sft_batches("book", examples, rows=8, context=1024, pad_id=EOT, seed=123)
     lengths = [batches.batch_at(n)["tokens"].shape[1] for n in range(116)]
 
     assert batches.steps_per_epoch == 116
@@ -85,13 +77,9 @@ def test_the_lengths_of_the_books_batches_are_those_it_prints(instructions):
 
 
 def test_buckets_need_few_programs_for_the_same_data(instructions):
-    examples = encode_conversations(
-        GPT2, load_chat_template("alpaca"), instructions["train"]
-    )
+    examples = encode_conversations(GPT2, load_chat_template("alpaca"), instructions["train"])
 
-    batches = make_sft_batches(
-        "padded", examples, rows=8, context=1024, pad_id=EOT, seed=123
-    )
+    batches = make_sft_batches("padded", examples, rows=8, context=1024, pad_id=EOT, seed=123)
 
     assert len(batches.batch_shapes) <= 8
 
@@ -100,18 +88,13 @@ def test_the_collate_example_of_the_book():
     # Raschka 2024, ch07.ipynb, cell 46; -100 is where nothing is learned.
     rows = [[0, 1, 2, 3, 4], [5, 6], [7, 8, 9]]
     examples = [
-        Example([*ids, EOT], [False, *[True] * len(ids)], [(0, len(ids) + 1)])
-        for ids in rows
+        Example([*ids, EOT], [False, *[True] * len(ids)], [(0, len(ids) + 1)]) for ids in rows
     ]
 
     batch = BookBatches(examples, 3, EOT, 0)
     batch = collate([[x] for x in examples], batch.max_length(range(3)), EOT)
 
-    assert batch["tokens"].tolist() == [
-        [0, 1, 2, 3, 4],
-        [5, 6, EOT, EOT, EOT],
-        [7, 8, 9, EOT, EOT],
-    ]
+    assert batch["tokens"].tolist() == [[0, 1, 2, 3, 4], [5, 6, EOT, EOT, EOT], [7, 8, 9, EOT, EOT]]
     targets = np.where(batch["loss_weights"] > 0, batch["targets"], -100)
     assert targets.tolist()[0] == [1, 2, 3, 4, EOT]
     assert targets.tolist()[1] == [6, EOT, -100, -100, -100]
@@ -198,10 +181,7 @@ def test_an_epoch_has_every_example_once_whole_and_apart(lengths, rows, kind, ep
                 seen.append(n)
                 assert tokens.tolist() == examples[n].ids[:-1]
                 assert batch["targets"][b, place].tolist() == examples[n].ids[1:]
-                assert (
-                    batch["loss_weights"][b, place].tolist()
-                    == examples[n].loss_mask[1:]
-                )
+                assert batch["loss_weights"][b, place].tolist() == examples[n].loss_mask[1:]
                 assert batch["positions"][b, place].tolist() == list(range(len(place)))
             assert not batch["loss_weights"][b, segment_T == 0].any()
 
@@ -218,18 +198,14 @@ def test_packing_wastes_less_than_padding():
     )
 
     tokens = sum(len(x.ids) - 1 for x in examples)
-    assert (
-        tokens / (packed.steps_per_epoch * 8 * 64) > 0.9
-    )  # the longest rows leave gaps
+    assert tokens / (packed.steps_per_epoch * 8 * 64) > 0.9  # the longest rows leave gaps
     sizes = [padded.batch_at(n)["tokens"].size for n in range(padded.steps_per_epoch)]
     assert sum(sizes) > packed.steps_per_epoch * 8 * 64
 
 
 def test_other_ways_of_batching_are_refused():
     def batches(kind, rows):
-        return make_sft_batches(
-            kind, [example(4)], rows=rows, context=8, pad_id=0, seed=0
-        )
+        return make_sft_batches(kind, [example(4)], rows=rows, context=8, pad_id=0, seed=0)
 
     with pytest.raises(DataError, match=r"data\.batching=concat"):
         batches("concat", 1)

@@ -49,8 +49,7 @@ def rows(data: LabeledTexts) -> list[tuple[str, int, str]]:
 
 classes = st.lists(st.integers(3, 60), min_size=2, max_size=5)
 fractions = st.tuples(
-    st.sampled_from([0.0, 0.01, 0.1, 0.25, 0.45]),
-    st.sampled_from([0.0, 0.05, 0.2, 1 / 3, 0.5]),
+    st.sampled_from([0.0, 0.01, 0.1, 0.25, 0.45]), st.sampled_from([0.0, 0.05, 0.2, 1 / 3, 0.5])
 )
 
 
@@ -61,11 +60,7 @@ def test_each_row_is_in_one_split(counts, parts, seed, balance):
     data = rows_of(*counts)
 
     splits = split(
-        data,
-        val_fraction=parts[0],
-        test_fraction=parts[1],
-        seed=seed,
-        balance_classes=balance,
+        data, val_fraction=parts[0], test_fraction=parts[1], seed=seed, balance_classes=balance
     )
 
     found = [row for part in splits.values() for row in rows(part)]
@@ -168,9 +163,7 @@ def test_balanced_rows_are_drawn_from_the_whole_class():
 @given(st.lists(st.integers(30, 60), min_size=2, max_size=3), st.integers(3, 40))
 def test_without_repeats_no_text_is_in_two_splits(counts, texts):
     data = rows_of(*counts, texts=texts)
-    spaces = [
-        text * (n % 2) + text.strip() * (1 - n % 2) for n, text in enumerate(data.texts)
-    ]
+    spaces = [text * (n % 2) + text.strip() * (1 - n % 2) for n, text in enumerate(data.texts)]
     data = LabeledTexts(spaces, data.labels, data.class_names, data.locations)
 
     splits = split(data, deduplicate=True)
@@ -210,17 +203,11 @@ def test_what_cannot_be_divided_is_refused():
     ]:
         with pytest.raises(DataError, match=message):
             split(rows_of(*counts))
-    with pytest.raises(
-        ConfigError, match=r"val_fraction=0\.5 and .*test_fraction=0\.5 "
-    ):
+    with pytest.raises(ConfigError, match=r"val_fraction=0\.5 and .*test_fraction=0\.5 "):
         split(rows_of(9, 9), val_fraction=0.5, test_fraction=0.5)
-    with pytest.raises(
-        ConfigError, match=r"split_strategy='boook'\. Did you mean book"
-    ):
+    with pytest.raises(ConfigError, match=r"split_strategy='boook'\. Did you mean book"):
         split(rows_of(9, 9), strategy="boook")
-    with pytest.raises(
-        DataError, match=r"split_strategy=book requires two classes, not 3\. "
-    ):
+    with pytest.raises(DataError, match=r"split_strategy=book requires two classes, not 3\. "):
         split(rows_of(9, 9, 9), strategy="book")
     with pytest.raises(DataError, match=r"book leaves 8 rows .* 5 rows per class"):
         split(rows_of(9, 4), strategy="book")
@@ -231,18 +218,13 @@ def test_what_cannot_be_divided_is_refused():
 def test_the_books_way_halves_the_classes_and_divides_7_1_2(first, second):
     data = rows_of(first, second)
 
-    splits = split(
-        data, strategy="book", seed=5, val_fraction=0.3, balance_classes=False
-    )
+    splits = split(data, strategy="book", seed=5, val_fraction=0.3, balance_classes=False)
 
     smaller = min(first, second)
     count = 2 * smaller
     sizes = [len(part) for part in splits.values()]
     assert sizes == [int(count * 0.7), int(count * 0.1), count - sum(sizes[:2])]
-    assert Counter(n for part in splits.values() for n in part.labels) == {
-        0: smaller,
-        1: smaller,
-    }
+    assert Counter(n for part in splits.values() for n in part.labels) == {0: smaller, 1: smaller}
 
 
 @pytest.fixture
@@ -258,10 +240,7 @@ def test_the_books_rows_of_the_sms_collection_are_the_books(sms):
     ham = [i for i, label in enumerate(sms.labels) if label == 0]
     assert ham[folds.book_sample(len(ham), 747)[0]] == 4307
     # Of the files that the book's own code writes, with pandas 3.1.
-    hashes = [
-        hashlib.sha256(book_csv(part).encode()).hexdigest()[:16]
-        for part in splits.values()
-    ]
+    hashes = [hashlib.sha256(book_csv(part).encode()).hexdigest()[:16] for part in splits.values()]
     assert hashes == ["c89a1156b8476e6f", "0ac7a07215729476", "a5764d4eed041dad"]
 
 
@@ -310,9 +289,7 @@ def test_classes_beyond_the_table_are_counted_together(monkeypatch):
 
 @quiet
 @given(  # Python before 3.13 leaves a "\r" without quote marks, and so does pandas.
-    st.lists(
-        st.tuples(st.text(st.characters(exclude_characters="\r")), st.integers(0, 1))
-    )
+    st.lists(st.tuples(st.text(st.characters(exclude_characters="\r")), st.integers(0, 1)))
 )
 def test_the_books_csv_is_read_back_as_it_was(pairs):
     data = LabeledTexts(

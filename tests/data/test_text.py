@@ -66,9 +66,7 @@ def test_a_text_file_is_one_document_as_it_is(tmp_path):
 def test_each_row_is_a_document_in_every_format(tmp_path):
     texts = ["first", 'two\nlines, "quoted"', "🙂 <|endoftext|>"]
     table = io.StringIO(newline="")
-    csv.writer(table).writerows(
-        [["id", "text"], *([i, t] for i, t in enumerate(texts))]
-    )
+    csv.writer(table).writerows([["id", "text"], *([i, t] for i, t in enumerate(texts))])
     files = {
         "a.jsonl": "".join(json.dumps({"n": 1, "text": t}) + "\n\n" for t in texts),
         "b.jsonl": "\n".join(json.dumps(t) for t in texts),
@@ -112,9 +110,7 @@ def test_pieces_are_short_and_make_up_the_document(monkeypatch, content, size):
 
     assert "".join(piece for piece, _ in pieces) == content
     assert all(0 < len(piece) <= size for piece, _ in pieces)
-    assert [last for _, last in pieces] == [False] * (len(pieces) - 1) + [True] * (
-        content != ""
-    )
+    assert [last for _, last in pieces] == [False] * (len(pieces) - 1) + [True] * (content != "")
 
 
 @quiet
@@ -144,11 +140,7 @@ def test_invalid_utf8_is_told_with_its_line(tmp_path, name, bad):
     path = write(tmp_path / name, b'["a",\n"b",\n"' + bad + b'"]\n')
 
     with pytest.raises(DataError, match=rf"{name}:3: not UTF-8 .* Save the file as"):
-        list(
-            readers.decode_utf8(
-                readers.read_blocks(io.BytesIO(path.read_bytes())), path
-            )
-        )
+        list(readers.decode_utf8(readers.read_blocks(io.BytesIO(path.read_bytes())), path))
     with pytest.raises(DataError, match=rf"{name}:\d"):
         documents(path)
 
@@ -327,9 +319,7 @@ def test_the_column_is_guessed_from_the_first_row(tmp_path, row, column):
 def test_an_ambiguous_column_has_to_be_named(tmp_path):
     path = write(tmp_path / "a.csv", "title,body\na,b\n")
 
-    with pytest.raises(
-        DataError, match=r"a\.csv:2: .* columns: title, body. .*text_column"
-    ):
+    with pytest.raises(DataError, match=r"a\.csv:2: .* columns: title, body. .*text_column"):
         documents(path)
     with pytest.raises(DataError, match=r"a\.csv:2: no column 'bod'. Columns: title,"):
         documents(path, column="bod")
@@ -345,23 +335,16 @@ def test_folders_and_globs_give_known_files_in_order_and_once(tmp_path):
 
     assert found(tmp_path) == ["a.md", "b.txt", "c.jsonl"]
     assert found(tmp_path / "b.txt", tmp_path) == ["b.txt", "a.md", "c.jsonl"]
-    assert found(tmp_path / "*.txt", tmp_path / "**" / "*.jsonl") == [
-        "b.txt",
-        "c.jsonl",
-    ]
+    assert found(tmp_path / "*.txt", tmp_path / "**" / "*.jsonl") == ["b.txt", "c.jsonl"]
 
 
 def test_paths_without_text_are_refused(tmp_path):
     write(tmp_path / "images" / "a.png", b"\x89PNG")
 
     for path in (tmp_path / "none.txt", tmp_path / "*.txt", tmp_path / "images"):
-        with pytest.raises(
-            DataError, match=r"no text files found at .*Give a file, a fold"
-        ):
+        with pytest.raises(DataError, match=r"no text files found at .*Give a file, a fold"):
             find_sources([path])
-    with pytest.raises(
-        DataError, match=r"unknown file type: .*a\.png\. Rename it to end in"
-    ):
+    with pytest.raises(DataError, match=r"unknown file type: .*a\.png\. Rename it to end in"):
         find_sources([tmp_path / "images" / "a.png"])
     with pytest.raises(DataError, match=r"cannot read .*folder.txt"):
         text.read_text_file(tmp_path / "folder.txt")
@@ -377,6 +360,5 @@ def test_named_sets_are_texts_too(shared_data):
     assert documents("verdict")[0].startswith("I HAD always thought Jack Gisburn")
     assert len(documents("python-help")) > 50
     assert documents("instructions", column="output")[0] == (
-        'The spelling of the given phrase "freind" is incorrect, the correct '
-        'spelling is "friend".'
+        'The spelling of the given phrase "freind" is incorrect, the correct spelling is "friend".'
     )

@@ -36,12 +36,7 @@ def write(folder: Path, chunks: list[list[int]], length: int, vocab_size: int = 
         writer.append(tokens, np.array([len(tokens)]))
     writer.append(np.array([EOT], dtype), np.empty(0, int))
     writer.finish_shard()
-    meta = {
-        "format": TOKEN_FILES_FORMAT,
-        "dtype": dtype.str,
-        "vocab_size": vocab_size,
-        "eot": EOT,
-    }
+    meta = {"format": TOKEN_FILES_FORMAT, "dtype": dtype.str, "vocab_size": vocab_size, "eot": EOT}
     meta["tokenizer"] = {"name": "none", "hash": "none"}
     counts = dict.fromkeys(("documents", "tokens", "bytes"), 1)
     meta["splits"] = {"train": {**counts, "shards": writer.shards}}
@@ -56,9 +51,7 @@ def scratch(tmp_path_factory):
 
 @pytest.mark.fast
 @settings(deadline=None, derandomize=True, max_examples=40)
-@given(
-    st.lists(st.lists(st.integers(0, 8), max_size=6), max_size=5), st.integers(1, 20)
-)
+@given(st.lists(st.lists(st.integers(0, 8), max_size=6), max_size=5), st.integers(1, 20))
 def test_any_window_is_read_across_shards(scratch, documents, length):
     folder = next(scratch)
     write(folder, documents, length)
@@ -67,9 +60,7 @@ def test_any_window_is_read_across_shards(scratch, documents, length):
     tokens = open_split(folder, "train")
 
     assert len(tokens) == len(stream)
-    assert [shard.tokens for shard in tokens.shards[:-1]] == [length] * (
-        len(tokens.shards) - 1
-    )
+    assert [shard.tokens for shard in tokens.shards[:-1]] == [length] * (len(tokens.shards) - 1)
     for start in range(len(stream)):
         for stop in range(start, len(stream) + 1):
             found = tokens.read(start, stop - start)
@@ -95,9 +86,7 @@ def test_ids_take_two_bytes_up_to_65536_types(tmp_path):
 def test_the_files_are_little_endian_and_end_as_documented(tmp_path):
     write(tmp_path, [[1, 2], [3]], 4)
 
-    assert (tmp_path / "train-00000.bin").read_bytes() == bytes(
-        [9, 0, 1, 0, 2, 0, 9, 0]
-    )
+    assert (tmp_path / "train-00000.bin").read_bytes() == bytes([9, 0, 1, 0, 2, 0, 9, 0])
     assert (tmp_path / "train-00001.bin").read_bytes() == bytes([3, 0, 9, 0])
     assert np.fromfile(tmp_path / "train-00000.idx", "<u8").tolist() == [3]
     assert np.fromfile(tmp_path / "train-00001.idx", "<u8").tolist() == [1]
@@ -111,9 +100,7 @@ def test_a_file_of_another_size_is_refused_when_it_is_opened(tmp_path, name):
 
     with path.open("ab") as file:
         file.write(b"\0")
-    with pytest.raises(
-        DataError, match=rf"{name} has {size + 1} bytes instead of {size}"
-    ):
+    with pytest.raises(DataError, match=rf"{name} has {size + 1} bytes instead of {size}"):
         open_split(tmp_path, "train")
     path.unlink()
     with pytest.raises(DataError, match=rf"{name} has 0 bytes instead of {size}"):
@@ -122,9 +109,7 @@ def test_a_file_of_another_size_is_refused_when_it_is_opened(tmp_path, name):
 
 
 @pytest.mark.fast
-def test_a_damaged_block_is_refused_when_it_is_read_with_its_place(
-    tmp_path, monkeypatch
-):
+def test_a_damaged_block_is_refused_when_it_is_read_with_its_place(tmp_path, monkeypatch):
     monkeypatch.setattr(token_files, "CRC_BLOCK_BYTES", 4)  # two tokens
     write(tmp_path, [[1, 2, 3]] * 3, 5)
     data = np.memmap(tmp_path / "train-00001.bin", "<u2", "r+")
@@ -163,9 +148,7 @@ def test_an_index_that_is_not_the_one_written_is_refused(tmp_path):
     write(tmp_path, [[1, 2, 3]] * 3, 50)
     (tmp_path / "train-00000.idx").write_bytes(bytes(24))
 
-    with pytest.raises(
-        DataError, match=r"00000\.idx: block 0, bytes 0 to 23, .*SHA-256"
-    ):
+    with pytest.raises(DataError, match=r"00000\.idx: block 0, bytes 0 to 23, .*SHA-256"):
         open_split(tmp_path, "train")
 
 
@@ -238,9 +221,7 @@ def test_only_a_finished_folder_of_this_version_is_opened(tmp_path):
         open_split(tmp_path, "validation")
     meta = tmp_path / "meta.json"
     meta.write_text(meta.read_text().replace(TOKEN_FILES_FORMAT, "gptjax tokens 9"))
-    with pytest.raises(
-        DataError, match="has the format 'gptjax tokens 9', expected 'gptja"
-    ):
+    with pytest.raises(DataError, match="has the format 'gptjax tokens 9', expected 'gptja"):
         open_split(tmp_path, "train")
 
 
@@ -255,10 +236,7 @@ def test_nanogpts_files_are_read(tmp_path):
     np.array([1, 2, EOT, 3, EOT], "<u2").tofile(tmp_path / "train.bin")
     np.array([4, EOT], "<u2").tofile(tmp_path / "val.bin")
 
-    assert [path.name for path in find_token_files(tmp_path)] == [
-        "train.bin",
-        "val.bin",
-    ]
+    assert [path.name for path in find_token_files(tmp_path)] == ["train.bin", "val.bin"]
     assert opened(tmp_path).read(0, 5).tolist() == [1, 2, EOT, 3, EOT]
     assert opened(tmp_path, "validation").read(0, 2).tolist() == [4, EOT]
 
@@ -326,7 +304,5 @@ def test_datatrove_files_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"0\.ds\.index is 5, .*Copy both files again"):
         opened(tmp_path)
     np.array([2, 4], "<u8").tofile(tmp_path / "0.ds.index")
-    with pytest.raises(
-        DataError, match="first document ends with token 2, not with the"
-    ):
+    with pytest.raises(DataError, match="first document ends with token 2, not with the"):
         opened(tmp_path)

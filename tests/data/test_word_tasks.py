@@ -23,11 +23,7 @@ def test_no_held_out_word_is_in_a_training_row():
     for row in word_tasks():
         words[row["split"]].add(row["prompt"].split()[0])
 
-    for one, other in (
-        ("train", "test"),
-        ("train", "validation"),
-        ("validation", "test"),
-    ):
+    for one, other in (("train", "test"), ("train", "validation"), ("validation", "test")):
         assert not words[one] & words[other]
     assert all(words.values())
 

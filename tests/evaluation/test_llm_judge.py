@@ -179,9 +179,7 @@ NOT_OPENAI = "OpenAI chat completion: {}. .* /v1"
         (replies([]), 1, NOT_OPENAI.format(r"\[\]")),
     ],
 )
-def test_where_no_prompt_would_be_answered_the_error_says_what_to_do(
-    answer, tries, message
-):
+def test_where_no_prompt_would_be_answered_the_error_says_what_to_do(answer, tries, message):
     whole = f"^the judge llama3 at http:.*{message}"
 
     with judging(answer) as (url, asked), pytest.raises(UnreachableError, match=whole):
@@ -259,10 +257,7 @@ def test_a_key_goes_to_this_machine_and_never_in_the_clear(monkeypatch):
 
     assert asked[0].headers["authorization"] == f"Bearer {KEY}"
     for host in (FAR, "example.org", "localhost.example.org", "127.0.0.1.example.org"):
-        for function in (
-            check_judge_allowed,
-            lambda judge: chat_completion(judge, "How good?"),
-        ):
+        for function in (check_judge_allowed, lambda judge: chat_completion(judge, "How good?")):
             message = f"unencrypted to http://{host}/v1.* or unset OPENAI_API_KEY"
             with pytest.raises(ConfigError, match=message):
                 function(judge_at(f"http://{host}/v1"))
@@ -337,9 +332,7 @@ def test_each_judgement_is_handed_over_before_the_next_prompt_is_asked():
     order = []
 
     with judging(says("85"), says("Well done!"), refuses(400, "long")) as (url, asked):
-        found = judge_all(
-            judge_at(url), ROWS, lambda *one: order.append((len(asked), *one))
-        )
+        found = judge_all(judge_at(url), ROWS, lambda *one: order.append((len(asked), *one)))
 
     assert [request.prompt for request in asked] == [judge_prompt(*row) for row in ROWS]
     assert order == [(n + 1, n, judgement) for n, judgement in enumerate(found)]

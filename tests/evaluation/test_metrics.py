@@ -7,12 +7,7 @@ from hypothesis import strategies as st
 
 from gptjax.errors import DataError
 from gptjax.evaluation import metrics as module
-from gptjax.evaluation.metrics import (
-    accuracy_ci,
-    classification_metrics,
-    confusion_matrix,
-    mean_ci,
-)
+from gptjax.evaluation.metrics import accuracy_ci, classification_metrics, confusion_matrix, mean_ci
 
 # (true, predicted) of 4 classes, and what sklearn.metrics of scikit-learn 1.9.1 says:
 # accuracy_score, f1_score(average="macro"), balanced_accuracy_score, then what
@@ -68,9 +63,7 @@ def test_means_do_not_depend_on_how_classes_are_numbered(found, order):
     renumber = np.array(order)
 
     one = classification_metrics(confusion_matrix(true, predicted, 5))
-    other = classification_metrics(
-        confusion_matrix(renumber[true], renumber[predicted], 5)
-    )
+    other = classification_metrics(confusion_matrix(renumber[true], renumber[predicted], 5))
 
     assert other[:3] == pytest.approx(one[:3], abs=1e-12)
     assert [other.f1[n] for n in order] == list(one.f1)
@@ -148,15 +141,11 @@ def test_the_interval_of_a_mean_is_that_of_drawing_values():
     found = mean_ci(values)
 
     # The ends of 2,000 draws are known to 0.06 standard deviations of the mean.
-    np.testing.assert_allclose(
-        found, np.percentile(drawn, [2.5, 97.5]), atol=0.2 * drawn.std()
-    )
+    np.testing.assert_allclose(found, np.percentile(drawn, [2.5, 97.5]), atol=0.2 * drawn.std())
 
 
 @pytest.mark.parametrize("values", [1, 40, 1_000])
-def test_the_interval_of_a_mean_does_not_depend_on_how_much_is_drawn_at_once(
-    values, monkeypatch
-):
+def test_the_interval_of_a_mean_does_not_depend_on_how_much_is_drawn_at_once(values, monkeypatch):
     grades = [0, 50, 70, 70, 85, 100]
     expected = mean_ci(grades)
 

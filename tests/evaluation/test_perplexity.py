@@ -22,11 +22,7 @@ TEXT = "To be, or not to be: that is the question. " * 3
 def model():
     tokenizer = gptjax.tokenizer.load("bytes")
     config = GPTConfig(
-        vocab_size=tokenizer.vocab_size,
-        context_length=16,
-        n_layers=2,
-        n_heads=2,
-        d_model=16,
+        vocab_size=tokenizer.vocab_size, context_length=16, n_layers=2, n_heads=2, d_model=16
     )
     return Model(config, init(config, jax.random.key(0)), tokenizer)
 
@@ -37,14 +33,10 @@ def test_every_token_but_the_first_is_scored_exactly_once(length, stride):
     token_L = np.arange(1, length + 1, dtype=np.int32)
 
     scored = []
-    for batch in perplexity.sliding_windows(
-        token_L, 16, stride, batch_size=3, eot_token=None
-    ):
+    for batch in perplexity.sliding_windows(token_L, 16, stride, batch_size=3, eot_token=None):
         counted = batch["loss_weights"] > 0
         scored += batch["targets"][counted].tolist()
-        assert (batch["targets"] - batch["tokens"])[counted].tolist() == [1] * sum(
-            counted.ravel()
-        )
+        assert (batch["targets"] - batch["tokens"])[counted].tolist() == [1] * sum(counted.ravel())
 
     assert sorted(scored) == list(range(2, length + 1))
 
@@ -52,9 +44,7 @@ def test_every_token_but_the_first_is_scored_exactly_once(length, stride):
 def test_a_smaller_stride_gives_each_token_at_least_the_rest_to_look_back_at():
     token_L = np.arange(1, 101, dtype=np.int32)
 
-    for batch in perplexity.sliding_windows(
-        token_L, 16, 4, batch_size=4, eot_token=None
-    ):
+    for batch in perplexity.sliding_windows(token_L, 16, 4, batch_size=4, eot_token=None):
         place = np.broadcast_to(np.arange(16), batch["tokens"].shape)
         first = batch["tokens"][:, :1] == 1
         assert (place[(batch["loss_weights"] > 0) & ~first] >= 12).all()

@@ -6,13 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.evaluation.metrics import (
-    exact_match,
-    lcs_length,
-    normalize_answer,
-    rouge_l,
-    token_f1,
-)
+from gptjax.evaluation.metrics import exact_match, lcs_length, normalize_answer, rouge_l, token_f1
 
 # Few words, so that they meet, with all that can stand between them.
 texts = st.text("aB1c _-.'\n", max_size=30)

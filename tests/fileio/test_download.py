@@ -67,33 +67,18 @@ def test_a_file_comes_once_with_its_hash_and_leaves_nothing_else(target, pin):
     ("answer", "message"),
     [
         (plain(BODY[:-1]), "pinned hash: 204799 bytes with sha256"),
-        (
-            plain(b"X" + BODY[1:]),
-            f"pinned hash: 204800 bytes with .* expected .*{HASH}",
-        ),
+        (plain(b"X" + BODY[1:]), f"pinned hash: 204800 bytes with .* expected .*{HASH}"),
         (plain(b"X" + BODY[1:], Content_Length=len(BODY)), "pinned hash: 204800 bytes"),
-        (
-            plain(BODY, Content_Length=len(BODY) - 1),
-            "pinned hash: 204799 bytes, expected",
-        ),
-        (
-            plain(BODY * 2, Content_Length=2 * len(BODY)),
-            "pinned hash: 409600 bytes, exp",
-        ),
-        (
-            plain(BODY + b"!"),
-            "pinned hash: 204801 bytes or more, expected 204800 bytes",
-        ),
+        (plain(BODY, Content_Length=len(BODY) - 1), "pinned hash: 204799 bytes, expected"),
+        (plain(BODY * 2, Content_Length=2 * len(BODY)), "pinned hash: 409600 bytes, exp"),
+        (plain(BODY + b"!"), "pinned hash: 204801 bytes or more, expected 204800 bytes"),
         (endless, "pinned hash: 204801 bytes or more, expected"),
         (plain(b""), "pinned hash: 0 bytes with"),
         (plain(BODY, 204), "cannot download .* status 204"),
         (plain(BODY, 206), "cannot download .* status 206"),
         (plain(BODY, 404), "cannot download .* 404"),
         (plain(BODY, 500), "cannot download .* 500"),
-        (
-            plain(BODY, Content_Encoding="gzip"),
-            "cannot download .* Content-Encoding gzip",
-        ),
+        (plain(BODY, Content_Encoding="gzip"), "cannot download .* Content-Encoding gzip"),
         (plain(BODY, 302, Location="file:///etc/passwd"), "cannot download .*allowed"),
         (plain(BODY, 302, Location="ftp://127.0.0.1/"), "from http to ftp"),
         (plain(BODY, 302, Location="/again"), "cannot download .* infinite loop"),
@@ -133,9 +118,7 @@ def test_without_a_pin_the_length_is_needed_and_holds(target, answer, message):
 @pytest.mark.parametrize("cut", [1, HALF, len(BODY) - 1])
 def test_after_an_interruption_no_byte_is_downloaded_again(target, pin, cut):
     with serving(file(BODY, '"a"', cut), file(BODY, '"a"')) as (url, asked):
-        with pytest.raises(
-            DataError, match=f"ended after {cut} of 204800.*resume after"
-        ):
+        with pytest.raises(DataError, match=f"ended after {cut} of 204800.*resume after"):
             download_file(RemoteFile(url, pin), target, "it")
         assert not target.exists()
         assert download_file(RemoteFile(url, pin), target, "it") == HASH
@@ -164,9 +147,7 @@ def test_a_stalled_server_is_given_up_and_what_came_is_kept(target, monkeypatch)
 @pytest.mark.parametrize("etag", [None, 'W/"a"', "a"])
 def test_without_a_pin_or_a_strong_name_it_starts_over(target, etag):
     with serving(file(BODY, etag, HALF), file(BODY, etag)) as (url, asked):
-        with pytest.raises(
-            DataError, match=r"Check the network and try again\. Or copy"
-        ):
+        with pytest.raises(DataError, match=r"Check the network and try again\. Or copy"):
             download_file(RemoteFile(url), target, "it")
         assert download_file(RemoteFile(url), target, "it") == HASH
 
@@ -200,9 +181,7 @@ STRANGE = [
 OTHER = plain(BODY[HALF:], 206, ETag='"b"', Content_Range=RANGE)
 
 
-@pytest.mark.parametrize(
-    ("answer", "pin"), [*product(STRANGE, [PIN, None]), (OTHER, None)]
-)
+@pytest.mark.parametrize(("answer", "pin"), [*product(STRANGE, [PIN, None]), (OTHER, None)])
 def test_a_strange_answer_to_going_on_starts_over(target, answer, pin):
     with serving(file(BODY, '"a"', HALF), answer, file(BODY)) as (url, asked):
         with pytest.raises(DataError, match="connection ended"):
@@ -322,9 +301,7 @@ def test_offline_nothing_is_asked(target, monkeypatch):
 
     with (
         serving(file(BODY)) as (url, asked),
-        pytest.raises(
-            DataError, match=r"^the set x is not .*_OFFLINE disables.*Unset G"
-        ),
+        pytest.raises(DataError, match=r"^the set x is not .*_OFFLINE disables.*Unset G"),
     ):
         download_file(RemoteFile(url, PIN), target, "the set x")
 
@@ -363,14 +340,11 @@ def redirected(old: str, new: str, token: str = "") -> urllib.request.Request | 
     if token:
         request.add_unredirected_header("Authorization", token)
     body = io.BytesIO()
-    return module.SafeRedirectHandler().redirect_request(
-        request, body, 302, "Found", {}, new
-    )
+    return module.SafeRedirectHandler().redirect_request(request, body, 302, "Found", {}, new)
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [("https", "http"), ("https", "ftp"), ("http", "ftp"), ("http", "file")],
+    ("old", "new"), [("https", "http"), ("https", "ftp"), ("http", "ftp"), ("http", "file")]
 )
 def test_no_redirect_leads_to_what_is_less_safe(old, new):
     with pytest.raises(OSError, match=f"from {old} to {new}"):

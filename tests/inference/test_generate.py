@@ -60,12 +60,8 @@ def slow_greedy(model, ids, count):
 
 @pytest.mark.fast
 @pytest.mark.parametrize("prompt", [*PROMPTS, FULL, FULL[1:]])
-def test_cached_text_and_logprobs_are_uncached_ones_also_beyond_the_window(
-    model, prompt
-):
-    (result,) = generate.complete(
-        model, prompt, max_new_tokens=40, temperature=0.0, stop_ids=[]
-    )
+def test_cached_text_and_logprobs_are_uncached_ones_also_beyond_the_window(model, prompt):
+    (result,) = generate.complete(model, prompt, max_new_tokens=40, temperature=0.0, stop_ids=[])
     ids, logprobs = slow_greedy(model, model.tokenizer.encode(prompt), 40)
 
     assert result.ids == ids
@@ -85,9 +81,7 @@ def test_a_row_of_a_batch_is_what_it_is_alone(model, temperature):
 
 def test_seeds_and_samples_differ_and_repeat(model):
     def texts(seed):
-        results = generate.complete(
-            model, "ab", max_new_tokens=12, samples=3, seed=seed
-        )
+        results = generate.complete(model, "ab", max_new_tokens=12, samples=3, seed=seed)
         return [r.text for r in results]
 
     assert texts(0) == texts(0)
@@ -98,9 +92,7 @@ def test_one_kept_token_is_greedy_for_every_row(model):
     greedy = generate.complete(model, PROMPTS, max_new_tokens=8, temperature=0.0)
     options = {"max_new_tokens": 8, "temperature": 2.0, "top_k": 1}
 
-    assert [r.ids for r in generate.complete(model, PROMPTS, **options)] == [
-        r.ids for r in greedy
-    ]
+    assert [r.ids for r in generate.complete(model, PROMPTS, **options)] == [r.ids for r in greedy]
 
 
 def test_padding_of_the_vocabulary_is_never_written(model):
@@ -141,9 +133,7 @@ def test_each_row_stops_at_its_own_token(model):
     free = generate.complete(model, PROMPTS, max_new_tokens=20, temperature=0.0)
     stop = free[0].ids[5]
 
-    results = generate.complete(
-        model, PROMPTS, max_new_tokens=20, temperature=0.0, stop_ids=[stop]
-    )
+    results = generate.complete(model, PROMPTS, max_new_tokens=20, temperature=0.0, stop_ids=[stop])
 
     for result, whole in zip(results, free, strict=True):
         if stop in whole.ids:
@@ -208,9 +198,7 @@ def test_more_kept_tokens_than_there_are_keep_all(model):
 
 
 def test_a_context_of_one_token_is_enough_to_write(model):
-    config = GPTConfig(
-        vocab_size=257, context_length=1, n_layers=1, n_heads=1, d_model=8
-    )
+    config = GPTConfig(vocab_size=257, context_length=1, n_layers=1, n_heads=1, d_model=8)
     tiny = Model(config, init(config, jax.random.key(0)), model.tokenizer)
 
     (result,) = generate.complete(tiny, "ab", max_new_tokens=3, stop_ids=[])

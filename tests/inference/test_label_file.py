@@ -49,9 +49,7 @@ def write(path, content):
 
 
 def fields(path, mark=","):
-    return [
-        row for _, row in read_csv_records(io.BytesIO(path.read_bytes()), path, mark)
-    ]
+    return [row for _, row in read_csv_records(io.BytesIO(path.read_bytes()), path, mark)]
 
 
 @pytest.mark.fast
@@ -151,9 +149,7 @@ def test_objects_come_back_as_they_were(tmp_path, objects):
 
     found = [json.loads(line) for line in out.read_bytes().decode().split("\n")[:-1]]
     assert found == [row | {"label": "X", "probability": 0.001} for row in objects]
-    assert [list(row) for row in found] == [
-        [*row, "label", "probability"] for row in objects
-    ]
+    assert [list(row) for row in found] == [[*row, "label", "probability"] for row in objects]
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 100])
@@ -169,9 +165,7 @@ def test_batches_are_full_and_in_order(tmp_path, batch):
 
     texts = [str(n) for n in range(12)]
     assert count == 12
-    assert [row[:2] for row in fields(tmp_path / "out.csv")[1:]] == [
-        [text, text] for text in texts
-    ]
+    assert [row[:2] for row in fields(tmp_path / "out.csv")[1:]] == [[text, text] for text in texts]
     assert sizes == [min(batch, 12 - n) for n in range(0, 12, batch)]
 
 
@@ -212,9 +206,7 @@ def test_the_column_is_guessed_from_the_first_row(tmp_path, row, column):
     _, said = label(source, tmp_path / "out.jsonl")
 
     assert f"column {column!r}. Override with --text NAME" in said[0]
-    assert json.loads((tmp_path / "out.jsonl").read_text())["label"] == (
-        row[column].upper()
-    )
+    assert json.loads((tmp_path / "out.jsonl").read_text())["label"] == (row[column].upper())
 
 
 BAD = [
@@ -230,12 +222,7 @@ BAD = [
     ("a.txt", "\n\n", "", " has no rows. "),
     ("a.txt", "a\n\n\0", "", ":3: NUL"),
     ("a.jsonl", '{"text": "a"}\n"b"\n', "", ":2: 'b' has no columns. Write"),
-    (
-        "a.jsonl",
-        '{"text": "a"}\n{"txt": "b"}',
-        "",
-        ":2: no column 'text'. Columns: txt",
-    ),
+    ("a.jsonl", '{"text": "a"}\n{"txt": "b"}', "", ":2: no column 'text'. Columns: txt"),
     ("a.jsonl", '{"text": "a"}\n{"text": 3}', "", ":2: column 'text' is 3, not a str"),
     ("a.jsonl", '{"text": "a"}\n{"text": "b", "label": 1}', "", ":2: .* 'label' alr"),
     ("a.jsonl", '{"text": "a", "n": 1e999}', "", ":1: not JSON: .*1e999"),
@@ -317,9 +304,7 @@ def test_a_terminal_shows_how_much_of_the_file_is_read(tmp_path, monkeypatch, ca
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_labelling_takes_memory_for_a_batch_only(tmp_path, kind):
     words = "All work and no play. " * 100
-    head, line = (
-        ("text\n", words) if kind == "csv" else ("", json.dumps({"text": words}))
-    )
+    head, line = ("text\n", words) if kind == "csv" else ("", json.dumps({"text": words}))
     source = write(tmp_path / f"a.{kind}", head + f"{line}\n" * 1_500)
     tracemalloc.start()
 

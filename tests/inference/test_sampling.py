@@ -30,9 +30,7 @@ def knobs(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0
 
 def kept(options):
     shifted = SCORES - SCORES.max(-1, keepdims=True)
-    return np.isfinite(
-        np.asarray(filter_logits(jnp.asarray(shifted), knobs(**options)))
-    )
+    return np.isfinite(np.asarray(filter_logits(jnp.asarray(shifted), knobs(**options))))
 
 
 def chances(scores):
@@ -63,17 +61,13 @@ def test_top_p_keeps_the_fewest_that_reach_p(p):
 def test_min_p_keeps_what_is_near_enough_to_the_likeliest(p):
     chance = chances(SCORES)
 
-    np.testing.assert_array_equal(
-        kept({"min_p": p}), chance >= p * chance.max(-1, keepdims=True)
-    )
+    np.testing.assert_array_equal(kept({"min_p": p}), chance >= p * chance.max(-1, keepdims=True))
 
 
 def test_the_repetition_penalty_lowers_seen_tokens_of_either_sign():
     seen = jnp.zeros(SCORES.shape, bool).at[:, :25].set(True)
 
-    lowered = np.asarray(
-        apply_repetition_penalty(jnp.asarray(SCORES), seen, jnp.float32(1.5))
-    )
+    lowered = np.asarray(apply_repetition_penalty(jnp.asarray(SCORES), seen, jnp.float32(1.5)))
 
     assert (lowered[:, :25] < SCORES[:, :25]).all()
     np.testing.assert_array_equal(lowered[:, 25:], SCORES[:, 25:])
@@ -90,9 +84,7 @@ def test_tokens_come_as_often_as_their_probability_says(options):
         scaled = np.where(scaled >= np.sort(scaled)[-k], scaled, -np.inf)
     expected = chances(scaled) * draws
 
-    tokens = np.asarray(
-        sample(scores, jnp.zeros(scores.shape, bool), keys, knobs(**options))
-    )
+    tokens = np.asarray(sample(scores, jnp.zeros(scores.shape, bool), keys, knobs(**options)))
     counts = np.bincount(tokens, minlength=50)
 
     # Chi-square over tokens expected at least 5 times; its mean is their number and
@@ -126,9 +118,7 @@ def test_the_highest_score_is_numpys_of_all_kinds_of_numbers(sign):
     score_BV = np.float32(sign) * np.array(kinds, np.float32)[:, None]
     score_BV = np.concatenate([score_BV, score_BV[::-1], -abs(score_BV)], axis=1)
 
-    np.testing.assert_array_equal(
-        max_logit(jnp.asarray(score_BV))[:, 0], score_BV.max(-1)
-    )
+    np.testing.assert_array_equal(max_logit(jnp.asarray(score_BV))[:, 0], score_BV.max(-1))
 
 
 @pytest.mark.parametrize("vocabulary", [1, 1000, 1024, 1025, 50_257])

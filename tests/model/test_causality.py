@@ -48,9 +48,7 @@ def input_gradients(config, params, segment_id_BT=None):
 
     def nats(table_TD):
         position = {"position_embedding": {"embedding": table_TD}}
-        logit_BTV = gptjax.apply(
-            config, params | position, token_BT, segment_id_BT=segment_id_BT
-        )
+        logit_BTV = gptjax.apply(config, params | position, token_BT, segment_id_BT=segment_id_BT)
         return -jax.nn.log_softmax(logit_BTV[0])[jnp.arange(T), target_B]
 
     return jax.jit(jax.jacrev(nats))(params["position_embedding"]["embedding"])
@@ -107,9 +105,7 @@ def test_rows_do_not_see_each_other():
 
     logit_BTV = scores(TINY, params, TOKEN_BT)
 
-    np.testing.assert_allclose(
-        scores(TINY, params, TOKEN_BT[order]), logit_BTV[order], atol=1e-6
-    )
+    np.testing.assert_allclose(scores(TINY, params, TOKEN_BT[order]), logit_BTV[order], atol=1e-6)
 
 
 def test_a_prefix_has_the_logits_that_it_has_in_the_whole_row():

@@ -102,9 +102,7 @@ def test_a_row_fed_in_any_pieces_has_the_logits_of_the_whole_row(cuts):
     pieces = []
     for first, last in itertools.pairwise(edges):
         piece = slice(first, last)
-        logit_BTV, cache = continued(
-            TINY, layers, TOKEN_BT[:, piece], position_BT[:, piece], cache
-        )
+        logit_BTV, cache = continued(TINY, layers, TOKEN_BT[:, piece], position_BT[:, piece], cache)
         pieces.append(logit_BTV)
 
     whole_BTV = scores(TINY, params, TOKEN_BT)
@@ -118,17 +116,13 @@ def test_rows_of_one_cache_may_stand_at_different_positions():
     lengths = (3, 6)
     padded_BT = TOKEN_BT.at[0, 3:].set(V - 1)  # what must not be seen later
 
-    _, cache = continued(
-        TINY, layers, padded_BT[:, :6], jnp.arange(6)[None].repeat(B, 0), cache
-    )
+    _, cache = continued(TINY, layers, padded_BT[:, :6], jnp.arange(6)[None].repeat(B, 0), cache)
     for step in range(2):
         place_B = jnp.array(lengths) + step
         token_BT = TOKEN_BT[jnp.arange(B), place_B][:, None]
         logit_BTV, cache = continued(TINY, layers, token_BT, place_B[:, None], cache)
         whole_BTV = scores(TINY, params, TOKEN_BT)
-        np.testing.assert_allclose(
-            logit_BTV[:, 0], whole_BTV[jnp.arange(B), place_B], atol=1e-5
-        )
+        np.testing.assert_allclose(logit_BTV[:, 0], whole_BTV[jnp.arange(B), place_B], atol=1e-5)
 
 
 def test_one_row_alone_is_cached_as_it_is_among_others():
@@ -176,9 +170,7 @@ def test_each_dropout_key_gives_its_own_logits_again_and_again():
     params = lively(TINY)
 
     def run(seed):
-        return scores(
-            config, params, TOKEN_BT, dropout_key=jax.random.fold_in(KEY, seed)
-        )
+        return scores(config, params, TOKEN_BT, dropout_key=jax.random.fold_in(KEY, seed))
 
     np.testing.assert_array_equal(run(0), run(0))
     assert jnp.all(jnp.any(run(0) != run(1), axis=-1))
@@ -214,11 +206,7 @@ def test_every_layer_drops_other_activations():
     blocks["mlp"]["down"]["bias"] += 1  # each layer adds dropout(1) and nothing else
 
     _, kept = scores(
-        config,
-        params | {"blocks": blocks},
-        TOKEN_BT,
-        dropout_key=KEY,
-        capture=("residual",),
+        config, params | {"blocks": blocks}, TOKEN_BT, dropout_key=KEY, capture=("residual",)
     )
 
     added_NBTD = jnp.diff(kept["residual"], axis=0)
@@ -301,9 +289,7 @@ def test_the_logits_follow_from_what_was_captured():
 
     logit_BTV, kept = scores(TINY, params, TOKEN_BT, capture=("residual", "attention"))
 
-    entered_NBTD, expected_BTV = by_hand(
-        TINY, params, kept["residual"], kept["attention"]
-    )
+    entered_NBTD, expected_BTV = by_hand(TINY, params, kept["residual"], kept["attention"])
     table, position = params["token_embedding"], params["position_embedding"]
     np.testing.assert_array_equal(
         kept["residual"][0], table["embedding"][TOKEN_BT] + position["embedding"][None]
@@ -326,17 +312,11 @@ def test_bfloat16_is_for_activations_only():
     config = dataclasses.replace(TINY, dtype="bfloat16")
     params = lively(config, std=0.02)
 
-    x_BTD, _ = jax.eval_shape(
-        functools.partial(hidden_states, config), params, TOKEN_BT
-    )
-    loss, grads = jax.jit(jax.value_and_grad(functools.partial(mean_nats, config)))(
-        params
-    )
+    x_BTD, _ = jax.eval_shape(functools.partial(hidden_states, config), params, TOKEN_BT)
+    loss, grads = jax.jit(jax.value_and_grad(functools.partial(mean_nats, config)))(params)
 
     assert x_BTD.dtype == jnp.bfloat16
-    assert {leaf.dtype for leaf in jax.tree.leaves((params, grads, loss))} == {
-        jnp.dtype("float32")
-    }
+    assert {leaf.dtype for leaf in jax.tree.leaves((params, grads, loss))} == {jnp.dtype("float32")}
     assert float(loss) == pytest.approx(float(mean_nats(TINY, params)), rel=0.01)
 
 
@@ -376,17 +356,11 @@ def test_apply_may_be_jitted_mapped_and_differentiated():
 
     mapped_GBTV = jax.jit(jax.vmap(apply, in_axes=(None, 0)))(params, token_GBT)
     models = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
-    losses, grads = jax.vmap(jax.value_and_grad(functools.partial(mean_nats, TINY)))(
-        models
-    )
+    losses, grads = jax.vmap(jax.value_and_grad(functools.partial(mean_nats, TINY)))(models)
 
-    np.testing.assert_allclose(
-        mapped_GBTV[1], scores(TINY, params, TOKEN_BT[::-1]), atol=1e-5
-    )
+    np.testing.assert_allclose(mapped_GBTV[1], scores(TINY, params, TOKEN_BT[::-1]), atol=1e-5)
     np.testing.assert_allclose(losses[0], mean_nats(TINY, params), atol=1e-5)
-    assert all(
-        jnp.all(jnp.any(g != 0, axis=range(1, g.ndim))) for g in jax.tree.leaves(grads)
-    )
+    assert all(jnp.all(jnp.any(g != 0, axis=range(1, g.ndim))) for g in jax.tree.leaves(grads))
 
 
 def test_a_row_longer_than_the_context_is_refused():

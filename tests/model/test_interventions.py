@@ -37,12 +37,7 @@ SHAPES = {
 @functools.partial(jax.jit, static_argnames="capture")
 def run(params, token_BT, add=None, adapters=None, capture=ALL_POINTS):
     return gptjax.apply(
-        CONFIG,
-        params,
-        token_BT,
-        interventions=add,
-        adapters=adapters,
-        capture=capture,
+        CONFIG, params, token_BT, interventions=add, adapters=adapters, capture=capture
     )
 
 
@@ -141,9 +136,7 @@ def test_gradients_with_respect_to_interventions_are_finite_differences(name):
 
     @jax.jit
     def loss(added):
-        logits = gptjax.apply(
-            CONFIG, MODEL.params, TOKEN_BT, interventions={name: added}
-        )
+        logits = gptjax.apply(CONFIG, MODEL.params, TOKEN_BT, interventions={name: added})
         return jnp.vdot(logits, target) / target.size
 
     zero, direction = jnp.zeros(SHAPES[name]), noise(name, 1.0)
@@ -167,9 +160,7 @@ def test_a_tail_of_trainable_layers_has_the_same_points(tail):
 
 
 def test_adapters_count_at_every_point():
-    adapters = init_adapters(
-        CONFIG, MODEL.params, "attention/* mlp/*", 2, jax.random.key(1)
-    )
+    adapters = init_adapters(CONFIG, MODEL.params, "attention/* mlp/*", 2, jax.random.key(1))
     adapters = jax.tree.map(lambda leaf: leaf + 0.1, adapters)
     adapters = scale_adapters(adapters, 0.5)
     add = {"mlp_output": noise("mlp_output")}

@@ -33,9 +33,7 @@ def params():
 
 
 def run_config(trainable, **tune):
-    return from_dict(
-        RunConfig, {"model": MODEL, "finetune": {"trainable": trainable} | tune}
-    )
+    return from_dict(RunConfig, {"model": MODEL, "finetune": {"trainable": trainable} | tune})
 
 
 def hidden(params, **options):
@@ -68,9 +66,7 @@ def test_merged_adapters_are_applied_ones(params, targets):
 
     applied = hidden(params, adapters=adapters)
 
-    np.testing.assert_allclose(
-        hidden(merge_adapters(params, adapters)), applied, atol=1e-5
-    )
+    np.testing.assert_allclose(hidden(merge_adapters(params, adapters)), applied, atol=1e-5)
     assert np.abs(applied - hidden(params)).max() > 1e-3
 
 
@@ -137,15 +133,9 @@ def test_the_two_parts_are_the_whole(params, trainable):
     jax.tree.map(np.testing.assert_array_equal, merge_last_layers(together), params)
     assert (adapters is not None) == (trainable == "lora")
     assert "head" in trained
-    sizes = (
-        num_params(trained)
-        + num_params(frozen)
-        - num_params(trained.get("adapters", {}))
-    )
+    sizes = num_params(trained) + num_params(frozen) - num_params(trained.get("adapters", {}))
     assert sizes == num_params(params)
-    assert set(flatten_with_names(decay_mask(trained))) == set(
-        flatten_with_names(trained)
-    )
+    assert set(flatten_with_names(decay_mask(trained))) == set(flatten_with_names(trained))
 
 
 def test_frozen_parameters_have_no_optimiser_state(params):

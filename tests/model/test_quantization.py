@@ -61,13 +61,9 @@ def cached_logits(config, params, int8):
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(config, layers):
-    query_position_BT = jnp.broadcast_to(
-        jnp.arange(9, dtype=jnp.int32)[None], TOKEN_BT.shape
-    )
+    query_position_BT = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None], TOKEN_BT.shape)
     cache = init_cache(config, 3, 16)
-    x_BTD, _ = apply_with_cache(
-        config, layers, jnp.asarray(TOKEN_BT), query_position_BT, cache
-    )
+    x_BTD, _ = apply_with_cache(config, layers, jnp.asarray(TOKEN_BT), query_position_BT, cache)
     return lm_logits(config, unembedding_matrix(config, layers), x_BTD)
 
 
@@ -82,12 +78,8 @@ def logits_of(config, layers):
         ("bfloat16", True, 2e-2),
     ],
 )
-def test_packed_layers_give_the_logits_of_stacked_ones(
-    tied, multiple, dtype, int8, near
-):
-    config = dataclasses.replace(
-        CONFIG, tie_embeddings=tied, vocab_multiple=multiple, dtype=dtype
-    )
+def test_packed_layers_give_the_logits_of_stacked_ones(tied, multiple, dtype, int8, near):
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied, vocab_multiple=multiple, dtype=dtype)
     params = drawn(config)
     params = fake_quantize(params) if int8 else params
     expected = apply(config, params, jnp.asarray(TOKEN_BT))[..., :257]
@@ -113,9 +105,7 @@ def test_rounding_moves_no_weight_by_more_than_half_a_step_of_its_output():
         jnp.abs(found - kernel_NDHK) <= step_NHK[:, None] * (0.5 + 1e-5)
     )  # and of rounding twice nothing is left
     again = fake_quantize(fake_quantize(params))
-    np.testing.assert_allclose(
-        again["blocks"]["attention"]["query"]["kernel"], found, rtol=1e-6
-    )
+    np.testing.assert_allclose(again["blocks"]["attention"]["query"]["kernel"], found, rtol=1e-6)
 
 
 @given(

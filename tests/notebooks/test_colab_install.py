@@ -38,8 +38,6 @@ def test_the_packages_of_colab_stay_what_they_are(tmp_path):
     subprocess.check_call([*install, "."], cwd=source)
 
     after = installed(python)
-    assert {"jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"} <= {
-        *before
-    }
+    assert {"jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"} <= {*before}
     assert {name: after[name] for name in before} == before
     assert "gptjax" in after.keys() - before.keys()

@@ -22,9 +22,7 @@ from tests.notebooks.test_notebooks import INSTALL, NOTEBOOKS, REPOSITORY
 
 UNSET = "https://github.com/OWNER/NAME"
 PATHS = [
-    pytest.param(
-        path, id=path.stem, marks=[] if "03" in path.stem else pytest.mark.slow
-    )
+    pytest.param(path, id=path.stem, marks=[] if "03" in path.stem else pytest.mark.slow)
     for path in NOTEBOOKS
 ]
 
@@ -121,9 +119,7 @@ def test_elsewhere_it_installs_from_the_repository(run_cell):
     assert run_cell("https://x.y/a/b") == ["install -q git+https://x.y/a/b"]
 
 
-def test_in_a_clone_it_installs_the_clone_whatever_the_repository(
-    run_cell, tmp_path, monkeypatch
-):
+def test_in_a_clone_it_installs_the_clone_whatever_the_repository(run_cell, tmp_path, monkeypatch):
     folder = tmp_path / "my clone" / "colab"
     folder.mkdir(parents=True)
     (folder / "set_repository.py").touch()

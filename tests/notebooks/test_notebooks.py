@@ -24,9 +24,7 @@ from gptjax.cli.session import log_to_stdout
 FOLDER = Path(__file__).resolve().parents[2] / "colab"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 ROOT = FOLDER.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[
-    "project"
-]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REPOSITORY = PROJECT["urls"]["Repository"]
 INSTALL = f"""\
 # Installs gptjax from this clone or, outside of a clone, from its repository.
@@ -101,15 +99,11 @@ def test_it_is_stored_as_one_form_of_its_content_and_without_results(path):
         assert cell["cell_type"] == "markdown" or not cell["outputs"]
         assert cell.get("execution_count") is None
         assert cell["metadata"] == {}
-    assert set(notebook["metadata"]) == {
-        *("accelerator", "colab", "kernelspec", "language_info")
-    }
+    assert set(notebook["metadata"]) == {*("accelerator", "colab", "kernelspec", "language_info")}
 
 
 @each
-def test_it_begins_with_its_badges_an_install_that_leaves_jax_alone_and_the_devices(
-    path,
-):
+def test_it_begins_with_its_badges_an_install_that_leaves_jax_alone_and_the_devices(path):
     first, *_ = sources(path, "markdown")
     install, *rest = sources(path)
 
@@ -208,14 +202,9 @@ def test_the_command_line_runs_in_the_notebooks_own_process(shell, capsys):
 
 @pytest.mark.parametrize(
     ("line", "code", "said"),
-    [
-        ("train tiny --train.stepz 3", 2, "--train.stepz"),
-        ("trane tiny", 2, "'trane'"),
-    ],
+    [("train tiny --train.stepz 3", 2, "--train.stepz"), ("trane tiny", 2, "'trane'")],
 )
-def test_a_command_that_fails_stops_the_cells_below_in_one_line(
-    line, code, said, shell, capsys
-):
+def test_a_command_that_fails_stops_the_cells_below_in_one_line(line, code, said, shell, capsys):
     with pytest.raises(UsageError, match=f"gptjax {line}: exit code {code}, see above"):
         shell.run_line_magic("gptjax", line)
 
@@ -276,8 +265,7 @@ def test_the_repository_can_be_a_folder_that_badges_do_not_know(clone):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [(), ("a",), ("a/b/c",), ("http://x.y/a/b",), ('https://x/"a',), ("-h",)],
+    "arguments", [(), ("a",), ("a/b/c",), ("http://x.y/a/b",), ('https://x/"a',), ("-h",)]
 )
 def test_anything_else_is_refused_and_changes_nothing(arguments, clone):
     assert set_repository(clone, *arguments).returncode == 1

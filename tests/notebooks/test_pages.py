@@ -43,9 +43,7 @@ def browser():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_nothing_is_cut_off_and_pictures_can_be_read(
-    path, tmp_path, monkeypatch, browser
-):
+def test_nothing_is_cut_off_and_pictures_can_be_read(path, tmp_path, monkeypatch, browser):
     notebook = executed(path, tmp_path, monkeypatch)
     html, _ = nbconvert.HTMLExporter().from_notebook_node(notebook)
     page_file = tmp_path / f"{path.stem}.html"

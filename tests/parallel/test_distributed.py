@@ -168,20 +168,13 @@ def test_a_run_of_one_process_goes_on_in_two(alone, tmp_path, monkeypatch):
     np.testing.assert_allclose(values[:, 1], alone[:, 1], rtol=2e-6)
 
 
-MESHES = {
-    "data": (8, 1, 1),
-    "fsdp": (1, 8, 1),
-    "tensor": (1, 2, 4),
-    "concat": (2, 2, 2),
-}
+MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 2, 4), "concat": (2, 2, 2)}
 
 
 @SLOW
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("name", MESHES)
-def test_each_mesh_of_many_processes_computes_what_one_device_does(
-    alone, tmp_path, count, name
-):
+def test_each_mesh_of_many_processes_computes_what_one_device_does(alone, tmp_path, count, name):
     write_config(tmp_path)
     commands = train(count, "config.toml", "--run", "run", *mesh_flags(*MESHES[name]))
 
@@ -203,8 +196,7 @@ def test_a_stopped_run_goes_on_and_a_lost_process_ends_it(pair, tmp_path):
         stopped = last_step(run)
         for process in processes:
             assert (
-                f"interrupted after step {stopped}; all progress is saved in run."
-                in process.said()
+                f"interrupted after step {stopped}; all progress is saved in run." in process.said()
             )
             assert process.complained() == ""
     assert list_steps(run / "checkpoints") == [stopped]
@@ -232,9 +224,7 @@ def assert_end_together(processes, victim, number=signal.SIGKILL):
 @SLOW
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_whatever_ends_one_process_the_run_goes_on_bit_for_bit(
-    pair, tmp_path, number, victim
-):
+def test_whatever_ends_one_process_the_run_goes_on_bit_for_bit(pair, tmp_path, number, victim):
     run = tmp_path / "run"
     write_config(tmp_path)
     folders = [tmp_path, tmp_path]
@@ -281,8 +271,7 @@ def test_a_process_that_fails_by_itself_ends_the_others_too(tmp_path, victim):
 
 
 @pytest.mark.parametrize(
-    "names",
-    ["config code data tokenizer", *(pytest.param(n, marks=SLOW) for n in OTHER)],
+    "names", ["config code data tokenizer", *(pytest.param(n, marks=SLOW) for n in OTHER)]
 )
 def test_processes_that_would_not_do_the_same_all_say_so_and_end(tmp_path, names):
     flags = ["--run", "run", "--data.tokenizer", "tokenizer"]
@@ -362,9 +351,7 @@ def test_a_process_without_the_others_says_so_and_ends(tmp_path):
 def test_slurm_tells_the_processes_of_each_other(tmp_path):
     first = 65_535 - 2**12 + 1  # of the ports that JAX takes by the number of the job
     port = next(
-        p
-        for p in range(first, 65_536)
-        if not distributed.check_coordinator_port("auto", p)
+        p for p in range(first, 65_536) if not distributed.check_coordinator_port("auto", p)
     )
     slurm = {
         "SLURM_JOB_ID": str(port - first),
@@ -381,7 +368,4 @@ def test_slurm_tells_the_processes_of_each_other(tmp_path):
     with started(commands, [tmp_path, tmp_path], devices=2) as processes:
         assert exit_codes(processes) == [0, 0], processes[0].complained()
 
-    assert [one.said().split() for one in processes] == [
-        ["0", "2", "4"],
-        ["1", "2", "4"],
-    ]
+    assert [one.said().split() for one in processes] == [["0", "2", "4"], ["1", "2", "4"]]

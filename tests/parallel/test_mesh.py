@@ -28,12 +28,7 @@ from gptjax.tasks.train import train as train_run
 from gptjax.training.loss import batch_loss
 from gptjax.training.metrics import read_events
 from gptjax.training.optimizer import make_optimizer
-from gptjax.training.train_step import (
-    TrainState,
-    init_state,
-    make_train_step,
-    pmap_train_step,
-)
+from gptjax.training.train_step import TrainState, init_state, make_train_step, pmap_train_step
 from gptjax.tree import flatten_with_names
 from tests.runs import train_logged
 from tests.tasks.test_classify import make_config as classify_config
@@ -149,9 +144,7 @@ def test_the_state_stays_where_it_was_put():
     where = param_shardings(state, mesh_of((2, 2, 2)))
 
     for name, leaf in flatten_with_names(state).items():
-        assert leaf.sharding.is_equivalent_to(
-            flatten_with_names(where)[name], leaf.ndim
-        )
+        assert leaf.sharding.is_equivalent_to(flatten_with_names(where)[name], leaf.ndim)
     up = state.params["blocks"]["mlp"]["up"]["kernel"]
     assert up.addressable_shards[0].data.size == up.size // 4
 

@@ -96,16 +96,12 @@ def test_every_rule_is_needed():
 
 def hits(name):
     """The rules that match a name, by another way than `letters_of` goes."""
-    return [
-        rule for rule in PARAM_LOGICAL_AXES if f"/{name}".endswith(rule.lstrip("*"))
-    ]
+    return [rule for rule in PARAM_LOGICAL_AXES if f"/{name}".endswith(rule.lstrip("*"))]
 
 
 def test_the_layers_of_a_model_that_is_not_stacked_have_the_same_rules():
     config = GPTConfig(**SHAPE)
-    params = jax.eval_shape(
-        lambda key: unstack_layers(gptjax.init(config, key)), jax.random.key(0)
-    )
+    params = jax.eval_shape(lambda key: unstack_layers(gptjax.init(config, key)), jax.random.key(0))
 
     for name, leaf in flatten_with_names(params).items():
         assert len(logical_axes(name, leaf.ndim)) == leaf.ndim
@@ -113,9 +109,7 @@ def test_the_layers_of_a_model_that_is_not_stacked_have_the_same_rules():
 
 
 def test_a_name_needs_exactly_one_rule(monkeypatch):
-    with pytest.raises(
-        ValueError, match=r"blocks/gate/kernel must match one rule.* none"
-    ):
+    with pytest.raises(ValueError, match=r"blocks/gate/kernel must match one rule.* none"):
         logical_axes("blocks/gate/kernel", 3)
     monkeypatch.setitem(PARAM_LOGICAL_AXES, "*kernel", "DF")
     with pytest.raises(ValueError, match=r"not \['\*mlp/up/kernel', '\*kernel'\]"):
@@ -123,8 +117,7 @@ def test_a_name_needs_exactly_one_rule(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("letters", "table"),
-    [("HF", COMPUTE_RULES), ("VF", PARAM_RULES), ("BX", COMPUTE_RULES)],
+    ("letters", "table"), [("HF", COMPUTE_RULES), ("VF", PARAM_RULES), ("BX", COMPUTE_RULES)]
 )
 def test_two_axes_cannot_lie_on_one_axis_of_the_mesh(letters, table):
     with pytest.raises(ValueError, match=f"axes {letters} map to .* twice"):
@@ -135,9 +128,7 @@ def test_two_axes_cannot_lie_on_one_axis_of_the_mesh(letters, table):
 def test_no_rule_splits_two_axes_alike_and_every_matrix_is_split():
     for rule, letters in PARAM_LOGICAL_AXES.items():
         for table in (PARAM_RULES, COMPUTE_RULES):
-            logical_to_spec(
-                f"N{letters}", table
-            )  # raises where one mesh axis comes twice
+            logical_to_spec(f"N{letters}", table)  # raises where one mesh axis comes twice
         if "lora" not in rule and "norm" not in rule and len(letters) > 1:
             assert any(logical_to_spec(letters, PARAM_RULES)), rule
 
@@ -241,9 +232,7 @@ def test_one_process_may_use_some_of_its_devices_but_not_more():
     assert mesh_of(data=2, fsdp=2).size == 4
     assert make_mesh(MeshConfig()).shape["data"] == len(jax.devices())
 
-    with pytest.raises(
-        ConfigError, match=r"mesh.data=4, mesh.fsdp=4, mesh.tensor=1 do not"
-    ):
+    with pytest.raises(ConfigError, match=r"mesh.data=4, mesh.fsdp=4, mesh.tensor=1 do not"):
         mesh_of(data=4, fsdp=4)
 
 
@@ -258,11 +247,7 @@ def slices(count, each):
     """Devices of several slices, in no order."""
     devices = [
         types.SimpleNamespace(
-            id=n,
-            slice_index=n // each,
-            process_index=n // each,
-            platform="cpu",
-            device_kind="cpu",
+            id=n, slice_index=n // each, process_index=n // each, platform="cpu", device_kind="cpu"
         )
         for n in range(count * each)
     ]
@@ -319,10 +304,7 @@ def test_another_mesh_than_ours_is_none():
 def test_an_axis_that_cannot_split_stays_whole():
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
 
-    lies = [
-        where_of(lambda x: constrain(x, "BF"), mesh, jnp.ones(s))
-        for s in ((8, 6), (2, 5))
-    ]
+    lies = [where_of(lambda x: constrain(x, "BF"), mesh, jnp.ones(s)) for s in ((8, 6), (2, 5))]
 
     assert lies[0] == P(("data", "fsdp"), "tensor")
     assert not any(lies[1])

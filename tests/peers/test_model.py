@@ -75,10 +75,7 @@ def tree_of(tensors):
         for n, name in enumerate(("query", "key", "value"))
     }
     out = linear("attn.c_proj", (H, D // H), (D,))
-    mlp = {
-        "up": linear("mlp.c_fc", (D,), (4 * D,)),
-        "down": linear("mlp.c_proj", (4 * D,), (D,)),
-    }
+    mlp = {"up": linear("mlp.c_fc", (D,), (4 * D,)), "down": linear("mlp.c_proj", (4 * D,), (D,))}
     table, position, scale, bias = (
         jnp.asarray(tensors[f"transformer.{name}"])
         for name in ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")
@@ -127,9 +124,7 @@ def peer_loss(torch, peer, batch):
     token_BT, target_BT, weight_BT = map(torch.tensor, batch)
     logit_BTV = peer(token_BT.long()).logits
     target_BT = torch.where(weight_BT > 0, target_BT.long(), -100)
-    return torch.nn.functional.cross_entropy(
-        logit_BTV.flatten(0, 1), target_BT.flatten()
-    )
+    return torch.nn.functional.cross_entropy(logit_BTV.flatten(0, 1), target_BT.flatten())
 
 
 def close(tree, other, atol):
@@ -152,9 +147,7 @@ def test_logits_are_those_of_transformers(torch, peer, implementation):
 def test_the_loss_and_its_gradient_are_those_of_transformers(torch, peer):
     batch = batch_at(0)
 
-    (nats, weight), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        parameters(peer), batch, None
-    )
+    (nats, weight), grads = jax.value_and_grad(loss_fn, has_aux=True)(parameters(peer), batch, None)
 
     loss = peer_loss(torch, peer, batch)
     loss.backward()
@@ -216,9 +209,7 @@ def test_clipped_adamw_steps_are_those_of_pytorch(torch, peer, count):
 def test_attention_is_that_of_pytorch(torch, backend, packed):
     rng = np.random.default_rng(0)
     query_BTHK, key_BSHK, value_BSHK = rng.normal(size=(3, B, T, H, 8)).astype("f4")
-    segment_BT = (
-        np.sort(rng.integers(3, size=(B, T))) if packed else np.zeros((B, T), int)
-    )
+    segment_BT = np.sort(rng.integers(3, size=(B, T))) if packed else np.zeros((B, T), int)
     mask_BTS = np.tril(segment_BT[:, :, None] == segment_BT[:, None])
 
     mixed_BTHK = compute_attention(

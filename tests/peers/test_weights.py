@@ -89,9 +89,7 @@ def test_a_row_that_is_padded_has_the_logits_that_transformers_gives_it(pair, to
     real_BT = np.arange(64) < lengths[:, None]
     padded_BT = np.where(real_BT, token_BT, 50_256)
 
-    ours = jax.jit(gptjax.apply, static_argnums=0)(
-        model.config, model.params, padded_BT
-    )
+    ours = jax.jit(gptjax.apply, static_argnums=0)(model.config, model.params, padded_BT)
     mask = torch.tensor(real_BT.astype(int))
     theirs = logits_of(peer, torch, padded_BT, attention_mask=mask)
 
@@ -114,9 +112,7 @@ def test_greedy_text_of_uneven_prompts_is_that_of_transformers(pair, torch):
     model, peer, _ = pair
     prompts = [tokens()[n, :length].tolist() for n, length in enumerate((9, 5, 12))]
 
-    ours = generate.complete(
-        model, prompts, max_new_tokens=64, temperature=0.0, stop_ids=[]
-    )
+    ours = generate.complete(model, prompts, max_new_tokens=64, temperature=0.0, stop_ids=[])
 
     for prompt, result in zip(prompts, ours, strict=True):
         theirs = peer.generate(
@@ -175,11 +171,7 @@ def test_an_exported_classifier_has_the_same_probabilities(torch, tmp_path):
     tokenizer = gptjax.tokenizer.load("gpt2")
     model = Model(config, params, tokenizer, ("ham", "spam", "other"))
     export_model(model, "hf", tmp_path / "out")
-    texts = [
-        "You won a prize!",
-        "See you at six",
-        "a longer text of several words, " * 9,
-    ]
+    texts = ["You won a prize!", "See you at six", "a longer text of several words, " * 9]
 
     peer, about = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "out", output_loading_info=True

@@ -11,21 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gptjax
-from gptjax.config import (
-    DataConfig,
-    GPTConfig,
-    MeshConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-)
-from gptjax.parallel.sharding import (
-    BATCH_AXES,
-    MESH_AXES,
-    make_mesh,
-    param_shardings,
-    use_mesh,
-)
+from gptjax.config import DataConfig, GPTConfig, MeshConfig, OptimConfig, RunConfig, TrainConfig
+from gptjax.parallel.sharding import BATCH_AXES, MESH_AXES, make_mesh, param_shardings, use_mesh
 from gptjax.planning.collectives import (
     Collective,
     estimate_collective_bytes,
@@ -73,9 +60,7 @@ def program(run, optimizer=None):
         sharding = NamedSharding(mesh, P(BATCH_AXES))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    batch = {
-        n: rows("int32") for n in ("tokens", "targets", "segment_ids", "positions")
-    }
+    batch = {n: rows("int32") for n in ("tokens", "targets", "segment_ids", "positions")}
     batch["loss_weights"] = rows("float32")
     step = make_train_step(
         lambda params, batch, key: batch_loss(c, params, batch, chunk_size=8),
@@ -94,9 +79,7 @@ def assert_sends_what_is_expected(run, optimizer=None):
     """
     mesh = make_mesh(run.mesh)
 
-    expected = estimate_collective_bytes(
-        run, tuple(mesh.shape.values()), 4, is_emulated=True
-    )
+    expected = estimate_collective_bytes(run, tuple(mesh.shape.values()), 4, is_emulated=True)
 
     found = parse_collectives(program(run, optimizer).as_text())
     gathered = sum(one.bytes_sent for one in found if one.kind == "all-gather")
@@ -109,9 +92,7 @@ def assert_sends_what_is_expected(run, optimizer=None):
 
 @pytest.mark.fast
 @pytest.mark.parametrize("axis", MESH_AXES)
-@pytest.mark.parametrize(
-    "devices", [2, pytest.param(4, marks=pytest.mark.slow), 8], ids=str
-)
+@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow), 8], ids=str)
 def test_a_step_sends_what_its_mesh_needs_as_rows_grow_with_devices(axis, devices):
     sizes = tuple(devices if name == axis else 1 for name in MESH_AXES)
 
@@ -155,9 +136,7 @@ def test_accelerators_send_less_than_a_cpu_and_bfloat16_half_of_float32():
         return first / second
 
     assert ratio(fsdp, "gradients", (4,), (4, True)) == pytest.approx(1 / 2, abs=0.01)
-    assert ratio(tensor, "activations", (4,), (4, True)) == pytest.approx(
-        4 / 6, abs=0.01
-    )
+    assert ratio(tensor, "activations", (4,), (4, True)) == pytest.approx(4 / 6, abs=0.01)
     for run, name in ((fsdp, "gradients"), (fsdp, "weights"), (tensor, "activations")):
         assert ratio(run, name, (2,), (4,)) == pytest.approx(1 / 2, abs=0.01)
 
@@ -175,9 +154,7 @@ def test_no_more_than_a_layer_is_gathered_at_a_time_and_none_is_kept():
     found = parse_collectives(programs[12].as_text())
     gathers = [one for one in found if one.kind == "all-gather"]
     assert max(one.bytes for one in gathers) <= layer
-    of_layers = sum(
-        one.bytes * one.trip_count for one in gathers if one.trip_count == 12
-    )
+    of_layers = sum(one.bytes * one.trip_count for one in gathers if one.trip_count == 12)
     assert of_layers == 2 * 12 * layer
     needed = {n: p.memory_analysis().temp_size_in_bytes for n, p in programs.items()}
     assert needed[12] - needed[2] < 10 * layer / 2
@@ -285,21 +262,11 @@ ENTRY %main (a: f32[]) -> f32[] {
         ("(f32[4], bf16[2,3]) all-reduce(%a, %b)", "all-reduce", 28, 28 * 2 * 3 / 4),
         ("f32[4] all-reduce-start(%a)", "all-reduce", 16, 24),
         ("(f32[2], f32[8]) all-gather-start(%a)", "all-gather", 32, 24),
-        (
-            "((f32[2], pred[1]), (f32[8], pred[4])) all-gather-start(%a, %b)",
-            "all-gather",
-            36,
-            27,
-        ),
+        ("((f32[2], pred[1]), (f32[8], pred[4])) all-gather-start(%a, %b)", "all-gather", 36, 27),
         ("f32[2] reduce-scatter(%a)", "reduce-scatter", 32, 24),
         ("f32[8] all-to-all(%a)", "all-to-all", 128, 24),
         ("(f32[2], f32[2], f32[2], f32[2]) all-to-all(%a)", "all-to-all", 32, 6),
-        (
-            "(u8[5], u8[5], u32[], u32[]) collective-permute-start(%a)",
-            "collective-permute",
-            5,
-            5,
-        ),
+        ("(u8[5], u8[5], u32[], u32[]) collective-permute-start(%a)", "collective-permute", 5, 5),
     ],
 )
 def test_every_form_of_an_operation_is_read(line, kind, size, sent):
@@ -334,8 +301,6 @@ def test_groups_of_devices_are_read_however_they_are_written(groups, devices):
 def test_what_one_device_does_alone_is_not_counted():
     alone = "  %r = f32[8] all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add"
 
-    assert (
-        parse_collectives(f"ENTRY %main (x: f32[8]) -> f32[8] {{\n{alone}\n}}\n") == []
-    )
+    assert parse_collectives(f"ENTRY %main (x: f32[8]) -> f32[8] {{\n{alone}\n}}\n") == []
     text = jax.jit(jnp.sum).lower(jnp.ones(8)).compile().as_text()
     assert parse_collectives(text) == []

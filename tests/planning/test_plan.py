@@ -110,9 +110,7 @@ def test_no_way_on_one_device_is_said_too():
 
 def test_accumulate_0_takes_the_fewest_micro_batches_that_fit():
     found = plan.make_plan(
-        run_of("gpt2", (1, 1, 1), 512, accumulate=0),
-        parse_topology("v5e:1"),
-        run_compiler=False,
+        run_of("gpt2", (1, 1, 1), 512, accumulate=0), parse_topology("v5e:1"), run_compiler=False
     )
     chosen = found.config.train.accumulate
 

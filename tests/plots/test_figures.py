@@ -90,9 +90,7 @@ def test_each_panel_is_the_weights_of_its_head(heads):
 def test_only_the_outer_panels_are_labelled_with_tokens(heads, columns, size):
     labels = [f"␣token {n}…" for n in range(size)]
 
-    figure = drawn(
-        figures.attention_panels(np.zeros((heads, size, size)), labels, "title")
-    )
+    figure = drawn(figures.attention_panels(np.zeros((heads, size, size)), labels, "title"))
 
     for head, axes in enumerate(figure.axes[:heads]):
         left = [label.get_text() for label in axes.get_yticklabels()]
@@ -180,9 +178,7 @@ def test_tokens_that_share_a_character_share_a_box_and_add_their_nats(model, oth
     assert written(figure)[1:] == ["a", "😀", "b"]
 
 
-def test_a_comparison_is_blue_where_the_model_is_better_and_orange_elsewhere(
-    model, other
-):
+def test_a_comparison_is_blue_where_the_model_is_better_and_orange_elsewhere(model, other):
     text = "To be, or not to be: that is"
     (_, nat_L), (_, other_L) = token_losses(model, text), token_losses(other, text)
 
@@ -193,9 +189,7 @@ def test_a_comparison_is_blue_where_the_model_is_better_and_orange_elsewhere(
     for (red, _, blue), better_here in zip(faces(figure), better, strict=True):
         assert blue >= red if better_here else red >= blue
     title = written(figure)[0]
-    assert title == (
-        f"mean nats per token: model {nat_L.mean():.3f}, other {other_L.mean():.3f}"
-    )
+    assert title == (f"mean nats per token: model {nat_L.mean():.3f}, other {other_L.mean():.3f}")
     assert to_hex(figures.DIVERGING_CMAP(1.0)) == figures.BLUE.lower()
 
 
@@ -275,9 +269,7 @@ def test_bars_are_the_probabilities_at_each_temperature(model, temperatures):
     for bars, t in zip(axes.containers, temperatures, strict=True):
         chances = [chance for _, chance in next_token_probs(model, "to $be$", 5, t)]
         assert [bar.get_width() for bar in bars] == chances
-    assert len({bars[0].get_facecolor() for bars in axes.containers}) == len(
-        temperatures
-    )
+    assert len({bars[0].get_facecolor() for bars in axes.containers}) == len(temperatures)
     legend = [x.get_text() for found in figure.legends for x in found.get_texts()]
     assert legend == [f"temperature {t:g}" for t in temperatures] * (len(legend) > 0)
     assert bool(legend) == (len(temperatures) > 1)
@@ -321,9 +313,7 @@ def test_exactly_what_is_learned_is_marked_as_such(preview, row, title):
     ]
     assert shown.count(blue) == states.count("trained") + 1
     assert len(shown) == len(states) + 1 + 4
-    ruled = [
-        state for state in [*states, end, "trained", "truncated"] if state != "context"
-    ]
+    ruled = [state for state in [*states, end, "trained", "truncated"] if state != "context"]
     assert len(figure.axes[0].lines) == len(ruled)
     assert written(figure)[0].replace("\n", " ").startswith(title)
     assert written(figure)[-4:] == ["trained", "context", "truncated", "end token"]
@@ -415,11 +405,7 @@ def placed():
     params = gptjax.init(gptjax.GPTConfig(vocab_size=64, **shape), jax.random.key(0))
     mlp = shard_tree(params, mesh)["blocks"]["mlp"]
     batch = shard_batch({"tokens": np.zeros((8, 8), np.int32)}, mesh, 8)
-    return {
-        "tokens": batch["tokens"],
-        "up": mlp["up"]["kernel"],
-        "b": mlp["up"]["bias"],
-    }
+    return {"tokens": batch["tokens"], "up": mlp["up"]["kernel"], "b": mlp["up"]["bias"]}
 
 
 def test_every_shard_names_the_devices_that_hold_it_and_those_of_one_are_blue(placed):

@@ -137,20 +137,14 @@ def own_bpe(tmp_path_factory):
 def test_rows_are_those_of_training(own_bpe, talks, context, mask, own, template):
     rows = [chat(*texts[: len(texts) // 2 * 2]) for texts in talks]
     path, tokenizer = file_of(own_bpe, *rows), str(own_bpe) if own else "bytes"
-    options = {
-        "chat_template": template,
-        "tokenizer": tokenizer,
-        "completion_only_loss": mask,
-    }
+    options = {"chat_template": template, "tokenizer": tokenizer, "completion_only_loss": mask}
 
     preview = preview_rows(path, context=context, **options)
 
     known, shape = load_tokenizer(tokenizer), load_chat_template(template)
     pieces = [shape.segments(row.conversation.messages) for row in preview.rows]
     kinds = TRAIN_ON_COMPLETIONS if mask else TRAIN_ON_ALL
-    trained = truncate_all(
-        [encode_segments(known, piece, kinds) for piece in pieces], context
-    )
+    trained = truncate_all([encode_segments(known, piece, kinds) for piece in pieces], context)
     found = list(json_objects(preview))
     kept = [one for one in found if not one["dropped"]]
     for one, trained_on in zip(kept, trained.examples, strict=True):
@@ -162,11 +156,7 @@ def test_rows_are_those_of_training(own_bpe, talks, context, mask, own, template
         assert not batch["loss_weights"][0, size:].any()
     for one, row in zip(found, preview.rows, strict=True):
         assert one["text"] == known.decode(one["tokens"])
-        assert (
-            len(one["loss_mask"])
-            == len(one["tokens"])
-            == len(row.ids) - one["num_truncated"]
-        )
+        assert len(one["loss_mask"]) == len(one["tokens"]) == len(row.ids) - one["num_truncated"]
         assert one["loss_mask"][0] == 0
         assert not (one["dropped"] and any(one["loss_mask"]))
         assert row.text == "".join(part.text for part in token_segments(known, row))
@@ -178,9 +168,7 @@ def test_rows_are_those_of_training(own_bpe, talks, context, mask, own, template
     assert preview.num_tokens == sum(len(x.ids) for x in trained.examples)
 
 
-@pytest.mark.parametrize(
-    ("length", "cut"), [(31, 0), (32, 0), (33, 0), (34, 1), (320, 287)]
-)
+@pytest.mark.parametrize(("length", "cut"), [(31, 0), (32, 0), (33, 0), (34, 1), (320, 287)])
 def test_rows_are_cut_at_the_front_to_the_context_and_one_more(tmp_path, length, cut):
     question = "q" * (length - len("Q: \nA: ab") - 1)
 
@@ -208,9 +196,7 @@ def test_a_row_is_skipped_when_its_answer_alone_does_not_fit(tmp_path, skipped):
     assert sum(found["loss_mask"]) == preview.num_trained == (0 if skipped else 32)
     assert len(found["tokens"]) == (41 if skipped else 33)
     assert found["num_truncated"] == (0 if skipped else 40 - 33)
-    assert (
-        "; dropped: the last answer" in render_terminal(preview, 1, True, 80)
-    ) == skipped
+    assert ("; dropped: the last answer" in render_terminal(preview, 1, True, 80)) == skipped
     assert preview.num_tokens == (0 if skipped else 33)
 
 
@@ -347,9 +333,7 @@ def test_the_rest_of_a_long_row_is_counted(tmp_path):
 
     text = format_source_row(preview.rows[0])
 
-    whole = json.dumps(
-        preview.rows[0].conversation.source_row, ensure_ascii=False, indent=2
-    )
+    whole = json.dumps(preview.rows[0].conversation.source_row, ensure_ascii=False, indent=2)
     start, rest = text.removesuffix(" more characters)").split("... (")
     assert whole.startswith(start)
     assert len(start) + int(rest.replace(",", "")) == len(whole)

@@ -108,9 +108,7 @@ def test_colours_are_shares_of_the_true_class_and_rows_may_be_empty():
 
 def test_the_report_tells_plan_result_rates_and_mistakes(tmp_path):
     write_run(tmp_path)
-    mistakes = [
-        Misclassification(f"text {n}", "ham", "spam", n / 100) for n in range(99)
-    ]
+    mistakes = [Misclassification(f"text {n}", "ham", "spam", n / 100) for n in range(99)]
 
     text = write(tmp_path, mistakes)
 

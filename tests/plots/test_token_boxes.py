@@ -25,12 +25,7 @@ from gptjax.plots.token_boxes import (
 )
 from gptjax.runtime.terminal import sanitize
 from gptjax.tokenizer.tokenizer import load_tokenizer
-from tests.pictures import (
-    assert_boxes_hold_their_texts,
-    assert_nothing_is_cut_off,
-    faces,
-    written,
-)
+from tests.pictures import assert_boxes_hold_their_texts, assert_nothing_is_cut_off, faces, written
 
 HARD = "$x$ é漢👩\u200d👧😀\tnaïve\r\n\n\x1b[2J\u202e _{^\\frac $ <|endoftext|>"
 characters = st.sampled_from("ab é漢👧😀 \n\t$\r\x1b") | st.characters(codec="utf-8")
@@ -71,8 +66,7 @@ def test_only_what_the_fonts_have_is_drawn(text):
     assert len(shown) == len(sanitize(text))
     for character in shown:
         assert any(
-            get_font(findfont(family)).get_char_index(ord(character))
-            for family in FONT_FAMILIES
+            get_font(findfont(family)).get_char_index(ord(character)) for family in FONT_FAMILIES
         )
     assert "\n" not in shown
 
@@ -85,9 +79,7 @@ def test_only_what_the_fonts_have_is_drawn(text):
 def test_no_text_is_cut_off_or_covers_another(texts):
     pieces = [Box(text, "white", note=str(n) * 5) for n, text in enumerate(texts)]
 
-    figure = token_box_figure(
-        pieces, "a title of many words " * 5, [Box("legend", "red")]
-    )
+    figure = token_box_figure(pieces, "a title of many words " * 5, [Box("legend", "red")])
 
     assert_boxes_hold_their_texts(figure)
     assert_nothing_is_cut_off(figure)
@@ -107,9 +99,7 @@ def test_what_is_too_long_is_counted_in_a_last_box(text):
 
 
 def test_what_just_fits_is_drawn_whole():
-    figure = token_box_figure(
-        [Box("x", "white")] * (MAX_LINES * CELLS_PER_LINE), "title"
-    )
+    figure = token_box_figure([Box("x", "white")] * (MAX_LINES * CELLS_PER_LINE), "title")
 
     assert written(figure) == ["title", *"x" * (MAX_LINES * CELLS_PER_LINE)]
 
@@ -119,9 +109,7 @@ def test_blanks_before_a_text_are_room_in_its_box():
 
     _, text = figure.axes[0].texts
     assert text.get_text() == "ab"
-    assert (
-        text.get_position()[0] == token_boxes.FIGURE_MARGIN + 2 * token_boxes.CELL_WIDTH
-    )
+    assert text.get_position()[0] == token_boxes.FIGURE_MARGIN + 2 * token_boxes.CELL_WIDTH
     widths = [patch.get_width() for patch in figure.axes[0].patches]
     assert widths == [4 * token_boxes.CELL_WIDTH, 3 * token_boxes.CELL_WIDTH]
 
@@ -154,12 +142,8 @@ def test_every_token_has_a_label_of_one_short_line(piece):
 
 
 def test_letters_are_white_where_that_is_easier_to_read():
-    assert [
-        token_boxes.needs_white_text(c) for c in ("black", "#0072B2", "#08306b")
-    ] == [True] * 3
-    assert [
-        token_boxes.needs_white_text(c) for c in ("white", "#D55E00", "#6baed6")
-    ] == [False] * 3
+    assert [token_boxes.needs_white_text(c) for c in ("black", "#0072B2", "#08306b")] == [True] * 3
+    assert [token_boxes.needs_white_text(c) for c in ("white", "#D55E00", "#6baed6")] == [False] * 3
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])

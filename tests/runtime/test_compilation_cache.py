@@ -31,10 +31,7 @@ def counted(folder, say=print):
     def cubes(x):
         return jnp.sin(x) + x**3
 
-    with (
-        warnings.catch_warnings(),
-        listen_to_jax_events(lambda event, _: events.append(event)),
-    ):
+    with warnings.catch_warnings(), listen_to_jax_events(lambda event, _: events.append(event)):
         warnings.simplefilter("error")
         with persistent_cache(folder, say):
             result = np.asarray(jax.jit(cubes)(x))

@@ -19,9 +19,7 @@ def test_a_clone_installs_itself_and_knows_its_repository():
     assert repository_url() == PROJECT["urls"]["Repository"]
 
 
-def test_an_installed_package_names_the_repository_that_it_was_built_with(
-    tmp_path, monkeypatch
-):
+def test_an_installed_package_names_the_repository_that_it_was_built_with(tmp_path, monkeypatch):
     folder = tmp_path / "gptjax-1.dist-info"
     folder.mkdir()
     url = "https://github.com/someone/something"
@@ -37,8 +35,7 @@ def test_an_installed_package_names_the_repository_that_it_was_built_with(
 
 # "gptjax" or "gptjax[extra]" as a requirement of pip, without an address behind it.
 FROM_INDEX = re.compile(
-    r"pip install [^\n&|;]*?(?<=[\s\"'])gptjax(\[[\w,-]+\])?(?! @ )(?=[\s\"'\\]|$)",
-    re.M,
+    r"pip install [^\n&|;]*?(?<=[\s\"'])gptjax(\[[\w,-]+\])?(?! @ )(?=[\s\"'\\]|$)", re.M
 )
 
 

@@ -97,8 +97,7 @@ with handle_signals(final=True):
 
 
 @pytest.mark.parametrize(
-    ("mode", "signals", "code"),
-    [("immediate", 1, 75), ("deferred", 2, 128 + signal.SIGTERM)],
+    ("mode", "signals", "code"), [("immediate", 1, 75), ("deferred", 2, 128 + signal.SIGTERM)]
 )
 def test_a_process_that_is_busy_in_c_is_ended_all_the_same(mode, signals, code):
     process = subprocess.Popen(
@@ -122,9 +121,7 @@ def test_a_process_that_is_busy_in_c_is_ended_all_the_same(mode, signals, code):
 def test_signs_of_life_say_how_long_there_may_be_none(tmp_path, monkeypatch):
     sign = tmp_path / "alive"
     monkeypatch.setenv(preemption.HEARTBEAT_ENV, str(sign))
-    monkeypatch.setattr(
-        preemption, "last_heartbeat", {"at": 0.0, "text": "", "step": 0.0}
-    )
+    monkeypatch.setattr(preemption, "last_heartbeat", {"at": 0.0, "text": "", "step": 0.0})
 
     heartbeat(step_seconds=0.5)
     assert sign.read_text() == "10.000 10.000"

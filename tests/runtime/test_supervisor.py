@@ -82,9 +82,7 @@ def test_it_waits_longer_after_each_death_at_the_same_step(monkeypatch):
 
 @pytest.mark.parametrize("hang", ["time.sleep(600)", "os.kill(os.getpid(), 19)"])
 def test_what_hangs_writes_its_stacks_and_is_started_again(hang, capfd, monkeypatch):
-    monkeypatch.setattr(
-        supervisor, "MIN_CPU_FRACTION", 0.02
-    )  # else its start counts for a minute
+    monkeypatch.setattr(supervisor, "MIN_CPU_FRACTION", 0.02)  # else its start counts for a minute
     program = f"""
 reach(number)
 def waits_for_nothing():
@@ -136,9 +134,7 @@ while True:
 def test_signals_go_on_to_the_child_and_nothing_outlives_the_supervisor(number):
     parent = subprocess.Popen([sys.executable, "-c", OUTER, COUNT + WAITS])
     try:
-        until(
-            lambda: Path("pids").exists() and len(Path("pids").read_text().split()) == 2
-        )
+        until(lambda: Path("pids").exists() and len(Path("pids").read_text().split()) == 2)
         child, grandchild = map(int, Path("pids").read_text().split())
         parent.send_signal(number)
         assert parent.wait(60) == (75 if number == signal.SIGTERM else -9)
@@ -155,9 +151,7 @@ def test_signals_go_on_to_the_child_and_nothing_outlives_the_supervisor(number):
 def alive(pid):
     """Whether a process runs; one that waits for its parent to notice does not."""
     try:
-        return (
-            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        )
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 

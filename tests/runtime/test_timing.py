@@ -64,6 +64,4 @@ def test_what_has_no_first_token_is_answered_at_the_end():
     with log_phases(lines.append, 0.0, "answering"):
         mark_phase("loading")
 
-    assert [line.split()[0] for line in lines] == [
-        *("loading", "compiling", "answering", "total")
-    ]
+    assert [line.split()[0] for line in lines] == [*("loading", "compiling", "answering", "total")]

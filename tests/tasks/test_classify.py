@@ -69,10 +69,7 @@ def test_the_position_that_the_book_reads_sees_its_padding():
 
     full = class_logits(model.config, model.params, padded, length_B)
     last = class_logits(
-        dataclasses.replace(model.config, pool="last"),
-        model.params,
-        padded,
-        jnp.array([25]),
+        dataclasses.replace(model.config, pool="last"), model.params, padded, jnp.array([25])
     )
 
     np.testing.assert_allclose(full, last, atol=1e-5)
@@ -111,11 +108,7 @@ def test_the_loss_is_that_of_the_rows_that_count():
     assert float(nats) == pytest.approx(expected, rel=1e-6)
 
 
-@given(
-    st.lists(st.integers(1, 70), min_size=1, max_size=60),
-    st.integers(1, 9),
-    st.integers(0, 3),
-)
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 3))
 def test_an_epoch_visits_every_row_once_in_few_shapes(lengths, rows, epoch):
     ids = [[n] * length for n, length in enumerate(lengths)]
     batches = ClassificationBatches(ids, [0] * len(ids), rows, buckets(70), 999, seed=3)
@@ -139,9 +132,7 @@ def test_epochs_differ_and_repeat():
     ids = [[n] for n in range(50)]
 
     def order(step):
-        return ClassificationBatches(ids, [0] * 50, 50, [16], 0).batch_at(step)[
-            "tokens"
-        ]
+        return ClassificationBatches(ids, [0] * 50, 50, [16], 0).batch_at(step)["tokens"]
 
     np.testing.assert_array_equal(order(1), order(1))
     assert (order(0) != order(1)).any()
@@ -250,9 +241,7 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one(
         assert evals(tmp_path / "run", split) == expected
 
 
-def test_asked_to_stop_while_it_compiles_again_a_run_makes_no_step_more(
-    tmp_path, monkeypatch
-):
+def test_asked_to_stop_while_it_compiles_again_a_run_makes_no_step_more(tmp_path, monkeypatch):
     config, before = make_config(tmp_path, train__steps=20), []
     forward = trainer.aot_compile
 
@@ -294,17 +283,11 @@ def test_frozen_parameters_come_out_bit_for_bit(tmp_path, trainable):
         assert jax.tree.all(jax.tree.map(same, model.params[name], start.params[name]))
     for layer in range(3):
         at = lambda tree, n=layer: jax.tree.map(lambda leaf: leaf[n], tree)  # noqa: E731
-        equal = jax.tree.map(
-            same, at(model.params["blocks"]), at(start.params["blocks"])
-        )
+        equal = jax.tree.map(same, at(model.params["blocks"]), at(start.params["blocks"]))
         if trainable == "lora":
             alone = load_adapters(tmp_path / "run" / "adapters.safetensors")
-            kernel = merge_adapters(start.params, alone)["blocks"]["mlp"]["up"][
-                "kernel"
-            ]
-            np.testing.assert_array_equal(
-                kernel, model.params["blocks"]["mlp"]["up"]["kernel"]
-            )
+            kernel = merge_adapters(start.params, alone)["blocks"]["mlp"]["up"]["kernel"]
+            np.testing.assert_array_equal(kernel, model.params["blocks"]["mlp"]["up"]["kernel"])
             assert not equal["mlp"]["up"].pop("kernel")
         assert jax.tree.all(equal) == (layer not in blocks[trainable])
 

@@ -138,15 +138,9 @@ def test_the_loss_is_that_of_the_paper():
 def test_padding_changes_neither_loss_nor_gradient():
     model, template = start_model(), load_chat_template("qa")
     config = RunConfig(model=model.config)
-    pair = read_pairs_of(
-        [{"prompt": "a", "chosen": "bcd", "rejected": "e"}], model, template
-    )
-    wide = make_preference_batches(pair, rows=3, context=32, pad_id=7).make_batch(
-        32, [0]
-    )
-    narrow = make_preference_batches(pair, rows=1, context=32, pad_id=9).make_batch(
-        16, [0]
-    )
+    pair = read_pairs_of([{"prompt": "a", "chosen": "bcd", "rejected": "e"}], model, template)
+    wide = make_preference_batches(pair, rows=3, context=32, pad_id=7).make_batch(32, [0])
+    narrow = make_preference_batches(pair, rows=1, context=32, pad_id=9).make_batch(16, [0])
 
     @jax.jit
     @jax.value_and_grad

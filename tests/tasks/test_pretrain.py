@@ -84,16 +84,7 @@ def test_the_plan_comes_before_the_first_step_and_a_line_per_interval_after(unbr
     *_, said = unbroken
 
     plan = [line.split()[0] for line in said[:8]]
-    assert plan == [
-        "run",
-        "model",
-        "data",
-        "step",
-        "steps",
-        "memory",
-        "attention",
-        "device",
-    ]
+    assert plan == ["run", "model", "data", "step", "steps", "memory", "attention", "device"]
     assert any(line.startswith("compiled") for line in said)
     before, *lines = [line for line in said if line[:5] == "step " and " | " in line]
     assert before.startswith("step  0/12 | val ")
@@ -127,19 +118,14 @@ def test_the_model_folder_computes_what_the_run_computed(unbroken):
     assert loaded.tokenizer.hash == model.tokenizer.hash
 
 
-def test_an_unfinished_run_is_loaded_from_its_newest_valid_checkpoint(
-    unbroken, tmp_path
-):
+def test_an_unfinished_run_is_loaded_from_its_newest_valid_checkpoint(unbroken, tmp_path):
     _, folder, model, _ = unbroken
     run = tmp_path / "run"
     shutil.copytree(folder, run)
     (run / "model" / "model.safetensors").unlink()
 
     loaded = gptjax.load(run)
-    assert (loaded.config, loaded.tokenizer.hash) == (
-        model.config,
-        model.tokenizer.hash,
-    )
+    assert (loaded.config, loaded.tokenizer.hash) == (model.config, model.tokenizer.hash)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
 
     file = max((run / "checkpoints" / "12").rglob("*"), key=lambda p: p.stat().st_size)
@@ -192,10 +178,7 @@ def test_a_stopped_and_resumed_run_is_the_unbroken_one_bit_for_bit(
     saved = list_steps(stopped / "checkpoints")[-1]
     assert step <= saved < 12
     unfinished = gptjax.load(stopped)
-    assert (unfinished.config, unfinished.tokenizer.hash) == (
-        model.config,
-        model.tokenizer.hash,
-    )
+    assert (unfinished.config, unfinished.tokenizer.hash) == (model.config, model.tokenizer.hash)
     resumed = train(config, stopped)
 
     jax.tree.map(np.testing.assert_array_equal, resumed.params, model.params)
@@ -240,9 +223,7 @@ def test_an_evaluation_that_a_signal_came_into_is_made_when_the_run_goes_on(
     assert [e["step"] for e in events if e["event"] == "sample"] == [0, 6, 12]
 
 
-def test_what_is_allowed_to_change_is_written_with_the_step_it_changes_at(
-    unbroken, tmp_path
-):
+def test_what_is_allowed_to_change_is_written_with_the_step_it_changes_at(unbroken, tmp_path):
     config, folder, *_ = unbroken
     moved = tmp_path / "run"
     shutil.copytree(folder, moved)
@@ -252,9 +233,7 @@ def test_what_is_allowed_to_change_is_written_with_the_step_it_changes_at(
 
     train(changed, moved, allow_change=["optim.peak_lr"])
 
-    (event,) = [
-        e for e in read_events(moved / "metrics.jsonl") if e["event"] == "resume"
-    ]
+    (event,) = [e for e in read_events(moved / "metrics.jsonl") if e["event"] == "resume"]
     assert (event["step"], event["changes"]) == (8, ["optim.peak_lr: 0.01 -> 0.5"])
     assert losses(moved)[:-5] == losses(folder)[:-5]
     assert losses(moved)[-1] != losses(folder)[-1]
@@ -287,10 +266,7 @@ def test_a_run_goes_on_with_another_mesh_and_says_where(unbroken, tmp_path):
 
     train_logged(dataclasses.replace(config, mesh=mesh), moved, said)
 
-    assert said[:2] == [
-        f"resumed  {moved} after step 8",
-        "device   8 x cpu, as data 2 x fsdp 4",
-    ]
+    assert said[:2] == [f"resumed  {moved} after step 8", "device   8 x cpu, as data 2 x fsdp 4"]
     np.testing.assert_allclose(losses(moved), losses(folder), rtol=2e-6)
     events = read_events(moved / "metrics.jsonl")
     (device,) = [e["device"] for e in events if e["event"] == "resume"]
@@ -342,18 +318,10 @@ def test_packed_documents_dropout_and_accumulation_run_together(tmp_path):
 
 BAD = {
     "empty corpus": ({"data__source": "empty.txt"}, DataError, "no text"),
-    "short corpus": (
-        {"data__source": "short.txt"},
-        DataError,
-        "too few for model.context",
-    ),
+    "short corpus": ({"data__source": "short.txt"}, DataError, "too few for model.context"),
     "invalid UTF-8": ({"data__source": "latin1.txt"}, DataError, r"latin1.txt:2"),
     "no such file": ({"data__source": "nowhere.txt"}, DataError, "nowhere.txt"),
-    "vocabulary": (
-        {"model__vocab_size": 99},
-        ConfigError,
-        "model.vocab_size=99",
-    ),
+    "vocabulary": ({"model__vocab_size": 99}, ConfigError, "model.vocab_size=99"),
 }
 
 
@@ -379,9 +347,7 @@ def test_a_run_folder_that_cannot_be_written_is_said(tmp_path):
 
 def test_data_of_another_tokenizer_is_refused(tmp_path, unbroken):
     _, folder, *_ = unbroken
-    config = make_config(
-        tmp_path, data__source=str(folder / "data"), data__tokenizer="gpt2"
-    )
+    config = make_config(tmp_path, data__source=str(folder / "data"), data__tokenizer="gpt2")
 
     with pytest.raises(DataError, match=r"data\.tokenizer=.* does not match"):
         train(config, tmp_path / "run")

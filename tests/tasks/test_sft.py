@@ -183,26 +183,19 @@ def test_lora_from_a_model_keeps_what_is_frozen_and_merges(unbroken, tmp_path):
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)  # noqa: E731
     jax.tree.map(close, again, model.params)
     embedding = model.params["token_embedding"]["embedding"]
-    np.testing.assert_array_equal(
-        embedding, start.params["token_embedding"]["embedding"]
-    )
+    np.testing.assert_array_equal(embedding, start.params["token_embedding"]["embedding"])
 
 
 def test_the_last_block_alone_can_be_trained(unbroken, tmp_path):
     _, folder, start, _ = unbroken
     config = make_config(
-        tmp_path,
-        finetune__init_from=str(folder),
-        finetune__trainable="last-block",
-        train__steps=2,
+        tmp_path, finetune__init_from=str(folder), finetune__trainable="last-block", train__steps=2
     )
 
     model = train(config, tmp_path / "run")
 
     for name, same in (("attention", 0), ("mlp", 0)):
-        ours, theirs = (
-            jax.tree.leaves(m.params["blocks"][name]) for m in (model, start)
-        )
+        ours, theirs = (jax.tree.leaves(m.params["blocks"][name]) for m in (model, start))
         for a, b in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(a[same], b[same])
             assert not np.array_equal(a[1], b[1])
@@ -215,18 +208,12 @@ def test_another_tokenizer_keeps_the_rows_of_tokens_that_both_have():
 
     params = initial_params(config, start, tokenizer, jax.random.key(0))
 
-    ours, theirs = (
-        np.asarray(p["token_embedding"]["embedding"]) for p in (params, start.params)
-    )
+    ours, theirs = (np.asarray(p["token_embedding"]["embedding"]) for p in (params, start.params))
     assert ours.shape[0] == tokenizer.vocab_size == 262
     for token, row in start.tokenizer.ranks.items():
         np.testing.assert_array_equal(ours[tokenizer.ranks[token]], theirs[row])
-    np.testing.assert_array_equal(
-        ours[tokenizer.eot_token], theirs[start.tokenizer.eot_token]
-    )
-    jax.tree.map(
-        np.testing.assert_array_equal, params["blocks"], start.params["blocks"]
-    )
+    np.testing.assert_array_equal(ours[tokenizer.eot_token], theirs[start.tokenizer.eot_token])
+    jax.tree.map(np.testing.assert_array_equal, params["blocks"], start.params["blocks"])
 
 
 @pytest.fixture(scope="module")
@@ -241,10 +228,7 @@ def test_many_answers_are_those_that_come_alone(assistant):
 
     together = answer_batch(assistant, asked, 6)
 
-    alone = [
-        gptjax.answer(assistant, each, temperature=0.0, max_new_tokens=6)
-        for each in asked
-    ]
+    alone = [gptjax.answer(assistant, each, temperature=0.0, max_new_tokens=6) for each in asked]
     assert together == alone
     pieces = stream_answer(assistant, asked[1], temperature=0.0, max_new_tokens=6)
     assert "".join(pieces).strip() == alone[1]
@@ -254,9 +238,7 @@ def test_a_question_is_a_conversation_of_one_message(assistant):
     options = {"temperature": 0.0, "max_new_tokens": 3}
 
     asked = [{"role": "user", "content": "why"}]
-    assert gptjax.answer(assistant, "why", **options) == gptjax.answer(
-        assistant, asked, **options
-    )
+    assert gptjax.answer(assistant, "why", **options) == gptjax.answer(assistant, asked, **options)
     assert assistant.tokenizer.decode(encode_chat(assistant, asked)) == (
         "<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -269,9 +251,7 @@ def test_a_base_model_answers_nothing():
 
 def test_a_model_with_a_template_is_saved_exported_and_loaded(assistant, tmp_path):
     gptjax.save(assistant, tmp_path / "own")
-    code = main(
-        ["export", str(tmp_path / "own"), "--to", "hf", "--out", f"{tmp_path}/hf"]
-    )
+    code = main(["export", str(tmp_path / "own"), "--to", "hf", "--out", f"{tmp_path}/hf"])
 
     assert code == 0
     assert gptjax.load(tmp_path / "own").chat_template == assistant.chat_template
@@ -331,11 +311,7 @@ def test_generate_can_ask_an_assistant(unbroken, capsys):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        (
-            {"data__chat_template": "alpca"},
-            ConfigError,
-            "no chat template 'alpca'. Did you",
-        ),
+        ({"data__chat_template": "alpca"}, ConfigError, "no chat template 'alpca'. Did you"),
         ({"data__batching": "concat"}, DataError, "data.batching=concat"),
         ({"model__context_length": 1}, DataError, "no train conversation of .* fits"),
         ({"data__tokenizer": "bpe:x"}, ConfigError, "data.tokenizer='bpe:x'"),

@@ -59,9 +59,7 @@ def test_training_finds_the_merges_of_another_implementation():
     letters = {byte: chr(start + byte) for byte in range(256)}
     peer = peers.Tokenizer(peers.models.BPE())
     trainer = peers.trainers.BpeTrainer(
-        vocab_size=2047,
-        initial_alphabet=list(letters.values()),
-        show_progress=False,
+        vocab_size=2047, initial_alphabet=list(letters.values()), show_progress=False
     )
     repeated = (w.translate(letters) for w, n in words.items() for _ in range(n))
     peer.train_from_iterator(repeated, trainer)

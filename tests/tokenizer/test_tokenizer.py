@@ -127,13 +127,7 @@ def test_text_never_becomes_the_control_token(kind, parts):
 @every_kind
 @pytest.mark.parametrize(
     "text",
-    [
-        "a" * N,
-        " " * N,
-        " " * N + "a",
-        "\n \u3000" * N + "\tb",
-        "^" * N,
-    ],
+    ["a" * N, " " * N, " " * N + "a", "\n \u3000" * N + "\tb", "^" * N],
     ids=["letters", "spaces", "spaces and a letter", "blanks and a letter", "signs"],
 )
 def test_a_million_equal_characters_come_back(kind, text):
@@ -170,9 +164,7 @@ def test_ids_may_come_from_numpy():
 
 @pytest.mark.fast
 def test_sizes_count_the_control_token():
-    sizes = [
-        (t.vocab_size, t.eot_token, len(t.byte_lengths)) for t in (GPT2, BYTES, OWN)
-    ]
+    sizes = [(t.vocab_size, t.eot_token, len(t.byte_lengths)) for t in (GPT2, BYTES, OWN)]
 
     assert sizes == [(50_257, 50_256, 50_257), (257, 256, 257), (700, 699, 700)]
     assert GPT2.byte_lengths[GPT2.eot_token] == 0
@@ -201,11 +193,7 @@ def test_loading_undoes_saving(kind, tmp_path):
 
     loaded = tokenizer.load_tokenizer(tmp_path / "new")
 
-    assert (loaded.ranks, loaded.eot_token, loaded.hash) == (
-        kind.ranks,
-        kind.eot_token,
-        kind.hash,
-    )
+    assert (loaded.ranks, loaded.eot_token, loaded.hash) == (kind.ranks, kind.eot_token, kind.hash)
     assert loaded.name == str(tmp_path / "new")
 
 
@@ -303,20 +291,14 @@ DAMAGES = {
     "text as id": (changed_ids(lambda i: i.update(a="1")), "the id of token 'a' is no"),
     "a gap": (changed_ids(lambda i: i.update(lo=999)), "has the id 2.."),
     "one id twice": (changed_ids(lambda i: i.update(lo=7)), "has the id 2.."),
-    "no end": (
-        changed_ids(lambda i: i.update(ll=i.pop(ENDOFTEXT))),
-        r"<\|endoftext\|> is miss",
-    ),
+    "no end": (changed_ids(lambda i: i.update(ll=i.pop(ENDOFTEXT))), r"<\|endoftext\|> is miss"),
     "no byte": (changed_ids(lambda i: i.update(ab=i.pop("a"))), r"byte 97 \('a'\) is"),
     "empty token": (changed_ids(lambda i: i.update({"": 264})), "264 is 0 bytes"),
     "long token": (changed_ids(lambda i: i.update({"a" * 257: 264})), "is 257 bytes"),
     "a space": (changed_ids(lambda i: i.update({"l o": 264})), "character ' ', which"),
     "an orphan": (changed_ids(lambda i: i.update(xyz=264)), "264, 'xyz', cannot be me"),
     "no merges": (lambda v, m: (v, b""), "merges.txt.*merge 1 is 'missing'"),
-    "one merge less": (
-        lambda v, m: (v, m[: m.index(b"\n", 20)]),
-        "3 is 'missing'",
-    ),
+    "one merge less": (lambda v, m: (v, m[: m.index(b"\n", 20)]), "3 is 'missing'"),
     "one merge more": (lambda v, m: (v, m + b"a b\n"), "is 'a b'.* implies 'absent'"),
     "merges not UTF-8": (lambda v, m: (v, m + b"\xff"), "merges.txt.*utf-8"),
     "merges in Windows' form": (lambda v, m: (v, m.replace(b"\n", b"\r\n")), "merge 1"),
@@ -371,8 +353,6 @@ def test_a_mutated_file_is_refused_or_still_a_tokenizer(name, tmp_path):
             refused += 1
         else:
             assert loaded.decode(loaded.encode(text)) == text
-            assert sorted([*loaded.ranks.values(), loaded.eot_token]) == list(
-                range(264)
-            )
+            assert sorted([*loaded.ranks.values(), loaded.eot_token]) == list(range(264))
 
     assert refused > 400

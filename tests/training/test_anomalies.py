@@ -136,9 +136,7 @@ def test_a_run_does_with_a_spike_what_it_was_told_and_the_same_when_resumed(
     assert (spiked, left_out) == expected[policy]
 
 
-def test_steps_that_change_nothing_end_the_run_and_name_the_last_good_one(
-    spiky, tmp_path
-):
+def test_steps_that_change_nothing_end_the_run_and_name_the_last_good_one(spiky, tmp_path):
     config = make_config(tmp_path, **QUICK, train__log_every=4)
 
     with pytest.MonkeyPatch.context() as patch:

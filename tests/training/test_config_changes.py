@@ -60,9 +60,7 @@ def with_other(name, config):
         value += "other"
     else:
         value = not value if isinstance(value, bool) else value + 1
-    return dataclasses.replace(
-        config, **{section: dataclasses.replace(part, **{option: value})}
-    )
+    return dataclasses.replace(config, **{section: dataclasses.replace(part, **{option: value})})
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -133,9 +131,7 @@ def test_the_policy_for_spikes_stays_unless_it_may_change(tmp_path):
     write_atomic(tmp_path / "meta.json", '{"on_spike": "skip", "started": "now"}')
 
     assert (
-        reconcile_spike_policy(tmp_path, "")
-        == reconcile_spike_policy(tmp_path, "skip")
-        == "skip"
+        reconcile_spike_policy(tmp_path, "") == reconcile_spike_policy(tmp_path, "skip") == "skip"
     )
     with pytest.raises(ModelError, match="--allow-change on-spike"):
         reconcile_spike_policy(tmp_path, "log")

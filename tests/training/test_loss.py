@@ -117,9 +117,7 @@ def test_the_loss_of_each_token_sums_to_the_loss():
     nats_BT = per_token_loss(CONFIG, x_BTD, table_VD, target_BT, 5)
 
     total = jnp.sum(nats_BT * weight_BT)
-    np.testing.assert_allclose(
-        total, full(x_BTD, table_VD, target_BT, weight_BT), rtol=1e-6
-    )
+    np.testing.assert_allclose(total, full(x_BTD, table_VD, target_BT, weight_BT), rtol=1e-6)
 
 
 @pytest.mark.fast
@@ -183,9 +181,7 @@ def test_chunks_never_hold_all_logits():
     assert temporary_bytes(at_once) > all_logits
 
 
-@pytest.mark.parametrize(
-    ("chunk", "size"), [(1, 1), (5, 4), (6, 6), (12, 12), (99, 12)]
-)
+@pytest.mark.parametrize(("chunk", "size"), [(1, 1), (5, 4), (6, 6), (12, 12), (99, 12)])
 def test_chunks_are_equal_and_as_long_as_allowed(chunk, size):
     x_BT = jnp.arange(B * T).reshape(B, T)
 

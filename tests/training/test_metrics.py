@@ -21,9 +21,7 @@ from gptjax.training.metrics import (
 def write_run(folder):
     path = folder / "metrics.jsonl"
     for step in (10, 20, 30):
-        log_event(
-            path, "train", step, loss=5 / step, lr=1e-3, grad_norm=1.0, tokens_per_s=9.0
-        )
+        log_event(path, "train", step, loss=5 / step, lr=1e-3, grad_norm=1.0, tokens_per_s=9.0)
     log_event(path, "eval", 20, loss=1 / 3, perplexity=1.4, bits_per_byte=None)
     log_event(path, "sample", 20, text="```é\n")
     return path
@@ -95,23 +93,12 @@ def test_events_are_one_json_object_per_line(tmp_path):
 
     lines = path.read_text().splitlines()
 
-    assert [json.loads(line)["event"] for line in lines] == [
-        *["train"] * 3,
-        "eval",
-        "sample",
-    ]
+    assert [json.loads(line)["event"] for line in lines] == [*["train"] * 3, "eval", "sample"]
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [
-        (0, "0"),
-        (999, "999"),
-        (999.6, "1k"),
-        (1e6, "1M"),
-        (1.26e12, "1.26T"),
-        (1e18, "1e+03P"),
-    ],
+    [(0, "0"), (999, "999"), (999.6, "1k"), (1e6, "1M"), (1.26e12, "1.26T"), (1e18, "1e+03P")],
 )
 def test_counts_are_short(value, text):
     assert format_number(value) == text

@@ -18,15 +18,11 @@ def test_a_run_chooses_the_fewest_micro_batches_that_fit(tmp_path, monkeypatch):
     config = make_config(tmp_path, train__accumulate=0, train__steps=2)
     parts = estimate.memory_bytes(
         estimate.resolve_config(
-            dataclasses.replace(
-                config, train=dataclasses.replace(config.train, accumulate=4)
-            )
+            dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=4))
         )
     )
     monkeypatch.setattr(
-        estimate,
-        "device_memory",
-        lambda: sum(parts.values()) / estimate.USABLE_MEMORY_FRACTION,
+        estimate, "device_memory", lambda: sum(parts.values()) / estimate.USABLE_MEMORY_FRACTION
     )
     said = []
 

@@ -113,9 +113,7 @@ def test_wsd_is_constant_and_then_linear_to_the_final_rate():
     warmup=st.integers(0, 20),
 )
 def test_no_update_of_any_run_has_rate_zero_or_above_the_peak(schedule, steps, warmup):
-    optim = dataclasses.replace(
-        OPTIM, schedule=schedule, warmup_steps=min(warmup, steps)
-    )
+    optim = dataclasses.replace(OPTIM, schedule=schedule, warmup_steps=min(warmup, steps))
 
     rate = make_schedule(optim, steps)(jnp.arange(20))[:steps]  # one shape to compile
 
@@ -171,8 +169,7 @@ def test_without_clipping_the_length_of_a_gradient_counts():
     second = {"bias": jnp.array([0.1, 0.2])}
 
     results = [
-        updated(optim, params, {"bias": scale * jnp.ones(2)}, second)
-        for scale in (1.0, 1e3)
+        updated(optim, params, {"bias": scale * jnp.ones(2)}, second) for scale in (1.0, 1e3)
     ]
 
     assert jnp.all(jnp.abs(results[0]["bias"] - results[1]["bias"]) > 1e-3)
@@ -180,9 +177,7 @@ def test_without_clipping_the_length_of_a_gradient_counts():
 
 def test_decay_shrinks_by_rate_times_weight_decay():
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-    optim = OptimConfig(
-        peak_lr=0.01, warmup_steps=0, weight_decay=0.5, schedule="constant"
-    )
+    optim = OptimConfig(peak_lr=0.01, warmup_steps=0, weight_decay=0.5, schedule="constant")
 
     result = updated(optim, params, jax.tree.map(jnp.zeros_like, params))
 

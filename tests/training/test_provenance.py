@@ -59,9 +59,7 @@ def test_one_row_more_is_told_in_numbers(tmp_path):
     write_meta(tmp_path)
 
     with pytest.raises(ModelError, match="train rows was 2, now 3"):
-        check_provenance(
-            tmp_path, {**FACTS, "data": {"train": hash_rows(["a", "b", "c"])}}
-        )
+        check_provenance(tmp_path, {**FACTS, "data": {"train": hash_rows(["a", "b", "c"])}})
 
 
 @pytest.mark.parametrize("text", ["", "[", "[1]", "{" * 100_000, '{"a": 1, "a": 2}'])
@@ -139,9 +137,7 @@ def test_a_run_is_not_resumed_with_another(tuned, name):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     CHANGES[name](folder)
 
-    with pytest.raises(
-        ModelError, match=f"the {TRACKED_INPUTS[name][0]} of the run in"
-    ):
+    with pytest.raises(ModelError, match=f"the {TRACKED_INPUTS[name][0]} of the run in"):
         train(config, folder / "run")
 
     for path, data in before.items():  # nothing of the run was touched but its lock

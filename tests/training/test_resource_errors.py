@@ -37,9 +37,7 @@ def test_a_compiled_step_that_does_not_fit_what_is_free_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("step", [1, 6])
-def test_memory_that_runs_out_ends_the_run_with_what_to_lower(
-    tmp_path, monkeypatch, step
-):
+def test_memory_that_runs_out_ends_the_run_with_what_to_lower(tmp_path, monkeypatch, step):
     config, calls = make_config(tmp_path), []
     get = jax.device_get
 
@@ -74,15 +72,9 @@ def test_a_full_disk_is_the_machines_fault_whoever_meets_it(number):
         resource_errors.translate_resource_errors(),
     ):
         raise ModelError("cannot save step 3") from full
-    with (
-        pytest.raises(OSError, match="denied"),
-        resource_errors.translate_resource_errors(),
-    ):
+    with pytest.raises(OSError, match="denied"), resource_errors.translate_resource_errors():
         raise OSError(errno.EACCES, "denied")
-    with (
-        pytest.raises(ModelError, match="other"),
-        resource_errors.translate_resource_errors(),
-    ):
+    with pytest.raises(ModelError, match="other"), resource_errors.translate_resource_errors():
         raise ModelError("other")
 
 

@@ -32,11 +32,7 @@ def start():
 def batch_at(step, weight_BT=None):
     row_BT = np.random.default_rng(step).integers(V, size=(B, T + 1), dtype=np.int32)
     weight_BT = np.ones((B, T), np.float32) if weight_BT is None else weight_BT
-    return {
-        "tokens": row_BT[:, :-1],
-        "targets": row_BT[:, 1:],
-        "loss_weights": weight_BT,
-    }
+    return {"tokens": row_BT[:, :-1], "targets": row_BT[:, 1:], "loss_weights": weight_BT}
 
 
 def loss_fn(params, batch, key, config=TINY):
@@ -53,9 +49,7 @@ def adamw_step():
     optim = OptimConfig(peak_lr=3e-2, warmup_steps=2, schedule="constant")
     optimizer = make_optimizer(optim, 100)
     step_fn = jax.jit(make_train_step(loss_fn, optimizer), donate_argnums=0)
-    return step_fn, lambda: init_state(
-        jax.tree.map(jnp.array, start()), optimizer, jnp.copy(KEY)
-    )
+    return step_fn, lambda: init_state(jax.tree.map(jnp.array, start()), optimizer, jnp.copy(KEY))
 
 
 def assert_equal(tree, other):
@@ -83,9 +77,7 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch():
     gradient, expected = after(1)
     for groups in (2, 4):
         parts, metrics = after(groups)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient, parts
-        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient, parts)
         np.testing.assert_allclose(metrics, expected, rtol=1e-6)
         assert float(metrics.tokens) == UNEVEN.sum()
 
@@ -132,9 +124,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(bad):
     after, metrics = step_fn(after, batch_at(2))
     assert bool(metrics.applied)
     assert (int(after.step), int(after.num_skipped)) == (3, 1)
-    assert jnp.any(
-        after.params["final_norm"]["bias"] != kept.params["final_norm"]["bias"]
-    )
+    assert jnp.any(after.params["final_norm"]["bias"] != kept.params["final_norm"]["bias"])
 
 
 def test_a_step_whose_gradient_is_above_the_limit_changes_nothing_either():
@@ -171,8 +161,7 @@ def test_ten_steps_overfit_one_batch():
     step_fn, fresh = adamw_step()
 
     losses = [
-        float(metrics.loss)
-        for _, _, metrics in train_steps(fresh(), step_fn, [batch_at(0)] * 60)
+        float(metrics.loss) for _, _, metrics in train_steps(fresh(), step_fn, [batch_at(0)] * 60)
     ]
 
     assert losses[0] == pytest.approx(np.log(V), rel=0.05)
@@ -222,14 +211,11 @@ def test_six_steps_are_three_steps_and_three_more_to_the_last_bit():
 def test_each_step_drops_other_activations():
     config = dataclasses.replace(TINY, dropout=0.5)
     optimizer = optax.sgd(0.0)  # the parameters stay, so only the key differs
-    step_fn = jax.jit(
-        make_train_step(functools.partial(loss_fn, config=config), optimizer)
-    )
+    step_fn = jax.jit(make_train_step(functools.partial(loss_fn, config=config), optimizer))
     state = init_state(start(), optimizer, KEY)
 
     norms = [
-        float(metrics.grad_norm)
-        for _, _, metrics in train_steps(state, step_fn, [batch_at(0)] * 3)
+        float(metrics.grad_norm) for _, _, metrics in train_steps(state, step_fn, [batch_at(0)] * 3)
     ]
 
     assert len(set(norms)) == 3

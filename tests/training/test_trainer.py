@@ -83,11 +83,7 @@ def interrupt_after(step, run_dir, scripted):
 
 def train_losses(run_dir, after=0):
     events = read_events(run_dir / "metrics.jsonl")
-    return [
-        (e["step"], e["loss"])
-        for e in events
-        if e["event"] == "train" and e["step"] > after
-    ]
+    return [(e["step"], e["loss"]) for e in events if e["event"] == "train" and e["step"] > after]
 
 
 def test_losses_and_the_best_model_do_not_depend_on_the_event_log(tmp_path):
@@ -163,9 +159,7 @@ def test_history_is_the_same_after_a_checkpoint():
     restored = history_from_metadata(metadata)
 
     assert metadata["logged"][1] == [4, None, None]
-    assert dataclasses.replace(restored, logged=()) == (
-        dataclasses.replace(history, logged=())
-    )
+    assert dataclasses.replace(restored, logged=()) == (dataclasses.replace(history, logged=()))
     assert restored.logged[0] == logged[0]
     assert restored.logged[1].step == 4
     assert all(map(math.isnan, restored.logged[1][1:]))

@@ -36,9 +36,7 @@ def use_model(config: GPTConfig, tokens: Array) -> Array:
         capture=("residual", "attention", "head_output"),
     )
     assert_type(activations, dict[str, Array])
-    x_BTD, activations = gptjax.hidden_states(
-        config, params, tokens, capture=("mlp_hidden",)
-    )
+    x_BTD, activations = gptjax.hidden_states(config, params, tokens, capture=("mlp_hidden",))
     return logits + activations["mlp_hidden"].sum() + x_BTD.sum()
 
 
@@ -50,10 +48,7 @@ def use_generation(model: Model) -> str:
     completion = gptjax.complete(model, "a", samples=2, top_p=0.9, min_p=0.1, seed=1)[0]
     text = completion.text + completion.finish_reason
     assert_type(gptjax.stream(model, "a", repetition_penalty=1.2), Iterator[str])
-    chunks = [
-        *gptjax.stream(model, "a", stop_ids=[0]),
-        *gptjax.stream_answer(model, "b"),
-    ]
+    chunks = [*gptjax.stream(model, "a", stop_ids=[0]), *gptjax.stream_answer(model, "b")]
     messages = [{"role": "user", "content": "Hello"}]
     answers = [
         gptjax.answer(model, "Hello", temperature=0.0),

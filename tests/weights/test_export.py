@@ -81,9 +81,7 @@ def test_the_book_has_its_matrices_the_other_way_round(model):
     up = named_tensors(model, "book")["trf_blocks.0.ff.layers.0.weight"]
 
     assert up.shape == (64, 16)
-    np.testing.assert_array_equal(
-        up.T, model.params["blocks"]["mlp"]["up"]["kernel"][0]
-    )
+    np.testing.assert_array_equal(up.T, model.params["blocks"]["mlp"]["up"]["kernel"][0])
 
 
 def test_an_import_says_what_it_read_and_what_it_compared(hf, model, tmp_path):
@@ -112,8 +110,7 @@ def test_a_public_name_is_compared_with_what_is_published(hf, tmp_path, monkeypa
 
     table = gptjax.load(hf).params["token_embedding"]["embedding"]
     right = known._replace(
-        first_embedding=tuple(map(float, table[0, :3])),
-        last_embedding=float(table[-1, -1]),
+        first_embedding=tuple(map(float, table[0, :3])), last_embedding=float(table[-1, -1])
     )
     model = gptjax.load(hf)
     assert "published values agree" in convert.check_reference_values(model, right)
@@ -161,9 +158,9 @@ def test_a_classifier_comes_back_with_its_labels_bit_for_bit(tmp_path):
 
     assert again.labels == ("a", "b", "c")
     assert_same(again, model)
-    assert "AutoModelForSequenceClassification" in (
-        tmp_path / "out" / "README.md"
-    ).read_text(encoding="utf-8")
+    assert "AutoModelForSequenceClassification" in (tmp_path / "out" / "README.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_the_head_for_tokens_is_not_part_of_an_exported_classifier(tmp_path):
@@ -173,14 +170,10 @@ def test_the_head_for_tokens_is_not_part_of_an_exported_classifier(tmp_path):
     again = gptjax.load(tmp_path / "out")
 
     assert again.config.tie_embeddings
-    np.testing.assert_array_equal(
-        again.params["head"]["kernel"], model.params["head"]["kernel"]
-    )
+    np.testing.assert_array_equal(again.params["head"]["kernel"], model.params["head"]["kernel"])
 
 
-@pytest.mark.parametrize(
-    "changes", [{"pool": "mean"}, {"head_bias": True}, {"causal": False}]
-)
+@pytest.mark.parametrize("changes", [{"pool": "mean"}, {"head_bias": True}, {"causal": False}])
 def test_classifiers_that_transformers_does_not_have_are_refused(changes, tmp_path):
     with pytest.raises(ModelError, match="has no equivalent in transformers"):
         export_model(classifier(**changes), "hf", tmp_path / "out")

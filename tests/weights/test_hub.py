@@ -79,8 +79,7 @@ def names(asked) -> list[str]:
         FILES,
         SHARDED,
         {n: b for n, b in FILES.items() if n != "merges.txt"} | {hub.TOKENIZER: b"{}"},
-        {n: b for n, b in FILES.items() if n[-4:] not in (".txt", "json")}
-        | {"config.json": b"{}"},
+        {n: b for n, b in FILES.items() if n[-4:] not in (".txt", "json")} | {"config.json": b"{}"},
     ],
 )
 def test_all_that_a_model_needs_comes_once(cache, hosting, files):
@@ -144,9 +143,7 @@ def test_a_flipped_byte_in_the_cache_is_noticed(cache, hosting, name):
         (folder / name).write_bytes(flipped)
         before = len(asked)
         hashes = [hashlib.sha256(x).hexdigest() for x in (flipped, SHARDED[name])]
-        with pytest.raises(
-            ModelError, match=r"{}.* recorded .*{}".format(*hashes)
-        ) as e:
+        with pytest.raises(ModelError, match=r"{}.* recorded .*{}".format(*hashes)) as e:
             hub.fetch_repo("a/b")
         assert str(folder / name) in str(e.value)
         assert "Delete the file to download it again" in str(e.value)
@@ -196,9 +193,7 @@ def test_pins_come_before_what_is_found(cache, hosting, monkeypatch):
         assert said == []
         (folder / "vocab.json").write_bytes(b"[]")
         hub.write_entry(folder, "vocab.json", hub.pin_of(folder / "vocab.json"))
-        with pytest.raises(
-            ModelError, match=r"vocab.json has 2 bytes.* but pinned are"
-        ):
+        with pytest.raises(ModelError, match=r"vocab.json has 2 bytes.* but pinned are"):
             hub.fetch_repo("gpt2")
         (folder / "vocab.json").unlink()
     with (
@@ -235,15 +230,9 @@ def test_what_the_hub_lacks_or_spoils_is_an_error(cache, hosting, files, message
 @pytest.mark.parametrize(
     "index",
     [
-        *(
-            {"weight_map": {"wte": name}}
-            for name in ["../x.safetensors", "/x.safetensors"]
-        ),
+        *({"weight_map": {"wte": name}} for name in ["../x.safetensors", "/x.safetensors"]),
         *({"weight_map": {"wte": name}} for name in ["a/b.safetensors", "x.bin", ""]),
-        *(
-            {"weight_map": {"wte": name}}
-            for name in [".safetensors", "x.safetensors\n"]
-        ),
+        *({"weight_map": {"wte": name}} for name in [".safetensors", "x.safetensors\n"]),
         *({"weight_map": {"wte": name}} for name in ["é.safetensors", 1, None, ["x"]]),
         *({"weight_map": {}}, {"weight_map": []}, {}, [], 1, "x"),
     ],
@@ -274,9 +263,7 @@ def test_an_index_of_any_size_is_not_read_into_memory(cache, monkeypatch):
     for name in SHARDED:
         (folder / name).write_bytes(b" " * 10_000_001 if name == hub.INDEX else b"{}")
 
-    with pytest.raises(
-        ModelError, match=r"cannot be used: it has more than 10,000,000"
-    ):
+    with pytest.raises(ModelError, match=r"cannot be used: it has more than 10,000,000"):
         hub.fetch_repo("a/b")
 
 
@@ -301,9 +288,7 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(cache, hosting, monkeypatch)
             folder = hub.fetch_repo("a/b")
 
     assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
-    assert [request.headers["authorization"] for request in asked] == (
-        ["Bearer secret"] * 6
-    )
+    assert [request.headers["authorization"] for request in asked] == (["Bearer secret"] * 6)
     (request,) = foreign
     assert "authorization" not in request.headers
     assert "secret" not in str(request.headers)
@@ -330,9 +315,7 @@ def test_an_endpoint_that_is_no_address_is_refused(cache, monkeypatch, url):
 NO_NAMES = ["gtp2", "a", "a/b/c", "../b", "a/..", "a..b/c", "a/.b", "a/b@", "a/b@../c"]
 
 
-@pytest.mark.parametrize(
-    "name", [*NO_NAMES, "", "/a/b", "a/b@c/d", "a b/c", "a/b\n", "é/a"]
-)
+@pytest.mark.parametrize("name", [*NO_NAMES, "", "/a/b", "a/b@c/d", "a b/c", "a/b\n", "é/a"])
 def test_what_is_no_name_is_an_error(cache, name):
     assert not hub.is_repo_id(name)
     with pytest.raises(ModelError, match=r"no model .* Use one of gpt2, gpt2-medium"):

@@ -32,8 +32,7 @@ def test_names_without_prefix_and_buffers_are_read_too(hf, model):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [("plain", "reference"), ("prefix", "chunked"), ("blockwise", "flash")],
+    ("old", "new"), [("plain", "reference"), ("prefix", "chunked"), ("blockwise", "flash")]
 )
 def test_a_model_folder_with_an_old_attention_name_is_read(tmp_path, model, old, new):
     gptjax.save(model, tmp_path / "model")
@@ -79,9 +78,7 @@ def test_files_with_an_index_are_one_model(hf, model):
 def test_a_book_file_is_read_by_itself_where_heads_are_64_wide(tmp_path):
     model = make_model(d_model=128, tie_embeddings=False)
     export_model(model, "book", tmp_path / "book")
-    file = shutil.copy(
-        tmp_path / "book" / "model.safetensors", tmp_path / "x.safetensors"
-    )
+    file = shutil.copy(tmp_path / "book" / "model.safetensors", tmp_path / "x.safetensors")
     said = []
 
     again = load(file, said.append)
@@ -160,10 +157,7 @@ def test_tensors_that_are_not_the_models_are_refused(hf, name):
 
 
 CONFIGS = {
-    "another activation": (
-        {"activation_function": "relu"},
-        "activation_function='relu'",
-    ),
+    "another activation": ({"activation_function": "relu"}, "activation_function='relu'"),
     "another kind": ({"model_type": "llama"}, "model_type='llama'"),
     "another MLP": ({"n_inner": 3}, "n_inner=3"),
     "a billion layers": ({"n_layer": 10**9}, "n_layers=1000000000 is too large"),

@@ -47,9 +47,7 @@ def test_the_token_embedding_has_the_published_values(gpt2):
 
 def test_greedy_text_is_the_published_one(gpt2):
     """Raschka 2024, chapter 6: 124M after "Every effort moves you"."""
-    text = gptjax.generate(
-        gpt2, "Every effort moves you", max_new_tokens=15, temperature=0.0
-    )
+    text = gptjax.generate(gpt2, "Every effort moves you", max_new_tokens=15, temperature=0.0)
 
     assert text == (
         "Every effort moves you forward.\n\nThe first step is to understand the "
@@ -67,9 +65,7 @@ def test_the_loss_on_the_verdict_is_the_published_one(gpt2):
         rows = [ids[i : i + 257] for i in range(0, len(ids) - 256, 256)]
         row_BT = jnp.asarray(np.stack(rows))
         logit_BTV = whole_pass(gpt2.config, gpt2.params, row_BT[:, :-1])
-        nats, weight = cross_entropy_sum(
-            logit_BTV, row_BT[:, 1:], jnp.ones(row_BT[:, 1:].shape)
-        )
+        nats, weight = cross_entropy_sum(logit_BTV, row_BT[:, 1:], jnp.ones(row_BT[:, 1:].shape))
         return float(nats / weight)
 
     assert loss(text[:cut]) == pytest.approx(3.7547487, abs=1e-3)

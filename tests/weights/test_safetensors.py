@@ -82,24 +82,15 @@ LINES = {
         "duplicate keys",
     ),
     "a gap": ({"a": line(offsets=(4, 12))}, "no tensor starts at byte"),
-    "an overlap": (
-        {"a": line(), "b": line(offsets=(4, 12))},
-        "no tensor starts at byte",
-    ),
+    "an overlap": ({"a": line(), "b": line(offsets=(4, 12))}, "no tensor starts at byte"),
     "more than the file": ({"a": line((4,), (0, 16))}, "but its tensors need"),
     "less than the file": ({"a": line((1,), (0, 4))}, "but its tensors need"),
-    "a size that is not the shape's": (
-        {"a": line((3,))},
-        "entry of the tensor 'a'",
-    ),
+    "a size that is not the shape's": ({"a": line((3,))}, "entry of the tensor 'a'"),
     "a huge shape": ({"a": line((1 << 40, 1 << 40))}, "entry of the tensor 'a'"),
     "a negative shape": ({"a": line((-2,))}, "entry of the tensor 'a'"),
     "a shape of booleans": ({"a": line((True, 2))}, "entry of the tensor 'a'"),
     "an unknown type": ({"a": line(dtype="Q4")}, "'a' has the dtype 'Q4'"),
-    "a tensor of no elements": (
-        {"a": line((0,), (0, 0))},
-        "entry of the tensor 'a'",
-    ),
+    "a tensor of no elements": ({"a": line((0,), (0, 0))}, "entry of the tensor 'a'"),
     "an axis beside a zero": (
         {"a": line((0, 1 << 61), (0, 0)), "b": line()},
         "entry of the tensor 'a'",

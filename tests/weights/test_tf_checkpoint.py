@@ -92,9 +92,7 @@ def test_the_plain_writer_writes_what_tensorflow_wrote(tmp_path):
     for name, tensor in open_tf_checkpoint(FOLDER).tensors.items():
         part = data[tensor.offset : tensor.offset + tensor.size]
         dims = shape(*tensor.shape)
-        made = entry(
-            dims, tensor.size, offset=tensor.offset, crc=masked(bytewise(part))
-        )
+        made = entry(dims, tensor.size, offset=tensor.offset, crc=masked(bytewise(part)))
         pairs.append((name.encode(), made))
 
     folder = folder_of(tmp_path / "own", index_of(*pairs), data)
@@ -267,14 +265,7 @@ def test_the_index_is_that_which_the_folder_names(tmp_path):
     named.write_text('model_checkpoint_path: "model-6"\n')
     with pytest.raises(ModelError, match=rf"model-6\.index does not exist .*{AGAIN}"):
         prefix()
-    for path in (
-        "/a/model-5",
-        "../tiny/model-5",
-        "a\\\\model-5",
-        "C:model-5",
-        "..",
-        "",
-    ):
+    for path in ("/a/model-5", "../tiny/model-5", "a\\\\model-5", "C:model-5", "..", ""):
         named.write_text(f'model_checkpoint_path: "{path}"\n')
         assert prefix() == "model.ckpt"
     named.write_bytes(b"\xff\0" * 9)

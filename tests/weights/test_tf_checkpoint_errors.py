@@ -45,22 +45,14 @@ BAD = {
     "far too far": (entry(shape(4), 16, offset=-1), "64 bytes instead of 18,446,744"),
     "half a field": (FOUR + b"\x0a\x02a", "it ends inside an entry"),
     "a long field": (FOUR + b"\x0a" + varint(-1), "it ends inside an entry"),
-    "a long integer": (
-        FOUR + b"\x08" + b"\x80" * 10,
-        "an integer has more than ten by",
-    ),
+    "a long integer": (FOUR + b"\x08" + b"\x80" * 10, "an integer has more than ten by"),
     "a group": (FOUR + b"\x0b", "a field has the unknown wire type 3"),
-    "a long entry": (
-        FOUR + proto((9, bytes(MAX_ENTRY_BYTES))),
-        "its value has more than 1,000",
-    ),
+    "a long entry": (FOUR + proto((9, bytes(MAX_ENTRY_BYTES))), "its value has more than 1,000"),
 }
 
 
 @pytest.mark.parametrize(("value", "message"), BAD.values(), ids=BAD)
-def test_an_entry_that_cannot_be_read_is_refused_without_taking_memory(
-    tmp_path, value, message
-):
+def test_an_entry_that_cannot_be_read_is_refused_without_taking_memory(tmp_path, value, message):
     folder = folder_of(tmp_path, index_of((b"a", value)), bytes(64))
 
     tracemalloc.start()
@@ -74,18 +66,10 @@ def test_an_entry_that_cannot_be_read_is_refused_without_taking_memory(
 
 UNREAD = {
     "an integer": (entry(shape(4), 16, dtype=3), HEADER, "TensorFlow's dtype 3;"),
-    "texts": (
-        entry(shape(4), 16, dtype=7),
-        HEADER,
-        r"7; supported: 1 \(float32\)",
-    ),
+    "texts": (entry(shape(4), 16, dtype=7), HEADER, r"7; supported: 1 \(float32\)"),
     "slices": (FOUR + proto((7, b"")), HEADER, "'a' in slices"),
     "big-endian": (FOUR, proto((1, 1), (2, 1)), "big-endian"),
-    "new": (
-        FOUR,
-        proto((1, 1), (3, proto((2, 2)))),
-        "a reader of version 2, but gptjax",
-    ),
+    "new": (FOUR, proto((1, 1), (3, proto((2, 2)))), "a reader of version 2, but gptjax"),
 }
 
 
@@ -93,9 +77,7 @@ UNREAD = {
 def test_what_gptjax_does_not_read_is_refused(tmp_path, value, header, message):
     folder_of(tmp_path, index_of((b"a", value), header=header), bytes(64))
 
-    with pytest.raises(
-        ModelError, match=rf"ckpt\.index .*{message}.*in the same format\.$"
-    ):
+    with pytest.raises(ModelError, match=rf"ckpt\.index .*{message}.*in the same format\.$"):
         open_tf_checkpoint(tmp_path)
 
 
@@ -169,9 +151,7 @@ def test_pairs_that_share_the_start_of_a_name_are_read_and_counted(tmp_path):
                 made = entry(shape(1), 4, offset=offset)
                 first += pair(key[2:], made, 2) if number else pair(key, made)
                 offset += 4
-            odd = (
-                b"\x80" if count > MAX_INDEX_ENTRIES else b""
-            )  # would be noticed if it were read
+            odd = b"\x80" if count > MAX_INDEX_ENTRIES else b""  # would be noticed if it were read
             blocks.append(first + odd + RESTARTS)
             first = b""
         return open_tf_checkpoint(folder_of(tmp_path, table(*blocks), bytes(offset)))
@@ -179,9 +159,6 @@ def test_pairs_that_share_the_start_of_a_name_are_read_and_counted(tmp_path):
     assert list(opened(2, 3).tensors) == [
         *("0/000000", "0/000001", "1/000000", "1/000001", "1/000002")
     ]
-    for counts in (
-        (MAX_INDEX_ENTRIES + 1,),
-        (MAX_INDEX_ENTRIES // 2, MAX_INDEX_ENTRIES // 2),
-    ):
+    for counts in ((MAX_INDEX_ENTRIES + 1,), (MAX_INDEX_ENTRIES // 2, MAX_INDEX_ENTRIES // 2)):
         with pytest.raises(ModelError, match=r"it has more than 10,000 entries\. Copy"):
             opened(*counts)

@@ -9,27 +9,15 @@ from typing import Any
 import jax
 
 from gptjax.errors import ConfigError
-from gptjax.model.attention.mask import (
-    AttentionMask,
-    KeyValueHeads,
-    QueryHeads,
-    materialize_mask,
-)
-from gptjax.model.attention.spec import (
-    AttentionSpec,
-    dropout_unsupported,
-    shard_map_attention,
-)
+from gptjax.model.attention.mask import AttentionMask, KeyValueHeads, QueryHeads, materialize_mask
+from gptjax.model.attention.spec import AttentionSpec, dropout_unsupported, shard_map_attention
 
 MAX_HEAD_DIM = 128  # supported by cuDNN on every GPU from Ampere on
 _OPTION = "model.attention='cudnn'"
 
 
 def cudnn_attention(
-    query_BTHK: QueryHeads,
-    key_BSHK: KeyValueHeads,
-    value_BSHK: KeyValueHeads,
-    mask: AttentionMask,
+    query_BTHK: QueryHeads, key_BSHK: KeyValueHeads, value_BSHK: KeyValueHeads, mask: AttentionMask
 ) -> QueryHeads:
     """Computes attention with NVIDIA's kernel.
 
@@ -37,22 +25,15 @@ def cudnn_attention(
         ConfigError: cuDNN is missing, or rejects these shapes.
     """
     try:
-        return shard_map_attention(
-            _attend_shard, query_BTHK, key_BSHK, value_BSHK, mask
-        )
+        return shard_map_attention(_attend_shard, query_BTHK, key_BSHK, value_BSHK, mask)
     except RuntimeError as error:  # NotImplementedError is one
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise  # an error of the device, such as out of memory
-        raise ConfigError(
-            f"{_OPTION} failed: {error} Use model.attention='xla'."
-        ) from error
+        raise ConfigError(f"{_OPTION} failed: {error} Use model.attention='xla'.") from error
 
 
 def _attend_shard(
-    query_BTHK: QueryHeads,
-    key_BSHK: KeyValueHeads,
-    value_BSHK: KeyValueHeads,
-    mask: AttentionMask,
+    query_BTHK: QueryHeads, key_BSHK: KeyValueHeads, value_BSHK: KeyValueHeads, mask: AttentionMask
 ) -> QueryHeads:
     """Computes attention for the rows and heads of one device.
 
@@ -79,10 +60,7 @@ def cudnn_unsupported_reason(spec: AttentionSpec) -> str:
     if spec.dropout:
         return dropout_unsupported("cudnn")
     if spec.platform != "gpu":
-        return (
-            f"{_OPTION} needs an NVIDIA GPU from Ampere on, not {spec.platform}. "
-            f"{alternative}."
-        )
+        return f"{_OPTION} needs an NVIDIA GPU from Ampere on, not {spec.platform}. {alternative}."
     if spec.dtype not in ("bfloat16", "float16"):
         return (
             f"{_OPTION} needs a 16-bit dtype, not {spec.dtype}. {alternative} or "

@@ -106,8 +106,7 @@ def check_backend(name: str, spec: AttentionSpec) -> str:
     """Returns the name if that backend supports the call; raises otherwise."""
     if name not in BACKENDS:
         raise ConfigError(
-            f"model.attention={name!r} is unknown. Choose auto or one of "
-            f"{', '.join(BACKENDS)}."
+            f"model.attention={name!r} is unknown. Choose auto or one of {', '.join(BACKENDS)}."
         )
     if problem := BACKENDS[name].unsupported_reason(spec):
         raise ConfigError(problem)

@@ -27,11 +27,7 @@ from gptjax.model.attention.mask import (
     make_attention_mask,
     query_positions,
 )
-from gptjax.model.attention.spec import (
-    AttentionSpec,
-    dropout_unsupported,
-    shard_map_attention,
-)
+from gptjax.model.attention.spec import AttentionSpec, dropout_unsupported, shard_map_attention
 
 MASK_VALUE = jnp.finfo(jnp.float32).min
 FLASH_BLOCK_SIZE = 256  # queries or keys; the fastest power of 2 on CPU
@@ -58,20 +54,14 @@ class QueryInfo(NamedTuple):
 
 
 def flash_attention(
-    query_BTHK: QueryHeads,
-    key_BSHK: KeyValueHeads,
-    value_BSHK: KeyValueHeads,
-    mask: AttentionMask,
+    query_BTHK: QueryHeads, key_BSHK: KeyValueHeads, value_BSHK: KeyValueHeads, mask: AttentionMask
 ) -> QueryHeads:
     """Flash attention: blockwise softmax, scores never stored."""
     return shard_map_attention(_attend_shard, query_BTHK, key_BSHK, value_BSHK, mask)
 
 
 def _attend_shard(
-    query_BTHK: QueryHeads,
-    key_BSHK: KeyValueHeads,
-    value_BSHK: KeyValueHeads,
-    mask: AttentionMask,
+    query_BTHK: QueryHeads, key_BSHK: KeyValueHeads, value_BSHK: KeyValueHeads, mask: AttentionMask
 ) -> QueryHeads:
     """Computes attention for the rows and heads of one device: pads, runs, unpads."""
     queries, keys = query_BTHK.shape[1], key_BSHK.shape[1]
@@ -79,11 +69,7 @@ def _attend_shard(
     key_block_size = min(FLASH_BLOCK_SIZE, keys)
     static_mask = AttentionMask(causal=mask.causal, sliding_window=mask.sliding_window)
     layout = BlockLayout(
-        static_mask,
-        mask.query_position_BT is None,
-        keys,
-        query_block_size,
-        key_block_size,
+        static_mask, mask.query_position_BT is None, keys, query_block_size, key_block_size
     )
     query_info = QueryInfo(query_positions(mask, query_BTHK), mask.segment_id_BT)
     out_BHTK = _flash_attention(
@@ -91,9 +77,7 @@ def _attend_shard(
         pad_to_multiple(jnp.swapaxes(query_BTHK, 1, 2), 2, query_block_size),
         pad_to_multiple(jnp.swapaxes(key_BSHK, 1, 2), 2, key_block_size),
         pad_to_multiple(jnp.swapaxes(value_BSHK, 1, 2), 2, key_block_size),
-        jax.tree.map(
-            lambda x_BT: pad_to_multiple(x_BT, 1, query_block_size), query_info
-        ),
+        jax.tree.map(lambda x_BT: pad_to_multiple(x_BT, 1, query_block_size), query_info),
     )
     return jnp.swapaxes(out_BHTK[:, :, :queries], 1, 2)
 
@@ -125,9 +109,7 @@ def _fwd(
         def attend_key_block(j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             most_BHT, sum_BHT, mixed_BHTK = carry
             block_key_BHSK = slice_block(key_BHSK, 2, j, layout.key_block_size)
-            score_BHTS = block_scores(
-                layout, block_query_BHTK, block_key_BHSK, query_info, i, j
-            )
+            score_BHTS = block_scores(layout, block_query_BHTK, block_key_BHSK, query_info, i, j)
             new_max_BHT = jnp.maximum(most_BHT, jnp.max(score_BHTS, -1))
             rescale_BHT = jnp.exp(most_BHT - new_max_BHT)
             weight_BHTS = jnp.exp(score_BHTS - new_max_BHT[..., None])
@@ -151,9 +133,7 @@ def _fwd(
             jnp.zeros_like(init_max_BHT),
             jnp.zeros(block_query_BHTK.shape, jnp.float32),
         )
-        first, last = key_block_range(
-            layout, i, key_BHSK.shape[2] // layout.key_block_size
-        )
+        first, last = key_block_range(layout, i, key_BHSK.shape[2] // layout.key_block_size)
         max_BHT, sum_BHT, out_BHTK = lax.fori_loop(first, last, attend_key_block, init)
         out_BHTK = (out_BHTK / sum_BHT[..., None]).astype(query_BHTK.dtype)
         return out_BHTK, max_BHT + jnp.log(sum_BHT)
@@ -167,9 +147,7 @@ def _fwd(
     return mixed_BHTK, residuals
 
 
-def _bwd(
-    layout: BlockLayout, residuals: Any, grad_BHTK: _QueriesHeadsFirst
-) -> tuple[Any, ...]:
+def _bwd(layout: BlockLayout, residuals: Any, grad_BHTK: _QueriesHeadsFirst) -> tuple[Any, ...]:
     """Returns the gradients of queries, keys and values.
 
     With weights P, output O and dO its gradient (Dao 2023, algorithm 2): dV = P^T dO,
@@ -193,9 +171,7 @@ def _bwd(
                 slice_block(x, 2, i, query_size)
                 for x in (query_BHTK, grad_BHTK, lse_BHT, delta_BHT)
             )
-            score_BHTS = block_scores(
-                layout, block_query_BHTK, block_key_BHSK, query_info, i, j
-            )
+            score_BHTS = block_scores(layout, block_query_BHTK, block_key_BHSK, query_info, i, j)
             weight_BHTS = jnp.exp(score_BHTS - block_lse_BHT[..., None])
             grad_value_BHSK += einsum(
                 "BHTS,BHTK->BHSK", weight_BHTS.astype(grad_BHTK.dtype), block_grad_BHTK
@@ -246,16 +222,12 @@ def block_scores(
     )
     segment_id_BS = None
     if query_info.segment_id_BT is not None:
-        segment_id_BS = slice_block(
-            query_info.segment_id_BT, 1, j, layout.key_block_size
-        )
+        segment_id_BS = slice_block(query_info.segment_id_BT, 1, j, layout.key_block_size)
     mask_BTS = make_attention_mask(
         layout.mask, query_position_BT, key_position_S, segment_id_BT, segment_id_BS
     )
     mask_BTS &= (key_position_S < layout.num_keys)[None, None]
-    return jnp.where(
-        mask_BTS[:, None], score_BHTS * softmax_scale(query_BHTK), MASK_VALUE
-    )
+    return jnp.where(mask_BTS[:, None], score_BHTS * softmax_scale(query_BHTK), MASK_VALUE)
 
 
 def key_block_range(layout: BlockLayout, i: Array, blocks: int) -> tuple[Any, Any]:
@@ -266,8 +238,7 @@ def key_block_range(layout: BlockLayout, i: Array, blocks: int) -> tuple[Any, An
     if layout.is_aligned and layout.mask.sliding_window is not None:
         first = jnp.maximum(
             0,
-            (i * layout.query_block_size - layout.mask.sliding_window + 1)
-            // layout.key_block_size,
+            (i * layout.query_block_size - layout.mask.sliding_window + 1) // layout.key_block_size,
         )
     return first, last
 

@@ -9,12 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from gptjax.model.attention.mask import (
-    AttentionMask,
-    KeyValueHeads,
-    QueryHeads,
-    materialize_mask,
-)
+from gptjax.model.attention.mask import AttentionMask, KeyValueHeads, QueryHeads, materialize_mask
 from gptjax.model.attention.spec import AttentionSpec, dropout_unsupported
 
 _QueriesHeadsFirst = Float[Array, "B H T K"]
@@ -87,11 +82,7 @@ def chunked_causal_attention(
 ) -> QueryHeads:
     """Computes the same as `reference_attention`, without most of the masked keys."""
     queries, keys = query_BTHK.shape[1], key_BSHK.shape[1]
-    chunk = (
-        queries
-        if queries <= MAX_UNCHUNKED
-        else max(MIN_CHUNK, -(-queries // NUM_CHUNKS))
-    )
+    chunk = queries if queries <= MAX_UNCHUNKED else max(MIN_CHUNK, -(-queries // NUM_CHUNKS))
     skip_masked = mask.causal and mask.query_position_BT is None
     mask_BTS = materialize_mask(mask, query_BTHK, key_BSHK)
     query_BHTK, key_BHSK, value_BHSK = (
@@ -114,19 +105,12 @@ def chunked_causal_attention(
 
 
 def xla_attention(
-    query_BTHK: QueryHeads,
-    key_BSHK: KeyValueHeads,
-    value_BSHK: KeyValueHeads,
-    mask: AttentionMask,
+    query_BTHK: QueryHeads, key_BSHK: KeyValueHeads, value_BSHK: KeyValueHeads, mask: AttentionMask
 ) -> QueryHeads:
     """Computes attention with JAX's own implementation."""
     mask_BTS = materialize_mask(mask, query_BTHK, key_BSHK)
     return jax.nn.dot_product_attention(
-        query_BTHK,
-        key_BSHK,
-        value_BSHK,
-        mask=mask_BTS[:, None],
-        implementation="xla",
+        query_BTHK, key_BSHK, value_BSHK, mask=mask_BTS[:, None], implementation="xla"
     )
 
 

@@ -30,20 +30,14 @@ def dropout_unsupported(name: str) -> str:
 
 
 def shard_map_attention(
-    attention: Callable[
-        [QueryHeads, KeyValueHeads, KeyValueHeads, AttentionMask], QueryHeads
-    ],
+    attention: Callable[[QueryHeads, KeyValueHeads, KeyValueHeads, AttentionMask], QueryHeads],
     query_BTHK: QueryHeads,
     key_BSHK: KeyValueHeads,
     value_BSHK: KeyValueHeads,
     mask: AttentionMask,
 ) -> QueryHeads:
     """Calls `attention`; on a mesh, on each device with its shard of rows and heads."""
-    names = [
-        n
-        for n in ("query_position_BT", "segment_id_BT")
-        if getattr(mask, n) is not None
-    ]
+    names = [n for n in ("query_position_BT", "segment_id_BT") if getattr(mask, n) is not None]
 
     def attend_shard(
         query_BTHK: QueryHeads,
@@ -57,6 +51,4 @@ def shard_map_attention(
 
     in_axes = ("BTHK", "BSHK", "BSHK", *("BT" for _ in names))
     arrays = [getattr(mask, name) for name in names]
-    return shard_map_local(attend_shard, in_axes, "BTHK")(
-        query_BTHK, key_BSHK, value_BSHK, *arrays
-    )
+    return shard_map_local(attend_shard, in_axes, "BTHK")(query_BTHK, key_BSHK, value_BSHK, *arrays)

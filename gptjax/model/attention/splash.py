@@ -10,17 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from gptjax.model.attention.mask import (
-    ATTN_OUT,
-    AttentionMask,
-    KeyValueHeads,
-    QueryHeads,
-)
-from gptjax.model.attention.spec import (
-    AttentionSpec,
-    dropout_unsupported,
-    shard_map_attention,
-)
+from gptjax.model.attention.mask import ATTN_OUT, AttentionMask, KeyValueHeads, QueryHeads
+from gptjax.model.attention.spec import AttentionSpec, dropout_unsupported, shard_map_attention
 from gptjax.runtime import device
 
 TPU_LANES = 128  # of a TPU vector register; block sizes are multiples of it
@@ -29,10 +20,7 @@ SPLASH_BLOCK_SIZES = (512, 384, 256, TPU_LANES)
 
 
 def splash_attention(
-    query_BTHK: QueryHeads,
-    key_BSHK: KeyValueHeads,
-    value_BSHK: KeyValueHeads,
-    mask: AttentionMask,
+    query_BTHK: QueryHeads, key_BSHK: KeyValueHeads, value_BSHK: KeyValueHeads, mask: AttentionMask
 ) -> QueryHeads:
     """Computes attention with the splash kernel, on each device's rows and heads."""
     interpret = device.target_platform() != "tpu"
@@ -44,13 +32,9 @@ def splash_attention(
         sight: AttentionMask,
     ) -> QueryHeads:
         _, length, heads, head_dim = query_BTHK.shape
-        kernel = make_splash_kernel(
-            length, heads, sight.causal, sight.sliding_window, interpret
-        )
+        kernel = make_splash_kernel(length, heads, sight.causal, sight.sliding_window, interpret)
         query_BTHK = (query_BTHK * head_dim**-0.5).astype(query_BTHK.dtype)
-        heads_first = (
-            jnp.swapaxes(x, 1, 2) for x in (query_BTHK, key_BSHK, value_BSHK)
-        )
+        heads_first = (jnp.swapaxes(x, 1, 2) for x in (query_BTHK, key_BSHK, value_BSHK))
         segments = () if sight.segment_id_BT is None else (sight.segment_id_BT,)
         return jnp.swapaxes(kernel(*heads_first, *segments), 1, 2)
 

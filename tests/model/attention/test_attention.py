@@ -43,9 +43,7 @@ def heads(queries=T, keys=T, dtype=jnp.float32):
 
 
 def mask_of(sight, rows=B, keys=T):
-    queries = (
-        keys if sight.query_position_BT is None else sight.query_position_BT.shape[1]
-    )
+    queries = keys if sight.query_position_BT is None else sight.query_position_BT.shape[1]
     query_BTHK, key_BSHK = (jnp.zeros((rows, n, H, K)) for n in (queries, keys))
     return materialize_mask(sight, query_BTHK, key_BSHK)
 
@@ -61,13 +59,7 @@ def test_a_query_sees_itself_and_what_came_before_it_in_its_document():
 
     np.testing.assert_array_equal(
         mask_TS,
-        [
-            [1, 0, 0, 0, 0],
-            [1, 1, 0, 0, 0],
-            [0, 0, 1, 0, 0],
-            [0, 0, 1, 1, 0],
-            [0, 0, 0, 1, 1],
-        ],
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]],
     )
 
 
@@ -118,9 +110,7 @@ def test_dropout_is_applied_to_the_normalised_weights(name):
         *arrays, AttentionMask(), backend=name, edit_weights=lambda x: 2 * x
     )
 
-    np.testing.assert_allclose(
-        doubled, 2 * compute_attention(*arrays, AttentionMask()), rtol=1e-6
-    )
+    np.testing.assert_allclose(doubled, 2 * compute_attention(*arrays, AttentionMask()), rtol=1e-6)
 
 
 # Which backend
@@ -201,9 +191,7 @@ def test_a_backend_that_cannot_drop_weights_says_so(name):
     message = f"model.attention='{name}' .* dropout. {use}"
 
     with pytest.raises(ConfigError, match=message):
-        compute_attention(
-            *heads(), AttentionMask(), backend=name, edit_weights=lambda x: x
-        )
+        compute_attention(*heads(), AttentionMask(), backend=name, edit_weights=lambda x: x)
     with pytest.raises(ConfigError, match=message):
         ASK(name, dropout=0.1)
 

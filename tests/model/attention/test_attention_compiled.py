@@ -46,16 +46,12 @@ def temporaries(attention, *args):
     return memory.temp_size_in_bytes
 
 
-def test_memory_of_blocks_grows_as_the_row_and_that_of_the_formula_as_its_square(
-    monkeypatch,
-):
+def test_memory_of_blocks_grows_as_the_row_and_that_of_the_formula_as_its_square(monkeypatch):
     short, long = shapes(1, 512, 1, 8), shapes(1, 4096, 1, 8)
     monkeypatch.setattr(flash, "FLASH_BLOCK_SIZE", 64)
 
     growth = {
-        backend: temporaries(
-            functools.partial(compute_attention, backend=backend), *long
-        )
+        backend: temporaries(functools.partial(compute_attention, backend=backend), *long)
         / temporaries(functools.partial(compute_attention, backend=backend), *short)
         for backend in ("flash", "reference")
     }
@@ -92,9 +88,7 @@ def test_of_a_causal_row_five_eighths_of_the_square_are_multiplied():
         *((name, AxisType.Explicit) for name in ("flash", "splash")),
     ],
 )
-def test_eight_devices_compute_what_one_does_without_a_word_to_each_other(
-    backend, kind
-):
+def test_eight_devices_compute_what_one_does_without_a_word_to_each_other(backend, kind):
     mesh = jax.make_mesh((2, 2, 2), sharding.MESH_AXES, axis_types=(kind,) * 3)
     rng = np.random.default_rng(0)
     heads = [jnp.asarray(rng.normal(size=(4, 128, 2, 8)), "float32") for _ in range(3)]
@@ -110,15 +104,12 @@ def test_eight_devices_compute_what_one_does_without_a_word_to_each_other(
         found = program(*args)
 
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
-        *(found, expected),
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *(found, expected)
     )
     for slope in found[1]:
         assert slope.sharding.shard_shape(slope.shape) == (1, 128, 1, 8)
     # The loss is one sum over all devices; nothing else is.
-    collectives = re.findall(
-        r"= (\S+) (?:all-|reduce-scatter|collective)", program.as_text()
-    )
+    collectives = re.findall(r"= (\S+) (?:all-|reduce-scatter|collective)", program.as_text())
     assert set(collectives) <= {"f32[]"}
 
 
@@ -148,9 +139,7 @@ def test_splash_compiles_for_a_tpu_and_keeps_no_scores(monkeypatch):
 
     with jax.set_mesh(mesh):
         used = {
-            backend: temporaries(
-                functools.partial(compute_attention, backend=backend), *args
-            )
+            backend: temporaries(functools.partial(compute_attention, backend=backend), *args)
             for backend in ("auto", "flash", "reference")
         }
 
@@ -175,17 +164,13 @@ def test_splash_compiles_for_a_tpu_and_keeps_no_scores(monkeypatch):
         ),
     ],
 )
-def test_on_a_gpu_documents_reach_cudnn_as_a_mask(
-    sight, packed, name, mask, window, monkeypatch
-):
+def test_on_a_gpu_documents_reach_cudnn_as_a_mask(sight, packed, name, mask, window, monkeypatch):
     library = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(library, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(device, "target_platform", lambda: "gpu")
     attention = functools.partial(compute_attention, backend="auto")
 
-    traced = slopes(attention, sight).trace(
-        *shapes(2, 128, 2, 64, "bfloat16", packed=packed)
-    )
+    traced = slopes(attention, sight).trace(*shapes(2, 128, 2, 64, "bfloat16", packed=packed))
 
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "__cudnn$" in line]

@@ -116,9 +116,7 @@ def check(backend, case, dtype):
 
     for mine, theirs in zip(found, expected(case, dtype), strict=True):
         assert mine.dtype == dtype
-        np.testing.assert_allclose(
-            np.asarray(mine, float), theirs, rtol=0, atol=HALF[dtype]
-        )
+        np.testing.assert_allclose(np.asarray(mine, float), theirs, rtol=0, atol=HALF[dtype])
 
 
 def refusal(backend, case, dtype):
@@ -169,9 +167,7 @@ def each_case(backends):
 
 
 @each_case(BACKENDS)
-def test_a_backend_computes_the_formula_and_its_slopes_or_says_why_not(
-    backend, case, dtype
-):
+def test_a_backend_computes_the_formula_and_its_slopes_or_says_why_not(backend, case, dtype):
     if problem := refusal(backend, case, dtype):
         with pytest.raises(ConfigError, match=problem):
             check(backend, case, dtype)
@@ -225,10 +221,7 @@ def test_cudnn_itself_reads_a_cache(dtype):
     mixed_BTHK = named("cudnn")(*heads, AttentionMask(jnp.asarray(SLOT_BT)))
 
     np.testing.assert_allclose(
-        np.asarray(mixed_BTHK, float),
-        expected("decode", dtype)[0],
-        rtol=0,
-        atol=HALF[dtype],
+        np.asarray(mixed_BTHK, float), expected("decode", dtype)[0], rtol=0, atol=HALF[dtype]
     )
 
 
@@ -240,9 +233,7 @@ def test_cudnn_itself_hides_documents_from_each_other(dtype):
     inside_BT = SEGMENT_BT == 2
     slope_BTHK *= inside_BT[:, :, None, None].astype(dtype)
 
-    _, *slopes = results_of(
-        "cudnn", (True, None), (None, SEGMENT_BT), *heads, slope_BTHK
-    )
+    _, *slopes = results_of("cudnn", (True, None), (None, SEGMENT_BT), *heads, slope_BTHK)
 
     for slope in slopes:
         assert not np.asarray(slope)[~inside_BT].any()
@@ -258,9 +249,7 @@ def test_no_document_has_a_slope_by_another_one(backend, causal):
     inside_BT = SEGMENT_BT == 2
     slope_BTHK *= inside_BT[:, :, None, None]
 
-    _, *slopes = results_of(
-        backend, (causal, None), (None, SEGMENT_BT), *heads, slope_BTHK
-    )
+    _, *slopes = results_of(backend, (causal, None), (None, SEGMENT_BT), *heads, slope_BTHK)
 
     for slope in slopes:
         assert not np.asarray(slope)[~inside_BT].any()
@@ -272,8 +261,6 @@ def test_scores_too_large_for_exp_do_not_overflow(backend):
     needs_tpu_or_cpu(backend)
     query_BTHK, *rest = arrays("packed", "float32")
 
-    found = results_of(
-        backend, (True, None), (None, SEGMENT_BT), 1e4 * query_BTHK, *rest
-    )
+    found = results_of(backend, (True, None), (None, SEGMENT_BT), 1e4 * query_BTHK, *rest)
 
     assert all(jnp.all(jnp.isfinite(x)) for x in found)
