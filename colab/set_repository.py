@@ -2,7 +2,8 @@
 
 The address is defined in pyproject.toml, under [project.urls]. This script writes it
 there and into the files that cannot read it from there: the first cell and the badges
-of each notebook, and the README. It can be run again with another address.
+of each notebook, the README and the scripts in configs/launch. It can be run again with
+another address.
 
 A URL is accepted as well: `https://github.com/OWNER/NAME` or, for tests, `file:///PATH`.
 """
@@ -55,12 +56,14 @@ def update_notebook(text: str, url: str) -> str:
 def set_repository(root: Path, url: str) -> list[Path]:
     """Writes the address into the files below `root`; returns those that changed."""
     files = [root / "pyproject.toml", root / "README.md"]
-    files += sorted((root / "colab").glob("*.ipynb"))
+    scripts = sorted(root.glob("configs/launch/*"))
+    files += [*scripts, *sorted((root / "colab").glob("*.ipynb"))]
     before = {path: path.read_text(encoding="utf-8") for path in files}
-    project, readme, *notebooks = files
+    project, readme, notebooks = files[0], files[1], files[2 + len(scripts) :]
     (old_url,) = URL_LINE.findall(before[project])
     after = {project: URL_LINE.sub(f'Repository = "{url}"', before[project])}
     after[readme] = replace_slugs(before[readme].replace(old_url, url), url)
+    after |= {path: before[path].replace(old_url, url) for path in scripts}
     after |= {path: update_notebook(before[path], url) for path in notebooks}
     changed = [path for path in files if after[path] != before[path]]
     for path in changed:

@@ -34,7 +34,6 @@ WORDS = {"allow_pickle", "shell", "weights_only"}  # arguments
 STRINGS = {"jax_compilation_cache_dir"}  # options of JAX
 LOWERED = "of a program that was lowered, not of a text"
 ALLOWED = {  # module: {what: why}
-    "cli.launch": {"jinja2.Environment": "the templates are files of the package"},
     "runtime.compilation_cache": {"jax_compilation_cache_dir": "each program is sealed by a key"},
     "planning.aot": {"compile": LOWERED},
     "training.trainer": {"compile": LOWERED},

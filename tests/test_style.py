@@ -20,7 +20,7 @@ IMPORTERS = {  # dependency: the modules that may import it
     "click": ["cli.*"],
     "flax": ["model.*"],
     "grain": ["data.lm"],
-    "jinja2": ["tokenizer.template_worker", "cli.launch"],
+    "jinja2": ["tokenizer.template_worker"],
     "lazy_loader": ["gptjax"],
     "matplotlib": ["plots.*"],
     "ml_dtypes": ["weights.*"],

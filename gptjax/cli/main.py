@@ -85,7 +85,6 @@ COMMANDS = make_group(
         weights.run_export,
         DATA_COMMANDS,
         planning.run_plan,
-        planning.run_launch,
         bench.run_bench,
         check_installation,
     ],

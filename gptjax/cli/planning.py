@@ -1,9 +1,8 @@
-"""The commands `gptjax plan` and `gptjax launch`."""
+"""The command `gptjax plan`."""
 
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -67,58 +66,3 @@ def run_plan(
     if compare_profile:
         plan.compare_with_profile(result, compare_profile, print)
     return 1 if result.fits is False else 0
-
-
-@click.command(
-    "launch", cls=ConfigCommand, options_metavar="[--section.option VALUE ...] [OPTIONS]"
-)
-@click.argument("kind", type=click.Choice(["slurm", "gke", "tpu-vm", "skypilot"]))
-@click.argument("config_name", metavar="CONFIG.toml")
-@value_option("--run", type=PATH, shown="runs/CONFIG", metavar="DIR", text="run folder")
-@value_option("--out", type=PATH, shown="stdout", metavar="FILE", text="new file to write")
-@flag_option("--dry-run", text="print, and write nothing")
-@value_option("--nodes", type=int, shown="1", metavar="N", text="number of machines")
-@value_option("--devices", type=int, shown="1", metavar="N", text="GPUs per node; 0 = none")
-@value_option("--accelerator", default="", metavar="GPU", text="GPU type, such as H100")
-@value_option("--topology", default="", metavar="SLICE", text="TPU slice, such as v5e:4x8")
-@value_option(
-    "--volume", default="", metavar="CLAIM|HOST:/EXPORT", text="shared file system of the hosts"
-)
-@value_option("--partition", default="", metavar="NAME", text="partition of Slurm")
-@value_option("--account", default="", metavar="NAME", text="account of Slurm")
-@value_option("--time", default="", metavar="TIME", text="time limit of Slurm, such as 24:00:00")
-@value_option("--zone", default="", metavar="ZONE", text="Google Cloud zone, such as us-west4-a")
-@value_option("--project", default="", metavar="NAME", text="Google Cloud project")
-@value_option("--image", default="", metavar="IMAGE", text="container image with gptjax (gke)")
-@value_option(
-    "--install",
-    default="",
-    shown="gptjax[EXTRA] @ git+URL",
-    metavar="REQUIREMENT",
-    text="pip requirement",
-)
-@flag_option("--spot", text="use spot (preemptible) machines")
-def run_launch(
-    kind: str,
-    config_name: str,
-    overrides: list[str],
-    run: Path | None,
-    out: Path | None,
-    dry_run: bool,
-    **machines: Any,
-) -> None:
-    """Write the script with which a scheduler trains on many hosts.
-
-    Nothing is started.
-
-    CONFIG.toml is a file or the name of a built-in config, such as tiny. Options of the
-    config are listed below by section; they replace those of the file.
-    """
-    from gptjax.cli.launch import launch
-
-    apply_overrides(load_config(find_config(config_name)), overrides)  # checks them
-    text = launch(kind, config_name, overrides, run=run, out=out, dry_run=dry_run, **machines)
-    if out is None or dry_run:
-        print(text, end="")
-    else:
-        print(f"wrote    {out}")

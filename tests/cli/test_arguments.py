@@ -9,7 +9,6 @@ import pytest
 from gptjax.cli import arguments
 from gptjax.cli.arguments import ConfigCommand, apply_overrides
 from gptjax.cli.inference import run_classify, run_generate
-from gptjax.cli.machines import Machines
 from gptjax.cli.main import COMMANDS, main, parse_command
 from gptjax.config import RENAMED_OPTIONS, RunConfig, config_options
 from gptjax.errors import ConfigError
@@ -71,7 +70,7 @@ def test_the_list_of_commands_describes_each_in_one_line(capsys):
 
 @pytest.mark.parametrize("command", CONFIG_COMMANDS)
 def test_the_help_documents_every_config_option_in_groups(command, capsys):
-    assert CONFIG_COMMANDS == ["train", "plan", "launch"]
+    assert CONFIG_COMMANDS == ["train", "plan"]
 
     assert main([command, "--help"]) == 0
 
@@ -236,9 +235,7 @@ def test_the_renamed_flags_are_these():
 @pytest.mark.parametrize("command", CONFIG_COMMANDS)
 @pytest.mark.parametrize("old", [name for name in RENAMED_OPTIONS if "." in name])
 def test_an_old_config_option_is_rejected_with_the_new_one(command, old, capsys):
-    words = ["slurm"] if command == "launch" else []
-
-    message = usage_error(capsys, command, *words, "tiny", f"--{old}", "1")
+    message = usage_error(capsys, command, "tiny", f"--{old}", "1")
 
     assert f"--{old} is now --{RENAMED_OPTIONS[old]}" in message
 
@@ -266,9 +263,3 @@ def test_an_old_config_option_is_rejected_with_the_new_one(command, old, capsys)
 )
 def test_an_invalid_command_line_is_one_sentence(words, message, capsys):
     assert message in usage_error(capsys, *words)
-
-
-def test_launch_has_an_option_for_each_property_of_the_machines():
-    names = {parameter.name for parameter in COMMAND_TABLE["launch",].params}
-
-    assert {field.name for field in dataclasses.fields(Machines)} <= names

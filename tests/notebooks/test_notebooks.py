@@ -225,6 +225,7 @@ def clone(tmp_path):
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(FOLDER, tmp_path / "colab")
+    shutil.copytree(ROOT / "configs" / "launch", tmp_path / "configs" / "launch")
     return tmp_path
 
 
@@ -239,11 +240,11 @@ def test_one_script_sets_the_repository_everywhere_and_again(clone):
     for argument in ("a/b", "some-one/gpt.jax"):
         result = set_repository(clone, argument)
         assert result.returncode == 0
-        assert len(result.stdout.splitlines()) == 12
+        assert len(result.stdout.splitlines()) == 15
 
     assert f'Repository = "{url}"' in (clone / "pyproject.toml").read_text("utf-8")
     assert url in (clone / "README.md").read_text("utf-8")
-    for path in [*clone.glob("colab/*.ipynb"), clone / "README.md"]:
+    for path in [*clone.glob("colab/*.ipynb"), *clone.glob("configs/*/*"), clone / "README.md"]:
         text = path.read_text("utf-8")
         assert "OWNER/NAME" not in text
         assert "/a/b" not in text

@@ -1,0 +1,159 @@
+"""The scripts in configs/launch: run with stubs for the tools of each scheduler."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gptjax.cli.main import parse_command
+from gptjax.config import builtin_config_dir
+
+FOLDER = builtin_config_dir() / "launch"
+RECORD = 'printf "%s\\0" "$#" "$@" >> "$HOME/{name}.calls"'
+UV = ".local/bin/uv"
+TRAIN = "gptjax-env/bin/gptjax"
+
+
+def run_script(home, script, stubs, *words, **variables):
+    """Runs a script with stubs; returns its exit code and the calls of each stub.
+
+    Args:
+        home: home folder; a stub with a slash in its name is a file in it.
+        script: text of a bash script.
+        stubs: body of each stub, which first records its arguments.
+        words: arguments of the script.
+        variables: environment variables.
+    """
+    for name, body in stubs.items():
+        path = home / name if "/" in name else home / "bin" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{RECORD.format(name=path.name)}\n{body}\n")
+        path.chmod(0o755)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    environment = {**clean, "HOME": str(home), "PATH": f"{home}/bin:/usr/bin:/bin", **variables}
+    done = subprocess.run(
+        ["bash", "-c", script, "script", *words],
+        env=environment,
+        cwd=home,
+        capture_output=True,
+        timeout=20,
+    )
+    calls = {}
+    for path in home.glob("*.calls"):
+        parts = path.read_text().split("\0")[:-1]
+        calls[path.stem] = []
+        while parts:
+            end = int(parts[0]) + 1
+            calls[path.stem].append(parts[1:end])
+            parts = parts[end:]
+        path.unlink()
+    return done.returncode, calls
+
+
+def check_train(words, distributed="auto"):
+    """Asserts that the arguments of gptjax are a valid command for many hosts."""
+    command, arguments = parse_command(words)
+    assert command.name == "train"
+    assert arguments["distributed"] == distributed
+    assert arguments["run_dir"] == Path("runs/gpt2_124m")
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(75, 1), (0, 0), (1, 0)])
+def test_slurm_requeues_a_job_that_was_interrupted(tmp_path, code, requeued):
+    script = (FOLDER / "slurm.sh").read_text()
+    stubs = {"srun": f"exit {code}", "scontrol": ""}
+
+    found, calls = run_script(tmp_path, script, stubs, SLURM_JOB_ID="7")
+
+    assert found == code
+    assert calls.get("scontrol", []) == [["requeue", "7"]] * requeued
+    (words,) = calls["srun"]
+    check_train(words[words.index("gptjax") + 1 :])
+    options = re.findall(r"^#SBATCH --(\S+)", script.partition("set -u")[0], re.MULTILINE)
+    assert {"requeue", "signal=TERM@120", "open-mode=append", "nodes=2"} <= set(options)
+
+
+def test_gke_trains_on_every_host_and_restarts_interrupted_pods(tmp_path):
+    spec = yaml.safe_load((FOLDER / "gke.yaml").read_text())["spec"]
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+
+    _, calls = run_script(
+        tmp_path, shlex.join(container["command"]), {"pip": "", "gptjax": "exit 75"}
+    )
+
+    assert re.fullmatch(r"gptjax\[tpu\] @ git\+https://\S+", calls["pip"][0][-1])
+    check_train(calls["gptjax"][0])
+    assert "$(" not in container["command"][-1]  # expanded by Kubernetes
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    rows, columns = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+    assert job["completions"] == job["parallelism"] == int(rows) * int(columns) // chips
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [75]
+    assert spec["failurePolicy"]["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert container["volumeMounts"][0]["mountPath"] == container["workingDir"]
+
+
+GCLOUD = """
+case "$3 $4" in
+  "queued-resources describe") head -n 1 "$HOME"/states; sed -i 1d "$HOME"/states ;;
+  "tpu-vm ssh") last="${@: -1}"; bash -c "cd() { :; }; ${last#--command=}" ;;
+esac
+"""
+EXIT = 'code=$(head -n 1 "$HOME"/codes); sed -i 1d "$HOME"/codes; exit "$code"'
+
+
+@pytest.mark.parametrize(
+    ("states", "codes", "code", "verbs"),
+    [
+        ("NONE PROVISIONING ACTIVE", "0", 0, "create ssh ssh"),
+        ("ACTIVE ACTIVE", "75", 75, "ssh ssh"),
+        ("ACTIVE SUSPENDED SUSPENDED NONE ACTIVE", "75 0", 0, "ssh ssh delete create ssh ssh"),
+        ("ACTIVE " * 8, "1 1 1 1", 1, "ssh ssh " * 4),
+        ("FAILED", "0", 1, ""),
+    ],
+)
+def test_tpu_vm_creates_the_tpu_again_after_a_preemption(tmp_path, states, codes, code, verbs):
+    script = (FOLDER / "tpu_vm.sh").read_text()
+    (tmp_path / "states").write_text(states.replace(" ", "\n"))
+    (tmp_path / "codes").write_text(codes.replace(" ", "\n"))
+    tools = ("sleep", "python3", "sudo", UV, "gptjax-env/bin/python")
+    stubs = {"gcloud": GCLOUD, TRAIN: EXIT, **dict.fromkeys(tools, "")}
+
+    found, calls = run_script(tmp_path, script, stubs)
+
+    assert found == code
+    assert [call[3] for call in calls["gcloud"] if call[3] != "describe"] == verbs.split()
+    for call in calls.get("gptjax", []):
+        check_train(call)
+    if "ssh" in verbs:
+        assert re.fullmatch(r"gptjax\[tpu\] @ git\+https://\S+", calls["uv"][0][-1])
+        assert calls["sudo"][-1] == ["mount", "-t", "nfs", "10.0.0.2:/share", "/shared"]
+
+
+def test_tpu_vm_can_be_stopped_and_deleted(tmp_path):
+    script = (FOLDER / "tpu_vm.sh").read_text()
+    stubs = {"gcloud": GCLOUD, "pkill": ""}
+
+    assert run_script(tmp_path, script, stubs, "stop")[1]["pkill"] == [
+        ["-TERM", "-f", "[g]ptjax train"]
+    ]
+    assert run_script(tmp_path, script, stubs, "delete")[1]["gcloud"][0][3] == "delete"
+
+
+def test_skypilot_connects_the_nodes_and_recovers_interrupted_jobs(tmp_path):
+    task = yaml.safe_load((FOLDER / "skypilot.yaml").read_text())
+    stubs = {TRAIN: "", UV: "", "python3": ""}
+    nodes = {"SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.8", "SKYPILOT_NODE_RANK": "1"}
+
+    script = f"cd() {{ :; }}\n{task['setup']}\n{task['run']}"
+    _, calls = run_script(tmp_path, script, stubs, SKYPILOT_NUM_NODES="2", **nodes)
+
+    check_train(calls["gptjax"][0], "10.0.0.7:8476,2,1")
+    assert re.fullmatch(r"gptjax\[cuda12\] @ git\+https://\S+", calls["uv"][-1][-1])
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+    assert task["volumes"].keys() == {"/shared"}
