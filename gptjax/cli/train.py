@@ -66,6 +66,13 @@ def run_quickstart(run: Path, verbose: bool) -> int:
 @arguments.flag_option(
     "--auto-restart", text="restart the run after a crash or hang, with a back-off"
 )
+@value_option(
+    "--hang-timeout",
+    type=float,
+    default=supervisor.HANG_TIMEOUT_SECONDS,
+    metavar="SECONDS",
+    text="--auto-restart: time without a step, evaluation or save that counts as a hang",
+)
 @arguments.session_arguments
 @click.pass_context
 def run_train(
@@ -77,6 +84,7 @@ def run_train(
     allow_change: tuple[str, ...],
     on_spike: str | None,
     auto_restart: bool,
+    hang_timeout: float,
     verbose: bool,
 ) -> int:
     """Train as a config says; the same command resumes.
@@ -88,7 +96,7 @@ def run_train(
     run_dir = run_dir or Path("runs") / path.stem
     if auto_restart:
         words = [word for word in ctx.obj if word != "--auto-restart"]
-        return supervisor.supervise([sys.executable, "-m", "gptjax", *words], run_dir)
+        return supervisor.supervise([sys.executable, "-m", "gptjax", *words], hang_timeout)
     supervisor.init_child()
 
     def train() -> None:

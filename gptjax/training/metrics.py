@@ -18,7 +18,6 @@ from typing import Any
 import jax
 
 from gptjax.errors import ConfigError, ModelError
-from gptjax.runtime.preemption import heartbeat
 from gptjax.runtime.timing import StepTimer
 from gptjax.training import anomalies, estimate
 from gptjax.training.optimizer import learning_rates
@@ -225,7 +224,6 @@ class MetricsLogger:
         jax.block_until_ready(metrics)  # dispatch is asynchronous
         seconds, wait_seconds = self.timer.end_step()
         num_steps, self.logged_step = step - self.logged_step, step
-        heartbeat(seconds / num_steps)
         tokens_per_second = num_steps * self.tokens_per_step / seconds
         event = log_train_metrics(
             self.run,

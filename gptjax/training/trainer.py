@@ -184,7 +184,7 @@ def train_loop(
     try:
         for step, state, metrics in train_steps(state, train_step, batches):  # noqa: B020
             mark_phase("first step", metrics)
-            heartbeat()
+            heartbeat(step)
             logger.print_progress(logger.flush_step())  # of the previous step
             is_stopping = should_stop(run, step)
             if finish_step(run, task, state, metrics, step, is_stopping, logger, save):
@@ -260,11 +260,11 @@ def evaluate_and_log(
         logger: metrics logger.
         event: logged event of the step, if any.
     """
-    heartbeat(long_operation=True)
+    heartbeat()
     result = task.evaluate(state, step, step == run.config.train.steps)
     if not step:  # before the first step there is nothing to save
         distributed.stop_if_any(run.is_interrupted())
-    heartbeat(long_operation=True)
+    heartbeat()
     sample = task.sample(state, step) if task.sample else None
     is_best = logger.log_evaluation(step, result, sample)
     if is_best and task.save_best:
@@ -287,7 +287,7 @@ def save_checkpoint(
     run: RunContext, state: TrainState, step: int, logger: MetricsLogger, save: SaveFn
 ) -> None:
     """Starts saving a checkpoint after syncing the metrics up to it to disk."""
-    heartbeat(long_operation=True)
+    heartbeat()
     sync_events(run.metrics_path)
     save(step, checkpoint_state(state), logger.history.to_metadata())
 
@@ -315,7 +315,7 @@ def jit_by_shape(
         threshold_arg = {"max_grad_norm": np.float32(grad_norm_threshold())} if skip_spikes else {}
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in compiled_steps:
-            heartbeat(long_operation=True)
+            heartbeat()
             compiled_steps[shapes] = aot_compile(
                 run, step_fn, state, batch, task.frozen_params, threshold_arg
             )

@@ -1,11 +1,10 @@
-"""Signals: raised on the spot, noted, or heard of by a thread."""
+"""Signals raise at once, or are recorded, or end a process that is blocked."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -21,19 +20,44 @@ from tests.processes import ROOT
 
 
 @pytest.mark.parametrize("number", preemption.STOP_SIGNALS)
-def test_a_signal_is_raised_on_the_spot_where_nothing_would_be_lost(number):
+def test_a_signal_raises_at_once_if_there_is_nothing_to_save(number):
     before = signal.getsignal(number)
+
     with handle_signals():
         set_signal_mode("immediate")
         with pytest.raises(Interrupted):
             signal.raise_signal(number)
+        assert signal.getsignal(number) is before  # for the second signal
+
     assert signal.getsignal(number) is before
 
 
-def read_badly(came):
-    """As a library does that makes an error of any exception."""
+def test_a_signal_is_recorded_until_the_loops_poll_for_it():
+    with handle_signals() as is_interrupted:
+        assert not is_interrupted()
+        with handle_signals() as is_interrupted_inside:
+            signal.raise_signal(signal.SIGTERM)
+        assert is_interrupted()
+        assert is_interrupted_inside()
+        set_signal_mode("collective")
+        check_interrupted()  # the other processes have to agree first
+        set_signal_mode("deferred")
+        with pytest.raises(Interrupted):
+            check_interrupted()
+        with pytest.raises(Interrupted):
+            set_signal_mode("immediate")
+
+    check_interrupted()  # a new block starts without a signal
+    set_signal_mode("immediate")
+    with handle_signals() as is_interrupted:
+        assert not is_interrupted()
+        check_interrupted()
+
+
+def raise_from_any_error(raises_signal):
+    """Wraps any exception, as some libraries do."""
     try:
-        if came:
+        if raises_signal:
             signal.raise_signal(signal.SIGTERM)
         raise OSError
     except BaseException as error:
@@ -41,49 +65,21 @@ def read_badly(came):
 
 
 @pytest.mark.parametrize(
-    ("mode", "came", "seen"),
+    ("mode", "raises_signal", "expected"),
     [
         ("immediate", True, Interrupted),
         ("immediate", False, ValueError),
         ("deferred", True, ValueError),
     ],
 )
-def test_of_errors_only_those_that_a_signal_caused_are_one(mode, came, seen):
+def test_an_error_that_wraps_an_interruption_is_one(mode, raises_signal, expected):
     def run():
         with handle_signals():
             set_signal_mode(mode)
-            read_badly(came)
+            raise_from_any_error(raises_signal)
 
-    with pytest.raises(seen):
+    with pytest.raises(expected):
         run()
-
-
-def test_a_signal_is_noted_until_somebody_asks_where_something_would_be_lost():
-    with handle_signals() as came:
-        signal.raise_signal(signal.SIGTERM)
-        assert came()
-        set_signal_mode("collective")
-        check_interrupted()  # the other processes have to know first
-        set_signal_mode("deferred")
-        with pytest.raises(Interrupted):
-            check_interrupted()
-
-
-def test_outside_of_a_block_nothing_is_asked_and_nothing_raised():
-    check_interrupted()
-    set_signal_mode("immediate")
-    with handle_signals() as came:
-        assert not came()
-
-
-def test_a_block_inside_of_another_one_changes_nothing():
-    with handle_signals() as outer:
-        handler = signal.getsignal(signal.SIGTERM)
-        with handle_signals() as inner:
-            assert signal.getsignal(signal.SIGTERM) is handler
-        signal.raise_signal(signal.SIGTERM)
-        assert outer()
-        assert inner()
 
 
 BUSY = """
@@ -99,7 +95,7 @@ with handle_signals(final=True):
 @pytest.mark.parametrize(
     ("mode", "signals", "code"), [("immediate", 1, 75), ("deferred", 2, 128 + signal.SIGTERM)]
 )
-def test_a_process_that_is_busy_in_c_is_ended_all_the_same(mode, signals, code):
+def test_signals_end_a_process_that_is_blocked(mode, signals, code):
     process = subprocess.Popen(
         [sys.executable, "-c", BUSY, mode],
         stdout=subprocess.PIPE,
@@ -109,7 +105,7 @@ def test_a_process_that_is_busy_in_c_is_ended_all_the_same(mode, signals, code):
     try:
         assert process.stdout.readline() == "ready\n"
         for _ in range(signals):
-            time.sleep(0.5)  # it is in C by now; and two at once would be one
+            time.sleep(0.3)  # blocked by now; and two signals at once would be one
             process.send_signal(signal.SIGTERM)
         assert process.wait(60) == code
     finally:
@@ -118,17 +114,17 @@ def test_a_process_that_is_busy_in_c_is_ended_all_the_same(mode, signals, code):
         process.stdout.close()
 
 
-def test_signs_of_life_say_how_long_there_may_be_none(tmp_path, monkeypatch):
-    sign = tmp_path / "alive"
-    monkeypatch.setenv(preemption.HEARTBEAT_ENV, str(sign))
-    monkeypatch.setattr(preemption, "last_heartbeat", {"at": 0.0, "text": "", "step": 0.0})
+def test_a_heartbeat_touches_its_file_and_reports_the_step(tmp_path, monkeypatch):
+    path = tmp_path / "heartbeat"
+    path.write_text("0")
+    monkeypatch.setenv(preemption.HEARTBEAT_ENV, str(path))
 
-    heartbeat(step_seconds=0.5)
-    assert sign.read_text() == "10.000 10.000"
-    heartbeat(long_operation=True)
-    assert sign.read_text() == "10.000 1800.000"
-    sign.unlink()
-    heartbeat(long_operation=True)
-    assert not sign.exists()  # rarely enough
+    heartbeat(12345)
+    assert int(path.read_text()) == 12345
+    os.utime(path, (0, 0))
     check_interrupted()
-    assert Path(sign).read_text() == "10.000 10.000"
+    assert path.stat().st_mtime > 0
+    assert int(path.read_text()) == 12345
+    path.unlink()
+    heartbeat(1)  # nobody listens any more
+    assert not path.exists()

@@ -1,6 +1,5 @@
-"""The supervisor: what it starts again, what it does not, and that nothing is left."""
+"""The supervisor: what it restarts, what it does not, and that no process is left."""
 
-import json
 import os
 import signal
 import subprocess
@@ -12,17 +11,15 @@ import pytest
 from gptjax.runtime import supervisor
 from tests.processes import ROOT, until
 
-COUNT = """
-import json, os, signal, sys, time
+START = """
+import os, signal, sys, time
 from pathlib import Path
+from gptjax.runtime.preemption import heartbeat
 from gptjax.runtime.supervisor import init_child
 init_child()
-runs = Path("runs")
-number = len(runs.read_text()) if runs.exists() else 0
-runs.write_text("." * (number + 1))
-def reach(step):
-    with open("metrics.jsonl", "a") as file:
-        file.write(json.dumps({"event": "train", "step": step}) + "\\n")
+starts = Path("starts")
+number = len(starts.read_text()) if starts.exists() else 0
+starts.write_text("." * (number + 1))
 """
 
 
@@ -30,100 +27,72 @@ def reach(step):
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setattr(supervisor, "MIN_RESTART_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(supervisor, "RESTART_WAITS_SECONDS", (0.01, 0.02))
+    monkeypatch.setattr(supervisor, "STACK_DUMP_SECONDS", 0.5)
 
 
-def supervised(program, least=60.0):
-    """The exit code, the lines that were said, and how often it was started."""
-    said: list[str] = []
-    command = [sys.executable, "-c", COUNT + program]
-    code = supervisor.supervise(command, Path(), least, said.append)
-    return code, said, len(Path("runs").read_text())
+def supervise(capfd, program, hang_timeout=60.0):
+    """The exit code, the lines on stderr, and the number of starts."""
+    code = supervisor.supervise([sys.executable, "-c", START + program], hang_timeout)
+    return code, capfd.readouterr().err, len(Path("starts").read_text())
 
 
 @pytest.mark.parametrize("code", [0, 2, 75])
-def test_an_answer_is_passed_on_and_nothing_is_started_again(code):
-    assert supervised(f"sys.exit({code})") == (code, [], 1)
+def test_these_exit_codes_are_final(capfd, code):
+    assert supervise(capfd, f"sys.exit({code})") == (code, "", 1)
 
 
-def test_what_crashes_is_started_again_until_it_is_done():
+def test_a_run_that_makes_progress_is_restarted_until_it_is_done(capfd):
     program = """
-reach(number)
+heartbeat(number)
 if number < 4:
     os.kill(os.getpid(), signal.SIGKILL) if number % 2 else sys.exit(1)
 """
-    code, said, starts = supervised(program)
+    code, err, starts = supervise(capfd, program)
 
     assert (code, starts) == (0, 5)
-    assert "code 1 after step 0" in said[0]
-    assert "SIGKILL after step 1" in said[1]
+    lines = err.splitlines()
+    assert all(line.startswith("auto-restart: ") and "in 0.01 s" in line for line in lines)
+    assert "code 1 after step 0" in lines[0]
+    assert "SIGKILL after step 1" in lines[1]
 
 
-def test_three_deaths_at_one_step_are_the_end_and_the_reason_is_told(capfd):
-    program = """
-reach(7 if number else 3)
-print("reason", number, file=sys.stderr)
-sys.exit(1)
-"""
-    code, said, starts = supervised(program)
+def test_three_failures_at_one_step_are_final(capfd):
+    code, err, starts = supervise(capfd, "heartbeat(7 if number else 3); sys.exit(1)")
 
     assert (code, starts) == (1, 4)
-    assert "3 times after step 7" in said[-1]
-    assert capfd.readouterr().err.count("reason 3") == 2  # as it came, and in the end
+    waits = [line.split()[-2] for line in err.splitlines()[:-1]]
+    assert waits == ["0.01", "0.01", "0.02"]
+    assert "failure 3 after step 7" in err
 
 
-def test_it_waits_longer_after_each_death_at_the_same_step(monkeypatch):
-    monkeypatch.setattr(supervisor, "MAX_FAILURES", 5)
-
-    _, said, _ = supervised("sys.exit(1)")
-
-    assert [line.split()[-2] for line in said[:4]] == ["0.01", "0.02", "0.04", "0.08"]
-
-
-@pytest.mark.parametrize("hang", ["time.sleep(600)", "os.kill(os.getpid(), 19)"])
-def test_what_hangs_writes_its_stacks_and_is_started_again(hang, capfd, monkeypatch):
-    monkeypatch.setattr(supervisor, "MIN_CPU_FRACTION", 0.02)  # else its start counts for a minute
+@pytest.mark.parametrize("hang", ["time.sleep(600)", "os.kill(os.getpid(), signal.SIGSTOP)"])
+def test_a_hung_run_dumps_its_stacks_and_is_restarted(capfd, hang):
     program = f"""
-reach(number)
-def waits_for_nothing():
+def wait_for_nothing():
     {hang}
+for _ in range(10):  # longer than the timeout, but with heartbeats
+    time.sleep(0.2)
+    heartbeat()
 if number == 0:
-    waits_for_nothing()
+    wait_for_nothing()
 """
-    code, said, starts = supervised(program, least=1.0)
+    code, err, starts = supervise(capfd, program, hang_timeout=1.5)
 
     assert (code, starts) == (0, 2)
-    assert "hung for" in said[0]
-    assert "in waits_for_nothing" in capfd.readouterr().err
-
-
-def test_a_process_that_computes_is_no_hang_until_it_has_said_so(tmp_path):
-    program = """
-from gptjax.runtime.preemption import HEARTBEAT_ENV
-end = time.monotonic() + 3
-if number == 0:
-    while time.monotonic() < end:
-        sum(range(1000))
-    Path(os.environ[HEARTBEAT_ENV]).write_text("0.1 0.1")
-    while True:
-        sum(range(1000))
-"""
-    code, said, starts = supervised(program, least=1.5)
-
-    assert (code, starts) == (0, 2)
-    assert "hung for" in said[0]
+    assert "hung for 1.5 s" in err
+    assert "in wait_for_nothing" in err
 
 
 OUTER = """
 import sys
-from pathlib import Path
 from gptjax.runtime.supervisor import supervise
-sys.exit(supervise([sys.executable, "-c", *sys.argv[1:]], Path()))
+sys.exit(supervise([sys.executable, "-c", *sys.argv[1:]]))
 """
 WAITS = """
-subprocess_ = __import__("subprocess").Popen(["sleep", "600"])
+child = __import__("subprocess").Popen(["sleep", "600"])
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-Path("pids.new").write_text(f"{os.getpid()} {subprocess_.pid}")
+Path("pids.new").write_text(f"{os.getpid()} {child.pid}")
 Path("pids.new").rename("pids")
 while True:
     time.sleep(0.1)
@@ -131,45 +100,26 @@ while True:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_signals_go_on_to_the_child_and_nothing_outlives_the_supervisor(number):
-    parent = subprocess.Popen([sys.executable, "-c", OUTER, COUNT + WAITS])
+def test_signals_are_forwarded_and_no_process_outlives_the_supervisor(number):
+    parent = subprocess.Popen([sys.executable, "-c", OUTER, START + WAITS])
     try:
-        until(lambda: Path("pids").exists() and len(Path("pids").read_text().split()) == 2)
+        until(Path("pids").exists)
         child, grandchild = map(int, Path("pids").read_text().split())
         parent.send_signal(number)
         assert parent.wait(60) == (75 if number == signal.SIGTERM else -9)
-        until(lambda: not alive(child))
+        until(lambda: not is_alive(child))
         if number == signal.SIGTERM:
-            until(lambda: not alive(grandchild))
+            until(lambda: not is_alive(grandchild))
     finally:
         parent.kill()
         for pid in map(int, Path("pids").read_text().split()):
-            if alive(pid):
+            if is_alive(pid):
                 os.kill(pid, signal.SIGKILL)
 
 
-def alive(pid):
-    """Whether a process runs; one that waits for its parent to notice does not."""
+def is_alive(pid):
+    """True if the process runs and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-def test_the_supervisor_imports_nothing_heavy():
-    code = "import gptjax.runtime.supervisor, sys; print(*sys.modules)"
-
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
-
-    assert not {"jax", "numpy", "flax"} & set(loaded)
-
-
-def test_the_last_step_is_read_past_lines_cut_short(tmp_path):
-    lines = [{"event": "train", "step": 3}, {"event": "eval", "step": 9}]
-    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"event": "tr'
-    (tmp_path / "metrics.jsonl").write_text(text)
-
-    assert supervisor.last_logged_step(tmp_path) == 3
-    assert supervisor.last_logged_step(tmp_path / "nowhere") == 0
