@@ -32,7 +32,7 @@ from gptjax.training.finetune import (
     load_init_model,
 )
 from gptjax.training.loss import classification_loss, fused_cross_entropy
-from gptjax.training.metrics import log_event, read_events
+from gptjax.training.metrics import log_event
 from gptjax.training.task import EvalResult, RunContext, Task
 from gptjax.training.train_step import TrainState
 from gptjax.tree import Params
@@ -209,8 +209,7 @@ def finalize_classification(
     texts, ids = data.rows[split], data.ids[split]
     result = evaluate_classifier(model, texts, ids)
     step = run.config.train.steps
-    events = read_events(run.metrics_path)
-    if split == TEST_SPLIT and not any(e.get("split") == TEST_SPLIT for e in events):
+    if split == TEST_SPLIT:
         log_event(run.metrics_path, "eval", step, **to_event(TEST_SPLIT, result))
     predicted_N = result.prob_NC.argmax(axis=-1)
     misclassified = [n for n, label in enumerate(texts.labels) if predicted_N[n] != label]

@@ -40,7 +40,7 @@ from gptjax.training.finetune import (
     train_val_test_split,
 )
 from gptjax.training.loss import batch_per_token_loss
-from gptjax.training.metrics import log_event, read_events
+from gptjax.training.metrics import log_event
 from gptjax.training.run_dir import hash_pytree
 from gptjax.training.task import EvalResult, RunContext, Task
 from gptjax.training.train_step import TrainState
@@ -323,8 +323,7 @@ def finalize_dpo(run: RunContext, data: DPOData, task: Task, state: TrainState) 
     model = load_best_model(run)
     split = TEST_SPLIT if TEST_SPLIT in data.batches else VALIDATION_SPLIT
     metrics = evaluate_pairs(run.config, model, data.batches[split])
-    events = read_events(run.metrics_path)
-    if split == TEST_SPLIT and not any(e.get("split") == TEST_SPLIT for e in events):
+    if split == TEST_SPLIT:
         step = run.config.train.steps
         log_event(run.metrics_path, "eval", step, split=TEST_SPLIT, **metrics._asdict())
     text = (

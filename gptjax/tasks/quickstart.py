@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import logging
 import lzma
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,9 @@ def train_word_assistant(run_dir: Path) -> None:
     config = dataclasses.replace(config, finetune=finetune_config)
     train(config, run_dir / ASSISTANT_DIR)
     events = read_events(run_dir / ASSISTANT_DIR / "metrics.jsonl")
-    before, *_, after = [e["tasks"] for e in events if e.get("split") == "test"]
+    scores = {e["step"]: e["tasks"] for e in events if e.get("split") == "test"}
+    after = scores[config.train.steps]
+    before = scores.get(0, dict.fromkeys(after, math.nan))  # nan: metrics.jsonl was deleted
     rows = {task: {"before": before[task], "after": after[task]} for task in sorted(after)}
     means = {name: sum(row[name] for row in rows.values()) / len(rows) for name in SCORE_COLUMNS}
     for task, row in rows.items():

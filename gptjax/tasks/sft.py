@@ -257,7 +257,7 @@ def finalize_sft(run: RunContext, data: SFTData, task: Task, state: TrainState) 
         for event in read_events(run.metrics_path)
         if event["event"] == "eval" and event["split"] == split
     ]
-    if split == TEST_SPLIT and all(event["step"] != step for event in evaluations):
+    if split == TEST_SPLIT:
         numbers = {"response_loss": result.loss, **scores, **task_exact_matches(responses)}
         log_event(run.metrics_path, "eval", step, split=TEST_SPLIT, **numbers)
     write_rows(to_rows(responses), run.run_dir / "responses.jsonl")

@@ -1,5 +1,8 @@
 """Metrics of a run: the event log metrics.jsonl, and the logger of the trainer.
 
+The log is append-only, and training never reads it: what a resumed run needs to know is
+in the `History` of its checkpoint.
+
 A "train" event has the loss in nats per token, the learning rate, the gradient norm
 before clipping, tokens per second since the previous event, and the fraction of that
 time spent waiting for the next batch (input_wait, 0 to 1).
@@ -42,8 +45,22 @@ def sync_events(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def log_resume(path: Path, step: int, **values: Any) -> None:
+    """Appends a "resume" event; first ends a line that a killed process left open."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
+    log_event(path, "resume", step, **values)
+
+
 def read_events(path: Path) -> list[Event]:
-    """Events of a run, oldest first; ignores an incomplete last line.
+    """Events of a run, oldest first, without those that were superseded.
+
+    A "resume" event supersedes earlier events of later steps; at step 0, all of them.
+    Of two evaluations of the same step and split, the second counts. A line may be
+    incomplete if it is the last one or a "resume" event follows.
 
     Raises:
         ModelError: another line is not an event.
@@ -51,28 +68,26 @@ def read_events(path: Path) -> list[Event]:
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    events = []
+    events: dict[Any, Event] = {}
+    invalid = 0  # number of the line that is not an event
     for number, line in enumerate(lines, 1):
         try:
             event = json.loads(line)
-            events.append({**event, "event": event["event"], "step": event["step"]})
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break
-            raise ModelError(
-                f"{path}:{number} is not a valid event. Delete the line or restore the "
-                "file from a backup."
-            ) from error
-    return events
-
-
-def drop_events_after(path: Path, step: int) -> None:
-    """Drops the events after `step`; a run resumed there logs them again."""
-    kept = [event for event in read_events(path) if event["step"] <= step]
-    lines = [json.dumps(event, ensure_ascii=False) + "\n" for event in kept]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.replace(path)
+            kind, step = event["event"], event["step"]
+        except (ValueError, KeyError, TypeError):
+            invalid = invalid or number
+            continue
+        if kind == "resume":
+            invalid = 0
+            events = {key: e for key, e in events.items() if 0 < step >= e["step"]}
+        key = (step, event.get("split")) if kind == "eval" else number
+        events[key] = event
+    if 0 < invalid < len(lines):
+        raise ModelError(
+            f"{path}:{invalid} is not a valid event. Delete the line or restore the "
+            "file from a backup."
+        )
+    return list(events.values())
 
 
 def metric_series(
@@ -151,6 +166,7 @@ class History:
     """Values of earlier steps that a resumed run needs; saved with each checkpoint."""
 
     best_score: tuple[float, ...] | None = None  # of the evaluations so far
+    best_step: int = -1  # step of that evaluation
     evaluated_step: int = -1  # last step that was evaluated
     consecutive_skips: int = 0
     last_good_step: int = 0  # last step that was not skipped
@@ -174,6 +190,7 @@ def history_from_metadata(metadata: Mapping[str, Any]) -> History:
     )
     return History(
         best_score=None if score is None else tuple(score),
+        best_step=metadata["best_step"],
         evaluated_step=metadata["evaluated_step"],
         consecutive_skips=metadata["consecutive_skips"],
         last_good_step=metadata["last_good_step"],
@@ -301,9 +318,9 @@ class MetricsLogger:
         is_best = (
             score is not None and all(map(math.isfinite, score)) and (best is None or score > best)
         )
-        self.history = dataclasses.replace(
-            self.history, evaluated_step=step, best_score=score if is_best else best
-        )
+        self.history = dataclasses.replace(self.history, evaluated_step=step)
+        if is_best:
+            self.history = dataclasses.replace(self.history, best_score=score, best_step=step)
         return is_best
 
     def print_progress(self, event: Event | None, eval_text: str = "") -> None:

@@ -22,9 +22,9 @@ from gptjax.training.metrics import (
     Event,
     History,
     MetricsLogger,
-    drop_events_after,
     history_from_metadata,
     log_event,
+    log_resume,
     sync_events,
 )
 from gptjax.training.resource_errors import check_compiled_memory
@@ -137,8 +137,8 @@ def restore_or_init(
     for warning in warnings:
         run.log(warning)
     if step is None:
-        # Events of an earlier start without a checkpoint.
-        run.metrics_path.unlink(missing_ok=True)
+        if run.metrics_path.exists():  # of an earlier start without a checkpoint
+            log_resume(run.metrics_path, 0)
         metadata = {**task.provenance, "on_spike": run.on_spike}
         write_run_metadata(run.run_dir, command_line(), metadata)
         if task.save_best is None:  # model/ gets its parameters at the end of the run
@@ -147,17 +147,22 @@ def restore_or_init(
         for line in task.summary:
             run.log(line)
         return task.init_state, History()
-    drop_events_after(run.metrics_path, step)
+    history = history_from_metadata(metadata)
     if step < run.config.train.steps:
         devices = describe_devices(run)
         resume_info: dict[str, Any] = {"device": devices.split(None, 1)[1]}
         resume_info |= {"changes": list(changes)} if changes else {}
-        log_event(run.metrics_path, "resume", step, **resume_info)
-        run.log(f"resumed  {run.run_dir} after step {step}")
+        log_resume(run.metrics_path, step, **resume_info)
+        run.log(f"resumed  {run.run_dir} after step {step}{describe_best(history)}")
         run.log(devices)
         for change in changes:
             run.log(f"changed  {change}")
-    return task.init_state._replace(**tree), history_from_metadata(metadata)
+    return task.init_state._replace(**tree), history
+
+
+def describe_best(history: History) -> str:
+    """Best step so far, for the line of a resumed run."""
+    return f"; the best so far is {history.best_step}" if history.best_step >= 0 else ""
 
 
 def train_loop(

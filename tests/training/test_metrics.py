@@ -9,10 +9,10 @@ from gptjax.errors import ModelError
 from gptjax.plots.curves import loss_figure, write_figures
 from gptjax.plots.report import write_report
 from gptjax.training.metrics import (
-    drop_events_after,
     format_duration,
     format_number,
     log_event,
+    log_resume,
     metric_series,
     read_events,
 )
@@ -48,12 +48,28 @@ def test_a_last_line_cut_short_is_left_out_and_an_inner_one_is_an_error(tmp_path
         read_events(path)
 
 
-def test_trimming_keeps_what_was_written_up_to_a_step(tmp_path):
+def test_a_resume_supersedes_earlier_events_of_later_steps(tmp_path):
     path = write_run(tmp_path)
+    with path.open("a") as file:
+        file.write('{"event": "train", "st')  # a process was killed
+    written = path.read_text()
 
-    drop_events_after(path, 20)
+    log_resume(path, 20)
+    assert [e["step"] for e in read_events(path)] == [10, 20, 20, 20, 20]
+    log_event(path, "train", 30, loss=9.0)
+    assert [e["step"] for e in read_events(path)] == [10, 20, 20, 20, 20, 30]
+    assert path.read_text().startswith(written)
 
-    assert [e["step"] for e in read_events(path)] == [10, 20, 20, 20]
+    log_resume(path, 0)
+    assert [e["event"] for e in read_events(path)] == ["resume"]
+
+
+def test_of_two_evaluations_of_a_step_and_split_the_second_counts(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for loss, split in ((1.0, "test"), (2.0, "validation"), (3.0, "test")):
+        log_event(path, "eval", 5, loss=loss, split=split)
+
+    assert {e["split"]: e["loss"] for e in read_events(path)} == {"test": 3.0, "validation": 2.0}
 
 
 @pytest.mark.fast

@@ -153,7 +153,7 @@ def test_consecutive_skips_are_counted_across_a_resume(tmp_path):
 
 def test_history_is_the_same_after_a_checkpoint():
     logged = (LoggedStep(3, 0.5, 1.0), LoggedStep(4, math.inf, math.nan))
-    history = History((0.5, -2.0), 4, 1, 3, logged)
+    history = History((0.5, -2.0), 2, 4, 1, 3, logged)
 
     metadata = history.to_metadata()
     restored = history_from_metadata(metadata)
