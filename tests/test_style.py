@@ -18,6 +18,7 @@ FILES = [*PACKAGE, *sorted((ROOT / "tests").rglob("*.py"))]
 IMPORTERS = {  # dependency: the modules that may import it
     "IPython": ["cli.notebook"],
     "click": ["cli.*"],
+    "filelock": ["training.run_lock"],
     "flax": ["model.*"],
     "grain": ["data.lm"],
     "jinja2": ["tokenizer.template_worker"],

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import platform
-from pathlib import Path
 
 from gptjax.runtime.device import package_versions
 from gptjax.runtime.installation import install_command
@@ -108,7 +107,6 @@ def check_cache() -> str:
     """Describes the folders of downloads and of the compilation cache."""
     from gptjax.fileio.download import user_cache_dir
 
-    compiled = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    hint = "off -> export JAX_COMPILATION_CACHE_DIR=~/.cache/gptjax/xla"
-    data = Path(os.environ.get("GPTJAX_DATA", user_cache_dir("data")))
-    return f"data in {data} · compiled programs: {compiled or hint}"
+    data = os.environ.get("GPTJAX_DATA", user_cache_dir("data"))
+    programs = os.environ.get("JAX_COMPILATION_CACHE_DIR", user_cache_dir("xla"))
+    return f"data in {data} · compiled programs in {programs}"

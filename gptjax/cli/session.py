@@ -5,7 +5,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import click
@@ -47,12 +46,11 @@ def log_to_stdout() -> Iterator[None]:
         logger.level, logger.propagate = previous
 
 
-def setup_session(verbose: bool, cache_dir: Path, last_phase: str = "answering") -> None:
+def setup_session(verbose: bool, last_phase: str = "answering") -> None:
     """Enables the compilation cache and --verbose until the command ends.
 
     Args:
         verbose: log the startup phases to stderr.
-        cache_dir: folder of the compilation cache.
         last_phase: name of the phase that ends with the first result.
     """
     from gptjax.runtime.compilation_cache import persistent_cache
@@ -61,16 +59,14 @@ def setup_session(verbose: bool, cache_dir: Path, last_phase: str = "answering")
     context = click.get_current_context()
     if verbose:
         context.with_resource(log_phases(log_to_stderr, PROCESS_START, last_phase))
-    log = log_to_stderr if verbose else lambda line: None
-    context.with_resource(persistent_cache(cache_dir, log))
+    context.with_resource(persistent_cache())
 
 
 def load_model(name: str, *, int8: bool, verbose: bool, last_phase: str = "answering") -> Any:
     """Sets up the session and loads MODEL."""
-    from gptjax.runtime.compilation_cache import cache_dir_for
     from gptjax.runtime.timing import mark_phase
 
-    setup_session(verbose, cache_dir_for(name), last_phase)
+    setup_session(verbose, last_phase)
     from gptjax.weights.load import load
 
     mark_phase("importing")

@@ -30,7 +30,7 @@ def run_quickstart(run: Path, verbose: bool) -> int:
     """
 
     def train_all() -> None:
-        setup_session(verbose, run / "compiled", "first step")
+        setup_session(verbose, "first step")
         from gptjax.tasks.quickstart import quickstart
 
         mark_phase("importing")
@@ -101,7 +101,7 @@ def run_train(
 
     def train() -> None:
         config = arguments.apply_overrides(load_config(path), overrides)
-        setup_session(verbose, run_dir / "compiled", "first step")
+        setup_session(verbose, "first step")
         train_config(config, run_dir, allow_change, on_spike or "")
 
     if not distributed:

@@ -1,52 +1,27 @@
-"""Timing: startup phases of a command, and training steps.
-
-Startup phases lie between a command and its first result. The library marks the end of
-each phase through Python's logging; nothing is measured or printed unless the command
-line enables it (`--verbose`). `StepTimer` measures the steps of a training run.
-"""
+"""Timing: startup phases of a command (`--verbose`), and steps of a training run."""
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-phase_logger = logging.getLogger("gptjax.runtime.timing")
-phase_logger.setLevel(logging.WARNING)  # whatever level the application sets
-phase_logger.propagate = False  # records are for `PhaseLogger` only
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # includes cache reads
 CACHE_HIT_EVENT = "/jax/compilation_cache/cache_retrieval_time_sec"
 
+_phase_timers: list["PhaseTimer"] = []  # at most one; filled by `log_phases`
+
 
 def mark_phase(phase: str, value: Any = None) -> None:
-    """Marks the end of a phase; if enabled, waits until `value` is computed."""
-    if phase_logger.isEnabledFor(logging.INFO):
+    """Marks the end of a phase; if it is timed, waits until `value` is computed."""
+    for timer in _phase_timers:
         if value is not None:
             import jax
 
             jax.block_until_ready(value)
-        phase_logger.info(phase)
+        timer.end_phase(phase)
 
 
-@contextlib.contextmanager
-def listen_to_jax_events(listener: Callable[[str, float], None]) -> Iterator[None]:
-    """Passes JAX duration events (event, seconds) to the listener inside the block."""
-    import jax.monitoring
-
-    active = [True]
-
-    def forward(event: str, duration_secs: float, **metadata: Any) -> None:
-        if active:
-            listener(event, duration_secs)
-
-    jax.monitoring.register_event_duration_secs_listener(forward)
-    try:
-        yield
-    finally:
-        active.clear()  # JAX 0.7 cannot unregister a listener
-
-
-class PhaseLogger(logging.Handler):
+class PhaseTimer:
     """Logs the seconds of each phase, with compilation as a phase of its own."""
 
     def __init__(
@@ -56,39 +31,32 @@ class PhaseLogger(logging.Handler):
         final_phase: str,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`started` is the clock time when the first phase began; see `log_phases`."""
-        super().__init__()
-        self.final_phase = final_phase
-        self.log = log
-        self.clock = clock
-        self.started = started
-        self.phase_started = started
+        self.log, self.clock, self.final_phase = log, clock, final_phase
+        self.started = self.phase_started = started
         # of compilation: in total, and in this phase
         self.compile_seconds = self.phase_compile_seconds = 0.0
         self.num_programs = self.num_cache_hits = 0
-        self.logged_phases: set[str] = set()
+        self.is_finished = False
 
-    def on_jax_event(self, event: str, seconds: float) -> None:
+    def on_jax_event(self, event: str, duration_secs: float, **metadata: Any) -> None:
         """Counts compilations, their time and cache hits."""
         if event == COMPILE_EVENT:
             self.num_programs += 1
-            self.compile_seconds += seconds
-            self.phase_compile_seconds += seconds
+            self.compile_seconds += duration_secs
+            self.phase_compile_seconds += duration_secs
         self.num_cache_hits += event == CACHE_HIT_EVENT
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Logs a phase at its end."""
-        phase, now = record.getMessage(), self.clock()
-        if phase in self.logged_phases:
+    def end_phase(self, phase: str) -> None:
+        """Logs a phase at its end; the final one includes the total."""
+        if self.is_finished:
             return
-        self.logged_phases.add(phase)
-        if phase == self.final_phase:
+        now, self.is_finished = self.clock(), phase == self.final_phase
+        if self.is_finished:
             detail = f"{self.num_programs} programs, {self.num_cache_hits} from the cache"
             self.log(f"{'compiling':<12}{self.compile_seconds:8.2f} s  {detail}")
         self.log(f"{phase:<12}{now - self.phase_started - self.phase_compile_seconds:8.2f} s")
-        if phase == self.final_phase:
+        if self.is_finished:
             self.log(f"{'total':<12}{now - self.started:8.2f} s")
-            phase_logger.setLevel(logging.WARNING)  # stops measuring
         self.phase_started, self.phase_compile_seconds = now, 0.0
 
 
@@ -99,16 +67,17 @@ def log_phases(log: Callable[[str], None], started: float, final_phase: str) -> 
     The first phase began at `started`, in the time of `time.perf_counter()`. The final
     phase ends with the first result, at the latest with the block.
     """
-    handler = PhaseLogger(log, started, final_phase)
-    phase_logger.addHandler(handler)
-    phase_logger.setLevel(logging.INFO)
+    import jax.monitoring
+
+    timer = PhaseTimer(log, started, final_phase)
+    # JAX 0.7 cannot unregister a listener; it is of no effect after the block.
+    jax.monitoring.register_event_duration_secs_listener(timer.on_jax_event)
+    _phase_timers.append(timer)
     try:
-        with listen_to_jax_events(handler.on_jax_event):
-            yield
-            mark_phase(final_phase)
+        yield
+        mark_phase(final_phase)
     finally:
-        phase_logger.removeHandler(handler)
-        phase_logger.setLevel(logging.WARNING)
+        _phase_timers.remove(timer)
 
 
 class StepTimer:
@@ -137,6 +106,6 @@ class StepTimer:
     @contextlib.contextmanager
     def exclude(self) -> Iterator[None]:
         """Excludes the time of the block, for example of an evaluation."""
-        step_started = self.clock()
+        started = self.clock()
         yield
-        self.excluded_seconds += self.clock() - step_started
+        self.excluded_seconds += self.clock() - started

@@ -116,10 +116,10 @@ def start(run: Path) -> int:
     code = 1
     try:
         from gptjax.config import load_config
-        from gptjax.runtime.compilation_cache import persistent_cache
+        from gptjax.runtime.compilation_cache import enable_cache
         from gptjax.tasks.train import train
 
-        with persistent_cache(Path("compiled"), lambda line: None):
+        with enable_cache(Path("compiled")):
             train(load_config(Path("config.toml")), run)
         code = 0
     except BaseException:

@@ -1,33 +1,29 @@
-"""Where the time to the first result goes, by a clock that the test turns."""
-
-import logging
+"""Startup phases and steps, by a clock that the test sets."""
 
 from gptjax.runtime import timing
 from gptjax.runtime.timing import (
     CACHE_HIT_EVENT,
     COMPILE_EVENT,
-    PhaseLogger,
+    PhaseTimer,
+    StepTimer,
     log_phases,
     mark_phase,
 )
 
 
-def test_the_seconds_of_a_phase_are_those_since_the_one_before_less_compiling():
+def test_a_phase_lasts_from_the_one_before_without_compilation():
     lines, now = [], [10.0]
-    teller = PhaseLogger(lines.append, 8.0, "first token", lambda: now[0])
+    timer = PhaseTimer(lines.append, 8.0, "first token", lambda: now[0])
 
-    def ended(phase):
-        teller.emit(logging.makeLogRecord({"msg": phase}))
-
-    ended("importing")
+    timer.end_phase("importing")
     now[0] = 13.0
-    teller.on_jax_event(COMPILE_EVENT, 0.5)
-    ended("loading")
+    timer.on_jax_event(COMPILE_EVENT, 0.5)
+    timer.end_phase("loading")
     now[0] = 20.0
-    teller.on_jax_event(CACHE_HIT_EVENT, 1.0)
-    teller.on_jax_event(COMPILE_EVENT, 2.0)
-    ended("first token")
-    ended("first token")
+    timer.on_jax_event(CACHE_HIT_EVENT, 1.0)
+    timer.on_jax_event(COMPILE_EVENT, 2.0)
+    timer.end_phase("first token")
+    timer.end_phase("first token")
 
     assert [line.split()[:3] for line in lines] == [
         ["importing", "2.00", "s"],
@@ -39,29 +35,31 @@ def test_the_seconds_of_a_phase_are_those_since_the_one_before_less_compiling():
     assert "2 programs, 1 from the cache" in lines[2]
 
 
-def test_nothing_is_waited_for_or_said_unless_someone_listens(monkeypatch):
+def test_values_are_waited_for_only_while_phases_are_logged(monkeypatch):
     waited, lines = [], []
     monkeypatch.setattr("jax.block_until_ready", waited.append)
 
     mark_phase("loading", "before")
     with log_phases(lines.append, 0.0, "first step"):
         mark_phase("loading", "within")
-        mark_phase("first step", "last")
-        mark_phase("first step", "late")
     mark_phase("loading", "after")
 
-    assert waited == ["within", "last"]
-    assert [line.split("  ")[0] for line in lines] == [
-        *("loading", "compiling", "first step", "total")
-    ]
-    assert not [h for h in timing.phase_logger.handlers if isinstance(h, PhaseLogger)]
-    assert not timing.phase_logger.propagate
+    assert waited == ["within"]
+    names = [line.split("  ")[0] for line in lines]
+    assert names == ["loading", "compiling", "first step", "total"]
+    assert not timing._phase_timers
 
 
-def test_what_has_no_first_token_is_answered_at_the_end():
-    lines = []
+def test_a_step_excludes_evaluation_and_counts_waiting():
+    now = [1.0]
+    timer = StepTimer(lambda: now[0])
 
-    with log_phases(lines.append, 0.0, "answering"):
-        mark_phase("loading")
+    now[0] = 3.0
+    with timer.waiting():
+        now[0] = 3.5
+    with timer.exclude():
+        now[0] = 10.0
+    now[0] = 11.0
 
-    assert [line.split()[0] for line in lines] == [*("loading", "compiling", "answering", "total")]
+    assert timer.end_step() == (3.5, 0.5)
+    assert timer.end_step() == (0.0, 0.0)
