@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from gptjax.errors import ConfigError
+from gptjax.fileio.strict_json import read_small_file
 
-MAX_CONFIG_CHARACTERS = 1_000_000  # maximum size of a config file
+MAX_CONFIG_BYTES = 1_000_000  # maximum size of a config file
 
 # Effect of an option on a run that is resumed. "identity": never changes, another value
 # is another run. "trajectory": changes the following steps, needs --allow-change.
@@ -555,11 +556,7 @@ def load_config(path: str | Path) -> RunConfig:
 def load_toml(path: Path) -> dict[str, Any]:
     """Loads a TOML file as a nested dict."""
     try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MAX_CONFIG_CHARACTERS + 1)
-        if len(text) > MAX_CONFIG_CHARACTERS:
-            raise ValueError(f"it has more than {MAX_CONFIG_CHARACTERS:,} characters")
-        return tomllib.loads(text)
+        return tomllib.loads(read_small_file(path, MAX_CONFIG_BYTES).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read the config {path}: {error}.") from error
 

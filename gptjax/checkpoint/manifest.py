@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.errors import ModelError
+from gptjax.fileio.atomic import fsync
 from gptjax.fileio.strict_json import read_json
 
 MANIFEST = "manifest.json"
@@ -35,12 +36,9 @@ def write_manifest(step_dir: Path, metadata: dict[str, Any]) -> None:
     for path in [step_dir, *step_dir.rglob("*")]:
         fsync(path)
     metadata = {**metadata, "files": hash_files(step_dir)}
-    partial_path = step_dir / f"{MANIFEST}.partial"
-    with partial_path.open("w", encoding="utf-8") as file:
-        json.dump({"sha256": manifest_hash(metadata), "about": metadata}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial_path.replace(step_dir / MANIFEST)
+    content = {"sha256": manifest_hash(metadata), "about": metadata}
+    (step_dir / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
+    fsync(step_dir / MANIFEST)
     fsync(step_dir)
 
 
@@ -55,10 +53,8 @@ def read_manifest(step_dir: Path) -> dict[str, Any]:
         if not stat.S_ISDIR(step_dir.lstat().st_mode):
             raise CorruptCheckpointError("it is not a folder")
         status = path.lstat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_MANIFEST_BYTES:
-            raise CorruptCheckpointError(
-                f"{MANIFEST} is not a file of at most {MAX_MANIFEST_BYTES} bytes"
-            )
+        if not stat.S_ISREG(status.st_mode):
+            raise CorruptCheckpointError(f"{MANIFEST} is not a regular file")
         content = read_json(path, MAX_MANIFEST_BYTES)
         metadata, expected_hash = content["about"], content["sha256"]
         is_valid = manifest_hash(metadata) == expected_hash and _is_valid_manifest(metadata)
@@ -159,12 +155,3 @@ def hash_files(step_dir: Path) -> dict[str, list[Any]]:
 
     with ThreadPoolExecutor(HASH_THREADS, "hash") as executor:
         return dict(zip(sizes, executor.map(size_and_hash, sizes), strict=True))
-
-
-def fsync(path: Path) -> None:
-    """Flushes a file or folder to disk, so that it survives a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

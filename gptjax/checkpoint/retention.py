@@ -8,8 +8,9 @@ import re
 import shutil
 from pathlib import Path
 
-from gptjax.checkpoint.manifest import CorruptCheckpointError, fsync, verify_manifest
+from gptjax.checkpoint.manifest import CorruptCheckpointError, verify_manifest
 from gptjax.errors import ModelError
+from gptjax.fileio.atomic import fsync
 
 MIN_KEEP = 2  # valid steps that are always kept
 STEP_PATTERN = re.compile(r"(0|[1-9]\d{0,17})", re.ASCII)

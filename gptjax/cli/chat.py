@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from gptjax.config import did_you_mean
 from gptjax.errors import ConfigError, DataError, GptjaxError, ModelError
+from gptjax.fileio.atomic import write_atomic
 from gptjax.inference.assistant import encode_chat, stream_answer
 from gptjax.inference.generate import GenerationConfig, stream
 from gptjax.runtime.terminal import sanitize
@@ -363,9 +364,7 @@ def save_conversation(model: Model, session: ChatSession, argument: str) -> Acti
     messages = [*system, *session.dropped_messages, *turns]
     text = json.dumps(messages, ensure_ascii=False, indent=2) + "\n"
     try:
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_atomic(path, text)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot write {path}: {error}.") from error
     return Action(session, f"(saved {len(messages)} messages to {path})")

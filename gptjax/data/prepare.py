@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import os
-import shutil
 import time
-import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +38,7 @@ from gptjax.data.token_files import (
     token_dtype,
 )
 from gptjax.errors import ConfigError, DataError
+from gptjax.fileio.atomic import atomic_path
 from gptjax.tokenizer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 DEFAULT_SHARD_TOKENS = 100_000_000
@@ -213,15 +212,12 @@ def prepare_dataset(
         return DatasetInfo(out, meta)
     check_output_empty(out)
     started = time.perf_counter()
-    partial_dir = out.with_name(f".{out.name}.part-{uuid.uuid4().hex[:8]}")
     try:
-        partial_dir.mkdir(parents=True)
-        meta = write_prepared(partial_dir, sources, tokenizer, recipe, workers)
-        os.replace(partial_dir, out)
+        with atomic_path(out) as new_dir:
+            new_dir.mkdir()
+            meta = write_prepared(new_dir, sources, tokenizer, recipe, workers)
     except OSError as error:
         raise DataError(f"cannot write {out}: {error}. Choose a writable folder.") from error
-    finally:
-        shutil.rmtree(partial_dir, ignore_errors=True)
     return DatasetInfo(out, meta, time.perf_counter() - started)
 
 

@@ -32,7 +32,7 @@ import numpy as np
 
 from gptjax.errors import DataError
 from gptjax.fileio.download import sha256_of_files
-from gptjax.fileio.strict_json import read_json
+from gptjax.fileio.strict_json import read_json, read_small_file
 
 TOKEN_FILES_FORMAT = "gptjax tokens 2"
 CRC_BLOCK_BYTES = 1 << 20  # per CRC
@@ -252,8 +252,8 @@ def check_file_size(path: Path, size: int) -> None:
 def is_prepared_dir(folder: Path) -> bool:
     """Returns True if the folder was written by `gptjax data prepare`."""
     try:
-        return '"gptjax tokens ' in (folder / "meta.json").read_text("utf-8")
-    except (OSError, UnicodeDecodeError):
+        return b'"gptjax tokens ' in read_small_file(folder / "meta.json", MAX_TOKEN_METADATA_BYTES)
+    except (OSError, ValueError):
         return False
 
 

@@ -21,8 +21,8 @@ from gptjax.evaluation.llm_judge import (
 )
 from gptjax.evaluation.metrics import exact_match, rouge_l, token_f1
 from gptjax.evaluation.perplexity import Evaluation, eval_step_for, evaluate
+from gptjax.fileio.atomic import open_atomic
 from gptjax.inference.assistant import answer_batch, chat_template_of
-from gptjax.inference.label_file import atomic_write
 from gptjax.weights.model_folder import Model
 
 LOSS_BATCH_SIZE = 8  # conversations per batch
@@ -108,7 +108,7 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    with atomic_write(path) as file:
+    with open_atomic(path) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -172,35 +172,28 @@ def evaluate_file(
 def run_llm_judge(
     model: Model, results: Sequence[ResponseEval], out: Path, judge: LLMJudge, log: _LogFn
 ) -> MetricValues:
-    """Scores responses with an LLM judge; writes each judgement as it arrives.
+    """Scores responses with an LLM judge and adds its judgements to the rows of `out`.
 
     Raises:
         ModelError: the judge is unreachable; `out` still holds the responses.
     """
     template, rows = chat_template_of(model), to_rows(results)
-    partial_path = out.with_name(f"{out.name}.judging")
     judge_inputs = []
     for result in results:
         segments = template.segments(result.conversation.messages[:-1], add_generation_prompt=True)
         prompt = "".join(segment.text for segment in segments if segment.kind == "prompt")
         judge_inputs.append((prompt, result.reference, result.response))
+
+    def on_judgement(index: int, judgement: Judgement) -> None:
+        rows[index] |= judgement_columns(judge, judgement)
+        if (index + 1) % 10 == 0:
+            log(f"judged   {index + 1} of {len(judge_inputs)}")
+
     try:
-        with partial_path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-
-            def on_judgement(index: int, judgement: Judgement) -> None:
-                rows[index] |= judgement_columns(judge, judgement)
-                file.write(json.dumps(rows[index], ensure_ascii=False) + "\n")
-                file.flush()
-                if (index + 1) % 10 == 0:
-                    log(f"judged   {index + 1} of {len(judge_inputs)}")
-
-            judgements = judge_all(judge, judge_inputs, on_judgement)
-        partial_path.replace(out)
-    except OSError as error:
-        raise ModelError(f"cannot write {partial_path}: {error}. Free disk space.") from error
+        judgements = judge_all(judge, judge_inputs, on_judgement)
     except ModelError as error:
-        partial_path.unlink(missing_ok=True)
         raise ModelError(f"{error} The responses are in {out}.") from error
+    write_rows(rows, out)
     return summarize_judgements(judgements)
 
 

@@ -7,6 +7,7 @@ infinity, guesses UTF-16, and raises RecursionError for deeply nested lists.
 import itertools
 import json
 import math
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,25 @@ def read_json(path: Path, max_bytes: int) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is too large, or as `parse_json`.
+        ValueError: as `read_small_file` and `parse_json`.
     """
+    return parse_json(read_small_file(path, max_bytes))
+
+
+def read_small_file(path: Path, max_bytes: int) -> bytes:
+    """Reads a regular file of limited size.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no regular file, such as a pipe, or too large.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is not a regular file")
     with path.open("rb") as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise ValueError(f"it has more than {max_bytes:,} bytes")
-    return parse_json(data)
+    return data
 
 
 def _check_depth(value: Any) -> None:

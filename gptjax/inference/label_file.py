@@ -4,11 +4,9 @@ Rows are parsed strictly, in batches, and written in their order. The output is 
 to NAME.part and renamed when complete.
 """
 
-import contextlib
 import csv
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +24,7 @@ from gptjax.data.classification import (
 from gptjax.data.readers import open_decompressed, read_csv_records, read_jsonl, read_lines
 from gptjax.data.text import get_row_text, suffix_without_gz
 from gptjax.errors import DataError
+from gptjax.fileio.atomic import open_atomic
 from gptjax.fileio.download import PROGRESS_BAR_SECONDS, clear_progress_bar, draw_progress_bar
 
 INPUT_KINDS = (*DELIMITERS, ".jsonl", ".txt")
@@ -83,7 +82,7 @@ def label_file(
     items = itertools.chain([first], items)
     count, last_drawn = 0, time.monotonic()
     try:
-        with atomic_write(output) as file:
+        with open_atomic(output) as file:
             write_row = make_writer(file, output, [*first.row, *new_columns])
             while chunk := list(itertools.islice(items, batch_size)):
                 predictions = predict([get_text(item, column) for item in chunk])
@@ -200,29 +199,6 @@ def check_columns_free(item: InputRow, new_columns: tuple[str, ...] | dict[str, 
                 f"{item.location}: the column {name!r} already exists and would be "
                 "overwritten. Rename or remove it."
             )
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[TextIO]:
-    """Opens a file for writing; renames it on success and deletes it on failure."""
-    partial_path = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Only JSON strings may contain lone surrogates, which UTF-8 cannot encode;
-        # their backslash escapes are valid JSON.
-        with partial_path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as f:
-            try:
-                yield f
-                f.flush()
-                os.fsync(f.fileno())
-            except BaseException:
-                partial_path.unlink()
-                raise
-        os.replace(partial_path, path)
-    except OSError as error:
-        raise DataError(
-            f"cannot write {path}: {error}. Check the permissions and free space of its folder."
-        ) from error
 
 
 def make_writer(

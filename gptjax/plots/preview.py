@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from gptjax.data.conversations import Conversation, read_conversations
 from gptjax.data.sft import TRAIN_ON_ALL, TRAIN_ON_COMPLETIONS, encode_segments, truncate_left
 from gptjax.errors import ConfigError
-from gptjax.inference.label_file import atomic_write
+from gptjax.fileio.atomic import open_atomic
 from gptjax.runtime.terminal import sanitize
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -425,5 +425,5 @@ def write_html(preview: Preview, path: Path | str, max_rows: int) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    with atomic_write(Path(path)) as file:
+    with open_atomic(Path(path)) as file:
         file.write(render_html(preview, max_rows))

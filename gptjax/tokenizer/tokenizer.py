@@ -303,7 +303,7 @@ def read_tokenizer_dir(folder: Path) -> Tokenizer:
     if is_single_file:
         vocab_file = merges_file = folder / TOKENIZER_JSON
     try:
-        vocab: Any = strict_json.parse_json(_read_text(vocab_file))
+        vocab: Any = strict_json.read_json(vocab_file, MAX_TOKENIZER_FILE_BYTES)
         vocab, actual_merges = parse_tokenizer_json(vocab) if is_single_file else (vocab, [])
         ids = validate_vocab(vocab)
         eot_token = ids.pop(ENDOFTEXT)
@@ -313,7 +313,8 @@ def read_tokenizer_dir(folder: Path) -> Tokenizer:
         raise invalid_tokenizer_file(vocab_file, error) from error
     if not is_single_file:
         try:
-            actual_merges = _read_text(merges_file).removesuffix("\n").split("\n")
+            data = strict_json.read_small_file(merges_file, MAX_TOKENIZER_FILE_BYTES)
+            actual_merges = data.decode("utf-8").removesuffix("\n").split("\n")
         except (OSError, ValueError) as error:
             raise invalid_tokenizer_file(merges_file, error) from error
         if actual_merges[0].startswith("#version"):
@@ -351,15 +352,6 @@ def invalid_tokenizer_file(file: Path, reason: Any) -> DataError:
     return DataError(
         f"invalid tokenizer file {file}: {reason}. Copy the folder again, or use another tokenizer."
     )
-
-
-def _read_text(file: Path) -> str:
-    """Reads a text file of at most MAX_TOKENIZER_FILE_BYTES."""
-    with file.open("rb") as stream:
-        data = stream.read(MAX_TOKENIZER_FILE_BYTES + 1)
-    if len(data) > MAX_TOKENIZER_FILE_BYTES:
-        raise DataError(f"larger than {MAX_TOKENIZER_FILE_BYTES:,} bytes")
-    return data.decode("utf-8")
 
 
 def validate_vocab(vocab: Any) -> dict[str, int]:

@@ -30,6 +30,7 @@ from gptjax.config import (
     load_toml,
 )
 from gptjax.errors import ConfigError, ModelError
+from gptjax.fileio.atomic import write_atomic
 from gptjax.fileio.strict_json import read_json
 from gptjax.parallel.distributed import process_dir
 from gptjax.parallel.sharding import make_mesh
@@ -160,13 +161,6 @@ def reconcile_spike_policy(
         path = run_dir / "meta.json"
         write_atomic(path, json.dumps({**metadata, "on_spike": chosen}, indent=2) + "\n")
     return chosen
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a file atomically."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def write_run_metadata(run_dir: Path, command: list[str], provenance: dict[str, Any]) -> None:

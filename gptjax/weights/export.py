@@ -7,8 +7,6 @@ Every export is loaded again and must reproduce the logits before it is kept.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import numpy as np
 
 from gptjax.config import did_you_mean
 from gptjax.errors import ConfigError, ModelError
+from gptjax.fileio.atomic import atomic_path
 from gptjax.model.classifier import class_logits
 from gptjax.model.gpt import apply
 from gptjax.tree import flatten_with_names, num_params
@@ -55,20 +54,13 @@ def export_model(model: Model, layout: str, output_dir: Path) -> str:
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise ModelError(f"{output_dir} already exists. Choose another folder with --out.")
     try:
-        output_dir.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=output_dir.parent, prefix=f".{output_dir.name}-"
-        ) as temp_dir:
-            new_dir = Path(temp_dir) / "new"
+        with atomic_path(output_dir) as new_dir:
             new_dir.mkdir()
             EXPORT_WRITERS[layout](model, new_dir)
             model.tokenizer.save(new_dir)
             if model.chat_template:
                 write_chat_template(model.chat_template, new_dir)
             difference = compare_logits(model, load(new_dir))
-            if output_dir.exists():
-                output_dir.rmdir()
-            os.replace(new_dir, output_dir)
     except OSError as error:
         raise ModelError(f"cannot write {output_dir}: {error}. Choose another.") from error
     return (

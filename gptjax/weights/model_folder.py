@@ -9,8 +9,6 @@ chat_template.jinja  of an assistant
 import dataclasses
 import functools
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ import safetensors.numpy
 
 from gptjax.config import GPTConfig
 from gptjax.errors import ModelError
+from gptjax.fileio.atomic import atomic_path
 from gptjax.model.gpt import compute_dtype
 from gptjax.model.lora import Adapters
 from gptjax.model.quantization import prepare_decode_params, unstack_layers
@@ -69,15 +68,8 @@ def save_without_params(model: Model, model_dir: Path) -> None:
 def _replace_folder(model: Model, model_dir: Path, with_params: bool = True) -> None:
     """Writes the model folder, replacing an existing one atomically."""
     try:
-        model_dir.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=model_dir.parent, prefix=f".{model_dir.name}-"
-        ) as temp_dir:
-            _write_files(model, Path(temp_dir) / "new", with_params)
-            old_dir = Path(temp_dir) / "old"
-            if model_dir.exists():
-                os.replace(model_dir, old_dir)
-            os.replace(Path(temp_dir) / "new", model_dir)
+        with atomic_path(model_dir, replace_folder=True) as new_dir:
+            _write_files(model, new_dir, with_params)
     except OSError as error:
         raise ModelError(f"cannot write the model folder {model_dir}: {error}.") from error
 
@@ -124,10 +116,9 @@ def save_adapters(adapters: Adapters, path: Path) -> None:
     arrays = {
         name: np.ascontiguousarray(leaf) for name, leaf in flatten_with_names(adapters).items()
     }
-    partial_path = path.with_name(path.name + ".part")
     try:
-        write_safetensors(arrays, partial_path)
-        partial_path.replace(path)
+        with atomic_path(path) as new_path:
+            write_safetensors(arrays, new_path)
     except OSError as error:
         raise ModelError(f"cannot write {path}: {error}. Choose another.") from error
 

@@ -267,7 +267,7 @@ def test_the_file_has_its_name_only_when_it_is_whole(tmp_path):
     there = []
 
     def noted(texts):
-        there.append([path.name for path in out.parent.iterdir()])
+        there.append(out.exists())
         if len(there) == 3:
             raise KeyboardInterrupt
         return predict(texts)
@@ -275,7 +275,7 @@ def test_the_file_has_its_name_only_when_it_is_whole(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         label_file(source, out, noted, batch_size=1, log=len)
 
-    assert there == [["out.csv.part"]] * 3
+    assert there == [False] * 3
     assert list(out.parent.iterdir()) == []
 
 

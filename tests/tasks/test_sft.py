@@ -280,7 +280,6 @@ def test_eval_writes_responses_and_judgements(unbroken, tmp_path, capsys):
     rows = read_rows(tmp_path / "out.jsonl")
     assert [row["judge_score"] for row in rows] == [80, None, *[60] * 18]
     assert "Given the input `Q: first sky` and correct output `s`" in str(asked[0])
-    assert not list(tmp_path.glob("*.judging"))
     assert main(["eval", str(folder), "--chat-data", str(data), *options]) == 2
     assert "out.jsonl already exists" in capsys.readouterr().err
 

@@ -6,12 +6,12 @@ import pytest
 
 from gptjax.config import RunConfig, from_dict
 from gptjax.errors import ConfigError, ModelError
+from gptjax.fileio.atomic import write_atomic
 from gptjax.training.run_dir import (
     check_config_changes,
     reconcile_config,
     reconcile_spike_policy,
     resume_policy,
-    write_atomic,
 )
 
 OPTIONS = [
