@@ -1,78 +1,53 @@
 """Chat in the terminal, with streamed replies.
 
-A line is a message, or a command if it starts with "/". `handle_line` maps a line to an
-`Action`; only `run_chat` and the functions it passes on use the terminal.
+A line is a message, or a command of `CHAT_COMMANDS` if it starts with "/".
 """
 
-import contextlib
 import dataclasses
+import functools
 import json
-import math
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 from gptjax.config import did_you_mean
 from gptjax.errors import ConfigError, DataError, GptjaxError, ModelError
-from gptjax.fileio.atomic import write_atomic
 from gptjax.inference.assistant import encode_chat, stream_answer
 from gptjax.inference.generate import GenerationConfig, stream
 from gptjax.runtime.terminal import sanitize
 from gptjax.tokenizer.template_worker import ChatMessage
 from gptjax.weights.model_folder import Model
 
-PrintFn = Callable[[str], None]
 
+@dataclasses.dataclass
+class Chat:
+    """A conversation, which the commands change, and its input and output."""
 
-@dataclasses.dataclass(frozen=True)
-class ChatSession:
-    """State of a conversation between two lines."""
+    model: Model
+    sampling: dict[str, Any]  # fields of `GenerationConfig`
+    print_reply: Callable[[str], None]
+    print_notice: Callable[[str], None]
+    interrupts: list[int] = dataclasses.field(default_factory=list)  # signals received
+    system: list[ChatMessage] = dataclasses.field(default_factory=list)  # at most one
+    messages: list[ChatMessage] = dataclasses.field(default_factory=list)
+    num_dropped: int = 0  # first messages, which no longer fit the context
+    num_replies: int = 0  # requested so far; offsets the seed
 
-    sampling: Mapping[str, Any]  # fields of `GenerationConfig`
-    history: tuple[ChatMessage, ...] = ()  # the last may be an unanswered question
-    dropped_messages: tuple[ChatMessage, ...] = ()  # no longer fit the context
-    num_replies: int = 0  # replies requested so far; offsets the seed
-
-
-class Action(NamedTuple):
-    """Result of handling a line."""
-
-    session: ChatSession
-    output: str = ""
-    then: Literal["continue", "reply", "quit"] = "continue"
-
-
-class ChatCommand(NamedTuple):
-    """Chat command."""
-
-    argument: str
-    help: str
-    run: "CommandFn"
-    needs_template: bool = False  # needs a conversation, which base models do not have
-
-
-CommandFn = Callable[[Model, ChatSession, str], Action]  # last: the argument
+    def history(self) -> list[ChatMessage]:
+        """Messages that the model sees."""
+        return [*self.system, *self.messages[self.num_dropped :]]
 
 
 def run_chat(model: Model, name: str, sampling: dict[str, Any]) -> None:
-    """Chats until /quit or the end of the input.
+    """Chats with an assistant, or completes each line with a base model, until /quit.
 
     On a terminal, Ctrl-C stops a reply but not the program. Otherwise each line of
     stdin is a message; replies go to stdout and notices to stderr.
 
-    Args:
-        model: an assistant, or a base model, which completes each line.
-        name: name of the model, shown in the first line.
-        sampling: fields of `GenerationConfig`.
-
     Raises:
-        ModelError: the model is a classifier.
-        ConfigError: a field of `sampling` is invalid.
-        DataError: stdin is not UTF-8 text.
+        GptjaxError: the model is a classifier, or `sampling` or stdin is invalid.
     """
     if model.labels:
         raise ModelError(
@@ -80,58 +55,46 @@ def run_chat(model: Model, name: str, sampling: dict[str, Any]) -> None:
         )
     GenerationConfig(**sampling)
     is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    print_reply = make_printer(sys.stdout)
-    write_notice = make_printer(sys.stdout if is_interactive else sys.stderr)
-
-    def print_notice(text: str) -> None:
-        write_notice(f"{text}\n")
-
-    print_notice(f"{name}: {model}. /help lists the commands; /quit or Ctrl-D quits.")
+    notices = sys.stdout if is_interactive else sys.stderr
+    chat = Chat(
+        model,
+        sampling,
+        print_reply=functools.partial(print_text, sys.stdout),
+        print_notice=lambda text: print_text(notices, f"{text}\n"),
+    )
+    chat.print_notice(f"{name}: {model}. /help lists the commands; /quit or Ctrl-D quits.")
     if not model.chat_template:
-        print_notice("This base model completes text: each line is a separate prompt.")
-    with handle_interrupts() if is_interactive else contextlib.nullcontext([]) as interrupts:
-        lines = prompt_lines(print_notice) if is_interactive else stdin_lines()
-        run_repl(model, ChatSession(sampling), lines, print_reply, print_notice, interrupts)
-
-
-def make_printer(stream: Any) -> PrintFn:
-    """Makes a function that writes sanitized text and flushes."""
-    encoding = stream.encoding or "utf-8"
-
-    def write(text: str) -> None:
-        stream.write(sanitize(text).encode(encoding, "replace").decode(encoding))
-        stream.flush()
-
-    return write
-
-
-@contextlib.contextmanager
-def handle_interrupts() -> Iterator[list[int]]:
-    """Collects SIGINTs in the list it yields, instead of raising."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
+        chat.print_notice("This base model completes text: each line is a separate prompt.")
+    if not is_interactive:
+        run_repl(chat, stdin_lines())
         return
-    previous_handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    handler = signal.signal(signal.SIGINT, lambda number, _: chat.interrupts.append(number))
     try:
-        yield received
+        run_repl(chat, prompt_lines(chat.print_notice))
     finally:
-        signal.signal(signal.SIGINT, previous_handler)
+        signal.signal(signal.SIGINT, handler)
 
 
-def prompt_lines(print_notice: PrintFn) -> Iterator[str]:
+def print_text(stream: Any, text: str) -> None:
+    """Prints sanitized text, also if the stream lacks some of its characters."""
+    encoding = stream.encoding or "utf-8"
+    stream.write(sanitize(text).encode(encoding, "replace").decode(encoding))
+    stream.flush()
+
+
+def prompt_lines(print_notice: Callable[[str], None]) -> Iterator[str]:
     """Prompts for lines until Ctrl-D; a paste is one line."""
     from prompt_toolkit import PromptSession
 
     prompt: PromptSession[str] = PromptSession()
-    hint_shown = False
+    hint = "(/quit or Ctrl-D quits)"
     while True:
         try:
             line = prompt.prompt("> ")
         except KeyboardInterrupt:
-            if not hint_shown:
-                print_notice("(/quit or Ctrl-D quits)")
-            hint_shown = True
+            if hint:
+                print_notice(hint)
+            hint = ""
         except EOFError:
             return
         else:
@@ -149,225 +112,182 @@ def stdin_lines() -> Iterator[str]:
         ) from error
 
 
-def run_repl(
-    model: Model,
-    session: ChatSession,
-    lines: Iterable[str],
-    print_reply: PrintFn,
-    print_notice: PrintFn,
-    interrupts: list[int],
-) -> ChatSession:
-    """Handles each line; prints errors and continues. Returns the last session."""
+def run_repl(chat: Chat, lines: Iterable[str]) -> None:
+    """Handles each line until /quit; prints errors and continues."""
     for line in lines:
-        interrupts.clear()
+        chat.interrupts.clear()
         try:
-            action = handle_line(model, session, line)
-            session = action.session
-            if action.output:
-                print_notice(action.output)
-            if action.then == "quit":
-                break
-            if action.then == "reply":
-                session = stream_reply(model, session, print_reply, print_notice, interrupts)
+            handle_line(chat, line)
         except GptjaxError as error:
-            print_notice(str(error))
-    return session
+            chat.print_notice(str(error))
+        except EOFError:
+            return
 
 
-def handle_line(model: Model, session: ChatSession, line: str) -> Action:
+def handle_line(chat: Chat, line: str) -> None:
     """Handles an empty line, a command or a message.
 
     Raises:
         GptjaxError: an unknown command, an invalid value or a message that is too long.
     """
     if not line.strip():
-        return Action(session)
+        return
     if not line.startswith("/"):
-        return start_turn(model, session, line[1:] if line.startswith(" /") else line)
+        reply(chat, line[1:] if line.startswith(" /") else line)
+        return
     name, *rest = line.split(maxsplit=1)
-    available = available_commands(model)
+    available = available_commands(chat)
     if name not in available:
         raise ConfigError(
             f"there is no command {name}.{did_you_mean(name, available)} /help lists "
             "them. To send a message that starts with /, put a space before it."
         )
-    return available[name].run(model, session, "".join(rest).strip())
+    available[name].run(chat, "".join(rest).strip())
 
 
-def start_turn(model: Model, session: ChatSession, text: str) -> Action:
-    """Starts a turn; drops an unanswered question.
+def reply(chat: Chat, text: str) -> None:
+    """Streams the reply to a message; an unanswered question before it is dropped.
 
     Raises:
         DataError: the message alone exceeds the context, or cannot be encoded.
     """
-    message = {"role": "user", "content": text}
-    updated = dataclasses.replace(session, num_replies=session.num_replies + 1)
-    if not model.chat_template:
-        return Action(dataclasses.replace(updated, history=(message,)), then="reply")
-    system, turns = split_system_message(session.history)
-    if turns and turns[-1]["role"] == "user":
-        turns = turns[:-1]
-    context = model.config.context_length
-    reserved_tokens = min(GenerationConfig(**session.sampling).max_new_tokens, context // 2)
-    remaining, num_dropped = truncate_history(model, [*system, *turns, message], reserved_tokens)
-    dropped_messages = (*session.dropped_messages, *turns[: 2 * num_dropped])
-    updated = dataclasses.replace(
-        updated, history=tuple(remaining), dropped_messages=dropped_messages
-    )
-    dropped_turns = f"the first {num_dropped} turn{'s' * (num_dropped > 1)}"
-    notice = f"(dropped {dropped_turns}: the context of {context:,} tokens is full)"
-    return Action(updated, notice if num_dropped else "", "reply")
-
-
-def split_system_message(
-    messages: Sequence[ChatMessage],
-) -> tuple[tuple[ChatMessage, ...], tuple[ChatMessage, ...]]:
-    """Splits off the system message, if there is one."""
-    num_system = int(bool(messages) and messages[0]["role"] == "system")
-    return tuple(messages[:num_system]), tuple(messages[num_system:])
-
-
-def truncate_history(
-    model: Model, messages: Sequence[ChatMessage], reserved_tokens: int
-) -> tuple[list[ChatMessage], int]:
-    """Drops the oldest turns until `reserved_tokens` of the context are free.
-
-    A turn is a question and its reply. The system message and the last question are
-    kept. Also returns the number of dropped turns.
-
-    Raises:
-        DataError: the system message and the last question alone do not fit.
-    """
-    system, turns = split_system_message(messages)
-    max_tokens = model.config.context_length - reserved_tokens
-    num_tokens = 0
-    for num_dropped in range((len(turns) + 1) // 2):
-        remaining = [*system, *turns[2 * num_dropped :]]
-        num_tokens = len(encode_chat(model, remaining))
-        if num_tokens <= max_tokens:
-            return remaining, num_dropped
-    raise DataError(
-        f"the message is {num_tokens:,} tokens long with the template"
-        f"{' and the system message' * bool(system)}, but at most {max_tokens:,} fit: "
-        f"{reserved_tokens:,} of the context's {max_tokens + reserved_tokens:,} are "
-        "reserved for the reply. Shorten it."
-    )
-
-
-def stream_reply(
-    model: Model,
-    session: ChatSession,
-    print_reply: PrintFn,
-    print_notice: PrintFn,
-    interrupts: Sequence[int],
-) -> ChatSession:
-    """Streams the reply to the last message; returns the session with it."""
-    seed = session.sampling.get("seed", 0) + session.num_replies - 1
-    options = {**session.sampling, "seed": seed}
+    model, question = chat.model, {"role": "user", "content": text}
+    seed = chat.sampling.get("seed", 0) + chat.num_replies
+    options = {**chat.sampling, "seed": seed}
     if model.chat_template:
-        chunks = stream_answer(model, list(session.history), **options)
+        add_question(chat, question)
+        chunks = stream_answer(model, chat.history(), **options)
     else:
-        chunks = stream(model, session.history[-1]["content"], **options)
-    text = ""
+        chat.messages = [question]  # for /retry
+        chunks = stream(model, text, **options)
+    chat.num_replies += 1
+    answer = ""
     try:
         for chunk in chunks:
-            if not interrupts:
-                print_reply(chunk)
-                text += chunk
-            if interrupts:  # also after printing, before the next chunk is computed
+            if not chat.interrupts:
+                chat.print_reply(chunk)
+                answer += chunk
+            if chat.interrupts:  # also after printing, before the next chunk is computed
                 break
     finally:
-        if text:
-            print_reply("\n")
-    if interrupts:
-        print_notice("(stopped)")
-    elif not text.strip():
-        print_notice("(the reply is empty)")
-    if not model.chat_template or not text.strip():
-        return session
-    reply = {"role": "assistant", "content": text.strip()}
-    return dataclasses.replace(session, history=(*session.history, reply))
+        if answer:
+            chat.print_reply("\n")
+    if chat.interrupts:
+        chat.print_notice("(stopped)")
+    elif not answer.strip():
+        chat.print_notice("(the reply is empty)")
+    if model.chat_template and answer.strip():
+        chat.messages.append({"role": "assistant", "content": answer.strip()})
 
 
-def available_commands(model: Model) -> dict[str, ChatCommand]:
-    """Commands available for this model."""
+def add_question(chat: Chat, question: ChatMessage) -> None:
+    """Adds a question; drops the oldest turns until the reply fits the context.
+
+    Raises:
+        DataError: the system message and the question alone do not fit.
+    """
+    is_unanswered = bool(chat.messages) and chat.messages[-1]["role"] == "user"
+    messages = [*chat.messages[: len(chat.messages) - is_unanswered], question]
+    context = chat.model.config.context_length
+    reserved_tokens = min(GenerationConfig(**chat.sampling).max_new_tokens, context // 2)
+    max_tokens = context - reserved_tokens
+    num_tokens = 0
+    for num_dropped in range(chat.num_dropped, len(messages), 2):  # of turns
+        history = [*chat.system, *messages[num_dropped:]]
+        num_tokens = len(encode_chat(chat.model, history))
+        if num_tokens <= max_tokens:
+            break
+    else:
+        raise DataError(
+            f"the message is {num_tokens:,} tokens long with the template"
+            f"{' and the system message' * bool(chat.system)}, but at most "
+            f"{max_tokens:,} fit: {reserved_tokens:,} of the context's {context:,} are "
+            "reserved for the reply. Shorten it."
+        )
+    if turns := (num_dropped - chat.num_dropped) // 2:
+        dropped_turns = f"the first {turns} turn{'s' * (turns > 1)}"
+        chat.print_notice(f"(dropped {dropped_turns}: the context of {context:,} tokens is full)")
+    chat.messages, chat.num_dropped = messages, num_dropped
+
+
+class ChatCommand(NamedTuple):
+    """Chat command."""
+
+    argument: str
+    help: str
+    run: Callable[[Chat, str], None]
+    needs_template: bool = False  # needs a conversation, which base models do not have
+
+
+def available_commands(chat: Chat) -> dict[str, ChatCommand]:
+    """Commands available for the model."""
     rows = CHAT_COMMANDS.items()
-    return {name: row for name, row in rows if model.chat_template or not row.needs_template}
+    return {name: row for name, row in rows if chat.model.chat_template or not row.needs_template}
 
 
-def show_help(model: Model, session: ChatSession, argument: str) -> Action:
+def show_help(chat: Chat, argument: str) -> None:
     """Lists the commands."""
-    rows = available_commands(model).items()
-    lines = [f"{name} {row.argument}".ljust(16) + row.help for name, row in rows]
-    lines += ["Ctrl-C stops a reply. A paste of several lines is one message. To send"]
-    lines += ["a message that starts with /, put a space before it."]
-    return Action(session, "\n".join(lines))
+    for name, row in available_commands(chat).items():
+        chat.print_notice(f"{name} {row.argument}".ljust(16) + row.help)
+    chat.print_notice(
+        "Ctrl-C stops a reply. A paste of several lines is one message. To send\n"
+        "a message that starts with /, put a space before it."
+    )
 
 
-def quit_chat(model: Model, session: ChatSession, argument: str) -> Action:
+def quit_chat(chat: Chat, argument: str) -> None:
     """Ends the chat."""
-    return Action(session, then="quit")
+    raise EOFError
 
 
-def reset(model: Model, session: ChatSession, argument: str) -> Action:
+def reset(chat: Chat, argument: str) -> None:
     """Drops everything but the system message."""
-    system, _ = split_system_message(session.history)
-    session = dataclasses.replace(session, history=system, dropped_messages=())
-    return Action(session, "(dropped all turns)")
+    chat.messages, chat.num_dropped = [], 0
+    chat.print_notice("(dropped all turns)")
 
 
-def set_system(model: Model, session: ChatSession, argument: str) -> Action:
+def set_system(chat: Chat, argument: str) -> None:
     """Sets or removes the system message."""
-    _, turns = split_system_message(session.history)
-    system = [{"role": "system", "content": argument}] if argument else []
-    session = dataclasses.replace(session, history=(*system, *turns))
-    return Action(session, f"(the system message is {'set' if system else 'removed'})")
+    chat.system = [{"role": "system", "content": argument}] if argument else []
+    chat.print_notice(f"(the system message is {'set' if argument else 'removed'})")
 
 
-def retry(model: Model, session: ChatSession, argument: str) -> Action:
+def retry(chat: Chat, argument: str) -> None:
     """Regenerates the last reply."""
-    _, turns = split_system_message(session.history)
-    questions = [turn["content"] for turn in turns if turn["role"] == "user"]
-    if not questions:
+    if not chat.messages:
         raise ConfigError("there is no message to send again. Write one first.")
-    if turns[-1]["role"] == "assistant":
-        session = dataclasses.replace(session, history=session.history[:-1])
-    return start_turn(model, session, questions[-1])
+    if chat.messages[-1]["role"] == "assistant":
+        chat.messages.pop()
+    reply(chat, chat.messages[-1]["content"])
 
 
-def make_option_setter(field: str, example: int | float) -> CommandFn:
-    """Makes a command that sets a numeric field of `GenerationConfig`."""
-
-    def run(model: Model, session: ChatSession, argument: str) -> Action:
-        try:
-            value: Any = type(example)(argument)
-        except ValueError:
-            value = math.inf
-        if abs(value) == math.inf:
-            raise ConfigError(f"{field} cannot be {argument!r}. Use a number, such as {example}.")
-        sampling: dict[str, Any] = {**session.sampling, field: value}
-        GenerationConfig(**sampling)
-        session = dataclasses.replace(session, sampling=sampling)
-        return Action(session, f"({field} is {value})")
-
-    return run
+def set_option(field: str, example: int | float, chat: Chat, argument: str) -> None:
+    """Sets a numeric field of `GenerationConfig`."""
+    try:
+        sampling: dict[str, Any] = {**chat.sampling, field: type(example)(argument)}
+    except ValueError as error:
+        raise ConfigError(
+            f"{field} cannot be {argument!r}. Use a number, such as {example}."
+        ) from error
+    GenerationConfig(**sampling)
+    chat.sampling = sampling
+    chat.print_notice(f"({field} is {sampling[field]})")
 
 
-def save_conversation(model: Model, session: ChatSession, argument: str) -> Action:
+def save_conversation(chat: Chat, argument: str) -> None:
     """Writes all messages, including dropped ones, to a new file."""
     if not argument:
         raise ConfigError("/save needs a file name, such as /save talk.json.")
-    path = Path(os.path.expanduser(argument))  # Path.expanduser can fail
-    if os.path.lexists(path):
-        raise ConfigError(f"{path} already exists. Use another name.")
-    system, turns = split_system_message(session.history)
-    messages = [*system, *session.dropped_messages, *turns]
-    text = json.dumps(messages, ensure_ascii=False, indent=2) + "\n"
+    path = os.path.expanduser(argument)
+    messages = [*chat.system, *chat.messages]
     try:
-        write_atomic(path, text)
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(json.dumps(messages, ensure_ascii=False, indent=2) + "\n")
+    except FileExistsError as error:
+        raise ConfigError(f"{path} already exists. Use another name.") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot write {path}: {error}.") from error
-    return Action(session, f"(saved {len(messages)} messages to {path})")
+    chat.print_notice(f"(saved {len(messages)} messages to {path})")
 
 
 CHAT_COMMANDS = {
@@ -376,10 +296,10 @@ CHAT_COMMANDS = {
     "/reset": ChatCommand("", "drop all turns; keep the system message", reset, True),
     "/system": ChatCommand("TEXT", "set the system message, or remove it", set_system, True),
     "/temperature": ChatCommand(
-        "X", "sampling temperature; 0 = greedy", make_option_setter("temperature", 0.7)
+        "X", "sampling temperature; 0 = greedy", functools.partial(set_option, "temperature", 0.7)
     ),
     "/top-k": ChatCommand(
-        "N", "sample from the top N tokens; 0 = all", make_option_setter("top_k", 40)
+        "N", "sample from the top N tokens; 0 = all", functools.partial(set_option, "top_k", 40)
     ),
     "/save": ChatCommand("FILE", "write the messages as JSON", save_conversation, True),
     "/quit": ChatCommand("", "quit (or Ctrl-D)", quit_chat),

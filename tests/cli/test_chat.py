@@ -1,8 +1,9 @@
-"""Chatting: what is kept of a conversation, what each command does to it."""
+"""Chat: what is kept of a conversation, and what each command does to it."""
 
 import dataclasses
+import io
 import json
-import signal
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.cli import chat
-from gptjax.cli.chat import ChatSession, truncate_history
+from gptjax.cli.chat import Chat
 from gptjax.errors import ConfigError, DataError, ModelError
+from gptjax.inference.generate import complete
+from gptjax.tokenizer.chat_template import load_chat_template
 from tests.small_models import make_model
 
 CONTEXT = 64
@@ -36,356 +39,338 @@ def one_per_character(model, messages):
     return [0] * sum(len(message["content"]) for message in messages)
 
 
-def echo(messages, pressed):
+def echo(messages, interrupts):
     yield f"<{messages[-1]['content']}"
     yield ">"
 
 
 class Talk(NamedTuple):
-    session: ChatSession
-    put: str
-    said: list[str]
-    calls: list[tuple]  # (messages, sampling) of each answer
+    chat: Chat
+    replies: str
+    notices: list[str]
+    calls: list[tuple]  # (messages, sampling) of each reply
 
 
-def talk(*lines, model=ASSISTANT, session=None, answer=echo, **sampling):
-    """What comes of the lines, answered by a fake."""
-    put, said, calls, pressed = [], [], [], []
+def talk(*lines, model=ASSISTANT, answer=echo, **sampling):
+    """Chats with a fake in place of the model."""
+    replies, notices, calls = [], [], []
+    session = Chat(model, {"max_new_tokens": 8, **sampling}, replies.append, notices.append)
 
     def fake(model, messages, **sampling):
         calls.append((messages, sampling))
-        return answer(messages, pressed)
-
-    def fake_base(model, text, **sampling):
-        return fake(model, [user(text)], **sampling)
+        return answer(messages, session.interrupts)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat, "stream_answer", fake)
-        patch.setattr(chat, "stream", fake_base)
-        patch.setattr(chat, "encode_chat", one_per_character)
-        session = chat.run_repl(
-            model,
-            session or ChatSession({"max_new_tokens": 8, **sampling}),
-            lines,
-            put.append,
-            said.append,
-            pressed,
+        patch.setattr(
+            chat, "stream", lambda model, text, **options: fake(model, [user(text)], **options)
         )
-    return Talk(session, "".join(put), said, calls)
+        patch.setattr(chat, "encode_chat", one_per_character)
+        chat.run_repl(session, lines)
+    return Talk(session, "".join(replies), notices, calls)
 
 
 @pytest.mark.fast
-def test_each_message_is_answered_with_all_that_was_said_before():
-    result = talk("one", "two")
+def test_each_message_is_answered_with_the_messages_before_it_and_a_new_seed():
+    result = talk("one", "", "  ", "two", "/retry", seed=5, top_k=3)
 
-    messages = (user("one"), bot("<one>"), user("two"), bot("<two>"))
-    assert result.session.history == messages
-    assert [call[0] for call in result.calls] == [[*messages[:1]], [*messages[:3]]]
-    assert result.put == "<one>\n<two>\n"
-    assert result.said == []
-
-
-def test_every_answer_has_a_seed_of_its_own():
-    result = talk("a", "/retry", "b", "/retry", seed=5, top_k=3)
-
+    messages = [user("one"), bot("<one>"), user("two"), bot("<two>")]
+    assert result.chat.messages == messages
+    assert [call[0] for call in result.calls] == [messages[:1], messages[:3], messages[:3]]
     options = {"max_new_tokens": 8, "top_k": 3}
-    assert [call[1] for call in result.calls] == [
-        {**options, "seed": seed} for seed in (5, 6, 7, 8)
-    ]
-
-
-def test_retry_asks_the_last_message_again_without_its_answer():
-    result = talk("a", "b", "/retry")
-
-    assert result.calls[2][0] == result.calls[1][0]
-    assert result.session.history == (user("a"), bot("<a>"), user("b"), bot("<b>"))
+    assert [call[1] for call in result.calls] == [{**options, "seed": n} for n in (5, 6, 7)]
+    assert result.replies == "<one>\n<two>\n<two>\n"
+    assert result.notices == []
 
 
 @pytest.mark.parametrize("lines", [[], ["/system be brief"], ["a", "/reset"]])
-def test_there_is_nothing_to_ask_again_without_a_message(lines):
+def test_there_is_nothing_to_retry_without_a_message(lines):
     result = talk(*lines, "/retry")
 
-    assert "no message to send again" in result.said[-1]
-    assert len(result.calls) == len(lines) // 2
+    assert "no message to send again" in result.notices[-1]
 
 
-def test_a_blank_line_is_no_message():
-    assert talk("", "  ", "\t").calls == []
+def test_messages_arrive_unchanged_and_a_blank_escapes_commands():
+    texts = ["a\n b\n", "  x ", "é 漢字 👩\u200d👧", " /quit", "  /x"]
 
-
-def test_a_message_of_several_lines_or_blanks_arrives_as_it_is():
-    texts = ["a\n b\n", "  x ", "é 漢字 👩\u200d👧"]
-
-    assert [call[0][-1] for call in talk(*texts).calls] == list(map(user, texts))
-
-
-def test_a_blank_in_front_makes_a_message_of_what_looks_like_a_command():
-    result = talk(" /quit", "  /x")
-
-    assert [call[0][-1] for call in result.calls] == [user("/quit"), user("  /x")]
+    messages = [call[0][-1]["content"] for call in talk(*texts).calls]
+    assert messages == [*texts[:3], "/quit", "  /x"]
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("/rest", "there is no command /rest. Did you mean /reset? /help lists them"),
-        ("/", "there is no command /. /help lists them. To send a message that starts"),
-        ("/etc/passwd\nis a file", "there is no command /etc/passwd."),
-        ("/temperature", "temperature cannot be ''. Use a number, such as 0.7."),
-        ("/temperature warm", "temperature cannot be 'warm'"),
-        ("/temperature inf", "temperature cannot be 'inf'"),
-        ("/temperature nan", "temperature=nan must be at least"),
-        ("/temperature -1", "temperature=-1.0 must be at least"),
-        ("/top-k 1.5", "top_k cannot be '1.5'. Use a number, such as 40."),
-        ("/top-k -2", "top_k=-2 must be at least"),
-        ("/save", "/save needs a file name"),
+        ("/rest", "/rest. Did you mean /reset?"),
+        ("/", "there is no command /."),
+        ("/etc/passwd\nis a file", "/etc/passwd."),
+        ("/temperature", "temperature cannot be ''"),
+        ("/temperature warm", "'warm'"),
+        ("/temperature nan", "temperature=nan"),
+        ("/temperature -1", "temperature=-1.0"),
+        ("/top-k 1.5", "top_k cannot be '1.5'"),
+        ("/top-k -2", "top_k=-2"),
+        ("/save", "/save talk.json"),
+        ("/save none/talk.json", "cannot write none/talk.json"),
+        ("/save \0", "cannot write"),
+        ("/save .", "."),
     ],
 )
-def test_a_mistake_is_one_remark_and_the_chat_goes_on(line, words):
+def test_a_mistake_is_one_notice_and_the_chat_continues(line, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
     result = talk("a", line, "b")
 
-    assert len(result.said) == 1
-    assert words in result.said[0]
+    assert len(result.notices) == 1
+    assert words in result.notices[0]
     assert [call[0][-1] for call in result.calls] == [user("a"), user("b")]
-    assert result.session.sampling == {"max_new_tokens": 8}
+    assert result.chat.sampling == {"max_new_tokens": 8}
 
 
-def test_settings_count_from_the_next_answer_on():
+def test_options_apply_from_the_next_reply_on():
     result = talk("a", "/temperature 0.5", "/top-k 7", "b", temperature=1.0)
 
     before, after = (call[1] for call in result.calls)
     assert (before["temperature"], before.get("top_k")) == (1.0, None)
     assert (after["temperature"], after["top_k"]) == (0.5, 7)
-    assert result.said == ["(temperature is 0.5)", "(top_k is 7)"]
+    assert result.notices == ["(temperature is 0.5)", "(top_k is 7)"]
 
 
-def test_the_system_message_is_set_replaced_and_removed_and_turns_stay():
-    turns = (user("a"), bot("<a>"))
+def test_the_system_message_is_set_replaced_and_removed_and_outlives_a_reset():
+    result = talk("/system be\nbrief", "a", "/system be long", "/reset", "b", "/system", "c")
 
-    once = talk("a", "/system be\nbrief")
-    twice = talk("/system be long", session=once.session)
-    removed = talk("/system", session=twice.session)
-
-    assert once.session.history == (system("be\nbrief"), *turns)
-    assert twice.session.history == (system("be long"), *turns)
-    assert removed.session.history == turns
-    assert removed.said == ["(the system message is removed)"]
-    assert talk("b", session=once.session).calls[0][0][0] == system("be\nbrief")
+    assert [call[0] for call in result.calls] == [
+        [system("be\nbrief"), user("a")],
+        [system("be long"), user("b")],
+        [user("b"), bot("<b>"), user("c")],
+    ]
 
 
-def test_reset_leaves_the_system_message_alone():
-    result = talk("/system s", "a", "/reset")
-
-    assert result.session.history == (system("s"),)
-    assert result.said[-1] == "(dropped all turns)"
+def test_quit_ends_the_chat():
+    assert len(talk("a", "/quit", "b").calls) == 1
 
 
-def test_nothing_is_read_after_quit():
-    result = talk("a", "/quit", "b")
+def test_help_lists_the_available_commands():
+    assistant, base = talk("/help").notices, talk("/help", model=BASE).notices
 
-    assert len(result.calls) == 1
-
-
-def test_help_lists_every_command():
-    (text,) = talk("/help").said
-    (base,) = talk("/help", model=BASE).said
-
-    assert {line.split()[0] for line in text.splitlines()} >= {*chat.CHAT_COMMANDS}
-    assert {"/retry", "/temperature", "/quit"} < {*base.split()}
-    assert not {"/save", "/system", "/reset"} & {*base.split()}
+    assert {line.split()[0] for line in assistant} >= {*chat.CHAT_COMMANDS}
+    commands = {line.split()[0] for line in base}
+    assert {"/retry", "/temperature", "/quit"} < commands
+    assert not {"/save", "/system", "/reset"} & commands
 
 
-def test_save_writes_all_messages_and_nothing_else(tmp_path):
-    file = tmp_path / "talk.json"
+def test_save_writes_all_messages_to_a_new_file(tmp_path):
+    path = tmp_path / "talk.json"
 
-    result = talk("/system é", "1" * 30, "2" * 30, f"/save {file}")
+    result = talk("/system é", "1" * 30, "2" * 30, f"/save {path}", f"/save {path}")
 
-    assert [file] == list(tmp_path.iterdir())
     one, two = ([user(n * 30), bot(f"<{n * 30}>")] for n in "12")
-    assert json.loads(file.read_text(encoding="utf-8")) == [system("é"), *one, *two]
-    assert "é" in file.read_text(encoding="utf-8")
-    assert result.session.history == (system("é"), *two)
-    assert result.said[-1] == f"(saved 5 messages to {file})"
-
-
-def test_reset_forgets_what_was_forgotten_too(tmp_path):
-    file = tmp_path / "talk.json"
-
-    talk("1" * 30, "2" * 30, "/reset", f"/save {file}")
-
-    assert json.loads(file.read_text()) == []
-
-
-def test_save_writes_over_nothing(tmp_path):
-    file = tmp_path / "talk.json"
-    file.write_text("mine")
-
-    result = talk("a", f"/save {file}")
-
-    assert len(result.said) == 1
-    assert result.said[0].startswith(f"{file} already exists")
-    assert file.read_text() == "mine"
-
-
-@pytest.mark.parametrize("name", ["none/talk.json", "\0", "~nobody-of-that-name/x"])
-def test_a_file_that_cannot_be_written_is_a_remark(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-
-    result = talk("a", f"/save {name}", "b")
-
-    assert "cannot write" in result.said[0]
-    assert len(result.calls) == 2
+    assert json.loads(path.read_text(encoding="utf-8")) == [system("é"), *one, *two]
+    assert "é" in path.read_text(encoding="utf-8")
+    assert result.chat.history() == [system("é"), *two]
+    assert "saved 5 messages" in result.notices[-2]
+    assert f"{path} already exists" in result.notices[-1]
+    assert [path] == list(tmp_path.iterdir())
 
 
 @given(
     st.sampled_from(["", "s", "s" * 20]),
     st.lists(st.integers(0, 40), max_size=9),
     st.integers(0, 30),
-    st.integers(0, CONTEXT // 2),
+    st.integers(1, CONTEXT),
 )
-def test_as_many_turns_are_kept_as_leave_the_reserve(instruction, sizes, last, reserve):
-    head = [system(instruction)] if instruction else []
-    turns = [m for size in sizes for m in (user("u" * (size // 2)), bot("b" * size))]
-    question = user("q" * last)
-    room = CONTEXT - reserve
+def test_as_many_turns_are_kept_as_fit_beside_the_reply(instruction, sizes, last, reserved):
+    session = Chat(ASSISTANT, {"max_new_tokens": reserved}, print, [].append)
+    session.system = [system(instruction)] if instruction else []
+    session.messages = [m for size in sizes for m in (user("u" * (size // 2)), bot("b" * size))]
+    messages, question = session.messages, user("q" * last)
+    max_tokens = CONTEXT - min(reserved, CONTEXT // 2)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat, "encode_chat", one_per_character)
-        if len(instruction) + last > room:
-            with pytest.raises(DataError, match=f"at most {room:,} fit"):
-                truncate_history(ASSISTANT, [*head, *turns, question], reserve)
+        if len(instruction) + last > max_tokens:
+            with pytest.raises(DataError, match=f"{max_tokens:,} fit"):
+                chat.add_question(session, question)
+            assert session.messages == messages
             return
-        rest, count = truncate_history(ASSISTANT, [*head, *turns, question], reserve)
+        chat.add_question(session, question)
 
-    assert rest == [*head, *turns[2 * count :], question]
-    assert len(one_per_character(None, rest)) <= room
-    if count:
-        more = [*head, *turns[2 * count - 2 :], question]
-        assert len(one_per_character(None, more)) > room
+    assert session.messages == [*messages, question]
+    assert len(one_per_character(None, session.history())) <= max_tokens
+    if session.num_dropped:
+        assert session.num_dropped % 2 == 0
+        session.num_dropped -= 2
+        assert len(one_per_character(None, session.history())) > max_tokens
 
 
-def test_what_no_longer_fits_is_forgotten_with_a_remark_each_time():
-    def forgot(turns):
-        return f"(dropped the first {turns}: the context of 64 tokens is full)"
-
-    # A turn takes 10 + 12 tokens, and 56 are free.
+def test_turns_that_no_longer_fit_are_dropped_with_a_notice():
+    # A turn has 10 + 12 tokens, and 56 are free.
     texts = [letter * 10 for letter in "abcdef"]
     result = talk(*texts[:3], "/system " + "s" * 20, *texts[3:], "/retry")
 
     assert [len(call[0]) for call in result.calls] == [1, 3, 5, 4, 4, 4, 4]
-    assert result.said[1:] == [forgot("2 turns"), forgot("1 turn"), forgot("1 turn")]
-    turns = [user("e" * 10), bot(f"<{'e' * 10}>"), user("f" * 10), bot(f"<{'f' * 10}>")]
-    assert result.session.history == (system("s" * 20), *turns)
-
-
-def test_at_most_half_of_the_context_is_kept_for_the_answer():
-    fits = talk("x" * 32, max_new_tokens=1000)
-    result = talk("x" * 33, max_new_tokens=1000)
-
-    assert len(fits.calls) == 1
-    assert result.calls == []
-    assert result.said == [
-        "the message is 33 tokens long with the template, but at most 32 fit: 32 of "
-        "the context's 64 are reserved for the reply. Shorten it."
+    assert [line[:24] for line in result.notices[1:]] == [
+        "(dropped the first 2 tur",
+        *["(dropped the first 1 tur"] * 2,
     ]
 
 
 def test_a_message_that_does_not_fit_is_not_added():
     result = talk("/system s", "a", "x" * 60, "b")
 
-    assert "61 tokens long with the template and the system message" in result.said[1]
+    assert "61 tokens" in result.notices[1]
     assert result.calls[1][0] == [system("s"), user("a"), bot("<a>"), user("b")]
 
 
-def test_an_error_while_answering_is_a_remark_and_the_message_can_be_retried():
-    def fails_on_x(messages, pressed):
+def test_after_an_error_the_message_can_be_retried_or_is_dropped():
+    def fail_on_x(messages, interrupts):
         yield "some"
         if messages[-1]["content"] == "x":
             raise DataError("this went wrong.")
 
-    result = talk("a", "x", "/retry", "b", answer=fails_on_x)
+    result = talk("a", "x", "/retry", "b", answer=fail_on_x)
 
-    assert result.said == ["this went wrong."] * 2
+    assert result.notices == ["this went wrong."] * 2
     assert [call[0] for call in result.calls] == [
         [user("a")],
         *[[user("a"), bot("some"), user("x")]] * 2,
         [user("a"), bot("some"), user("b")],
     ]
-    assert result.put == "some\n" * 4
-    assert len({call[1]["seed"] for call in result.calls}) == 4
+    assert result.replies == "some\n" * 4
 
 
-def test_an_interrupt_keeps_what_was_written_and_ends_only_that_answer():
-    def interrupted(messages, pressed):
+def test_an_interrupt_keeps_the_text_so_far_and_computes_no_more():
+    def interrupt(messages, interrupts):
         yield "one "
         yield "two "
         if messages[-1]["content"] == "x":
-            pressed += [2, 2, 2]
+            interrupts.append(2)
         yield "three"
+        assert messages[-1]["content"] != "x"
 
-    result = talk("x", "b", answer=interrupted)
+    result = talk("x", "b", answer=interrupt)
 
-    assert result.said == ["(stopped)"]
-    assert result.put == "one two \none two three\n"
+    assert result.notices == ["(stopped)"]
+    assert result.replies == "one two \none two three\n"
     assert result.calls[1][0] == [user("x"), bot("one two"), user("b")]
 
 
-def test_no_more_is_computed_after_an_interrupt():
-    def interrupted(messages, pressed):
-        yield "one"
-        pressed.append(2)
-        yield "two"
-        raise AssertionError
-
-    assert talk("x", answer=interrupted).put == "one\n"
-
-
-@pytest.mark.parametrize("said", ["(stopped)", "(the reply is empty)"])
-def test_a_question_without_an_answer_makes_way_or_is_asked_again(said):
-    def silent(messages, pressed):
+@pytest.mark.parametrize("notice", ["(stopped)", "(the reply is empty)"])
+def test_a_question_without_a_reply_is_retried_or_dropped(notice):
+    def stay_silent(messages, interrupts):
         if messages[-1]["content"] != "x":
             yield "yes"
-        elif said == "(stopped)":
-            pressed.append(2)
+        elif notice == "(stopped)":
+            interrupts.append(2)
             yield "never"
         else:
             yield " \n"
 
-    result = talk("a", "x", "/retry", "b", answer=silent)
+    result = talk("a", "x", "/retry", "b", answer=stay_silent)
 
-    assert result.said == [said] * 2
+    assert result.notices == [notice] * 2
     assert result.calls[1][0] == result.calls[2][0] == [user("a"), bot("yes"), user("x")]
     assert result.calls[3][0] == [user("a"), bot("yes"), user("b")]
 
 
 @pytest.mark.fast
-def test_a_base_model_goes_on_from_each_line_alone():
+def test_a_base_model_completes_each_line_separately():
     result = talk("a", "b" * 100, "/retry", "/system s", model=BASE, seed=1)
 
     assert [call[0] for call in result.calls] == [[user("a")], *[[user("b" * 100)]] * 2]
     assert [call[1]["seed"] for call in result.calls] == [1, 2, 3]
-    assert "no command /system" in result.said[0]
+    assert "no command /system" in result.notices[0]
 
 
-def test_a_classifier_does_not_chat():
+def test_a_classifier_and_invalid_sampling_are_rejected():
     model = dataclasses.replace(BASE, labels=("ham", "spam"))
 
-    with pytest.raises(ModelError, match=r"runs/x is a classifier.*Use gptjax classify"):
+    with pytest.raises(ModelError, match="runs/x is a classifier"):
         chat.run_chat(model, "runs/x", {})
-
-
-def test_sampling_that_cannot_be_is_refused_before_anything_is_read():
-    with pytest.raises(ConfigError, match=r"temperature=-1.0 must be at least"):
+    with pytest.raises(ConfigError, match=r"temperature=-1\.0"):
         chat.run_chat(BASE, "name", {"temperature": -1.0})
 
 
-def test_interrupts_are_counted_and_then_are_what_they_were():
-    before = signal.getsignal(signal.SIGINT)
+def set_stdin(monkeypatch, text, encoding="utf-8"):
+    """Puts a text in place of stdin."""
+    stream = io.TextIOWrapper(io.BytesIO(text.encode(encoding)), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stream)
 
-    with chat.handle_interrupts() as pressed:
-        for _ in range(3):
-            signal.raise_signal(signal.SIGINT)
 
-    assert len(pressed) == 3
-    assert signal.getsignal(signal.SIGINT) is before
+def test_in_a_pipe_each_line_is_a_message_and_replies_go_to_stdout(monkeypatch, capsys):
+    def echo(model, messages, **sampling):
+        return iter([messages[-1]["content"], "\x1b[2J!"])
+
+    monkeypatch.setattr(chat, "stream_answer", echo)
+    monkeypatch.setattr(chat, "encode_chat", one_per_character)
+    set_stdin(monkeypatch, "é\r\n\n漢字\n/wrong\nlast")
+
+    chat.run_chat(ASSISTANT, "a\x1b[2Jname", {"max_new_tokens": 2})
+
+    out, err = capsys.readouterr()
+    assert out == "é\ufffd[2J!\n漢字\ufffd[2J!\nlast\ufffd[2J!\n"
+    header, notice = err.splitlines()
+    assert header.startswith(f"a\ufffd[2Jname: {BASE}. /help")
+    assert "/wrong" in notice
+
+
+def test_a_reply_is_written_before_the_next_line_is_read(monkeypatch, capsys):
+    written = []
+
+    class Lines:
+        isatty = staticmethod(lambda: False)
+
+        def __iter__(self):
+            for line in ("a\n", "b\n"):
+                yield line
+                written.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(chat, "stream", lambda model, text, **sampling: iter(text))
+    monkeypatch.setattr(sys, "stdin", Lines())
+
+    chat.run_chat(BASE, "name", {})
+
+    assert written == ["a\n", "b\n"]
+
+
+def test_stdin_must_be_utf_8(monkeypatch):
+    set_stdin(monkeypatch, "é", encoding="latin-1")
+
+    with pytest.raises(DataError, match="UTF-8"):
+        chat.run_chat(ASSISTANT, "name", {})
+
+
+def test_characters_that_the_output_lacks_become_question_marks():
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+
+    chat.print_text(file, "aé漢\x1b\n")
+
+    assert file.buffer.getvalue() == b"a???\n"
+
+
+def test_a_base_model_writes_the_same_as_generation(monkeypatch, capsys):
+    options = {"max_new_tokens": 20, "temperature": 1.0}
+    set_stdin(monkeypatch, "to be\nor not\n")
+
+    chat.run_chat(BASE, "name", options)
+
+    results = [
+        complete(BASE, text, **options, seed=seed)[0].text
+        for seed, text in enumerate(["to be", "or not"])
+    ]
+    assert capsys.readouterr().out == "".join(chat.sanitize(f"{text}\n") for text in results)
+
+
+def test_an_assistant_with_a_real_template_replies_until_its_context_is_full(monkeypatch, capsys):
+    source = load_chat_template("chatml").source
+    model = dataclasses.replace(make_model(context_length=128, n_layers=1), chat_template=source)
+    set_stdin(monkeypatch, "first\nsecond\n" + "x" * 128)
+
+    chat.run_chat(model, "name", {"max_new_tokens": 12})
+
+    out, err = capsys.readouterr()
+    first = chat.stream_answer(model, [user("first")], max_new_tokens=12, seed=0)
+    second = chat.stream_answer(model, [user("second")], max_new_tokens=12, seed=1)
+    assert out == chat.sanitize("".join([*first, "\n", *second, "\n"]))
+    assert "dropped the first 1 turn" in err
+    assert "116 fit" in err
