@@ -22,6 +22,9 @@ MAX_CONFIG_BYTES = 1_000_000  # maximum size of a config file
 # "operational": does not change the results.
 ResumePolicy = Literal["identity", "trajectory", "operational"]
 
+# Values of options that a package of this name in gptjax implements, see `plugins`.
+PluginValue = Literal["book"]
+
 
 def option(
     default: Any,
@@ -182,9 +185,9 @@ class DataConfig:
     label_column: str = option(
         "", "label column of labeled texts; empty = detect", resume="identity"
     )
-    split_strategy: Literal["stratified", "book"] = option(
+    split_strategy: Literal["stratified", PluginValue] = option(
         "stratified",
-        "split of fine-tuning data: stratified by class, or as in the book",
+        "split of fine-tuning data: stratified by class, or as `import gptjax.book` does",
         resume="identity",
     )
     balance_classes: bool = option(
@@ -209,12 +212,12 @@ class DataConfig:
     batch_size: int = option(
         8, "rows per step, over all devices and micro-batches [B]", minimum=1, resume="trajectory"
     )
-    batching: Literal["auto", "packed", "concat", "padded", "book"] = option(
+    batching: Literal["auto", "packed", "concat", "padded", PluginValue] = option(
         "auto",
         "packed = several documents or conversations per row, isolated from each "
         "other; concat = one stream of documents, attention across their boundaries; "
-        "padded = one per row, padded to a bucket length; book = as in the book; auto "
-        "= packed for pretraining, else padded",
+        "padded = one per row, padded to a bucket length; auto = packed for "
+        "pretraining, else padded; book = as `import gptjax.book` does",
         resume="trajectory",
     )
     chat_template: str = option(
@@ -237,10 +240,10 @@ class OptimConfig:
     """AdamW and learning rate schedule."""
 
     peak_lr: float = option(6e-4, "learning rate after the warmup", minimum=0, resume="trajectory")
-    schedule: Literal["cosine", "constant", "wsd", "book"] = option(
+    schedule: Literal["cosine", "constant", "wsd", PluginValue] = option(
         "cosine",
         "learning rate after the warmup; wsd = constant, then decay in the last fifth; "
-        "book = cosine, with a warmup from the final learning rate",
+        "book = as `import gptjax.book` does",
         resume="trajectory",
     )
     warmup_steps: int = option(100, "steps of linear warmup", minimum=0, resume="trajectory")
@@ -275,8 +278,8 @@ class OptimConfig:
 class TrainConfig:
     """Task, length, seed, logging and evaluation."""
 
-    task: Literal["pretrain", "classify", "sft", "dpo", "book"] = option(
-        "pretrain", "kind of training; book = as in the book", resume="identity"
+    task: Literal["pretrain", "classify", "sft", "dpo", PluginValue] = option(
+        "pretrain", "kind of training; book = as `import gptjax.book` does", resume="identity"
     )
     steps: int = option(1000, "number of optimizer updates", minimum=1, resume="trajectory")
     seed: int = option(0, "seed of parameters, batches and dropout", minimum=0, resume="identity")

@@ -3,27 +3,23 @@
 Recomputes the numbers that the book prints. They depend on PyTorch's random numbers,
 which this package generates without PyTorch. Read `torch_random` first. The rest of
 gptjax does not need this package. Public names are imported on first use.
+
+Importing it adds the value "book" to four options: the book's splits, batch order,
+learning rate and training loops.
 """
 
-from typing import TYPE_CHECKING, Any
+import functools
 
-if TYPE_CHECKING:
-    from gptjax.book.loader import Loader as Loader
-    from gptjax.book.loader import epochs as epochs
-    from gptjax.book.params import init_params as init_params
-    from gptjax.book.torch_random import TorchGenerator as TorchGenerator
+import lazy_loader
 
-__all__ = ["Loader", "TorchGenerator", "epochs", "init_params"]
+from gptjax.plugins import register_value
 
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
-def __getattr__(name: str) -> Any:
-    """Loads a public name from its module (PEP 562)."""
-    if name not in __all__:
-        raise AttributeError(f"module 'gptjax.book' has no attribute {name!r}")
-    from gptjax.book import loader, params
-
-    return getattr(params if hasattr(params, name) else loader, name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+for _option, _name in {
+    "data.split_strategy": "book_split",
+    "data.batching": "BOOK_BATCHING",
+    "optim.schedule": "BOOK_LEARNING_RATE",
+    "train.task": "book_stages",
+}.items():
+    register_value(_option, "book", functools.partial(__getattr__, _name))

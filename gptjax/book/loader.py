@@ -7,12 +7,13 @@ generator; these are the batches without dropout, or with training on a GPU.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
-from gptjax.book.torch_random import TorchGenerator
+from gptjax.book.torch_random import TorchGenerator, dataloader_order, torch_randperm
 from gptjax.config import check_min
-from gptjax.data.torch_order import torch_randperm
-from gptjax.errors import ConfigError
+from gptjax.data.lm import Batch
+from gptjax.data.sft import TRAIN_ON_COMPLETIONS, Example, SFTBatching, collate
+from gptjax.errors import ConfigError, DataError
 
 BatchIndices = list[list[int]]
 NUMBERS_PER_PASS = 2  # 32-bit numbers drawn by every pass, for worker seeds
@@ -113,3 +114,58 @@ def iterate_epochs(
             evaluations += -(-stop // eval_every) - -(-step // eval_every)
         generator.next_uint32((loader.numbers_per_pass + NUMBERS_PER_PASS) * evaluations)
         step = stop
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BookBatches:
+    """Batches in the order of a shuffling DataLoader: `data.batching = "book"`."""
+
+    examples: Sequence[Example]
+    rows: int  # batch size B; an incomplete last batch is dropped
+    pad_id: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Checks that there is at least one batch."""
+        if len(self.examples) < self.rows:
+            raise DataError(
+                f"{len(self.examples)} conversations do not fill one batch of {self.rows} "
+                "rows, and data.batching=book drops incomplete batches. Decrease "
+                "data.batch_size, or use data.batching=padded."
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches per epoch."""
+        return len(self.examples) // self.rows
+
+    @property
+    def batch_shapes(self) -> list[int]:
+        """Row lengths that occur in the first epoch."""
+        return sorted({self.max_length(self.batch_indices(n)) for n in range(self.steps_per_epoch)})
+
+    def batch_indices(self, step: int) -> list[int]:
+        """Returns the example indices of a step."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        order = dataloader_order(self.seed, len(self.examples), epoch)
+        return order[number * self.rows :][: self.rows]
+
+    def max_length(self, indices: Iterable[int]) -> int:
+        """Returns the positions of the longest of these examples."""
+        return max(len(self.examples[n].ids) - 1 for n in indices)
+
+    def batch_at(self, step: int) -> Batch:
+        """Returns the batch of a training step, counted from 0."""
+        return self.make_batch(self.batch_indices(step))
+
+    def make_batch(self, indices: Sequence[int]) -> Batch:
+        """Returns the examples at these indices, padded to the longest of them."""
+        rows = [[self.examples[n]] for n in indices]
+        return collate(rows, self.max_length(indices), self.pad_id)
+
+
+# The header before a response is trained on as well, as in exercise 7.2.
+BOOK_BATCHING = SFTBatching(
+    lambda examples, rows, context, pad_id, seed: BookBatches(examples, rows, pad_id, seed),
+    completion_segments=TRAIN_ON_COMPLETIONS | {"header"},
+)

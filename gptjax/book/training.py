@@ -7,8 +7,7 @@ here. Dropout masks differ from the book's.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.book.ch02 import make_windows, split_text
-from gptjax.book.loader import Loader
+from gptjax.book.loader import BookBatches, Loader
 from gptjax.book.params import init_params
 from gptjax.book.schedule import (
     FIRST_EVAL_STEP,
@@ -31,7 +30,6 @@ from gptjax.config import RunConfig
 from gptjax.data.classification import ClassificationBatches, take
 from gptjax.data.datasets import fetch_dataset
 from gptjax.data.lm import Batch, make_lm_batch
-from gptjax.data.sft import BookBatches
 from gptjax.data.text import TEST_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError
 from gptjax.evaluation import perplexity
@@ -48,7 +46,6 @@ from gptjax.tasks.classify import (
 )
 from gptjax.tasks.pretrain import finalize_pretrain, make_sample
 from gptjax.tasks.sft import SFTData, finalize_sft, load_sft_data, make_sft_task
-from gptjax.tasks.train import run_stages
 from gptjax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from gptjax.training import estimate
 from gptjax.training.finetune import tokenizer_provenance
@@ -247,22 +244,11 @@ CHAPTERS = {  # data.source -> stages of the chapter's run
 }
 
 
-def train_book(
-    config: RunConfig, run_dir: str | Path, *, allow_change: Sequence[str] = (), on_spike: str = ""
-) -> Model:
-    """Trains as a chapter of the book does; resumes if the run exists.
-
-    `data.source` selects the chapter. Arguments and errors are those of `gptjax.train`.
-    """
+def book_stages(config: RunConfig) -> TaskStages:
+    """Finds the stages of the chapter that uses `data.source`."""
     if config.data.source not in CHAPTERS:
         raise ConfigError(
             f"data.source={config.data.source!r} is not used by the book. Use "
             f"{', '.join(CHAPTERS)}, or another train.task."
         )
-    return run_stages(
-        CHAPTERS[config.data.source],
-        config,
-        Path(run_dir),
-        allow_change=allow_change,
-        on_spike=on_spike,
-    )
+    return CHAPTERS[config.data.source]

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import click
 
+import gptjax.book  # noqa: F401 (adds values of options)
 from gptjax.config import RENAMED_OPTIONS, RunConfig, config_options, did_you_mean, from_dict
 from gptjax.errors import ConfigError
 from gptjax.runtime import cpu_flags

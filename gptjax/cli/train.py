@@ -118,12 +118,8 @@ def train_config(
     config: RunConfig, run_dir: Path, allow_change: tuple[str, ...], on_spike: str
 ) -> None:
     """Trains the task of the config and logs the progress to stdout."""
+    from gptjax.tasks.train import train as train_task
     from gptjax.training.resource_errors import translate_resource_errors
-
-    if config.train.task == "book":
-        from gptjax.book.training import train_book as train_task
-    else:
-        from gptjax.tasks.train import train as train_task
 
     mark_phase("importing")
     # Resource errors may also occur after training, when the results are written.

@@ -18,7 +18,7 @@ from gptjax.config import did_you_mean
 from gptjax.data import classification, datasets
 from gptjax.data.builtin import PYTHON_LINES, WORD_TASKS, word_tasks
 from gptjax.data.readers import READERS, open_decompressed
-from gptjax.data.splits import split_sizes
+from gptjax.data.splits import SplitFn, check_split_fractions, split_sizes
 from gptjax.data.text import (
     ALL_SPLITS,
     TRAIN_SPLIT,
@@ -26,7 +26,8 @@ from gptjax.data.text import (
     get_row_text,
     suffix_without_gz,
 )
-from gptjax.errors import ConfigError, DataError
+from gptjax.errors import DataError
+from gptjax.plugins import load_plugin
 from gptjax.tokenizer.template_worker import ChatMessage
 
 CONVERSATION_DATASETS = ("instructions", "preferences", WORD_TASKS)
@@ -55,7 +56,6 @@ ROLE_ALIASES = {"system": "system", "user": "user", "human": "user"}
 ROLE_ALIASES |= dict.fromkeys(("assistant", "gpt", "model", "bot"), "assistant")
 SPLIT_ALIASES = {name: name for name in ALL_SPLITS}
 SPLIT_ALIASES |= dict.fromkeys(("val", "valid"), VALIDATION_SPLIT)
-SPLIT_STRATEGIES = ("stratified", "book")
 OPTIONAL_COLUMNS = dict.fromkeys(("system", "input", "split", "task"), "")
 ROW_ADVICE = "All rows need the same columns."
 MESSAGE_ADVICE = 'Write each message as {"role": "user", "content": "..."}.'
@@ -360,7 +360,7 @@ def split_conversations(
 
     Args:
         items: rows; their own splits take precedence over the other arguments.
-        strategy: "stratified" or "book"; "book" ignores the fractions and the seed.
+        strategy: "stratified", or that of a plugin, which uses no other argument.
         val_fraction: fraction of the rows; at least one row.
         test_fraction: fraction of the rows; at least one row.
         seed: for shuffling.
@@ -369,11 +369,6 @@ def split_conversations(
         ConfigError: the strategy is unknown, or the fractions sum to 1 or more.
         DataError: there are too few rows, or only some specify a split.
     """
-    if strategy not in SPLIT_STRATEGIES:
-        raise ConfigError(
-            f"unknown data.split_strategy={strategy!r}."
-            f"{did_you_mean(strategy, SPLIT_STRATEGIES)} Choose stratified or book."
-        )
     if parts := splits_from_column(items):
         if TRAIN_SPLIT not in parts:
             raise DataError(
@@ -381,13 +376,10 @@ def split_conversations(
                 "rows, or remove the column 'split'."
             )
         return parts
-    if strategy == "book":
-        return book_instruction_split(items)
-    if val_fraction + test_fraction >= 1:
-        raise ConfigError(
-            f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} "
-            "leave no training rows. Choose fractions with a sum below 1."
-        )
+    if strategy != "stratified":
+        split_fn: SplitFn = load_plugin("data.split_strategy", strategy)
+        return split_fn(items)
+    check_split_fractions(val_fraction, test_fraction)
     fractions = (1.0 - val_fraction - test_fraction, val_fraction, test_fraction)
     shares = {n: share for n, share in zip(ALL_SPLITS, fractions, strict=True) if share}
     if len(items) < len(shares):
@@ -399,19 +391,6 @@ def split_conversations(
     sizes = split_sizes(len(items), list(shares.values()), "")
     index_parts = np.split(order, np.cumsum(sizes)[:-1])
     return {n: [items[i] for i in indices] for n, indices in zip(shares, index_parts, strict=True)}
-
-
-def book_instruction_split(items: list[ConversationOrPair]) -> dict[str, list[ConversationOrPair]]:
-    """Splits train:test:validation 85:10:5 in file order (Raschka 2024, ch. 7)."""
-    if len(items) < 10:
-        raise DataError(
-            f"data.split_strategy=book leaves no test rows of {len(items)}. Provide at "
-            "least 10 rows, or use data.split_strategy=stratified."
-        )
-    train = int(len(items) * 0.85)
-    test = train + int(len(items) * 0.1)
-    parts = (items[:train], items[test:], items[train:test])
-    return dict(zip(ALL_SPLITS, parts, strict=True))
 
 
 def summarize_conversations(items: list[ConversationOrPair]) -> str:

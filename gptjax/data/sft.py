@@ -1,23 +1,23 @@
 """Tokenized conversations with loss masks, and their batches.
 
-Batches are length-bucketed, packed, or those of the book's data loader. The loss mask
-depends on a token's position in the conversation, never on its id: GPT-2 uses the token
-that ends a response for padding as well.
+Batches are length-bucketed or packed. The loss mask depends on a token's position in
+the conversation, never on its id: GPT-2 uses the token that ends a response for padding
+as well.
 """
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from gptjax.data.bucketing import BucketSampler, buckets
 from gptjax.data.conversations import Conversation
 from gptjax.data.lm import Batch
-from gptjax.data.torch_order import dataloader_order
 from gptjax.errors import ConfigError, DataError
+from gptjax.plugins import load_plugin
 from gptjax.tokenizer.chat_template import ChatTemplate, TemplateSegment
 from gptjax.tokenizer.tokenizer import Tokenizer
 
@@ -257,46 +257,48 @@ class PackedBatches:
         return collate(rows, self.context, self.pad_id)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class BookBatches:
-    """Batches of the book's data loader."""
-
-    examples: Sequence[Example]
-    rows: int  # batch size B; an incomplete last batch is dropped
-    pad_id: int
-    seed: int
+class SFTBatches(Protocol):
+    """Batches of conversations."""
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches per epoch."""
-        return len(self.examples) // self.rows
 
     @property
     def batch_shapes(self) -> list[int]:
-        """Row lengths that occur in the first epoch."""
-        return sorted({self.max_length(self.batch_indices(n)) for n in range(self.steps_per_epoch)})
-
-    def batch_indices(self, step: int) -> list[int]:
-        """Returns the example indices of a step."""
-        epoch, number = divmod(step, self.steps_per_epoch)
-        order = dataloader_order(self.seed, len(self.examples), epoch)
-        return order[number * self.rows :][: self.rows]
-
-    def max_length(self, indices: Iterable[int]) -> int:
-        """Returns the positions of the longest of these examples."""
-        return max(len(self.examples[n].ids) - 1 for n in indices)
+        """Row lengths that occur."""
 
     def batch_at(self, step: int) -> Batch:
         """Returns the batch of a training step, counted from 0."""
-        return self.make_batch(self.batch_indices(step))
-
-    def make_batch(self, indices: Sequence[int]) -> Batch:
-        """Returns the examples at these indices, padded to the longest of them."""
-        rows = [[self.examples[n]] for n in indices]
-        return collate(rows, self.max_length(indices), self.pad_id)
 
 
-SFTBatches = BucketedBatches | PackedBatches | BookBatches
+class SFTBatching(NamedTuple):
+    """Way of batching conversations, a value of `data.batching`."""
+
+    # (examples, batch size, context, padding id, seed) -> batches
+    make_batches: Callable[[Sequence[Example], int, int, int, int], SFTBatches]
+    completion_segments: frozenset[str] = TRAIN_ON_COMPLETIONS  # if completion_only_loss
+
+
+SFT_BATCHING = {
+    "auto": SFTBatching(make_bucketed_batches),
+    "padded": SFTBatching(make_bucketed_batches),
+    "packed": SFTBatching(PackedBatches),
+}
+
+
+def find_sft_batching(batching: str) -> SFTBatching:
+    """Finds the way of batching with a name, one of `SFT_BATCHING` or of a plugin.
+
+    Raises:
+        DataError: the name is only valid for pretraining.
+    """
+    if batching == "concat":
+        raise DataError(
+            "data.batching=concat allows attention across the documents of a row, "
+            "which is not supported for conversations. Use packed or padded."
+        )
+    return SFT_BATCHING.get(batching) or load_plugin("data.batching", batching)
 
 
 def make_sft_batches(
@@ -305,30 +307,12 @@ def make_sft_batches(
     """Creates the batches of a run; deterministic in its arguments.
 
     Args:
-        batching: "auto" (padded), "padded", "packed" or "book".
+        batching: see `find_sft_batching`.
         examples: training examples, at most `context` + 1 tokens each.
         rows: batch size B.
         context: [T] maximum positions per row.
         pad_id: fills unused positions.
         seed: for shuffling.
-
-    Raises:
-        DataError: `batching` is invalid for conversations, or there are fewer examples
-            than one batch needs.
     """
-    if batching == "packed":
-        return PackedBatches(examples, rows, context, pad_id, seed)
-    if batching == "book":
-        if len(examples) < rows:
-            raise DataError(
-                f"{len(examples)} conversations do not fill one batch of {rows} rows, "
-                "and data.batching=book drops incomplete batches. Decrease "
-                "data.batch_size, or use data.batching=padded."
-            )
-        return BookBatches(examples, rows, pad_id, seed)
-    if batching == "concat":
-        raise DataError(
-            "data.batching=concat allows attention across the documents of a row, "
-            "which is not supported for conversations. Use packed or padded."
-        )
-    return make_bucketed_batches(examples, rows, context, pad_id, seed)
+    make_batches = find_sft_batching(batching).make_batches
+    return make_batches(examples, rows, context, pad_id, seed)

@@ -1,38 +1,23 @@
-"""Training, validation and test splits of labeled texts.
+"""Training, validation and test splits of labeled texts."""
 
-`stratified` keeps the class proportions in each split. `book` reproduces the splits of
-Raschka 2024, "Build a Large Language Model (From Scratch)", chapter 6, row by row, for
-comparison with its results.
-"""
-
-import csv
-import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from gptjax.config import did_you_mean
 from gptjax.data.classification import LabeledTexts, take
 from gptjax.data.text import ALL_SPLITS
 from gptjax.errors import ConfigError, DataError
+from gptjax.plugins import load_plugin
 
-BOOK_SPLIT_SEED = 123
+# Splits all rows, labeled texts or conversations, by the name of the split.
+SplitFn = Callable[[Any], dict[str, Any]]
 MAX_TABLE_CLASSES = 20  # classes with a table row of their own
 
 
-def check_split_options(strategy: str, val_fraction: float, test_fraction: float) -> None:
-    """Rejects an unknown strategy, and fractions that leave no training rows.
-
-    Raises:
-        ConfigError: one of them is invalid.
-    """
-    if strategy != "stratified":
-        raise ConfigError(
-            f"unknown data.split_strategy={strategy!r}."
-            f"{did_you_mean(strategy, ('stratified', 'book'))} Choose stratified or "
-            "book."
-        )
+def check_split_fractions(val_fraction: float, test_fraction: float) -> None:
+    """Rejects fractions that leave no training rows."""
     if val_fraction + test_fraction >= 1:
         raise ConfigError(
             f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} "
@@ -54,8 +39,7 @@ def stratified_split(
 
     Args:
         data: all rows.
-        strategy: "stratified" or "book"; "book" ignores the fractions, the seed and
-            `balance_classes`.
+        strategy: "stratified", or that of a plugin, which uses no other argument.
         val_fraction: fraction of the rows.
         test_fraction: fraction of the rows.
         seed: for selecting and shuffling rows.
@@ -68,9 +52,10 @@ def stratified_split(
     """
     if deduplicate:
         data = drop_duplicates(data)
-    if strategy == "book":
-        return book_classification_split(data)
-    check_split_options(strategy, val_fraction, test_fraction)
+    if strategy != "stratified":
+        split_fn: SplitFn = load_plugin("data.split_strategy", strategy)
+        return split_fn(data)
+    check_split_fractions(val_fraction, test_fraction)
     generator = np.random.default_rng(seed)
     rows_by_class = class_indices(data)
     if balance_classes:
@@ -138,44 +123,6 @@ def drop_duplicates(data: LabeledTexts) -> LabeledTexts:
                 "--data.deduplicate false."
             )
     return take(data, first_index.values())
-
-
-def book_classification_split(data: LabeledTexts) -> dict[str, LabeledTexts]:
-    """Balances two classes, shuffles and splits 70:10:20, like the book.
-
-    Selects the same rows as pandas' `sample(n, random_state=123)`.
-    """
-    if len(data.class_names) != 2:
-        raise DataError(
-            "data.split_strategy=book requires two classes, not "
-            f"{len(data.class_names)}. Use data.split_strategy=stratified."
-        )
-    larger, smaller = sorted(class_indices(data), key=len, reverse=True)
-    sampled = larger[book_sample(len(larger), len(smaller))]
-    rows = np.concatenate([sampled, smaller])
-    rows = rows[book_sample(len(rows), len(rows))]
-    if len(rows) < 10:
-        raise DataError(
-            f"data.split_strategy=book leaves {len(rows)} rows and no validation rows. "
-            "Provide at least 5 rows per class, or use data.split_strategy=stratified."
-        )
-    train_end = int(len(rows) * 0.7)
-    parts = np.split(rows, [train_end, train_end + int(len(rows) * 0.1)])
-    return {split: take(data, part) for split, part in zip(ALL_SPLITS, parts, strict=True)}
-
-
-def book_sample(count: int, size: int) -> np.ndarray:
-    """Samples `size` of the indices below `count` without replacement."""
-    return np.random.RandomState(BOOK_SPLIT_SEED).choice(count, size=size, replace=False)
-
-
-def book_csv(data: LabeledTexts) -> str:
-    """Returns the rows in the format of the book's CSV files, for comparison."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["Label", "Text"])
-    writer.writerows(zip(data.labels, data.texts, strict=True))
-    return text.getvalue()
 
 
 def describe_splits(splits: dict[str, LabeledTexts]) -> list[str]:

@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax.config import RunConfig
+from gptjax.config import DataConfig, RunConfig
 from gptjax.data.conversations import Conversation, read_conversations
 from gptjax.data.sft import (
     TRAIN_ON_ALL,
     TRAIN_ON_COMPLETIONS,
     Example,
     encode_conversations,
+    find_sft_batching,
     make_sft_batches,
     truncate_all,
 )
@@ -88,10 +89,7 @@ def load_sft_data(run: RunContext) -> tuple[RunContext, SFTData]:
     context = c.model.context_length
     if init_model is not None:
         context = min(context, init_model.config.context_length)
-    trained_segments = TRAIN_ON_COMPLETIONS if c.data.completion_only_loss else TRAIN_ON_ALL
-    if c.data.completion_only_loss and c.data.batching == "book":
-        # As in Raschka 2024, exercise 7.2.
-        trained_segments = trained_segments | {"header"}
+    trained_segments = segments_with_loss(c.data)
     conversations, examples, completion_examples = {}, {}, {}
     num_truncated = num_dropped = 0
     for name, part in splits.items():
@@ -122,6 +120,13 @@ def load_sft_data(run: RunContext) -> tuple[RunContext, SFTData]:
         conversations, examples, completion_examples, tokenizer, template, init_model, summary_lines
     )
     return with_model_config(run, init_model, tokenizer), data
+
+
+def segments_with_loss(config: DataConfig) -> frozenset[str]:
+    """Kinds of segments that are trained on."""
+    if not config.completion_only_loss:
+        return TRAIN_ON_ALL
+    return find_sft_batching(config.batching).completion_segments
 
 
 def make_sft_task(run: RunContext, data: SFTData) -> Task:
@@ -179,14 +184,13 @@ def make_sft_evaluate(run: RunContext, data: SFTData) -> Callable[[Model, int, b
     The best model has the lowest loss on validation answers. Also generates answers to
     a fixed subset of these rows, and before the first step to test rows as a baseline.
     """
-    data_config = run.config.data
     rows = evenly_spaced(data.conversations[VALIDATION_SPLIT], NUM_EVAL_SAMPLES)
     test_rows = evenly_spaced(data.conversations.get(TEST_SPLIT, []), NUM_TEST_SAMPLES)
     train_subset = evenly_spaced(
         range(len(data.examples[TRAIN_SPLIT])), run.config.train.eval_batches * 8
     )
     # Else the training loss is that of the answers.
-    has_response_loss = not data_config.completion_only_loss or data_config.batching == "book"
+    has_response_loss = segments_with_loss(run.config.data) != TRAIN_ON_COMPLETIONS
 
     def evaluate_split(model: Model, split: str, **values: Any) -> dict[str, Any]:
         all_rows = range(len(data.examples[split]))

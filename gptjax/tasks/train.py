@@ -1,10 +1,10 @@
 """Training of any task, as `train.task` says."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gptjax.config import RunConfig
-from gptjax.errors import ConfigError
+from gptjax.plugins import load_plugin
 from gptjax.tasks.builder import TaskStages
 from gptjax.tasks.classify import CLASSIFY
 from gptjax.tasks.dpo import DPO
@@ -13,6 +13,8 @@ from gptjax.tasks.sft import SFT
 from gptjax.training.run_dir import open_run
 from gptjax.training.trainer import fit
 from gptjax.weights.model_folder import Model
+
+StagesFn = Callable[[RunConfig], TaskStages]  # implementation of a plugin's task
 
 TASKS = {"pretrain": PRETRAIN, "classify": CLASSIFY, "sft": SFT, "dpo": DPO}
 
@@ -34,31 +36,17 @@ def train(
         GptjaxError: invalid data, config or run folder, or a resource error.
         Interrupted: interrupted by SIGINT or SIGTERM; the same call resumes.
     """
-    if config.train.task not in TASKS:
-        raise ConfigError(
-            f"train.task={config.train.task!r} is trained by gptjax.book.train_book. "
-            f"Call it, or choose one of {', '.join(TASKS)}."
-        )
-    return run_stages(
-        TASKS[config.train.task],
-        config,
-        Path(run_dir),
-        allow_change=allow_change,
-        on_spike=on_spike,
-    )
-
-
-def run_stages(
-    stages: TaskStages,
-    config: RunConfig,
-    run_dir: Path,
-    *,
-    allow_change: Sequence[str] = (),
-    on_spike: str = "",
-) -> Model:
-    """Runs the stages of a task in an open run; otherwise as `train`."""
-    with open_run(config, run_dir, allow_change=allow_change, on_spike=on_spike) as run:
+    stages = find_stages(config)
+    with open_run(config, Path(run_dir), allow_change=allow_change, on_spike=on_spike) as run:
         run, data = stages.load_data(run)
         task = stages.make_task(run, data)
         state = fit(run, task)
         return stages.finalize(run, data, task, state)
+
+
+def find_stages(config: RunConfig) -> TaskStages:
+    """Finds the stages of `train.task`."""
+    if config.train.task in TASKS:
+        return TASKS[config.train.task]
+    stages_fn: StagesFn = load_plugin("train.task", config.train.task)
+    return stages_fn(config)

@@ -1,6 +1,7 @@
 """AdamW, learning-rate schedules and weight-decay rules over parameter names."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import optax
 
 from gptjax.config import OptimConfig
 from gptjax.errors import ConfigError
+from gptjax.plugins import load_plugin
 from gptjax.tree import flatten_with_names, match_rules
 
 # Radford et al. 2018 ("all non bias or gain weights"). Exact cover: see `match_rules`.
@@ -16,21 +18,31 @@ WEIGHT_DECAY_RULES = {
     **{"*bias": False, "*scale": False},
 }
 
+SCHEDULES = ("constant", "cosine", "wsd")  # others are those of plugins
 WSD_DECAY_FRACTION = 0.2  # fraction of the run in which the schedule "wsd" decays
+
+
+class LearningRateRule(NamedTuple):
+    """Learning rate and gradient clipping of a plugin's value of `optim.schedule`."""
+
+    make_schedule: Callable[[OptimConfig, int], optax.Schedule]
+    adapt_grad_clip: Callable[
+        [OptimConfig, optax.GradientTransformation], optax.GradientTransformation
+    ]
 
 
 def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate as a function of the number of finished steps.
 
-    All schedules warm up linearly over `warmup_steps`, then follow one of:
+    The schedules warm up linearly over `warmup_steps`, then follow one of:
 
     - "constant";
     - "cosine": decays to `final_lr_fraction * peak_lr` at the last step
       (Loshchilov & Hutter 2017);
     - "wsd": constant, then linear decay over the last fifth of the run
-      (Hu et al. 2024);
-    - "book": "cosine" with a warm-up that starts at its final value,
-      `final_lr_fraction * peak_lr` (Raschka 2024, appendix D).
+      (Hu et al. 2024).
+
+    Other names are those of plugins.
 
     Raises:
         ConfigError: the warm-up is longer than the run.
@@ -41,6 +53,9 @@ def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
             f"optim.warmup_steps={warmup_steps} must not exceed train.steps={steps}. "
             "Lower optim.warmup_steps or raise train.steps."
         )
+    if optim.schedule not in SCHEDULES:
+        rule: LearningRateRule = load_plugin("optim.schedule", optim.schedule)
+        return rule.make_schedule(optim, steps)
     remaining_steps = steps - warmup_steps
     decay_steps = min(remaining_steps, round(steps * WSD_DECAY_FRACTION))
     final_lr = peak_lr * optim.final_lr_fraction
@@ -53,13 +68,10 @@ def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
             peak_lr, final_lr, max(decay_steps, 1), remaining_steps - decay_steps
         ),
     }
-    schedules["book"] = schedules["cosine"]
     # Starts at peak / warmup: a first update with rate 0 would be wasted.
     warmup_schedule = optax.linear_schedule(
         peak_lr / max(warmup_steps, 1), peak_lr, max(warmup_steps - 1, 1)
     )
-    if optim.schedule == "book":
-        warmup_schedule = optax.linear_schedule(final_lr, peak_lr, max(warmup_steps, 1))
     return optax.join_schedules([warmup_schedule, schedules[optim.schedule]], [warmup_steps])
 
 
@@ -84,14 +96,14 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
 
 
 def make_grad_clip(optim: OptimConfig) -> optax.GradientTransformation:
-    """Clipping by global norm; the schedule "book" clips only after its warm-up."""
+    """Clipping by global norm, as the learning-rate schedule requires."""
     if not optim.grad_clip:
         return optax.identity()
     clip = clip_by_global_norm(optim.grad_clip)
-    if optim.schedule == "book":
-        after_warmup: Any = lambda step: step >= optim.warmup_steps  # noqa: E731
-        return optax.conditionally_transform(clip, after_warmup)
-    return clip
+    if optim.schedule in SCHEDULES:
+        return clip
+    rule: LearningRateRule = load_plugin("optim.schedule", optim.schedule)
+    return rule.adapt_grad_clip(optim, clip)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

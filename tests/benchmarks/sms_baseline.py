@@ -8,6 +8,7 @@ label, and of scikit-learn's defaults on words and on characters. Needs [peers].
 
 from collections import Counter
 
+import gptjax.book  # noqa: F401 (the values "book")
 from gptjax.data.classification import read_labeled_texts
 from gptjax.data.splits import stratified_split
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.book import Loader, TorchGenerator, epochs
-from gptjax.data.torch_order import dataloader_order
+from gptjax.book.torch_random import dataloader_order
 from gptjax.errors import ConfigError
 from tests.torch_peer import import_torch
 

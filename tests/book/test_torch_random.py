@@ -10,8 +10,14 @@ from hypothesis import strategies as st
 
 import gptjax.book
 from gptjax.book import TorchGenerator, torch_random
-from gptjax.book.torch_random import BOX_MULLER_BLOCK, box_muller, cos_sin, exact_fma, log_float32
-from gptjax.data.torch_order import torch_randperm
+from gptjax.book.torch_random import (
+    BOX_MULLER_BLOCK,
+    box_muller,
+    cos_sin,
+    exact_fma,
+    log_float32,
+    torch_randperm,
+)
 from gptjax.errors import ConfigError
 from tests.torch_peer import import_exact_torch
 

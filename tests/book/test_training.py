@@ -2,8 +2,6 @@
 
 import dataclasses
 import itertools
-import re
-import shlex
 from pathlib import Path
 
 import jax
@@ -15,7 +13,6 @@ import gptjax
 from gptjax import book
 from gptjax.book import training
 from gptjax.book.training import CHAPTERS
-from gptjax.cli.main import parse_command
 from gptjax.config import RunConfig, find_config, from_dict, load_config
 from gptjax.data.classification import take
 from gptjax.data.sft import collate
@@ -62,7 +59,7 @@ def start(tmp_path):
 def test_chapter_5_trains_from_the_books_parameters_in_its_order(tmp_path, shared_data):
     config = small("ch05")
 
-    model = training.train_book(config, tmp_path / "run")
+    model = train(config, tmp_path / "run")
 
     events = read_events(tmp_path / "run" / "metrics.jsonl")
     steps = [e["step"] for e in events if e.get("split") == "validation"]
@@ -190,26 +187,4 @@ def test_other_data_are_of_no_chapter(tmp_path):
     config = from_dict(RunConfig, {"data": {"source": "wikitext2"}})
 
     with pytest.raises(ConfigError, match=r"data\.source='wikitext2'"):
-        training.train_book(config, tmp_path)
-
-
-def test_train_rejects_the_task_of_the_book_and_names_its_function(tmp_path):
-    with pytest.raises(ConfigError, match=r"task='book' .* gptjax\.book\.train_book"):
-        train(small("ch05"), tmp_path / "run")
-
-    assert not (tmp_path / "run").exists()
-
-
-def test_the_page_names_what_there_is():
-    text = PAGE.read_text(encoding="utf-8")
-
-    for name in re.findall(r"`(\w+\.py)`", text):
-        assert (PAGE.parent / name).is_file(), name
-    for line in re.findall(r"`(gptjax [^`]+)`", text):
-        words = shlex.split(line)[1:]
-        _, args = parse_command(words)
-        assert find_config(args["config_name"]).is_file()
-    for file in re.findall(r"tests/\w+\.py", text):
-        assert (PAGE.parents[2] / file).is_file()
-    for name in re.findall(r"`(\w+)\(", text):
-        assert hasattr(book, name), name
+        train(config, tmp_path)

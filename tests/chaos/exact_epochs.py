@@ -23,6 +23,7 @@ from typing import Any
 import grain
 import numpy as np
 
+import gptjax.book  # noqa: F401 (the values "book")
 from gptjax.data import lm as token_batches
 from gptjax.data.bucketing import buckets
 from gptjax.data.classification import ClassificationBatches

@@ -6,20 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gptjax
+import gptjax.book
+from gptjax.book.torch_random import dataloader_order
 from gptjax.data.conversations import read_conversations, split_conversations
 from gptjax.data.sft import (
     TRAIN_ON_ALL,
     TRAIN_ON_COMPLETIONS,
-    BookBatches,
     Example,
-    collate,
     encode_conversations,
     encode_segments,
     make_sft_batches,
     truncate_all,
     truncate_left,
 )
-from gptjax.data.torch_order import dataloader_order
 from gptjax.errors import ConfigError, DataError
 from gptjax.tokenizer.chat_template import compile_template, load_chat_template
 
@@ -63,42 +62,12 @@ def test_all_instructions_are_encoded_as_the_book_does(instructions):
             assert stop == len(got.ids)
 
 
-def test_the_lengths_of_the_books_batches_are_those_it_prints(instructions):
-    # Raschka 2024, ch07.ipynb, cell 66: 116 batches of lengths 61, 76, ..., 74, 69.
-    examples = encode_conversations(GPT2, load_chat_template("alpaca"), instructions["train"])
-
-    batches = make_sft_batches("book", examples, rows=8, context=1024, pad_id=EOT, seed=123)
-    lengths = [batches.batch_at(n)["tokens"].shape[1] for n in range(116)]
-
-    assert batches.steps_per_epoch == 116
-    assert lengths[:10] == [61, 76, 73, 68, 65, 72, 80, 67, 62, 75]
-    assert lengths[-2:] == [74, 69]
-    assert len(batches.batch_shapes) == 31
-
-
 def test_buckets_need_few_programs_for_the_same_data(instructions):
     examples = encode_conversations(GPT2, load_chat_template("alpaca"), instructions["train"])
 
     batches = make_sft_batches("padded", examples, rows=8, context=1024, pad_id=EOT, seed=123)
 
     assert len(batches.batch_shapes) <= 8
-
-
-def test_the_collate_example_of_the_book():
-    # Raschka 2024, ch07.ipynb, cell 46; -100 is where nothing is learned.
-    rows = [[0, 1, 2, 3, 4], [5, 6], [7, 8, 9]]
-    examples = [
-        Example([*ids, EOT], [False, *[True] * len(ids)], [(0, len(ids) + 1)]) for ids in rows
-    ]
-
-    batch = BookBatches(examples, 3, EOT, 0)
-    batch = collate([[x] for x in examples], batch.max_length(range(3)), EOT)
-
-    assert batch["tokens"].tolist() == [[0, 1, 2, 3, 4], [5, 6, EOT, EOT, EOT], [7, 8, 9, EOT, EOT]]
-    targets = np.where(batch["loss_weights"] > 0, batch["targets"], -100)
-    assert targets.tolist()[0] == [1, 2, 3, 4, EOT]
-    assert targets.tolist()[1] == [6, EOT, -100, -100, -100]
-    assert targets.tolist()[2] == [8, 9, EOT, -100, -100]
 
 
 @pytest.mark.peers
@@ -209,8 +178,6 @@ def test_other_ways_of_batching_are_refused():
 
     with pytest.raises(DataError, match=r"data\.batching=concat"):
         batches("concat", 1)
-    with pytest.raises(DataError, match="1 conversations do not fill one batch of 2"):
-        batches("book", 2)
 
 
 def test_everything_can_be_learned_but_the_first_token():

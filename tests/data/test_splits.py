@@ -1,10 +1,6 @@
-"""How labelled rows are divided, and that the book's division is the book's."""
+"""How labelled rows are divided."""
 
-import csv
-import hashlib
-import io
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +8,7 @@ from hypothesis import strategies as st
 
 from gptjax.data import splits as folds
 from gptjax.data.classification import LabeledTexts, read_labeled_texts, take
-from gptjax.data.splits import book_csv, describe_splits, split_sizes, stratified_split
+from gptjax.data.splits import describe_splits, split_sizes, stratified_split
 from gptjax.errors import ConfigError, DataError
 
 quiet = settings(deadline=None, derandomize=True, max_examples=100)
@@ -205,59 +201,12 @@ def test_what_cannot_be_divided_is_refused():
             split(rows_of(*counts))
     with pytest.raises(ConfigError, match=r"val_fraction=0\.5 and .*test_fraction=0\.5 "):
         split(rows_of(9, 9), val_fraction=0.5, test_fraction=0.5)
-    with pytest.raises(ConfigError, match=r"split_strategy='boook'\. Did you mean book"):
-        split(rows_of(9, 9), strategy="boook")
-    with pytest.raises(DataError, match=r"split_strategy=book requires two classes, not 3\. "):
-        split(rows_of(9, 9, 9), strategy="book")
-    with pytest.raises(DataError, match=r"book leaves 8 rows .* 5 rows per class"):
-        split(rows_of(9, 4), strategy="book")
-
-
-@quiet
-@given(st.integers(5, 40), st.integers(5, 40))
-def test_the_books_way_halves_the_classes_and_divides_7_1_2(first, second):
-    data = rows_of(first, second)
-
-    splits = split(data, strategy="book", seed=5, val_fraction=0.3, balance_classes=False)
-
-    smaller = min(first, second)
-    count = 2 * smaller
-    sizes = [len(part) for part in splits.values()]
-    assert sizes == [int(count * 0.7), int(count * 0.1), count - sum(sizes[:2])]
-    assert Counter(n for part in splits.values() for n in part.labels) == {0: smaller, 1: smaller}
 
 
 @pytest.fixture
 def sms(shared_data):
     """The SMS collection, where it is on this machine."""
     return read_labeled_texts("sms-spam")[0]
-
-
-def test_the_books_rows_of_the_sms_collection_are_the_books(sms):
-    splits = split(sms, strategy="book")
-
-    assert [len(part) for part in splits.values()] == [1045, 149, 300]
-    ham = [i for i, label in enumerate(sms.labels) if label == 0]
-    assert ham[folds.book_sample(len(ham), 747)[0]] == 4307
-    # Of the files that the book's own code writes, with pandas 3.1.
-    hashes = [hashlib.sha256(book_csv(part).encode()).hexdigest()[:16] for part in splits.values()]
-    assert hashes == ["c89a1156b8476e6f", "0ac7a07215729476", "a5764d4eed041dad"]
-
-
-def test_the_sms_collection_is_described(sms):
-    assert describe_splits(split(sms, strategy="book")) == [
-        "             train  validation    test",
-        "ham            528          70     149",
-        "spam           517          79     151",
-        "all          1,045         149     300",
-        "always ham  50.53%      46.98%  49.67%",
-        "47 texts occur in more than one split (13 in train and validation, 32 in "
-        "train and test, 6 in validation and test), which inflates the test scores; "
-        "remove duplicates with --data.deduplicate true",
-    ]
-    without = describe_splits(split(sms, strategy="book", deduplicate=True))
-    assert without[-1] == "no text occurs in more than one split"
-    assert without[-2].split() == ["always", "ham", "50.00%", "39.06%", "55.43%"]
 
 
 def test_stratified_rows_of_the_sms_collection_keep_its_share_of_ham(sms):
@@ -285,31 +234,3 @@ def test_classes_beyond_the_table_are_counted_together(monkeypatch):
         ["2", "more", "classes", "63", "7"],
         ["all", "90", "10"],
     ]
-
-
-@quiet
-@given(  # Python before 3.13 leaves a "\r" without quote marks, and so does pandas.
-    st.lists(st.tuples(st.text(st.characters(exclude_characters="\r")), st.integers(0, 1)))
-)
-def test_the_books_csv_is_read_back_as_it_was(pairs):
-    data = LabeledTexts(
-        [text for text, _ in pairs],
-        [label for _, label in pairs],
-        ("ham", "spam"),
-        [""] * len(pairs),
-    )
-
-    lines = list(csv.reader(io.StringIO(book_csv(data), newline="")))
-
-    assert lines == [["Label", "Text"], *([str(n), text] for text, n in pairs)]
-
-
-def test_the_books_csv_is_a_labelled_table(tmp_path: Path):
-    data = rows_of(3, 4)
-    path = tmp_path / "train.csv"
-    path.write_text(book_csv(data), encoding="utf-8")
-
-    again, _ = read_labeled_texts(path)
-
-    assert (again.texts, again.labels) == (data.texts, data.labels)
-    assert again.class_names == ("0", "1")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import gptjax
+import gptjax.book
 from gptjax.cli.main import main
 from gptjax.config import RunConfig, from_dict
 from gptjax.errors import ConfigError, DataError, ModelError

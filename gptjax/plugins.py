@@ -1,0 +1,44 @@
+"""Values of config options that a package implements, such as "book" of `gptjax.book`.
+
+Importing the package registers its values. Registration is cheap: what a value stands
+for is imported when it is first used.
+"""
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+from gptjax.config import PluginValue, config_options, did_you_mean
+from gptjax.errors import ConfigError
+
+_loaders: dict[tuple[str, str], Callable[[], Any]] = {}
+
+
+def register_value(option: str, value: str, load: Callable[[], Any]) -> None:
+    """Registers a value of an option.
+
+    Args:
+        option: `section.option`.
+        value: one of `PluginValue`.
+        load: imports and returns the implementation, whose type depends on the option:
+            a `SplitFn` (data.split_strategy), an `SFTBatching` (data.batching), a
+            `LearningRateRule` (optim.schedule) or a `StagesFn` (train.task).
+    """
+    _loaders[option, value] = load
+
+
+def load_plugin(option: str, value: str) -> Any:
+    """Returns the implementation of a registered value.
+
+    Raises:
+        ConfigError: the value is unknown, or its package is not imported.
+    """
+    if (option, value) in _loaders:
+        return _loaders[option, value]()
+    if value in get_args(PluginValue):
+        raise ConfigError(
+            f"{option}={value!r} is implemented by gptjax.{value}. Add `import gptjax.{value}`."
+        )
+    known = get_args(config_options()[option].type)
+    raise ConfigError(
+        f"{option}={value!r} must be one of {', '.join(known)}.{did_you_mean(value, known)}"
+    )

@@ -1,0 +1,181 @@
+"""The values "book" of four options: splits, batches, learning rate and task."""
+
+import hashlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gptjax
+import gptjax.book
+from gptjax import plugins
+from gptjax.book import splits as book_splits
+from gptjax.book.loader import BookBatches
+from gptjax.config import OptimConfig, RunConfig, from_dict
+from gptjax.data.classification import LabeledTexts, read_labeled_texts
+from gptjax.data.conversations import Conversation, read_conversations, split_conversations
+from gptjax.data.sft import Example, make_sft_batches
+from gptjax.data.splits import describe_splits, stratified_split
+from gptjax.errors import ConfigError, DataError
+from gptjax.training.optimizer import make_grad_clip, make_schedule
+
+USES = {
+    "data.split_strategy": lambda: split_texts(rows_of(9, 9)),
+    "data.batching": lambda: batches(2),
+    "optim.schedule": lambda: make_schedule(OptimConfig(schedule="book"), 1000),
+    "train.task": lambda: gptjax.train(from_dict(RunConfig, {"train": {"task": "book"}}), "run"),
+}
+
+
+def rows_of(*counts):
+    labels = [label for label, count in enumerate(counts) for _ in range(count)]
+    texts = [f"text {n}" for n in range(len(labels))]
+    return LabeledTexts(texts, labels, tuple("abc"[: len(counts)]), texts)
+
+
+def split_texts(data, strategy="book", deduplicate=False):
+    return stratified_split(
+        data,
+        strategy,
+        val_fraction=0.3,
+        test_fraction=0.2,
+        seed=5,
+        balance_classes=False,
+        deduplicate=deduplicate,
+    )
+
+
+def split_rows(rows):
+    return split_conversations(rows, "book", val_fraction=0.2, test_fraction=0.2, seed=0)
+
+
+def batches(count):
+    examples = [Example([1] * 4, [True] * 4, [(2, 4)])] * count
+    return make_sft_batches("book", examples, rows=2, context=8, pad_id=0, seed=0)
+
+
+@pytest.mark.parametrize("option", USES)
+def test_without_the_import_the_value_is_rejected(option, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plugins, "_loaders", {})
+
+    with pytest.raises(ConfigError, match=rf"{option}='book' .*`import gptjax\.book`"):
+        USES[option]()
+
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_values_name_a_similar_one():
+    with pytest.raises(ConfigError, match=r"split_strategy='boook' .*Did you mean book"):
+        split_texts(rows_of(9, 9), "boook")
+
+
+def test_the_import_registers_all_values_without_jax_and_numpy():
+    code = (
+        "import sys, gptjax.book; from gptjax.plugins import _loaders; "
+        "print(sorted(o for o, _ in _loaders), {'jax', 'numpy'} & sys.modules.keys())"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.split("] ") == [str(sorted(USES))[:-1], "set()\n"]
+
+
+@given(st.integers(5, 40), st.integers(5, 40))
+def test_labeled_texts_are_balanced_and_split_70_10_20(first, second):
+    splits = split_texts(rows_of(first, second))
+
+    smaller = min(first, second)
+    count = 2 * smaller
+    sizes = [len(part) for part in splits.values()]
+    assert sizes == [int(count * 0.7), int(count * 0.1), count - sum(sizes[:2])]
+    labels = [label for part in splits.values() for label in part.labels]
+    assert np.bincount(labels).tolist() == [smaller, smaller]
+    texts = [text for part in splits.values() for text in part.texts]
+    assert len(set(texts)) == count
+
+
+def test_rows_that_cannot_be_split_are_rejected():
+    with pytest.raises(DataError, match=r"split_strategy=book requires two classes, not 3"):
+        split_texts(rows_of(9, 9, 9))
+    with pytest.raises(DataError, match=r"split_strategy=book leaves 8 rows"):
+        split_texts(rows_of(9, 4))
+    with pytest.raises(DataError, match=r"split_strategy=book leaves no test rows of 9"):
+        split_rows([Conversation((), {}, "a")] * 9)
+
+
+def test_the_sms_splits_are_the_files_of_the_book(shared_data):
+    sms = read_labeled_texts("sms-spam")[0]
+
+    splits = split_texts(sms)
+
+    assert [len(part) for part in splits.values()] == [1045, 149, 300]
+    # Of the files that the book's own code writes, with pandas 3.1.
+    hashes = [
+        hashlib.sha256(book_splits.book_csv(part).encode()).hexdigest()[:16]
+        for part in splits.values()
+    ]
+    assert hashes == ["c89a1156b8476e6f", "0ac7a07215729476", "a5764d4eed041dad"]
+    assert describe_splits(splits)[-2].split() == ["always", "ham", "50.53%", "46.98%", "49.67%"]
+    assert "13 in train and validation" in describe_splits(splits)[-1]
+    unique = describe_splits(split_texts(sms, deduplicate=True))
+    assert unique[-2].split() == ["always", "ham", "50.00%", "39.06%", "55.43%"]
+
+
+def test_the_instructions_are_split_in_file_order(shared_data):
+    answered, _ = read_conversations(shared_data / "instruction-data-with-response.json")
+    rows, _ = read_conversations("instructions")
+
+    splits = split_rows(rows)
+
+    assert [len(part) for part in splits.values()] == [935, 55, 110]
+    assert splits["train"] + splits["test"] + splits["validation"] == rows
+    # The book publishes its test rows with answers.
+    assert [one.messages for one in splits["test"]] == [a.messages for a in answered]
+
+
+def test_the_collate_example_of_the_book():
+    # Raschka 2024, ch07.ipynb, cell 46; -100 is where nothing is learned.
+    rows = [[0, 1, 2, 3, 4, 50], [5, 6, 50], [7, 8, 9, 50]]
+    examples = [Example(ids, [False, *[True] * (len(ids) - 1)], []) for ids in rows]
+
+    batch = BookBatches(examples, 3, 50, 0).make_batch(range(3))
+
+    assert batch["tokens"].tolist() == [[0, 1, 2, 3, 4], [5, 6, 50, 50, 50], [7, 8, 9, 50, 50]]
+    targets = np.where(batch["loss_weights"] > 0, batch["targets"], -100)
+    assert targets.tolist() == [[1, 2, 3, 4, 50], [6, 50, -100, -100, -100], [8, 9, 50, -100, -100]]
+
+
+def test_too_few_conversations_for_a_batch_are_rejected():
+    assert batches(5).steps_per_epoch == 2  # the incomplete batch is dropped
+    with pytest.raises(DataError, match="1 conversations do not fill one batch of 2"):
+        batches(1)
+
+
+def test_the_schedule_is_the_formula_of_appendix_d():
+    optim = OptimConfig(peak_lr=1.0, schedule="book", warmup_steps=27, final_lr_fraction=0.01)
+
+    rate = make_schedule(optim, 135)(jnp.arange(136))
+
+    np.testing.assert_allclose(rate[:27], 0.01 + np.arange(27) * 0.99 / 27, rtol=1e-5)
+    done = np.arange(136 - 27) / (135 - 27)
+    expected = 0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * done))
+    np.testing.assert_allclose(rate[27:], expected, rtol=1e-5)
+
+
+def test_gradients_are_clipped_only_after_the_warm_up():
+    clip = make_grad_clip(OptimConfig(schedule="book", warmup_steps=2, grad_clip=1.0))
+    grads = {"bias": jnp.array([30.0, 40.0])}
+    state = clip.init(grads)
+
+    norms = []
+    for _ in range(4):
+        clipped, state = clip.update(grads, state)
+        norms.append(float(optax.tree.norm(clipped)))
+
+    np.testing.assert_allclose(norms, [50, 50, 1, 1], rtol=1e-6)
