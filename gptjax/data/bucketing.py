@@ -8,6 +8,7 @@ and the rows left over in one bucket are added to the next.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,6 +23,25 @@ def buckets(max_length: int, single: bool = False) -> list[int]:
     """
     sizes = [] if single else [MIN_BUCKET << n for n in range(32)]
     return [*(size for size in sizes if size < max_length), max_length]
+
+
+@runtime_checkable  # for the type checks of the tests
+class EpochBatches(Protocol):
+    """Batches that are a pure function of the step."""
+
+    @property
+    def batch_shapes(self) -> list[int]:
+        """Row lengths [T], one compiled shape each."""
+        ...
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps until every row was used once."""
+        ...
+
+    def batch_at(self, step: int) -> Any:
+        """Returns the batch of a training step, counted from 0."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

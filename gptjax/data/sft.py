@@ -9,11 +9,11 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax.data.bucketing import BucketSampler, buckets
+from gptjax.data.bucketing import BucketSampler, EpochBatches, buckets
 from gptjax.data.conversations import Conversation
 from gptjax.data.lm import Batch
 from gptjax.errors import ConfigError, DataError
@@ -257,26 +257,11 @@ class PackedBatches:
         return collate(rows, self.context, self.pad_id)
 
 
-class SFTBatches(Protocol):
-    """Batches of conversations."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches per epoch."""
-
-    @property
-    def batch_shapes(self) -> list[int]:
-        """Row lengths that occur."""
-
-    def batch_at(self, step: int) -> Batch:
-        """Returns the batch of a training step, counted from 0."""
-
-
 class SFTBatching(NamedTuple):
     """Way of batching conversations, a value of `data.batching`."""
 
     # (examples, batch size, context, padding id, seed) -> batches
-    make_batches: Callable[[Sequence[Example], int, int, int, int], SFTBatches]
+    make_batches: Callable[[Sequence[Example], int, int, int, int], EpochBatches]
     completion_segments: frozenset[str] = TRAIN_ON_COMPLETIONS  # if completion_only_loss
 
 
@@ -303,7 +288,7 @@ def find_sft_batching(batching: str) -> SFTBatching:
 
 def make_sft_batches(
     batching: str, examples: Sequence[Example], *, rows: int, context: int, pad_id: int, seed: int
-) -> SFTBatches:
+) -> EpochBatches:
     """Creates the batches of a run; deterministic in its arguments.
 
     Args:

@@ -16,7 +16,7 @@ SplitFn = Callable[[Any], dict[str, Any]]
 MAX_TABLE_CLASSES = 20  # classes with a table row of their own
 
 
-def check_split_fractions(val_fraction: float, test_fraction: float) -> None:
+def check_split_fractions(val_fraction: int | float, test_fraction: int | float) -> None:
     """Rejects fractions that leave no training rows."""
     if val_fraction + test_fraction >= 1:
         raise ConfigError(

@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 
+from gptjax.data.bucketing import EpochBatches
 from gptjax.errors import ConfigError
 from gptjax.parallel.sharding import shard_tree, to_host
 from gptjax.tokenizer.tokenizer import Tokenizer
@@ -58,25 +59,6 @@ def make_initial_params(run: RunContext, init_model: Model | None, tokenizer: To
     """Parameters before the first step: the initial model's, or new ones."""
     key = jax.random.key(run.config.train.seed)
     return initial_params(run.config.model, init_model, tokenizer, key)
-
-
-@runtime_checkable  # for the type checks of the tests
-class EpochBatches(Protocol):
-    """Batches that are a pure function of the step."""
-
-    @property
-    def batch_shapes(self) -> list[int]:
-        """Row lengths [T], one compiled shape each."""
-        ...
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps until every row was used once."""
-        ...
-
-    def batch_at(self, step: int) -> Any:
-        """Returns the batch of a training step, counted from 0."""
-        ...
 
 
 class FinetuneSummary(NamedTuple):
