@@ -225,14 +225,14 @@ def make_sample(
     return sample
 
 
-def finalize_pretrain(run: RunContext, data: PretrainData, task: Task, state: TrainState) -> Model:
+def finalize_pretrain(run: RunContext, _data: Any, task: Task, state: TrainState) -> Model:
     """Writes model/, figures and report.md, and logs the result."""
     model, num_skipped = task.to_model(state), int(state.num_skipped)
     save(model, run.run_dir / "model")
     write_figures(run.run_dir, round(task.tokens_per_step))
     write_report(run.run_dir, f"Run {run.run_dir.name}", task.summary)
     evals = [e for e in read_events(run.metrics_path) if e["event"] == "eval"]
-    result = f"{run.config.train.steps:,} steps" if data.splits.validation else "no text held out"
+    result = f"{run.config.train.steps:,} steps without an evaluation"
     if evals:
         result = f"validation loss {evals[-1]['loss']:.4f} nats per token"
         if evals[-1]["bits_per_byte"]:

@@ -184,7 +184,7 @@ def test_chapter_7_says_what_the_book_prints(tmp_path, start, shared_data, monke
 
 
 def test_other_data_are_of_no_chapter(tmp_path):
-    config = from_dict(RunConfig, {"data": {"source": "wikitext2"}})
+    config = from_dict(RunConfig, {"train": {"task": "book"}, "data": {"source": "wikitext2"}})
 
     with pytest.raises(ConfigError, match=r"data\.source='wikitext2'"):
         train(config, tmp_path)
