@@ -5,7 +5,7 @@ options of a config. All options have a description with their default.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +18,7 @@ from gptjax.runtime import cpu_flags
 
 PATH = click.Path(path_type=Path)
 HELP_WIDTH = 88  # maximum number of columns of a help text
+METAVARS = {int: "N", float: "X", PATH: "FILE"}  # unless an option has its own
 
 # Decorator of a function that will be a command.
 Decorator = Callable[[Any], Any]
@@ -40,40 +41,27 @@ class Command(click.Command):
         super().__init__(*args, context_settings=settings, **kwargs)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parses the arguments; an unknown option names the most similar one."""
+        """Parses the arguments."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            raise click.UsageError(explain_unknown_option(ctx, error.option_name), ctx) from error
+            name = error.option_name
+            if current := self.renamed_flags().get(name):
+                raise click.UsageError(f"{name} is now {current}.", ctx) from error
+            known = [flag for parameter in self.params for flag in parameter.opts]
+            hint = did_you_mean(name, [flag for flag in known if flag.startswith("-")])
+            text = f"unknown option {name}.{hint} All options: {ctx.command_path} --help"
+            raise click.UsageError(text, ctx) from error
+
+    def renamed_flags(self) -> dict[str, str]:
+        """Current names of flags by their earlier ones."""
+        return RENAMED_FLAGS.get(str(self.name), {})
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command, with the CPU flags of --fast-cpu."""
         if ctx.params.pop("fast_cpu", False):  # before jax starts, which reads it once
             cpu_flags.enable_fast_cpu()
         return super().invoke(ctx)
-
-
-class ConfigOption(click.Option):
-    """Option of a config section, as a flag."""
-
-    def __init__(self, name: str, field: Any, group: str) -> None:
-        """Describes the option by its field."""
-        metadata = field.metadata
-        choices = {bool: ("true", "false")}.get(field.type, get_args(field.type))
-        valid_range = "in [0, 1)" if metadata["unit_interval"] else ""
-        if metadata["minimum"] is not None:
-            valid_range = f"at least {metadata['minimum']}"
-        default = str(field.default).lower() if choices else repr(field.default)
-        default = default.replace("'", '"')
-        description = metadata["description"]
-        if valid_range:
-            description += f" ({valid_range})"
-        super().__init__(
-            [f"--{name}", name.replace(".", "__")],
-            metavar="|".join(choices) or field.type.__name__.upper(),
-            help=f"{description}  [default: {default}]",
-        )
-        self.group = group
 
 
 class ConfigCommand(Command):
@@ -85,33 +73,56 @@ class ConfigCommand(Command):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Adds the options of the config."""
         super().__init__(*args, **kwargs)
-        sections = {field.name: field.type for field in dataclasses.fields(RunConfig)}
+        self.flags = {name.replace(".", "__"): f"--{name}" for name in config_options()}
         for name, field in config_options().items():
-            section = name.partition(".")[0]
-            summary = str(sections[section].__doc__).splitlines()[0].rstrip(".")
-            self.params.append(ConfigOption(name, field, f"[{section}] {summary}"))
+            self.params.append(make_config_option(name, field))
+
+    def renamed_flags(self) -> dict[str, str]:
+        """Current names of flags by their earlier ones."""
+        options = {f"--{old}": f"--{new}" for old, new in RENAMED_OPTIONS.items()}
+        return super().renamed_flags() | options
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""
-        flags = {p.name: p.opts[0] for p in self.params if isinstance(p, ConfigOption)}
-        overrides: list[str] = []
-        for name in [name for name in ctx.params if name in flags]:
-            value = ctx.params.pop(name)
-            overrides += [] if value is None else [flags[name], value]
-        ctx.params["overrides"] = overrides
+        given = {name: ctx.params.pop(name) for name in [*ctx.params] if name in self.flags}
+        ctx.params["overrides"] = [
+            word
+            for name, value in given.items()
+            if value is not None
+            for word in (self.flags[name], value)
+        ]
         return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the command's own options, then those of each section."""
         groups: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for section in dataclasses.fields(RunConfig):
+            summary = str(section.type.__doc__).splitlines()[0].rstrip(".")
+            groups[f"[{section.name}] {summary}"] = []
+        titles = {title.partition("]")[0].removeprefix("["): title for title in groups}
         for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record and isinstance(parameter, click.Option):
-                group = getattr(parameter, "group", "Options")
-                groups.setdefault(group, []).append(record)
-        for group, records in groups.items():
-            with formatter.section(group):
+            if record := parameter.get_help_record(ctx):
+                section = str(parameter.name).partition("__")[0]
+                groups[titles.get(section, "Options")].append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
                 formatter.write_dl(records)
+
+
+def make_config_option(name: str, field: Any) -> click.Option:
+    """Makes the command-line option of a config option."""
+    description, minimum = field.metadata["description"], field.metadata["minimum"]
+    choices = {bool: ("true", "false")}.get(field.type, get_args(field.type))
+    if field.metadata["unit_interval"]:
+        description += " (in [0, 1))"
+    elif minimum is not None:
+        description += f" (at least {minimum})"
+    default = str(field.default).lower() if choices else repr(field.default).replace("'", '"')
+    return click.Option(
+        [f"--{name}", name.replace(".", "__")],
+        metavar="|".join(choices) or field.type.__name__.upper(),
+        help=f"{description}  [default: {default}]",
+    )
 
 
 def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -126,62 +137,37 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """
     table: Any = dataclasses.asdict(config)
     known = config_options()
-    for flag, text in _pairs(overrides):
-        name = flag.removeprefix("--")
-        section, _, key = name.partition(".")
+    for index in range(0, len(overrides), 2):
+        flag, *values = overrides[index : index + 2]
+        section, _, key = flag.removeprefix("--").partition(".")
+        if not flag.startswith("--") or not key or not values:
+            raise ConfigError(
+                f"{flag!r} is not an option with a value. Write --section.option VALUE."
+            )
+        name, (text,) = f"{section}.{key}", values
         value = _parse_value(name, text, known[name].type) if name in known else text
         table.setdefault(section, {})[key] = value
     return from_dict(RunConfig, table)
 
 
-def _pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields flags and their values."""
-    for index in range(0, len(words), 2):
-        flag = words[index]
-        if not flag.startswith("--") or "." not in flag or index + 1 == len(words):
-            raise ConfigError(
-                f"{flag!r} is not an option with a value. Write --section.option VALUE."
-            )
-        yield flag, words[index + 1]
-
-
 def _parse_value(name: str, text: str, kind: Any) -> Any:
-    """Parses the value of an option.
-
-    Raises:
-        ConfigError: the text is not a value of type `kind`.
-    """
-    if kind not in (int, float, bool):
-        return text  # `from_dict` checks the choices
+    """Parses the value of an option; `from_dict` checks other types than these."""
+    parse: dict[Any, tuple[Callable[[str], Any], str]] = {
+        int: (int, "an integer, such as 3"),
+        float: (float, "a number, such as 0.1"),
+        bool: (lambda text: {"true": True, "false": False}[text.lower()], "true or false"),
+    }
+    if kind not in parse:
+        return text
+    convert, example = parse[kind]
     try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return kind(text)
+        return convert(text)
     except (ValueError, KeyError) as error:
-        example = {int: "an integer, such as 3", float: "a number, such as 0.1"}
-        raise ConfigError(
-            f"{name}={text!r} must be {example.get(kind, 'true or false')}."
-        ) from error
-
-
-def explain_unknown_option(context: click.Context, name: str) -> str:
-    """Error message for an unknown option: its current name, or a similar one."""
-    command = context.command
-    renamed = RENAMED_FLAGS.get(str(command.name), {})
-    known = [flag for parameter in command.params for flag in parameter.opts]
-    if isinstance(command, ConfigCommand):
-        renamed = renamed | {f"--{a}": f"--{b}" for a, b in RENAMED_OPTIONS.items()}
-    if name in renamed:
-        return f"{name} is now {renamed[name]}."
-    flags = [flag for flag in known if flag.startswith("-")]
-    return (
-        f"unknown option {name}.{did_you_mean(name, flags)} All options: "
-        f"{context.command_path} --help"
-    )
+        raise ConfigError(f"{name}={text!r} must be {example}.") from error
 
 
 def value_option(
-    *names: str, text: str, default: Any = None, shown: str = "", **settings: Any
+    *names: str, text: str, default: Any = None, shown: str = "none", **settings: Any
 ) -> Decorator:
     """Option with a value.
 
@@ -189,11 +175,12 @@ def value_option(
         *names: the flag, and the name of the argument if it differs.
         text: description, with the unit.
         default: default value.
-        shown: description of the default, if it is None.
+        shown: description of a default that is None or "".
         **settings: of `click.option`.
     """
     if not settings.get("required"):
-        text += f"  [default: {shown or repr(default)}]".replace("'", '"')
+        text += f"  [default: {shown if default in (None, '') else default}]"
+    settings.setdefault("metavar", METAVARS.get(settings.get("type"), "NAME"))
     return click.option(*names, default=default, help=text, **settings)
 
 
@@ -224,65 +211,55 @@ def list_option(
     return click.option(name, multiple=True, callback=split, help=text, **settings)
 
 
-def model_session_arguments(function: Any) -> Any:
-    """Adds the options of a command that loads MODEL: --int8, --verbose, --fast-cpu."""
-    text = "round weights to 8 bits: less memory, slightly different results"
-    return flag_option("--int8", text=text)(session_arguments(function))
+def add_options(*options: Decorator) -> Decorator:
+    """Combines options, in the order of the help text."""
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
 
 
-def session_arguments(function: Any) -> Any:
-    """Adds --verbose and --fast-cpu."""
-    function = fast_cpu_argument(function)
-    text = "print a startup time breakdown in seconds to stderr"
-    return flag_option("-v", "--verbose", text=text)(function)
-
-
-def fast_cpu_argument(function: Any) -> Any:
-    """Adds --fast-cpu, which `Command` handles."""
-    text = (
-        "XLA and malloc settings for CPUs with AVX-512; needs more memory, see "
-        "gptjax/runtime/cpu_flags.py"
-    )
-    return flag_option("--fast-cpu", text=text)(function)
+fast_cpu_argument = flag_option(  # handled by `Command`
+    "--fast-cpu",
+    text="XLA and malloc settings for CPUs with AVX-512; needs more memory, see "
+    "gptjax/runtime/cpu_flags.py",
+)
+session_arguments = add_options(
+    flag_option("-v", "--verbose", text="print a startup time breakdown in seconds to stderr"),
+    fast_cpu_argument,
+)
+model_session_arguments = add_options(  # of a command that loads MODEL
+    flag_option("--int8", text="round weights to 8 bits: less memory, slightly different results"),
+    session_arguments,
+)
 
 
 def sampling_arguments(max_new_tokens: int, temperature: float) -> Decorator:
-    """Adds the options of sampling, arguments with the names of `GenerationConfig`."""
-    options = [
+    """Options of sampling, arguments with the names of `GenerationConfig`."""
+    return add_options(
         value_option(
             "--max-new-tokens",
             type=int,
             default=max_new_tokens,
-            metavar="N",
             text="maximum length in tokens, at least 1",
         ),
         value_option(
             "--temperature",
             type=float,
             default=temperature,
-            metavar="X",
             text="sampling temperature, at least 0; 0 = greedy",
         ),
         value_option(
-            "--top-k",
-            type=int,
-            default=0,
-            metavar="N",
-            text="sample from the N most likely tokens; 0 = all",
+            "--top-k", type=int, default=0, text="sample from the N most likely tokens; 0 = all"
         ),
         value_option(
             "--top-p",
             type=float,
             default=1.0,
-            metavar="P",
             text="sample from the smallest set of tokens with this total probability",
         ),
-        value_option("--seed", type=int, default=0, metavar="N", text="seed of the sampling"),
-    ]
-
-    def decorate(function: Any) -> Any:
-        for add in reversed(options):
-            function = add(function)
-        return function
-
-    return decorate
+        value_option("--seed", type=int, default=0, text="seed of the sampling"),
+    )

@@ -15,13 +15,10 @@ PARTS = [*("train", "decode", "prefill", "load", "input", "import", "start", "co
 
 @click.command("bench", cls=Command)
 @value_option(
-    "--preset",
-    default="gpt2",
-    metavar="NAME",
-    text="GPT-2 size: gpt2, gpt2-medium, gpt2-large or gpt2-xl",
+    "--preset", default="gpt2", text="GPT-2 size: gpt2, gpt2-medium, gpt2-large or gpt2-xl"
 )
 @flag_option("--peers", text="compare with PyTorch, interleaved")
-@value_option("--repeats", type=int, default=5, metavar="N", text="timed runs of each side")
+@value_option("--repeats", type=int, default=5, text="timed runs of each side")
 @list_option(
     "--only",
     kind=click.Choice(PARTS),
@@ -45,14 +42,9 @@ PARTS = [*("train", "decode", "prefill", "load", "input", "import", "start", "co
     text="--device: rows per batch, tried until memory is full",
 )
 @list_option(
-    "--attention",
-    shown="all that support the device",
-    metavar="NAME",
-    text="--device: attention backends",
+    "--attention", shown="all that support the device", text="--device: attention backends"
 )
-@value_option(
-    "--json", "json_path", type=PATH, shown="none", metavar="FILE", text="write all metrics as JSON"
-)
+@value_option("--json", "json_path", type=PATH, text="write all metrics as JSON")
 @arguments.fast_cpu_argument
 def run_bench(
     preset: str,

@@ -29,14 +29,11 @@ def data_fetch(name: str) -> None:
     "--val-fraction",
     type=float,
     default=0.1,
-    metavar="X",
     text="fraction of documents for validation, in [0, 1)",
 )
-@value_option("--seed", type=int, default=0, metavar="N", text="seed of the validation split")
-@value_option(
-    "--column", default="", shown="detect", metavar="NAME", text="text column of JSON and CSV rows"
-)
-@value_option("--workers", type=int, shown="all cores", metavar="N", text="number of processes")
+@value_option("--seed", type=int, default=0, text="seed of the validation split")
+@value_option("--column", default="", shown="detect", text="text column of JSON and CSV rows")
+@value_option("--workers", type=int, shown="all cores", text="number of processes")
 def data_prepare(
     paths: tuple[str, ...],
     tokenizer: str,
@@ -68,18 +65,12 @@ def data_prepare(
     text="template of the conversations: alpaca, phi3, chatml, qa, single or a file",
 )
 @value_option("--tokenizer", default="gpt2", metavar="gpt2|bytes|DIR", text="tokenizer")
-@value_option(
-    "--context", type=int, default=1024, metavar="N", text="maximum sequence length in tokens"
-)
+@value_option("--context", type=int, default=1024, text="maximum sequence length in tokens")
 @flag_option(
     "--train-on-prompts", text="loss on the prompts too, as with data.completion_only_loss = false"
 )
-@value_option(
-    "--rows", type=int, shown="3; all with --json", metavar="N", text="number of conversations"
-)
-@value_option(
-    "--html", type=PATH, shown="none", metavar="FILE", text="write a page instead of printing"
-)
+@value_option("--rows", type=int, shown="3; all with --json", text="number of conversations")
+@value_option("--html", type=PATH, text="write a page instead of printing")
 @flag_option("--json", "as_json", text="print one JSON object per conversation")
 def data_preview(
     path: str,

@@ -14,21 +14,15 @@ from gptjax.cli.session import load_model, log_to_stderr
 @click.command("eval", cls=Command)
 @click.argument("model")
 @value_option(
-    "--text",
-    type=PATH,
-    shown="none",
-    metavar="FILE",
-    text="text file: loss in nats per token, perplexity and bits per byte",
+    "--text", type=PATH, text="text file: loss in nats per token, perplexity and bits per byte"
 )
 @value_option(
     "--classification-data",
-    shown="none",
     metavar="FILE",
     text="labeled texts: accuracy and other metrics of a classifier",
 )
 @value_option(
     "--chat-data",
-    shown="none",
     metavar="FILE",
     text="conversations: the answers of an assistant compared with the references",
 )
@@ -36,23 +30,15 @@ from gptjax.cli.session import load_model, log_to_stderr
     "--stride",
     type=int,
     shown="the context length",
-    metavar="N",
     text="--text: tokens between the starts of two windows; fewer give each token more context",
 )
-@value_option(
-    "--out",
-    type=PATH,
-    shown="none",
-    metavar="FILE",
-    text="--chat-data: write the answers as JSON lines",
-)
+@value_option("--out", type=PATH, text="--chat-data: write the answers as JSON lines")
 @value_option(
     "--judge",
-    shown="none",
     metavar="URL",
     text="--chat-data: OpenAI-compatible endpoint of a model that scores the answers",
 )
-@value_option("--judge-model", default="llama3", metavar="NAME", text="--judge: name of the model")
+@value_option("--judge-model", default="llama3", text="--judge: name of the model")
 @flag_option("--json", "as_json", text="print one JSON object")
 @arguments.model_session_arguments
 def run_evaluate(

@@ -38,7 +38,6 @@ from gptjax.errors import ConfigError
     "--repetition-penalty",
     type=float,
     default=1.0,
-    metavar="X",
     text="penalty on repeated tokens, above 0; 1 = off",
 )
 @click.option(
@@ -115,20 +114,16 @@ def start_chat(model: str, int8: bool, verbose: bool, **sampling: Any) -> None:
 @value_option(
     "--file",
     type=PATH,
-    shown="none",
     metavar="IN",
     text="CSV, TSV, JSON lines or text file to label, together with --out",
 )
 @value_option(
     "--out",
     type=PATH,
-    shown="none",
     metavar="OUT",
     text="copy of IN with a label and its probability in each row",
 )
-@value_option(
-    "--text", "text_column", default="", shown="detect", metavar="NAME", text="text column of IN"
-)
+@value_option("--text", "text_column", default="", shown="detect", text="text column of IN")
 @flag_option("--json", "as_json", text="print one JSON object per text")
 @arguments.model_session_arguments
 def run_classify(

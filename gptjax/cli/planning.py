@@ -24,7 +24,6 @@ from gptjax.runtime.installation import install_command
 @value_option(
     "--compare-profile",
     type=PATH,
-    shown="none",
     metavar="RUN",
     text="run folder whose measurements are printed next to the plan",
 )

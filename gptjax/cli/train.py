@@ -14,14 +14,7 @@ from gptjax.runtime.timing import mark_phase
 
 
 @click.command("quickstart", cls=Command)
-@value_option(
-    "--run",
-    type=PATH,
-    default=Path("runs/quickstart"),
-    shown="runs/quickstart",
-    metavar="DIR",
-    text="run folder",
-)
+@value_option("--run", type=PATH, default=Path("runs/quickstart"), metavar="DIR", text="run folder")
 @arguments.session_arguments
 def run_quickstart(run: Path, verbose: bool) -> int:
     """Train a small GPT, a classifier and an assistant in minutes.

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from gptjax.cli import chat
 from gptjax.cli.chat import Chat
 from gptjax.errors import ConfigError, DataError, ModelError
-from gptjax.inference.generate import complete
 from gptjax.tokenizer.chat_template import load_chat_template
 from tests.small_models import make_model
 
@@ -83,13 +82,6 @@ def test_each_message_is_answered_with_the_messages_before_it_and_a_new_seed():
     assert result.notices == []
 
 
-@pytest.mark.parametrize("lines", [[], ["/system be brief"], ["a", "/reset"]])
-def test_there_is_nothing_to_retry_without_a_message(lines):
-    result = talk(*lines, "/retry")
-
-    assert "no message to send again" in result.notices[-1]
-
-
 def test_messages_arrive_unchanged_and_a_blank_escapes_commands():
     texts = ["a\n b\n", "  x ", "é 漢字 👩\u200d👧", " /quit", "  /x"]
 
@@ -137,8 +129,10 @@ def test_options_apply_from_the_next_reply_on():
 
 
 def test_the_system_message_is_set_replaced_and_removed_and_outlives_a_reset():
-    result = talk("/system be\nbrief", "a", "/system be long", "/reset", "b", "/system", "c")
+    lines = ["/system be\nbrief", "a", "/system be long", "/reset", "/retry", "b", "/system", "c"]
+    result = talk(*lines)
 
+    assert "no message to send again" in result.notices[3]
     assert [call[0] for call in result.calls] == [
         [system("be\nbrief"), user("a")],
         [system("be long"), user("b")],
@@ -201,25 +195,6 @@ def test_as_many_turns_are_kept_as_fit_beside_the_reply(instruction, sizes, last
         assert session.num_dropped % 2 == 0
         session.num_dropped -= 2
         assert len(one_per_character(None, session.history())) > max_tokens
-
-
-def test_turns_that_no_longer_fit_are_dropped_with_a_notice():
-    # A turn has 10 + 12 tokens, and 56 are free.
-    texts = [letter * 10 for letter in "abcdef"]
-    result = talk(*texts[:3], "/system " + "s" * 20, *texts[3:], "/retry")
-
-    assert [len(call[0]) for call in result.calls] == [1, 3, 5, 4, 4, 4, 4]
-    assert [line[:24] for line in result.notices[1:]] == [
-        "(dropped the first 2 tur",
-        *["(dropped the first 1 tur"] * 2,
-    ]
-
-
-def test_a_message_that_does_not_fit_is_not_added():
-    result = talk("/system s", "a", "x" * 60, "b")
-
-    assert "61 tokens" in result.notices[1]
-    assert result.calls[1][0] == [system("s"), user("a"), bot("<a>"), user("b")]
 
 
 def test_after_an_error_the_message_can_be_retried_or_is_dropped():
@@ -314,25 +289,6 @@ def test_in_a_pipe_each_line_is_a_message_and_replies_go_to_stdout(monkeypatch, 
     assert "/wrong" in notice
 
 
-def test_a_reply_is_written_before_the_next_line_is_read(monkeypatch, capsys):
-    written = []
-
-    class Lines:
-        isatty = staticmethod(lambda: False)
-
-        def __iter__(self):
-            for line in ("a\n", "b\n"):
-                yield line
-                written.append(capsys.readouterr().out)
-
-    monkeypatch.setattr(chat, "stream", lambda model, text, **sampling: iter(text))
-    monkeypatch.setattr(sys, "stdin", Lines())
-
-    chat.run_chat(BASE, "name", {})
-
-    assert written == ["a\n", "b\n"]
-
-
 def test_stdin_must_be_utf_8(monkeypatch):
     set_stdin(monkeypatch, "é", encoding="latin-1")
 
@@ -346,19 +302,6 @@ def test_characters_that_the_output_lacks_become_question_marks():
     chat.print_text(file, "aé漢\x1b\n")
 
     assert file.buffer.getvalue() == b"a???\n"
-
-
-def test_a_base_model_writes_the_same_as_generation(monkeypatch, capsys):
-    options = {"max_new_tokens": 20, "temperature": 1.0}
-    set_stdin(monkeypatch, "to be\nor not\n")
-
-    chat.run_chat(BASE, "name", options)
-
-    results = [
-        complete(BASE, text, **options, seed=seed)[0].text
-        for seed, text in enumerate(["to be", "or not"])
-    ]
-    assert capsys.readouterr().out == "".join(chat.sanitize(f"{text}\n") for text in results)
 
 
 def test_an_assistant_with_a_real_template_replies_until_its_context_is_full(monkeypatch, capsys):
