@@ -25,6 +25,7 @@ IMPORTERS = {  # dependency: the modules that may import it
     "lazy_loader": ["book", "gptjax"],
     "matplotlib": ["plots.*"],
     "ml_dtypes": ["weights.*"],
+    "openai": ["evaluation.llm_judge"],
     "optax": ["book.learning_rate", "training.*"],
     "orbax": ["checkpoint.checkpoint"],
     "prompt_toolkit": ["cli.chat"],

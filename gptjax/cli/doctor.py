@@ -17,7 +17,12 @@ MIN_VERSIONS = {
     "numpy": (2, 0),
     "tiktoken": (0, 13),
 }
-EXTRA_MODULES = {"test": "pytest", "peers": "torch", "dev": "ruff"}  # extra -> its module
+EXTRA_MODULES = {
+    "test": "pytest",
+    "judge": "openai",
+    "peers": "torch",
+    "dev": "ruff",
+}  # extra -> its module
 
 
 def run_doctor() -> int:

@@ -10,9 +10,9 @@ from gptjax.data.classification import LabeledTexts, read_labeled_texts
 from gptjax.errors import DataError
 from gptjax.evaluation.metrics import (
     ClassificationMetrics,
-    accuracy_ci,
     classification_metrics,
     confusion_matrix,
+    mean_ci,
 )
 from gptjax.inference.classify import check_classifier, encode_texts, predict_probs
 from gptjax.weights.model_folder import Model
@@ -35,18 +35,13 @@ def evaluate_classifier(
     true_N = np.asarray(data.labels)
     min_prob = np.finfo(np.float32).tiny
     true_prob_N = np.maximum(prob_NC[np.arange(len(true_N)), true_N], min_prob)
-    confusion_CC = confusion_matrix(true_N, prob_NC.argmax(axis=-1), len(data.class_names))
     loss = float(-np.log(true_prob_N.astype(np.float64)).mean())
+    confusion_CC = confusion_matrix(true_N, prob_NC.argmax(axis=-1), len(data.class_names))
     return ClassificationResult(loss, prob_NC, classification_metrics(confusion_CC), confusion_CC)
 
 
 def evaluate_labeled_file(model: Model, path: str) -> dict[str, int | float]:
-    """Evaluates a classifier on a file of labeled texts; returns metrics by name.
-
-    Raises:
-        ModelError: the model is not a classifier.
-        DataError: the file is invalid or contains a label unknown to the model.
-    """
+    """Evaluates a classifier on a file of labeled texts; returns metrics by name."""
     check_classifier(model)
     data, _ = read_labeled_texts(path)
     if unknown := sorted(set(data.class_names) - set(model.labels)):
@@ -57,8 +52,7 @@ def evaluate_labeled_file(model: Model, path: str) -> dict[str, int | float]:
     label_ids = [model.labels.index(data.class_names[label]) for label in data.labels]
     data = dataclasses.replace(data, labels=label_ids, class_names=model.labels)
     result = evaluate_classifier(model, data, encode_texts(model, data.texts))
-    correct_N = result.prob_NC.argmax(axis=-1) == np.asarray(label_ids)
-    low, high = accuracy_ci(correct_N)
+    low, high = mean_ci(result.prob_NC.argmax(axis=-1) == np.asarray(label_ids))
     return {
         "texts": len(label_ids),
         "loss": result.loss,

@@ -12,13 +12,7 @@ from typing import Any, NamedTuple
 from gptjax.data.conversations import Conversation, read_conversations
 from gptjax.data.sft import Example, encode_conversations, make_bucketed_batches, truncate_all
 from gptjax.errors import ConfigError, DataError, ModelError
-from gptjax.evaluation.llm_judge import (
-    Judgement,
-    LLMJudge,
-    check_judge_allowed,
-    judge_all,
-    summarize_judgements,
-)
+from gptjax.evaluation.llm_judge import LLMJudge, iter_judgements, summarize_judgements
 from gptjax.evaluation.metrics import exact_match, rouge_l, token_f1
 from gptjax.evaluation.perplexity import Evaluation, eval_step_for, evaluate
 from gptjax.fileio.atomic import open_atomic
@@ -41,15 +35,12 @@ class ResponseEval(NamedTuple):
 
     @property
     def reference(self) -> str:
-        """Reference answer: the last message of the conversation."""
+        """Last message of the conversation, without surrounding whitespace."""
         return self.conversation.messages[-1]["content"].strip()
 
 
 def example_loss(model: Model, examples: Sequence[Example]) -> Evaluation:
-    """Mean loss in nats over the trained tokens of the examples.
-
-    The examples must be tokenized for this model and fit its context.
-    """
+    """Evaluates the model on the trained tokens of examples that fit its context."""
     context, pad_id = model.config.context_length, model.tokenizer.eot_token
     bucketed = make_bucketed_batches(examples, LOSS_BATCH_SIZE, context, pad_id)
     batches = (batch for _, batch in bucketed.in_order())
@@ -60,20 +51,16 @@ def example_loss(model: Model, examples: Sequence[Example]) -> Evaluation:
 def generate_responses(
     model: Model, conversations: Sequence[Conversation], max_new_tokens: int
 ) -> list[ResponseEval]:
-    """Generates greedy responses in place of the last answer of each conversation.
-
-    Each conversation ends with a reference answer, which is not part of the prompt.
-    """
+    """Generates greedy responses in place of the last message of each conversation."""
     prompts = [conversation.messages[:-1] for conversation in conversations]
     results = []
     for conversation, response in zip(
         conversations, answer_batch(model, prompts, max_new_tokens), strict=True
     ):
         result = ResponseEval(conversation, response, {})
-        scores = {
-            name: score(response, result.reference) for name, score in SCORE_FUNCTIONS.items()
-        }
-        results.append(result._replace(scores=scores))
+        for name, score in SCORE_FUNCTIONS.items():
+            result.scores[name] = score(response, result.reference)
+        results.append(result)
     return results
 
 
@@ -121,33 +108,27 @@ def evaluate_file(
     log: _LogFn,
     max_new_tokens: int = 256,
 ) -> tuple[MetricValues, dict[str, dict[str, float]]]:
-    """Evaluates an assistant on all conversations of a file.
+    """Evaluates an assistant on all conversations of a file or built-in data set.
 
     Writes each row with its response, scores and judgement to `out`, which is required
-    if there is a judge. `path` may also name a built-in data set.
+    if there is a judge.
 
     Returns:
         Metrics by name, and mean scores by task.
-
-    Raises:
-        GptjaxError: the model has no chat template, the file is invalid, `out` exists,
-            or the judge is unreachable.
     """
     if out is not None and out.exists():
         raise ConfigError(f"{out} already exists. Name another file with --out.")
-    if judge is not None:
-        if out is None:
-            raise ConfigError("a judge requires --out FILE for its scores.")
-        check_judge_allowed(judge)
-    template = chat_template_of(model)
+    if judge is not None and out is None:
+        raise ConfigError("a judge requires --out FILE for its scores.")
+    template, max_length = chat_template_of(model), model.config.context_length
     conversations, detected = read_conversations(path)
     log(f"data     {detected}")
     encoded = encode_conversations(model.tokenizer, template, conversations)
-    truncated = truncate_all(encoded, model.config.context_length)
+    truncated = truncate_all(encoded, max_length)
     if not truncated.examples:
         raise DataError(
-            f"no answer in {path} fits the model's context length of "
-            f"{model.config.context_length} tokens. Shorten the answers."
+            f"no answer in {path} fits the model's context length of {max_length} tokens. "
+            "Shorten the answers."
         )
     if truncated.num_truncated or truncated.num_dropped:
         log(
@@ -156,9 +137,7 @@ def evaluate_file(
             "fit"
         )
     loss = example_loss(model, truncated.examples)
-    results = generate_responses(
-        model, conversations, min(max_new_tokens, model.config.context_length)
-    )
+    results = generate_responses(model, conversations, min(max_new_tokens, max_length))
     metrics: MetricValues = {"rows": len(results), "response_loss": loss.loss}
     metrics |= mean_scores(results)
     if out is not None:
@@ -172,36 +151,35 @@ def evaluate_file(
 def run_llm_judge(
     model: Model, results: Sequence[ResponseEval], out: Path, judge: LLMJudge, log: _LogFn
 ) -> MetricValues:
-    """Scores responses with an LLM judge and adds its judgements to the rows of `out`.
+    """Adds judgements to the rows in `out`.
+
+    OUT.judging holds them as they arrive, so that an interruption does not lose them.
 
     Raises:
         ModelError: the judge is unreachable; `out` still holds the responses.
     """
-    template, rows = chat_template_of(model), to_rows(results)
-    judge_inputs = []
+    template, partial_path = chat_template_of(model), out.with_name(f"{out.name}.judging")
+    inputs, judgements = [], []
     for result in results:
         segments = template.segments(result.conversation.messages[:-1], add_generation_prompt=True)
         prompt = "".join(segment.text for segment in segments if segment.kind == "prompt")
-        judge_inputs.append((prompt, result.reference, result.response))
-
-    def on_judgement(index: int, judgement: Judgement) -> None:
-        rows[index] |= judgement_columns(judge, judgement)
-        if (index + 1) % 10 == 0:
-            log(f"judged   {index + 1} of {len(judge_inputs)}")
-
+        inputs.append((prompt, result.reference, result.response))
     try:
-        judgements = judge_all(judge, judge_inputs, on_judgement)
+        with partial_path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            for row, judgement in zip(
+                to_rows(results), iter_judgements(judge, inputs), strict=True
+            ):
+                row["judge"] = judge.model
+                row |= {f"judge_{name}": value for name, value in judgement._asdict().items()}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                judgements.append(judgement)
+                if len(judgements) % 10 == 0:
+                    log(f"judged   {len(judgements)} of {len(inputs)}")
+        partial_path.replace(out)
+    except OSError as error:
+        raise ModelError(f"cannot write {partial_path}: {error}. Free disk space.") from error
     except ModelError as error:
+        partial_path.unlink(missing_ok=True)
         raise ModelError(f"{error} The responses are in {out}.") from error
-    write_rows(rows, out)
     return summarize_judgements(judgements)
-
-
-def judgement_columns(judge: LLMJudge, judgement: Judgement) -> dict[str, Any]:
-    """Returns the judgement columns of an output row."""
-    return {
-        "judge": judge.model,
-        "judge_score": judgement.score,
-        "judge_reply": judgement.reply,
-        "judge_error": judgement.error,
-    }

@@ -61,8 +61,10 @@ def make_eval_step(
 ) -> EvalStep:
     """Returns a jitted function (params, batch) -> loss [B, T] in nats.
 
-    Logits are computed for `chunk_size` positions at a time. `mesh` is the mesh of
-    sharded parameters.
+    Args:
+        config: of the model.
+        chunk_size: positions whose logits are computed at a time.
+        mesh: of sharded parameters.
     """
 
     @jax.jit
@@ -83,11 +85,9 @@ eval_step_for = functools.lru_cache(maxsize=4)(make_eval_step)
 def evaluate(
     eval_step: EvalStep, params: Params, batches: Iterable[Batch], byte_lengths: np.ndarray
 ) -> Evaluation:
-    """Evaluates all batches; sums in float64 on the host.
+    """Evaluates the targets with a weight above 0; sums in float64 on the host.
 
-    Batches have one static shape. Targets with weight 0 are excluded, and the loss of a
-    target does not depend on the rest of the batch. `byte_lengths` holds the number of
-    bytes of each token id.
+    `byte_lengths` holds the number of bytes of each token id.
     """
     total_loss, num_tokens, num_bytes = 0.0, 0, 0
     for batch in batches:
@@ -106,10 +106,8 @@ def sliding_windows(
 ) -> Iterator[Batch]:
     """Yields batches of overlapping windows that score each token but the first once.
 
-    The first window scores all its targets, later ones the last `stride`, which have at
-    least the context length minus `stride` tokens of context. `stride` is between 1 and
-    the context length. The last batch is padded with rows of weight 0. `eot_token`
-    starts a document; None disables document masking.
+    The first window scores all its targets, later ones the last `stride`. The last
+    batch is padded with rows of weight 0. Arguments as in `score_tokens`.
     """
     num_targets = len(token_L) - 1
     num_windows = 1 + max(0, -(-(num_targets - context_length) // stride))
@@ -130,41 +128,24 @@ def sliding_windows(
 def score(model: Model, text: str, *, stride: int | None = None) -> Evaluation:
     """Evaluates the model on `text` as one document.
 
-    Args:
-        model: from `gptjax.load`.
-        text: not empty.
-        stride: tokens between the starts of two windows. Default: the context length,
-            which is fastest; smaller values give each token more context.
-
-    Raises:
-        ConfigError: the stride is not between 1 and the context length.
-        DataError: the text is empty.
+    `stride` is the number of tokens between the starts of two windows, by default the
+    context length, which is fastest; smaller values give each token more context.
     """
     context_length = model.config.context_length
     stride = context_length if stride is None else stride
     if not 1 <= stride <= context_length:
         raise ConfigError(
             f"--stride {stride} is not between 1 and the model's context length of "
-            f"{context_length}. Choose a value in this range, e.g. "
-            f"{context_length // 2}."
+            f"{context_length}. Choose a value in this range, e.g. {context_length // 2}."
         )
     token_L = np.array([model.tokenizer.eot_token, *model.tokenizer.encode(text)], np.int32)
     return score_tokens(model, token_L, stride, None)
 
 
 def token_losses(model: Model, text: str) -> tuple[list[int], Float32[np.ndarray, " L"]]:
-    """Returns the tokens of `text` and the loss of each, in nats.
+    """Returns the tokens of `text` and the loss of each in nats.
 
-    The text is one document that starts after <|endoftext|>, as in `score`, whose loss
-    is the mean of these values.
-
-    Args:
-        model: from `gptjax.load`.
-        text: 1 to `context_length` tokens.
-
-    Raises:
-        ConfigError: the text is longer than the context.
-        DataError: the text is empty.
+    `score` is their mean. The text has 1 to `context_length` tokens.
     """
     context_length, ids = model.config.context_length, model.tokenizer.encode(text)
     if not ids:
@@ -183,10 +164,10 @@ def token_losses(model: Model, text: str) -> tuple[list[int], Float32[np.ndarray
 def score_tokens(
     model: Model, token_L: np.ndarray, stride: int, eot_token: int | None
 ) -> Evaluation:
-    """Evaluates the model on tokens; the first one is context only.
+    """Evaluates the model on tokens, of which the first is only an input.
 
-    `stride` is the number of tokens between the starts of two windows, from 1 to the
-    context length. `eot_token` starts each document; None means a single document.
+    `stride` is between 1 and the context length. `eot_token` starts each document; None
+    means a single document.
     """
     batches = sliding_windows(
         token_L, model.config.context_length, stride, SCORE_BATCH_SIZE, eot_token

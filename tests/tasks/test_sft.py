@@ -287,7 +287,7 @@ def test_eval_writes_responses_and_judgements(unbroken, tmp_path, capsys):
 
 def test_a_judge_that_is_not_there_loses_no_response(unbroken, tmp_path):
     _, folder, model, _ = unbroken
-    judge = LLMJudge("http://127.0.0.1:9/v1", "nobody", max_attempts=1)
+    judge = LLMJudge("http://127.0.0.1:9/v1", "nobody")
     data, out = str(folder.parent / "rows.jsonl"), tmp_path / "out.jsonl"
 
     with pytest.raises(ModelError, match=r"The responses are in .*out\.jsonl"):
