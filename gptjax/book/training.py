@@ -173,8 +173,11 @@ def make_chapter_6(run: RunContext, data: ClassificationData) -> Task:
         loaders[TRAIN_SPLIT], loaders[VALIDATION_SPLIT], TorchGenerator(c.train.seed), c.train, 1
     )
     padded_batches = ClassificationBatches(
-        *(ids, data.rows[TRAIN_SPLIT].labels, c.data.batch_size),
-        *(bucket_lengths(c.model), data.tokenizer.eot_token),
+        ids,
+        data.rows[TRAIN_SPLIT].labels,
+        rows=c.data.batch_size,
+        bucket_lengths=[max_length],
+        pad_id=data.tokenizer.eot_token,
     )
 
     def score_batch(model: Model, split: str, rows: list[int]) -> dict[str, float]:

@@ -78,7 +78,7 @@ def run_evaluate(
         lines = [f"{name:<18} {value:.4f}" for name, value in metrics.items()]
         print_metrics(metrics, lines, as_json)
     elif text:
-        from gptjax.data.text import read_text_file
+        from gptjax.data.readers import read_text_file
         from gptjax.evaluation.perplexity import score
 
         result = score(loaded, read_text_file(text), stride=stride)

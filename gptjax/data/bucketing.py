@@ -1,4 +1,4 @@
-"""Length-bucketed batch sampler.
+"""Length-bucketed batches as a pure function of (rows, seed, step).
 
 Rows are padded to the next bucket length, so that one program is compiled per bucket.
 Each epoch visits every row once, in a new random order: rows are batched by bucket,
@@ -7,7 +7,7 @@ and the rows left over in one bucket are added to the next.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -45,13 +45,26 @@ class EpochBatches(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class BucketSampler:
-    """Assigns rows to batches as a pure function of (lengths, seed, step)."""
+class BucketedBatches:
+    """Length-bucketed batches; subclasses define the rows.
 
-    lengths: Sequence[int]  # of the rows, from 1 to the largest bucket
+    A subclass has a property `lengths`, from 1 to the largest bucket, and `make_batch`.
+    """
+
+    _: dataclasses.KW_ONLY
     rows: int  # [B] per batch
     bucket_lengths: Sequence[int]  # see `buckets`
+    pad_id: int  # padding token
     seed: int = 0
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Length of each row."""
+        raise NotImplementedError
+
+    def make_batch(self, length: int, indices: Sequence[int] | np.ndarray) -> Any:
+        """Returns the rows at these indices, padded to the length and batch size."""
+        raise NotImplementedError
 
     @property
     def steps_per_epoch(self) -> int:
@@ -70,7 +83,7 @@ class BucketSampler:
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (one instance per run)
     def epoch_plan(self, epoch: int | None) -> list[tuple[int, np.ndarray]]:
-        """Returns (length, rows) of each batch of an epoch; None: unshuffled."""
+        """Returns (length, indices) of each batch of an epoch; None: unshuffled."""
         order = np.arange(len(self.lengths))
         rng = np.random.default_rng((self.seed, epoch or 0))
         if epoch is not None:
@@ -86,7 +99,12 @@ class BucketSampler:
             batches = [batches[n] for n in rng.permutation(len(batches))]
         return batches
 
-    def batch_rows(self, step: int) -> tuple[int, np.ndarray]:
-        """Returns (length, rows) of the batch of one step, counted from 0."""
+    def batch_at(self, step: int) -> Any:
+        """Returns the batch of a training step, counted from 0."""
         epoch, number = divmod(step, self.steps_per_epoch)
-        return self.epoch_plan(epoch)[number]
+        return self.make_batch(*self.epoch_plan(epoch)[number])
+
+    def in_order(self) -> Iterator[tuple[np.ndarray, Any]]:
+        """Yields (row indices, batch); every row occurs once."""
+        for length, indices in self.epoch_plan(None):
+            yield indices, self.make_batch(length, indices)

@@ -1,11 +1,7 @@
 """Labeled texts for classification, from tables and folders, and their batches.
 
-A table is a .csv, .tsv, .jsonl or .json file, optionally gzipped. The text and label
-columns are guessed unless named; the returned description states the choice. A folder
-contains one folder per label, with one .txt file per text.
-
-CSV files are parsed strictly, TSV files like pandas does by default: a field that
-starts with a quote extends to the closing quote, across line ends too.
+The text and label columns of a table are guessed unless named; the returned description
+states the choice. A folder contains one folder per label, with one .txt file per text.
 """
 
 import dataclasses
@@ -20,31 +16,29 @@ from typing import Any, NamedTuple, SupportsIndex, TypedDict
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from gptjax.config import did_you_mean
-from gptjax.data import datasets
-from gptjax.data.bucketing import BucketSampler
+from gptjax.data.bucketing import BucketedBatches
 from gptjax.data.builtin import PYTHON_LINES, python_lines
-from gptjax.data.readers import READERS, NumberedRow, open_decompressed, read_csv_records
-from gptjax.data.text import get_row_text, read_text_file, suffix_without_gz
+from gptjax.data.datasets import DATASETS, PYTHON_HELP, fetch_dataset
+from gptjax.data.readers import (
+    DELIMITERS,
+    LABEL_COLUMNS,
+    TABLE_FORMATS,
+    TEXT_COLUMNS,
+    NumberedRow,
+    check_object,
+    find_column,
+    get_text,
+    name_columns,
+    open_decompressed,
+    read_csv_records,
+    read_rows,
+    read_text_file,
+    suffix_without_gz,
+    unknown_column_error,
+)
 from gptjax.errors import DataError
 
-# Tab-separated, without a file suffix and a header.
-SMS_SPAM_FILE = datasets.DATASETS["sms-spam"].file_name
-TEXT_COLUMNS = ("text", "sentence", "content", "message", "review", "document", "sms")
-TEXT_COLUMNS += ("comment", "tweet", "body", "question", "headline")
-LABEL_COLUMNS = ("label", "class", "target", "category", "sentiment", "labels")
-LABEL_COLUMNS += ("intent", "topic", "polarity", "rating", "stars")
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
-TABLE_FORMATS = {
-    ".csv": "comma-separated",
-    ".tsv": "tab-separated",
-    ".jsonl": "JSON lines",
-    ".json": "JSON list",
-}
-FIELD_COUNT_ADVICE = {
-    ",": 'Quote text that contains commas: "a, b".',
-    "\t": "Tabs separate fields: replace tabs inside a text by spaces.",
-}
+SMS_SPAM_FILE = DATASETS["sms-spam"].file_name  # tab-separated, without suffix and header
 MAX_GUESSED_LABEL_CHARS = 50  # longest value in a guessed label column
 MAX_LISTED_CLASSES = 8  # classes listed by name in a summary
 
@@ -114,19 +108,18 @@ def read_labeled_texts(
     data = encode_labels(
         table_examples(table, text_column, label_column), f"{source}, column {label_column!r}"
     )
-    multiline_note = describe_multiline_texts(table, text_column)
     return data, (
         f"{source}: {table.format}; text in column {text_column!r}, label in column "
-        f"{label_column!r}; {summarize_classes(data)}{multiline_note}. Override with "
-        "--data.text_column NAME --data.label_column NAME."
+        f"{label_column!r}; {summarize_classes(data)}{describe_multiline_texts(table, data)}. "
+        "Override with --data.text_column NAME --data.label_column NAME."
     )
 
 
 def resolve_labeled_path(path: str) -> Path:
     """Returns the file or folder of a data set name or a path."""
     if path == "sms-spam":
-        return datasets.fetch_dataset(path)
-    if path in (datasets.PYTHON_HELP, *datasets.DATASETS):
+        return fetch_dataset(path)
+    if path in (PYTHON_HELP, *DATASETS):
         raise DataError(f"the data set {path} has no labels. Use sms-spam or a file.")
     source = Path(path).expanduser()
     if not source.exists():
@@ -135,14 +128,14 @@ def resolve_labeled_path(path: str) -> Path:
             ".gz), a folder with one folder of .txt files per label, or the data set "
             "sms-spam."
         )
-    if not source.is_dir() and file_suffix(source) not in TABLE_FORMATS:
+    if not source.is_dir() and table_suffix(source) not in TABLE_FORMATS:
         raise DataError(
             f"{path}: unsupported file suffix. Supported: {', '.join(TABLE_FORMATS)} (also .gz)."
         )
     return source
 
 
-def file_suffix(path: Path) -> str:
+def table_suffix(path: Path) -> str:
     """Returns the suffix that determines the file format."""
     is_sms_spam = path.name.removesuffix(".gz") == SMS_SPAM_FILE
     return ".tsv" if is_sms_spam else suffix_without_gz(path)
@@ -155,77 +148,55 @@ def read_raw_table(path: Path, named_columns: set[str]) -> RawTable:
         path: of a table.
         named_columns: columns chosen by the user, which help to detect a header.
     """
-    file_type = file_suffix(path)
+    file_format = TABLE_FORMATS[table_suffix(path)]
     with open_decompressed(path) as (file, _):
-        if file_type in DELIMITERS:
-            delimiter = DELIMITERS[file_type]
-            records = [
-                (line, fields)
-                for line, fields in read_csv_records(file, path, delimiter, strict=delimiter == ",")
-                if fields  # not a blank line
-            ]
-            table = table_from_csv(path, records, named_columns)
+        if delimiter := DELIMITERS.get(table_suffix(path)):
+            records = list(read_csv_records(file, path, delimiter))
+            table = table_from_csv(path, file_format, records, named_columns)
         else:
-            rows = list(READERS[file_type.removeprefix(".")](file, path))
-            table = table_from_json(path, rows)
+            advice = 'Write each row as {"text": "...", "label": "..."}.'
+            rows = [
+                (n, check_object(row, f"{path}:{n}", advice)) for n, row in read_rows(file, path)
+            ]
+            table = RawTable(path, file_format, list(rows[0][1]) if rows else [], rows)
     if not table.rows:
         raise DataError(f"{path} has no rows. Pass a file with labeled texts.")
     return table
 
 
-def table_from_json(path: Path, rows: list[NumberedRow]) -> RawTable:
-    """Returns the table of a JSON file of objects."""
-    for line, row in rows:
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path}:{line}: {row!r:.40} has no columns. Write each row as "
-                '{"text": "...", "label": "..."}.'
-            )
-    return RawTable(path, TABLE_FORMATS[file_suffix(path)], list(rows[0][1]) if rows else [], rows)
-
-
 def table_from_csv(
-    path: Path, records: list[tuple[int, list[str]]], named_columns: set[str]
+    path: Path, file_format: str, records: list[tuple[int, list[str]]], named_columns: set[str]
 ) -> RawTable:
     """Returns the table of a CSV or TSV file; its first row may be a header."""
-    kind, delimiter = TABLE_FORMATS[file_suffix(path)], DELIMITERS[file_suffix(path)]
-    first_row = [name.strip() for name in records[0][1]] if records else []
-    for line, fields in records:
-        if len(fields) != len(first_row):
-            raise DataError(
-                f"{path}:{line}: {len(fields)} fields, but {len(first_row)} in the "
-                f"first row. {FIELD_COUNT_ADVICE[delimiter]}"
-            )
-
-    def make_table(kind: str, names: list[str], skip: int = 0) -> RawTable:
-        rows = [(n, dict(zip(names, row, strict=True))) for n, row in records[skip:]]
-        return RawTable(path, kind, names, rows)
-
-    if not suffix_without_gz(path) and len(first_row) == 2:  # the SMS Spam Collection
-        return make_table(f"{kind}, no header", ["label", "text"])
-    numbered = make_table(f"{kind}, no header", [str(n + 1) for n in range(len(first_row))])
-    if not records or not has_header(numbered, first_row, named_columns):
+    num_columns = len(records[0][1]) if records else 0
+    columns = [str(n + 1) for n in range(num_columns)]
+    if not suffix_without_gz(path) and num_columns == 2:  # the SMS Spam Collection
+        columns = ["label", "text"]
+    rows = list(name_columns([(0, columns), *records], path))
+    numbered = RawTable(path, f"{file_format}, no header", columns, rows)
+    if "label" in columns or not rows or not has_header(numbered, named_columns):
         return numbered
-    if len(set(first_row)) < len(first_row):
-        raise DataError(f"{path}:1: duplicate column name in {first_row}.")
-    return make_table(f"{kind}, with a header", first_row, skip=1)
+    rows = list(name_columns(records, path))
+    columns = [name.strip() for name in records[0][1]]
+    return RawTable(path, f"{file_format}, with a header", columns, rows)
 
 
-def has_header(table: RawTable, first_row: list[str], named_columns: set[str]) -> bool:
+def has_header(table: RawTable, named_columns: set[str]) -> bool:
     """True if the first row of the table contains column names.
 
     False if the user numbers the columns, or if other rows repeat its label.
     """
-    if named_columns & set(first_row) or {name.lower() for name in first_row} & {
+    first_row = {name.strip() for name in table.rows[0][1].values()}
+    if named_columns & first_row or {name.lower() for name in first_row} & {
         *TEXT_COLUMNS,
         *LABEL_COLUMNS,
     }:
         return True
     if named_columns and named_columns <= set(table.columns):
         return False
-    label_column = guess_label_column(table)
-    other_labels = [row[label_column] for _, row in table.rows[1:]] if label_column else []
-    return not label_column or table.rows[0][1][label_column] not in other_labels
+    column = guess_label_column(table)
+    labels = [row[column] for _, row in table.rows] if column else []
+    return not column or labels[0] not in labels[1:]
 
 
 def guess_label_column(table: RawTable) -> str:
@@ -251,15 +222,15 @@ def choose_columns(table: RawTable, text_column: str, label_column: str) -> tupl
     location = f"{table.path}:{table.rows[0][0]}"
     for option, name in (("text", text_column), ("label", label_column)):
         if name and name not in columns:
-            raise unknown_column_error(name, option, columns, location)
+            raise unknown_column_error(name, columns, location, f"--data.{option}_column NAME")
     if text_column and text_column == label_column:
         raise DataError(
             f"data.text_column and data.label_column are both {text_column!r}. Choose "
             f"two of {', '.join(columns)}."
         )
     remaining = [name for name in columns if name not in (text_column, label_column)]
-    text_column = text_column or known_column(remaining, TEXT_COLUMNS)
-    label_column = label_column or known_column(remaining, LABEL_COLUMNS)
+    text_column = text_column or find_column(remaining, TEXT_COLUMNS)
+    label_column = label_column or find_column(remaining, LABEL_COLUMNS)
     remaining = [name for name in columns if name not in (text_column, label_column)]
     if len(columns) == 2 and not text_column:
         label_column = label_column or guess_label_column(table)
@@ -268,34 +239,13 @@ def choose_columns(table: RawTable, text_column: str, label_column: str) -> tupl
         values = [str(row.get(remaining[0], "")) for _, row in table.rows]
         label_column = remaining[0] if len(set(values)) < len(values) else ""
     if not text_column or not label_column:
-        is_delimited = file_suffix(table.path) in DELIMITERS
+        numbers = " (column numbers from 1 if there is no header)"
         raise DataError(
             f"{location}: ambiguous text and label columns; columns: "
             f"{', '.join(columns) or 'none'}. Choose with --data.text_column NAME "
-            "--data.label_column NAME"
-            + (" (column numbers from 1 if there is no header)." * is_delimited or ".")
+            f"--data.label_column NAME{numbers * (table_suffix(table.path) in DELIMITERS)}."
         )
     return text_column, label_column
-
-
-def known_column(columns: list[str], names: Sequence[str]) -> str:
-    """Returns the only column with a known name, else ""; `names[0]` is preferred."""
-    for accepted in (names[:1], names):
-        matches = [name for name in columns if name.strip().lower() in accepted]
-        if len(matches) == 1:
-            return matches[0]
-    return ""
-
-
-def unknown_column_error(
-    name: str, option: str, columns: Iterable[str], location: str
-) -> DataError:
-    """Returns the error for a missing column."""
-    columns = list(columns)
-    return DataError(
-        f"{location}: no column {name!r}.{did_you_mean(name, columns)} Columns: "
-        f"{', '.join(columns) or 'none'}. Choose with --data.{option}_column NAME."
-    )
 
 
 def table_examples(
@@ -304,19 +254,13 @@ def table_examples(
     """Yields (text, label, location) of each row."""
     for line, row in table.rows:
         location = f"{table.path}:{line}"
-        for option, name in (("text", text_column), ("label", label_column)):
-            if name not in row:
-                raise unknown_column_error(name, option, row, location)
-        yield (
-            get_row_text(row, text_column, location),
-            get_label(row, label_column, location),
-            location,
-        )
+        text = get_text(row, text_column, location, "--data.text_column NAME")
+        yield text, get_label(row, label_column, location), location
 
 
 def get_label(row: dict[str, Any], column: str, location: str) -> str:
     """Returns the label of a row as a stripped string."""
-    value = row[column]
+    value = row.get(column, "")
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     if isinstance(value, dict | list):
@@ -324,7 +268,8 @@ def get_label(row: dict[str, Any], column: str, location: str) -> str:
             f"{location}: the label in column {column!r} is {value!r:.40}, not a "
             "string or a number. Each text needs exactly one label."
         )
-    label = "" if value is None else get_row_text(row, column, location).strip()
+    option = "--data.label_column NAME"
+    label = "" if value is None else get_text(row, column, location, option).strip()
     if not label:
         raise DataError(f"{location}: no label in column {column!r}. Add one, or remove the row.")
     return label
@@ -333,29 +278,29 @@ def get_label(row: dict[str, Any], column: str, location: str) -> str:
 def folder_examples(folder: Path) -> Iterator[tuple[str, str, str]]:
     """Yields (text, label, location) of each .txt file; its folder is the label."""
 
-    def visible_entries(place: Path) -> list[Path]:
-        return [path for path in sorted(place.iterdir()) if path.name[0] != "."]
+    def find_texts(pattern: str) -> list[Path]:
+        return [
+            path
+            for path in sorted(folder.glob(pattern))
+            if suffix_without_gz(path) == ".txt"
+            and path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        ]
 
-    def subfolders(place: Path) -> list[Path]:
-        return [path for path in visible_entries(place) if path.is_dir()]
-
-    def text_files(place: Path) -> list[Path]:
-        return [p for p in visible_entries(place) if suffix_without_gz(p) == ".txt" and p.is_file()]
-
-    for inner in subfolders(folder):
-        if any(text_files(deeper) for deeper in subfolders(inner)):
-            raise DataError(
-                f"{folder} contains {inner.name}, which has subfolders of texts. "
-                f"Pass the folder whose subfolders are the labels, such as {inner}."
-            )
-    files = [(file, inner.name) for inner in subfolders(folder) for file in text_files(inner)]
+    if nested := find_texts("*/*/*"):
+        inner = nested[0].parent.parent
+        raise DataError(
+            f"{folder} contains {inner.name}, which has subfolders of texts. "
+            f"Pass the folder whose subfolders are the labels, such as {inner}."
+        )
+    files = find_texts("*/*")
     if not files:
         raise DataError(
             f"{folder} has no folders of .txt files. Put each text into a folder named "
             f"after its label, such as {folder / 'spam' / '1.txt'}, or pass a file."
         )
-    for file, label in files:
-        yield read_text_file(file), label, f"{file}:1"
+    for file in files:
+        yield read_text_file(file), file.parent.name, f"{file}:1"
 
 
 def encode_labels(rows: Iterable[tuple[str, str, str]], source: str) -> LabeledTexts:
@@ -403,10 +348,10 @@ def summarize_classes(data: LabeledTexts) -> str:
     )
 
 
-def describe_multiline_texts(table: RawTable, text_column: str) -> str:
+def describe_multiline_texts(table: RawTable, data: LabeledTexts) -> str:
     """Returns a note on TSV texts with line breaks, which are rarely intended."""
-    lines = [line for line, row in table.rows if "\n" in row[text_column]]
-    if not lines or file_suffix(table.path) != ".tsv":
+    lines = [n for (n, _), text in zip(table.rows, data.texts, strict=True) if "\n" in text]
+    if not lines or table_suffix(table.path) != ".tsv":
         return ""
     return f"; {len(lines):,} with quoted line breaks, first at line {lines[0]}"
 
@@ -421,52 +366,28 @@ class ClassificationBatch(TypedDict):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ClassificationBatches:
+class ClassificationBatches(BucketedBatches):
     """Length-bucketed batches of tokenized texts with labels."""
 
-    token_ids: Sequence[Sequence[int]]  # per text; 1 to max(bucket_lengths) tokens
+    token_ids: Sequence[Sequence[int]]  # per text
     labels: Sequence[int]
-    rows: int  # batch size B
-    bucket_lengths: Sequence[int]  # from `buckets`
-    pad_id: int  # padding token
-    seed: int = 0
 
     @functools.cached_property
-    def sampler(self) -> BucketSampler:
-        """Sampler that assigns rows to batches."""
-        return BucketSampler(
-            [len(row) for row in self.token_ids], self.rows, self.bucket_lengths, self.seed
+    def lengths(self) -> list[int]:
+        """Tokens of each text."""
+        return [len(ids) for ids in self.token_ids]
+
+    def make_batch(self, length: int, indices: Sequence[int] | np.ndarray) -> ClassificationBatch:
+        """Returns the texts at these indices, padded to the length and batch size."""
+        batch = ClassificationBatch(
+            tokens=np.full((self.rows, length), self.pad_id, np.int32),
+            lengths=np.ones(self.rows, np.int32),
+            labels=np.zeros(self.rows, np.int32),
+            loss_weights=np.zeros(self.rows, np.float32),
         )
-
-    @property
-    def batch_shapes(self) -> list[int]:
-        """Row lengths [T], one compiled shape each."""
-        return self.sampler.batch_shapes
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps until every row was used once."""
-        return self.sampler.steps_per_epoch
-
-    def batch_at(self, step: int) -> ClassificationBatch:
-        """Returns the batch of a training step, counted from 0."""
-        return self.make_batch(*self.sampler.batch_rows(step))
-
-    def in_order(self) -> Iterator[tuple[np.ndarray, ClassificationBatch]]:
-        """Yields (row indices, batch); every row occurs once."""
-        for length, row_indices in self.sampler.epoch_plan(None):
-            yield row_indices, self.make_batch(length, row_indices)
-
-    def make_batch(self, length: int, row_indices: np.ndarray) -> ClassificationBatch:
-        """Returns the rows at these indices, padded to the length and batch size."""
-        token_BT = np.full((self.rows, length), self.pad_id, np.int32)
-        length_B = np.ones(self.rows, np.int32)
-        class_B = np.zeros(self.rows, np.int32)
-        weight_B = np.zeros(self.rows, np.float32)
-        for n, row in enumerate(row_indices):
-            ids = self.token_ids[row]
-            token_BT[n, : len(ids)] = ids
-            length_B[n], class_B[n], weight_B[n] = len(ids), self.labels[row], 1
-        return ClassificationBatch(
-            tokens=token_BT, lengths=length_B, labels=class_B, loss_weights=weight_B
-        )
+        for b, n in enumerate(indices):
+            ids = self.token_ids[n]
+            batch["tokens"][b, : len(ids)] = ids
+            batch["lengths"][b], batch["labels"][b] = len(ids), self.labels[n]
+            batch["loss_weights"][b] = 1
+        return batch

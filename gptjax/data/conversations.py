@@ -1,4 +1,4 @@
-"""Conversations and preference pairs from .json, .jsonl and .csv files (also .gz).
+"""Conversations and preference pairs from tables of `gptjax.data.readers`.
 
 The columns of the first row determine the format, which all rows must share. A message
 maps "role" (system, user or assistant) and "content" to strings; a user message may
@@ -15,25 +15,24 @@ from typing import Any, TypeVar
 import numpy as np
 
 from gptjax.config import did_you_mean
-from gptjax.data import classification, datasets
 from gptjax.data.builtin import PYTHON_LINES, WORD_TASKS, word_tasks
-from gptjax.data.readers import READERS, open_decompressed
-from gptjax.data.splits import SplitFn, check_split_fractions, split_sizes
-from gptjax.data.text import (
-    ALL_SPLITS,
-    TRAIN_SPLIT,
-    VALIDATION_SPLIT,
-    get_row_text,
+from gptjax.data.datasets import DATASETS, PYTHON_HELP, fetch_dataset
+from gptjax.data.readers import (
+    TABLE_FORMATS,
+    check_object,
+    get_text,
+    open_decompressed,
+    read_rows,
+    require_text,
     suffix_without_gz,
 )
+from gptjax.data.splits import SplitFn, check_split_fractions, split_sizes
+from gptjax.data.text import ALL_SPLITS, TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import DataError
 from gptjax.plugins import load_plugin
 from gptjax.tokenizer.template_worker import ChatMessage
 
 CONVERSATION_DATASETS = ("instructions", "preferences", WORD_TASKS)
-CONVERSATION_FILE_FORMATS = {
-    f".{kind}": classification.TABLE_FORMATS[f".{kind}"] for kind in READERS
-}
 RowFormats = dict[tuple[str, ...], str]  # required columns: name of the format
 CONVERSATION_FORMATS: RowFormats = {  # the first match wins
     ("messages",): "chat",
@@ -103,7 +102,7 @@ def read_conversations(path: Path | str) -> tuple[list[Conversation], str]:
     for location, source_row in rows:
         row = check_columns(source_row, columns, location, ROW_ADVICE)
         messages = to_messages(row, columns, answer_column, location)
-        split, task = get_split(row, location), get_row_text(row, "task", location)
+        split, task = get_split(row, location), get_text(row, "task", location)
         conversations.append(Conversation(messages, source_row, location, split, task))
     turns = sum(
         m["role"] == "assistant" for conversation in conversations for m in conversation.messages
@@ -152,10 +151,9 @@ def read_conversation_rows(
         rows = [(f"{path}:{n}", row) for n, row in enumerate(word_tasks(), 1)]
     else:
         source = resolve_conversation_path(path)
-        file_format = CONVERSATION_FILE_FORMATS[suffix_without_gz(source)]
+        file_format = TABLE_FORMATS[suffix_without_gz(source)]
         with open_decompressed(source) as (file, _):
-            numbered_rows = READERS[suffix_without_gz(source).removeprefix(".")](file, source)
-            rows = [(f"{source}:{line}", row) for line, row in numbered_rows]
+            rows = [(f"{source}:{line}", row) for line, row in read_rows(file, source)]
     if not rows:
         raise DataError(f"{source} has no rows. Pass a file with a conversation per row.")
     location, row = rows[0]
@@ -174,26 +172,28 @@ def resolve_conversation_path(path: str) -> Path:
     """Returns the file of a data set name or a path."""
     file = Path(path).expanduser()
     if path in CONVERSATION_DATASETS:
-        return datasets.fetch_dataset(path)
-    if path in (datasets.PYTHON_HELP, PYTHON_LINES, *datasets.DATASETS):
+        return fetch_dataset(path)
+    if path in (PYTHON_HELP, PYTHON_LINES, *DATASETS):
         problem = f"the data set {path} has no conversations"
     elif not file.is_file():
         problem = f"{path} is not a file"
-    elif suffix_without_gz(file) not in CONVERSATION_FILE_FORMATS:
+    elif suffix_without_gz(file) not in TABLE_FORMATS:
         problem = f"{path}: unsupported file suffix"
     else:
         return file
     raise DataError(
-        f"{problem}. Pass a {', '.join(CONVERSATION_FILE_FORMATS)} file (also .gz) or "
+        f"{problem}. Pass a {', '.join(TABLE_FORMATS)} file (also .gz) or "
         f"one of the data sets {', '.join(CONVERSATION_DATASETS)}."
     )
 
 
 def check_columns(row: Any, columns: Sequence[str], location: str, advice: str) -> dict[str, Any]:
     """Checks for required columns; returns the row with "" for optional nulls."""
-    if not isinstance(row, dict):
-        raise DataError(f"{location}: {row!r:.40} has no columns. {advice}")
-    row = {name: value for name, value in row.items() if value is not None}
+    row = {
+        name: value
+        for name, value in check_object(row, location, advice).items()
+        if value is not None
+    }
     for name in columns:
         if name not in row:
             raise DataError(
@@ -209,7 +209,7 @@ def to_messages(
     """Returns the conversation of a row with the response in column `answer_column`."""
     prompt_column = columns[0] if columns[0] in PROMPT_COLUMNS else ""
     if prompt_column and not isinstance(row[answer_column], list):
-        content = require_text(row, answer_column, "a response", location)
+        content = require_text(row, answer_column, location, "a response")
         messages: list[ChatMessage] = [{"role": "assistant", "content": content}]
     else:
         messages = read_messages(row, answer_column, location)
@@ -224,7 +224,7 @@ def to_messages(
     check_turn_order(messages, location)
     if messages[0]["role"] == "system" and not messages[0]["content"].strip():
         messages = messages[1:]
-    system = get_row_text(row, "system", location)
+    system = get_text(row, "system", location)
     if system.strip():
         if messages[0]["role"] == "system":
             raise DataError(
@@ -239,23 +239,15 @@ def to_prompt_messages(row: dict[str, Any], column: str, location: str) -> list[
     """Returns the messages before the response: a user message or a list."""
     if column != "instruction" and isinstance(row[column], list):
         return read_messages(row, column, location)
-    content = require_text(row, column, "a prompt", location)
+    content = require_text(row, column, location, "a prompt")
     input_field = optional_input(row, location) if column == "instruction" else {}
     return [{"role": "user", "content": content, **input_field}]
 
 
 def optional_input(row: dict[str, Any], location: str) -> dict[str, str]:
     """Returns {"input": text}, or {} if the input is blank."""
-    text = get_row_text(row, "input", location)
+    text = get_text(row, "input", location)
     return {"input": text} if text.strip() else {}
-
-
-def require_text(row: dict[str, Any], column: str, expected: str, location: str) -> str:
-    """Returns the text of a column, which must not be blank."""
-    text = get_row_text(row, column, location)
-    if not text.strip():
-        raise DataError(f"{location}: {column!r} is empty. Add {expected}, or remove the row.")
-    return text
 
 
 def read_messages(row: dict[str, Any], column: str, location: str) -> list[ChatMessage]:
@@ -290,11 +282,11 @@ def read_message(message_fields: Any, location: str) -> ChatMessage:
     if isinstance(message_fields[content_key], list):
         message_fields[content_key] = join_content_parts(message_fields[content_key], location)
     if role == "system":
-        return {"role": role, "content": get_row_text(message_fields, content_key, location)}
+        return {"role": role, "content": get_text(message_fields, content_key, location)}
     expected = "a response" if role == "assistant" else "a prompt"
     message = {
         "role": role,
-        "content": require_text(message_fields, content_key, expected, location),
+        "content": require_text(message_fields, content_key, location, expected),
     }
     return message | optional_input(message_fields, location) if role == "user" else message
 
@@ -303,7 +295,7 @@ def join_content_parts(parts: list[Any], location: str) -> str:
     """Returns the text of a content given as a list of parts."""
     advice = 'Write each part as {"type": "text", "text": "..."}, or remove the row.'
     items = [check_columns(part, ("text",), location, advice) for part in parts]
-    return "".join(get_row_text(item, "text", location) for item in items)
+    return "".join(get_text(item, "text", location) for item in items)
 
 
 def check_turn_order(messages: Sequence[ChatMessage], location: str) -> None:
@@ -327,7 +319,7 @@ def check_turn_order(messages: Sequence[ChatMessage], location: str) -> None:
 
 def get_split(row: dict[str, Any], location: str) -> str:
     """Returns the split of a row, or "" if it has none."""
-    name = get_row_text(row, "split", location)
+    name = get_text(row, "split", location)
     if name and name not in SPLIT_ALIASES:
         raise DataError(
             f"{location}: unknown split {name!r}.{did_you_mean(name, SPLIT_ALIASES)} "

@@ -210,7 +210,11 @@ def prepare_dataset(
     meta = read_token_metadata(out) if is_prepared_dir(out) else {}
     if meta.get("recipe") == recipe:
         return DatasetInfo(out, meta)
-    check_output_empty(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(
+            f"{out} already holds other data, or the same text prepared with other "
+            "options. Choose another folder, or remove this one."
+        )
     started = time.perf_counter()
     try:
         with atomic_path(out) as new_dir:
@@ -224,42 +228,44 @@ def prepare_dataset(
 def write_prepared(
     folder: Path,
     sources: Sequence[TextSource],
-    tokenizer: str,
+    tokenizer_name: str,
     recipe: dict[str, Any],
     workers: int | None,
 ) -> dict[str, Any]:
     """Writes a prepared folder; returns the content of its meta.json."""
-    rule = make_split_rule(sources, recipe["val_fraction"], recipe["seed"])
-    loaded_tokenizer = load_or_train_tokenizer(tokenizer, sources, rule)
-    loaded_tokenizer.save(folder / "tokenizer")
-    splits = write_splits(
-        iter_split_spans(sources, rule, "encoding"),
-        loaded_tokenizer,
-        folder,
-        recipe["shard_tokens"],
-        workers or os.cpu_count() or 1,
-    )
-    check_splits(splits, recipe["val_fraction"])
+    val_fraction = recipe["val_fraction"]
+    rule = make_split_rule(sources, val_fraction, recipe["seed"])
+    tokenizer = load_or_train_tokenizer(tokenizer_name, sources, rule)
+    tokenizer.save(folder / "tokenizer")
+    dtype = token_dtype(tokenizer.vocab_size)
+    writers = {s: ShardWriter(folder, s, dtype, recipe["shard_tokens"]) for s in TEXT_SPLITS}
+    spans = iter_split_spans(sources, rule, "encoding")
+    for encoded in encode_spans(spans, tokenizer, workers or os.cpu_count() or 1):
+        for split, part in encoded.items():
+            writers[split].append(*part)
+    if not any(writer.counts["documents"] for writer in writers.values()):
+        raise DataError("no text: all files and rows are empty. Give files that contain text.")
+    splits = {}
+    for split, writer in writers.items():
+        if writer.counts["documents"]:
+            writer.append(np.array([tokenizer.eot_token], dtype), np.empty(0, np.int64), 0)
+            splits[split] = writer.finish()
+        elif split == TRAIN_SPLIT or val_fraction:
+            raise DataError(
+                f"the text is too short for val_fraction={val_fraction}. Add text, or set "
+                "--val-fraction 0 (data.val_fraction)."
+            )
     meta = {
         "format": TOKEN_FILES_FORMAT,
-        "dtype": token_dtype(loaded_tokenizer.vocab_size).str,
-        "tokenizer": {"name": loaded_tokenizer.name, "hash": loaded_tokenizer.hash},
-        "vocab_size": loaded_tokenizer.vocab_size,
-        "eot": loaded_tokenizer.eot_token,
+        "dtype": dtype.str,
+        "tokenizer": {"name": tokenizer.name, "hash": tokenizer.hash},
+        "vocab_size": tokenizer.vocab_size,
+        "eot": tokenizer.eot_token,
         "splits": splits,
         "recipe": recipe,
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
     return meta
-
-
-def check_output_empty(out: Path) -> None:
-    """Raises unless `out` is missing or an empty folder."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(
-            f"{out} already holds other data, or the same text prepared with other "
-            "options. Choose another folder, or remove this one."
-        )
 
 
 def tokenizer_id(name: str) -> str:
@@ -284,44 +290,33 @@ class EncodedSpans(NamedTuple):
 
     tokens: np.ndarray
     document_ends: np.ndarray  # number of tokens up to each end of a document
-    bytes: int  # of text
+    num_bytes: int  # of text
 
 
 def encode_batch(spans: Sequence[SplitSpan], tokenizer: Tokenizer) -> dict[str, EncodedSpans]:
     """Encodes spans of text; returns the tokens by split."""
     dtype = token_dtype(tokenizer.vocab_size)
+    start = np.array([tokenizer.eot_token], dtype)
     encoded = {}
     for split in TEXT_SPLITS:
-        tokens, document_ends, count, size = [], [], 0, 0
-        start = np.array([tokenizer.eot_token], dtype)
-        for span in spans:
-            if span.split == split:
-                ids = tokenizer.encode_array(span.text).astype(dtype)
-                tokens += [start, ids] if span.is_first else [ids]
-                count += span.is_first + len(ids)
-                size += len(span.text.encode())
-                if span.is_last:
-                    document_ends.append(count)
-        all_tokens = np.concatenate([np.empty(0, dtype), *tokens])
-        encoded[split] = EncodedSpans(all_tokens, np.array(document_ends, np.int64), size)
+        part = [span for span in spans if span.split == split]
+        tokens = [np.empty(0, dtype)]
+        for span in part:
+            ids = tokenizer.encode_array(span.text).astype(dtype)
+            tokens.append(np.concatenate([start, ids]) if span.is_first else ids)
+        ends = np.cumsum([len(ids) for ids in tokens[1:]], dtype=np.int64)
+        encoded[split] = EncodedSpans(
+            np.concatenate(tokens),
+            ends[[span.is_last for span in part]],
+            sum(len(span.text.encode()) for span in part),
+        )
     return encoded
 
 
-def write_splits(
-    spans: Iterable[SplitSpan], tokenizer: Tokenizer, folder: Path, shard_tokens: int, workers: int
-) -> dict[str, Any]:
-    """Encodes and writes the shards; returns "splits" of meta.json."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    writers = {s: ShardWriter(folder, s, dtype, shard_tokens) for s in TEXT_SPLITS}
-    counts = {s: {"documents": 0, "tokens": 0, "bytes": 0} for s in TEXT_SPLITS}
-
-    def write_encoded(encoded: dict[str, EncodedSpans]) -> None:
-        for split, (tokens, document_ends, size) in encoded.items():
-            writers[split].append(tokens, document_ends)
-            counts[split]["documents"] += len(document_ends)
-            counts[split]["tokens"] += len(tokens)
-            counts[split]["bytes"] += size
-
+def encode_spans(
+    spans: Iterable[SplitSpan], tokenizer: Tokenizer, workers: int
+) -> Iterator[dict[str, EncodedSpans]]:
+    """Encodes spans in threads; yields the tokens of batches by split, in order."""
     tokenizer.encode("")  # builds its tables before the threads start
     # tiktoken releases the GIL, so threads are as fast as processes, which would need
     # a guarded __main__. The queue bounds memory and keeps the order.
@@ -330,17 +325,9 @@ def write_splits(
         for batch in batch_spans(spans):
             queue.append(pool.submit(encode_batch, batch, tokenizer))
             if len(queue) > 2 * workers:
-                write_encoded(queue.popleft().result())
+                yield queue.popleft().result()
         for future in queue:
-            write_encoded(future.result())
-    splits = {}
-    for split, writer in writers.items():
-        if counts[split]["documents"]:
-            end = EncodedSpans(np.array([tokenizer.eot_token], dtype), np.empty(0, np.int64), 0)
-            write_encoded({split: end})
-            writer.finish_shard()
-            splits[split] = {**counts[split], "shards": writer.shards}
-    return splits
+            yield future.result()
 
 
 def batch_spans(spans: Iterable[SplitSpan]) -> Iterator[list[SplitSpan]]:
@@ -353,14 +340,3 @@ def batch_spans(spans: Iterable[SplitSpan]) -> Iterator[list[SplitSpan]]:
             yield batch
             batch, size = [], 0
     yield batch
-
-
-def check_splits(splits: dict[str, Any], val_fraction: float) -> None:
-    """Raises if a required split is empty."""
-    if not splits:
-        raise DataError("no text: all files and rows are empty. Give files that contain text.")
-    if TRAIN_SPLIT not in splits or (val_fraction and VALIDATION_SPLIT not in splits):
-        raise DataError(
-            f"the text is too short for val_fraction={val_fraction}. Add text, or set "
-            "--val-fraction 0 (data.val_fraction)."
-        )

@@ -1,7 +1,8 @@
-"""Strict readers for .jsonl, .json and .csv files.
+"""Strict readers of tables (.jsonl, .json, .csv, .tsv) and text, also gzipped.
 
-Nothing is guessed, repaired or skipped: invalid UTF-8, JSON or CSV raises an error
-with file and line.
+Nothing is repaired or skipped: invalid UTF-8, JSON or CSV raises an error with file and
+line. CSV is parsed strictly, TSV like pandas does by default: a field that starts with
+a quote extends to the closing quote, across line ends too.
 """
 
 import codecs
@@ -12,18 +13,35 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
+from gptjax.config import did_you_mean
 from gptjax.errors import DataError
 from gptjax.fileio.strict_json import decode_json_at
 
+TABLE_FORMATS = {
+    ".jsonl": "JSON lines",
+    ".json": "JSON list",
+    ".csv": "comma-separated",
+    ".tsv": "tab-separated",
+}
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+FIELD_COUNT_ADVICE = {
+    ",": 'Quote text that contains commas: "a, b".',
+    "\t": "Tabs separate fields: replace tabs inside a text by spaces.",
+}
 READ_BLOCK_BYTES = 1 << 18  # per read
 MAX_LINE_BYTES = 64 << 20  # per line and per CSV field
 MAX_JSON_CHARS = 1 << 30  # per .json file, which is read into memory
 JSON_WHITESPACE = re.compile(r"[ \t\r\n]*")
+# Usual column names; the first is preferred to the others.
+TEXT_COLUMNS = ("text", "sentence", "content", "message", "review", "document", "sms")
+TEXT_COLUMNS += ("comment", "tweet", "body", "question", "headline")
+LABEL_COLUMNS = ("label", "class", "target", "category", "sentiment", "labels")
+LABEL_COLUMNS += ("intent", "topic", "polarity", "rating", "stars")
 
 NumberedRow = tuple[int, Any]  # first line number; string, or dict by column
 
@@ -42,6 +60,26 @@ def open_decompressed(path: Path) -> Iterator[tuple[BufferedIOBase, BufferedIOBa
         raise DataError(
             f"cannot read {path}: {error}. Check that the file exists and is complete."
         ) from error
+
+
+def suffix_without_gz(path: Path) -> str:
+    """Returns the lower-case file extension, ignoring .gz."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def read_text_file(path: Path) -> str:
+    """Reads a whole text file with any file extension.
+
+    Raises:
+        DataError: the file cannot be read or is not valid UTF-8.
+    """
+    with open_decompressed(path) as (file, _):
+        return "".join(text for _, text in decode_utf8(read_blocks(file), path))
+
+
+def read_blocks(file: BufferedIOBase) -> Iterator[bytes]:
+    """Yields the content of a file in blocks."""
+    return iter(lambda: file.read(READ_BLOCK_BYTES), b"")
 
 
 def decode_utf8(blocks: Iterable[bytes], path: Path) -> Iterator[tuple[int, str]]:
@@ -67,11 +105,6 @@ def decode_utf8(blocks: Iterable[bytes], path: Path) -> Iterator[tuple[int, str]
             line += text.count("\n")
 
 
-def read_blocks(file: BufferedIOBase) -> Iterator[bytes]:
-    """Yields the content of a file in blocks."""
-    return iter(lambda: file.read(READ_BLOCK_BYTES), b"")
-
-
 def read_lines(file: BufferedIOBase, path: Path) -> Iterator[tuple[int, str]]:
     """Yields (line number, line including its line ending)."""
 
@@ -88,6 +121,20 @@ def read_lines(file: BufferedIOBase, path: Path) -> Iterator[tuple[int, str]]:
             yield block
 
     return decode_utf8(lines(), path)
+
+
+def read_rows(file: BufferedIOBase, path: Path) -> Iterator[NumberedRow]:
+    """Yields the rows of a table, whose suffix is one of `TABLE_FORMATS`.
+
+    The first row of a CSV or TSV file is its header.
+    """
+    match suffix_without_gz(path):
+        case ".jsonl":
+            return read_jsonl(file, path)
+        case ".json":
+            return read_json_array(file, path)
+        case suffix:
+            return name_columns(read_csv_records(file, path, DELIMITERS[suffix]), path)
 
 
 def read_jsonl(file: BufferedIOBase, path: Path) -> Iterator[NumberedRow]:
@@ -107,28 +154,25 @@ def read_json_array(file: BufferedIOBase, path: Path) -> Iterator[NumberedRow]:
     """Yields the items of a file that holds one JSON array."""
     text = read_json_text(file, path)
 
-    def skip_whitespace(start: int) -> tuple[int, str]:
-        """Returns (position, character) after any whitespace."""
+    def skip_whitespace(start: int) -> int:
         spaces = JSON_WHITESPACE.match(text, start)
-        start = spaces.end() if spaces else start
-        return start, text[start : start + 1]
+        return spaces.end() if spaces else start
 
-    position, char = skip_whitespace(0)
-    if char != "[":
+    start = skip_whitespace(0)
+    if not text.startswith("[", start):
         raise DataError(f"{path}:1: not a JSON array. Put the rows between [ and ].")
     line, counted = 1, 0
-    end, char = skip_whitespace(position + 1)
-    while char != "]":
-        start, _ = skip_whitespace(position + 1)
+    start = skip_whitespace(start + 1)
+    has_next = not text.startswith("]", start)
+    while has_next:
         line, counted = line + text.count("\n", counted, start), start
         row, end = next_json_value(text, start, path, line)
         yield line, row
-        position, char = skip_whitespace(end)
-        if char != ",":
-            end = position
-            break
-    line += text.count("\n", counted, end)
-    if char != "]" or skip_whitespace(end + 1)[1]:
+        start = skip_whitespace(end)
+        has_next = text.startswith(",", start)
+        start = skip_whitespace(start + has_next)
+    if not text.startswith("]", start) or skip_whitespace(start + 1) < len(text):
+        line += text.count("\n", counted, start)
         raise DataError(f"{path}:{line}: expected a comma or the closing ] of the array.")
 
 
@@ -150,61 +194,136 @@ def next_json_value(text: str, start: int, path: Path, line: int) -> tuple[Any, 
     """Decodes the JSON value at `start`, on line `line`; returns (value, end)."""
     try:
         return decode_json_at(text, start)
-    except json.JSONDecodeError as error:
-        line += text.count("\n", start, error.pos)
-        raise DataError(f"{path}:{line}: not JSON: {error.msg}.") from error
-    except ValueError as error:  # such as an integer with thousands of digits
-        raise DataError(f"{path}:{line}: not JSON: {error}.") from error
-
-
-def read_csv(file: BufferedIOBase, path: Path) -> Iterator[NumberedRow]:
-    """Yields each row as a dict by the names in the header; fields may span lines."""
-    names = None
-    for line, fields in read_csv_records(file, path):
-        if names is None:
-            names = fields
-            if len(set(names)) < len(names):
-                raise DataError(f"{path}:1: duplicate column name in {names}.")
-        elif fields:  # not a blank line
-            if len(fields) != len(names):
-                raise DataError(
-                    f"{path}:{line}: {len(fields)} fields, but {len(names)} columns "
-                    'in the header. Quote text that contains commas: "a, b".'
-                )
-            yield line, dict(zip(names, fields, strict=True))
+    except ValueError as error:
+        reason = error
+        if isinstance(error, json.JSONDecodeError):
+            line, reason = line + text.count("\n", start, error.pos), error.msg
+        raise DataError(f"{path}:{line}: not JSON: {reason}.") from error
 
 
 def read_csv_records(
-    file: BufferedIOBase, path: Path, delimiter: str = ",", strict: bool = True
+    file: BufferedIOBase, path: Path, delimiter: str
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yields (first line, fields) of each row; a blank line has no fields.
+    """Yields (first line, fields) of each row that is not blank.
 
-    Args:
-        file: decompressed bytes.
-        path: name for error messages.
-        delimiter: between fields.
-        strict: raise on text after a closing quote instead of adding it to the field.
+    All rows must have as many fields as the first.
     """
     csv.field_size_limit(MAX_LINE_BYTES)  # process-wide; default 131,072
     # Decoded text has no NUL, so this row is the last one unless a quote is still open.
     end = "\0"
     lines = itertools.chain((text for _, text in read_lines(file, path)), [end])
-    reader = csv.reader(lines, delimiter=delimiter, strict=strict)
-    line = 1
+    reader = csv.reader(lines, delimiter=delimiter, strict=delimiter == ",")
+    line, width = 1, 0
     try:
         for fields in reader:
             if fields and fields[-1].endswith(end):
                 if reader.line_num > line:
                     raise csv.Error("quote is never closed")
                 return
-            yield line, fields
+            width = width or len(fields)
+            if len(fields) not in (0, width):
+                raise DataError(
+                    f"{path}:{line}: {len(fields)} fields, but {width} in the first "
+                    f"row. {FIELD_COUNT_ADVICE[delimiter]}"
+                )
+            if fields:
+                yield line, fields
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}:{line}: not CSV: {error}.") from error
 
 
-READERS: dict[str, Callable[[BufferedIOBase, Path], Iterator[NumberedRow]]] = {
-    "jsonl": read_jsonl,
-    "json": read_json_array,
-    "csv": read_csv,
-}
+def name_columns(records: Iterable[tuple[int, list[str]]], path: Path) -> Iterator[NumberedRow]:
+    """Yields each record as a dict by the names in the first one."""
+    records = iter(records)
+    line, names = next(records, (1, []))
+    names = [name.strip() for name in names]
+    if len(set(names)) < len(names):
+        raise DataError(f"{path}:{line}: duplicate column name in {names}.")
+    for line, fields in records:
+        yield line, dict(zip(names, fields, strict=True))
+
+
+def check_object(row: Any, location: str, advice: str) -> dict[str, Any]:
+    """Returns a row that must be an object with columns."""
+    if not isinstance(row, dict):
+        raise DataError(f"{location}: {row!r:.40} has no columns. {advice}")
+    return row
+
+
+def get_text(row: Any, column: str, location: str, option: str = "--column NAME") -> str:
+    """Returns the text of one row.
+
+    Args:
+        row: a string if `column` is "", else a dict.
+        column: with the text.
+        location: of the row, for error messages.
+        option: chooses the column, for error messages.
+    """
+    if column and (not isinstance(row, dict) or column not in row):
+        raise unknown_column_error(column, row if isinstance(row, dict) else (), location, option)
+    text = row[column] if column else row
+    if not isinstance(text, str):
+        subject = f"column {column!r}" if column else "the row"
+        raise DataError(f"{location}: {subject} is {text!r:.40}, not a string.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{location}: unpaired surrogate {text[error.start]!r}. Write the character itself."
+        ) from error
+    if "\0" in text:
+        raise DataError(f"{location}: NUL character in the text. Remove it.")
+    return text
+
+
+def require_text(
+    row: Any, column: str, location: str, expected: str = "text", option: str = "--column NAME"
+) -> str:
+    """Returns the text of one row, which must not be blank; see `get_text`."""
+    text = get_text(row, column, location, option)
+    if not text.strip():
+        raise DataError(f"{location}: {column!r} is empty. Add {expected}, or remove the row.")
+    return text
+
+
+def unknown_column_error(
+    name: str, columns: Iterable[str], location: str, option: str
+) -> DataError:
+    """Returns the error for a missing column."""
+    columns = list(columns)
+    return DataError(
+        f"{location}: no column {name!r}.{did_you_mean(name, columns)} Columns: "
+        f"{', '.join(columns) or 'none'}. Choose with {option}."
+    )
+
+
+def find_column(columns: Sequence[str], names: Sequence[str]) -> str:
+    """Returns the only column with a known name, else ""; `names[0]` is preferred."""
+    for accepted in (names[:1], names):
+        matches = [name for name in columns if name.strip().lower() in accepted]
+        if len(matches) == 1:
+            return matches[0]
+    return ""
+
+
+def guess_text_column(
+    row: dict[str, Any], location: str, option: str, names: Sequence[str] = TEXT_COLUMNS
+) -> str:
+    """Guesses the text column: the one with a known name, or the only text.
+
+    Args:
+        row: the first one.
+        location: of the row, for error messages.
+        option: chooses the column, for error messages.
+        names: known names; the first is preferred.
+    """
+    strings = [name for name, value in row.items() if isinstance(value, str)]
+    candidates = [name for name in strings if name.strip().lower() not in LABEL_COLUMNS]
+    column = find_column(strings, names) or (candidates[0] if len(candidates) == 1 else "")
+    if not column:
+        raise DataError(
+            f"{location}: ambiguous text column; string columns: "
+            f"{', '.join(strings) or 'none'}. Choose with {option}."
+        )
+    return column

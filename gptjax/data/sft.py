@@ -8,12 +8,12 @@ as well.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from gptjax.data.bucketing import BucketSampler, EpochBatches, buckets
+from gptjax.data.bucketing import BucketedBatches, EpochBatches, buckets
 from gptjax.data.conversations import Conversation
 from gptjax.data.lm import Batch
 from gptjax.errors import ConfigError, DataError
@@ -164,45 +164,30 @@ def collate(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> Batc
     return batch
 
 
-class BucketedBatches(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class PaddedBatches(BucketedBatches):
     """Length-bucketed batches with one example per row."""
 
     examples: Sequence[Example]
-    sampler: BucketSampler
-    pad_id: int
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches per epoch."""
-        return self.sampler.steps_per_epoch
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Positions of each example."""
+        return [len(example.ids) - 1 for example in self.examples]
 
-    @property
-    def batch_shapes(self) -> list[int]:
-        """Row lengths that occur."""
-        return self.sampler.batch_shapes
-
-    def batch_at(self, step: int) -> Batch:
-        """Returns the batch of a training step, counted from 0."""
-        return self.make_batch(*self.sampler.batch_rows(step))
-
-    def in_order(self) -> Iterator[tuple[np.ndarray, Batch]]:
-        """Yields (example indices, batch); every example occurs once."""
-        for length, indices in self.sampler.epoch_plan(None):
-            yield indices, self.make_batch(length, indices)
-
-    def make_batch(self, length: int, indices: Iterable[Any]) -> Batch:
+    def make_batch(self, length: int, indices: Sequence[int] | np.ndarray) -> Batch:
         """Returns the examples at these indices, with empty rows as padding."""
         rows = [[self.examples[n]] for n in indices]
-        rows += [[]] * (self.sampler.rows - len(rows))
+        rows += [[]] * (self.rows - len(rows))
         return collate(rows, length, self.pad_id)
 
 
-def make_bucketed_batches(
+def make_padded_batches(
     examples: Sequence[Example], rows: int, context: int, pad_id: int, seed: int = 0
-) -> BucketedBatches:
-    """Creates `BucketedBatches`; each example must fit `context`."""
-    lengths = [len(example.ids) - 1 for example in examples]
-    return BucketedBatches(examples, BucketSampler(lengths, rows, buckets(context), seed), pad_id)
+) -> PaddedBatches:
+    """Creates `PaddedBatches`; each example must fit `context`."""
+    options = {"rows": rows, "bucket_lengths": buckets(context), "pad_id": pad_id, "seed": seed}
+    return PaddedBatches(examples, **options)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -266,8 +251,8 @@ class SFTBatching(NamedTuple):
 
 
 SFT_BATCHING = {
-    "auto": SFTBatching(make_bucketed_batches),
-    "padded": SFTBatching(make_bucketed_batches),
+    "auto": SFTBatching(make_padded_batches),
+    "padded": SFTBatching(make_padded_batches),
     "packed": SFTBatching(PackedBatches),
 }
 

@@ -1,9 +1,8 @@
 """Documents from text, JSON and CSV files, in chunks of bounded size, and their split.
 
 A .txt or .md file is one document, including any blank lines or `<|endoftext|>` in it;
-each row of a .jsonl, .json or .csv file is one document; empty documents are dropped.
-Any of these files may be compressed (.gz). Text is kept as it is, with line endings
-and spaces: strict UTF-8, without a byte order mark; NUL is rejected.
+each row of a table is one document; empty documents are dropped. Any of these files may
+be compressed (.gz). Text is kept as it is, with line endings and spaces.
 
 A document longer than `CHUNK_CHARS` characters is split into chunks, so that it need
 not fit in memory. Chunks end before a space or newline that follows a non-space
@@ -18,29 +17,33 @@ import dataclasses
 import glob
 import hashlib
 import re
-import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from gptjax.data import datasets
-from gptjax.data.datasets import PYTHON_HELP, read_python_help
-from gptjax.data.readers import READERS, decode_utf8, open_decompressed, read_blocks
-from gptjax.errors import DataError
-from gptjax.fileio.download import (
-    PROGRESS_BAR_SECONDS,
-    clear_progress_bar,
-    draw_progress_bar,
-    sha256_of_files,
+from tqdm import tqdm
+
+from gptjax.data.datasets import DATASETS, PYTHON_HELP, fetch_dataset, read_python_help
+from gptjax.data.readers import (
+    TABLE_FORMATS,
+    decode_utf8,
+    get_text,
+    guess_text_column,
+    open_decompressed,
+    read_blocks,
+    read_rows,
+    suffix_without_gz,
 )
+from gptjax.errors import DataError
+from gptjax.fileio.download import sha256_of_files
 
 TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT = "train", "validation", "test"
 ALL_SPLITS = (TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT)
 TEXT_SPLITS = (TRAIN_SPLIT, VALIDATION_SPLIT)  # of pretraining data
 CHUNK_CHARS = 1 << 18
-FILE_KINDS = {".txt": "text", ".md": "text"} | {f".{kind}": kind for kind in READERS}
-TEXT_COLUMN_NAMES = ("text", "content", "document")  # usual names of the text column
+DOCUMENT_SUFFIXES = (".txt", ".md")  # one document per file
+SOURCE_SUFFIXES = (*DOCUMENT_SUFFIXES, *TABLE_FORMATS)
+DOCUMENT_COLUMNS = ("text", "content", "document")  # usual names of the text column
 CHUNK_BOUNDARY = re.compile(r"(?s).*(?<=\S)[ \n]")  # greedy: the last one
 
 
@@ -52,13 +55,21 @@ class TextChunk(NamedTuple):
     bytes_read: int  # bytes of the file read so far
 
 
-@dataclasses.dataclass(frozen=True)
-class TextSource:
-    """Text file and its format."""
+class TextSource(NamedTuple):
+    """Text file, or the help topics of Python (`PYTHON_HELP`)."""
 
     path: Path
-    kind: str  # a key of READERS, "text" or "python-help"
-    column: str  # with the text; "" if rows are strings or no rows exist
+    column: str  # with the text; "" if it is no table or its rows are strings
+
+    @property
+    def is_table(self) -> bool:
+        """True if each row is a document."""
+        return suffix_without_gz(self.path) in TABLE_FORMATS
+
+    @property
+    def is_document(self) -> bool:
+        """True if the file is one document."""
+        return suffix_without_gz(self.path) in DOCUMENT_SUFFIXES
 
 
 def find_sources(paths: Sequence[str | Path], column: str = "") -> list[TextSource]:
@@ -69,7 +80,7 @@ def find_sources(paths: Sequence[str | Path], column: str = "") -> list[TextSour
 
     Args:
         paths: a name of a data set takes precedence over a file of that name.
-        column: of JSON and CSV rows with the text; "" guesses it from the first row.
+        column: of tables with the text; "" guesses it from the first row.
 
     Raises:
         DataError: no file was found, or a file has an unknown type.
@@ -79,78 +90,50 @@ def find_sources(paths: Sequence[str | Path], column: str = "") -> list[TextSour
         files |= {file.resolve(): file for file in expand_path(str(path))}
     sources = []
     for path in files.values():
-        kind = file_kind(path)
-        source = TextSource(path, kind, column)
-        if kind in READERS and not column:
+        if str(path) != PYTHON_HELP and suffix_without_gz(path) not in SOURCE_SUFFIXES:
+            raise DataError(
+                f"unknown file type: {path}. Rename it to end in one of "
+                f"{', '.join(SOURCE_SUFFIXES)} (also .gz)."
+            )
+        source = TextSource(path, column)
+        if source.is_table and not column:
             with open_decompressed(path) as (file, _):
-                line, row = next(READERS[kind](file, path), (0, ""))
-            source = TextSource(path, kind, guess_column(row, f"{path}:{line}"))
+                line, row = next(read_rows(file, path), (0, ""))
+            if isinstance(row, dict):
+                option = "--column NAME (data.text_column)"
+                column_guess = guess_text_column(row, f"{path}:{line}", option, DOCUMENT_COLUMNS)
+                source = TextSource(path, column_guess)
         sources.append(source)
     return sources
 
 
 def expand_path(path: str) -> list[Path]:
     """Returns the files that match a path, glob or data set name."""
-    if path == datasets.PYTHON_HELP:
+    if path == PYTHON_HELP:
         return [Path(path)]
-    if path in datasets.DATASETS:
-        return [datasets.fetch_dataset(path)]
+    if path in DATASETS:
+        return [fetch_dataset(path)]
     expanded = Path(path).expanduser()
     if expanded.is_dir():
-        relative_paths = (file.relative_to(expanded) for file in sorted(expanded.rglob("*")))
         found = [
-            expanded / file
-            for file in relative_paths
-            if not any(part.startswith(".") for part in file.parts)
-            and suffix_without_gz(file) in FILE_KINDS
-            and (expanded / file).is_file()
+            file
+            for file in sorted(expanded.rglob("*"))
+            if not any(part.startswith(".") for part in file.relative_to(expanded).parts)
+            and suffix_without_gz(file) in SOURCE_SUFFIXES
+            and file.is_file()
         ]
     elif expanded.is_file():
         found = [expanded]
     else:
-        matches = sorted(glob.glob(str(expanded), recursive=True))
-        found = [Path(match) for match in matches if Path(match).is_file()]
+        matches = map(Path, sorted(glob.glob(str(expanded), recursive=True)))
+        found = [match for match in matches if match.is_file()]
     if not found:
         raise DataError(
             f"no text files found at {path}. Give a file, a folder or a glob of "
-            f"{', '.join(FILE_KINDS)} files (also .gz), or a data set: "
-            f"{', '.join([datasets.PYTHON_HELP, *datasets.DATASETS])}."
+            f"{', '.join(SOURCE_SUFFIXES)} files (also .gz), or a data set: "
+            f"{', '.join([PYTHON_HELP, *DATASETS])}."
         )
     return found
-
-
-def suffix_without_gz(path: Path) -> str:
-    """Returns the lower-case file extension, ignoring .gz."""
-    name = path.name.lower().removesuffix(".gz")
-    return Path(name).suffix
-
-
-def file_kind(path: Path) -> str:
-    """Returns the format of a file: a key of `READERS`, "text" or "python-help"."""
-    if str(path) == datasets.PYTHON_HELP:
-        return datasets.PYTHON_HELP
-    if suffix_without_gz(path) not in FILE_KINDS:
-        raise DataError(
-            f"unknown file type: {path}. Rename it to end in one of "
-            f"{', '.join(FILE_KINDS)} (also .gz)."
-        )
-    return FILE_KINDS[suffix_without_gz(path)]
-
-
-def guess_column(row: Any, location: str) -> str:
-    """Guesses the text column from the first row."""
-    if not isinstance(row, dict):
-        return ""
-    strings = [name for name, value in row.items() if isinstance(value, str)]
-    for known in TEXT_COLUMN_NAMES:
-        if known in strings:
-            return known
-    if len(strings) == 1:
-        return strings[0]
-    raise DataError(
-        f"{location}: ambiguous text column; string columns: "
-        f"{', '.join(strings) or 'none'}. Set --column NAME (data.text_column)."
-    )
 
 
 def iter_chunks(source: TextSource) -> Iterator[TextChunk]:
@@ -160,18 +143,20 @@ def iter_chunks(source: TextSource) -> Iterator[TextChunk]:
         DataError: the text is invalid; the message names file and line.
     """
     path = source.path
-    if source.kind == datasets.PYTHON_HELP:
-        for text in datasets.read_python_help():
+    if str(path) == PYTHON_HELP:
+        for text in read_python_help():
             yield from (TextChunk(*chunk, 0) for chunk in chunk_document([text]))
         return
     with open_decompressed(path) as (file, raw):
-        if source.kind == "text":
-            texts = (text for _, text in decode_utf8(read_blocks(file), path))
-            yield from (TextChunk(*cut, raw.tell()) for cut in chunk_document(texts))
-            return
-        for line, row in READERS[source.kind](file, path):
-            text = get_row_text(row, source.column, f"{path}:{line}")
-            yield from (TextChunk(*cut, raw.tell()) for cut in chunk_document([text]))
+        if source.is_table:
+            documents = (
+                [get_text(row, source.column, f"{path}:{line}")]
+                for line, row in read_rows(file, path)
+            )
+        else:
+            documents = [(text for _, text in decode_utf8(read_blocks(file), path))]
+        for document in documents:
+            yield from (TextChunk(*chunk, raw.tell()) for chunk in chunk_document(document))
 
 
 def count_documents(sources: Sequence[TextSource], limit: int) -> int:
@@ -179,9 +164,9 @@ def count_documents(sources: Sequence[TextSource], limit: int) -> int:
     count = 0
     for source in sources:
         for chunk in iter_chunks(source):
-            count += chunk.is_last or source.kind == "text"
-            if source.kind == "text" or count > limit:
-                break  # one document per file
+            count += chunk.is_last or source.is_document
+            if source.is_document or count > limit:
+                break
     return count
 
 
@@ -197,38 +182,6 @@ def chunk_document(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
             buffer = buffer[end:]
     if buffer:
         yield buffer, True
-
-
-def get_row_text(row: Any, column: str, location: str) -> str:
-    """Returns the text of one row."""
-    if column and (not isinstance(row, dict) or column not in row):
-        known = ", ".join(row) if isinstance(row, dict) else "none"
-        raise DataError(
-            f"{location}: no column {column!r}. Columns: {known}. Choose one with --column NAME."
-        )
-    text = row[column] if column else row
-    if not isinstance(text, str):
-        subject = f"column {column!r}" if column else "the row"
-        raise DataError(f"{location}: {subject} is {text!r:.40}, not a string.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{location}: unpaired surrogate {text[error.start]!r}. Write the character itself."
-        ) from error
-    if "\0" in text:
-        raise DataError(f"{location}: NUL character in the text. Remove it.")
-    return text
-
-
-def read_text_file(path: Path) -> str:
-    """Reads a whole text file with any file extension.
-
-    Raises:
-        DataError: the file cannot be read or is not valid UTF-8.
-    """
-    source = TextSource(path, "text", "")
-    return "".join(chunk.text for chunk in iter_chunks(source))
 
 
 class SplitSpan(NamedTuple):
@@ -306,21 +259,20 @@ def iter_split_spans(
 
 def iter_all_chunks(sources: Sequence[TextSource], bar_label: str) -> Iterator[TextChunk]:
     """Yields all chunks of the sources; draws a progress bar on a terminal."""
-    sizes = [0 if s.kind == PYTHON_HELP else s.path.stat().st_size for s in sources]
-    bytes_done, last_drawn = 0, time.monotonic()
-    for source, size in zip(sources, sizes, strict=True):
-        for chunk in iter_chunks(source):
-            yield chunk
-            if time.monotonic() - last_drawn > PROGRESS_BAR_SECONDS and sys.stderr.isatty():
-                last_drawn = time.monotonic()
-                draw_progress_bar(bar_label, (bytes_done + chunk.bytes_read) / max(sum(sizes), 1))
-        bytes_done += size
-    clear_progress_bar()
+    total = sum(s.path.stat().st_size for s in sources if str(s.path) != PYTHON_HELP)
+    with tqdm(
+        desc=bar_label, total=total, unit="B", unit_scale=True, leave=False, disable=None
+    ) as bar:
+        for source in sources:
+            start = bar.n
+            for chunk in iter_chunks(source):
+                yield chunk
+                bar.update(start + chunk.bytes_read - bar.n)
 
 
 def source_fingerprint(source: TextSource) -> dict[str, str]:
     """Identifies the text of a source by hash, independent of its folder."""
-    if source.kind == PYTHON_HELP:
+    if str(source.path) == PYTHON_HELP:
         digest = hashlib.sha256("\0".join(read_python_help()).encode()).hexdigest()
     else:
         digest = sha256_of_files([source.path])

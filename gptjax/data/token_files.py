@@ -54,11 +54,15 @@ class ShardWriter:
     def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int) -> None:
         """Starts an empty split with `shard_tokens` tokens per full shard."""
         self.stem, self.dtype, self.shard_tokens = folder / split, dtype, shard_tokens
+        self.counts = {"documents": 0, "tokens": 0, "bytes": 0}
         self.shards: list[dict[str, Any]] = []  # finished, as in meta.json
         self.tokens = self.documents = 0  # in the unfinished shard
 
-    def append(self, tokens: np.ndarray, document_ends: np.ndarray) -> None:
-        """Appends tokens; `document_ends` are ascending positions in them."""
+    def append(self, tokens: np.ndarray, document_ends: np.ndarray, num_bytes: int) -> None:
+        """Appends tokens of `num_bytes` of text; `document_ends` are ascending."""
+        self.counts["documents"] += len(document_ends)
+        self.counts["tokens"] += len(tokens)
+        self.counts["bytes"] += num_bytes
         while len(tokens):
             remaining = self.shard_tokens - self.tokens
             num_ends = int(np.searchsorted(document_ends, remaining, "right"))
@@ -67,7 +71,7 @@ class ShardWriter:
             for suffix, array in data.items():
                 with self.path(suffix).open("ab") as file:
                     file.write(array.tobytes())
-            self.tokens += len(tokens[:remaining])
+            self.tokens += len(data[".bin"])
             self.documents += num_ends
             tokens = tokens[remaining:]
             document_ends = document_ends[num_ends:] - remaining
@@ -79,18 +83,23 @@ class ShardWriter:
         return Path(f"{self.stem}-{len(self.shards):05d}{suffix}")
 
     def finish_shard(self) -> None:
-        """Finishes the current shard unless it is empty."""
-        if self.tokens:
-            digest, crcs = hash_and_block_crcs(self.path(".bin"))
-            shard = {
-                "file": self.path(".bin").name,
-                "tokens": self.tokens,
-                "documents": self.documents,  # ending in this shard
-                "sha256": [digest, sha256_of_files([self.path(".idx")])],
-                "crc32": crcs,
-            }
-            self.shards.append(shard)
+        """Hashes the files of the current shard and starts the next one."""
+        digest, crcs = hash_and_block_crcs(self.path(".bin"))
+        shard = {
+            "file": self.path(".bin").name,
+            "tokens": self.tokens,
+            "documents": self.documents,  # ending in this shard
+            "sha256": [digest, sha256_of_files([self.path(".idx")])],
+            "crc32": crcs,
+        }
+        self.shards.append(shard)
         self.tokens = self.documents = 0
+
+    def finish(self) -> dict[str, Any]:
+        """Finishes the last shard; returns the entry of the split in meta.json."""
+        if self.tokens:
+            self.finish_shard()
+        return {**self.counts, "shards": self.shards}
 
 
 def hash_and_block_crcs(path: Path) -> tuple[str, list[int]]:
@@ -110,10 +119,8 @@ class TokenShard:
     path: Path
     tokens: int
     dtype: np.dtype
-    header_bytes: int = 0  # header bytes before the tokens
-    index_path: Path | None = None  # u64 ends of documents
-    documents: int = 0  # entries in the index
-    sha256: tuple[str, ...] = ()  # of tokens and index; () = unknown
+    header_bytes: int = 0  # before the tokens
+    sha256: str = ""  # "" = unknown
     block_crcs: tuple[int, ...] = ()  # per block; () = unknown
 
 
@@ -124,18 +131,12 @@ class TokenDataset:
     shards: tuple[TokenShard, ...]
     arrays: tuple[np.ndarray, ...]  # memory-mapped tokens of each shard
     verified_blocks: tuple[np.ndarray, ...]  # bool per block; updated by `read`
-    document_ends: tuple[np.ndarray, ...]  # of documents, from the start of each shard
     shard_offsets: np.ndarray  # first position of each shard, then the length
     vocab_size: int
     eot: int  # token that separates documents
 
     def __len__(self) -> int:
         return int(self.shard_offsets[-1])
-
-    @property
-    def documents(self) -> int:
-        """Number of documents; 0 without an index."""
-        return sum(map(len, self.document_ends))
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Reads tokens as int32; the range must lie inside the stream.
@@ -152,90 +153,57 @@ class TokenDataset:
             chunk = self.arrays[shard_index][offset : offset + count - done]
             self.verify_blocks(shard_index, offset, len(chunk))
             if chunk.max() >= self.vocab_size:
-                self.raise_corrupt(shard_index, offset, chunk)
+                invalid = int(np.argmax(chunk >= self.vocab_size))
+                raise DataError(
+                    f"{self.shards[shard_index].path}: token {chunk[invalid]} at offset "
+                    f"{offset + invalid} is out of range for vocab_size={self.vocab_size}. "
+                    "The file is corrupt or was made with another tokenizer; prepare "
+                    "the text again."
+                )
             tokens[done : done + len(chunk)] = chunk
             done, shard_index = done + len(chunk), shard_index + 1
         return tokens
 
     def verify_blocks(self, shard_index: int, start: int, count: int) -> None:
         """Verifies the CRCs of the blocks of a range that were not yet verified."""
-        size = self.shards[shard_index].dtype.itemsize
-        verified = self.verified_blocks[shard_index]
-        first = start * size // CRC_BLOCK_BYTES
-        stop = -(-(start + count) * size // CRC_BLOCK_BYTES)
-        if verified[first:stop].all():
-            return
+        shard, verified = self.shards[shard_index], self.verified_blocks[shard_index]
+        first = start * shard.dtype.itemsize // CRC_BLOCK_BYTES
+        stop = num_blocks((start + count) * shard.dtype.itemsize)
         data = self.arrays[shard_index].view(np.uint8)
-        for block in range(first, stop):
-            actual = zlib.crc32(data[block * CRC_BLOCK_BYTES : (block + 1) * CRC_BLOCK_BYTES].data)
-            expected = self.shards[shard_index].block_crcs[block]
+        for block in first + np.flatnonzero(~verified[first:stop]):
+            block_bytes = data[block * CRC_BLOCK_BYTES : (block + 1) * CRC_BLOCK_BYTES]
+            actual, expected = zlib.crc32(block_bytes.data), shard.block_crcs[block]
             if actual != expected:
-                last = min((block + 1) * CRC_BLOCK_BYTES, len(data)) - 1
+                last = block * CRC_BLOCK_BYTES + len(block_bytes) - 1
                 raise DataError(
-                    f"{self.shards[shard_index].path}: block {block}, bytes "
-                    f"{block * CRC_BLOCK_BYTES:,} to {last:,}, has CRC-32 "
-                    f"{actual:08x}, expected {expected:08x}: the file is corrupt or "
-                    f"has been replaced. {REPREPARE_ADVICE}"
+                    f"{shard.path}: block {block}, bytes {block * CRC_BLOCK_BYTES:,} to "
+                    f"{last:,}, has CRC-32 {actual:08x}, expected {expected:08x}: the "
+                    f"file is corrupt or has been replaced. {REPREPARE_ADVICE}"
                 )
             verified[block] = True
 
-    def raise_corrupt(self, shard_index: int, start: int, tokens: np.ndarray) -> None:
-        """Raises for the first token that is out of range."""
-        invalid = int(np.argmax(tokens >= self.vocab_size))
-        raise DataError(
-            f"{self.shards[shard_index].path}: token {tokens[invalid]} at offset "
-            f"{start + invalid} is out of range for vocab_size={self.vocab_size}. The "
-            "file is corrupt or was made with another tokenizer; prepare the text "
-            "again."
-        )
 
-    def document_range(self, number: int) -> tuple[int, int]:
-        """Returns (start, stop) of a document, including the separator before it."""
-        first_documents = np.cumsum([0, *map(len, self.document_ends)])
-
-        def end(number: int) -> int:
-            shard = int(np.searchsorted(first_documents, number, "right")) - 1
-            return int(
-                self.shard_offsets[shard]
-                + self.document_ends[shard][number - first_documents[shard]]
-            )
-
-        return end(number - 1) if number else 0, end(number)
+def num_blocks(num_bytes: int) -> int:
+    """Returns the number of blocks with a CRC each."""
+    return -(-num_bytes // CRC_BLOCK_BYTES)
 
 
 def open_shards(shards: Sequence[TokenShard], vocab_size: int, eot: int) -> TokenDataset:
     """Opens shards as one stream.
 
     Raises:
-        DataError: a file is missing or has the wrong size, or an index is corrupt.
+        DataError: a file is missing or has the wrong size.
     """
-    arrays, verified_blocks, document_ends = [], [], []
+    arrays, verified_blocks = [], []
     for shard in shards:
         size = shard.header_bytes + shard.tokens * shard.dtype.itemsize
         check_file_size(shard.path, max(size, 1))
         tokens = np.memmap(shard.path, shard.dtype, "r", shard.header_bytes, shard.tokens)
         arrays.append(np.asarray(tokens))  # several times as fast as reading a memmap
-        unknown = not shard.block_crcs
-        verified_blocks.append(np.full(-(-tokens.nbytes // CRC_BLOCK_BYTES), unknown))
-        document_ends.append(np.empty(0, "<u8"))
-        if shard.index_path and shard.documents:
-            check_file_size(shard.index_path, 8 * shard.documents)
-            if shard.sha256 and sha256_of_files([shard.index_path]) != shard.sha256[1]:
-                raise DataError(
-                    f"{shard.index_path}: block 0, bytes 0 to "
-                    f"{8 * shard.documents - 1:,}, does not match its SHA-256: the "
-                    f"file is corrupt or has been replaced. {REPREPARE_ADVICE}"
-                )
-            document_ends[-1] = np.asarray(np.memmap(shard.index_path, "<u8", "r"))
+        verified_blocks.append(np.full(num_blocks(tokens.nbytes), not shard.block_crcs))
     shard_offsets = np.cumsum([0, *(shard.tokens for shard in shards)])
     return TokenDataset(
-        tuple(shards),
-        tuple(arrays),
-        tuple(verified_blocks),
-        tuple(document_ends),
-        shard_offsets,
-        vocab_size,
-        eot,
+        tuple(shards), tuple(arrays), tuple(verified_blocks), shard_offsets, vocab_size, eot
     )
 
 
@@ -282,7 +250,7 @@ def read_token_metadata(folder: Path) -> dict[str, Any]:
 
 
 def _is_valid_metadata(meta: dict[str, Any]) -> bool:
-    """Returns True if all entries needed to open the splits are valid."""
+    """True if all entries needed to open the splits are valid."""
     match meta:
         case {
             "dtype": "<u2" | "<u4" as dtype,
@@ -291,36 +259,39 @@ def _is_valid_metadata(meta: dict[str, Any]) -> bool:
             "tokenizer": {"name": str(), "hash": str()},
             "splits": dict(splits),
         } if 0 <= eot < size and token_dtype(size).str == dtype:
-            width = np.dtype(dtype).itemsize
-            return all(
-                re.fullmatch("[a-z]+", split) and _is_valid_split(split, entry, width)
-                for split, entry in splits.items()
+            return all(_is_valid_split(name, entry, dtype) for name, entry in splits.items())
+    return False
+
+
+def _is_valid_split(name: str, entry: Any, dtype: str) -> bool:
+    """True if the name and the entry of one split are valid."""
+    match entry:
+        case {"documents": int(), "tokens": int(), "bytes": int(), "shards": [_, *_] as shards}:
+            return re.fullmatch("[a-z]+", name) is not None and all(
+                _is_valid_shard(f"{name}-{number:05d}.bin", shard, np.dtype(dtype).itemsize)
+                for number, shard in enumerate(shards)
             )
     return False
 
 
-def _is_valid_split(split: str, entry: Any, width: int) -> bool:
-    """Returns True if the entry of one split is valid; `width` in bytes per token."""
+def _is_valid_shard(file: str, entry: Any, itemsize: int) -> bool:
+    """True if the entry of one shard is valid and names `file`."""
     match entry:
-        case {"documents": int(), "tokens": int(), "bytes": int(), "shards": [_, *_] as shards}:
-            pass
-        case _:
-            return False
-    for number, shard in enumerate(shards):
-        match shard:
-            case {
-                "file": str(file),
-                "tokens": int(tokens),
-                "documents": int(documents),
-                "sha256": [str(), str()],
-                "crc32": list(crcs),
-            } if file == f"{split}-{number:05d}.bin" and 0 <= documents <= tokens:
-                blocks = -(-tokens * width // CRC_BLOCK_BYTES)
-                has_valid_crcs = all(type(crc) is int and 0 <= crc < 1 << 32 for crc in crcs)
-                if has_valid_crcs and tokens and len(crcs) == blocks:
-                    continue
-        return False
-    return True
+        case {
+            "file": name,
+            "tokens": int(tokens),
+            "documents": int(documents),
+            "sha256": [str(), str()],
+            "crc32": list(crcs),
+        }:
+            return (
+                name == file
+                and tokens > 0
+                and 0 <= documents <= tokens
+                and len(crcs) == num_blocks(tokens * itemsize)
+                and all(type(crc) is int and 0 <= crc < 1 << 32 for crc in crcs)
+            )
+    return False
 
 
 def open_split(folder: Path, split: str) -> TokenDataset:
@@ -341,9 +312,7 @@ def open_split(folder: Path, split: str) -> TokenDataset:
             folder / shard["file"],
             shard["tokens"],
             np.dtype(meta["dtype"]),
-            index_path=(folder / shard["file"]).with_suffix(".idx"),
-            documents=shard["documents"],
-            sha256=tuple(shard["sha256"]),
+            sha256=shard["sha256"][0],
             block_crcs=tuple(shard["crc32"]),
         )
         for shard in meta["splits"][split]["shards"]
@@ -447,4 +416,4 @@ def datatrove_shard(path: Path, eot: int) -> TokenShard:
             f"end-of-text token {eot}. Set data.tokenizer to the tokenizer of the "
             "file, or write the file again with an eos_token."
         )
-    return TokenShard(path, last, dtype, index_path=index, documents=len(ends))
+    return TokenShard(path, last, dtype)

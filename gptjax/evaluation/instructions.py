@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.data.conversations import Conversation, read_conversations
-from gptjax.data.sft import Example, encode_conversations, make_bucketed_batches, truncate_all
+from gptjax.data.sft import Example, encode_conversations, make_padded_batches, truncate_all
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.evaluation.llm_judge import LLMJudge, iter_judgements, summarize_judgements
 from gptjax.evaluation.metrics import exact_match, rouge_l, token_f1
@@ -42,8 +42,8 @@ class ResponseEval(NamedTuple):
 def example_loss(model: Model, examples: Sequence[Example]) -> Evaluation:
     """Evaluates the model on the trained tokens of examples that fit its context."""
     context, pad_id = model.config.context_length, model.tokenizer.eot_token
-    bucketed = make_bucketed_batches(examples, LOSS_BATCH_SIZE, context, pad_id)
-    batches = (batch for _, batch in bucketed.in_order())
+    padded = make_padded_batches(examples, LOSS_BATCH_SIZE, context, pad_id)
+    batches = (batch for _, batch in padded.in_order())
     eval_step = eval_step_for(model.config)
     return evaluate(eval_step, model.params, batches, model.tokenizer.byte_lengths)
 

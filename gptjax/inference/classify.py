@@ -78,7 +78,11 @@ def predict_probs(model: Model, ids: Sequence[Sequence[int]]) -> np.ndarray:
     """Class probabilities [N, C] of tokenized texts."""
     pad_id = model.tokenizer.eot_token
     batches = ClassificationBatches(
-        ids, [0] * len(ids), CLASSIFY_BATCH_SIZE, bucket_lengths(model.config), pad_id
+        ids,
+        [0] * len(ids),
+        rows=CLASSIFY_BATCH_SIZE,
+        bucket_lengths=bucket_lengths(model.config),
+        pad_id=pad_id,
     )
     prob_NC = np.zeros((len(ids), len(model.labels)), np.float32)
     for indices, batch in batches.in_order():

@@ -1,34 +1,34 @@
 """Classification of every row of a file, which may be larger than memory.
 
-Rows are parsed strictly, in batches, and written in their order. The output is written
-to NAME.part and renamed when complete.
+Rows are read strictly, in batches, and written in their order.
 """
 
 import csv
 import itertools
 import json
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TextIO
 
-from gptjax.data.classification import (
+from tqdm import tqdm
+
+from gptjax.data.readers import (
     DELIMITERS,
-    FIELD_COUNT_ADVICE,
-    LABEL_COLUMNS,
-    TEXT_COLUMNS,
-    known_column,
+    TABLE_FORMATS,
+    check_object,
+    guess_text_column,
+    open_decompressed,
+    read_lines,
+    read_rows,
+    require_text,
+    suffix_without_gz,
 )
-from gptjax.data.readers import open_decompressed, read_csv_records, read_jsonl, read_lines
-from gptjax.data.text import get_row_text, suffix_without_gz
 from gptjax.errors import DataError
 from gptjax.fileio.atomic import open_atomic
-from gptjax.fileio.download import PROGRESS_BAR_SECONDS, clear_progress_bar, draw_progress_bar
 
-INPUT_KINDS = (*DELIMITERS, ".jsonl", ".txt")
-OUTPUT_KINDS = (*DELIMITERS, ".jsonl")
+INPUT_SUFFIXES = (*TABLE_FORMATS, ".txt")
+OUTPUT_SUFFIXES = (*DELIMITERS, ".jsonl")
 ADDED_COLUMNS = ("label", "probability")
 PROBABILITY_DIGITS = 6  # decimal places
 
@@ -40,7 +40,7 @@ class InputRow(NamedTuple):
 
     location: str  # "file:line"
     row: dict[str, Any]
-    progress: float  # fraction of the file read so far
+    bytes_read: int  # bytes of the file read so far
 
 
 def label_file(
@@ -54,8 +54,8 @@ def label_file(
 ) -> int:
     """Adds a predicted label and its probability to each row; returns the row count.
 
-    A .csv or .tsv file needs a header; .jsonl files have one object and .txt files one
-    text per line; blank lines are skipped. The new columns are appended as label and
+    A .csv or .tsv file needs a header; JSON files have objects and .txt files one text
+    per line; blank lines are skipped. The new columns are appended as label and
     probability, or as predicted_label and predicted_probability if one of these exists.
 
     Args:
@@ -71,46 +71,58 @@ def label_file(
             output file is left behind.
     """
     check_label_paths(source, output)
-    items = read_input_rows(source)
-    first = next(items, None)
+    rows = read_input_rows(source)
+    first = next(rows, None)
     if first is None:
         raise DataError(f"{source} has no rows. Pass a file with one text per row.")
-    column = text_column or guess_text_column(first)
+    column = text_column or guess_text_column(first.row, first.location, "--text NAME")
     if not text_column:
         log(f"{source}: text in column {column!r}. Override with --text NAME.")
-    new_columns = added_columns(first)
-    items = itertools.chain([first], items)
-    count, last_drawn = 0, time.monotonic()
-    try:
-        with open_atomic(output) as file:
-            write_row = make_writer(file, output, [*first.row, *new_columns])
-            while chunk := list(itertools.islice(items, batch_size)):
-                predictions = predict([get_text(item, column) for item in chunk])
-                for item, (label, probability) in zip(chunk, predictions, strict=True):
-                    new = (label, round(float(probability), PROBABILITY_DIGITS))
-                    write_row(item, dict(zip(new_columns, new, strict=True)))
-                count += len(chunk)
-                if time.monotonic() - last_drawn > PROGRESS_BAR_SECONDS and sys.stderr.isatty():
-                    last_drawn = time.monotonic()
-                    draw_progress_bar(f"classifying {source.name}", chunk[-1].progress)
-    finally:
-        clear_progress_bar()
+    new_columns = ADDED_COLUMNS
+    if set(ADDED_COLUMNS) & set(first.row):
+        new_columns = tuple(f"predicted_{name}" for name in ADDED_COLUMNS)
+    check_columns_free(first, new_columns)
+    rows, count = itertools.chain([first], rows), 0
+    with (
+        open_atomic(output) as file,
+        tqdm(
+            desc=f"classifying {source.name}",
+            total=source.stat().st_size,
+            unit="B",
+            unit_scale=True,
+            leave=False,
+            disable=None,
+        ) as bar,
+    ):
+        write_row = make_row_writer(file, output, [*first.row, *new_columns])
+        while batch := list(itertools.islice(rows, batch_size)):
+            texts = [
+                require_text(item.row, column, item.location, option="--text NAME")
+                for item in batch
+            ]
+            predictions = predict(texts)
+            for row, (label, probability) in zip(batch, predictions, strict=True):
+                added = (label, round(float(probability), PROBABILITY_DIGITS))
+                write_row(row, dict(zip(new_columns, added, strict=True)))
+            count += len(batch)
+            bar.update(batch[-1].bytes_read - bar.n)
     log(f"wrote {output}: {count:,} rows, new columns {' and '.join(new_columns)}")
     return count
 
 
 def check_label_paths(source: Path, output: Path) -> None:
     """Rejects unsupported file suffixes and an existing output file."""
-    if suffix_without_gz(source) not in INPUT_KINDS:
+    suffix = suffix_without_gz(source)
+    if suffix not in INPUT_SUFFIXES:
         raise DataError(
-            f"{source}: unsupported file suffix. Supported: {', '.join(INPUT_KINDS)} (also .gz)."
+            f"{source}: unsupported file suffix. Supported: {', '.join(INPUT_SUFFIXES)} (also .gz)."
         )
     # JSON objects may be nested or differ in their keys, so CSV cannot store them.
-    kinds = (".jsonl",) if suffix_without_gz(source) == ".jsonl" else OUTPUT_KINDS
-    if output.suffix.lower() not in kinds:
+    suffixes = (".jsonl",) if suffix in (".json", ".jsonl") else OUTPUT_SUFFIXES
+    if output.suffix.lower() not in suffixes:
         raise DataError(
             f"{output}: unsupported output format for {source.name}. Use the suffix "
-            f"{' or '.join(kinds)}."
+            f"{' or '.join(suffixes)}."
         )
     if output.exists():
         raise DataError(f"{output} already exists. Remove it, or choose another name.")
@@ -119,76 +131,15 @@ def check_label_paths(source: Path, output: Path) -> None:
 def read_input_rows(path: Path) -> Iterator[InputRow]:
     """Yields the rows of a file."""
     with open_decompressed(path) as (file, raw):
-        size = max(1, path.stat().st_size)
-        if suffix_without_gz(path) == ".jsonl":
-            rows = read_jsonl(file, path)
-        elif suffix_without_gz(path) == ".txt":
+        if suffix_without_gz(path) == ".txt":
             lines = ((n, line.rstrip("\r\n")) for n, line in read_lines(file, path))
             rows = ((n, {"text": line}) for n, line in lines if line.strip())
         else:
-            delimiter = DELIMITERS[suffix_without_gz(path)]
-            records = read_csv_records(file, path, delimiter, strict=delimiter == ",")
-            rows = rows_with_header(records, path, delimiter)
+            rows = read_rows(file, path)
         for line, row in rows:
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"{path}:{line}: {row!r:.40} has no columns. Write each row as "
-                    '{"text": "..."}.'
-                )
-            yield InputRow(f"{path}:{line}", row, raw.tell() / size)
-
-
-def rows_with_header(
-    records: Iterator[tuple[int, list[str]]], path: Path, delimiter: str
-) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yields (line, row), with column names from the first row."""
-    nonblank = ((line, fields) for line, fields in records if fields)
-    line, columns = next(nonblank, (1, []))
-    columns = [name.strip() for name in columns]
-    if len(set(columns)) < len(columns):
-        raise DataError(f"{path}:{line}: duplicate column name in {columns}.")
-    for line, fields in nonblank:
-        if len(fields) != len(columns):
-            raise DataError(
-                f"{path}:{line}: {len(fields)} fields under {len(columns)} column "
-                f"names. {FIELD_COUNT_ADVICE[delimiter]}"
-            )
-        yield line, dict(zip(columns, fields, strict=True))
-
-
-def guess_text_column(item: InputRow) -> str:
-    """Returns the text column: one with a known name, or the only string column."""
-    strings = [name for name, value in item.row.items() if isinstance(value, str)]
-    known_name = known_column(strings, TEXT_COLUMNS)
-    candidates = [name for name in strings if name.strip().lower() not in LABEL_COLUMNS]
-    if not known_name and len(candidates) != 1:
-        raise DataError(
-            f"{item.location}: ambiguous text column; string columns: "
-            f"{', '.join(strings) or 'none'}. Choose with --text NAME."
-        )
-    return known_name or candidates[0]
-
-
-def get_text(item: InputRow, column: str) -> str:
-    """Returns the text of a row, which must not be blank."""
-    if column not in item.row:
-        raise DataError(
-            f"{item.location}: no column {column!r}. Columns: "
-            f"{', '.join(item.row) or 'none'}. Choose with --text NAME."
-        )
-    text = get_row_text(item.row, column, item.location)
-    if not text.strip():
-        raise DataError(f"{item.location}: the text is empty. Add text, or remove the row.")
-    return text
-
-
-def added_columns(item: InputRow) -> tuple[str, ...]:
-    """Returns names of the two new columns that are not in the row."""
-    new_columns = ADDED_COLUMNS
-    if set(new_columns) & set(item.row):
-        new_columns = tuple(f"predicted_{name}" for name in ADDED_COLUMNS)
-    check_columns_free(item, new_columns)
-    return new_columns
+            location = f"{path}:{line}"
+            check_object(row, location, 'Write each row as {"text": "..."}.')
+            yield InputRow(location, row, raw.tell())
 
 
 def check_columns_free(item: InputRow, new_columns: tuple[str, ...] | dict[str, Any]) -> None:
@@ -201,7 +152,7 @@ def check_columns_free(item: InputRow, new_columns: tuple[str, ...] | dict[str, 
             )
 
 
-def make_writer(
+def make_row_writer(
     file: TextIO, output: Path, columns: list[str]
 ) -> Callable[[InputRow, dict[str, Any]], None]:
     """Returns a function that writes a row with its new columns."""
@@ -209,15 +160,7 @@ def make_writer(
 
         def write_object(item: InputRow, added: dict[str, Any]) -> None:
             check_columns_free(item, added)
-            row = item.row | added
-            try:
-                line = json.dumps(row, ensure_ascii=False, allow_nan=False)
-            except ValueError as error:  # 1e999 was parsed as infinity
-                raise DataError(
-                    f"{item.location}: JSON does not support non-finite numbers. "
-                    "Replace the number."
-                ) from error
-            file.write(line + "\n")
+            file.write(json.dumps(item.row | added, ensure_ascii=False) + "\n")
 
         return write_object
 
@@ -226,8 +169,4 @@ def make_writer(
     delimiter = DELIMITERS[output.suffix.lower()]
     writer = csv.writer(line_writer, delimiter=delimiter, lineterminator="\r\n")
     writer.writerow(columns)
-
-    def write_fields(item: InputRow, added: dict[str, Any]) -> None:
-        writer.writerow([*item.row.values(), *added.values()])
-
-    return write_fields
+    return lambda item, added: writer.writerow([*item.row.values(), *added.values()])

@@ -98,10 +98,10 @@ def make_classification_task(run: RunContext, data: ClassificationData) -> Task:
     batches = ClassificationBatches(
         ids,
         data.rows[TRAIN_SPLIT].labels,
-        config.data.batch_size,
-        bucket_lengths(config.model),
-        tokenizer.eot_token,
-        config.train.seed,
+        rows=config.data.batch_size,
+        bucket_lengths=bucket_lengths(config.model),
+        pad_id=tokenizer.eot_token,
+        seed=config.train.seed,
     )
     return make_finetune_task(
         run,

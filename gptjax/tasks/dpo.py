@@ -17,8 +17,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gptjax.config import RunConfig
+from gptjax.data.bucketing import buckets
 from gptjax.data.conversations import PreferencePair, read_preference_pairs
-from gptjax.data.preference import CHOSEN, REJECTED, PreferenceBatches, make_preference_batches
+from gptjax.data.preference import CHOSEN, REJECTED, PreferenceBatches
 from gptjax.data.sft import Example, encode_segments, truncate_left
 from gptjax.data.text import TEST_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError, DataError
@@ -81,15 +82,16 @@ def load_dpo_data(run: RunContext) -> tuple[RunContext, DPOData]:
     params = make_initial_params(run, init_model, init_model.tokenizer)
     batches = {}
     for split, split_pairs in pairs.items():
-        zero_batches = make_preference_batches(
+        zero_batches = PreferenceBatches(
             split_pairs,
+            np.zeros((len(split_pairs), 2), np.float32),
             rows=config.data.batch_size,
-            context=config.model.context_length,
+            bucket_lengths=buckets(config.model.context_length),
             pad_id=init_model.tokenizer.eot_token,
             seed=config.train.seed,
         )
         reference_logprobs = sequence_logprobs(config, params, zero_batches)
-        batches[split] = zero_batches._replace(reference_logprobs=reference_logprobs)
+        batches[split] = dataclasses.replace(zero_batches, reference_logprobs=reference_logprobs)
     return run, DPOData(batches, params, init_model, template, summary_lines)
 
 
@@ -310,11 +312,10 @@ def format_preference_accuracy(metrics: DPOMetrics) -> str:
 
 def take_pairs(batches: PreferenceBatches, max_pairs: int) -> PreferenceBatches:
     """Batches restricted to the first pairs."""
-    lengths = list(batches.sampler.lengths)[:max_pairs]
-    return batches._replace(
+    return dataclasses.replace(
+        batches,
         pairs=batches.pairs[:max_pairs],
         reference_logprobs=batches.reference_logprobs[:max_pairs],
-        sampler=dataclasses.replace(batches.sampler, lengths=lengths),
     )
 
 

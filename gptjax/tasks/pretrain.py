@@ -169,7 +169,7 @@ def data_provenance(dataset: TokenizedSplits) -> dict[str, Any]:
 
 def dataset_hash(shard: TokenShard) -> str:
     """SHA-256 of a shard's tokens; as recorded, since its blocks are verified."""
-    return shard.sha256[0] if shard.sha256 else sha256_of_files([shard.path])
+    return shard.sha256 or sha256_of_files([shard.path])
 
 
 def format_pretrain_summary(run: RunContext, data: TokenizedSplits) -> list[str]:

@@ -13,7 +13,8 @@ from typing import Any
 from gptjax.config import load_config
 from gptjax.data.classification import read_labeled_texts
 from gptjax.data.conversations import read_conversations, read_preference_pairs
-from gptjax.data.text import find_sources, iter_chunks, read_text_file
+from gptjax.data.readers import read_text_file
+from gptjax.data.text import find_sources, iter_chunks
 from gptjax.errors import GptjaxError
 from gptjax.tokenizer import tokenizer
 

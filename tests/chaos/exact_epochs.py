@@ -28,7 +28,7 @@ from gptjax.data import lm as token_batches
 from gptjax.data.bucketing import buckets
 from gptjax.data.classification import ClassificationBatches
 from gptjax.data.lm import make_batches
-from gptjax.data.preference import make_preference_batches
+from gptjax.data.preference import PreferenceBatches
 from gptjax.data.prefetch import prefetch_to_device
 from gptjax.data.sft import Example, make_sft_batches
 from gptjax.data.token_files import TokenShard, open_shards
@@ -80,25 +80,23 @@ def examples_of(lot: random.Random, kind: str, rows: int) -> tuple[Read, int, in
     count, seed = lot.randint(rows, 60), lot.randrange(1000)
     count -= count % rows if kind == "book" else 0  # which drops what is left over
     found = examples(lot, count)
-    shape: dict[str, Any] = {"rows": rows, "context": 16, "pad_id": 0, "seed": seed}
+    shape: dict[str, Any] = {"rows": rows, "pad_id": 0, "seed": seed}
     made: Any
     if kind == "labels":
-        ids, sizes = [x.ids for x in found], buckets(17)
-        made = ClassificationBatches(ids, [0] * count, rows, sizes, 0, seed)
-        steps = made.steps_per_epoch
+        ids = [x.ids for x in found]
+        made = ClassificationBatches(ids, [0] * count, bucket_lengths=buckets(17), **shape)
     elif kind == "pairs":
-        made = make_preference_batches([(x, x) for x in found], **shape)
-        steps = made.steps_per_epoch
+        pairs, logprob_P2 = [(x, x) for x in found], np.zeros((count, 2), np.float32)
+        made = PreferenceBatches(pairs, logprob_P2, bucket_lengths=buckets(16), **shape)
     else:
-        made = make_sft_batches(kind, found, **shape)
-        steps = made.steps_per_epoch
+        made = make_sft_batches(kind, found, context=16, **shape)
 
     def read(here: Sequence[int], start: int, stop: int) -> Iterator[list[int]]:
         for step in range(start, stop):
             batch = made.batch_at(step)
             yield [n for row in here for n in numbers(batch, row)]
 
-    return read, steps, count
+    return read, made.steps_per_epoch, count
 
 
 def killed(

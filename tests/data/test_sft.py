@@ -1,3 +1,5 @@
+"""Tokenized conversations, their truncation, and batches of all kinds."""
+
 import json
 
 import numpy as np
@@ -6,13 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gptjax
-import gptjax.book
-from gptjax.book.torch_random import dataloader_order
-from gptjax.data.conversations import read_conversations, split_conversations
+from gptjax.data.bucketing import buckets
+from gptjax.data.classification import ClassificationBatches
+from gptjax.data.conversations import read_conversations
+from gptjax.data.preference import PreferenceBatches
 from gptjax.data.sft import (
     TRAIN_ON_ALL,
     TRAIN_ON_COMPLETIONS,
     Example,
+    PaddedBatches,
     encode_conversations,
     encode_segments,
     make_sft_batches,
@@ -21,120 +25,81 @@ from gptjax.data.sft import (
 )
 from gptjax.errors import ConfigError, DataError
 from gptjax.tokenizer.chat_template import compile_template, load_chat_template
+from tests.data.tables import quick, write
 
 GPT2 = gptjax.tokenizer.load("gpt2")
-EOT = GPT2.eot_token
 
 
-def example(length, answer=1, first=0):
+def make_example(length, answer=1, first=0):
     """Tokens first, first + 1, ..., of which the last are the answer."""
     start = length - answer
-    learned = [n >= max(start, 1) for n in range(length)]
-    return Example(list(range(first, first + length)), learned, [(start, length)])
+    loss_mask = [n >= max(start, 1) for n in range(length)]
+    return Example(list(range(first, first + length)), loss_mask, [(start, length)])
 
 
-def book_prompt(row):
-    """The book's format_input, written out."""
-    text = (
-        "Below is an instruction that describes a task. Write a response that "
-        "appropriately completes the request.\n\n### Instruction:\n"
-        f"{row['instruction']}"
+def test_everything_or_completions_only_are_trained_on():
+    segments = load_chat_template("qa").segments(
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     )
-    return text + (f"\n\n### Input:\n{row['input']}" if row["input"] else "")
+
+    assert encode_segments(GPT2, segments, TRAIN_ON_ALL).loss_mask.count(False) == 1
+    assert sum(encode_segments(GPT2, segments, TRAIN_ON_COMPLETIONS).loss_mask) == 2
 
 
-@pytest.fixture
-def instructions(shared_data):
-    conversations, _ = read_conversations(shared_data / "instruction-data.json")
-    return split_conversations(conversations, "book", val_fraction=0, test_fraction=0, seed=0)
+def test_a_row_that_the_template_rejects_is_named(tmp_path):
+    path = write(tmp_path / "rows.jsonl", json.dumps({"prompt": "a", "completion": "b"}))
+    conversations, _ = read_conversations(path)
+    source = (
+        "{% for m in messages %}{% if m.content == 'a' %}x{% endif %}"
+        "{% if m.role == 'user' and m.content|length > 2 and not m.content.endswith("
+        "'u' ~ m.content[-1]) %}{{ raise_exception('odd') }}{% endif %}"
+        "{{ m.content }}{{ eos_token if m.role != 'user' else '' }}{% endfor %}"
+    )
+
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:1: .*odd"):
+        encode_conversations(GPT2, compile_template(source), conversations)
 
 
-def test_all_instructions_are_encoded_as_the_book_does(instructions):
-    template = load_chat_template("alpaca")
-
-    for rows in instructions.values():
-        for one, got in zip(rows, encode_conversations(GPT2, template, rows), strict=True):
-            prompt = book_prompt(one.source_row)
-            text = f"{prompt}\n\n### Response:\n{one.source_row['output']}"
-            assert got.ids == [*GPT2.encode(text), EOT]
-            ((start, stop),) = got.answer_spans
-            assert got.ids[:start] == GPT2.encode(f"{prompt}\n\n### Response:\n")
-            assert stop == len(got.ids)
-
-
-def test_buckets_need_few_programs_for_the_same_data(instructions):
-    examples = encode_conversations(GPT2, load_chat_template("alpaca"), instructions["train"])
-
-    batches = make_sft_batches("padded", examples, rows=8, context=1024, pad_id=EOT, seed=123)
-
-    assert len(batches.batch_shapes) <= 8
-
-
-@pytest.mark.peers
-def test_the_order_is_that_of_torchs_data_loader():
-    import torch
-    from torch.utils.data import DataLoader
-
-    torch.manual_seed(123)
-    loader = DataLoader(list(range(935)), batch_size=8, shuffle=True)
-
-    for epoch in range(3):
-        rows = [int(row) for batch in loader for row in batch]
-        assert rows == dataloader_order(123, 935, epoch)
-
-
-def test_the_masked_form_of_the_book_learns_all_after_the_prompt(instructions):
-    template = load_chat_template("alpaca")
-    one = instructions["train"][0]
-
-    got = encode_segments(GPT2, template.segments(one.messages), {"header", "answer"})
-
-    assert got.loss_mask.index(True) == len(GPT2.encode(book_prompt(one.source_row)))
-
-
+@quick
 @given(st.integers(2, 12), st.integers(1, 11), st.integers(2, 40))
-def test_a_cut_keeps_the_whole_answer_or_nothing(length, answer, most):
+def test_truncation_keeps_the_whole_answer_or_nothing(length, answer, max_tokens):
     answer = min(answer, length - 1)
 
-    got = truncate_left(example(length, answer), most)
+    found = truncate_left(make_example(length, answer), max_tokens)
 
-    if answer + 1 > most:
-        assert got is None
+    if answer + 1 > max_tokens:
+        assert found is None
     else:
-        assert got is not None
-        assert got.ids == list(range(length))[-most:]
-        assert sum(got.loss_mask) == answer
-        assert got.loss_mask[-answer:] == [True] * answer
+        assert found is not None
+        assert found.ids == list(range(length))[-max_tokens:]
+        assert sum(found.loss_mask) == answer
+        assert found.loss_mask[-answer:] == [True] * answer
 
 
-def test_what_a_cut_leaves_of_an_earlier_answer_is_not_learned():
-    learned = [False, True, True, True, False, False, True, True]
-    whole = Example(list(range(8)), learned, [(1, 4), (6, 8)])
+def test_truncated_examples_are_counted_and_broken_answers_not_trained_on():
+    loss_mask = [False, True, True, True, False, False, True, True]
+    example = Example(list(range(8)), loss_mask, [(1, 4), (6, 8)])
 
-    got = truncate_left(whole, 6)
-
-    assert got == Example([2, 3, 4, 5, 6, 7], [False] * 4 + [True] * 2, [(4, 6)])
-
-
-@pytest.mark.parametrize(("length", "cut"), [(9, 0), (10, 0), (11, 1), (100, 1)])
-def test_examples_around_the_context_are_cut_and_counted(length, cut):
-    context = 9  # so 10 tokens fit
-
-    got = truncate_all([example(length, 3), example(40, 30)], context)
-
-    assert (got.num_truncated, got.num_dropped, got.kept_indices) == (cut, 1, [0])
-    assert len(got.examples[0].ids) == min(length, 10)
+    assert truncate_left(example, 6) == Example(
+        [2, 3, 4, 5, 6, 7], [False] * 4 + [True] * 2, [(4, 6)]
+    )
+    for length, num_truncated in ((9, 0), (10, 0), (11, 1)):  # 10 tokens fit a context of 9
+        found = truncate_all([make_example(length, 3), make_example(40, 30)], 9)
+        assert (found.num_truncated, found.num_dropped) == (num_truncated, 1)
+        assert found.kept_indices == [0]
+        assert len(found.examples[0].ids) == min(length, 10)
 
 
+@quick
 @given(
     st.lists(st.integers(2, 17), min_size=1, max_size=40),
     st.integers(1, 5),
     st.sampled_from(["packed", "padded"]),
     st.integers(0, 2),
 )
-def test_an_epoch_has_every_example_once_whole_and_apart(lengths, rows, kind, epoch):
-    examples = [example(n, first=100 * i) for i, n in enumerate(lengths)]
-    batches = make_sft_batches(kind, examples, rows=rows, context=16, pad_id=-1, seed=5)
+def test_an_epoch_has_every_example_once_and_whole(lengths, rows, batching, epoch):
+    examples = [make_example(n, first=100 * i) for i, n in enumerate(lengths)]
+    batches = make_sft_batches(batching, examples, rows=rows, context=16, pad_id=-1, seed=5)
 
     seen = []
     for number in range(batches.steps_per_epoch):
@@ -144,61 +109,70 @@ def test_an_epoch_has_every_example_once_whole_and_apart(lengths, rows, kind, ep
         for b in range(rows):
             segment_T = batch["segment_ids"][b]
             for segment in range(1, segment_T.max() + 1):
-                place = np.flatnonzero(segment_T == segment)
-                tokens = batch["tokens"][b, place]
+                position = np.flatnonzero(segment_T == segment)
+                tokens = batch["tokens"][b, position]
                 n = tokens[0] // 100
                 seen.append(n)
                 assert tokens.tolist() == examples[n].ids[:-1]
-                assert batch["targets"][b, place].tolist() == examples[n].ids[1:]
-                assert batch["loss_weights"][b, place].tolist() == examples[n].loss_mask[1:]
-                assert batch["positions"][b, place].tolist() == list(range(len(place)))
+                assert batch["targets"][b, position].tolist() == examples[n].ids[1:]
+                assert batch["loss_weights"][b, position].tolist() == examples[n].loss_mask[1:]
+                assert batch["positions"][b, position].tolist() == list(range(len(position)))
             assert not batch["loss_weights"][b, segment_T == 0].any()
 
     assert sorted(seen) == list(range(len(examples)))
 
 
+@quick
+@given(st.lists(st.integers(2, 70), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 3))
+def test_all_bucketed_batches_visit_each_row_once_in_few_shapes(lengths, rows, epoch):
+    examples = [make_example(n, first=100 * i) for i, n in enumerate(lengths)]
+    options = {"rows": rows, "bucket_lengths": buckets(70), "pad_id": -1, "seed": 3}
+    logprob_P2 = np.arange(2.0 * len(lengths), dtype=np.float32).reshape(-1, 2)
+    pairs = PreferenceBatches([(x, x) for x in examples], logprob_P2, **options)
+    labels = ClassificationBatches([x.ids for x in examples], list(range(len(lengths))), **options)
+
+    for batches in (PaddedBatches(examples, **options), pairs, labels):
+        steps = range(epoch * batches.steps_per_epoch, (epoch + 1) * batches.steps_per_epoch)
+        epoch_batches = [batches.batch_at(step) for step in steps]
+        for found in (epoch_batches, [batch for _, batch in batches.in_order()]):
+            seen = []
+            for batch in found:
+                shape = batch["tokens"].shape
+                assert shape[0] == rows
+                assert shape[-1] in buckets(70)
+                for b, tokens in enumerate(batch["tokens"].reshape(rows, -1)):
+                    n = int(tokens[0]) // 100
+                    if n < 0:  # padding
+                        assert not batch["loss_weights"][b].any()
+                        continue
+                    seen.append(n)
+                    real = tokens[tokens >= 0].tolist()
+                    ids = examples[n].ids if batches is labels else examples[n].ids[:-1]
+                    assert real == ids * (2 if batches is pairs else 1)
+                    if batches is labels:
+                        assert batch["lengths"][b] == lengths[n]
+                        assert (batch["labels"][b], batch["loss_weights"][b]) == (n, 1)
+                    if batches is pairs:
+                        assert batch["reference_logprobs"][b].tolist() == [2 * n, 2 * n + 1]
+            assert sorted(seen) == list(range(len(lengths)))
+        assert {batch["tokens"].shape[-1] for batch in epoch_batches} <= set(batches.batch_shapes)
+        if len(lengths) > 20 and rows == 1:
+            first = [batches.batch_at(step)["tokens"].tolist() for step in range(len(lengths))]
+            assert first != [batch["tokens"].tolist() for batch in epoch_batches] or epoch == 0
+
+
 def test_packing_wastes_less_than_padding():
     rng = np.random.default_rng(0)
-    examples = [example(int(n)) for n in rng.integers(5, 60, 500)]
+    examples = [make_example(int(n)) for n in rng.integers(5, 60, 500)]
 
     packed, padded = (
-        make_sft_batches(kind, examples, rows=8, context=64, pad_id=0, seed=0)
-        for kind in ("packed", "padded")
+        make_sft_batches(batching, examples, rows=8, context=64, pad_id=0, seed=0)
+        for batching in ("packed", "auto")
     )
 
     tokens = sum(len(x.ids) - 1 for x in examples)
     assert tokens / (packed.steps_per_epoch * 8 * 64) > 0.9  # the longest rows leave gaps
     sizes = [padded.batch_at(n)["tokens"].size for n in range(padded.steps_per_epoch)]
     assert sum(sizes) > packed.steps_per_epoch * 8 * 64
-
-
-def test_other_ways_of_batching_are_refused():
-    def batches(kind, rows):
-        return make_sft_batches(kind, [example(4)], rows=rows, context=8, pad_id=0, seed=0)
-
     with pytest.raises(DataError, match=r"data\.batching=concat"):
-        batches("concat", 1)
-
-
-def test_everything_can_be_learned_but_the_first_token():
-    pieces = load_chat_template("qa").segments(
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    )
-
-    assert encode_segments(GPT2, pieces, TRAIN_ON_ALL).loss_mask.count(False) == 1
-    assert sum(encode_segments(GPT2, pieces, TRAIN_ON_COMPLETIONS).loss_mask) == 2
-
-
-def test_a_row_that_the_template_refuses_is_named(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"prompt": "a", "completion": "b"}))
-    conversations, _ = read_conversations(path)
-    source = (
-        "{% for m in messages %}{% if m.content == 'a' %}x{% endif %}"
-        "{% if m.role == 'user' and m.content|length > 2 and not m.content.endswith("
-        "'u' ~ m.content[-1]) %}{{ raise_exception('odd') }}{% endif %}"
-        "{{ m.content }}{{ eos_token if m.role != 'user' else '' }}{% endfor %}"
-    )
-
-    with pytest.raises(ConfigError, match=r"rows\.jsonl:1: the chat template .*odd"):
-        encode_conversations(GPT2, compile_template(source), conversations)
+        make_sft_batches("concat", examples, rows=8, context=64, pad_id=0, seed=0)

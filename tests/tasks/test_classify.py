@@ -111,11 +111,13 @@ def test_the_loss_is_that_of_the_rows_that_count():
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 3))
 def test_an_epoch_visits_every_row_once_in_few_shapes(lengths, rows, epoch):
     ids = [[n] * length for n, length in enumerate(lengths)]
-    batches = ClassificationBatches(ids, [0] * len(ids), rows, buckets(70), 999, seed=3)
-    first = epoch * batches.sampler.steps_per_epoch
+    batches = ClassificationBatches(
+        ids, [0] * len(ids), rows=rows, bucket_lengths=buckets(70), pad_id=999, seed=3
+    )
+    first = epoch * batches.steps_per_epoch
 
     seen, shapes = [], set()
-    for step in range(first, first + batches.sampler.steps_per_epoch):
+    for step in range(first, first + batches.steps_per_epoch):
         batch = batches.batch_at(step)
         shapes.add(batch["tokens"].shape)
         for n in np.flatnonzero(batch["loss_weights"]):
@@ -132,7 +134,8 @@ def test_epochs_differ_and_repeat():
     ids = [[n] for n in range(50)]
 
     def order(step):
-        return ClassificationBatches(ids, [0] * 50, 50, [16], 0).batch_at(step)["tokens"]
+        batches = ClassificationBatches(ids, [0] * 50, rows=50, bucket_lengths=[16], pad_id=0)
+        return batches.batch_at(step)["tokens"]
 
     np.testing.assert_array_equal(order(1), order(1))
     assert (order(0) != order(1)).any()

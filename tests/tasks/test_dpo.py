@@ -8,7 +8,7 @@ import pytest
 import gptjax
 from gptjax.config import RunConfig, from_dict
 from gptjax.data.conversations import read_preference_pairs
-from gptjax.data.preference import make_preference_batches
+from gptjax.data.preference import PreferenceBatches
 from gptjax.errors import ConfigError, DataError
 from gptjax.model.gpt import apply
 from gptjax.tasks.dpo import (
@@ -99,7 +99,9 @@ def test_the_reference_is_what_the_start_says_and_does_not_move(unbroken):
     meta = json.loads((folder / "meta.json").read_text())
 
     examples = [tokenize_pair(pair, start, template, 32) for pair in pairs[:4]]
-    batches = make_preference_batches(examples, rows=4, context=32, pad_id=256)
+    batches = PreferenceBatches(
+        examples, np.zeros((4, 2), np.float32), rows=4, bucket_lengths=[32], pad_id=256
+    )
     run = from_dict(RunConfig, {"model": {"context_length": 32}})
     config = run.__class__(model=start.config)
     found = sequence_logprobs(config, start.params, batches)
@@ -139,8 +141,10 @@ def test_padding_changes_neither_loss_nor_gradient():
     model, template = start_model(), load_chat_template("qa")
     config = RunConfig(model=model.config)
     pair = read_pairs_of([{"prompt": "a", "chosen": "bcd", "rejected": "e"}], model, template)
-    wide = make_preference_batches(pair, rows=3, context=32, pad_id=7).make_batch(32, [0])
-    narrow = make_preference_batches(pair, rows=1, context=32, pad_id=9).make_batch(16, [0])
+    zero_12 = np.zeros((1, 2), np.float32)
+    wide = PreferenceBatches(pair, zero_12, rows=3, bucket_lengths=[32], pad_id=7)
+    narrow = PreferenceBatches(pair, zero_12, rows=1, bucket_lengths=[16], pad_id=9)
+    wide, narrow = wide.make_batch(32, [0]), narrow.make_batch(16, [0])
 
     @jax.jit
     @jax.value_and_grad
