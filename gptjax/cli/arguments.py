@@ -18,7 +18,7 @@ from gptjax.runtime import cpu_flags
 
 PATH = click.Path(path_type=Path)
 HELP_WIDTH = 88  # maximum number of columns of a help text
-METAVARS = {int: "N", float: "X", PATH: "FILE"}  # unless an option has its own
+METAVARS: dict[Any, str] = {int: "N", float: "X", PATH: "FILE"}  # unless an option has its own
 
 # Decorator of a function that will be a command.
 Decorator = Callable[[Any], Any]

@@ -8,11 +8,11 @@ The effect of the first signal depends on the mode; a second one exits at once.
 """
 
 import contextlib
-import dataclasses
 import os
 import select
 import signal
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -31,16 +31,8 @@ class Interrupted(BaseException):
     """
 
 
-@dataclasses.dataclass
-class SignalState:
-    """State of the `handle_signals` block of this process."""
-
-    active: bool = False
-    received: bool = False
-    mode: SignalMode = "deferred"
-
-
-_state = SignalState()  # signal handlers are per process
+# Signal handlers are per process.
+_state = types.SimpleNamespace(active=False, received=False, mode="deferred")
 
 
 @contextlib.contextmanager
@@ -56,21 +48,16 @@ def handle_signals(final: bool = False) -> Iterator[Callable[[], bool]]:
     if _state.active or threading.current_thread() is not threading.main_thread():
         yield lambda: _state.received
         return
-    previous_handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-
-    def restore_handlers(default: bool = False) -> None:
-        for number, handler in previous_handlers.items():
-            signal.signal(number, signal.SIG_DFL if default else handler)
 
     def on_signal(number: int, frame: Any) -> None:
+        if _state.received:
+            os._exit(128 + number) if final else signal.default_int_handler(number, frame)
         _state.received = True
-        restore_handlers(default=final)  # for the second signal
         if _state.mode == "immediate":
             raise Interrupted(NOTHING_TO_SAVE)
 
-    _state.__init__(active=True)
-    for number in STOP_SIGNALS:
-        signal.signal(number, on_signal)
+    vars(_state).update(active=True, received=False, mode="deferred")
+    previous_handlers = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     try:
         with _watch_signals() if final else contextlib.nullcontext():
             yield lambda: _state.received
@@ -79,8 +66,9 @@ def handle_signals(final: bool = False) -> Iterator[Callable[[], bool]]:
             raise Interrupted(NOTHING_TO_SAVE) from error
         raise
     finally:
-        restore_handlers()
-        _state.__init__()
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)
+        vars(_state).update(active=False, received=False)
 
 
 @contextlib.contextmanager
@@ -90,26 +78,24 @@ def _watch_signals() -> Iterator[None]:
     os.set_blocking(write_fd, False)
 
     def watch() -> None:
-        while (byte := os.read(read_fd, 1)) and byte[0] not in STOP_SIGNALS:
-            pass
-        is_quiet = not select.select([read_fd], [], [], SIGNAL_GRACE_SECONDS)[0]
-        if is_quiet and _state.mode == "immediate":
-            print(f"{NOTHING_TO_SAVE}.", flush=True)
-            os._exit(EXIT_PREEMPTED)
-        while byte := os.read(read_fd, 1):
-            if byte[0] in STOP_SIGNALS:
-                os._exit(128 + byte[0])
+        with open(read_fd, "rb", buffering=0) as pipe:
+            while (byte := pipe.read(1)) and byte[0] not in STOP_SIGNALS:
+                pass
+            is_quiet = not select.select([pipe], [], [], SIGNAL_GRACE_SECONDS)[0]
+            if is_quiet and _state.mode == "immediate":
+                print(f"{NOTHING_TO_SAVE}.", flush=True)
+                os._exit(EXIT_PREEMPTED)
+            while byte := pipe.read(1):
+                if byte[0] in STOP_SIGNALS:
+                    os._exit(128 + byte[0])
 
-    thread = threading.Thread(target=watch, daemon=True)
     previous_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-    thread.start()
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(previous_fd)
-        os.close(write_fd)
-        thread.join()
-        os.close(read_fd)
+        os.close(write_fd)  # ends the thread
 
 
 def set_signal_mode(mode: SignalMode) -> None:
