@@ -26,7 +26,7 @@ from gptjax.data.readers import (
     require_text,
     suffix_without_gz,
 )
-from gptjax.data.splits import SplitFn, check_split_fractions, split_sizes
+from gptjax.data.splits import split_indices, split_shares
 from gptjax.data.text import ALL_SPLITS, TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import DataError
 from gptjax.plugins import load_plugin
@@ -262,40 +262,26 @@ def read_messages(row: dict[str, Any], column: str, location: str) -> list[ChatM
     return [read_message(m, f"{location}, message {n}") for n, m in enumerate(value, 1)]
 
 
-def read_message(message_fields: Any, location: str) -> ChatMessage:
+def read_message(fields: Any, location: str) -> ChatMessage:
     """Parses a message in chat (role, content) or ShareGPT format (from, value)."""
-    sharegpt = isinstance(message_fields, dict) and "from" in message_fields
-    role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
-    message_fields = check_columns(
-        message_fields, (role_key, content_key), location, MESSAGE_ADVICE
-    )
-    role = (
-        ROLE_ALIASES.get(message_fields[role_key])
-        if isinstance(message_fields[role_key], str)
-        else None
-    )
+    is_sharegpt = isinstance(fields, dict) and "from" in fields
+    role_key, content_key = ("from", "value") if is_sharegpt else ("role", "content")
+    fields = check_columns(fields, (role_key, content_key), location, MESSAGE_ADVICE)
+    role = ROLE_ALIASES.get(str(fields[role_key]))
     if role is None:
         raise DataError(
-            f"{location}: unknown role {message_fields[role_key]!r:.40}. Use one of "
+            f"{location}: unknown role {fields[role_key]!r:.40}. Use one of "
             f"{', '.join(ROLE_ALIASES)}, or remove the row."
         )
-    if isinstance(message_fields[content_key], list):
-        message_fields[content_key] = join_content_parts(message_fields[content_key], location)
+    if isinstance(fields[content_key], list):
+        advice = 'Write each part as {"type": "text", "text": "..."}, or remove the row.'
+        parts = [check_columns(part, ("text",), location, advice) for part in fields[content_key]]
+        fields[content_key] = "".join(get_text(part, "text", location) for part in parts)
     if role == "system":
-        return {"role": role, "content": get_text(message_fields, content_key, location)}
+        return {"role": role, "content": get_text(fields, content_key, location)}
     expected = "a response" if role == "assistant" else "a prompt"
-    message = {
-        "role": role,
-        "content": require_text(message_fields, content_key, location, expected),
-    }
-    return message | optional_input(message_fields, location) if role == "user" else message
-
-
-def join_content_parts(parts: list[Any], location: str) -> str:
-    """Returns the text of a content given as a list of parts."""
-    advice = 'Write each part as {"type": "text", "text": "..."}, or remove the row.'
-    items = [check_columns(part, ("text",), location, advice) for part in parts]
-    return "".join(get_text(item, "text", location) for item in items)
+    message = {"role": role, "content": require_text(fields, content_key, location, expected)}
+    return message | optional_input(fields, location) if role == "user" else message
 
 
 def check_turn_order(messages: Sequence[ChatMessage], location: str) -> None:
@@ -369,20 +355,10 @@ def split_conversations(
             )
         return parts
     if strategy != "stratified":
-        split_fn: SplitFn = load_plugin("data.split_strategy", strategy)
-        return split_fn(items)
-    check_split_fractions(val_fraction, test_fraction)
-    fractions = (1.0 - val_fraction - test_fraction, val_fraction, test_fraction)
-    shares = {n: share for n, share in zip(ALL_SPLITS, fractions, strict=True) if share}
-    if len(items) < len(shares):
-        raise DataError(
-            f"{len(items)} rows, but each of {len(shares)} splits needs one. Add rows, "
-            "or set data.test_fraction or data.val_fraction to 0."
-        )
+        return load_plugin("data.split_strategy", strategy)(items)
     order = np.random.default_rng(seed).permutation(len(items))
-    sizes = split_sizes(len(items), list(shares.values()), "")
-    index_parts = np.split(order, np.cumsum(sizes)[:-1])
-    return {n: [items[i] for i in indices] for n, indices in zip(shares, index_parts, strict=True)}
+    parts = split_indices(order, split_shares(val_fraction, test_fraction), "the data")
+    return {name: [items[i] for i in indices] for name, indices in parts.items()}
 
 
 def summarize_conversations(items: list[ConversationOrPair]) -> str:

@@ -1,7 +1,8 @@
 """Training, validation and test splits of labeled texts."""
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,6 @@ from gptjax.plugins import load_plugin
 # Splits all rows, labeled texts or conversations, by the name of the split.
 SplitFn = Callable[[Any], dict[str, Any]]
 MAX_TABLE_CLASSES = 20  # classes with a table row of their own
-
-
-def check_split_fractions(val_fraction: int | float, test_fraction: int | float) -> None:
-    """Rejects fractions that leave no training rows."""
-    if val_fraction + test_fraction >= 1:
-        raise ConfigError(
-            f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} "
-            "leave no training rows. Choose fractions with a sum below 1."
-        )
 
 
 def stratified_split(
@@ -53,27 +45,20 @@ def stratified_split(
     if deduplicate:
         data = drop_duplicates(data)
     if strategy != "stratified":
-        split_fn: SplitFn = load_plugin("data.split_strategy", strategy)
-        return split_fn(data)
-    check_split_fractions(val_fraction, test_fraction)
+        return load_plugin("data.split_strategy", strategy)(data)
+    shares = split_shares(val_fraction, test_fraction)
     generator = np.random.default_rng(seed)
     rows_by_class = class_indices(data)
     if balance_classes:
         smallest = min(map(len, rows_by_class))
         rows_by_class = [generator.permutation(rows)[:smallest] for rows in rows_by_class]
-    fractions = (1 - val_fraction - test_fraction, val_fraction, test_fraction)
-    indices_by_split: dict[str, list[np.ndarray]] = {
-        name: [] for name, share in zip(ALL_SPLITS, fractions, strict=True) if share
-    }
-    for name, rows in zip(data.class_names, rows_by_class, strict=True):
-        sizes = split_sizes(len(rows), [share for share in fractions if share], name)
-        boundaries = np.cumsum(sizes)[:-1]
-        parts = np.split(generator.permutation(rows), boundaries)
-        for split, part in zip(indices_by_split, parts, strict=True):
-            indices_by_split[split].append(part)
+    parts = [
+        split_indices(generator.permutation(rows), shares, f"class {name!r}")
+        for name, rows in zip(data.class_names, rows_by_class, strict=True)
+    ]
     return {
-        split: take(data, generator.permutation(np.concatenate(parts)))
-        for split, parts in indices_by_split.items()
+        split: take(data, generator.permutation(np.concatenate([part[split] for part in parts])))
+        for split in shares
     }
 
 
@@ -83,21 +68,47 @@ def class_indices(data: LabeledTexts) -> list[np.ndarray]:
     return [np.flatnonzero(label == number) for number in range(len(data.class_names))]
 
 
-def split_sizes(num_rows: int, shares: Sequence[float], class_name: str) -> list[int]:
-    """Returns the rows of a class per split: proportional, but at least one each.
+def split_shares(val_fraction: int | float, test_fraction: int | float) -> dict[str, float]:
+    """Returns the fraction of each split that is not empty.
 
-    >>> split_sizes(101, [0.7, 0.1, 0.2], "ham")
-    [71, 10, 20]
-    >>> split_sizes(4, [0.98, 0.01, 0.01], "ham")
-    [2, 1, 1]
+    Raises:
+        ConfigError: the fractions leave no training rows.
     """
-    if num_rows < len(shares):
+    if val_fraction + test_fraction >= 1:
+        raise ConfigError(
+            f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} "
+            "leave no training rows. Choose fractions with a sum below 1."
+        )
+    fractions = (1.0 - val_fraction - test_fraction, val_fraction, test_fraction)
+    return {name: share for name, share in zip(ALL_SPLITS, fractions, strict=True) if share}
+
+
+def split_indices(
+    indices: np.ndarray, shares: Mapping[str, float], subject: str
+) -> dict[str, np.ndarray]:
+    """Splits row indices in proportion to the shares; `subject` names the rows.
+
+    Raises:
+        DataError: there are fewer rows than splits.
+    """
+    if len(indices) < len(shares):
         raise DataError(
-            f"class {class_name!r} has {num_rows} "
-            f"{'row' if num_rows == 1 else 'rows'}, but each of {len(shares)} splits "
-            "needs one. Add rows, remove the class, or set data.test_fraction or "
+            f"{subject} has {len(indices)} row{'s' * (len(indices) != 1)}, but each of "
+            f"{len(shares)} splits needs one. Add rows, or set data.test_fraction or "
             "data.val_fraction to 0."
         )
+    boundaries = np.cumsum(split_sizes(len(indices), list(shares.values())))[:-1]
+    return dict(zip(shares, np.split(indices, boundaries), strict=True))
+
+
+def split_sizes(num_rows: int, shares: Sequence[float]) -> list[int]:
+    """Returns the rows per split: proportional, but at least one each.
+
+    >>> split_sizes(101, [0.7, 0.1, 0.2])
+    [71, 10, 20]
+    >>> split_sizes(4, [0.98, 0.01, 0.01])
+    [2, 1, 1]
+    """
     ideal = [num_rows * share for share in shares]
     sizes = [int(size) for size in ideal]
     by_remainder = sorted(range(len(shares)), key=lambda i: sizes[i] - ideal[i])
@@ -138,10 +149,8 @@ def describe_splits(splits: dict[str, LabeledTexts]) -> list[str]:
         more = [sum(c[i] for i in range(MAX_TABLE_CLASSES, len(names))) for c in counts]
         table.append([f"{len(names) - MAX_TABLE_CLASSES} more classes", *(f"{n:,}" for n in more)])
     table.append(["all", *(f"{len(part):,}" for part in parts)])
-    accuracies = [
-        count[majority_class] / max(len(part), 1) for count, part in zip(counts, parts, strict=True)
-    ]
-    table.append([f"always {names[majority_class]:.30}", *(f"{rate:.2%}" for rate in accuracies)])
+    accuracies = [f"{count[majority_class] / count.total():.2%}" for count in counts]
+    table.append([f"always {names[majority_class]:.30}", *accuracies])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
@@ -159,8 +168,7 @@ def describe_overlap(splits: dict[str, LabeledTexts]) -> list[str]:
         return ["no text occurs in more than one split"]
     pairs = [
         f"{len(texts[one] & texts[other]):,} in {one} and {other}"
-        for i, one in enumerate(texts)
-        for other in list(texts)[i + 1 :]
+        for one, other in itertools.combinations(texts, 2)
     ]
     return [
         f"{num_shared:,} texts occur in more than one split ({', '.join(pairs)}), "

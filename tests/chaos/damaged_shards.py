@@ -1,7 +1,9 @@
 """A prepared folder with flipped, cut or added bytes, or with files of another one.
 
-It is refused with the file, and with block and bytes where only bytes differ; or what
+It is rejected with the file, and with block and bytes where only bytes differ; or what
 is read is what was written; or the hashes that a run keeps tell that it is another one.
+Training does not read the index of documents: `verify_prepared` finds what is wrong
+with it.
 """
 
 import random
@@ -13,6 +15,7 @@ from typing import Any
 
 from gptjax.data import token_files
 from gptjax.data.prepare import TokenizedSplits, open_prepared, prepare_dataset
+from gptjax.data.token_files import verify_prepared
 from gptjax.errors import DataError
 
 FULL, SLICE = 10_000, 1_000
@@ -35,7 +38,6 @@ def content(data: TokenizedSplits) -> list[Any]:
         if tokens is not None:
             starts = range(0, len(tokens), 37)
             found += [tokens.read(n, min(37, len(tokens) - n)).tolist() for n in starts]
-            found += [tokens.document_range(n) for n in range(tokens.documents)]
             found += [tokens.vocab_size, tokens.eot]
     return found
 
@@ -91,6 +93,11 @@ def damage(lot: random.Random, folder: Path, other: Path) -> tuple[str, bool]:
 
 def fault_of(folder: Path, name: str, same_size: bool, whole: TokenizedSplits) -> str:
     """What went wrong with a damaged folder, or ""."""
+    if name.endswith(".idx"):
+        good = folder.parent / "from0" / name
+        is_same = (folder / name).exists() and (folder / name).read_bytes() == good.read_bytes()
+        is_found = any(str(folder / name) in problem for problem in verify_prepared(folder))
+        return "" if is_found != is_same else f"{name}: changed {not is_same}, found {is_found}"
     try:
         found = open_prepared(folder)
         if content(found) == content(whole) or hashes(found) != hashes(whole):
@@ -100,7 +107,7 @@ def fault_of(folder: Path, name: str, same_size: bool, whole: TokenizedSplits) -
         if str(folder) not in text:
             return f"{name}: no file in: {text}"
         if same_size and name != "meta.json":
-            place = rf"{folder}/[a-z]+-\d+\.(bin|idx): block \d+, bytes [\d,]+ to [\d,]+"
+            place = rf"{folder}/[a-z]+-\d+\.bin: block \d+, bytes [\d,]+ to [\d,]+"
             return "" if re.match(place, text) else f"{name}: no place in: {text}"
         return ""
     return f"{name} is another one, and nobody noticed"

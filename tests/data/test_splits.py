@@ -99,7 +99,7 @@ def test_each_split_has_its_share_of_each_class_within_one_row(counts, parts):
     ],
 )
 def test_sizes_are_as_near_to_the_shares_as_can_be(count, shares, sizes):
-    assert split_sizes(count, shares, "a") == sizes
+    assert split_sizes(count, shares) == sizes
 
 
 @quiet
