@@ -53,12 +53,31 @@ def option(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GPTConfig:
+class Section:
+    """Section of a run config; rejects values outside the ranges of its options."""
+
+    section = ""  # name of the section
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, minimum = getattr(self, field.name), field.metadata["minimum"]
+            if minimum is not None:
+                check_min(self.section, self, minimum, field.name)
+            if field.metadata["unit_interval"] and not 0 <= value < 1:
+                raise ConfigError(
+                    f"{self.section}.{field.name}={value} must be in [0, 1), for example "
+                    f"the default {field.default}."
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPTConfig(Section):
     """Shape of a GPT-2 decoder.
 
     [X] in a description is the dimension letter of `gptjax.model.gpt`.
     """
 
+    section = "model"
     vocab_size: int = option(
         0, "number of tokens; 0 = size of the run's tokenizer", minimum=0, resume="identity"
     )
@@ -117,7 +136,7 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         """Rejects impossible shapes."""
-        check_ranges("model", self)
+        super().__post_init__()
         if self.d_model % self.n_heads:
             raise ConfigError(
                 f"model.d_model={self.d_model} must be divisible by "
@@ -168,9 +187,10 @@ PRESETS = {  # name: layers, heads, width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section):
     """Data source, tokenizer, splits and batching."""
 
+    section = "data"
     source: str = option(
         "python-help", "named data set, prepared folder, file or glob", resume="identity"
     )
@@ -230,15 +250,12 @@ class DataConfig:
         True, "loss on the completion only, not on the prompt", resume="identity"
     )
 
-    def __post_init__(self) -> None:
-        """Rejects invalid batch sizes, seeds and split fractions."""
-        check_ranges("data", self)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Section):
     """AdamW and learning rate schedule."""
 
+    section = "optim"
     peak_lr: float = option(6e-4, "learning rate after the warmup", minimum=0, resume="trajectory")
     schedule: Literal["cosine", "constant", "wsd", PluginValue] = option(
         "cosine",
@@ -269,15 +286,12 @@ class OptimConfig:
         1.0, "maximum global norm of the gradient; 0 = no clipping", minimum=0, resume="trajectory"
     )
 
-    def __post_init__(self) -> None:
-        """Rejects invalid learning rates and coefficients."""
-        check_ranges("optim", self)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Section):
     """Task, length, seed, logging and evaluation."""
 
+    section = "train"
     task: Literal["pretrain", "classify", "sft", "dpo", PluginValue] = option(
         "pretrain", "kind of training; book = as `import gptjax.book` does", resume="identity"
     )
@@ -308,15 +322,12 @@ class TrainConfig:
         "\n", "prompt completed at each evaluation; empty = no sample", resume="operational"
     )
 
-    def __post_init__(self) -> None:
-        """Rejects empty runs and intervals."""
-        check_ranges("train", self)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(Section):
     """Initial model of fine-tuning and its trainable parameters."""
 
+    section = "finetune"
     init_from: str = option(
         "",
         "MODEL to start from, whose shape replaces [model]; empty = random initialization",
@@ -343,15 +354,12 @@ class FinetuneConfig:
         0.1, "DPO beta: strength of the KL penalty", minimum=0, resume="trajectory"
     )
 
-    def __post_init__(self) -> None:
-        """Rejects invalid adapters and loss weights."""
-        check_ranges("finetune", self)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Section):
     """Checkpoint interval and retention."""
 
+    section = "checkpoint"
     # Where a run is resumed decides which steps are recomputed.
     every: int = option(
         500,
@@ -360,10 +368,6 @@ class CheckpointConfig:
         resume="trajectory",
     )
     keep: int = option(2, "number of newest checkpoints to keep", minimum=1, resume="operational")
-
-    def __post_init__(self) -> None:
-        """Rejects values that would leave no checkpoint."""
-        check_ranges("checkpoint", self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -424,32 +428,12 @@ def config_options() -> dict[str, "dataclasses.Field[Any]"]:
     }
 
 
-def check_ranges(section: str, config: Any) -> None:
-    """Raises for the first option whose value is outside the range of its field."""
-    for field in dataclasses.fields(config):
-        if field.metadata["unit_interval"]:
-            check_unit_interval(section, config, field.name)
-        if field.metadata["minimum"] is not None:
-            check_min(section, config, field.metadata["minimum"], field.name)
-
-
 def check_min(section: str, config: Any, minimum: int, *names: str) -> None:
     """Raises for the first field in `names` whose value is less than `minimum`."""
     for name in names:
         value = getattr(config, name)
         if not value >= minimum:  # also rejects nan
             raise ConfigError(f"{section}.{name}={value} must be at least {minimum}. Increase it.")
-
-
-def check_unit_interval(section: str, config: Any, *names: str) -> None:
-    """Raises for the first field in `names` whose value is not in [0, 1)."""
-    for name in names:
-        value = getattr(config, name)
-        if not 0 <= value < 1:
-            raise ConfigError(
-                f"{section}.{name}={value} must be in [0, 1), for example the default "
-                f"{getattr(type(config), name)}."
-            )
 
 
 def did_you_mean(word: str, known: Any) -> str:
