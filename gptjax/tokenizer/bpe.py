@@ -101,11 +101,7 @@ def adjacent_pairs(word: str) -> Iterable[str]:
 
 
 def encode_utf8(text: str) -> bytes:
-    """Encodes text as UTF-8.
-
-    Raises:
-        DataError: the text contains a lone surrogate.
-    """
+    """Encodes text as UTF-8; raises DataError for a lone surrogate."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -123,19 +119,12 @@ def split_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]
     equivalent: merges inside a token do not depend on the surrounding text, so two
     adjacent tokens that together form a token are always its pair.
     """
-    token_rank = ranks[token]
     parts = [token[i : i + 1] for i in range(len(token))]
-    # Of each adjacent pair.
-    pair_ranks = [ranks.get(a + b, token_rank) for a, b in pairwise(parts)]
     while len(parts) > 2:
+        pair_ranks = [ranks.get(a + b, ranks[token]) for a, b in pairwise(parts)]
         rank = min(pair_ranks)
-        if rank >= token_rank:
+        if rank >= ranks[token]:
             return None
         i = pair_ranks.index(rank)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        del pair_ranks[i]
-        if i < len(pair_ranks):
-            pair_ranks[i] = ranks.get(parts[i] + parts[i + 1], token_rank)
-        if i > 0:
-            pair_ranks[i - 1] = ranks.get(parts[i - 1] + parts[i], token_rank)
     return (parts[0], parts[1]) if len(parts) == 2 else None

@@ -2,40 +2,52 @@
 
 A template is a Jinja file in Hugging Face's format. Its variables are `messages`,
 `add_generation_prompt`, `bos_token` and `eos_token` (both <|endoftext|>), and
-`raise_exception`; `gptjax.tokenizer.template_worker` renders it in a sandbox. Training,
-generation, chat and export all use the chat_template.jinja of the model folder.
+`raise_exception`. Training, generation, chat and export all use the
+chat_template.jinja of the model folder.
 
 Message texts are wrapped in marks while the template runs, to separate them from the
 template's own text. Only the latter can contain the end token; in a message, text that
 looks like a marker of the template ("### Response:") gets a zero-width space inserted.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import functools
+import json
+import os
 import re
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from gptjax.config import did_you_mean
 from gptjax.errors import ConfigError
+from gptjax.fileio.strict_json import read_small_file
 from gptjax.tokenizer.template_worker import (
-    BUILTIN_TEMPLATES,
     CLOSE_MARK,
     EOT_MARK,
     EOT_TEXT,
     MARK_REPLACEMENTS,
+    MAX_MEMORY_BYTES,
     REPLY_MARK,
-    TEMPLATE_DIR,
     TEXT_MARK,
     ChatMessage,
-    render_template,
+    render,
 )
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"  # in a model folder
-MAX_TEMPLATE_CHARS = 100_000  # in a template file
-MARKED_REPLY_PATTERN = re.compile(f"{REPLY_MARK}[^{CLOSE_MARK}]*{CLOSE_MARK}")
+TEMPLATE_DIR = Path(__file__).parent / "templates"
+BUILTIN_TEMPLATES = ("alpaca", "phi3", "chatml", "qa", "single")
+MAX_TEMPLATE_CHARS = 100_000
+RENDER_TIMEOUT_SECONDS = 20  # of the worker, for one conversation
+MAX_RENDERED_BYTES = 1 << 26  # of a reply of the worker
+WORKER_ENV_VARS = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "SYSTEMROOT", "LANG")
+WORKER_LOCK = threading.Lock()  # one request at a time
+MARKED_REPLY = f"{REPLY_MARK}[^{CLOSE_MARK}]*{CLOSE_MARK}"
 MARKED_TEXT_PATTERN = re.compile(f"[{TEXT_MARK}{REPLY_MARK}]([^{CLOSE_MARK}]*){CLOSE_MARK}")
 # <|user|>, </s>, [INST]
 CONTROL_TOKEN_PATTERN = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z]{2,20}\]")
@@ -60,50 +72,44 @@ class ChatTemplate:
     source: str = dataclasses.field(repr=False)
     suffix: str  # after each reply; EOT_MARK represents <|endoftext|>
     stop_strings: tuple[str, ...]  # end a reply besides <|endoftext|>
-    # Escaped in messages.
-    special_markers: re.Pattern[str] = dataclasses.field(repr=False)
+    special_markers: re.Pattern[str] = dataclasses.field(repr=False)  # escaped in messages
 
     def segments(
         self, messages: Sequence[ChatMessage], add_generation_prompt: bool = False
     ) -> list[TemplateSegment]:
-        """Renders a conversation into segments, in order.
-
-        Args:
-            messages: with roles "system", "user" and "assistant".
-            add_generation_prompt: also renders the header of the next reply.
+        """Renders a conversation; optionally with the header of the next reply.
 
         Raises:
             ConfigError: the template cannot render these messages, or splits their
                 texts.
         """
         text = render_template(self.source, messages, add_generation_prompt)
-        parts = []
-        position = 0
-        for reply in MARKED_REPLY_PATTERN.finditer(text):
-            end = reply.end() + len(self.suffix)
-            if text[reply.end() : end] != self.suffix:
+        parts = re.split(f"({MARKED_REPLY}{re.escape(self.suffix)})", text)
+        segments: list[TemplateSegment] = []
+        for n, part in enumerate(parts):
+            if n % 2:
+                segments += self.split_segments(part, "answer")
+                continue
+            if reply := re.search(MARKED_REPLY, part):
                 raise ConfigError(
-                    f"the chat template puts {quote_rendered(text[reply.end() : end])} "
-                    f"after one reply and {quote_rendered(self.suffix)} after others. "
-                    "Use the same suffix for all, so that a model learns when to stop."
+                    f"the chat template puts {quote_rendered(part[reply.end() :])} after one "
+                    f"reply and {quote_rendered(self.suffix)} after others. Use the same "
+                    "suffix for all, so that a model learns when to stop."
                 )
-            parts += [*split_header(text[position : reply.start()]), text[reply.start() : end]]
-            position = end
-        rest = text[position:]
-        parts += split_header(rest) if add_generation_prompt else [rest]
-        kinds: list[SegmentKind] = ["prompt", "header", "answer"] * len(parts)
-        return [
-            segment
-            for part, kind in zip(parts, kinds, strict=False)
-            for segment in self.split_segments(part, kind)
-        ]
+            has_header = n + 1 < len(parts) or add_generation_prompt
+            split_at = part.rfind(CLOSE_MARK) + 1 if has_header else len(part)
+            segments += self.split_segments(part[:split_at], "prompt")
+            segments += self.split_segments(part[split_at:], "header")
+        return segments
 
     def split_segments(self, text: str, kind: SegmentKind) -> Iterator[TemplateSegment]:
         """Splits marked text into segments of one kind and removes the marks."""
         for index, part in enumerate(text.split(EOT_MARK)):
             if index:
                 yield TemplateSegment(EOT_TEXT, kind, is_eot=True)
-            plain = MARKED_TEXT_PATTERN.sub(lambda match: self.escape_markers(match[1]), part)
+            plain = MARKED_TEXT_PATTERN.sub(
+                lambda match: self.special_markers.sub(break_marker, match[1]), part
+            )
             if plain != plain.translate(MARK_REPLACEMENTS):
                 raise ConfigError(
                     "the chat template splits or changes the text of a message, so "
@@ -112,10 +118,6 @@ class ChatTemplate:
             if plain:
                 yield TemplateSegment(plain, kind)
 
-    def escape_markers(self, text: str) -> str:
-        """Breaks up text in a message that looks like a marker of the template."""
-        return self.special_markers.sub(break_marker, text)
-
 
 def break_marker(match: re.Match[str]) -> str:
     """Inserts a zero-width space after the first character of a marker."""
@@ -123,18 +125,8 @@ def break_marker(match: re.Match[str]) -> str:
     return match[0][:split_at] + ZERO_WIDTH_SPACE + match[0][split_at:]
 
 
-def split_header(text: str) -> list[str]:
-    """Splits the text before a reply into prompt and header."""
-    header_start = text.rfind(CLOSE_MARK) + 1
-    return [text[:header_start], text[header_start:]]
-
-
 def load_chat_template(name: str) -> ChatTemplate:
-    """Loads a built-in template by name, or a template file by path.
-
-    Raises:
-        ConfigError: there is no such template, or it is invalid.
-    """
+    """Loads a built-in template by name, or a template file by path."""
     path = TEMPLATE_DIR / f"{name}.jinja" if name in BUILTIN_TEMPLATES else Path(name)
     if name not in BUILTIN_TEMPLATES and not path.is_file():
         raise ConfigError(
@@ -143,30 +135,83 @@ def load_chat_template(name: str) -> ChatTemplate:
             f"{', '.join(BUILTIN_TEMPLATES)}, or the path of a Jinja file."
         )
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            source = file.read(MAX_TEMPLATE_CHARS + 1)
-    except (OSError, UnicodeDecodeError) as error:
+        source = read_small_file(path, 4 * MAX_TEMPLATE_CHARS).decode("utf-8")
+    except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the chat template {path}: {error}.") from error
     return compile_template(source)
 
 
-@functools.lru_cache(maxsize=16)
-def compile_template(source: str) -> ChatTemplate:
-    """Validates a template by rendering small conversations.
+def render_template(
+    source: str, messages: Sequence[ChatMessage], add_generation_prompt: bool = False
+) -> str:
+    """Renders a conversation, in the worker unless the template is a built-in one.
 
     Raises:
-        ConfigError: it is too long, not valid Jinja, puts nothing after replies, or
-            its generation prompt differs from the header of a reply.
+        ConfigError: the template fails or exceeds the limits.
     """
+    if source in builtin_sources():
+        return render(source, messages, add_generation_prompt)
+    message_dicts = [dict(message) for message in messages]
+    request = json.dumps([source, message_dicts, add_generation_prompt, RENDER_TIMEOUT_SECONDS])
+    with WORKER_LOCK:
+        worker, reply = start_worker(), b""
+        try:
+            worker.stdin.write(request.encode() + b"\n")
+            worker.stdin.flush()
+            reply = worker.stdout.readline(MAX_RENDERED_BYTES)
+        except BrokenPipeError:  # the worker ended
+            pass
+        finally:
+            if not reply.endswith(b"\n"):
+                worker.kill()
+                worker.communicate()
+                start_worker.cache_clear()
+    if not reply.endswith(b"\n"):
+        raise ConfigError(
+            f"the chat template needs more than {RENDER_TIMEOUT_SECONDS} seconds or "
+            f"{MAX_MEMORY_BYTES >> 20} MB for one conversation. Correct it, or use one of "
+            f"{', '.join(BUILTIN_TEMPLATES)}."
+        )
+    text, error = json.loads(reply)
+    if error:
+        raise ConfigError(error)
+    return text
+
+
+@functools.cache
+def builtin_sources() -> frozenset[str]:
+    """Sources of the built-in templates."""
+    files = [TEMPLATE_DIR / f"{name}.jinja" for name in BUILTIN_TEMPLATES]
+    return frozenset(file.read_bytes().decode() for file in files)
+
+
+@functools.cache
+def start_worker() -> Any:
+    """Starts the worker process, which ends when its stdin is closed."""
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    env = {name: os.environ[name] for name in WORKER_ENV_VARS if name in os.environ}
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "gptjax.tokenizer.template_worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=env | {"PYTHONPATH": paths},
+    )
+    atexit.register(process.__exit__, None, None, None)  # closes the pipes and waits
+    return process
+
+
+@functools.lru_cache(maxsize=16)
+def compile_template(source: str) -> ChatTemplate:
+    """Validates a template by rendering small conversations."""
     if len(source) > MAX_TEMPLATE_CHARS:
         raise ConfigError(
             f"the chat template is longer than {MAX_TEMPLATE_CHARS:,} characters. "
             "Check that it is the right file."
         )
-    user = {"role": "user", "content": "u"}
-    reply = {"role": "assistant", "content": "a"}
+    user, reply = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
     text = render_template(source, [user, reply])
-    replies = [*MARKED_REPLY_PATTERN.finditer(text)]
+    replies = [*re.finditer(MARKED_REPLY, text)]
     if len(replies) != 1:
         raise ConfigError(
             f"the chat template prints a reply {len(replies)} times instead of once. "

@@ -69,30 +69,20 @@ class Tokenizer:
 
         >>> load_tokenizer("gpt2").encode("Hello, do you like tea?")
         [15496, 11, 466, 345, 588, 8887, 30]
-
-        Raises:
-            DataError: the text contains a lone surrogate.
         """
-        return [
-            i for part in split_long_whitespace(text) for i in self.encoding.encode_ordinary(part)
-        ]
+        return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> UInt32[np.ndarray, " L"]:
-        """Encodes text to an array; releases the GIL.
-
-        Raises:
-            DataError: the text contains a lone surrogate.
-        """
+        """Encodes text to an array; releases the GIL."""
+        encode_utf8(text)  # raises: tiktoken would silently replace lone surrogates
         options: Any = {"disallowed_special": ()}  # encode them as text
-        arrays = [self.encoding.encode_to_numpy(x, **options) for x in split_long_whitespace(text)]
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        parts = [
+            self.encoding.encode_to_numpy(part, **options) for part in split_long_whitespace(text)
+        ]
+        return np.concatenate(parts)
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Decodes ids; invalid UTF-8 becomes U+FFFD.
-
-        Raises:
-            DataError: an id is not in the vocabulary.
-        """
+        """Decodes ids; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def iter_characters(self, ids: Sequence[int]) -> Iterator[tuple[str, list[int]]]:
@@ -109,11 +99,7 @@ class Tokenizer:
                 start, text = n, ""
 
     def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
-        """Decodes ids to bytes, which may start or end inside a character.
-
-        Raises:
-            DataError: an id is not in the vocabulary.
-        """
+        """Decodes ids to bytes, which may start or end inside a character."""
         token_ids, vocab_size = list(map(operator.index, ids)), self.vocab_size
         for token_id in token_ids:
             if not 0 <= token_id < vocab_size:
@@ -167,12 +153,7 @@ class Tokenizer:
 
 
 def split_long_whitespace(text: str) -> list[str]:
-    """Splits text inside whitespace runs too long for tiktoken.
-
-    Raises:
-        DataError: the text contains a lone surrogate.
-    """
-    encode_utf8(text)  # tiktoken would silently replace lone surrogates
+    """Splits text inside whitespace runs too long for tiktoken."""
     blocks = (text[i : i + MAX_WHITESPACE_RUN] for i in range(0, len(text), MAX_WHITESPACE_RUN))
     if not any(block.isspace() for block in blocks):
         return [text]
@@ -182,12 +163,7 @@ def split_long_whitespace(text: str) -> list[str]:
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """Loads the tokenizer `gpt2`, `bytes`, or one from a folder.
-
-    Raises:
-        ConfigError: no such tokenizer.
-        DataError: the files in the folder are not a valid tokenizer.
-    """
+    """Loads the tokenizer `gpt2`, `bytes`, or one from a folder."""
     if name == "gpt2":
         return gpt2_tokenizer()
     if name == "bytes":
@@ -209,11 +185,8 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 @functools.cache  # a command loads it several times
 def gpt2_tokenizer() -> Tokenizer:
     """GPT-2's tokenizer."""
-    return from_merges(
-        "gpt2",
-        PRINTABLE_BYTES + UNPRINTABLE_BYTES,
-        [parse_merge_line(x) for x in read_gpt2_merges()],
-    )
+    merges = [unicode_to_bytes(line.replace(" ", "")) for line in read_gpt2_merges()]
+    return from_merges("gpt2", PRINTABLE_BYTES + UNPRINTABLE_BYTES, merges)
 
 
 def is_tokenizer_dir(folder: Path) -> bool:
@@ -229,10 +202,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str = "") -> To
         texts: consumed once, one at a time.
         vocab_size: 256 bytes, the merges and <|endoftext|>, whose id is the last.
         name: "bpe:" and the size by default.
-
-    Raises:
-        ConfigError: `vocab_size` is less than 257.
-        DataError: the texts have too few repeated pairs.
     """
     if vocab_size < 257:
         raise ConfigError(
@@ -264,9 +233,9 @@ def bytes_to_unicode(token: bytes) -> str:
     return "".join(map(BYTE_TO_CHAR.__getitem__, token))
 
 
-def parse_merge_line(line: str) -> bytes:
-    """Returns the token that one line of merges.txt creates."""
-    return bytes(map(CHAR_TO_BYTE.__getitem__, line.replace(" ", "")))
+def unicode_to_bytes(token: str) -> bytes:
+    """Reads a token in the notation of GPT-2's files."""
+    return bytes(map(CHAR_TO_BYTE.__getitem__, token))
 
 
 def read_gpt2_merges() -> list[str]:
@@ -275,11 +244,7 @@ def read_gpt2_merges() -> list[str]:
 
 
 def derive_merge_lines(ranks: Mapping[bytes, int]) -> list[str]:
-    """Derives the lines of merges.txt from the ranks.
-
-    Raises:
-        DataError: a token is not the merge of two others.
-    """
+    """Derives the lines of merges.txt from the ranks."""
     if len(ranks) == 50_256 and ranks == load_tokenizer("gpt2").ranks:
         return read_gpt2_merges()  # deriving them takes a second
     lines = []
@@ -323,13 +288,11 @@ def read_tokenizer_dir(folder: Path) -> Tokenizer:
         zip_longest(actual_merges, expected_merges), start=1
     ):
         if actual != expected:
-            shown_actual = (actual or "missing")[:80]
-            shown_expected = expected or "absent"
-            reason = (
-                f"merge {number} is {shown_actual!r}, but {vocab_file.name} implies "
-                f"{shown_expected!r}"
+            raise invalid_tokenizer_file(
+                merges_file,
+                f"merge {number} is {(actual or 'missing')[:80]!r}, but {vocab_file.name} "
+                f"implies {expected or 'absent'!r}",
             )
-            raise invalid_tokenizer_file(merges_file, reason)
     return Tokenizer(str(folder), ranks, eot_token)
 
 
@@ -377,7 +340,7 @@ def vocab_to_ranks(vocab: Mapping[str, int]) -> dict[bytes, int]:
                 f"token {token_id} is {len(token)} bytes long, not 1 to {MAX_TOKEN_BYTES}"
             )
         try:
-            ranks[bytes(map(CHAR_TO_BYTE.__getitem__, token))] = token_id
+            ranks[unicode_to_bytes(token)] = token_id
         except KeyError as error:
             raise DataError(
                 f"token {token_id} has the character {error}, which represents no byte"
