@@ -9,26 +9,22 @@ from gptjax.runtime.installation import install_command
 
 # Oldest tested version of each package that training needs.
 MIN_VERSIONS = {
-    "jax": (0, 7, 2),
-    "flax": (0, 11, 2),
-    "optax": (0, 2, 6),
-    "orbax-checkpoint": (0, 11, 31),
-    "grain": (0, 2, 15),
-    "numpy": (2, 0),
-    "tiktoken": (0, 13),
+    "jax": "0.7.2",
+    "flax": "0.11.2",
+    "optax": "0.2.6",
+    "orbax-checkpoint": "0.11.31",
+    "grain": "0.2.15",
+    "numpy": "2.0",
+    "tiktoken": "0.13",
 }
-EXTRA_MODULES = {
-    "test": "pytest",
-    "judge": "openai",
-    "peers": "torch",
-    "dev": "ruff",
-}  # extra -> its module
+# A module of each extra.
+EXTRA_MODULES = {"test": "pytest", "judge": "openai", "peers": "torch", "dev": "ruff"}
 
 
 def run_doctor() -> int:
     """Prints all checks; returns 1 if training cannot run, else 0."""
-    problems = check_packages()
     installed = package_versions()
+    problems = check_packages(installed)
     names = " · ".join(f"{name} {installed[name]}" for name in ("gptjax", *MIN_VERSIONS))
     print_check("python", f"{platform.python_version()} · {names}", problems)
     if problems:
@@ -50,16 +46,17 @@ def print_check(topic: str, text: str, problems: list[str] | None = None) -> Non
         print(f"{'problem':<10} {problem}")
 
 
-def check_packages() -> list[str]:
+def check_packages(installed: dict[str, str]) -> list[str]:
     """Finds packages that are missing or too old; each problem names its fix."""
     problems = []
-    installed = package_versions()
-    for name, min_version in MIN_VERSIONS.items():
-        version = [int(part) for part in installed[name].split(".") if part.isdecimal()]
-        if tuple(version) < min_version:
-            min_version_text = ".".join(map(str, min_version))
-            fix = f"pip install '{name}>={min_version_text}'"
-            problems.append(f"{name} is {installed[name]}, requires {min_version_text} -> {fix}")
+    for name, minimum in MIN_VERSIONS.items():
+        found, required = (
+            [int(part) for part in version.split(".") if part.isdecimal()]
+            for version in (installed[name], minimum)
+        )
+        if found < required:
+            fix = f"pip install '{name}>={minimum}'"
+            problems.append(f"{name} is {installed[name]}, requires {minimum} -> {fix}")
     return problems
 
 

@@ -25,27 +25,18 @@ def persistent_cache() -> Iterator[None]:
     if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         yield
         return
+    cache_dir = user_cache_dir("xla")
     try:
-        cache_dir = open_private_dir(user_cache_dir("xla"))
+        cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = cache_dir.stat()
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
+            raise PermissionError(f"other users can write to {cache_dir}; chmod 700 it")
     except OSError as error:
         logging.getLogger(__name__).warning("compiled programs are not cached: %s", error)
         yield
         return
     with enable_cache(cache_dir, MAX_CACHE_BYTES):
         yield
-
-
-def open_private_dir(path: Path) -> Path:
-    """Creates a directory for this user only, or checks an existing one.
-
-    Raises:
-        OSError: others can write to it, or it cannot be created.
-    """
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = path.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise PermissionError(f"other users can write to {path}; delete it or chmod 700 it")
-    return path
 
 
 @contextlib.contextmanager

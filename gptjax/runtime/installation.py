@@ -16,17 +16,8 @@ def repository_url() -> str:
     return dict(url.split(", ", 1) for url in urls)["Repository"]
 
 
-def install_requirement(extra: str) -> str:
-    """Returns the pip requirement of gptjax with an extra, by its URL.
-
-    >>> install_requirement("tpu").split(" @ ")[0]
-    'gptjax[tpu]'
-    """
-    return f"gptjax[{extra}] @ git+{repository_url()}"
-
-
 def install_command(extra: str) -> str:
     """Returns the command that installs an extra, from the clone if there is one."""
     if PROJECT_FILE.is_file():
         return f'pip install -e ".[{extra}]"'
-    return f'pip install "{install_requirement(extra)}"'
+    return f'pip install "gptjax[{extra}] @ git+{repository_url()}"'
