@@ -1,5 +1,7 @@
 """The command line: what a user types, sees and gets back."""
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -11,15 +13,21 @@ import pytest
 from gptjax.cli import main
 from gptjax.cli.session import log_to_stdout
 from gptjax.config import find_config, load_config
-from gptjax.tasks.train import train
-from tests.tasks.test_pretrain import make_config
+
+OPTIONS = ["--model.d_model=8", "--model.n_layers=1", "--model.n_heads=1"]
+OPTIONS += ["--model.context_length=8", "--train.steps=2", "--train.sample_prompt="]
+OPTIONS += ["--optim.warmup_steps=1", "--data.batching=concat"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a finished tiny run."""
+    """The folder of a run that the command line has trained."""
     folder = tmp_path_factory.mktemp("cli")
-    train(make_config(folder), folder / "run")
+    (folder / "text.txt").write_text("".join(f"{n} times 2 is {2 * n}.\n" for n in range(99)))
+    words = ["train", "tiny", "--run", folder / "run", "--data.source", folder / "text.txt"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main.main([*map(str, words), *OPTIONS]) == 0
+    assert "done " in out.getvalue()
     return folder / "run"
 
 
@@ -54,20 +62,12 @@ def test_help_imports_no_large_package_and_a_closed_pipe_is_no_error():
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_train_writes_a_run_with_options_that_override_the_file(capsys, tmp_path):
-    make_config(tmp_path)
-    options = ["--model.d_model", 8, "--model.n_layers", 1, "--model.context_length", 8]
-    options += ["--train.steps", 2, "--train.sample_prompt", "", "--optim.warmup_steps", 1]
-    options += ["--data.source", tmp_path / "text.txt", "--data.batching", "concat"]
+def test_train_writes_a_run_with_options_that_override_the_file(run):
+    config = load_config(run / "config.toml")
 
-    code, out, _ = gptjax(capsys, "train", "tiny", "--run", tmp_path / "run", *options)
-
-    assert code == 0
-    config = load_config(tmp_path / "run" / "config.toml")
     assert (config.model.d_model, config.train.steps) == (8, 2)
     assert config.data.batching == "concat"
     assert config.optim.peak_lr == load_config(find_config("tiny")).optim.peak_lr
-    assert "done " in out
 
 
 @pytest.mark.fast
