@@ -86,9 +86,6 @@ def read_labeled_texts(
         path: a built-in data set, a table, or a folder with one folder per label.
         text_column: "" = guess. Columns without a header are numbered from 1.
         label_column: "" = guess.
-
-    Raises:
-        DataError: the path, a column or a row is invalid.
     """
     if path == PYTHON_LINES:
         data = encode_labels(python_lines(), PYTHON_LINES)
@@ -142,12 +139,7 @@ def table_suffix(path: Path) -> str:
 
 
 def read_raw_table(path: Path, named_columns: set[str]) -> RawTable:
-    """Reads all rows of a file.
-
-    Args:
-        path: of a table.
-        named_columns: columns chosen by the user, which help to detect a header.
-    """
+    """Reads all rows; columns named by the user help to detect a header."""
     file_format = TABLE_FORMATS[table_suffix(path)]
     with open_decompressed(path) as (file, _):
         if delimiter := DELIMITERS.get(table_suffix(path)):
@@ -304,12 +296,7 @@ def folder_examples(folder: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def encode_labels(rows: Iterable[tuple[str, str, str]], source: str) -> LabeledTexts:
-    """Builds `LabeledTexts` with integer labels, in the order of the rows.
-
-    Args:
-        rows: (text, label, location).
-        source: origin of the labels, for error messages.
-    """
+    """Builds `LabeledTexts` of (text, label, location) rows; errors name `source`."""
     texts, labels, locations = [], [], []
     for text, label, location in rows:
         if not text.strip():

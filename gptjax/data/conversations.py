@@ -90,9 +90,6 @@ def read_conversations(path: Path | str) -> tuple[list[Conversation], str]:
     """Reads conversations; returns them with a one-line description.
 
     In preference files, the response is "output" if there is one, else "chosen".
-
-    Raises:
-        DataError: the file, its columns or a row is invalid.
     """
     description, columns, rows = read_conversation_rows(
         str(path), CONVERSATION_FORMATS | PREFERENCE_FORMATS
@@ -117,9 +114,6 @@ def read_preference_pairs(path: Path | str) -> tuple[list[PreferencePair], str]:
     """Reads preference pairs; returns them with a one-line description.
 
     "chosen" and "rejected" may be lists of messages that include the prompt.
-
-    Raises:
-        DataError: the file, its columns or a row is invalid.
     """
     description, columns, rows = read_conversation_rows(str(path), PREFERENCE_FORMATS)
     pairs = []
@@ -342,10 +336,6 @@ def split_conversations(
         val_fraction: fraction of the rows; at least one row.
         test_fraction: fraction of the rows; at least one row.
         seed: for shuffling.
-
-    Raises:
-        ConfigError: the strategy is unknown, or the fractions sum to 1 or more.
-        DataError: there are too few rows, or only some specify a split.
     """
     if parts := splits_from_column(items):
         if TRAIN_SPLIT not in parts:

@@ -85,11 +85,7 @@ class LMBatches:
         return grain.MapDataset.range(self.rows_per_epoch).seed(seed).shuffle().repeat()
 
     def batch_at(self, step: int) -> Batch:
-        """Returns this process's rows of the batch of one step, counted from 0.
-
-        Raises:
-            DataError: a block of tokens is corrupt, or a token id is out of range.
-        """
+        """Returns this process's rows of the batch of one step, counted from 0."""
         row = [self.row_at(step * self.rows + n) for n in self.local_rows]
         return make_lm_batch(np.stack(row), self.tokens.eot if self.isolate_documents else None)
 
@@ -137,9 +133,6 @@ def make_batches(
         seed: of offsets and order.
         isolate_documents: keep attention inside documents.
         local_rows: rows of each batch that this process reads; default: all.
-
-    Raises:
-        DataError: there are not enough tokens for one row.
     """
     if len(tokens) < context + 1:
         raise DataError(
@@ -161,13 +154,7 @@ def validation_batches(
     """Yields batches in which every token but the first is a target exactly once.
 
     The last batch is padded with loss weights of 0, so that all have the same shape.
-
-    Args:
-        tokens: to score, at least two.
-        rows: [B] per batch.
-        context: [T] targets per row.
-        isolate_documents: keep attention inside documents.
-        max_batches: maximum number of batches, evenly spaced.
+    `max_batches` are evenly spaced.
     """
     num_targets, batch_tokens = len(tokens) - 1, rows * context
     count = -(-num_targets // batch_tokens)

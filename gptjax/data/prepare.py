@@ -88,12 +88,8 @@ class DatasetInfo:
 def open_dataset(config: DataConfig, prepared_dir: Path) -> TokenizedSplits:
     """Opens the tokens that a config names, preparing them first if necessary.
 
-    Args:
-        config: `source` is a folder of token files, or text.
-        prepared_dir: for tokens prepared from text; reused if it has the same content.
-
-    Raises:
-        DataError: the text or the tokens are invalid or do not match the tokenizer.
+    Tokens of a text are prepared in `prepared_dir`, which is reused if it has the same
+    content.
     """
     source = Path(config.source).expanduser()
     if is_prepared_dir(source):
@@ -119,15 +115,7 @@ def open_dataset(config: DataConfig, prepared_dir: Path) -> TokenizedSplits:
 
 
 def open_prepared(folder: Path, expected_tokenizer: str = "") -> TokenizedSplits:
-    """Opens a folder written by `prepare_dataset`.
-
-    Args:
-        folder: with a meta.json.
-        expected_tokenizer: required tokenizer; "" accepts any.
-
-    Raises:
-        DataError: the folder was made with another tokenizer or is corrupt.
-    """
+    """Opens a folder written by `prepare_dataset`; `expected_tokenizer` "" is any."""
     meta = read_token_metadata(folder)
     name, tokenizer_hash = meta["tokenizer"]["name"], meta["tokenizer"]["hash"]
     tokenizer = load_tokenizer(folder / "tokenizer")
@@ -189,10 +177,6 @@ def prepare_dataset(
         column: of JSON and CSV rows with the text; "" guesses it.
         workers: encoding threads, without effect on the result; default: all cores.
         shard_tokens: tokens per shard.
-
-    Raises:
-        DataError: the text is invalid, or `out` cannot be written.
-        ConfigError: an argument or the tokenizer is invalid.
     """
     if not 0 <= val_fraction < 1 or shard_tokens < 1:
         raise ConfigError(

@@ -35,7 +35,7 @@ FIELD_COUNT_ADVICE = {
 }
 READ_BLOCK_BYTES = 1 << 18  # per read
 MAX_LINE_BYTES = 64 << 20  # per line and per CSV field
-MAX_JSON_CHARS = 1 << 30  # per .json file, which is read into memory
+MAX_JSON_CHARS = 1 << 30  # per .json file
 JSON_WHITESPACE = re.compile(r"[ \t\r\n]*")
 # Usual column names; the first is preferred to the others.
 TEXT_COLUMNS = ("text", "sentence", "content", "message", "review", "document", "sms")
@@ -68,11 +68,7 @@ def suffix_without_gz(path: Path) -> str:
 
 
 def read_text_file(path: Path) -> str:
-    """Reads a whole text file with any file extension.
-
-    Raises:
-        DataError: the file cannot be read or is not valid UTF-8.
-    """
+    """Reads a whole UTF-8 text file with any file extension."""
     with open_decompressed(path) as (file, _):
         return "".join(text for _, text in decode_utf8(read_blocks(file), path))
 
@@ -151,8 +147,17 @@ def read_jsonl(file: BufferedIOBase, path: Path) -> Iterator[NumberedRow]:
 
 
 def read_json_array(file: BufferedIOBase, path: Path) -> Iterator[NumberedRow]:
-    """Yields the items of a file that holds one JSON array."""
-    text = read_json_text(file, path)
+    """Yields the items of a file that holds one JSON array; reads it into memory."""
+    parts, size = [], 0
+    for _, part in decode_utf8(read_blocks(file), path):
+        parts.append(part)
+        size += len(part)
+        if size > MAX_JSON_CHARS:
+            raise DataError(
+                f"{path} has more than {MAX_JSON_CHARS:,} characters, too many for a "
+                ".json file. Write it as .jsonl, one row per line."
+            )
+    text = "".join(parts)
 
     def skip_whitespace(start: int) -> int:
         spaces = JSON_WHITESPACE.match(text, start)
@@ -174,20 +179,6 @@ def read_json_array(file: BufferedIOBase, path: Path) -> Iterator[NumberedRow]:
     if not text.startswith("]", start) or skip_whitespace(start + 1) < len(text):
         line += text.count("\n", counted, start)
         raise DataError(f"{path}:{line}: expected a comma or the closing ] of the array.")
-
-
-def read_json_text(file: BufferedIOBase, path: Path) -> str:
-    """Reads a whole .json file, up to `MAX_JSON_CHARS` characters."""
-    texts, count = [], 0
-    for _, text in decode_utf8(read_blocks(file), path):
-        texts.append(text)
-        count += len(text)
-        if count > MAX_JSON_CHARS:
-            raise DataError(
-                f"{path} has more than {MAX_JSON_CHARS:,} characters, too many for a "
-                ".json file. Write it as .jsonl, one row per line."
-            )
-    return "".join(texts)
 
 
 def next_json_value(text: str, start: int, path: Path, line: int) -> tuple[Any, int]:
@@ -252,13 +243,9 @@ def check_object(row: Any, location: str, advice: str) -> dict[str, Any]:
 
 
 def get_text(row: Any, column: str, location: str, option: str = "--column NAME") -> str:
-    """Returns the text of one row.
+    """Returns the text of one row: of a column, or if that is "", the row itself.
 
-    Args:
-        row: a string if `column` is "", else a dict.
-        column: with the text.
-        location: of the row, for error messages.
-        option: chooses the column, for error messages.
+    `location` and `option`, which chooses the column, are for error messages.
     """
     if column and (not isinstance(row, dict) or column not in row):
         raise unknown_column_error(column, row if isinstance(row, dict) else (), location, option)
@@ -310,14 +297,7 @@ def find_column(columns: Sequence[str], names: Sequence[str]) -> str:
 def guess_text_column(
     row: dict[str, Any], location: str, option: str, names: Sequence[str] = TEXT_COLUMNS
 ) -> str:
-    """Guesses the text column: the one with a known name, or the only text.
-
-    Args:
-        row: the first one.
-        location: of the row, for error messages.
-        option: chooses the column, for error messages.
-        names: known names; the first is preferred.
-    """
+    """Guesses the text column: the one with a known name, or the only text."""
     strings = [name for name, value in row.items() if isinstance(value, str)]
     candidates = [name for name in strings if name.strip().lower() not in LABEL_COLUMNS]
     column = find_column(strings, names) or (candidates[0] if len(candidates) == 1 else "")

@@ -38,15 +38,10 @@ def encode_segments(
     segments: Iterable[TemplateSegment],
     train_on: Collection[str] = TRAIN_ON_COMPLETIONS,
 ) -> Example:
-    """Tokenizes a rendered conversation.
+    """Tokenizes a rendered conversation; `train_on` are kinds of segments.
 
     Prompt, header and answer are encoded separately, like in generation, so that no
     token spans two of them. Message texts never yield control tokens.
-
-    Args:
-        tokenizer: of the model.
-        segments: from `ChatTemplate.segments`.
-        train_on: kinds of segments to train on.
     """
     example = Example([], [], [])
     for kind, group in itertools.groupby(segments, key=lambda segment: segment.kind):
@@ -68,11 +63,7 @@ def encode_conversations(
     conversations: Iterable[Conversation],
     train_on: Collection[str] = TRAIN_ON_COMPLETIONS,
 ) -> list[Example]:
-    """Renders and tokenizes conversations.
-
-    Raises:
-        ConfigError: the template fails to render a conversation.
-    """
+    """Renders and tokenizes conversations."""
     examples = []
     for conversation in conversations:
         try:
@@ -86,10 +77,8 @@ def encode_conversations(
 def truncate_left(example: Example, max_tokens: int) -> Example | None:
     """Truncates an example from the left to at most `max_tokens` tokens.
 
-    Partially truncated answers are excluded from the loss.
-
-    Returns:
-        None if the last answer and one token before it do not fit.
+    Partially truncated answers are excluded from the loss. Returns None if the last
+    answer and one token before it do not fit.
     """
     surplus = len(example.ids) - max_tokens
     if surplus <= 0:
@@ -119,12 +108,7 @@ class TruncatedExamples(NamedTuple):
 
 
 def truncate_all(examples: Sequence[Example], context: int) -> TruncatedExamples:
-    """Truncates examples to `context` + 1 tokens and drops those that do not fit.
-
-    Args:
-        examples: from `encode_segments`, each with an answer.
-        context: [T] input tokens per row; the last token is only a target.
-    """
+    """Truncates examples to `context` + 1 tokens and drops those that do not fit."""
     truncated = [(n, truncate_left(example, context + 1)) for n, example in enumerate(examples)]
     kept = [(n, example) for n, example in truncated if example is not None]
     num_truncated = sum(len(example.ids) < len(examples[n].ids) for n, example in kept)
@@ -137,11 +121,6 @@ def collate(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> Batc
 
     An example of n tokens takes n - 1 positions: its last token is only a target, its
     first only an input. Padding has weight 0.
-
-    Args:
-        rows: examples of each row, which must fit.
-        length: [T] positions per row.
-        pad_id: fills unused positions.
     """
     shape = len(rows), length
     batch = Batch(
@@ -274,11 +253,11 @@ def find_sft_batching(batching: str) -> SFTBatching:
 def make_sft_batches(
     batching: str, examples: Sequence[Example], *, rows: int, context: int, pad_id: int, seed: int
 ) -> EpochBatches:
-    """Creates the batches of a run; deterministic in its arguments.
+    """Creates the batches of a run; see `find_sft_batching`.
 
     Args:
-        batching: see `find_sft_batching`.
-        examples: training examples, at most `context` + 1 tokens each.
+        batching: value of `data.batching`.
+        examples: at most `context` + 1 tokens each.
         rows: batch size B.
         context: [T] maximum positions per row.
         pad_id: fills unused positions.

@@ -37,10 +37,6 @@ def stratified_split(
         seed: for selecting and shuffling rows.
         balance_classes: first downsample all classes to the smallest.
         deduplicate: drop rows whose text, stripped, occurred before.
-
-    Raises:
-        ConfigError: the strategy is unknown, or the fractions sum to 1 or more.
-        DataError: a class has too few rows, or a text has two labels.
     """
     if deduplicate:
         data = drop_duplicates(data)
@@ -69,11 +65,7 @@ def class_indices(data: LabeledTexts) -> list[np.ndarray]:
 
 
 def split_shares(val_fraction: int | float, test_fraction: int | float) -> dict[str, float]:
-    """Returns the fraction of each split that is not empty.
-
-    Raises:
-        ConfigError: the fractions leave no training rows.
-    """
+    """Returns the fraction of each split that is not empty."""
     if val_fraction + test_fraction >= 1:
         raise ConfigError(
             f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} "
@@ -86,11 +78,7 @@ def split_shares(val_fraction: int | float, test_fraction: int | float) -> dict[
 def split_indices(
     indices: np.ndarray, shares: Mapping[str, float], subject: str
 ) -> dict[str, np.ndarray]:
-    """Splits row indices in proportion to the shares; `subject` names the rows.
-
-    Raises:
-        DataError: there are fewer rows than splits.
-    """
+    """Splits row indices in proportion to the shares; `subject` names the rows."""
     if len(indices) < len(shares):
         raise DataError(
             f"{subject} has {len(indices)} row{'s' * (len(indices) != 1)}, but each of "

@@ -76,14 +76,8 @@ def find_sources(paths: Sequence[str | Path], column: str = "") -> list[TextSour
     """Expands data set names, files, folders and globs to distinct files.
 
     A folder yields all files of a known type in it and its subfolders, sorted by name,
-    without hidden ones.
-
-    Args:
-        paths: a name of a data set takes precedence over a file of that name.
-        column: of tables with the text; "" guesses it from the first row.
-
-    Raises:
-        DataError: no file was found, or a file has an unknown type.
+    without hidden ones. The text column of tables is guessed from the first row if
+    `column` is "".
     """
     files: dict[Path, Path] = {}  # resolved path to given path
     for path in paths:
@@ -137,11 +131,7 @@ def expand_path(path: str) -> list[Path]:
 
 
 def iter_chunks(source: TextSource) -> Iterator[TextChunk]:
-    """Yields the documents of one source in chunks.
-
-    Raises:
-        DataError: the text is invalid; the message names file and line.
-    """
+    """Yields the documents of one source in chunks."""
     path = source.path
     if str(path) == PYTHON_HELP:
         for text in read_python_help():
@@ -233,27 +223,20 @@ def make_split_rule(sources: Sequence[TextSource], val_fraction: float, seed: in
 def iter_split_spans(
     sources: Sequence[TextSource], rule: SplitRule, bar_label: str
 ) -> Iterator[SplitSpan]:
-    """Yields all text of the sources in order, with its split.
-
-    Args:
-        sources: text files.
-        rule: selects the held-out text.
-        bar_label: label of the progress bar.
-    """
+    """Yields all text of the sources in order, with its split."""
     document_index, is_first, chars_read = 0, True, 0
     for chunk in iter_all_chunks(sources, bar_label):
-        train_chars = rule.train_chars
-        if train_chars is None:
+        if rule.train_chars is None:
             held_out = hash_to_unit(rule.seed, document_index) < rule.threshold
             yield SplitSpan(TEXT_SPLITS[held_out], chunk.text, is_first, chunk.is_last)
         else:
-            head = chunk.text[: max(train_chars - chars_read, 0)]
-            tail = chunk.text[max(train_chars - chars_read, 0) :]
-            previous, chars_read = chars_read, chars_read + len(chunk.text)
+            remaining = rule.train_chars - chars_read
+            head, tail = chunk.text[: max(remaining, 0)], chunk.text[max(remaining, 0) :]
+            chars_read += len(chunk.text)
             if head:
-                yield SplitSpan(TRAIN_SPLIT, head, is_first, chars_read >= train_chars)
+                yield SplitSpan(TRAIN_SPLIT, head, is_first, chars_read >= rule.train_chars)
             if tail:
-                yield SplitSpan(VALIDATION_SPLIT, tail, previous <= train_chars, chunk.is_last)
+                yield SplitSpan(VALIDATION_SPLIT, tail, remaining >= 0, chunk.is_last)
         document_index, is_first = document_index + chunk.is_last, chunk.is_last
 
 

@@ -189,11 +189,7 @@ def num_blocks(num_bytes: int) -> int:
 
 
 def open_shards(shards: Sequence[TokenShard], vocab_size: int, eot: int) -> TokenDataset:
-    """Opens shards as one stream.
-
-    Raises:
-        DataError: a file is missing or has the wrong size.
-    """
+    """Opens shards as one stream; checks the sizes of the files."""
     arrays, verified_blocks = [], []
     for shard in shards:
         size = shard.header_bytes + shard.tokens * shard.dtype.itemsize
@@ -226,11 +222,7 @@ def is_prepared_dir(folder: Path) -> bool:
 
 
 def read_token_metadata(folder: Path) -> dict[str, Any]:
-    """Reads the meta.json of a prepared folder.
-
-    Raises:
-        DataError: the file is missing, has another format, or is corrupt.
-    """
+    """Reads the meta.json of a prepared folder."""
     path = folder / "meta.json"
     try:
         meta = read_json(path, MAX_TOKEN_METADATA_BYTES)
@@ -295,12 +287,7 @@ def _is_valid_shard(file: str, entry: Any, itemsize: int) -> bool:
 
 
 def open_split(folder: Path, split: str) -> TokenDataset:
-    """Opens one split of a prepared folder.
-
-    Raises:
-        DataError: there is no such split, or the folder is corrupt. Of the token
-            files, only the size is checked here.
-    """
+    """Opens one split of a prepared folder; only the sizes of files are checked."""
     meta = read_token_metadata(folder)
     if split not in meta["splits"]:
         raise DataError(
@@ -321,11 +308,7 @@ def open_split(folder: Path, split: str) -> TokenDataset:
 
 
 def verify_prepared(folder: Path) -> list[str]:
-    """Reads a whole prepared folder; returns a message for each problem.
-
-    Raises:
-        DataError: the folder has no valid meta.json.
-    """
+    """Reads a whole prepared folder; returns a message for each problem."""
     problems = []
     for split, entry in read_token_metadata(folder)["splits"].items():
         for shard in entry["shards"]:
@@ -362,9 +345,6 @@ def open_external(folder: Path, split: str, vocab_size: int, eot: int) -> TokenD
         split: "train" or "validation".
         vocab_size: of the tokenizer of the files.
         eot: end-of-text token of the same tokenizer.
-
-    Raises:
-        DataError: a file is corrupt or does not match the tokenizer.
     """
     if (folder / "meta.pkl").exists():
         raise DataError(
