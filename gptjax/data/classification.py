@@ -18,7 +18,6 @@ from jaxtyping import Float32, Int32
 
 from gptjax.data.bucketing import BucketedBatches
 from gptjax.data.builtin import PYTHON_LINES, python_lines
-from gptjax.data.datasets import DATASETS, PYTHON_HELP, fetch_dataset
 from gptjax.data.readers import (
     DELIMITERS,
     LABEL_COLUMNS,
@@ -27,6 +26,7 @@ from gptjax.data.readers import (
     NumberedRow,
     check_object,
     find_column,
+    find_table,
     get_text,
     name_columns,
     open_decompressed,
@@ -34,11 +34,11 @@ from gptjax.data.readers import (
     read_rows,
     read_text_file,
     suffix_without_gz,
+    table_suffix,
     unknown_column_error,
 )
 from gptjax.errors import DataError
 
-SMS_SPAM_FILE = DATASETS["sms-spam"].file_name  # tab-separated, without suffix and header
 MAX_GUESSED_LABEL_CHARS = 50  # longest value in a guessed label column
 MAX_LISTED_CLASSES = 8  # classes listed by name in a summary
 
@@ -90,7 +90,7 @@ def read_labeled_texts(
     if path == PYTHON_LINES:
         data = encode_labels(python_lines(), PYTHON_LINES)
         return data, f"lines of Python's standard library; {summarize_classes(data)}."
-    source = resolve_labeled_path(str(path))
+    source = Path(path).expanduser()
     if source.is_dir():
         if text_column or label_column:
             raise DataError(
@@ -100,6 +100,8 @@ def read_labeled_texts(
         data = encode_labels(folder_examples(source), str(source))
         summary = summarize_classes(data)
         return data, f"{source}: .txt files in one folder per label; {summary}."
+    folder = ", a folder with one folder of .txt files per label,"
+    source = find_table(str(path), ("sms-spam",), "labels", folder)
     table = read_raw_table(source, {text_column, label_column} - {""})
     text_column, label_column = choose_columns(table, text_column, label_column)
     data = encode_labels(
@@ -110,32 +112,6 @@ def read_labeled_texts(
         f"{label_column!r}; {summarize_classes(data)}{describe_multiline_texts(table, data)}. "
         "Override with --data.text_column NAME --data.label_column NAME."
     )
-
-
-def resolve_labeled_path(path: str) -> Path:
-    """Returns the file or folder of a data set name or a path."""
-    if path == "sms-spam":
-        return fetch_dataset(path)
-    if path in (PYTHON_HELP, *DATASETS):
-        raise DataError(f"the data set {path} has no labels. Use sms-spam or a file.")
-    source = Path(path).expanduser()
-    if not source.exists():
-        raise DataError(
-            f"{path} does not exist. Pass a {', '.join(TABLE_FORMATS)} file (also "
-            ".gz), a folder with one folder of .txt files per label, or the data set "
-            "sms-spam."
-        )
-    if not source.is_dir() and table_suffix(source) not in TABLE_FORMATS:
-        raise DataError(
-            f"{path}: unsupported file suffix. Supported: {', '.join(TABLE_FORMATS)} (also .gz)."
-        )
-    return source
-
-
-def table_suffix(path: Path) -> str:
-    """Returns the suffix that determines the file format."""
-    is_sms_spam = path.name.removesuffix(".gz") == SMS_SPAM_FILE
-    return ".tsv" if is_sms_spam else suffix_without_gz(path)
 
 
 def read_raw_table(path: Path, named_columns: set[str]) -> RawTable:

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from gptjax.config import did_you_mean
-from gptjax.data.builtin import PYTHON_LINES, WORD_TASKS, word_tasks
-from gptjax.data.datasets import DATASETS, PYTHON_HELP, fetch_dataset
+from gptjax.data.builtin import WORD_TASKS, word_tasks
 from gptjax.data.readers import (
     TABLE_FORMATS,
     check_object,
+    find_table,
     get_text,
     open_decompressed,
     read_rows,
@@ -144,7 +144,7 @@ def read_conversation_rows(
         source, file_format = path, "built in"
         rows = [(f"{path}:{n}", row) for n, row in enumerate(word_tasks(), 1)]
     else:
-        source = resolve_conversation_path(path)
+        source = find_table(path, CONVERSATION_DATASETS, "conversations")
         file_format = TABLE_FORMATS[suffix_without_gz(source)]
         with open_decompressed(source) as (file, _):
             rows = [(f"{source}:{line}", row) for line, row in read_rows(file, source)]
@@ -159,25 +159,6 @@ def read_conversation_rows(
     raise DataError(
         f"{location}: the columns {', '.join(present_columns) or '(none)'} do not form "
         f"{expected}. Rename them to one of: {'; '.join(map(', '.join, formats))}."
-    )
-
-
-def resolve_conversation_path(path: str) -> Path:
-    """Returns the file of a data set name or a path."""
-    file = Path(path).expanduser()
-    if path in CONVERSATION_DATASETS:
-        return fetch_dataset(path)
-    if path in (PYTHON_HELP, PYTHON_LINES, *DATASETS):
-        problem = f"the data set {path} has no conversations"
-    elif not file.is_file():
-        problem = f"{path} is not a file"
-    elif suffix_without_gz(file) not in TABLE_FORMATS:
-        problem = f"{path}: unsupported file suffix"
-    else:
-        return file
-    raise DataError(
-        f"{problem}. Pass a {', '.join(TABLE_FORMATS)} file (also .gz) or "
-        f"one of the data sets {', '.join(CONVERSATION_DATASETS)}."
     )
 
 

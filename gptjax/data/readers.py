@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config import did_you_mean
+from gptjax.data.datasets import DATASETS, PYTHON_HELP, fetch_dataset
 from gptjax.errors import DataError
 from gptjax.fileio.strict_json import decode_json_at
 
@@ -29,6 +30,7 @@ TABLE_FORMATS = {
     ".tsv": "tab-separated",
 }
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+SMS_SPAM_FILE = DATASETS["sms-spam"].file_name  # tab-separated, without suffix and header
 FIELD_COUNT_ADVICE = {
     ",": 'Quote text that contains commas: "a, b".',
     "\t": "Tabs separate fields: replace tabs inside a text by spaces.",
@@ -65,6 +67,34 @@ def open_decompressed(path: Path) -> Iterator[tuple[BufferedIOBase, BufferedIOBa
 def suffix_without_gz(path: Path) -> str:
     """Returns the lower-case file extension, ignoring .gz."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def find_table(path: str, datasets: Sequence[str], content: str, alternative: str = "") -> Path:
+    """Returns the file of a data set name or a path.
+
+    `content` of the data sets, and an `alternative` to a table, are for error messages.
+    """
+    file = Path(path).expanduser()
+    if path in datasets:
+        return fetch_dataset(path)
+    if path in (PYTHON_HELP, *DATASETS):
+        problem = f"the data set {path} has no {content}"
+    elif not file.is_file():
+        problem = f"{path} is not a file"
+    elif table_suffix(file) not in TABLE_FORMATS:
+        problem = f"{path}: unsupported file suffix"
+    else:
+        return file
+    raise DataError(
+        f"{problem}. Pass a {', '.join(TABLE_FORMATS)} file (also .gz){alternative} or one "
+        f"of the data sets {', '.join(datasets)}."
+    )
+
+
+def table_suffix(path: Path) -> str:
+    """Returns the suffix that determines the format of a table."""
+    is_sms_spam = path.name.removesuffix(".gz") == SMS_SPAM_FILE
+    return ".tsv" if is_sms_spam else suffix_without_gz(path)
 
 
 def read_text_file(path: Path) -> str:
