@@ -1,21 +1,28 @@
-"""Chapter 7's loaders: every length that the book prints, of both of its data sets."""
+"""Printed numbers of chapters 5 to 7 and appendix D that gptjax recomputes."""
 
 import statistics
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import gptjax
-from gptjax.book import epochs
-from gptjax.data.conversations import read_conversations, read_preference_pairs, split_conversations
-from gptjax.data.sft import TRAIN_ON_ALL, encode_conversations, make_sft_batches
+from gptjax.book import TorchGenerator, epochs
+from gptjax.book.schedule import first_batches, make_loaders
+from gptjax.config import find_config, load_config
+from gptjax.data.classification import read_labeled_texts
+from gptjax.data.conversations import read_conversations, read_preference_pairs
+from gptjax.data.sft import encode_conversations, make_sft_batches
+from gptjax.inference.sampling import SamplingParams, filter_logits
 from gptjax.tasks.dpo import tokenize_pair
 from gptjax.tokenizer.chat_template import load_chat_template
+from gptjax.training.loss import cross_entropy_sum
+from gptjax.training.optimizer import learning_rates
 from gptjax.weights.model_folder import Model
-from tests.torch_peer import import_torch
 
 GPT2 = gptjax.tokenizer.load("gpt2")
 ALPACA = load_chat_template("alpaca")
-SHARES = {"val_fraction": 0, "test_fraction": 0, "seed": 0}
 
 # Raschka 2024, ch07.ipynb, cell 66: the second axis of each batch of the first epoch.
 INSTRUCTIONS = [
@@ -35,89 +42,92 @@ PREFERENCES = [
     *(68, 76, 68, 97, 72, 85, 67, 85, 87, 76, 74, 92, 85, 72, 93, 82, 76, 93, 80, 87),
     *(69, 90, 99, 104, 101, 98, 79, 71, 76, 79, 79, 67, 84, 78, 85, 70),
 ]
-# Cell 26: the first row of the last of these batches.
-SIMILE = "The baby is as cute as a button."
 
 
-@pytest.fixture(scope="module")
-def instructions(shared_data):
-    found, _ = read_conversations("instructions")
-    return split_conversations(found, "book", **SHARES)
-
-
-@pytest.fixture(scope="module")
-def preferences(shared_data):
-    found, _ = read_preference_pairs("preferences")
-    return split_conversations(found, "book", **SHARES)
-
-
-def pairs_of(rows):
-    """Both answers to each prompt as tokens; the template is all that is read."""
-    shape = {"context_length": 8, "n_layers": 1, "n_heads": 1, "d_model": 8}
-    model = Model(gptjax.GPTConfig(vocab_size=GPT2.vocab_size, **shape), {}, GPT2)
-    return [tokenize_pair(row, model, ALPACA, 1024) for row in rows]
-
-
-def test_the_instructions_are_split_and_as_long_as_in_the_book(shared_data, instructions):
-    rows = [row for part in instructions.values() for row in part]
+def test_the_instructions_have_the_lengths_of_the_book(shared_data):
+    rows = read_conversations("instructions")[0]
     examples = encode_conversations(GPT2, ALPACA, rows)
     lengths = [len(example.ids) - 1 for example in examples]  # without the end
 
-    sizes = {name: len(part) for name, part in instructions.items()}
-    assert sizes == {"train": 935, "validation": 55, "test": 110}
-    assert sum(bool(row.source_row["input"]) for row in rows) == 325
-    assert (min(lengths), max(lengths), statistics.median(lengths)) == (40, 91, 55)
-
-
-def test_the_first_epoch_has_all_lengths_that_the_book_prints(shared_data, instructions):
-    examples = encode_conversations(GPT2, ALPACA, instructions["train"])
-
-    loader = make_sft_batches(
-        "book", examples, rows=8, context=1024, pad_id=GPT2.eot_token, seed=123
+    batches = make_sft_batches(
+        "book", examples[:935], rows=8, context=1024, pad_id=GPT2.eot_token, seed=123
     )
 
-    batches = [loader.batch_at(step) for step in range(loader.steps_per_epoch)]
-    assert [batch["tokens"].shape for batch in batches] == [(8, length) for length in INSTRUCTIONS]
-    text, *_ = GPT2.decode(batches[-1]["tokens"][0].tolist()).split("<|endoftext|>")
-    assert text.endswith(f"### Response:\n{SIMILE}")
+    assert sum(bool(row.source_row["input"]) for row in rows) == 325
+    assert (min(lengths), max(lengths), statistics.median(lengths)) == (40, 91, 55)
+    epoch = [batches.batch_at(step) for step in range(batches.steps_per_epoch)]
+    assert [batch["tokens"].shape for batch in epoch] == [(8, n) for n in INSTRUCTIONS]
+    text, *_ = GPT2.decode(epoch[-1]["tokens"][0].tolist()).split("<|endoftext|>")
+    assert text.endswith("### Response:\nThe baby is as cute as a button.")  # cell 26
+    prompt = (
+        "Below is an instruction that describes a task. Write a response that "
+        "appropriately completes the request.\n\n### Instruction:\n"
+    )
+    for row, example in zip(rows, examples, strict=True):
+        text = prompt + row.source_row["instruction"]
+        text += f"\n\n### Input:\n{row.source_row['input']}" * bool(row.source_row["input"])
+        text += f"\n\n### Response:\n{row.source_row['output']}"
+        assert example.ids == [*GPT2.encode(text), GPT2.eot_token]
 
 
-def test_the_loader_of_preferences_has_all_lengths_that_the_book_prints(shared_data, preferences):
-    pairs = pairs_of(preferences["train"])
+def test_the_preferences_have_the_lengths_of_the_book(shared_data):
+    config = gptjax.GPTConfig(
+        vocab_size=GPT2.vocab_size, context_length=8, n_layers=1, n_heads=1, d_model=8
+    )
+    model = Model(config, {}, GPT2)
+    rows = read_preference_pairs("preferences")[0][:935]
+    pairs = [tokenize_pair(row, model, ALPACA, 1024) for row in rows]
 
     order = next(epochs(len(pairs), 8, 123))
 
-    lengths = [max(len(e.ids) for n in rows for e in pairs[n]) for rows in order]
-    assert lengths == PREFERENCES
+    assert [max(len(e.ids) for n in rows for e in pairs[n]) for rows in order] == PREFERENCES
 
 
-@pytest.mark.peers
-@pytest.mark.filterwarnings("ignore")
-def test_both_loaders_give_the_rows_of_pytorchs_in_every_epoch(
-    shared_data, instructions, preferences
-):
-    torch = import_torch()
-    examples = encode_conversations(GPT2, ALPACA, instructions["train"], TRAIN_ON_ALL)
-    book = make_sft_batches("book", examples, rows=8, context=1024, pad_id=GPT2.eot_token, seed=123)
-    ours = epochs(len(preferences["train"]), 8, 123)
+def test_temperature_and_top_k_give_the_probabilities_of_section_5_3():
+    words = ["closer", "every", "effort", "forward", "inches", "moves", "pizza", "toward", "you"]
+    logit_BV = jnp.array([[4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])
 
-    def loader(items):
-        return torch.utils.data.DataLoader(
-            items, batch_size=8, shuffle=True, drop_last=True, collate_fn=list
-        )
+    def probabilities(temperature, top_k):
+        numbers = (jnp.float32(temperature), jnp.int32(top_k), *map(jnp.float32, (1, 0, 1)))
+        scaled_BV = (logit_BV - logit_BV.max()) / temperature
+        prob_V = jax.nn.softmax(filter_logits(scaled_BV, SamplingParams(*numbers)))[0]
+        return {word: f"{p:.4f}" for word, p in zip(words, prob_V, strict=True) if p}
 
-    torch.manual_seed(123)
-    theirs = loader(examples)
-    for step in range(2 * 116):
-        if step % 116 == 0:
-            rows = iter(theirs)
-        batch = book.batch_at(step)
-        for n, example in enumerate(next(rows)):
-            ids = example.ids[:-1]
-            assert batch["tokens"][n, : len(ids)].tolist() == ids
-            assert (batch["tokens"][n, len(ids) :] == GPT2.eot_token).all()
-            assert batch["loss_weights"][n].sum() == len(ids)
-    torch.manual_seed(123)
-    theirs = loader(range(len(preferences["train"])))
-    for _ in range(3):
-        assert next(ours) == list(theirs)
+    assert probabilities(5.0, 0)["pizza"] == "0.0430"
+    assert probabilities(1.0, 3) == {"closer": "0.0615", "forward": "0.5775", "toward": "0.3610"}
+
+
+def test_ignored_targets_leave_the_loss_of_section_7_3():
+    logits = jnp.array([[[-1.0, 1.0], [-0.5, 1.5], [-0.5, 1.5]]])
+
+    for targets, weights, printed in [
+        ([0, 1, 1], [1.0, 1.0, 0.0], "1.1269"),
+        ([0, 1, 1], [1.0, 1.0, 1.0], "0.7936"),
+    ]:
+        total, weight = cross_entropy_sum(logits, jnp.array([targets]), jnp.array([weights]))
+        assert f"{float(total / weight):.4f}" == printed
+
+
+def test_appendix_d_warms_up_over_27_of_135_steps():
+    config = load_config(find_config("book/appendix_d"))
+
+    rates = learning_rates(config.optim, config.train.steps)
+
+    assert (config.optim.warmup_steps, config.train.steps) == (27, 135)
+    # Cell 14: initial_lr and min_lr; float32 subtracts them from the peak.
+    assert rates[0] == pytest.approx(1e-5, rel=1e-4)
+    assert max(rates) == rates[27] == pytest.approx(1e-3)
+    assert 1e-5 <= rates[-1] < 1.1e-5
+
+
+def test_the_spam_set_has_the_counts_of_chapter_6(shared_data):
+    data, _ = read_labeled_texts("sms-spam")
+    loaders = make_loaders(
+        {"train": 1_045, "validation": 149, "test": 300}, load_config(find_config("book/ch06"))
+    )
+
+    batches = first_batches(loaders, TorchGenerator(123), 999)
+
+    assert np.bincount(data.labels).tolist() == [4_825, 747]
+    counts = {split: len(rows) for split, rows in batches.items()}
+    assert counts == {"train": 130, "validation": 19, "test": 38}

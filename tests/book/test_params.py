@@ -1,5 +1,6 @@
-"""The book's untrained models: every parameter, and what chapters 4 and 5 print."""
+"""The book's untrained models: every parameter, and the numbers of chapters 4 and 5."""
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -9,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import gptjax
 from gptjax.book import TorchGenerator, init_params
@@ -22,98 +21,31 @@ from gptjax.tree import flatten_with_names, num_params
 from gptjax.weights.model_folder import Model
 from tests.torch_peer import import_exact_torch
 
-SMALL = GPTConfig(
-    vocab_size=17,
-    context_length=6,
-    n_layers=2,
-    n_heads=2,
-    d_model=8,
-    qkv_bias=False,
-    tie_embeddings=False,
-)
+SHAPE = {"context_length": 6, "n_layers": 2, "n_heads": 2, "d_model": 8}
+SMALL = GPTConfig(vocab_size=17, qkv_bias=True, tie_embeddings=False, **SHAPE)
 
 
-def book_config(**changes):
-    """The book's GPT_CONFIG_124M."""
-    fixed = {"tie_embeddings": False, "qkv_bias": False, "dtype": "float32"}
-    return GPTConfig.preset("gpt2", **fixed, dropout=0.1, **changes)
+def test_a_small_model_has_the_bits_of_pytorch():
+    params = init_params(SMALL, 7)
 
-
-def change(config, **changes):
-    return GPTConfig(**{**vars(config), **changes})
-
-
-@given(st.integers(2, 30), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.booleans())
-@settings(max_examples=20)
-def test_the_tree_is_that_of_a_fresh_model(rows, layers, heads, biased):
-    config = change(SMALL, vocab_size=rows, n_layers=layers, n_heads=heads, qkv_bias=biased)
-
-    params = init_params(config)
-
-    due = jax.eval_shape(lambda: gptjax.init(config, jax.random.key(0)))
-    assert jax.tree.structure(params) == jax.tree.structure(due)
-    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), params, due)
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-
-
-@pytest.mark.parametrize("biased", [False, True])
-def test_a_linear_layer_starts_within_the_root_of_its_inner_width(biased):
-    leaves = flatten_with_names(init_params(change(SMALL, qkv_bias=biased), 1))
-
-    for name, leaf in leaves.items():
-        inner = 4 * SMALL.d_model if "mlp/down" in name else SMALL.d_model
-        if name.endswith("/kernel") or name == "output_embedding/embedding":
-            assert 0.9 < np.abs(leaf).max() * math.sqrt(inner) <= 1, name
-        elif "norm" in name:
-            assert np.all(leaf == (1 if name.endswith("/scale") else 0)), name
-        elif name.endswith("/bias"):
-            assert 0 < np.abs(leaf).max() * math.sqrt(inner) <= 1, name
-
-
-def test_a_small_model_has_pytorchs_numbers_to_the_last_bit():
-    leaves = flatten_with_names(init_params(change(SMALL, qkv_bias=True), 7))
-
-    whole = b"".join(np.asarray(leaves[name]).tobytes() for name in sorted(leaves))
+    fresh = jax.eval_shape(lambda: gptjax.init(SMALL, jax.random.key(0)))
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), params, fresh)
+    leaves = flatten_with_names(params)
+    data = b"".join(np.asarray(leaves[name]).tobytes() for name in sorted(leaves))
     # The digits: the same layers made of torch.nn, PyTorch 2.13, AVX512.
-    assert hashlib.sha256(whole).hexdigest()[:16] == "459f36c5944c081e"
+    assert hashlib.sha256(data).hexdigest()[:16] == "459f36c5944c081e"
 
 
-def test_the_generator_then_stands_where_pytorchs_does():
-    generator = TorchGenerator(3)
-
-    params = init_params(SMALL, generator)
-
-    drawn = sum(
-        leaf.size + (leaf.size % 16 > 0 and "n_embedding/" in name) * 16
-        for name, leaf in flatten_with_names(params).items()
-        if "norm" not in name
-    )
-    other = TorchGenerator(3)
-    other.next_uint32(drawn)
-    np.testing.assert_array_equal(generator.next_uint32(9), other.next_uint32(9))
-    again = init_params(SMALL, 3)
-    jax.tree.map(np.testing.assert_array_equal, params, again)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tie_embeddings": True}, "model.tie_embeddings=True is .* the book's GPTMod"),
-        ({"vocab_multiple": 8}, "model.vocab_multiple=8 .* model.vocab_multiple=1"),
-        ({"n_classes": 2}, "model.n_classes=2 .* Set model.n_classes=0."),
-        ({"causal": False}, "model.causal=False .* Set model.causal=True."),
-        ({"vocab_size": 0}, r"model\.vocab_size=0"),
-        ({"vocab_size": 1, "d_model": 8}, "has 8 numbers, but at least 16"),
-    ],
-)
-def test_a_shape_that_the_books_class_does_not_make_is_an_error(changes, message):
-    with pytest.raises(ConfigError, match=message):
-        init_params(change(SMALL, **changes))
-
-
-@pytest.fixture(scope="module")
-def torch():
-    return import_exact_torch()
+def test_configs_that_the_class_of_the_book_lacks_are_rejected():
+    for changes, message in [
+        ({"tie_embeddings": True}, "model.tie_embeddings=True"),
+        ({"vocab_multiple": 8}, "model.vocab_multiple=8"),
+        ({"n_classes": 2}, "model.n_classes=2"),
+        ({"causal": False}, "model.causal=False"),
+        ({"vocab_size": 1}, "has 8 numbers"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            init_params(dataclasses.replace(SMALL, **changes))
 
 
 def torch_layers(torch, c):
@@ -127,46 +59,37 @@ def torch_layers(torch, c):
             made[f"{name}/bias"] = layer.bias.detach().numpy().reshape(bias_shape)
 
     heads = c.n_heads, c.head_dim
-    made["token_embedding/embedding"] = nn.Embedding(c.vocab_size, d).weight
-    made["position_embedding/embedding"] = nn.Embedding(c.context_length, d).weight
+    made["token_embedding/embedding"] = nn.Embedding(c.vocab_size, d).weight.detach().numpy()
+    made["position_embedding/embedding"] = nn.Embedding(c.context_length, d).weight.detach().numpy()
     for n in range(c.n_layers):
         for name in ("query", "key", "value"):
             linear(f"{n}/attention/{name}", d, d, c.qkv_bias, (d, *heads), heads)
         linear(f"{n}/attention/out", d, d, True, (*heads, d), d)
         linear(f"{n}/mlp/up", d, 4 * d, True, (d, 4 * d), 4 * d)
         linear(f"{n}/mlp/down", 4 * d, d, True, (4 * d, d), d)
-    made["output_embedding/embedding"] = nn.Linear(d, c.vocab_size, bias=False).weight
-    return {name: x.detach().numpy() if hasattr(x, "detach") else x for name, x in made.items()}
-
-
-SHAPES = {
-    "small": change(SMALL, vocab_size=97, d_model=32, n_heads=4, n_layers=3),
-    "odd": change(SMALL, vocab_size=50, d_model=12, n_heads=4, n_layers=3),
-    "biased": change(SMALL, n_layers=3, qkv_bias=True),
-    "124M": book_config(),
-}
+    head = nn.Linear(d, c.vocab_size, bias=False)
+    return made | {"output_embedding/embedding": head.weight.detach().numpy()}
 
 
 @pytest.mark.peers
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("seed", [123, 5])
-def test_a_model_of_pytorchs_layers_has_the_same_parameters(torch, shape, seed):
-    config = SHAPES[shape]
-    generator = TorchGenerator(seed)
-    torch.manual_seed(seed)
+@pytest.mark.parametrize("qkv_bias", [False, True])
+@pytest.mark.parametrize(("vocab_size", "d_model", "n_heads"), [(97, 32, 4), (50, 12, 4)])
+def test_a_model_of_pytorch_layers_has_the_same_parameters(vocab_size, d_model, n_heads, qkv_bias):
+    changes = {"vocab_size": vocab_size, "d_model": d_model, "n_heads": n_heads}
+    config = dataclasses.replace(SMALL, qkv_bias=qkv_bias, **changes)
+    torch, generator = import_exact_torch(), TorchGenerator(123)
+    torch.manual_seed(123)
 
     theirs, ours = torch_layers(torch, config), init_params(config, generator)
 
     for name, leaf in flatten_with_names(ours).items():
-        if "norm" in name:
-            continue
-        if name.startswith("blocks/"):
+        if name.startswith("blocks/") and "norm" not in name:
             rest = name.removeprefix("blocks/")
-            due = np.stack([theirs.pop(f"{n}/{rest}") for n in range(config.n_layers)])
-        else:
-            due = theirs.pop(name)
-        np.testing.assert_array_equal(leaf, due, err_msg=name)
+            layers = [theirs.pop(f"{n}/{rest}") for n in range(config.n_layers)]
+            np.testing.assert_array_equal(leaf, np.stack(layers), err_msg=name)
+        elif "norm" not in name:
+            np.testing.assert_array_equal(leaf, theirs.pop(name), err_msg=name)
     assert not theirs
     assert generator.permutation(9).tolist() == torch.randperm(9).tolist()
 
@@ -174,7 +97,14 @@ def test_a_model_of_pytorchs_layers_has_the_same_parameters(torch, shape, seed):
 @functools.cache
 def book_model(context_length):
     """The book's untrained 124M model, as it is after torch.manual_seed(123)."""
-    config = book_config(context_length=context_length)
+    config = GPTConfig.preset(
+        "gpt2",
+        tie_embeddings=False,
+        qkv_bias=False,
+        dtype="float32",
+        dropout=0.1,
+        context_length=context_length,
+    )
     return Model(config, init_params(config), gptjax.tokenizer.load("gpt2"))
 
 
@@ -187,62 +117,56 @@ def logits_and_loss(config, params, token_BT, target_BT):
 
 
 @pytest.mark.slow
-def test_the_untrained_model_of_chapter_4_writes_the_books_words():
+def test_the_untrained_model_of_chapter_4_generates_the_words_of_the_book():
     model = book_model(1024)
 
-    (written,) = complete(model, "Hello, I am", max_new_tokens=10, temperature=0.0)
+    (completion,) = complete(model, "Hello, I am", max_new_tokens=10, temperature=0.0)
 
     assert model.tokenizer.encode("Hello, I am") == [15496, 11, 314, 716]
-    assert written.ids == [*(27018, 24086, 47843, 30961, 42348, 7267, 49706, 43231, 47062, 34657)]
-    assert written.text == (
+    assert completion.ids == [
+        *(27018, 24086, 47843, 30961, 42348, 7267, 49706, 43231, 47062, 34657)
+    ]
+    assert completion.text == (
         " Featureiman Byeswickattribute argue logger Normandy Compton analogous"
     )
     assert num_params(model.params) == 163_009_536
 
 
-@pytest.fixture
-def optimised():
-    """XLA as users have it; without, its float32 sums are off in the last digit."""
-    name = "jax_disable_most_optimizations"
-    before = os.environ.get(name.upper()) == "1"
-    jax.config.update(name, False)
-    yield
-    jax.config.update(name, before)
-
-
 @pytest.mark.slow
-def test_the_untrained_model_of_chapter_5_has_the_books_loss_and_perplexity(optimised):
+def test_the_untrained_model_of_chapter_5_has_the_loss_of_the_book():
+    # As users have it: with fewer optimizations the last digit of float32 sums differs.
+    jax.config.update("jax_disable_most_optimizations", False)
     model = book_model(256)  # "every effort moves", "I really like"
     token_BT = jnp.array([[16833, 3626, 6100], [40, 1107, 588]])
     target_BT = jnp.array([[3626, 6100, 345], [1107, 588, 11311]])
 
-    logit_BTV, loss = logits_and_loss(model.config, model.params, token_BT, target_BT)
+    try:
+        logit_BTV, loss = logits_and_loss(model.config, model.params, token_BT, target_BT)
+    finally:
+        name = "jax_disable_most_optimizations"
+        jax.config.update(name, os.environ.get(name.upper()) == "1")
 
     assert logit_BTV.argmax(-1).tolist() == [[16657, 339, 42826], [49906, 29669, 41751]]
     assert round(float(loss), 4) == 10.7940
     # PyTorch has 48725.8241 in float64. Near 10.8 a step of float32 is one of 0.05 in
-    # the perplexity, so that only the nearest step has the book's digits.
+    # the perplexity, so only the nearest step has the book's digits.
     assert f"{math.exp(loss):.2f}" == "48725.82"
 
 
 @pytest.mark.slow
-def test_the_untrained_loss_on_the_verdict_is_the_books(shared_data):
+def test_the_untrained_loss_on_the_verdict_is_that_of_the_book(verdict):
     model = book_model(256)
-    text = (shared_data / "the-verdict.txt").read_text(encoding="utf-8")
-    cut = int(0.9 * len(text))
+    cut = int(0.9 * len(verdict))
 
     losses = []
-    for part in (text[:cut], text[cut:]):
+    for part in (verdict[:cut], verdict[cut:]):
         ids = np.array(model.tokenizer.encode(part))
-        starts = range(0, len(ids) - 256, 256)
-        rows = np.stack([ids[start : start + 257] for start in starts])
+        rows = np.stack([ids[n : n + 257] for n in range(0, len(ids) - 256, 256)])
         each = [  # batches of 2; their order does not change the mean
             logits_and_loss(model.config, model.params, batch[:, :-1], batch[:, 1:])[1]
             for batch in rows.reshape(-1, 2, 257)
         ]
         losses.append((len(each), float(np.mean(each))))
 
-    assert losses == [
-        (9, pytest.approx(10.987583, abs=1e-5)),
-        (1, pytest.approx(10.981106, abs=1e-5)),
-    ]
+    expected = [(9, 10.987583), (1, 10.981106)]
+    assert losses == [(n, pytest.approx(loss, abs=1e-5)) for n, loss in expected]

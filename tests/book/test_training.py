@@ -1,8 +1,7 @@
-"""The book's training runs: its parameters and its order; and its page."""
+"""Training runs of the book: initial parameters, batch order, and printed metrics."""
 
 import dataclasses
 import itertools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,165 +25,138 @@ from gptjax.training.task import EvalResult
 from gptjax.weights.model_folder import Model
 from tests.runs import make_task
 
-PAGE = Path(book.__file__).parent / "README.md"
 
-
-def small(name, **model):
+def small_config(name, start=""):
     """A config of the book with a model of a few thousand parameters."""
     c = load_config(find_config(f"book/{name}"))
-    shape = {"n_layers": 1, "n_heads": 2, "d_model": 16, "dropout": 0.0} | model
-    train = dataclasses.replace(c.train, steps=12, sample_prompt="")
-    return dataclasses.replace(c, model=dataclasses.replace(c.model, **shape), train=train)
+    shape = {"n_layers": 1, "n_heads": 2, "d_model": 16, "dropout": 0.0}
+    return dataclasses.replace(
+        c,
+        model=dataclasses.replace(c.model, **shape),
+        train=dataclasses.replace(c.train, steps=12, sample_prompt=""),
+        finetune=dataclasses.replace(c.finetune, init_from=start),
+    )
 
 
-def passes_of(config):
-    """The epochs of chapter 5 once its parameters are drawn, evaluations included."""
-    generator = book.TorchGenerator(123)
-    book.init_params(config, generator)
-    return book.epochs(18, 2, generator, eval_every=5)
-
-
-@pytest.fixture
-def start(tmp_path):
-    """A GPT-2 of a few thousand parameters to fine-tune."""
-    tokenizer = gptjax.tokenizer.load("gpt2")
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Folder of a GPT-2 of a few thousand parameters."""
+    folder = tmp_path_factory.mktemp("start")
     config = gptjax.GPTConfig(
         vocab_size=50_257, context_length=160, n_layers=1, n_heads=2, d_model=8
     )
     params = gptjax.init(config, jax.random.key(0))
-    gptjax.save(Model(config, params, tokenizer), tmp_path / "start")
-    return str(tmp_path / "start")
+    gptjax.save(Model(config, params, gptjax.tokenizer.load("gpt2")), folder)
+    return str(folder)
 
 
-def test_chapter_5_trains_from_the_books_parameters_in_its_order(tmp_path, shared_data):
-    config = small("ch05")
-
-    model = train(config, tmp_path / "run")
-
-    events = read_events(tmp_path / "run" / "metrics.jsonl")
-    steps = [e["step"] for e in events if e.get("split") == "validation"]
-    assert steps == [0, 1, 6, 11, 12]  # the book's 0, 5 and 10, and the ends
-    run, _, task = make_task(CHAPTERS["verdict"], config, tmp_path)
-    fresh = book.init_params(run.config.model, 123)
-    jax.tree.map(np.testing.assert_array_equal, task.init_state.params, fresh)
-    first, second = itertools.islice(passes_of(run.config.model), 2)
-    rows = training.load_verdict_rows(256)["train"]
-    for chosen, batch in zip(first, task.batches(0, 9), strict=True):
-        np.testing.assert_array_equal(batch["tokens"], rows[chosen][:, :-1])
-        np.testing.assert_array_equal(batch["targets"], rows[chosen][:, 1:])
-    for chosen, batch in zip(second[:3], task.batches(9, 12), strict=True):
-        np.testing.assert_array_equal(batch["tokens"], rows[chosen][:, :-1])
-    losses = [e["loss"] for e in events if e.get("split") == "train"]
-    assert losses[-1] < losses[0]
-    assert model.config.vocab_size == 50_257
-
-
-def started(name, start):
-    """The small config of a chapter, from a model that is there."""
-    config = small(name)
-    tune = dataclasses.replace(config.finetune, init_from=start)
-    return dataclasses.replace(config, finetune=tune)
-
-
-def test_chapter_6_has_the_books_head_and_order(tmp_path, start, shared_data):
-    config = started("ch06", start)
-
-    run, sets, task = make_task(CHAPTERS["sms-spam"], config, tmp_path)
-
-    kernel = book.TorchGenerator(123).uniform((2, 8), -(8**-0.5), 8**-0.5)
-    head = task.init_state.params["head"]
-    np.testing.assert_array_equal(head["kernel"], kernel.T)
-    order = next(book.epochs(1045, 8, 123, eval_every=50, eval_after=1))
-    for chosen, batch in zip(order[:5], task.batches(0, 5), strict=True):
-        classes = [sets.rows["train"].labels[n] for n in chosen]
-        assert batch["labels"].tolist() == classes
-        assert batch["tokens"].shape == (8, 120)
-    assert task.eval_offset == 1
-    assert run.config.model.n_classes == 2
-
-
-def test_chapter_7_has_the_books_order(tmp_path, start, shared_data):
-    config = started("ch07", start)
-
-    _, sets, task = make_task(CHAPTERS["instructions"], config, tmp_path)
-
-    lengths = [batch["tokens"].shape[1] for batch in task.batches(0, 10)]
-    assert lengths == [61, 76, 73, 68, 65, 72, 80, 67, 62, 75]
-    (batch,) = task.batches(11, 12)
-    assert batch["loss_weights"].sum() > 0
-    assert len(sets.examples["train"]) == 935
-
-
-def look(task, step):
-    """The metrics that the book prints, from an evaluation."""
+def evaluate_for_book(task, step):
+    """The metrics that the book prints."""
     result = task.evaluate(task.init_state, step, False)
-    (values,) = [values for kind, values in result.events if kind == "book"]
-    return values
+    return dict(result.events).get("book"), result.log_lines
 
 
-def evaluate_nothing(*parts):
+def evaluate_nothing(*args):
     """Replaces the evaluation of a task."""
     return lambda model, step, is_last: EvalResult([], "")
 
 
-def test_chapter_6_says_what_the_book_prints(tmp_path, start, shared_data, monkeypatch):
+def test_chapter_5_trains_from_the_parameters_of_the_book_in_its_order(tmp_path, shared_data):
+    config = small_config("ch05")
+
+    train(config, tmp_path / "run")
+
+    events = read_events(tmp_path / "run" / "metrics.jsonl")
+    steps = [e["step"] for e in events if e.get("split") == "validation"]
+    assert steps == [0, 1, 6, 11, 12]  # the book's 0, 5 and 10, and the ends
+    losses = [e["loss"] for e in events if e.get("split") == "train"]
+    assert losses[-1] < losses[0]
+    run, _, task = make_task(CHAPTERS["verdict"], config, tmp_path)
+    generator = book.TorchGenerator(123)
+    params = book.init_params(run.config.model, generator)
+    jax.tree.map(np.testing.assert_array_equal, task.init_state.params, params)
+    rows = training.load_verdict_rows(256)["train"]
+    epochs = book.epochs(18, 2, generator, eval_every=5)
+    order = itertools.islice(itertools.chain.from_iterable(epochs), 12)
+    for indices, batch in zip(order, task.batches(0, 12), strict=True):
+        np.testing.assert_array_equal(batch["tokens"], rows[indices][:, :-1])
+        np.testing.assert_array_equal(batch["targets"], rows[indices][:, 1:])
+
+
+def test_chapter_6_has_the_head_batches_and_metrics_of_the_book(
+    tmp_path, start, shared_data, monkeypatch
+):
     monkeypatch.setattr(classify, "make_classification_evaluate", evaluate_nothing)
-    config = started("ch06", start)
-    _, sets, task = make_task(CHAPTERS["sms-spam"], config, tmp_path)
+
+    _, data, task = make_task(CHAPTERS["sms-spam"], small_config("ch06", start), tmp_path)
+
+    kernel = book.TorchGenerator(123).uniform((2, 8), -(8**-0.5), 8**-0.5)
+    np.testing.assert_array_equal(task.init_state.params["head"]["kernel"], kernel.T)
+    order = next(book.epochs(1045, 8, 123, eval_every=50, eval_after=1))
+    for indices, batch in zip(order[:5], task.batches(0, 5), strict=True):
+        assert batch["labels"].tolist() == [data.rows["train"].labels[n] for n in indices]
+        assert batch["tokens"].shape == (8, 120)
+
     model = task.to_model(task.init_state)
 
-    before, first = look(task, 0), look(task, 1)
-
-    def means(split, batches):
-        """Mean loss and accuracy of the means of batches."""
-        parts = [
+    def mean_scores(split, batches):
+        scores = [
             evaluate_classifier(
-                model, take(sets.rows[split], rows), [sets.ids[split][n] for n in rows]
+                model, take(data.rows[split], rows), [data.ids[split][n] for n in rows]
             )
             for rows in batches
         ]
-        accuracy = [part.metrics.accuracy for part in parts]
-        return np.mean([part.loss for part in parts]), np.mean(accuracy)
+        return np.mean([x.loss for x in scores]), np.mean([x.metrics.accuracy for x in scores])
 
     generator = book.TorchGenerator(123)
-    wide_batches = book.Loader(1045, 8).start_epoch(generator)[:10]
-    generator.next_uint32(2 + 2)  # the passes over the others
+    accuracy_batches = book.Loader(1045, 8).start_epoch(generator)[:10]
+    generator.next_uint32(2 + 2)  # passes over validation and test rows
     loss_batches = book.Loader(1045, 8).start_epoch(generator)[:5]
-    assert before["train_accuracy"] == pytest.approx(means("train", wide_batches)[1])
-    assert before["train_loss"] == pytest.approx(means("train", loss_batches)[0])
     in_order = [list(range(n, n + 8)) for n in range(0, 80, 8)]
-    for split in ("validation", "test"):
-        assert before[f"{split}_accuracy"] == pytest.approx(means(split, in_order)[1])
-        assert before[f"{split}_loss"] == pytest.approx(means(split, in_order[:5])[0])
+    metrics, _ = evaluate_for_book(task, 0)
+    expected = {
+        "train_accuracy": mean_scores("train", accuracy_batches)[1],
+        "train_loss": mean_scores("train", loss_batches)[0],
+        "validation_accuracy": mean_scores("validation", in_order)[1],
+        "validation_loss": mean_scores("validation", in_order[:5])[0],
+        "test_accuracy": mean_scores("test", in_order)[1],
+        "test_loss": mean_scores("test", in_order[:5])[0],
+    }
+    assert metrics == pytest.approx(expected)
+    (first, (line,)), second = evaluate_for_book(task, 1), evaluate_for_book(task, 2)
     assert set(first) == {"train_loss", "validation_loss"}
-    assert first["validation_loss"] == before["validation_loss"]
-    assert first["train_loss"] != before["train_loss"]
+    assert first["validation_loss"] == metrics["validation_loss"]
+    assert first["train_loss"] != metrics["train_loss"]
+    assert line.startswith(f"book     train loss {first['train_loss']:.3f}, val")
+    assert second == (None, ())
 
 
-def test_chapter_7_says_what_the_book_prints(tmp_path, start, shared_data, monkeypatch):
+def test_chapter_7_has_the_batches_and_metrics_of_the_book(
+    tmp_path, start, shared_data, monkeypatch
+):
     monkeypatch.setattr(sft, "make_sft_evaluate", evaluate_nothing)
-    config = started("ch07", start)
-    _, sets, task = make_task(CHAPTERS["instructions"], config, tmp_path)
-    model = task.to_model(task.init_state)
 
-    before = look(task, 0)
+    _, data, task = make_task(CHAPTERS["instructions"], small_config("ch07", start), tmp_path)
 
+    lengths = [batch["tokens"].shape[1] for batch in task.batches(0, 10)]
+    assert lengths == [61, 76, 73, 68, 65, 72, 80, 67, 62, 75]
+    model, (metrics, _) = task.to_model(task.init_state), evaluate_for_book(task, 0)
     order = book.Loader(935, 8).start_epoch(book.TorchGenerator(123))[:5]
-    parts = {"train": order, "validation": [range(n, n + 8) for n in range(0, 40, 8)]}
-    for split, batches in parts.items():
-        examples = sets.examples[split]
-        means = []
+    in_order = [range(n, n + 8) for n in range(0, 40, 8)]
+    for split, batches in {"train": order, "validation": in_order}.items():
+        losses = []
         for rows in batches:
-            longest = max(len(examples[n].ids) for n in rows) - 1
-            batch = collate([[examples[n]] for n in rows], longest, sets.tokenizer.eot_token)
+            examples = [data.examples[split][n] for n in rows]
+            length = max(len(example.ids) for example in examples) - 1
+            batch = collate([[x] for x in examples], length, data.tokenizer.eot_token)
             batch = jax.tree.map(jnp.asarray, batch)
-            nats, weight = batch_loss(model.config, model.params, batch, chunk_size=8)
-            means.append(float(nats / weight))
-        assert before[f"{split}_loss"] == pytest.approx(np.mean(means), rel=1e-6)
+            loss, weight = batch_loss(model.config, model.params, batch, chunk_size=8)
+            losses.append(float(loss / weight))
+        assert metrics[f"{split}_loss"] == pytest.approx(np.mean(losses), rel=1e-6)
 
 
-def test_other_data_are_of_no_chapter(tmp_path):
-    config = from_dict(RunConfig, {"train": {"task": "book"}, "data": {"source": "wikitext2"}})
+def test_other_data_belong_to_no_chapter(tmp_path):
+    table = {"train": {"task": "book"}, "data": {"source": "wikitext2"}}
 
     with pytest.raises(ConfigError, match=r"data\.source='wikitext2'"):
-        train(config, tmp_path)
+        train(from_dict(RunConfig, table), tmp_path)
