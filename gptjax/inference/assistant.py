@@ -1,8 +1,8 @@
 """Chat completion for models with a chat template."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Unpack
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Unpack
 
 from gptjax.data.sft import encode_segments
 from gptjax.errors import ModelError
@@ -21,11 +21,7 @@ ANSWER_BATCH_SIZE = 32  # prompts per batch
 
 
 def chat_template_of(model: Model) -> ChatTemplate:
-    """Returns the model's chat template.
-
-    Raises:
-        ModelError: the model has none.
-    """
+    """Returns the model's chat template."""
     if not model.chat_template:
         raise ModelError(
             "this model has no chat template and can only complete text. Use gptjax "
@@ -42,8 +38,11 @@ def encode_chat(model: Model, messages: str | Sequence[ChatMessage]) -> list[int
     return encode_segments(model.tokenizer, segments).ids
 
 
-def add_stop_strings(model: Model, config: GenerationConfig) -> GenerationConfig:
-    """Adds the stop texts of the chat template to a generation config."""
+def make_chat_config(
+    model: Model, generation_config: GenerationConfig | None, options: Mapping[str, Any]
+) -> GenerationConfig:
+    """Applies the options and adds the stop texts of the chat template."""
+    config = dataclasses.replace(generation_config or GenerationConfig(), **options)
     stop = (*config.stop, *chat_template_of(model).stop_strings)
     return dataclasses.replace(config, stop=stop)
 
@@ -64,14 +63,9 @@ def answer(
             a string.
         generation_config: as in `gptjax.generate`.
         **options: as in `gptjax.generate`.
-
-    Raises:
-        GptjaxError: the model has no chat template, or an option is invalid.
     """
-    config = dataclasses.replace(generation_config or GenerationConfig(), **options)
-    config = add_stop_strings(model, config)
-    ids = encode_chat(model, messages)
-    (result,) = complete(model, ids, generation_config=config)
+    config = make_chat_config(model, generation_config, options)
+    (result,) = complete(model, encode_chat(model, messages), generation_config=config)
     return result.text.strip()
 
 
@@ -84,10 +78,8 @@ def stream_answer(
     **options: Unpack[GenerationOptions],
 ) -> Iterator[str]:
     """Streams the answer as text chunks; arguments and errors are those of `answer`."""
-    config = dataclasses.replace(generation_config or GenerationConfig(), **options)
-    config = add_stop_strings(model, config)
-    ids = encode_chat(model, messages)
-    return stream(model, ids, generation_config=config)
+    config = make_chat_config(model, generation_config, options)
+    return stream(model, encode_chat(model, messages), generation_config=config)
 
 
 def answer_batch(
@@ -99,8 +91,8 @@ def answer_batch(
     compiled. Answers do not depend on the batch and keep the order of the prompts.
     """
     prompt_ids = [encode_chat(model, messages) for messages in prompts]
-    greedy = GenerationConfig(temperature=0.0, max_new_tokens=max_new_tokens)
-    config = add_stop_strings(model, greedy)
+    options = {"temperature": 0.0, "max_new_tokens": max_new_tokens}
+    config = make_chat_config(model, None, options)
     order = sorted(range(len(prompt_ids)), key=lambda n: len(prompt_ids[n]))
     answers = [""] * len(prompt_ids)
     for start in range(0, len(order), ANSWER_BATCH_SIZE):

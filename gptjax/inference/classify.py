@@ -1,4 +1,4 @@
-"""Classification of texts and evaluation of classifiers."""
+"""Classification of texts."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -31,10 +31,6 @@ def classify(model: Model, texts: Sequence[str]) -> list[Prediction]:
     Args:
         model: a classifier, from `gptjax.load`.
         texts: non-empty texts; tokens beyond the context length are dropped.
-
-    Raises:
-        ModelError: the model is not a classifier.
-        DataError: a text is empty, or `texts` is a string.
     """
     check_classifier(model)
     if isinstance(texts, str):
@@ -43,15 +39,12 @@ def classify(model: Model, texts: Sequence[str]) -> list[Prediction]:
         if not text:
             raise DataError(f"text {number} is empty and cannot be classified. Remove it.")
     prob_NC = predict_probs(model, encode_texts(model, texts))
-    predicted_N = prob_NC.argmax(axis=-1)
-    return [
-        Prediction(
-            model.labels[predicted],
-            float(prob_C[predicted]),
-            dict(zip(model.labels, prob_C.tolist(), strict=True)),
-        )
-        for predicted, prob_C in zip(predicted_N, prob_NC, strict=True)
-    ]
+    predictions = []
+    for prob_C in prob_NC:
+        probabilities = dict(zip(model.labels, prob_C.tolist(), strict=True))
+        label = model.labels[prob_C.argmax()]
+        predictions.append(Prediction(label, probabilities[label], probabilities))
+    return predictions
 
 
 def check_classifier(model: Model) -> None:

@@ -48,10 +48,7 @@ class DecodeArgs(NamedTuple):
 
 
 def bucket_length(length: int, max_length: int | None) -> int:
-    """Rounds a length up to a power of two or 3/4 of one.
-
-    The result is at least `MIN_PROMPT_BUCKET` and at most the given maximum.
-    """
+    """Rounds a length up to a power of two or 3/4 of one, within the limits."""
     size = max(MIN_PROMPT_BUCKET, 1 << (length - 1).bit_length())
     if size > MIN_PROMPT_BUCKET and length <= 3 * size // 4:
         size = 3 * size // 4
@@ -100,10 +97,7 @@ def prefill(
     state: DecodeState,
     args: DecodeArgs,
 ) -> DecodeState:
-    """Prefill: fills the KV cache and samples the first token.
-
-    Finished rows are processed as well, but get no token.
-    """
+    """Prefill: fills the KV cache and samples the first token of unfinished rows."""
     rows, width = token_BP.shape
     position_BP = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (rows, width))
     x_BPD, cache = apply_with_cache(config, decode_params, token_BP, position_BP, state.cache)

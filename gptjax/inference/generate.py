@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from gptjax.config import check_min
 from gptjax.data.readers import open_decompressed, read_jsonl
 from gptjax.errors import ConfigError, DataError
 from gptjax.inference.engine import (
@@ -56,26 +55,19 @@ class GenerationConfig:
         """Validates the options."""
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        check_min("sampling", self, 1, "max_new_tokens")
-        check_min("sampling", self, 0, "temperature", "top_k", "seed")
-        for name, low, high in (("top_p", 0.0, 1.0), ("min_p", -1e-9, 1.0)):
-            if not low < getattr(self, name) <= high:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)} is out of range. Choose a "
-                    "probability between 0 and 1."
-                )
-        if not self.repetition_penalty > 0:
-            raise ConfigError(
-                f"repetition_penalty={self.repetition_penalty} is not positive. Use 1 "
-                "for no penalty, 1.2 for a mild one."
-            )
-        if len(self.stop_ids or ()) > MAX_STOP_IDS:
-            raise ConfigError(
-                f"stop_ids has {len(self.stop_ids or ())} tokens, more than the "
-                f"maximum of {MAX_STOP_IDS}. Remove some, or use stop texts."
-            )
-        if "" in self.stop:
-            raise ConfigError("stop contains an empty text. Remove it.")
+        for name, is_valid, requirement in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "at least 0; 0 = greedy"),
+            ("top_k", self.top_k >= 0, "at least 0; 0 = off"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1; 1 = off"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1; 0 = off"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 = off"),
+            ("stop", "" not in self.stop, "texts that are not empty"),
+            ("stop_ids", len(self.stop_ids or ()) <= MAX_STOP_IDS, f"at most {MAX_STOP_IDS} ids"),
+            ("seed", self.seed >= 0, "at least 0"),
+        ):
+            if not is_valid:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be {requirement}.")
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -101,14 +93,13 @@ def list_options(function: Function) -> Function:
     `help` and IPython's completion use it; static tools know `GenerationOptions`.
     """
     signature = inspect.signature(function)
-    *parameters, options = signature.parameters.values()
+    *parameters, _ = signature.parameters.values()
     fields = [
         inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
         )
         for field in dataclasses.fields(GenerationConfig)
     ]
-    assert options.kind is inspect.Parameter.VAR_KEYWORD  # noqa: S101 (narrows the type)
     listed: Any = function
     listed.__signature__ = signature.replace(parameters=[*parameters, *fields])
     return listed
@@ -203,30 +194,22 @@ def complete(
     generation_config: GenerationConfig | None = None,
     **options: Unpack[GenerationOptions],
 ) -> list[Completion]:
-    """Generates completions; samples of one prompt are adjacent in the result.
+    """Generates completions; arguments and errors are those of `generate`.
 
-    Results do not depend on the batch: sample s of a prompt is always the same.
-
-    Args:
-        model: from `gptjax.load`.
-        prompt: a text or token ids, or a list of them.
-        samples: number of completions per prompt.
-        generation_config: as in `generate`.
-        **options: as in `generate`.
-
-    Raises:
-        ConfigError: a prompt is empty or an option is invalid.
-        DataError: a token id is not in the model's vocabulary.
+    Samples of one prompt are adjacent. Results do not depend on the batch: sample s of
+    a prompt is always the same.
     """
     config = dataclasses.replace(generation_config or GenerationConfig(), **options)
     if samples < 1:
         raise ConfigError(f"samples={samples} is not positive. Use 1 or more.")
     rows, truncated = tokenize_prompts(model, normalize_prompts(prompt)[0], samples)
     (*_, final) = decode_sequences(model, rows, config, samples, streaming=bool(config.stop))
-    return [
-        to_completion(model, config, *row, num_truncated)
-        for row, num_truncated in zip(final, truncated, strict=True)
-    ]
+    completions = []
+    for (ids, logprobs, stopped), num_truncated in zip(final, truncated, strict=True):
+        text, count, has_stop_text = decode_until_stop(model, ids, config.stop)
+        reason = "stop" if stopped or has_stop_text else "length"
+        completions.append(Completion(text, ids[:count], logprobs[:count], reason, num_truncated))
+    return completions
 
 
 @list_options
@@ -237,19 +220,9 @@ def stream(
     generation_config: GenerationConfig | None = None,
     **options: Unpack[GenerationOptions],
 ) -> Iterator[str]:
-    """Streams the completion of one prompt as text chunks.
+    """Streams the completion of one prompt; arguments and errors as in `generate`.
 
     Chunks never split a character and contain no part of a stop text.
-
-    Args:
-        model: from `gptjax.load`.
-        prompt: a text or token ids.
-        generation_config: as in `generate`.
-        **options: as in `generate`.
-
-    Raises:
-        ConfigError: as in `generate`, or there are several prompts.
-        DataError: as in `generate`.
     """
     config = dataclasses.replace(generation_config or GenerationConfig(), **options)
     prompts, single = normalize_prompts(prompt)
@@ -269,14 +242,10 @@ def stream_chunks(
     num_sent, ids = 0, []
     for ((ids, _, _),) in decode_sequences(model, rows, generation_config, streaming=True):
         text, _, is_stopped = decode_until_stop(model, ids, generation_config.stop, final=False)
-        safe_length = (
-            len(text)
-            if is_stopped
-            else len(text) - partial_stop_length(text, generation_config.stop)
-        )
-        if safe_length > num_sent:
-            yield text[num_sent:safe_length]
-            num_sent = safe_length
+        held_back = 0 if is_stopped else partial_stop_length(text, generation_config.stop)
+        if chunk := text[num_sent : len(text) - held_back]:
+            yield chunk
+            num_sent += len(chunk)
         if is_stopped:
             return
     text, _, _ = decode_until_stop(model, ids, generation_config.stop)
@@ -287,11 +256,8 @@ def stream_chunks(
 def normalize_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     """Returns the prompts as a list, and True if a single prompt was given."""
     untyped_prompt: Any = prompt
-    if isinstance(prompt, str) or not len(prompt):
-        return [untyped_prompt], True
-    if isinstance(prompt[0], int | np.integer):
-        return [untyped_prompt], True
-    return list(untyped_prompt), False
+    is_single = isinstance(prompt, str) or not len(prompt) or not hasattr(prompt[0], "__len__")
+    return ([untyped_prompt] if is_single else list(untyped_prompt)), is_single
 
 
 def tokenize_prompts(
@@ -382,24 +348,22 @@ def make_decode_args(
     model: Model, generation_config: GenerationConfig, rows: int, samples: int
 ) -> DecodeArgs:
     """Converts the options to device arrays; sample s always gets the same key."""
-    stop_ids = (
-        [model.tokenizer.eot_token]
-        if generation_config.stop_ids is None
-        else [*generation_config.stop_ids]
-    )
+    c, stop_ids = generation_config, generation_config.stop_ids
+    if stop_ids is None:
+        stop_ids = [model.tokenizer.eot_token]
     check_token_ids(model, stop_ids, "in stop_ids")
     sampling: Any = (  # NumPy scalars: eager JAX would compile one program each
-        np.float32(generation_config.temperature),
-        np.int32(min(generation_config.top_k, model.config.vocab_size)),
-        np.float32(generation_config.top_p),
-        np.float32(generation_config.min_p),
-        np.float32(generation_config.repetition_penalty),
+        np.float32(c.temperature),
+        np.int32(min(c.top_k, model.config.vocab_size)),
+        np.float32(c.top_p),
+        np.float32(c.min_p),
+        np.float32(c.repetition_penalty),
     )
     stop_id_I: Any = np.full(MAX_STOP_IDS, -1, np.int32)
     stop_id_I[: len(stop_ids)] = stop_ids
-    max_new_tokens: Any = np.int32(generation_config.max_new_tokens)
+    max_new_tokens: Any = np.int32(c.max_new_tokens)
     sample_index_B: Any = np.arange(rows, dtype=np.int32) % samples
-    key_B = row_keys(np.int64(generation_config.seed), sample_index_B)
+    key_B = row_keys(np.int64(c.seed), sample_index_B)
     return DecodeArgs(key_B, SamplingParams(*sampling), stop_id_I, max_new_tokens)
 
 
@@ -410,28 +374,12 @@ def row_keys(seed: Any, sample_index_B: Int[Array, " B"]) -> Key[Array, " B"]:
     return fold(jax.random.key(seed), sample_index_B)
 
 
-def to_completion(
-    model: Model,
-    generation_config: GenerationConfig,
-    ids: list[int],
-    logprobs: list[float],
-    stopped: bool,
-    truncated: int,
-) -> Completion:
-    """Converts a sequence to a completion, truncated before its first stop text."""
-    text, num_tokens, has_stop_text = decode_until_stop(model, ids, generation_config.stop)
-    finish_reason = "stop" if stopped or has_stop_text else "length"
-    return Completion(text, ids[:num_tokens], logprobs[:num_tokens], finish_reason, truncated)
-
-
 def decode_until_stop(
     model: Model, ids: Sequence[int], stop_texts: str | Sequence[str], final: bool = True
 ) -> tuple[str, int, bool]:
-    """Decodes tokens up to the first stop text.
+    """Decodes tokens up to the stop text that is completed first.
 
-    Checks after every token, so the result does not depend on the chunk size: the stop
-    text that is completed first ends the text. Unless `final`, an incomplete character
-    at the end is omitted.
+    Unless `final`, an incomplete character at the end is omitted.
 
     Returns:
         The text, the number of tokens decoded, and True if a stop text was found.
@@ -453,20 +401,16 @@ def partial_stop_length(text: str, stop_texts: Iterable[str]) -> int:
 
 
 def few_shot_prompt(path: Path, query: str) -> str:
-    """Builds a few-shot prompt: "input -> output" lines, then "query ->".
-
-    Raises:
-        DataError: a row lacks the texts "input" and "output".
-    """
+    """Builds a few-shot prompt: "input -> output" lines, then "query ->"."""
     lines = []
     with open_decompressed(path) as (file, _):
         for line, row in read_jsonl(file, path):
-            if not isinstance(row, dict) or not all(
-                isinstance(row.get(name), str) for name in ("input", "output")
-            ):
-                raise DataError(
-                    f'{path}:{line}: an example requires the texts "input" and '
-                    '"output". Write {"input": "woc", "output": "cow"}.'
-                )
-            lines.append(f"{row['input']} -> {row['output']}\n")
+            match row:
+                case {"input": str(source), "output": str(target)}:
+                    lines.append(f"{source} -> {target}\n")
+                case _:
+                    raise DataError(
+                        f'{path}:{line}: an example requires the texts "input" and '
+                        '"output". Write {"input": "woc", "output": "cow"}.'
+                    )
     return "".join(lines) + f"{query} ->"
