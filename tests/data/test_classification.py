@@ -5,12 +5,10 @@ import json
 from collections import Counter
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gptjax.data.classification import read_labeled_texts, take
 from gptjax.errors import DataError
-from tests.data.tables import csv_text, quick, texts, write
+from tests.data.tables import csv_text, write
 
 PAIRS = [("ham", "see you"), ("spam", "Win £9!"), ("ham", "ok, later"), ("spam", "Hi")]
 TABLES = {  # content, columns of text and label
@@ -215,20 +213,6 @@ def test_a_folder_has_one_folder_per_label(tmp_path):
         read_labeled_texts(tmp_path / "set", "text")
     with pytest.raises(DataError, match=r"verdict .*sms-spam"):
         read_labeled_texts("verdict")
-
-
-@quick
-@given(
-    st.lists(st.tuples(*[texts.filter(str.strip)] * 2), min_size=1),
-    st.sampled_from([("a.csv", ","), ("a.tsv", "\t")]),
-)
-def test_written_tables_are_read_back(tmp_path, rows, file):
-    rows = [("one", "a"), *rows, ("two", "b")]
-    content = csv_text([("label", "text"), *rows], file[1])
-
-    data, _ = read_labeled_texts(write(tmp_path / file[0], content))
-
-    assert pairs(data) == [(label.strip(), text) for label, text in rows]
 
 
 def test_the_sms_collection_is_read_as_pandas_reads_it(tmp_path, shared_data):

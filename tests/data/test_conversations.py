@@ -16,7 +16,7 @@ from gptjax.data.conversations import (
 )
 from gptjax.data.text import ALL_SPLITS
 from gptjax.errors import ConfigError, DataError
-from tests.data.tables import csv_text, quick, texts, write
+from tests.data.tables import csv_text, quick, write
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Is it green?"}
@@ -113,38 +113,6 @@ def test_pairs_have_a_prompt_and_two_responses(tmp_path, row, prompt):
         assert messages(path) == [*prompt, NO]
 
 
-words = texts.filter(str.strip)
-
-
-@st.composite
-def talks(draw):
-    """A conversation that may have a system message and inputs."""
-    found = [{"role": "system", "content": draw(words)}] if draw(st.booleans()) else []
-    for _ in range(draw(st.integers(1, 3))):
-        second = {"input": draw(words)} if draw(st.booleans()) else {}
-        found.append({"role": "user", "content": draw(words)} | second)
-        found.append({"role": "assistant", "content": draw(words)})
-    return found
-
-
-@pytest.mark.fast
-@quick
-@given(talks())
-def test_written_conversations_are_read_back(tmp_path, talk):
-    system = talk[0]["content"] if talk[0]["role"] == "system" else ""
-    asked, *rest = talk[1:] if system else talk
-    for row in (
-        {"conversations": sharegpt(talk)},
-        {"prompt": talk[:-1], "completion": talk[-1]["content"]},
-        {"messages": [asked, *rest], "system": system},
-    ):
-        assert messages(write_rows(tmp_path / "a.jsonl", row)) == talk
-    if len(rest) == 1:
-        row = {"instruction": asked["content"], "input": asked.get("input", "")}
-        row |= {"output": rest[0]["content"], "system": system}
-        assert messages(write_rows(tmp_path / "a.csv", row)) == talk
-
-
 def test_the_description_names_the_format_and_counts_the_rows(tmp_path):
     one = {"messages": TALK, "split": "train"}
     path = write_rows(tmp_path / "a.jsonl", one, {"messages": [LEAF, YES], "split": "val"})
@@ -168,15 +136,6 @@ def test_tasks_splits_and_locations_are_those_of_the_rows(tmp_path):
     for items in (found, pairs):
         splits = split_conversations(items, **DEFAULTS)
         assert splits == {"train": items[:1], "validation": items[1:4], "test": items[4:]}
-
-
-def test_word_tasks_are_built_in():
-    found, description = read_conversations("word-tasks")
-
-    assert {one.split for one in found} == set(ALL_SPLITS)
-    assert found[1].location == "word-tasks:2"
-    assert found[0].source_row["task"] == found[0].task
-    assert description.startswith("word-tasks: built in; prompts (prompt, completion); ")
 
 
 INVALID_ROWS = [  # second row of a file, value that the message names

@@ -52,18 +52,6 @@ def alpaca(system, turns):
         yield None, True
 
 
-def phi3(system, turns):
-    if system:
-        yield f"<|system|>\n{system}\n", False
-    for number, (user, extra, answer) in enumerate(turns):
-        yield ("\n" if number else "") + f"<|user|>\n{user}", False
-        if extra:
-            yield f"\n{extra}", False
-        yield "\n<|assistant|>:\n", False
-        yield answer, True
-        yield None, True
-
-
 def chatml(system, turns):
     if system:
         yield f"<|im_start|>system\n{system}<|im_end|>\n", False
@@ -85,7 +73,7 @@ def qa(system, turns):
         yield None, True
 
 
-FORMS = {"qa": qa, "alpaca": alpaca, "phi3": phi3, "chatml": chatml}
+FORMS = {"qa": qa, "alpaca": alpaca, "chatml": chatml}
 
 
 def reference_tokens(form, system, turns, masked):

@@ -19,7 +19,7 @@ from gptjax.data.readers import (
     read_text_file,
 )
 from gptjax.errors import DataError
-from tests.data.tables import csv_text, quick, texts, write
+from tests.data.tables import csv_text, quick, write
 
 OPTION = "--column NAME"
 
@@ -108,14 +108,6 @@ def test_any_bytes_give_rows_or_an_error_with_file_and_line(tmp_path, kind, cont
         rows_of(path)
     except DataError as error:
         assert str(error).startswith(f"{path}:")  # noqa: PT017
-
-
-@quick
-@given(st.lists(texts | st.dictionaries(texts, st.integers())), st.sampled_from([None, 0, 3]))
-def test_json_arrays_are_read_as_python_reads_them(tmp_path, items, indent):
-    path = write(tmp_path / "a.json", json.dumps(items, indent=indent))
-
-    assert [row for _, row in rows_of(path)] == items
 
 
 @quick
