@@ -1,41 +1,34 @@
-"""A server on this machine, good, bad or slow, and a process that downloads from it."""
+"""A local HTTP server, good or bad, and a Hugging Face hub of one repository on it."""
 
 import contextlib
 import dataclasses
 import hashlib
 import http.server
 import re
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 
 from gptjax.fileio.download import Pin
 
-BODY = bytes(range(256)) * 800  # more than one block
-HALF = len(BODY) // 2
+BODY = bytes(range(256)) * 800
 HASH = hashlib.sha256(BODY).hexdigest()
 PIN = Pin(len(BODY), HASH)
+COMMIT = "1" * 40  # of the repository on the local hub
 Handler = http.server.BaseHTTPRequestHandler
 Answer = Callable[[Handler], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """One request that the server got."""
+    """One request that the server received."""
 
     path: str
     headers: dict[str, str]  # names in lower case
 
-    @property
-    def range(self) -> str | None:
-        return self.headers.get("range")
-
 
 @contextlib.contextmanager
 def serving(*answers: Answer) -> Iterator[tuple[str, list[Asked]]]:
-    """A server of these answers, one each, the last one for ever."""
+    """A server that gives these answers in turn, then the last one repeatedly."""
     asked: list[Asked] = []
 
     class Server(http.server.BaseHTTPRequestHandler):
@@ -44,6 +37,8 @@ def serving(*answers: Answer) -> Iterator[tuple[str, list[Asked]]]:
             asked.append(Asked(self.path, headers))
             with contextlib.suppress(ConnectionError):
                 answers[min(len(asked), len(answers)) - 1](self)
+
+        do_HEAD = do_GET
 
         def log_message(self, *args: object) -> None:
             pass
@@ -67,7 +62,7 @@ def head(handler: Handler, status: int = 200, **headers: object) -> None:
 
 
 def plain(body: bytes, status: int = 200, **headers: object) -> Answer:
-    """The whole body, whatever was asked."""
+    """Sends the whole body, whatever the request."""
 
     def answer(handler: Handler) -> None:
         head(handler, status, **headers)
@@ -76,56 +71,66 @@ def plain(body: bytes, status: int = 200, **headers: object) -> Answer:
     return answer
 
 
-def file(body: bytes, etag: str | None = None, cut: int | None = None) -> Answer:
-    """What a good server answers, but it hangs up after `cut` bytes."""
+def file(body: bytes, cut: int | None = None, **headers: object) -> Answer:
+    """Serves a file and ranges of it; closes the connection after `cut` bytes."""
 
     def answer(handler: Handler) -> None:
-        start, named = 0, {"ETag": etag} if etag else {}
-        if asked := re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", "")):
+        start, size = 0, len(body)
+        extra = dict(headers)
+        if asked := re.fullmatch(r"bytes=(\d+)-\d*", handler.headers.get("Range", "")):
             start = int(asked[1])
-        if handler.headers.get("If-Range", etag) != etag:
-            start = 0
-        size = len(body)
-        if start > 0 and start >= size:
-            head(handler, 416, Content_Range=f"bytes */{size}", **named)
-            return
-        if start:
-            named["Content_Range"] = f"bytes {start}-{size - 1}/{size}"
-        head(handler, 206 if start else 200, Content_Length=size - start, **named)
-        handler.wfile.write(body[start:][:cut])
+            extra["Content_Range"] = f"bytes {start}-{size - 1}/{size}"
+        head(handler, 206 if start else 200, Content_Length=size - start, **extra)
+        if handler.command == "GET":
+            handler.wfile.write(body[start:][:cut])
 
     return answer
 
 
 def endless(handler: Handler) -> None:
+    """Sends a body without end."""
     head(handler)
     while True:
         handler.wfile.write(BODY)
 
 
-def held(sent: int, reached: threading.Event, go_on: threading.Event) -> Answer:
-    """The body, with a stop after `sent` bytes."""
+def hub_headers(name: str, body: bytes) -> dict[str, object]:
+    """The headers of a file on the hub; large files are known by their sha256."""
+    if name.endswith(".safetensors"):
+        tag = hashlib.sha256(body).hexdigest()
+    else:
+        tag = hashlib.sha1(body, usedforsecurity=False).hexdigest()
+    return {"ETag": f'"{tag}"', "X_Repo_Commit": COMMIT}
+
+
+def hub(files: Mapping[str, bytes | Answer]) -> Answer:
+    """A hub whose repositories all have these files, or answers in place of files."""
 
     def answer(handler: Handler) -> None:
-        head(handler, Content_Length=len(BODY))
-        handler.wfile.write(BODY[:sent])
-        handler.wfile.flush()
-        reached.set()
-        go_on.wait(10)
-        handler.wfile.write(BODY[sent:])
+        name = handler.path.rpartition("/")[2]
+        match files.get(name):
+            case None:
+                head(handler, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
+            case bytes() as body:
+                file(body, **hub_headers(name, body))(handler)
+            case special:
+                special(handler)
 
     return answer
 
 
-def process_of(url: str, target: Path, before: str = "") -> subprocess.Popen:
-    """A process that downloads the pinned file."""
-    code = (
-        "import os, signal, sys\nfrom pathlib import Path\n"
-        "from gptjax.fileio.download import Pin, RemoteFile, download_file\n"
-        f"{before}\n"
-        f"pin = Pin({len(BODY)}, {HASH!r})\n"
-        "download_file(RemoteFile(sys.argv[1], pin), Path(sys.argv[2]), 'it')\n"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code, url, str(target)], stderr=subprocess.DEVNULL
-    )
+def use_hub(monkeypatch, folder, url: str) -> None:
+    """Sets the hub's address and cache for this process, and clears other settings."""
+    from huggingface_hub import constants
+
+    for name in ("GPTJAX_OFFLINE", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    endpoint = url.removesuffix("/file")
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+        monkeypatch.setattr(constants, name, False)

@@ -20,7 +20,9 @@ IMPORTERS = {  # dependency: the modules that may import it
     "click": ["cli.*"],
     "filelock": ["training.run_lock"],
     "flax": ["model.*"],
+    "google_crc32c": ["weights.tf_checkpoint"],
     "grain": ["data.lm"],
+    "huggingface_hub": ["weights.hub"],
     "jinja2": ["tokenizer.template_worker"],
     "lazy_loader": ["book", "gptjax"],
     "matplotlib": ["plots.*"],
@@ -28,11 +30,13 @@ IMPORTERS = {  # dependency: the modules that may import it
     "openai": ["evaluation.llm_judge"],
     "optax": ["book.learning_rate", "training.*"],
     "orbax": ["checkpoint.checkpoint"],
+    "pooch": ["fileio.download"],
     "prompt_toolkit": ["cli.chat"],
     "regex": ["tokenizer.*"],
     "safetensors": ["weights.*"],
     "tiktoken": ["tokenizer.tokenizer"],
     "tomli_w": ["training.run_dir"],
+    "tqdm": ["data.text", "inference.label_file"],
 }
 # May import modules by name: the peers of a benchmark are optional.
 DYNAMIC_IMPORTERS = {"bench.torch_workloads"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gptjax.config import did_you_mean
 from gptjax.errors import DataError
-from gptjax.fileio.download import Pin, RemoteFile, check_pin, download_file, user_cache_dir
+from gptjax.fileio.download import Pin, check_pin, download_file, user_cache_dir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,5 +94,5 @@ def fetch_dataset(name: str) -> Path:
             check_pin(path, pin, f"Replace or remove {path}.")
             return path
     target = cache / entry.file_name
-    download_file(RemoteFile(entry.url, pin), target, f"data set {name}")
+    download_file(entry.url, pin, target, f"data set {name}")
     return target

@@ -63,13 +63,12 @@ def read_small_file(path: Path, max_bytes: int) -> bytes:
         OSError: the file cannot be read.
         ValueError: it is no regular file, such as a pipe, or too large.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is not a regular file")
-    with path.open("rb") as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise ValueError(f"it has more than {max_bytes:,} bytes")
-    return data
+    if status.st_size > max_bytes:
+        raise ValueError(f"it has {status.st_size:,} bytes, more than {max_bytes:,}")
+    return path.read_bytes()
 
 
 def _check_depth(value: Any) -> None:

@@ -11,12 +11,10 @@ from gptjax.errors import ModelError
 from gptjax.fileio.download import sha256_of_files
 from gptjax.model.gpt import apply
 from gptjax.tree import num_params
-from gptjax.weights.load import open_model_source, read_params, resolve_model
+from gptjax.weights.load import open_model_source, read_model, resolve_model
 from gptjax.weights.model_folder import Model, save
 
 REFERENCE_PROMPT = "Every effort moves you"
-
-
 LOGIT_TOLERANCE = 1e-3  # the order of float32 sums alone changes logits by up to 2e-4
 
 
@@ -55,8 +53,7 @@ def convert_model(name: str, output_dir: Path, log: Callable[[str], None]) -> Mo
     if output_dir.exists():
         raise ModelError(f"{output_dir} already exists. Choose another folder with --out.")
     source = open_model_source(resolve_model(name, log), log)
-    params = read_params(source)
-    model = Model(source.config, params, source.tokenizer, source.labels)
+    model = read_model(source)
     log(
         f"read     {source.location} ({source.layout}): {len(source.reader.tensors)} "
         f"tensors, {num_params(model.params):,} parameters"

@@ -1,53 +1,26 @@
-"""Files of Hugging Face hub repositories, cached and verified at each use.
+"""Files of Hugging Face repositories, in the cache that all Hugging Face tools share.
 
-Each file is verified against the hash pinned here, or else against the hash recorded
-in sha256.json at its first use. Weights are accepted as safetensors only.
+`huggingface_hub` downloads, resumes and finds the user's token. Files in its cache are
+used without a request. Each file is verified against the hash pinned here, and weights
+without a pin against the hash that the hub stores for them.
 """
 
 import dataclasses
-import functools
-import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-from urllib.error import HTTPError
 
 from gptjax.config import did_you_mean
 from gptjax.errors import DataError, ModelError
 from gptjax.fileio import strict_json
-from gptjax.fileio.download import (
-    Pin,
-    RemoteFile,
-    RemoteFileNotFoundError,
-    download_file,
-    is_offline,
-    open_part,
-    sha256_of_files,
-    user_cache_dir,
-)
+from gptjax.fileio.download import Pin, check_pin, is_offline
 from gptjax.tokenizer.chat_template import CHAT_TEMPLATE_FILE as TEMPLATE
 
 _LogFn = Callable[[str], None]
-Record = dict[str, Pin | None]  # None if the repository lacks the file
 
-CONFIG, VOCAB, MERGES = "config.json", "vocab.json", "merges.txt"
-TOKENIZER = "tokenizer.json"
-OPTIONAL_FILES = (VOCAB, MERGES, TOKENIZER, TEMPLATE)
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-RECORD = "sha256.json"
-MAX_HUB_FILE_BYTES = {  # bytes per file; weights are limited only by the disk
-    CONFIG: 1_000_000,
-    VOCAB: 64_000_000,
-    MERGES: 64_000_000,
-    TOKENIZER: 64_000_000,
-    TEMPLATE: 1_000_000,
-    INDEX: 10_000_000,
-    RECORD: 10_000_000,
-}
-ACCESS_DENIED = (401, 403)
+CONFIG, VOCAB, MERGES, TOKENIZER = "config.json", "vocab.json", "merges.txt", "tokenizer.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_INDEX_JSON_BYTES = 10_000_000
 REPO_ID_PATTERN = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w.-]*)?", re.ASCII)
 SHARD_PATTERN = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 
@@ -114,7 +87,7 @@ def resolve_repo(name: str) -> Repository:
 
 
 def fetch_repo(name: str, log: _LogFn = lambda line: None) -> Path:
-    """Downloads the missing files of a repository and returns their folder.
+    """Returns the folder of a repository's files in the cache, after downloading them.
 
     It contains config.json, tokenizer files and chat template if there are any, and
     model.safetensors or an index with its shards.
@@ -127,208 +100,122 @@ def fetch_repo(name: str, log: _LogFn = lambda line: None) -> Path:
         ModelError: the repository does not exist or has no safetensors, or a file
             cannot be downloaded or does not match its hash.
     """
-    repository = resolve_repo(name)
-    folder = user_cache_dir("models").joinpath(*str(repository).split("/"))
-    before = {**read_record(folder), **repository.pins}
-    try:
-        download_missing(repository, folder)
-    finally:
-        record = read_record(folder)
-        if new := [file for file in record if record[file] and not before.get(file)]:
-            log(
-                f"{repository}: no hash is pinned for {', '.join(new)}; recorded at "
-                f"first use in {folder / RECORD}, not verified"
-            )
-    return folder
-
-
-def download_missing(repository: Repository, folder: Path) -> None:
-    """Downloads missing files and verifies existing ones."""
-
-    @functools.cache  # hashes each file only once
-    def has(file: str) -> bool:
-        return ensure_file(repository, folder, file)
-
-    for file in [*MAX_HUB_FILE_BYTES, WEIGHTS, *read_record(folder)]:
-        if file != RECORD and (folder / file).exists():
-            has(file)
-    if not has(CONFIG):
-        raise ModelError(missing_file_message(repository, CONFIG))
-    if not (has(VOCAB) and has(MERGES)):
-        has(TOKENIZER)
-    if not repository.pins:  # the public sizes have none
-        has(TEMPLATE)
-    if (folder / INDEX).exists() or not has(WEIGHTS):
-        if not has(INDEX):
+    repo = resolve_repo(name)
+    folder = require_file(repo, CONFIG).parent
+    if not repo.pins:
+        log(f"hub      {repo} is commit {folder.name[:12]}; no hashes are pinned for it")
+    commit = dataclasses.replace(repo, revision=folder.name)  # one for all files
+    cached = {file.name for file in folder.iterdir() if file.exists()}
+    if not ({VOCAB, MERGES} <= cached or TOKENIZER in cached) and not (
+        find_file(commit, VOCAB) and find_file(commit, MERGES)
+    ):
+        find_file(commit, TOKENIZER)
+    # The weights come last, so a cache with weights has the template if there is one.
+    if not repo.pins and not {WEIGHTS, INDEX} & cached:
+        find_file(commit, TEMPLATE)
+    weights = [WEIGHTS]
+    if INDEX in cached or not find_file(commit, WEIGHTS):
+        index = find_file(commit, INDEX)
+        if not index:
             raise ModelError(
-                f"{repository} has no safetensors, and gptjax does not open pickles "
+                f"{repo} has no safetensors, and gptjax does not open pickles "
                 "such as pytorch_model.bin. If you trust the repository, load it with "
                 "transformers, call save_pretrained(DIR), and use DIR."
             )
-        for shard in read_shards(folder / INDEX):
-            if not has(shard):
-                raise ModelError(missing_file_message(repository, shard))
+        weights = read_shards(index)
+    for file in weights:
+        require_file(commit, file)
+    for file in repo.pins or weights:
+        if (folder / file).exists():
+            verify_file(folder / file, repo.pins.get(file))
+    return folder
 
 
-def missing_file_message(repository: Repository, file: str) -> str:
-    """Returns the error message for a file that is not on the hub."""
-    return (
-        f"{repository} has no {file} on the hub, and there is no local folder of this "
-        "name. Check the name and the revision."
+def require_file(repo: Repository, file: str) -> Path:
+    """Returns the path of a file in the cache; an error if the hub lacks it."""
+    if path := find_file(repo, file):
+        return path
+    raise ModelError(
+        f"{repo} has no {file} on the hub, and there is no local folder of this name. "
+        "Check the name and the revision."
     )
 
 
-def ensure_file(repository: Repository, folder: Path, file: str) -> bool:
-    """Downloads or verifies a file; returns False if the repository lacks it."""
-    path, record = folder / file, read_record(folder)
-    pin = repository.pins.get(file) or record.get(file)
-    if not path.exists():
-        if file in record and not record[file]:
-            return False
-        if is_offline():
-            if file in (VOCAB, MERGES) and (folder / TOKENIZER).exists():
-                return False
-            if file == TEMPLATE:
-                return False
-            raise ModelError(offline_message(repository, folder, file, record))
-        found = fetch_file(repository, path, pin)
-    else:
-        found = pin_of(path)
-        if pin and found != pin:
-            source = "pinned are" if file in repository.pins else f"{RECORD} recorded"
-            raise ModelError(
-                f"{path} has {found.bytes} bytes with sha256 {found.sha256}, but "
-                f"{source} {pin.bytes} bytes with sha256 {pin.sha256}. Delete the file "
-                "to download it again, or replace it with the right one."
-            )
-    if not record.get(file) and (found or file in OPTIONAL_FILES):
-        write_entry(folder, file, found)
-    return found is not None
+def find_file(repo: Repository, file: str) -> Path | None:
+    """Returns the path of a file in the cache, downloading it if it is not there.
 
+    None if the repository does not have the file.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
-def offline_message(repository: Repository, folder: Path, file: str, record: Record) -> str:
-    """Returns the error message for a missing file in offline mode."""
-    files = [CONFIG, VOCAB, MERGES, *([] if (folder / INDEX).exists() else [WEIGHTS])]
-    files = files if file in files else [file]
-    needed = [f for f in files if record.get(f, "?") and not (folder / f).exists()]
-    return (
-        f"{file} of {repository} is not cached and GPTJAX_OFFLINE forbids downloads. "
-        f"Copy {', '.join(needed or [file])} of {repository.name}, revision "
-        f"{repository.revision}, to {folder}, or unset GPTJAX_OFFLINE."
-    )
-
-
-def pin_of(path: Path) -> Pin:
-    """Returns the size and hash of a file."""
-    try:
-        return Pin(path.stat().st_size, sha256_of_files([path]))
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}.") from error
-
-
-def fetch_file(repository: Repository, path: Path, pin: Pin | None) -> Pin | None:
-    """Downloads a file; returns its size and hash, or None if it is not on the hub."""
-    name, revision, file = repository.name, repository.revision, path.name
-    url = f"{read_endpoint()}/{name}/resolve/{revision}/{file}"
-    remote = RemoteFile(url, pin, MAX_HUB_FILE_BYTES.get(file), read_token())
-    try:
-        found = download_file(remote, path, f"{file} of {repository}")
-        return Pin(path.stat().st_size, found)
-    except RemoteFileNotFoundError:
+    cached = huggingface_hub.try_to_load_from_cache(repo.name, file, revision=repo.revision)
+    if isinstance(cached, str):
+        return Path(cached)
+    if cached is not None:  # the hub has said that there is no such file
         return None
-    except DataError as error:
-        advice = ""
-        if isinstance(error.__cause__, HTTPError) and error.__cause__.code in ACCESS_DENIED:
-            advice = (
-                f" The hub also answers this if {name} does not exist: check the name. "
-                "Private and gated repositories need a token in HF_TOKEN."
-            )
-        elif pin and file not in repository.pins:
-            advice = (
-                f" If the repository has changed since its first use, delete "
-                f"{path.parent} to start over."
-            )
-        raise ModelError(f"{error}{advice}") from error
-
-
-def read_endpoint() -> str:
-    """Returns the URL of the hub."""
-    url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    if not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./-]*)?", url, re.ASCII):
-        harmless = re.sub(r"//.*@", "//…@", url)  # may contain a password
+    if is_offline() or huggingface_hub.constants.HF_HUB_OFFLINE:
         raise ModelError(
-            f"HF_ENDPOINT={harmless!r} is not the URL of a hub. Set it to a URL such "
-            "as https://huggingface.co, or unset it."
+            f"{file} of {repo} is not in the Hugging Face cache, and GPTJAX_OFFLINE or "
+            "HF_HUB_OFFLINE forbids downloads. Unset it, or copy the cache of a machine "
+            f"that has run: hf download {repo.name} --revision {repo.revision}"
         )
-    return url.rstrip("/")
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # send requests for files only
+    try:
+        path = huggingface_hub.hf_hub_download(repo.name, file, revision=repo.revision)
+    except RemoteEntryNotFoundError:
+        return None
+    except Exception as error:  # of HTTP clients and Xet, without a common base class
+        raise ModelError(explain_download_error(repo, file, error)) from error
+    return Path(path)
 
 
-def read_token() -> str:
-    """Returns the user's token, or "" if there is none."""
-    token = os.environ.get("HF_TOKEN", "").strip()
-    if not re.fullmatch(r"[\x21-\x7e]*", token):  # never print the token
-        raise ModelError(
-            "HF_TOKEN contains whitespace or other invalid characters. Set it again or unset it."
+def explain_download_error(repo: Repository, file: str, error: Exception) -> str:
+    """Returns the message for a failed download, without passwords in URLs."""
+    from huggingface_hub import errors
+
+    reason: BaseException = error.__cause__ or error
+    status = getattr(getattr(reason, "response", None), "status_code", 0)
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo.name} has no revision {repo.revision}. Use a branch, tag or commit."
+    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
+        return (
+            f"no access to {repo.name} on the hub: the name may be wrong, or the repository "
+            "private or gated. Check the name; request access on its page, then set HF_TOKEN "
+            "or run: hf auth login"
         )
-    return token
+    text = re.sub("//[^/ ]*@", "//", str(reason).partition("\n")[0])
+    return (
+        f"cannot download {file} of {repo}: {text}. Check the network and try again; the "
+        "download will resume."
+    )
+
+
+def verify_file(path: Path, pin: Pin | None) -> None:
+    """Raises ModelError unless a file matches its pin, or else the hub's own sha256.
+
+    The cache names the content of a large file by its sha256.
+    """
+    blob = path.resolve()
+    if not pin and re.fullmatch("[0-9a-f]{64}", blob.name):
+        pin = Pin(blob.stat().st_size, blob.name)
+    if pin:
+        try:
+            check_pin(path, pin, f"Delete {blob} to download it again.")
+        except (DataError, OSError) as error:
+            raise ModelError(str(error)) from error
 
 
 def read_shards(index: Path) -> list[str]:
     """Returns the shard names in an untrusted index."""
-    fix = "Use another repository, or a folder with safetensors."
     try:
-        shards = sorted(set(_read_cached_json(index, fix)["weight_map"].values()))
-        wrong = [name for name in shards if not SHARD_PATTERN.fullmatch(name)]
-    except (LookupError, TypeError, AttributeError) as error:
-        raise _invalid_cache_file(index, f"it has no valid weight_map, {error!r}", fix) from error
-    if wrong or not shards:
-        raise _invalid_cache_file(index, f"{wrong[:1] or 'nothing'} is no valid shard name", fix)
-    return shards
-
-
-def read_record(folder: Path) -> Record:
-    """Reads the file hashes recorded at first use."""
-    path = folder / RECORD
-    if not path.exists():
-        return {}
-    fix = "Delete it to record the hashes again at the next use."
-    table = _read_cached_json(path, fix)
-    try:
-        return {
-            file: None if entry is None else Pin(int(entry["bytes"]), entry["sha256"])
-            for file, entry in table.items()
-        }
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise _invalid_cache_file(path, f"it is not a table of hashes, {error!r}", fix) from error
-
-
-def _read_cached_json(path: Path, fix: str) -> Any:
-    """Reads a JSON file of limited size."""
-    try:
-        return strict_json.read_json(path, MAX_HUB_FILE_BYTES[path.name])
-    except (OSError, ValueError) as error:
-        raise _invalid_cache_file(path, error, fix) from error
-
-
-def _invalid_cache_file(path: Path, why: Any, fix: str) -> ModelError:
-    """Returns the error for an invalid file in the cache."""
-    return ModelError(f"{path} cannot be used: {why}. {fix}")
-
-
-def write_entry(folder: Path, file: str, found: Pin | None) -> None:
-    """Adds the size and hash of a file to the record."""
-    try:
-        with open_part(folder / RECORD) as part:  # locked
-            record = read_record(folder) | {file: found}
-            table = {name: pin and pin._asdict() for name, pin in record.items()}
-            part.seek(0)
-            part.truncate()
-            part.write(json.dumps(table, indent=2).encode() + b"\n")
-            part.flush()
-            os.fsync(part.fileno())
-            os.replace(part.name, folder / RECORD)
-    except OSError as error:
+        weight_map = strict_json.read_json(index, MAX_INDEX_JSON_BYTES)["weight_map"]
+        shards = sorted(set(weight_map.values()))
+        if not shards or not all(SHARD_PATTERN.fullmatch(name) for name in shards):
+            raise ValueError("a shard name is not valid")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"cannot write {folder / RECORD}: {error}. Make the folder writable or "
-            "set GPTJAX_HOME to another one."
+            f"{index} cannot be used: {error}. Use another repository, or a folder with "
+            "safetensors."
         ) from error
+    return shards

@@ -38,7 +38,7 @@ from gptjax.weights.param_map import (
     unpack_tensor,
 )
 from gptjax.weights.safetensors import open_safetensors
-from gptjax.weights.tf_checkpoint import open_tf_checkpoint, read_hparams
+from gptjax.weights.tf_checkpoint import open_tf_checkpoint
 
 _LogFn = Callable[[str], None]
 
@@ -70,12 +70,22 @@ class TensorReader(Protocol):
         ...
 
 
+class ArrayReader(NamedTuple):
+    """Tensors that are in memory already."""
+
+    tensors: Mapping[str, np.ndarray]
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns one tensor."""
+        return self.tensors[name]
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
     """Model files of a known layout, before the parameters are read."""
 
     layout: str
-    location: str  # for messages
+    location: Path  # for messages
     config: GPTConfig
     tokenizer: Tokenizer
     reader: TensorReader
@@ -97,16 +107,7 @@ def load(name: str | Path, log: _LogFn = lambda line: None, *, int8: bool = Fals
     Raises:
         ModelError: there is no such model, or its files are corrupt or inconsistent.
     """
-    source = open_model_source(resolve_model(name, log), log)
-    params = read_params(source)
-    return Model(
-        source.config,
-        fake_quantize(params) if int8 else params,
-        source.tokenizer,
-        source.labels,
-        source.chat_template,
-        int8,
-    )
+    return read_model(open_model_source(resolve_model(name, log), log), int8=int8)
 
 
 def resolve_model(name: str | Path, log: _LogFn) -> Path:
@@ -136,14 +137,19 @@ def open_model_source(path: Path, log: _LogFn = lambda line: None) -> ModelSourc
     Raises:
         ModelError: the layout is unknown, or the model is not a GPT-2.
     """
+    try:
+        return _open_layout(path, log)
+    except (ConfigError, DataError) as error:
+        raise ModelError(f"cannot use the model {path}: {error}") from error
+
+
+def _open_layout(path: Path, log: _LogFn) -> ModelSource:
+    """Opens a model in the layout that its files show."""
     if (path / "hparams.json").is_file():
         return from_tf_checkpoint(path, log)
-    if path.is_dir():
-        files = list_safetensors(path)
-    elif path.suffix == ".safetensors" and path.is_file():
+    files = list_safetensors(path) if path.is_dir() else []
+    if path.suffix == ".safetensors" and path.is_file():
         files, path = [path], path.parent
-    else:
-        raise ModelError(explain_unreadable(path))
     config_path, run_dir = path / "config.json", path.parent
     reader: TensorReader
     if files:
@@ -155,33 +161,19 @@ def open_model_source(path: Path, log: _LogFn = lambda line: None) -> ModelSourc
     metadata = read_json_object(config_path) if config_path.is_file() else {}
     if "format" in metadata:
         source = from_gptjax(path, reader, metadata)
-        return dataclasses.replace(source, chat_template=_read_folder_template(path))
+        return dataclasses.replace(source, chat_template=read_chat_template(path))
     if "tok_emb.weight" in reader.tensors:
         return from_book(path, reader, metadata, log)
     source = from_hf(path, reader, metadata, log)
     try:
-        return dataclasses.replace(source, chat_template=_read_folder_template(path))
-    except ModelError as error:  # the model can still be used for completion
+        return dataclasses.replace(source, chat_template=read_chat_template(path))
+    except ConfigError as error:  # the model can still be used for completion
         log(f"chat template not used: {error}")
         return source
 
 
-class ArrayReader(NamedTuple):
-    """Tensors that are in memory already."""
-
-    tensors: Mapping[str, np.ndarray]
-
-    def read(self, name: str) -> np.ndarray:
-        """Returns one tensor."""
-        return self.tensors[name]
-
-
 def open_latest_checkpoint(checkpoint_dir: Path, log: _LogFn) -> ArrayReader:
-    """Reads the parameters of an unfinished run, which may be training.
-
-    Raises:
-        ModelError: there is no valid checkpoint.
-    """
+    """Reads the parameters of an unfinished run, which may be training."""
     # Orbax, which other layouts do not need, takes as long to import as all else here.
     from gptjax.checkpoint.checkpoint import read_latest_params
 
@@ -190,59 +182,39 @@ def open_latest_checkpoint(checkpoint_dir: Path, log: _LogFn) -> ArrayReader:
     return ArrayReader(arrays)
 
 
-def _read_folder_template(path: Path) -> str:
-    """Returns the chat template in a folder after a test rendering; "" if none.
-
-    Raises:
-        ModelError: the template is invalid.
-    """
+def read_chat_template(path: Path) -> str:
+    """Returns the chat template in a folder after a test rendering; "" if none."""
     template_path = path / TEMPLATE
-    if not template_path.is_file():
-        return ""
-    try:
-        return load_chat_template(str(template_path)).source
-    except ConfigError as error:
-        raise ModelError(f"{template_path}: {error}") from error
+    return load_chat_template(str(template_path)).source if template_path.is_file() else ""
 
 
 def explain_unreadable(path: Path) -> str:
     """Returns an error message for a path that cannot be read as a model."""
-    pickles = [path] if path.is_file() else sorted(path.glob("*"))
-    pickles = [p for p in pickles if p.suffix in (".pth", ".pt", ".bin", ".ckpt")]
-    if pickles:
-        safetensors_name = pickles[0].with_suffix(".safetensors").name
-        return (
-            f"{pickles[0]} is a pickle, which can run arbitrary code when it is "
-            "opened, so gptjax does not open it. If you trust the file, convert it to "
-            "safetensors with PyTorch:\n"
-            "  import torch, safetensors.torch as st\n"
-            f"  st.save_file({{k: v.clone() for k, v in torch.load("
-            f'{pickles[0].name!r}, map_location="cpu").items()}}, {safetensors_name!r})'
-        )
-    if not path.exists():
-        return (
-            f"no model {str(path)!r}: no such file or folder. Give a run folder "
-            "(gptjax train ... --run DIR), a model folder, a Hugging Face GPT-2, or "
-            f"one of {', '.join(hub.PINNED_REPOS)}."
-        )
+    candidates = [path] if path.is_file() else sorted(path.glob("*"))
+    for pickle in candidates:
+        if pickle.suffix in (".pth", ".pt", ".bin", ".ckpt"):
+            return (
+                f"{pickle} is a pickle, which can run arbitrary code when it is "
+                "opened, so gptjax does not open it. If you trust the file, convert it "
+                "to safetensors with PyTorch:\n"
+                "  import torch, safetensors.torch as st\n"
+                f"  st.save_file({{k: v.clone() for k, v in torch.load({pickle.name!r}, "
+                f'map_location="cpu").items()}}, {pickle.with_suffix(".safetensors").name!r})'
+            )
+    problem = "it has neither *.safetensors nor hparams.json"
     return (
-        f"no model in {path}: it has neither *.safetensors nor hparams.json. Give a "
-        "run folder, a model folder, or a Hugging Face, OpenAI or book folder."
+        f"no model {str(path)!r}: {problem if path.exists() else 'no such file or folder'}. "
+        "Give a run folder (gptjax train ... --run DIR), a model folder, a Hugging Face, "
+        f"OpenAI or book folder, or one of {', '.join(hub.PINNED_REPOS)}."
     )
 
 
 def list_safetensors(folder: Path) -> list[Path]:
     """Returns the safetensors files of a folder: those of the index if it has one."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        single = folder / "model.safetensors"
-        return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    names = read_json_object(index).get("weight_map")
-    if not isinstance(names, dict) or not all(
-        isinstance(n, str) and Path(n).name == n for n in names.values()
-    ):
-        raise ModelError(f"{index} refers to files outside its folder. Download the folder again.")
-    return [folder / name for name in sorted(set(names.values()))]
+    if (folder / hub.INDEX).is_file():
+        return [folder / name for name in hub.read_shards(folder / hub.INDEX)]
+    single = folder / hub.WEIGHTS
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -256,166 +228,145 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return data
 
 
-def get_positive_int(path: Path, metadata: Mapping[str, Any], *names: str) -> int:
+def get_positive_int(metadata: Mapping[str, Any], *names: str) -> int:
     """Returns the value of the first of `names` that is present; must be positive."""
     for name in names:
         if name in metadata:
             if type(metadata[name]) is int and metadata[name] > 0:
                 return metadata[name]
-            raise ModelError(
-                f"{path}: {name}={metadata[name]!r} is not a positive integer. Correct "
-                "it or copy the file again."
+            raise ConfigError(
+                f"{name}={str(metadata[name])[:40]!r} is not a positive integer. Correct it "
+                "or copy the file again."
             )
-    raise ModelError(f"{path} has no {names[0]}. Copy the file again.")
+    raise ConfigError(f"its config has no {names[0]}. Copy the file again.")
 
 
 def from_gptjax(path: Path, reader: TensorReader, metadata: Mapping[str, Any]) -> ModelSource:
     """Opens a model folder written by `gptjax.save`."""
-    config_path = path / "config.json"
     if metadata["format"] != MODEL_FORMAT:
-        raise ModelError(
-            f"{config_path} has the format {metadata['format']!r}, but this version "
-            f"reads {MODEL_FORMAT!r}. Use a folder written by gptjax.save or gptjax "
-            "train."
+        raise ConfigError(
+            f"it has the format {metadata['format']!r}, but this version reads "
+            f"{MODEL_FORMAT!r}. Use a folder written by gptjax.save or gptjax train."
         )
     match metadata:
-        case {"model": dict(model), "tokenizer": {"name": str(name), "hash": str(due)}}:
+        case {
+            "model": dict(model),
+            "tokenizer": {"name": str(name), "hash": str(expected_hash)},
+            "labels": list(labels),
+        } if all(isinstance(label, str) for label in labels):
             pass
         case _:
-            raise ModelError(f"{config_path} lacks model or tokenizer. Copy it again.")
-    try:
-        # Folders written by earlier versions have other names of attention backends.
-        renamed = RENAMED_VALUES["model.attention"]
-        if (attention := str(model.get("attention"))) in renamed:
-            model = {**model, "attention": renamed[attention]}
-        config = from_dict(GPTConfig, model, "model.")
-        tokenizer = load_tokenizer(path)
-    except (ConfigError, DataError) as error:
-        raise ModelError(f"cannot use the model folder {path}: {error}") from error
-    if tokenizer.hash != due:
-        raise ModelError(
-            f"the tokenizer in {path} has the hash {tokenizer.hash[:12]}, but the "
-            f"model was trained with {due[:12]}. Restore its tokenizer files."
+            raise ConfigError("config.json lacks model, tokenizer or labels. Copy it again.")
+    # Folders written by earlier versions have other names of attention backends.
+    renamed = RENAMED_VALUES["model.attention"]
+    if (attention := str(model.get("attention"))) in renamed:
+        model = {**model, "attention": renamed[attention]}
+    config = from_dict(GPTConfig, model, "model.")
+    tokenizer = load_tokenizer(path)
+    if tokenizer.hash != expected_hash:
+        raise ConfigError(
+            f"its tokenizer has the hash {tokenizer.hash[:12]}, but the model was trained "
+            f"with {expected_hash[:12]}. Restore its tokenizer files."
         )
-    tokenizer = dataclasses.replace(tokenizer, name=name)
-    labels = metadata.get("labels", [])
-    if not (isinstance(labels, list) and all(isinstance(x, str) for x in labels)):
-        raise ModelError(f"{config_path}: labels={labels!r} is not a list of strings.")
     if len(labels) != config.n_classes:
-        raise ModelError(
-            f"{config_path} has {len(labels)} labels for {config.n_classes} classes. Copy it again."
-        )
+        raise ConfigError(f"{len(labels)} labels for {config.n_classes} classes. Copy it again.")
+    tokenizer = dataclasses.replace(tokenizer, name=name)
     num_rows = config.padded_vocab_size
-    return ModelSource("gptjax", str(path), config, tokenizer, reader, num_rows, tuple(labels))
+    return ModelSource("gptjax", path, config, tokenizer, reader, num_rows, tuple(labels))
 
 
-def from_hf(path: Path, reader: Any, hf_config: Mapping[str, Any], log: _LogFn) -> ModelSource:
+def from_hf(
+    path: Path, reader: TensorReader, hf_config: Mapping[str, Any], log: _LogFn
+) -> ModelSource:
     """Opens a folder written by transformers."""
-    config_path = path / "config.json"
     if not hf_config:
         raise ModelError(f"{path} has no config.json. Copy or download it as well.")
     for name, required in REQUIRED_HF_VALUES.items():
         if hf_config.get(name, required) != required:
-            raise ModelError(
-                f"{config_path}: {name}={hf_config[name]!r}, but GPT-2 requires "
-                f"{required!r}. gptjax does not support this architecture."
+            raise ConfigError(
+                f"{name}={hf_config[name]!r}, but GPT-2 requires {required!r}. gptjax does "
+                "not support this architecture."
             )
-    config = config_from_shape(
-        config_path,
-        vocab_size=get_positive_int(config_path, hf_config, "vocab_size"),
-        context_length=get_positive_int(config_path, hf_config, "n_positions", "n_ctx"),
-        n_layers=get_positive_int(config_path, hf_config, "n_layer"),
-        n_heads=get_positive_int(config_path, hf_config, "n_head"),
-        d_model=get_positive_int(config_path, hf_config, "n_embd"),
+    config = GPTConfig(
+        vocab_size=get_positive_int(hf_config, "vocab_size"),
+        context_length=get_positive_int(hf_config, "n_positions", "n_ctx"),
+        n_layers=get_positive_int(hf_config, "n_layer"),
+        n_heads=get_positive_int(hf_config, "n_head"),
+        d_model=get_positive_int(hf_config, "n_embd"),
         tie_embeddings=hf_config.get("tie_word_embeddings", True) is not False,
     )
     if hf_config.get("n_inner") not in (None, config.mlp_dim):
-        raise ModelError(
-            f"{config_path}: n_inner={hf_config['n_inner']!r}, but gptjax only "
-            f"supports 4 * n_embd = {config.mlp_dim}."
+        raise ConfigError(
+            f"n_inner={hf_config['n_inner']!r}, but gptjax only supports 4 * n_embd = "
+            f"{config.mlp_dim}."
         )
     source = with_tokenizer("hf", path, config, reader, log)
     if "score.weight" not in reader.tensors:
         return source
-    labels = label_names(config_path, hf_config)
+    id2label = hf_config.get("id2label")
+    names = id2label if isinstance(id2label, dict) else {}
+    labels = tuple(names.get(str(n)) for n in range(len(names)))
+    if not labels or not all(isinstance(label, str) for label in labels):
+        raise ConfigError(
+            f"id2label={str(id2label)[:80]} does not name the classes 0, 1, ... of the model. "
+            "Correct it or copy the file again."
+        )
     config = dataclasses.replace(source.config, n_classes=len(labels), tie_embeddings=True)
     return dataclasses.replace(source, config=config, labels=labels)
 
 
-def label_names(config_path: Path, hf_config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns the class names of a transformers classifier."""
-    id2label = hf_config.get("id2label")
-    if isinstance(id2label, dict) and id2label:
-        labels = [id2label.get(str(n)) for n in range(len(id2label))]
-        names = tuple(label for label in labels if isinstance(label, str))
-        if len(names) == len(labels):
-            return names
-    raise ModelError(
-        f"{config_path}: id2label={id2label!r} does not name the classes 0, 1, ... of "
-        "the model. Correct it or copy the file again."
-    )
-
-
 def from_tf_checkpoint(path: Path, log: _LogFn) -> ModelSource:
     """Opens a folder published by OpenAI."""
-    hparams = read_hparams(path)
-    config = config_from_shape(
-        path / "hparams.json",
-        vocab_size=hparams["n_vocab"],
-        context_length=hparams["n_ctx"],
-        n_layers=hparams["n_layer"],
-        n_heads=hparams["n_head"],
-        d_model=hparams["n_embd"],
+    hparams = read_json_object(path / "hparams.json")
+    config = GPTConfig(
+        vocab_size=get_positive_int(hparams, "n_vocab"),
+        context_length=get_positive_int(hparams, "n_ctx"),
+        n_layers=get_positive_int(hparams, "n_layer"),
+        n_heads=get_positive_int(hparams, "n_head"),
+        d_model=get_positive_int(hparams, "n_embd"),
     )
     return with_tokenizer("openai", path, config, open_tf_checkpoint(path), log)
 
 
-def from_book(path: Path, reader: Any, metadata: Mapping[str, Any], log: _LogFn) -> ModelSource:
+def from_book(
+    path: Path, reader: TensorReader, metadata: Mapping[str, Any], log: _LogFn
+) -> ModelSource:
     """Opens a state dict of the book's GPTModel; derives the config from shapes."""
-
-    def shape(name: str) -> tuple[int, ...]:
-        if len(found := reader.tensors[name].shape) == 2:
-            return found
-        raise ModelError(f"{name} in {path} is not a matrix. Write the file again.")
-
-    width, n_layers = shape("tok_emb.weight")[1], 0
-    while f"trf_blocks.{n_layers}.att.W_query.weight" in reader.tensors:
+    shapes = {name: tuple(tensor.shape) for name, tensor in reader.tensors.items()}
+    embedding_name, head_name = "tok_emb.weight", "out_head.weight"
+    n_layers = 0
+    while f"trf_blocks.{n_layers}.att.W_query.weight" in shapes:
         n_layers += 1
-    if "n_heads" not in metadata:
-        log(f"heads    {width // GPT2_HEAD_DIM}, from GPT-2's head dim of {GPT2_HEAD_DIM}")
-        if width % GPT2_HEAD_DIM:
-            raise ModelError(
-                f"{path} does not specify the number of heads for a width of {width}. "
-                'Add a config.json to the folder: {"n_heads": 12}.'
+    match shapes[embedding_name], shapes.get("pos_emb.weight"):
+        case (vocab_size, d_model), (context_length, _) if n_layers:
+            pass
+        case _:
+            raise ConfigError(
+                "tok_emb.weight, pos_emb.weight or trf_blocks.0 is missing or not a matrix. "
+                "Write the file again."
             )
-        metadata = {"n_heads": width // GPT2_HEAD_DIM}
-    if "pos_emb.weight" not in reader.tensors or not n_layers:
-        raise ModelError(f"{path} lacks pos_emb.weight or trf_blocks.0. Write it again.")
-    config = config_from_shape(
-        path,
-        vocab_size=shape("tok_emb.weight")[0],
-        context_length=shape("pos_emb.weight")[0],
-        n_layers=n_layers,
-        n_heads=get_positive_int(path / "config.json", metadata, "n_heads"),
-        d_model=width,
-        qkv_bias="trf_blocks.0.att.W_query.bias" in reader.tensors,
-        tie_embeddings=False,
-    )
-    head_name, embedding_name = "out_head.weight", "tok_emb.weight"
-    if head_name not in reader.tensors or np.array_equal(
+    if "n_heads" not in metadata:
+        if d_model % GPT2_HEAD_DIM:
+            raise ConfigError(
+                f"it does not specify the number of heads for a width of {d_model}. Add a "
+                'config.json to the folder: {"n_heads": 12}.'
+            )
+        metadata = {"n_heads": d_model // GPT2_HEAD_DIM}
+        log(f"heads    {metadata['n_heads']}, from GPT-2's head dim of {GPT2_HEAD_DIM}")
+    # The book copies the weights instead of tying them.
+    is_tied = head_name not in shapes or np.array_equal(
         reader.read(head_name), reader.read(embedding_name)
-    ):
-        # The book copies the weights instead of tying them.
-        config = dataclasses.replace(config, tie_embeddings=True)
+    )
+    config = GPTConfig(
+        vocab_size=vocab_size,
+        context_length=context_length,
+        n_layers=n_layers,
+        n_heads=get_positive_int(metadata, "n_heads"),
+        d_model=d_model,
+        qkv_bias="trf_blocks.0.att.W_query.bias" in shapes,
+        tie_embeddings=is_tied,
+    )
     return with_tokenizer("book", path, config, reader, log)
-
-
-def config_from_shape(path: Path, **shape: Any) -> GPTConfig:
-    """Builds the config of a file; errors refer to the file."""
-    try:
-        return GPTConfig(**shape)
-    except ConfigError as error:
-        raise ModelError(f"{path} does not describe a valid GPT: {error}") from error
 
 
 def with_tokenizer(
@@ -424,29 +375,43 @@ def with_tokenizer(
     """Adds the tokenizer; its size determines `vocab_size`."""
     tokenizer, num_rows = find_tokenizer(path, config), config.vocab_size
     if tokenizer.vocab_size > num_rows:
-        raise ModelError(
-            f"the tokenizer in {path} has {tokenizer.vocab_size} tokens, but the model "
-            f"has only {num_rows}. Use the tokenizer files of the model."
+        raise ConfigError(
+            f"its tokenizer has {tokenizer.vocab_size} tokens, but the model has only "
+            f"{num_rows}. Use the tokenizer files of the model."
         )
     if tokenizer.vocab_size < num_rows:
         log(f"cut      {num_rows - tokenizer.vocab_size} rows without a token")
         config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-    return ModelSource(layout, str(path), config, tokenizer, reader, num_rows)
+    return ModelSource(layout, path, config, tokenizer, reader, num_rows)
 
 
 def find_tokenizer(path: Path, config: GPTConfig) -> Tokenizer:
     """Loads the tokenizer in the folder, else the built-in one of that size."""
     if is_tokenizer_dir(path):
-        try:
-            return load_tokenizer(path)
-        except DataError as error:
-            raise ModelError(str(error)) from error
+        return load_tokenizer(path)
     for name in ("gpt2", "bytes"):
         if (known := load_tokenizer(name)).vocab_size == config.vocab_size:
             return known
-    raise ModelError(
-        f"{path} has no tokenizer, and no built-in one has {config.vocab_size} tokens. "
-        "Copy vocab.json and merges.txt of the model there."
+    raise ConfigError(
+        f"it has no tokenizer, and no built-in one has {config.vocab_size} tokens. Copy "
+        "vocab.json and merges.txt of the model there."
+    )
+
+
+def read_model(source: ModelSource, *, int8: bool = False) -> Model:
+    """Reads the parameters of a source.
+
+    Raises:
+        ModelError: as `read_params`.
+    """
+    params = read_params(source)
+    return Model(
+        source.config,
+        fake_quantize(params) if int8 else params,
+        source.tokenizer,
+        source.labels,
+        source.chat_template,
+        int8,
     )
 
 
@@ -484,12 +449,12 @@ def read_params(source: ModelSource) -> Params:
 def check_config_sizes(source: ModelSource) -> None:
     """Rejects configs larger than the file, before any memory is allocated."""
     c, tensors = source.config, source.reader.tensors
-    max_axis = max([len(tensors), *(n for entry in tensors.values() for n in entry.shape)])
-    stack_lengths = [e.shape[0] for n, e in tensors.items() if n[:7] == "blocks/" and e.shape]
+    max_axis = max([len(tensors), *(n for tensor in tensors.values() for n in tensor.shape)])
     # Each layer has tensors of its own or a row of a stacked tensor.
-    max_layers = max([len(tensors), *stack_lengths])
-    for name in ("vocab_size", "context_length", "n_layers", "n_heads", "d_model"):
-        if getattr(c, name) > (max_layers if name == "n_layers" else max_axis):
+    stacked = [t.shape[0] for n, t in tensors.items() if n.startswith("blocks/") and t.shape]
+    limits = dict.fromkeys(("vocab_size", "context_length", "n_heads", "d_model"), max_axis)
+    for name, limit in {**limits, "n_layers": max([len(tensors), *stacked])}.items():
+        if getattr(c, name) > limit:
             raise ModelError(
                 f"{source.location}: {name}={getattr(c, name)} is too large for "
                 f"{len(tensors)} tensors with axes of up to {max_axis}. Correct the "
@@ -501,29 +466,25 @@ def match_names(
     source: ModelSource, slots_by_name: Mapping[str, list[ParamSlot]]
 ) -> dict[str, str]:
     """Maps each expected name to its name in the file; checks shapes and dtypes."""
+
+    def error(problem: str) -> ModelError:
+        return ModelError(
+            f"{source.location} {problem}. Copy the files again or correct the config."
+        )
+
     full_names: dict[str, str] = {}
     for full in source.reader.tensors:
         short = full.removeprefix("transformer.") if source.layout == "hf" else full
         if short in full_names:
-            raise ModelError(
-                f"{source.location} has both {full_names[short]} and {full}. Remove one."
-            )
+            raise error(f"has both {full_names[short]} and {full}")
         full_names[short] = full
-    tied = {"lm_head.weight", "out_head.weight"} if source.config.tie_embeddings else {}
-    unexpected = [
-        n for n in full_names if n not in slots_by_name and not IGNORED_BUFFERS.fullmatch(n)
-    ]
-    unexpected = sorted(set(unexpected) - set(tied))
+    tied = {"lm_head.weight", "out_head.weight"} if source.config.tie_embeddings else set()
     if missing := sorted(set(slots_by_name) - set(full_names)):
-        raise ModelError(
-            f"{source.location} lacks {len(missing)} tensors that its config requires, "
-            f"such as {missing[0]}. Copy the files again or correct the config."
-        )
+        raise error(f"lacks {len(missing)} tensors that its config requires, such as {missing[0]}")
+    unexpected = sorted(set(full_names) - set(slots_by_name) - tied)
+    unexpected = [name for name in unexpected if not IGNORED_BUFFERS.fullmatch(name)]
     if unexpected:
-        raise ModelError(
-            f"{source.location} has {len(unexpected)} unexpected tensors, such as "
-            f"{unexpected[0][:80]}. Remove them or correct the config."
-        )
+        raise error(f"has {len(unexpected)} unexpected tensors, such as {unexpected[0][:80]}")
     for name, slots in slots_by_name.items():
         info, expected = source.reader.tensors[full_names[name]], source_shape(slots)
         if slots[0].leaf in EMBEDDING_TABLES:
@@ -531,18 +492,13 @@ def match_names(
         found = tuple(info.shape)
         if source.layout == "openai" and found[:1] == (1,) and len(found) == 3:
             found = found[1:]  # OpenAI stores matrices as width-1 convolutions
-        if found != expected or not is_float(info.dtype):
-            raise ModelError(
-                f"{source.location}: {full_names[name]} is {info.dtype} {found}, but "
-                f"the config requires floating point {expected}. Copy the files again "
-                "or correct the config."
+        # NumPy has no kind for bfloat16.
+        if found != expected or not (info.dtype.kind == "f" or info.dtype.name == "bfloat16"):
+            raise error(
+                f"has {full_names[name]} as {info.dtype} {found}, but its config requires "
+                f"floating point {expected}"
             )
     return full_names
-
-
-def is_float(dtype: np.dtype) -> bool:
-    """True for floating point, including bfloat16, which is of NumPy kind "V"."""
-    return dtype.kind == "f" or dtype.name == "bfloat16"
 
 
 def aligned_empty(shape: tuple[int, ...]) -> np.ndarray:

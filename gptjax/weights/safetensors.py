@@ -61,19 +61,24 @@ class SafetensorsReader:
             ModelError: the file was truncated after it was opened.
         """
         info = self.tensors[name]
-        array = np.empty(info.shape, info.dtype)
-        with info.path.open("rb", buffering=0) as file:
-            file.seek(info.offset)
-            view, num_read = array.reshape(-1).view(np.uint8), 0
-            while num_read < view.size:
-                count = file.readinto(view[num_read:].data)
-                if not count:
-                    raise corrupt_file(info.path, f"it ends inside the tensor {name}")
-                num_read += count
-        return array
+        return read_array(info.path, info.offset, info.shape, info.dtype)
 
 
-def corrupt_file(path: Path, reason: str) -> ModelError:
+def read_array(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Reads an array from the middle of a file."""
+    array = np.empty(shape, dtype)
+    data = array.reshape(-1).view(np.uint8)
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            if file.readinto(data.data) != data.size:
+                raise corrupt_file(path, "it ends inside a tensor")
+    except OSError as error:
+        raise corrupt_file(path, error) from error
+    return array
+
+
+def corrupt_file(path: Path, reason: object) -> ModelError:
     """Returns the error for a corrupt file."""
     return ModelError(f"cannot use {path}: {reason}. Copy or download the file again.")
 
@@ -97,46 +102,38 @@ def open_safetensors(paths: Sequence[Path]) -> SafetensorsReader:
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Reads the tensor infos, checked against the file size, and the metadata."""
-    header, data_start, file_size = _read_header_json(path)
-    metadata = header.pop("__metadata__", {})
-    is_valid = isinstance(metadata, dict) and all(
-        isinstance(value, str) for value in metadata.values()
-    )
-    if not is_valid:
-        raise corrupt_file(path, "its metadata is not an object of strings")
-    if len(header) > MAX_TENSORS:
-        raise corrupt_file(path, f"it has {len(header):,} tensors, over {MAX_TENSORS:,}")
-    infos = {name: parse_entry(path, name, fields, data_start) for name, fields in header.items()}
-    end = data_start
-    for info in sorted(infos.values(), key=lambda e: (e.offset, num_bytes(e))):
-        if info.offset != end:
-            raise corrupt_file(path, f"no tensor starts at byte {end:,}: gap or overlap")
-        end += num_bytes(info)
-    if end != file_size:
-        raise corrupt_file(path, f"it has {file_size:,} bytes, but its tensors need {end:,}")
-    return infos, metadata
-
-
-def _read_header_json(path: Path) -> tuple[dict[str, Any], int, int]:
-    """Returns the header of a file, the offset of its data and the file size."""
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            file_size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
-            if length > min(size - HEADER_LENGTH_BYTES, MAX_HEADER_BYTES):
-                reason = f"a header of {length:,} bytes in a file of {size:,}"
-                raise corrupt_file(path, reason)
-            text = file.read(length)
-    except OSError as error:
-        raise corrupt_file(path, str(error)) from error
-    try:
-        header = strict_json.parse_json(text)
-    except ValueError as error:
-        reason = f"its header is not JSON ({str(error)[:200]})"
-        raise corrupt_file(path, reason) from error
-    if not isinstance(header, dict):
-        raise corrupt_file(path, "its header is not an object")
-    return header, HEADER_LENGTH_BYTES + length, size
+            if length > min(file_size - HEADER_LENGTH_BYTES, MAX_HEADER_BYTES):
+                raise ValueError(f"a header of {length:,} bytes in a file of {file_size:,}")
+            header = strict_json.parse_json(file.read(length))
+        return parse_header(path, header, HEADER_LENGTH_BYTES + length, file_size)
+    except (OSError, ValueError) as error:
+        raise corrupt_file(path, str(error)[:400]) from error
+
+
+def parse_header(
+    path: Path, header: Any, data_start: int, file_size: int
+) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Parses a header, whose tensors must fill the file; ValueError if invalid."""
+    if not isinstance(header, dict) or len(header) > MAX_TENSORS:
+        raise ValueError(f"its header is not an object of at most {MAX_TENSORS:,} tensors")
+    metadata = header.pop("__metadata__", {})
+    if not (
+        isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
+    ):
+        raise ValueError("its metadata is not an object of strings")
+    infos = {name: parse_entry(path, name, fields, data_start) for name, fields in header.items()}
+    end = data_start
+    for info in sorted(infos.values(), key=lambda info: info.offset):
+        if info.offset != end:
+            raise ValueError(f"no tensor starts at byte {end:,}: gap or overlap")
+        end += num_bytes(info)
+    if end != file_size:
+        raise ValueError(f"it has {file_size:,} bytes, but its tensors need {end:,}")
+    return infos, metadata
 
 
 def num_bytes(info: TensorInfo) -> int:
@@ -147,7 +144,7 @@ def num_bytes(info: TensorInfo) -> int:
 def parse_entry(path: Path, name: str, fields: Any, data_start: int) -> TensorInfo:
     """Parses and checks one header entry; `data_start` is the offset of the data."""
     if not TENSOR_NAME_PATTERN.fullmatch(name):
-        raise corrupt_file(path, f"{name[:80]!r} is not a valid tensor name")
+        raise ValueError(f"{name[:80]!r} is not a valid tensor name")
     match fields:
         case {
             "dtype": str(dtype),
@@ -156,11 +153,11 @@ def parse_entry(path: Path, name: str, fields: Any, data_start: int) -> TensorIn
             **rest,
         } if not rest and 0 not in shape and all(map(_is_valid_size, [*shape, first, last])):
             if dtype not in SAFETENSORS_DTYPES:
-                raise corrupt_file(path, f"{name[:80]!r} has the dtype {dtype[:20]!r}")
+                raise ValueError(f"{name[:80]!r} has the dtype {dtype[:20]!r}")
             info = TensorInfo(path, SAFETENSORS_DTYPES[dtype], tuple(shape), data_start + first)
             if num_bytes(info) == last - first and len(shape) <= MAX_TENSOR_AXES:
                 return info
-    raise corrupt_file(path, f"the header entry of the tensor {name[:80]!r} is not valid")
+    raise ValueError(f"the header entry of the tensor {name[:80]!r} is not valid")
 
 
 def _is_valid_size(number: Any) -> bool:

@@ -21,17 +21,18 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import google_crc32c
 import ml_dtypes
 import numpy as np
-from jaxtyping import UInt8
 
 from gptjax.errors import ModelError
-from gptjax.fileio import strict_json
+from gptjax.fileio.strict_json import read_small_file
+from gptjax.weights.safetensors import read_array
 
 SSTABLE_MAGIC = 0xDB4775248B80FB57  # last eight bytes of a table
 FOOTER_BYTES = 48  # two block handles, zeros, the magic number
 BLOCK_TRAILER_BYTES = 5  # after each block: compression type and CRC
-MAX_INDEX_BYTES, MAX_TEXT_FILE_BYTES = 1 << 26, 1 << 16
+MAX_INDEX_BYTES, MAX_CHECKPOINT_FILE_BYTES = 1 << 26, 1 << 16
 MAX_INDEX_ENTRIES = 10_000  # the largest GPT-2 has 580 tensors
 MAX_ENTRY_BYTES = 1_000  # of a key, and of a value
 MAX_TF_AXES = 8
@@ -39,15 +40,8 @@ MAX_TF_AXES = 8
 # Field numbers of TensorFlow's messages.
 HEADER_NUM_SHARDS, HEADER_ENDIANNESS, HEADER_VERSION = 1, 2, 3  # BundleHeaderProto
 VERSION_MIN_CONSUMER = 2  # VersionDef
-(ENTRY_DTYPE, ENTRY_SHAPE, ENTRY_SHARD_ID, ENTRY_OFFSET, ENTRY_SIZE, ENTRY_CRC32C, ENTRY_SLICES) = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    7,
-)  # BundleEntryProto
+ENTRY_DTYPE, ENTRY_SHAPE, ENTRY_SHARD_ID, ENTRY_OFFSET = 1, 2, 3, 4  # BundleEntryProto
+ENTRY_SIZE, ENTRY_CRC32C, ENTRY_SLICES = 5, 6, 7
 SHAPE_DIM, SHAPE_UNKNOWN_RANK = 2, 3  # TensorShapeProto
 DIM_SIZE = 1  # TensorShapeProto.Dim
 
@@ -56,15 +50,6 @@ TF_DTYPES = {  # by number in TensorFlow's types.proto
     14: np.dtype(ml_dtypes.bfloat16),
     19: np.dtype("<f2"),
 }
-HPARAM_NAMES = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
-RECOPY_ADVICE = "Copy the folder again, or download the model again."
-UNSUPPORTED_ADVICE = "Use the folder of a GPT-2 published by OpenAI, or one in the same format."
-
-DIVISOR = 0x82F63B78  # Castagnoli, RFC 3720 sec. 12.1; the low bit is the highest power
-# The first multiple with all other exponents in the lower half; found by search.
-MULTIPLE = (290, 136, 113, 107, 32, 0)
-ONES = 0xFFFFFFFF
-FOLD_BLOCK_BYTES = 1 << 20  # copied and folded at a time; fits in the CPU cache
 
 
 class TFTensor(NamedTuple):
@@ -94,27 +79,24 @@ class TFCheckpoint:
         """Reads one tensor into a new array.
 
         Raises:
-            ModelError: there is no such tensor, or its checksum does not match.
+            ModelError: its checksum does not match, or the file is truncated.
         """
-        if name not in self.tensors:
-            raise ModelError(f"{self.index} has no tensor {name!r}. {UNSUPPORTED_ADVICE}")
         tensor = self.tensors[name]
-        array = np.empty(tensor.shape, tensor.dtype)
-        data = array.reshape(-1).view(np.uint8)
-        try:
-            with tensor.path.open("rb") as file:
-                file.seek(tensor.offset)
-                if file.readinto(data.data) != len(data):
-                    raise ModelError(f"{tensor.path} ends inside {name!r}. {RECOPY_ADVICE}")
-        except OSError as error:
-            raise ModelError(f"cannot read {tensor.path}: {error}. {RECOPY_ADVICE}") from error
-        crc = mask_crc(crc32c(data))
-        if crc != tensor.crc:
-            raise ModelError(
-                f"{tensor.path} is damaged: the checksum of {name!r} is {crc:08x}, but "
-                f"the index has {tensor.crc:08x}. {RECOPY_ADVICE}"
+        array = read_array(tensor.path, tensor.offset, tensor.shape, tensor.dtype)
+        if (crc := masked_crc32c(array.tobytes())) != tensor.crc:
+            raise unusable_file(
+                tensor.path,
+                f"the checksum of {name!r} is {crc:08x}, but the index has {tensor.crc:08x}",
             )
         return array
+
+
+def unusable_file(path: Path, reason: object) -> ModelError:
+    """Returns the error for a corrupt or unsupported file."""
+    return ModelError(
+        f"{path} cannot be used: {reason}. Copy the folder again, or use one in the format "
+        "of the GPT-2 published by OpenAI."
+    )
 
 
 def open_tf_checkpoint(folder: Path) -> TFCheckpoint:
@@ -125,51 +107,12 @@ def open_tf_checkpoint(folder: Path) -> TFCheckpoint:
             the data files do not match the index.
     """
     index = find_index_file(folder)
-    data = read_small_file(index, MAX_INDEX_BYTES)
     try:
-        tensors = parse_tensors(index, read_sstable(data))
+        tensors = parse_tensors(index, read_sstable(read_small_file(index, MAX_INDEX_BYTES)))
         check_offsets(tensors.values())
-    except ModelError:
-        raise
     except (ValueError, OSError) as error:
-        raise ModelError(f"{index} cannot be used: {error}. {RECOPY_ADVICE}") from error
+        raise unusable_file(index, error) from error
     return TFCheckpoint(index, tensors)
-
-
-def read_hparams(folder: Path) -> dict[str, int]:
-    """Reads the values of `HPARAM_NAMES` from hparams.json.
-
-    Raises:
-        ModelError: the file is missing, or a value is not a positive integer.
-    """
-    path = folder / "hparams.json"
-    data = read_small_file(path, MAX_TEXT_FILE_BYTES)
-    sizes = {}
-    try:
-        content = strict_json.parse_json(data)
-        for name in HPARAM_NAMES:
-            value = content.get(name) if isinstance(content, dict) else None
-            if not isinstance(value, int) or value < 1 or value is True:
-                raise ValueError(f"{name}={str(value)[:40]} is not a positive integer")
-            sizes[name] = value
-    except ValueError as error:
-        raise ModelError(f"{path} cannot be used: {error}. {RECOPY_ADVICE}") from error
-    return sizes
-
-
-def read_small_file(path: Path, max_bytes: int) -> bytes:
-    """Reads a file of at most `max_bytes` bytes."""
-    try:
-        if not path.is_file():
-            raise ModelError(f"{path} does not exist or is not a file. {RECOPY_ADVICE}")
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise ModelError(
-                f"{path} has {size:,} bytes, more than the limit of {max_bytes:,}. {RECOPY_ADVICE}"
-            )
-        return path.read_bytes()
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error}. {RECOPY_ADVICE}") from error
 
 
 def find_index_file(folder: Path) -> Path:
@@ -178,18 +121,21 @@ def find_index_file(folder: Path) -> Path:
     TensorFlow may have written an absolute path of another machine into `checkpoint`,
     so only plain file names are followed.
     """
-    if (folder / "checkpoint").exists():
-        text = read_small_file(folder / "checkpoint", MAX_TEXT_FILE_BYTES)
+    try:
+        text = read_small_file(folder / "checkpoint", MAX_CHECKPOINT_FILE_BYTES)
         pattern = rb'^model_checkpoint_path: "(\w[\w.-]*)"\r?$'
         if name := re.search(pattern, text, re.MULTILINE):
             return folder / f"{name[1].decode()}.index"
+    except FileNotFoundError:
+        pass
+    except (ValueError, OSError) as error:
+        raise unusable_file(folder / "checkpoint", error) from error
     if (folder / "model.ckpt.index").exists():
         return folder / "model.ckpt.index"
     candidates = sorted(folder.glob("*.index"))
     if len(candidates) != 1:
-        raise ModelError(
-            f"{folder} has {len(candidates)} *.index files, but a checkpoint has one. "
-            f"{UNSUPPORTED_ADVICE}"
+        raise unusable_file(
+            folder, f"it has {len(candidates)} *.index files, but a checkpoint has one"
         )
     return candidates[0]
 
@@ -203,12 +149,12 @@ def parse_tensors(index: Path, entries: list[tuple[bytes, bytes]]) -> dict[str, 
     if not 1 <= num_shards < 100_000:
         raise ValueError(f"it refers to {num_shards:,} data files")
     if numbers.get(HEADER_ENDIANNESS, 0):
-        raise ModelError(f"{index} is from a big-endian machine. {UNSUPPORTED_ADVICE}")
+        raise ValueError("it is from a big-endian machine")
     version, _ = parse_proto(b"".join(messages.get(HEADER_VERSION, [])))
     if version.get(VERSION_MIN_CONSUMER, 0) > 1:  # TensorFlow writes 1
-        raise ModelError(
-            f"{index} requires a reader of version {version[VERSION_MIN_CONSUMER]}, "
-            f"but gptjax implements version 1. {UNSUPPORTED_ADVICE}"
+        raise ValueError(
+            f"it requires a reader of version {version[VERSION_MIN_CONSUMER]}, but gptjax "
+            "implements version 1"
         )
     tensors = [parse_tensor(index, num_shards, *pair) for pair in entries[1:]]
     return {tensor.name: tensor for tensor in tensors}
@@ -219,24 +165,18 @@ def parse_tensor(index: Path, num_shards: int, key: bytes, value: bytes) -> TFTe
     name = key.decode("utf-8")
     numbers, messages = parse_proto(value)
     if ENTRY_SLICES in messages:
-        raise ModelError(f"{index} stores {name!r} in slices, unsupported. {UNSUPPORTED_ADVICE}")
+        raise ValueError(f"{name!r} is stored in slices")
     dtype_number, shard = numbers.get(ENTRY_DTYPE, 0), numbers.get(ENTRY_SHARD_ID, 0)
     if dtype_number not in TF_DTYPES:
-        raise ModelError(
-            f"{index} has {name!r} in TensorFlow's dtype {dtype_number}; supported: "
-            f"{', '.join(f'{n} ({dtype})' for n, dtype in TF_DTYPES.items())}. "
-            f"{UNSUPPORTED_ADVICE}"
-        )
+        raise ValueError(f"{name!r} has TensorFlow's dtype {dtype_number}, not a float")
     if shard >= num_shards:
         raise ValueError(f"{name!r} is in data file {shard} of only {num_shards}")
     rank, axes = parse_proto(b"".join(messages.get(ENTRY_SHAPE, [])))
     shape = tuple(parse_proto(a)[0].get(DIM_SIZE, 0) for a in axes.get(SHAPE_DIM, []))
     size = numbers.get(ENTRY_SIZE, 0)
     path = index.with_suffix(f".data-{shard:05d}-of-{num_shards:05d}")
-    offset = numbers.get(ENTRY_OFFSET, 0)
-    tensor = TFTensor(
-        name, shape, TF_DTYPES[dtype_number], path, offset, numbers.get(ENTRY_CRC32C, 0)
-    )
+    offset, crc = numbers.get(ENTRY_OFFSET, 0), numbers.get(ENTRY_CRC32C, 0)
+    tensor = TFTensor(name, shape, TF_DTYPES[dtype_number], path, offset, crc)
     if len(shape) > MAX_TF_AXES or 0 in shape or SHAPE_UNKNOWN_RANK in rank or tensor.size != size:
         raise ValueError(f"{name!r} has {size:,} bytes and the invalid shape {shape}")
     return tensor
@@ -285,7 +225,7 @@ def read_block(data: bytes, offset: int, size: int) -> bytes:
     content = data[offset : offset + size + BLOCK_TRAILER_BYTES]
     if len(content) != size + BLOCK_TRAILER_BYTES:
         raise ValueError(f"its block at {offset:,} is truncated")
-    if mask_crc(crc32c(content[:-4])) != int.from_bytes(content[-4:], "little"):
+    if masked_crc32c(content[:-4]) != int.from_bytes(content[-4:], "little"):
         raise ValueError(f"the checksum of its block at {offset:,} does not match")
     if content[size]:
         raise ValueError("it is compressed, which checkpoints of TensorFlow never are")
@@ -354,51 +294,7 @@ def read_exact(stream: io.BytesIO, count: int) -> bytes:
     return data
 
 
-def mask_crc(crc: int) -> int:
-    """Masks a CRC as TensorFlow does, so that data may contain its own CRC."""
+def masked_crc32c(data: bytes) -> int:
+    """Returns a CRC-32C, masked as TensorFlow does so that data may contain its own."""
+    crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def remainder(byte: int) -> int:
-    """Returns the CRC table entry of a byte."""
-    for _ in range(8):
-        byte = byte >> 1 ^ DIVISOR * (byte & 1)
-    return byte
-
-
-CRC_TABLE = [remainder(byte) for byte in range(256)]
-
-
-def crc32c(data: bytes | UInt8[np.ndarray, " _"], crc: int = 0) -> int:
-    """Returns the CRC-32C of `data`, or continues from the `crc` of preceding data.
-
-    >>> hex(crc32c(b"56789", crc32c(b"1234")))
-    '0xe3069283'
-    """
-    register = crc ^ ONES
-    whole = np.frombuffer(data, np.uint8)
-    for start in range(0, len(whole), FOLD_BLOCK_BYTES):
-        rest = whole[start : start + FOLD_BLOCK_BYTES]
-        if len(rest) > MULTIPLE[0]:
-            rest = rest.copy()
-            rest[:4] ^= np.frombuffer(register.to_bytes(4, "little"), np.uint8)
-            rest, register = fold_bytes(rest), 0
-        for byte in rest.tolist():
-            register = CRC_TABLE[(register ^ byte) & 0xFF] ^ register >> 8
-    return register ^ ONES
-
-
-def fold_bytes(rest: UInt8[np.ndarray, " _"]) -> UInt8[np.ndarray, " _"]:
-    """Folds `rest` in place into its last bytes, which have the same remainder."""
-    highest, *places = MULTIPLE
-    scale = 1 << len(rest).bit_length()
-    while len(rest) > highest:
-        while scale * highest >= len(rest):
-            scale //= 2
-        # Only bytes that are not the target of an XOR in this step can be removed.
-        count = min(len(rest) - scale * highest, scale * (highest - places[0]))
-        for place in places:
-            start = scale * (highest - place)
-            rest[start : start + count] ^= rest[:count]
-        rest = rest[count:]
-    return rest

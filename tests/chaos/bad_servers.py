@@ -1,161 +1,173 @@
-"""Downloads from bad servers, killed at every point: never a wrong file installed.
+"""Downloads from bad servers, killed at every point: never a wrong file is used.
 
-Of each case, a process downloads from one of the servers and kills itself at a point;
-then another call asks the same server, and a last one a server that is right. After
-each, the file's name holds the right file or nothing.
+In each case a process downloads a data set (with pooch) or a model (with
+huggingface_hub) from one of the servers and kills itself at a point; then another call
+asks the same server, and a last one a server that is right. Each call gives the right
+file or an error.
 """
 
 import contextlib
+import itertools
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gptjax.errors import DataError
+import pytest
+
+from gptjax.errors import DataError, ModelError
 from gptjax.fileio import download
-from gptjax.fileio.download import RemoteFile
+from gptjax.fileio.download import Pin, download_file, sha256_of_files
+from gptjax.weights import hub
 from tests.file_server import (
     BODY,
+    COMMIT,
     PIN,
     Answer,
     Handler,
     endless,
     file,
     head,
+    hub_headers,
     plain,
-    process_of,
     serving,
+    use_hub,
 )
 
-POINTS = 20  # blocks of the body, then before and after three operations
-BLOCKS = 14
 WRONG = bytes(reversed(BODY))
-SILENT = 0.3  # seconds that the server which stalls is waited for
-KILLER = """
-import http.client
-from gptjax.fileio import download as module
-module.DOWNLOAD_TIMEOUT_SECONDS, module.DOWNLOAD_BLOCK_BYTES = {seconds}, {block}
-point, blocks = {point}, {blocks}
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-def at(owner, name, first):
+NUM_RECEIVES = 8  # kills at a receive, then before and after each of two renames
+NUM_POINTS = NUM_RECEIVES + 4
+STALL_SECONDS = 0.3
+CHILD = """
+import itertools, os, signal, socket, sys
+from pathlib import Path
+from tests.chaos import bad_servers
+client, url, folder, point = sys.argv[1:]
+count = itertools.count()
+def at(number):
+    if number == int(point):
+        os.kill(os.getpid(), signal.SIGKILL)
+def watch(owner, name, before, after):
     real = getattr(owner, name)
-    def wrapped(*args, **options):
-        if point == first:
-            die()
+    def watched(*args, **options):
+        at(before())
         result = real(*args, **options)
-        if point == first + 1:
-            die()
+        at(after())
         return result
-    setattr(owner, name, wrapped)
-at(os, 'fsync', blocks)
-at(module, 'sha256_of_files', blocks + 2)
-at(os, 'replace', blocks + 4)
-real, count = http.client.HTTPResponse.read1, [0]
-def read1(*args):
-    if point == count[0]:
-        die()
-    count[0] += 1
-    return real(*args)
-http.client.HTTPResponse.read1 = read1
+    setattr(owner, name, watched)
+for name in ("recv", "recv_into"):
+    watch(socket.socket, name, lambda: next(count), lambda: -1)
+first = bad_servers.NUM_RECEIVES
+for number, name in enumerate(("rename", "replace")):
+    place = first + 2 * number
+    watch(os, name, lambda place=place: place, lambda place=place: place + 1)
+bad_servers.fetch(client, url, Path(folder))
 """
 
 
-def flipped(body: bytes) -> bytes:
-    """The body with one bit changed."""
-    return body[:-100] + bytes([body[-100] ^ 4]) + body[-99:]
-
-
 def stalled(handler: Handler) -> None:
-    """Half of the body, then nothing."""
+    """Sends half of the body, then nothing."""
     head(handler, Content_Length=len(BODY))
     with contextlib.suppress(OSError):
         handler.wfile.write(BODY[: len(BODY) // 2])
         handler.wfile.flush()
         handler.connection.settimeout(5)
-        handler.connection.recv(1)  # until the other side has gone
-
-
-def redirect_to(url: str) -> Answer:
-    """An answer that sends to another place."""
-    return lambda handler: head(handler, 302, Location=url, Content_Length=0)
+        handler.connection.recv(1)  # until the client has gone
 
 
 SERVERS: dict[str, Answer] = {
     "right": file(BODY),
     "truncated": file(BODY, cut=len(BODY) * 2 // 3),
-    "flipped": file(flipped(BODY)),
+    "flipped": file(BODY[:-100] + b"X" + BODY[-99:]),
     "wrong length": plain(BODY + b"more", Content_Length=len(BODY) + 4),
-    "redirect": redirect_to(""),  # to the address of a server of another file
-    "endless": endless,
+    "another file": file(WRONG),
     "stalled": stalled,
+    "endless": endless,
 }
-FULL, SLICE = len(SERVERS) * POINTS, len(SERVERS) * 3
+CASES = [
+    (client, name, point)
+    for client, name, point in itertools.product(("dataset", "hub"), SERVERS, range(NUM_POINTS))
+    if (client, name) != ("hub", "endless")  # the library sets no limit
+]
+FULL, SLICE = len(CASES), 26
 
 
-def fault_of(target: Path, when: str, *, must: bool = False) -> str:
-    """What is wrong with what lies under the file's name, or ""."""
-    if not target.exists():
-        return f"{when}: the right file was not installed" if must else ""
-    return "" if target.read_bytes() == BODY else f"{when}: a wrong file is installed"
+def as_hub(answer: Answer) -> Answer:
+    """A hub with the headers of the right weights, which an answer then sends."""
+
+    def respond(handler: Handler) -> None:
+        name = handler.path.rpartition("/")[2]
+        if name != hub.WEIGHTS:
+            file(b"{}", **hub_headers(name, b"{}"))(handler)
+        elif handler.command == "HEAD":
+            head(handler, Content_Length=len(BODY), **hub_headers(name, BODY))
+        else:
+            answer(handler)
+
+    return respond
 
 
-def killed(url: str, target: Path, point: int) -> int:
-    """The exit status of a download that is killed at a point, if it gets there."""
-    block = len(BODY) // BLOCKS + 1
-    options = {"seconds": download.DOWNLOAD_TIMEOUT_SECONDS, "block": block, "blocks": BLOCKS}
-    process = process_of(url, target, KILLER.format(point=point, **options))
-    try:
-        return process.wait(900)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return 1000
+def fetch(client: str, url: str, folder: Path) -> Path:
+    """Fetches the file; an error if that fails."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_hub(monkeypatch, folder, url)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)  # between retries
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", STALL_SECONDS)
+        monkeypatch.setattr(download, "DOWNLOAD_TIMEOUT_SECONDS", STALL_SECONDS)
+        if client == "dataset":
+            if not (folder / "file").exists():
+                download_file(url, PIN, folder / "file", "it")
+            return folder / "file"
+        empty = Pin(2, "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a")
+        pins = {hub.CONFIG: empty, hub.VOCAB: empty, hub.MERGES: empty, hub.WEIGHTS: PIN}
+        monkeypatch.setitem(hub.PINNED_REPOS, "gpt2", hub.Repository("o/n", COMMIT, pins))
+        return hub.fetch_repo("gpt2") / hub.WEIGHTS
 
 
-def faults(name: str, point: int, target: Path) -> Iterator[str]:
-    """What goes wrong with one server and one point, "" where nothing does."""
-    with contextlib.ExitStack() as stack:
-        answer = SERVERS[name]
-        if name == "redirect":
-            other, _ = stack.enter_context(serving(file(WRONG)))
-            answer = redirect_to(other)
-        url, _ = stack.enter_context(serving(answer))
-        status = killed(url, target, point)
-        yield "the download never ended" if status == 1000 else ""
-        if name == "right" and status != -signal.SIGKILL:
-            yield f"it ended with {status} before the point"
-        yield fault_of(target, "after the kill")
+def kill_at(client: str, url: str, folder: Path, point: int) -> int:
+    """The exit status of a process that kills itself at a point of a fetch."""
+    command = [sys.executable, "-c", CHILD, client, url, str(folder), str(point)]
+    return subprocess.run(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False, timeout=900
+    ).returncode
+
+
+def faults(client: str, name: str, point: int, folder: Path) -> Iterator[str]:
+    """What goes wrong in one case."""
+
+    def call(url: str, when: str, *, must: bool = False) -> Iterator[str]:
         try:
-            download.download_file(RemoteFile(url, PIN), target, "it")
-        except DataError as error:
-            done = name == "right" or target.exists()
-            yield f"after all was there: {error}" if done else ""
-        yield fault_of(target, "after the second call")
-        good, _ = stack.enter_context(serving(file(BODY)))
-        if not target.exists():
-            download.download_file(RemoteFile(good, PIN), target, "it")
-        yield fault_of(target, "at the end", must=True)
-        left = sorted(path.name for path in target.parent.iterdir())
-        left = [part for part in left if part != target.name]
-        yield f"left behind: {left}" if left else ""
+            if sha256_of_files([fetch(client, url, folder)]) != PIN.sha256:
+                yield f"{when}: a wrong file is used"
+        except (DataError, ModelError) as error:
+            if "Delete " in str(error):  # do what it says
+                Path(str(error).partition("Delete ")[2].split(" to ")[0]).unlink()
+            if must:
+                yield f"{when}: {error}"
+
+    with contextlib.ExitStack() as stack:
+        answers = [SERVERS[name], file(BODY)]
+        if client == "hub":
+            answers = list(map(as_hub, answers))
+        url, good = (stack.enter_context(serving(answer))[0] for answer in answers)
+        status = kill_at(client, url, folder, point)
+        if name == "right" and status not in (0, -signal.SIGKILL):
+            yield f"it ended with {status} before the point"
+        yield from call(url, "second call", must=name == "right")
+        yield from call(good, "right server", must=name not in ("flipped", "another file"))
+        yield from call(good, "at the end", must=True)
 
 
 def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
     """What went wrong with each case; the seed does not matter."""
-    before = download.DOWNLOAD_TIMEOUT_SECONDS
-    names = list(SERVERS)
-    spread = [0, 9, 19, *(n for n in range(POINTS) if n not in (0, 9, 19))]
-    try:
-        for case in cases:
-            name, point = names[case % len(names)], spread[case // len(names)]
-            place = folder / str(case)
-            place.mkdir()
-            download.DOWNLOAD_TIMEOUT_SECONDS = SILENT if name == "stalled" else before
-            try:
-                found = [f for f in faults(name, point, place / "file") if f]
-                yield "; ".join(f"{name}, point {point}: {fault}" for fault in found)
-            except Exception as error:
-                yield f"{name}, point {point}: {type(error).__name__}: {error}"
-    finally:
-        download.DOWNLOAD_TIMEOUT_SECONDS = before
+    order = sorted(range(FULL), key=lambda n: (n * 7919) % FULL)  # a slice has all kinds
+    for case in cases:
+        client, name, point = CASES[order[case]]
+        place = folder / str(case)
+        place.mkdir()
+        try:
+            found = "; ".join(faults(client, name, point, place))
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+        yield f"{client}, {name}, point {point}: {found}" if found else ""

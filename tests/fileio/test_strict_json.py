@@ -1,9 +1,9 @@
-"""JSON is taken where the standard allows it, and where nothing in it surprises."""
+"""Strict JSON: what the standard allows, without surprises."""
 
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.fileio.strict_json import MAX_DEPTH, decode_json_at, parse_json, read_json
@@ -15,6 +15,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(max_examples=50)
 @given(VALUES)
 def test_what_python_writes_comes_back(value):
     text = json.dumps(value)
@@ -24,40 +25,34 @@ def test_what_python_writes_comes_back(value):
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),
+    ("text", "message"),
     [
         ("", "Expecting value"),
         ("1 2", "Extra data"),
-        (b"\xff\xfe1\x00", "codec can't decode"),
-        ("NaN", "NaN is not a JSON"),
-        ("[-Infinity]", "-Infinity is not a JSON"),
-        ("1e999", "1e999 is out of range"),
-        ("9" * 5000, "Exceeds the limit"),
-        ('{"a": 1, "b": {"a": 1, "a": 2}}', "duplicate keys"),
-        ('{"a\\ud800": 1}', "surrogates not allowed"),
-        ("[" * 100_000, "more than 64 levels"),
-        ('{"a":' * 100_000, "more than 64 levels"),
+        (b"\xff\xfe1\x00", "utf-8"),
+        ("NaN", "NaN"),
+        ("[-Infinity]", "-Infinity"),
+        ("1e999", "1e999"),
+        ("9" * 5000, "4300"),
+        ('{"a": 1, "b": {"a": 1, "a": 2}}', "duplicate"),
+        ('{"a\\ud800": 1}', "surrogates"),
+        ("[" * 100_000, "64"),
+        ('{"a":' * 100_000, "64"),
+        ("[" * (MAX_DEPTH + 1) + "1" + "]" * (MAX_DEPTH + 1), "64"),
+        ('{"a":' * (MAX_DEPTH + 1) + "1" + "}" * (MAX_DEPTH + 1), "64"),
     ],
 )
-def test_what_is_not_json_is_a_value_error(text, why):
-    with pytest.raises(ValueError, match=why):
+def test_other_text_is_a_value_error(text, message):
+    with pytest.raises(ValueError, match=message):
         parse_json(text)
 
 
-@pytest.mark.parametrize("pair", ["[]", '{"a":}'])
-def test_depth_is_counted_exactly(pair):
-    middle = len(pair) - 1
-    opening, closing = pair[:middle], pair[middle:]
-
-    parse_json(opening * MAX_DEPTH + "1" + closing * MAX_DEPTH)
-    with pytest.raises(ValueError, match="more than 64 levels"):
-        parse_json(opening * (MAX_DEPTH + 1) + "1" + closing * (MAX_DEPTH + 1))
-
-
-def test_a_file_is_read_up_to_a_size(tmp_path):
+def test_values_of_the_maximum_depth_and_size_are_read(tmp_path):
     path = tmp_path / "a.json"
-    path.write_text("[1, 2]")
+    path.write_text("[" * MAX_DEPTH + "1" + "]" * MAX_DEPTH)
 
-    assert read_json(path, 6) == [1, 2]
-    with pytest.raises(ValueError, match="it has more than 5 bytes"):
-        read_json(path, 5)
+    value = read_json(path, 2 * MAX_DEPTH + 1)
+
+    assert json.dumps(value) == path.read_text()
+    with pytest.raises(ValueError, match=f"{2 * MAX_DEPTH + 1} bytes"):
+        read_json(path, 2 * MAX_DEPTH)

@@ -1,4 +1,4 @@
-"""Safetensors files: read exactly, or refused with one clear error."""
+"""Safetensors files are read exactly, or rejected with one clear error."""
 
 import json
 import struct
@@ -31,134 +31,111 @@ def path(arrays, tmp_path):
     return path
 
 
-def crafted(path, header, data=b""):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
-
-
-def line(shape=(2,), offsets=(0, 8), dtype="F32"):
-    return {"dtype": dtype, "shape": [*shape], "data_offsets": [*offsets]}
-
-
 @pytest.mark.fast
-def test_tensors_are_those_that_the_library_wrote(arrays, path):
-    found = open_safetensors([path])
-
-    assert set(found.tensors) == set(arrays)
-    assert found.metadata == {"format": "pt"}
-    for name, array in arrays.items():
-        entry = found.tensors[name]
-        assert (entry.shape, entry.dtype) == (array.shape, array.dtype)
-        assert found.read(name).tobytes() == array.tobytes()
-
-
-def test_several_files_are_one_set_of_names_that_differ(path, tmp_path):
+def test_tensors_are_those_that_the_library_wrote(arrays, path, tmp_path):
     other = tmp_path / "other.safetensors"
     safetensors.numpy.save_file({"d": np.ones(2, np.float32)}, other)
 
-    assert "d" in open_safetensors([path, other]).tensors
+    found = open_safetensors([path, other])
 
-    with pytest.raises(ModelError, match="another file also has the tensor a"):
+    assert set(found.tensors) == {*arrays, "d"}
+    assert found.metadata == {"format": "pt"}
+    for name, array in arrays.items():
+        info = found.tensors[name]
+        assert (info.shape, info.dtype) == (array.shape, array.dtype)
+        assert found.read(name).tobytes() == array.tobytes()
+    with pytest.raises(ModelError, match="the tensor a"):
         open_safetensors([path, path])
 
 
-HOSTILE = {
-    "a header bomb": (struct.pack("<Q", 1 << 62), "a header of"),
-    "a header above the most": (
-        struct.pack("<Q", (1 << 20) + 1) + b" " * (1 << 21),
-        "a header of 1,048,577 bytes",
+def raw(text: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
+    return {"dtype": dtype, "shape": [*shape], "data_offsets": [*offsets]}
+
+
+INVALID_FILES = {
+    "huge header": (raw(b"", 1 << 62), "4,611,686,018,427,387,904"),
+    "header above the limit": (raw(b" " * ((1 << 20) + 1)), "1,048,577"),
+    "header not UTF-8": (raw(b'"\xff"'), "utf-8"),
+    "header longer than the file": (raw(b"{}", 100), "header of 100"),
+    "empty": (b"", "file of 0"),
+    "not JSON": (raw(b"abc"), "Expecting value"),
+    "a list": (raw(b"[]"), "object"),
+    "deep nesting": (raw(b"[" * 200_000), "64"),
+    "duplicate name": (
+        raw(b'{"a":%b,"a":%b}' % ((json.dumps(entry()).encode(),) * 2)) + bytes(8),
+        "duplicate",
     ),
-    "a header that is not UTF-8": (struct.pack("<Q", 3) + b'"\xff"', "not JSON"),
-    "a header longer than the file": (struct.pack("<Q", 100) + b"{}", "a header of"),
-    "nothing": (b"", "a header of 0 bytes in a file of 0"),
-    "no JSON": (struct.pack("<Q", 3) + b"abc", "not JSON"),
-    "a list": (struct.pack("<Q", 2) + b"[]", "not an object"),
-    "deep nesting": (struct.pack("<Q", 200_000) + b"[" * 200_000, "not JSON"),
-}
-LINES = {
-    "a name twice": (
-        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
-        b'"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
-        "duplicate keys",
-    ),
-    "a gap": ({"a": line(offsets=(4, 12))}, "no tensor starts at byte"),
-    "an overlap": ({"a": line(), "b": line(offsets=(4, 12))}, "no tensor starts at byte"),
-    "more than the file": ({"a": line((4,), (0, 16))}, "but its tensors need"),
-    "less than the file": ({"a": line((1,), (0, 4))}, "but its tensors need"),
-    "a size that is not the shape's": ({"a": line((3,))}, "entry of the tensor 'a'"),
-    "a huge shape": ({"a": line((1 << 40, 1 << 40))}, "entry of the tensor 'a'"),
-    "a negative shape": ({"a": line((-2,))}, "entry of the tensor 'a'"),
-    "a shape of booleans": ({"a": line((True, 2))}, "entry of the tensor 'a'"),
-    "an unknown type": ({"a": line(dtype="Q4")}, "'a' has the dtype 'Q4'"),
-    "a tensor of no elements": ({"a": line((0,), (0, 0))}, "entry of the tensor 'a'"),
-    "an axis beside a zero": (
-        {"a": line((0, 1 << 61), (0, 0)), "b": line()},
-        "entry of the tensor 'a'",
-    ),
-    "nine axes": ({"a": line((1,) * 8 + (2,))}, "entry of the tensor 'a'"),
-    "a path for a name": ({"../etc\\x": line()}, "'../etc.*x' is not a valid"),
-    "no name": ({"": line()}, "'' is not a valid tensor name"),
-    "a name of a megabyte": ({"a" * 1000: line()}, "is not a valid tensor name"),
     "not a number": (
-        b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,8]}}',
-        "NaN is not a JSON",
+        raw(b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,8]}}') + bytes(8),
+        "NaN",
     ),
-    "too many tensors": (
-        {f"t{n}": line((1,), (n, n + 1), "U8") for n in range(10_001)},
-        "it has 10,001 tensors",
-    ),
-    "metadata of numbers": ({"__metadata__": {"x": 1}}, "metadata is not"),
-    "a line more": ({"a": line() | {"x": 1}}, "entry of the tensor 'a'"),
-    "a line that is none": ({"a": 3}, "entry of the tensor 'a'"),
+}
+INVALID_HEADERS = {
+    "gap": ({"a": entry(offsets=(4, 12))}, "starts at byte"),
+    "overlap": ({"a": entry(), "b": entry(offsets=(4, 12))}, "starts at byte"),
+    "more than the file": ({"a": entry((4,), (0, 16))}, "tensors need"),
+    "less than the file": ({"a": entry((1,), (0, 4))}, "tensors need"),
+    "size of another shape": ({"a": entry((3,))}, "tensor 'a'"),
+    "huge shape": ({"a": entry((1 << 40, 1 << 40))}, "tensor 'a'"),
+    "negative shape": ({"a": entry((-2,))}, "tensor 'a'"),
+    "booleans in shape": ({"a": entry((True, 2))}, "tensor 'a'"),
+    "unknown dtype": ({"a": entry(dtype="Q4")}, "'a' has the dtype 'Q4'"),
+    "no elements": ({"a": entry((0,), (0, 0)), "b": entry()}, "tensor 'a'"),
+    "nine axes": ({"a": entry((1,) * 8 + (2,))}, "tensor 'a'"),
+    "path as name": ({"../etc\\x": entry()}, "'../etc"),
+    "empty name": ({"": entry()}, "''"),
+    "long name": ({"a" * 1000: entry()}, "aaa"),
+    "too many tensors": ({f"t{n}": entry((1,), (n, n + 1), "U8") for n in range(10_001)}, "10,000"),
+    "metadata of numbers": ({"__metadata__": {"x": 1}}, "metadata"),
+    "unknown field": ({"a": entry() | {"x": 1}}, "tensor 'a'"),
+    "entry not an object": ({"a": 3}, "tensor 'a'"),
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_files_that_are_not_safetensors_are_refused(name, tmp_path):
-    data, message = HOSTILE[name]
-    (tmp_path / "x.safetensors").write_bytes(data)
+def test_invalid_files_are_rejected(tmp_path):
+    path = tmp_path / "x.safetensors"
+    cases = INVALID_FILES | {
+        name: (raw(json.dumps(header).encode()) + bytes(8), message)
+        for name, (header, message) in INVALID_HEADERS.items()
+    }
 
-    with pytest.raises(ModelError, match=message):
-        open_safetensors([tmp_path / "x.safetensors"])
+    for name, (data, message) in cases.items():
+        path.write_bytes(data)
+        try:
+            with pytest.raises(ModelError, match=message) as error:
+                open_safetensors([path])
+        except BaseException as failure:
+            failure.add_note(name)
+            raise
+        assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("name", LINES)
-def test_headers_that_are_not_exact_are_refused(name, tmp_path):
-    header, message = LINES[name]
-    crafted(tmp_path / "x.safetensors", header, bytes(8))
-
-    with pytest.raises(ModelError, match=message):
-        open_safetensors([tmp_path / "x.safetensors"])
-
-
-def test_a_missing_file_is_said(tmp_path):
+def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(ModelError, match="No such file"):
         open_safetensors([tmp_path / "x.safetensors"])
 
 
-def test_every_truncation_is_noticed(path):
-    data = path.read_bytes()
+def test_every_truncation_is_an_error(path):
+    data, found = path.read_bytes(), open_safetensors([path])
 
     for size in range(len(data)):
         path.write_bytes(data[:size])
-        with pytest.raises(ModelError, match="cannot use"):
+        with pytest.raises(ModelError, match=str(path)):
             open_safetensors([path])
-
-
-def test_a_file_cut_after_it_was_opened_is_noticed(path):
-    found = open_safetensors([path])
-    path.write_bytes(path.read_bytes()[:-1])
-
-    with pytest.raises(ModelError, match="ends inside the tensor"):
+    with pytest.raises(ModelError, match=str(path)):  # cut after it was opened
         [found.read(name) for name in found.tensors]
 
 
-def test_mutated_headers_raise_nothing_else(path):
+def test_mutated_headers_raise_no_other_error(path):
     data = path.read_bytes()
     length = 8 + struct.unpack("<Q", data[:8])[0]
     rng = np.random.default_rng(0)
 
-    for _ in range(3000):
+    for _ in range(500):
         mutant = bytearray(data)
         for _ in range(rng.integers(1, 4)):
             mutant[rng.integers(length)] = rng.integers(256)
