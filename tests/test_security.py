@@ -1,4 +1,4 @@
-"""Nothing that is read is run, and no secret is written."""
+"""Nothing that is read is executed, and no secret is written."""
 
 import ast
 import json
@@ -7,105 +7,41 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
+from gptjax.cli.main import main
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.weights.model_folder import Model, save
-from tests.file_server import plain, serving
+from tests.file_server import plain, serving, use_hub
 from tests.judge_server import judging, says
 from tests.small_models import make_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((ROOT / "gptjax").rglob("*.py"))
-
-MODULES = {  # that run, or make objects of, what a file says; or unpack it anywhere
-    *("pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"),
-    *("copyreg", "yaml", "code", "codeop", "runpy", "imp", "zipimport", "xmlrpc"),
-    *("tarfile", "zipfile", "torch", "tensorflow", "multiprocessing"),
-    "jax.experimental.serialize_executable",
+# What executes, unpacks or makes objects of the content of a file; beyond ruff's rules
+# and the imports that test_style.py forbids.
+DANGEROUS = {
+    *("tarfile", "zipfile", "runpy", "multiprocessing", "serialize_executable"),
+    *("extractall", "unpack_archive", "load_module", "exec_module", "literal_eval"),
+    *("Environment", "NativeEnvironment", "deserialize_and_load"),
+    *("allow_pickle", "weights_only"),
 }
-CALLS = {  # by any name that ends so
-    *("eval", "exec", "compile", "__import__", "system", "popen", "extractall"),
-    *("unpack_archive", "load_module", "exec_module", "literal_eval"),
-    *("jinja2.Template", "jinja2.Environment", "NativeEnvironment", "np.load"),
-    *("torch.load", "deserialize_and_load", "compilation_cache.set_cache_dir"),
-}
-WORDS = {"allow_pickle", "shell", "weights_only"}  # arguments
-STRINGS = {"jax_compilation_cache_dir"}  # options of JAX
-LOWERED = "of a program that was lowered, not of a text"
-ALLOWED = {  # module: {what: why}
-    "runtime.compilation_cache": {
-        "jax_compilation_cache_dir": "a directory that only the user can write to"
-    },
-    "planning.aot": {"compile": LOWERED},
-    "training.trainer": {"compile": LOWERED},
-    "bench.device": {"compile": LOWERED},
-    "bench.workloads": {"compile": LOWERED},
-    "bench.torch_workloads": {"compile": "torch.compile of a model", "eval": "model.eval()"},
-}
-COMPILERS = {"re", "regex"}  # of patterns
 
 
-def dangers(tree):
-    """What a source file uses of the tables above."""
+def names_in(tree):
+    """All names that a source file imports, uses or passes as keywords."""
     for node in ast.walk(tree):
         match node:
-            case ast.Import(names=names):
-                found = {alias.name for alias in names}
-            case ast.ImportFrom(module=str(module), names=names):
-                found = {module, *(f"{module}.{alias.name}" for alias in names)}
-            case ast.Call(func=func, keywords=words):
-                yield from WORDS & {word.arg for word in words}
-                name = ast.unparse(func)
-                if name.split(".")[0] not in COMPILERS or not name.endswith("compile"):
-                    ends = {name, ".".join(name.split(".")[-2:]), name.split(".")[-1]}
-                    yield from CALLS & ends
-                continue
-            case ast.Constant(value=str(text)):
-                yield from STRINGS & {text}
-                continue
-            case ast.Attribute(attr=name):
-                yield from STRINGS & {name}
-                continue
-            case _:
-                continue
-        parts = {name.split(".")[0] for name in found} | found
-        yield from MODULES & parts
+            case ast.Import(names=names) | ast.ImportFrom(names=names):
+                for alias in names:
+                    yield from alias.name.split(".")
+            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.keyword(arg=name):
+                yield name
 
 
-def name_of(file):
-    return ".".join(file.relative_to(ROOT / "gptjax").with_suffix("").parts)
-
-
-def test_nothing_in_the_package_can_run_what_a_file_says():
-    found = {}
+def test_nothing_in_the_package_executes_the_content_of_files():
     for file in PACKAGE:
-        uses = set(dangers(ast.parse(file.read_text(encoding="utf-8"))))
-        if uses:
-            found[name_of(file)] = uses
-
-    assert found == {name: set(reasons) for name, reasons in ALLOWED.items()}
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "import pickle",
-        "from torch import load",
-        "import tarfile as t",
-        "from jax.experimental import serialize_executable",
-        "eval('1')",
-        "builtins.exec(x)",
-        "archive.extractall(x)",
-        "np.load(path, allow_pickle=True)",
-        "subprocess.run(x, shell=True)",
-        "jinja2.Template(x)",
-        "compile(x, 'y', 'exec')",
-        "jax.config.update('jax_compilation_cache_dir', x)",
-    ],
-)
-def test_each_danger_would_be_seen(line):
-    assert set(dangers(ast.parse(line)))
+        found = DANGEROUS & set(names_in(ast.parse(file.read_text(encoding="utf-8"))))
+        assert not found, file
+    assert DANGEROUS & set(names_in(ast.parse("np.load(path, allow_pickle=True)")))
 
 
 SECRETS = {
@@ -132,76 +68,52 @@ log_every = 1
 sample_prompt = ""
 """
 CRASH = """
-import sys
 from gptjax.cli.main import main
 from gptjax.training import trainer
 def save_checkpoint(*arguments):
     raise RuntimeError("a crash")
 trainer.save_checkpoint = save_checkpoint
-sys.exit(main(sys.argv[1:]))
+main(["train", "tiny.toml", "--run", "crashed"])
 """
-COMPILED = {  # by the first command for the others, in a file that is looked at too
-    "JAX_ENABLE_COMPILATION_CACHE": "true",
-    "JAX_COMPILATION_CACHE_DIR": "programs",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
-RUN = "import sys; from gptjax.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
-def said(folder, *arguments, code=RUN, **environment):
-    """(exit code, all that a command prints) with secrets in its environment."""
-    known = {**os.environ, **SECRETS, "GPTJAX_HOME": str(folder / "home"), **COMPILED}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=folder,
-        env={**known, "PYTHONPATH": str(ROOT), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    return done.returncode, done.stdout
-
-
-def test_no_secret_of_the_environment_is_printed_or_written(tmp_path):
+def test_no_secret_of_the_environment_is_printed_or_written(tmp_path, monkeypatch, capfd):
     (tmp_path / "text.txt").write_text("One and one is two. " * 50)
     (tmp_path / "tiny.toml").write_text(CONFIG)
     row = {"prompt": "Hi", "completion": "Ho"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     made = make_model(context_length=64)
-    source = load_chat_template("qa").source
-    assistant = Model(made.config, made.params, made.tokenizer, chat_template=source)
-    save(assistant, tmp_path / "assistant")
+    template = load_chat_template("qa").source
+    save(Model(made.config, made.params, made.tokenizer, chat_template=template), tmp_path / "qa")
+    monkeypatch.chdir(tmp_path)
     bad = "https://user:canary-url-4711@127.0.0.1:9/v1"
+    judge = ["eval", "qa", "--chat-data", "rows.jsonl", "--judge"]
 
-    outputs = [
-        said(tmp_path, "train", "tiny.toml", "--run", "run"),
-        said(tmp_path, "train", "tiny.toml", "--run", "crashed", code=CRASH),
-        said(tmp_path, "generate", "owner/name", "Hi", HF_ENDPOINT=bad),
-    ]
-    with serving(plain(b"no", 401)) as (url, asked):
-        end = url.removesuffix("/file")
-        outputs.append(said(tmp_path, "generate", "owner/name", "Hi", HF_ENDPOINT=end))
-    with judging(says("80")) as (url, judged):
-        for address, out in ((url, "out.jsonl"), (bad, "other.jsonl")):
-            options = ["--chat-data", "rows.jsonl", "--out", out, "--judge", address]
-            outputs.append(said(tmp_path, "eval", "assistant", *options))
+    with serving(plain(b"no", 401)) as (hub, asked), judging(says("80")) as (url, judged):
+        use_hub(monkeypatch, tmp_path / "hub", hub)
+        for name, secret in SECRETS.items():
+            monkeypatch.setenv(name, secret)
+        codes = [
+            main(["train", "tiny.toml", "--run", "run"]),
+            main(["generate", "owner/name", "Hi"]),
+            main([*judge, url, "--out", "out.jsonl"]),
+            main([*judge, bad, "--out", "other.jsonl"]),
+        ]
+        crash = subprocess.run(
+            [sys.executable, "-c", CRASH],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            check=False,
+        )
 
-    assert [code for code, _ in outputs] == [0, 1, 2, 2, 0, 2], outputs
-    assert b"a crash" in outputs[1][1]
+    printed = capfd.readouterr()
+    assert codes == [0, 2, 0, 2], printed
+    assert b"a crash" in crash.stderr
     assert SECRETS["HF_TOKEN"] in asked[0].headers["authorization"]  # it was in use
     assert SECRETS["OPENAI_API_KEY"] in judged[0].headers["authorization"]
-    for _, text in outputs:
-        assert b"canary" not in text
+    assert "canary" not in printed.out + printed.err
+    assert b"canary" not in crash.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) > 20
+    assert len(files) > 15
     for path in files:
         assert b"canary" not in path.read_bytes(), path
-
-
-def test_one_module_opens_urls():
-    found = {
-        name_of(file) for file in PACKAGE if "urllib.request" in file.read_text(encoding="utf-8")
-    }
-
-    assert found == {"fileio.download"}

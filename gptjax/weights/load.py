@@ -305,14 +305,14 @@ def from_hf(
         return source
     id2label = hf_config.get("id2label")
     names = id2label if isinstance(id2label, dict) else {}
-    labels = tuple(names.get(str(n)) for n in range(len(names)))
+    labels = [names.get(str(n)) for n in range(len(names))]
     if not labels or not all(isinstance(label, str) for label in labels):
         raise ConfigError(
             f"id2label={str(id2label)[:80]} does not name the classes 0, 1, ... of the model. "
             "Correct it or copy the file again."
         )
     config = dataclasses.replace(source.config, n_classes=len(labels), tie_embeddings=True)
-    return dataclasses.replace(source, config=config, labels=labels)
+    return dataclasses.replace(source, config=config, labels=tuple(map(str, labels)))
 
 
 def from_tf_checkpoint(path: Path, log: _LogFn) -> ModelSource:
