@@ -1,12 +1,10 @@
 """Built-in data sets, generated from files that ship with Python.
 
-`word_tasks` are instructions with checkable answers, for the quickstart. The words are
-taken from Python's help topics. A word of the test or validation split occurs in no
-training row of any task. Prompts start with the word, so that it has the same position
-in every task.
+`word_tasks` are instructions with checkable answers. The words are taken from Python's
+help topics; those of the test and validation splits occur in no training row. Prompts
+start with the word, so that it has the same position in every task.
 
-`python_lines` are lines of the standard library, labeled as code or prose, for
-classification without a download.
+`python_lines` are lines of the standard library, labeled as code or prose.
 """
 
 import ast

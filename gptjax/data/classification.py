@@ -155,10 +155,8 @@ def has_header(table: RawTable, named_columns: set[str]) -> bool:
     False if the user numbers the columns, or if other rows repeat its label.
     """
     first_row = {name.strip() for name in table.rows[0][1].values()}
-    if named_columns & first_row or {name.lower() for name in first_row} & {
-        *TEXT_COLUMNS,
-        *LABEL_COLUMNS,
-    }:
+    known_names = {*TEXT_COLUMNS, *LABEL_COLUMNS}
+    if named_columns & first_row or known_names & {name.lower() for name in first_row}:
         return True
     if named_columns and named_columns <= set(table.columns):
         return False
@@ -207,11 +205,10 @@ def choose_columns(table: RawTable, text_column: str, label_column: str) -> tupl
         values = [str(row.get(remaining[0], "")) for _, row in table.rows]
         label_column = remaining[0] if len(set(values)) < len(values) else ""
     if not text_column or not label_column:
-        numbers = " (column numbers from 1 if there is no header)"
         raise DataError(
             f"{location}: ambiguous text and label columns; columns: "
             f"{', '.join(columns) or 'none'}. Choose with --data.text_column NAME "
-            f"--data.label_column NAME{numbers * (table_suffix(table.path) in DELIMITERS)}."
+            "--data.label_column NAME (without a header, numbers from 1)."
         )
     return text_column, label_column
 

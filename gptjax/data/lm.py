@@ -40,8 +40,7 @@ def make_lm_batch(row: Int32[np.ndarray, "B _"], eot: int | None) -> Batch:
 
     Args:
         row: T + 1 tokens in each of B rows.
-        eot: token that starts a document; attention does not cross documents. None
-            treats each row as one document.
+        eot: token that starts a document; None: each row is one document.
     """
     token_BT = row[:, :-1]
     start_BT = token_BT == eot if eot is not None else np.zeros(token_BT.shape, bool)

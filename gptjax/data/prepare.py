@@ -163,9 +163,7 @@ def prepare_dataset(
     workers: int | None = None,
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
 ) -> DatasetInfo:
-    """Tokenizes text into the folder `out`, which is created atomically.
-
-    If `out` already holds the result of the same call, nothing is done.
+    """Tokenizes text into the folder `out`; does nothing if it holds the result.
 
     Args:
         paths: files, folders, globs, or names of data sets.

@@ -251,22 +251,22 @@ def _is_valid_metadata(meta: dict[str, Any]) -> bool:
             "tokenizer": {"name": str(), "hash": str()},
             "splits": dict(splits),
         } if 0 <= eot < size and token_dtype(size).str == dtype:
-            return all(_is_valid_split(name, entry, dtype) for name, entry in splits.items())
+            itemsize = np.dtype(dtype).itemsize
+            return all(_is_valid_split(name, entry, itemsize) for name, entry in splits.items())
     return False
 
 
-def _is_valid_split(name: str, entry: Any, dtype: str) -> bool:
+def _is_valid_split(name: str, entry: Any, itemsize: int) -> bool:
     """True if the name and the entry of one split are valid."""
     match entry:
         case {"documents": int(), "tokens": int(), "bytes": int(), "shards": [_, *_] as shards}:
-            return re.fullmatch("[a-z]+", name) is not None and all(
-                _is_valid_shard(f"{name}-{number:05d}.bin", shard, np.dtype(dtype).itemsize)
-                for number, shard in enumerate(shards)
-            )
+            files = [f"{name}-{number:05d}.bin" for number in range(len(shards))]
+            is_valid = re.fullmatch("[a-z]+", name) is not None
+            return is_valid and all(map(_is_valid_shard, shards, files, [itemsize] * len(files)))
     return False
 
 
-def _is_valid_shard(file: str, entry: Any, itemsize: int) -> bool:
+def _is_valid_shard(entry: Any, file: str, itemsize: int) -> bool:
     """True if the entry of one shard is valid and names `file`."""
     match entry:
         case {
@@ -275,13 +275,9 @@ def _is_valid_shard(file: str, entry: Any, itemsize: int) -> bool:
             "documents": int(documents),
             "sha256": [str(), str()],
             "crc32": list(crcs),
-        }:
-            return (
-                name == file
-                and tokens > 0
-                and 0 <= documents <= tokens
-                and len(crcs) == num_blocks(tokens * itemsize)
-                and all(type(crc) is int and 0 <= crc < 1 << 32 for crc in crcs)
+        } if name == file and tokens > 0 and 0 <= documents <= tokens:
+            return len(crcs) == num_blocks(tokens * itemsize) and all(
+                type(crc) is int and 0 <= crc < 1 << 32 for crc in crcs
             )
     return False
 
@@ -338,14 +334,7 @@ def find_token_files(folder: Path) -> list[Path]:
 
 
 def open_external(folder: Path, split: str, vocab_size: int, eot: int) -> TokenDataset | None:
-    """Opens one split; files with "val" in their name are validation data.
-
-    Args:
-        folder: see `find_token_files`.
-        split: "train" or "validation".
-        vocab_size: of the tokenizer of the files.
-        eot: end-of-text token of the same tokenizer.
-    """
+    """Opens one split of token files; those with "val" in their name are validation."""
     if (folder / "meta.pkl").exists():
         raise DataError(
             f"{folder} has its vocabulary in meta.pkl; gptjax does not load pickles. "

@@ -65,10 +65,6 @@ def label_file(
         text_column: "" = guess.
         batch_size: texts per call of `predict`.
         log: receives messages for the user.
-
-    Raises:
-        DataError: a row or the column is invalid, or reading or writing failed. No
-            output file is left behind.
     """
     check_label_paths(source, output)
     rows = read_input_rows(source)

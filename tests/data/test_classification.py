@@ -162,7 +162,7 @@ INVALID = [  # file, content, start of the message, value in it
     ("a.csv", "", " ", "no rows"),
     ("a.json", "[]", " ", "no rows"),
     ("a.csv", "text,label\n", " ", "no rows"),
-    ("a.jsonl", "{}", ":1: ", "--data.label_column NAME."),
+    ("a.jsonl", "{}", ":1: ", "--data.label_column NAME"),
     ("a.jsonl", '{"text": "a", "label": 1}\n"b"', ":2: ", "'b'"),
     ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}', ":2: ", "'label'"),
     ("a.jsonl", '{"text": "a", "label": 1}\n{"txt": "b", "label": 1}', ":2: ", "mean txt?"),

@@ -6,7 +6,6 @@ import threading
 import pytest
 
 from gptjax.data.prefetch import prefetch_to_device
-from gptjax.runtime.timing import StepTimer
 
 
 @pytest.mark.parametrize("size", [1, 5])
@@ -37,20 +36,3 @@ def test_errors_are_raised_in_place_of_the_result_and_no_thread_is_left():
     next(results)
     results.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
-
-
-@pytest.mark.parametrize(("source_seconds", "step_seconds"), [(99.0, 1.0), (0.01, 0.99)])
-def test_the_timer_counts_the_fraction_of_time_waited(source_seconds, step_seconds):
-    now = [0.0]
-    timer = StepTimer(lambda: now[0])
-
-    for _ in range(10):
-        with timer.waiting():
-            now[0] += source_seconds
-        now[0] += step_seconds
-    with timer.exclude():
-        now[0] += 100.0  # an evaluation
-
-    assert timer.end_step() == pytest.approx(
-        (10 * (source_seconds + step_seconds), 10 * source_seconds)
-    )
