@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from gptjax.cli import arguments
-from gptjax.cli.arguments import PATH, Command, ConfigCommand, value_option
+from gptjax.cli.arguments import PATH, Command, ConfigCommand, flag_option, value_option
 from gptjax.cli.session import log_to_stdout, run_interruptible, setup_session
 from gptjax.config import RunConfig, find_config, load_config
 from gptjax.runtime import supervisor
@@ -56,12 +56,10 @@ def run_quickstart(run: Path, verbose: bool) -> int:
     shown="that of the run, or log",
     text="after a spike of the loss or gradient norm: log it, or skip such updates",
 )
-@arguments.flag_option(
-    "--auto-restart", text="restart the run after a crash or hang, with a back-off"
-)
+@flag_option("--auto-restart", text="restart the run after a crash or hang, with a back-off")
 @value_option(
     "--hang-timeout",
-    type=float,
+    type=click.FloatRange(min=1),
     default=supervisor.HANG_TIMEOUT_SECONDS,
     metavar="SECONDS",
     text="--auto-restart: time without a step, evaluation or save that counts as a hang",

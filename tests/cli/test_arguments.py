@@ -183,6 +183,7 @@ def test_old_flags_are_rejected_with_the_new_ones(capsys):
         (["generate", "m", "--top-k", "x"], "--top-k"),
         (["generate", "m", "--samples", "0"], "--samples"),
         (["train", "tiny", "--on-spike", "rollback"], "rollback"),
+        (["train", "tiny", "--hang-timeout", "0"], "--hang-timeout"),
         (["eval", "m"], "--classification-data"),
         (["eval", "m", "--text", "a", "--chat-data", "b"], "--classification-data"),
         (["trian"], "'trian'. Did you mean train?"),
