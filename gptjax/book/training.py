@@ -48,7 +48,7 @@ from gptjax.tasks.pretrain import finalize_pretrain, make_sample
 from gptjax.tasks.sft import SFTData, finalize_sft, load_sft_data, make_sft_task
 from gptjax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from gptjax.training import estimate
-from gptjax.training.finetune import tokenizer_provenance
+from gptjax.training.finetune import model_provenance
 from gptjax.training.loss import make_lm_loss_fn
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.task import EvalResult, RunContext, Task, describe_devices, describe_length
@@ -121,7 +121,7 @@ def make_chapter_5(run: RunContext, data: VerdictData) -> Task:
         evaluate=make_chapter_5_evaluate(run, data, schedule),
         to_model=to_model,
         tokens_per_step=batch_size * c.model.context_length,
-        provenance=tokenizer_provenance(data.tokenizer),
+        provenance=model_provenance(data.tokenizer),
         summary=[
             f"run      {run.run_dir}",
             f"model    {num_params(params):,} parameters, initialized as in PyTorch",

@@ -60,17 +60,13 @@ def async_saver(
 
     The caller may donate the arrays while they are written: on CPU, JAX copies donated
     buffers that are still referenced, and arrays on other devices are fetched first.
-    Leaving the `with` block waits for the last save. With several processes each save
-    is synchronous, because processes cannot synchronize in a thread during training.
-
-    Args:
-        checkpoint_dir: checkpoint folder of the run.
-        keep: number of newest steps to keep.
-        on_saved: called when a step is complete, possibly from another thread.
+    With several processes each save is synchronous, because processes cannot
+    synchronize in a thread during training. `on_saved` is called when a step is
+    complete, possibly from another thread.
 
     Raises:
         ModelError: a step could not be saved, raised by the next `save` or at the end
-            of the `with` block. Earlier checkpoints are kept.
+            of the `with` block, which waits for the last one.
     """
 
     def write_and_notify(step: int, tree: Any, metadata: Mapping[str, Any] = NO_METADATA) -> None:
@@ -90,8 +86,7 @@ def async_saver(
     def begin_save(step: int, tree: Any, metadata: Mapping[str, Any] = NO_METADATA) -> None:
         wait_for_pending()
         check_disk_space(checkpoint_dir, tree)
-        host_tree = copy_to_host(tree)
-        pending.append(executor.submit(write_and_notify, step, host_tree, metadata))
+        pending.append(executor.submit(write_and_notify, step, copy_to_host(tree), metadata))
 
     try:
         with ThreadPoolExecutor(1, "checkpoint") as executor:
@@ -101,10 +96,7 @@ def async_saver(
 
 
 def copy_to_host(tree: Any) -> Any:
-    """Returns the arrays in host memory, safe from donation of the originals.
-
-    Arrays that are in host memory already are not copied.
-    """
+    """Moves the arrays to host memory; those that are there already are not copied."""
     host_tree = jax.device_get(tree)
     try:
         cpu = jax.local_devices(backend="cpu")[0]
@@ -113,39 +105,33 @@ def copy_to_host(tree: Any) -> Any:
     return jax.device_put(host_tree, cpu)
 
 
-def save_step(checkpoint_dir: Path, step: int, tree: Any, keep: int) -> None:
+def write_step(
+    checkpoint_dir: Path, step: int, tree: Any, keep: int, metadata: Mapping[str, Any] = NO_METADATA
+) -> None:
     """Saves `tree` as `step`, then deletes all but the newest `keep` steps.
+
+    The metadata, JSON values, are stored in the manifest.
 
     Raises:
         ModelError: the folder cannot be written, or a value is not finite. Earlier
             steps are kept.
-    """
-    check_disk_space(checkpoint_dir, tree)
-    write_step(checkpoint_dir, step, tree, keep)
-
-
-def write_step(
-    checkpoint_dir: Path, step: int, tree: Any, keep: int, metadata: Mapping[str, Any] = NO_METADATA
-) -> None:
-    """Writes a step without checking the disk space first; see `save_step`.
-
-    Args:
-        checkpoint_dir: checkpoint folder of the run.
-        step: number of finished steps.
-        tree: arrays.
-        keep: number of newest steps to keep.
-        metadata: JSON values, stored in the manifest.
     """
     is_main, partial_dir = jax.process_index() == 0, checkpoint_dir / f"{step}.partial"
     try:
         if is_main:
             begin_step(checkpoint_dir, step)
         sync_global_devices("checkpoint begun")
-        checksums = checksums_if_finite(step, tree)
+        checksums, nonfinite = checksum_tree(tree)
+        if nonfinite:
+            others = f" and {len(nonfinite) - 1} more" if nonfinite[1:] else ""
+            raise ModelError(
+                f"step {step} is not saved: {nonfinite[0]}{others} contains non-finite "
+                "values. Lower optim.peak_lr or optim.grad_clip and rerun the command to "
+                "resume from the last checkpoint."
+            )
         write_arrays(partial_dir / "state", tree)
         if is_main:
-            spec = tree_spec(tree)
-            arrays = {name: [spec[name], checksums[name]] for name in spec}
+            arrays = {name: [spec, checksums[name]] for name, spec in tree_spec(tree).items()}
             contents = {"step": step, "arrays": arrays, "metadata": dict(metadata)}
             write_manifest(partial_dir, contents)
             commit_step(checkpoint_dir, step)
@@ -162,29 +148,8 @@ def write_step(
         ) from error
 
 
-def checksums_if_finite(step: int, tree: Any) -> dict[str, int]:
-    """Returns the checksum of each array by name.
-
-    Raises:
-        ModelError: a value is not finite.
-    """
-    checksums, nonfinite = checksum_tree(tree)
-    if nonfinite:
-        others = f" and {len(nonfinite) - 1} more" if nonfinite[1:] else ""
-        raise ModelError(
-            f"step {step} is not saved: {nonfinite[0]}{others} contains non-finite "
-            "values. Lower optim.peak_lr or optim.grad_clip and rerun the command to "
-            "resume from the last checkpoint."
-        )
-    return checksums
-
-
 def write_arrays(path: Path, tree: Any) -> None:
-    """Writes the arrays with Orbax, uncompressed: weights do not compress well.
-
-    Raises:
-        OSError: the arrays cannot be written.
-    """
+    """Writes the arrays with Orbax, uncompressed: weights do not compress well."""
     options = ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=MAX_CHECKPOINT_FILE_BYTES)
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
     try:
@@ -194,11 +159,11 @@ def write_arrays(path: Path, tree: Any) -> None:
         if jax.process_count() > 1 or isinstance(error, OSError):
             raise  # connection lost between processes: handled in `distributed`
         error_number = [int(text) for text in OS_ERROR_PATTERN.findall(str(error))[:1]]
-        raise OSError(*error_number, summarize_error(error)) from error
+        raise OSError(*error_number, first_line(error)) from error
 
 
-def summarize_error(error: Exception) -> str:
-    """Returns the first line of an error message, or the name of its type."""
+def first_line(error: Exception) -> str:
+    """First line of an error message, or the name of its type."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -208,14 +173,12 @@ def check_disk_space(checkpoint_dir: Path, tree: Any) -> None:
     Raises:
         ModelError: there is too little space.
     """
-    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-    needed = num_bytes + num_bytes // 10 + MIN_FREE_BYTES
     if jax.process_index() > 0:
         return
-    existing_dir = next(
-        path for path in [checkpoint_dir, *checkpoint_dir.absolute().parents] if path.exists()
-    )
-    free = shutil.disk_usage(existing_dir).free
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    needed = num_bytes + num_bytes // 10 + MIN_FREE_BYTES
+    folders = [checkpoint_dir, *checkpoint_dir.absolute().parents]
+    free = shutil.disk_usage(next(path for path in folders if path.exists())).free
     if free < needed:
         raise ModelError(
             f"a checkpoint in {checkpoint_dir} needs {needed / 1e6:,.0f} MB, but "
@@ -235,8 +198,6 @@ class Restored(NamedTuple):
 
 def restore_latest(checkpoint_dir: Path, like: Any) -> Restored:
     """Restores the newest valid step, or returns `like` if no step was saved.
-
-    Process 0 selects the step and broadcasts it; only its result has warnings.
 
     Raises:
         ModelError: the folder is not empty but has no valid step, or the step has
@@ -258,13 +219,7 @@ def restore_latest(checkpoint_dir: Path, like: Any) -> Restored:
 
 
 def latest_step(checkpoint_dir: Path) -> tuple[int | None, list[str]]:
-    """Returns the newest valid step (None if no step was ever saved) and warnings.
-
-    Process 0 selects the step and broadcasts it.
-
-    Raises:
-        ModelError: the folder is not empty but has no valid step.
-    """
+    """`latest_valid_step` of process 0; the others get the step without warnings."""
     if jax.process_count() == 1:
         return latest_valid_step(checkpoint_dir)
     step, warnings = latest_valid_step(checkpoint_dir) if jax.process_index() == 0 else (None, [])
@@ -277,7 +232,8 @@ def restore(checkpoint_dir: Path, step: int, like: Any) -> Any:
 
     Raises:
         CorruptCheckpointError: a restored array differs from the saved one.
-        ModelError: the saved arrays have other names, shapes or dtypes.
+        ModelError: the saved arrays have other names, shapes or dtypes, or Orbax
+            cannot read the files, although they are unchanged.
     """
     arrays = read_manifest(checkpoint_dir / str(step))["arrays"]
     saved = {name: text for name, (text, _) in arrays.items()}
@@ -288,32 +244,20 @@ def restore(checkpoint_dir: Path, step: int, like: Any) -> Any:
             f"this model and optimizer: {sorted(names)[:3]}. Use the config it was "
             "saved with, or another --run."
         )
-    tree = read_arrays((checkpoint_dir / str(step)).absolute() / "state", like)
-    checksums, _ = checksum_tree(tree)
-    if changed := [name for name in checksums if checksums[name] != arrays[name][1]]:
-        raise CorruptCheckpointError(
-            f"the restored values of {changed[0]!r} differ from the saved ones"
-        )
-    return tree
-
-
-def read_arrays(path: Path, like: Any) -> Any:
-    """Reads arrays with Orbax, with the structure, dtypes and sharding of `like`.
-
-    Raises:
-        ModelError: Orbax cannot read the files, although they are unchanged.
-    """
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    path = (checkpoint_dir / str(step) / "state").absolute()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path, abstract)
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+            tree = checkpointer.restore(path, abstract)
     except Exception as error:  # Orbax documents no type
         if jax.process_count() > 1:
             raise  # connection lost between processes: handled in `distributed`
         raise ModelError(
-            f"cannot restore {path}: {summarize_error(error)}. The files are unchanged "
+            f"cannot restore {path}: {first_line(error)}. The files are unchanged "
             "since they were saved: check the free memory and the version of Orbax."
         ) from error
+    check_checksums(tree, arrays)
+    return tree
 
 
 def read_latest_params(checkpoint_dir: Path) -> tuple[int, dict[str, np.ndarray]]:
@@ -326,14 +270,14 @@ def read_latest_params(checkpoint_dir: Path) -> tuple[int, dict[str, np.ndarray]
     """
     problem = "its first one is not written yet"
     for step in reversed(list_steps(checkpoint_dir)):
-        step_dir = checkpoint_dir / str(step)
+        # A run deletes old steps, but never the newest ones, while they are read.
+        invalid = check_step(checkpoint_dir, step)
         try:
-            # A run deletes old steps, but never the newest ones, while they are read.
-            if (invalid := check_step(checkpoint_dir, step)) is None:
-                return step, _read_params(step_dir.absolute())
-            problem = f"checkpoint {step} is damaged: {invalid}"
+            if invalid is None:
+                return step, _read_params((checkpoint_dir / str(step)).absolute())
         except CorruptCheckpointError as error:
-            problem = f"checkpoint {step} is damaged: {error}"
+            invalid = str(error)
+        problem = f"checkpoint {step} is damaged: {invalid}"
     raise ModelError(
         f"there is no valid checkpoint in {checkpoint_dir}: {problem}. Wait for the "
         "next one, or resume the run with its command."
@@ -343,35 +287,44 @@ def read_latest_params(checkpoint_dir: Path) -> tuple[int, dict[str, np.ndarray]
 def _read_params(step_dir: Path) -> dict[str, np.ndarray]:
     """Reads and verifies the arrays below `params` of one step."""
     arrays = read_manifest(step_dir)["arrays"]
-    saved = {name: value for name, value in arrays.items() if name[:7] == "params/"}
-    like = unflatten_names({name: _empty_like(text) for name, (text, _) in saved.items()})
+    names = [name for name in arrays if name.startswith("params/")]
+    like = unflatten_names({name: _empty_like(arrays[name][0]) for name in names})
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), like)
     options = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         tree = checkpointer.restore(step_dir / "state", args=options)
-    for name, value in checksum_tree(tree).sums.items():
-        if value != saved[name][1]:
-            raise CorruptCheckpointError(
-                f"the restored values of {name!r} differ from the saved ones"
-            )
+    check_checksums(tree, arrays)
     leaves = flatten_with_names(tree)
     return {name.removeprefix("params/"): leaf for name, leaf in leaves.items()}
 
 
 def _empty_like(spec: str) -> np.ndarray:
-    """Returns an array with the dtype and shape of a `tree_spec`, uninitialized."""
+    """An uninitialized array with the dtype and shape of a `tree_spec`."""
     dtype, _, shape = spec.partition("[")
     return np.empty(json.loads(f"[{shape}"), jnp.dtype(dtype))
 
 
 def tree_spec(tree: Any) -> dict[str, str]:
-    """Returns the dtype and shape of every leaf by name."""
+    """Dtype and shape of every leaf by name, such as "float32[3, 4]"."""
     leaves = flatten_with_names(tree)
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
 
 
+def check_checksums(tree: Any, arrays: dict[str, Any]) -> None:
+    """Compares restored arrays with the (spec, checksum) of the saved ones.
+
+    Raises:
+        CorruptCheckpointError: an array differs.
+    """
+    for name, value in checksum_tree(tree).sums.items():
+        if value != arrays[name][1]:
+            raise CorruptCheckpointError(
+                f"the restored values of {name!r} differ from the saved ones"
+            )
+
+
 class ArrayChecksums(NamedTuple):
-    """Checksums of the arrays of a tree."""
+    """Checksums of the arrays of a tree, equal on any mesh."""
 
     sums: dict[str, int]  # by name, below 2**32
     nonfinite: list[str]  # names of arrays with a non-finite value
@@ -383,42 +336,37 @@ def checksum_tree(tree: Any) -> ArrayChecksums:
     A collective operation: all processes must call it, and get the same result.
     """
     leaves = flatten_with_names(tree)
-    sums, is_finite = (np.asarray(x) for x in _make_checksum_fn(tree)([*leaves.values()]))
+    sharding = getattr(next(iter(leaves.values())), "sharding", None)
+    replicated = None
+    if isinstance(sharding, NamedSharding):
+        replicated = NamedSharding(sharding.mesh, PartitionSpec())
+    results = _jit_checksums(replicated)([*leaves.values()])
+    sums, is_finite = (np.asarray(x).tolist() for x in results)
     return ArrayChecksums(
-        dict(zip(leaves, sums.tolist(), strict=True)),
-        [name for name, ok in zip(leaves, is_finite.tolist(), strict=True) if not ok],
+        dict(zip(leaves, sums, strict=True)),
+        [name for name, ok in zip(leaves, is_finite, strict=True) if not ok],
     )
 
 
-def _make_checksum_fn(tree: Any) -> Any:
-    """Returns the jitted checksum function; on a mesh its result is replicated."""
-    first = jax.tree.leaves(tree)[0]
-    sharding = getattr(first, "sharding", None)
-    if isinstance(sharding, NamedSharding):
-        return _jit_checksum_fn(NamedSharding(sharding.mesh, PartitionSpec()))
-    return _jit_checksum_fn(None)
-
-
 @functools.cache
-def _jit_checksum_fn(out_sharding: NamedSharding | None) -> Any:
-    """Returns one jitted function per output sharding, so that JAX caches it."""
-    return jax.jit(_checksum_leaves, out_shardings=out_sharding)
+def _jit_checksums(out_sharding: NamedSharding | None) -> Any:
+    """Checksum and finiteness of each leaf; one jitted function per sharding."""
 
+    def checksums(leaves: list[Any]) -> tuple[Array, Array]:
+        is_finite = [jnp.all(jnp.isfinite(x)) for x in leaves]
+        return jnp.stack([checksum(x) for x in leaves]), jnp.stack(is_finite)
 
-def _checksum_leaves(leaves: list[Any]) -> tuple[Array, Array]:
-    """Returns the checksum of each leaf, and True if all its values are finite."""
-    is_finite = [jnp.all(jnp.isfinite(x)) for x in leaves]
-    return jnp.stack([checksum(x) for x in leaves]), jnp.stack(is_finite)
+    return jax.jit(checksums, out_shardings=out_sharding)
 
 
 def checksum(x: Any) -> UInt32[Array, ""]:
-    """Returns the sum of the bits of all elements, times their index weights."""
+    """Sum of the bits of all elements, times their index weights."""
     bits = as_uint32(x)
     return jnp.sum(bits * index_weights(bits.shape), dtype=jnp.uint32)
 
 
 def as_uint32(x: Any) -> UInt32[Array, "..."]:
-    """Returns the bits as uint32; 8-byte elements become two on a new last axis."""
+    """The bits as uint32; 8-byte elements become two on a new last axis."""
     x = jnp.asarray(x)
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
@@ -427,7 +375,7 @@ def as_uint32(x: Any) -> UInt32[Array, "..."]:
 
 
 def index_weights(shape: tuple[int, ...]) -> UInt32[Array, "..."]:
-    """Returns an odd pseudorandom weight for each row-major index.
+    """An odd pseudorandom weight for each row-major index.
 
     The mixing steps are those of the MurmurHash3 finalizer (Appleby, public domain).
     """

@@ -26,18 +26,16 @@ class CorruptCheckpointError(ModelError):
     """Checkpoint that has changed since it was saved."""
 
 
-def write_manifest(step_dir: Path, metadata: dict[str, Any]) -> None:
+def write_manifest(step_dir: Path, contents: dict[str, Any]) -> None:
     """Writes the manifest of a complete folder and flushes all files to disk.
 
-    Args:
-        step_dir: folder of one step, without a manifest so far.
-        metadata: JSON-serializable metadata; `files` is added.
+    The contents are `step`, `arrays` and `metadata`; `files` is added.
     """
     for path in [step_dir, *step_dir.rglob("*")]:
         fsync(path)
-    metadata = {**metadata, "files": hash_files(step_dir)}
-    content = {"sha256": manifest_hash(metadata), "about": metadata}
-    (step_dir / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
+    contents = {**contents, "files": hash_files(step_dir)}
+    manifest = {"sha256": contents_hash(contents), "about": contents}
+    (step_dir / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     fsync(step_dir / MANIFEST)
     fsync(step_dir)
 
@@ -48,23 +46,17 @@ def read_manifest(step_dir: Path) -> dict[str, Any]:
     Raises:
         CorruptCheckpointError: the manifest is missing or modified.
     """
-    path = step_dir / MANIFEST
+    if step_dir.is_symlink() or not step_dir.is_dir():
+        raise CorruptCheckpointError("it is not a folder")
     try:
-        if not stat.S_ISDIR(step_dir.lstat().st_mode):
-            raise CorruptCheckpointError("it is not a folder")
-        status = path.lstat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CorruptCheckpointError(f"{MANIFEST} is not a regular file")
-        content = read_json(path, MAX_MANIFEST_BYTES)
-        metadata, expected_hash = content["about"], content["sha256"]
-        is_valid = manifest_hash(metadata) == expected_hash and _is_valid_manifest(metadata)
+        manifest = read_json(step_dir / MANIFEST, MAX_MANIFEST_BYTES)
+        contents = manifest["about"]
+        is_unchanged = contents_hash(contents) == manifest["sha256"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        if isinstance(error, CorruptCheckpointError):
-            raise
         raise CorruptCheckpointError(f"{MANIFEST} is missing or unreadable") from error
-    if not is_valid:
+    if not is_unchanged:
         raise CorruptCheckpointError(f"{MANIFEST} has changed since it was saved")
-    return metadata
+    return contents
 
 
 def verify_manifest(step_dir: Path) -> dict[str, Any]:
@@ -73,59 +65,42 @@ def verify_manifest(step_dir: Path) -> dict[str, Any]:
     Raises:
         CorruptCheckpointError: a file is missing, unexpected or modified.
     """
-    metadata = read_manifest(step_dir)
-    expected = metadata["files"]
+    contents = read_manifest(step_dir)
+    expected = contents["files"]
     try:
-        sizes = list_files(step_dir)
-        for name in sorted(expected.keys() | sizes.keys()):
-            if name not in sizes:
-                raise CorruptCheckpointError(f"{name!r} is missing")
-            if name not in expected:
-                raise CorruptCheckpointError(f"{name!r} is not listed in {MANIFEST}")
-            if sizes[name] != expected[name][0]:
-                raise CorruptCheckpointError(f"{name!r} has {sizes[name]} bytes, a wrong size")
-        for name, value in hash_files(step_dir).items():
-            if value != expected[name]:
-                raise CorruptCheckpointError(f"{name!r} has changed since it was saved")
+        found = hash_files(step_dir)
     except OSError as error:
         raise CorruptCheckpointError(f"it cannot be read: {error.strerror}") from error
-    return metadata
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            raise CorruptCheckpointError(f"{name!r} is missing")
+        if name not in expected:
+            raise CorruptCheckpointError(f"{name!r} is not listed in {MANIFEST}")
+        if found[name] != expected[name]:
+            raise CorruptCheckpointError(f"{name!r} has changed since it was saved")
+    return contents
 
 
-def _is_valid_manifest(metadata: Any) -> bool:
-    """True if the metadata has the format that this version writes.
-
-    Raises:
-        LookupError: a key is missing.
-    """
-    value_types = {"files": (int, str), "arrays": (str, int)}
-    is_valid_step = type(metadata["step"]) is int
-    return (
-        is_valid_step
-        and isinstance(metadata.get("metadata", {}), dict)
-        and all(
-            isinstance(metadata[key], dict)
-            and all(tuple(map(type, pair)) == types for pair in metadata[key].values())
-            for key, types in value_types.items()
-        )
-    )
+def contents_hash(contents: Any) -> str:
+    """SHA-256 of the contents, independent of key order and formatting."""
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
-def manifest_hash(metadata: Any) -> str:
-    """Returns a hash of the metadata, independent of key order and formatting."""
-    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
-
-
-def list_files(step_dir: Path) -> dict[str, int]:
-    """Returns the size of each file in `step_dir`, in bytes, without the manifest.
+def hash_files(step_dir: Path) -> dict[str, list[Any]]:
+    """Size and SHA-256 of each file but the manifest, by name.
 
     Names of empty folders end in a slash.
-
-    Raises:
-        CorruptCheckpointError: an entry is neither a file nor a folder (e.g. a link).
-        OSError: an entry cannot be read.
     """
-    return {name: size for name, size in _walk(step_dir, "") if name != MANIFEST}
+    sizes = {name: size for name, size in _walk(step_dir, "") if name != MANIFEST}
+
+    def size_and_hash(name: str) -> list[Any]:
+        if name.endswith("/"):
+            return [0, ""]
+        with (step_dir / name).open("rb") as file:
+            return [sizes[name], hashlib.file_digest(file, "sha256").hexdigest()]
+
+    with ThreadPoolExecutor(HASH_THREADS, "hash") as executor:
+        return dict(zip(sizes, executor.map(size_and_hash, sizes), strict=True))
 
 
 def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
@@ -141,17 +116,3 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
             yield name, status.st_size
         else:
             raise CorruptCheckpointError(f"{name!r} is neither a file nor a folder")
-
-
-def hash_files(step_dir: Path) -> dict[str, list[Any]]:
-    """Returns the size and SHA-256 of all files of `list_files`; multithreaded."""
-    sizes = list_files(step_dir)
-
-    def size_and_hash(name: str) -> list[Any]:
-        if name.endswith("/"):
-            return [0, ""]
-        with (step_dir / name).open("rb") as file:
-            return [sizes[name], hashlib.file_digest(file, "sha256").hexdigest()]
-
-    with ThreadPoolExecutor(HASH_THREADS, "hash") as executor:
-        return dict(zip(sizes, executor.map(size_and_hash, sizes), strict=True))

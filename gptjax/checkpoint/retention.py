@@ -14,30 +14,18 @@ from gptjax.fileio.atomic import fsync
 
 MIN_KEEP = 2  # valid steps that are always kept
 STEP_PATTERN = re.compile(r"(0|[1-9]\d{0,17})", re.ASCII)
-LEFTOVER_PATTERN = re.compile(rf"{STEP_PATTERN.pattern}\.(partial|replaced)", re.ASCII)
+PARTIAL_PATTERN = re.compile(rf"{STEP_PATTERN.pattern}\.partial", re.ASCII)
 
 
 def list_steps(checkpoint_dir: Path) -> list[int]:
-    """Returns the steps that have a folder, in ascending order, without verifying."""
+    """Steps that have a folder, in ascending order, without verifying."""
     return sorted(
         int(name) for name in _entry_names(checkpoint_dir) if STEP_PATTERN.fullmatch(name)
     )
 
 
 def _entry_names(folder: Path) -> list[str]:
-    """Returns the names of all entries; none if there is no such folder."""
     return [path.name for path in folder.iterdir()] if folder.is_dir() else []
-
-
-def clean_partial(checkpoint_dir: Path) -> None:
-    """Removes partial and replaced steps left by a killed process."""
-    for name in _entry_names(checkpoint_dir):
-        if match := LEFTOVER_PATTERN.fullmatch(name):
-            step_dir = checkpoint_dir / match[1]
-            if match[2] == "replaced" and not step_dir.exists():
-                (checkpoint_dir / name).rename(step_dir)
-            else:
-                remove_path(checkpoint_dir / name)
 
 
 def latest_valid_step(checkpoint_dir: Path) -> tuple[int | None, list[str]]:
@@ -50,7 +38,9 @@ def latest_valid_step(checkpoint_dir: Path) -> tuple[int | None, list[str]]:
     """
     warnings: list[str] = []
     try:
-        clean_partial(checkpoint_dir)
+        for name in _entry_names(checkpoint_dir):
+            if PARTIAL_PATTERN.fullmatch(name):  # left by a killed process
+                remove_path(checkpoint_dir / name)
         for step in reversed(list_steps(checkpoint_dir)):
             if (problem := check_step(checkpoint_dir, step)) is None:
                 return step, warnings
@@ -73,10 +63,10 @@ def latest_valid_step(checkpoint_dir: Path) -> tuple[int | None, list[str]]:
 def check_step(checkpoint_dir: Path, step: int) -> str | None:
     """Verifies one step; returns the problem, or None if it is valid."""
     try:
-        metadata = verify_manifest(checkpoint_dir / str(step))
+        contents = verify_manifest(checkpoint_dir / str(step))
     except CorruptCheckpointError as error:
         return str(error)
-    return None if metadata["step"] == step else f"it is a copy of step {metadata['step']}"
+    return None if contents["step"] == step else f"it is a copy of step {contents['step']}"
 
 
 def quarantine(checkpoint_dir: Path, step: int, problem: str) -> str:
@@ -97,27 +87,17 @@ def begin_step(checkpoint_dir: Path, step: int) -> Path:
 
 
 def commit_step(checkpoint_dir: Path, step: int) -> None:
-    """Renames a complete step to its final name, then deletes any old version."""
-    step_dir = checkpoint_dir / str(step)
-    replaced_dir = checkpoint_dir / f"{step}.replaced"
-    if step_dir.exists():
-        remove_path(replaced_dir)
-        step_dir.rename(replaced_dir)
-    (checkpoint_dir / f"{step}.partial").rename(step_dir)
+    """Renames a complete step to its final name."""
+    (checkpoint_dir / f"{step}.partial").rename(checkpoint_dir / str(step))
     fsync(checkpoint_dir)
-    remove_path(replaced_dir)
 
 
 def apply_retention(checkpoint_dir: Path, step: int, keep: int) -> None:
     """Deletes all but the newest `keep` steps, after `step` was committed.
 
-    Nothing is deleted unless another step verifies, since steps may have been modified
-    after saving. The newest such step is kept too, even if it is older.
-
-    Args:
-        checkpoint_dir: checkpoint folder of the run.
-        step: newest step, just committed.
-        keep: number of steps to keep, at least `MIN_KEEP`.
+    At least `MIN_KEEP` are kept. Nothing is deleted unless another step verifies, since
+    steps may have been modified after saving; the newest such step is kept too, even if
+    it is older.
     """
     older = [n for n in list_steps(checkpoint_dir) if n < step]
     surplus = older[: max(len(older) + 1 - max(keep, MIN_KEEP), 0)]
@@ -132,10 +112,8 @@ def apply_retention(checkpoint_dir: Path, step: int, keep: int) -> None:
 
 def delete_step(checkpoint_dir: Path, step: int) -> None:
     """Deletes a step; it is renamed first, so that it is never partly valid."""
-    partial_dir = checkpoint_dir / f"{step}.partial"
-    remove_path(partial_dir)
-    (checkpoint_dir / str(step)).rename(partial_dir)
-    remove_path(partial_dir)
+    (checkpoint_dir / str(step)).rename(begin_step(checkpoint_dir, step))
+    remove_path(checkpoint_dir / f"{step}.partial")
 
 
 def remove_path(path: Path) -> None:

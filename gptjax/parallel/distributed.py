@@ -174,7 +174,7 @@ def process_dir(run_dir: Path) -> Path:
     command = ["sh", "-c", 'read -r word; rm -rf "$0"', str(scratch_dir)]
     cleaner: Any = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     atexit.register(cleaner.communicate)  # closes the pipe, as any exit does
-    for name in ("config.toml", "meta.json", "metrics.jsonl"):
+    for name in ("config.toml", "meta.json"):
         if (run_dir / name).is_file():
             shutil.copy(run_dir / name, scratch_dir)
     return scratch_dir

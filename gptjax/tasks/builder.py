@@ -1,27 +1,28 @@
 """Stages of a run, shared by all tasks, and the task of a fine-tuning run."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
 from gptjax.data.bucketing import EpochBatches
+from gptjax.data.text import TEST_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError
 from gptjax.parallel.sharding import shard_tree, to_host
 from gptjax.tokenizer.tokenizer import Tokenizer
 from gptjax.training.estimate import parameter_count
 from gptjax.training.finetune import (
     FinetuneLossFn,
+    finetune_provenance,
     full_params,
     initial_params,
-    iterate_batches,
     make_finetune_step,
     resolve_model_config,
     save_finetuned,
     split_trainable,
 )
+from gptjax.training.metrics import log_event
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.task import EvalResult, RunContext, Task, describe_devices, describe_length
 from gptjax.training.train_step import TrainState, init_state
@@ -43,14 +44,7 @@ class TaskStages(NamedTuple):
 def with_model_config(
     run: RunContext, init_model: Model | None, tokenizer: Tokenizer, num_classes: int = 0
 ) -> RunContext:
-    """Returns the run with the resolved config of its model.
-
-    Args:
-        run: the run.
-        init_model: model that the run starts from.
-        tokenizer: of the run.
-        num_classes: [C] of a classifier's head, 0 for none.
-    """
+    """Returns the run with the model config from `resolve_model_config`."""
     model = resolve_model_config(run.config.model, init_model, tokenizer, num_classes)
     return dataclasses.replace(run, config=dataclasses.replace(run.config, model=model))
 
@@ -59,6 +53,16 @@ def make_initial_params(run: RunContext, init_model: Model | None, tokenizer: To
     """Parameters before the first step: the initial model's, or new ones."""
     key = jax.random.key(run.config.train.seed)
     return initial_params(run.config.model, init_model, tokenizer, key)
+
+
+class FinetuneInputs(NamedTuple):
+    """Inputs of a fine-tuning run; their hashes are stored in meta.json."""
+
+    rows: Mapping[str, Iterable[Any]]  # JSON values by split
+    tokenizer: Tokenizer
+    init_model: Model | None
+    class_names: tuple[str, ...] = ()  # of a classifier
+    chat_template: str = ""  # of an assistant
 
 
 class FinetuneSummary(NamedTuple):
@@ -72,50 +76,53 @@ class FinetuneSummary(NamedTuple):
 
 def make_finetune_task(
     run: RunContext,
-    params: Params,
+    inputs: FinetuneInputs,
     *,
     loss_fn: FinetuneLossFn,
     batches: EpochBatches,
     tokens_per_step: float,
     evaluate: Callable[[Model, int, bool], EvalResult],
-    make_model: Callable[[Params], Model],
-    provenance: dict[str, Any],
     summary: FinetuneSummary,
+    params: Params | None = None,
 ) -> Task:
     """Makes the task of a fine-tuning run.
 
     Args:
         run: with its resolved config.
-        params: of the full model, before the first step.
+        inputs: data, tokenizer and initial model.
         loss_fn: (config, params, adapters, batch, key) -> (sum, weight).
         batches: training batches.
         tokens_per_step: mean number of tokens per step.
         evaluate: evaluates a model: (model, step, is_last); its score selects the model
             that is saved in model/.
-        make_model: makes the model of full parameters.
-        provenance: hashes of all inputs.
         summary: task-specific parts of the summary.
+        params: of the full model before the first step, if they are known already.
     """
     config, key = run.config, jax.random.key(run.config.train.seed)
+    if params is None:
+        params = make_initial_params(run, inputs.init_model, inputs.tokenizer)
     trainable_params, frozen_params = shard_tree(split_trainable(config, params, key), run.mesh)
     optimizer = make_optimizer(config.optim, config.train.steps)
 
     def to_model(state: TrainState) -> Model:
-        return make_model(full_params(config, to_host(state.params), frozen_params))
+        params = full_params(config, to_host(state.params), frozen_params)
+        labels, template = inputs.class_names, inputs.chat_template
+        return Model(config.model, params, inputs.tokenizer, labels, chat_template=template)
 
     def save_best(state: TrainState) -> None:
         state = state._replace(params=to_host(state.params))
-        model = to_model(state)
-        save_finetuned(config, run.run_dir, model, state.params, frozen_params)
+        save_finetuned(config, run.run_dir, to_model(state), state.params, frozen_params)
 
     return Task(
         init_state=init_state(trainable_params, optimizer, key),
         train_step=make_finetune_step(config, loss_fn, optimizer),
-        batches=functools.partial(iterate_batches, batches),
-        evaluate=lambda state, step, last: evaluate(to_model(state), step, last),
+        batches=lambda start, stop: map(batches.batch_at, range(start, stop)),
+        evaluate=lambda state, step, is_last: evaluate(to_model(state), step, is_last),
         to_model=to_model,
         tokens_per_step=tokens_per_step,
-        provenance=provenance,
+        provenance=finetune_provenance(
+            inputs.tokenizer, inputs.init_model, inputs.rows, inputs.chat_template
+        ),
         summary=format_finetune_summary(
             run, summary, batches, num_params(trainable_params), num_params(frozen_params)
         ),
@@ -170,3 +177,20 @@ def load_best_model(run: RunContext) -> Model:
             "--run DIR."
         )
     return load(run.run_dir / "model")
+
+
+def final_split(splits: Mapping[str, Any]) -> str:
+    """Split of the final evaluation: test, or validation if there is none."""
+    return TEST_SPLIT if TEST_SPLIT in splits else VALIDATION_SPLIT
+
+
+def log_final_evaluation(run: RunContext, split: str, **values: Any) -> None:
+    """Logs the metrics of the best model, unless they were those of a training step."""
+    if split == TEST_SPLIT:
+        log_event(run.metrics_path, "eval", run.config.train.steps, split=split, **values)
+
+
+def log_done(run: RunContext, result: str, files: str) -> None:
+    """Logs the result and the files of a fine-tuning run."""
+    run.log(f"done     {result}")
+    run.log(f"wrote    {run.run_dir}/model (best on validation), {files}")

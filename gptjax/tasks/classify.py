@@ -9,7 +9,7 @@ import numpy as np
 from gptjax.config import RunConfig
 from gptjax.data.classification import ClassificationBatches, LabeledTexts, read_labeled_texts, take
 from gptjax.data.splits import describe_splits, stratified_split
-from gptjax.data.text import TEST_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT
+from gptjax.data.text import TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError
 from gptjax.evaluation.classification import ClassificationResult, evaluate_classifier
 from gptjax.inference.classify import CLASSIFY_BATCH_SIZE, bucket_lengths
@@ -17,22 +17,24 @@ from gptjax.model.classifier import classifier_hidden_states, pool_and_project
 from gptjax.model.gpt import unembedding_matrix
 from gptjax.plots.report import Misclassification, write_classification_report
 from gptjax.tasks.builder import (
+    FinetuneInputs,
     FinetuneSummary,
     TaskStages,
+    final_split,
     load_best_model,
+    log_done,
+    log_final_evaluation,
     make_finetune_task,
-    make_initial_params,
     with_model_config,
 )
 from gptjax.tokenizer.tokenizer import Tokenizer
 from gptjax.training.finetune import (
     check_validation_split,
     choose_tokenizer,
-    finetune_provenance,
     load_init_model,
+    max_context,
 )
 from gptjax.training.loss import classification_loss, fused_cross_entropy
-from gptjax.training.metrics import log_event
 from gptjax.training.task import EvalResult, RunContext, Task
 from gptjax.training.train_step import TrainState
 from gptjax.tree import Params
@@ -47,11 +49,6 @@ class ClassificationData(NamedTuple):
     tokenizer: Tokenizer
     init_model: Model | None
     summary_lines: list[str]
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the classes [C]."""
-        return self.rows[TRAIN_SPLIT].class_names
 
 
 def load_classification_data(run: RunContext) -> tuple[RunContext, ClassificationData]:
@@ -75,9 +72,7 @@ def load_classification_data(run: RunContext) -> tuple[RunContext, Classificatio
     )
     rows = check_validation_split(c, rows, "rows")
     tokenizer = choose_tokenizer(c.data.tokenizer, init_model, lambda: rows[TRAIN_SPLIT].texts)
-    max_length = c.model.context_length
-    if init_model is not None:
-        max_length = min(max_length, init_model.config.context_length)
+    max_length = max_context(c.model, init_model)
     ids, num_truncated = {}, 0
     for split, part in rows.items():
         token_ids = [tokenizer.encode(text) for text in part.texts]
@@ -87,41 +82,35 @@ def load_classification_data(run: RunContext) -> tuple[RunContext, Classificatio
     if num_truncated:
         summary_lines.append(f"too long {num_truncated} texts truncated to the context")
     data = ClassificationData(rows, ids, tokenizer, init_model, summary_lines)
-    run = with_model_config(run, init_model, tokenizer, len(data.class_names))
+    run = with_model_config(run, init_model, tokenizer, len(rows[TRAIN_SPLIT].class_names))
     return run, data
 
 
 def make_classification_task(run: RunContext, data: ClassificationData) -> Task:
     """Makes the classification task."""
     config, tokenizer = run.config, data.tokenizer
-    ids = data.ids[TRAIN_SPLIT]
+    rows, ids = data.rows[TRAIN_SPLIT], data.ids[TRAIN_SPLIT]
     batches = ClassificationBatches(
         ids,
-        data.rows[TRAIN_SPLIT].labels,
+        rows.labels,
         rows=config.data.batch_size,
         bucket_lengths=bucket_lengths(config.model),
         pad_id=tokenizer.eot_token,
         seed=config.train.seed,
     )
+    text_label_pairs = {
+        split: zip(part.texts, (part.class_names[n] for n in part.labels), strict=True)
+        for split, part in data.rows.items()
+    }
     return make_finetune_task(
         run,
-        make_initial_params(run, data.init_model, tokenizer),
+        FinetuneInputs(text_label_pairs, tokenizer, data.init_model, class_names=rows.class_names),
         loss_fn=classification_loss_fn,
         batches=batches,
         tokens_per_step=sum(map(len, ids)) / len(ids) * config.data.batch_size,
         evaluate=make_classification_evaluate(run, data),
-        make_model=lambda params: Model(config.model, params, tokenizer, data.class_names),
-        provenance=finetune_provenance(tokenizer, data.init_model, text_label_pairs(data.rows)),
         summary=FinetuneSummary(data.summary_lines, "rows"),
     )
-
-
-def text_label_pairs(rows: dict[str, LabeledTexts]) -> dict[str, Any]:
-    """(text, class name) pairs by split."""
-    return {
-        split: zip(part.texts, (part.class_names[n] for n in part.labels), strict=True)
-        for split, part in rows.items()
-    }
 
 
 def classification_loss_fn(
@@ -163,24 +152,19 @@ def make_classification_evaluate(
     """
     max_train_rows = run.config.train.eval_batches * CLASSIFY_BATCH_SIZE
     last_row = len(data.ids[TRAIN_SPLIT]) - 1
-    train_subset = np.linspace(0, last_row, max_train_rows).round().astype(int)
-    train_subset = np.unique(train_subset).tolist()
-
-    def evaluate_split(model: Model, split: str, rows: list[int] | None) -> ClassificationResult:
-        texts, ids = data.rows[split], data.ids[split]
-        if rows is not None:
-            texts, ids = take(texts, rows), [ids[n] for n in rows]
-        return evaluate_classifier(model, texts, ids)
+    train_subset = np.unique(np.linspace(0, last_row, max_train_rows).round().astype(int))
 
     def evaluate(model: Model, step: int, is_last: bool) -> EvalResult:
-        train_rows = None if is_last else train_subset
-        train_result = evaluate_split(model, TRAIN_SPLIT, train_rows)
-        result = evaluate_split(model, VALIDATION_SPLIT, None)
+        texts, ids = data.rows[TRAIN_SPLIT], data.ids[TRAIN_SPLIT]
+        if not is_last:
+            texts, ids = take(texts, train_subset.tolist()), [ids[n] for n in train_subset]
+        train_result = evaluate_classifier(model, texts, ids)
+        result = evaluate_classifier(model, data.rows[VALIDATION_SPLIT], data.ids[VALIDATION_SPLIT])
         accuracy = result.metrics.accuracy
         return EvalResult(
             events=[
-                ("eval", to_event(TRAIN_SPLIT, train_result)),
-                ("eval", to_event(VALIDATION_SPLIT, result)),
+                ("eval", {"split": TRAIN_SPLIT, **metric_values(train_result)}),
+                ("eval", {"split": VALIDATION_SPLIT, **metric_values(result)}),
             ],
             text=f"val {result.loss:.4f} acc {accuracy:.1%}",
             score=(accuracy, -result.loss),
@@ -189,10 +173,9 @@ def make_classification_evaluate(
     return evaluate
 
 
-def to_event(split: str, result: ClassificationResult) -> dict[str, Any]:
+def metric_values(result: ClassificationResult) -> dict[str, float]:
     """Values of an "eval" event."""
     return {
-        "split": split,
         "loss": result.loss,
         "accuracy": result.metrics.accuracy,
         "macro_f1": result.metrics.macro_f1,
@@ -204,30 +187,28 @@ def finalize_classification(
     run: RunContext, data: ClassificationData, task: Task, state: TrainState
 ) -> Model:
     """Evaluates the best model on the test rows; writes figures and report.md."""
-    model = load_best_model(run)
-    split = TEST_SPLIT if TEST_SPLIT in data.rows else VALIDATION_SPLIT
-    texts, ids = data.rows[split], data.ids[split]
-    result = evaluate_classifier(model, texts, ids)
-    step = run.config.train.steps
-    if split == TEST_SPLIT:
-        log_event(run.metrics_path, "eval", step, **to_event(TEST_SPLIT, result))
-    predicted_N = result.prob_NC.argmax(axis=-1)
+    model, split = load_best_model(run), final_split(data.rows)
+    texts, train_labels = data.rows[split], data.rows[TRAIN_SPLIT].labels
+    result = evaluate_classifier(model, texts, data.ids[split])
+    log_final_evaluation(run, split, **metric_values(result))
+    predicted_N, prob_N = result.prob_NC.argmax(axis=-1), result.prob_NC.max(axis=-1)
     misclassified = [n for n, label in enumerate(texts.labels) if predicted_N[n] != label]
-    misclassified.sort(key=lambda n: -result.prob_NC[n, predicted_N[n]])
     mistakes = [
         Misclassification(
             texts.texts[n],
             texts.class_names[texts.labels[n]],
             texts.class_names[predicted_N[n]],
-            float(result.prob_NC[n, predicted_N[n]]),
+            float(prob_N[n]),
         )
-        for n in misclassified
+        for n in sorted(misclassified, key=lambda n: -prob_N[n])
     ]
     scores = result.metrics
+    majority_label = max(set(train_labels), key=train_labels.count)
+    baseline = texts.labels.count(majority_label) / len(texts.labels)
     text = (
         f"{split} accuracy {scores.accuracy:.4f}, macro-F1 {scores.macro_f1:.4f}, "
-        f"balanced accuracy {scores.balanced_accuracy:.4f} on {len(ids):,} texts "
-        f"(majority-class baseline: {majority_baseline(data.rows[TRAIN_SPLIT], texts)})"
+        f"balanced accuracy {scores.balanced_accuracy:.4f} on {len(texts.labels):,} texts "
+        f"(majority-class baseline: {baseline:.4f})"
     )
     write_classification_report(
         run.run_dir,
@@ -238,15 +219,8 @@ def finalize_classification(
         mistakes=mistakes,
         examples_per_step=run.config.data.batch_size,
     )
-    run.log(f"done     {text}")
-    run.log(f"wrote    {run.run_dir}/model (best on validation), report.md, figures")
+    log_done(run, text, "report.md, figures")
     return model
-
-
-def majority_baseline(train: LabeledTexts, texts: LabeledTexts) -> str:
-    """Accuracy of always predicting the most frequent training label."""
-    frequent = max(set(train.labels), key=train.labels.count)
-    return f"{texts.labels.count(frequent) / len(texts.labels):.4f}"
 
 
 CLASSIFY = TaskStages(load_classification_data, make_classification_task, finalize_classification)

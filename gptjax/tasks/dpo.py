@@ -21,14 +21,18 @@ from gptjax.data.bucketing import buckets
 from gptjax.data.conversations import PreferencePair, read_preference_pairs
 from gptjax.data.preference import CHOSEN, REJECTED, PreferenceBatches
 from gptjax.data.sft import Example, encode_segments, truncate_left
-from gptjax.data.text import TEST_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT
+from gptjax.data.text import TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError, DataError
 from gptjax.plots.report import write_samples
 from gptjax.runtime.preemption import check_interrupted
 from gptjax.tasks.builder import (
+    FinetuneInputs,
     FinetuneSummary,
     TaskStages,
+    final_split,
     load_best_model,
+    log_done,
+    log_final_evaluation,
     make_finetune_task,
     make_initial_params,
     with_model_config,
@@ -36,12 +40,11 @@ from gptjax.tasks.builder import (
 from gptjax.tokenizer.chat_template import ChatTemplate
 from gptjax.training.finetune import (
     choose_chat_template,
-    finetune_provenance,
     load_init_model,
+    max_context,
     train_val_test_split,
 )
 from gptjax.training.loss import batch_per_token_loss
-from gptjax.training.metrics import log_event
 from gptjax.training.run_dir import hash_pytree
 from gptjax.training.task import EvalResult, RunContext, Task
 from gptjax.training.train_step import TrainState
@@ -58,7 +61,7 @@ class DPOData(NamedTuple):
     batches: dict[str, PreferenceBatches]  # by split, with reference log-probabilities
     params: Params  # of the initial model, which is the reference
     init_model: Model
-    chat_template: ChatTemplate
+    chat_template: str
     summary_lines: list[str]
 
 
@@ -75,11 +78,12 @@ class DPOMetrics(NamedTuple):
 def load_dpo_data(run: RunContext) -> tuple[RunContext, DPOData]:
     """Loads the pairs and computes their log-probabilities under the initial model."""
     init_model = load_dpo_init_model(run)
+    tokenizer = init_model.tokenizer
     template = choose_chat_template(run.config.data.chat_template, init_model)
     pairs, summary_lines = load_pairs(run.config, init_model, template)
-    run = with_model_config(run, init_model, init_model.tokenizer)
+    run = with_model_config(run, init_model, tokenizer)
     config = run.config
-    params = make_initial_params(run, init_model, init_model.tokenizer)
+    params = make_initial_params(run, init_model, tokenizer)
     batches = {}
     for split, split_pairs in pairs.items():
         zero_batches = PreferenceBatches(
@@ -87,20 +91,16 @@ def load_dpo_data(run: RunContext) -> tuple[RunContext, DPOData]:
             np.zeros((len(split_pairs), 2), np.float32),
             rows=config.data.batch_size,
             bucket_lengths=buckets(config.model.context_length),
-            pad_id=init_model.tokenizer.eot_token,
+            pad_id=tokenizer.eot_token,
             seed=config.train.seed,
         )
         reference_logprobs = sequence_logprobs(config, params, zero_batches)
         batches[split] = dataclasses.replace(zero_batches, reference_logprobs=reference_logprobs)
-    return run, DPOData(batches, params, init_model, template, summary_lines)
+    return run, DPOData(batches, params, init_model, template.source, summary_lines)
 
 
 def load_dpo_init_model(run: RunContext) -> Model:
-    """Loads the model to start from.
-
-    Raises:
-        ConfigError: there is none, or an option does not apply to DPO.
-    """
+    """Loads the model to start from; rejects options that do not apply to DPO."""
     init_model, data = load_init_model(run.config.finetune, run.log), run.config.data
     if init_model is None:
         raise ConfigError(
@@ -118,49 +118,13 @@ def load_dpo_init_model(run: RunContext) -> Model:
     return init_model
 
 
-def make_dpo_task(run: RunContext, data: DPOData) -> Task:
-    """Makes the DPO task."""
-    config, tokenizer = run.config, data.init_model.tokenizer
-    template = data.chat_template
-    batches = data.batches[TRAIN_SPLIT]
-    num_tokens = sum(len(x.ids) - 1 for pair in batches.pairs for x in pair)
-    pairs = {split: part.pairs for split, part in data.batches.items()}
-    reference = {
-        split: hash_pytree(part.reference_logprobs) for split, part in data.batches.items()
-    }
-    return make_finetune_task(
-        run,
-        data.params,
-        loss_fn=dpo_loss_fn,
-        batches=batches,
-        tokens_per_step=num_tokens / batches.steps_per_epoch,
-        evaluate=make_dpo_evaluate(run, data.batches),
-        make_model=lambda params: Model(
-            config.model, params, tokenizer, chat_template=template.source
-        ),
-        provenance={
-            **finetune_provenance(tokenizer, data.init_model, pairs, template),
-            "reference": reference,
-        },
-        summary=FinetuneSummary(
-            data.summary_lines,
-            "pairs of rows",
-            init_note=f" (also the reference; beta {config.finetune.dpo_beta})",
-        ),
-    )
-
-
 def load_pairs(
     config: RunConfig, init_model: Model, template: ChatTemplate
 ) -> tuple[dict[str, ExamplePairs], list[str]]:
-    """Loads, splits and tokenizes the preference pairs.
-
-    Returns:
-        (chosen, rejected) examples by split, and summary lines.
-    """
+    """Loads, splits and tokenizes the pairs; also returns summary lines."""
     all_pairs, columns = read_preference_pairs(config.data.source)
     splits = train_val_test_split(config, all_pairs, "pairs")
-    context = min(config.model.context_length, init_model.config.context_length)
+    context = max_context(config.model, init_model)
     pairs, num_equal, num_too_long = {}, 0, 0
     for name, part in splits.items():
         unequal = [pair for pair in part if pair.chosen != pair.rejected]
@@ -197,6 +161,30 @@ def tokenize_pair(
         examples.append(truncate_left(example._replace(loss_mask=loss_mask), context + 1))
     chosen, rejected = examples
     return None if chosen is None or rejected is None else (chosen, rejected)
+
+
+def make_dpo_task(run: RunContext, data: DPOData) -> Task:
+    """Makes the DPO task."""
+    batches = data.batches[TRAIN_SPLIT]
+    pairs = {split: part.pairs for split, part in data.batches.items()}
+    init_model, template = data.init_model, data.chat_template
+    num_tokens = sum(len(x.ids) - 1 for pair in batches.pairs for x in pair)
+    task = make_finetune_task(
+        run,
+        FinetuneInputs(pairs, init_model.tokenizer, init_model, chat_template=template),
+        loss_fn=dpo_loss_fn,
+        batches=batches,
+        tokens_per_step=num_tokens / batches.steps_per_epoch,
+        evaluate=make_dpo_evaluate(run, data.batches),
+        summary=FinetuneSummary(
+            data.summary_lines,
+            "pairs of rows",
+            init_note=f" (also the reference; beta {run.config.finetune.dpo_beta})",
+        ),
+        params=data.params,
+    )
+    reference = {name: hash_pytree(part.reference_logprobs) for name, part in data.batches.items()}
+    return dataclasses.replace(task, provenance={**task.provenance, "reference": reference})
 
 
 def answer_logprobs(
@@ -238,11 +226,7 @@ def jit_answer_logprobs(config: RunConfig) -> Callable[[Params, Any], PerExample
 
 
 def dpo_loss(logratio_B2: PerExample, beta: float) -> Float[Array, " B"]:
-    """DPO loss of each pair.
-
-    Args:
-        logratio_B2: log-probability ratios of both answers to the reference (nats).
-        beta: strength of the KL penalty.
+    """DPO loss of each pair, from log-probability ratios to the reference (nats).
 
     >>> import jax.numpy as jnp
     >>> print(dpo_loss(jnp.zeros((1, 2)), 0.1)[0])  # ln 2, before the first step
@@ -278,65 +262,45 @@ def evaluate_pairs(config: RunConfig, model: Model, batches: PreferenceBatches) 
 def make_dpo_evaluate(
     run: RunContext, batches: dict[str, PreferenceBatches]
 ) -> Callable[[Model, int, bool], EvalResult]:
-    """Evaluates on validation and some training pairs.
-
-    The best model has the lowest loss on the validation pairs.
-    """
-    max_train_pairs = run.config.train.eval_batches * run.config.data.batch_size
-    eval_splits = {
-        TRAIN_SPLIT: take_pairs(batches[TRAIN_SPLIT], max_train_pairs),
-        VALIDATION_SPLIT: batches[VALIDATION_SPLIT],
-    }
+    """Evaluates on validation pairs, which select the model, and on training pairs."""
+    train, count = batches[TRAIN_SPLIT], run.config.train.eval_batches * run.config.data.batch_size
+    train_subset = dataclasses.replace(
+        train, pairs=train.pairs[:count], reference_logprobs=train.reference_logprobs[:count]
+    )
+    eval_splits = {TRAIN_SPLIT: train_subset, VALIDATION_SPLIT: batches[VALIDATION_SPLIT]}
 
     def evaluate(model: Model, step: int, is_last: bool) -> EvalResult:
         metrics = {
-            split: evaluate_pairs(run.config, model, eval_splits[split]) for split in eval_splits
+            split: evaluate_pairs(run.config, model, batches)
+            for split, batches in eval_splits.items()
         }
         validation = metrics[VALIDATION_SPLIT]
         return EvalResult(
             events=[
-                ("eval", {"split": split, **scores._asdict()}) for split, scores in metrics.items()
+                ("eval", {"split": split, **values._asdict()}) for split, values in metrics.items()
             ],
             text=f"val {validation.loss:.4f} margin {validation.margin:.3f} "
-            f"{format_preference_accuracy(validation)}",
+            f"accuracy {validation.accuracy:.1%}",
             score=(-validation.loss, float(step)),  # of equal losses, the later
         )
 
     return evaluate
 
 
-def format_preference_accuracy(metrics: DPOMetrics) -> str:
-    """Preference accuracy, for the progress line."""
-    return f"accuracy {metrics.accuracy:.1%}"
-
-
-def take_pairs(batches: PreferenceBatches, max_pairs: int) -> PreferenceBatches:
-    """Batches restricted to the first pairs."""
-    return dataclasses.replace(
-        batches,
-        pairs=batches.pairs[:max_pairs],
-        reference_logprobs=batches.reference_logprobs[:max_pairs],
-    )
-
-
 def finalize_dpo(run: RunContext, data: DPOData, task: Task, state: TrainState) -> Model:
     """Evaluates the best model on the test pairs; writes figures and report.md."""
-    model = load_best_model(run)
-    split = TEST_SPLIT if TEST_SPLIT in data.batches else VALIDATION_SPLIT
+    model, split = load_best_model(run), final_split(data.batches)
     metrics = evaluate_pairs(run.config, model, data.batches[split])
-    if split == TEST_SPLIT:
-        step = run.config.train.steps
-        log_event(run.metrics_path, "eval", step, split=TEST_SPLIT, **metrics._asdict())
+    log_final_evaluation(run, split, **metrics._asdict())
     text = (
         f"{split} loss {metrics.loss:.4f}, margin {metrics.margin:.4f}, "
-        f"{format_preference_accuracy(metrics)} on {len(data.batches[split].pairs):,} "
+        f"accuracy {metrics.accuracy:.1%} on {len(data.batches[split].pairs):,} "
         "pairs (chance: 50%)"
     )
     write_samples(
         run.run_dir, summary=task.summary, result=text, tokens_per_step=round(task.tokens_per_step)
     )
-    run.log(f"done     {text}")
-    run.log(f"wrote    {run.run_dir}/model (best on validation), report.md, figures")
+    log_done(run, text, "report.md, figures")
     return model
 
 

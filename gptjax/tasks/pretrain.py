@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gptjax.config import DataConfig, RunConfig
+from gptjax.config import DataConfig
 from gptjax.data.lm import make_batches, validation_batches
 from gptjax.data.prepare import TokenizedSplits, open_dataset
-from gptjax.data.token_files import TokenShard
 from gptjax.errors import ConfigError
 from gptjax.evaluation import perplexity
 from gptjax.fileio.download import sha256_of_files
@@ -20,7 +19,7 @@ from gptjax.plots.report import write_report
 from gptjax.tasks.builder import TaskStages, describe_model, make_initial_params, with_model_config
 from gptjax.tokenizer import tokenizer
 from gptjax.training import estimate
-from gptjax.training.finetune import init_provenance, load_init_model, tokenizer_provenance
+from gptjax.training.finetune import load_init_model, model_provenance
 from gptjax.training.loss import make_lm_loss_fn
 from gptjax.training.metrics import format_number, read_events
 from gptjax.training.optimizer import make_optimizer
@@ -44,9 +43,14 @@ def load_pretrain_data(run: RunContext) -> tuple[RunContext, PretrainData]:
     """Opens or prepares the token files; resolves the model's config."""
     init_model = load_init_model(run.config.finetune, run.log)
     splits = open_dataset(resolve_data_config(run), run.run_dir / "data")
-    run = dataclasses.replace(run, config=resolve_vocab_size(run.config, splits))
-    run = with_model_config(run, init_model, splits.tokenizer)
-    return run, PretrainData(splits, init_model)
+    size, requested = splits.tokenizer.vocab_size, run.config.model.vocab_size
+    if requested not in (0, size):
+        raise ConfigError(
+            f"model.vocab_size={requested} does not match the tokenizer "
+            f"{splits.tokenizer.name}, which has {size} tokens. Remove the option, or "
+            "pad with model.vocab_multiple."
+        )
+    return with_model_config(run, init_model, splits.tokenizer), PretrainData(splits, init_model)
 
 
 def make_pretrain_task(run: RunContext, data: PretrainData) -> Task:
@@ -76,7 +80,7 @@ def make_pretrain_task(run: RunContext, data: PretrainData) -> Task:
         evaluate=make_pretrain_evaluate(run, data.splits),
         to_model=to_model,
         tokens_per_step=config.data.batch_size * config.model.context_length,
-        provenance={**data_provenance(data.splits), **init_provenance(init_model)},
+        provenance={"data": hash_splits(data.splits), **model_provenance(tokens, init_model)},
         summary=format_pretrain_summary(run, data.splits),
         sample=make_sample(run, to_model),
     )
@@ -141,35 +145,14 @@ def isolate_documents(batching: str) -> bool:
     return DOCUMENT_MODE[batching]
 
 
-def resolve_vocab_size(config: RunConfig, dataset: TokenizedSplits) -> RunConfig:
-    """Config with `model.vocab_size` set from the tokenizer of the data."""
-    size, requested = dataset.tokenizer.vocab_size, config.model.vocab_size
-    if requested not in (0, size):
-        raise ConfigError(
-            f"model.vocab_size={requested} does not match the tokenizer "
-            f"{dataset.tokenizer.name}, which has {size} tokens. Remove the option, or "
-            "pad with model.vocab_multiple."
-        )
-    model = dataclasses.replace(config.model, vocab_size=size)
-    return dataclasses.replace(config, model=model)
-
-
-def data_provenance(dataset: TokenizedSplits) -> dict[str, Any]:
-    """Entries of meta.json for data and tokenizer, to detect changes."""
+def hash_splits(dataset: TokenizedSplits) -> dict[str, dict[str, str]]:
+    """SHA-256 of each shard by split; as recorded, since its blocks are verified."""
     splits = {"train": dataset.train, "validation": dataset.validation}
     return {
-        "data": {
-            split: {shard.path.name: dataset_hash(shard) for shard in tokens.shards}
-            for split, tokens in splits.items()
-            if tokens is not None
-        },
-        **tokenizer_provenance(dataset.tokenizer),
+        split: {x.path.name: x.sha256 or sha256_of_files([x.path]) for x in tokens.shards}
+        for split, tokens in splits.items()
+        if tokens is not None
     }
-
-
-def dataset_hash(shard: TokenShard) -> str:
-    """SHA-256 of a shard's tokens; as recorded, since its blocks are verified."""
-    return shard.sha256 or sha256_of_files([shard.path])
 
 
 def format_pretrain_summary(run: RunContext, data: TokenizedSplits) -> list[str]:
@@ -178,8 +161,7 @@ def format_pretrain_summary(run: RunContext, data: TokenizedSplits) -> list[str]
     train_config = run.config.train
     rows = run.config.data.batch_size
     resolved_config = estimate.resolve_config(run.config)
-    sizes = tuple(run.mesh.shape.values()) if run.mesh else estimate.SINGLE_DEVICE_MESH
-    memory_parts = estimate.memory_bytes(resolved_config, sizes)
+    memory_parts = estimate.memory_bytes(resolved_config, estimate.mesh_sizes(run.mesh))
     memory_breakdown = " + ".join(
         f"{name} {estimate.format_bytes(size)}" for name, size in memory_parts.items()
     )

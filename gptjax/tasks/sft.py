@@ -29,11 +29,14 @@ from gptjax.evaluation.instructions import (
 )
 from gptjax.plots.report import write_samples
 from gptjax.tasks.builder import (
+    FinetuneInputs,
     FinetuneSummary,
     TaskStages,
+    final_split,
     load_best_model,
+    log_done,
+    log_final_evaluation,
     make_finetune_task,
-    make_initial_params,
     with_model_config,
 )
 from gptjax.tokenizer.chat_template import ChatTemplate
@@ -41,12 +44,12 @@ from gptjax.tokenizer.tokenizer import Tokenizer
 from gptjax.training.finetune import (
     choose_chat_template,
     choose_tokenizer,
-    finetune_provenance,
     load_init_model,
+    max_context,
     train_val_test_split,
 )
 from gptjax.training.loss import batch_loss
-from gptjax.training.metrics import Event, log_event, read_events
+from gptjax.training.metrics import metric_series, read_events
 from gptjax.training.task import EvalResult, RunContext, Task
 from gptjax.training.train_step import TrainState
 from gptjax.tree import Params
@@ -86,9 +89,7 @@ def load_sft_data(run: RunContext) -> tuple[RunContext, SFTData]:
     template = choose_chat_template(c.data.chat_template, init_model)
     texts = (m["content"] for x in splits[TRAIN_SPLIT] for m in x.messages)
     tokenizer = choose_tokenizer(c.data.tokenizer, init_model, lambda: texts)
-    context = c.model.context_length
-    if init_model is not None:
-        context = min(context, init_model.config.context_length)
+    context = max_context(c.model, init_model)
     trained_segments = segments_with_loss(c.data)
     conversations, examples, completion_examples = {}, {}, {}
     num_truncated = num_dropped = 0
@@ -107,8 +108,8 @@ def load_sft_data(run: RunContext) -> tuple[RunContext, SFTData]:
             tokenizer, template, conversations[name], TRAIN_ON_COMPLETIONS
         )
         completion_examples[name] = truncate_all(completions, context).examples
-        num_truncated = num_truncated + truncated.num_truncated
-        num_dropped = num_dropped + truncated.num_dropped
+        num_truncated += truncated.num_truncated
+        num_dropped += truncated.num_dropped
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in examples.items())
     summary_lines = [f"data     {columns}", f"rows     {sizes}"]
     if num_truncated or num_dropped:
@@ -141,21 +142,17 @@ def make_sft_task(run: RunContext, data: SFTData) -> Task:
         pad_id=tokenizer.eot_token,
         seed=config.train.seed,
     )
-    template = data.chat_template
+    template = data.chat_template.source
     messages = {s: (x.messages for x in part) for s, part in data.conversations.items()}
     num_trained = sum(sum(x.loss_mask) for x in examples)
     trained_fraction = num_trained / sum(len(x.ids) for x in examples)
     return make_finetune_task(
         run,
-        make_initial_params(run, data.init_model, tokenizer),
+        FinetuneInputs(messages, tokenizer, data.init_model, chat_template=template),
         loss_fn=sft_loss_fn,
         batches=batches,
         tokens_per_step=sum(len(x.ids) - 1 for x in examples) / batches.steps_per_epoch,
         evaluate=make_sft_evaluate(run, data),
-        make_model=lambda params: Model(
-            config.model, params, tokenizer, chat_template=template.source
-        ),
-        provenance=finetune_provenance(tokenizer, data.init_model, messages, template),
         summary=FinetuneSummary(
             data.summary_lines,
             "rows",
@@ -193,32 +190,27 @@ def make_sft_evaluate(run: RunContext, data: SFTData) -> Callable[[Model, int, b
     has_response_loss = segments_with_loss(run.config.data) != TRAIN_ON_COMPLETIONS
 
     def evaluate_split(model: Model, split: str, **values: Any) -> dict[str, Any]:
-        all_rows = range(len(data.examples[split]))
-        indices = train_subset if split == TRAIN_SPLIT else all_rows
+        indices = train_subset if split == TRAIN_SPLIT else range(len(data.examples[split]))
         loss = example_loss(model, [data.examples[split][n] for n in indices]).loss
         response_loss = loss
         if has_response_loss:
             completions = [data.completion_examples[split][n] for n in indices]
             response_loss = example_loss(model, completions).loss
-        losses = {"loss": loss, "response_loss": response_loss}
-        return {"split": split, **losses, **values}
+        return {"split": split, "loss": loss, "response_loss": response_loss, **values}
 
     def evaluate(model: Model, step: int, is_last: bool) -> EvalResult:
         token_limit = answer_token_limit(model, data)
         events = [evaluate_split(model, TRAIN_SPLIT)]
         scores = mean_scores(generate_responses(model, rows, token_limit))
-        validation = evaluate_split(model, VALIDATION_SPLIT, **scores)
-        events.append(validation)
+        events.append(evaluate_split(model, VALIDATION_SPLIT, **scores))
+        loss = events[-1]["response_loss"]
         if step == 0 and TEST_SPLIT in data.examples:
             responses = generate_responses(model, test_rows, token_limit)
-            scores_by_task = task_exact_matches(responses)
-            test_scores = mean_scores(responses) | scores_by_task
+            test_scores = mean_scores(responses) | task_exact_matches(responses)
             events.append(evaluate_split(model, TEST_SPLIT, **test_scores))
-        loss = validation["response_loss"]
-        match, rouge = scores["exact_match"], scores["rouge_l"]
         return EvalResult(
             events=[("eval", event) for event in events],
-            text=f"val {loss:.4f} exact {match:.1%} rouge {rouge:.2f}",
+            text=f"val {loss:.4f} exact {scores['exact_match']:.1%} rouge {scores['rouge_l']:.2f}",
             score=(-loss, float(step)),  # of equal losses, the later
         )
 
@@ -249,27 +241,19 @@ def answer_token_limit(model: Model, data: SFTData) -> int:
 
 def finalize_sft(run: RunContext, data: SFTData, task: Task, state: TrainState) -> Model:
     """Evaluates the best model; writes its answers, figures and report.md."""
-    model = load_best_model(run)
-    split = TEST_SPLIT if TEST_SPLIT in data.examples else VALIDATION_SPLIT
+    model, split = load_best_model(run), final_split(data.examples)
     rows = evenly_spaced(data.conversations[split], NUM_TEST_SAMPLES)
     responses = generate_responses(model, rows, answer_token_limit(model, data))
-    result = example_loss(model, data.completion_examples[split])
+    loss = example_loss(model, data.completion_examples[split]).loss
     scores = mean_scores(responses)
-    step = run.config.train.steps
-    evaluations = [
-        event
-        for event in read_events(run.metrics_path)
-        if event["event"] == "eval" and event["split"] == split
-    ]
-    if split == TEST_SPLIT:
-        numbers = {"response_loss": result.loss, **scores, **task_exact_matches(responses)}
-        log_event(run.metrics_path, "eval", step, split=TEST_SPLIT, **numbers)
+    values = {"response_loss": loss, **scores, **task_exact_matches(responses)}
+    log_final_evaluation(run, split, **values)
     write_rows(to_rows(responses), run.run_dir / "responses.jsonl")
     text = (
-        f"{split} loss {result.loss:.4f} nats per answer token"
-        f"{format_before(evaluations, 'response_loss')}, exact match "
+        f"{split} loss {loss:.4f} nats per answer token"
+        f"{format_before(run, split, 'response_loss')}, exact match "
         f"{scores['exact_match']:.4f} on {len(responses):,} answers"
-        f"{format_before(evaluations, 'exact_match')}, "
+        f"{format_before(run, split, 'exact_match')}, "
         f"token F1 {scores['token_f1']:.4f}, ROUGE-L {scores['rouge_l']:.4f}"
     )
     write_samples(
@@ -282,17 +266,14 @@ def finalize_sft(run: RunContext, data: SFTData, task: Task, state: TrainState) 
         ],
         tokens_per_step=round(task.tokens_per_step),
     )
-    run.log(f"done     {text}")
-    run.log(
-        f"wrote    {run.run_dir}/model (best on validation), responses.jsonl, report.md, figures"
-    )
+    log_done(run, text, "responses.jsonl, report.md, figures")
     return model
 
 
-def format_before(evaluations: Sequence[Event], name: str) -> str:
+def format_before(run: RunContext, split: str, name: str) -> str:
     """Metric before the first step, for the result line; "" if it was not logged."""
-    values = [event[name] for event in evaluations if not event["step"]]
-    return f" (before: {values[0]:.4f})" if values else ""
+    steps, values = metric_series(read_events(run.metrics_path), "eval", name, split)
+    return f" (before: {values[0]:.4f})" if 0 in steps else ""
 
 
 SFT = TaskStages(load_sft_data, make_sft_task, finalize_sft)

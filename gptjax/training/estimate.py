@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from gptjax.config import GPTConfig, RunConfig
 from gptjax.model.attention.dispatch import resolve_backend
@@ -27,8 +28,13 @@ def parameter_count(config: GPTConfig) -> int:
     return num_params(jax.eval_shape(lambda: init(config, jax.random.key(0))))
 
 
+def mesh_sizes(mesh: Mesh | None) -> tuple[int, ...]:
+    """Axis sizes of the mesh of a run."""
+    return tuple(mesh.shape.values()) if mesh else SINGLE_DEVICE_MESH
+
+
 def flops_per_token(config: GPTConfig) -> int:
-    """Returns forward and backward FLOPs per token: 6 P + 12 N D T.
+    """Forward and backward FLOPs per token: 6 P + 12 N D T.
 
     P counts the parameters used in matmuls: all but the position embedding (and the
     token embedding if the head is untied). The second term is unmasked attention, as
@@ -41,17 +47,17 @@ def flops_per_token(config: GPTConfig) -> int:
 
 
 def attention_flops(config: GPTConfig) -> int:
-    """Returns FLOPs of unmasked attention per token, with backward: 12 N D T."""
+    """FLOPs of unmasked attention per token, with backward: 12 N D T."""
     return 12 * config.n_layers * config.d_model * config.context_length
 
 
 def causal_flops_per_token(config: GPTConfig) -> int:
-    """Returns `flops_per_token` without the masked half of attention."""
+    """`flops_per_token` without the masked half of attention."""
     return flops_per_token(config) - attention_flops(config) // 2
 
 
 def hardware_flops(config: GPTConfig) -> float:
-    """Returns FLOPs per token including recomputation by `model.remat`."""
+    """FLOPs per token including recomputation by `model.remat`."""
     recompute_factor = 4 / 3 if config.remat == "full" else 1.0
     return flops_per_token(config) * recompute_factor
 
@@ -67,11 +73,10 @@ def resolve_config(config: RunConfig, platform: str = "") -> RunConfig:
         ConfigError: the attention backend does not support the platform.
     """
     model = config.model
-    name = config.data.tokenizer or "gpt2"
-    if not model.vocab_size and name.startswith("bpe:"):
-        model = dataclasses.replace(model, vocab_size=int(name[4:]))
-    elif not model.vocab_size:
-        size = tokenizer.load_tokenizer(name).vocab_size
+    if not model.vocab_size:
+        name = config.data.tokenizer or "gpt2"
+        is_new = name.startswith("bpe:")
+        size = int(name[4:]) if is_new else tokenizer.load_tokenizer(name).vocab_size
         model = dataclasses.replace(model, vocab_size=size)
     if platform and model.dtype == "auto":
         dtype: Any = "float32" if platform == "cpu" else "bfloat16"
@@ -91,7 +96,7 @@ def resolve_config(config: RunConfig, platform: str = "") -> RunConfig:
 def memory_bytes(
     config: RunConfig, mesh_shape: Sequence[int] = SINGLE_DEVICE_MESH
 ) -> dict[str, int]:
-    """Returns bytes per device by part; those of activations are an estimate.
+    """Bytes per device by part; those of activations are an estimate.
 
     Args:
         config: from `resolve_config`; `train.accumulate` = number of micro-batches.
@@ -122,7 +127,7 @@ def memory_bytes(
 
 
 def activation_bytes(config: GPTConfig, itemsize: int, tensor: int) -> tuple[int, int]:
-    """Returns the bytes saved for backward per token and layer: (all, matmuls only).
+    """Bytes saved for backward per token and layer: (all, matmuls only).
 
     Matmul outputs are query, key, value, attention output before and after its
     projection, MLP hidden layer and MLP output; the residual stream is counted with
@@ -138,7 +143,7 @@ def activation_bytes(config: GPTConfig, itemsize: int, tensor: int) -> tuple[int
 
 
 def memory_traffic(config: RunConfig, mesh_shape: Sequence[int] = SINGLE_DEVICE_MESH) -> int:
-    """Returns a lower bound on the bytes of memory traffic per device and step.
+    """Lower bound on the bytes of memory traffic per device and step.
 
     Weights are read three times per micro-batch; saved activations are written and
     read; AdamW reads four values per parameter and writes three.
@@ -155,10 +160,7 @@ def fit_micro_batch(
 ) -> RunConfig:
     """Sets `train.accumulate` to the smallest value that fits, else the largest.
 
-    Args:
-        config: from `resolve_config`.
-        mesh_shape: of the mesh axes.
-        memory_limit: bytes of memory per device.
+    `config` is from `resolve_config`; the limit is in bytes per device.
     """
     rows, shards = config.data.batch_size, mesh_shape[0] * mesh_shape[1]
     candidate = config
@@ -167,33 +169,31 @@ def fit_micro_batch(
             continue
         train = dataclasses.replace(config.train, accumulate=num_micro_batches)
         candidate = dataclasses.replace(config, train=train)
-        if (
-            sum(memory_bytes(candidate, mesh_shape).values())
-            <= USABLE_MEMORY_FRACTION * memory_limit
-        ):
+        needed = sum(memory_bytes(candidate, mesh_shape).values())
+        if needed <= USABLE_MEMORY_FRACTION * memory_limit:
             break
     return candidate
 
 
 def total_peak_flops() -> float | None:
-    """Returns peak FLOP/s of all devices together, or None if unknown."""
+    """Peak FLOP/s of all devices together, or None if unknown."""
     chip = chip_from_device(jax.devices()[0].device_kind)
     return chip.peak_flops * jax.device_count() if chip else None
 
 
 def device_memory() -> int:
-    """Returns the bytes of memory that one device of this process may use."""
+    """Bytes of memory that one device of this process may use."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit") or host_memory()
 
 
 def host_memory() -> int:
-    """Returns the bytes of host memory."""
+    """Bytes of host memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def free_memory() -> int:
-    """Returns the bytes of available host memory."""
+    """Bytes of available host memory."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -1,10 +1,11 @@
 """Initialization of a run: tokenizer, model config, parameters, provenance."""
 
 import dataclasses
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ from gptjax.tree import Params, combine, partition
 from gptjax.weights.load import load
 from gptjax.weights.model_folder import Model, save, save_adapters
 
+Splits = TypeVar("Splits", bound=dict[str, Any])  # data by split
+
 # GPTConfig fields that a run may override in the model it starts from.
 OVERRIDABLE_FIELDS = ("dropout", "causal", "head_bias", "pool", "dtype", "attention", "remat")
 # On CPU: same values, half the compile time. Initialization runs only once.
@@ -39,16 +42,7 @@ def load_init_model(config: FinetuneConfig, log: Callable[[str], None]) -> Model
 def train_val_test_split(
     config: RunConfig, items: list[ConversationOrPair], item_name: str
 ) -> dict[str, list[ConversationOrPair]]:
-    """Splits conversations or preference pairs; the validation split is required.
-
-    Args:
-        config: config of the run.
-        items: conversations or pairs.
-        item_name: plural noun for the items in error messages.
-
-    Raises:
-        ConfigError: the training or validation split is empty.
-    """
+    """Splits conversations or pairs (`item_name`); requires a validation split."""
     splits = split_conversations(
         items,
         config.data.split_strategy,
@@ -59,14 +53,8 @@ def train_val_test_split(
     return check_validation_split(config, splits, item_name)
 
 
-def check_validation_split(
-    config: RunConfig, splits: dict[str, Any], item_name: str
-) -> dict[str, Any]:
-    """Returns the splits after checking that there is a validation split.
-
-    Raises:
-        ConfigError: there is none.
-    """
+def check_validation_split(config: RunConfig, splits: Splits, item_name: str) -> Splits:
+    """Returns the splits, or raises a ConfigError if there is no validation split."""
     if VALIDATION_SPLIT not in splits:
         raise ConfigError(
             f"data.val_fraction={config.data.val_fraction} leaves no {item_name} for "
@@ -78,15 +66,9 @@ def check_validation_split(
 def choose_tokenizer(
     name: str, init_model: Model | None, texts: Callable[[], Iterable[str]]
 ) -> Tokenizer:
-    """Loads or trains the tokenizer of a run.
+    """Loads the tokenizer of a run, or trains "bpe:SIZE" on the texts.
 
-    Args:
-        name: `data.tokenizer`; "" = the initial model's, or GPT-2's.
-        init_model: model the run starts from.
-        texts: returns the training texts for "bpe:SIZE".
-
-    Raises:
-        GptjaxError: no tokenizer of that name, or no valid size.
+    The name "" stands for the tokenizer of the initial model, or GPT-2's.
     """
     if not name:
         return init_model.tokenizer if init_model else load_tokenizer("gpt2")
@@ -100,19 +82,18 @@ def choose_tokenizer(
     return train_tokenizer(texts(), int(size), name)
 
 
+def max_context(config: GPTConfig, init_model: Model | None) -> int:
+    """Context length of a run: that of the config, truncated to the initial model's."""
+    limit = init_model.config.context_length if init_model else config.context_length
+    return min(config.context_length, limit)
+
+
 def resolve_model_config(
     config: GPTConfig, init_model: Model | None, tokenizer: Tokenizer, num_classes: int = 0
 ) -> GPTConfig:
-    """Model config: the initial model's, with task overrides.
+    """Model config: the run's `[model]`, or the initial model's with task overrides.
 
-    Args:
-        config: the run's `[model]`.
-        init_model: model the run starts from; its context is truncated to the config's.
-        tokenizer: of the run.
-        num_classes: [C] of a classifier's head, 0 for none.
-
-    Raises:
-        ConfigError: the config has a different number of classes.
+    `num_classes` is [C] of a classifier's head, 0 for none.
     """
     if config.n_classes not in (0, num_classes):
         available = f"{num_classes} labels" if num_classes else "no labels"
@@ -120,14 +101,12 @@ def resolve_model_config(
             f"model.n_classes={config.n_classes} does not match the data, which have "
             f"{available}. Remove the option."
         )
-    task_fields = {"n_classes": num_classes, "vocab_size": tokenizer.vocab_size}
+    changes: dict[str, Any] = {"n_classes": num_classes, "vocab_size": tokenizer.vocab_size}
     if init_model is None:
-        return dataclasses.replace(config, **task_fields)
-    overrides = {name: getattr(config, name) for name in OVERRIDABLE_FIELDS}
-    context_length = min(config.context_length, init_model.config.context_length)
-    return dataclasses.replace(
-        init_model.config, context_length=context_length, **task_fields, **overrides
-    )
+        return dataclasses.replace(config, **changes)
+    changes |= {name: getattr(config, name) for name in OVERRIDABLE_FIELDS}
+    changes["context_length"] = max_context(config, init_model)
+    return dataclasses.replace(init_model.config, **changes)
 
 
 def initial_params(
@@ -136,13 +115,7 @@ def initial_params(
     """New parameters, or the initial model's with a new classifier head if needed.
 
     If the tokenizers differ, tokens in both vocabularies keep their embeddings; the
-    others get new ones.
-
-    Args:
-        config: from `resolve_model_config`.
-        init_model: model the run starts from.
-        tokenizer: of the run.
-        key: initializes new parameters.
+    others get new ones. `config` is from `resolve_model_config`.
     """
     options = FAST_COMPILE_OPTIONS if jax.default_backend() == "cpu" else None
     new_params = jax.jit(lambda key: init(config, key), compiler_options=options)(key)
@@ -154,64 +127,44 @@ def initial_params(
     if config.n_classes:
         params["head"] = new_params["head"]
     if tokenizer.hash != init_model.tokenizer.hash:
+        old = init_model.tokenizer
+        shared = [token for token in tokenizer.ranks if token in old.ranks]
+        new_ids = [tokenizer.eot_token, *(tokenizer.ranks[token] for token in shared)]
+        old_ids = [old.eot_token, *(old.ranks[token] for token in shared)]
         for name in {"token_embedding", "output_embedding"} & set(params):
             table_VD = np.array(new_params[name]["embedding"])
-            new_ids, old_ids = shared_token_ids(tokenizer, init_model.tokenizer)
             table_VD[new_ids] = np.asarray(init_model.params[name]["embedding"])[old_ids]
             params[name] = {"embedding": jnp.asarray(table_VD)}
     return params
 
 
-def shared_token_ids(one: Tokenizer, other: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids, in each of two tokenizers, of the tokens in both, with the end token."""
-    both = [token for token in one.ranks if token in other.ranks]
-    return (
-        [one.eot_token, *(one.ranks[token] for token in both)],
-        [other.eot_token, *(other.ranks[token] for token in both)],
-    )
-
-
-def tokenizer_provenance(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Tokenizer entry of meta.json."""
-    return {"tokenizer": {"name": tokenizer.name, "hash": tokenizer.hash}}
-
-
-def init_provenance(init_model: Model | None) -> dict[str, Any]:
-    """Entry of meta.json for the initial model, if there is one."""
-    return {"start": run_dir.hash_pytree(init_model.params)} if init_model else {}
+def model_provenance(tokenizer: Tokenizer, init_model: Model | None = None) -> dict[str, Any]:
+    """Entries of meta.json for the tokenizer and the initial model, if any."""
+    provenance: dict[str, Any] = {"tokenizer": {"name": tokenizer.name, "hash": tokenizer.hash}}
+    if init_model:
+        provenance["start"] = run_dir.hash_pytree(init_model.params)
+    return provenance
 
 
 def finetune_provenance(
     tokenizer: Tokenizer,
     init_model: Model | None,
     rows: Mapping[str, Iterable[Any]],
-    template: ChatTemplate | None = None,
+    chat_template: str = "",
 ) -> dict[str, Any]:
     """Entries of meta.json for all inputs of fine-tuning, as hashes.
 
-    Args:
-        tokenizer: of the run.
-        init_model: model the run starts from.
-        rows: JSON-serializable rows by split.
-        template: chat template of the conversations.
+    `rows` has JSON values by split.
     """
     data = {split: run_dir.hash_rows(part) for split, part in rows.items()}
-    provenance = {"data": data, **tokenizer_provenance(tokenizer), **init_provenance(init_model)}
-    if template:
-        provenance["template"] = run_dir.hash_text(template.source)
+    provenance = {"data": data, **model_provenance(tokenizer, init_model)}
+    if chat_template:
+        provenance["template"] = hashlib.sha256(chat_template.encode()).hexdigest()
     return provenance
 
 
 def choose_chat_template(name: str, init_model: Model | None) -> ChatTemplate:
-    """Loads the chat template of a run.
-
-    Args:
-        name: `data.chat_template`; "" = the initial model's, or Alpaca's.
-        init_model: model the run starts from.
-
-    Raises:
-        ConfigError: no template of that name, or an invalid one.
-    """
+    """Loads the chat template of a run; "" = the initial model's, or Alpaca's."""
     if not name and init_model and init_model.chat_template:
         return compile_template(init_model.chat_template)
     return load_chat_template(name or "alpaca")
@@ -234,13 +187,7 @@ TRAINABLE_RULES: dict[str, tuple[int, list[str]]] = {
 def split_trainable(
     config: RunConfig, params: Params, key: Key[Array, ""]
 ) -> tuple[Params, Params]:
-    """Splits parameters into (trainable, frozen) by `finetune.trainable`.
-
-    Args:
-        config: config of the run.
-        params: parameters of the full model.
-        key: initializes new adapters.
-    """
+    """Splits parameters into (trainable, frozen); the key initializes adapters."""
     num_layers, patterns = TRAINABLE_RULES[config.finetune.trainable]
     trainable_params, frozen_params = partition(split_last_layers(params, num_layers), patterns)
     if config.finetune.trainable == "lora":
@@ -280,8 +227,7 @@ def merge_last_layers(params: Params) -> Params:
     rest = {n: leaf for n, leaf in params.items() if n not in ("blocks", "tail")}
     blocks = params["tail"]
     if "blocks" in params:
-        concatenate = lambda *parts: jax.numpy.concatenate(parts)  # noqa: E731
-        blocks = jax.tree.map(concatenate, params["blocks"], blocks)
+        blocks = jax.tree.map(lambda *parts: jnp.concatenate(parts), params["blocks"], blocks)
     return rest | {"blocks": blocks}
 
 
@@ -320,8 +266,3 @@ def save_finetuned(
     save(model, run_dir / "model")
     if adapters := combine_params(config, trainable_params, frozen_params)[1]:
         save_adapters(adapters, run_dir / "adapters.safetensors")
-
-
-def iterate_batches(batches: Any, start: int, stop: int) -> Iterator[Any]:
-    """Batches of the steps [start, stop)."""
-    return (batches.batch_at(step) for step in range(start, stop))

@@ -40,7 +40,7 @@ Targets = Int[Array, "B T"]
 def cross_entropy_sum(
     logit_BTV: Float[Array, "B T V"], target_BT: Targets, weight_BT: PerToken
 ) -> tuple[Scalar, Scalar]:
-    """Computes the summed next-token cross-entropy from logits.
+    """Summed next-token cross-entropy from logits.
 
     Args:
         logit_BTV: unnormalized scores; converted to float32.
@@ -69,15 +69,7 @@ def per_token_loss(
     target_BT: Targets,
     chunk_size: int,
 ) -> PerToken:
-    """Computes the cross-entropy (nats) of each target, a chunk of positions at a time.
-
-    Args:
-        config: shape of the model.
-        x_BTD: final hidden states.
-        unembedding_VD: from `gptjax.model.gpt.unembedding_matrix`.
-        target_BT: the token that follows each position.
-        chunk_size: positions whose logits exist at a time, at most.
-    """
+    """Cross-entropy (nats) of each target; arguments as for `fused_cross_entropy`."""
 
     def chunk_loss(xs: Any) -> Array:
         x_BCD, target_BC = xs
@@ -91,25 +83,18 @@ def per_token_loss(
 
 
 def batch_loss(
-    config: GPTConfig,
-    params: Params,
-    batch: Any,
-    *,
-    chunk_size: int,
-    dropout_key: Any = None,
-    adapters: Params | None = None,
+    config: GPTConfig, params: Params, batch: Any, *, chunk_size: int, **options: Any
 ) -> tuple[Scalar, Scalar]:
-    """Computes the loss of a `gptjax.data.lm.Batch`, as (sum in nats, sum of weights).
+    """Loss of a `gptjax.data.lm.Batch`, as (sum in nats, sum of weights).
 
     Args:
         config: shape of the model.
         params: from `gptjax.init`.
         batch: tokens, targets, loss weights, segment ids and positions, [B, T] each.
         chunk_size: positions whose logits exist at a time, at most.
-        dropout_key: enables dropout.
-        adapters: scaled LoRA adapters.
+        **options: `dropout_key` and `adapters` of `gptjax.hidden_states`.
     """
-    x_BTD = batch_hidden_states(config, params, batch, dropout_key=dropout_key, adapters=adapters)
+    x_BTD = batch_hidden_states(config, params, batch, **options)
     unembedding_VD = unembedding_matrix(config, params)
     targets, weights = batch["targets"], batch["loss_weights"]
     loss_sum = fused_cross_entropy(config, x_BTD, unembedding_VD, targets, weights, chunk_size)
@@ -121,11 +106,8 @@ def make_lm_loss_fn(
 ) -> Callable[..., Any]:
     """Returns `batch_loss` as a function (params, batch, key) for `make_train_step`.
 
-    Args:
-        config: shape of the model; the key is used only if `config.dropout` > 0.
-        chunk_size: positions whose logits exist at a time, at most.
-        use_segment_ids: whether attention stays within documents. False ignores the
-            segment ids of the batch, which lets some attention kernels run faster.
+    Without segment ids, attention is not confined to documents, which lets some
+    attention kernels run faster.
     """
 
     def loss_fn(params: Params, batch: Any, key: Any) -> tuple[Scalar, Scalar]:
@@ -139,22 +121,14 @@ def make_lm_loss_fn(
 def batch_per_token_loss(
     config: GPTConfig, params: Params, batch: Any, *, chunk_size: int, **options: Any
 ) -> PerToken:
-    """Computes the cross-entropy in nats of each target of a batch, unweighted.
-
-    Args:
-        config: shape of the model.
-        params: from `gptjax.init`.
-        batch: tokens, targets, segment ids and positions, [B, T] each.
-        chunk_size: positions whose logits exist at a time, at most.
-        **options: `dropout_key` and `adapters` of `gptjax.hidden_states`.
-    """
+    """Unweighted cross-entropy (nats) of each target; arguments as `batch_loss`."""
     x_BTD = batch_hidden_states(config, params, batch, **options)
     unembedding_VD = unembedding_matrix(config, params)
     return per_token_loss(config, x_BTD, unembedding_VD, batch["targets"], chunk_size)
 
 
 def batch_hidden_states(config: GPTConfig, params: Params, batch: Any, **options: Any) -> Array:
-    """Computes the final hidden states [B, T, D] of a batch."""
+    """Final hidden states [B, T, D] of a batch."""
     x_BTD, _ = hidden_states(
         config,
         params,
@@ -175,7 +149,7 @@ def fused_cross_entropy(
     weight_BT: PerToken,
     chunk_size: int,
 ) -> Scalar:
-    """Computes the summed cross-entropy from hidden states, a chunk at a time.
+    """Summed cross-entropy from hidden states, a chunk of positions at a time.
 
     The forward pass also computes the gradients, while the logits of a chunk exist:
     the loss is a scalar sum, so the backward pass only multiplies them by its
@@ -255,10 +229,8 @@ def pad_vocab(unembedding_VD: Float[Array, "V D"]) -> Float[Array, "V2 D"]:
 
     Matmuls with odd sizes, such as GPT-2's V = 50,257, run in slow GPU kernels.
     """
-    if (
-        target_platform() not in ("gpu", GPU_PRE_AMPERE)
-        or current_mesh_shape().get("tensor", 1) > 1
-    ):
+    is_gpu = target_platform() in ("gpu", GPU_PRE_AMPERE)
+    if not is_gpu or current_mesh_shape().get("tensor", 1) > 1:
         return unembedding_VD
     return jnp.pad(unembedding_VD, ((0, -len(unembedding_VD) % VOCAB_ALIGNMENT), (0, 0)))
 
@@ -289,12 +261,9 @@ def from_chunks(x: Array) -> Array:
 def classification_loss(
     logit_BC: Float[Array, "B C"], label_B: Int[Array, " B"], weight_B: Float[Array, " B"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Returns the summed cross-entropy (nats) and the sum of weights to divide it by.
+    """Summed cross-entropy (nats) and the sum of weights to divide it by.
 
-    Args:
-        logit_BC: unnormalized scores.
-        label_B: correct class of each text.
-        weight_B: 1 for a text, 0 for a row that only fills the batch.
+    The weight is 1 for a text and 0 for a row that only fills the batch.
 
     >>> import jax.numpy as jnp
     >>> nats, weight = classification_loss(

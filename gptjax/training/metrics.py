@@ -8,7 +8,6 @@ before clipping, tokens per second since the previous event, and the fraction of
 time spent waiting for the next batch (input_wait, 0 to 1).
 """
 
-import dataclasses
 import functools
 import json
 import math
@@ -16,7 +15,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -95,12 +94,7 @@ def metric_series(
 ) -> tuple[list, list]:
     """Steps and values of one metric.
 
-    Args:
-        events: of a run.
-        kind: kind of event, such as "eval".
-        name: name of the metric.
-        split: only events of this split ("validation" if the event has none); None for
-            all events.
+    Only events of `split`, if given; an event without a split counts as "validation".
     """
     matching = [
         event
@@ -139,14 +133,7 @@ def format_duration(seconds: int | float) -> str:
 
 
 def format_progress(total_steps: int, event: Event, eval_text: str, seconds_left: float) -> str:
-    """Progress line of a logged step; all values are of that step.
-
-    Args:
-        total_steps: steps of the run.
-        event: "train" event.
-        eval_text: evaluation of the step, "" if it was not evaluated.
-        seconds_left: estimated time to the last step.
-    """
+    """Progress line of a "train" event, with the evaluation of its step if not ""."""
     parts = [
         f"step {event['step']:>{len(str(total_steps))}}/{total_steps}",
         f"loss {event['loss']:.4f}",
@@ -161,8 +148,7 @@ def format_progress(total_steps: int, event: Event, eval_text: str, seconds_left
     return " | ".join(parts)
 
 
-@dataclasses.dataclass(frozen=True)
-class History:
+class History(NamedTuple):
     """Values of earlier steps that a resumed run needs; saved with each checkpoint."""
 
     best_score: tuple[float, ...] | None = None  # of the evaluations so far
@@ -178,24 +164,18 @@ class History:
             [step, *(value if math.isfinite(value) else None for value in values)]
             for step, *values in self.logged
         ]
-        return {**dataclasses.asdict(self), "logged": logged}
+        return self._asdict() | {"logged": logged}
 
-
-def history_from_metadata(metadata: Mapping[str, Any]) -> History:
-    """Inverse of `History.to_metadata`."""
-    score, logged = metadata["best_score"], metadata["logged"]
-    steps = (
-        anomalies.LoggedStep(step, *(math.nan if x is None else x for x in values))
-        for step, *values in logged
-    )
-    return History(
-        best_score=None if score is None else tuple(score),
-        best_step=metadata["best_step"],
-        evaluated_step=metadata["evaluated_step"],
-        consecutive_skips=metadata["consecutive_skips"],
-        last_good_step=metadata["last_good_step"],
-        logged=tuple(steps),
-    )
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> "History":
+        """Inverse of `to_metadata`."""
+        score = metadata["best_score"]
+        logged = (
+            anomalies.LoggedStep(step, *(math.nan if x is None else x for x in values))
+            for step, *values in metadata["logged"]
+        )
+        history = cls(**metadata)
+        return history._replace(best_score=score and tuple(score), logged=tuple(logged))
 
 
 class MetricsLogger:
@@ -219,8 +199,11 @@ class MetricsLogger:
     @functools.cached_property
     def learning_rates(self) -> list[float]:
         """Learning rate of each step."""
-        config = self.run.config
-        return learning_rates(config.optim, config.train.steps)
+        return learning_rates(self.run.config.optim, self.run.config.train.steps)
+
+    def log(self, kind: str, step: int, **values: Any) -> None:
+        """Appends one event to the log of the run."""
+        log_event(self.run.metrics_path, kind, step, **values)
 
     def log_step(self, metrics: Metrics, should_log: bool) -> None:
         """Records a dispatched step; its metrics are read later if they are logged."""
@@ -230,24 +213,19 @@ class MetricsLogger:
             self.pending = self.step, metrics
 
     def flush_step(self) -> Event | None:
-        """Logs and returns the pending metrics; detects spikes.
-
-        Raises:
-            ConfigError: too many consecutive steps were skipped.
-        """
+        """Logs and returns the pending metrics; detects spikes and skipped steps."""
         if self.pending is None:
             return None
         (step, metrics), self.pending = self.pending, None
         jax.block_until_ready(metrics)  # dispatch is asynchronous
         seconds, wait_seconds = self.timer.end_step()
         num_steps, self.logged_step = step - self.logged_step, step
-        tokens_per_second = num_steps * self.tokens_per_step / seconds
         event = log_train_metrics(
             self.run,
             step,
             metrics,
             self.learning_rates[step - 1],
-            tokens_per_second,
+            num_steps * self.tokens_per_step / seconds,
             wait_seconds / seconds,
         )
         self.count_skips(step - num_steps + 1, num_steps)
@@ -256,48 +234,35 @@ class MetricsLogger:
         return event
 
     def count_skips(self, first_step: int, num_steps: int) -> None:
-        """Updates the number of consecutive skipped steps.
-
-        Raises:
-            ConfigError: there are too many.
-        """
+        """Counts consecutive skipped steps; too many are a ConfigError."""
         applied, self.applied = self.applied[:num_steps], self.applied[num_steps:]
         skips, last_good = self.history.consecutive_skips, self.history.last_good_step
         for step, was_applied in enumerate(jax.device_get(applied), first_step):
             skips = 0 if was_applied else skips + 1
             last_good = step if was_applied else last_good
             if skips >= anomalies.MAX_CONSECUTIVE_SKIPS:
-                raise ConfigError(self.skip_limit_message(step, skips, last_good))
-        self.history = dataclasses.replace(
-            self.history, consecutive_skips=skips, last_good_step=last_good
-        )
-
-    def skip_limit_message(self, step: int, num_skips: int, last_good: int) -> str:
-        """Error message after too many consecutive skipped steps."""
-        reason = "non-finite gradients"
-        if self.run.on_spike == "skip":
-            reason += ", or gradients above the threshold of --on-spike skip"
-        return (
-            f"{num_skips} consecutive steps were skipped ({reason}), the last of them "
-            f"step {step}. The last good step is {last_good}. Lower optim.peak_lr, "
-            "raise optim.warmup_steps or set optim.grad_clip: resume with "
-            "--allow-change for each, or start a new run with another --run DIR."
-        )
+                reason = "non-finite gradients"
+                if self.run.on_spike == "skip":
+                    reason += ", or gradients above the threshold of --on-spike skip"
+                raise ConfigError(
+                    f"{skips} consecutive steps were skipped ({reason}), the last of them "
+                    f"step {step}. The last good step is {last_good}. Lower optim.peak_lr, "
+                    "raise optim.warmup_steps or set optim.grad_clip: resume with "
+                    "--allow-change for each, or start a new run with another --run DIR."
+                )
+        self.history = self.history._replace(consecutive_skips=skips, last_good_step=last_good)
 
     def detect_spike(self, event: Event) -> None:
         """Adds a logged step to the history; logs a spike."""
         logged = anomalies.LoggedStep(event["step"], event["loss"], event["grad_norm"])
         steps = (*self.history.logged, logged)[-anomalies.MAX_LOGGED_STEPS :]
-        self.history = dataclasses.replace(self.history, logged=steps)
-        spike = anomalies.detect_spike(steps)
-        if spike is None:
-            return
-        values = {"name": spike.name, "value": spike.value, "limit": spike.threshold}
-        log_event(self.run.metrics_path, "spike", spike.step, **values)
-        self.run.log(
-            f"spike    step {spike.step}: {spike.name} {spike.value:.4g} exceeds the "
-            f"spike threshold {spike.threshold:.4g}"
-        )
+        self.history = self.history._replace(logged=steps)
+        if spike := anomalies.detect_spike(steps):
+            self.log("spike", spike.step, name=spike.name, value=spike.value, limit=spike.threshold)
+            self.run.log(
+                f"spike    step {spike.step}: {spike.name} {spike.value:.4g} exceeds the "
+                f"spike threshold {spike.threshold:.4g}"
+            )
 
     def grad_norm_threshold(self) -> float:
         """Gradient norm above which the next step is skipped."""
@@ -309,30 +274,29 @@ class MetricsLogger:
         Ties go to the earlier step; a score that is not finite is never the best.
         """
         for kind, values in result.events:
-            log_event(self.run.metrics_path, kind, step, **values)
+            self.log(kind, step, **values)
         for line in result.log_lines:
             self.run.log(line)
         if sample is not None:
-            log_event(self.run.metrics_path, "sample", step, text=sample)
+            self.log("sample", step, text=sample)
         best, score = self.history.best_score, result.score
         is_best = (
             score is not None and all(map(math.isfinite, score)) and (best is None or score > best)
         )
-        self.history = dataclasses.replace(self.history, evaluated_step=step)
+        self.history = self.history._replace(evaluated_step=step)
         if is_best:
-            self.history = dataclasses.replace(self.history, best_score=score, best_step=step)
+            self.history = self.history._replace(best_score=score, best_step=step)
         return is_best
 
     def print_progress(self, event: Event | None, eval_text: str = "") -> None:
         """Prints the progress line of a step, with its evaluation if there is one."""
         steps = self.run.config.train.steps
-        if event is None:  # only before the first step
-            if eval_text:
-                self.run.log(f"step {0:>{len(str(steps))}}/{steps} | {eval_text}")
-            return
-        tokens_left = (steps - event["step"]) * self.tokens_per_step
-        seconds_left = tokens_left / event["tokens_per_s"]
-        self.run.log(format_progress(steps, event, eval_text, seconds_left))
+        if event is not None:
+            tokens_left = (steps - event["step"]) * self.tokens_per_step
+            seconds_left = tokens_left / event["tokens_per_s"]
+            self.run.log(format_progress(steps, event, eval_text, seconds_left))
+        elif eval_text:  # before the first step
+            self.run.log(f"step {0:>{len(str(steps))}}/{steps} | {eval_text}")
 
 
 def log_train_metrics(
@@ -343,16 +307,7 @@ def log_train_metrics(
     tokens_per_second: float,
     input_wait: float,
 ) -> Event:
-    """Logs the metrics of a step as a "train" event.
-
-    Args:
-        run: the run.
-        step: finished steps.
-        metrics: of the last finished step.
-        lr: learning rate of that step.
-        tokens_per_second: since the previous event.
-        input_wait: fraction of that time spent waiting for the next batch.
-    """
+    """Logs the metrics of a finished step as a "train" event; see the module."""
     values: Event = {
         "loss": float(metrics.loss),
         "lr": lr,

@@ -1,7 +1,7 @@
 """Run directory: config, metadata and the files of a run.
 
 config.toml  meta.json  metrics.jsonl  loss.png  lr.png  report.md
-data/  checkpoints/  model/  compiled/
+data/  checkpoints/  model/
 """
 
 import contextlib
@@ -46,23 +46,14 @@ from gptjax.training.run_lock import run_lock
 from gptjax.training.task import RunContext
 from gptjax.tree import flatten_with_names
 
-
-def create_run_dir(run_dir: Path) -> None:
-    """Creates the run folder and checks that it is writable.
-
-    Raises:
-        ModelError: the folder is not writable.
-    """
-    probe = run_dir / ".writable"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink(missing_ok=True)  # another process of the run may have done it
-    except OSError as error:
-        raise ModelError(
-            f"cannot write the run folder {run_dir}: {error.strerror}. Choose "
-            "another one with --run DIR."
-        ) from error
+MAX_RUN_METADATA_BYTES = 1 << 26
+ON_SPIKE = "on-spike"  # a flag, not a config option, but affects the steps too
+TRACKED_INPUTS = {  # key in meta.json: (description, config option)
+    "data": ("data", "data.source"),
+    "tokenizer": ("tokenizer", "data.tokenizer"),
+    "start": ("initial model", "finetune.init_from"),
+    "template": ("chat template", "data.chat_template"),
+}
 
 
 @contextlib.contextmanager
@@ -81,7 +72,13 @@ def open_run(
         GptjaxError: invalid config or run folder, or a resource error in the block.
         Interrupted: interrupted by SIGINT or SIGTERM; the same call resumes.
     """
-    create_run_dir(run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(
+            f"cannot write the run folder {run_dir}: {error.strerror}. Choose "
+            "another one with --run DIR."
+        ) from error
     lock = run_lock(run_dir) if jax.process_index() == 0 else contextlib.nullcontext()
     with lock, handle_signals() as is_interrupted, translate_resource_errors():
         set_signal_mode("collective" if jax.process_count() > 1 else "immediate")
@@ -108,13 +105,14 @@ def reconcile_config(run_dir: Path, config: RunConfig, allowed: Sequence[str] = 
 
     Returns:
         Changed options, as lines `section.option: old -> new`.
-
-    Raises:
-        ConfigError: one of the allowed options can never change.
-        ModelError: the folder has a run with an incompatible config.
     """
     path = run_dir / "config.toml"
-    changes: list[str] = []
+    for name in allowed:
+        if resume_policy(name) == "identity":
+            raise ConfigError(
+                f"--allow-change {name}: {name} is fixed for a run. Start a new run with --run DIR."
+            )
+    changes: dict[str, str] = {}
     if path.is_file():
         if renames := find_renames(load_toml(path)):
             raise ModelError(
@@ -122,25 +120,48 @@ def reconcile_config(run_dir: Path, config: RunConfig, allowed: Sequence[str] = 
                 f"({'; '.join(renames)}) and cannot be resumed by this one. Start a "
                 "new run with another --run DIR."
             )
-        before = load_config(path)
-        changes = check_config_changes(str(run_dir), before, config, allowed)
-        if not any(resume_policy(line.partition(":")[0]) == "trajectory" for line in changes):
-            return changes
-    else:
-        check_allow_change(allowed)
-    write_atomic(path, tomli_w.dumps(dataclasses.asdict(config)))
-    return changes
+        changes = {line.partition(":")[0]: line for line in config_diff(load_config(path), config)}
+        check_config_changes(run_dir, changes, allowed)
+    if not path.is_file() or any(resume_policy(name) == "trajectory" for name in changes):
+        write_atomic(path, tomli_w.dumps(dataclasses.asdict(config)))
+    return list(changes.values())
+
+
+def check_config_changes(run_dir: Path, changes: Mapping[str, str], allowed: Sequence[str]) -> None:
+    """Checks that a run may be resumed with the changes, lines by option."""
+    policies = {name: resume_policy(name) for name in changes}
+    identity = [changes[name] for name in changes if policies[name] == "identity"]
+    if identity:
+        raise ModelError(
+            f"the run in {run_dir} was started with another config: {'; '.join(identity)}. "
+            "These options are fixed for a run: resume it with its own config, or start "
+            "a new run with another --run DIR."
+        )
+    names = [n for n in changes if policies[n] == "trajectory" and n not in allowed]
+    if names:
+        raise ModelError(
+            f"the run in {run_dir} was started with another config: "
+            f"{'; '.join(changes[name] for name in names)}. Resume it with its own config, "
+            f"or allow the change with {' '.join(f'--allow-change {name}' for name in names)}."
+        )
+
+
+def resume_policy(name: str) -> str:
+    """Resume policy of an option, `section.option`."""
+    known = {name: field.metadata["resume"] for name, field in config_options().items()}
+    known[ON_SPIKE] = "trajectory"
+    if name not in known:
+        raise ConfigError(
+            f"--allow-change {name}: unknown option.{did_you_mean(name, known)} Write "
+            "it as --allow-change section.option."
+        )
+    return known[name]
 
 
 def reconcile_spike_policy(
     run_dir: Path, requested: str, allowed: Sequence[str] = ()
 ) -> SpikePolicy:
-    """Chooses the spike policy: the requested one, else the run's, else "log".
-
-    Raises:
-        ConfigError: unknown policy.
-        ModelError: the run has another policy, which may not change.
-    """
+    """Chooses the spike policy: the requested one, else the run's, else "log"."""
     if requested and requested not in SPIKE_POLICIES:
         raise ConfigError(f"--on-spike {requested} must be one of {', '.join(SPIKE_POLICIES)}.")
     metadata = read_run_metadata(run_dir)
@@ -158,16 +179,15 @@ def reconcile_spike_policy(
                 "policy changes its results. Omit the option, or allow the change with "
                 f"--allow-change {ON_SPIKE}."
             )
-        path = run_dir / "meta.json"
-        write_atomic(path, json.dumps({**metadata, "on_spike": chosen}, indent=2) + "\n")
+        write_json(run_dir / "meta.json", {**metadata, "on_spike": chosen})
     return chosen
 
 
-def write_run_metadata(run_dir: Path, command: list[str], provenance: dict[str, Any]) -> None:
+def write_run_metadata(run_dir: Path, provenance: dict[str, Any]) -> None:
     """Writes meta.json: command, versions, devices and provenance."""
     devices = jax.devices()
     metadata = {
-        "command": command,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {"python": platform.python_version(), **package_versions()},
         "platform": platform.platform(),
@@ -179,86 +199,26 @@ def write_run_metadata(run_dir: Path, command: list[str], provenance: dict[str, 
         },
         **provenance,
     }
-    write_atomic(run_dir / "meta.json", json.dumps(metadata, indent=2) + "\n")
+    write_json(run_dir / "meta.json", metadata)
 
 
-def command_line() -> list[str]:
-    """Command line of this process, for meta.json and messages."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]
-
-
-ON_SPIKE = "on-spike"  # a flag, not a config option, but affects the steps too
-
-
-def resume_policy(name: str) -> str:
-    """Resume policy of an option, `section.option`.
-
-    Raises:
-        ConfigError: unknown option.
-    """
-    known = {ON_SPIKE: "trajectory"}
-    known |= {name: field.metadata["resume"] for name, field in config_options().items()}
-    if name not in known:
-        raise ConfigError(
-            f"--allow-change {name}: unknown option.{did_you_mean(name, known)} Write "
-            "it as --allow-change section.option."
-        )
-    return known[name]
-
-
-def check_allow_change(names: Iterable[str]) -> None:
-    """Checks that every name is an option that --allow-change accepts.
-
-    Raises:
-        ConfigError: the option is unknown or part of the identity of a run.
-    """
-    for name in names:
-        if resume_policy(name) == "identity":
-            raise ConfigError(
-                f"--allow-change {name}: {name} is fixed for a run. Start a new run with --run DIR."
-            )
-
-
-def check_config_changes(
-    run_dir: str, before: RunConfig, after: RunConfig, allowed: Sequence[str]
-) -> list[str]:
-    """Lists the changes of a resumed run as `section.option: old -> new`.
-
-    `allowed` has the "trajectory" options that the user allows to change.
-
-    Raises:
-        ConfigError: one of the allowed options can never change.
-        ModelError: an option changes that may not.
-    """
-    check_allow_change(allowed)
-    changes = {line.partition(":")[0]: line for line in config_diff(before, after)}
-    identity_changes = [line for name, line in changes.items() if resume_policy(name) == "identity"]
-    not_allowed = [
-        name for name in changes if resume_policy(name) == "trajectory" and name not in allowed
-    ]
-    if identity_changes:
+def read_run_metadata(run_dir: Path) -> dict[str, Any]:
+    """Reads meta.json of a run; empty if there is none."""
+    path = run_dir / "meta.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(read_json(path, MAX_RUN_METADATA_BYTES))
+    except (OSError, ValueError, TypeError) as error:
         raise ModelError(
-            f"the run in {run_dir} was started with another config: "
-            f"{'; '.join(identity_changes)}. These options are fixed for a run: resume "
-            "it with its own config, or start a new run with another --run DIR."
-        )
-    if not_allowed:
-        flags = " ".join(f"--allow-change {name}" for name in not_allowed)
-        raise ModelError(
-            f"the run in {run_dir} was started with another config: "
-            f"{'; '.join(changes[name] for name in not_allowed)}. Resume it with its "
-            f"own config, or allow the change with {flags}."
-        )
-    return list(changes.values())
+            f"cannot read {path}, which records the inputs of the run: {error}. "
+            "Restore it from a copy, or start a new run with another --run DIR."
+        ) from error
 
 
-MAX_RUN_METADATA_BYTES = 1 << 26
-TRACKED_INPUTS = {  # key in meta.json: (description, config option)
-    "data": ("data", "data.source"),
-    "tokenizer": ("tokenizer", "data.tokenizer"),
-    "start": ("initial model", "finetune.init_from"),
-    "template": ("chat template", "data.chat_template"),
-}
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file atomically."""
+    write_atomic(path, json.dumps(value, indent=2) + "\n")
 
 
 def hash_rows(rows: Iterable[Any]) -> dict[str, Any]:
@@ -268,11 +228,6 @@ def hash_rows(rows: Iterable[Any]) -> dict[str, Any]:
         digest.update(json.dumps(row).encode() + b"\n")
         count += 1
     return {"rows": count, "sha256": digest.hexdigest()}
-
-
-def hash_text(text: str) -> str:
-    """Hashes a text."""
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def hash_pytree(tree: Any) -> str:
@@ -289,9 +244,6 @@ def check_provenance(run_dir: Path, provenance: Mapping[str, Any]) -> None:
     """Compares the inputs of a resumed run with those recorded in meta.json.
 
     Inputs that an older version of gptjax did not record are not compared.
-
-    Raises:
-        ModelError: an input has changed, or meta.json is corrupt.
     """
     before = read_run_metadata(run_dir)
     for name, (description, option) in TRACKED_INPUTS.items():
@@ -304,26 +256,8 @@ def check_provenance(run_dir: Path, provenance: Mapping[str, Any]) -> None:
             )
 
 
-def read_run_metadata(run_dir: Path) -> dict[str, Any]:
-    """Reads meta.json of a run; empty if there is none.
-
-    Raises:
-        ModelError: the file is corrupt.
-    """
-    path = run_dir / "meta.json"
-    if not path.is_file():
-        return {}
-    try:
-        return dict(read_json(path, MAX_RUN_METADATA_BYTES))
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(
-            f"cannot read {path}, which records the inputs of the run: {error}. "
-            "Restore it from a copy, or start a new run with another --run DIR."
-        ) from error
-
-
 def describe_mismatch(before: Any, now: Any, name: str = "") -> str:
-    """Describes the first value that differs; long values are shortened.
+    """Describes the first value that differs, by its first digits if it is a hash.
 
     >>> describe_mismatch({"a": {"rows": 3}}, {"a": {"rows": 4}})
     'a rows was 3, now 4'
@@ -332,9 +266,5 @@ def describe_mismatch(before: Any, now: Any, name: str = "") -> str:
         for key in dict.fromkeys([*before, *now]):
             if before.get(key) != now.get(key):
                 return describe_mismatch(before.get(key), now.get(key), f"{name} {key}")
-    return f"{name} was {shorten_value(before)}, now {shorten_value(now)}".strip()
-
-
-def shorten_value(value: Any) -> str:
-    """Shortens a value for display; the first digits identify a hash."""
-    return "none" if value is None else str(value)[:16]
+    old, new = ("none" if value is None else str(value)[:16] for value in (before, now))
+    return f"{name} was {old}, now {new}".strip()

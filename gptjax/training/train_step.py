@@ -53,7 +53,6 @@ def make_grad_fn(
     """Returns (params, batch, key) -> (loss sum, weight, gradient of the mean loss)."""
 
     def sum_over_devices(tree: Any) -> Any:
-        """Sums over the devices of `jax.pmap`."""
         return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
     def full_batch_gradient(params: Params, batch: Any, key: Key[Array, ""]) -> Any:
@@ -178,13 +177,7 @@ def pmap_train_step(
     """`make_train_step` compiled with `jax.pmap`, with the rows split over devices.
 
     State and metrics are as with `jax.jit`. Every step copies the full state to all
-    devices; prefer a mesh (`gptjax.parallel.sharding`).
-
-    Args:
-        loss_fn: as for `make_train_step`.
-        optimizer: any Optax transformation.
-        accumulate: micro-batches per device.
-        devices: default: all local devices.
+    devices (default: all local ones); prefer a mesh (`gptjax.parallel.sharding`).
     """
     devices = jax.local_devices() if devices is None else list(devices)
     step = make_train_step(loss_fn, optimizer, accumulate, "rows")

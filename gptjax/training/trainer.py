@@ -22,18 +22,12 @@ from gptjax.training.metrics import (
     Event,
     History,
     MetricsLogger,
-    history_from_metadata,
     log_event,
     log_resume,
     sync_events,
 )
 from gptjax.training.resource_errors import check_compiled_memory
-from gptjax.training.run_dir import (
-    check_provenance,
-    command_line,
-    reconcile_config,
-    write_run_metadata,
-)
+from gptjax.training.run_dir import check_provenance, reconcile_config, write_run_metadata
 from gptjax.training.task import RunContext, Task, describe_devices
 from gptjax.training.train_step import Metrics, TrainState, TrainStep, train_steps
 from gptjax.weights.model_folder import save_without_params
@@ -46,7 +40,11 @@ def fit(run: RunContext, task: Task) -> TrainState:
         GptjaxError: the run folder has another run, or a resource error.
         Interrupted: interrupted by SIGINT or SIGTERM; all progress is saved.
     """
-    changes = reconcile_run(run, task)
+    if jax.process_count() > 1:
+        distributed.assert_equal(shared_provenance(run, task))
+        distributed.stop_if_any(run.is_interrupted())
+    changes = reconcile_config(run.run_dir, run.config, run.allow_change)
+    check_provenance(run.run_dir, task.provenance)
     task = shard_task(run, task)
     state, history = restore_or_init(run, task, changes)
     mark_phase("loading")
@@ -59,23 +57,6 @@ def fit(run: RunContext, task: Task) -> TrainState:
         state = train_loop(run, task, state, logger, save)
     set_signal_mode("collective" if jax.process_count() > 1 else "immediate")
     return state
-
-
-def reconcile_run(run: RunContext, task: Task) -> list[str]:
-    """Records the config of a run, or checks that the existing run can resume with it.
-
-    Returns:
-        Changed options, as lines `section.option: old -> new`.
-
-    Raises:
-        GptjaxError: config or inputs do not match, or processes disagree.
-    """
-    if jax.process_count() > 1:
-        distributed.assert_equal(shared_provenance(run, task))
-        distributed.stop_if_any(run.is_interrupted())
-    changes = reconcile_config(run.run_dir, run.config, run.allow_change)
-    check_provenance(run.run_dir, task.provenance)
-    return changes
 
 
 def shared_provenance(run: RunContext, task: Task) -> dict[str, Any]:
@@ -93,11 +74,7 @@ def shared_provenance(run: RunContext, task: Task) -> dict[str, Any]:
 
 
 def shard_task(run: RunContext, task: Task) -> Task:
-    """Returns the task with its arrays sharded over the mesh.
-
-    Raises:
-        ConfigError: parameters or rows are not divisible by the mesh axes.
-    """
+    """Returns the task with its arrays sharded over the mesh."""
     if run.mesh is None:
         return task
     config = run.config
@@ -113,24 +90,13 @@ def shard_task(run: RunContext, task: Task) -> Task:
 
 def checkpoint_state(state: TrainState) -> dict[str, Any]:
     """Tree saved in a checkpoint; the key is derived from the config."""
-    return {
-        "step": state.step,
-        "params": state.params,
-        "opt_state": state.opt_state,
-        "num_skipped": state.num_skipped,
-    }
+    return {name: leaf for name, leaf in state._asdict().items() if name != "key"}
 
 
 def restore_or_init(
     run: RunContext, task: Task, changes: Sequence[str] = ()
 ) -> tuple[TrainState, History]:
-    """Newest saved state or the initial one, with the history of its steps.
-
-    Args:
-        run: the run.
-        task: the task, with its arrays on the mesh.
-        changes: config changes, which are logged.
-    """
+    """Newest saved state or the initial one, with its history; logs config changes."""
     step, tree, warnings, metadata = restore_latest(
         run.checkpoint_dir, checkpoint_state(task.init_state)
     )
@@ -139,42 +105,32 @@ def restore_or_init(
     if step is None:
         if run.metrics_path.exists():  # of an earlier start without a checkpoint
             log_resume(run.metrics_path, 0)
-        metadata = {**task.provenance, "on_spike": run.on_spike}
-        write_run_metadata(run.run_dir, command_line(), metadata)
+        write_run_metadata(run.run_dir, {**task.provenance, "on_spike": run.on_spike})
         if task.save_best is None:  # model/ gets its parameters at the end of the run
-            model = task.to_model(task.init_state)
-            save_without_params(model, run.run_dir / "model")
+            save_without_params(task.to_model(task.init_state), run.run_dir / "model")
         for line in task.summary:
             run.log(line)
         return task.init_state, History()
-    history = history_from_metadata(metadata)
+    history = History.from_metadata(metadata)
     if step < run.config.train.steps:
         devices = describe_devices(run)
         resume_info: dict[str, Any] = {"device": devices.split(None, 1)[1]}
         resume_info |= {"changes": list(changes)} if changes else {}
         log_resume(run.metrics_path, step, **resume_info)
-        run.log(f"resumed  {run.run_dir} after step {step}{describe_best(history)}")
+        best = f"; the best so far is {history.best_step}" if history.best_score else ""
+        run.log(f"resumed  {run.run_dir} after step {step}{best}")
         run.log(devices)
         for change in changes:
             run.log(f"changed  {change}")
     return task.init_state._replace(**tree), history
 
 
-def describe_best(history: History) -> str:
-    """Best step so far, for the line of a resumed run."""
-    return f"; the best so far is {history.best_step}" if history.best_step >= 0 else ""
-
-
 def train_loop(
     run: RunContext, task: Task, state: TrainState, logger: MetricsLogger, save: SaveFn
 ) -> TrainState:
-    """Trains to the last step; logs, evaluates and saves.
-
-    Raises:
-        Interrupted: after a signal, with all progress saved.
-    """
-    config, start_step = run.config, int(state.step)
-    step = saved_step = start_step
+    """Trains to the last step; logs, evaluates and saves, also after a signal."""
+    config = run.config
+    step = saved_step = start_step = int(state.step)
     if should_evaluate(run, task, step) and logger.history.evaluated_step != step:
         with logger.timer.exclude():
             evaluate_and_log(run, task, state, step, logger, None)
@@ -191,10 +147,22 @@ def train_loop(
             mark_phase("first step", metrics)
             heartbeat(step)
             logger.print_progress(logger.flush_step())  # of the previous step
-            is_stopping = should_stop(run, step)
-            if finish_step(run, task, state, metrics, step, is_stopping, logger, save):
-                saved_step = step
-            if is_stopping and step < config.train.steps:
+            is_last, is_stopping = step == config.train.steps, should_stop(run, step)
+            is_eval_step = should_evaluate(run, task, step)
+            is_save_step = is_last or is_stopping or step % config.checkpoint.every == 0
+            is_log_step = is_eval_step or is_save_step or step % config.train.log_every == 0
+            logger.log_step(metrics, is_log_step)
+            if is_eval_step or is_save_step:
+                event = logger.flush_step()
+                with logger.timer.exclude():
+                    if is_eval_step:
+                        evaluate_and_log(run, task, state, step, logger, event)
+                    else:
+                        logger.print_progress(event)
+                    if is_save_step:
+                        save_checkpoint(run, state, step, logger, save)
+                        saved_step = step
+            if is_stopping and not is_last:
                 raise Interrupted
     except Interrupted:
         if step == start_step:
@@ -202,40 +170,10 @@ def train_loop(
         logger.flush_step()
         if step > saved_step:
             save_checkpoint(run, state, step, logger, save)
-        run_dir = run.checkpoint_dir.parent
-        text = f"interrupted after step {step}; all progress is saved in {run_dir}"
-        raise Interrupted(text) from None
+        raise Interrupted(
+            f"interrupted after step {step}; all progress is saved in {run.checkpoint_dir.parent}"
+        ) from None
     return state
-
-
-def finish_step(
-    run: RunContext,
-    task: Task,
-    state: TrainState,
-    metrics: Metrics,
-    step: int,
-    is_stopping: bool,
-    logger: MetricsLogger,
-    save: SaveFn,
-) -> bool:
-    """Logs, evaluates and saves after a step; returns True if it saved."""
-    config = run.config
-    is_last = step == config.train.steps
-    is_eval_step = should_evaluate(run, task, step)
-    is_save_step = is_last or is_stopping or step % config.checkpoint.every == 0
-    is_log_step = step % config.train.log_every == 0 or is_eval_step or is_save_step
-    logger.log_step(metrics, is_log_step)
-    if not (is_eval_step or is_save_step):
-        return False
-    event = logger.flush_step()
-    with logger.timer.exclude():
-        if is_eval_step:
-            evaluate_and_log(run, task, state, step, logger, event)
-        else:
-            logger.print_progress(event)
-        if is_save_step:
-            save_checkpoint(run, state, step, logger, save)
-    return is_save_step
 
 
 def should_evaluate(run: RunContext, task: Task, step: int) -> bool:
@@ -256,14 +194,7 @@ def evaluate_and_log(
     """Evaluates and samples at one step, logs both, and saves the best model.
 
     Nothing is logged if the evaluation is interrupted; it is repeated on resume.
-
-    Args:
-        run: the run.
-        task: the task.
-        state: after the step, or before the first.
-        step: finished steps.
-        logger: metrics logger.
-        event: logged event of the step, if any.
+    `event` is the logged event of the step, if any.
     """
     heartbeat()
     result = task.evaluate(state, step, step == run.config.train.steps)
@@ -302,10 +233,7 @@ def jit_by_shape(
 ) -> TrainStep:
     """Train step, compiled explicitly for each batch shape, with a log line.
 
-    Args:
-        run: the run; the threshold applies if its `on_spike` is "skip".
-        task: the task.
-        grad_norm_threshold: returns the gradient-norm threshold of the next step.
+    `grad_norm_threshold` returns that of the next step, for `on_spike` "skip".
     """
     options: dict[str, Any] = {"donate_argnums": 0}
     if run.mesh is not None:  # keeps the sharding of the state from step to step
@@ -327,8 +255,7 @@ def jit_by_shape(
             distributed.stop_if_any(run.is_interrupted())
         if jax.process_count() == 1:
             set_signal_mode("deferred")  # from here on there is progress to save
-        compiled_step = compiled_steps[shapes]
-        return compiled_step(state, batch, *task.frozen_params, **threshold_arg)
+        return compiled_steps[shapes](state, batch, *task.frozen_params, **threshold_arg)
 
     return train_step
 
@@ -341,11 +268,7 @@ def aot_compile(
     frozen_params: Any,
     threshold_arg: Any,
 ) -> Any:
-    """Compiles the step for one batch shape; logs time and memory.
-
-    Raises:
-        ConfigError: the step does not fit into memory.
-    """
+    """Compiles the step for one batch shape; checks its memory and logs its time."""
     run.log("compiling ...")
     started = time.perf_counter()
     with use_mesh(run.mesh):
@@ -353,7 +276,7 @@ def aot_compile(
         compiled_step = lowered.compile()
     seconds = time.perf_counter() - started
     memory = compiled_step.memory_analysis()
-    check_compiled_memory(run, memory)
+    check_compiled_memory(memory)
     temp_bytes = memory.temp_size_in_bytes if memory else None
     numbers = {"seconds": seconds, "temporaries": temp_bytes}
     log_event(run.metrics_path, "compile", int(state.step), **numbers)

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gptjax.checkpoint.checkpoint import restore_latest, save_step
+from gptjax.checkpoint.checkpoint import restore_latest, write_step
 from gptjax.parallel import distributed
 from tests.chaos._small_states import resume_fault, state_at
 
@@ -99,7 +99,7 @@ def save(folder: Path, step: int, point: int, where: str) -> int:
     state = placed(step)
     jax.block_until_ready(state)
     points = watch(point)
-    save_step(folder, step, state, keep=2)
+    write_step(folder, step, state, keep=2)
     return points()
 
 
@@ -120,14 +120,14 @@ def check(folders: list[str], expected: list[int | None], following: int) -> lis
         if not fault and left:
             fault = f"{left} are left"
         if not fault:
-            save_step(folder, following, state_at(following), keep=2)
+            write_step(folder, following, state_at(following), keep=2)
             fault = resume_fault(folder, {following})
         found.append(fault)
         shutil.rmtree(folder)
     return found
 
 
-LEFT = (".partial", ".replaced", ".orbax-checkpoint-tmp")
+LEFT = (".partial", ".orbax-checkpoint-tmp")
 JOBS: dict[str, Callable[..., Any]] = {"save": save, "start": start, "check": check}
 
 

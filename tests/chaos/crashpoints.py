@@ -95,7 +95,6 @@ def scenes(ask: Ask, folder: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]
     yield "a save that deletes an older step", two, save
     none = made(ask, folder / "none", [])
     yield "the first save", none, {**save, "step": 1, "expected": [None, 1]}
-    yield "a save of the same step again", two, {**save, "step": 2, "expected": [1, 2]}
     torn = made(ask, folder / "torn", [1, 2])
     shutil.copytree(torn / "1", torn / "3.partial")
     (torn / "2" / "manifest.json").write_text("{}")

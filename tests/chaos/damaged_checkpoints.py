@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from gptjax.checkpoint import manifest
-from gptjax.checkpoint.checkpoint import latest_step, save_step
+from gptjax.checkpoint.checkpoint import latest_step, write_step
 from tests.chaos._small_states import resume_fault, state_at
 
 FULL, SLICE = 10_000, 1_000
@@ -166,7 +166,7 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
     """What went wrong with each altered checkpoint, or ""."""
     good, steps = folder / "good", folder / "run" / "checkpoints"
     for step in (1, 2):
-        save_step(good, step, state_at(step), keep=2)
+        write_step(good, step, state_at(step), keep=2)
     shutil.copytree(good / "1", steps / "1")
     for case in cases:
         rng = random.Random(f"{seed} {case}")

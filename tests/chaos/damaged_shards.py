@@ -43,7 +43,7 @@ def content(data: TokenizedSplits) -> list[Any]:
 
 
 def hashes(data: TokenizedSplits) -> list[Any]:
-    """Data provenance of a run, as `gptjax.tasks.pretrain.data_provenance` does."""
+    """Data provenance of a run, as `gptjax.tasks.pretrain` does."""
     parts = [part for part in (data.train, data.validation) if part]
     return [(shard.path.name, shard.sha256) for part in parts for shard in part.shards]
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from gptjax import init
-from gptjax.checkpoint.checkpoint import checksum_tree, restore, save_step
+from gptjax.checkpoint.checkpoint import checksum_tree, restore, write_step
 from gptjax.checkpoint.manifest import read_manifest
 from gptjax.config import GPTConfig, MeshConfig, OptimConfig
 from gptjax.parallel.sharding import MESH_AXES, make_mesh, shard_tree
@@ -86,7 +86,7 @@ def there(seed: int, zero: bool = False) -> dict[str, Any]:
     return checkpoint_state(shard_tree(state, make_mesh(MeshConfig(**sizes))))
 
 
-def by_numpy(leaf: np.ndarray) -> int:
+def checksum_with_numpy(leaf: np.ndarray) -> int:
     """The checksum of `gptjax.checkpoint.checkpoint`, written down once more."""
     bits = np.ascontiguousarray(leaf).reshape(-1).view(np.uint32).astype(np.uint64)
     index = np.arange(bits.size, dtype=np.uint64)
@@ -100,7 +100,7 @@ def work(job: str, seed: str, *folders: str) -> None:
     """Saves or restores in every folder; prints the checksums of each, by name."""
     for folder in map(Path, folders):
         if job == "save":
-            save_step(folder, 1, there(int(seed)), keep=2)
+            write_step(folder, 1, there(int(seed)), keep=2)
             continue
         tree = restore(folder, 1, there(int(seed), zero=True))
         sums, _ = checksum_tree(tree)
@@ -129,7 +129,10 @@ def together(
 def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
     """How the checksums of each pair differ, or ""."""
     wanted = [pairs(seed)[case] for case in cases]
-    truth = {k: by_numpy(v) for k, v in flatten_with_names(checkpoint_state(values(seed))).items()}
+    truth = {
+        k: checksum_with_numpy(v)
+        for k, v in flatten_with_names(checkpoint_state(values(seed))).items()
+    }
     saved, restored = {}, {}
     for one in dict.fromkeys(one for one, _ in wanted):
         path = saved[one] = folder / "saved{}x{}".format(*one)
