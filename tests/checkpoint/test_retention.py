@@ -1,4 +1,6 @@
-"""Folders of steps: which count, which are deleted, and what is left alone."""
+"""Step folders: which are valid, which are deleted, and which are left alone."""
+
+import shutil
 
 import pytest
 
@@ -7,118 +9,95 @@ from gptjax.checkpoint.manifest import write_manifest
 from gptjax.errors import ModelError
 
 
-def saved(folder, *steps):
-    """Steps as `gptjax.checkpoint.checkpoint` saves them, of one file each."""
+def save(checkpoint_dir, *steps):
+    """Saves steps of one file each, as `write_step` does."""
     for step in steps:
-        building = retention.begin_step(folder, step)
-        building.mkdir()
-        (building / "file").write_text(f"of step {step}")
-        write_manifest(building, {"step": step, "arrays": {}})
-        retention.commit_step(folder, step)
+        partial_dir = retention.begin_step(checkpoint_dir, step)
+        partial_dir.mkdir()
+        (partial_dir / "file").write_text(f"of step {step}")
+        write_manifest(partial_dir, {"step": step, "arrays": {}})
+        retention.commit_step(checkpoint_dir, step)
 
 
-def damage(folder, step):
-    (folder / str(step) / "file").write_text("something else")
+def damage(checkpoint_dir, step):
+    (checkpoint_dir / str(step) / "file").write_text("something else")
 
 
-def test_what_is_left_of_a_crash_in_the_first_save_is_a_fresh_start(tmp_path):
+def test_a_crash_during_the_first_save_leaves_no_step(tmp_path):
     (tmp_path / "1.partial" / "state").mkdir(parents=True)
 
     assert retention.latest_valid_step(tmp_path) == (None, [])
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "007", "-1", "1.damaged", "x.partial"])
-def test_anything_else_without_a_step_is_no_fresh_start(tmp_path, name):
+@pytest.mark.parametrize("name", ["notes.txt", "007", "-1", "٣", "x.partial"])
+def test_other_entries_are_left_alone_and_are_no_checkpoint(tmp_path, name):
     (tmp_path / name).mkdir()
-
-    with pytest.raises(ModelError, match=rf"no valid checkpoint .* '{name}'"):
+    with pytest.raises(ModelError, match=f"'{name}'"):
         retention.latest_valid_step(tmp_path)
 
-
-@pytest.mark.parametrize("name", ["notes.txt", "007", "-1", "٣", "x.partial"])
-def test_what_has_no_name_of_a_step_is_left_alone(tmp_path, name):
-    saved(tmp_path, 1)
-    (tmp_path / name).mkdir()
+    save(tmp_path, 1)
 
     assert retention.latest_valid_step(tmp_path) == (1, [])
     assert (tmp_path / name).is_dir()
 
 
-@pytest.mark.parametrize("kind", ["folder", "file", "link", "copy"])
-def test_an_alien_with_the_name_of_a_step_is_set_aside(tmp_path, kind):
-    saved(tmp_path, 1)
-    alien = tmp_path / "999999"
-    if kind == "folder":
-        alien.mkdir()
-    elif kind == "file":
-        alien.write_text("x")
-    elif kind == "link":
-        alien.symlink_to(tmp_path / "1")
-    else:
-        alien.mkdir()
-        for path in (tmp_path / "1").iterdir():
-            (alien / path.name).write_bytes(path.read_bytes())
+def test_without_a_valid_step_a_run_does_not_start_again(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "1" / "manifest.json").write_text("{}")
 
-    step, (complaint,) = retention.latest_valid_step(tmp_path)
+    for _ in range(2):
+        with pytest.raises(ModelError, match="backup"):
+            retention.latest_valid_step(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link", "copy"])
+def test_a_foreign_entry_with_the_name_of_a_step_is_quarantined(tmp_path, kind):
+    save(tmp_path, 1)
+    foreign = tmp_path / "999999"
+    {
+        "folder": foreign.mkdir,
+        "file": lambda: foreign.write_text("x"),
+        "link": lambda: foreign.symlink_to(tmp_path / "1"),
+        "copy": lambda: shutil.copytree(tmp_path / "1", foreign),
+    }[kind]()
+
+    step, (warning,) = retention.latest_valid_step(tmp_path)
 
     assert step == 1
-    assert "checkpoint 999999 is damaged" in complaint
+    assert "checkpoint 999999 is damaged" in warning
     assert [*tmp_path.glob("999999*")] == [tmp_path / "999999.damaged"]
 
 
-def test_a_link_in_a_step_is_refused_even_if_it_leads_to_the_same(tmp_path):
-    saved(tmp_path, 1, 2)
-    (tmp_path / "2" / "file").rename(tmp_path / "elsewhere")
-    (tmp_path / "2" / "file").symlink_to(tmp_path / "elsewhere")
+@pytest.mark.parametrize("entry", ["link", "folder", "file"])
+def test_a_step_with_a_link_or_an_additional_entry_is_quarantined(tmp_path, entry):
+    save(tmp_path, 1, 2)
+    if entry == "link":  # to the same content
+        (tmp_path / "2" / "file").rename(tmp_path / "elsewhere")
+        (tmp_path / "2" / "file").symlink_to(tmp_path / "elsewhere")
+    elif entry == "folder":
+        (tmp_path / "2" / "empty").mkdir()
+    else:
+        (tmp_path / "2" / "more").write_text("")
 
-    step, (complaint,) = retention.latest_valid_step(tmp_path)
-
-    assert step == 1
-    assert "'file' is neither a file nor a folder" in complaint
-
-
-def test_the_newest_are_kept_but_never_fewer_than_two(tmp_path):
-    saved(tmp_path, 1, 2, 3, 4)
-    retention.apply_retention(tmp_path, 4, keep=3)
-    assert retention.list_steps(tmp_path) == [2, 3, 4]
-
-    retention.apply_retention(tmp_path, 4, keep=1)
-
-    assert retention.list_steps(tmp_path) == [3, 4]
+    assert retention.latest_valid_step(tmp_path)[0] == 1
 
 
-def test_one_that_was_altered_since_does_not_count_among_the_two(tmp_path):
-    saved(tmp_path, 1, 2, 3, 4)
-    damage(tmp_path, 3)
-
-    retention.apply_retention(tmp_path, 4, keep=2)
-
-    assert retention.list_steps(tmp_path) == [2, 3, 4]
-
-
-def test_nothing_is_deleted_while_only_the_newest_verifies(tmp_path):
-    saved(tmp_path, 1, 2, 3)
-    for step in (1, 2):
+@pytest.mark.parametrize(
+    ("keep", "damaged", "kept"),
+    [
+        (3, [], [2, 3, 4]),
+        (2, [], [3, 4]),
+        (1, [], [3, 4]),  # never fewer than two
+        (2, [3], [2, 3, 4]),  # a damaged step is no fallback
+        (2, [1, 2, 3], [1, 2, 3, 4]),  # only the newest is valid
+    ],
+)
+def test_retention_keeps_the_newest_steps_and_a_valid_fallback(tmp_path, keep, damaged, kept):
+    save(tmp_path, 1, 2, 3, 4)
+    for step in damaged:
         damage(tmp_path, step)
 
-    retention.apply_retention(tmp_path, 3, keep=2)
+    retention.apply_retention(tmp_path, 4, keep)
 
-    assert retention.list_steps(tmp_path) == [1, 2, 3]
-
-
-def test_a_step_saved_again_takes_the_place_of_the_first(tmp_path):
-    saved(tmp_path, 1)
-    damage(tmp_path, 1)
-
-    saved(tmp_path, 1)
-
-    assert retention.latest_valid_step(tmp_path) == (1, [])
-    assert [path.name for path in tmp_path.iterdir()] == ["1"]
-
-
-def test_a_step_that_was_to_be_replaced_counts_until_it_is(tmp_path):
-    saved(tmp_path, 1)
-    (tmp_path / "1").rename(tmp_path / "1.replaced")
-
-    assert retention.latest_valid_step(tmp_path) == (1, [])
+    assert retention.list_steps(tmp_path) == kept

@@ -1,4 +1,4 @@
-"""Classifiers: padding and company change nothing, and a run keeps its best model."""
+"""Classifiers: padding, frozen parameters, resuming, the best model, commands."""
 
 import csv
 import dataclasses
@@ -9,15 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import gptjax
 from gptjax.checkpoint.retention import list_steps
 from gptjax.cli.main import main
 from gptjax.config import GPTConfig, RunConfig, from_dict
-from gptjax.data.bucketing import buckets
-from gptjax.data.classification import ClassificationBatches
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.evaluation.classification import evaluate_classifier
 from gptjax.inference.classify import predict_probs
@@ -30,7 +26,6 @@ from gptjax.training import trainer
 from gptjax.training.loss import classification_loss
 from gptjax.training.metrics import read_events
 from gptjax.training.task import RunContext
-from gptjax.training.trainer import save_checkpoint
 from gptjax.weights.model_folder import Model, load_adapters
 from tests.runs import train_logged
 
@@ -48,97 +43,62 @@ def make_model(**changes):
     return Model(config, params, tokenizer, ("a", "b", "c"))
 
 
+def logits_of(model, tokens, lengths):
+    return class_logits(model.config, model.params, jnp.array(tokens), jnp.array(lengths))
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("pool", POOLS)
-def test_padding_changes_no_logit_whatever_it_holds(pool, causal):
-    model = make_model(pool=pool, causal=causal)
-    row, length_B = jnp.arange(5)[None], jnp.array([5])
+def test_padding_changes_no_logit(pool, causal):
+    model, row = make_model(pool=pool, causal=causal), list(range(5))
 
-    alone = class_logits(model.config, model.params, row, length_B)
-    for fill in (0, 256):
-        padded = jnp.concatenate([row, jnp.full((1, 20), fill)], axis=1)
-        logits = class_logits(model.config, model.params, padded, length_B)
-        np.testing.assert_allclose(logits, alone, atol=1e-5)
+    alone = logits_of(model, [row], [5])
+    padded = logits_of(model, [row + [0] * 20, row + [256] * 20], [5, 5])
+
+    np.testing.assert_allclose(padded, jnp.concatenate([alone, alone]), atol=1e-5)
 
 
-def test_the_position_that_the_book_reads_sees_its_padding():
+def test_pool_position_reads_the_last_position_with_padding():
+    padded = [[*range(5), *[256] * 20]]
+
     model = make_model(pool="position")
-    row, length_B = jnp.arange(5)[None], jnp.array([5])
-    padded = jnp.concatenate([row, jnp.full((1, 20), 256)], axis=1)
+    last = dataclasses.replace(model, config=dataclasses.replace(model.config, pool="last"))
 
-    full = class_logits(model.config, model.params, padded, length_B)
-    last = class_logits(
-        dataclasses.replace(model.config, pool="last"), model.params, padded, jnp.array([25])
+    np.testing.assert_allclose(
+        logits_of(model, padded, [5]), logits_of(last, padded, [25]), atol=1e-5
     )
 
-    np.testing.assert_allclose(full, last, atol=1e-5)
 
-
-@pytest.mark.parametrize("pool", POOLS)
-def test_a_text_alone_has_the_probabilities_that_it_has_among_others(pool):
-    model = make_model(pool=pool)
-    texts = ["x", "some words", "a" * 100, "more", "x"]
-
-    together = gptjax.classify(model, texts)
-
-    for text, verdict in zip(texts, together, strict=True):
-        (alone,) = gptjax.classify(model, [text])
-        assert alone.label == verdict.label
-        assert alone.probability == pytest.approx(verdict.probability, abs=1e-5)
-        assert sum(verdict.probabilities.values()) == pytest.approx(1, abs=1e-5)
-
-
-def test_without_a_causal_mask_early_positions_see_later_ones():
-    token_BT, length_B = jnp.array([[1, 2, 3, 4], [1, 2, 3, 5]]), jnp.array([4, 4])
+def test_only_without_a_causal_mask_early_positions_depend_on_later_ones():
     for causal in (True, False):
         model = make_model(pool="first", causal=causal)
-        one, other = class_logits(model.config, model.params, token_BT, length_B)
+        one, other = logits_of(model, [[1, 2, 3, 4], [1, 2, 3, 5]], [4, 4])
         assert bool((one == other).all()) == causal
 
 
-def test_the_loss_is_that_of_the_rows_that_count():
-    logit_BC = jnp.array([[0.0, 1.0], [5.0, 5.0], [2.0, 0.0]])
-    weight_B = jnp.array([1.0, 0.0, 1.0])
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_text_has_the_same_probabilities_alone_and_among_others(pool):
+    model = make_model(pool=pool)
+    texts = ["x", "some words", "a" * 100, "more", "x"]
 
-    nats, weight = classification_loss(logit_BC, jnp.array([1, 0, 1]), weight_B)
+    predictions = gptjax.classify(model, texts)
+
+    for text, prediction in zip(texts, predictions, strict=True):
+        (alone,) = gptjax.classify(model, [text])
+        assert alone.label == prediction.label
+        assert alone.probability == pytest.approx(prediction.probability, abs=1e-5)
+        assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_loss_is_that_of_the_rows_with_weight():
+    logit_BC = jnp.array([[0.0, 1.0], [5.0, 5.0], [2.0, 0.0]])
+
+    nats, weight = classification_loss(logit_BC, jnp.array([1, 0, 1]), jnp.array([1.0, 0.0, 1.0]))
 
     assert weight == 2
     expected = np.log(1 + np.exp(-1)) + np.log(1 + np.exp(2))
     assert float(nats) == pytest.approx(expected, rel=1e-6)
-
-
-@given(st.lists(st.integers(1, 70), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 3))
-def test_an_epoch_visits_every_row_once_in_few_shapes(lengths, rows, epoch):
-    ids = [[n] * length for n, length in enumerate(lengths)]
-    batches = ClassificationBatches(
-        ids, [0] * len(ids), rows=rows, bucket_lengths=buckets(70), pad_id=999, seed=3
-    )
-    first = epoch * batches.steps_per_epoch
-
-    seen, shapes = [], set()
-    for step in range(first, first + batches.steps_per_epoch):
-        batch = batches.batch_at(step)
-        shapes.add(batch["tokens"].shape)
-        for n in np.flatnonzero(batch["loss_weights"]):
-            length = batch["lengths"][n]
-            seen.append(int(batch["tokens"][n, 0]))
-            assert length == lengths[seen[-1]]
-            assert (batch["tokens"][n, length:] == 999).all()
-
-    assert sorted(seen) == list(range(len(ids)))
-    assert len(shapes) <= len(buckets(70))
-
-
-def test_epochs_differ_and_repeat():
-    ids = [[n] for n in range(50)]
-
-    def order(step):
-        batches = ClassificationBatches(ids, [0] * 50, rows=50, bucket_lengths=[16], pad_id=0)
-        return batches.batch_at(step)["tokens"]
-
-    np.testing.assert_array_equal(order(1), order(1))
-    assert (order(0) != order(1)).any()
 
 
 def make_config(folder, shortest=2, **changes):
@@ -170,108 +130,96 @@ def make_config(folder, shortest=2, **changes):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    folder, said = tmp_path_factory.mktemp("classes"), []
+def finished(tmp_path_factory):
+    """A finished run: its config, folder, model and progress lines."""
+    folder, lines = tmp_path_factory.mktemp("classes"), []
     config = make_config(folder)
-    model = train_logged(config, folder / "run", said)
-    return config, folder / "run", model, said
+    model = train_logged(config, folder / "run", lines)
+    return config, folder / "run", model, lines
 
 
-def evals(folder, split):
+def evaluations(folder, split):
     events = read_events(folder / "metrics.jsonl")
     return [e for e in events if e["event"] == "eval" and e["split"] == split]
 
 
-def test_a_run_leaves_its_best_model_and_a_report(unbroken):
-    _, folder, model, said = unbroken
-    best = max(evals(folder, "validation"), key=lambda e: (e["accuracy"], -e["loss"]))
+def test_a_run_keeps_its_best_model_and_writes_a_report(finished):
+    config, folder, model, lines = finished
+    best = max(evaluations(folder, "validation"), key=lambda e: (e["accuracy"], -e["loss"]))
 
-    assert best["accuracy"] > 0.8
+    _, data = load_classification_data(RunContext(config, folder))
+    result = evaluate_classifier(model, data.rows["validation"], data.ids["validation"])
+    assert result.metrics.accuracy == best["accuracy"] > 0.8
+    assert result.loss == pytest.approx(best["loss"], rel=1e-6)
     assert model.labels == ("other", "vowel")
     names = "config.toml meta.json loss.png accuracy.png confusion.png report.md"
     for name in names.split():
         assert (folder / name).exists(), name
-    assert len(evals(folder, "test")) == 1
-    (done,) = [line for line in said if line.startswith("done")]
-    assert f"test accuracy {evals(folder, 'test')[0]['accuracy']:.4f}" in done
-    assert "majority-class baseline: 0." in done
-    compiled = [line for line in said if line.startswith("compiled")]
-    (step,) = [line for line in said if line.startswith("step     ")]
-    assert f"{len(compiled)} compiled shapes" in step
+    (test,) = evaluations(folder, "test")
+    (done,) = [line for line in lines if line.startswith("done")]
+    assert f"test accuracy {test['accuracy']:.4f}" in done
+    counts = [data.rows["test"].labels.count(label) for label in (0, 1)]
+    assert f"baseline: {max(counts) / sum(counts):.4f}" in done
+    num_compiled = sum(line.startswith("compiled") for line in lines)
+    assert any(f"{num_compiled} compiled shapes" in line for line in lines)
 
 
-def test_the_kept_model_is_the_one_that_did_best(unbroken):
-    config, folder, model, _ = unbroken
-    best = max(evals(folder, "validation"), key=lambda e: (e["accuracy"], -e["loss"]))
-    _, sets = load_classification_data(RunContext(config, folder))
-
-    result = evaluate_classifier(model, sets.rows["validation"], sets.ids["validation"])
-
-    assert result.metrics.accuracy == best["accuracy"]
-    assert result.loss == pytest.approx(best["loss"], rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("trainable", "shortest", "lost"),
-    [("all", 2, ""), ("last-block", 17, "metrics.jsonl"), ("lora", 17, "")],
-)
-def test_a_stopped_and_resumed_run_is_the_unbroken_one(
-    tmp_path, monkeypatch, trainable, shortest, lost
+@pytest.mark.parametrize("trainable", ["last-block", "lora"])
+def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one(
+    tmp_path, monkeypatch, trainable
 ):
-    tuned = {"finetune__trainable": trainable, "train__steps": 20}
-    config = make_config(tmp_path, shortest, **tuned)
+    """Also if metrics.jsonl was deleted in between."""
+    changes = {"finetune__trainable": trainable, "train__steps": 20}
+    config = make_config(tmp_path, 17, **changes)
     whole = train(config, tmp_path / "whole")
-    forward = save_checkpoint
+    save_checkpoint = trainer.save_checkpoint
 
-    def interrupting(run, state, step, *rest):
-        forward(run, state, step, *rest)
+    def save_and_interrupt(run, state, step, *args):
+        save_checkpoint(run, state, step, *args)
         if step == 10:
             raise Interrupted("here")
 
-    monkeypatch.setattr(trainer, "save_checkpoint", interrupting)
+    monkeypatch.setattr(trainer, "save_checkpoint", save_and_interrupt)
     with pytest.raises(Interrupted):
         train(config, tmp_path / "run")
     monkeypatch.undo()
-    if lost:
-        (tmp_path / "run" / lost).unlink()
+    if is_deleted := trainable == "last-block":
+        (tmp_path / "run" / "metrics.jsonl").unlink()
     resumed = train(config, tmp_path / "run")
 
     jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
     for split in ("train", "validation", "test"):
-        expected = evals(tmp_path / "whole", split)
-        if lost:
-            expected = [event for event in expected if event["step"] > 10]
-        assert evals(tmp_path / "run", split) == expected
+        expected = evaluations(tmp_path / "whole", split)
+        expected = [event for event in expected if event["step"] > 10 or not is_deleted]
+        assert evaluations(tmp_path / "run", split) == expected
 
 
-def test_asked_to_stop_while_it_compiles_again_a_run_makes_no_step_more(tmp_path, monkeypatch):
-    config, before = make_config(tmp_path, train__steps=20), []
-    forward = trainer.aot_compile
+def test_a_signal_during_a_later_compilation_stops_the_run_before_its_step(tmp_path, monkeypatch):
+    steps, aot_compile = [], trainer.aot_compile
 
-    def interrupting(run, step_fn, state, *rest):
-        before.append(int(state.step))
-        if len(before) == 2:
+    def interrupt(run, step_fn, state, *args):
+        steps.append(int(state.step))
+        if len(steps) == 2:
             signal.raise_signal(signal.SIGTERM)
-        return forward(run, step_fn, state, *rest)
+        return aot_compile(run, step_fn, state, *args)
 
-    monkeypatch.setattr(trainer, "aot_compile", interrupting)
+    monkeypatch.setattr(trainer, "aot_compile", interrupt)
     with pytest.raises(Interrupted, match="all progress is saved"):
-        train(config, tmp_path / "run")
+        train(make_config(tmp_path, train__steps=20), tmp_path / "run")
 
-    assert before[0] < before[1]
-    assert max(list_steps(tmp_path / "run" / "checkpoints")) == before[1]
+    assert steps[0] < steps[1] == max(list_steps(tmp_path / "run" / "checkpoints"))
 
 
-@pytest.mark.parametrize("trainable", ["head", "last-block", "last-two-blocks", "lora"])
-def test_frozen_parameters_come_out_bit_for_bit(tmp_path, trainable):
-    (tmp_path / "start").mkdir()
+@pytest.mark.parametrize("trainable", ["last-two-blocks", "lora"])
+def test_frozen_parameters_do_not_change(tmp_path, trainable):
     start = make_model(n_classes=0, head_bias=False, n_layers=3)
     start = dataclasses.replace(start, labels=())
-    gptjax.save(start, tmp_path / "start" / "model")
+    gptjax.save(start, tmp_path / "start")
     config = make_config(
         tmp_path,
+        17,
         finetune__trainable=trainable,
-        finetune__init_from=str(tmp_path / "start" / "model"),
+        finetune__init_from=str(tmp_path / "start"),
         finetune__lora_targets="mlp/up",
         train__steps=5,
         train__eval_every=5,
@@ -279,25 +227,28 @@ def test_frozen_parameters_come_out_bit_for_bit(tmp_path, trainable):
 
     model = train(config, tmp_path / "run")
 
-    assert model.config.n_layers == 3
-    blocks = {"head": [], "last-block": [2], "last-two-blocks": [1, 2], "lora": []}
-    same = lambda a, b: bool((a == b).all())  # noqa: E731
+    trained_blocks = [1, 2] if trainable == "last-two-blocks" else []
+    expected = start.params
+    if trainable == "lora":
+        adapters = load_adapters(tmp_path / "run" / "adapters.safetensors")
+        expected = merge_adapters(start.params, adapters)
+        kernels = (p["blocks"]["mlp"]["up"]["kernel"] for p in (expected, start.params))
+        assert not np.array_equal(*kernels)
     for name in ("token_embedding", "position_embedding"):
-        assert jax.tree.all(jax.tree.map(same, model.params[name], start.params[name]))
+        jax.tree.map(np.testing.assert_array_equal, model.params[name], expected[name])
     for layer in range(3):
-        at = lambda tree, n=layer: jax.tree.map(lambda leaf: leaf[n], tree)  # noqa: E731
-        equal = jax.tree.map(same, at(model.params["blocks"]), at(start.params["blocks"]))
-        if trainable == "lora":
-            alone = load_adapters(tmp_path / "run" / "adapters.safetensors")
-            kernel = merge_adapters(start.params, alone)["blocks"]["mlp"]["up"]["kernel"]
-            np.testing.assert_array_equal(kernel, model.params["blocks"]["mlp"]["up"]["kernel"])
-            assert not equal["mlp"]["up"].pop("kernel")
-        assert jax.tree.all(equal) == (layer not in blocks[trainable])
+        is_equal = jax.tree.map(
+            lambda a, b, n=layer: np.array_equal(a[n], b[n]),
+            model.params["blocks"],
+            expected["blocks"],
+        )
+        assert jax.tree.all(is_equal) == (layer not in trained_blocks)
 
 
 def test_the_next_token_loss_can_be_added(tmp_path):
     config = make_config(
         tmp_path,
+        17,
         finetune__lm_loss_weight=0.5,
         train__steps=20,
         train__accumulate=2,
@@ -309,58 +260,57 @@ def test_the_next_token_loss_can_be_added(tmp_path):
     events = read_events(tmp_path / "run" / "metrics.jsonl")
     losses = [e["loss"] for e in events if e["event"] == "train"]
     assert losses[-1] < losses[0]
-    assert losses[0] > 2  # half of ln 257 is in it
+    assert losses[0] > 2  # it contains half of ln 257
 
 
-def test_what_is_no_classifier_or_no_text_is_said(tmp_path):
-    plain = dataclasses.replace(make_model(n_classes=0, head_bias=False), labels=())
+def test_invalid_models_texts_and_options_are_reported(tmp_path):
+    base_model = dataclasses.replace(make_model(n_classes=0, head_bias=False), labels=())
 
-    with pytest.raises(ModelError, match="has no labels"):
-        gptjax.classify(plain, ["x"])
-    with pytest.raises(DataError, match="text 2 is empty"):
+    with pytest.raises(ModelError, match="labels"):
+        gptjax.classify(base_model, ["x"])
+    with pytest.raises(DataError, match="text 2"):
         gptjax.classify(make_model(), ["x", ""])
-    with pytest.raises(ConfigError, match=r"data\.val_fraction=0\.0"):
-        train(make_config(tmp_path, data__val_fraction=0.0), tmp_path / "r")
+    for option, value in {"val_fraction": 0.0, "batching": "packed"}.items():
+        with pytest.raises(ConfigError, match=rf"data\.{option}={value!r}"):
+            train(make_config(tmp_path, **{f"data__{option}": value}), tmp_path / option)
     with pytest.raises(ConfigError, match=r"model\.n_classes=7"):
         train(make_config(tmp_path, model__n_classes=7), tmp_path / "run")
 
 
-def test_labels_travel_with_the_model(tmp_path):
-    model = make_model()
-    gptjax.save(model, tmp_path / "model")
+def test_labels_are_saved_with_the_model(tmp_path):
+    model, ids = make_model(), [[1, 2, 3]]
+    gptjax.save(model, tmp_path)
 
-    again = gptjax.load(tmp_path / "model")
+    loaded = gptjax.load(tmp_path)
 
-    assert again.labels == model.labels
-    ids = [[1, 2, 3]]
-    np.testing.assert_array_equal(predict_probs(again, ids), predict_probs(model, ids))
-    path = tmp_path / "model" / "config.json"
-    about = json.loads(path.read_text())
-    path.write_text(json.dumps(about | {"labels": ["a"]}))
-    with pytest.raises(ModelError, match="1 labels for 3 classes"):
-        gptjax.load(tmp_path / "model")
+    assert loaded.labels == model.labels
+    np.testing.assert_array_equal(predict_probs(loaded, ids), predict_probs(model, ids))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"labels": ["a"]}))
+    with pytest.raises(ModelError, match="1 labels for 3"):
+        gptjax.load(tmp_path)
 
 
-def test_the_command_line_labels_texts_and_files(unbroken, tmp_path, capsys):
-    _, folder, _, _ = unbroken
+def test_the_command_line_classifies_and_evaluates_texts_and_files(finished, tmp_path, capsys):
+    folder = str(finished[1])
     (tmp_path / "in.csv").write_text("id,text\n1,abba\n2,dodo\n")
 
-    assert main(["classify", str(folder), "abba", "dodo"]) == 0
+    assert main(["classify", folder, "abba", "dodo"]) == 0
     lines = capsys.readouterr().out.splitlines()
     files = ["--file", str(tmp_path / "in.csv"), "--out", str(tmp_path / "out.csv")]
-    assert main(["classify", str(folder), *files]) == 0
+    assert main(["classify", folder, *files]) == 0
     rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
 
     assert [line.split()[0] for line in lines] == [row["label"] for row in rows]
     assert [row["id"] for row in rows] == ["1", "2"]
-    words = str(folder.parent / "words.csv")
-    assert main(["eval", str(folder), "--classification-data", words, "--json"]) == 0
+    words = str(finished[1].parent / "words.csv")
+    capsys.readouterr()
+    assert main(["eval", folder, "--classification-data", words, "--json"]) == 0
     numbers = json.loads(capsys.readouterr().out)
     assert numbers["texts"] == 120
     assert numbers["accuracy low 95%"] <= numbers["accuracy"] > 0.8
     (tmp_path / "new.csv").write_text("text,label\nabba,vowel\ndodo,new\n")
-    new = str(tmp_path / "new.csv")
-    assert main(["eval", str(folder), "--classification-data", new]) == 2
-    assert "the label 'new'" in capsys.readouterr().err
-    assert main(["classify", str(folder), "--file", "x.csv"]) == 2
-    assert "together with --out" in capsys.readouterr().err
+    assert main(["eval", folder, "--classification-data", str(tmp_path / "new.csv")]) == 2
+    assert "'new'" in capsys.readouterr().err
+    assert main(["classify", folder, "--file", "x.csv"]) == 2
+    assert "--out" in capsys.readouterr().err

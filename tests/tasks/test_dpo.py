@@ -1,3 +1,5 @@
+"""DPO: the loss of the paper, the reference model, and runs."""
+
 import json
 
 import jax
@@ -7,7 +9,8 @@ import pytest
 
 import gptjax
 from gptjax.config import RunConfig, from_dict
-from gptjax.data.conversations import read_preference_pairs
+from gptjax.data.bucketing import buckets
+from gptjax.data.conversations import PreferencePair, read_preference_pairs
 from gptjax.data.preference import PreferenceBatches
 from gptjax.errors import ConfigError, DataError
 from gptjax.model.gpt import apply
@@ -21,16 +24,16 @@ from gptjax.tasks.dpo import (
 from gptjax.tasks.train import train
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.training.metrics import read_events
-from gptjax.training.run_dir import hash_pytree
 from gptjax.weights.model_folder import Model
 from tests.runs import train_logged
 from tests.small_models import make_model
 
+TEMPLATE = load_chat_template("qa")
+
 
 def start_model() -> Model:
     made = make_model(context_length=32)
-    template = load_chat_template("qa").source
-    return Model(made.config, made.params, made.tokenizer, chat_template=template)
+    return Model(made.config, made.params, made.tokenizer, chat_template=TEMPLATE.source)
 
 
 def make_rows():
@@ -51,150 +54,99 @@ def make_config(folder, **changes) -> RunConfig:
     }
     for name, value in changes.items():
         section, option = name.split("__")
-        table[section][option] = value
+        table.setdefault(section, {})[option] = value
     return from_dict(RunConfig, table)
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dpo")
-    config, said = make_config(folder), []
-    model = train_logged(config, folder / "run", said)
-    return config, folder / "run", model, said
+def make_batches(pairs, rows, pad_id):
+    logprob_P2 = np.zeros((len(pairs), 2), np.float32)
+    return PreferenceBatches(
+        pairs, logprob_P2, rows=rows, bucket_lengths=buckets(32), pad_id=pad_id, seed=0
+    )
 
 
 @pytest.mark.fast
-def test_before_the_first_step_the_loss_is_ln_2_and_the_margin_0(unbroken):
-    _, folder, _, said = unbroken
-    events = read_events(folder / "metrics.jsonl")
+def test_a_run_starts_at_ln_2_and_learns_to_prefer_the_chosen_answers(tmp_path):
+    config, lines = make_config(tmp_path), []
 
+    model = train_logged(config, tmp_path / "run", lines)
+
+    events = read_events(tmp_path / "run" / "metrics.jsonl")
+    evaluations = [e for e in events if e["event"] == "eval"]
     for split in ("train", "validation"):
-        first = next(e for e in events if e.get("split") == split)
-        assert first["step"] == 0
+        first = next(e for e in evaluations if e["split"] == split)
+        assert (first["step"], first["margin"], first["accuracy"]) == (0, 0, 0.5)
         assert first["loss"] == pytest.approx(np.log(2), abs=1e-9)
-        assert first["margin"] == 0
-        assert first["accuracy"] == 0.5
-    step = next(e for e in events if e["event"] == "train")
-    assert step["step"] == 10
-    assert any("dropped  1 pairs with equal answers" in line for line in said)
-
-
-def test_the_chosen_answers_win(unbroken):
-    _, folder, model, _ = unbroken
-    events = read_events(folder / "metrics.jsonl")
-
-    last = [e for e in events if e.get("split") == "test"][-1]
-
-    assert last["margin"] > 0
-    assert last["accuracy"] > 0.6
-    assert last["loss"] < np.log(2)
-    assert model.chat_template == start_model().chat_template
-
-
-def test_the_reference_is_what_the_start_says_and_does_not_move(unbroken):
-    config, folder, _, _ = unbroken
-    start = gptjax.load(folder.parent / "start")
-    pairs, _ = read_preference_pairs(folder.parent / "pairs.json")
-    template = load_chat_template("qa")
-    meta = json.loads((folder / "meta.json").read_text())
-
-    examples = [tokenize_pair(pair, start, template, 32) for pair in pairs[:4]]
-    batches = PreferenceBatches(
-        examples, np.zeros((4, 2), np.float32), rows=4, bucket_lengths=[32], pad_id=256
-    )
-    run = from_dict(RunConfig, {"model": {"context_length": 32}})
-    config = run.__class__(model=start.config)
-    found = sequence_logprobs(config, start.params, batches)
-
-    for n, pair in enumerate(pairs[:4]):
-        for side, answer in enumerate((pair.chosen, pair.rejected)):
-            text = f"Q: {pair.prompt[-1]['content']}\nA: "
-            ids = [*start.tokenizer.encode(text), *start.tokenizer.encode(answer), 256]
-            logit_BTV = apply(start.config, start.params, jnp.array([ids[:-1]]))
-            logprob = jax.nn.log_softmax(logit_BTV)[0, jnp.arange(len(ids) - 1)]
-            chosen = logprob[jnp.arange(len(ids) - 1), jnp.array(ids[1:])]
-            assert found[n, side] == pytest.approx(
-                float(chosen[-len(answer) - 1 :].sum()), abs=1e-4
-            )
+    (test,) = (e for e in evaluations if e["split"] == "test")
+    assert test["margin"] > 0
+    assert test["accuracy"] > 0.6
+    assert test["loss"] < np.log(2)
+    assert model.chat_template == TEMPLATE.source
+    assert any("dropped  1 pairs with equal answers" in line for line in lines)
+    meta = json.loads((tmp_path / "run" / "meta.json").read_text())
     assert set(meta["reference"]) == {"train", "validation", "test"}
-    again = sequence_logprobs(config, start.params, batches)
-    assert hash_pytree(again) == hash_pytree(found)
+    finished = train(config, tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, finished.params, model.params)
 
 
-def test_a_finished_run_computes_the_same_reference_again(unbroken, monkeypatch):
-    config, folder, model, _ = unbroken
+def test_log_probabilities_are_those_of_the_answers_alone(tmp_path):
+    make_config(tmp_path)
+    start, eot = start_model(), start_model().tokenizer.eot_token
+    pairs, _ = read_preference_pairs(tmp_path / "pairs.json")
+    examples = [tokenize_pair(pair, start, TEMPLATE, 32) for pair in pairs[:2]]
+    batches = make_batches(examples, rows=2, pad_id=eot)
 
-    again = train(config, folder)
+    logprob_P2 = sequence_logprobs(RunConfig(model=start.config), start.params, batches)
 
-    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    for n, pair in enumerate(pairs[:2]):
+        for side, answer in enumerate((pair.chosen, pair.rejected)):
+            text = f"Q: {pair.prompt[-1]['content']}\nA: {answer}"
+            ids = [*start.tokenizer.encode(text), eot]
+            logit_BTV = apply(start.config, start.params, jnp.array([ids[:-1]]))
+            positions = jnp.arange(len(ids) - 1)
+            logprob_T = jax.nn.log_softmax(logit_BTV)[0, positions, jnp.array(ids[1:])]
+            expected = float(logprob_T[-len(answer) - 1 :].sum())
+            assert logprob_P2[n, side] == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_loss_is_that_of_the_paper():
-    gain_B2 = jnp.array([[3.0, 1.0], [-1.0, 2.0]])
+    logratio_B2 = jnp.array([[3.0, 1.0], [-1.0, 2.0]])
 
     expected = -np.log(1 / (1 + np.exp(-0.5 * np.array([2.0, -3.0]))))
 
-    np.testing.assert_allclose(dpo_loss(gain_B2, 0.5), expected, rtol=1e-6)
+    np.testing.assert_allclose(dpo_loss(logratio_B2, 0.5), expected, rtol=1e-6)
 
 
 def test_padding_changes_neither_loss_nor_gradient():
-    model, template = start_model(), load_chat_template("qa")
+    model = start_model()
     config = RunConfig(model=model.config)
-    pair = read_pairs_of([{"prompt": "a", "chosen": "bcd", "rejected": "e"}], model, template)
-    zero_12 = np.zeros((1, 2), np.float32)
-    wide = PreferenceBatches(pair, zero_12, rows=3, bucket_lengths=[32], pad_id=7)
-    narrow = PreferenceBatches(pair, zero_12, rows=1, bucket_lengths=[16], pad_id=9)
-    wide, narrow = wide.make_batch(32, [0]), narrow.make_batch(16, [0])
+    pair = PreferencePair(({"role": "user", "content": "a"},), "bcd", "e", {}, "here")
+    examples = [tokenize_pair(pair, model, TEMPLATE, 32)]
+    wide = make_batches(examples, rows=3, pad_id=7).make_batch(32, [0])
+    narrow = make_batches(examples, rows=1, pad_id=9).make_batch(16, [0])
 
     @jax.jit
     @jax.value_and_grad
-    def value(params, batch):
+    def mean_loss(params, batch):
         nats, weight = dpo_loss_fn(config, params, None, batch, None)
         return nats / weight
 
-    results = [value(model.params, batch) for batch in (wide, narrow)]
+    results = [mean_loss(model.params, batch) for batch in (wide, narrow)]
 
-    assert float(results[0][0]) == pytest.approx(float(results[1][0]), rel=1e-5)
-    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)  # noqa: E731
-    jax.tree.map(close, results[0][1], results[1][1])
-    nats = answer_logprobs(config, model.params, jax.tree.map(jnp.asarray, wide))
-    assert np.asarray(nats)[1:].tolist() == [[0, 0], [0, 0]]
-
-
-def read_pairs_of(rows, model, template):
-    from gptjax.data.conversations import PreferencePair
-
-    pairs = [
-        PreferencePair(
-            ({"role": "user", "content": row["prompt"]},),
-            row["chosen"],
-            row["rejected"],
-            row,
-            "here",
-        )
-        for row in rows
-    ]
-    return [tokenize_pair(pair, model, template, 32) for pair in pairs]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
+    logprobs = answer_logprobs(config, model.params, jax.tree.map(jnp.asarray, wide))
+    assert np.asarray(logprobs)[1:].tolist() == [[0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"finetune__init_from": ""}, ConfigError, "set finetune.init_from"),
-        ({"data__batching": "packed"}, ConfigError, "data.batching='packed'"),
-        ({"data__val_fraction": 0.0}, ConfigError, "data.val_fraction=0.0 .* pairs"),
-        ({"model__context_length": 3}, DataError, "no train pair of .* fit"),
+        ({"finetune__init_from": ""}, ConfigError, r"finetune\.init_from"),
+        ({"data__batching": "packed"}, ConfigError, r"data\.batching='packed'"),
+        ({"data__val_fraction": 0.0}, ConfigError, r"data\.val_fraction=0\.0 .* pairs"),
+        ({"model__context_length": 3}, DataError, r"train pair .*model\.context_length=3"),
     ],
 )
-def test_a_run_that_cannot_be_says_why(tmp_path, changes, error, message):
-    if "model__context_length" in changes:
-        config = make_config(tmp_path)
-        model = from_dict(RunConfig, {"model": {"context_length": 3}}).model
-        config = type(config)(
-            model=model, data=config.data, train=config.train, finetune=config.finetune
-        )
-    else:
-        config = make_config(tmp_path, **changes)
-
+def test_invalid_data_and_options_are_reported(tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
-        train(config, tmp_path / "run")
+        train(make_config(tmp_path, **changes), tmp_path / "run")

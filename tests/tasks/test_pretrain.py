@@ -1,4 +1,4 @@
-"""Whole runs: what they leave, and that stopping them changes nothing."""
+"""Pretraining runs: what they write, and that interruptions change nothing."""
 
 import dataclasses
 import json
@@ -20,13 +20,12 @@ from gptjax.data.prepare import open_dataset
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.evaluation import perplexity
 from gptjax.runtime.preemption import Interrupted
-from gptjax.tasks import pretrain
 from gptjax.tasks.pretrain import PRETRAIN
 from gptjax.tasks.train import train
 from gptjax.training import metrics
 from gptjax.training.metrics import read_events
 from gptjax.training.run_dir import reconcile_config
-from tests.runs import make_task, train_logged
+from tests.runs import delete_after, make_task, train_logged
 
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(300))
 
@@ -42,7 +41,7 @@ def make_config(folder, **changes) -> RunConfig:
     }
     for name, value in changes.items():
         section, option = name.split("__")
-        table[section][option] = value
+        table.setdefault(section, {})[option] = value
     return from_dict(RunConfig, table)
 
 
@@ -51,18 +50,30 @@ def losses(folder):
     return [(e["step"], e["loss"]) for e in events if e["event"] in ("train", "eval")]
 
 
+def assert_equal(params, other):
+    jax.tree.map(np.testing.assert_array_equal, params, other)
+
+
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """A finished run: its config, folder, model and what it printed."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    config, said = make_config(folder), []
-    model = train_logged(config, folder / "run", said)
-    return config, folder / "run", model, said
+def finished(tmp_path_factory):
+    """A finished run: its config, folder, model and progress lines."""
+    folder = tmp_path_factory.mktemp("finished")
+    config, lines = make_config(folder), []
+    model = train_logged(config, folder / "run", lines)
+    return config, folder / "run", model, lines
+
+
+@pytest.fixture
+def at_step_8(finished, tmp_path):
+    """A copy of the run without its last checkpoint."""
+    shutil.copytree(finished[1], tmp_path / "run")
+    delete_after(tmp_path / "run" / "checkpoints", 8)
+    return tmp_path / "run"
 
 
 @pytest.mark.fast
-def test_a_run_leaves_everything_that_its_folder_promises(unbroken):
-    _config, folder, model, _ = unbroken
+def test_a_run_folder_has_everything_that_the_contract_names(finished):
+    _, folder, model, lines = finished
 
     names = "config.toml meta.json metrics.jsonl loss.png lr.png report.md data"
     for name in [*names.split(), "model/model.safetensors", "checkpoints/12"]:
@@ -72,234 +83,161 @@ def test_a_run_leaves_everything_that_its_folder_promises(unbroken):
     assert meta["versions"]["jax"] == jax.__version__
     events = read_events(folder / "metrics.jsonl")
     kinds = [e["event"] for e in events]
-    assert [kinds.count(k) for k in ("train", "eval", "save")] == [12, 3, 3]
+    assert [kinds.count(kind) for kind in ("train", "eval", "save")] == [12, 3, 3]
     assert [e["step"] for e in events if e["event"] == "sample"] == [0, 6, 12]
-    assert events[-1]["step"] == 12
-    waits = [e["input_wait"] for e in events if e["event"] == "train"]
-    assert all(0 <= wait <= 1 for wait in waits)
+    assert all(0 <= e["input_wait"] <= 1 for e in events if e["event"] == "train")
     assert losses(folder)[-1][1] < losses(folder)[0][1]
-
-
-def test_the_plan_comes_before_the_first_step_and_a_line_per_interval_after(unbroken):
-    *_, said = unbroken
-
-    plan = [line.split()[0] for line in said[:8]]
-    assert plan == ["run", "model", "data", "step", "steps", "memory", "attention", "device"]
-    assert any(line.startswith("compiled") for line in said)
-    before, *lines = [line for line in said if line[:5] == "step " and " | " in line]
-    assert before.startswith("step  0/12 | val ")
-    assert len(lines) == 12
-    for text in lines:
-        names = ("step ", "loss ", "lr ", "|g| ", "tok/s", "eta ")
-        places = [text.index(name) for name in names]
-        assert places == sorted(places)
-
-
-def test_a_progress_line_has_a_validation_loss_exactly_at_evaluated_steps(unbroken):
-    _, folder, _, said = unbroken
-    events = read_events(folder / "metrics.jsonl")
-    evaluated = {e["step"]: e["loss"] for e in events if e["event"] == "eval"}
-    lines = [line for line in said if line[:5] == "step " and " | " in line]
-
-    assert list(evaluated) == [0, 6, 12]
-    for step, line in enumerate(lines):
+    summary = [line.split()[0] for line in lines[:8]]
+    assert summary == ["run", "model", "data", "step", "steps", "memory", "attention", "device"]
+    evaluations = {e["step"]: f"{e['loss']:.4f}" for e in events if e["event"] == "eval"}
+    progress = [line for line in lines if line[:5] == "step " and " | " in line]
+    for step, line in enumerate(progress):
         assert line.startswith(f"step {step:>2}/12 | ")
-        values = re.findall(r"\| val ([0-9.]+)", line)
-        assert values == ([f"{evaluated[step]:.4f}"] if step in evaluated else [])
+        assert re.findall(r"\| val ([0-9.]+)", line) == [*filter(None, [evaluations.get(step)])]
+    names = ("step ", "loss ", "val ", "lr ", "|g| ", "tok/s", "eta ")
+    positions = [progress[6].index(name) for name in names]
+    assert positions == sorted(positions)
 
 
-def test_the_model_folder_computes_what_the_run_computed(unbroken):
-    _config, folder, model, _ = unbroken
+def test_a_model_folder_or_the_newest_valid_checkpoint_is_loaded(finished, tmp_path):
+    _, folder, model, _ = finished
+    run_dir, lines = tmp_path / "run", []
+    shutil.copytree(folder, run_dir)
 
-    loaded = gptjax.load(folder)
+    def assert_loads_final_params():
+        loaded = gptjax.load(run_dir)
+        assert (loaded.config, loaded.tokenizer.hash) == (model.config, model.tokenizer.hash)
+        assert_equal(loaded.params, model.params)
 
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
-    assert loaded.config == model.config
-    assert loaded.tokenizer.hash == model.tokenizer.hash
+    assert_loads_final_params()
+    (run_dir / "model" / "model.safetensors").unlink()
+    assert_loads_final_params()
 
-
-def test_an_unfinished_run_is_loaded_from_its_newest_valid_checkpoint(unbroken, tmp_path):
-    _, folder, model, _ = unbroken
-    run = tmp_path / "run"
-    shutil.copytree(folder, run)
-    (run / "model" / "model.safetensors").unlink()
-
-    loaded = gptjax.load(run)
-    assert (loaded.config, loaded.tokenizer.hash) == (model.config, model.tokenizer.hash)
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
-
-    file = max((run / "checkpoints" / "12").rglob("*"), key=lambda p: p.stat().st_size)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    before = sorted(run.rglob("*"))
-    lines = []
-    older = gptjax.load(run, lines.append)
-    assert lines == [f"step     8 of the unfinished run {run}"]
+    path = max((run_dir / "checkpoints" / "12").rglob("*"), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    before = sorted(run_dir.rglob("*"))
+    older = gptjax.load(run_dir, lines.append)
+    assert lines == [f"step     8 of the unfinished run {run_dir}"]
     assert not np.array_equal(*(jax.tree.leaves(m.params)[0] for m in (older, model)))
-    assert sorted(run.rglob("*")) == before
-
-    shutil.rmtree(run / "checkpoints")
+    assert sorted(run_dir.rglob("*")) == before
+    shutil.rmtree(run_dir / "checkpoints")
     with pytest.raises(ModelError, match="checkpoints"):
-        gptjax.load(run)
+        gptjax.load(run_dir)
 
 
-def test_the_last_evaluation_is_that_of_the_whole_validation_text(unbroken):
-    config, folder, model, _ = unbroken
+def test_the_last_evaluation_is_that_of_all_held_out_text(finished):
+    config, folder, model, _ = finished
     dataset = open_dataset(config.data, folder / "data")
-    held_out = dataset.validation.read(0, len(dataset.validation))
+    tokens = dataset.validation.read(0, len(dataset.validation))
 
-    result = perplexity.score_tokens(model, held_out, 16, dataset.train.eot)
+    result = perplexity.score_tokens(model, tokens, 16, dataset.train.eot)
 
-    final = list(read_events(folder / "metrics.jsonl"))[::-1]
-    final = next(e for e in final if e["event"] == "eval")
-    assert final["tokens"] == result.tokens == len(held_out) - 1
+    events = read_events(folder / "metrics.jsonl")
+    *_, final = (e for e in events if e["event"] == "eval")
+    assert final["tokens"] == result.tokens == len(tokens) - 1
     assert final["loss"] == pytest.approx(result.loss, rel=1e-6)
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("step", [1, 4, 7])
-def test_a_stopped_and_resumed_run_is_the_unbroken_one_bit_for_bit(
-    unbroken, tmp_path, monkeypatch, step
+@pytest.mark.parametrize("step", [1, 7])
+def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one(
+    finished, tmp_path, monkeypatch, step
 ):
-    config, folder, model, _ = unbroken
-    stopped = tmp_path / "run"
-    forward = metrics.log_train_metrics
+    config, folder, model, _ = finished
+    run_dir, log = tmp_path / "run", metrics.log_train_metrics
 
-    def interrupting(run, done, *rest):
-        if done == step:
+    def log_and_interrupt(run, logged_step, *args):
+        if logged_step == step:
             signal.raise_signal(signal.SIGTERM)
-        return forward(run, done, *rest)
+        return log(run, logged_step, *args)
 
-    monkeypatch.setattr(metrics, "log_train_metrics", interrupting)
+    monkeypatch.setattr(metrics, "log_train_metrics", log_and_interrupt)
     with pytest.raises(Interrupted):
-        train(config, stopped)
+        train(config, run_dir)
     monkeypatch.undo()
-    saved = list_steps(stopped / "checkpoints")[-1]
+    saved = list_steps(run_dir / "checkpoints")[-1]
     assert step <= saved < 12
-    unfinished = gptjax.load(stopped)
+    unfinished = gptjax.load(run_dir)
     assert (unfinished.config, unfinished.tokenizer.hash) == (model.config, model.tokenizer.hash)
-    resumed = train(config, stopped)
+    resumed = train(config, run_dir)
 
-    jax.tree.map(np.testing.assert_array_equal, resumed.params, model.params)
-    assert losses(stopped) == losses(folder)
-    events = read_events(stopped / "metrics.jsonl")
+    assert_equal(resumed.params, model.params)
+    assert losses(run_dir) == losses(folder)
+    events = read_events(run_dir / "metrics.jsonl")
     assert [e["step"] for e in events if e["event"] == "resume"] == [saved]
 
 
-@pytest.mark.parametrize(
-    ("module", "place", "call", "saved"),
-    [
-        (perplexity, "evaluate", 2, 6),
-        (pretrain, "complete", 2, 6),
-        (perplexity, "evaluate", 3, 12),
-        (perplexity, "evaluate", 1, 0),
-    ],
-)
-def test_an_evaluation_that_a_signal_came_into_is_made_when_the_run_goes_on(
-    unbroken, tmp_path, monkeypatch, module, place, call, saved
-):
-    config, folder, model, _ = unbroken
-    stopped, forward, calls = tmp_path / "run", getattr(module, place), []
+def test_a_signal_during_the_first_evaluation_ends_the_run_at_once(tmp_path, monkeypatch):
+    evaluate = perplexity.evaluate
 
-    def interrupting(*args, **options):
-        calls.append(place)
-        if len(calls) == call:
-            signal.raise_signal(signal.SIGTERM)
-        return forward(*args, **options)
+    def interrupt(*args):
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(*args)
 
-    monkeypatch.setattr(module, place, interrupting)
-    text = f"interrupted after step {saved};" if saved else "no unsaved progress"
-    with pytest.raises(Interrupted, match=text):
-        train(config, stopped)
-    monkeypatch.undo()
-    found = list_steps(stopped / "checkpoints")
-    assert found[-1:] == [saved] * bool(saved)
-    resumed = train(config, stopped)
-
-    jax.tree.map(np.testing.assert_array_equal, resumed.params, model.params)
-    assert losses(stopped) == losses(folder)
-    events = read_events(stopped / "metrics.jsonl")
-    assert [e["step"] for e in events if e["event"] == "sample"] == [0, 6, 12]
+    monkeypatch.setattr(perplexity, "evaluate", interrupt)
+    with pytest.raises(Interrupted, match="no unsaved progress"):
+        train(make_config(tmp_path), tmp_path / "run")
+    assert losses(tmp_path / "run") == []
 
 
-def test_what_is_allowed_to_change_is_written_with_the_step_it_changes_at(unbroken, tmp_path):
-    config, folder, *_ = unbroken
-    moved = tmp_path / "run"
-    shutil.copytree(folder, moved)
-    shutil.rmtree(moved / "checkpoints" / "12")
-    optim = dataclasses.replace(config.optim, peak_lr=0.5)
-    changed = dataclasses.replace(config, optim=optim)
+def test_an_allowed_change_is_logged_with_its_step(finished, at_step_8):
+    config, folder, *_ = finished
+    changed = dataclasses.replace(config, optim=dataclasses.replace(config.optim, peak_lr=0.5))
 
-    train(changed, moved, allow_change=["optim.peak_lr"])
+    with pytest.raises(ModelError, match=r"optim\.peak_lr: 0\.01 -> 0\.5"):
+        train(changed, at_step_8)
+    train(changed, at_step_8, allow_change=["optim.peak_lr"])
 
-    (event,) = [e for e in read_events(moved / "metrics.jsonl") if e["event"] == "resume"]
+    events = read_events(at_step_8 / "metrics.jsonl")
+    (event,) = [e for e in events if e["event"] == "resume"]
     assert (event["step"], event["changes"]) == (8, ["optim.peak_lr: 0.01 -> 0.5"])
-    assert losses(moved)[:-5] == losses(folder)[:-5]
-    assert losses(moved)[-1] != losses(folder)[-1]
+    assert losses(at_step_8)[:-5] == losses(folder)[:-5]
+    assert losses(at_step_8)[-1] != losses(folder)[-1]
 
 
-def test_a_finished_run_is_not_trained_again(unbroken):
-    config, folder, model, _ = unbroken
+def test_a_finished_run_is_not_trained_again(finished):
+    config, folder, model, _ = finished
     before = (folder / "metrics.jsonl").read_bytes()
 
-    again = train(config, folder)
-
-    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    assert_equal(train(config, folder).params, model.params)
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_changed_config_is_refused_with_the_difference(unbroken):
-    config, folder, *_ = unbroken
-    optim = dataclasses.replace(config.optim, peak_lr=0.5)
+def test_a_run_can_be_resumed_on_another_mesh(finished, at_step_8):
+    config, folder, *_ = finished
+    lines = []
 
-    with pytest.raises(ModelError, match=r"optim.peak_lr: 0.01 -> 0.5"):
-        train(dataclasses.replace(config, optim=optim), folder)
+    train_logged(dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=4)), at_step_8, lines)
 
-
-def test_a_run_goes_on_with_another_mesh_and_says_where(unbroken, tmp_path):
-    config, folder, *_ = unbroken
-    moved, said = tmp_path / "run", []
-    shutil.copytree(folder, moved)
-    shutil.rmtree(moved / "checkpoints" / "12")
-    mesh = MeshConfig(data=2, fsdp=4)
-
-    train_logged(dataclasses.replace(config, mesh=mesh), moved, said)
-
-    assert said[:2] == [f"resumed  {moved} after step 8", "device   8 x cpu, as data 2 x fsdp 4"]
-    np.testing.assert_allclose(losses(moved), losses(folder), rtol=2e-6)
-    events = read_events(moved / "metrics.jsonl")
-    (device,) = [e["device"] for e in events if e["event"] == "resume"]
-    assert f"device   {device}" == said[1]
-    assert (moved / "config.toml").read_text() == (folder / "config.toml").read_text()
+    device = "8 x cpu, as data 2 x fsdp 4"
+    assert lines[:2] == [f"resumed  {at_step_8} after step 8", f"device   {device}"]
+    np.testing.assert_allclose(losses(at_step_8), losses(folder), rtol=2e-6)
+    events = read_events(at_step_8 / "metrics.jsonl")
+    assert [e["device"] for e in events if e["event"] == "resume"] == [device]
+    assert (at_step_8 / "config.toml").read_text() == (folder / "config.toml").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_command_with_75_and_everything_saved(tmp_path, number):
-    config = make_config(tmp_path, train__steps=100_000)
-    (tmp_path / "run").mkdir()
-    reconcile_config(tmp_path, config)
+def test_a_signal_ends_the_command_with_75_and_everything_saved(tmp_path):
+    reconcile_config(tmp_path, make_config(tmp_path, train__steps=100_000))
     command = [sys.executable, "-m", "gptjax", "train", str(tmp_path / "config.toml")]
+    command += ["--run", str(tmp_path / "run")]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        [*command, "--run", str(tmp_path / "run")],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         for line in process.stdout:
             if "| loss" in line:
-                process.send_signal(number)
+                process.send_signal(signal.SIGTERM)
                 break
-        rest = process.stdout.read()
+        output = process.stdout.read()
 
     assert process.returncode == 75
-    (saved,) = list_steps(tmp_path / "run" / "checkpoints")[-1:]
-    assert f"interrupted after step {saved}" in rest
+    saved = list_steps(tmp_path / "run" / "checkpoints")[-1]
+    assert f"interrupted after step {saved}" in output
     assert losses(tmp_path / "run")[-1][0] == saved
 
 
-def test_packed_documents_dropout_and_accumulation_run_together(tmp_path):
+def test_packed_documents_dropout_and_accumulation_train_together(tmp_path):
     rows = "\n".join(json.dumps({"text": line}) for line in TEXT.splitlines())
     (tmp_path / "text.jsonl").write_text(rows)
     config = make_config(
@@ -316,72 +254,49 @@ def test_packed_documents_dropout_and_accumulation_run_together(tmp_path):
     assert values[-1] < values[0]
 
 
-BAD = {
-    "empty corpus": ({"data__source": "empty.txt"}, DataError, "no text"),
-    "short corpus": ({"data__source": "short.txt"}, DataError, "too few for model.context"),
-    "invalid UTF-8": ({"data__source": "latin1.txt"}, DataError, r"latin1.txt:2"),
-    "no such file": ({"data__source": "nowhere.txt"}, DataError, "nowhere.txt"),
-    "vocabulary": ({"model__vocab_size": 99}, ConfigError, "model.vocab_size=99"),
+INVALID = {
+    "empty.txt": ({}, DataError, "no text"),
+    "short.txt": ({}, DataError, r"model\.context"),
+    "latin1.txt": ({}, DataError, r"latin1\.txt:2"),
+    "missing.txt": ({}, DataError, r"missing\.txt"),
+    "text.txt": ({"model__vocab_size": 99}, ConfigError, r"model\.vocab_size=99"),
+    "./text.txt": ({"data__batching": "padded"}, ConfigError, r"data\.batching='padded'"),
+    "../run/data": ({"data__tokenizer": "gpt2"}, DataError, r"data\.tokenizer="),
+    "damaged": ({}, DataError, r"train-00000\.bin: block 0"),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_data_that_cannot_be_trained_on_is_said_in_a_sentence(tmp_path, case):
+@pytest.mark.parametrize("source", INVALID)
+def test_invalid_data_and_options_are_reported(tmp_path, finished, source):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("abcdef")
     (tmp_path / "latin1.txt").write_bytes(b"good\n\xe9t\xe9\n")
-    changes, kind, message = BAD[case]
-    if source := changes.get("data__source"):
-        changes = {"data__source": str(tmp_path / source)}
+    shutil.copytree(finished[1] / "data", tmp_path / "damaged")
+    shard = tmp_path / "damaged" / "train-00000.bin"
+    shard.write_bytes(b"\xff" * shard.stat().st_size)
+    changes, kind, message = INVALID[source]
+    path = finished[1] / "data" if source == "../run/data" else tmp_path / source
 
     with pytest.raises(kind, match=message):
-        train(make_config(tmp_path, **changes), tmp_path / "run")
+        train(make_config(tmp_path, data__source=str(path), **changes), tmp_path / "run")
 
 
-def test_a_run_folder_that_cannot_be_written_is_said(tmp_path):
+def test_a_run_folder_must_be_writable(tmp_path):
     (tmp_path / "file").write_text("")
 
-    with pytest.raises(ModelError, match="cannot write the run folder"):
+    with pytest.raises(ModelError, match="--run DIR"):
         train(make_config(tmp_path), tmp_path / "file" / "run")
 
 
-def test_data_of_another_tokenizer_is_refused(tmp_path, unbroken):
-    _, folder, *_ = unbroken
-    config = make_config(tmp_path, data__source=str(folder / "data"), data__tokenizer="gpt2")
+def test_pretraining_continues_from_a_model_with_its_tokenizer(finished, tmp_path):
+    _, folder, init_model, _ = finished
+    changes = {"data__tokenizer": "", "finetune__init_from": str(folder)}
 
-    with pytest.raises(DataError, match=r"data\.tokenizer=.* does not match"):
-        train(config, tmp_path / "run")
+    _, _, task = make_task(PRETRAIN, make_config(tmp_path, **changes), tmp_path / "on")
 
-
-def test_damaged_tokens_are_said_with_their_place(tmp_path, unbroken):
-    _config, folder, *_ = unbroken
-    data = tmp_path / "data"
-    shutil.copytree(folder / "data", data)
-    shard = data / "train-00000.bin"
-    shard.write_bytes(b"\xff" * shard.stat().st_size)
-
-    with pytest.raises(DataError, match=r"train-00000.bin: block 0, bytes 0 to"):
-        train(make_config(tmp_path, data__source=str(data)), tmp_path / "run")
-
-
-def test_pretraining_goes_on_from_a_model_with_its_tokenizer(unbroken, tmp_path):
-    _, folder, start, _ = unbroken
-    config = make_config(tmp_path, data__tokenizer="")
-    tune = dataclasses.replace(config.finetune, init_from=str(folder))
-    config = dataclasses.replace(config, finetune=tune)
-
-    _, _, task = make_task(PRETRAIN, config, tmp_path / "on")
-
-    fresh = task.to_model(task.init_state)
-    jax.tree.map(np.testing.assert_array_equal, fresh.params, start.params)
-    assert fresh.tokenizer.hash == start.tokenizer.hash
-    tune = dataclasses.replace(tune, trainable="head")
+    model = task.to_model(task.init_state)
+    assert_equal(model.params, init_model.params)
+    assert model.tokenizer.hash == init_model.tokenizer.hash
+    config = make_config(tmp_path, **changes, finetune__trainable="head")
     with pytest.raises(ConfigError, match=r"finetune\.trainable='head'"):
-        make_task(PRETRAIN, dataclasses.replace(config, finetune=tune), tmp_path)
-
-
-def test_ways_of_batching_conversations_are_refused(tmp_path):
-    config = make_config(tmp_path, data__batching="padded")
-
-    with pytest.raises(ConfigError, match=r"data\.batching='padded'"):
-        make_task(PRETRAIN, config, tmp_path / "run")
+        make_task(PRETRAIN, config, tmp_path)

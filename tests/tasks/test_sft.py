@@ -1,5 +1,6 @@
+"""Supervised fine-tuning: runs, their answers, and commands for assistants."""
+
 import dataclasses
-import io
 import json
 
 import jax
@@ -16,9 +17,9 @@ from gptjax.evaluation.llm_judge import LLMJudge
 from gptjax.inference.assistant import answer_batch, encode_chat, stream_answer
 from gptjax.model.lora import merge_adapters
 from gptjax.runtime.preemption import Interrupted
-from gptjax.runtime.terminal import sanitize
 from gptjax.tasks.train import train
 from gptjax.tokenizer.chat_template import load_chat_template
+from gptjax.training import trainer
 from gptjax.training.finetune import initial_params, resolve_model_config
 from gptjax.training.metrics import read_events
 from gptjax.weights.model_folder import load_adapters
@@ -52,44 +53,43 @@ def make_config(folder, **changes) -> RunConfig:
         },
         "optim": {"warmup_steps": 2, "peak_lr": 1e-2},
         "train": {"task": "sft", "steps": 12, "eval_every": 6, "log_every": 3},
-        "finetune": {},
         "checkpoint": {"every": 4},
     }
     for name, value in changes.items():
         section, option = name.split("__")
-        table[section][option] = value
+        table.setdefault(section, {})[option] = value
     return from_dict(RunConfig, table)
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """A finished run: its config, folder, model and what it printed."""
+def finished(tmp_path_factory):
+    """A finished run: its config, folder, model and progress lines."""
     folder = tmp_path_factory.mktemp("assistant")
-    config, said = make_config(folder), []
-    model = train_logged(config, folder / "run", said)
-    return config, folder / "run", model, said
+    config, lines = make_config(folder), []
+    model = train_logged(config, folder / "run", lines)
+    return config, folder / "run", model, lines
 
 
 def read_rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def events_of(folder, split):
+def evaluations(folder, split):
     events = read_events(folder / "metrics.jsonl")
     return [e for e in events if e["event"] == "eval" and e["split"] == split]
 
 
 @pytest.mark.fast
-def test_a_run_leaves_an_assistant_and_what_it_answered(unbroken):
-    _, folder, model, said = unbroken
+def test_a_run_writes_an_assistant_and_its_answers(finished):
+    _, folder, model, lines = finished
 
     assert model.chat_template == load_chat_template("qa").source
     assert (folder / "model" / "chat_template.jinja").read_text() == model.chat_template
-    validation = events_of(folder, "validation")
+    validation = evaluations(folder, "validation")
     assert [e["step"] for e in validation] == [0, 6, 12]
     assert validation[-1]["response_loss"] < validation[0]["response_loss"]
     assert {"exact_match", "token_f1", "rouge_l"} <= validation[0].keys()
-    before, test = events_of(folder, "test")
+    before, test = evaluations(folder, "test")
     assert (before["step"], test["step"]) == (0, 12)
     assert test["response_loss"] < before["response_loss"]
     rows = read_rows(folder / "responses.jsonl")
@@ -100,18 +100,17 @@ def test_a_run_leaves_an_assistant_and_what_it_answered(unbroken):
     assert [row["exact_match"] for row in rows] == exact
     assert test["exact_match"] == pytest.approx(np.mean(exact))
     text = (folder / "report.md").read_text()
-    assert "| first |" in text
-    assert "| upper |" in text
-    assert any("6 conversations" in x or "rows     train 12" in x for x in said)
+    assert all(f"| {task} |" in text for task in ("first", "upper"))
+    assert any("rows     train 12" in line for line in lines)
+    (done,) = [line for line in lines if line.startswith("done")]
+    assert f"(before: {before['response_loss']:.4f})" in done
 
 
-def test_the_kept_model_is_the_one_that_predicts_the_validation_answers_best(unbroken):
-    config, folder, model, _ = unbroken
-    best = min(e["response_loss"] for e in events_of(folder, "validation"))
+def test_the_model_with_the_lowest_validation_loss_is_kept(finished):
+    _, folder, model, _ = finished
+    best = min(e["response_loss"] for e in evaluations(folder, "validation"))
+    rows = [row for row in make_rows() if row.pop("split") == "validation"]
     path = folder.parent / "held-out.jsonl"
-    rows = [row for row in make_rows() if row["split"] == "validation"]
-    for row in rows:
-        del row["split"]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     numbers, tasks = evaluate_file(model, str(path), None, None, lambda line: None)
@@ -119,53 +118,33 @@ def test_the_kept_model_is_the_one_that_predicts_the_validation_answers_best(unb
     assert numbers["response_loss"] == pytest.approx(best, rel=1e-6)
     assert numbers["rows"] == len(rows)
     assert set(tasks) == {"first", "upper"}
-    assert config.data.chat_template == "qa"
 
 
-@pytest.mark.parametrize("lost", ["", "metrics.jsonl"])
-def test_a_stopped_and_resumed_run_ends_with_the_same_bits(unbroken, monkeypatch, lost):
-    config, folder, model, _ = unbroken
-    again = folder.parent / f"again{bool(lost)}"
-    stops = iter([False] * 6 + [True] * 100)
-    monkeypatch.setattr(
-        "gptjax.training.run_dir.handle_signals", lambda: Stopping(lambda: next(stops))
-    )
+def test_an_interrupted_run_is_resumed_exactly_without_its_metrics(finished, monkeypatch):
+    config, folder, model, _ = finished
+    run_dir = folder.parent / "resumed"
+    monkeypatch.setattr(trainer, "should_stop", lambda run, step: step == 7)
     with pytest.raises(Interrupted):
-        train(config, again)
+        train(config, run_dir)
     monkeypatch.undo()
-    if lost:
-        (again / lost).unlink()
+    (run_dir / "metrics.jsonl").unlink()
 
-    resumed = train(config, again)
+    resumed = train(config, run_dir)
 
     jax.tree.map(np.testing.assert_array_equal, resumed.params, model.params)
-
-
-class Stopping:
-    """A `stop_signal` of which the test decides when it came."""
-
-    def __init__(self, came):
-        self.came = came
-
-    def __enter__(self):
-        return self.came
-
-    def __exit__(self, *_):
-        return None
+    assert evaluations(run_dir, "test") == evaluations(folder, "test")[1:]
 
 
 @pytest.mark.parametrize("batching", ["packed", "book"])
 def test_other_ways_of_batching_train_too(tmp_path, batching):
-    config = make_config(tmp_path, data__batching=batching, train__steps=2)
+    train(make_config(tmp_path, data__batching=batching, train__steps=2), tmp_path / "run")
 
-    train(config, tmp_path / "run")
-
-    validation = events_of(tmp_path / "run", "validation")
+    validation = evaluations(tmp_path / "run", "validation")
     assert validation[-1]["response_loss"] < validation[0]["response_loss"]
 
 
-def test_lora_from_a_model_keeps_what_is_frozen_and_merges(unbroken, tmp_path):
-    _, folder, start, _ = unbroken
+def test_lora_from_a_model_keeps_its_frozen_parameters_and_template(finished, tmp_path):
+    _, folder, start, _ = finished
     config = make_config(
         tmp_path,
         finetune__init_from=str(folder),
@@ -179,74 +158,46 @@ def test_lora_from_a_model_keeps_what_is_frozen_and_merges(unbroken, tmp_path):
     model = train(config, tmp_path / "run")
 
     assert model.chat_template == start.chat_template
-    adapters = load_adapters(tmp_path / "run" / "adapters.safetensors")
-    again = merge_adapters(start.params, adapters)
-    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)  # noqa: E731
-    jax.tree.map(close, again, model.params)
-    embedding = model.params["token_embedding"]["embedding"]
-    np.testing.assert_array_equal(embedding, start.params["token_embedding"]["embedding"])
+    merged = merge_adapters(start.params, load_adapters(tmp_path / "run" / "adapters.safetensors"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged, model.params)
+    embeddings = (m.params["token_embedding"]["embedding"] for m in (model, start))
+    np.testing.assert_array_equal(*embeddings)
 
 
-def test_the_last_block_alone_can_be_trained(unbroken, tmp_path):
-    _, folder, start, _ = unbroken
-    config = make_config(
-        tmp_path, finetune__init_from=str(folder), finetune__trainable="last-block", train__steps=2
-    )
-
-    model = train(config, tmp_path / "run")
-
-    for name, same in (("attention", 0), ("mlp", 0)):
-        ours, theirs = (jax.tree.leaves(m.params["blocks"][name]) for m in (model, start))
-        for a, b in zip(ours, theirs, strict=True):
-            np.testing.assert_array_equal(a[same], b[same])
-            assert not np.array_equal(a[1], b[1])
-
-
-def test_another_tokenizer_keeps_the_rows_of_tokens_that_both_have():
+def test_another_tokenizer_keeps_the_embeddings_of_shared_tokens():
     start = make_model()
     tokenizer = gptjax.tokenizer.train(["the cat the cat the cat"] * 5, 262)
     config = resolve_model_config(RunConfig().model, start, tokenizer)
 
     params = initial_params(config, start, tokenizer, jax.random.key(0))
 
-    ours, theirs = (np.asarray(p["token_embedding"]["embedding"]) for p in (params, start.params))
-    assert ours.shape[0] == tokenizer.vocab_size == 262
+    new, old = (np.asarray(p["token_embedding"]["embedding"]) for p in (params, start.params))
+    assert new.shape[0] == tokenizer.vocab_size == 262
     for token, row in start.tokenizer.ranks.items():
-        np.testing.assert_array_equal(ours[tokenizer.ranks[token]], theirs[row])
-    np.testing.assert_array_equal(ours[tokenizer.eot_token], theirs[start.tokenizer.eot_token])
+        np.testing.assert_array_equal(new[tokenizer.ranks[token]], old[row])
+    np.testing.assert_array_equal(new[tokenizer.eot_token], old[start.tokenizer.eot_token])
     jax.tree.map(np.testing.assert_array_equal, params["blocks"], start.params["blocks"])
 
 
 @pytest.fixture(scope="module")
 def assistant():
-    return dataclasses.replace(
-        make_model(context_length=64), chat_template=load_chat_template("chatml").source
+    template = load_chat_template("chatml").source
+    return dataclasses.replace(make_model(context_length=64), chat_template=template)
+
+
+def test_answers_are_the_same_alone_in_a_batch_and_streamed(assistant):
+    chats = [[{"role": "user", "content": "x" * n}] for n in (1, 9, 4, 2)]
+    options = {"temperature": 0.0, "max_new_tokens": 6}
+
+    answers = answer_batch(assistant, chats, 6)
+
+    assert answers == [gptjax.answer(assistant, chat, **options) for chat in chats]
+    assert "".join(stream_answer(assistant, chats[1], **options)).strip() == answers[1]
+    assert gptjax.answer(assistant, "xxxx", **options) == answers[2]
+    assert assistant.tokenizer.decode(encode_chat(assistant, chats[0])) == (
+        "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
     )
-
-
-def test_many_answers_are_those_that_come_alone(assistant):
-    asked = [[{"role": "user", "content": "x" * n}] for n in (1, 9, 4, 2)]
-
-    together = answer_batch(assistant, asked, 6)
-
-    alone = [gptjax.answer(assistant, each, temperature=0.0, max_new_tokens=6) for each in asked]
-    assert together == alone
-    pieces = stream_answer(assistant, asked[1], temperature=0.0, max_new_tokens=6)
-    assert "".join(pieces).strip() == alone[1]
-
-
-def test_a_question_is_a_conversation_of_one_message(assistant):
-    options = {"temperature": 0.0, "max_new_tokens": 3}
-
-    asked = [{"role": "user", "content": "why"}]
-    assert gptjax.answer(assistant, "why", **options) == gptjax.answer(assistant, asked, **options)
-    assert assistant.tokenizer.decode(encode_chat(assistant, asked)) == (
-        "<|im_start|>user\nwhy<|im_end|>\n<|im_start|>assistant\n"
-    )
-
-
-def test_a_base_model_answers_nothing():
-    with pytest.raises(ModelError, match="this model has no chat template"):
+    with pytest.raises(ModelError, match="chat template"):
         gptjax.answer(make_model(), "why")
 
 
@@ -255,24 +206,23 @@ def test_a_model_with_a_template_is_saved_exported_and_loaded(assistant, tmp_pat
     code = main(["export", str(tmp_path / "own"), "--to", "hf", "--out", f"{tmp_path}/hf"])
 
     assert code == 0
-    assert gptjax.load(tmp_path / "own").chat_template == assistant.chat_template
-    assert gptjax.load(tmp_path / "hf").chat_template == assistant.chat_template
-    (tmp_path / "hf" / "chat_template.jinja").write_text("{{ broken")
-    said = []
-    assert gptjax.load(tmp_path / "hf", said.append).chat_template == ""
-    assert "template not used" in said[-1]
-    (tmp_path / "own" / "chat_template.jinja").write_text("{{ broken")
-    with pytest.raises(ModelError, match=r"chat_template\.jinja: the chat "):
+    for name in ("own", "hf"):
+        assert gptjax.load(tmp_path / name).chat_template == assistant.chat_template
+        (tmp_path / name / "chat_template.jinja").write_text("{{ broken")
+    lines = []
+    assert gptjax.load(tmp_path / "hf", lines.append).chat_template == ""
+    assert "template not used" in lines[-1]
+    with pytest.raises(ModelError, match=r"chat_template\.jinja"):
         gptjax.load(tmp_path / "own")
 
 
-def test_eval_writes_responses_and_judgements(unbroken, tmp_path, capsys):
-    _, folder, _, _ = unbroken
-    data = folder.parent / "rows.jsonl"
+def test_eval_writes_responses_and_judgements(finished, tmp_path, capsys):
+    folder = finished[1]
+    command = ["eval", str(folder), "--chat-data", str(folder.parent / "rows.jsonl"), "--json"]
     replies = [says("80"), says("nonsense"), *[says("60")] * 18]
-    with judging(*replies) as (url, asked):
-        options = ["--out", f"{tmp_path}/out.jsonl", "--judge", url, "--json"]
-        code = main(["eval", str(folder), "--chat-data", str(data), *options])
+    with judging(*replies) as (url, requests):
+        command += ["--out", f"{tmp_path}/out.jsonl", "--judge", url]
+        code = main(command)
 
     assert code == 0
     numbers = json.loads(capsys.readouterr().out)
@@ -280,17 +230,18 @@ def test_eval_writes_responses_and_judgements(unbroken, tmp_path, capsys):
     assert numbers["mean_score"] == pytest.approx((80 + 18 * 60) / 19)
     rows = read_rows(tmp_path / "out.jsonl")
     assert [row["judge_score"] for row in rows] == [80, None, *[60] * 18]
-    assert "Given the input `Q: first sky` and correct output `s`" in str(asked[0])
-    assert main(["eval", str(folder), "--chat-data", str(data), *options]) == 2
+    assert "Given the input `Q: first sky` and correct output `s`" in str(requests[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    assert main(command) == 2
     assert "out.jsonl already exists" in capsys.readouterr().err
 
 
-def test_a_judge_that_is_not_there_loses_no_response(unbroken, tmp_path):
-    _, folder, model, _ = unbroken
-    judge = LLMJudge("http://127.0.0.1:9/v1", "nobody")
+def test_an_unreachable_judge_loses_no_response(finished, tmp_path):
+    _, folder, model, _ = finished
+    judge = LLMJudge("http://127.0.0.1:9/v1", "nobody", max_attempts=1)
     data, out = str(folder.parent / "rows.jsonl"), tmp_path / "out.jsonl"
 
-    with pytest.raises(ModelError, match=r"The responses are in .*out\.jsonl"):
+    with pytest.raises(ModelError, match=r"out\.jsonl"):
         evaluate_file(model, data, out, judge, lambda line: None)
 
     assert len(out.read_text().splitlines()) == 20
@@ -298,8 +249,8 @@ def test_a_judge_that_is_not_there_loses_no_response(unbroken, tmp_path):
         evaluate_file(model, data, None, judge, lambda line: None)
 
 
-def test_generate_can_ask_an_assistant(unbroken, capsys):
-    _, folder, model, _ = unbroken
+def test_generate_can_ask_an_assistant(finished, capsys):
+    _, folder, model, _ = finished
 
     code = main(["generate", str(folder), "first sky", "--chat", "--temperature", "0"])
 
@@ -311,50 +262,12 @@ def test_generate_can_ask_an_assistant(unbroken, capsys):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"data__chat_template": "alpca"}, ConfigError, "no chat template 'alpca'. Did you"),
-        ({"data__batching": "concat"}, DataError, "data.batching=concat"),
-        ({"model__context_length": 1}, DataError, "no train conversation of .* fits"),
-        ({"data__tokenizer": "bpe:x"}, ConfigError, "data.tokenizer='bpe:x'"),
+        ({"data__chat_template": "alpca"}, ConfigError, r"'alpca'.*alpaca"),
+        ({"data__batching": "concat"}, DataError, r"data\.batching=concat"),
+        ({"model__context_length": 1}, DataError, r"train .*model\.context_length=1"),
+        ({"data__tokenizer": "bpe:x"}, ConfigError, r"data\.tokenizer='bpe:x'"),
     ],
 )
-def test_a_run_that_cannot_be_says_why(tmp_path, changes, error, message):
-    config = make_config(tmp_path, **changes)
-
+def test_invalid_data_and_options_are_reported(tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
-        train(config, tmp_path / "run")
-
-
-def test_the_preview_shows_what_is_learned(unbroken, tmp_path, capsys):
-    _, folder, model, _ = unbroken
-    command = ["data", "preview", str(folder.parent / "rows.jsonl")]
-    command += ["--chat-template", "qa", "--tokenizer", "bytes"]
-
-    assert main([*command, "--json"]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(rows) == 20
-    assert rows[0]["text"] == "Q: first sky\nA: s<|endoftext|>"
-    assert model.tokenizer.decode(rows[0]["tokens"]) == rows[0]["text"]
-    assert rows[0]["loss_mask"] == [0] * (len(rows[0]["tokens"]) - 2) + [1, 1]
-    assert main([*command, "--rows", "1"]) == 0
-    assert "A: ⟦s<|endoftext|>⟧" in capsys.readouterr().out
-    assert main([*command, "--html", str(tmp_path / "page.html")]) == 0
-    assert "<mark" in (tmp_path / "page.html").read_text()
-    assert main([*command[:2], str(tmp_path / "nothing.json")]) == 2
-
-
-def test_chat_answers_the_lines_of_a_pipe(assistant, tmp_path, monkeypatch, capsys):
-    gptjax.save(assistant, tmp_path / "model")
-    asked = ["sky", "sea", "what?"]
-    lines = "\n/reset\n".join([*asked, "/nonsense"])
-    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    options = {"temperature": 0.0, "max_new_tokens": 8}
-    answers = [gptjax.answer(assistant, text, **options) for text in asked]
-    assert all(answers), "the test needs a model that says something"
-    flags = ["--temperature", "0", "--max-new-tokens", "8"]
-
-    code = main(["chat", str(tmp_path / "model"), *flags])
-
-    assert code == 0
-    said = capsys.readouterr()
-    assert said.out.split() == sanitize(" ".join(answers)).split()
-    assert "there is no command /nonsense" in said.err
+        train(make_config(tmp_path, **changes), tmp_path / "run")

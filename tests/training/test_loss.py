@@ -1,4 +1,4 @@
-"""The loss in chunks is the loss, without ever holding all logits."""
+"""The cross-entropy in chunks equals that of all logits, in less memory."""
 
 import functools
 
@@ -24,13 +24,13 @@ CONFIG = GPTConfig(vocab_size=V, vocab_multiple=16, n_layers=1, n_heads=1, d_mod
 
 
 @pytest.fixture(autouse=True)
-def _no_silent_casts():
+def _strict_dtype_promotion():
     with jax.numpy_dtype_promotion("strict"):
         yield
 
 
-def inputs(dtype=jnp.float32):
-    """Hidden states, output table, targets and weights; some weights are 0."""
+def make_inputs(dtype=jnp.float32):
+    """Hidden states, unembedding, targets and weights; some weights are 0."""
     rng = np.random.default_rng(0)
     return (
         jnp.asarray(rng.normal(size=(B, T, D)), dtype),
@@ -40,109 +40,79 @@ def inputs(dtype=jnp.float32):
     )
 
 
-def full(x_BTD, table_VD, target_BT, weight_BT):
+def full_loss(x_BTD, table_VD, target_BT, weight_BT):
     """The same sum from all logits at once."""
     logit_BTV = lm_logits(CONFIG, table_VD, x_BTD)
     return cross_entropy_sum(logit_BTV, target_BT, weight_BT)[0]
 
 
-def chunked(chunk):
-    def nats(x_BTD, table_VD, target_BT, weight_BT):
-        return fused_cross_entropy(CONFIG, x_BTD, table_VD, target_BT, weight_BT, chunk)
-
-    return nats
+def chunked_loss(chunk_size):
+    return lambda *arrays: fused_cross_entropy(CONFIG, *arrays, chunk_size)
 
 
-def with_gradients(nats, arrays):
-    """Value, and gradients by hidden states, table and weights, scaled by 3."""
-    scaled = lambda *arrays: 3 * nats(*arrays)  # noqa: E731
+def value_and_grads(loss_fn, arrays):
+    """Value, and gradients by hidden states, unembedding and weights, times 3."""
+    scaled = lambda *arrays: 3 * loss_fn(*arrays)  # noqa: E731
     return jax.jit(jax.value_and_grad(scaled, argnums=(0, 1, 3)))(*arrays)
 
 
+def assert_close(tree, other):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), tree, other)
+
+
 @pytest.mark.fast
-@pytest.mark.parametrize("chunk", [1, 5, 12, 1000])
-def test_chunks_have_the_value_and_the_gradients_of_the_whole(chunk):
-    arrays = inputs()
+def test_chunks_have_the_value_and_gradients_of_the_whole(monkeypatch):
+    arrays = make_inputs()
+    value, grads = expected = value_and_grads(full_loss, arrays)
 
-    result = with_gradients(chunked(chunk), arrays)
-
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
-        result,
-        with_gradients(full, arrays),
-    )
-
-
-def test_the_sides_that_a_gpu_is_given_change_nothing(monkeypatch):
-    arrays = inputs()
-    expected = with_gradients(full, arrays)
+    for chunk_size in (1, 5, 1000):
+        assert_close(value_and_grads(chunked_loss(chunk_size), arrays), expected)
+    # Without a gradient, and for each token.
+    np.testing.assert_allclose(3 * jax.jit(chunked_loss(4))(*arrays), value, rtol=1e-6)
+    loss_BT = per_token_loss(CONFIG, *arrays[:3], 5)
+    np.testing.assert_allclose(3 * jnp.sum(loss_BT * arrays[3]), value, rtol=1e-6)
+    # Rows that pad the vocabulary have no gradient.
+    np.testing.assert_array_equal(grads[1][V:], 0)
+    assert jnp.all(jnp.any(grads[1][:V] != 0, axis=-1))
 
     monkeypatch.setattr("gptjax.training.loss.target_platform", lambda: "gpu")
-
     assert len(pad_vocab(arrays[1])) == VOCAB_ALIGNMENT > len(arrays[1])
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
-        with_gradients(chunked(5), arrays),
-        expected,
-    )
+    assert_close(value_and_grads(chunked_loss(5), arrays), expected)
 
 
 def test_chunks_agree_with_the_whole_in_bfloat16():
-    arrays = inputs(jnp.bfloat16)
+    arrays = make_inputs(jnp.bfloat16)
 
-    result = with_gradients(chunked(4), arrays)
-    expected = with_gradients(full, arrays)
+    value, grads = value_and_grads(chunked_loss(4), arrays)
+    expected_value, expected_grads = value_and_grads(full_loss, arrays)
 
-    assert result[0].dtype == jnp.float32
-    assert [g.dtype for g in result[1]] == [g.dtype for g in expected[1]]
+    assert value.dtype == jnp.float32
     # The same logits make the value; gradients are rounded to 8 bits at other places.
-    np.testing.assert_allclose(result[0], expected[0], rtol=1e-5)
-    for a, b in zip(result[1], expected[1], strict=True):
-        scale = float(jnp.abs(b).max())
-        a, b = (np.asarray(x, np.float32) for x in (a, b))
-        np.testing.assert_allclose(a, b, atol=2e-2 * scale)
-
-
-def test_the_value_is_the_same_where_no_gradient_is_asked_for():
-    arrays = inputs()
-
-    value, _ = with_gradients(chunked(4), arrays)
-
-    np.testing.assert_allclose(3 * jax.jit(chunked(4))(*arrays), value, rtol=1e-6)
-
-
-def test_the_loss_of_each_token_sums_to_the_loss():
-    x_BTD, table_VD, target_BT, weight_BT = inputs()
-
-    nats_BT = per_token_loss(CONFIG, x_BTD, table_VD, target_BT, 5)
-
-    total = jnp.sum(nats_BT * weight_BT)
-    np.testing.assert_allclose(total, full(x_BTD, table_VD, target_BT, weight_BT), rtol=1e-6)
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+    for grad, expected in zip(grads, expected_grads, strict=True):
+        assert grad.dtype == expected.dtype
+        atol = 2e-2 * float(jnp.abs(expected).max())
+        np.testing.assert_allclose(
+            np.asarray(grad, np.float32), np.asarray(expected, np.float32), atol=atol
+        )
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("nats", [full, chunked(5)], ids=["full", "chunked"])
-def test_what_has_weight_zero_changes_nothing(nats):
-    """Neither the target of a padded place nor the hidden state there matters."""
-    x_BTD, table_VD, target_BT, weight_BT = inputs()
+def test_positions_of_weight_zero_change_nothing():
+    x_BTD, table_VD, target_BT, weight_BT = make_inputs()
     padded_BT = weight_BT == 0
     other_BTD = jnp.where(padded_BT[..., None], -x_BTD, x_BTD)
     other_BT = jnp.where(padded_BT, (target_BT + 1) % V, target_BT)
 
-    total, grads = with_gradients(nats, (x_BTD, table_VD, target_BT, weight_BT))
-    result, changed = with_gradients(nats, (other_BTD, table_VD, other_BT, weight_BT))
+    value, grads = value_and_grads(chunked_loss(5), make_inputs())
+    other_value, other_grads = value_and_grads(
+        chunked_loss(5), (other_BTD, table_VD, other_BT, weight_BT)
+    )
 
     assert jnp.any(padded_BT)
-    assert result == total
+    assert other_value == value
     np.testing.assert_array_equal(grads[0][padded_BT], 0)
-    np.testing.assert_allclose(changed[1], grads[1], atol=1e-5)
-
-
-def test_rows_that_pad_the_vocabulary_have_no_gradient():
-    _, (_, grad_VD, _) = with_gradients(chunked(5), inputs())
-
-    np.testing.assert_array_equal(grad_VD[V:], 0)
-    assert jnp.all(jnp.any(grad_VD[:V] != 0, axis=-1))
+    np.testing.assert_allclose(other_grads[1], grads[1], atol=1e-5)
 
 
 def test_uniform_logits_cost_the_logarithm_of_the_vocabulary():
@@ -181,22 +151,19 @@ def test_chunks_never_hold_all_logits():
     assert temporary_bytes(at_once) > all_logits
 
 
-@pytest.mark.parametrize(("chunk", "size"), [(1, 1), (5, 4), (6, 6), (12, 12), (99, 12)])
-def test_chunks_are_equal_and_as_long_as_allowed(chunk, size):
+def test_chunks_are_equal_and_as_long_as_allowed():
     x_BT = jnp.arange(B * T).reshape(B, T)
 
-    parts = to_chunks(x_BT, chunk)
+    for chunk_size, size in {1: 1, 5: 4, 6: 6, 12: 12, 99: 12}.items():
+        chunks = to_chunks(x_BT, chunk_size)
+        assert chunks.shape == (T // size, B, size)
+        np.testing.assert_array_equal(from_chunks(chunks), x_BT)
 
-    assert parts.shape == (T // size, B, size)
-    np.testing.assert_array_equal(from_chunks(parts), x_BT)
 
-
-def test_the_loss_may_be_mapped_over_models():
-    x_BTD, *rest = inputs()
-    nats = functools.partial(fused_cross_entropy, CONFIG, chunk_size=4)
-
-    def gradient(x_BTD):
-        return jax.grad(lambda x_BTD: nats(x_BTD, *rest))(x_BTD)
+def test_the_loss_can_be_mapped_over_models():
+    x_BTD, *rest = make_inputs()
+    loss_fn = functools.partial(fused_cross_entropy, CONFIG, chunk_size=4)
+    gradient = jax.grad(lambda x_BTD: loss_fn(x_BTD, *rest))
 
     mapped = jax.jit(jax.vmap(gradient))(jnp.stack([x_BTD, 2 * x_BTD]))
 

@@ -1,99 +1,104 @@
-"""Too little memory and full disks: foreseen, or told in a sentence."""
+"""Too little memory and full disks: predicted, or reported in one sentence."""
 
+import dataclasses
 import errno
-import types
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from gptjax.cli import main
+from gptjax.config import RunConfig, from_dict
 from gptjax.errors import ConfigError, ModelError, ResourceError
-from gptjax.tasks.train import train
-from gptjax.training import estimate, metrics, resource_errors
-from gptjax.training.metrics import log_event
+from gptjax.training import estimate, metrics
+from gptjax.training.resource_errors import (
+    DISK_FULL_ERRNOS,
+    check_compiled_memory,
+    check_estimated_memory,
+    choose_accumulation,
+    translate_resource_errors,
+)
+from gptjax.training.run_dir import reconcile_config
 from gptjax.training.task import RunContext
 from tests.tasks.test_pretrain import make_config
 
 
-def test_a_model_that_cannot_fit_is_refused_before_anything_is_made(tmp_path):
-    config = make_config(tmp_path, model__d_model=2**16, model__n_layers=500)
-
-    with pytest.raises(ConfigError, match=r"GiB of memory .* data.batch_size"):
-        train(config, tmp_path / "run")
-
-    assert not (tmp_path / "run" / "checkpoints").exists()
+def make_run(tmp_path, **changes):
+    return RunContext(make_config(tmp_path, **changes), tmp_path)
 
 
-def test_a_compiled_step_that_does_not_fit_what_is_free_is_refused(tmp_path):
-    run = RunContext(make_config(tmp_path), tmp_path)
+def test_a_model_far_larger_than_memory_is_rejected(tmp_path):
+    check_estimated_memory(make_run(tmp_path))
+    with pytest.raises(ConfigError, match=r"GiB .* data\.batch_size"):
+        check_estimated_memory(make_run(tmp_path, model__d_model=2**16, model__n_layers=500))
+
+
+def test_a_compiled_step_that_exceeds_free_memory_is_rejected():
     sizes = {"output_size_in_bytes": 3, "alias_size_in_bytes": 3}
     free = estimate.free_memory()
 
-    fitting = types.SimpleNamespace(temp_size_in_bytes=free // 2, **sizes)
-    resource_errors.check_compiled_memory(run, fitting)
-    larger = types.SimpleNamespace(temp_size_in_bytes=free * 2, **sizes)
+    check_compiled_memory(SimpleNamespace(temp_size_in_bytes=free // 2, **sizes))
     with pytest.raises(ConfigError, match=r"train\.accumulate"):
-        resource_errors.check_compiled_memory(run, larger)
+        check_compiled_memory(SimpleNamespace(temp_size_in_bytes=free * 2, **sizes))
 
 
-@pytest.mark.parametrize("step", [1, 6])
-def test_memory_that_runs_out_ends_the_run_with_what_to_lower(tmp_path, monkeypatch, step):
-    config, calls = make_config(tmp_path), []
-    get = jax.device_get
+def test_accumulate_0_chooses_the_fewest_micro_batches_that_fit(tmp_path, monkeypatch):
+    needed = estimate.memory_bytes(
+        estimate.resolve_config(make_config(tmp_path, train__accumulate=4))
+    )
+    limit = sum(needed.values()) / estimate.USABLE_MEMORY_FRACTION
+    monkeypatch.setattr(estimate, "device_memory", lambda: limit)
+    run = make_run(tmp_path, train__accumulate=0)
 
-    def short(tree):
-        calls.append(tree)
-        if len(calls) == step:
-            raise jax.errors.JaxRuntimeError(
-                "RESOURCE_EXHAUSTED: Out of memory allocating 4398046511104 bytes."
-            )
-        return get(tree)
+    chosen = choose_accumulation(run)
 
-    monkeypatch.setattr("gptjax.training.metrics.jax.device_get", short)
-    with pytest.raises(ConfigError, match=r"4398046511104 bytes.*model.remat"):
-        train(config, tmp_path / "run")
-    monkeypatch.undo()
-
-    train(config, tmp_path / "run")
-    assert (tmp_path / "run" / "model").is_dir()
+    assert chosen.config.train.accumulate == 4
+    reconcile_config(tmp_path, chosen.config)
+    monkeypatch.setattr(estimate, "device_memory", lambda: 2**40)
+    assert choose_accumulation(run).config == chosen.config  # a resumed run keeps it
+    tuned = from_dict(RunConfig, {"finetune": {"init_from": "gpt2"}, "train": {"accumulate": 0}})
+    with pytest.raises(ConfigError, match=r"accumulate=0 .* finetune\.init_from"):
+        choose_accumulation(dataclasses.replace(run, config=tuned, run_dir=tmp_path / "new"))
 
 
-@pytest.mark.parametrize("number", resource_errors.DISK_FULL_ERRNOS)
-def test_a_full_disk_is_the_machines_fault_whoever_meets_it(number):
-    full = OSError(number, "full")
+OUT_OF_MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: allocating 4398046511104 bytes.")
 
-    with (
-        pytest.raises(ResourceError, match="Free space"),
-        resource_errors.translate_resource_errors(),
-    ):
-        raise full
-    with (
-        pytest.raises(ResourceError, match="Free space"),
-        resource_errors.translate_resource_errors(),
-    ):
-        raise ModelError("cannot save step 3") from full
-    with pytest.raises(OSError, match="denied"), resource_errors.translate_resource_errors():
-        raise OSError(errno.EACCES, "denied")
-    with pytest.raises(ModelError, match="other"), resource_errors.translate_resource_errors():
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (OUT_OF_MEMORY, ConfigError, r"4398046511104 bytes.*model\.remat"),
+        (MemoryError(), ConfigError, r"model\.remat"),
+        *((OSError(n, "full"), ResourceError, "disk full") for n in DISK_FULL_ERRNOS),
+        (ModelError("cannot save"), ResourceError, "disk full: cannot save"),  # cause: ENOSPC
+        (OSError(errno.EACCES, "denied"), OSError, "denied"),
+        (jax.errors.JaxRuntimeError("INTERNAL: x"), jax.errors.JaxRuntimeError, "INTERNAL"),
+    ],
+)
+def test_errors_of_memory_and_disk_name_the_fix(error, kind, text):
+    cause = OSError(errno.ENOSPC, "full") if isinstance(error, ModelError) else None
+
+    with pytest.raises(kind, match=text), translate_resource_errors():
+        raise error from cause
+    with pytest.raises(ModelError, match="other"), translate_resource_errors():
         raise ModelError("other")
 
 
-def test_a_disk_that_fills_up_ends_the_command_with_1_and_it_goes_on_later(
+def test_a_full_disk_ends_the_command_with_1_and_the_run_can_be_resumed(
     tmp_path, monkeypatch, capsys
 ):
     make_config(tmp_path)
-    write = log_event
+    write = metrics.log_event
     command = ["train", "tiny", "--run", str(tmp_path / "run")]
     command += ["--data.source", str(tmp_path / "text.txt"), "--train.steps", "4"]
-    command += ["--train.log_every", "1", "--model.d_model", "8"]
-    command += ["--optim.warmup_steps", "1"]
+    command += ["--train.log_every", "1", "--model.d_model", "8", "--optim.warmup_steps", "1"]
 
-    def full(path, kind, step, **values):
+    def fail(path, kind, step, **values):
         if (kind, step) == ("train", 3):
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, kind, step, **values)
 
-    monkeypatch.setattr(metrics, "log_event", full)
+    monkeypatch.setattr(metrics, "log_event", fail)
     assert main.main(command) == 1
     assert "disk full" in capsys.readouterr().err
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""The step: accumulated = whole, bad steps undone, the same seed the same run."""
+"""The train step: accumulation, skipped steps, determinism, exact resume."""
 
 import dataclasses
 import functools
@@ -11,6 +11,7 @@ import pytest
 
 import gptjax
 from gptjax.config import GPTConfig, OptimConfig
+from gptjax.errors import ConfigError
 from gptjax.model.gpt import hidden_states, unembedding_matrix
 from gptjax.training.loss import fused_cross_entropy
 from gptjax.training.optimizer import make_optimizer
@@ -23,8 +24,8 @@ KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles faster than the default
 
 
 @functools.cache
-def start():
-    """Parameters on the host: a step may be given its own copy to consume."""
+def initial_params():
+    """Parameters on the host, since a step may consume its own."""
     params = jax.jit(functools.partial(gptjax.init, TINY))(KEY)
     return jax.tree.map(np.asarray, params)
 
@@ -45,11 +46,15 @@ def loss_fn(params, batch, key, config=TINY):
 
 @functools.cache
 def adamw_step():
-    """A compiled step, and the state that it starts from anew at each call."""
+    """A compiled step, and a function that makes its initial state."""
     optim = OptimConfig(peak_lr=3e-2, warmup_steps=2, schedule="constant")
     optimizer = make_optimizer(optim, 100)
     step_fn = jax.jit(make_train_step(loss_fn, optimizer), donate_argnums=0)
-    return step_fn, lambda: init_state(jax.tree.map(jnp.array, start()), optimizer, jnp.copy(KEY))
+
+    def make_state():
+        return init_state(jax.tree.map(jnp.array, initial_params()), optimizer, jnp.copy(KEY))
+
+    return step_fn, make_state
 
 
 def assert_equal(tree, other):
@@ -71,8 +76,8 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch():
 
     def after(groups):
         step_fn = jax.jit(make_train_step(loss_fn, optimizer, groups))
-        state, metrics = step_fn(init_state(start(), optimizer, KEY), batch)
-        return jax.tree.map(jnp.subtract, state.params, start()), metrics
+        state, metrics = step_fn(init_state(initial_params(), optimizer, KEY), batch)
+        return jax.tree.map(jnp.subtract, state.params, initial_params()), metrics
 
     gradient, expected = after(1)
     for groups in (2, 4):
@@ -82,67 +87,44 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch():
         assert float(metrics.tokens) == UNEVEN.sum()
 
 
-def test_micro_batches_take_rows_in_turn_and_each_has_its_own_key():
-    def nats(params, batch, key):
-        jax.debug.callback(lambda *seen: rows.append(seen), batch, jax.random.bits(key))
+def test_micro_batches_take_every_nth_row_and_have_their_own_keys():
+    def record(params, batch, key):
+        jax.debug.callback(lambda *args: calls.append(args), batch, jax.random.bits(key))
         return 0 * params["bias"], jnp.sum(batch)
 
-    rows, optimizer = [], optax.sgd(1.0)
+    calls, optimizer = [], optax.sgd(1.0)
     state = init_state({"bias": jnp.zeros(())}, optimizer, KEY)
 
-    jax.jit(make_train_step(nats, optimizer, 2))(state, jnp.arange(6))
+    jax.jit(make_train_step(record, optimizer, 2))(state, jnp.arange(6))
     jax.effects_barrier()
 
-    assert [list(batch) for batch, _ in rows] == [[0, 2, 4], [1, 3, 5]]
-    assert len({int(bits) for _, bits in rows}) == 2
-
-
-def test_a_batch_without_weight_has_loss_zero_and_stays_finite():
-    step_fn, fresh = adamw_step()
-
-    state, metrics = step_fn(fresh(), batch_at(0, np.zeros((B, T), np.float32)))
-
-    assert float(metrics.loss) == 0
-    assert bool(metrics.applied)
-    assert jax.tree.all(jax.tree.map(lambda p: jnp.all(jnp.isfinite(p)), state.params))
+    assert [list(batch) for batch, _ in calls] == [[0, 2, 4], [1, 3, 5]]
+    assert len({int(bits) for _, bits in calls}) == 2
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(bad):
-    step_fn, fresh = adamw_step()
-    weight_BT = np.ones((B, T), np.float32)
-    weight_BT[1, 2] = bad
-    before, _ = step_fn(fresh(), batch_at(0))
-    kept = jax.tree.map(jnp.copy, before)
+def test_a_non_finite_step_changes_only_the_counts():
+    step_fn, make_state = adamw_step()
+    state, _ = step_fn(make_state(), batch_at(0))
 
-    after, metrics = step_fn(before, batch_at(1, weight_BT))
-
-    assert not bool(metrics.applied)
-    assert_equal((after.params, after.opt_state), (kept.params, kept.opt_state))
-    assert (int(after.step), int(after.num_skipped)) == (2, 1)
-    after, metrics = step_fn(after, batch_at(2))
+    for n, bad in enumerate((np.nan, np.inf), 1):
+        weight_BT = np.ones((B, T), np.float32)
+        weight_BT[1, 2] = bad
+        before = jax.tree.map(jnp.copy, state)
+        state, metrics = step_fn(state, batch_at(1, weight_BT))
+        assert not bool(metrics.applied)
+        assert_equal((state.params, state.opt_state), (before.params, before.opt_state))
+        assert (int(state.step), int(state.num_skipped)) == (1 + n, n)
+    state, metrics = step_fn(state, batch_at(0, np.zeros((B, T), np.float32)))
+    assert bool(metrics.applied)  # a batch without weight has loss 0
+    assert float(metrics.loss) == 0
+    state, metrics = step_fn(state, batch_at(2))
     assert bool(metrics.applied)
-    assert (int(after.step), int(after.num_skipped)) == (3, 1)
-    assert jnp.any(after.params["final_norm"]["bias"] != kept.params["final_norm"]["bias"])
+    assert jnp.any(state.params["final_norm"]["bias"] != before.params["final_norm"]["bias"])
+    assert jax.tree.all(jax.tree.map(lambda p: jnp.all(jnp.isfinite(p)), state.params))
 
 
-def test_a_step_whose_gradient_is_above_the_limit_changes_nothing_either():
-    optimizer, batch = optax.sgd(1.0), batch_at(0)
-    step_fn = jax.jit(make_train_step(loss_fn, optimizer))
-    _, metrics = step_fn(init_state(start(), optimizer, KEY), batch)
-    norm = np.float32(metrics.grad_norm)
-
-    for limit, made in ((norm * 0.9, False), (norm * 1.1, True)):
-        state, metrics = step_fn(init_state(start(), optimizer, KEY), batch, limit)
-        assert bool(metrics.applied) == made
-        assert int(state.num_skipped) == (not made)
-        before = start()["final_norm"]["bias"]
-        after = state.params["final_norm"]["bias"]
-        assert np.array_equal(before, after) == (not made)
-
-
-def test_a_finite_loss_with_a_gradient_that_is_not_finite_is_skipped_too():
+def test_a_non_finite_gradient_of_a_finite_loss_is_skipped():
     def root(params, batch, key):
         return jnp.sqrt(params["bias"]) * batch, batch
 
@@ -156,13 +138,36 @@ def test_a_finite_loss_with_a_gradient_that_is_not_finite_is_skipped_too():
     assert (float(state.params["bias"]), int(state.num_skipped)) == (0, 1)
 
 
+def test_a_gradient_norm_above_the_threshold_is_skipped():
+    def linear(params, batch, key):
+        return params["bias"] * batch, jnp.float32(1)
+
+    optimizer = optax.sgd(1.0)
+    step_fn = jax.jit(make_train_step(linear, optimizer))
+    state = init_state({"bias": jnp.zeros(())}, optimizer, KEY)
+
+    for threshold, applied in ((2.9, False), (3.0, True)):
+        after, metrics = step_fn(state, jnp.float32(3), threshold)
+        assert bool(metrics.applied) == applied
+        assert (float(after.params["bias"]), int(after.num_skipped)) == (-3 * applied, not applied)
+
+
+def test_a_loss_function_must_return_two_scalars():
+    optimizer = optax.sgd(1.0)
+    state = init_state({"bias": jnp.zeros(())}, optimizer, KEY)
+
+    for result in (jnp.zeros(()), (jnp.zeros(2), jnp.ones(()))):
+        step_fn = make_train_step(lambda params, batch, key, x=result: x, optimizer)
+        with pytest.raises(ConfigError, match="loss_fn"):
+            step_fn(state, jnp.ones(2))
+
+
 @pytest.mark.fast
 def test_ten_steps_overfit_one_batch():
-    step_fn, fresh = adamw_step()
+    step_fn, make_state = adamw_step()
 
-    losses = [
-        float(metrics.loss) for _, _, metrics in train_steps(fresh(), step_fn, [batch_at(0)] * 60)
-    ]
+    batches = [batch_at(0)] * 60
+    losses = [float(x.loss) for _, _, x in train_steps(make_state(), step_fn, batches)]
 
     assert losses[0] == pytest.approx(np.log(V), rel=0.05)
     assert losses[10] < losses[0] / 2
@@ -170,58 +175,52 @@ def test_ten_steps_overfit_one_batch():
 
 
 def test_the_state_is_updated_in_place():
-    step_fn, fresh = adamw_step()
-    state = fresh()
-    places = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state.params)}
+    step_fn, make_state = adamw_step()
+    state = make_state()
+    pointers = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state.params)}
+    moments = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state.opt_state)]
+    assert len(moments) == len(set(moments))  # shared arrays cannot be donated
 
     after, _ = step_fn(state, batch_at(0))
 
     arrays = jax.tree.leaves((state.params, state.opt_state, state.step))
     assert all(array.is_deleted() for array in arrays)
     reused = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(after.params)}
-    assert len(places & reused) > len(places) / 2
+    assert len(pointers & reused) > len(pointers) / 2
 
 
 def run(state, first, stop):
     """The state at the end, and the metrics of every step."""
     step_fn, _ = adamw_step()
-    batches, seen = map(batch_at, range(first, stop)), []
-    for _, state, metrics in train_steps(state, step_fn, batches):  # noqa: B007, B020
-        seen.append(metrics)
-    return state, seen
+    all_metrics = []
+    for _, state, metrics in train_steps(state, step_fn, map(batch_at, range(first, stop))):  # noqa: B007, B020
+        all_metrics.append(metrics)
+    return state, all_metrics
 
 
 @pytest.mark.fast
-def test_the_same_seed_gives_the_same_run_to_the_last_bit():
-    _, fresh = adamw_step()
+def test_a_run_is_deterministic_and_can_be_resumed_to_the_last_bit():
+    _, make_state = adamw_step()
 
-    assert_equal(run(fresh(), 0, 4), run(fresh(), 0, 4))
+    state, metrics = run(make_state(), 0, 6)
+    half_state, early = run(make_state(), 0, 3)
+    resumed_state, late = run(jax.tree.map(jnp.copy, half_state), 3, 6)
 
-
-def test_six_steps_are_three_steps_and_three_more_to_the_last_bit():
-    _, fresh = adamw_step()
-
-    unbroken, seen = run(fresh(), 0, 6)
-    halfway, early = run(fresh(), 0, 3)
-    resumed, late = run(jax.tree.map(jnp.copy, halfway), 3, 6)
-
-    assert_equal((unbroken, seen), (resumed, early + late))
+    assert_equal((state, metrics), (resumed_state, early + late))
 
 
-def test_each_step_drops_other_activations():
+def test_each_step_has_its_own_dropout_mask():
     config = dataclasses.replace(TINY, dropout=0.5)
     optimizer = optax.sgd(0.0)  # the parameters stay, so only the key differs
     step_fn = jax.jit(make_train_step(functools.partial(loss_fn, config=config), optimizer))
-    state = init_state(start(), optimizer, KEY)
+    state = init_state(initial_params(), optimizer, KEY)
 
-    norms = [
-        float(metrics.grad_norm) for _, _, metrics in train_steps(state, step_fn, [batch_at(0)] * 3)
-    ]
+    norms = {float(x.grad_norm) for _, _, x in train_steps(state, step_fn, [batch_at(0)] * 3)}
 
-    assert len(set(norms)) == 3
+    assert len(norms) == 3
 
 
-def test_the_loop_takes_a_batch_only_when_its_caller_asks_and_reads_no_metric():
+def test_the_loop_takes_a_batch_only_on_demand_and_reads_no_metric():
     taken = []
 
     def batches():
@@ -233,18 +232,9 @@ def test_the_loop_takes_a_batch_only_when_its_caller_asks_and_reads_no_metric():
         return state, Metrics(*[object()] * 4)  # reading any of them would fail
 
     state = init_state({}, optax.identity(), KEY)
-    state = state._replace(step=jnp.full((), 7, jnp.int32))
-    loop = train_steps(state, step_fn, batches())
+    loop = train_steps(state._replace(step=jnp.int32(7)), step_fn, batches())
 
     assert taken == []
     assert next(loop)[0] == 8
     assert taken == [0]
-    assert [done for done, _, _ in loop] == [9, 10]
-
-
-def test_a_fresh_state_shares_no_array_so_that_it_can_be_donated():
-    _, fresh = adamw_step()
-
-    places = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(fresh().opt_state)]
-
-    assert len(places) == len(set(places))
+    assert [step for step, _, _ in loop] == [9, 10]

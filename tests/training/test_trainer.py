@@ -1,4 +1,4 @@
-"""The training loop with a task of one parameter: evaluations, scores and resuming."""
+"""The training loop on a task of one parameter: evaluations, spikes, resuming."""
 
 import dataclasses
 import math
@@ -14,8 +14,8 @@ from gptjax.config import RunConfig, from_dict
 from gptjax.errors import ConfigError
 from gptjax.runtime.preemption import Interrupted
 from gptjax.training import trainer
-from gptjax.training.anomalies import LoggedStep
-from gptjax.training.metrics import History, history_from_metadata, read_events
+from gptjax.training.anomalies import SPIKE_POLICIES, LoggedStep
+from gptjax.training.metrics import History, read_events
 from gptjax.training.task import EvalResult, RunContext, Task
 from gptjax.training.train_step import init_state, make_train_step
 from gptjax.training.trainer import fit
@@ -27,14 +27,19 @@ CONFIG = {
     "optim": {"warmup_steps": 1},
     "checkpoint": {"every": 3},
 }
+EVAL_STEPS = [0, 4, 8, 12, 16, 18]
+SPIKE = 45  # step with an outlier in its batch
 
 
 @dataclasses.dataclass
-class Scripted:
-    """A task with scripted scores and targets, and what the trainer did with it."""
+class ScriptedTask:
+    """A task with scripted scores and targets, and a record of calls by the trainer."""
 
     scores: dict[int, float] = dataclasses.field(default_factory=dict)  # by step
     targets: dict[int, float] = dataclasses.field(default_factory=dict)
+    fails_at: int = -1  # step whose batch cannot be read, or
+    interrupted_at: int = -1  # step whose evaluation is interrupted, or
+    stops_at: int = -1  # step after which the run is interrupted
     evaluated: list[int] = dataclasses.field(default_factory=list)
     saved: list[int] = dataclasses.field(default_factory=list)
 
@@ -55,100 +60,156 @@ class Scripted:
 
     def iterate_batches(self, start, stop):
         for step in range(start + 1, stop + 1):
-            yield {"target": np.full(2, self.targets.get(step, step), np.float32)}
+            if step == self.fails_at:
+                raise OSError("no such batch")
+            yield {"target": np.full(2, self.targets.get(step, 1 + step % 7), np.float32)}
 
     def evaluate(self, state, step, is_last):
         self.evaluated.append(step)
+        if step == self.interrupted_at:
+            raise Interrupted("during an evaluation")
         score = self.scores.get(step, 0.0)
         return EvalResult([("eval", {"loss": -score})], f"val {step}.5", (score,))
+
+    def fit(self, run_dir, on_spike="log", **train_options):
+        """Trains; a run that was interrupted or failed can be continued."""
+        run_dir.mkdir(exist_ok=True)
+        table = {**CONFIG, "train": CONFIG["train"] | train_options}
+        run = RunContext(from_dict(RunConfig, table), run_dir, on_spike=on_spike)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "should_stop", lambda run, step: step == self.stops_at)
+            return fit(run, self.make_task())
+
+    def interrupt(self, step, run_dir, **options):
+        """Trains until the run is interrupted after a step."""
+        with pytest.raises(Interrupted, match=f"after step {step};"):
+            dataclasses.replace(self, stops_at=step).fit(run_dir, **options)
+        assert list_steps(run_dir / "checkpoints")[-1] == step
 
 
 def squared_error(params, batch, key):
     return jnp.sum((params["w"] - batch["target"]) ** 2), jnp.float32(2)
 
 
-def fit_here(run_dir, scripted):
-    run_dir.mkdir(exist_ok=True)
-    run = RunContext(from_dict(RunConfig, CONFIG), run_dir)
-    return fit(run, scripted.make_task())
-
-
-def interrupt_after(step, run_dir, scripted):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "should_stop", lambda run, done: done == step)
-        with pytest.raises(Interrupted, match=f"after step {step};"):
-            fit_here(run_dir, scripted)
-    assert list_steps(run_dir / "checkpoints")[-1] == step
-
-
-def train_losses(run_dir, after=0):
+def values(run_dir, kind, name):
     events = read_events(run_dir / "metrics.jsonl")
-    return [(e["step"], e["loss"]) for e in events if e["event"] == "train" and e["step"] > after]
+    return {e["step"]: e[name] for e in events if e["event"] == kind and name in e}
 
 
 def test_losses_and_the_best_model_do_not_depend_on_the_event_log(tmp_path):
     scores = {0: 1.0, 4: 9.0, 8: 2.0, 12: 3.0, 16: 8.0, 18: 4.0}
-    whole, broken = Scripted(scores), Scripted(scores)
+    whole, resumed = ScriptedTask(scores), ScriptedTask(scores)
 
-    state = fit_here(tmp_path / "whole", whole)
-    interrupt_after(6, tmp_path / "broken", broken)
-    (tmp_path / "broken" / "metrics.jsonl").unlink()
-    resumed = fit_here(tmp_path / "broken", broken)
-
-    assert whole.saved == broken.saved == [0, 4]
-    np.testing.assert_array_equal(resumed.params["w"], state.params["w"])
-    losses = train_losses(tmp_path / "whole", after=6)
-    assert train_losses(tmp_path / "broken") == losses
-
-
-def test_ties_go_to_the_earlier_step_and_scores_that_are_not_finite_to_none(tmp_path):
-    scores = {0: math.nan, 4: 1.0, 8: math.inf, 12: 1.0, 16: 2.0, 18: math.nan}
-    scripted = Scripted(scores)
-
-    fit_here(tmp_path / "run", scripted)
-
-    assert scripted.saved == [4, 16]
-
-
-@pytest.mark.parametrize("step", [4, 5, 8, 16])
-def test_no_step_is_evaluated_twice(tmp_path, step):
-    scripted, run_dir = Scripted(), tmp_path / "run"
-
-    interrupt_after(step, run_dir, scripted)
-    assert scripted.evaluated[-1] == step // 4 * 4
-    fit_here(run_dir, scripted)
-    fit_here(run_dir, scripted)  # is finished
-
-    assert scripted.evaluated == [0, 4, 8, 12, 16, 18]
-    events = read_events(run_dir / "metrics.jsonl")
-    steps = [event["step"] for event in events if event["event"] == "eval"]
-    assert steps == [0, 4, 8, 12, 16, 18]
-
-
-def test_a_progress_line_has_an_evaluation_exactly_at_evaluated_steps(tmp_path):
+    state = whole.fit(tmp_path / "whole")
+    resumed.interrupt(6, tmp_path / "resumed")
+    (tmp_path / "resumed" / "metrics.jsonl").unlink()
     with capture_lines([]) as lines:
-        fit_here(tmp_path / "run", Scripted())
+        resumed_state = resumed.fit(tmp_path / "resumed")
+
+    assert whole.saved == resumed.saved == [0, 4]
+    assert lines[0].endswith("after step 6; the best so far is 4")
+    np.testing.assert_array_equal(resumed_state.params["w"], state.params["w"])
+    losses = values(tmp_path / "whole", "train", "loss")
+    assert values(tmp_path / "resumed", "train", "loss") == {n: losses[n] for n in range(7, 19)}
+
+
+def test_events_after_the_last_checkpoint_of_a_crashed_run_are_superseded(tmp_path):
+    ScriptedTask().fit(tmp_path / "whole")
+    run_dir = tmp_path / "run"
+    for step, lines in ((2, 1), (11, 2)):  # before the first checkpoint, and after the third
+        with pytest.raises(OSError, match="no such batch"):
+            ScriptedTask(fails_at=step).fit(run_dir)
+        events = (run_dir / "metrics.jsonl").read_text()
+        assert events.count('"eval"') >= lines
+
+    ScriptedTask().fit(run_dir)
+
+    assert (run_dir / "metrics.jsonl").read_text().startswith(events)
+    for kind in ("train", "eval"):
+        expected = values(tmp_path / "whole", kind, "loss")
+        assert values(run_dir, kind, "loss") == expected
+        assert len([e for e in read_events(run_dir / "metrics.jsonl") if e["event"] == kind]) == (
+            len(expected)
+        )
+
+
+def test_ties_go_to_the_earlier_step_and_non_finite_scores_are_never_the_best(tmp_path):
+    task = ScriptedTask({0: math.nan, 4: 1.0, 8: math.inf, 12: 1.0, 16: 2.0, 18: math.nan})
+
+    task.fit(tmp_path / "run")
+
+    assert task.saved == [4, 16]
+
+
+@pytest.mark.parametrize("step", [4, 5, 18])
+def test_no_step_is_evaluated_twice(tmp_path, step):
+    task, run_dir = ScriptedTask(), tmp_path / "run"
+
+    if step < 18:
+        task.interrupt(step, run_dir)
+    for _ in range(2):  # the second time, it is finished
+        task.fit(run_dir)
+
+    assert task.evaluated == EVAL_STEPS
+    assert list(values(run_dir, "eval", "loss")) == EVAL_STEPS
+
+
+@pytest.mark.parametrize("step", [8, 18])
+def test_an_interrupted_evaluation_is_repeated_on_resume(tmp_path, step):
+    task, run_dir = ScriptedTask(interrupted_at=step), tmp_path / "run"
+
+    with pytest.raises(Interrupted, match=f"after step {step};"):
+        task.fit(run_dir)
+    assert list_steps(run_dir / "checkpoints")[-1] == step
+    task.interrupted_at = -1
+    task.fit(run_dir)
+
+    assert task.evaluated == sorted([*EVAL_STEPS, step])
+    assert list(values(run_dir, "eval", "loss")) == EVAL_STEPS
+
+
+def test_a_progress_line_has_an_evaluation_only_if_its_step_was_evaluated(tmp_path):
+    with capture_lines([]) as lines:
+        ScriptedTask().fit(tmp_path / "run")
 
     lines = [line.split(" | ") for line in lines if line.startswith("step ")]
-    values = {
-        int(first.removeprefix("step ").split("/")[0]): [
-            part for part in parts if part.startswith("val ")
-        ]
+    evaluations = {
+        int(first.removeprefix("step ").split("/")[0]): [x for x in parts if x[:4] == "val "]
         for first, *parts in lines
     }
-    assert len(lines) == len(values) == 19
-    evaluated = (0, 4, 8, 12, 16, 18)
-    expected = {n: [f"val {n}.5"] if n in evaluated else [] for n in range(19)}
-    assert values == expected
+    assert len(lines) == 19
+    assert evaluations == {n: [f"val {n}.5"] * (n in EVAL_STEPS) for n in range(19)}
 
 
-def test_consecutive_skips_are_counted_across_a_resume(tmp_path):
-    targets = dict.fromkeys(range(5, 19), math.nan)
-    scripted = Scripted(targets=targets)
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_ten_consecutive_skipped_steps_end_the_run_even_across_a_resume(tmp_path, log_every):
+    targets = dict.fromkeys([2, *range(5, 19)], math.nan)
+    task = ScriptedTask(targets=targets)
 
-    interrupt_after(9, tmp_path / "run", scripted)
-    with pytest.raises(ConfigError, match=r"step 14\. The last good step is 4\."):
-        fit_here(tmp_path / "run", scripted)
+    task.interrupt(9, tmp_path / "run", log_every=log_every)
+    with pytest.raises(ConfigError, match=r"10 .*step 14\. .* step is 4\."):
+        task.fit(tmp_path / "run", log_every=log_every)
+
+    assert values(tmp_path / "run", "train", "skipped")[8] == "not finite"
+
+
+@pytest.mark.parametrize("policy", SPIKE_POLICIES)
+def test_a_resumed_run_treats_a_spike_as_the_uninterrupted_run(tmp_path, policy):
+    task = ScriptedTask(targets={SPIKE: 1e4})
+    options = {"steps": 56, "on_spike": policy}
+
+    state = task.fit(tmp_path / "whole", **options)
+    for step in (12, 44, 45, 46):
+        task.interrupt(step, tmp_path / "resumed", **options)
+    resumed_state = task.fit(tmp_path / "resumed", **options)
+
+    np.testing.assert_array_equal(resumed_state.params["w"], state.params["w"])
+    for run_dir in (tmp_path / "whole", tmp_path / "resumed"):
+        assert min(values(run_dir, "spike", "value")) == SPIKE
+        skipped = values(run_dir, "train", "skipped")
+        assert skipped == ({SPIKE: "spike"} if policy == "skip" else {})
+    losses = values(tmp_path / "whole", "train", "loss")
+    assert values(tmp_path / "resumed", "train", "loss") == losses
 
 
 def test_history_is_the_same_after_a_checkpoint():
@@ -156,10 +217,10 @@ def test_history_is_the_same_after_a_checkpoint():
     history = History((0.5, -2.0), 2, 4, 1, 3, logged)
 
     metadata = history.to_metadata()
-    restored = history_from_metadata(metadata)
+    restored = History.from_metadata(metadata)
 
     assert metadata["logged"][1] == [4, None, None]
-    assert dataclasses.replace(restored, logged=()) == (dataclasses.replace(history, logged=()))
+    assert restored._replace(logged=()) == history._replace(logged=())
     assert restored.logged[0] == logged[0]
     assert restored.logged[1].step == 4
     assert all(map(math.isnan, restored.logged[1][1:]))
