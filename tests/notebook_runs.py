@@ -1,4 +1,4 @@
-"""Runs a notebook from top to bottom, as on a Colab runtime or as on any other."""
+"""Executes a notebook as on a Colab runtime or as on another one."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-# What the tests of the library set for themselves and a notebook must not have.
+# Variables of the tests of the library, which a notebook must not have.
 OURS = (
     "JAX_DISABLE_MOST_OPTIMIZATIONS",
     "JAX_NUM_CPU_DEVICES",
@@ -22,13 +22,13 @@ def note(path):
 
 colab = types.ModuleType("google.colab")
 colab.files = types.SimpleNamespace(download=note)
-colab.output = None  # which jax imports where there is Colab
+colab.output = None  # jax imports it on Colab
 sys.modules["google.colab"] = colab
 """
 
 
 def run(path, folder, monkeypatch, colab=False):
-    """The notebook with its results, from a kernel of its own in `folder`."""
+    """The notebook with its outputs, from a kernel of its own in `folder`."""
     for name in OURS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GPTJAX_FAST", "1")
@@ -44,7 +44,7 @@ def run(path, folder, monkeypatch, colab=False):
 
 
 def executed(path, folder, monkeypatch, colab=False):
-    """The same; kept in $GPTJAX_EXECUTED, or taken from there, where that is set."""
+    """The same, stored in $GPTJAX_EXECUTED or read from there if that is set."""
     kept = Path(os.environ.get("GPTJAX_EXECUTED", folder)) / path.name
     if not kept.exists():
         notebook = run(path, folder, monkeypatch, colab)
@@ -54,7 +54,7 @@ def executed(path, folder, monkeypatch, colab=False):
 
 
 def pictures(notebook):
-    """How many results are pictures."""
+    """The number of outputs that are pictures."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
     return sum("image/png" in output.get("data", {}) for output in outputs)

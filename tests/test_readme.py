@@ -88,11 +88,3 @@ def test_the_tree_lists_all_packages():
     packages = {path.parent.name for path in (ROOT / "gptjax").glob("*/__init__.py")}
 
     assert packages <= set(re.findall(r"(\w+)/", tree))
-
-
-def test_every_picture_is_shown_and_small():
-    pictures = [*(ROOT / "colab" / "pictures").iterdir()]
-    shown = re.findall(r"!\[[^]]+\]\((colab/[^)]*)\)", README)
-
-    assert {f"colab/pictures/{path.name}" for path in pictures} == set(shown)
-    assert sum(path.stat().st_size for path in pictures) < 200_000

@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax.book import TorchGenerator, init_params
+from gptjax.book import init_params
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
 from gptjax.inference.generate import complete
 from gptjax.training.loss import cross_entropy_sum
 from gptjax.tree import flatten_with_names, num_params
 from gptjax.weights.model_folder import Model
-from tests.torch_peer import import_exact_torch
 
 SHAPE = {"context_length": 6, "n_layers": 2, "n_heads": 2, "d_model": 8}
 SMALL = GPTConfig(vocab_size=17, qkv_bias=True, tie_embeddings=False, **SHAPE)
@@ -46,52 +45,6 @@ def test_configs_that_the_class_of_the_book_lacks_are_rejected():
     ]:
         with pytest.raises(ConfigError, match=message):
             init_params(dataclasses.replace(SMALL, **changes))
-
-
-def torch_layers(torch, c):
-    """PyTorch's layers in the book's order of creation, by our names, as NumPy."""
-    nn, d, made = torch.nn, c.d_model, {}
-
-    def linear(name, inner, outer, bias, kernel_shape, bias_shape):
-        layer = nn.Linear(inner, outer, bias=bias)
-        made[f"{name}/kernel"] = layer.weight.detach().numpy().T.reshape(kernel_shape)
-        if bias:
-            made[f"{name}/bias"] = layer.bias.detach().numpy().reshape(bias_shape)
-
-    heads = c.n_heads, c.head_dim
-    made["token_embedding/embedding"] = nn.Embedding(c.vocab_size, d).weight.detach().numpy()
-    made["position_embedding/embedding"] = nn.Embedding(c.context_length, d).weight.detach().numpy()
-    for n in range(c.n_layers):
-        for name in ("query", "key", "value"):
-            linear(f"{n}/attention/{name}", d, d, c.qkv_bias, (d, *heads), heads)
-        linear(f"{n}/attention/out", d, d, True, (*heads, d), d)
-        linear(f"{n}/mlp/up", d, 4 * d, True, (d, 4 * d), 4 * d)
-        linear(f"{n}/mlp/down", 4 * d, d, True, (4 * d, d), d)
-    head = nn.Linear(d, c.vocab_size, bias=False)
-    return made | {"output_embedding/embedding": head.weight.detach().numpy()}
-
-
-@pytest.mark.peers
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("qkv_bias", [False, True])
-@pytest.mark.parametrize(("vocab_size", "d_model", "n_heads"), [(97, 32, 4), (50, 12, 4)])
-def test_a_model_of_pytorch_layers_has_the_same_parameters(vocab_size, d_model, n_heads, qkv_bias):
-    changes = {"vocab_size": vocab_size, "d_model": d_model, "n_heads": n_heads}
-    config = dataclasses.replace(SMALL, qkv_bias=qkv_bias, **changes)
-    torch, generator = import_exact_torch(), TorchGenerator(123)
-    torch.manual_seed(123)
-
-    theirs, ours = torch_layers(torch, config), init_params(config, generator)
-
-    for name, leaf in flatten_with_names(ours).items():
-        if name.startswith("blocks/") and "norm" not in name:
-            rest = name.removeprefix("blocks/")
-            layers = [theirs.pop(f"{n}/{rest}") for n in range(config.n_layers)]
-            np.testing.assert_array_equal(leaf, np.stack(layers), err_msg=name)
-        elif "norm" not in name:
-            np.testing.assert_array_equal(leaf, theirs.pop(name), err_msg=name)
-    assert not theirs
-    assert generator.permutation(9).tolist() == torch.randperm(9).tolist()
 
 
 @functools.cache
