@@ -156,9 +156,21 @@ def test_all_bucketed_batches_visit_each_row_once_in_few_shapes(lengths, rows, e
                         assert batch["reference_logprobs"][b].tolist() == [2 * n, 2 * n + 1]
             assert sorted(seen) == list(range(len(lengths)))
         assert {batch["tokens"].shape[-1] for batch in epoch_batches} <= set(batches.batch_shapes)
-        if len(lengths) > 20 and rows == 1:
-            first = [batches.batch_at(step)["tokens"].tolist() for step in range(len(lengths))]
-            assert first != [batch["tokens"].tolist() for batch in epoch_batches] or epoch == 0
+
+
+@pytest.mark.parametrize("batching", ["padded", "packed"])
+def test_epochs_and_seeds_differ_in_order_and_repeat(batching):
+    examples = [make_example(17, first=100 * n) for n in range(20)]
+
+    def order(seed, epoch):
+        batches = make_sft_batches(batching, examples, rows=2, context=16, pad_id=-1, seed=seed)
+        steps = range(10 * epoch, 10 * epoch + 10)
+        return [batches.batch_at(step)["tokens"][:, 0].tolist() for step in steps]
+
+    orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
+    assert orders == [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
+    assert len(set(map(str, orders))) == 6
+    assert all(one != sorted(one) for one in orders)
 
 
 def test_packing_wastes_less_than_padding():
