@@ -263,58 +263,44 @@ def derive_merge_lines(ranks: Mapping[bytes, int]) -> list[str]:
 
 def read_tokenizer_dir(folder: Path) -> Tokenizer:
     """Reads a tokenizer from a folder of untrusted files."""
-    vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
-    is_single_file = not (vocab_file.is_file() and merges_file.is_file())
-    if is_single_file:
-        vocab_file = merges_file = folder / TOKENIZER_JSON
     try:
-        vocab: Any = strict_json.read_json(vocab_file, MAX_TOKENIZER_FILE_BYTES)
-        vocab, actual_merges = parse_tokenizer_json(vocab) if is_single_file else (vocab, [])
+        vocab, merge_lines = read_tokenizer_files(folder)
         ids = validate_vocab(vocab)
         eot_token = ids.pop(ENDOFTEXT)
         ranks = vocab_to_ranks(ids)
-        expected_merges = derive_merge_lines(ranks)
+        pairs = zip_longest(merge_lines, derive_merge_lines(ranks))
+        for number, (actual, expected) in enumerate(pairs, start=1):
+            if actual != expected:
+                raise DataError(
+                    f"merge {number} is {(actual or 'missing')[:80]!r}, but the vocabulary "
+                    f"implies {expected or 'absent'!r}"
+                )
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise invalid_tokenizer_file(vocab_file, error) from error
-    if not is_single_file:
-        try:
-            data = strict_json.read_small_file(merges_file, MAX_TOKENIZER_FILE_BYTES)
-            actual_merges = data.decode("utf-8").removesuffix("\n").split("\n")
-        except (OSError, ValueError) as error:
-            raise invalid_tokenizer_file(merges_file, error) from error
-        if actual_merges[0].startswith("#version"):
-            actual_merges = actual_merges[1:]
-    for number, (actual, expected) in enumerate(
-        zip_longest(actual_merges, expected_merges), start=1
-    ):
-        if actual != expected:
-            raise invalid_tokenizer_file(
-                merges_file,
-                f"merge {number} is {(actual or 'missing')[:80]!r}, but {vocab_file.name} "
-                f"implies {expected or 'absent'!r}",
-            )
+        raise DataError(
+            f"invalid tokenizer files in {folder}: {error}. Copy the folder again, or use "
+            "another tokenizer."
+        ) from error
     return Tokenizer(str(folder), ranks, eot_token)
 
 
-def parse_tokenizer_json(data: Any) -> tuple[Any, list[str]]:
-    """Vocabulary and merge lines of a Hugging Face tokenizer.json."""
-    match data:
+def read_tokenizer_files(folder: Path) -> tuple[Any, list[str]]:
+    """Reads vocabulary and merge lines: vocab.json and merges.txt, or tokenizer.json."""
+    vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
+    if vocab_file.is_file() and merges_file.is_file():
+        merges = strict_json.read_small_file(merges_file, MAX_TOKENIZER_FILE_BYTES).decode("utf-8")
+        lines = merges.removesuffix("\n").split("\n")
+        has_header = lines[0].startswith("#version")
+        return strict_json.read_json(vocab_file, MAX_TOKENIZER_FILE_BYTES), lines[has_header:]
+    match strict_json.read_json(folder / TOKENIZER_JSON, MAX_TOKENIZER_FILE_BYTES):
         case {
             "pre_tokenizer": {"type": "ByteLevel", **split},
-            "model": {"type": "BPE", "vocab": dict(ids), "merges": list(merges)},
+            "model": {"type": "BPE", "vocab": dict(ids), "merges": list(pairs)},
             **rest,
         } if not split.get("add_prefix_space") and not rest.get("normalizer"):
             added_tokens = {token["content"]: token["id"] for token in rest["added_tokens"]}
-            merge_lines = [m if isinstance(m, str) else " ".join(m) for m in merges]
-            return ids | added_tokens, merge_lines
+            lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
+            return ids | added_tokens, lines
     raise DataError("not a byte-level BPE like GPT-2's")
-
-
-def invalid_tokenizer_file(file: Path, reason: Any) -> DataError:
-    """Error for an invalid tokenizer file."""
-    return DataError(
-        f"invalid tokenizer file {file}: {reason}. Copy the folder again, or use another tokenizer."
-    )
 
 
 def validate_vocab(vocab: Any) -> dict[str, int]:

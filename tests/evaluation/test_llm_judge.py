@@ -69,12 +69,11 @@ def test_scores_are_parsed_with_common_decorations_and_nothing_else():
         assert parse_score(reply) is None, reply
 
 
-@pytest.mark.parametrize("failure", [refuses(500), refuses(429), None])
-def test_transient_failures_are_retried(failure):
-    with judging(failure, failure, says("85")) as (url, requests):
-        assert ask(url) == "85"
-
-    assert len(requests) == 3
+def test_transient_failures_are_retried_and_lone_surrogates_replaced():
+    for failure in (refuses(500), refuses(429), None):
+        with judging(failure, failure, says("85 \ud83d")) as (url, requests):
+            assert ask(url) == "85 ?"
+        assert len(requests) == 3
 
 
 @pytest.mark.parametrize(
@@ -125,11 +124,6 @@ def test_silent_or_absent_server_is_unreachable(monkeypatch):
         ask(url)
 
 
-def test_lone_surrogates_in_a_reply_are_replaced():
-    with judging(says("85 \ud83d")) as (url, _):
-        assert ask(url) == "85 ?"
-
-
 def test_key_is_sent_encrypted_or_to_this_machine_only_and_never_shown(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
 
@@ -171,7 +165,7 @@ def test_offline_and_behind_a_proxy_a_local_server_is_asked_directly(monkeypatch
     "url",
     [
         *("", "localhost:11434/v1", "file:///etc/passwd", "http:///v1", "http://a b/v1"),
-        *("http://a/v1\n", "http://é.b", "http://a:b/", "http://a:99999/v1", "http://[::1/v1"),
+        *("http://a/v1\n", "http://é.b", "http://a:b/", "http://[::1/v1"),
         *("https://me:secret@a.b/v1", "https://a.b/v1?version=1"),
     ],
 )

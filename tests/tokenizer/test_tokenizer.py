@@ -221,8 +221,8 @@ def edit_vocab(edit):
 
 
 DAMAGES = {
-    "not UTF-8": (lambda v, m: (b"\xff" + v, m), "vocab.json.*utf-8"),
-    "not JSON": (lambda v, m: (v[:-5], m), "vocab.json.*line 1"),
+    "not UTF-8": (lambda v, m: (b"\xff" + v, m), "utf-8"),
+    "not JSON": (lambda v, m: (v[:-5], m), "line 1"),
     "a list": (lambda v, m: (b"[]", m), "JSON object"),
     "text as id": (edit_vocab(lambda i: i.update(a="1")), "'a'"),
     "a gap": (edit_vocab(lambda i: i.update(lo=999)), "id 2.."),
@@ -235,7 +235,7 @@ DAMAGES = {
     "no merge": (edit_vocab(lambda i: i.update(xyz=264)), "264, 'xyz'"),
     "merge missing": (lambda v, m: (v, m[: m.index(b"\n", 20)]), "3 is 'missing'"),
     "merge too many": (lambda v, m: (v, m + b"a b\n"), "'a b'.* 'absent'"),
-    "merges not UTF-8": (lambda v, m: (v, m + b"\xff"), "merges.txt.*utf-8"),
+    "merges not UTF-8": (lambda v, m: (v, m + b"\xff"), "utf-8"),
     "merges with CRLF": (lambda v, m: (v, m.replace(b"\n", b"\r\n")), "merge 1"),
 }
 
@@ -248,7 +248,7 @@ def test_damaged_folder_is_rejected(name, tmp_path):
     for file, data in zip(files, damage(*(f.read_bytes() for f in files)), strict=True):
         file.write_bytes(data)
 
-    with pytest.raises(DataError, match=match):
+    with pytest.raises(DataError, match=f"{tmp_path}: .*{match}"):
         tokenizer.load_tokenizer(tmp_path)
 
 
