@@ -284,7 +284,7 @@ def read_tokenizer_dir(folder: Path) -> Tokenizer:
 
 
 def read_tokenizer_files(folder: Path) -> tuple[Any, list[str]]:
-    """Reads vocabulary and merge lines: vocab.json and merges.txt, or tokenizer.json."""
+    """Reads vocabulary and merges: vocab.json and merges.txt, or tokenizer.json."""
     vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
     if vocab_file.is_file() and merges_file.is_file():
         merges = strict_json.read_small_file(merges_file, MAX_TOKENIZER_FILE_BYTES).decode("utf-8")
