@@ -1,4 +1,4 @@
-"""What tests look for in a picture, and ask of every one."""
+"""Properties that every figure must have."""
 
 import itertools
 
@@ -7,26 +7,21 @@ from matplotlib.text import Text
 
 from gptjax.plots.token_boxes import FONT_SIZE
 
-PIXEL = 1.0  # letters are set on whole ones
+PIXEL = 1.0  # text is placed on whole pixels
 
 
-def drawn(figure):
-    FigureCanvasAgg(figure).draw()
-    return figure
-
-
-def faces(figure):
-    """The colours of the boxes, in the order of the text."""
+def box_colors(figure):
+    """Colors of the boxes of a token figure, in the order of the text."""
     return [patch.get_facecolor()[:3] for patch in figure.axes[0].patches]
 
 
-def written(figure):
-    """The texts of a figure of boxes, its title first."""
+def box_texts(figure):
+    """Texts of a token figure, its title first."""
     return [text.get_text() for text in figure.axes[0].texts]
 
 
-def off_the_axis(figure):
-    """Labels of ticks that are not drawn, as they are outside of the axis."""
+def undrawn_labels(figure):
+    """Labels of ticks outside the view of their axis."""
     for axis in [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]:
         low, high = sorted(axis.get_view_interval())
         for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]:
@@ -36,7 +31,8 @@ def off_the_axis(figure):
 
 def assert_nothing_is_cut_off(figure):
     """All texts lie in the picture."""
-    hidden = {*map(id, off_the_axis(drawn(figure)))}
+    FigureCanvasAgg(figure).draw()
+    hidden = {*map(id, undrawn_labels(figure))}
     shown = [
         text
         for text in figure.findobj(Text)
@@ -50,9 +46,10 @@ def assert_nothing_is_cut_off(figure):
         assert inside.y0 <= place.y0 <= place.y1 <= inside.y1, text
 
 
-def assert_boxes_hold_their_texts(figure):
-    """No two boxes overlap, nor a bar of colours one; and each text lies in one."""
-    axes = drawn(figure).axes[0]
+def assert_boxes_contain_their_texts(figure):
+    """No two boxes overlap each other or the color bar, and each text lies in a box."""
+    FigureCanvasAgg(figure).draw()
+    axes = figure.axes[0]
     boxes = [patch.get_window_extent().padded(-0.01) for patch in axes.patches]
     for one, other in itertools.combinations(boxes, 2):
         assert not one.overlaps(other)
@@ -62,6 +59,6 @@ def assert_boxes_hold_their_texts(figure):
         place = text.get_window_extent()
         middle = (place.y0 + place.y1) / 2
         wide = [box.padded(PIXEL) for box in boxes]
-        if text.get_fontsize() == FONT_SIZE:  # others are ids, below
+        if text.get_fontsize() == FONT_SIZE:  # ids are below their box
             wide = [box for box in wide if box.y0 <= middle <= box.y1]
         assert any(box.x0 <= place.x0 and place.x1 <= box.x1 for box in wide), text

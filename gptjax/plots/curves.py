@@ -1,49 +1,31 @@
-"""Loss and learning-rate curves of a run."""
+"""Figures of a run: loss, learning rate, accuracy and confusion matrix."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
 from matplotlib.figure import Figure
 
-from gptjax.training.metrics import Event, format_number, metric_series, read_events
+from gptjax.training.metrics import Event, format_number, metric_series
 
 # Okabe & Ito 2008: distinguishable with color blindness.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 TRAIN_STYLE = {"color": BLUE, "marker": "o", "markersize": 3}
 VALIDATION_STYLE = {"color": ORANGE, "linestyle": "-.", "marker": "o", "markersize": 3}
+MAX_NAME_CHARS = 18  # of a class name
 
 
-def loss_figure(events: Sequence[Event], units_per_step: int, unit: str = "token") -> Figure:
-    """Training and validation loss over steps, with tokens seen as a second axis.
-
-    Args:
-        events: of a run.
-        units_per_step: units per step.
-        unit: unit that the loss is averaged over, "token" or "example".
-    """
-    figure, axes = new_figure("step", f"loss (nats per {unit})")
-    steps, losses = metric_series(events, "train", "loss")
-    axes.plot(steps, losses, color=BLUE, linewidth=1, label="train")
-    steps, losses = metric_series(events, "eval", "loss", "validation")
-    if losses:
-        axes.plot(steps, losses, label="validation", **VALIDATION_STYLE)
-        best = min(range(len(losses)), key=losses.__getitem__)
-        note = f"best {losses[best]:.3f}"
-        axes.annotate(
-            note,
-            (steps[best], losses[best]),
-            textcoords="offset points",
-            xytext=(0, 9),
-            ha="right",
-            color=ORANGE,
-        )
-    axes.legend(frameon=False)
-    add_tokens_axis(axes, units_per_step, unit)
-    return figure
+def new_figure(x: str, y: str) -> tuple[Figure, Any]:
+    """Empty figure of the standard size, with its axes."""
+    figure = Figure(figsize=(5, 3.4), dpi=144, layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    return figure, axes
 
 
-def add_tokens_axis(axes: Any, units_per_step: int, unit: str) -> None:
+def add_units_axis(axes: Any, units_per_step: int | float, unit: str) -> None:
     """Adds a top axis with the number of units seen."""
     top_axis = axes.secondary_xaxis(
         "top", functions=(lambda step: step * units_per_step, lambda seen: seen / units_per_step)
@@ -52,33 +34,97 @@ def add_tokens_axis(axes: Any, units_per_step: int, unit: str) -> None:
     top_axis.xaxis.set_major_formatter(lambda value, _: format_number(value))
 
 
+def loss_figure(
+    events: Sequence[Event], units_per_step: int | float, unit: str = "token"
+) -> Figure:
+    """Training and validation loss over steps, with units seen as a second axis.
+
+    Args:
+        events: of a run.
+        units_per_step: tokens or examples.
+        unit: unit that the loss is averaged over, "token" or "example".
+    """
+    figure, axes = new_figure("step", f"loss (nats per {unit})")
+    axes.plot(*metric_series(events, "train", "loss"), color=BLUE, linewidth=1, label="train")
+    steps, losses = metric_series(events, "eval", "loss", "validation")
+    if losses:
+        axes.plot(steps, losses, label="validation", **VALIDATION_STYLE)
+        best = int(np.argmin(losses))
+        place = {"xytext": (0, 9), "textcoords": "offset points", "ha": "right"}
+        axes.annotate(
+            f"best {losses[best]:.3f}", (steps[best], losses[best]), color=ORANGE, **place
+        )
+    axes.legend(frameon=False)
+    add_units_axis(axes, units_per_step, unit)
+    return figure
+
+
 def lr_figure(events: Sequence[Event]) -> Figure:
     """Learning rate and gradient norm of the logged steps."""
     figure = Figure(figsize=(5, 4), dpi=144, layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    for axes, name, label in (
-        (upper, "lr", "learning rate"),
-        (lower, "grad_norm", "gradient norm"),
+    panels = figure.subplots(2, 1, sharex=True)
+    for axes, name, label in zip(
+        panels, ("lr", "grad_norm"), ("learning rate", "gradient norm"), strict=True
     ):
         axes.plot(*metric_series(events, "train", name), color=BLUE, linewidth=1)
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-    lower.set_xlabel("step")
+    panels[1].set_xlabel("step")
     return figure
 
 
-def new_figure(x: str, y: str) -> tuple[Figure, Any]:
-    """Empty figure of the standard size, with its axes."""
-    figure = Figure(figsize=(5, 3.4), dpi=144, layout="constrained")
+def accuracy_figure(events: Sequence[Event], examples_per_step: int | float) -> Figure:
+    """Training and validation accuracy over steps."""
+    figure, axes = new_figure("step", "accuracy")
+    for split, style in (("train", TRAIN_STYLE), ("validation", VALIDATION_STYLE)):
+        steps, values = metric_series(events, "eval", "accuracy", split)
+        if values:
+            axes.plot(steps, values, label=split, **style)
+    if axes.lines:
+        axes.legend(frameon=False, loc="lower right")
+    add_units_axis(axes, examples_per_step, "example")
+    return figure
+
+
+def confusion_figure(confusion_CC: Int[np.ndarray, "C C"], class_names: Sequence[str]) -> Figure:
+    """Confusion matrix; color is the fraction of the true class (row)."""
+    classes = len(class_names)
+    side = min(max(5.0, 2.6 + 0.42 * classes), 16.0)  # inches
+    size = 10 if classes <= 8 else max(4, 8 - classes // 20)  # points
+    figure = Figure(figsize=(side, side * 0.86), dpi=144, layout="constrained")
     axes = figure.subplots()
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.3)
-    return figure, axes
+    share_CC = confusion_CC / np.maximum(confusion_CC.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(share_CC, cmap="Blues", vmin=0, vmax=1)
+    text_style = {"parse_math": False, "fontsize": size}  # a name may contain $
+    labels = [abbreviate(name) for name in class_names]
+    crowded = classes * max(map(len, labels)) > 32
+    axes.set_xticks(range(classes), labels, rotation=90 if crowded else 0, **text_style)
+    axes.set_yticks(range(classes), labels, **text_style)
+    axes.set(xlabel="predicted", ylabel="true")
+    for (row, column), count in np.ndenumerate(confusion_CC):
+        color = "black" if count else "#AAAAAA"
+        if share_CC[row, column] > 0.5:
+            color = "white"
+        text = str(count) if count < 10_000 else format_number(int(count))
+        axes.text(column, row, text, color=color, fontsize=size, ha="center", va="center")
+    figure.colorbar(image, shrink=0.8, label="share of the true class").outline.set_visible(False)
+    return figure
 
 
-def write_figures(run_dir: Path, tokens_per_step: int) -> None:
-    """Writes loss.png and lr.png of a run from its metrics.jsonl."""
-    events = read_events(run_dir / "metrics.jsonl")
-    loss_figure(events, tokens_per_step).savefig(run_dir / "loss.png")
-    lr_figure(events).savefig(run_dir / "lr.png")
+def abbreviate(name: str) -> str:
+    """Shortens a class name for a plot; keeps both ends, as prefixes are often shared.
+
+    >>> abbreviate("comp.sys.ibm.pc.hardware")
+    'comp.sys.…hardware'
+    """
+    line, half = single_line(name), MAX_NAME_CHARS // 2
+    return line if len(line) <= MAX_NAME_CHARS else f"{line[:half]}…{line[1 - half :]}"
+
+
+def single_line(text: str) -> str:
+    r"""Converts text to one printable line.
+
+    >>> single_line("one\ntwo  three\x1b")
+    'one two three'
+    """
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -15,7 +15,8 @@ from gptjax.evaluation.classification import ClassificationResult, evaluate_clas
 from gptjax.inference.classify import CLASSIFY_BATCH_SIZE, bucket_lengths
 from gptjax.model.classifier import classifier_hidden_states, pool_and_project
 from gptjax.model.gpt import unembedding_matrix
-from gptjax.plots.report import Misclassification, write_classification_report
+from gptjax.plots.curves import accuracy_figure, confusion_figure
+from gptjax.plots.report import Misclassification, list_mistakes, per_class_table, write_report
 from gptjax.tasks.builder import (
     FinetuneInputs,
     FinetuneSummary,
@@ -35,6 +36,7 @@ from gptjax.training.finetune import (
     max_context,
 )
 from gptjax.training.loss import classification_loss, fused_cross_entropy
+from gptjax.training.metrics import read_events
 from gptjax.training.task import EvalResult, RunContext, Task
 from gptjax.training.train_step import TrainState
 from gptjax.tree import Params
@@ -210,14 +212,18 @@ def finalize_classification(
         f"balanced accuracy {scores.balanced_accuracy:.4f} on {len(texts.labels):,} texts "
         f"(majority-class baseline: {baseline:.4f})"
     )
-    write_classification_report(
+    examples_per_step, names = run.config.data.batch_size, texts.class_names
+    write_report(
         run.run_dir,
         summary=task.summary,
         result=text,
-        confusion_CC=result.confusion_CC,
-        class_names=texts.class_names,
-        mistakes=mistakes,
-        examples_per_step=run.config.data.batch_size,
+        units_per_step=examples_per_step,
+        unit="example",
+        figures={
+            "accuracy": accuracy_figure(read_events(run.metrics_path), examples_per_step),
+            "confusion": confusion_figure(result.confusion_CC, names),
+        },
+        details=[*per_class_table(result.confusion_CC, names), *list_mistakes(mistakes)],
     )
     log_done(run, text, "report.md, figures")
     return model

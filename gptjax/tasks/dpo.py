@@ -23,7 +23,7 @@ from gptjax.data.preference import CHOSEN, REJECTED, PreferenceBatches
 from gptjax.data.sft import Example, encode_segments, truncate_left
 from gptjax.data.text import TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError, DataError
-from gptjax.plots.report import write_samples
+from gptjax.plots.report import write_report
 from gptjax.runtime.preemption import check_interrupted
 from gptjax.tasks.builder import (
     FinetuneInputs,
@@ -297,8 +297,8 @@ def finalize_dpo(run: RunContext, data: DPOData, task: Task, state: TrainState) 
         f"accuracy {metrics.accuracy:.1%} on {len(data.batches[split].pairs):,} "
         "pairs (chance: 50%)"
     )
-    write_samples(
-        run.run_dir, summary=task.summary, result=text, tokens_per_step=round(task.tokens_per_step)
+    write_report(
+        run.run_dir, summary=task.summary, result=text, units_per_step=task.tokens_per_step
     )
     log_done(run, text, "report.md, figures")
     return model

@@ -14,7 +14,6 @@ from gptjax.evaluation import perplexity
 from gptjax.fileio.download import sha256_of_files
 from gptjax.inference.generate import complete
 from gptjax.parallel.sharding import local_batch_rows, shard_tree, to_host
-from gptjax.plots.curves import write_figures
 from gptjax.plots.report import write_report
 from gptjax.tasks.builder import TaskStages, describe_model, make_initial_params, with_model_config
 from gptjax.tokenizer import tokenizer
@@ -211,8 +210,6 @@ def finalize_pretrain(run: RunContext, _data: Any, task: Task, state: TrainState
     """Writes model/, figures and report.md, and logs the result."""
     model, num_skipped = task.to_model(state), int(state.num_skipped)
     save(model, run.run_dir / "model")
-    write_figures(run.run_dir, round(task.tokens_per_step))
-    write_report(run.run_dir, f"Run {run.run_dir.name}", task.summary)
     evals = [e for e in read_events(run.metrics_path) if e["event"] == "eval"]
     result = f"{run.config.train.steps:,} steps without an evaluation"
     if evals:
@@ -221,6 +218,9 @@ def finalize_pretrain(run: RunContext, _data: Any, task: Task, state: TrainState
             result += f", {evals[-1]['bits_per_byte']:.4f} bits per byte"
     if num_skipped:
         result += f"; {num_skipped} steps skipped (non-finite)"
+    write_report(
+        run.run_dir, summary=task.summary, result=result, units_per_step=task.tokens_per_step
+    )
     run.log(f"done     {result}")
     run.log(f"wrote    {run.run_dir}/model, report.md, loss.png, lr.png, metrics.jsonl")
     return model

@@ -27,7 +27,7 @@ from gptjax.evaluation.instructions import (
     to_rows,
     write_rows,
 )
-from gptjax.plots.report import write_samples
+from gptjax.plots.report import code_block, markdown_table, write_report
 from gptjax.tasks.builder import (
     FinetuneInputs,
     FinetuneSummary,
@@ -256,15 +256,19 @@ def finalize_sft(run: RunContext, data: SFTData, task: Task, state: TrainState) 
         f"{format_before(run, split, 'exact_match')}, "
         f"token F1 {scores['token_f1']:.4f}, ROUGE-L {scores['rouge_l']:.4f}"
     )
-    write_samples(
+    details = markdown_table("task", group_scores(responses))
+    for one in evenly_spaced(responses, 8):
+        prompt = one.conversation.messages[-2]
+        parts = [*filter(None, (prompt["content"], prompt.get("input")))]
+        details += code_block(
+            "\n".join([*parts, f"answer: {one.response}", f"wanted: {one.reference}"])
+        )
+    write_report(
         run.run_dir,
         summary=task.summary,
         result=text,
-        task_scores=group_scores(responses),
-        samples=[
-            (x.conversation.messages, x.response, x.reference) for x in evenly_spaced(responses, 8)
-        ],
-        tokens_per_step=round(task.tokens_per_step),
+        units_per_step=task.tokens_per_step,
+        details=details,
     )
     log_done(run, text, "responses.jsonl, report.md, figures")
     return model

@@ -1,18 +1,20 @@
-"""Runs a campaign of faults, or one case of it again.
+"""Runs a campaign of faults, or replays one case of it.
 
-    python -m tests.chaos kill              as many cases as a full campaign has
-    python -m tests.chaos kill --n 50       fewer
-    python -m tests.chaos kill --case 17    the one that failed
+    python -m tests.chaos kill              the full campaign
+    python -m tests.chaos kill --n 50       fewer cases
+    python -m tests.chaos kill --case 17    one case
 
-A campaign is a module beside this one with `FULL` and `SLICE` (cases of a full campaign
-and of the slice that the tests run) and `run(seed, cases, folder)`, which yields what
-went wrong with a case, or "" where nothing did. What happens in a case follows from the
-seed and the case's number alone.
+A campaign is a module in this folder with `FULL` and `SLICE` (the number of cases of a
+full campaign, and of the slice in the tests). It has either `prepare(folder)`, which
+returns a function from (case, rng) to what went wrong, "" for nothing, or
+`run(seed, cases, folder)`, which yields that for each case. A case depends on the seed
+and its number only.
 """
 
 import argparse
 import importlib
 import pkgutil
+import random
 import sys
 import tempfile
 import time
@@ -27,41 +29,50 @@ CAMPAIGNS = sorted(
 )
 
 
-def campaign(name: str) -> ModuleType:
-    """The module of a campaign."""
+def load_campaign(name: str) -> ModuleType:
     return importlib.import_module(f"tests.chaos.{name}")
 
 
+def run_cases(campaign: ModuleType, seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
+    """Yields what went wrong in each case."""
+    if hasattr(campaign, "run"):
+        yield from campaign.run(seed, cases, folder)
+        return
+    check = campaign.prepare(folder)
+    for case in cases:
+        try:
+            yield check(case, random.Random(f"{seed} {case}"))
+        except Exception as error:
+            yield f"{type(error).__name__}: {error}"
+
+
 def failures(name: str, seed: int, cases: Sequence[int]) -> Iterator[str]:
-    """How each case that went wrong did, and the command that replays it."""
+    """Yields what went wrong in each failed case, with the command that replays it."""
     with tempfile.TemporaryDirectory(prefix="gptjax-chaos-") as folder:
-        found = campaign(name).run(seed, cases, Path(folder))
-        for case, fault in zip(cases, found, strict=True):
+        faults = run_cases(load_campaign(name), seed, cases, Path(folder))
+        for case, fault in zip(cases, faults, strict=True):
             if fault:
-                again = f"python -m tests.chaos {name} --seed {seed} --case {case}"
-                yield f"{again}: {fault}"
+                yield f"python -m tests.chaos {name} --seed {seed} --case {case}: {fault}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 if nothing went wrong, 1 otherwise."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos")
     parser.add_argument("campaign", choices=CAMPAIGNS)
     parser.add_argument("--n", type=int, help="cases; default: the full campaign")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", type=int, help="only this one")
-    given = parser.parse_args(arguments)
-    count = campaign(given.campaign).FULL if given.n is None else given.n
-    cases = range(count) if given.case is None else [given.case]
-    started, faults = time.monotonic(), 0
-    for fault in failures(given.campaign, given.seed, cases):
-        faults += 1
+    options = parser.parse_args(arguments)
+    count = load_campaign(options.campaign).FULL if options.n is None else options.n
+    cases = range(count) if options.case is None else [options.case]
+    start, num_faults = time.monotonic(), 0
+    for fault in failures(options.campaign, options.seed, cases):
+        num_faults += 1
         print(fault, flush=True)
-    seconds = time.monotonic() - started
     print(
-        f"{given.campaign}: {len(cases)} cases from seed {given.seed}, "
-        f"{faults} went wrong, {seconds:.0f} s"
+        f"{options.campaign}: {len(cases)} cases from seed {options.seed}, "
+        f"{num_faults} failed, {time.monotonic() - start:.0f} s"
     )
-    return 1 if faults else 0
+    return 1 if num_faults else 0
 
 
 if __name__ == "__main__":

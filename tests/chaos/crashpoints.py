@@ -1,165 +1,244 @@
-"""Killed at any point of a save or of a start, a run goes on from there or before.
+"""Killed at any point of a save or a start, a run resumes from that step or before.
 
 A point is before or after something that Python does to the file system. The points are
-dealt to the cases, so that the campaign has all of them, however many this version of
-Orbax makes. In the second half two processes save together, and one of them is killed.
+dealt to the cases, so that the campaign covers all of them, however many this version
+of Orbax has. In the second half two processes save together, and one of them is killed.
 """
 
-import contextlib
-import json
+import builtins
+import io
+import itertools
+import multiprocessing
 import os
-import queue
 import shutil
-import subprocess
-import sys
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tests.processes import ROOT, free_port
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gptjax.checkpoint.checkpoint import restore_latest, write_step
+from gptjax.parallel import distributed
+from tests.chaos._small_states import resume_fault, state_at
+from tests.processes import free_port
 
 SHARES = 4  # cases that the points of one process are dealt to
-AT_A_TIME = 2  # of those processes
 SLICE, FULL = SHARES, 2 * SHARES
+PARALLEL = 2  # jobs at a time
+PATCHED = (
+    *("rename", "replace", "mkdir", "unlink", "remove", "rmdir"),
+    *("fsync", "truncate", "link", "symlink"),
+)
+WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+TEMPORARY = (".partial", ".orbax-checkpoint-tmp")
 
-Ask = Callable[[list[Any]], Any]
-
-
-@contextlib.contextmanager
-def children() -> Iterator[Ask]:
-    """Yields what does jobs in processes of their own, as many at a time as asked."""
-    with contextlib.ExitStack() as stack:
-        parents = queue.SimpleQueue[Ask]()
-        for _ in range(AT_A_TIME):
-            parents.put(stack.enter_context(parent()))
-
-        def ask(jobs: list[Any]) -> Any:
-            free = parents.get()
-            try:
-                return free(jobs)
-            finally:
-                parents.put(free)
-
-        yield ask
+# Forks a child per job from a process that has imported everything.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.chaos.crashpoints"])
 
 
-@contextlib.contextmanager
-def parent() -> Iterator[Ask]:
-    """Yields what does jobs one after the other: see `tests.chaos._crash`."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.chaos._crash"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        cwd=ROOT,
-        env=environment,
-        text=True,
-    ) as process:
-        assert process.stdin
-        assert process.stdout
-        lines, answers = process.stdin, process.stdout
+def run_jobs(*jobs: tuple[Any, ...]) -> Any:
+    """Runs (function, *arguments) in child processes, until the first has ended.
 
-        def ask(jobs: list[Any]) -> Any:
-            lines.write(json.dumps(jobs) + "\n")
-            lines.flush()
-            return json.loads(answers.readline())
-
-        yield ask
+    Returns:
+        The result of the first, an error's text, or None if it was killed.
+    """
+    children = []
+    for job in jobs:
+        receiver, sender = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=run_job, args=(sender, *job), daemon=True)
+        process.start()
+        sender.close()
+        children.append((process, receiver))
+    try:
+        return children[0][1].recv()
+    except EOFError:
+        return None
+    finally:
+        for process, receiver in children:
+            process.kill()
+            process.join()
+            receiver.close()
 
 
-def made(ask: Ask, folder: Path, steps: Sequence[int]) -> Path:
-    """A folder with some steps saved."""
-    folder.mkdir(parents=True)
-    for step in steps:
-        ask([("save", job(folder, step=step))])
-    return folder
+def run_job(sender: Any, function: Callable[..., Any], *arguments: Any) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 1)
+    try:
+        sender.send(function(*arguments))
+    except BaseException as error:
+        sender.send(f"{type(error).__name__}: {error}")
 
 
-def job(folder: Path, point: int = -1, where: str = "", **more: Any) -> dict[str, Any]:
-    """What a save is asked for."""
-    return {"folder": str(folder), "point": point, "where": where, **more}
+def kill_at(point: int) -> Callable[[], int]:
+    """Kills the process at a point from now on; never if it is -1.
+
+    Operation n has the points 2 n before it and 2 n + 1 after it. The arrays are
+    written by Orbax in C++, between two points.
+
+    Returns:
+        A function that counts the points so far.
+    """
+    counter, lock, count = itertools.count(), threading.Lock(), [0]
+
+    def pass_point() -> None:
+        with lock:
+            number = next(counter)
+            count[0] = number + 1
+        if number == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def patch(function: Any, is_counted: Callable[..., bool]) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if not is_counted(*arguments, **options):
+                return function(*arguments, **options)
+            pass_point()
+            result = function(*arguments, **options)
+            pass_point()
+            return result
+
+        return call
+
+    for name in PATCHED:
+        setattr(os, name, patch(getattr(os, name), lambda *_, **__: True))
+    os.open = patch(os.open, lambda _, flags, *__, **___: bool(flags & WRITE_FLAGS))
+    builtins.open = io.open = patch(builtins.open, opens_for_writing)
+    return lambda: count[0]
 
 
-def scenes(ask: Ask, folder: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
-    """(name, folder before it, what happens in it and what may be found after it)."""
-    two = made(ask, folder / "two", [1, 2])
-    save = {"job": "save", "step": 3, "expected": [2, 3]}
-    yield "a save that deletes an older step", two, save
-    none = made(ask, folder / "none", [])
-    yield "the first save", none, {**save, "step": 1, "expected": [None, 1]}
-    torn = made(ask, folder / "torn", [1, 2])
+def opens_for_writing(file: Any, mode: str = "r", *_: Any, **__: Any) -> bool:
+    return isinstance(file, (str, os.PathLike)) and bool(set(mode) & set("wax+"))
+
+
+def place_state(step: int) -> Any:
+    """The state of a step; each of several processes has a part of the kernel."""
+    state = state_at(step)
+    if jax.process_count() == 1:
+        return jax.device_put(state)
+    mesh = Mesh(np.array(jax.devices()), ("part",))
+
+    def put(leaf: Any) -> Any:
+        is_split = leaf.ndim and leaf.shape[0] % jax.device_count() == 0
+        spec = PartitionSpec(*["part" if is_split else None] * min(leaf.ndim, 1))
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(
+            host.shape, NamedSharding(mesh, spec), lambda index: host[index]
+        )
+
+    return jax.tree.map(put, state)
+
+
+def save(folder: Path, step: int, point: int = -1, address: str = "") -> int:
+    """Saves a step and is killed at a point; else returns the number of points."""
+    if address:
+        distributed.initialize(address)
+    state = place_state(step)
+    jax.block_until_ready(state)
+    count_points = kill_at(point)
+    write_step(folder, step, state, keep=2)
+    return count_points()
+
+
+def start(folder: Path, point: int) -> int:
+    """Restores as a run does and is killed at a point, as `save`."""
+    like = state_at(0)
+    count_points = kill_at(point)
+    restore_latest(folder, like)
+    return count_points()
+
+
+def check(folders: Sequence[Path], expected: Sequence[int | None]) -> list[str]:
+    """What is wrong with a start in each of the folders, and with a save after it."""
+    faults = []
+    for folder in folders:
+        fault = resume_fault(folder, {*expected})
+        left = [name for name in os.listdir(folder) if name.endswith(TEMPORARY)]
+        if not fault and left:
+            fault = f"{left} are left"
+        if not fault:
+            write_step(folder, 9, state_at(9), keep=2)
+            fault = resume_fault(folder, {9})
+        faults.append(fault)
+        shutil.rmtree(folder)
+    return faults
+
+
+class Scene(NamedTuple):
+    """What is killed, where, and what may be found afterwards."""
+
+    name: str
+    before: Path
+    step: int | None  # to save; None for a start
+    expected: Sequence[int | None]
+
+    def play(self, folder: Path, point: int, processes: int, victim: int) -> Any:
+        """Returns the number of points, or None if the process was killed at one."""
+        shutil.copytree(self.before, folder)
+        if self.step is None:
+            return run_jobs((start, folder, point))
+        port = free_port()
+        addresses = [f"127.0.0.1:{port},{processes},{n}" for n in range(processes)]
+        jobs = [(save, folder, self.step, -1, address) for address in addresses]
+        address = addresses[victim] if processes > 1 else ""
+        others = [job for n, job in enumerate(jobs) if n != victim]
+        return run_jobs((save, folder, self.step, point, address), *others)
+
+
+def make_scenes(folder: Path) -> Iterator[Scene]:
+    none, two, torn = (folder / name for name in ("none", "two", "torn"))
+    none.mkdir()
+    for path in (two, torn):
+        path.mkdir()
+        for step in (1, 2):
+            run_jobs((save, path, step))
+    yield Scene("a save that deletes an older step", two, 3, [2, 3])
+    yield Scene("the first save", none, 1, [None, 1])
     shutil.copytree(torn / "1", torn / "3.partial")
     (torn / "2" / "manifest.json").write_text("{}")
-    yield "a start after a crash", torn, {"job": "start", "expected": [1]}
+    yield Scene("a start after a crash", torn, None, [1])
 
 
 def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
-    """What went wrong at the points of each case, or ""."""
-    del seed  # nothing is left to chance
-    with children() as ask:
-        all_scenes = [*scenes(ask, folder)]
-        for case in cases:
-            share, together = case % SHARES, case >= SHARES
-            found = []
-            for name, before, scene in all_scenes:
-                if together and scene["job"] == "start":
-                    continue  # one process alone looks
-                for victim in (0, 1) if together else (0,):
-                    shot = Shot(ask, before, scene, victim, together)
-                    found += [f"{name}, {x}" for x in faults(shot, folder, share)]
-            yield "; ".join(found[:3])
+    scenes = [*make_scenes(folder)]
+    for case in cases:
+        share, processes = case % SHARES, 2 if case >= SHARES else 1
+        faults = [
+            f"{scene.name}, {fault}"
+            for scene in scenes
+            if processes == 1 or scene.step is not None
+            for victim in range(processes)
+            for fault in scene_faults(scene, folder, share, processes, victim)
+        ]
+        yield "; ".join(faults[:3])
 
 
-class Shot:
-    """One scene, which can be played with a crash at any point."""
-
-    def __init__(self, *parts: Any) -> None:
-        """Of these parts, in this order."""
-        self.ask, self.before, self.scene, self.victim, self.together = parts
-
-    def play(self, folder: Path, point: int) -> Any:
-        """The number of points, or None where the process was killed at one."""
-        shutil.copytree(self.before, folder)
-        if self.scene["job"] == "start":
-            return self.ask([("start", {"folder": str(folder), "point": point})])
-        count = 2 if self.together else 1
-        where, port = "", free_port()
-        jobs = []
-        for number in sorted(range(count), key=lambda n: n != self.victim):
-            if self.together:
-                where = f"127.0.0.1:{port},2,{number}"
-            here = point if number == self.victim else -1
-            jobs.append(("save", job(folder, here, where, step=self.scene["step"])))
-        return self.ask(jobs)
-
-
-def faults(shot: Shot, folder: Path, share: int) -> Iterator[str]:
+def scene_faults(
+    scene: Scene, folder: Path, share: int, processes: int, victim: int
+) -> Iterator[str]:
     """What went wrong at each point of one share."""
     whole = folder / "whole"
-    points = shot.play(whole, -1)
+    count = scene.play(whole, -1, processes, victim)
     shutil.rmtree(whole)
-    if not isinstance(points, int):
-        yield f"without a crash: {points}"
+    if not isinstance(count, int):
+        yield f"without a crash: {count}"
         return
-    numbers = range(share, points, SHARES)
-    folders = [str(folder / f"point{point}") for point in numbers]
-    with ThreadPoolExecutor(AT_A_TIME) as threads:
-        for said in threads.map(shot.play, map(Path, folders), numbers):
-            if isinstance(said, str):
-                yield said
-    given = {"folders": folders, "expected": shot.scene["expected"], "following": 9}
-    found = shot.ask([("check", given)])
-    if len(found) != len(folders):
-        yield f"a start after it: {found}"
+    points = range(share, count, SHARES)
+    folders = [folder / f"point{point}" for point in points]
+    with ThreadPoolExecutor(PARALLEL) as threads:
+        plays = [
+            threads.submit(scene.play, path, point, processes, victim)
+            for path, point in zip(folders, points, strict=True)
+        ]
+        yield from (text for play in plays if isinstance(text := play.result(), str))
+    faults = run_jobs((check, folders, scene.expected))
+    if not isinstance(faults, list):
+        yield f"a start after it: {faults}"
         return
-    for path, fault in zip(folders, found, strict=True):
+    for point, fault in zip(points, faults, strict=True):
         if fault:
-            yield f"{Path(path).name} of {points}: {fault}"
+            yield f"point {point} of {count}: {fault}"

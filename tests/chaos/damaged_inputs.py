@@ -1,12 +1,12 @@
-"""Rows, texts, configs and tokenizers with flipped, cut or nasty bytes in them.
+"""Rows, texts, configs and tokenizers with damaged bytes.
 
-Each is taken, and then is made of proper text, or is refused by an error of gptjax that
+Each is read, and then consists of valid text, or is refused by an error of gptjax that
 names the file, and the line where the format has lines.
 """
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from gptjax.data.readers import read_text_file
 from gptjax.data.text import find_sources, iter_chunks
 from gptjax.errors import GptjaxError
 from gptjax.tokenizer import tokenizer
+from tests.chaos._damage import damage_bytes
 
 FULL, SLICE = 100_000, 10_000
 
@@ -106,9 +107,8 @@ KINDS: dict[str, tuple[bytes, Reader]] = {  # name of the file: content, reader
     "asked.json": (list_of(ASKED * 3), read_talk),
     "pairs.jsonl": (PAIRS * 3, read_preferred),
     "config.toml": (CONFIG, lambda path: [repr(load_config(path))]),
-    "vocab.json": (b"", read_tokenizer),
-    "merges.txt": (b"", read_tokenizer),
 }
+TOKENIZER_FILES = ("vocab.json", "merges.txt")
 LINES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".toml")
 # Of all the file, not of a line.
 WHOLE = (
@@ -119,25 +119,6 @@ WHOLE = (
     "cannot be used",
     "invalid tokenizer file",
 )
-
-
-def mutated(lot: random.Random, whole: bytes) -> bytes:
-    """The content with one to three changes."""
-    data = bytearray(whole)
-    for _ in range(lot.randint(1, 3)):
-        at = lot.randint(0, len(data))
-        match lot.randrange(7):
-            case 0:
-                data[at : at + 1] = bytes([lot.randrange(256)])
-            case 1 | 2 | 3:
-                data[at : at + lot.choice((0, 0, 1, 4))] = lot.choice(NASTY)
-            case 4:
-                del data[at : at + lot.randint(1, 20)]
-            case 5:
-                data[at:at] = data[lot.randint(0, len(data)) :][:40]
-            case 6:
-                del data[at:]
-    return bytes(data)
 
 
 def fault_of(path: Path, read: Reader) -> str:
@@ -154,7 +135,7 @@ def fault_of_message(path: Path, text: str) -> str:
     """What is missing in an error's message, or ""."""
     if path.suffix == ".toml" and re.search(r"\b[a-z]+\.[a-z_]+|unknown option", text):
         return ""  # it names an option, or (below) the line
-    of_tokenizer = path.name in ("vocab.json", "merges.txt")
+    of_tokenizer = path.name in TOKENIZER_FILES
     if str(path.parent if of_tokenizer else path) not in text:
         return f"no file in: {text}"
     in_lines = path.suffix in LINES and not of_tokenizer
@@ -176,22 +157,19 @@ def flat(value: Any) -> Iterator[str]:
         yield str(value)
 
 
-def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
-    """What went wrong with each case."""
+def prepare(folder: Path) -> Callable[[int, random.Random], str]:
     SMALL.save(folder)
-    files = ("vocab.json", "merges.txt")
-    saved = {name: (folder / name).read_bytes() for name in files}
-    for case in cases:
-        lot = random.Random(f"{seed} {case}")
+    for name in TOKENIZER_FILES:
+        KINDS[name] = (folder / name).read_bytes(), read_tokenizer
+
+    def check(case: int, rng: random.Random) -> str:
         name = list(KINDS)[case % len(KINDS)]
         content, read = KINDS[name]
         path = folder / name
-        path.write_bytes(mutated(lot, saved.get(name, content)))
+        path.write_bytes(damage_bytes(rng, content, NASTY))
         try:
-            yield fault_of(path, read)
-        except Exception as error:
-            yield f"{name}: {type(error).__name__}: {str(error)[:300]}"
-        if name in saved:
-            path.write_bytes(saved[name])
-        else:
-            path.unlink()
+            return fault_of(path, read)
+        finally:
+            path.write_bytes(content)
+
+    return check

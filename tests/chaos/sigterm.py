@@ -46,7 +46,7 @@ PHASES = {
     "first evaluation": Phase("gptjax.evaluation.perplexity", "evaluate"),
     "compiling again": Phase("gptjax.training.trainer", "aot_compile", resumed=True),
     "sampling": Phase("gptjax.tasks.pretrain", "complete", 2),
-    "finishing": Phase("gptjax.tasks.pretrain", "write_figures"),
+    "finishing": Phase("gptjax.tasks.pretrain", "write_report"),
 }
 FULL, SLICE = 2 * len(PHASES), 6
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from tests.chaos.__main__ import CAMPAIGNS, campaign, failures
+from tests.chaos.__main__ import CAMPAIGNS, failures, load_campaign
 
 pytestmark = pytest.mark.chaos
 
 
 @pytest.mark.parametrize("name", CAMPAIGNS)
-def test_nothing_goes_wrong_in_a_slice_of(name):
-    assert not list(failures(name, 0, range(campaign(name).SLICE)))
+def test_campaign_slice_finds_no_fault(name):
+    assert not list(failures(name, 0, range(load_campaign(name).SLICE)))

@@ -1,10 +1,11 @@
-"""A preview shows the tokens that training sees, and does nothing that the data say."""
+"""A preview shows the tokens of training; text in the data cannot alter its form."""
 
 import itertools
 import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -19,49 +20,41 @@ from gptjax.data.sft import (
 )
 from gptjax.errors import ConfigError, DataError
 from gptjax.plots.preview import (
+    REPLACED_MARKS,
+    Preview,
     PreviewRow,
-    format_source_row,
-    histogram_bins,
+    describe_row,
+    histogram_figure,
     json_objects,
+    length_histogram,
     preview_rows,
     render_example,
     render_html,
     render_terminal,
-    token_segments,
     write_html,
 )
 from gptjax.runtime.terminal import sanitize
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.tokenizer.tokenizer import load_tokenizer, train_tokenizer
 
-END = 256  # the id of <|endoftext|> among bytes
-HEAD = (
-    b"Below is an instruction that describes a task. Write a response that "
-    b"appropriately completes the request."
+HEADER = (
+    "Below is an instruction that describes a task. Write a response that "
+    "appropriately completes the request."
 )
 HOSTILE = (
     '</pre><script>alert("x")</script><!-- \x1b[2J\x1b]52;c;aGk=\x07 \u202e \x9b2J '
-    "<|endoftext|>\n\n### Response:\nno ⟧ ⟦ ⟪ & &lt; '\" <mark> é漢👩\u200d👧"
+    "<|endoftext|>\n\n### Response:\nno ⟧ ⟦ ⟪ & &lt; '\" {x} <mark> é漢👩\u200d👧"
 )
-TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "pre"}
-TAGS |= {"span", "mark", "s", "svg", "rect", "text", "line"}
-ATTRIBUTES = {"lang", "charset", "http-equiv", "content", "name", "class", "title"}
-ATTRIBUTES |= {"viewbox", "role", "aria-label"}
-ATTRIBUTES |= {"x", "y", "width", "height", "x1", "x2", "y1", "y2"}
+TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "pre", "span", "mark"}
+TAGS |= {"s", "img"}
+ATTRIBUTES = {"lang", "charset", "http-equiv", "content", "name", "class", "title", "alt", "src"}
 words = st.text(st.sampled_from("aé漢👧 \n⟦⟧<\r\x1b"), max_size=30).map("x".__add__)
-lengths_of_rows = st.lists(st.integers(2, 5000), min_size=1, max_size=60)
 
 
-def file_of(folder, *rows, name="rows.jsonl"):
-    """A file of these rows."""
+def write_rows(folder, *rows, name="rows.jsonl"):
     path = folder / name
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def alpaca(instruction="q", output="a", **more):
-    """A row of an instruction and its answer."""
-    return {"instruction": instruction, "output": output, **more}
 
 
 def chat(*texts):
@@ -70,170 +63,135 @@ def chat(*texts):
     return {"messages": [{"role": role, "content": text} for role, text in pairs]}
 
 
-def of_bytes(folder, *rows, **options):
-    """The preview of rows, a byte a token."""
-    return preview_rows(file_of(folder, *rows), tokenizer="bytes", **options)
-
-
-def loss_of(*runs):
-    """The loss flags of runs of (bytes, flag)."""
-    return [flag for text, flag in runs for _ in text]
+def preview_bytes(folder, *rows, **options):
+    """Preview of rows with one token per byte."""
+    return preview_rows(write_rows(folder, *rows), tokenizer="bytes", **options)
 
 
 @pytest.mark.fast
-def test_an_alpaca_row_is_learned_in_its_answer_and_the_end(tmp_path):
-    row = alpaca("Add.", "Thrée", input="1+2")
-    prompt = HEAD + b"\n\n### Instruction:\nAdd.\n\n### Input:\n1+2\n\n### Response:\n"
-    answer = "Thrée".encode()
+@pytest.mark.parametrize(
+    ("row", "prompts", "answers"),
+    [
+        (
+            {"instruction": "Add.", "output": "Thrée", "input": "1+2"},
+            [f"{HEADER}\n\n### Instruction:\nAdd.\n\n### Input:\n1+2\n\n### Response:\n"],
+            ["Thrée"],
+        ),
+        (
+            chat("Hi", "Ho", "More", "No."),
+            [
+                f"{HEADER}\n\n### Instruction:\nHi\n\n### Response:\n",
+                "\n\n### Instruction:\nMore\n\n### Response:\n",
+            ],
+            ["Ho", "No."],
+        ),
+    ],
+)
+def test_rows_are_rendered_by_the_template_and_trained_on_the_answers(
+    tmp_path, row, prompts, answers
+):
+    [found] = json_objects(preview_bytes(tmp_path, row))
+    [everything] = json_objects(preview_bytes(tmp_path, row, completion_only_loss=False))
 
-    [found] = json_objects(of_bytes(tmp_path, row))
-
-    assert found == {
-        "text": (prompt + answer).decode() + "<|endoftext|>",
-        "tokens": [*prompt, *answer, END],
-        "loss_mask": [0] * len(prompt) + [1] * len(answer) + [1],
-        "num_truncated": 0,
-        "dropped": False,
-    }
-
-
-def test_each_answer_of_a_conversation_is_learned(tmp_path):
-    first = HEAD + b"\n\n### Instruction:\nHi\n\n### Response:\n"
-    second = b"\n\n### Instruction:\nMore\n\n### Response:\n"
-
-    [found] = json_objects(of_bytes(tmp_path, chat("Hi", "Ho", "More", "No.")))
-
-    assert found["tokens"] == [*first, *b"Ho", END, *second, *b"No.", END]
-    assert found["loss_mask"] == loss_of(
-        (first, 0), (b"Ho", 1), ("E", 1), (second, 0), (b"No.", 1), ("E", 1)
-    )
-
-
-def test_all_but_the_first_token_is_learned_where_prompts_are_too(tmp_path):
-    [masked] = json_objects(of_bytes(tmp_path, alpaca()))
-    [every] = json_objects(of_bytes(tmp_path, alpaca(), completion_only_loss=False))
-
-    assert every["tokens"] == masked["tokens"]
-    assert sum(masked["loss_mask"]) == 2
-    assert every["loss_mask"] == [0] + [1] * (len(every["tokens"]) - 1)
+    ids, loss_mask = [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids += [*prompt.encode(), *answer.encode(), 256]
+        loss_mask += [0] * len(prompt.encode()) + [1] * (len(answer.encode()) + 1)
+    assert (found["tokens"], found["loss_mask"]) == (ids, loss_mask)
+    assert (found["num_truncated"], found["dropped"]) == (0, False)
+    assert (everything["tokens"], everything["loss_mask"]) == (ids, [0] + [1] * (len(ids) - 1))
 
 
 @pytest.fixture(scope="module")
-def own_bpe(tmp_path_factory):
+def bpe(tmp_path_factory):
     """The folder of a tokenizer whose tokens split characters."""
     folder = tmp_path_factory.mktemp("bpe")
     train_tokenizer(["é漢 漢👧 👧 é\n" * 9], 262).save(folder)
     return folder
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=25, derandomize=True, deadline=None)
 @given(
-    talks=st.lists(st.lists(words, min_size=2, max_size=4), min_size=1, max_size=3),
+    chats=st.lists(st.lists(words, min_size=2, max_size=4), min_size=1, max_size=3),
     context=st.integers(1, 120),
-    mask=st.booleans(),
+    completion_only_loss=st.booleans(),
     own=st.booleans(),
     template=st.sampled_from(["alpaca", "phi3", "chatml", "qa"]),
 )
-def test_rows_are_those_of_training(own_bpe, talks, context, mask, own, template):
-    rows = [chat(*texts[: len(texts) // 2 * 2]) for texts in talks]
-    path, tokenizer = file_of(own_bpe, *rows), str(own_bpe) if own else "bytes"
-    options = {"chat_template": template, "tokenizer": tokenizer, "completion_only_loss": mask}
+def test_rows_are_those_of_training(bpe, chats, context, completion_only_loss, own, template):
+    rows = [chat(*texts[: len(texts) // 2 * 2]) for texts in chats]
+    path, name = write_rows(bpe, *rows), str(bpe) if own else "bytes"
+    options = {"tokenizer": name, "completion_only_loss": completion_only_loss}
 
-    preview = preview_rows(path, context=context, **options)
+    preview = preview_rows(path, chat_template=template, context=context, **options)
 
-    known, shape = load_tokenizer(tokenizer), load_chat_template(template)
-    pieces = [shape.segments(row.conversation.messages) for row in preview.rows]
-    kinds = TRAIN_ON_COMPLETIONS if mask else TRAIN_ON_ALL
-    trained = truncate_all([encode_segments(known, piece, kinds) for piece in pieces], context)
+    tokenizer, chat_template = load_tokenizer(name), load_chat_template(template)
+    train_on = TRAIN_ON_COMPLETIONS if completion_only_loss else TRAIN_ON_ALL
+    segments = [chat_template.segments(row.conversation.messages) for row in preview.rows]
+    trained = truncate_all([encode_segments(tokenizer, s, train_on) for s in segments], context)
     found = list(json_objects(preview))
     kept = [one for one in found if not one["dropped"]]
     for one, trained_on in zip(kept, trained.examples, strict=True):
-        batch = collate([[trained_on]], context, known.eot_token)
+        batch = collate([[trained_on]], context, tokenizer.eot_token)
         size = len(one["tokens"]) - 1
         assert one["tokens"][:-1] == batch["tokens"][0, :size].tolist()
         assert one["tokens"][1:] == batch["targets"][0, :size].tolist()
         assert one["loss_mask"][1:] == batch["loss_weights"][0, :size].tolist()
         assert not batch["loss_weights"][0, size:].any()
     for one, row in zip(found, preview.rows, strict=True):
-        assert one["text"] == known.decode(one["tokens"])
         assert len(one["loss_mask"]) == len(one["tokens"]) == len(row.ids) - one["num_truncated"]
         assert one["loss_mask"][0] == 0
         assert not (one["dropped"] and any(one["loss_mask"]))
-        assert row.text == "".join(part.text for part in token_segments(known, row))
-    assert (preview.num_truncated, preview.num_dropped) == (
-        trained.num_truncated,
-        trained.num_dropped,
-    )
+        # Characters stay whole, however their tokens differ.
+        text = re.sub(r"\x1b\[[\d;]*m", "", render_example(tokenizer, row, True))
+        assert text == sanitize(tokenizer.decode(row.ids)).translate(REPLACED_MARKS)
+    assert sum(row.num_truncated > 0 for row in preview.rows) == trained.num_truncated
+    assert sum(row.dropped for row in preview.rows) == trained.num_dropped
     assert preview.num_trained == sum(sum(x.loss_mask) for x in trained.examples)
     assert preview.num_tokens == sum(len(x.ids) for x in trained.examples)
 
 
-@pytest.mark.parametrize(("length", "cut"), [(31, 0), (32, 0), (33, 0), (34, 1), (320, 287)])
-def test_rows_are_cut_at_the_front_to_the_context_and_one_more(tmp_path, length, cut):
-    question = "q" * (length - len("Q: \nA: ab") - 1)
+@pytest.mark.parametrize(
+    ("question", "answer", "truncated", "trained"),
+    [
+        (23, 2, 0, 3),  # 33 tokens: the context and one more target
+        (24, 2, 1, 3),
+        (300, 2, 277, 3),
+        (1, 31, 7, 32),
+        (1, 32, None, 0),  # the answer alone does not fit
+    ],
+)
+def test_rows_are_truncated_from_the_left_to_the_context(
+    tmp_path, question, answer, truncated, trained
+):
+    row = chat("q" * question, "a" * answer)
 
-    preview = of_bytes(tmp_path, chat(question, "ab"), context=32, chat_template="qa")
+    preview = preview_bytes(tmp_path, row, context=32, chat_template="qa")
 
     [found] = json_objects(preview)
-    whole = f"Q: {question}\nA: ab<|endoftext|>"
-    assert (preview.lengths, preview.rows[0].text) == ([length], whole)
-    assert found["text"] == whole[cut:]
-    assert (found["num_truncated"], found["dropped"]) == (cut, False)
-    assert found["loss_mask"] == [0] * (length - cut - 3) + [1, 1, 1]
-    assert preview.num_truncated == (cut > 0)
     text = render_terminal(preview, 1, False, 80)
-    assert (f"the first {cut:,} are truncated" in text) == (cut > 0)
+    whole = f"Q: {'q' * question}\nA: {'a' * answer}<|endoftext|>"
+    assert found["text"] == whole[truncated or 0 :]
+    assert (found["num_truncated"], found["dropped"]) == (truncated or 0, truncated is None)
+    assert sum(found["loss_mask"]) == trained
+    assert (f"the first {truncated} are truncated" in text) == bool(truncated)
+    assert ("; dropped: the last answer" in text) == (truncated is None)
 
 
-@pytest.mark.parametrize("skipped", [False, True])
-def test_a_row_is_skipped_when_its_answer_alone_does_not_fit(tmp_path, skipped):
-    row = chat("q", "a" * (31 + skipped))
+def test_terminal_marks_trained_and_truncated_tokens_with_and_without_color(tmp_path):
+    rows = [chat("⟦Hi", "Ho\n\n<|endoftext|>", "More", "No."), chat("q" * 200, "end")]
+    preview = preview_bytes(tmp_path, *rows, chat_template="qa", context=60)
 
-    preview = of_bytes(tmp_path, row, context=32, chat_template="qa")
+    plain, color = (render_terminal(preview, 2, use_color, 80) for use_color in (False, True))
 
-    [found] = json_objects(preview)
-    assert found["dropped"] == skipped == preview.num_dropped
-    assert sum(found["loss_mask"]) == preview.num_trained == (0 if skipped else 32)
-    assert len(found["tokens"]) == (41 if skipped else 33)
-    assert found["num_truncated"] == (0 if skipped else 40 - 33)
-    assert ("; dropped: the last answer" in render_terminal(preview, 1, True, 80)) == skipped
-    assert preview.num_tokens == (0 if skipped else 33)
-
-
-def test_a_terminal_underlines_what_is_learned(tmp_path):
-    preview = of_bytes(tmp_path, alpaca("Why?", "So.\n\nOr so."))
-
-    text = render_terminal(preview, 1, True, 80)
-
-    [row] = re.findall(r"\n}\n\n(.*)\n\ntokens: ", text, re.DOTALL)
-    assert re.findall(r"\x1b\[32;4m([^\x1b]*)\x1b\[0m", row) == ["So.", "Or so."]
-    assert row.endswith("\x1b[32;4;7m<|endoftext|>\x1b[0m")
-    assert "\x1b[2mWhy?\x1b[0m" in row
-    assert re.sub(r"\x1b\[[\d;]*m", "", row) == preview.rows[0].text
-
-
-def test_marks_surround_what_is_learned_where_there_is_no_colour(tmp_path):
-    rows = [chat("Hi", "Ho", "More", "No."), chat("q" * 200, "end")]
-    preview = of_bytes(tmp_path, *rows, chat_template="qa", context=60)
-
-    text = render_terminal(preview, 2, False, 80)
-
-    assert "Q: Hi\nA: ⟦Ho<|endoftext|>⟧\nQ: More\nA: ⟦No.<|endoftext|>⟧\n" in text
-    assert f"⟪Q: {'q' * 147}⟫{'q' * 53}\nA: ⟦end<|endoftext|>⟧\n" in text
-    assert "\x1b" not in text
-
-
-@pytest.mark.parametrize("colour", [False, True])
-@pytest.mark.parametrize("context", range(20, 27))
-def test_characters_stay_whole_where_their_tokens_differ(tmp_path, context, colour):
-    row = {**chat("漢字" * 4, "é👩\u200d👧"), "system": "é"}
-    preview = of_bytes(tmp_path, row, context=context, completion_only_loss=False)
-
-    text = render_example(preview.tokenizer, preview.rows[0], colour)
-
-    assert preview.rows[0].num_truncated
-    assert re.sub(r"\x1b\[[\d;]*m|[⟦⟧⟪⟫]", "", text) == preview.rows[0].text
-    assert "\ufffd" not in text
+    first = "Q: \ufffdHi\nA: ⟦Ho\n\n<|endoftext|><|endoftext|>⟧\nQ: More\nA: ⟦No.<|endoftext|>⟧\n"
+    assert first in plain
+    assert f"⟪Q: {'q' * 147}⟫{'q' * 53}\nA: ⟦end<|endoftext|>⟧\n" in plain
+    assert "\x1b" not in plain
+    # Each line has a code of its own, and only the end token is inverted.
+    green, inverted = "\x1b[32;4m{}\x1b[0m".format, "\x1b[32;4;7m<|endoftext|>\x1b[0m"
+    assert f"{green('Ho')}\n\n{green('<|endoftext|>')}{inverted}\n\x1b[2mQ: More" in color
+    assert f"\x1b[2;9mQ: {'q' * 147}\x1b[0m\x1b[2m" in color
 
 
 class Page(HTMLParser):
@@ -249,7 +207,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         self.attributes |= {name for name, _ in attrs}
-        if tag != "meta":
+        if tag not in ("meta", "img"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -260,149 +218,99 @@ class Page(HTMLParser):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
-def test_hostile_texts_do_nothing(tmp_path, tokenizer):
-    rows = [alpaca(HOSTILE, HOSTILE, other="\ud800\x9b"), alpaca("a", HOSTILE * 40)]
-    path = file_of(tmp_path, *rows, name="<b>\x1b[2J&.jsonl")
-    preview = preview_rows(path, tokenizer=tokenizer)
+def test_hostile_texts_change_neither_terminal_nor_page(tmp_path):
+    rows = [
+        {"instruction": HOSTILE, "output": HOSTILE, "other": "\ud800\x9b"},
+        {"instruction": "a", "output": HOSTILE * 40},
+    ]
+    path = write_rows(tmp_path, *rows, name="<b>\x1b[2J&.jsonl")
+    preview = preview_rows(path, tokenizer="gpt2")
 
-    plain, colour = (render_terminal(preview, 2, codes, 80) for codes in (False, True))
+    plain, color = (render_terminal(preview, 2, codes, 80) for codes in (False, True))
     write_html(preview, tmp_path / "page.html", 2)
 
     assert plain == sanitize(plain)
-    without = re.sub(r"\x1b\[(32;4|2|2;9)(;7)?m([^\x1b]*)\x1b\[0m", r"\3", colour)
-    assert without == sanitize(without)
-    assert plain.count("\n### Response:\n") == 2
-    assert preview.rows[0].ids.count(preview.tokenizer.eot_token) == 1
+    uncolored = re.sub(r"\x1b\[(32;4|2|2;9)(;7)?m([^\x1b]*)\x1b\[0m", r"\3", color)
+    assert uncolored == sanitize(uncolored)
     assert re.search(r"trained: \d+, ends: 1$", plain, re.MULTILINE)
-    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = Page(text)
     assert (page.tags - TAGS, page.attributes - ATTRIBUTES) == (set(), set())
     for row in preview.rows:
-        assert sanitize(row.text).replace("\n", "↵\n") in page.text
+        tokens_text = sanitize(preview.tokenizer.decode(row.ids))
+        assert tokens_text.replace("\n", "↵\n") in page.text
+    assert not re.search(r"https?:|url\(|href=|@import|<script|src=\"(?!data:image/png;)", text)
+    assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in text
 
 
-def test_the_marks_of_a_row_are_not_those_of_its_text(tmp_path):
-    preview = of_bytes(tmp_path, chat("⟦q⟧", "⟧a⟪"), chat_template="qa")
-
-    text = render_example(preview.tokenizer, preview.rows[0], False)
-
-    assert text == "Q: \ufffdq\ufffd\nA: ⟦\ufffda\ufffd<|endoftext|>⟧"
-
-
-def test_only_the_end_token_itself_looks_like_one(tmp_path):
-    preview = of_bytes(tmp_path, chat("q", "<|endoftext|>"), chat_template="qa")
-
-    text = render_example(preview.tokenizer, preview.rows[0], True)
-    page = render_html(preview, 1)
-
-    twice = [f"\x1b[{code}m<|endoftext|>\x1b[0m" for code in ("32;4", "32;4;7")]
-    assert text.endswith("".join(twice))
-    assert page.count('<mark class="end" title="256">&lt;|endoftext|&gt;</mark>') == 1
-
-
-def test_a_page_needs_nothing_else_and_shows_each_token(tmp_path):
-    row = alpaca("Name it.", "漢 tea", input="cup")
-    preview = preview_rows(file_of(tmp_path, row), context=40)
+def test_page_shows_each_token_with_its_id_and_state(tmp_path):
+    row = {"instruction": "Name it.", "output": "漢 tea<|endoftext|>", "input": "cup"}
+    preview = preview_rows(write_rows(tmp_path, row, row), context=60)
 
     page = render_html(preview, 1)
 
-    assert "content=\"default-src 'none'; style-src 'unsafe-inline'\">" in page
-    for part in ('<meta charset="utf-8">', '<meta name="viewport"', "(prefers-color"):
-        assert part in page
-    assert not re.search(r"https?:|url\(|src=|href=|@import|<script", page)
-    titles = re.findall(r'<(?:mark|span|s)(?: class="end")? title="([\d ]+)">', page)
-    assert [int(i) for title in titles for i in title.split()] == preview.rows[0].ids
-    learned = re.findall(r"<mark[^>]* title=[^>]*>([^<]*)</mark>", page)
-    assert learned == ["漢", " tea", "&lt;|endoftext|&gt;"]
+    boxes = re.findall(r'<(mark|span|s)(?: class="end")? title="([\d ]+)">([^<]*)<', page)
+    assert [int(i) for _, ids, _ in boxes for i in ids.split()] == preview.rows[0].ids
+    trained = "".join(text for tag, _, text in boxes if tag == "mark")
+    assert trained == "漢 tea" + 2 * "&lt;|endoftext|&gt;"
+    assert page.count(' class="end" title="50256"') == page.count("<h2>row ") == 1
     assert "&quot;instruction&quot;: &quot;Name it.&quot;" in page
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 9])
-def test_as_many_rows_are_shown_as_are_asked_for(tmp_path, rows):
-    preview = of_bytes(tmp_path, alpaca(), alpaca())
-
-    text, page = render_terminal(preview, rows, False, 80), render_html(preview, rows)
-
-    assert text.count("\nrow ") == page.count("<h2>row ") == min(rows, 2)
-    assert "rows     2; truncated from the left: 0, dropped" in text
-    assert "template alpaca, tokenizer bytes, context 1,024, trained: compl" in text
-
-
-def test_the_rest_of_a_long_row_is_counted(tmp_path):
-    preview = of_bytes(tmp_path, alpaca("é" * 5000), alpaca())
-
-    text = format_source_row(preview.rows[0])
-
-    whole = json.dumps(preview.rows[0].conversation.source_row, ensure_ascii=False, indent=2)
-    start, rest = text.removesuffix(" more characters)").split("... (")
-    assert whole.startswith(start)
-    assert len(start) + int(rest.replace(",", "")) == len(whole)
-    assert json.loads(format_source_row(preview.rows[1])) == alpaca()
-
-
-def test_a_row_that_is_nested_too_deeply_is_not_shown():
+def test_long_source_rows_are_shortened_and_deeply_nested_ones_are_omitted():
     nested: list = []
     for _ in range(100_000):
         nested = [nested]
+    rows = [
+        PreviewRow(Conversation((), {"x": value}, "f:1"), [], [], 0, False)
+        for value in ("é" * 5000, nested)
+    ]
+    preview = Preview("", "", tuple(rows), load_tokenizer("bytes"), 8)
 
-    text = format_source_row(
-        PreviewRow(Conversation((), {"x": nested}, "f:1"), "", [], [], 0, False)
-    )
+    (_, long, _), (_, deep, _) = (describe_row(preview, number) for number in (1, 2))
 
-    assert text == "(nested too deeply to display)"
-
-
-@given(lengths_of_rows, st.integers(2, 3000))
-def test_each_row_is_in_one_bin(lengths, most):
-    found = histogram_bins(lengths, most)
-
-    assert sum(one.count for one in found) == len(lengths)
-    assert [b.start for b in found[1:]] == [b.stop for b in found[:-1]]
-    for one in found:
-        assert one.count == sum(one.start <= n < one.stop for n in lengths)
-    assert len({b.stop - b.start for b in found[:-1]}) <= 1
-    assert len(found) <= 12
-    spread = min(max(lengths), 2 * max(most, min(lengths))) - min(lengths)
-    assert len(found) >= min(spread // 2, 7)
+    start, rest = long.removesuffix(" more characters)").split("... (")
+    assert len(start) + int(rest.replace(",", "")) == len('{\n  "x": ""\n}') + 5000
+    assert deep == "(nested too deeply to display)"
 
 
-@settings(max_examples=25, derandomize=True, deadline=None)
-@given(lengths_of_rows, st.integers(2, 6000), st.integers(20, 200))
-@example([11, 16], 21, 80)
-def test_the_histogram_counts_all_rows(tmp_path_factory, lengths, context, width):
-    rows = [chat("q" * length, "a") for length in lengths]
-    folder = tmp_path_factory.getbasetemp()
-    preview = of_bytes(folder, *rows, chat_template="qa", context=context)
+@settings(max_examples=30, derandomize=True, deadline=None)
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=60), st.integers(2, 6000))
+@example([11], 21)
+@example([*range(10, 40), 100_000], 21)
+def test_histogram_counts_all_rows_and_marks_the_limit(lengths, max_length):
+    rows = [PreviewRow(Conversation((), {}, ""), [0] * n, [False] * n, 0, False) for n in lengths]
+    preview = Preview("", "", tuple(rows), load_tokenizer("bytes"), max_length - 1)
 
-    text = render_terminal(preview, 0, False, width)
+    counts, edges = length_histogram(preview)
+    lines = render_terminal(preview, 0, False, 80).split("\n")
 
-    most, lines = context + 1, text.split("tokens   rows\n")[1].split("\n")
-    found = [re.match(r" *([\d,]+)(?:–([\d,]+))? \S* ([\d,]+)", x) for x in lines]
-    assert sum(int(match[3].replace(",", "")) for match in found if match) == len(rows)
-    marked = [m for x, m in zip(lines, found, strict=True) if "<- limit" in x]
-    if marked:
-        [ends] = [[int(x.replace(",", "")) for x in m.groups("0")] for m in marked]
-        assert ends[0] <= most <= max(ends[:2])
-    else:
-        assert not min(preview.lengths) <= most <= max(preview.lengths)
-        assert lines[-1].startswith(f"The limit of {most:,} lies ")
-    assert max(map(len, lines[:-1])) <= max(width, 60)
-    assert ('<line x1="' in render_html(preview, 0)) == bool(marked)
+    assert sum(counts) == len(lengths)
+    below_last = [n for n in lengths if n < edges[-2]]
+    assert counts[:-1].tolist() == np.histogram(below_last, edges[:-1])[0].tolist()
+    assert len(counts) <= 12
+    assert len({*np.diff(edges)}) == 1
+    start = next(n for n, line in enumerate(lines) if line.endswith("tokens rows")) + 1
+    found = [re.match(r" *([\d,]+)\+? █* ([\d,]+)", line) for line in lines[start:]]
+    numbers = [[int(x.replace(",", "")) for x in match.groups()] for match in found if match]
+    assert numbers == [[a, b] for a, b in zip(edges, counts, strict=False)]
+    marked = [n for n, line in enumerate(lines[start:]) if "<- limit" in line]
+    inside = bool(edges[0] <= max_length < edges[-1])
+    assert len(marked) == inside
+    assert all(edges[n] <= max_length < edges[n + 1] for n in marked)
+    assert max(map(len, lines[start:])) <= 80
+    axes = histogram_figure(preview).axes[0]
+    assert [list(line.get_xdata()) for line in axes.lines] == [[max_length] * 2] * inside
 
 
-def test_the_page_is_whole_or_not_there(tmp_path):
-    preview = of_bytes(tmp_path, alpaca())
+def test_page_is_written_whole_or_not_at_all(tmp_path):
+    preview = preview_bytes(tmp_path, chat("q", "a"))
 
     write_html(preview, str(tmp_path / "new" / "page.html"), 1)
 
     [page] = (tmp_path / "new").iterdir()
-    assert page.name == "page.html"
     assert page.read_text(encoding="utf-8") == render_html(preview, 1)
-    for path in (tmp_path / "new", page / "more.html"):
-        with pytest.raises(DataError, match="cannot write"):
-            write_html(preview, path, 1)
-
-
-def test_a_context_of_nothing_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"page\.html"):
+        write_html(preview, page / "more.html", 1)
     with pytest.raises(ConfigError, match="context=0 "):
-        of_bytes(tmp_path, alpaca(), context=0)
+        preview_bytes(tmp_path, chat("q", "a"), context=0)
