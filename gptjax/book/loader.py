@@ -7,9 +7,10 @@ generator; these are the batches without dropout, or with training on a GPU.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 
-from gptjax.book.torch_random import TorchGenerator, dataloader_order, torch_randperm
+from gptjax.book.torch_random import TorchGenerator
 from gptjax.config import check_min
 from gptjax.data.lm import Batch
 from gptjax.data.sft import TRAIN_ON_COMPLETIONS, Example, SFTBatching, collate
@@ -52,7 +53,8 @@ class Loader:
         *_, high, low = generator.next_uint32(self.numbers_per_pass).tolist()
         order = list(range(self.items))
         if self.shuffle:
-            order = torch_randperm((high << 32 | low) & (2**63 - 1), self.items)
+            sampler = TorchGenerator((high << 32 | low) & (2**63 - 1))
+            order = sampler.permutation(self.items).tolist()
         stop = self.items - (self.items % self.batch_size if self.drop_last else 0)
         starts = range(0, stop, self.batch_size)
         return [order[start : start + self.batch_size] for start in starts]
@@ -142,13 +144,14 @@ class BookBatches:
     @property
     def batch_shapes(self) -> list[int]:
         """Row lengths that occur in the first epoch."""
-        return sorted({self.max_length(self.batch_indices(n)) for n in range(self.steps_per_epoch)})
+        return sorted({self.max_length(indices) for indices in self.epoch_batches(0)})
 
-    def batch_indices(self, step: int) -> list[int]:
-        """Returns the example indices of a step."""
-        epoch, number = divmod(step, self.steps_per_epoch)
-        order = dataloader_order(self.seed, len(self.examples), epoch)
-        return order[number * self.rows :][: self.rows]
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (one instance per run)
+    def epoch_batches(self, epoch: int) -> BatchIndices:
+        """Returns the example indices of an epoch, counted from 0."""
+        generator = TorchGenerator(self.seed)
+        generator.next_uint32(NUMBERS_PER_SHUFFLED_PASS * epoch)
+        return Loader(len(self.examples), self.rows).start_epoch(generator)
 
     def max_length(self, indices: Iterable[int]) -> int:
         """Returns the positions of the longest of these examples."""
@@ -156,7 +159,8 @@ class BookBatches:
 
     def batch_at(self, step: int) -> Batch:
         """Returns the batch of a training step, counted from 0."""
-        return self.make_batch(self.batch_indices(step))
+        epoch, number = divmod(step, self.steps_per_epoch)
+        return self.make_batch(self.epoch_batches(epoch)[number])
 
     def make_batch(self, indices: Sequence[int]) -> Batch:
         """Returns the examples at these indices, padded to the longest of them."""

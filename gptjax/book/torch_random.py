@@ -16,9 +16,7 @@ multinomial and normal tensors of fewer than 16 numbers use other algorithms and
 implemented.
 """
 
-import functools
 import math
-from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Float32, Int64, UInt32
@@ -114,8 +112,11 @@ class TorchGenerator:
                 f"permutation({n}) is not supported. Use a length from 0 to "
                 f"{MAX_PERMUTATION_LENGTH - 1}."
             )
-        random_numbers = self.next_uint32(max(n - 1, 0)).tolist()
-        return np.array(fisher_yates_shuffle(n, random_numbers), np.int64)
+        order = list(range(n))
+        for i, number in enumerate(self.next_uint32(max(n - 1, 0)).tolist()):  # Fisher-Yates
+            other = i + number % (n - i)
+            order[i], order[other] = order[other], order[i]
+        return np.array(order, np.int64)
 
 
 def check_shape(shape: Shape) -> tuple[int, ...]:
@@ -199,36 +200,3 @@ def cos_sin(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     cosine = np.where(is_even_quadrant, even, odd)
     sine = np.where(is_even_quadrant, odd, even)
     return (np.where((octant - 2) & 4, cosine, -cosine), np.where(octant & 4, -sine, sine))
-
-
-@functools.lru_cache(maxsize=4)
-def dataloader_order(seed: int, rows: int, epoch: int) -> list[int]:
-    """Returns the row order of a shuffling DataLoader in an epoch, counted from 0.
-
-    Assumes no other draws from the generator since `torch.manual_seed(seed)`.
-
-    >>> dataloader_order(123, 5, 0)
-    [3, 1, 0, 2, 4]
-    """
-    draws = mt19937_uint32(seed, 4 * (epoch + 1))[-2:]
-    return torch_randperm((draws[0] << 32 | draws[1]) & (2**63 - 1), rows)
-
-
-def mt19937_uint32(seed: int, count: int) -> list[int]:
-    """Returns the first 32-bit outputs of a Mersenne Twister with this seed."""
-    generator = np.random.RandomState(seed & 0xFFFFFFFF)
-    return generator.randint(0, 1 << 32, count, np.uint32).tolist()
-
-
-def torch_randperm(seed: int, rows: int) -> list[int]:
-    """Returns `torch.randperm(rows)` of a generator with this seed."""
-    return fisher_yates_shuffle(rows, mt19937_uint32(seed, max(rows - 1, 0)))
-
-
-def fisher_yates_shuffle(rows: int, draws: Iterable[int]) -> list[int]:
-    """Returns the Fisher-Yates permutation of `rows` - 1 random numbers."""
-    order = list(range(rows))
-    for n, number in enumerate(draws):
-        other = n + number % (rows - n)
-        order[n], order[other] = order[other], order[n]
-    return order

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from gptjax.book import Loader, TorchGenerator, epochs
 from gptjax.book.schedule import plan_batch_schedule
-from gptjax.book.torch_random import dataloader_order
 from gptjax.config import TrainConfig
 from gptjax.errors import ConfigError
 from tests.torch_peer import import_torch
@@ -42,7 +41,8 @@ def test_epochs_are_those_of_a_dataloader_without_evaluations(sizes, drop_last, 
     items, size = sizes
 
     for n, batches in enumerate(itertools.islice(epochs(items, size, seed, True, drop_last), 3)):
-        order = dataloader_order(seed, items, n)
+        high, low = TorchGenerator(seed).next_uint32(4 * (n + 1)).tolist()[-2:]
+        order = TorchGenerator((high << 32 | low) % 2**63).permutation(items).tolist()
         assert sorted(order) == list(range(items))
         stop = items - items % size if drop_last else items
         assert batches == [order[i : i + size] for i in range(0, stop, size)]
