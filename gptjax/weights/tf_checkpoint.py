@@ -32,7 +32,7 @@ from gptjax.weights.safetensors import read_array
 SSTABLE_MAGIC = 0xDB4775248B80FB57  # last eight bytes of a table
 FOOTER_BYTES = 48  # two block handles, zeros, the magic number
 BLOCK_TRAILER_BYTES = 5  # after each block: compression type and CRC
-MAX_INDEX_BYTES, MAX_CHECKPOINT_FILE_BYTES = 1 << 26, 1 << 16
+MAX_INDEX_BYTES, MAX_CHECKPOINT_STATE_BYTES = 1 << 26, 1 << 16
 MAX_INDEX_ENTRIES = 10_000  # the largest GPT-2 has 580 tensors
 MAX_ENTRY_BYTES = 1_000  # of a key, and of a value
 MAX_TF_AXES = 8
@@ -122,7 +122,7 @@ def find_index_file(folder: Path) -> Path:
     so only plain file names are followed.
     """
     try:
-        text = read_small_file(folder / "checkpoint", MAX_CHECKPOINT_FILE_BYTES)
+        text = read_small_file(folder / "checkpoint", MAX_CHECKPOINT_STATE_BYTES)
         pattern = rb'^model_checkpoint_path: "(\w[\w.-]*)"\r?$'
         if name := re.search(pattern, text, re.MULTILINE):
             return folder / f"{name[1].decode()}.index"
