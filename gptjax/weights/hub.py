@@ -135,10 +135,7 @@ def require_file(repo: Repository, file: str) -> Path:
     """Returns the path of a file in the cache; an error if the hub lacks it."""
     if path := find_file(repo, file):
         return path
-    raise ModelError(
-        f"{repo} has no {file} on the hub, and there is no local folder of this name. "
-        "Check the name and the revision."
-    )
+    raise ModelError(f"{repo} has no {file} on the hub. Check the name and the revision.")
 
 
 def find_file(repo: Repository, file: str) -> Path | None:

@@ -46,6 +46,11 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     offset: int  # in bytes from the start of the file
 
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 @dataclasses.dataclass(frozen=True)
 class SafetensorsReader:
@@ -130,15 +135,10 @@ def parse_header(
     for info in sorted(infos.values(), key=lambda info: info.offset):
         if info.offset != end:
             raise ValueError(f"no tensor starts at byte {end:,}: gap or overlap")
-        end += num_bytes(info)
+        end += info.size
     if end != file_size:
         raise ValueError(f"it has {file_size:,} bytes, but its tensors need {end:,}")
     return infos, metadata
-
-
-def num_bytes(info: TensorInfo) -> int:
-    """Returns the size of a tensor in bytes."""
-    return math.prod(info.shape) * info.dtype.itemsize
 
 
 def parse_entry(path: Path, name: str, fields: Any, data_start: int) -> TensorInfo:
@@ -155,7 +155,7 @@ def parse_entry(path: Path, name: str, fields: Any, data_start: int) -> TensorIn
             if dtype not in SAFETENSORS_DTYPES:
                 raise ValueError(f"{name[:80]!r} has the dtype {dtype[:20]!r}")
             info = TensorInfo(path, SAFETENSORS_DTYPES[dtype], tuple(shape), data_start + first)
-            if num_bytes(info) == last - first and len(shape) <= MAX_TENSOR_AXES:
+            if info.size == last - first and len(shape) <= MAX_TENSOR_AXES:
                 return info
     raise ValueError(f"the header entry of the tensor {name[:80]!r} is not valid")
 

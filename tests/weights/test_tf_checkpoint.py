@@ -7,8 +7,6 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gptjax.errors import ModelError
 from gptjax.weights.tf_checkpoint import (
@@ -42,12 +40,6 @@ DATA = "model.ckpt.data-00000-of-00001"
 def tiny(tmp_path) -> Path:
     """A copy of TensorFlow's checkpoint, to be damaged."""
     return shutil.copytree(FOLDER, tmp_path / "tiny")
-
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory):
-    """A folder for all examples of one test."""
-    return tmp_path_factory.mktemp("openai")
 
 
 def bits(array: np.ndarray) -> tuple:
@@ -165,20 +157,6 @@ def test_files_of_another_length_are_rejected(tiny):
         file.truncate(MAX_INDEX_BYTES + 1)
     with pytest.raises(ModelError, match=f"{MAX_INDEX_BYTES:,}"):
         open_tf_checkpoint(tiny)
-
-
-@settings(derandomize=True, max_examples=50)
-@given(st.binary(max_size=40), st.binary(max_size=80), st.binary(max_size=20))
-def test_random_bytes_are_rejected(scratch, key, value, header):
-    magic = bytes.fromhex("57fb808b247547db")
-    for index in (
-        *(value, value + magic, table(value), table(value, RESTARTS)),
-        index_of((b"a" + key, value)),
-        index_of((b"a", value), header=header),
-        index_of((b"a", entry(key, 64))),
-        index_of((b"a", entry(value, 64))),
-    ):
-        assert not outcome(folder_of(scratch, index, bytes(64)))
 
 
 @pytest.mark.parametrize("flip", [0x01, 0x80])
