@@ -7,12 +7,15 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from gptjax.cli import main
-from gptjax.cli.session import log_to_stdout
+from gptjax.cli.session import log_to_stderr, log_to_stdout
 from gptjax.config import find_config, load_config
+from gptjax.errors import DataError, ResourceError
+from gptjax.runtime.preemption import Interrupted
 
 OPTIONS = ["--model.d_model=8", "--model.n_layers=1", "--model.n_heads=1"]
 OPTIONS += ["--model.context_length=8", "--train.steps=2", "--train.sample_prompt="]
@@ -191,13 +194,60 @@ def test_progress_messages_are_printed_only_while_a_command_trains(capsys):
     assert (logger.level, logger.propagate, list(logger.handlers)) == before
 
 
-def test_ctrl_c_gives_exit_code_130(monkeypatch):
-    def interrupt(name):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (DataError("words of the error"), 2),
+        (ResourceError("words of the error"), 1),
+        (Interrupted("words of the error"), 75),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_the_exit_code_tells_why_a_command_ended(capsys, monkeypatch, error, code):
+    def fail(*args, **options):
+        raise error
 
-    monkeypatch.setattr("gptjax.data.datasets.fetch_dataset", interrupt)
+    monkeypatch.setattr("gptjax.tasks.train.train", fail)
 
-    assert main.main(["data", "fetch", "verdict"]) == 130
+    found, out, err = gptjax(capsys, "train", "tiny", "--run", "nowhere")
+
+    assert found == code
+    assert str(error) in (out if code == 75 else err)
+    assert "Traceback" not in err
+
+
+def test_options_reach_the_library(capsys, monkeypatch):
+    calls = []
+
+    def record(name, result=None):
+        def call(*args, **options):
+            calls.append((name.rpartition(".")[2], *args[-2:], options))
+            return result
+
+        monkeypatch.setattr(f"gptjax.{name}", call)
+
+    record("runtime.cpu_flags.enable_fast_cpu")
+    record("weights.load.load", "model")
+    record("inference.generate.stream", ["..."])
+    record("tasks.train.train")
+    sampling = "--max-new-tokens 3 --temperature 0.5 --top-k 4 --top-p 0.9 --seed 7"
+    more = "--min-p 0.1 --repetition-penalty 1.2 --stop a --stop b --int8 --fast-cpu"
+    changes = "--allow-change data.batch_size --allow-change train.steps --on-spike skip"
+
+    _, out, _ = gptjax(capsys, *f"generate M Hi {sampling} {more}".split())
+    gptjax(capsys, *f"train tiny --run a/b {changes}".split())
+
+    assert out == "Hi...\n"
+    fast_cpu, load, stream, train = calls
+    assert fast_cpu == ("enable_fast_cpu", {})
+    assert load == ("load", "M", log_to_stderr, {"int8": True})
+    assert stream[1:3] == ("model", "Hi")
+    assert stream[3] == {
+        **{"max_new_tokens": 3, "temperature": 0.5, "top_k": 4, "top_p": 0.9, "seed": 7},
+        **{"min_p": 0.1, "repetition_penalty": 1.2, "stop": ("a", "b")},
+    }
+    assert train[1:3] == (load_config(find_config("tiny")), Path("a/b"))
+    assert train[3] == {"allow_change": ("data.batch_size", "train.steps"), "on_spike": "skip"}
 
 
 def test_auto_restart_runs_the_same_command_line_without_it(monkeypatch):
