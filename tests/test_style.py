@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import gptjax
-
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((ROOT / "gptjax").rglob("*.py"))
 FILES = [*PACKAGE, *sorted((ROOT / "tests").rglob("*.py"))]
@@ -40,10 +38,9 @@ IMPORTERS = {  # dependency: the modules that may import it
 }
 # May import modules by name: the peers of a benchmark are optional.
 DYNAMIC_IMPORTERS = {"bench.torch_workloads"}
-FORBIDDEN = {  # they execute what a file says, or belong to another framework
-    *("pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "yaml"),
-    *("torch", "tensorflow"),
-}
+# They execute what a file says, or are other frameworks: no module may import them.
+IMPORTERS |= dict.fromkeys(("pickle", "cloudpickle", "dill", "marshal", "shelve"), ())
+IMPORTERS |= dict.fromkeys(("joblib", "yaml", "torch", "tensorflow"), ())
 IRREGULAR_PARTICIPLES = {
     *("begun", "built", "chosen", "drawn", "found", "given", "heard", "held", "kept"),
     *("known", "left", "lost", "made", "met", "seen", "sent", "shown", "slept"),
@@ -73,17 +70,6 @@ def imports(file):
         for alias in node.names:
             is_plain = isinstance(node, ast.Import)
             yield place, alias.name if is_plain else f"{node.module}.{alias.name}"
-
-
-def test_no_module_imports_pickle_yaml_or_another_framework():
-    found = [
-        place
-        for file in PACKAGE
-        for place, name in imports(file)
-        if name.split(".")[0] in FORBIDDEN
-    ]
-
-    assert not found
 
 
 def test_each_dependency_is_imported_by_one_package_or_module():
@@ -210,15 +196,5 @@ def test_importing_the_package_imports_nothing_heavy():
 
     loaded = {name.split(".")[0] for name in output.split()}
     assert "gptjax" in loaded
-    assert not loaded & ({*IMPORTERS, "jax", "numpy"} - {"lazy_loader"})
-
-
-@pytest.mark.fast
-def test_every_public_name_is_there():
-    assert set(gptjax.__all__) <= set(dir(gptjax))
-    assert all(getattr(gptjax, name) is not None for name in gptjax.__all__)
-
-
-def test_a_name_that_is_not_public_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="GTP"):
-        _ = gptjax.GTP
+    heavy = {*IMPORTERS, "jax", "numpy"} - {"lazy_loader"} - sys.stdlib_module_names
+    assert not loaded & heavy
