@@ -31,20 +31,17 @@ EXPORT_TOLERANCE = 1e-5
 
 
 def export_model(model: Model, layout: str, output_dir: Path) -> str:
-    """Exports the model to `output_dir`, which is created only after verification.
+    """Exports the model and verifies the result; returns a summary for the user.
 
     Args:
         model: from `gptjax.load`.
         layout: "hf" or "book".
-        output_dir: must not exist yet, or be empty.
-
-    Returns:
-        A one-line summary of the export and its verification.
+        output_dir: must not exist yet, or be empty; created only after verification.
 
     Raises:
         ConfigError: the layout is unknown.
-        ModelError: the folder is not empty or cannot be written, or the exported
-            model does not reproduce the logits.
+        ModelError: the folder cannot be used, the format cannot express the model, or
+            the exported model does not reproduce the logits.
     """
     if layout not in EXPORT_WRITERS:
         raise ConfigError(
@@ -70,11 +67,7 @@ def export_model(model: Model, layout: str, output_dir: Path) -> str:
 
 
 def compare_logits(model: Model, reloaded: Model) -> float:
-    """Returns the largest difference of the logits on fixed random tokens.
-
-    Raises:
-        ModelError: the logits differ by more than rounding errors.
-    """
+    """Returns the largest logit difference; ModelError if more than rounding errors."""
     length = min(NUM_CHECK_TOKENS, model.config.context_length)
     rng = np.random.default_rng(0)
     token_BT = jnp.asarray(rng.integers(model.config.vocab_size, size=(1, length)))
@@ -115,11 +108,7 @@ def named_tensors(model: Model, layout: str) -> dict[str, np.ndarray]:
 
 
 def write_hf(model: Model, folder: Path) -> None:
-    """Writes all files that transformers needs, except those of the tokenizer.
-
-    Raises:
-        ModelError: transformers has no equivalent of the classifier.
-    """
+    """Writes all files that transformers needs, except those of the tokenizer."""
     c, eot = model.config, model.tokenizer.eot_token
     if model.labels and (c.pool != "last" or c.head_bias or not c.causal):
         raise ModelError(
@@ -165,11 +154,7 @@ def write_hf(model: Model, folder: Path) -> None:
 
 
 def write_book(model: Model, folder: Path) -> None:
-    """Writes the state dict and the config dictionary of the book (GPT_CONFIG).
-
-    Raises:
-        ModelError: the model is a classifier.
-    """
+    """Writes the state dict and the config dictionary of the book (GPT_CONFIG)."""
     c = model.config
     if model.labels:
         raise ModelError(

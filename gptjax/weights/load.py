@@ -13,7 +13,7 @@ book    safetensors with the names of the book's PyTorch GPTModel, with a
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,7 +37,7 @@ from gptjax.weights.param_map import (
     source_shape,
     unpack_tensor,
 )
-from gptjax.weights.safetensors import open_safetensors
+from gptjax.weights.safetensors import TensorReader, open_safetensors
 from gptjax.weights.tf_checkpoint import open_tf_checkpoint
 
 _LogFn = Callable[[str], None]
@@ -54,30 +54,6 @@ REQUIRED_HF_VALUES = {
 GPT2_HEAD_DIM = 64  # in all sizes of GPT-2 and in the book
 MAX_MODEL_JSON_BYTES = 10_000_000
 BUFFER_ALIGNMENT = 64  # bytes; JAX on CPU uses arrays of this alignment without copying
-
-
-@runtime_checkable  # for the type checks of the tests
-class TensorReader(Protocol):
-    """Reads tensors by name, one at a time."""
-
-    @property
-    def tensors(self) -> Mapping[str, Any]:
-        """Values with `.shape` and `.dtype`, by name."""
-        ...
-
-    def read(self, name: str) -> np.ndarray:
-        """Reads one tensor."""
-        ...
-
-
-class ArrayReader(NamedTuple):
-    """Tensors that are in memory already."""
-
-    tensors: Mapping[str, np.ndarray]
-
-    def read(self, name: str) -> np.ndarray:
-        """Returns one tensor."""
-        return self.tensors[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +127,6 @@ def _open_layout(path: Path, log: _LogFn) -> ModelSource:
     if path.suffix == ".safetensors" and path.is_file():
         files, path = [path], path.parent
     config_path, run_dir = path / "config.json", path.parent
-    reader: TensorReader
     if files:
         reader = open_safetensors(files)
     elif config_path.is_file() and (run_dir / "config.toml").is_file():
@@ -172,14 +147,14 @@ def _open_layout(path: Path, log: _LogFn) -> ModelSource:
         return source
 
 
-def open_latest_checkpoint(checkpoint_dir: Path, log: _LogFn) -> ArrayReader:
+def open_latest_checkpoint(checkpoint_dir: Path, log: _LogFn) -> TensorReader:
     """Reads the parameters of an unfinished run, which may be training."""
     # Orbax, which other layouts do not need, takes as long to import as all else here.
     from gptjax.checkpoint.checkpoint import read_latest_params
 
     step, arrays = read_latest_params(checkpoint_dir)
     log(f"step     {step} of the unfinished run {checkpoint_dir.parent}")
-    return ArrayReader(arrays)
+    return TensorReader(arrays, arrays.__getitem__)
 
 
 def read_chat_template(path: Path) -> str:

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,33 +53,24 @@ class TensorInfo(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class SafetensorsReader:
-    """Reader for the tensors of one or several files."""
+class TensorReader:
+    """Tensors of a model's files, which are read one at a time."""
 
-    tensors: dict[str, TensorInfo]
-    metadata: dict[str, str]
-
-    def read(self, name: str) -> np.ndarray:
-        """Reads one tensor into a new array.
-
-        Raises:
-            ModelError: the file was truncated after it was opened.
-        """
-        info = self.tensors[name]
-        return read_array(info.path, info.offset, info.shape, info.dtype)
+    tensors: Mapping[str, Any]  # values with `.shape` and `.dtype`, by name
+    read: Callable[[str], np.ndarray]
 
 
-def read_array(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Reads an array from the middle of a file."""
-    array = np.empty(shape, dtype)
+def read_array(info: TensorInfo) -> np.ndarray:
+    """Reads a tensor into a new array; ModelError if the file was truncated since."""
+    array = np.empty(info.shape, info.dtype)
     data = array.reshape(-1).view(np.uint8)
     try:
-        with path.open("rb") as file:
-            file.seek(offset)
+        with info.path.open("rb") as file:
+            file.seek(info.offset)
             if file.readinto(data.data) != data.size:
-                raise corrupt_file(path, "it ends inside a tensor")
+                raise corrupt_file(info.path, "it ends inside a tensor")
     except OSError as error:
-        raise corrupt_file(path, error) from error
+        raise corrupt_file(info.path, error) from error
     return array
 
 
@@ -88,25 +79,23 @@ def corrupt_file(path: Path, reason: object) -> ModelError:
     return ModelError(f"cannot use {path}: {reason}. Copy or download the file again.")
 
 
-def open_safetensors(paths: Sequence[Path]) -> SafetensorsReader:
+def open_safetensors(paths: Sequence[Path]) -> TensorReader:
     """Opens files as one collection of tensors; reads only their headers.
 
     Raises:
         ModelError: a file is not valid, or two files have a tensor of the same name.
     """
     tensors: dict[str, TensorInfo] = {}
-    metadata: dict[str, str] = {}
     for path in paths:
-        infos, file_metadata = read_header(path)
+        infos = read_header(path)
         if duplicates := sorted(set(tensors) & set(infos)):
             raise corrupt_file(path, f"another file also has the tensor {duplicates[0]}")
         tensors |= infos
-        metadata |= file_metadata
-    return SafetensorsReader(tensors, metadata)
+    return TensorReader(tensors, lambda name: read_array(tensors[name]))
 
 
-def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Reads the tensor infos, checked against the file size, and the metadata."""
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Reads the tensor infos, checked against the file size."""
     try:
         with path.open("rb") as file:
             file_size = os.fstat(file.fileno()).st_size
@@ -119,16 +108,12 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise corrupt_file(path, str(error)[:400]) from error
 
 
-def parse_header(
-    path: Path, header: Any, data_start: int, file_size: int
-) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def parse_header(path: Path, header: Any, data_start: int, file_size: int) -> dict[str, TensorInfo]:
     """Parses a header, whose tensors must fill the file; ValueError if invalid."""
     if not isinstance(header, dict) or len(header) > MAX_TENSORS:
         raise ValueError(f"its header is not an object of at most {MAX_TENSORS:,} tensors")
     metadata = header.pop("__metadata__", {})
-    if not (
-        isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
-    ):
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("its metadata is not an object of strings")
     infos = {name: parse_entry(path, name, fields, data_start) for name, fields in header.items()}
     end = data_start
@@ -138,7 +123,7 @@ def parse_header(
         end += info.size
     if end != file_size:
         raise ValueError(f"it has {file_size:,} bytes, but its tensors need {end:,}")
-    return infos, metadata
+    return infos
 
 
 def parse_entry(path: Path, name: str, fields: Any, data_start: int) -> TensorInfo:

@@ -12,14 +12,11 @@ CRC-32C, and all are verified. Sizes are checked against the files before memory
 allocated.
 """
 
-import dataclasses
 import io
 import itertools
-import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import google_crc32c
 import ml_dtypes
@@ -27,7 +24,7 @@ import numpy as np
 
 from gptjax.errors import ModelError
 from gptjax.fileio.strict_json import read_small_file
-from gptjax.weights.safetensors import read_array
+from gptjax.weights.safetensors import TensorInfo, TensorReader, read_array
 
 SSTABLE_MAGIC = 0xDB4775248B80FB57  # last eight bytes of a table
 FOOTER_BYTES = 48  # two block handles, zeros, the magic number
@@ -52,45 +49,6 @@ TF_DTYPES = {  # by number in TensorFlow's types.proto
 }
 
 
-class TFTensor(NamedTuple):
-    """Index entry of a tensor."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    path: Path  # data file
-    offset: int  # in the data file, in bytes
-    crc: int  # masked CRC-32C of the data
-
-    @property
-    def size(self) -> int:
-        """Size in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclasses.dataclass(frozen=True)
-class TFCheckpoint:
-    """Reader for the tensors of a TensorFlow checkpoint."""
-
-    index: Path
-    tensors: dict[str, TFTensor]  # sorted by name, as in the index
-
-    def read(self, name: str) -> np.ndarray:
-        """Reads one tensor into a new array.
-
-        Raises:
-            ModelError: its checksum does not match, or the file is truncated.
-        """
-        tensor = self.tensors[name]
-        array = read_array(tensor.path, tensor.offset, tensor.shape, tensor.dtype)
-        if (crc := masked_crc32c(array.tobytes())) != tensor.crc:
-            raise unusable_file(
-                tensor.path,
-                f"the checksum of {name!r} is {crc:08x}, but the index has {tensor.crc:08x}",
-            )
-        return array
-
-
 def unusable_file(path: Path, reason: object) -> ModelError:
     """Returns the error for a corrupt or unsupported file."""
     return ModelError(
@@ -99,7 +57,7 @@ def unusable_file(path: Path, reason: object) -> ModelError:
     )
 
 
-def open_tf_checkpoint(folder: Path) -> TFCheckpoint:
+def open_tf_checkpoint(folder: Path) -> TensorReader:
     """Opens the checkpoint in a folder; reads and checks only its index.
 
     Raises:
@@ -108,11 +66,21 @@ def open_tf_checkpoint(folder: Path) -> TFCheckpoint:
     """
     index = find_index_file(folder)
     try:
-        tensors = parse_tensors(index, read_sstable(read_small_file(index, MAX_INDEX_BYTES)))
-        check_offsets(tensors.values())
+        entries = parse_entries(index, read_sstable(read_small_file(index, MAX_INDEX_BYTES)))
+        tensors = {name: info for name, (info, _) in entries.items()}
+        check_offsets(tensors)
     except (ValueError, OSError) as error:
         raise unusable_file(index, error) from error
-    return TFCheckpoint(index, tensors)
+
+    def read(name: str) -> np.ndarray:
+        array = read_array(tensors[name])
+        found, expected = masked_crc32c(array.tobytes()), entries[name][1]
+        if found != expected:
+            reason = f"the checksum of {name!r} is {found:08x}, but the index has {expected:08x}"
+            raise unusable_file(tensors[name].path, reason)
+        return array
+
+    return TensorReader(tensors, read)
 
 
 def find_index_file(folder: Path) -> Path:
@@ -140,8 +108,10 @@ def find_index_file(folder: Path) -> Path:
     return candidates[0]
 
 
-def parse_tensors(index: Path, entries: list[tuple[bytes, bytes]]) -> dict[str, TFTensor]:
-    """Parses the entries of an index; raises ValueError if one is invalid."""
+def parse_entries(
+    index: Path, entries: list[tuple[bytes, bytes]]
+) -> dict[str, tuple[TensorInfo, int]]:
+    """Parses an index into tensors and masked checksums; ValueError if invalid."""
     if not entries or entries[0][0]:
         raise ValueError("it has no header")
     numbers, messages = parse_proto(entries[0][1])
@@ -156,13 +126,14 @@ def parse_tensors(index: Path, entries: list[tuple[bytes, bytes]]) -> dict[str, 
             f"it requires a reader of version {version[VERSION_MIN_CONSUMER]}, but gptjax "
             "implements version 1"
         )
-    tensors = [parse_tensor(index, num_shards, *pair) for pair in entries[1:]]
-    return {tensor.name: tensor for tensor in tensors}
+    return {
+        name.decode("utf-8"): parse_tensor(index, num_shards, name.decode("utf-8"), value)
+        for name, value in entries[1:]
+    }
 
 
-def parse_tensor(index: Path, num_shards: int, key: bytes, value: bytes) -> TFTensor:
+def parse_tensor(index: Path, num_shards: int, name: str, value: bytes) -> tuple[TensorInfo, int]:
     """Parses one entry of an index."""
-    name = key.decode("utf-8")
     numbers, messages = parse_proto(value)
     if ENTRY_SLICES in messages:
         raise ValueError(f"{name!r} is stored in slices")
@@ -175,22 +146,20 @@ def parse_tensor(index: Path, num_shards: int, key: bytes, value: bytes) -> TFTe
     shape = tuple(parse_proto(a)[0].get(DIM_SIZE, 0) for a in axes.get(SHAPE_DIM, []))
     size = numbers.get(ENTRY_SIZE, 0)
     path = index.with_suffix(f".data-{shard:05d}-of-{num_shards:05d}")
-    offset, crc = numbers.get(ENTRY_OFFSET, 0), numbers.get(ENTRY_CRC32C, 0)
-    tensor = TFTensor(name, shape, TF_DTYPES[dtype_number], path, offset, crc)
-    if len(shape) > MAX_TF_AXES or 0 in shape or SHAPE_UNKNOWN_RANK in rank or tensor.size != size:
+    info = TensorInfo(path, TF_DTYPES[dtype_number], shape, numbers.get(ENTRY_OFFSET, 0))
+    if len(shape) > MAX_TF_AXES or 0 in shape or SHAPE_UNKNOWN_RANK in rank or info.size != size:
         raise ValueError(f"{name!r} has {size:,} bytes and the invalid shape {shape}")
-    return tensor
+    return info, numbers.get(ENTRY_CRC32C, 0)
 
 
-def check_offsets(tensors: Collection[TFTensor]) -> None:
+def check_offsets(tensors: Mapping[str, TensorInfo]) -> None:
     """Raises ValueError unless tensors are inside their files and do not overlap."""
-    order = sorted(tensors, key=lambda tensor: (tensor.path, tensor.offset))
-    for path, group in itertools.groupby(order, key=lambda tensor: tensor.path):
-        end = 0
-        for tensor in group:
-            if tensor.offset < end:
-                raise ValueError(f"{tensor.name!r} overlaps another tensor")
-            end = tensor.offset + tensor.size
+    ends: dict[Path, int] = {}
+    for name, info in sorted(tensors.items(), key=lambda item: item[1].offset):
+        if info.offset < ends.get(info.path, 0):
+            raise ValueError(f"{name!r} overlaps another tensor")
+        ends[info.path] = info.offset + info.size
+    for path, end in ends.items():
         file_size = path.stat().st_size if path.is_file() else 0
         if file_size < end:
             raise ValueError(f"{path.name} has {file_size:,} bytes instead of {end:,}")
