@@ -76,7 +76,8 @@ def attention_figure(model: Model, text: str, layer: int) -> Figure:
             f"{MAX_ATTENTION_TOKENS}. Shorten the text."
         )
     token_BT = jnp.array([ids], jnp.int32)
-    _, activations = apply(config, model.params, token_BT, capture=("attention",))
+    jit_apply = jax.jit(apply, static_argnums=0, static_argnames="capture")
+    _, activations = jit_apply(config, model.params, token_BT, capture=("attention",))
     weight_HTS = np.asarray(activations["attention"][layer, 0], np.float32)
     labels = [token_label(model.tokenizer.decode_bytes([i])) for i in ids]
     heads, min_size = len(weight_HTS), len(ids) * (LABEL_SIZE - 1)  # points; labels stay apart

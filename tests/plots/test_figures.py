@@ -28,6 +28,7 @@ from tests.pictures import (
 from tests.small_models import make_model
 
 BYTES = load_tokenizer("bytes")
+jit_apply = jax.jit(gptjax.apply, static_argnums=0, static_argnames="capture")
 HARD = "$x$ é漢👩\u200d👧😀\tnaïve\r\n\n\x1b[2J\u202e _{^\\frac $ <|endoftext|>"
 
 
@@ -45,7 +46,7 @@ def other():
 def test_attention_figure_shows_the_weights_of_each_head(heads, text):
     model = make_model(n_heads=heads, d_model=24, context_length=32)
     token_BT = jnp.array([BYTES.encode(text)], jnp.int32)
-    _, activations = gptjax.apply(model.config, model.params, token_BT, capture=("attention",))
+    _, activations = jit_apply(model.config, model.params, token_BT, capture=("attention",))
 
     figure = figures.attention_figure(model, text, 1)
 
@@ -64,7 +65,7 @@ def test_attention_figure_shows_the_weights_of_each_head(heads, text):
 @pytest.mark.parametrize("text", ["to be or not", "x" * 128])
 def test_token_losses_equal_a_plain_forward_pass_and_average_to_the_score(model, text):
     ids = [model.tokenizer.eot_token, *model.tokenizer.encode(text)]
-    logit_BTV = gptjax.apply(model.config, model.params, jnp.array([ids[:-1]]))
+    logit_BTV = jit_apply(model.config, model.params, jnp.array([ids[:-1]]))
     logprob_LV = jax.nn.log_softmax(logit_BTV[0, :, :257])
 
     found, loss_L = token_losses(model, text)
@@ -108,7 +109,7 @@ def test_token_loss_figure_of_two_models_shows_the_difference_per_character(mode
 def test_next_token_probs_are_the_softmax_of_the_last_logits(model):
     prompt = "something else " * 9 + "to be"  # longer than the context
     token_BT = jnp.array([BYTES.encode(prompt)[-128:]])
-    logit_BTV = gptjax.apply(model.config, model.params, token_BT)
+    logit_BTV = jit_apply(model.config, model.params, token_BT)
 
     for temperature in (0.5, 2.0):
         found = figures.next_token_probs(model, prompt, 1000, temperature)
