@@ -14,7 +14,7 @@ quick = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     deadline=None,
     derandomize=True,
-    max_examples=40,
+    max_examples=25,
 )
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
 

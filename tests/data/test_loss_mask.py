@@ -31,7 +31,7 @@ from gptjax.training.train_step import init_state
 from tests.data.tables import quick
 from tests.small_models import make_model
 
-CONTEXT, ROWS, EOT = 96, 8, 256
+CONTEXT, ROWS, EOT = 64, 8, 256
 MODEL = make_model(context_length=CONTEXT, n_layers=1, d_model=8)
 CONFIG = RunConfig(model=MODEL.config)
 PREAMBLE = (

@@ -108,13 +108,19 @@ def test_fields_are_unchanged(tmp_path, rows, suffix, batch_size):
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text("aé\n\ud800") | st.floats(-1e9, 1e9),
-    lambda values: st.lists(values) | st.dictionaries(texts, values),
-    max_leaves=4,
+    lambda values: st.lists(values, max_size=2) | st.dictionaries(texts, values, max_size=2),
+    max_leaves=3,
 )
 
 
 @quick
-@given(st.lists(st.dictionaries(st.text("abé\n"), json_values, max_size=3), min_size=1))
+@given(
+    st.lists(
+        st.dictionaries(st.text("abé\n", max_size=3), json_values, max_size=3),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_objects_are_unchanged(tmp_path, objects):
     objects = [row | {"text": "x"} for row in objects]
     source = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, objects)))
@@ -177,7 +183,7 @@ def test_unusable_outputs_are_rejected(tmp_path):
 
 def test_labeling_takes_memory_for_a_batch_only(tmp_path):
     line = json.dumps({"text": "All work and no play. " * 100}) + "\n"
-    source = write(tmp_path / "a.jsonl", line * 1_200)
+    source = write(tmp_path / "a.jsonl", line * 1_000)
     tracemalloc.start()
 
     label(source, tmp_path / "b.jsonl", batch_size=32)
