@@ -1,10 +1,11 @@
 """Stages of a run, shared by all tasks, and the task of a fine-tuning run."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from gptjax.data.bucketing import EpochBatches
 from gptjax.data.text import TEST_SPLIT, VALIDATION_SPLIT
@@ -177,6 +178,16 @@ def load_best_model(run: RunContext) -> Model:
             "--run DIR."
         )
     return load(run.run_dir / "model")
+
+
+def evenly_spaced(items: Sequence[Any], max_items: int) -> list[Any]:
+    """At most `max_items` of the items, evenly spaced.
+
+    >>> evenly_spaced("abcdefg", 3), evenly_spaced([], 3)
+    (['a', 'd', 'g'], [])
+    """
+    chosen = np.linspace(0, len(items) - 1, min(max_items, len(items))).round().astype(int)
+    return [items[n] for n in chosen]
 
 
 def final_split(splits: Mapping[str, Any]) -> str:

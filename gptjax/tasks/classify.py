@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 
 from gptjax.config import RunConfig
 from gptjax.data.classification import ClassificationBatches, LabeledTexts, read_labeled_texts, take
@@ -21,6 +20,7 @@ from gptjax.tasks.builder import (
     FinetuneInputs,
     FinetuneSummary,
     TaskStages,
+    evenly_spaced,
     final_split,
     load_best_model,
     log_done,
@@ -153,13 +153,12 @@ def make_classification_evaluate(
     The best model has the highest validation accuracy; ties go to the lower loss.
     """
     max_train_rows = run.config.train.eval_batches * CLASSIFY_BATCH_SIZE
-    last_row = len(data.ids[TRAIN_SPLIT]) - 1
-    train_subset = np.unique(np.linspace(0, last_row, max_train_rows).round().astype(int))
+    train_subset = evenly_spaced(range(len(data.ids[TRAIN_SPLIT])), max_train_rows)
 
     def evaluate(model: Model, step: int, is_last: bool) -> EvalResult:
         texts, ids = data.rows[TRAIN_SPLIT], data.ids[TRAIN_SPLIT]
         if not is_last:
-            texts, ids = take(texts, train_subset.tolist()), [ids[n] for n in train_subset]
+            texts, ids = take(texts, train_subset), [ids[n] for n in train_subset]
         train_result = evaluate_classifier(model, texts, ids)
         result = evaluate_classifier(model, data.rows[VALIDATION_SPLIT], data.ids[VALIDATION_SPLIT])
         accuracy = result.metrics.accuracy

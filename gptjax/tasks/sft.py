@@ -1,9 +1,7 @@
 """Supervised fine-tuning (SFT) task: conversations to an assistant."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from gptjax.config import DataConfig, RunConfig
 from gptjax.data.conversations import Conversation, read_conversations
@@ -32,6 +30,7 @@ from gptjax.tasks.builder import (
     FinetuneInputs,
     FinetuneSummary,
     TaskStages,
+    evenly_spaced,
     final_split,
     load_best_model,
     log_done,
@@ -221,16 +220,6 @@ def task_exact_matches(responses: list[ResponseEval]) -> dict[str, dict[str, flo
     """Exact match by task, as a field of an event; empty if the data name no tasks."""
     exact = {task: scores["exact_match"] for task, scores in group_scores(responses).items()}
     return {"tasks": exact} if exact else {}
-
-
-def evenly_spaced(items: Sequence[Any], max_items: int) -> list[Any]:
-    """At most `max_items` of the items, evenly spaced.
-
-    >>> evenly_spaced("abcdefg", 3), evenly_spaced([], 3)
-    (['a', 'd', 'g'], [])
-    """
-    chosen = np.linspace(0, len(items) - 1, min(max_items, len(items))).round().astype(int)
-    return [items[n] for n in chosen]
 
 
 def answer_token_limit(model: Model, data: SFTData) -> int:

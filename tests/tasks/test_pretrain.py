@@ -197,12 +197,15 @@ def test_an_allowed_change_is_logged_with_its_step(finished, at_step_8):
     assert losses(at_step_8)[-1] != losses(folder)[-1]
 
 
-def test_a_finished_run_is_not_trained_again(finished):
+def test_a_finished_run_is_not_trained_again(finished, tmp_path):
     config, folder, model, _ = finished
     before = (folder / "metrics.jsonl").read_bytes()
 
     assert_equal(train(config, folder).params, model.params)
     assert (folder / "metrics.jsonl").read_bytes() == before
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert_equal(train(config, tmp_path / "run").params, model.params)
 
 
 def test_a_run_can_be_resumed_on_another_mesh(finished, at_step_8):
