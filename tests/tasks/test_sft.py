@@ -238,7 +238,7 @@ def test_eval_writes_responses_and_judgements(finished, tmp_path, capsys):
 
 def test_an_unreachable_judge_loses_no_response(finished, tmp_path):
     _, folder, model, _ = finished
-    judge = LLMJudge("http://127.0.0.1:9/v1", "nobody", max_attempts=1)
+    judge = LLMJudge("http://127.0.0.1:9/v1", "nobody")
     data, out = str(folder.parent / "rows.jsonl"), tmp_path / "out.jsonl"
 
     with pytest.raises(ModelError, match=r"out\.jsonl"):
