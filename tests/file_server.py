@@ -24,6 +24,7 @@ class Asked:
 
     path: str
     headers: dict[str, str]  # names in lower case
+    body: bytes = b""
 
 
 @contextlib.contextmanager
@@ -34,11 +35,12 @@ def serving(*answers: Answer) -> Iterator[tuple[str, list[Asked]]]:
     class Server(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             headers = {name.lower(): text for name, text in self.headers.items()}
-            asked.append(Asked(self.path, headers))
+            body = self.rfile.read(int(headers.get("content-length", 0)))
+            asked.append(Asked(self.path, headers, body))
             with contextlib.suppress(ConnectionError):
                 answers[min(len(asked), len(answers)) - 1](self)
 
-        do_HEAD = do_GET
+        do_HEAD = do_POST = do_GET
 
         def log_message(self, *args: object) -> None:
             pass

@@ -1,5 +1,6 @@
 """LLM judge: requests, scores, failures of the server, and where the key is sent."""
 
+import json
 import socket
 import sys
 
@@ -16,7 +17,8 @@ from gptjax.evaluation.llm_judge import (
     parse_score,
     summarize_judgements,
 )
-from tests.judge_server import judging, refuses, replies, says
+from tests.file_server import plain
+from tests.judge_server import hangs_up, judging, prompt_in, refuses, replies, says
 
 ROWS = [(f"question {n}", f"truth {n}", f"answer {n}") for n in range(3)]
 KEY = "sk-secret"
@@ -45,7 +47,7 @@ def test_request_is_a_greedy_chat_completion_with_the_book_prompt():
         "integer number only."
     )
     assert [request.path for request in requests] == ["/v1/chat/completions"]
-    assert requests[0].body == {
+    assert json.loads(requests[0].body) == {
         "model": "llama3",
         "messages": [{"role": "user", "content": prompt}],
         "temperature": 0,
@@ -70,7 +72,7 @@ def test_scores_are_parsed_with_common_decorations_and_nothing_else():
 
 
 def test_transient_failures_are_retried_and_lone_surrogates_replaced():
-    for failure in (refuses(500), refuses(429), None):
+    for failure in (refuses(500), refuses(429), hangs_up):
         with judging(failure, failure, says("85 \ud83d")) as (url, requests):
             assert ask(url) == "85 ?"
         assert len(requests) == 3
@@ -81,13 +83,13 @@ def test_transient_failures_are_retried_and_lone_surrogates_replaced():
     [
         (refuses(429, "slow"), 3, "429.*slow.*quota"),
         (refuses(503), 3, "503"),
-        (None, 3, "cannot be reached.*ollama serve"),
+        (hangs_up, 3, "cannot be reached.*ollama serve"),
         (refuses(401, "who?"), 1, "401.*who.*OPENAI_API_KEY"),
         (refuses(404), 1, "404.*/v1.*ollama pull"),
         (refuses(302, Location="/v1/chat/completions"), 1, "302.*redirects"),
         (refuses(307, Location="/v1/chat/completions"), 1, "307.*redirects"),
-        ((200, b"<html>\n\x1b[2J", {}), 1, r"<html>\\n\\x1b\[2J.*/v1"),
-        ((200, b"[" * 100_000, {"Content-Type": "application/json"}), 1, r"\[{200}'"),
+        (plain(b"<html>\n\x1b[2J"), 1, r"<html>\\n\\x1b\[2J.*/v1"),
+        (plain(b"[" * 100_000, Content_Type="application/json"), 1, r"\[{200}'"),
         (replies({"choices": []}), 1, "choices"),
         (replies([]), 1, r"'\[\]'"),
     ],
@@ -191,7 +193,7 @@ def test_each_judgement_arrives_before_the_next_request():
             found.append(judgement)
             assert len(requests) == len(found)
 
-    assert [request.prompt for request in requests] == [judge_prompt(*row) for row in ROWS]
+    assert [prompt_in(request) for request in requests] == [judge_prompt(*row) for row in ROWS]
     assert found[:2] == [Judgement(85, "85", ""), Judgement(None, "Well done!", "")]
     assert found[2][:2] == (None, "")
     assert "status 400" in found[2].error
