@@ -39,6 +39,7 @@ from gptjax.data.token_files import (
 )
 from gptjax.errors import ConfigError, DataError
 from gptjax.fileio.atomic import atomic_path
+from gptjax.runtime.preemption import heartbeat
 from gptjax.tokenizer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 DEFAULT_SHARD_TOKENS = 100_000_000
@@ -223,6 +224,7 @@ def write_prepared(
     writers = {s: ShardWriter(folder, s, dtype, recipe["shard_tokens"]) for s in TEXT_SPLITS}
     spans = iter_split_spans(sources, rule, "encoding")
     for encoded in encode_spans(spans, tokenizer, workers or os.cpu_count() or 1):
+        heartbeat()
         for split, part in encoded.items():
             writers[split].append(*part)
     if not any(writer.counts["documents"] for writer in writers.values()):
