@@ -36,8 +36,6 @@ IMPORTERS = {  # dependency: the modules that may import it
     "tomli_w": ["training.run_dir"],
     "tqdm": ["data.text", "inference.label_file"],
 }
-# May import modules by name: the peers of a benchmark are optional.
-DYNAMIC_IMPORTERS = {"bench.torch_workloads"}
 # They execute what a file says, or are other frameworks: no module may import them.
 IMPORTERS |= dict.fromkeys(("pickle", "cloudpickle", "dill", "marshal", "shelve"), ())
 IMPORTERS |= dict.fromkeys(("joblib", "yaml", "torch", "tensorflow"), ())
@@ -87,13 +85,12 @@ def test_each_dependency_is_imported_by_one_package_or_module():
     assert {(d, p) for d, patterns in IMPORTERS.items() for p in patterns} <= used
 
 
-def test_few_modules_import_others_by_name():
+def test_no_module_imports_others_by_name():
     found = [
         place
         for file in PACKAGE
         for place, name in imports(file)
         if name in ("importlib", "importlib.import_module")
-        and module_name(file) not in DYNAMIC_IMPORTERS
     ]
 
     assert not found

@@ -1,5 +1,5 @@
-"""Benchmarks of gptjax, alone and against PyTorch.
+"""Benchmarks of gptjax on the current machine.
 
-Input: a model preset and the current machine. Output: rates, times and peak memory,
-also as fractions of measured device peaks. Read `suite` first.
+Input: a model preset. Output: rates, times and peak memory, also as fractions of
+measured device peaks. `suite` is `gptjax bench`; `device` is `gptjax bench --device`.
 """

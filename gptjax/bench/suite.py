@@ -1,201 +1,288 @@
-"""Benchmark suite of `gptjax bench`: rates, ratios to PyTorch, fractions of peak.
+"""Benchmark suite of `gptjax bench`: rates and times, and fractions of measured peaks.
 
-A ratio above 1 means that gptjax is faster. Fractions are relative to peaks of this
-machine measured in the same minutes.
+The peaks are measured in the same run, on random or computed values: devices may be
+faster on zeros.
 """
 
+import dataclasses
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
-from gptjax.bench.checkpointing import measure_save_times
-from gptjax.bench.roofline import decode_step_bytes
-from gptjax.bench.runner import Result, Workload, run_interleaved, run_isolated, summarize_rates
-from gptjax.bench.workloads import PROMPT_LENGTH, bench_config
+import jax
+
+from gptjax.bench import workloads
+from gptjax.config import GPTConfig
+from gptjax.errors import ConfigError
+from gptjax.model.attention.dispatch import BACKENDS, resolve_backend
+from gptjax.model.gpt import compute_dtype
+from gptjax.parallel.sharding import use_mesh
 from gptjax.runtime.device import package_versions
 from gptjax.training import estimate
 
-TRAIN_CONTEXT = 256  # tokens per training row
-DECODE_LENGTH = 128  # tokens generated
-PREFILL_LENGTH = 512  # tokens per prompt
-SECONDS_UNIT = "s"  # unit of metrics reported as a time, not a rate
+NEW_TOKENS = 128  # tokens generated after a prompt of PROMPT_LENGTH
+# Matrix size, array bytes, and calls before the host synchronizes: synchronizing takes
+# as long as a small matmul.
+CPU_SIZES: tuple[int, int, int] = 4096, 1 << 30, 1
+ACCELERATOR_SIZES: tuple[int, int, int] = 8192, 1 << 31, 20
+
+DEVICE_PARTS = ("train", "decode", "prefill")  # of `gptjax bench --device`
 
 
-class Benchmark(NamedTuple):
-    """A benchmark, and the peers that have it too."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """Measured model and batch sizes."""
 
-    name: str  # key of WORKLOADS or COMMAND_WORKLOADS
-    tag: str  # part of the metric names
-    unit: str
-    peers: tuple[str, ...]
-    options: dict[str, int]
-
-
-BENCHMARKS = (
-    Benchmark("train", "b2", "tokens/s", ("transformers",), {"rows": 2, "context": TRAIN_CONTEXT}),
-    Benchmark(
-        "train", "b4", "tokens/s", ("transformers", "book"), {"rows": 4, "context": TRAIN_CONTEXT}
-    ),
-    Benchmark("decode", "b1", "tokens/s", ("transformers",), {"rows": 1, "new": DECODE_LENGTH}),
-    Benchmark("decode", "b8", "tokens/s", ("transformers",), {"rows": 8, "new": DECODE_LENGTH}),
-    Benchmark(
-        "prefill", "b1", "tokens/s", ("transformers",), {"rows": 1, "context": PREFILL_LENGTH}
-    ),
-    Benchmark("load", "safetensors", "models/s", ("transformers",), {}),
-    Benchmark("input", "", "bytes/s", ("tiktoken",), {"workers": os.cpu_count() or 1}),
-    Benchmark("import", "", SECONDS_UNIT, (), {}),
-    Benchmark("start", "", SECONDS_UNIT, ("transformers",), {}),
-    Benchmark("compile", "b4", SECONDS_UNIT, (), {"rows": 4, "context": TRAIN_CONTEXT}),
-)
+    config: GPTConfig
+    context: int  # tokens per training row
+    train_batch_sizes: Sequence[int]  # per device, tried until out of memory
+    backends: Sequence[str]  # attention backends in training
+    decode_batch_sizes: Sequence[int]
+    prefill_batch_sizes: Sequence[int]
+    prefill_length: int
+    repeats: int  # timed runs
+    log: Callable[[str], None]
 
 
-class BenchmarkMetric(NamedTuple):
-    """A metric with its name and formatted value."""
+def make_machine_options(preset: str, repeats: int, log: Callable[[str], None]) -> BenchOptions:
+    """Makes the options for a host and its CPU, in float32."""
+    return BenchOptions(
+        config=GPTConfig.preset(preset, dtype="float32", remat="none"),
+        context=256,
+        train_batch_sizes=(2, 4, 8),
+        backends=("auto",),
+        decode_batch_sizes=(1, 8),
+        prefill_batch_sizes=(1,),
+        prefill_length=512,
+        repeats=repeats,
+        log=log,
+    )
 
-    key: str
-    value: float
-    text: str
+
+def make_device_options(preset: str, repeats: int, log: Callable[[str], None]) -> BenchOptions:
+    """Makes the options for an accelerator, in its default dtype."""
+    on_tpu = jax.default_backend() == "tpu"
+    return BenchOptions(
+        config=GPTConfig.preset(preset, remat="none"),
+        context=1024,
+        train_batch_sizes=(4, 8, 16, 32, 64, 128),
+        backends=[name for name in BACKENDS if name != "splash" or on_tpu],  # slow elsewhere
+        decode_batch_sizes=(1, 8, 64),
+        prefill_batch_sizes=(1, 8),
+        prefill_length=1024,
+        repeats=repeats,
+        log=log,
+    )
 
 
-def bench_machine(
-    log: Callable[[str], None],
-    *,
-    preset: str = "gpt2",
-    peers: bool = False,
-    repeats: int = 5,
-    only: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Runs the benchmarks; returns the metrics with the machine and versions.
-
-    Args:
-        log: called with a line per metric.
-        preset: model size.
-        peers: also time PyTorch, interleaved.
-        repeats: timed runs of each side.
-        only: benchmarks to run; all by default.
-
-    Raises:
-        GptjaxError: a peer is not installed.
-    """
+def run_benchmarks(options: BenchOptions, only: Sequence[str]) -> dict[str, Any]:
+    """Runs some of the benchmarks; returns their metrics and those of the machine."""
+    config, device = options.config, jax.devices()[0]
     metrics: dict[str, Any] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "device": device.device_kind,
+        "platform": device.platform,
+        "devices": jax.device_count(),
         "versions": package_versions(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "preset": preset,
-        "repeats": repeats,
+        "dtype": str(compute_dtype(config)),
+        "context": options.context,
+        "repeats": options.repeats,
     }
-    log(f"machine    {metrics['machine']}; XLA_FLAGS={metrics['xla_flags']!r}")
-    for metric in run_benchmarks(preset, repeats, peers, only):
-        metrics[metric.key] = metric.value
-        log(f"{metric.key:<40}{metric.text}")
+    options.log(f"{metrics['devices']} x {metrics['device']}, {metrics['machine']}")
+    options.log(
+        f"{estimate.parameter_count(config):,} parameters, {metrics['dtype']}, "
+        f"T = {options.context}, XLA_FLAGS={metrics['xla_flags']!r}"
+    )
+    if {"train", "decode"} & set(only):
+        only = ["peaks", *only]
+    for part, name, unit, make_work in list_workloads(options):
+        if part in only and (rate := try_measure(options, name, unit, make_work)):
+            metrics[name] = rate
+    if "decode" in only:
+        metrics |= compare_decode(options, metrics)
+    if "train" in only:
+        metrics |= bench_training(options, metrics.get("matmul"))
+    if "save" in only:
+        metrics |= bench_saves(options)
     return metrics
 
 
-def run_benchmarks(
-    preset: str, repeats: int, peers: bool, only: Sequence[str]
-) -> Iterator[BenchmarkMetric]:
-    """Yields the metrics of the selected benchmarks as they are measured."""
-    for benchmark in BENCHMARKS:
-        if not only or benchmark.name in only:
-            yield from run_benchmark(benchmark, preset, benchmark.peers if peers else (), repeats)
-    if not only or "train" in only:
-        yield from measure_train_share(preset, repeats, peers)
-    if not only or "decode" in only:
-        yield from measure_decode_share(preset, repeats)
-        yield from compare_int8_decode(preset, repeats)
-    if not only or "save" in only:
-        for key, seconds in measure_save_times(bench_config(preset), repeats).items():
-            yield range_metric(key, SECONDS_UNIT, summarize_rates(seconds))
+def list_workloads(options: BenchOptions) -> list[tuple[str, str, str, Any]]:
+    """Lists part, metric, unit and workload of everything but training and saving."""
+    config, on_cpu = options.config, jax.default_backend() == "cpu"
+    size, array_bytes, repeats = CPU_SIZES if on_cpu else ACCELERATOR_SIZES
+    make_matmul_work = partial(workloads.make_matmul_work, size, compute_dtype(config), repeats)
+    rows = [
+        ("peaks", "matmul", "FLOP/s", make_matmul_work),
+        ("peaks", "read", "bytes/s", partial(workloads.make_read_work, array_bytes, repeats)),
+        ("peaks", "copy", "bytes/s", partial(workloads.make_copy_work, array_bytes, repeats)),
+        ("load", "load_safetensors", "models/s", partial(workloads.make_load_work, config)),
+        ("input", "input", "bytes/s", partial(workloads.make_prepare_work, os.cpu_count() or 1)),
+        ("import", "import", "s", workloads.make_import_work),
+        ("start", "start", "s", partial(workloads.make_startup_work, config)),
+    ]
+    for batch in options.decode_batch_sizes:
+        make_work = partial(workloads.make_decode_work, config, batch, NEW_TOKENS)
+        rows.append(("decode", f"decode_b{batch}", "tokens/s", make_work))
+        if config.dtype == "float32":
+            make_work = partial(make_work, int8=True)
+            rows.append(("decode", f"int8_decode_b{batch}", "tokens/s", make_work))
+    for batch in options.prefill_batch_sizes:
+        make_work = partial(workloads.make_prefill_work, config, batch, options.prefill_length)
+        rows.append(("prefill", f"prefill_b{batch}", "tokens/s", make_work))
+    return rows
 
 
-def run_benchmark(
-    benchmark: Benchmark, preset: str, peers: tuple[str, ...], repeats: int
-) -> Iterator[BenchmarkMetric]:
-    """Yields rate and memory of a benchmark, alone or against each peer."""
-    name, tag, unit, _, options = benchmark
-    workload = Workload(name, {"preset": preset, **options})
-    if not peers:
-        measured = run_isolated(workload, repeats)
-        yield rate_metric(metric_key(name, tag), unit, measured)
-        yield memory_metric(metric_key(name, tag), measured)
-    for peer in peers:
-        result = run_interleaved(workload, Workload(f"{peer}_{name}", workload.options), repeats)
-        yield from comparison_metrics(name, peer, tag, unit, result)
-        yield memory_metric(metric_key(name, tag), result[0])
-        yield memory_metric(metric_key(name, peer, tag), result[1])
+def try_measure(
+    options: BenchOptions, name: str, unit: str, make_work: Callable[[], workloads.WorkFn]
+) -> float | None:
+    """Logs and returns the median of the rate; None if out of memory.
 
-
-def comparison_metrics(
-    name: str, peer: str, tag: str, unit: str, result: tuple[Result, Result, float]
-) -> Iterator[BenchmarkMetric]:
-    """Yields the rates of both sides of `run_interleaved`, and their ratio."""
-    gptjax_result, peer_result, ratio = result
-    yield rate_metric(metric_key(name, tag), unit, gptjax_result)
-    yield rate_metric(metric_key(name, peer, tag), unit, peer_result)
-    yield plain_metric(metric_key(name, "ratio", peer, tag), ratio)
-
-
-def metric_key(*parts: str) -> str:
-    """Joins the parts of a metric name."""
-    return "_".join(part for part in parts if part)
-
-
-def measure_train_share(preset: str, repeats: int, peers: bool) -> Iterator[BenchmarkMetric]:
-    """Measures training at B = 8, and its fraction of the matmul rate.
-
-    Counts 6 FLOPs per token and matmul parameter.
+    In the unit s, the seconds per unit of work take the place of the rate.
     """
-    workload = Workload("train", {"preset": preset, "rows": 8, "context": TRAIN_CONTEXT})
-    train_result, matmul_result, share = run_interleaved(workload, Workload("matmul", {}), repeats)
-    yield rate_metric("train_b8", "tokens/s", train_result)
-    yield rate_metric("matmul", "FLOP/s", matmul_result)
-    if peers:
-        yield rate_metric(
-            "torch_matmul", "FLOP/s", run_isolated(Workload("torch_matmul", {}), repeats)
-        )
-    config = bench_config(preset)
-    flops_per_token = estimate.flops_per_token(config) - estimate.attention_flops(config)
-    yield plain_metric("train_share_of_matmul_rate_b8", share * flops_per_token)
+    try:
+        rates = workloads.measure_rates(make_work(), options.repeats)
+    except jax.errors.JaxRuntimeError as error:
+        options.log(f"{name:<34}{first_line_of(error)}")
+        return None
+    values = [1 / rate for rate in rates] if unit == "s" else rates
+    median = statistics.median(values)
+    options.log(f"{name:<34}{median:12.4g} {unit} ({min(values):.4g} to {max(values):.4g})")
+    return median
 
 
-def measure_decode_share(preset: str, repeats: int) -> Iterator[BenchmarkMetric]:
-    """Measures decoding of one row, as a fraction of the bandwidth limit."""
-    workload = Workload("decode", {"preset": preset, "rows": 1, "new": DECODE_LENGTH})
-    _, read_result, share = run_interleaved(workload, Workload("bandwidth", {}), repeats)
-    yield rate_metric("read", "bytes/s", read_result)
-    bytes_per_step = decode_step_bytes(bench_config(preset), 1, PROMPT_LENGTH + DECODE_LENGTH / 2)
-    yield plain_metric("decode_share_of_bandwidth_b1", share * bytes_per_step)
+def first_line_of(error: Exception) -> str:
+    """Returns the start of an error message; those of XLA can be pages long."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def compare_int8_decode(preset: str, repeats: int) -> Iterator[BenchmarkMetric]:
-    """Compares decoding with int8 and float32 weights."""
-    for rows in (1, 8):
-        options = {"preset": preset, "rows": rows, "new": DECODE_LENGTH}
-        int8_workload = Workload("decode", {**options, "int8": True})
-        int8_result, _, ratio = run_interleaved(int8_workload, Workload("decode", options), repeats)
-        yield rate_metric(f"int8_decode_b{rows}", "tokens/s", int8_result)
-        yield plain_metric(f"int8_decode_ratio_fp32_b{rows}", ratio)
+def compare_decode(options: BenchOptions, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Compares decoding with the memory roofline, and int8 with float32 weights.
+
+    The fraction of the roofline is tokens/s over B x bandwidth / `decode_step_bytes`,
+    at the average length of the KV cache; the bandwidth is the higher of both rates.
+    """
+    compared = {}
+    bandwidth = max(metrics.get("read", 0.0), metrics.get("copy", 0.0))
+    num_filled = workloads.PROMPT_LENGTH + NEW_TOKENS / 2
+    for rows in options.decode_batch_sizes:
+        rate, int8_rate = (metrics.get(f"{prefix}decode_b{rows}") for prefix in ("", "int8_"))
+        if rate and bandwidth:
+            step_bytes = decode_step_bytes(options.config, rows, num_filled)
+            share = compared[f"decode_share_of_bandwidth_b{rows}"] = (
+                rate / rows * step_bytes / bandwidth
+            )
+            options.log(f"decode, {rows} rows: {share:.1%} of the bandwidth limit")
+        if rate and int8_rate:
+            compared[f"int8_decode_ratio_fp32_b{rows}"] = int8_rate / rate
+    return compared
 
 
-def rate_metric(key: str, unit: str, measured: Result) -> BenchmarkMetric:
-    """Makes a metric of a rate, or of the time per unit, with its range."""
-    if unit == SECONDS_UNIT:
-        measured = Result(1 / measured.median, 1 / measured.high, 1 / measured.low)
-    return range_metric(key, unit, measured)
+def decode_step_bytes(config: GPTConfig, rows: int, num_filled: int | float) -> float:
+    """Minimum bytes read per decode step: E (M + 2 N D S B).
+
+    E is the item size of the compute dtype; M the number of parameters used in matmuls,
+    that is, all but the position table (and but the token table if embeddings are not
+    tied); S the number of filled cache positions of each of B rows.
+    """
+    matmul_flops = estimate.flops_per_token(config) - estimate.attention_flops(config)
+    num_cache_values = 2 * config.n_layers * config.d_model * num_filled * rows
+    return compute_dtype(config).itemsize * (matmul_flops / 6 + num_cache_values)
 
 
-def range_metric(key: str, unit: str, measured: Result) -> BenchmarkMetric:
-    """Makes a metric with unit and range."""
-    range_text = f"({measured.low:.4g} to {measured.high:.4g})"
-    return BenchmarkMetric(key, measured.median, f"{measured.median:12.4g} {unit} {range_text}")
+def bench_training(options: BenchOptions, matmul_rate: float | None) -> dict[str, Any]:
+    """Measures each supported backend with growing batches until out of memory.
+
+    The fraction of the matmul rate counts all FLOPs of `estimate.flops_per_token`.
+    """
+    rates: list[dict[str, Any]] = []
+    config = dataclasses.replace(options.config, context_length=options.context)
+    for name in options.backends:
+        try:
+            backend: Any = resolve_backend(
+                name,
+                length=config.context_length,
+                head_dim=config.head_dim,
+                dtype=compute_dtype(config),
+            )
+        except ConfigError as error:
+            options.log(f"train {name}: {error}")
+            continue
+        for rows in options.train_batch_sizes:
+            attention_config = dataclasses.replace(config, attention=backend)
+            try:
+                rate = measure_train_rate(attention_config, rows, options.repeats)
+            except (ConfigError, jax.errors.JaxRuntimeError) as error:
+                options.log(f"train {backend}, {rows} rows: {first_line_of(error)}")
+                break
+            options.log(format_train_rate(rate))
+            rates.append(rate)
+    metrics: dict[str, Any] = {"rates": rates}
+    flops_per_token = estimate.flops_per_token(config) / jax.device_count()
+    for rate in sorted(rates, key=lambda rate: rate["tokens_per_s"]):  # the best one is last
+        best = {
+            f"train_{name}": rate[name] for name in ("attention", "rows", "tokens_per_s", "mfu")
+        }
+        metrics |= best | {f"train_b{rate['rows']}": rate["tokens_per_s"]}
+        metrics[f"compile_b{rate['rows']}"] = rate["compile_seconds"]
+        if matmul_rate:
+            share = rate["tokens_per_s"] * flops_per_token / matmul_rate
+            metrics["train_share_of_matmul_rate"] = share
+            metrics[f"train_share_of_matmul_rate_b{rate['rows']}"] = share
+            options.log(f"train {rate['attention']}, {rate['rows']} rows: {share:.1%} of matmul")
+    return metrics
 
 
-def memory_metric(key: str, measured: Result) -> BenchmarkMetric:
-    """Makes a metric of the peak memory."""
-    return BenchmarkMetric(f"{key}_peak_bytes", measured.peak, estimate.format_bytes(measured.peak))
+def measure_train_rate(config: GPTConfig, rows: int, repeats: int) -> dict[str, Any]:
+    """Times train steps on random tokens, data-parallel over all devices."""
+    devices = jax.device_count()
+    tokens = rows * devices * config.context_length
+    step, state, batch, mesh = workloads.set_up_training(
+        config, rows * devices, config.context_length, devices
+    )
+    started = time.perf_counter()
+    with use_mesh(mesh):
+        compiled = step.lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - started
+    work = workloads.repeat_step(compiled, state, batch, tokens)
+    tokens_per_s = statistics.median(workloads.measure_rates(work, repeats))
+    peak_flops, memory = estimate.total_peak_flops(), compiled.memory_analysis()
+    return {
+        "attention": config.attention,
+        "rows": rows,  # per device
+        "milliseconds": 1e3 * tokens / tokens_per_s,  # per step
+        "tokens_per_s": tokens_per_s,  # all devices together
+        # 6 P + 12 N D T FLOPs per token over the published bfloat16 peak, if known
+        "mfu": tokens_per_s * estimate.flops_per_token(config) / peak_flops if peak_flops else None,
+        "compile_seconds": compile_seconds,
+        # per device; donated arguments are among the outputs
+        "program_bytes": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+    }
 
 
-def plain_metric(key: str, value: float) -> BenchmarkMetric:
-    """Makes a metric of a ratio or fraction."""
-    return BenchmarkMetric(key, value, f"{value:12.3f}")
+def format_train_rate(rate: Mapping[str, Any]) -> str:
+    """Formats a rate as a line of text."""
+    mfu = f", MFU {rate['mfu']:.1%}" if rate["mfu"] else ""
+    return (
+        f"train {rate['attention']:<10} {rate['rows']:>3} rows  "
+        f"{rate['milliseconds']:8.1f} ms/step, {rate['tokens_per_s']:,.0f} tokens/s{mfu}; "
+        f"compiled in {rate['compile_seconds']:.1f} s, "
+        f"{estimate.format_bytes(rate['program_bytes'])} needed"
+    )
+
+
+def bench_saves(options: BenchOptions) -> dict[str, float]:
+    """Measures checkpoints; see `workloads.time_save`."""
+    saves = [workloads.time_save(options.config) for _ in range(1 + options.repeats)][1:]
+    medians = {name: statistics.median(save[name] for save in saves) for name in saves[0]}
+    for name, seconds in medians.items():
+        options.log(f"{name:<34}{seconds:12.4g} s")
+    return medians

@@ -1,28 +1,30 @@
 """The command `gptjax bench`."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import click
 
 from gptjax.cli import arguments
 from gptjax.cli.arguments import PATH, Command, flag_option, list_option, value_option
+from gptjax.config import GPTConfig
 
-PARTS = [*("train", "decode", "prefill", "load", "input", "import", "start", "compile"), "save"]
+PARTS = ("train", "decode", "prefill", "load", "input", "import", "start", "save")
+ATTENTION = get_args(get_type_hints(GPTConfig)["attention"])
 
 
 @click.command("bench", cls=Command)
 @value_option(
     "--preset", default="gpt2", text="GPT-2 size: gpt2, gpt2-medium, gpt2-large or gpt2-xl"
 )
-@flag_option("--peers", text="compare with PyTorch, interleaved")
-@value_option("--repeats", type=int, default=5, text="timed runs of each side")
+@value_option("--repeats", type=click.IntRange(1), default=5, metavar="N", text="timed runs")
 @list_option(
     "--only",
     kind=click.Choice(PARTS),
-    shown="all",
+    shown="all, with --device train,decode,prefill",
     metavar="PART",
     text=f"benchmarks to run: {', '.join(PARTS)}",
 )
@@ -32,67 +34,45 @@ PARTS = [*("train", "decode", "prefill", "load", "input", "import", "start", "co
     "share of the peak",
 )
 @value_option(
-    "--context", type=int, default=1024, metavar="T", text="--device: sequence length in tokens"
+    "--context",
+    type=click.IntRange(1),
+    shown="256, with --device 1024",
+    metavar="T",
+    text="sequence length in training",
 )
 @list_option(
     "--rows",
-    kind=click.INT,
-    default=[4, 8, 16, 32, 64, 128],
+    kind=click.IntRange(1),
+    shown="2,4,8, with --device 4,8,16,32,64,128",
     metavar="N",
-    text="--device: rows per batch, tried until memory is full",
+    text="rows per batch and device in training, tried until memory is full",
 )
 @list_option(
-    "--attention", shown="all that support the device", text="--device: attention backends"
+    "--attention",
+    kind=click.Choice(ATTENTION),
+    shown="auto, with --device all that support it",
+    metavar="NAME",
+    text=f"attention backends in training: {', '.join(ATTENTION)}",
 )
 @value_option("--json", "json_path", type=PATH, text="write all metrics as JSON")
 @arguments.fast_cpu_argument
 def run_bench(
     preset: str,
-    peers: bool,
     repeats: int,
     only: tuple[str, ...],
     device: bool,
-    context: int,
+    context: int | None,
     rows: tuple[int, ...],
     attention: tuple[str, ...],
     json_path: Path | None,
 ) -> None:
     """Measure the speed of training, decoding and startup."""
-    log = functools.partial(print, flush=True)
-    if device and peers:
-        from gptjax.bench.compare_torch import bench_against_torch
+    from gptjax.bench import suite
 
-        metrics = bench_against_torch(
-            log,
-            preset=preset,
-            context=context,
-            repeats=repeats,
-            device_flags=sweep_flags(rows, attention, only),
-            only=only,
-        )
-    elif device:
-        from gptjax.bench.device import bench_device
-        from gptjax.config import GPTConfig
-
-        shape: Any = {"context_length": context, "remat": "none"}
-        config = GPTConfig.preset(preset, **shape)
-        metrics = bench_device(config, log, rows, backends=attention, only=only)
-    else:
-        from gptjax.bench.suite import bench_machine
-
-        metrics = bench_machine(log, preset=preset, peers=peers, repeats=repeats, only=only)
+    make_options = suite.make_device_options if device else suite.make_machine_options
+    options = make_options(preset, repeats, functools.partial(print, flush=True))
+    given: Any = {"context": context, "train_batch_sizes": rows, "backends": attention}
+    options = dataclasses.replace(options, **{name: x for name, x in given.items() if x})
+    metrics = suite.run_benchmarks(options, only or (suite.DEVICE_PARTS if device else PARTS))
     if json_path:
         json_path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-
-
-def sweep_flags(
-    rows: tuple[int, ...], attention: tuple[str, ...], only: tuple[str, ...]
-) -> list[str]:
-    """Flags of `gptjax bench --device` that select what is measured."""
-    lists = {"--rows": rows, "--attention": attention, "--only": only}
-    return [
-        word
-        for flag, values in lists.items()
-        if values
-        for word in (flag, ",".join(map(str, values)))
-    ]

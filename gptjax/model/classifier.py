@@ -31,9 +31,9 @@ def class_logits(
         config: shape of the model, with `n_classes` > 0.
         params: from `gptjax.init`, including "head".
         token_BT: rows padded on the right with any token id.
-        length_B: number of tokens in each row without padding, at least 1.
-        dropout_key: enables dropout; omit it in evaluation.
-        adapters: scaled LoRA adapters.
+        length_B: tokens in each row without padding, at least 1.
+        dropout_key: as in `hidden_states`.
+        adapters: as in `hidden_states`.
     """
     x_BTD, _ = classifier_hidden_states(
         config, params, token_BT, length_B, dropout_key=dropout_key, adapters=adapters
@@ -52,8 +52,7 @@ def classifier_hidden_states(
 ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
     """Computes hidden states of padded rows; no token attends to padding.
 
-    Padding is a segment of its own, except with `config.pool="position"`. Arguments
-    and result are those of `class_logits` and `gptjax.hidden_states`.
+    Padding is a segment of its own, except with `config.pool="position"`.
     """
     segment_id_BT = None
     if config.pool != "position":

@@ -35,14 +35,7 @@ class DecodeLinear(Linear):
 def decode_qkv(
     module: nn.Module, x_BTD: HiddenStates, head_shape: tuple[int, int], use_bias: bool
 ) -> tuple[Float[Array, "B T H K"], ...]:
-    """Computes `project_qkv` with one matmul if the parameters of `module` are fused.
-
-    Args:
-        module: attention module that owns the projections.
-        x_BTD: normalized residual stream.
-        head_shape: (H, K).
-        use_bias: whether the projections have biases.
-    """
+    """Computes `project_qkv`; one matmul if the parameters of `module` are fused."""
     if not module.has_variable("params", "qkv"):
         return project_qkv(x_BTD, head_shape, use_bias, DecodeLinear)
     qkv = DecodeLinear((3, *head_shape), use_bias=use_bias, name="qkv")

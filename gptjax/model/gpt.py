@@ -81,7 +81,7 @@ MAX_UNROLLED_LAYERS = 12  # per iteration of the scan, on one device
 
 
 class BlockInputs(NamedTuple):
-    """Per-token inputs that all blocks share."""
+    """Per-token inputs of all blocks."""
 
     query_position_BT: Int[Array, "B T"]  # index of each query among the keys
     segment_id_BT: Int[Array, "B T"] | None  # document of each token
@@ -96,7 +96,10 @@ def compute_dtype(config: GPTConfig) -> jnp.dtype:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, sec. 3.2.2)."""
+    """Multi-head self-attention of the normalized residual stream.
+
+    Vaswani et al. 2017, sec. 3.2.2.
+    """
 
     config: GPTConfig
     decode: bool = False  # parameters may be in a decode-time layout
@@ -105,16 +108,7 @@ class Attention(nn.Module):
     def __call__(
         self, x_BTD: HiddenStates, cache: KVCache | None, inputs: BlockInputs
     ) -> tuple[HiddenStates, KVCache | None]:
-        """Applies attention; with a cache, appends to it and attends to all it holds.
-
-        Args:
-            x_BTD: normalized residual stream.
-            cache: keys and values of earlier tokens; None in training.
-            inputs: positions and segment ids of the tokens.
-
-        Returns:
-            The output projection, and the updated cache or None.
-        """
+        """Applies attention; with a cache, extends it and attends to all it holds."""
         c = self.config
         shape = c.n_heads, c.head_dim
         if self.decode:
@@ -217,11 +211,7 @@ class GPT(nn.Module):
     ) -> tuple[HiddenStates, Any]:
         """Returns the final hidden states, and the updated cache if one was given.
 
-        Args:
-            token_BT: token ids.
-            position_BT: rows of the position table.
-            cache: None, or a tuple of N `KVCache` (only if not `stacked`).
-            inputs: positions and segment ids, shared by all blocks.
+        The cache is a tuple of N `KVCache`, only if not `stacked`.
         """
         c, dtype = self.config, compute_dtype(self.config)
 
@@ -274,20 +264,16 @@ def scan_blocks(config: GPTConfig, layers: int) -> Any:
 
 
 def residual_init_std(config: GPTConfig) -> float:
-    """Returns the initial standard deviation of projections into the residual stream.
+    """Returns the initial std of the 2N projections that the residual stream adds up.
 
-    It is 0.02 / sqrt(2N), as 2N of them add up (Radford et al. 2019, sec. 2.3).
+    Radford et al. 2019, sec. 2.3.
     """
     return 0.02 / math.sqrt(2 * config.n_layers)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # one program instead of one per leaf
 def init(config: GPTConfig, key: Key[Array, ""]) -> Params:
-    """Initializes float32 parameters with GPT-2's distribution.
-
-    Raises:
-        ConfigError: `config.vocab_size` is 0, its default.
-    """
+    """Initializes float32 parameters with GPT-2's distribution."""
     if not config.vocab_size:
         raise ConfigError(
             "model.vocab_size=0 is not a vocabulary size. Set it to the vocab_size of "
@@ -297,18 +283,6 @@ def init(config: GPTConfig, key: Key[Array, ""]) -> Params:
     inputs = BlockInputs(token_BT, None)
     variables: Any = GPT(config).init(key, token_BT, token_BT, None, inputs, mutable=["params"])
     return variables["params"]
-
-
-def check_inputs(config: GPTConfig, params: Params, token_BT: Any, capture: Sequence[str]) -> None:
-    """Validates the arguments of `hidden_states`, before anything is computed."""
-    check_params(config, params)
-    check_tokens(config, token_BT)
-    check_points("capture", capture)
-
-
-def num_tail_layers(params: Params) -> int:
-    """Number of layers in the stack "tail"; 0 without one."""
-    return jax.tree.leaves(params["tail"])[0].shape[0] if "tail" in params else 0
 
 
 def hidden_states(
@@ -347,11 +321,13 @@ def hidden_states(
         ModelError: `params` belong to another config.
         DataError: a token id outside the vocabulary.
     """
-    check_inputs(config, params, token_BT, capture)
+    check_params(config, params)
+    check_tokens(config, token_BT)
+    check_points("capture", capture)
     positions_1T = jnp.arange(token_BT.shape[1], dtype=jnp.int32)[None]
     query_position_BT = jnp.broadcast_to(positions_1T, token_BT.shape)
     position_BT = query_position_BT if position_BT is None else position_BT
-    num_tail = num_tail_layers(params)
+    num_tail = jax.tree.leaves(params["tail"])[0].shape[0] if "tail" in params else 0
     variables = {"params": params}
     if adapters:
         variables["adapters"] = adapters
@@ -417,11 +393,8 @@ def apply(
 ) -> Any:
     """Computes logits [B, T, V] in float32; pure, so jit, grad and vmap apply.
 
-    Arguments and errors are those of `hidden_states`.
-
-    Returns:
-        The logits; with `capture`, a pair of the logits and
-        {capture point: activations [N, ...]}.
+    Arguments and errors are those of `hidden_states`. With `capture`, returns a pair of
+    the logits and {capture point: activations [N, ...]}.
     """
     x_BTD, activations = hidden_states(
         config,
@@ -453,8 +426,8 @@ def lm_logits(
 
     Args:
         config: shape of the model.
-        unembedding_VD: from `unembedding_matrix`. [V] may be padded (`vocab_multiple`);
-            padding gets the lowest float32, hence probability 0.
+        unembedding_VD: from `unembedding_matrix`; logits of padding rows
+            (`vocab_multiple`) are the lowest float32, hence probability 0.
         x_BTD: final hidden states, with any number of leading axes.
     """
     x_flat = x_BTD.reshape(-1, x_BTD.shape[-1])
@@ -491,8 +464,7 @@ def apply_with_cache(
 
     Args:
         config: shape of the model.
-        params: unstacked, from `gptjax.model.quantization.unstack_layers` or
-            `prepare_decode_params`.
+        params: from `gptjax.model.quantization`, unstacked.
         token_BT: new tokens, consecutive in each row.
         position_BT: their positions, which are also their indices in the cache.
         cache: from `init_cache` or the previous call.

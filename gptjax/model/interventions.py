@@ -89,17 +89,7 @@ def intervention_variables(
     token_shape: tuple[int, ...],
     num_tail_layers: int,
 ) -> dict[str, Any]:
-    """Arranges interventions as a Flax collection of the stacked blocks.
-
-    Args:
-        config: shape of the model.
-        interventions: {name: array}, stacked along N.
-        token_shape: (B, T).
-        num_tail_layers: layers of the stack "tail"; the others are in "blocks".
-
-    Raises:
-        ConfigError: a name is no capture point, or an array has another shape.
-    """
+    """Arranges interventions as a Flax collection of the stacks "blocks" and "tail"."""
     check_points("interventions", interventions)
     split = config.n_layers - num_tail_layers
     stacks = {"blocks": slice(0, split), "tail": slice(split, None)}

@@ -28,12 +28,7 @@ def update_cache(
 ) -> KVCache:
     """Writes the keys and values of T new positions into the cache.
 
-    Args:
-        cache: KV cache of one layer, with room for the new positions.
-        key_BTHK: new keys.
-        value_BTHK: new values.
-        position_BT: index of each new key in the cache; consecutive in a row, and
-            rows may start at different indices.
+    Positions are consecutive in a row; rows may start at different ones.
     """
 
     def update(cached_BHSK: Array, new_BTHK: Array) -> Array:

@@ -33,17 +33,11 @@ class Linear(nn.Module):
     """Linear layer over the last axes of its input, computed as one 2D matmul.
 
     On CPU, XLA runs [B*T, D] @ [D, F] much faster than the batched form.
-
-    Attributes:
-        features: output axes, e.g. (H, K).
-        init_std: standard deviation of the initial kernel.
-        num_input_axes: how many of the last axes of the input are contracted.
-        use_bias: whether to add a bias of shape `features`.
     """
 
-    features: tuple[int, ...]
-    init_std: float = 0.02
-    num_input_axes: int = 1
+    features: tuple[int, ...]  # output axes, e.g. (H, K)
+    init_std: float = 0.02  # of the kernel
+    num_input_axes: int = 1  # last axes of the input that are contracted
     use_bias: bool = True
 
     @nn.compact
@@ -80,14 +74,7 @@ class Linear(nn.Module):
 def project_qkv(
     x_BTD: HiddenStates, head_shape: tuple[int, int], use_bias: bool, linear: type[Linear] = Linear
 ) -> tuple[Float[Array, "B T H K"], ...]:
-    """Projects the normalized residual stream to queries, keys and values.
-
-    Args:
-        x_BTD: normalized residual stream.
-        head_shape: (H, K).
-        use_bias: whether the projections have biases.
-        linear: class of the three layers.
-    """
+    """Projects the normalized residual stream to queries, keys and values."""
     return tuple(linear(head_shape, use_bias=use_bias, name=name)(x_BTD) for name in QKV_NAMES)
 
 
@@ -114,11 +101,7 @@ def embedding_lookup(
 
     Each shard of the batch sums its own gradient of the table before these are summed
     across devices; by default XLA would all-gather the gradients of all positions.
-
-    Args:
-        table: at rest, sharded as a parameter.
-        index: rows to look up.
-        letters: logical axes of the table.
+    `letters` are the logical axes of the table.
     """
     shards = num_batch_shards()
     if not shards or index.shape[0] % shards:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Key
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
 from gptjax.model.layers import Linear
-from gptjax.tree import Params, flatten_with_names
+from gptjax.tree import Params, flatten_with_names, unflatten_names
 
 Adapters = dict[str, Any]
 
@@ -54,35 +54,27 @@ def add_update(
 def match_targets(params: Params, patterns: str) -> list[str]:
     """Returns the layers of a block that match, such as "attention/query".
 
-    Args:
-        params: parameters of the model; only names are used.
-        patterns: `fnmatch` patterns separated by blanks, e.g. "attention/* mlp/up".
-
-    Raises:
-        ConfigError: there is no pattern, or one matches no layer.
+    Patterns are those of `fnmatch`, separated by blanks: "attention/* mlp/up".
     """
     kernels = [
         name.removeprefix("blocks/").removesuffix("/kernel")
         for name in flatten_with_names(params)
         if name.startswith("blocks/") and name.endswith("/kernel")
     ]
-    for pattern in patterns.split():
-        if not fnmatch.filter(kernels, pattern):
-            raise ConfigError(
-                f"finetune.lora_targets: {pattern!r} matches no layer of a block. "
-                f"Choose from {', '.join(kernels)}."
-            )
-    matched = [
-        name
-        for name in kernels
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns.split())
-    ]
-    if not matched:
+    if not patterns.split():
         raise ConfigError(
             "finetune.lora_targets is empty, but LoRA needs at least one layer. Name "
             'some, such as "attention/* mlp/*".'
         )
-    return matched
+    matched: set[str] = set()
+    for pattern in patterns.split():
+        if not (found := fnmatch.filter(kernels, pattern)):
+            raise ConfigError(
+                f"finetune.lora_targets: {pattern!r} matches no layer of a block. "
+                f"Choose from {', '.join(kernels)}."
+            )
+        matched.update(found)
+    return [name for name in kernels if name in matched]
 
 
 def init_adapters(
@@ -94,35 +86,22 @@ def init_adapters(
 
     Args:
         config: shape of the model.
-        params: parameters of the model; only names and shapes are used.
+        params: only names and shapes are used.
         patterns: layers of a block to adapt, see `match_targets`.
         rank: [R], the same for all layers.
         key: JAX key of the initial values.
-
-    Raises:
-        ConfigError: there is no pattern, or one matches no layer.
     """
-    blocks: Adapters = {}
+    leaves, kernels = {}, flatten_with_names(params)
     names = match_targets(params, patterns)
     for name, layer_key in zip(names, jax.random.split(key, len(names)), strict=True):
-        num_inputs, num_outputs = kernel_shape(config, params, name)
-        bound, node = 1 / math.sqrt(num_inputs), blocks
-        *path, last = name.split("/")
-        for step in path:
-            node = node.setdefault(step, {})
-        shape = (config.n_layers, num_inputs, rank)
-        node[last] = {
-            "lora_a": jax.random.uniform(layer_key, shape, minval=-bound, maxval=bound),
-            "lora_b": jnp.zeros((config.n_layers, rank, num_outputs)),
-        }
-    return {"blocks": blocks}
-
-
-def kernel_shape(config: GPTConfig, params: Params, name: str) -> tuple[int, int]:
-    """Returns the shape [I, O] of a layer's kernel as a matrix, [H, K] flattened."""
-    leaf = flatten_with_names(params)[f"blocks/{name}/kernel"]
-    num_inputs = config.mlp_dim if name == "mlp/down" else config.d_model
-    return num_inputs, math.prod(leaf.shape[1:]) // num_inputs
+        # The kernel [I, O] has its [H, K] flattened.
+        num_inputs = config.mlp_dim if name == "mlp/down" else config.d_model
+        num_outputs = math.prod(kernels[f"blocks/{name}/kernel"].shape[1:]) // num_inputs
+        bound, shape = 1 / math.sqrt(num_inputs), (config.n_layers, num_inputs, rank)
+        lora_a = jax.random.uniform(layer_key, shape, minval=-bound, maxval=bound)
+        leaves[f"blocks/{name}/lora_a"] = lora_a
+        leaves[f"blocks/{name}/lora_b"] = jnp.zeros((config.n_layers, rank, num_outputs))
+    return unflatten_names(leaves)
 
 
 def scale_adapters(adapters: Adapters, scale: float | Array) -> Adapters:

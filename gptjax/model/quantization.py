@@ -60,10 +60,10 @@ def prepare_decode_params(params: Params, dtype: Any, int8: bool = False) -> Par
     Embeddings, norms and a classification head stay as they are.
 
     Args:
-        params: from `unstack_layers`.
+        params: from `unstack_layers`; with `int8` from `fake_quantize` before, which
+            makes quantization lossless.
         dtype: dtype of activations.
-        int8: whether to quantize; pass parameters from `fake_quantize`, for which
-            quantization is lossless.
+        int8: whether to quantize.
     """
     on_cpu = jax.default_backend() == "cpu" and dtype == jnp.float32
 

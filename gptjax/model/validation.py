@@ -20,12 +20,7 @@ Shapes = dict[str, tuple[int, ...]]  # by parameter name
 
 
 def check_tokens(config: GPTConfig, token_BT: Any) -> None:
-    """Validates token ids: their shape, their dtype and, unless traced, their range.
-
-    Raises:
-        ConfigError: they are not integers [B, T], or T exceeds the context length.
-        DataError: a token id is outside the vocabulary.
-    """
+    """Validates token ids: their shape, their dtype and, unless traced, their range."""
     shape = tuple(token_BT.shape)
     if len(shape) != 2:
         fix = "Add the axis of rows: tokens[None]." if len(shape) == 1 else ""
@@ -40,10 +35,8 @@ def check_tokens(config: GPTConfig, token_BT: Any) -> None:
             f"{shape[1]} tokens exceed model.context_length={config.context_length}. "
             "Shorten the row or raise the context length."
         )
-    if isinstance(token_BT, jax.core.Tracer):
-        return
-    if not getattr(token_BT, "is_fully_addressable", True):  # on other hosts too
-        return
+    if isinstance(token_BT, jax.core.Tracer) or not getattr(token_BT, "is_fully_addressable", True):
+        return  # ids are unknown, or partly on other hosts
     ids = np.asarray(token_BT)
     outside = ids[(ids < 0) | (ids >= config.vocab_size)]
     if outside.size:
@@ -54,11 +47,7 @@ def check_tokens(config: GPTConfig, token_BT: Any) -> None:
 
 
 def check_params(config: GPTConfig, params: Params) -> None:
-    """Validates names and shapes of parameters; a classification head is optional.
-
-    Raises:
-        ModelError: they are not those of the config.
-    """
+    """Validates names and shapes of parameters; a classification head is optional."""
     expected, found = expected_shapes(config), found_shapes(params)
     if expected == found:
         return
@@ -110,12 +99,10 @@ def found_shapes(params: Params) -> Shapes:
     shapes: Shapes = {}
     for name, leaf in flatten_with_names(params).items():
         stack, _, rest = name.partition("/")
-        if stack == "head":
-            continue
-        if stack == "tail":
-            name = f"blocks/{rest}"
+        name = f"blocks/{rest}" if stack == "tail" else name
         shape = tuple(jnp.shape(leaf))
         if name in shapes and shapes[name][1:] == shape[1:]:
             shape = (shapes[name][0] + shape[0], *shape[1:])
-        shapes[name] = shape
+        if stack != "head":
+            shapes[name] = shape
     return shapes

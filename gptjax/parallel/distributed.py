@@ -44,9 +44,6 @@ def initialize(address: str) -> None:
         address: "auto" under a scheduler that JAX supports (Slurm, Open MPI, GKE, TPU
             pods), else "HOST:PORT,N,I": address of process 0, number of processes,
             index of this one.
-
-    Raises:
-        ConfigError: it is neither, or the other processes cannot be reached.
     """
     options: dict[str, Any] = {}
     if address != "auto":
@@ -83,11 +80,7 @@ def initialize(address: str) -> None:
 
 
 def check_coordinator_port(address: str, port: int) -> None:
-    """Checks that the coordinator's port can be used; JAX would crash otherwise.
-
-    Raises:
-        ConfigError: the port is in use or invalid.
-    """
+    """Checks that the coordinator's port can be used; JAX would crash otherwise."""
     with socket.socket() as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -181,30 +174,19 @@ def process_dir(run_dir: Path) -> Path:
 
 
 def assert_equal(values: Mapping[str, Any]) -> None:
-    """Checks that all processes have the same config, code, data and tokenizer.
-
-    Args:
-        values: JSON-serializable values by the keys `CONSENSUS_KEYS`.
-
-    Raises:
-        ConfigError: a value differs between processes.
-    """
+    """Raises ConfigError if a value of `CONSENSUS_KEYS` differs between processes."""
     if jax.process_count() == 1:
         return
     from jax.experimental.multihost_utils import process_allgather
 
     local_digests = np.stack([json_digest(values.get(name)) for name in CONSENSUS_KEYS])
-    all_digests = np.asarray(process_allgather(local_digests))
+    all_digests = np.asarray(process_allgather(local_digests))  # [process, key, byte]
     different = []
-    for n, name in enumerate(CONSENSUS_KEYS):
-        others = [
-            str(i)
-            for i, process_digests in enumerate(all_digests)
-            if any(process_digests[n] != all_digests[0, n])
-        ]
-        if others:
-            plural = "es" * (len(others) > 1)
-            different.append(f"the {name} of process{plural} {', '.join(others)}")
+    for name, digests in zip(CONSENSUS_KEYS, all_digests.swapaxes(0, 1), strict=True):
+        others = np.flatnonzero((digests != digests[0]).any(axis=1))
+        if others.size:
+            plural = "es" * (others.size > 1)
+            different.append(f"the {name} of process{plural} {', '.join(map(str, others))}")
     if different:
         verb = "differs" if len(different) == 1 else "differ"
         raise ConfigError(
@@ -235,10 +217,6 @@ def any_across_processes(flag: bool) -> bool:
 
 
 def stop_if_any(stop_requested: bool) -> None:
-    """Stops all processes if any was asked to; the trainer saves unsaved progress.
-
-    Raises:
-        Interrupted: any process was asked to stop.
-    """
+    """Raises Interrupted in all processes if any was asked to stop."""
     if any_across_processes(stop_requested):
         raise Interrupted(NOTHING_TO_SAVE)

@@ -22,7 +22,7 @@ from jaxtyping import Array
 
 from gptjax.config import MeshConfig
 from gptjax.errors import ConfigError
-from gptjax.tree import path_str
+from gptjax.tree import flatten_with_names, path_str
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -60,16 +60,9 @@ PARAM_LOGICAL_AXES = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh | None:
-    """Makes the mesh of a run; None for a single device.
+    """Makes the mesh of a run, by default of all devices; None for a single device.
 
     Only "data" spans slices, which are connected by a slower network.
-
-    Args:
-        config: sizes of the mesh axes.
-        devices: all devices of all processes by default.
-
-    Raises:
-        ConfigError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     mesh_shape = resolve_mesh_shape(config, len(devices))
@@ -97,9 +90,6 @@ def resolve_mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, 
 
     >>> resolve_mesh_shape(MeshConfig(data=-1, fsdp=2, tensor=2), 8)
     (2, 2, 2)
-
-    Raises:
-        ConfigError: the sizes do not multiply to the number of devices.
     """
     requested = (config.data, config.fsdp, config.tensor)
     fixed = math.prod(size for size in requested if size != -1)
@@ -115,40 +105,24 @@ def resolve_mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, 
 
 
 def check_divisible(params: Any, mesh: Mesh) -> None:
-    """Checks that every parameter is divisible over the mesh.
-
-    Raises:
-        ConfigError: an axis of a parameter is not.
-    """
-
-    def check(path: Any, leaf: Any) -> None:
-        name = path_str(path)
+    """Raises ConfigError if a parameter is not divisible over the mesh."""
+    for name, leaf in flatten_with_names(params).items():
         letters = logical_axes(name, leaf.ndim) if leaf.ndim else ""
-        for letter, size, axis in zip(
-            letters, leaf.shape, logical_to_spec(letters, PARAM_RULES), strict=True
-        ):
-            num_shards = mesh.shape[axis] if axis else 1
-            if size % num_shards:
-                advice = (
-                    "Set model.vocab_multiple=128 to pad the vocabulary, or choose"
-                    if letter == "V"
-                    else "Choose"
-                )
+        axes = logical_to_spec(letters, PARAM_RULES)
+        for letter, size, axis in zip(letters, leaf.shape, axes, strict=True):
+            if axis and size % mesh.shape[axis]:
+                advice = "Choose"
+                if letter == "V":
+                    advice = "Set model.vocab_multiple=128 to pad the vocabulary, or choose"
                 raise ConfigError(
                     f"parameter {name} has size {size} along {letter}, which is not "
-                    f"divisible by mesh.{axis}={num_shards}. {advice} another "
+                    f"divisible by mesh.{axis}={mesh.shape[axis]}. {advice} another "
                     f"mesh.{axis}."
                 )
 
-    jax.tree_util.tree_map_with_path(check, params)
-
 
 def check_batch_divisible(rows: int, accumulate: int, mesh_shape: Sequence[int]) -> None:
-    """Checks that the rows of each micro-batch are divisible over a mesh shape.
-
-    Raises:
-        ConfigError: they are not.
-    """
+    """Raises ConfigError if a micro-batch is not divisible over a mesh shape."""
     data, fsdp, _ = mesh_shape
     num_shards = data * fsdp
     if rows // accumulate % num_shards:
@@ -162,9 +136,6 @@ def check_batch_divisible(rows: int, accumulate: int, mesh_shape: Sequence[int])
 
 def logical_axes(name: str, num_axes: int) -> str:
     """Logical axes of a parameter, one letter each.
-
-    Raises:
-        ValueError: not exactly one rule of `PARAM_LOGICAL_AXES` matches the name.
 
     >>> logical_axes("blocks/mlp/up/kernel", 3)
     'NDF'
@@ -180,9 +151,6 @@ def logical_axes(name: str, num_axes: int) -> str:
 
 def logical_to_spec(letters: str, rules: Mapping[str, Any]) -> P:
     """Maps logical axes to a partition spec.
-
-    Raises:
-        ValueError: two axes map to the same mesh axis.
 
     >>> logical_to_spec("DF", PARAM_RULES), logical_to_spec("DF", COMPUTE_RULES)
     (P('fsdp', 'tensor'), P(None, 'tensor'))
@@ -290,12 +258,8 @@ def shard_map_local(
 ) -> Callable[..., Array]:
     """Runs a function on each device's shards of its arguments.
 
-    For kernels that the compiler cannot partition.
-
-    Args:
-        function: independent along all sharded axes (rows, heads).
-        in_letters: letters of its arguments.
-        out_letters: letters of its result.
+    For kernels that the compiler cannot partition, and that are independent along all
+    sharded axes (rows, heads).
     """
     if not current_mesh_shape():
         return function
@@ -319,15 +283,7 @@ def shard_map_local(
 
 
 def shard_tree(tree: Any, mesh: Mesh | None) -> Any:
-    """Shards parameters or optimizer state for storage.
-
-    Args:
-        tree: equal in all processes; leaves already on the mesh are not moved.
-        mesh: None returns the tree unchanged.
-
-    Raises:
-        ConfigError: a parameter is not divisible over the mesh.
-    """
+    """Shards parameters or optimizer state, equal in all processes, for storage."""
     if mesh is None:
         return tree
     check_divisible(tree, mesh)
@@ -356,13 +312,7 @@ def local_batch_rows(rows: int, mesh: Mesh | None) -> list[int]:
 
 
 def shard_batch(batch: Any, mesh: Mesh | None, rows: int) -> Any:
-    """Shards a batch by rows.
-
-    Args:
-        batch: arrays of all rows, or of those of `local_batch_rows` only.
-        mesh: None for a single device.
-        rows: number of rows of the global batch.
-    """
+    """Shards a batch of `rows` rows: all of them, or those of `local_batch_rows`."""
     if mesh is None:
         return jax.device_put(batch)
     sharding = NamedSharding(mesh, P(BATCH_AXES))

@@ -31,15 +31,15 @@ from gptjax.training.loss import make_lm_loss_fn
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.train_step import init_state, make_train_step
 
-OOM_PATTERN = re.compile(r"[Uu]sed ([\d.]+)([KMG]) of ([\d.]+)([KMG])")
+OOM_PATTERN = re.compile(r"[Uu]sed ([\d.]+)([KMG]) of [\d.]+[KMG]")
 BYTES_PER_UNIT = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 class CompileReport(NamedTuple):
     """Memory per device and collectives of a compiled step."""
 
-    argument_bytes: int  # bytes of parameters, optimizer state and batch
-    temp_bytes: int  # peak bytes of everything else
+    argument_bytes: int  # of parameters, optimizer state and batch
+    temp_bytes: int  # at peak, of everything else
     fits: bool
     collectives: list[Collective]  # empty if it does not fit
 
@@ -74,15 +74,7 @@ def get_target_devices(topology: Topology) -> list[Any]:
 
 
 def compile_step(config: RunConfig, topology: Topology) -> CompileReport:
-    """Compiles one pretraining step with all parameters trainable.
-
-    Args:
-        config: from `gptjax.training.estimate.resolve_config`.
-        topology: one that `can_compile` accepts.
-
-    Raises:
-        ConfigError: the model does not divide over the mesh.
-    """
+    """Compiles one pretraining step, of a config from `estimate.resolve_config`."""
     devices = get_target_devices(topology)
     mesh_shape = resolve_mesh_shape(config.mesh, len(devices))
     devices = devices[: math.prod(mesh_shape)]
@@ -94,9 +86,10 @@ def compile_step(config: RunConfig, topology: Topology) -> CompileReport:
     check_divisible(state.params, mesh)
     state_shardings = param_shardings(state, mesh)
 
-    def to_shape_struct(leaf: Any, sharding: NamedSharding) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
+    state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        *(state, state_shardings),
+    )
     row_sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     shape = config.data.batch_size, config.model.context_length
     token_struct = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=row_sharding)
@@ -105,19 +98,16 @@ def compile_step(config: RunConfig, topology: Topology) -> CompileReport:
     batch["loss_weights"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=row_sharding)
     loss = make_lm_loss_fn(config.model, config.train.loss_chunk_size)
     step = make_train_step(loss, optimizer, config.train.accumulate)
-    options: dict[str, Any] = {"donate_argnums": 0}
-    options["out_shardings"] = state_shardings, NamedSharding(mesh, PartitionSpec())
+    out_shardings = state_shardings, NamedSharding(mesh, PartitionSpec())
     with use_mesh(mesh):
-        lowered = jax.jit(step, **options).lower(
-            jax.tree.map(to_shape_struct, state, state_shardings), batch
-        )
+        lowered = jax.jit(step, donate_argnums=0, out_shardings=out_shardings).lower(state, batch)
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if found := OOM_PATTERN.search(str(error)):
-            used = float(found[1]) * BYTES_PER_UNIT[found[2]]
-            return CompileReport(0, round(used), False, [])
-        raise
+        if not (found := OOM_PATTERN.search(str(error))):
+            raise
+        used = float(found[1]) * BYTES_PER_UNIT[found[2]]
+        return CompileReport(0, round(used), False, [])
     memory: Any = program.memory_analysis()
     output_bytes = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return CompileReport(

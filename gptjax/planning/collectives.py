@@ -6,7 +6,7 @@ HLO contains each loop body once; its collectives are multiplied by the trip cou
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,11 @@ ARRAY_TYPE_PATTERN = re.compile(r"\b(pred|bf16|[a-z]+\d+\w*)\[([\d,]*)\]")
 COMPUTATION_PATTERN = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 MESH_GROUPS_PATTERN = re.compile(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\S+)? \{(.*?)\}")
 TRIP_COUNT_PATTERN = re.compile(r"known_trip_count[^\d]*(\d+)")
+CONSTANT_PATTERN = re.compile(r"= [us]32\[\]\S* constant\((\d+)\)")
+CALL_PATTERN = re.compile(
+    r"(body|condition|calls|to_apply|branch_computations|called_computations)="
+    r"(\{[^}]*\}|%?[\w.\-]+)"
+)
 
 
 class Collective(NamedTuple):
@@ -47,39 +52,42 @@ class Collective(NamedTuple):
 
 
 def parse_collectives(text: str) -> list[Collective]:
-    """Parses the collectives of a compiled program, in program order.
-
-    Args:
-        text: `compiled.as_text()`.
-    """
-    counts = trip_counts(text)
+    """Parses the collectives of `compiled.as_text()`, in program order."""
+    computations = split_computations(text)
+    counts = trip_counts(computations)
     found: dict[Any, Collective] = {}
-    computation = ""
+    for name, lines in computations.items():
+        for line in lines:
+            match = re.search(r"= (.*?) ([a-z\-]+?)(-start)?\(", line)
+            devices = group_size(line)
+            if not match or match[2] not in RING_TRAFFIC_FACTORS or devices < 2:
+                continue
+            shapes, kind, is_async = match.groups()
+            sizes = [hlo_array_bytes(*pair) for pair in ARRAY_TYPE_PATTERN.findall(shapes)]
+            if is_async and kind == "all-gather":  # the result includes the operands
+                sizes = sizes[len(sizes) // 2 :]
+            if is_async and kind == "collective-permute":  # and context words
+                sizes = sizes[:1]
+            is_split = kind == "all-to-all" and not shapes.startswith("(")
+            size_bytes = sum(sizes) * (devices if kind == "reduce-scatter" or is_split else 1)
+            if name.startswith("all-reduce-scatter"):  # of the TPU compiler
+                kind = "reduce-scatter"
+            # The TPU compiler splits one that overlaps with compute into several.
+            channel = re.search(r"channel_id=(\d+)", line)
+            key = (kind, channel[1], size_bytes) if channel else len(found)
+            found.setdefault(key, Collective(kind, size_bytes, devices, counts[name]))
+    return list(found.values())
+
+
+def split_computations(text: str) -> dict[str, list[str]]:
+    """Splits HLO into the lines of each computation."""
+    computations: dict[str, list[str]] = {}
+    name = ""
     for line in text.splitlines():
         if match := COMPUTATION_PATTERN.match(line):
-            computation = match[1]
-        match = re.search(r"= (.*?) ([a-z\-]+?)(-start)?\(", line)
-        if not match or match[2] not in RING_TRAFFIC_FACTORS:
-            continue
-        kind, shapes = match[2], match[1]
-        sizes = [hlo_array_bytes(*pair) for pair in ARRAY_TYPE_PATTERN.findall(shapes)]
-        devices = group_size(line)
-        if devices < 2:
-            continue
-        if match[3] and kind == "all-gather":  # the result includes the operands
-            sizes = sizes[len(sizes) // 2 :]
-        if match[3] and kind == "collective-permute":  # and context words
-            sizes = sizes[:1]
-        size_bytes = sum(sizes) * (devices if kind == "reduce-scatter" else 1)
-        if computation.startswith("all-reduce-scatter"):  # of the TPU compiler
-            kind = "reduce-scatter"
-        if kind == "all-to-all" and not shapes.startswith("("):
-            size_bytes *= devices
-        # The TPU compiler splits one that overlaps with compute into several.
-        channel = re.search(r"channel_id=(\d+)", line)
-        key = (kind, channel[1], size_bytes) if channel else len(found)
-        found.setdefault(key, Collective(kind, size_bytes, devices, counts.get(computation, 1)))
-    return list(found.values())
+            name = match[1]
+        computations.setdefault(name, []).append(line)
+    return computations
 
 
 def hlo_array_bytes(dtype: str, shape: str) -> int:
@@ -105,45 +113,28 @@ def group_size(line: str) -> int:
     return 2 if "source_target_pairs" in line else 1
 
 
-def loop_bounds(text: str) -> dict[str, int]:
-    """Returns the largest integer constant in each computation.
-
-    The TPU compiler omits trip counts, but a loop's condition compares with one.
-    """
-    bounds: dict[str, int] = {}
-    computation = ""
-    for line in text.splitlines():
-        if match := COMPUTATION_PATTERN.match(line):
-            computation = match[1]
-        elif match := re.search(r"= [us]32\[\]\S* constant\((\d+)\)", line):
-            bounds[computation] = max(bounds.get(computation, 1), int(match[1]))
-    return bounds
-
-
-def trip_counts(text: str) -> dict[str, int]:
+def trip_counts(computations: Mapping[str, Sequence[str]]) -> dict[str, int]:
     """Returns how often each computation of a program is executed."""
-    callers: dict[str, list[tuple[str, int]]] = {}
-    bounds, computation = loop_bounds(text), ""
-    for line in text.splitlines():
-        if match := COMPUTATION_PATTERN.match(line):
-            computation = match[1]
-            callers.setdefault(computation, [])
-            continue
-        count = TRIP_COUNT_PATTERN.search(line)
-        condition = re.search(r"condition=%?([\w.\-]+)", line)
-        trips = int(count[1]) if count else bounds.get(condition[1], 1) if condition else 1
-        for key, names in re.findall(
-            r"(body|condition|calls|to_apply|branch_computations|called_computations)="
-            r"(\{[^}]*\}|%?[\w.\-]+)",
-            line,
-        ):
-            count_per_call = trips if key in ("body", "condition") else 1
-            for name in re.findall(r"[\w.\-]+", names):
-                callers.setdefault(name, []).append((computation, count_per_call))
+    # The TPU compiler omits trip counts, but a loop's condition compares with one.
+    bounds = {
+        name: max((int(n) for line in lines for n in CONSTANT_PATTERN.findall(line)), default=1)
+        for name, lines in computations.items()
+    }
+    callers: dict[str, list[tuple[str, int]]] = {name: [] for name in computations}
+    for caller, lines in computations.items():
+        for line in lines:
+            count = TRIP_COUNT_PATTERN.search(line)
+            condition = re.search(r"condition=%?([\w.\-]+)", line)
+            trips = int(count[1]) if count else bounds.get(condition[1], 1) if condition else 1
+            for key, names in CALL_PATTERN.findall(line):
+                for name in re.findall(r"[\w.\-]+", names):
+                    callers.setdefault(name, []).append(
+                        (caller, trips if key in ("body", "condition") else 1)
+                    )
 
     @functools.cache
     def count_runs(name: str) -> int:
-        return sum(count_runs(caller) * each for caller, each in callers[name]) or 1
+        return sum(count_runs(caller) * count for caller, count in callers[name]) or 1
 
     return {name: count_runs(name) for name in callers}
 
@@ -168,7 +159,7 @@ def estimate_collective_bytes(
         itemsize: bytes per weight and activation; default: from `model.dtype`.
         is_emulated: CPU devices, where XLA uses all-reduce instead of reduce-scatter,
             and reduces separately what it could add first: the two gradients of a tied
-            embedding, and the gradients of the inputs of query, key and value.
+            embedding, and those of the inputs of query, key and value.
     """
     c, (data, fsdp, tensor) = config.model, mesh_shape
     size = itemsize or compute_dtype(c).itemsize

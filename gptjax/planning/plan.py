@@ -104,14 +104,8 @@ class Plan:
 def make_plan(config: RunConfig, topology: Topology, run_compiler: bool) -> Plan:
     """Plans a run on a topology.
 
-    Args:
-        config: `train.accumulate` 0 is replaced by the smallest value that fits.
-        topology: devices of the run.
-        run_compiler: compile the step, which takes a minute or two.
-
-    Raises:
-        ConfigError: the mesh does not fit the devices, or the model or batch size does
-            not fit the mesh.
+    Replaces a `train.accumulate` of 0 by the smallest value that fits. Compiling the
+    step takes a minute or two.
     """
     mesh_shape = resolve_mesh_shape(config.mesh, topology.devices)
     # A run may leave some devices idle.
@@ -140,9 +134,9 @@ def format_plan(plan: Plan) -> list[str]:
     flops = estimate.flops_per_token(model) / 1e9
     causal = estimate.causal_flops_per_token(model) / 1e9
     micro_batch = rows // c.train.accumulate // (plan.mesh_shape[0] * plan.mesh_shape[1])
-    parts = " + ".join(f"{name} {format_bytes(size)}" for name, size in plan.memory.items())
-    sent = " + ".join(
-        f"{name} {format_bytes(size)}" for name, size in plan.collective_bytes.items()
+    parts, sent = (
+        " + ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
+        for sizes in (plan.memory, plan.collective_bytes)
     )
     lines = [
         f"devices  {plan.topology}{shape}",
@@ -196,12 +190,12 @@ def time_message(plan: Plan) -> str:
 
 def fits_message(plan: Plan) -> str:
     """Formats whether the run fits, and a fix if it does not."""
-    limit = plan.topology.chip.memory
     basis = "compiler report" if plan.compile_report else "analytic estimate"
-    text = f"{format_bytes(plan.memory_needed)} of {format_bytes(limit)} ({basis})"
-    if plan.fits:
-        return f"fits     yes, {text}"
-    return f"fits     NO, {text}. {suggest_fix(plan)}"
+    sizes = f"{format_bytes(plan.memory_needed)} of {format_bytes(plan.topology.chip.memory)}"
+    answer = (
+        f"yes, {sizes} ({basis})" if plan.fits else f"NO, {sizes} ({basis}). {suggest_fix(plan)}"
+    )
+    return f"fits     {answer}"
 
 
 def suggest_fix(plan: Plan) -> str:
@@ -218,28 +212,17 @@ def suggest_fix(plan: Plan) -> str:
         parts = estimate.memory_bytes(chosen, mesh_shape)
         return sum(parts.values()) <= estimate.USABLE_MEMORY_FRACTION * limit
 
-    remat = dataclasses.replace(c, model=dataclasses.replace(c.model, remat="full"))
-    mesh = dataclasses.replace(c.mesh, data=1, fsdp=-1, tensor=plan.mesh_shape[2])
-    candidates = {
-        "--train.accumulate 0": c,
-        "--train.accumulate 0 --model.remat full": remat,
-        "--train.accumulate 0 --mesh.data 1 --mesh.fsdp -1": dataclasses.replace(c, mesh=mesh),
-        "--train.accumulate 0 --model.remat full --mesh.data 1 --mesh.fsdp -1": (
-            dataclasses.replace(remat, mesh=mesh)
-        ),
-    }
-    for flags, changed in candidates.items():
-        if fits_memory(changed):
-            return f"Try {flags}"
+    full_remat = dataclasses.replace(c.model, remat="full")
+    fsdp = dataclasses.replace(c.mesh, data=1, fsdp=-1, tensor=plan.mesh_shape[2])
+    for mesh_flags, mesh in (("", c.mesh), (" --mesh.data 1 --mesh.fsdp -1", fsdp)):
+        for model_flags, model in (("", c.model), (" --model.remat full", full_remat)):
+            if fits_memory(dataclasses.replace(c, model=model, mesh=mesh)):
+                return f"Try --train.accumulate 0{model_flags}{mesh_flags}"
     return "Use more devices, or devices with more memory."
 
 
 def compare_with_profile(plan: Plan, run_dir: Path, log: Callable[[str], None]) -> None:
-    """Logs the measurements of a run next to the plan.
-
-    Raises:
-        ModelError: the run has logged fewer than two train events.
-    """
+    """Logs the measurements of a run next to the plan."""
     events = read_events(run_dir / "metrics.jsonl")
     _, rates = metric_series(events, "train", "tokens_per_s")
     if len(rates) < 2:
@@ -248,10 +231,9 @@ def compare_with_profile(plan: Plan, run_dir: Path, log: Callable[[str], None]) 
             "until train.log_every has passed twice."
         )
     rate = statistics.median(rates[1:])  # the first includes compilation
-    min_step_seconds = max(value for value in plan.min_seconds.values())
     log(f"measured {format_number(rate)} tokens/s (median of {len(rates) - 1})")
     if plan.topology.chip.memory:
-        max_rate = plan.tokens_per_step / min_step_seconds
+        max_rate = plan.tokens_per_step / max(plan.min_seconds.values())
         log(f"planned  at most {format_number(max_rate)}; measured {rate / max_rate:.0%} of it")
     for event in events:
         if event["event"] == "compile" and event.get("temporaries"):

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax.config import GPTConfig
+from tests.model.test_gpt import TINY, TOKEN_BT, B, T, draw_params, logits
 
-B, T, V = 2, 8, 50
-TINY = GPTConfig(vocab_size=V, context_length=T, n_layers=2, n_heads=2, d_model=16)
-TOKEN_BT = jax.random.randint(jax.random.key(1), (B, T), 0, V)
+SEGMENT_BT = jnp.array([[3, 3, 3, 1, 1, 2, 2, 2]])
 
 
 @pytest.fixture(autouse=True)
@@ -22,23 +20,8 @@ def _no_silent_casts():
         yield
 
 
-def lively(config):
-    """Parameters far from their start, so that attention is not near uniform."""
-    shapes = jax.eval_shape(lambda: gptjax.init(config, jax.random.key(0)))
-    rng = np.random.default_rng(0)
-
-    def draw(leaf):
-        return jnp.asarray(rng.normal(0, 0.2, leaf.shape), leaf.dtype)
-
-    return jax.tree.map(draw, shapes)
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def scores(config, params, token_BT, **options):
-    return gptjax.apply(config, params, token_BT, **options)
-
-
-def input_gradients(config, params, segment_id_BT=None):
+def input_gradients(config, params, segment_id_BT):
     """[T, T, D]: of the loss at each position, by the input embedding at each.
 
     The position table adds to the inputs and is used nowhere else, so that with one
@@ -51,68 +34,54 @@ def input_gradients(config, params, segment_id_BT=None):
         logit_BTV = gptjax.apply(config, params | position, token_BT, segment_id_BT=segment_id_BT)
         return -jax.nn.log_softmax(logit_BTV[0])[jnp.arange(T), target_B]
 
-    return jax.jit(jax.jacrev(nats))(params["position_embedding"]["embedding"])
+    return jax.jacrev(nats)(params["position_embedding"]["embedding"])
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
     "changes",
     [
-        {"attention": "reference"},
+        {"attention": "reference", "dtype": "bfloat16", "remat": "full"},
         {"attention": "chunked"},
         {"attention": "xla"},
-        {"attention": "reference", "dtype": "bfloat16", "remat": "full"},
     ],
 )
-def test_the_loss_of_a_position_depends_on_no_later_input(changes):
+def test_a_loss_has_no_gradient_from_later_inputs_and_other_documents(changes):
     config = dataclasses.replace(TINY, **changes)
+    params = draw_params(config)
 
-    grad_TSD = input_gradients(config, lively(config))
+    for segment_id_BT in (jnp.zeros_like(SEGMENT_BT), SEGMENT_BT):
+        grad_TSD = input_gradients(config, params, segment_id_BT)
 
-    used_TS = np.any(np.asarray(grad_TSD) != 0, axis=-1)
-    np.testing.assert_array_equal(used_TS, np.tril(np.ones((T, T), bool)))
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize("attention", ["reference", "chunked", "xla"])
-def test_documents_of_one_row_exchange_no_gradient(attention):
-    config = dataclasses.replace(TINY, attention=attention)
-    segment_id_BT = jnp.array([[3, 3, 3, 1, 1, 2, 2, 2]])
-
-    grad_TSD = input_gradients(config, lively(config), segment_id_BT)
-
-    used_TS = np.any(np.asarray(grad_TSD) != 0, axis=-1)
-    same_TS = np.asarray(segment_id_BT[0, :, None] == segment_id_BT[0, None])
-    np.testing.assert_array_equal(used_TS, np.tril(same_TS))
+        used_TS = np.any(np.asarray(grad_TSD) != 0, axis=-1)
+        same_TS = np.asarray(segment_id_BT[0, :, None] == segment_id_BT[0, None])
+        np.testing.assert_array_equal(used_TS, np.tril(same_TS))
 
 
-def test_packed_documents_are_scored_as_if_each_were_alone():
-    params = lively(TINY)
-    segment_id_BT = jnp.array([[0, 0, 0, 1, 1, 2, 2, 2]])
-    position_BT = jnp.array([[0, 1, 2, 0, 1, 0, 1, 2]])
+def test_without_causality_a_loss_depends_on_all_inputs():
+    config = dataclasses.replace(TINY, causal=False)
 
-    packed_BTV = scores(
-        TINY, params, TOKEN_BT[:1], segment_id_BT=segment_id_BT, position_BT=position_BT
+    grad_TSD = input_gradients(config, draw_params(config), jnp.zeros_like(SEGMENT_BT))
+
+    assert np.all(np.any(np.asarray(grad_TSD) != 0, axis=-1))
+
+
+def test_prefixes_documents_and_rows_have_the_logits_that_they_have_alone():
+    params = draw_params(TINY)
+    half = T // 2
+    whole_BTV = logits(TINY, params, TOKEN_BT)
+    segment_id_BT = jnp.repeat(jnp.array([[0, 1]]), half, axis=1).repeat(B, 0)
+    position_BT = jnp.tile(jnp.arange(half), 2)[None].repeat(B, 0)
+
+    packed_BTV = logits(
+        TINY, params, TOKEN_BT, segment_id_BT=segment_id_BT, position_BT=position_BT
+    )
+    first_BTV, second_BTV = (
+        logits(TINY, params, token_BT) for token_BT in (TOKEN_BT[:, :half], TOKEN_BT[:, half:])
     )
 
-    for first, last in ((0, 3), (3, 5), (5, 8)):
-        alone_BTV = scores(TINY, params, TOKEN_BT[:1, first:last])
-        np.testing.assert_allclose(packed_BTV[:, first:last], alone_BTV, atol=1e-5)
-
-
-def test_rows_do_not_see_each_other():
-    params, order = lively(TINY), jnp.array([1, 0])
-
-    logit_BTV = scores(TINY, params, TOKEN_BT)
-
-    np.testing.assert_allclose(scores(TINY, params, TOKEN_BT[order]), logit_BTV[order], atol=1e-6)
-
-
-def test_a_prefix_has_the_logits_that_it_has_in_the_whole_row():
-    params = lively(TINY)
-
-    whole_BTV = scores(TINY, params, TOKEN_BT)
-
-    for length in (1, 5):
-        prefix_BTV = scores(TINY, params, TOKEN_BT[:, :length])
-        np.testing.assert_allclose(prefix_BTV, whole_BTV[:, :length], atol=1e-5)
+    np.testing.assert_allclose(first_BTV, whole_BTV[:, :half], atol=1e-5)
+    np.testing.assert_allclose(first_BTV, packed_BTV[:, :half], atol=1e-5)
+    np.testing.assert_allclose(second_BTV, packed_BTV[:, half:], atol=1e-5)
+    swapped_BTV = logits(TINY, params, TOKEN_BT[::-1])
+    np.testing.assert_allclose(swapped_BTV, whole_BTV[::-1], atol=1e-6)

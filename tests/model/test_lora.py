@@ -24,6 +24,7 @@ from gptjax.tree import flatten_with_names, num_params
 SHAPE = {"vocab_size": 33, "context_length": 8, "n_layers": 3, "n_heads": 2}
 MODEL = SHAPE | {"d_model": 16, "n_classes": 2}
 CONFIG = GPTConfig(**MODEL)
+KEY = jax.random.key(1)
 TOKENS = jnp.arange(12).reshape(2, 6)
 
 
@@ -36,8 +37,9 @@ def run_config(trainable, **tune):
     return from_dict(RunConfig, {"model": MODEL, "finetune": {"trainable": trainable} | tune})
 
 
-def hidden(params, **options):
-    return hidden_states(CONFIG, params, TOKENS, **options)[0]
+@jax.jit
+def hidden(params, adapters=None):
+    return hidden_states(CONFIG, params, TOKENS, adapters=adapters)[0]
 
 
 def moved(tree, scale=0.1):
@@ -53,32 +55,26 @@ def moved(tree, scale=0.1):
 
 @pytest.mark.fast
 def test_fresh_adapters_change_nothing(params):
-    adapters = init_adapters(CONFIG, params, "attention/* mlp/*", 4, jax.random.key(1))
+    adapters = init_adapters(CONFIG, params, "attention/* mlp/*", 4, KEY)
 
-    np.testing.assert_array_equal(hidden(params, adapters=adapters), hidden(params))
+    np.testing.assert_array_equal(hidden(params, adapters), hidden(params))
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("targets", ["attention/* mlp/*", "attention/query", "mlp/up"])
+@pytest.mark.parametrize("targets", ["attention/* mlp/*", "mlp/down"])
 def test_merged_adapters_are_applied_ones(params, targets):
-    adapters = init_adapters(CONFIG, params, targets, 4, jax.random.key(1))
-    adapters = scale_adapters(moved(adapters), 0.5)
+    adapters = scale_adapters(moved(init_adapters(CONFIG, params, targets, 4, KEY)), 0.5)
 
-    applied = hidden(params, adapters=adapters)
+    applied = hidden(params, adapters)
 
     np.testing.assert_allclose(hidden(merge_adapters(params, adapters)), applied, atol=1e-5)
     assert np.abs(applied - hidden(params)).max() > 1e-3
-
-
-def test_scaling_an_adapter_scales_its_product_once(params):
-    adapters = moved(init_adapters(CONFIG, params, "mlp/down", 4, jax.random.key(1)))
     kernel = params["blocks"]["mlp"]["down"]["kernel"]
-
-    def added(scale):
-        twice = merge_adapters(params, scale_adapters(adapters, scale))
-        return twice["blocks"]["mlp"]["down"]["kernel"] - kernel
-
-    np.testing.assert_allclose(added(2.0), 2 * added(1.0), atol=1e-5)
+    added = [
+        merge_adapters(params, scale_adapters(adapters, scale))["blocks"]["mlp"]["down"]["kernel"]
+        for scale in (1.0, 2.0)
+    ]
+    np.testing.assert_allclose(added[1] - kernel, 2 * (added[0] - kernel), atol=1e-5)
 
 
 def test_adapters_of_124m_have_the_published_number_of_parameters():
@@ -105,21 +101,21 @@ def test_the_last_block_of_124m_has_the_published_number_of_parameters():
     assert num_params(jax.eval_shape(make, jax.random.key(0))) == 7_090_946
 
 
-def test_patterns_that_choose_no_layer_are_refused(params):
-    for patterns, message in (
-        ("attention/* mpl/*", r"lora_targets: 'mpl/\*' .* attention/query"),
-        ("", "lora_targets is empty"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            init_adapters(CONFIG, params, patterns, 4, jax.random.key(0))
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [("attention/* mpl/*", r"lora_targets: 'mpl/\*' .* attention/query"), ("", "lora_targets")],
+)
+def test_patterns_that_choose_no_layer_are_refused(params, patterns, message):
+    with pytest.raises(ConfigError, match=message):
+        init_adapters(CONFIG, params, patterns, 4, jax.random.key(0))
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("layers", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("layers", [0, 1, 5])
 def test_a_stack_in_two_parts_computes_the_same(params, layers):
     parts = split_last_layers(params, layers)
 
-    np.testing.assert_array_equal(hidden(parts), hidden(params))
+    np.testing.assert_allclose(hidden(parts), hidden(params), atol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, merge_last_layers(parts), params)
 
 

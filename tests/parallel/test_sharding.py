@@ -1,14 +1,12 @@
 """Where arrays lie: rules that cover every parameter, and what does not fit is said."""
 
-import math
+import functools
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -24,7 +22,6 @@ from gptjax.parallel.sharding import (
     PARAM_RULES,
     all_gather_params,
     check_batch_divisible,
-    check_divisible,
     constrain,
     local_batch_rows,
     logical_axes,
@@ -56,6 +53,7 @@ def mesh_of(**sizes):
     return make_mesh(MeshConfig(**sizes))
 
 
+@functools.cache
 def state_of(model, trainable="all"):
     """Shapes of a run's state, and of what it does not train."""
     c = RunConfig(
@@ -63,27 +61,26 @@ def state_of(model, trainable="all"):
         finetune=FinetuneConfig(trainable=trainable, lora_rank=7),
     )
 
-    def made(key):
+    def make(key):
         trained, frozen = split_trainable(c, gptjax.init(c.model, key), key)
         return init_state(trained, make_optimizer(OptimConfig(), 100), key), frozen
 
-    return jax.eval_shape(made, jax.random.key(0))
+    return jax.eval_shape(make, jax.random.key(0))
 
 
 KINDS = [(model, trainable) for model in MODELS for trainable in TRAINABLE_RULES]
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize(("model", "trainable"), KINDS)
-def test_letters_say_how_long_the_axes_of_every_array_of_a_state_are(model, trainable):
-    for name, leaf in flatten_with_names(state_of(model, trainable)).items():
-        if not leaf.ndim:
-            continue
-        for letter, size in zip(logical_axes(name, leaf.ndim), leaf.shape, strict=True):
-            if letter == "N":
-                assert size in (1, 2, 3, 4), name
-            elif letter not in "IO":
-                assert size == SIZES[letter], name
+def test_letters_say_how_long_the_axes_of_every_array_of_a_state_are():
+    for kind in KINDS:
+        for name, leaf in flatten_with_names(state_of(*kind)).items():
+            letters = logical_axes(name, leaf.ndim) if leaf.ndim else ""
+            for letter, size in zip(letters, leaf.shape, strict=True):
+                if letter == "N":
+                    assert size in (1, 2, 3, 4), name
+                elif letter not in "IO":
+                    assert size == SIZES[letter], name
 
 
 @pytest.mark.fast
@@ -95,7 +92,7 @@ def test_every_rule_is_needed():
 
 
 def hits(name):
-    """The rules that match a name, by another way than `letters_of` goes."""
+    """The rules that match a name, by another way than `logical_axes` goes."""
     return [rule for rule in PARAM_LOGICAL_AXES if f"/{name}".endswith(rule.lstrip("*"))]
 
 
@@ -109,18 +106,18 @@ def test_the_layers_of_a_model_that_is_not_stacked_have_the_same_rules():
 
 
 def test_a_name_needs_exactly_one_rule(monkeypatch):
-    with pytest.raises(ValueError, match=r"blocks/gate/kernel must match one rule.* none"):
+    with pytest.raises(ValueError, match=r"blocks/gate/kernel .* none"):
         logical_axes("blocks/gate/kernel", 3)
     monkeypatch.setitem(PARAM_LOGICAL_AXES, "*kernel", "DF")
-    with pytest.raises(ValueError, match=r"not \['\*mlp/up/kernel', '\*kernel'\]"):
+    with pytest.raises(ValueError, match=r"\['\*mlp/up/kernel', '\*kernel'\]"):
         logical_axes("blocks/mlp/up/kernel", 3)
 
 
 @pytest.mark.parametrize(
     ("letters", "table"), [("HF", COMPUTE_RULES), ("VF", PARAM_RULES), ("BX", COMPUTE_RULES)]
 )
-def test_two_axes_cannot_lie_on_one_axis_of_the_mesh(letters, table):
-    with pytest.raises(ValueError, match=f"axes {letters} map to .* twice"):
+def test_two_axes_cannot_be_sharded_over_one_mesh_axis(letters, table):
+    with pytest.raises(ValueError, match=f"axes {letters} "):
         logical_to_spec(letters, table)
 
 
@@ -154,19 +151,17 @@ def test_optimiser_state_lies_as_its_parameters_do():
         (
             {"vocab_multiple": 1, "vocab_size": 257, "n_heads": 4},
             {"data": 4, "tensor": 2},
-            "token_embedding/embedding has size 257 along V, .* mesh.tensor=2. "
-            "Set model.vocab_multiple=128",
+            "token_embedding/embedding .*257 along V, .*mesh.tensor=2.*model.vocab_multiple=128",
         ),
         (
             {"vocab_multiple": 8},
             {"data": 4, "tensor": 2},
-            "blocks/attention/key/bias has size 3 along H, .* mesh.tensor=2. "
-            "Choose another mesh.tensor",
+            "blocks/attention/key/bias .* 3 along H, .*mesh.tensor=2",
         ),
         (
             {"d_model": 18},
             {"data": 2, "fsdp": 4},
-            "blocks/attention/key/kernel has size 18 along D, .* mesh.fsdp=4",
+            "blocks/attention/key/kernel .* 18 along D, .*mesh.fsdp=4",
         ),
     ],
 )
@@ -178,53 +173,37 @@ def test_a_size_that_does_not_split_is_named(changes, sizes, message):
         shard_tree(params, mesh_of(**sizes))
 
 
-@settings(max_examples=20)
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
-def test_a_layout_fits_just_when_every_split_axis_divides(heads, width, vocabulary):
-    shape = {"n_heads": heads, "d_model": heads * width, "vocab_size": vocabulary}
-    config = GPTConfig(context_length=8, n_layers=1, **shape)
-    params = jax.eval_shape(lambda key: gptjax.init(config, key), jax.random.key(0))
-    mesh = mesh_of(data=2, fsdp=2, tensor=2)
-
-    fits = not (heads % 2 or vocabulary % 2 or config.d_model % 2)
-
-    if fits:
-        check_divisible(params, mesh)
-        return
-    with pytest.raises(ConfigError, match="not divisible by mesh"):
-        check_divisible(params, mesh)
-
-
 @pytest.mark.fast
 def test_rows_that_do_not_split_are_named():
     check_batch_divisible(8, 2, (2, 2, 2))
 
     with pytest.raises(
-        ConfigError,
-        match=r"batch_size=8 in train.accumulate=4 .* 2 rows each.* not divisible by "
-        r"the 4 devices of mesh.data=2 x mesh.fsdp=2",
+        ConfigError, match=r"=8 .*accumulate=4 .* 2 rows .* 4 dev.*data=2 x .*fsdp=2"
     ):
         check_batch_divisible(8, 4, (2, 2, 2))
 
 
 @pytest.mark.fast
-@given(
-    st.permutations([st.integers(1, 4), st.integers(1, 4), st.just(-1)]).flatmap(
-        lambda three: st.tuples(*three)
-    ),
-    st.integers(1, 16),
+@pytest.mark.parametrize(
+    ("requested", "devices", "expected"),
+    [
+        ((-1, 2, 2), 8, (2, 2, 2)),
+        ((2, -1, 1), 16, (2, 8, 1)),
+        ((1, 3, -1), 3, (1, 3, 1)),
+        ((-1, 3, 1), 8, None),
+        ((-1, 4, 4), 8, None),
+    ],
 )
-def test_an_open_axis_takes_the_devices_that_are_left_or_it_is_an_error(asked, devices):
-    config = MeshConfig(**dict(zip(MESH_AXES, asked, strict=True)))
-    fixed = -math.prod(asked)
+def test_an_open_axis_takes_the_devices_that_are_left_or_it_is_an_error(
+    requested, devices, expected
+):
+    config = MeshConfig(**dict(zip(MESH_AXES, requested, strict=True)))
 
-    if devices % fixed:
-        with pytest.raises(ConfigError, match=f"do not fit {devices} devices"):
+    if expected is None:
+        with pytest.raises(ConfigError, match=f"mesh.data=-1.* {devices} devices"):
             resolve_mesh_shape(config, devices)
-        return
-    sizes = resolve_mesh_shape(config, devices)
-    assert math.prod(sizes) == devices
-    assert all(a in (-1, size) for a, size in zip(asked, sizes, strict=True))
+    else:
+        assert resolve_mesh_shape(config, devices) == expected
 
 
 def test_one_process_may_use_some_of_its_devices_but_not_more():
@@ -232,14 +211,14 @@ def test_one_process_may_use_some_of_its_devices_but_not_more():
     assert mesh_of(data=2, fsdp=2).size == 4
     assert make_mesh(MeshConfig()).shape["data"] == len(jax.devices())
 
-    with pytest.raises(ConfigError, match=r"mesh.data=4, mesh.fsdp=4, mesh.tensor=1 do not"):
+    with pytest.raises(ConfigError, match=r"mesh.data=4, mesh.fsdp=4, mesh.tensor=1 "):
         mesh_of(data=4, fsdp=4)
 
 
 def test_many_processes_use_all_devices(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
 
-    with pytest.raises(ConfigError, match="do not fit 8 devices"):
+    with pytest.raises(ConfigError, match=r"mesh.data=4, .* 8 devices"):
         resolve_mesh_shape(MeshConfig(data=4), 8)
 
 

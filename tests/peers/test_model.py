@@ -15,7 +15,7 @@ from gptjax.config import GPTConfig, OptimConfig
 from gptjax.model.attention.dispatch import compute_attention
 from gptjax.model.attention.mask import AttentionMask
 from gptjax.model.gpt import hidden_states, unembedding_matrix
-from gptjax.training.loss import cross_entropy_sum, fused_cross_entropy
+from gptjax.training.loss import fused_cross_entropy
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.train_step import init_state, make_train_step, train_steps
 
@@ -132,18 +132,6 @@ def close(tree, other, atol):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), tree, other)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_logits_are_those_of_transformers(torch, peer, implementation):
-    peer.set_attn_implementation(implementation)
-    token_BT, _, _ = batch_at(0)
-
-    logit_BTV = gptjax.apply(CONFIG, parameters(peer), token_BT)
-
-    with torch.no_grad():
-        expected_BTV = peer(tensor(torch, token_BT)).logits
-    np.testing.assert_allclose(logit_BTV, expected_BTV, atol=1e-5)
-
-
 def test_the_loss_and_its_gradient_are_those_of_transformers(torch, peer):
     batch = batch_at(0)
 
@@ -181,8 +169,8 @@ def trained(torch, peer, count):
     return losses, norms, parameters(peer)
 
 
-@pytest.mark.parametrize("count", [1, 5])
-def test_clipped_adamw_steps_are_those_of_pytorch(torch, peer, count):
+def test_clipped_adamw_steps_are_those_of_pytorch(torch, peer):
+    count = 5
     optimizer = make_optimizer(OPTIM, count)
     step_fn = jax.jit(make_train_step(loss_fn, optimizer))
     state = init_state(parameters(peer), optimizer, jax.random.key(0))
@@ -212,7 +200,7 @@ def test_attention_is_that_of_pytorch(torch, backend, packed):
     segment_BT = np.sort(rng.integers(3, size=(B, T))) if packed else np.zeros((B, T), int)
     mask_BTS = np.tril(segment_BT[:, :, None] == segment_BT[:, None])
 
-    mixed_BTHK = compute_attention(
+    out_BTHK = compute_attention(
         *map(jnp.asarray, (query_BTHK, key_BSHK, value_BSHK)),
         AttentionMask(segment_id_BT=jnp.asarray(segment_BT)),
         backend=backend,
@@ -224,21 +212,7 @@ def test_attention_is_that_of_pytorch(torch, backend, packed):
     expected_BHTK = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=torch.tensor(mask_BTS)[:, None]
     )
-    np.testing.assert_allclose(mixed_BTHK, expected_BHTK.transpose(1, 2), atol=1e-5)
-
-
-def test_the_mean_loss_is_cross_entropy_with_ignored_targets(torch):
-    rng = np.random.default_rng(0)
-    logit_BTV = rng.normal(0, 3, (B, T, V)).astype(np.float32)
-    _, target_BT, weight_BT = batch_at(0)
-
-    nats, weight = cross_entropy_sum(jnp.asarray(logit_BTV), target_BT, weight_BT)
-
-    ignored_BT = tensor(torch, jnp.where(weight_BT > 0, target_BT, -100))
-    expected = torch.nn.functional.cross_entropy(
-        torch.tensor(logit_BTV).flatten(0, 1), ignored_BT.flatten()
-    )
-    np.testing.assert_allclose(nats / weight, expected, rtol=1e-6)
+    np.testing.assert_allclose(out_BTHK, expected_BHTK.transpose(1, 2), atol=1e-5)
 
 
 def test_an_untied_model_without_biases_is_a_gpt2_with_them_taken_away(torch, peer):

@@ -27,9 +27,8 @@ pytestmark = [
 MOST = 2e-4  # difference of float32 logits that only the order of sums explains
 whole_pass = jax.jit(gptjax.apply, static_argnums=0)
 SIZES = {
-    "2 layers": {"n_layers": 2, "n_heads": 2, "d_model": 128},
-    "untied": {"n_layers": 2, "n_heads": 2, "d_model": 128, "tie_embeddings": False},
-    "124M": {},
+    "tied": {"n_layers": 2, "n_heads": 2, "d_model": 128},
+    "untied": {"n_layers": 3, "n_heads": 4, "d_model": 64, "tie_embeddings": False},
 }
 
 
@@ -139,19 +138,6 @@ def test_what_transformers_saves_comes_back_bit_for_bit(pair, tmp_path):
     leaves = flatten_with_names(model.params)
     for name, leaf in flatten_with_names(again.params).items():
         np.testing.assert_array_equal(leaf, leaves[name])
-
-
-def test_a_fresh_model_of_transformers_is_imported(torch, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    shape = {"n_layer": 3, "n_head": 4, "n_embd": 64, "n_positions": 32}
-    peer = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
-    peer.save_pretrained(tmp_path)
-
-    model = gptjax.load(tmp_path)
-
-    ours = whole_pass(model.config, model.params, jnp.asarray(tokens(2, 32)))
-    assert np.abs(ours - logits_of(peer, torch, tokens(2, 32))).max() <= MOST
 
 
 def test_the_tokenizer_of_an_export_is_ours(pair):

@@ -10,7 +10,7 @@ import jax
 
 from gptjax.errors import ConfigError
 from gptjax.model.attention.mask import AttentionMask, KeyValueHeads, QueryHeads, materialize_mask
-from gptjax.model.attention.spec import AttentionSpec, dropout_unsupported, shard_map_attention
+from gptjax.model.attention.spec import AttentionSpec, shard_map_attention
 
 MAX_HEAD_DIM = 128  # supported by cuDNN on every GPU from Ampere on
 _OPTION = "model.attention='cudnn'"
@@ -56,24 +56,15 @@ def _attend_shard(
 
 def cudnn_unsupported_reason(spec: AttentionSpec) -> str:
     """Returns why the cuDNN backend does not support a call, or ""."""
-    alternative = "Use model.attention='xla'"
-    if spec.dropout:
-        return dropout_unsupported("cudnn")
+    need = fix = ""
     if spec.platform != "gpu":
-        return f"{_OPTION} needs an NVIDIA GPU from Ampere on, not {spec.platform}. {alternative}."
-    if spec.dtype not in ("bfloat16", "float16"):
-        return (
-            f"{_OPTION} needs a 16-bit dtype, not {spec.dtype}. {alternative} or "
-            "model.dtype='bfloat16'."
-        )
-    if spec.head_dim % 8 or spec.head_dim > MAX_HEAD_DIM:
-        return (
-            f"{_OPTION} needs a head dim that is a multiple of 8 up to {MAX_HEAD_DIM}, "
-            f"not {spec.head_dim}. {alternative} or change model.n_heads."
-        )
-    if spec.num_keys % 2 or (spec.num_queries % 2 and not spec.has_query_positions):
-        return (
-            f"{_OPTION} needs rows of even length, not {spec.num_queries} queries and "
-            f"{spec.num_keys} keys. {alternative} or an even context length."
-        )
-    return ""
+        need = f"an NVIDIA GPU from Ampere on, not {spec.platform}"
+    elif spec.dtype not in ("bfloat16", "float16"):
+        need, fix = f"a 16-bit dtype, not {spec.dtype}", " or model.dtype='bfloat16'"
+    elif spec.head_dim % 8 or spec.head_dim > MAX_HEAD_DIM:
+        need = f"a head dim that is a multiple of 8 up to {MAX_HEAD_DIM}, not {spec.head_dim}"
+        fix = " or change model.n_heads"
+    elif spec.num_keys % 2 or (spec.num_queries % 2 and not spec.has_query_positions):
+        need = f"rows of even length, not {spec.num_queries} queries and {spec.num_keys} keys"
+        fix = " or an even context length"
+    return f"{_OPTION} needs {need}. Use model.attention='xla'{fix}." if need else ""

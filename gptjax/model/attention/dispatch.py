@@ -18,16 +18,17 @@ class Backend(NamedTuple):
     """Attention implementation, and a check of the calls it supports."""
 
     run: Callable[..., QueryHeads]
-    unsupported_reason: Callable[[AttentionSpec], str]
+    forms_weights: bool = False  # takes `edit_weights`, e.g. dropout
+    unsupported_reason: Callable[[AttentionSpec], str] = lambda spec: ""
 
 
 BACKENDS: Mapping[str, Backend] = {
-    "reference": Backend(reference.reference_attention, lambda call: ""),
-    "chunked": Backend(reference.chunked_causal_attention, lambda call: ""),
-    "xla": Backend(reference.xla_attention, reference.xla_unsupported_reason),
-    "flash": Backend(flash.flash_attention, flash.flash_unsupported_reason),
-    "cudnn": Backend(cudnn.cudnn_attention, cudnn.cudnn_unsupported_reason),
-    "splash": Backend(splash.splash_attention, splash.splash_unsupported_reason),
+    "reference": Backend(reference.reference_attention, True),
+    "chunked": Backend(reference.chunked_causal_attention, True),
+    "xla": Backend(reference.xla_attention),
+    "flash": Backend(flash.flash_attention),
+    "cudnn": Backend(cudnn.cudnn_attention, False, cudnn.cudnn_unsupported_reason),
+    "splash": Backend(splash.splash_attention, False, splash.splash_unsupported_reason),
 }
 DEFAULT_ORDER = {  # by platform: the first supported one; KV caches use "reference"
     "cpu": ("chunked",),
@@ -52,16 +53,12 @@ def compute_attention(
     argument raises instead of ignoring it.
 
     Args:
-        query_BTHK: [B, T, H, K].
-        key_BSHK: [B, S, H, K]; S = T unless `mask` has query positions.
-        value_BSHK: [B, S, H, K].
+        query_BTHK: queries.
+        key_BSHK: keys; S = T unless `mask` has query positions.
+        value_BSHK: values.
         mask: which keys each query attends to.
         backend: a key of `BACKENDS`, or "auto".
-        edit_weights: function of the attention weights [B, H, T, S], e.g. dropout;
-            only some backends support it.
-
-    Raises:
-        ConfigError: the backend does not support the call, or `mask` is invalid.
+        edit_weights: function of the attention weights [B, H, T, S], e.g. dropout.
     """
     _, queries, _, head_dim = query_BTHK.shape
     keys = key_BSHK.shape[1]
@@ -99,7 +96,17 @@ def select_backend(spec: AttentionSpec) -> str:
     if spec.has_query_positions:
         return "reference"
     names = *DEFAULT_ORDER.get(spec.platform, ("xla",)), "reference"
-    return next(name for name in names if not BACKENDS[name].unsupported_reason(spec))
+    return next(name for name in names if not unsupported_reason(name, spec))
+
+
+def unsupported_reason(name: str, spec: AttentionSpec) -> str:
+    """Returns why a backend does not support a call, or ""."""
+    if spec.edits_weights and not BACKENDS[name].forms_weights:
+        return (
+            f"model.attention={name!r} does not support dropout. Use "
+            "model.attention='reference' or model.dropout=0."
+        )
+    return BACKENDS[name].unsupported_reason(spec)
 
 
 def check_backend(name: str, spec: AttentionSpec) -> str:
@@ -108,7 +115,7 @@ def check_backend(name: str, spec: AttentionSpec) -> str:
         raise ConfigError(
             f"model.attention={name!r} is unknown. Choose auto or one of {', '.join(BACKENDS)}."
         )
-    if problem := BACKENDS[name].unsupported_reason(spec):
+    if problem := unsupported_reason(name, spec):
         raise ConfigError(problem)
     return name
 
@@ -133,9 +140,6 @@ def resolve_backend(
         dropout: `model.dropout` in training, else 0.
         decoding: whether queries attend to a KV cache.
         platform: "cpu", "gpu" or "tpu"; "" = the current one.
-
-    Raises:
-        ConfigError: the named backend does not exist or does not support this.
     """
     spec = AttentionSpec(
         length,

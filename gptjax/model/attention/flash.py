@@ -22,18 +22,17 @@ from jaxtyping import Array, Float, Int
 from gptjax.model.attention.mask import (
     ATTN_OUT,
     AttentionMask,
+    KeysHeadsFirst,
     KeyValueHeads,
+    QueriesHeadsFirst,
     QueryHeads,
     make_attention_mask,
     query_positions,
 )
-from gptjax.model.attention.spec import AttentionSpec, dropout_unsupported, shard_map_attention
+from gptjax.model.attention.spec import shard_map_attention
 
 MASK_VALUE = jnp.finfo(jnp.float32).min
 FLASH_BLOCK_SIZE = 256  # queries or keys; the fastest power of 2 on CPU
-
-_QueriesHeadsFirst = Float[Array, "B H T K"]
-_KeysHeadsFirst = Float[Array, "B H S K"]
 
 
 class BlockLayout(NamedTuple):
@@ -83,24 +82,18 @@ def _attend_shard(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _flash_attention(
-    layout: BlockLayout,
-    query_BHTK: _QueriesHeadsFirst,
-    key_BHSK: _KeysHeadsFirst,
-    value_BHSK: _KeysHeadsFirst,
-    query_info: QueryInfo,
-) -> _QueriesHeadsFirst:
+def _flash_attention(layout: BlockLayout, *arrays: Any) -> QueriesHeadsFirst:
     """Computes attention for lengths that are multiples of the block sizes."""
-    return _fwd(layout, query_BHTK, key_BHSK, value_BHSK, query_info)[0]
+    return _fwd(layout, *arrays)[0]
 
 
 def _fwd(
     layout: BlockLayout,
-    query_BHTK: _QueriesHeadsFirst,
-    key_BHSK: _KeysHeadsFirst,
-    value_BHSK: _KeysHeadsFirst,
+    query_BHTK: QueriesHeadsFirst,
+    key_BHSK: KeysHeadsFirst,
+    value_BHSK: KeysHeadsFirst,
     query_info: QueryInfo,
-) -> tuple[_QueriesHeadsFirst, Any]:
+) -> tuple[QueriesHeadsFirst, Any]:
     """Returns the output, and as residuals the arguments, the output and O(T) lse."""
 
     def attend_query_block(i: Array) -> tuple[Array, Array]:
@@ -147,7 +140,7 @@ def _fwd(
     return mixed_BHTK, residuals
 
 
-def _bwd(layout: BlockLayout, residuals: Any, grad_BHTK: _QueriesHeadsFirst) -> tuple[Any, ...]:
+def _bwd(layout: BlockLayout, residuals: Any, grad_BHTK: QueriesHeadsFirst) -> tuple[Any, ...]:
     """Returns the gradients of queries, keys and values.
 
     With weights P, output O and dO its gradient (Dao 2023, algorithm 2): dV = P^T dO,
@@ -206,8 +199,8 @@ _flash_attention.defvjp(_fwd, _bwd)
 
 def block_scores(
     layout: BlockLayout,
-    query_BHTK: _QueriesHeadsFirst,
-    key_BHSK: _KeysHeadsFirst,
+    query_BHTK: QueriesHeadsFirst,
+    key_BHSK: KeysHeadsFirst,
     query_info: QueryInfo,
     i: Int[Array, ""],
     j: Int[Array, ""],
@@ -275,8 +268,3 @@ def merge_blocks(x: Float[Array, "n B H T *K"]) -> Float[Array, "B H nT *K"]:
     """Merges n blocks, stacked along the first axis, into one axis of positions."""
     x = jnp.moveaxis(x, 0, 2)
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
-
-
-def flash_unsupported_reason(spec: AttentionSpec) -> str:
-    """Returns why the flash backend does not support a call, or ""."""
-    return dropout_unsupported("flash") if spec.dropout else ""

@@ -7,6 +7,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 QueryHeads = Float[Array, "B T H K"]
 KeyValueHeads = Float[Array, "B S H K"]
+QueriesHeadsFirst = Float[Array, "B H T K"]
+KeysHeadsFirst = Float[Array, "B H S K"]
 
 ATTN_OUT = "mixed"  # `checkpoint_name` of the attention output, saved by remat policies
 
@@ -14,10 +16,8 @@ ATTN_OUT = "mixed"  # `checkpoint_name` of the attention output, saved by remat 
 class AttentionMask(NamedTuple):
     """Attention mask: which keys each query attends to.
 
-    A query attends to key s if all conditions hold. It always attends to itself, so no
-    row of the mask is empty. Backends get this description instead of a [B, T, S]
-    array, so that kernels can skip masked blocks.
-
+    A query attends to key s if all conditions hold, hence always to itself. Backends
+    get this description instead of an array, so that kernels can skip masked blocks.
     Positions are for decoding, where keys come from a cache; segment ids are for packed
     rows, where queries and keys are of the same tokens. Only one may be given.
 
@@ -60,15 +60,9 @@ def make_attention_mask(
     query_segment_id_BT: Int[Array, "B T"] | None,
     key_segment_id_BS: Int[Array, "B S"] | None,
 ) -> Bool[Array, "B T S"]:
-    """Returns the mask of any block of queries and keys.
+    """Returns the mask of any block of queries and keys, at positions among all keys.
 
-    Args:
-        mask: only `causal` and `sliding_window` are used.
-        query_position_BT: index of each query among all keys.
-        key_position_S: index of each key among all keys.
-        query_segment_id_BT: document of each query.
-        key_segment_id_BS: document of each key; without one of the two, documents are
-            not compared.
+    Of `mask`, only `causal` and `sliding_window` are used.
     """
     query_BTS, key_BTS = query_position_BT[:, :, None], key_position_S[None, None, :]
     mask_BTS = jnp.ones((*query_position_BT.shape, key_position_S.size), bool)

@@ -1,6 +1,7 @@
-"""Reference attention: softmax(Q K^T / sqrt(K)) V; O(T·S) memory.
+"""Attention by the formula softmax(Q K^T / sqrt(K)) V; O(T·S) memory.
 
-The formula is eq. 1 of Vaswani et al. 2017.
+The formula is eq. 1 of Vaswani et al. 2017. Heads come before positions, the fast
+layout on CPU.
 """
 
 from collections.abc import Callable
@@ -9,16 +10,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from gptjax.model.attention.mask import AttentionMask, KeyValueHeads, QueryHeads, materialize_mask
-from gptjax.model.attention.spec import AttentionSpec, dropout_unsupported
+from gptjax.model.attention.mask import (
+    AttentionMask,
+    KeysHeadsFirst,
+    KeyValueHeads,
+    QueriesHeadsFirst,
+    QueryHeads,
+    materialize_mask,
+)
 
-_QueriesHeadsFirst = Float[Array, "B H T K"]
-_KeysHeadsFirst = Float[Array, "B H S K"]
-_MaskArray = Bool[Array, "B T S"]
+EditWeights = Callable[[Array], Array]  # of the attention weights, e.g. dropout
+NUM_CHUNKS = 4  # of queries; with more, smaller matmuls cost more than skipping saves
+MIN_CHUNK = 32  # queries in a chunk
+MAX_UNCHUNKED = 64  # queries; up to here, chunks cost more than they save
 
 
 def attention_weights(
-    query_BHTK: _QueriesHeadsFirst, key_BHSK: _KeysHeadsFirst, mask_BTS: _MaskArray
+    query_BHTK: QueriesHeadsFirst, key_BHSK: KeysHeadsFirst, mask_BTS: Bool[Array, "B T S"]
 ) -> Float[Array, "B H T S"]:
     """Computes attention weights: a float32 softmax over keys, 0 where masked."""
     score_BHTS = jnp.einsum(
@@ -29,48 +37,16 @@ def attention_weights(
     return jax.nn.softmax(jnp.where(mask_BTS[:, None], score_BHTS, mask_value))
 
 
-def attend_masked(
-    query_BHTK: _QueriesHeadsFirst,
-    key_BHSK: _KeysHeadsFirst,
-    value_BHSK: _KeysHeadsFirst,
-    mask_BTS: _MaskArray,
-    edit_weights: Callable[[Array], Array] | None = None,
-) -> _QueriesHeadsFirst:
-    """Computes masked attention; heads come before positions, the fast layout on CPU.
-
-    Args:
-        query_BHTK: queries.
-        key_BHSK: keys.
-        value_BHSK: values.
-        mask_BTS: True where a query attends to a key.
-        edit_weights: function of the attention weights, e.g. dropout.
-    """
-    weight_BHTS = attention_weights(query_BHTK, key_BHSK, mask_BTS)
-    if edit_weights is not None:
-        weight_BHTS = edit_weights(weight_BHTS)
-    weight_BHTS = weight_BHTS.astype(value_BHSK.dtype)
-    return jnp.einsum("BHTS,BHSK->BHTK", weight_BHTS, value_BHSK)
-
-
 def reference_attention(
     query_BTHK: QueryHeads,
     key_BSHK: KeyValueHeads,
     value_BSHK: KeyValueHeads,
     mask: AttentionMask,
-    edit_weights: Callable[[Array], Array] | None = None,
+    edit_weights: EditWeights | None = None,
 ) -> QueryHeads:
-    """Computes attention by the formula, all weights at once."""
-    mask_BTS = materialize_mask(mask, query_BTHK, key_BSHK)
-    query_BHTK, key_BHSK, value_BHSK = (
-        jnp.swapaxes(x, 1, 2) for x in (query_BTHK, key_BSHK, value_BSHK)
-    )
-    out_BHTK = attend_masked(query_BHTK, key_BHSK, value_BHSK, mask_BTS, edit_weights)
-    return jnp.swapaxes(out_BHTK, 1, 2)
-
-
-NUM_CHUNKS = 4  # of queries; with more, smaller matmuls cost more than skipping saves
-MIN_CHUNK = 32  # queries in a chunk
-MAX_UNCHUNKED = 64  # queries; up to here, chunks cost more than they save
+    """Computes all weights at once."""
+    chunk = query_BTHK.shape[1]
+    return _attend_in_chunks(query_BTHK, key_BSHK, value_BSHK, mask, edit_weights, chunk)
 
 
 def chunked_causal_attention(
@@ -78,30 +54,42 @@ def chunked_causal_attention(
     key_BSHK: KeyValueHeads,
     value_BSHK: KeyValueHeads,
     mask: AttentionMask,
-    edit_weights: Callable[[Array], Array] | None = None,
+    edit_weights: EditWeights | None = None,
 ) -> QueryHeads:
-    """Computes the same as `reference_attention`, without most of the masked keys."""
-    queries, keys = query_BTHK.shape[1], key_BSHK.shape[1]
+    """Computes chunks of queries, each without most of its masked keys."""
+    queries = query_BTHK.shape[1]
     chunk = queries if queries <= MAX_UNCHUNKED else max(MIN_CHUNK, -(-queries // NUM_CHUNKS))
+    return _attend_in_chunks(query_BTHK, key_BSHK, value_BSHK, mask, edit_weights, chunk)
+
+
+def _attend_in_chunks(
+    query_BTHK: QueryHeads,
+    key_BSHK: KeyValueHeads,
+    value_BSHK: KeyValueHeads,
+    mask: AttentionMask,
+    edit_weights: EditWeights | None,
+    chunk: int,
+) -> QueryHeads:
+    """Computes attention of `chunk` queries at a time, without the keys after them."""
+    queries, keys = query_BTHK.shape[1], key_BSHK.shape[1]
     skip_masked = mask.causal and mask.query_position_BT is None
     mask_BTS = materialize_mask(mask, query_BTHK, key_BSHK)
     query_BHTK, key_BHSK, value_BHSK = (
         jnp.swapaxes(x, 1, 2) for x in (query_BTHK, key_BSHK, value_BSHK)
     )
-    chunks = []
+    outputs = []
     for start in range(0, queries, chunk):
         end = min(start + chunk, queries)
         num_keys = end if skip_masked else keys
-        chunks.append(
-            attend_masked(
-                query_BHTK[:, :, start:end],
-                key_BHSK[:, :, :num_keys],
-                value_BHSK[:, :, :num_keys],
-                mask_BTS[:, start:end, :num_keys],
-                edit_weights,
-            )
-        )
-    return jnp.swapaxes(jnp.concatenate(chunks, axis=2), 1, 2)
+        chunk_query_BHTK = query_BHTK[:, :, start:end]
+        chunk_key_BHSK, chunk_value_BHSK = key_BHSK[:, :, :num_keys], value_BHSK[:, :, :num_keys]
+        chunk_mask_BTS = mask_BTS[:, start:end, :num_keys]
+        weight_BHTS = attention_weights(chunk_query_BHTK, chunk_key_BHSK, chunk_mask_BTS)
+        if edit_weights is not None:
+            weight_BHTS = edit_weights(weight_BHTS)
+        weight_BHTS = weight_BHTS.astype(value_BHSK.dtype)
+        outputs.append(jnp.einsum("BHTS,BHSK->BHTK", weight_BHTS, chunk_value_BHSK))
+    return jnp.swapaxes(jnp.concatenate(outputs, axis=2), 1, 2)
 
 
 def xla_attention(
@@ -112,8 +100,3 @@ def xla_attention(
     return jax.nn.dot_product_attention(
         query_BTHK, key_BSHK, value_BSHK, mask=mask_BTS[:, None], implementation="xla"
     )
-
-
-def xla_unsupported_reason(spec: AttentionSpec) -> str:
-    """Returns why the XLA backend does not support a call, or ""."""
-    return dropout_unsupported("xla") if spec.dropout else ""

@@ -17,16 +17,8 @@ class AttentionSpec(NamedTuple):
     head_dim: int  # [K]
     dtype: str
     platform: str  # as returned by `target_platform`
-    dropout: bool = False  # on attention weights
+    edits_weights: bool = False  # e.g. dropout on attention weights
     has_query_positions: bool = False  # queries attend to a KV cache
-
-
-def dropout_unsupported(name: str) -> str:
-    """Returns the error message of a backend that does not support dropout."""
-    return (
-        f"model.attention={name!r} does not support dropout. Use "
-        "model.attention='reference' or model.dropout=0."
-    )
 
 
 def shard_map_attention(

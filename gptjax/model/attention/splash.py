@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from gptjax.model.attention.mask import ATTN_OUT, AttentionMask, KeyValueHeads, QueryHeads
-from gptjax.model.attention.spec import AttentionSpec, dropout_unsupported, shard_map_attention
+from gptjax.model.attention.spec import AttentionSpec, shard_map_attention
 from gptjax.runtime import device
 
 TPU_LANES = 128  # of a TPU vector register; block sizes are multiples of it
@@ -29,13 +29,13 @@ def splash_attention(
         query_BTHK: QueryHeads,
         key_BSHK: KeyValueHeads,
         value_BSHK: KeyValueHeads,
-        sight: AttentionMask,
+        mask: AttentionMask,
     ) -> QueryHeads:
         _, length, heads, head_dim = query_BTHK.shape
-        kernel = make_splash_kernel(length, heads, sight.causal, sight.sliding_window, interpret)
+        kernel = make_splash_kernel(length, heads, mask.causal, mask.sliding_window, interpret)
         query_BTHK = (query_BTHK * head_dim**-0.5).astype(query_BTHK.dtype)
         heads_first = (jnp.swapaxes(x, 1, 2) for x in (query_BTHK, key_BSHK, value_BSHK))
-        segments = () if sight.segment_id_BT is None else (sight.segment_id_BT,)
+        segments = () if mask.segment_id_BT is None else (mask.segment_id_BT,)
         return jnp.swapaxes(kernel(*heads_first, *segments), 1, 2)
 
     return shard_map_attention(attend_shard, query_BTHK, key_BSHK, value_BSHK, mask)
@@ -44,15 +44,7 @@ def splash_attention(
 def make_splash_kernel(
     length: int, heads: int, causal: bool, sliding_window: int | None, interpret: bool
 ) -> Any:
-    """Returns the kernel as a function of B rows: (query, key, value, *segment ids).
-
-    Args:
-        length: tokens in a row, a multiple of 128.
-        heads: number of heads on one device.
-        causal: whether to mask later keys.
-        sliding_window: see `AttentionMask`.
-        interpret: whether to run without a TPU.
-    """
+    """Returns the kernel as a function of B rows: (query, key, value, *segment ids)."""
     # Imported lazily: Pallas takes 0.1 s.
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
@@ -84,8 +76,6 @@ def make_splash_kernel(
 def splash_unsupported_reason(spec: AttentionSpec) -> str:
     """Returns why the splash backend does not support a call, or ""."""
     name = "model.attention='splash'"
-    if spec.dropout:
-        return dropout_unsupported("splash")
     if spec.has_query_positions:
         return (
             f"{name} does not support a KV cache (AttentionMask.query_position_BT). "

@@ -1,0 +1,225 @@
+"""Compares gptjax with transformers and the book's code, interleaved on this machine.
+
+    python -m tests.benchmarks.peers [--only PART] [--repeats N] [--json FILE]
+
+A ratio above 1 means that gptjax is faster. On an NVIDIA GPU, training and decoding are
+compared, training with the attention backend and batch size that `gptjax bench
+--device` finds best. Each result is printed and stored as it arrives. Exits with 1 if a
+comparison failed, and with 2 if the machine does not meet the requirements.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+from gptjax.config import DataConfig, GPTConfig, RunConfig
+from gptjax.runtime import cpu_flags
+from tests.benchmarks.interleaved import in_new_process, run_interleaved, run_isolated
+
+PARTS = ("train", "decode", "prefill", "load", "input", "start")
+GPU_PARTS = ("train", "decode")
+NEW_TOKENS = 128  # per row
+INSTALL_COMMANDS = {
+    "torch": "pip install -e '.[peers]'",
+    "transformers": "pip install -e '.[peers]'",
+    "llms_from_scratch": "pip install --no-deps llms-from-scratch",
+}
+
+
+def missing_requirement(config, parts, platform):
+    """Describes what the machine lacks for the comparisons; empty if nothing."""
+    needs_book = platform == "cpu" and "train" in parts
+    for name in INSTALL_COMMANDS:
+        if name == "llms_from_scratch" and not needs_book:
+            continue
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed: {INSTALL_COMMANDS[name]}"
+    import torch
+
+    if platform == "gpu":
+        return "" if torch.cuda.is_available() else "PyTorch finds no GPU: install it for CUDA"
+    if platform != "cpu":
+        return f"PyTorch is compared on CPUs and NVIDIA GPUs, not on {platform}"
+    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    if threads < cores:
+        return f"PyTorch uses {threads} of {cores} cores: set OMP_NUM_THREADS={cores}"
+    from gptjax.training import estimate
+
+    config = dataclasses.replace(config, context_length=256)
+    run = RunConfig(model=config, data=DataConfig(batch_size=4))
+    needed, free = 2 * sum(estimate.memory_bytes(run).values()), estimate.free_memory()
+    if needed > free:
+        sizes = f"{estimate.format_bytes(needed)} of memory, {estimate.format_bytes(free)} are free"
+        return f"both sides together need about {sizes}: choose a smaller --preset"
+    return ""
+
+
+def cpu_comparisons(config):
+    """Lists name, tag, unit, peer and alternatives: pairs of works with metrics."""
+    from gptjax.bench import workloads
+    from tests.benchmarks import torch_workloads
+
+    our_works = {
+        "train": workloads.make_train_work,
+        "decode": workloads.make_decode_work,
+        "prefill": workloads.make_prefill_work,
+        "load": workloads.make_load_work,
+        "start": workloads.make_startup_work,
+    }
+    rows = [
+        ("train", "b2", "tokens/s", "transformers", {"rows": 2, "context": 256}),
+        ("train", "b4", "tokens/s", "transformers", {"rows": 4, "context": 256}),
+        ("train", "b4", "tokens/s", "book", {"rows": 4, "context": 256}),
+        ("decode", "b1", "tokens/s", "transformers", {"rows": 1, "new": NEW_TOKENS}),
+        ("decode", "b8", "tokens/s", "transformers", {"rows": 8, "new": NEW_TOKENS}),
+        ("prefill", "b1", "tokens/s", "transformers", {"rows": 1, "context": 512}),
+        ("load", "safetensors", "models/s", "transformers", {}),
+        ("start", "", "s", "transformers", {}),
+    ]
+    workers = len(os.sched_getaffinity(0))
+    input_works = (
+        partial(workloads.make_prepare_work, workers),
+        partial(torch_workloads.tiktoken_input, workers),
+    )
+    comparisons = [("input", "", "bytes/s", "tiktoken", [(*input_works, {})])]
+    for name, tag, unit, peer, options in rows:
+        our_work = partial(our_works[name], config, **options)
+        peer_work = partial(getattr(torch_workloads, f"{peer}_{name}"), config, **options)
+        comparisons.append((name, tag, unit, peer, [(our_work, peer_work, {})]))
+    return comparisons
+
+
+def gpu_comparisons(preset, best):
+    """Lists comparisons as `cpu_comparisons`, with alternatives if memory is full."""
+    from gptjax.bench import workloads
+    from tests.benchmarks import torch_workloads
+
+    config = GPTConfig.preset(preset, remat="none")
+    comparisons = []
+    if "train_rows" in best:
+        alternatives = []
+        train_config = dataclasses.replace(config, attention=best["train_attention"])
+        for rows in dict.fromkeys((best["train_rows"], max(best["train_rows"] // 2, 1))):
+            options = {"rows": rows, "context": best["context"]}
+            alternatives.append(
+                (
+                    partial(workloads.make_train_work, train_config, **options),
+                    partial(torch_workloads.transformers_train, config, device="cuda", **options),
+                    {"train_rows_transformers_device": rows},
+                )
+            )
+        comparisons.append(("train", "device", "tokens/s", "transformers", alternatives))
+    for rows in (1, 8):
+        options = {"rows": rows, "new": NEW_TOKENS}
+        peer_work = partial(torch_workloads.transformers_decode, config, device="cuda", **options)
+        alternatives = [  # fastest first
+            (
+                partial(workloads.make_decode_work, config, **options),
+                partial(peer_work, cache=cache),
+                {f"decode_cache_transformers_device_b{rows}": cache},
+            )
+            for cache in ("static", "dynamic")
+        ]
+        comparisons.append(("decode", f"device_b{rows}", "tokens/s", "transformers", alternatives))
+    return comparisons
+
+
+def compare(comparison, repeats):
+    """Returns the metrics of the first alternative that works; empty if none does."""
+    name, tag, unit, peer, alternatives = comparison
+    for make_work, make_peer_work, metrics in alternatives:
+        try:
+            ours, theirs, ratio = run_interleaved(make_work, make_peer_work, repeats)
+        except Exception as error:  # out of memory above all
+            print(f"{name} {tag}: {type(error).__name__}: {error}"[:500], file=sys.stderr)
+            continue
+        for middle, result in (("", ours), (peer, theirs)):
+            key = join_words(name, middle, tag)
+            rate = result.median
+            metrics |= {
+                key: 1 / rate if unit == "s" else rate,
+                f"{key}_peak_bytes": result.peak_bytes,
+            }
+            print(f"{key:<40}{metrics[key]:12.4g} {unit}", flush=True)
+        metrics[join_words(name, "ratio", peer, tag)] = ratio
+        print(f"{join_words(name, 'ratio', peer, tag):<40}{ratio:12.3f}", flush=True)
+        return metrics
+    return {}
+
+
+def join_words(*words):
+    """The name of a metric."""
+    return "_".join(word for word in words if word)
+
+
+def bench_own_device(preset):
+    """Metrics of `gptjax bench --device --only train`; in a process, for its memory."""
+    from gptjax.bench import suite
+
+    options = suite.make_device_options(preset, 5, partial(print, flush=True))
+    return suite.run_benchmarks(options, ["train"])
+
+
+def describe_machine(preset, repeats):
+    """Metrics of `gptjax bench` that say what it ran on; in a process, as above."""
+    from gptjax.bench import suite
+
+    return suite.run_benchmarks(suite.make_machine_options(preset, repeats, str), [])
+
+
+def write_metrics(path, metrics):
+    """Replaces the file of all metrics so far, if there is one."""
+    if path:
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        part.replace(path)
+
+
+def main(argv=None):
+    """Runs the comparisons."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.peers")
+    parser.add_argument("--preset", default="gpt2", help="size of GPT-2")
+    parser.add_argument("--only", choices=PARTS, action="append", help="may be repeated")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side")
+    parser.add_argument("--json", type=Path, help="file of all metrics")
+    parser.add_argument("--fast-cpu", action="store_true", help="as in gptjax bench")
+    args = parser.parse_args(argv)
+    if args.fast_cpu:
+        cpu_flags.enable_fast_cpu()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # both sides share the GPU
+    parts = args.only or PARTS
+    metrics = in_new_process(describe_machine, args.preset, args.repeats)
+    config = GPTConfig.preset(args.preset, dtype="float32", remat="none")
+    if missing := missing_requirement(config, parts, metrics["platform"]):
+        print(f"peers: {missing}", file=sys.stderr)
+        return 2
+    if metrics["platform"] == "gpu":
+        best = in_new_process(bench_own_device, args.preset) if "train" in parts else {}
+        metrics |= best
+        comparisons = gpu_comparisons(args.preset, best)
+    else:
+        comparisons = cpu_comparisons(config)
+    write_metrics(args.json, metrics)
+    failed = []
+    for comparison in comparisons:
+        if comparison[0] in parts:
+            found = compare(comparison, args.repeats)
+            failed += [comparison[0]] if not found else []
+            metrics |= found
+            write_metrics(args.json, metrics)
+    if metrics["platform"] == "cpu" and "train" in parts:
+        from tests.benchmarks.torch_workloads import torch_matmul
+
+        metrics["torch_matmul"] = run_isolated(torch_matmul, args.repeats).median
+        write_metrics(args.json, metrics)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
