@@ -59,7 +59,7 @@ def test_memory_of_flash_attention_grows_in_proportion_to_the_row(monkeypatch):
 
 def test_five_eighths_of_a_causal_square_are_multiplied():
     """Four chunks of queries, which see 1, 2, 3 and 4 quarters of the keys."""
-    args = shapes(1, 256, 1, 64, packed=False)
+    args = shapes(1, 256, 2, 128, packed=False)
     masks = (CAUSAL, AttentionMask(causal=False))
 
     causal, whole = (compiled("chunked", args, mask).cost_analysis()["flops"] for mask in masks)
