@@ -160,8 +160,8 @@ def train_loop(
                     else:
                         logger.print_progress(event)
                     if is_save_step:
+                        saved_step = step  # first: a step is never saved twice
                         save_checkpoint(run, state, step, logger, save)
-                        saved_step = step
             if is_stopping and not is_last:
                 raise Interrupted
     except Interrupted:
