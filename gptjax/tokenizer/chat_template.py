@@ -138,7 +138,10 @@ def load_chat_template(name: str) -> ChatTemplate:
         source = read_small_file(path, 4 * MAX_TEMPLATE_CHARS).decode("utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the chat template {path}: {error}.") from error
-    return compile_template(source)
+    try:
+        return compile_template(source)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def render_template(

@@ -1,7 +1,7 @@
 """Chapter 5's run in wall time: gptjax, and the book's own loop in PyTorch.
 
     pip install -e ".[peers]" && pip install --no-deps llms-from-scratch
-    python tests/benchmarks/book_ch05.py [--fast-cpu]
+    python -m tests.benchmarks.book_ch05 [--fast-cpu]
 
 Both train 124M for ten epochs on the-verdict, evaluate every five steps on five
 training batches and the validation batch, and write 50 tokens after every epoch. Each
@@ -15,10 +15,10 @@ import sys
 import tempfile
 import time
 
-from gptjax.bench import torch_workloads
 from gptjax.book.ch02 import split_text
 from gptjax.data import datasets
 from gptjax.tokenizer import tokenizer
+from tests.benchmarks import torch_workloads
 
 
 class Gpt2:
