@@ -16,7 +16,6 @@ FILES = [*PACKAGE, *sorted((ROOT / "tests").rglob("*.py"))]
 IMPORTERS = {  # dependency: the modules that may import it
     "IPython": ["cli.notebook"],
     "click": ["cli.*"],
-    "filelock": ["training.run_lock"],
     "flax": ["model.*"],
     "google_crc32c": ["weights.tf_checkpoint"],
     "grain": ["data.lm"],

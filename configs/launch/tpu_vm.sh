@@ -76,7 +76,7 @@ fi"
 }
 
 run_train() { # exec: a signal must reach the run, not a shell
-  on_all_hosts "cd ${nfs:+/shared} && exec ~/gptjax-env/bin/gptjax ${train[*]@Q}"
+  on_all_hosts "cd ${nfs:+/shared} && exec ~/gptjax-env/bin/gptjax $(printf '%q ' "${train[@]}")"
 }
 
 case "${1:-run}" in

@@ -52,6 +52,7 @@ def read_manifest(step_dir: Path) -> dict[str, Any]:
         manifest = read_json(step_dir / MANIFEST, MAX_MANIFEST_BYTES)
         contents = manifest["about"]
         is_unchanged = contents_hash(contents) == manifest["sha256"]
+        _ = contents["step"], contents["files"], contents["arrays"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise CorruptCheckpointError(f"{MANIFEST} is missing or unreadable") from error
     if not is_unchanged:

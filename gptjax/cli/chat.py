@@ -6,14 +6,15 @@ A line is a message, or a command of `CHAT_COMMANDS` if it starts with "/".
 import dataclasses
 import functools
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.config import did_you_mean
 from gptjax.errors import ConfigError, DataError, GptjaxError, ModelError
+from gptjax.fileio.atomic import write_atomic
 from gptjax.inference.assistant import encode_chat, stream_answer
 from gptjax.inference.generate import GenerationConfig, stream
 from gptjax.runtime.terminal import sanitize
@@ -256,9 +257,14 @@ def retry(chat: Chat, argument: str) -> None:
     """Regenerates the last reply."""
     if not chat.messages:
         raise ConfigError("there is no message to send again. Write one first.")
+    before = list(chat.messages)
     if chat.messages[-1]["role"] == "assistant":
         chat.messages.pop()
-    reply(chat, chat.messages[-1]["content"])
+    try:
+        reply(chat, chat.messages[-1]["content"])
+    except GptjaxError:
+        chat.messages = before
+        raise
 
 
 def set_option(field: str, example: int | float, chat: Chat, argument: str) -> None:
@@ -278,13 +284,14 @@ def save_conversation(chat: Chat, argument: str) -> None:
     """Writes all messages, including dropped ones, to a new file."""
     if not argument:
         raise ConfigError("/save needs a file name, such as /save talk.json.")
-    path = os.path.expanduser(argument)
+    path = Path(argument).expanduser()
     messages = [*chat.system, *chat.messages]
+    if path.exists():
+        raise ConfigError(f"{path} already exists. Use another name.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"cannot write {path}: there is no folder {path.parent}. Create it.")
     try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(json.dumps(messages, ensure_ascii=False, indent=2) + "\n")
-    except FileExistsError as error:
-        raise ConfigError(f"{path} already exists. Use another name.") from error
+        write_atomic(path, json.dumps(messages, ensure_ascii=False, indent=2) + "\n")
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot write {path}: {error}.") from error
     chat.print_notice(f"(saved {len(messages)} messages to {path})")

@@ -201,7 +201,7 @@ def choose_columns(table: RawTable, text_column: str, label_column: str) -> tupl
     if len(columns) == 2 and not text_column:
         label_column = label_column or guess_label_column(table)
         text_column = "".join(set(columns) - {label_column}) if label_column else ""
-    elif len(columns) == 2 and not label_column:
+    elif len(columns) == 2 and not label_column and remaining:  # none: its name is ""
         values = [str(row.get(remaining[0], "")) for _, row in table.rows]
         label_column = remaining[0] if len(set(values)) < len(values) else ""
     if not text_column or not label_column:

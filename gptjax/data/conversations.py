@@ -24,7 +24,7 @@ from gptjax.data.readers import (
     open_decompressed,
     read_rows,
     require_text,
-    suffix_without_gz,
+    table_suffix,
 )
 from gptjax.data.splits import split_indices, split_shares
 from gptjax.data.text import ALL_SPLITS, TRAIN_SPLIT, VALIDATION_SPLIT
@@ -145,7 +145,7 @@ def read_conversation_rows(
         rows = [(f"{path}:{n}", row) for n, row in enumerate(word_tasks(), 1)]
     else:
         source = find_table(path, CONVERSATION_DATASETS, "conversations")
-        file_format = TABLE_FORMATS[suffix_without_gz(source)]
+        file_format = TABLE_FORMATS[table_suffix(source)]
         with open_decompressed(source) as (file, _):
             rows = [(f"{source}:{line}", row) for line, row in read_rows(file, source)]
     if not rows:

@@ -154,7 +154,7 @@ def read_rows(file: BufferedIOBase, path: Path) -> Iterator[NumberedRow]:
 
     The first row of a CSV or TSV file is its header.
     """
-    match suffix_without_gz(path):
+    match table_suffix(path):
         case ".jsonl":
             return read_jsonl(file, path)
         case ".json":

@@ -79,14 +79,18 @@ class LLMJudge:
                 f"the key in OPENAI_API_KEY would be sent unencrypted to {self.url}. Pass "
                 "an https URL, or unset OPENAI_API_KEY if the server needs no key."
             )
-        return openai.OpenAI(
-            base_url=self.url,
+        client = openai.OpenAI(
+            base_url=self.url.rstrip("/").removesuffix("/chat/completions"),
             api_key=key or "no-key",  # the client requires one
             timeout=TIMEOUT_SECONDS,
             max_retries=MAX_RETRIES,
             # trust_env: proxies
             http_client=openai.DefaultHttpxClient(follow_redirects=False, trust_env=not is_local),
         )
+        # The client also reads these from variables that are meant for OpenAI's server.
+        client.organization = client.project = None
+        client._custom_headers = {}
+        return client
 
     def reply_to(self, prompt: str) -> str:
         """Requests the greedy reply to one prompt.

@@ -1,13 +1,14 @@
 """Atomic writes: a file or folder is complete, or unchanged after a failure."""
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from gptjax.errors import DataError
+from gptjax.errors import DataError, GptjaxError
 
 
 @contextlib.contextmanager
@@ -29,7 +30,12 @@ def atomic_path(path: Path, *, replace_folder: bool = False) -> Iterator[Path]:
             fsync(file)
         if replace_folder and path.is_dir():
             os.replace(path, old)
-        os.replace(new, path)
+        try:
+            os.replace(new, path)
+        except BaseException:
+            if old.exists():
+                os.replace(old, path)
+            raise
     fsync(path.parent)
 
 
@@ -48,6 +54,8 @@ def open_atomic(path: Path) -> Iterator[TextIO]:
             new.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
         ):
             yield file
+    except GptjaxError:  # of the block
+        raise
     except OSError as error:
         raise DataError(
             f"cannot write {path}: {error}. Check the permissions and free space of its folder."
@@ -65,5 +73,8 @@ def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some cannot flush folders
+            raise
     finally:
         os.close(descriptor)

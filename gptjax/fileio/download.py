@@ -23,7 +23,7 @@ class Pin(NamedTuple):
 def user_cache_dir(kind: str) -> Path:
     """Cache directory of gptjax for "data" or "xla" (compiled programs)."""
     home = os.environ.get("GPTJAX_HOME")
-    return (Path(home) if home else Path.home() / ".cache" / "gptjax") / kind
+    return (Path(home).expanduser() if home else Path.home() / ".cache" / "gptjax") / kind
 
 
 def is_offline() -> bool:
@@ -85,6 +85,7 @@ def download_file(url: str, pin: Pin, target: Path, description: str) -> None:
     def download(fname: str, action: Any, pooch: Any, *, check_only: bool | None = None) -> None:
         with _BoundedFile(action, pin.bytes) as file:
             get(fname, file, pooch)
+        os.chmod(action, 0o644)  # pooch creates it with mode 0600
 
     try:
         pooch.retrieve(url, f"sha256:{pin.sha256}", target.name, target.parent, downloader=download)

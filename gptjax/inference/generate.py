@@ -9,6 +9,7 @@ results.
 import codecs
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack, overload
@@ -57,7 +58,7 @@ class GenerationConfig:
             object.__setattr__(self, "stop", (self.stop,))
         for name, is_valid, requirement in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "at least 0; 0 = greedy"),
+            ("temperature", 0 <= self.temperature < math.inf, "finite and at least 0; 0 = greedy"),
             ("top_k", self.top_k >= 0, "at least 0; 0 = off"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1; 1 = off"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1; 0 = off"),

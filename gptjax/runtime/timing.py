@@ -14,7 +14,7 @@ _phase_timers: list["PhaseTimer"] = []  # at most one; filled by `log_phases`
 def mark_phase(phase: str, value: Any = None) -> None:
     """Marks the end of a phase; if it is timed, waits until `value` is computed."""
     for timer in _phase_timers:
-        if value is not None:
+        if value is not None and not timer.is_finished:
             import jax
 
             jax.block_until_ready(value)

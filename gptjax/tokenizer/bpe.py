@@ -119,12 +119,17 @@ def split_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]
     equivalent: merges inside a token do not depend on the surrounding text, so two
     adjacent tokens that together form a token are always its pair.
     """
+    token_rank = ranks[token]
     parts = [token[i : i + 1] for i in range(len(token))]
+    pair_ranks = [ranks.get(a + b, token_rank) for a, b in pairwise(parts)]
     while len(parts) > 2:
-        pair_ranks = [ranks.get(a + b, ranks[token]) for a, b in pairwise(parts)]
         rank = min(pair_ranks)
-        if rank >= ranks[token]:
+        if rank >= token_rank:
             return None
         i = pair_ranks.index(rank)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        # Only the pairs at the merged part change.
+        start = max(i - 1, 0)
+        changed = [ranks.get(a + b, token_rank) for a, b in pairwise(parts[start : i + 2])]
+        pair_ranks[start : i + 2] = changed
     return (parts[0], parts[1]) if len(parts) == 2 else None

@@ -91,8 +91,9 @@ class ChatTemplate:
                 segments += self.split_segments(part, "answer")
                 continue
             if reply := re.search(MARKED_REPLY, part):
+                other_suffix = part[reply.end() :][: len(self.suffix)]
                 raise ConfigError(
-                    f"the chat template puts {quote_rendered(part[reply.end() :])} after one "
+                    f"the chat template puts {quote_rendered(other_suffix)} after one "
                     f"reply and {quote_rendered(self.suffix)} after others. Use the same "
                     "suffix for all, so that a model learns when to stop."
                 )
@@ -200,8 +201,12 @@ def start_worker() -> Any:
         stderr=subprocess.DEVNULL,
         env=env | {"PYTHONPATH": paths},
     )
-    atexit.register(process.__exit__, None, None, None)  # closes the pipes and waits
+    atexit.register(process.kill)
     return process
+
+
+if hasattr(os, "register_at_fork"):  # a fork must not share the pipes of the worker
+    os.register_at_fork(after_in_child=start_worker.cache_clear)
 
 
 @functools.lru_cache(maxsize=16)

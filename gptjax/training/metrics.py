@@ -44,14 +44,12 @@ def sync_events(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def log_resume(path: Path, step: int, **values: Any) -> None:
-    """Appends a "resume" event; first ends a line that a killed process left open."""
-    with path.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read() != b"\n":
-                file.write(b"\n")
-    log_event(path, "resume", step, **values)
+def drop_open_line(path: Path) -> None:
+    """Removes an incomplete last line, left by a killed process or a full disk."""
+    if path.is_file():
+        with path.open("rb+") as file:
+            data = file.read()
+            file.truncate(data.rfind(b"\n") + 1)
 
 
 def read_events(path: Path) -> list[Event]:
@@ -66,7 +64,8 @@ def read_events(path: Path) -> list[Event]:
     """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = lines[:-1] if lines[-1] == "" else lines
     events: dict[Any, Event] = {}
     invalid = 0  # number of the line that is not an event
     for number, line in enumerate(lines, 1):

@@ -22,8 +22,8 @@ from gptjax.training.metrics import (
     Event,
     History,
     MetricsLogger,
+    drop_open_line,
     log_event,
-    log_resume,
     sync_events,
 )
 from gptjax.training.resource_errors import check_compiled_memory
@@ -102,9 +102,10 @@ def restore_or_init(
     )
     for warning in warnings:
         run.log(warning)
+    drop_open_line(run.metrics_path)
     if step is None:
         if run.metrics_path.exists():  # of an earlier start without a checkpoint
-            log_resume(run.metrics_path, 0)
+            log_event(run.metrics_path, "resume", 0)
         write_run_metadata(run.run_dir, {**task.provenance, "on_spike": run.on_spike})
         if task.save_best is None:  # model/ gets its parameters at the end of the run
             save_without_params(task.to_model(task.init_state), run.run_dir / "model")
@@ -116,7 +117,7 @@ def restore_or_init(
         devices = describe_devices(run)
         resume_info: dict[str, Any] = {"device": devices.split(None, 1)[1]}
         resume_info |= {"changes": list(changes)} if changes else {}
-        log_resume(run.metrics_path, step, **resume_info)
+        log_event(run.metrics_path, "resume", step, **resume_info)
         best = f"; the best so far is {history.best_step}" if history.best_score else ""
         run.log(f"resumed  {run.run_dir} after step {step}{best}")
         run.log(devices)

@@ -6,6 +6,7 @@ without a pin against the hash that the hub stores for them.
 """
 
 import dataclasses
+import errno
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ _LogFn = Callable[[str], None]
 CONFIG, VOCAB, MERGES, TOKENIZER = "config.json", "vocab.json", "merges.txt", "tokenizer.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_INDEX_JSON_BYTES = 10_000_000
+DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}
 REPO_ID_PATTERN = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w.-]*)?", re.ASCII)
 SHARD_PATTERN = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 
@@ -144,9 +146,14 @@ def find_file(repo: Repository, file: str) -> Path | None:
     None if the repository does not have the file.
     """
     import huggingface_hub
-    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 
-    cached = huggingface_hub.try_to_load_from_cache(repo.name, file, revision=repo.revision)
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(repo.name, file, revision=repo.revision)
+    except HFValidationError as error:
+        raise ModelError(
+            f"{repo.name!r} is not the name of a repository on the hub: {error} Check the name."
+        ) from error
     if isinstance(cached, str):
         return Path(cached)
     if cached is not None:  # the hub has said that there is no such file
@@ -180,6 +187,11 @@ def explain_download_error(repo: Repository, file: str, error: Exception) -> str
             f"no access to {repo.name} on the hub: the name may be wrong, or the repository "
             "private or gated. Check the name; request access on its page, then set HF_TOKEN "
             "or run: hf auth login"
+        )
+    if isinstance(reason, OSError) and reason.errno in DISK_ERRNOS:
+        return (
+            f"cannot write {file} of {repo}: {reason.strerror}. Free disk space, or set HF_HOME "
+            "to a folder that is writable."
         )
     text = re.sub("//[^/ ]*@", "//", str(reason).partition("\n")[0])
     return (

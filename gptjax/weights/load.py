@@ -223,7 +223,7 @@ def from_gptjax(path: Path, reader: TensorReader, metadata: Mapping[str, Any]) -
             f"it has the format {metadata['format']!r}, but this version reads "
             f"{MODEL_FORMAT!r}. Use a folder written by gptjax.save or gptjax train."
         )
-    match metadata:
+    match {"labels": [], **metadata}:
         case {
             "model": dict(model),
             "tokenizer": {"name": str(name), "hash": str(expected_hash)},

@@ -1,6 +1,7 @@
 """Saving and restoring checkpoints, and detection of damaged ones."""
 
 import errno
+import json
 import shutil
 import threading
 from types import SimpleNamespace
@@ -82,6 +83,10 @@ def test_a_step_with_any_altered_file_is_quarantined(tmp_path):
         path.write_bytes(data)
 
     assert latest_step(tmp_path) == (2, [])
+    path, contents = tmp_path / "2" / manifest.MANIFEST, {"step": 2}
+    digest = manifest.contents_hash(contents)
+    path.write_text(json.dumps({"sha256": digest, "about": contents}))
+    assert latest_step(tmp_path)[0] == 1
 
 
 def test_restored_arrays_that_differ_from_the_saved_ones_are_quarantined(tmp_path):

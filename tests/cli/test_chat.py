@@ -100,6 +100,7 @@ def test_messages_arrive_unchanged_and_a_blank_escapes_commands():
         ("/temperature warm", "'warm'"),
         ("/temperature nan", "temperature=nan"),
         ("/temperature -1", "temperature=-1.0"),
+        ("/temperature 1e999", "temperature=inf"),
         ("/top-k 1.5", "top_k cannot be '1.5'"),
         ("/top-k -2", "top_k=-2"),
         ("/save", "/save talk.json"),
@@ -167,6 +168,15 @@ def test_save_writes_all_messages_to_a_new_file(tmp_path):
     assert [path] == list(tmp_path.iterdir())
 
 
+def test_a_failed_save_leaves_no_file(tmp_path):
+    path = tmp_path / "talk.json"
+
+    result = talk("/system \udc80", f"/save {path}", "/system é", f"/save {path}")
+
+    assert f"cannot write {path}" in result.notices[-3]
+    assert json.loads(path.read_text(encoding="utf-8")) == [system("é")]
+
+
 @given(
     st.sampled_from(["", "s", "s" * 20]),
     st.lists(st.integers(0, 40), max_size=9),
@@ -212,6 +222,18 @@ def test_after_an_error_the_message_can_be_retried_or_is_dropped():
         [user("a"), bot("some"), user("b")],
     ]
     assert result.replies == "some\n" * 4
+
+
+def test_a_failed_retry_keeps_the_last_reply():
+    def fail_after_system(messages, interrupts):
+        if messages[0]["role"] == "system":
+            raise DataError("this does not fit.")
+        yield "some"
+
+    result = talk("a", "/system s", "/retry", answer=fail_after_system)
+
+    assert result.notices[-1] == "this does not fit."
+    assert result.chat.messages == [user("a"), bot("some")]
 
 
 def test_an_interrupt_keeps_the_text_so_far_and_computes_no_more():

@@ -118,6 +118,7 @@ AMBIGUOUS = [
     "text,other\na,b\nc,d\n",  # no value occurs twice
     "v1,v2\na,b\nc,d\n",
     "text;label\na;b\n",
+    "text,\na,b\nc,b\n",  # a column without a name
     "a,b\nx,y\nx,y\nx,z\nx,z\n",  # both columns are short and repeat values
     "a,b\nx,some\nx,more\nz,words\n",  # too few repeat
     "a,b\nx,words\ny,words\nx,words\ny,words\n",  # fewer texts than labels

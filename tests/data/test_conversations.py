@@ -211,6 +211,7 @@ def test_files_without_conversations_are_rejected(tmp_path):
         other: f"{other}:1: the columns text ",
         mixed: f"{mixed}:3: no 'split'",
         "sms-spam": "sms-spam",
+        write(tmp_path / "SMSSpamCollection", "ham\thi\n"): "SMSSpamCollection",
     }.items():
         with pytest.raises(DataError, match=re.escape(value)):
             read_conversations(path)

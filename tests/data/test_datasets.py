@@ -1,7 +1,9 @@
 """A named data set is the pinned file or an error, never anything else."""
 
 import dataclasses
+import gc
 import hashlib
+import stat
 
 import pytest
 
@@ -9,6 +11,16 @@ from gptjax.data import datasets
 from gptjax.errors import DataError
 from gptjax.fileio import download
 from tests.file_server import BODY, HASH, endless, file, head, plain, serving
+
+# requests leaves a failed connection to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def collected():
+    """Collects the garbage of a test before the next one."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
@@ -42,6 +54,7 @@ def test_a_download_is_verified_and_cached(places, monkeypatch):
     assert (cache / "right.txt").read_bytes() == BODY
     assert len(asked) == 1
     assert [path.name for path in cache.iterdir()] == ["right.txt"]
+    assert stat.S_IMODE((cache / "right.txt").stat().st_mode) == 0o644
 
 
 def stall(handler):
@@ -52,8 +65,6 @@ def stall(handler):
     handler.connection.recv(1)  # until the client has given up
 
 
-# requests leaves a failed connection to the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

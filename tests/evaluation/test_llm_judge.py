@@ -136,6 +136,15 @@ def test_key_is_sent_encrypted_or_to_this_machine_only_and_never_shown(monkeypat
 
     assert KEY not in str(error.value)
     assert requests[0].headers["authorization"] == f"Bearer {KEY}"
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-1")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-1")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Secret: s")
+    with judging(refuses(401, "")) as (url, requests), pytest.raises(ModelError):
+        ask(f"{url}/chat/completions")
+    assert requests[0].path == "/v1/chat/completions"
+    assert not {"openai-organization", "openai-project", "x-secret"} & {
+        name.lower() for name in requests[0].headers
+    }
     for host in ("192.0.2.1", "localhost.example.org", "127.0.0.1.example.org"):
         with pytest.raises(ConfigError, match=f"OPENAI_API_KEY.*{host}"):
             LLMJudge(f"http://{host}/v1", "llama3")

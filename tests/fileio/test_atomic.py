@@ -1,6 +1,8 @@
 """A file or folder is complete, or unchanged after a failure."""
 
+import errno
 import os
+import stat
 
 import pytest
 
@@ -41,6 +43,39 @@ def test_a_folder_with_files_is_replaced_only_on_request(tmp_path, replace_folde
 
     assert os.listdir(path) == (["new"] if replace_folder else ["old"])
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_stays_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.mkdir()
+    (path / "old").touch()
+    replace = os.replace
+
+    def fail_once(source, target):
+        if target == path:
+            monkeypatch.setattr(os, "replace", replace)
+            raise OSError(errno.EIO, "input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_once)
+    with pytest.raises(OSError, match="input"), atomic_path(path, replace_folder=True) as new:
+        new.mkdir()
+
+    assert os.listdir(path) == ["old"]
+
+
+def test_a_file_system_that_cannot_flush_folders_is_no_error(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def only_files(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    write_atomic(tmp_path / "a.txt", "a")
+
+    assert (tmp_path / "a.txt").read_text() == "a"
 
 
 def test_a_file_does_not_replace_a_folder(tmp_path):

@@ -212,6 +212,22 @@ def test_worker_sees_no_secret_and_imports_neither_numpy_nor_tiktoken(monkeypatc
     assert not {b"numpy", b"tiktoken", b"jax"} & set(loaded.split())
 
 
+def test_a_forked_process_has_a_worker_of_its_own():
+    code = f"""
+import os
+from gptjax.tokenizer.chat_template import compile_template, render_template
+compile_template({CHATML!r})
+child = os.fork()
+texts = [str(n) + "ab"[child == 0] for n in range(99)]
+replies = [render_template({CHATML!r}, [dict(role="user", content=t)]) for t in texts]
+wrong = sum(t not in reply for t, reply in zip(texts, replies))
+assert not wrong, wrong
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_template_that_changes_messages_or_ends_replies_differently_is_rejected():
     sliced = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content[:3] }}"

@@ -6,10 +6,10 @@ import pytest
 
 from gptjax.errors import ModelError
 from gptjax.training.metrics import (
+    drop_open_line,
     format_duration,
     format_number,
     log_event,
-    log_resume,
     metric_series,
     read_events,
 )
@@ -57,16 +57,27 @@ def test_only_the_last_line_may_be_incomplete(path):
         read_events(path)
 
 
+def test_an_incomplete_last_line_is_removed_before_events_are_added(path):
+    events, text = read_events(path), path.read_text()
+    path.write_text(text + '{"event": "train", "st')  # its process was killed
+
+    for _ in range(2):
+        drop_open_line(path)
+        assert path.read_text() == text
+    log_event(path, "sample", 30, text="a\u2028b\x85c")
+    log_event(path, "sample", 30, text="d")
+
+    assert [e["text"] for e in read_events(path)[len(events) :]] == ["a\u2028b\x85c", "d"]
+
+
 def test_a_resume_supersedes_earlier_events_of_later_steps(path):
-    with path.open("a") as file:
-        file.write('{"event": "train", "st')  # its process was killed
     text = path.read_text()
 
-    log_resume(path, 20)
+    log_event(path, "resume", 20)
     assert [e["step"] for e in read_events(path)] == [10, 20, 20, 20]
     log_event(path, "train", 30, loss=9.0)
     assert [e["step"] for e in read_events(path)] == [10, 20, 20, 20, 30]
-    log_resume(path, 0)
+    log_event(path, "resume", 0)
     assert [e["event"] for e in read_events(path)] == ["resume"]
     assert path.read_text().startswith(text)
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import huggingface_hub
@@ -231,6 +232,12 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(host, monkeypatch):
 def test_an_invalid_name_is_an_error(name):
     assert not hub.is_repo_id(name)
     with pytest.raises(ModelError, match="gpt2-medium"):
+        hub.fetch_repo(name)
+
+
+@pytest.mark.parametrize("name", ["owner/name.git", "o--x/y", "owner/name-", "a/" + "b" * 96])
+def test_a_name_that_the_hub_forbids_is_an_error(name):
+    with pytest.raises(ModelError, match=re.escape(name)):
         hub.fetch_repo(name)
 
 
