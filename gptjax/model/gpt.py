@@ -302,11 +302,9 @@ def hidden_states(
     Args:
         config: shape of the model.
         params: from `init`; the last blocks may be a stack of their own, "tail".
-        token_BT: ids in [0, vocab_size), not checked inside `jit`; T at most
-            `config.context_length`.
+        token_BT: ids in [0, vocab_size), unchecked inside `jit`; T <= context_length.
         position_BT: row of the position table for each token; default 0, ..., T-1.
-        segment_id_BT: document of each token of packed rows; tokens attend only to
-            their own document. Default: one document per row.
+        segment_id_BT: document of each token; attention stays within a document.
         dropout_key: enables dropout; omit it in evaluation.
         adapters: LoRA adapters, scaled by `gptjax.model.lora.scale_adapters`.
         interventions: {capture point: array to add}, for steering, activation patching

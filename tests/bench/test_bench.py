@@ -171,7 +171,8 @@ def test_the_command_writes_all_metrics(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--attention", "cudn"], ["--rows", "4,0"], ["--only", "training"], ["--preset", "gpt3"]]
+    "flags",
+    [["--attention", "cudn"], ["--rows", "4,0"], ["--only", "training"], ["--preset", "gpt3"]],
 )
 def test_a_wrong_value_is_rejected_with_its_option(flags, capsys):
     assert main(["bench", *flags]) == 2
