@@ -16,7 +16,7 @@ from tests.small_models import make_model
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((ROOT / "gptjax").rglob("*.py"))
-# What executes, unpacks or makes objects of the content of a file; beyond ruff's rules
+# Calls that execute or unpickle the content of a file, beyond ruff's rules
 # and the imports that test_style.py forbids.
 DANGEROUS = {
     *("tarfile", "zipfile", "runpy", "multiprocessing", "serialize_executable"),

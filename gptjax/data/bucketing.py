@@ -5,6 +5,7 @@ Each epoch visits every row once, in a new random order: rows are batched by buc
 and the rows left over in one bucket are added to the next.
 """
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -45,7 +46,7 @@ class EpochBatches(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class BucketedBatches:
+class BucketedBatches(abc.ABC):
     """Length-bucketed batches; subclasses define the rows.
 
     A subclass has a property `lengths`, from 1 to the largest bucket, and `make_batch`.
@@ -58,13 +59,13 @@ class BucketedBatches:
     seed: int = 0
 
     @property
+    @abc.abstractmethod
     def lengths(self) -> Sequence[int]:
         """Length of each row."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def make_batch(self, length: int, indices: Sequence[int] | np.ndarray) -> Any:
         """Returns the rows at these indices, padded to the length and batch size."""
-        raise NotImplementedError
 
     @property
     def steps_per_epoch(self) -> int:

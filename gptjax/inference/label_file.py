@@ -74,9 +74,8 @@ def label_file(
     column = text_column or guess_text_column(first.row, first.location, "--text NAME")
     if not text_column:
         log(f"{source}: text in column {column!r}. Override with --text NAME.")
-    new_columns = ADDED_COLUMNS
-    if set(ADDED_COLUMNS) & set(first.row):
-        new_columns = tuple(f"predicted_{name}" for name in ADDED_COLUMNS)
+    prefix = "predicted_" if set(ADDED_COLUMNS) & set(first.row) else ""
+    new_columns = tuple(prefix + name for name in ADDED_COLUMNS)
     check_columns_free(first, new_columns)
     rows, count = itertools.chain([first], rows), 0
     with (

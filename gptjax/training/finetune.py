@@ -68,7 +68,7 @@ def choose_tokenizer(
 ) -> Tokenizer:
     """Loads the tokenizer of a run, or trains "bpe:SIZE" on the texts.
 
-    The name "" stands for the tokenizer of the initial model, or GPT-2's.
+    The name "" selects the tokenizer of the initial model, or GPT-2's.
     """
     if not name:
         return init_model.tokenizer if init_model else load_tokenizer("gpt2")

@@ -34,7 +34,7 @@ def bits(tree: Any) -> dict[str, bytes]:
 
 
 def resume_fault(folder: Path, expected: set[int | None]) -> str:
-    """What is wrong with how a run would go on there, or ""."""
+    """Returns the fault of resuming a run in the folder, or ""."""
     resumed = restore_latest(folder, jax.tree.map(jnp.asarray, state_at(0)))
     if resumed.step not in expected:
         return f"it goes on from step {resumed.step}, and not from {expected}"

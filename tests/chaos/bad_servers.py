@@ -134,7 +134,7 @@ def kill_at(client: str, url: str, folder: Path, point: int) -> int:
 
 
 def faults(client: str, name: str, point: int, folder: Path) -> Iterator[str]:
-    """What goes wrong in one case."""
+    """Yields the faults of one case."""
 
     def call(url: str, when: str, *, must: bool = False) -> Iterator[str]:
         try:

@@ -153,7 +153,7 @@ def start(folder: Path, point: int) -> int:
 
 
 def check(folders: Sequence[Path], expected: Sequence[int | None]) -> list[str]:
-    """What is wrong with a start in each of the folders, and with a save after it."""
+    """Returns the faults of a start in each folder, and of a save after it."""
     faults = []
     for folder in folders:
         fault = resume_fault(folder, {*expected})
@@ -169,7 +169,7 @@ def check(folders: Sequence[Path], expected: Sequence[int | None]) -> list[str]:
 
 
 class Scene(NamedTuple):
-    """What is killed, where, and what may be found afterwards."""
+    """A process to kill, the place, and the valid states afterwards."""
 
     name: str
     before: Path

@@ -148,7 +148,7 @@ def prepare(folder: Path) -> Callable[[int, random.Random], str]:
 
 
 def latest_fault(steps: Path, case: int) -> str:
-    """What is wrong with the step that is found and the complaints, or ""."""
+    """Returns the fault in the chosen step and the warnings, or ""."""
     step, complaints = latest_step(steps)
     if step != 1:
         return resume_fault(steps, {2})

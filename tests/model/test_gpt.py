@@ -94,7 +94,7 @@ def test_rows_of_one_cache_may_be_at_different_positions():
     for piece in (slice(0, 3), slice(3, 6)):
         _, cache = extend(TINY, layers, padded_BT[:, piece], position_BT[:, piece], cache)
     for step in range(2):
-        place_B = jnp.array((3, 6)) + step  # row 0 goes on after its third token
+        place_B = jnp.array((3, 6)) + step  # row 0 continues after its third token
         token_BT = TOKEN_BT[jnp.arange(B), place_B][:, None]
         logit_BTV, cache = extend(TINY, layers, token_BT, place_B[:, None], cache)
         np.testing.assert_allclose(logit_BTV[:, 0], whole_BTV[jnp.arange(B), place_B], atol=1e-5)

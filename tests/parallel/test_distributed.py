@@ -115,7 +115,7 @@ def test_processes_stop_together_and_only_the_first_writes_and_speaks(pair):
     assert "step 1/20" not in other_said[0]
     assert devices == {"kind": "cpu", "count": 8, "processes": 2}
     assert os.listdir(folder / "other") == ["checkpoints"]
-    assert os.listdir(folder / "scratch1") == []  # what it read is deleted
+    assert os.listdir(folder / "scratch1") == []  # its scratch files are deleted
     assert f"resumed  run after step {steps[-1]}" in resumed
 
 
