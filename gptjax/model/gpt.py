@@ -176,11 +176,14 @@ class Block(nn.Module):
     ) -> tuple[HiddenStates, KVCache | None]:
         """Returns the new residual stream, and the updated cache or None."""
         c = self.config
-        x_BTD = materialize_on_cpu(capture_point(self, "residual", x_BTD))
+        # XLA for CPUs (jax 0.12) cannot compile a barrier in a decode loop of one head.
+        use_barrier = cache is None or c.n_heads > 1
+        materialize = materialize_on_cpu if use_barrier else lambda x_BTD: x_BTD
+        x_BTD = materialize(capture_point(self, "residual", x_BTD))
         normed_BTD = LayerNorm(name="attention_norm")(x_BTD)
         attention = Attention(c, self.decode, name="attention")
         branch_out_BTD, cache = attention(normed_BTD, cache, inputs)
-        x_BTD = materialize_on_cpu(x_BTD + Dropout(c.dropout)(branch_out_BTD))
+        x_BTD = materialize(x_BTD + Dropout(c.dropout)(branch_out_BTD))
         normed_BTD = LayerNorm(name="mlp_norm")(x_BTD)
         branch_out_BTD = MLP(c, self.decode, name="mlp")(normed_BTD)
         x_BTD += Dropout(c.dropout)(branch_out_BTD)
