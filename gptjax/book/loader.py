@@ -8,10 +8,13 @@ generator; these are the batches without dropout, or with training on a GPU.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from gptjax.book.torch_random import TorchGenerator
 from gptjax.config import check_min
+from gptjax.data.bucketing import BucketedBatches
 from gptjax.data.lm import Batch
 from gptjax.data.sft import TRAIN_ON_COMPLETIONS, Example, SFTBatching, collate
 from gptjax.errors import ConfigError, DataError
@@ -119,13 +122,13 @@ def iterate_epochs(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class BookBatches:
-    """Batches in the order of a shuffling DataLoader: `data.batching = "book"`."""
+class BookBatches(BucketedBatches):
+    """Batches in the order of a shuffling DataLoader: `data.batching = "book"`.
+
+    Each is padded to its longest row; an incomplete last batch is dropped.
+    """
 
     examples: Sequence[Example]
-    rows: int  # batch size B; an incomplete last batch is dropped
-    pad_id: int
-    seed: int
 
     def __post_init__(self) -> None:
         """Checks that there is at least one batch."""
@@ -136,40 +139,33 @@ class BookBatches:
                 "data.batch_size, or use data.batching=padded."
             )
 
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Positions of each example."""
+        return [len(example.ids) - 1 for example in self.examples]
+
     @property
     def steps_per_epoch(self) -> int:
         """Batches per epoch."""
         return len(self.examples) // self.rows
 
-    @property
-    def batch_shapes(self) -> list[int]:
-        """Row lengths that occur in the first epoch."""
-        return sorted({self.max_length(indices) for indices in self.epoch_batches(0)})
-
     @functools.lru_cache(maxsize=2)  # noqa: B019 (one instance per run)
-    def epoch_batches(self, epoch: int) -> BatchIndices:
-        """Returns the example indices of an epoch, counted from 0."""
+    def epoch_plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+        """Returns (length, example indices) of each batch of an epoch."""
         generator = TorchGenerator(self.seed)
         generator.next_uint32(NUMBERS_PER_SHUFFLED_PASS * epoch)
-        return Loader(len(self.examples), self.rows).start_epoch(generator)
+        batches = Loader(len(self.examples), self.rows).start_epoch(generator)
+        return [(max(self.lengths[n] for n in batch), np.array(batch)) for batch in batches]
 
-    def max_length(self, indices: Iterable[int]) -> int:
-        """Returns the positions of the longest of these examples."""
-        return max(len(self.examples[n].ids) - 1 for n in indices)
-
-    def batch_at(self, step: int) -> Batch:
-        """Returns the batch of a training step, counted from 0."""
-        epoch, number = divmod(step, self.steps_per_epoch)
-        return self.make_batch(self.epoch_batches(epoch)[number])
-
-    def make_batch(self, indices: Sequence[int]) -> Batch:
-        """Returns the examples at these indices, padded to the longest of them."""
-        rows = [[self.examples[n]] for n in indices]
-        return collate(rows, self.max_length(indices), self.pad_id)
+    def make_batch(self, length: int, indices: Sequence[int] | np.ndarray) -> Batch:
+        """Returns the examples at these indices, padded to `length`."""
+        return collate([[self.examples[n]] for n in indices], length, self.pad_id)
 
 
 # The header before a response is trained on as well, as in exercise 7.2.
 BOOK_BATCHING = SFTBatching(
-    lambda examples, rows, context, pad_id, seed: BookBatches(examples, rows, pad_id, seed),
+    lambda examples, rows, context, pad_id, seed: BookBatches(
+        examples, rows=rows, bucket_lengths=(), pad_id=pad_id, seed=seed
+    ),
     completion_segments=TRAIN_ON_COMPLETIONS | {"header"},
 )

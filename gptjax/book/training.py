@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.book.ch02 import make_windows, split_text
-from gptjax.book.loader import BookBatches, Loader
+from gptjax.book.loader import Loader
 from gptjax.book.params import init_params
 from gptjax.book.schedule import (
     FIRST_EVAL_STEP,
@@ -30,6 +30,7 @@ from gptjax.config import RunConfig
 from gptjax.data.classification import ClassificationBatches, take
 from gptjax.data.datasets import fetch_dataset
 from gptjax.data.lm import Batch, make_lm_batch
+from gptjax.data.sft import collate
 from gptjax.data.text import TEST_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError
 from gptjax.evaluation import perplexity
@@ -227,14 +228,15 @@ def make_chapter_7(run: RunContext, data: SFTData) -> Task:
 
     loaders.pop(TEST_SPLIT, None)  # the book evaluates no test rows before the end
     initial_batches = first_batches(loaders, TorchGenerator(c.train.seed), c.train.eval_batches)
-    book_batches = BookBatches(
-        examples[TRAIN_SPLIT], c.data.batch_size, data.tokenizer.eot_token, c.train.seed
-    )
+
+    def make_batch(rows: list[int]) -> Batch:
+        batch = [examples[TRAIN_SPLIT][n] for n in rows]
+        longest = max(len(example.ids) - 1 for example in batch)
+        return collate([[example] for example in batch], longest, data.tokenizer.eot_token)
+
     return dataclasses.replace(
         task,
-        batches=lambda first, stop: map(
-            book_batches.make_batch, schedule.train_batches[first:stop]
-        ),
+        batches=lambda first, stop: map(make_batch, schedule.train_batches[first:stop]),
         evaluate=make_book_evaluate(run, task, schedule, {"loss": initial_batches}, score_batch),
         eval_offset=FIRST_EVAL_STEP,
     )

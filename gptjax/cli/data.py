@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -50,8 +49,6 @@ def data_prepare(
         paths, tokenizer, out, val_fraction=val_fraction, seed=seed, column=column, workers=workers
     )
     print(info)
-    if throughput := info.format_throughput(workers or os.cpu_count() or 1):
-        print(throughput)
     for text in sample_windows(out):
         print(f"--- sample\n{text}")
 
@@ -107,8 +104,7 @@ def data_preview(
         print(f"wrote    {html}")
     else:
         use_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        columns = shutil.get_terminal_size().columns
-        print(render_terminal(preview, shown_rows, use_color, columns))
+        print(render_terminal(preview, shown_rows, use_color))
 
 
 @click.command("verify", cls=Command)

@@ -9,7 +9,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
@@ -26,31 +26,9 @@ def buckets(max_length: int, single: bool = False) -> list[int]:
     return [*(size for size in sizes if size < max_length), max_length]
 
 
-@runtime_checkable  # for the type checks of the tests
-class EpochBatches(Protocol):
-    """Batches that are a pure function of the step."""
-
-    @property
-    def batch_shapes(self) -> list[int]:
-        """Row lengths [T], one compiled shape each."""
-        ...
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps until every row was used once."""
-        ...
-
-    def batch_at(self, step: int) -> Any:
-        """Returns the batch of a training step, counted from 0."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class BucketedBatches(abc.ABC):
-    """Length-bucketed batches; subclasses define the rows.
-
-    A subclass has a property `lengths`, from 1 to the largest bucket, and `make_batch`.
-    """
+    """Length-bucketed batches; subclasses define the rows."""
 
     _: dataclasses.KW_ONLY
     rows: int  # [B] per batch
@@ -61,7 +39,7 @@ class BucketedBatches(abc.ABC):
     @property
     @abc.abstractmethod
     def lengths(self) -> Sequence[int]:
-        """Length of each row."""
+        """Length of each row, from 1 to the largest bucket."""
 
     @abc.abstractmethod
     def make_batch(self, length: int, indices: Sequence[int] | np.ndarray) -> Any:
@@ -74,24 +52,20 @@ class BucketedBatches(abc.ABC):
 
     @property
     def batch_shapes(self) -> list[int]:
-        """Distinct padded lengths in an epoch; each is compiled once."""
+        """Distinct row lengths [T] in an epoch; each is compiled once."""
         return sorted({size for size, _ in self.epoch_plan(0)})
-
-    @functools.cached_property
-    def row_buckets(self) -> np.ndarray:
-        """Index of the bucket of each row."""
-        return np.searchsorted(self.bucket_lengths, self.lengths)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (one instance per run)
     def epoch_plan(self, epoch: int | None) -> list[tuple[int, np.ndarray]]:
-        """Returns (length, indices) of each batch of an epoch; None: unshuffled."""
+        """Returns (length, row indices) of each batch of an epoch; None: unshuffled."""
         order = np.arange(len(self.lengths))
+        row_bucket = np.searchsorted(self.bucket_lengths, self.lengths)
         rng = np.random.default_rng((self.seed, epoch or 0))
         if epoch is not None:
             rng.shuffle(order)
         batches, remaining = [], order[:0]
         for number, size in enumerate(self.bucket_lengths):
-            remaining = np.concatenate([remaining, order[self.row_buckets[order] == number]])
+            remaining = np.concatenate([remaining, order[row_bucket[order] == number]])
             last = number == len(self.bucket_lengths) - 1
             while len(remaining) >= self.rows or (last and len(remaining)):
                 batches.append((size, remaining[: self.rows]))

@@ -65,6 +65,10 @@ class RawTable(NamedTuple):
     columns: list[str]
     rows: list[NumberedRow]
 
+    def values(self, column: str) -> list[str]:
+        """Returns the values of a column as strings."""
+        return [str(row.get(column, "")) for _, row in self.rows]
+
 
 def take(data: LabeledTexts, indices: Iterable[SupportsIndex]) -> LabeledTexts:
     """Returns the rows at `indices`, in this order, with the same classes."""
@@ -98,18 +102,20 @@ def read_labeled_texts(
                 "data.label_column empty, or pass a file."
             )
         data = encode_labels(folder_examples(source), str(source))
-        summary = summarize_classes(data)
-        return data, f"{source}: .txt files in one folder per label; {summary}."
+        return data, f"{source}: one folder of .txt files per label; {summarize_classes(data)}."
     folder = ", a folder with one folder of .txt files per label,"
     source = find_table(str(path), ("sms-spam",), "labels", folder)
     table = read_raw_table(source, {text_column, label_column} - {""})
     text_column, label_column = choose_columns(table, text_column, label_column)
-    data = encode_labels(
-        table_examples(table, text_column, label_column), f"{source}, column {label_column!r}"
-    )
+    examples = []
+    for line, row in table.rows:
+        location = f"{source}:{line}"
+        text = get_text(row, text_column, location, "--data.text_column NAME")
+        examples.append((text, get_label(row, label_column, location), location))
+    data = encode_labels(examples, f"{source}, column {label_column!r}")
     return data, (
         f"{source}: {table.format}; text in column {text_column!r}, label in column "
-        f"{label_column!r}; {summarize_classes(data)}{describe_multiline_texts(table, data)}. "
+        f"{label_column!r}; {summarize_classes(data)}. "
         "Override with --data.text_column NAME --data.label_column NAME."
     )
 
@@ -161,8 +167,7 @@ def has_header(table: RawTable, named_columns: set[str]) -> bool:
     if named_columns and named_columns <= set(table.columns):
         return False
     column = guess_label_column(table)
-    labels = [row[column] for _, row in table.rows] if column else []
-    return not column or labels[0] not in labels[1:]
+    return not column or table.values(column)[0] not in table.values(column)[1:]
 
 
 def guess_label_column(table: RawTable) -> str:
@@ -170,8 +175,7 @@ def guess_label_column(table: RawTable) -> str:
     if len(table.columns) != 2:
         return ""
     for candidate, other in (table.columns, table.columns[::-1]):
-        labels = [str(row.get(candidate, "")) for _, row in table.rows]
-        texts = [str(row.get(other, "")) for _, row in table.rows]
+        labels, texts = table.values(candidate), table.values(other)
         if (
             2 * len(set(labels)) <= len(labels)
             and len(set(labels)) < len(set(texts))
@@ -202,7 +206,7 @@ def choose_columns(table: RawTable, text_column: str, label_column: str) -> tupl
         label_column = label_column or guess_label_column(table)
         text_column = "".join(set(columns) - {label_column}) if label_column else ""
     elif len(columns) == 2 and not label_column and remaining:  # none: its name is ""
-        values = [str(row.get(remaining[0], "")) for _, row in table.rows]
+        values = table.values(remaining[0])
         label_column = remaining[0] if len(set(values)) < len(values) else ""
     if not text_column or not label_column:
         raise DataError(
@@ -211,16 +215,6 @@ def choose_columns(table: RawTable, text_column: str, label_column: str) -> tupl
             "--data.label_column NAME (without a header, numbers from 1)."
         )
     return text_column, label_column
-
-
-def table_examples(
-    table: RawTable, text_column: str, label_column: str
-) -> Iterator[tuple[str, str, str]]:
-    """Yields (text, label, location) of each row."""
-    for line, row in table.rows:
-        location = f"{table.path}:{line}"
-        text = get_text(row, text_column, location, "--data.text_column NAME")
-        yield text, get_label(row, label_column, location), location
 
 
 def get_label(row: dict[str, Any], column: str, location: str) -> str:
@@ -242,41 +236,34 @@ def get_label(row: dict[str, Any], column: str, location: str) -> str:
 
 def folder_examples(folder: Path) -> Iterator[tuple[str, str, str]]:
     """Yields (text, label, location) of each .txt file; its folder is the label."""
-
-    def find_texts(pattern: str) -> list[Path]:
-        return [
-            path
-            for path in sorted(folder.glob(pattern))
-            if suffix_without_gz(path) == ".txt"
-            and path.is_file()
-            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        ]
-
-    if nested := find_texts("*/*/*"):
+    texts = [
+        path
+        for path in sorted(folder.glob("*/**/*"))
+        if suffix_without_gz(path) == ".txt"
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if nested := [path for path in texts if path.parent.parent != folder]:
         inner = nested[0].parent.parent
         raise DataError(
             f"{folder} contains {inner.name}, which has subfolders of texts. "
             f"Pass the folder whose subfolders are the labels, such as {inner}."
         )
-    files = find_texts("*/*")
-    if not files:
+    if not texts:
         raise DataError(
             f"{folder} has no folders of .txt files. Put each text into a folder named "
             f"after its label, such as {folder / 'spam' / '1.txt'}, or pass a file."
         )
-    for file in files:
+    for file in texts:
         yield read_text_file(file), file.parent.name, f"{file}:1"
 
 
 def encode_labels(rows: Iterable[tuple[str, str, str]], source: str) -> LabeledTexts:
     """Builds `LabeledTexts` of (text, label, location) rows; errors name `source`."""
-    texts, labels, locations = [], [], []
-    for text, label, location in rows:
+    texts, labels, locations = map(list, zip(*rows, strict=True))
+    for text, location in zip(texts, locations, strict=True):
         if not text.strip():
             raise DataError(f"{location}: the text is empty. Add text, or remove the row.")
-        texts.append(text)
-        labels.append(label)
-        locations.append(location)
     class_names = sorted(set(labels), key=class_sort_key)
     if len(class_names) < 2:
         raise DataError(
@@ -285,9 +272,7 @@ def encode_labels(rows: Iterable[tuple[str, str, str]], source: str) -> LabeledT
             "with --data.label_column NAME."
         )
     class_ids = {name: number for number, name in enumerate(class_names)}
-    return LabeledTexts(
-        texts, [class_ids[label] for label in labels], tuple(class_names), locations
-    )
+    return LabeledTexts(texts, [class_ids[x] for x in labels], tuple(class_names), locations)
 
 
 def class_sort_key(name: str) -> tuple[int, float, str]:
@@ -306,14 +291,6 @@ def summarize_classes(data: LabeledTexts) -> str:
         f"{len(data):,} texts in {len(data.class_names)} classes: {', '.join(listed)}"
         f"{f' and {num_unlisted} more' if num_unlisted > 0 else ''}"
     )
-
-
-def describe_multiline_texts(table: RawTable, data: LabeledTexts) -> str:
-    """Returns a note on TSV texts with line breaks, which are rarely intended."""
-    lines = [n for (n, _), text in zip(table.rows, data.texts, strict=True) if "\n" in text]
-    if not lines or table_suffix(table.path) != ".tsv":
-        return ""
-    return f"; {len(lines):,} with quoted line breaks, first at line {lines[0]}"
 
 
 class ClassificationBatch(TypedDict):

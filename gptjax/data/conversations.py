@@ -95,15 +95,13 @@ def read_conversations(path: Path | str) -> tuple[list[Conversation], str]:
         str(path), CONVERSATION_FORMATS | PREFERENCE_FORMATS
     )
     answer_column = "chosen" if "chosen" in columns else columns[-1]
-    conversations = []
+    conversations, turns = [], 0
     for location, source_row in rows:
         row = check_columns(source_row, columns, location, ROW_ADVICE)
         messages = to_messages(row, columns, answer_column, location)
         split, task = get_split(row, location), get_text(row, "task", location)
         conversations.append(Conversation(messages, source_row, location, split, task))
-    turns = sum(
-        m["role"] == "assistant" for conversation in conversations for m in conversation.messages
-    )
+        turns += sum(message["role"] == "assistant" for message in messages)
     return conversations, (
         f"{description}; conversations: {len(conversations):,}, turns: {turns:,}, "
         f"{summarize_conversations(conversations)}."
@@ -125,10 +123,9 @@ def read_preference_pairs(path: Path | str) -> tuple[list[PreferencePair], str]:
                 f"{location}: 'chosen' and 'rejected' differ before their last "
                 "message. Make all messages before it equal, or remove the row."
             )
+        prompt, split = chosen[:-1], get_split(row, location)
         answers = (chosen[-1]["content"], rejected[-1]["content"])
-        pairs.append(
-            PreferencePair(chosen[:-1], *answers, source_row, location, get_split(row, location))
-        )
+        pairs.append(PreferencePair(prompt, *answers, source_row, location, split))
     num_equal = sum(pair.chosen == pair.rejected for pair in pairs)
     return pairs, (
         f"{description}; pairs: {len(pairs):,}, with identical responses: "
@@ -164,11 +161,8 @@ def read_conversation_rows(
 
 def check_columns(row: Any, columns: Sequence[str], location: str, advice: str) -> dict[str, Any]:
     """Checks for required columns; returns the row with "" for optional nulls."""
-    row = {
-        name: value
-        for name, value in check_object(row, location, advice).items()
-        if value is not None
-    }
+    row = check_object(row, location, advice)
+    row = {name: value for name, value in row.items() if value is not None}
     for name in columns:
         if name not in row:
             raise DataError(
@@ -192,9 +186,8 @@ def to_messages(
         messages = [*to_prompt_messages(row, prompt_column, location), *messages]
     elif prompt_column and answer_column not in PREFERENCE_COLUMNS:
         raise DataError(
-            f"{location}: {answer_column!r} has {len(messages)} messages, but a "
-            "response is a single message. Move the messages before it to "
-            f"{prompt_column!r}."
+            f"{location}: {answer_column!r} has {len(messages)} messages, but a response "
+            f"is a single message. Move the messages before it to {prompt_column!r}."
         )
     check_turn_order(messages, location)
     if messages[0]["role"] == "system" and not messages[0]["content"].strip():
@@ -262,14 +255,14 @@ def read_message(fields: Any, location: str) -> ChatMessage:
 def check_turn_order(messages: Sequence[ChatMessage], location: str) -> None:
     """Checks that roles alternate and the last message is the assistant's."""
     roles = [message["role"] for message in messages]
-    first_turn = 1 + (roles[0] == "system")
-    for n, role in enumerate(roles[first_turn - 1 :]):
-        expected_role = ("user", "assistant")[n % 2]
-        if role != expected_role:
+    num_system = int(roles[0] == "system")
+    for n, role in enumerate(roles[num_system:]):
+        expected = ("user", "assistant")[n % 2]
+        if role != expected:
             raise DataError(
-                f"{location}: message {first_turn + n} has role {role}, expected "
-                f"{expected_role}. After an optional system message, user and "
-                "assistant must alternate. Merge or remove messages."
+                f"{location}: message {num_system + n + 1} has role {role}, expected "
+                f"{expected}. After an optional system message, user and assistant must "
+                "alternate. Merge or remove messages."
             )
     if roles[-1] != "assistant":
         raise DataError(
@@ -311,12 +304,8 @@ def split_conversations(
 ) -> dict[str, list[ConversationOrPair]]:
     """Splits conversations or pairs; omits splits with a fraction of 0.
 
-    Args:
-        items: rows; their own splits take precedence over the other arguments.
-        strategy: "stratified", or that of a plugin, which uses no other argument.
-        val_fraction: fraction of the rows; at least one row.
-        test_fraction: fraction of the rows; at least one row.
-        seed: for shuffling.
+    Splits of the rows themselves have priority. A `strategy` other than "stratified" is
+    that of a plugin, which uses no other argument.
     """
     if parts := splits_from_column(items):
         if TRAIN_SPLIT not in parts:

@@ -75,12 +75,7 @@ def read_python_help() -> list[str]:
 
 
 def fetch_dataset(name: str) -> Path:
-    """Returns the path of a named data set, downloading it if necessary.
-
-    Raises:
-        DataError: the name is unknown, the file does not match its pinned size and
-            hash, or the download failed.
-    """
+    """Returns the path of a named data set, downloading it if necessary."""
     if name not in DATASETS:
         raise DataError(
             f"unknown data set {name!r}.{did_you_mean(name, DATASETS)} "
@@ -89,10 +84,11 @@ def fetch_dataset(name: str) -> Path:
     entry = DATASETS[name]
     pin, cache = Pin(entry.size_bytes, entry.sha256), user_cache_dir("data")
     user_dir = os.environ.get("GPTJAX_DATA")
-    for folder in [*([Path(user_dir)] if user_dir else []), cache]:
-        if (path := folder / entry.file_name).exists():
-            check_pin(path, pin, f"Replace or remove {path}.")
-            return path
-    target = cache / entry.file_name
-    download_file(entry.url, pin, target, f"data set {name}")
-    return target
+    path = Path(user_dir or cache, entry.file_name)
+    if not path.exists():
+        path = cache / entry.file_name
+    if path.exists():
+        check_pin(path, pin, f"Replace or remove {path}.")
+    else:
+        download_file(entry.url, pin, path, f"data set {name}")
+    return path

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from gptjax.data.text import (
     source_fingerprint,
 )
 from gptjax.data.token_files import (
+    REPREPARE_ADVICE,
     TOKEN_FILES_FORMAT,
     ShardWriter,
     TokenDataset,
@@ -60,17 +60,6 @@ class DatasetInfo:
 
     folder: Path
     meta: dict[str, Any]
-    # Duration of the preparation; 0 if the folder existed.
-    seconds: float = dataclasses.field(default=0.0, compare=False)
-
-    def format_throughput(self, workers: int) -> str:
-        """Formats the throughput; "" if the folder existed."""
-        size = sum(entry["bytes"] for entry in self.meta["splits"].values()) / 1e6
-        if not self.seconds:
-            return ""
-        rate = size / self.seconds
-        per_worker = f"{rate / workers:.1f} for each of {workers} workers"
-        return f"{size:.1f} MB of text in {self.seconds:.1f} s: {rate:.1f} MB/s, {per_worker}"
 
     def __str__(self) -> str:
         lines = [f"{self.folder}: {self.meta['tokenizer']['name']} tokens of"]
@@ -123,13 +112,12 @@ def open_prepared(folder: Path, expected_tokenizer: str = "") -> TokenizedSplits
     if tokenizer.hash != tokenizer_hash:
         raise DataError(
             f"{folder / 'tokenizer'} has the hash {tokenizer.hash}, but the data was "
-            f"prepared with {tokenizer_hash}. Prepare the text again."
+            f"prepared with {tokenizer_hash}. {REPREPARE_ADVICE}"
         )
     if (tokenizer.vocab_size, tokenizer.eot_token) != (meta["vocab_size"], meta["eot"]):
         raise DataError(
             f"{folder / 'meta.json'} has vocab_size={meta['vocab_size']} and "
-            f"eot={meta['eot']}, unlike {folder / 'tokenizer'}. Copy the folder again, "
-            "or prepare the text again."
+            f"eot={meta['eot']}, unlike {folder / 'tokenizer'}. {REPREPARE_ADVICE}"
         )
     expected_id = tokenizer_id(expected_tokenizer) if expected_tokenizer else tokenizer_hash
     if expected_id not in (tokenizer_hash, name):
@@ -138,11 +126,10 @@ def open_prepared(folder: Path, expected_tokenizer: str = "") -> TokenizedSplits
             f"{folder}, which was prepared with {name!r} ({tokenizer_hash}). Set "
             'data.tokenizer to "" to use that one, or prepare the text again.'
         )
-    validation = (
-        open_split(folder, VALIDATION_SPLIT) if VALIDATION_SPLIT in meta["splits"] else None
-    )
-    named_tokenizer = dataclasses.replace(tokenizer, name=name)
-    return TokenizedSplits(open_split(folder, TRAIN_SPLIT), validation, named_tokenizer)
+    has_validation = VALIDATION_SPLIT in meta["splits"]
+    validation = open_split(folder, VALIDATION_SPLIT) if has_validation else None
+    tokenizer = dataclasses.replace(tokenizer, name=name)
+    return TokenizedSplits(open_split(folder, TRAIN_SPLIT), validation, tokenizer)
 
 
 def sample_windows(folder: Path, n: int = 3, length: int = 100) -> list[str]:
@@ -198,14 +185,13 @@ def prepare_dataset(
             f"{out} already holds other data, or the same text prepared with other "
             "options. Choose another folder, or remove this one."
         )
-    started = time.perf_counter()
     try:
         with atomic_path(out) as new_dir:
             new_dir.mkdir()
             meta = write_prepared(new_dir, sources, tokenizer, recipe, workers)
     except OSError as error:
         raise DataError(f"cannot write {out}: {error}. Choose a writable folder.") from error
-    return DatasetInfo(out, meta, time.perf_counter() - started)
+    return DatasetInfo(out, meta)
 
 
 def write_prepared(
@@ -280,20 +266,17 @@ class EncodedSpans(NamedTuple):
 def encode_batch(spans: Sequence[SplitSpan], tokenizer: Tokenizer) -> dict[str, EncodedSpans]:
     """Encodes spans of text; returns the tokens by split."""
     dtype = token_dtype(tokenizer.vocab_size)
-    start = np.array([tokenizer.eot_token], dtype)
     encoded = {}
     for split in TEXT_SPLITS:
         part = [span for span in spans if span.split == split]
         tokens = [np.empty(0, dtype)]
         for span in part:
             ids = tokenizer.encode_array(span.text).astype(dtype)
-            tokens.append(np.concatenate([start, ids]) if span.is_first else ids)
+            tokens.append(np.insert(ids, 0, tokenizer.eot_token) if span.is_first else ids)
         ends = np.cumsum([len(ids) for ids in tokens[1:]], dtype=np.int64)
-        encoded[split] = EncodedSpans(
-            np.concatenate(tokens),
-            ends[[span.is_last for span in part]],
-            sum(len(span.text.encode()) for span in part),
-        )
+        num_bytes = sum(len(span.text.encode()) for span in part)
+        is_end = [span.is_last for span in part]
+        encoded[split] = EncodedSpans(np.concatenate(tokens), ends[is_end], num_bytes)
     return encoded
 
 
@@ -302,8 +285,8 @@ def encode_spans(
 ) -> Iterator[dict[str, EncodedSpans]]:
     """Encodes spans in threads; yields the tokens of batches by split, in order."""
     tokenizer.encode("")  # builds its tables before the threads start
-    # tiktoken releases the GIL, so threads are as fast as processes, which would need
-    # a guarded __main__. The queue bounds memory and keeps the order.
+    # tiktoken releases the GIL, so threads are as fast as processes. The queue bounds
+    # memory and keeps the order.
     with ThreadPoolExecutor(workers) as pool:
         queue = deque()
         for batch in batch_spans(spans):

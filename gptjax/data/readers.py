@@ -31,10 +31,6 @@ TABLE_FORMATS = {
 }
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SMS_SPAM_FILE = DATASETS["sms-spam"].file_name  # tab-separated, without suffix and header
-FIELD_COUNT_ADVICE = {
-    ",": 'Quote text that contains commas: "a, b".',
-    "\t": "Tabs separate fields: replace tabs inside a text by spaces.",
-}
 READ_BLOCK_BYTES = 1 << 18  # per read
 MAX_LINE_BYTES = 64 << 20  # per line and per CSV field
 MAX_JSON_CHARS = 1 << 30  # per .json file
@@ -245,7 +241,7 @@ def read_csv_records(
             if len(fields) not in (0, width):
                 raise DataError(
                     f"{path}:{line}: {len(fields)} fields, but {width} in the first "
-                    f"row. {FIELD_COUNT_ADVICE[delimiter]}"
+                    f"row. Put a text that contains {delimiter!r} in double quotes."
                 )
             if fields:
                 yield line, fields

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gptjax.data.bucketing import BucketedBatches, EpochBatches, buckets
+from gptjax.data.bucketing import BucketedBatches, buckets
 from gptjax.data.conversations import Conversation
 from gptjax.data.lm import Batch
 from gptjax.errors import ConfigError, DataError
@@ -85,16 +85,13 @@ def truncate_left(example: Example, max_tokens: int) -> Example | None:
         return example
     if surplus >= example.answer_spans[-1][0]:
         return None
-    loss_mask = list(example.loss_mask)
+    loss_mask, answer_spans = list(example.loss_mask), []
     for start, stop in example.answer_spans:
         if start < surplus:
             loss_mask[start:stop] = [False] * (stop - start)
+        else:
+            answer_spans.append((start - surplus, stop - surplus))
     loss_mask[surplus] = False
-    answer_spans = [
-        (start - surplus, stop - surplus)
-        for start, stop in example.answer_spans
-        if start >= surplus
-    ]
     return Example(example.ids[surplus:], loss_mask[surplus:], answer_spans)
 
 
@@ -157,91 +154,85 @@ class PaddedBatches(BucketedBatches):
     def make_batch(self, length: int, indices: Sequence[int] | np.ndarray) -> Batch:
         """Returns the examples at these indices, with empty rows as padding."""
         rows = [[self.examples[n]] for n in indices]
-        rows += [[]] * (self.rows - len(rows))
-        return collate(rows, length, self.pad_id)
-
-
-def make_padded_batches(
-    examples: Sequence[Example], rows: int, context: int, pad_id: int, seed: int = 0
-) -> PaddedBatches:
-    """Creates `PaddedBatches`; each example must fit `context`."""
-    options = {"rows": rows, "bucket_lengths": buckets(context), "pad_id": pad_id, "seed": seed}
-    return PaddedBatches(examples, **options)
+        return collate(rows + [[]] * (self.rows - len(rows)), length, self.pad_id)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PackedBatches:
-    """Packed batches with several examples per row, packed alike in every epoch."""
+class PackedBatches(BucketedBatches):
+    """Batches with several examples per row, packed alike in every epoch."""
 
     examples: Sequence[Example]
-    rows: int  # batch size B
-    context: int  # [T]
-    pad_id: int
-    seed: int
 
     @functools.cached_property
-    def bin_packing(self) -> list[list[int]]:
+    def bins(self) -> list[list[int]]:
         """Example indices per row: best-fit decreasing bin packing."""
+        (context,) = self.bucket_lengths
         bins: list[list[int]] = []
         bins_by_space: dict[int, list[int]] = {}  # positions left: bin indices
         lengths = [len(example.ids) - 1 for example in self.examples]
         for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-            fitting_spaces = range(lengths[n], self.context + 1)
-            space_left = next((space for space in fitting_spaces if bins_by_space.get(space)), None)
-            if space_left is None:
+            spaces = range(lengths[n], context + 1)
+            space = next((space for space in spaces if bins_by_space.get(space)), None)
+            if space is None:
                 bins.append([])
-                space_left, bin_index = self.context, len(bins) - 1
+                space, bin_index = context, len(bins) - 1
             else:
-                bin_index = bins_by_space[space_left].pop()
+                bin_index = bins_by_space[space].pop()
             bins[bin_index].append(n)
-            bins_by_space.setdefault(space_left - lengths[n], []).append(bin_index)
+            bins_by_space.setdefault(space - lengths[n], []).append(bin_index)
         return bins
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Batches per epoch."""
-        return -(-len(self.bin_packing) // self.rows)
-
-    @property
-    def batch_shapes(self) -> list[int]:
-        """Row lengths that occur."""
-        return [self.context]
+    def lengths(self) -> list[int]:
+        """Length of each row."""
+        return [*self.bucket_lengths] * len(self.bins)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (one instance per run)
-    def epoch_order(self, epoch: int) -> np.ndarray:
-        """Returns the row order of an epoch."""
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self.bin_packing))
+    def epoch_plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
+        """Returns (length, row indices) of each batch of an epoch."""
+        (context,) = self.bucket_lengths
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.bins))
+        return [(context, order[n : n + self.rows]) for n in range(0, len(order), self.rows)]
 
-    def batch_at(self, step: int) -> Batch:
-        """Returns the batch of a training step, counted from 0."""
-        epoch, number = divmod(step, self.steps_per_epoch)
-        bin_indices = self.epoch_order(epoch)[number * self.rows :][: self.rows]
-        rows = [[self.examples[n] for n in self.bin_packing[row]] for row in bin_indices]
-        rows += [[]] * (self.rows - len(rows))
-        return collate(rows, self.context, self.pad_id)
+    def make_batch(self, length: int, indices: Sequence[int] | np.ndarray) -> Batch:
+        """Returns the rows at these indices, with empty ones as padding."""
+        rows = [[self.examples[n] for n in self.bins[row]] for row in indices]
+        return collate(rows + [[]] * (self.rows - len(rows)), length, self.pad_id)
+
+
+def make_padded_batches(
+    examples: Sequence[Example], rows: int, context: int, pad_id: int, seed: int = 0
+) -> BucketedBatches:
+    """Makes length-bucketed batches; each example must fit `context`."""
+    options = {"rows": rows, "bucket_lengths": buckets(context), "pad_id": pad_id, "seed": seed}
+    return PaddedBatches(examples, **options)
+
+
+def make_packed_batches(
+    examples: Sequence[Example], rows: int, context: int, pad_id: int, seed: int
+) -> BucketedBatches:
+    """Makes packed batches; each example must fit `context`."""
+    options = {"rows": rows, "bucket_lengths": [context], "pad_id": pad_id, "seed": seed}
+    return PackedBatches(examples, **options)
 
 
 class SFTBatching(NamedTuple):
     """Way of batching conversations, a value of `data.batching`."""
 
     # (examples, batch size, context, padding id, seed) -> batches
-    make_batches: Callable[[Sequence[Example], int, int, int, int], EpochBatches]
+    make_batches: Callable[[Sequence[Example], int, int, int, int], BucketedBatches]
     completion_segments: frozenset[str] = TRAIN_ON_COMPLETIONS  # if completion_only_loss
 
 
 SFT_BATCHING = {
     "auto": SFTBatching(make_padded_batches),
     "padded": SFTBatching(make_padded_batches),
-    "packed": SFTBatching(PackedBatches),
+    "packed": SFTBatching(make_packed_batches),
 }
 
 
 def find_sft_batching(batching: str) -> SFTBatching:
-    """Finds the way of batching with a name, one of `SFT_BATCHING` or of a plugin.
-
-    Raises:
-        DataError: the name is only valid for pretraining.
-    """
+    """Finds the way of batching with a name, one of `SFT_BATCHING` or of a plugin."""
     if batching == "concat":
         raise DataError(
             "data.batching=concat allows attention across the documents of a row, "
@@ -252,16 +243,7 @@ def find_sft_batching(batching: str) -> SFTBatching:
 
 def make_sft_batches(
     batching: str, examples: Sequence[Example], *, rows: int, context: int, pad_id: int, seed: int
-) -> EpochBatches:
-    """Creates the batches of a run; see `find_sft_batching`.
-
-    Args:
-        batching: value of `data.batching`.
-        examples: at most `context` + 1 tokens each.
-        rows: batch size B.
-        context: [T] maximum positions per row.
-        pad_id: fills unused positions.
-        seed: for shuffling.
-    """
+) -> BucketedBatches:
+    """Makes the training batches of examples of at most `context` + 1 tokens."""
     make_batches = find_sft_batching(batching).make_batches
     return make_batches(examples, rows, context, pad_id, seed)

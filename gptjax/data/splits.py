@@ -32,8 +32,8 @@ def stratified_split(
     Args:
         data: all rows.
         strategy: "stratified", or that of a plugin, which uses no other argument.
-        val_fraction: fraction of the rows.
-        test_fraction: fraction of the rows.
+        val_fraction: of the rows.
+        test_fraction: of the rows.
         seed: for selecting and shuffling rows.
         balance_classes: first downsample all classes to the smallest.
         deduplicate: drop rows whose text, stripped, occurred before.
@@ -112,13 +112,12 @@ def drop_duplicates(data: LabeledTexts) -> LabeledTexts:
     """Drops rows with a text that occurred before, apart from outer whitespace."""
     first_index: dict[str, int] = {}
     for i, text in enumerate(data.texts):
-        earlier = first_index.setdefault(text.strip(), i)
-        if data.labels[earlier] != data.labels[i]:
+        first = first_index.setdefault(text.strip(), i)
+        if data.labels[first] != data.labels[i]:
+            label, other = (data.class_names[data.labels[n]] for n in (i, first))
             raise DataError(
-                f"{data.locations[i]}: the text {text.strip()!r:.50} has the label "
-                f"{data.class_names[data.labels[i]]!r}, but "
-                f"{data.class_names[data.labels[earlier]]!r} at "
-                f"{data.locations[earlier]}. Correct one, or keep both with "
+                f"{data.locations[i]}: the text {text.strip()!r:.50} has the label {label!r}, "
+                f"but {other!r} at {data.locations[first]}. Correct one, or keep both with "
                 "--data.deduplicate false."
             )
     return take(data, first_index.values())

@@ -13,7 +13,6 @@ Documents are held out for validation by a hash of their number, so the split ne
 pass and depends on nothing but the seed.
 """
 
-import dataclasses
 import glob
 import hashlib
 import re
@@ -114,13 +113,14 @@ def expand_path(path: str) -> list[Path]:
             for file in sorted(expanded.rglob("*"))
             if not any(part.startswith(".") for part in file.relative_to(expanded).parts)
             and suffix_without_gz(file) in SOURCE_SUFFIXES
-            and file.is_file()
         ]
-    elif expanded.is_file():
-        found = [expanded]
     else:
-        matches = map(Path, sorted(glob.glob(str(expanded), recursive=True)))
-        found = [match for match in matches if match.is_file()]
+        found = (
+            [expanded]
+            if expanded.exists()
+            else map(Path, sorted(glob.glob(str(expanded), recursive=True)))
+        )
+    found = [file for file in found if file.is_file()]
     if not found:
         raise DataError(
             f"no text files found at {path}. Give a file, a folder or a glob of "
@@ -183,8 +183,7 @@ class SplitSpan(NamedTuple):
     is_last: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class SplitRule:
+class SplitRule(NamedTuple):
     """Deterministic rule that selects the held-out text."""
 
     seed: int
@@ -201,9 +200,8 @@ def hash_to_unit(seed: int, document_index: int) -> float:
 def make_split_rule(sources: Sequence[TextSource], val_fraction: float, seed: int) -> SplitRule:
     """Makes the rule that holds out a fraction of the documents.
 
-    A small number of documents is counted, and those with the smallest hashes are held
-    out: the given fraction, but at least one and not all. Of a single document, the
-    last characters are held out, as nanoGPT does with tinyshakespeare.
+    Of a small number of documents, at least one and not all are held out. Of a single
+    document, the last characters are held out, as nanoGPT does with tinyshakespeare.
     """
     if val_fraction == 0:
         return SplitRule(seed, 0.0)

@@ -21,7 +21,6 @@ corrupt token is trained on.
 """
 
 import dataclasses
-import hashlib
 import re
 import zlib
 from collections.abc import Sequence
@@ -84,12 +83,14 @@ class ShardWriter:
 
     def finish_shard(self) -> None:
         """Hashes the files of the current shard and starts the next one."""
-        digest, crcs = hash_and_block_crcs(self.path(".bin"))
+        paths = self.path(".bin"), self.path(".idx")
+        with paths[0].open("rb") as file:
+            crcs = [*map(zlib.crc32, iter(lambda: file.read(CRC_BLOCK_BYTES), b""))]
         shard = {
-            "file": self.path(".bin").name,
+            "file": paths[0].name,
             "tokens": self.tokens,
             "documents": self.documents,  # ending in this shard
-            "sha256": [digest, sha256_of_files([self.path(".idx")])],
+            "sha256": [sha256_of_files([path]) for path in paths],
             "crc32": crcs,
         }
         self.shards.append(shard)
@@ -100,16 +101,6 @@ class ShardWriter:
         if self.tokens:
             self.finish_shard()
         return {**self.counts, "shards": self.shards}
-
-
-def hash_and_block_crcs(path: Path) -> tuple[str, list[int]]:
-    """Returns the SHA-256 of a file and the CRC-32 of each of its blocks."""
-    digest, crcs = hashlib.sha256(), []
-    with path.open("rb") as file:
-        while block := file.read(CRC_BLOCK_BYTES):
-            digest.update(block)
-            crcs.append(zlib.crc32(block))
-    return digest.hexdigest(), crcs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,14 +162,14 @@ class TokenDataset:
         stop = num_blocks((start + count) * shard.dtype.itemsize)
         data = self.arrays[shard_index].view(np.uint8)
         for block in first + np.flatnonzero(~verified[first:stop]):
-            block_bytes = data[block * CRC_BLOCK_BYTES : (block + 1) * CRC_BLOCK_BYTES]
+            begin = block * CRC_BLOCK_BYTES
+            block_bytes = data[begin : begin + CRC_BLOCK_BYTES]
             actual, expected = zlib.crc32(block_bytes.data), shard.block_crcs[block]
             if actual != expected:
-                last = block * CRC_BLOCK_BYTES + len(block_bytes) - 1
                 raise DataError(
-                    f"{shard.path}: block {block}, bytes {block * CRC_BLOCK_BYTES:,} to "
-                    f"{last:,}, has CRC-32 {actual:08x}, expected {expected:08x}: the "
-                    f"file is corrupt or has been replaced. {REPREPARE_ADVICE}"
+                    f"{shard.path}: block {block}, bytes {begin:,} to "
+                    f"{begin + len(block_bytes) - 1:,}, has CRC-32 {actual:08x}, expected "
+                    f"{expected:08x}: the file is corrupt or was replaced. {REPREPARE_ADVICE}"
                 )
             verified[block] = True
 
@@ -245,7 +236,7 @@ def _is_valid_metadata(meta: dict[str, Any]) -> bool:
     """True if all entries needed to open the splits are valid."""
     match meta:
         case {
-            "dtype": "<u2" | "<u4" as dtype,
+            "dtype": str(dtype),
             "vocab_size": int(size),
             "eot": int(eot),
             "tokenizer": {"name": str(), "hash": str()},
@@ -260,9 +251,10 @@ def _is_valid_split(name: str, entry: Any, itemsize: int) -> bool:
     """True if the name and the entry of one split are valid."""
     match entry:
         case {"documents": int(), "tokens": int(), "bytes": int(), "shards": [_, *_] as shards}:
-            files = [f"{name}-{number:05d}.bin" for number in range(len(shards))]
-            is_valid = re.fullmatch("[a-z]+", name) is not None
-            return is_valid and all(map(_is_valid_shard, shards, files, [itemsize] * len(files)))
+            return re.fullmatch("[a-z]+", name) is not None and all(
+                _is_valid_shard(shard, f"{name}-{n:05d}.bin", itemsize)
+                for n, shard in enumerate(shards)
+            )
     return False
 
 

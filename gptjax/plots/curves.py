@@ -39,10 +39,7 @@ def loss_figure(
 ) -> Figure:
     """Training and validation loss over steps, with units seen as a second axis.
 
-    Args:
-        events: of a run.
-        units_per_step: tokens or examples.
-        unit: unit that the loss is averaged over, "token" or "example".
+    `unit` is what the loss is averaged over, "token" or "example".
     """
     figure, axes = new_figure("step", f"loss (nats per {unit})")
     axes.plot(*metric_series(events, "train", "loss"), color=BLUE, linewidth=1, label="train")
@@ -63,13 +60,11 @@ def lr_figure(events: Sequence[Event]) -> Figure:
     """Learning rate and gradient norm of the logged steps."""
     figure = Figure(figsize=(5, 4), dpi=144, layout="constrained")
     panels = figure.subplots(2, 1, sharex=True)
-    for axes, name, label in zip(
-        panels, ("lr", "grad_norm"), ("learning rate", "gradient norm"), strict=True
-    ):
+    for axes, name in zip(panels, ("lr", "grad_norm"), strict=True):
         axes.plot(*metric_series(events, "train", name), color=BLUE, linewidth=1)
-        axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-    panels[1].set_xlabel("step")
+    panels[0].set_ylabel("learning rate")
+    panels[1].set(xlabel="step", ylabel="gradient norm")
     return figure
 
 

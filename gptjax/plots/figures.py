@@ -25,7 +25,7 @@ from gptjax.evaluation.perplexity import token_losses
 from gptjax.inference.engine import pad_prompts
 from gptjax.inference.generate import tokenize_prompts
 from gptjax.model.gpt import apply, hidden_states, lm_logits, unembedding_matrix
-from gptjax.plots.curves import BLUE, GREY, ORANGE, new_figure
+from gptjax.plots.curves import BLUE, ORANGE, new_figure
 from gptjax.plots.preview import Preview, TokenSegment, TokenState, token_segments
 from gptjax.plots.token_boxes import (
     FIGURE_WIDTH,
@@ -59,10 +59,7 @@ SEGMENT_STYLES: dict[TokenState, tuple[str, str, float]] = {
 def attention_figure(model: Model, text: str, layer: int) -> Figure:
     """Plots the attention weights of one layer as a heat map per head.
 
-    Args:
-        model: from `gptjax.load`.
-        text: 1 to `MAX_ATTENTION_TOKENS` tokens.
-        layer: index from 0.
+    The text has 1 to `MAX_ATTENTION_TOKENS` tokens; layers are counted from 0.
     """
     config, ids = model.config, encode_nonempty(model.tokenizer, text)
     if not 0 <= layer < config.n_layers:
@@ -88,12 +85,9 @@ def attention_figure(model: Model, text: str, layer: int) -> Figure:
     height = rows * ((width - 60) / columns + 18) + 80 + 5 * max(map(len, labels))
     figure = Figure((width / 72, height / 72), dpi=144, layout="compressed")
     figure.suptitle(f"layer {layer}: queries in rows, keys in columns", fontsize=10)
-    panels = figure.subplots(rows, columns, squeeze=False)
     text_style = TEXT_STYLE | {"fontsize": LABEL_SIZE}
-    for head, axes in enumerate(panels.flat):
-        if head >= heads:
-            axes.set_axis_off()
-            continue
+    panels = [figure.add_subplot(rows, columns, head + 1) for head in range(heads)]
+    for head, axes in enumerate(panels):
         axes.imshow(weight_HTS[head], cmap="Blues", vmin=0, vmax=1)
         axes.set_title(f"head {head}", fontsize=9, pad=3)
         is_bottom_row, is_left_column = head + columns >= heads, head % columns == 0
@@ -112,12 +106,8 @@ def token_loss_figure(model: Model, text: str, other: Model | None = None) -> Fi
 
     The darkest color is the loss of a uniform prediction or more. With a second model,
     tokens are blue if `model` has the lower loss, and orange if `other` has.
-    Tokens that share a character share a box with the sum of their losses.
-
-    Args:
-        model: from `gptjax.load`.
-        text: 1 to `context_length` tokens.
-        other: a model with the same tokenizer.
+    Tokens that share a character share a box with the sum of their losses. The text has
+    1 to `context_length` tokens.
     """
     if other is not None and other.tokenizer.hash != model.tokenizer.hash:
         raise ConfigError(
@@ -164,15 +154,8 @@ def next_token_probs(
 ) -> list[tuple[str, float]]:
     r"""Returns the most likely next tokens and their probabilities, highest first.
 
-    Args:
-        model: from `gptjax.load`.
-        prompt: not empty; only the last `context_length` tokens are used.
-        count: number of tokens, limited by the vocabulary.
-        temperature: divisor of the logits.
-
-    Returns:
-        Text and probability of each token; bytes that are not valid UTF-8 are escaped
-        as in "\xe2".
+    Only the last `context_length` tokens of the prompt are used. The logits are divided
+    by `temperature`. Bytes that are not valid UTF-8 are escaped as in "\xe2".
     """
     if count < 1:
         raise ConfigError(f"count={count} is below the minimum of 1. Choose 1 or more.")
@@ -213,9 +196,7 @@ def next_token_figure(
     height = (len(labels) * pitch + 42 + 18 * -(-groups // 3)) / 72
     figure = Figure((FIGURE_WIDTH / 72, height), dpi=144, layout="constrained")
     axes = figure.subplots()
-    colors = (
-        colormaps["cividis"](np.linspace(0, 0.9, groups)) if groups > 3 else (BLUE, ORANGE, GREY)
-    )
+    colors = colormaps["cividis"](np.linspace(0, 0.9, groups)) if groups > 1 else [BLUE]
     bar_height = 0.8 / groups
     for n, (t, tokens) in enumerate(zip(temperatures, tokens_by_temperature, strict=True)):
         probs = [prob for _, prob in tokens]
@@ -237,12 +218,7 @@ def next_token_figure(
 
 
 def loss_mask_figure(preview: Preview, row: int = 0) -> Figure:
-    """Plots the loss mask of a row: trained, context and truncated tokens.
-
-    Args:
-        preview: from `preview_rows`.
-        row: index from 0.
-    """
+    """Plots the tokens of a row (from 0): trained, context and truncated ones."""
     if not 0 <= row < len(preview.rows):
         raise ConfigError(
             f"row={row} is not one of the {len(preview.rows)} rows. Choose 0 to "
@@ -285,7 +261,7 @@ def schedule_figure(optim: OptimConfig, steps: int) -> Figure:
     rates = learning_rates(optim, steps)
     peak_step = int(np.argmax(rates))
     figure, axes = new_figure("step", "learning rate")
-    axes.plot(range(steps), rates, color=BLUE, marker="o" if steps == 1 else None)
+    axes.plot(range(steps), rates, color=BLUE)
     axes.plot(peak_step, rates[peak_step], color=ORANGE, marker="o", markersize=5)
     note = f"peak {rates[peak_step]:.3g} at step {peak_step:,}"
     side = "left" if peak_step < steps / 2 else "right"
@@ -312,12 +288,10 @@ def sharding_figure(arrays: Mapping[str, Array], device: int = 0) -> Figure:
     columns = min(len(arrays), 2)
     rows = -(-len(arrays) // columns)
     figure = Figure((FIGURE_WIDTH / 72, 1.9 * rows + 0.4), dpi=144, layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes, (title, x) in zip(panels, arrays.items(), strict=False):
+    for n, (title, x) in enumerate(arrays.items(), 1):
+        axes = figure.add_subplot(rows, columns, n)
         plot_shards(axes, x, device)
         axes.set_title(f"{title}\n{list(x.shape)}", fontsize=9, parse_math=False)
-    for axes in panels[len(arrays) :]:
-        axes.set_axis_off()
     figure.suptitle(f"ids of the devices of each shard; blue: device {device}", fontsize=10)
     return figure
 

@@ -189,8 +189,8 @@ def describe_all_rows(preview: Preview) -> list[str]:
     ]
 
 
-def length_histogram(preview: Preview) -> tuple[np.ndarray, np.ndarray]:
-    """Rows per bin, and bin edges: round numbers of tokens.
+def histogram_figure(preview: Preview) -> Figure:
+    """Plots the histogram of row lengths, with the length limit.
 
     Rows more than twice as long as the limit or the shortest row share the last bin, so
     that they do not compress the others.
@@ -199,13 +199,8 @@ def length_histogram(preview: Preview) -> tuple[np.ndarray, np.ndarray]:
     longest = min(lengths.max(), 2 * max(preview.max_length, lengths.min()))
     locator = MaxNLocator(11, integer=True, steps=[1, 2, 2.5, 5, 10])
     edges = np.array(locator.tick_values(lengths.min(), longest + 1), int)
-    return np.histogram(np.minimum(lengths, edges[-1] - 1), edges)
-
-
-def histogram_figure(preview: Preview) -> Figure:
-    """Plots the histogram of row lengths, with the length limit."""
-    counts, edges = length_histogram(preview)
-    figure, axes = new_figure(f"tokens per row, at most {max(preview.lengths):,}", "rows")
+    counts, _ = np.histogram(np.minimum(lengths, edges[-1] - 1), edges)
+    figure, axes = new_figure(f"tokens per row, at most {lengths.max():,}", "rows")
     axes.stairs(counts, edges, fill=True, color=BLUE)
     limit = f"limit {preview.max_length:,}"
     if edges[0] <= preview.max_length < edges[-1]:
@@ -216,34 +211,10 @@ def histogram_figure(preview: Preview) -> Figure:
     return figure
 
 
-def render_histogram(preview: Preview, width: int) -> list[str]:
-    """Renders the histogram of row lengths as lines of text."""
-    counts, edges = length_histogram(preview)
-    limit, labels = preview.max_length, [f"{edge:,}" for edge in edges[:-1]]
-    if max(preview.lengths) >= edges[-1]:
-        labels[-1] += "+"
-    label_width = max(map(len, labels))
-    scale = max(8, width - label_width - 32) / max(counts)
-    lines = [f"{'tokens':>{label_width}} rows"]
-    for count, start, stop, label in zip(counts, edges[:-1], edges[1:], labels, strict=True):
-        mark = f"  <- limit {limit:,}" if start <= limit < stop else ""
-        bar = "█" * int(np.ceil(scale * count))
-        lines.append(f"{label:>{label_width}} {bar} {count:,}{mark}")
-    if not edges[0] <= limit < edges[-1]:
-        lines.append(f"The limit of {limit:,} lies outside all bins.")
-    return lines
-
-
-def render_terminal(preview: Preview, max_rows: int, color: bool, width: int) -> str:
+def render_terminal(preview: Preview, max_rows: int, color: bool) -> str:
     """Renders the first rows and the statistics of all for a terminal.
 
     Tokens in the loss are green and underlined, or bracketed without color.
-
-    Args:
-        preview: from `preview_rows`.
-        max_rows: rows to show.
-        color: use ANSI escape codes.
-        width: terminal width in characters.
     """
     legend = " ".join(colorize(state, state, False, color) for state in STATE_STYLES)
     lines = [sanitize(preview.format_description), sanitize(preview.settings), legend]
@@ -251,8 +222,7 @@ def render_terminal(preview: Preview, max_rows: int, color: bool, width: int) ->
         title, source, status = describe_row(preview, number)
         example = render_example(preview.tokenizer, row, color)
         lines += ["", title, source, "", example, "", status]
-    lines += ["", *describe_all_rows(preview), "", *render_histogram(preview, width)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *describe_all_rows(preview)])
 
 
 def render_example(tokenizer: Tokenizer, row: PreviewRow, color: bool) -> str:

@@ -47,7 +47,7 @@ def write_report(
         summary: lines printed before training.
         result: outcome in one sentence.
         units_per_step: mean over batches.
-        unit: unit that the loss is averaged over, "token" or "example".
+        unit: what the loss is averaged over, "token" or "example".
         figures: further figures by name.
         details: lines of tables and samples of the task.
     """
@@ -70,16 +70,14 @@ def write_report(
 
 def evaluation_table(events: Sequence[Event]) -> list[str]:
     """Formats the metrics of all evaluations as a Markdown table."""
-    return markdown_table(
-        "step",
-        {
-            f"{event['step']} {event.get('split', 'validation')}": {
-                name: event[name] for name in METRIC_NAMES if event.get(name) is not None
-            }
-            for event in events
-            if event["event"] == "eval"
-        },
-    )
+    rows = {
+        f"{event['step']} {event.get('split', 'validation')}": {
+            name: event[name] for name in METRIC_NAMES if event.get(name) is not None
+        }
+        for event in events
+        if event["event"] == "eval"
+    }
+    return markdown_table("step", rows)
 
 
 def markdown_table(title: str, rows: MetricRows) -> list[str]:
@@ -101,15 +99,12 @@ def markdown_table(title: str, rows: MetricRows) -> list[str]:
 
 def per_class_table(confusion_CC: Int[np.ndarray, "C C"], class_names: Sequence[str]) -> list[str]:
     """Formats precision, recall, F1 and count per class as a Markdown table."""
-    metrics = classification_metrics(confusion_CC)
-    numbers = zip(metrics.precision, metrics.recall, metrics.f1, metrics.count, strict=True)
-    rows = {
+    m = classification_metrics(confusion_CC)
+    rows = {}
+    for n, name in enumerate(class_names):
+        values = {"precision": m.precision[n], "recall": m.recall[n], "F1": m.f1[n]}
         # Markdown renderers disagree on how to escape a bar inside a cell.
-        inline_code(name).replace("|", "¦"): dict(
-            zip(("precision", "recall", "F1", "count"), values, strict=True)
-        )
-        for name, values in zip(class_names, numbers, strict=True)
-    }
+        rows[inline_code(name).replace("|", "¦")] = values | {"count": m.count[n]}
     return markdown_table("class", rows)
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gptjax.data.bucketing import EpochBatches
+from gptjax.data.bucketing import BucketedBatches
 from gptjax.data.text import TEST_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError
 from gptjax.parallel.sharding import shard_tree, to_host
@@ -80,7 +80,7 @@ def make_finetune_task(
     inputs: FinetuneInputs,
     *,
     loss_fn: FinetuneLossFn,
-    batches: EpochBatches,
+    batches: BucketedBatches,
     tokens_per_step: float,
     evaluate: Callable[[Model, int, bool], EvalResult],
     summary: FinetuneSummary,
@@ -135,7 +135,7 @@ def make_finetune_task(
 def format_finetune_summary(
     run: RunContext,
     summary: FinetuneSummary,
-    batches: EpochBatches,
+    batches: BucketedBatches,
     num_trainable: int,
     num_frozen: int,
 ) -> list[str]:

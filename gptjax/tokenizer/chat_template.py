@@ -77,12 +77,7 @@ class ChatTemplate:
     def segments(
         self, messages: Sequence[ChatMessage], add_generation_prompt: bool = False
     ) -> list[TemplateSegment]:
-        """Renders a conversation; optionally with the header of the next reply.
-
-        Raises:
-            ConfigError: the template cannot render these messages, or splits their
-                texts.
-        """
+        """Renders a conversation; optionally with the header of the next reply."""
         text = render_template(self.source, messages, add_generation_prompt)
         parts = re.split(f"({MARKED_REPLY}{re.escape(self.suffix)})", text)
         segments: list[TemplateSegment] = []
@@ -129,34 +124,26 @@ def break_marker(match: re.Match[str]) -> str:
 def load_chat_template(name: str) -> ChatTemplate:
     """Loads a built-in template by name, or a template file by path."""
     path = TEMPLATE_DIR / f"{name}.jinja" if name in BUILTIN_TEMPLATES else Path(name)
-    if name not in BUILTIN_TEMPLATES and not path.is_file():
+    if not path.is_file():
         raise ConfigError(
             f"there is no chat template {name!r}."
             f"{did_you_mean(name, BUILTIN_TEMPLATES)} Use one of "
             f"{', '.join(BUILTIN_TEMPLATES)}, or the path of a Jinja file."
         )
     try:
-        source = read_small_file(path, 4 * MAX_TEMPLATE_CHARS).decode("utf-8")
+        return compile_template(read_small_file(path, 4 * MAX_TEMPLATE_CHARS).decode("utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the chat template {path}: {error}.") from error
-    try:
-        return compile_template(source)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"cannot use the chat template {path}: {error}") from error
 
 
 def render_template(
     source: str, messages: Sequence[ChatMessage], add_generation_prompt: bool = False
 ) -> str:
-    """Renders a conversation, in the worker unless the template is a built-in one.
-
-    Raises:
-        ConfigError: the template fails or exceeds the limits.
-    """
+    """Renders a conversation, in the worker unless the template is a built-in one."""
     if source in builtin_sources():
         return render(source, messages, add_generation_prompt)
-    message_dicts = [dict(message) for message in messages]
-    request = json.dumps([source, message_dicts, add_generation_prompt, RENDER_TIMEOUT_SECONDS])
+    turns = [dict(message) for message in messages]
+    request = json.dumps([source, turns, add_generation_prompt, RENDER_TIMEOUT_SECONDS])
     with WORKER_LOCK:
         worker, reply = start_worker(), b""
         try:
@@ -238,32 +225,24 @@ def compile_template(source: str) -> ChatTemplate:
             f"{quote_rendered(generation_prompt)}, but it puts "
             f"{quote_rendered(text[:reply_start])} before a reply. Make them equal."
         )
-    variants = [
-        [user, reply, user],
-        [{**user, "role": "system"}, user, reply],
-        [{**user, "input": "i"}, reply],
-    ]
+    system, with_input = {**user, "role": "system"}, {**user, "input": "i"}
     texts = [text]
-    for messages in variants:
+    for messages in ([user, reply, user], [system, user, reply], [with_input, reply]):
         with contextlib.suppress(ConfigError):  # not every template supports these
             texts.append(render_template(source, messages))
-    suffix_text = suffix.split(EOT_MARK)[0].strip()
-    stop_strings = [suffix_text] if suffix_text else []
+    stop_strings = [suffix.split(EOT_MARK)[0].strip()]
     # The start of the next turn ends a reply too.
     next_turn = next((t[len(text) :] for t in texts[1:] if t.startswith(text)), "")
-    stop_strings += [
-        f"\n{line.rstrip()}" for line in next_turn.split(TEXT_MARK)[0].split("\n") if line
-    ][:1]
-    return ChatTemplate(source, suffix, tuple(stop_strings), find_markers(texts))
+    lines = next_turn.split(TEXT_MARK)[0].split("\n")
+    stop_strings += [f"\n{line.rstrip()}" for line in lines if line][:1]
+    return ChatTemplate(source, suffix, tuple(filter(None, stop_strings)), find_markers(texts))
 
 
 def find_markers(texts: Sequence[str]) -> re.Pattern[str]:
     """Pattern of the template's markers: control tokens and its own lines."""
     lines = [line for text in texts for line in MARKED_TEXT_PATTERN.sub(EOT_MARK, text).split("\n")]
     literals = {part.strip() for line in lines for part in line.split(EOT_MARK)} - {""}
-    control_tokens = {
-        word for literal in literals for word in CONTROL_TOKEN_PATTERN.findall(literal)
-    }
+    control_tokens = {x for literal in literals for x in CONTROL_TOKEN_PATTERN.findall(literal)}
     anywhere = [re.escape(word) for word in sorted(control_tokens)]
     at_line_start = [
         rf"(?<![^{LINE_BREAKS}])[^\S{LINE_BREAKS}]*{re.escape(literal)}"

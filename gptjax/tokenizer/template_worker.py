@@ -53,11 +53,7 @@ def serve_requests() -> None:
 
 
 def render(source: str, messages: Sequence[ChatMessage], add_generation_prompt: bool) -> str:
-    """Renders a conversation without limits, with marks around the texts of messages.
-
-    Raises:
-        ConfigError: the template fails.
-    """
+    """Renders a conversation without limits, with marks around message texts."""
     marked_messages = [
         {
             name: value if name == "role" else MarkedText.wrap(value, message["role"])
@@ -98,15 +94,13 @@ class MarkedText(str):
         return len(self) > 2
 
     def strip(self, chars: str | None = None, /) -> "MarkedText":
-        """Strips inside the marks."""
+        """Strips inside the marks, as do `lstrip` and `rstrip`."""
         return MarkedText(self[0] + self[1:-1].strip(chars) + self[-1])
 
-    def lstrip(self, chars: str | None = None, /) -> "MarkedText":
-        """Strips on the left, inside the marks."""
+    def lstrip(self, chars: str | None = None, /) -> "MarkedText":  # noqa: D102
         return MarkedText(self[0] + self[1:-1].lstrip(chars) + self[-1])
 
-    def rstrip(self, chars: str | None = None, /) -> "MarkedText":
-        """Strips on the right, inside the marks."""
+    def rstrip(self, chars: str | None = None, /) -> "MarkedText":  # noqa: D102
         return MarkedText(self[0] + self[1:-1].rstrip(chars) + self[-1])
 
 

@@ -76,19 +76,17 @@ class Tokenizer:
         """Encodes text to an array; releases the GIL."""
         encode_utf8(text)  # raises: tiktoken would silently replace lone surrogates
         options: Any = {"disallowed_special": ()}  # encode them as text
-        parts = [
-            self.encoding.encode_to_numpy(part, **options) for part in split_long_whitespace(text)
-        ]
-        return np.concatenate(parts)
+        parts = split_long_whitespace(text)
+        return np.concatenate([self.encoding.encode_to_numpy(x, **options) for x in parts])
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Decodes ids; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def iter_characters(self, ids: Sequence[int]) -> Iterator[tuple[str, list[int]]]:
-        """Yields the shortest token groups that decode to complete characters.
+        """Yields the text and ids of the shortest runs of complete characters.
 
-        Each comes with its text. An incomplete character at the end is dropped.
+        An incomplete character at the end is dropped.
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         start, text = 0, ""
@@ -158,8 +156,7 @@ def split_long_whitespace(text: str) -> list[str]:
     if not any(block.isspace() for block in blocks):
         return [text]
     ends = (match.end() for match in LONG_WHITESPACE_PATTERN.finditer(text))
-    spans = pairwise([0, *ends, len(text)])
-    return [text[a:b] for a, b in spans]
+    return [text[a:b] for a, b in pairwise([0, *ends, len(text)])]
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
@@ -325,13 +322,9 @@ def vocab_to_ranks(vocab: Mapping[str, int]) -> dict[bytes, int]:
             raise DataError(
                 f"token {token_id} is {len(token)} bytes long, not 1 to {MAX_TOKEN_BYTES}"
             )
-        try:
-            ranks[unicode_to_bytes(token)] = token_id
-        except KeyError as error:
-            raise DataError(
-                f"token {token_id} has the character {error}, which represents no byte"
-            ) from error
-    for byte in range(256):
-        if bytes([byte]) not in ranks:
-            raise DataError(f"byte {byte} ({BYTE_TO_CHAR[byte]!r}) is missing")
+        if others := set(token) - CHAR_TO_BYTE.keys():
+            raise DataError(f"token {token_id} has {min(others)!r}, which represents no byte")
+        ranks[unicode_to_bytes(token)] = token_id
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise DataError(f"byte {missing[0]} ({BYTE_TO_CHAR[missing[0]]!r}) is missing")
     return ranks

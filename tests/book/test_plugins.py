@@ -125,7 +125,7 @@ def test_the_collate_example_of_the_book():
     rows = [[0, 1, 2, 3, 4, 50], [5, 6, 50], [7, 8, 9, 50]]
     examples = [Example(ids, [False, *[True] * (len(ids) - 1)], []) for ids in rows]
 
-    batch = BookBatches(examples, 3, 50, 0).make_batch(range(3))
+    batch = BookBatches(examples, rows=3, bucket_lengths=(), pad_id=50).make_batch(5, range(3))
 
     assert batch["tokens"].tolist() == [[0, 1, 2, 3, 4], [5, 6, 50, 50, 50], [7, 8, 9, 50, 50]]
     targets = np.where(batch["loss_weights"] > 0, batch["targets"], -100)

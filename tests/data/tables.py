@@ -3,8 +3,6 @@
 import csv
 import gzip
 import io
-from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -19,7 +17,7 @@ quick = settings(
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
 
 
-def write(path: Path, content: str | bytes) -> Path:
+def write(path, content):
     """Writes a file, compressed if it ends in .gz."""
     data = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +25,7 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
-def csv_text(rows: Iterable[Sequence[object]], delimiter: str = ",") -> str:
+def csv_text(rows, delimiter=","):
     """Formats rows as CSV."""
     text = io.StringIO(newline="")
     csv.writer(text, delimiter=delimiter).writerows(rows)

@@ -11,21 +11,20 @@ from gptjax.errors import DataError
 from tests.data.tables import csv_text, write
 
 PAIRS = [("ham", "see you"), ("spam", "Win £9!"), ("ham", "ok, later"), ("spam", "Hi")]
-TABLES = {  # content, columns of text and label
-    "a.csv": (csv_text([("label", "text"), *PAIRS]), "text", "label"),
-    "a.tsv": (csv_text([("label", "text"), *PAIRS], "\t"), "text", "label"),
-    "a.jsonl": (
+TABLES = {  # content, columns of text and label, header
+    "a.csv": (csv_text([("label", "text"), *PAIRS]), "text", "label", "with a header"),
+    "a.tsv": (csv_text([("label", "text"), *PAIRS], "\t"), "text", "label", "with a header"),
+    "a.jsonl.gz": (
         "".join(json.dumps({"label": n, "text": t}) + "\n\n" for n, t in PAIRS),
-        *("text", "label"),
+        *("text", "label", ""),
     ),
-    "a.json": (json.dumps([{"text": t, "label": n} for n, t in PAIRS]), "text", "label"),
     "b.csv": (
         csv_text([("id", "Review", "Sentiment"), *(("7", t, n) for n, t in PAIRS)]),
-        *("Review", "Sentiment"),
+        *("Review", "Sentiment", "with a header"),
     ),
     # Without a header, as the label of the first row occurs again.
-    "b.tsv": (csv_text(PAIRS, "\t"), "2", "1"),
-    "SMSSpamCollection": (csv_text(PAIRS[:2], "\t"), "text", "label"),
+    "b.tsv": (csv_text(PAIRS, "\t"), "2", "1", "no header"),
+    "SMSSpamCollection": (csv_text(PAIRS[:2], "\t"), "text", "label", "no header"),
 }
 
 
@@ -35,104 +34,65 @@ def pairs(data):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("name", TABLES)
-def test_each_format_gives_the_same_rows_and_says_how_it_was_read(tmp_path, name):
-    content, text, label = TABLES[name]
-
-    for path in (tmp_path / name, tmp_path / f"{name}.gz"):
-        data, description = read_labeled_texts(write(path, content))
+def test_each_format_gives_the_same_rows_and_the_description_names_it(tmp_path):
+    for name, (content, text, label, header) in TABLES.items():
+        path = write(tmp_path / name, content)
+        data, description = read_labeled_texts(path)
 
         assert pairs(data) == PAIRS[: len(data)]
         assert (data.class_names, data.labels[:2]) == (("ham", "spam"), [0, 1])
-        assert description.startswith(f"{path}: ")
-        assert f"{len(data)} texts in 2 classes: ham ({len(data) // 2})" in description
-        assert f"text in column {text!r}, label in column {label!r}" in description
-        header = {"b.tsv": "no header", "SMSSpamCollection": "no header"}
-        if name[-2:] == "sv" or name in header:
-            assert header.get(name, "with a header") in description
+        columns = f"text in column {text!r}, label in column {label!r}"
+        for value in (f"{path}: ", "in 2 classes: ham (", columns, header):
+            assert value in description
 
 
-def test_locations_are_the_lines_that_rows_start_in(tmp_path):
-    path = write(tmp_path / "a.csv", 'text,label\n"a\n\nb",x\n\nc,y\n')
-
-    data, _ = read_labeled_texts(path)
-
-    assert data.locations == [f"{path}:2", f"{path}:6"]
-    assert pairs(take(data, [1, 0])) == [("y", "c"), ("x", "a\n\nb")]
-    assert take(data, [1]).locations == [f"{path}:6"]
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize(
-    ("labels", "names"),
-    [
-        (["spam", "ham", "spam"], ("ham", "spam")),
-        ([10, 9, -1], ("-1", "9", "10")),
+def test_class_names_are_sorted_and_numbers_by_value(tmp_path):
+    for labels, names in [
+        ([10, 9, -1, "-1"], ("-1", "9", "10")),
         ([True, False], ("false", "true")),
-        ([" b ", "b", "a\t"], ("a", "b")),
-        (["b", "10", "a", "9", "nan", "²", "1.5"], ("1.5", "9", "10", "a", "b", "nan", "²")),
-        ([1, "1", 2], ("1", "2")),
-        (list(range(30)), tuple(map(str, range(30)))),
+        (["b ", "b", "10", "a\t", "9", "²", "1.5"], ("1.5", "9", "10", "a", "b", "²")),
+    ]:
+        content = "\n".join(json.dumps({"text": "t", "label": n}) for n in labels)
+        data, _ = read_labeled_texts(write(tmp_path / "a.jsonl", content))
+        assert data.class_names == names
+
+
+def test_columns_are_guessed_by_name_or_by_repeated_labels(tmp_path):
+    for header, text, label in [
+        ("Class,MESSAGE", "MESSAGE", "Class"),
+        ("content,text,category,label", "text", "label"),
+        ("words,target", "words", "target"),
+        ("y,tweet", "tweet", "y"),
+        ("v1,v2", "v2", "v1"),
+        ("v2,v1", "v1", "v2"),
+    ]:
+        names = header.split(",")
+        rows = [
+            dict.fromkeys(names, f"{n}") | {text: f"some words {n}", label: "ab"[n % 2]}
+            for n in range(6)
+        ]
+        table = csv_text([names, *(row.values() for row in rows)])
+        for kind, content in (("csv", table), ("jsonl", "\n".join(map(json.dumps, rows)))):
+            data, _ = read_labeled_texts(write(tmp_path / f"a.{kind}", content))
+            assert pairs(data) == [("ab"[n % 2], f"some words {n}") for n in range(6)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a,b,c\n1,2,3\n",
+        "review,comment,label\na,b,c\n",
+        "text,other\na,b\nc,d\n",  # no value occurs twice
+        "text,\na,b\nc,b\n",  # a column without a name
+        "a,b\nx,y\nx,y\nx,z\nx,z\n",  # both columns are short and repeat values
+        "a,b\nx,some\nx,more\nz,words\n",  # too few repeat
+        f"a,b\n{'x' * 51},{'y' * 60}\n{'x' * 51},{'z' * 60}\n",  # too long for labels
     ],
 )
-def test_class_names_are_sorted_and_numbers_by_value(tmp_path, labels, names):
-    content = "\n".join(json.dumps({"text": "t", "label": n}) for n in labels)
-
-    data, description = read_labeled_texts(write(tmp_path / "a.jsonl", content))
-
-    assert data.class_names == names
-    assert ("and 22 more" in description) == (len(names) == 30)
-
-
-GUESSES = {  # header: (text, label)
-    "Class,MESSAGE": ("MESSAGE", "Class"),
-    "id,text,title,label": ("text", "label"),
-    "content,text,category,label": ("text", "label"),
-    "words,target": ("words", "target"),
-    "y,tweet": ("tweet", "y"),
-    "v1,v2": ("v2", "v1"),
-    "v2,v1": ("v1", "v2"),
-}
-
-
-@pytest.mark.parametrize("kind", ["csv", "jsonl"])
-@pytest.mark.parametrize("header", GUESSES)
-def test_columns_are_guessed_by_name_or_by_repeated_labels(tmp_path, header, kind):
-    names, (text, label) = header.split(","), GUESSES[header]
-    rows = [
-        dict.fromkeys(names, f"{n}") | {text: f"some words {n}", label: "ab"[n % 2]}
-        for n in range(6)
-    ]
-    content = csv_text([tuple(names), *(tuple(row.values()) for row in rows)])
-    content = content if kind == "csv" else "\n".join(map(json.dumps, rows))
-
-    data, _ = read_labeled_texts(write(tmp_path / f"a.{kind}", content))
-
-    assert pairs(data) == [("ab"[n % 2], f"some words {n}") for n in range(6)]
-
-
-AMBIGUOUS = [
-    "a,b,c\n1,2,3\n",
-    "review,comment,label\na,b,c\n",
-    "text,class,category\na,b,c\n",
-    "text,other\na,b\nc,d\n",  # no value occurs twice
-    "v1,v2\na,b\nc,d\n",
-    "text;label\na;b\n",
-    "text,\na,b\nc,b\n",  # a column without a name
-    "a,b\nx,y\nx,y\nx,z\nx,z\n",  # both columns are short and repeat values
-    "a,b\nx,some\nx,more\nz,words\n",  # too few repeat
-    "a,b\nx,words\ny,words\nx,words\ny,words\n",  # fewer texts than labels
-    f"a,b\n{'x' * 51},{'y' * 60}\n{'x' * 51},{'z' * 60}\n",  # too long for labels
-]
-
-
-@pytest.mark.parametrize("content", AMBIGUOUS)
 def test_ambiguous_columns_have_to_be_named(tmp_path, content):
     path = write(tmp_path / "a.csv", content)
-
-    with pytest.raises(DataError, match=rf"{path}:\d: .*--data\.text_column") as error:
+    with pytest.raises(DataError, match=rf"{path}:\d: .*--data\.text_column"):
         read_labeled_texts(path)
-    assert "numbers" in str(error.value)
 
 
 @pytest.mark.fast
@@ -158,31 +118,22 @@ def test_named_columns_are_used(tmp_path):
 INVALID = [  # file, content, start of the message, value in it
     ("a.csv", "text,label\na,x\n ,y\n", ":3: ", "empty"),
     ("a.csv", "text,label\na,x\nb, \n", ":3: ", "'label'"),
-    ("a.csv", "text,label\na,x\nb\n", ":3: ", "1 fields"),
-    ("a.csv", "text,label, text\na,x,b\n", ":1: ", "['text', 'label', 'text']"),
-    ("a.csv", "", " ", "no rows"),
     ("a.json", "[]", " ", "no rows"),
     ("a.csv", "text,label\n", " ", "no rows"),
-    ("a.jsonl", "{}", ":1: ", "--data.label_column NAME"),
-    ("a.jsonl", '{"text": "a", "label": 1}\n"b"', ":2: ", "'b'"),
-    ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}', ":2: ", "'label'"),
     ("a.jsonl", '{"text": "a", "label": 1}\n{"txt": "b", "label": 1}', ":2: ", "mean txt?"),
-    ("a.jsonl", '{"text": "a", "label": null}', ":1: ", "'label'"),
     ("a.jsonl", '{"text": "a", "label": [1]}', ":1: ", "[1]"),
     ("a.jsonl", '{"text": 5, "label": 1}', ":1: ", "'text' is 5"),
     ("a.csv", "text,label\na,ham\nb,ham\n", ", column 'label': ", "'ham'"),
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "start", "value"), INVALID)
-def test_invalid_rows_are_rejected_with_their_line(tmp_path, name, content, start, value):
-    path = write(tmp_path / name, content)
-
-    with pytest.raises(DataError) as error:
-        read_labeled_texts(path)
-
-    assert str(error.value).startswith(f"{path}{start}")
-    assert value in str(error.value)
+def test_invalid_rows_are_rejected_with_their_line(tmp_path):
+    for name, content, start, value in INVALID:
+        path = write(tmp_path / name, content)
+        with pytest.raises(DataError) as error:
+            read_labeled_texts(path)
+        assert str(error.value).startswith(f"{path}{start}")
+        assert value in str(error.value)
 
 
 def test_a_folder_has_one_folder_per_label(tmp_path):
@@ -191,39 +142,32 @@ def test_a_folder_has_one_folder_per_label(tmp_path):
     for name in ("neg/.no.txt", "neg/a.png", "README.txt", ".git/a.txt"):
         write(tmp_path / "set" / name, "no text")
 
-    data, description = read_labeled_texts(tmp_path / "set")
+    data, _ = read_labeled_texts(tmp_path / "set")
 
     names = ("neg/1.txt", "neg/9.txt.gz", "pos/10.txt", "pos/2.txt")
     assert pairs(data) == [(name[:3], f"text of\n{name}\n") for name in names]
-    assert data.locations[0] == f"{tmp_path / 'set' / 'neg' / '1.txt'}:1"
-    assert description.endswith("4 texts in 2 classes: neg (2), pos (2).")
+    assert data.locations[0] == f"{tmp_path}/set/neg/1.txt:1"
+    assert pairs(take(data, [2, 0])) == [pairs(data)[2], pairs(data)[0]]
     write(tmp_path / "flat/1.txt", "good")
-    write(tmp_path / "empty/pos/1.txt", "")
-    write(tmp_path / "single/pos/1.txt", "good")
-    for path, value in {
-        "": "such as .*empty",
-        "flat": "flat.*spam",
-        "empty": r"1\.txt:1: ",
-        "single": "'pos'",
-        "none.csv": r"none\.csv.*sms-spam",
-        "set/neg/a.png": r"a\.png.*\.csv, ",
-    }.items():
+    for path, columns, value in [
+        (tmp_path, (), "such as .*set"),
+        (tmp_path / "flat", (), "flat.*spam"),
+        (tmp_path / "none.csv", (), r"none\.csv.*sms-spam"),
+        (tmp_path / "set/neg/a.png", (), r"a\.png.*\.csv, "),
+        (tmp_path / "set", ("text",), r"data\.text_column"),
+        ("verdict", (), "verdict .*sms-spam"),
+    ]:
         with pytest.raises(DataError, match=value):
-            read_labeled_texts(tmp_path / path)
-    with pytest.raises(DataError, match=r"data\.text_column"):
-        read_labeled_texts(tmp_path / "set", "text")
-    with pytest.raises(DataError, match=r"verdict .*sms-spam"):
-        read_labeled_texts("verdict")
+            read_labeled_texts(path, *columns)
 
 
 def test_the_sms_collection_is_read_as_pandas_reads_it(tmp_path, shared_data):
     path = shared_data / "SMSSpamCollection"
 
-    data, description = read_labeled_texts("sms-spam")
+    data, _ = read_labeled_texts("sms-spam")
 
     assert Counter(data.labels) == {0: 4825, 1: 747}
-    assert "1 with quoted line breaks, first at line 5082" in description
-    assert data.locations[5081:5083] == [f"{path}:5082", f"{path}:5085"]
+    assert data.locations[5081:5083] == [f"{path}:5082", f"{path}:5085"]  # quoted line breaks
     # The rows of pandas 3.1.1: read_csv(path, sep="\t", header=None).values.
     rows = "\0".join(f"{label}\t{text}" for label, text in pairs(data))
     assert hashlib.sha256(rows.encode()).hexdigest()[:16] == "f408737e705aea94"

@@ -2,7 +2,9 @@
 
 import itertools
 import threading
+import time
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,11 +21,9 @@ EOT = 999
 @pytest.fixture(scope="module")
 def open_stream(tmp_path_factory):
     """A function that writes token ids to two shards and opens them."""
-    folders = (tmp_path_factory.mktemp("tokens") for _ in iter(int, 1))
 
     def open_tokens(ids):
-        folder = next(folders)
-        shards = []
+        folder, shards = tmp_path_factory.mktemp("tokens"), []
         for name, part in (("a", ids[: len(ids) // 2]), ("b", ids[len(ids) // 2 :])):
             np.array(part, "<u2").tofile(folder / name)
             shards.append(TokenShard(folder / name, len(part), np.dtype("<u2")))
@@ -44,37 +44,33 @@ def batches_of(tokens, **options):
 
 
 def assert_equal(a, b):
-    """Asserts that two batches are equal in every element and type."""
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], strict=True)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), a, b)
 
 
 @pytest.mark.fast
 @quick
 @given(st.integers(2, 60), st.integers(1, 9), st.integers(0, 5))
-def test_each_token_is_a_target_at_most_once_per_epoch(open_stream, length, context, seed):
+def test_rows_of_an_epoch_have_each_target_once_in_order_of_a_circular_stream(
+    open_stream, length, context, seed
+):
     length = max(length, context + 1)
     batches = batches_of(open_stream(counting(length)), rows=1, context=context, seed=seed)
     rows = batches.rows_per_epoch
+    after = {n: n + 1 for n in range(1, length - 2)} | {
+        length - 2: EOT,
+        EOT: 1 % (length - 1) or EOT,
+    }
 
-    for epoch in range(3):
-        found = [batches.batch_at(epoch * rows + i) for i in range(rows)]
-        targets = np.concatenate([batch["targets"][0] for batch in found])
-        assert len(targets) == len(set(targets.tolist())) == rows * context
-        assert length - 1 - len(targets) < context  # less than a row is left out
-
-
-@pytest.mark.fast
-def test_rows_are_read_from_a_circular_stream(open_stream):
-    batches = batches_of(open_stream(counting(23)), rows=1, isolate_documents=False)
-    after = {**{i: i + 1 for i in range(1, 21)}, 21: EOT, EOT: 1}
-
-    for step in range(50):
-        batch = batches.batch_at(step)
-        row = [*batch["tokens"][0].tolist(), int(batch["targets"][0, -1])]
-        assert batch["targets"][0].tolist() == row[1:]
-        assert all(after[a] == b for a, b in itertools.pairwise(row))
+    for epoch in range(2):
+        seen = []
+        for step in range(epoch * rows, (epoch + 1) * rows):
+            batch = batches.batch_at(step)
+            row = [*batch["tokens"][0].tolist(), int(batch["targets"][0, -1])]
+            assert batch["targets"][0].tolist() == row[1:]
+            assert all(after[a] == b for a, b in itertools.pairwise(row))  # a circular stream
+            seen += row[1:]
+        assert len(set(seen)) == len(seen) == rows * context
+        assert length - 1 - len(seen) < context  # less than a row is left out
 
 
 @pytest.mark.fast
@@ -82,18 +78,13 @@ def test_batches_are_the_same_after_any_restart_and_on_any_number_of_hosts(open_
     tokens = open_stream(counting(200))
     uninterrupted = [batches_of(tokens, rows=8).batch_at(step) for step in range(15)]
 
-    for start in (0, 7, 14, 15):
-        resumed = list(batches_of(tokens, rows=8).iterate(start, 15))
-        assert len(resumed) == 15 - start
-        for found, expected in zip(resumed, uninterrupted[start:], strict=True):
-            assert_equal(found, expected)
-    for hosts in (2, 4, 8):
-        parts = [
-            batches_of(tokens, rows=8, local_rows=rows.tolist()).batch_at(14)
-            for rows in np.split(np.arange(8), hosts)
-        ]
-        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        assert_equal(joined, uninterrupted[14])
+    for start in (0, 7, 15):
+        assert_equal(list(batches_of(tokens, rows=8).iterate(start, 15)), uninterrupted[start:])
+    parts = [
+        batches_of(tokens, rows=8, local_rows=rows.tolist()).batch_at(14)
+        for rows in np.split(np.arange(8), 4)
+    ]
+    assert_equal(jax.tree.map(lambda *rows: np.concatenate(rows), *parts), uninterrupted[14])
 
 
 def test_seeds_and_epochs_differ_in_order_and_offset(open_stream):
@@ -103,41 +94,30 @@ def test_seeds_and_epochs_differ_in_order_and_offset(open_stream):
         batches = batches_of(tokens, rows=1, seed=seed)
         return [int(batches.batch_at(19 * epoch + n)["targets"][0, 0]) for n in range(19)]
 
-    orders = [first_targets(epoch, seed) for seed in (0, 1, 2**40) for epoch in range(3)]
+    orders = [first_targets(epoch, seed) for seed in (0, 2**40) for epoch in range(2)]
 
-    assert batches_of(tokens).rows_per_epoch == 19
     assert batches_of(tokens, rows=8).steps_per_epoch == 19 / 8
     assert all(a != b for a, b in itertools.combinations(orders, 2))
-    assert len({frozenset(order) for order in orders[:3]}) == 3
+    assert len({frozenset(order) for order in orders}) >= 3
 
 
 @pytest.mark.fast
-@quick
-@given(
-    st.integers(2, 12).flatmap(
-        lambda n: st.lists(
-            st.lists(st.sampled_from([EOT, 1, 2]), min_size=n, max_size=n), min_size=1
-        )
-    ),
-    st.sampled_from([EOT, None]),
-)
-def test_documents_of_a_row_are_numbered_and_their_tokens_counted(rows, eot):
-    batch = make_lm_batch(np.array(rows, np.int32), eot)
+def test_documents_of_a_row_are_numbered_and_their_tokens_counted():
+    row_BL = np.array([[1, 2, EOT, EOT, 3, EOT], [EOT, 4, 5, 6, EOT, 7]], np.int32)
 
-    for b, (*row, _) in enumerate(rows):
-        segments, positions = [], []
-        for i, token in enumerate(row):
-            is_start = i == 0 or token == eot
-            segments.append(1 if i == 0 else segments[-1] + is_start)
-            positions.append(0 if is_start else positions[-1] + 1)
-        assert batch["tokens"][b].tolist() == row
-        assert batch["targets"][b].tolist() == rows[b][1:]
-        assert batch["segment_ids"][b].tolist() == segments
-        assert batch["positions"][b].tolist() == positions
-    assert (batch["loss_weights"] == 1).all()
-    dtypes = {name: array.dtype.name for name, array in batch.items()}
-    assert dtypes.pop("loss_weights") == "float32"
-    assert set(dtypes.values()) == {"int32"}
+    isolated, joined = (make_lm_batch(row_BL, eot) for eot in (EOT, None))
+
+    for batch in (isolated, joined):
+        np.testing.assert_array_equal(batch["tokens"], row_BL[:, :-1])
+        np.testing.assert_array_equal(batch["targets"], row_BL[:, 1:])
+        assert (batch["loss_weights"] == 1).all()
+        dtypes = {name: array.dtype.name for name, array in batch.items()}
+        assert dtypes.pop("loss_weights") == "float32"
+        assert set(dtypes.values()) == {"int32"}
+    assert isolated["segment_ids"].tolist() == [[1, 1, 2, 3, 3], [1, 1, 1, 1, 2]]
+    assert isolated["positions"].tolist() == [[0, 1, 0, 0, 1], [0, 1, 2, 3, 0]]
+    assert joined["segment_ids"].tolist() == [[1] * 5] * 2
+    assert joined["positions"].tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
 @pytest.mark.fast
@@ -182,11 +162,12 @@ def test_prefetching_passes_errors_on_and_ends_its_threads(open_stream):
 
     with pytest.raises(DataError, match="token 1500 at offset 5"):
         list(batches_of(open_stream(ids)).iterate(0, 40))
-    batches = batches_of(open_stream(counting(50))).iterate(0, 1000)
-    next(batches)
-    batches.close()
+    for _ in range(3):
+        batches = batches_of(open_stream(counting(50))).iterate(0, 1000)
+        next(batches)
+        batches.close()
 
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join(timeout=10)
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before + 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert threading.active_count() <= before + 1

@@ -8,22 +8,20 @@ import pytest
 from gptjax.data.prefetch import prefetch_to_device
 
 
-@pytest.mark.parametrize("size", [1, 5])
-def test_results_are_those_of_map(size):
-    assert list(prefetch_to_device(range(9), lambda n: n * n, size)) == [n * n for n in range(9)]
-    assert list(prefetch_to_device([], str, size)) == []
-
-
-def test_the_next_results_are_made_while_one_is_in_use():
+def test_results_are_those_of_map_and_made_ahead():
     made = [threading.Event() for _ in range(4)]
 
     def make(n):
         made[n].set()
-        return n
+        return 2 * n
 
-    for n in prefetch_to_device(range(4), make, size=2):
-        assert made[min(n + 2, 3)].wait(60)
-        assert n > 0 or not made[3].is_set()
+    results = []
+    for result in prefetch_to_device(range(4), make, size=2):
+        results.append(result)
+        assert made[min(len(results) + 1, 3)].wait(60)
+        assert len(results) > 1 or not made[3].is_set()
+
+    assert results == [0, 2, 4, 6]
 
 
 def test_errors_are_raised_in_place_of_the_result_and_no_thread_is_left():

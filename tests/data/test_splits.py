@@ -1,14 +1,12 @@
 """Splits of labeled texts: proportions, balance, duplicates, description."""
 
-from collections import Counter
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.data import splits as module
 from gptjax.data.classification import LabeledTexts, read_labeled_texts
-from gptjax.data.splits import describe_splits, split_sizes, stratified_split
+from gptjax.data.splits import describe_splits, stratified_split
 from gptjax.data.text import ALL_SPLITS
 from gptjax.errors import ConfigError, DataError
 from tests.data.tables import quick
@@ -24,7 +22,6 @@ DEFAULTS = {
 
 
 def make_rows(*counts, texts=1_000_000):
-    """Rows of each class, with at most `texts` distinct texts per class."""
     labels = [label for label, count in enumerate(counts) for _ in range(count)]
     return LabeledTexts(
         [" " * (n % 2) + f"text {n % texts} of {label}" for n, label in enumerate(labels)],
@@ -35,7 +32,6 @@ def make_rows(*counts, texts=1_000_000):
 
 
 def split(data, **changes):
-    """Splits with the default options and some changes."""
     return stratified_split(data, **{**DEFAULTS, **changes})
 
 
@@ -64,31 +60,13 @@ def test_each_row_is_in_one_split_with_the_share_of_its_class(counts, val, test,
     assert splits == again
     assert len(set(found)) == len(found) == sum(kept)
     assert set(found) <= set(rows_of(data))
-    assert all(part.class_names == data.class_names for part in splits.values())
     shares = dict(zip(ALL_SPLITS, (1 - val - test, val, test), strict=True))
     assert list(splits) == [name for name, share in shares.items() if share]
     for label, count in enumerate(kept):
         sizes = {name: part.labels.count(label) for name, part in splits.items()}
         assert min(sizes.values()) >= 1
-        ideal = {name: shares[name] * count for name in splits}
-        if min(ideal.values()) >= 1:
-            assert all(abs(sizes[name] - ideal[name]) < 1 for name in splits)
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize(
-    ("count", "shares", "sizes"),
-    [
-        (10, [1 - 0.1 - 0.2, 0.1, 0.2], [7, 1, 2]),
-        (1000, [1 - 0.9, 0.9], [100, 900]),
-        (3, [0.98, 0.01, 0.01], [1, 1, 1]),
-        (4, [0.1, 0.45, 0.45], [1, 1, 2]),
-        (5, [1.0], [5]),
-        (747, [0.7, 0.1, 0.2], [523, 75, 149]),
-    ],
-)
-def test_sizes_are_as_near_to_the_shares_as_possible(count, shares, sizes):
-    assert split_sizes(count, shares) == sizes
+        if min(shares[name] * count for name in splits) >= 1:
+            assert all(abs(sizes[name] - shares[name] * count) < 1 for name in splits)
 
 
 def test_rows_are_shuffled_and_drawn_from_the_whole_class():
@@ -99,18 +77,14 @@ def test_rows_are_shuffled_and_drawn_from_the_whole_class():
     assert set(first["test"].locations) != set(second["test"].locations)
     # Sorted rows would make the first batches of an evaluation all of one class.
     assert len(set(first["train"].labels[:20])) == len(set(first["test"].labels[:10])) == 2
-    numbers = [int(place[6:]) for place in first["train"].locations if int(place[6:]) <= 400]
-    assert max(numbers) > 200
+    assert any(200 < int(place[6:]) <= 400 for place in first["train"].locations)
 
 
-@quick
-@given(st.lists(st.integers(30, 60), min_size=2, max_size=3), st.integers(3, 40))
-def test_without_duplicates_each_text_is_kept_once(counts, texts):
-    data = make_rows(*counts, texts=texts)
+def test_without_duplicates_each_text_is_kept_once():
+    data = make_rows(40, 50, texts=7)
 
-    splits = split(data, deduplicate=True)
+    found = [row for part in split(data, deduplicate=True).values() for row in rows_of(part)]
 
-    found = [row for part in splits.values() for row in rows_of(part)]
     first = {}
     for row in rows_of(data):
         first.setdefault(row[0].strip(), row)
@@ -130,25 +104,20 @@ def test_impossible_splits_are_rejected():
 
 
 def test_the_description_has_counts_the_constant_answer_and_overlap(monkeypatch):
+    monkeypatch.setattr(module, "MAX_TABLE_CLASSES", 2)
+
     lines = describe_splits({"train": make_rows(1, 3), "test": make_rows(3, 1)})
+    table = describe_splits(split(make_rows(10, 20, 30, 40), test_fraction=0.0))
+
     assert lines[-2].split() == ["always", "b", "75.00%", "25.00%"]
     assert lines[-1].startswith("2 texts occur in more than one split (2 in train and test)")
-
-    monkeypatch.setattr(module, "MAX_TABLE_CLASSES", 2)
-    lines = describe_splits(split(make_rows(10, 20, 30, 40), test_fraction=0.0))
-    assert [line.split() for line in lines[:5]] == [
-        ["train", "validation"],
-        ["a", "9", "1"],
-        ["b", "18", "2"],
-        ["2", "more", "classes", "63", "7"],
-        ["all", "90", "10"],
-    ]
-    assert lines[-1] == "no text occurs in more than one split"
+    rows = ["train validation", "a 9 1", "b 18 2", "2 more classes 63 7", "all 90 10"]
+    assert [" ".join(line.split()) for line in table[:5]] == rows
+    assert table[-1] == "no text occurs in more than one split"
 
 
 def test_stratified_splits_of_the_sms_collection_keep_its_share_of_ham(shared_data):
     splits = split(read_labeled_texts("sms-spam")[0])
 
-    assert [len(part) for part in splits.values()] == [3901, 557, 1114]
-    assert describe_splits(splits)[4].split()[2:] == ["86.59%", "86.54%", "86.62%"]
-    assert Counter(splits["test"].labels) == {0: 965, 1: 149}
+    counts = [(len(part), part.labels.count(0)) for part in splits.values()]
+    assert counts == [(3901, 3378), (557, 482), (1114, 965)]

@@ -30,54 +30,31 @@ def documents(*paths, column=""):
 
 
 @pytest.mark.fast
-def test_a_text_file_is_one_document_unchanged(tmp_path):
+def test_a_text_file_is_a_document_and_each_row_of_a_table_is_one(tmp_path):
     content = "One.\r\n\r\n\n  <|endoftext|> Zwölf 🙂\t\n"
-
-    for name in ("a.txt", "b.MD", "c.txt.gz"):
-        assert documents(write(tmp_path / name, content)) == [content]
-
-
-def test_each_row_of_a_table_is_a_document_and_empty_ones_are_dropped(tmp_path):
     texts = ["first", 'two\nlines, "quoted"', "🙂 <|endoftext|>", ""]
     files = {
         "a.jsonl": "".join(json.dumps({"n": 1, "text": t}) + "\n\n" for t in texts),
         "b.jsonl.gz": "\n".join(json.dumps(t) for t in texts),
-        "c.json": json.dumps([{"text": t} for t in texts]),
         "d.csv": csv_text([("id", "text"), *enumerate(texts)]),
-        "e.tsv": csv_text([("id", "text"), *enumerate(texts)], "\t"),
     }
-    for name, content in files.items():
-        path = write(tmp_path / name, content)
-        assert documents(path) == texts[:3]
+    for name in ("a.txt", "b.MD", "c.txt.gz"):
+        assert documents(write(tmp_path / name, content)) == [content]
+    for name, table in files.items():
+        path = write(tmp_path / name, table)
+        assert documents(path) == texts[:3]  # empty ones are dropped
         assert count_documents(find_sources([path]), 9) == 3
         assert count_documents(find_sources([path, path.parent]), 1) >= 2
-    write(tmp_path / "empty" / "a.txt", b"\xef\xbb\xbf")
-    assert documents(tmp_path / "empty") == []
+    assert documents(write(tmp_path / "empty" / "a.txt", b"\xef\xbb\xbf")) == []
 
 
 def test_the_column_is_guessed_or_named(tmp_path):
-    path = write(tmp_path / "a.csv", "title,story\na,b\n")
+    path = write(tmp_path / "a.csv", "question,answer\na,b\n")
 
-    with pytest.raises(DataError, match=r"a\.csv:2: .*data\.text_column"):
-        documents(path)
-    with pytest.raises(DataError, match=r"a\.csv:2: .*'stor'.*--column"):
-        documents(path, column="stor")
-    assert documents(path, column="story") == ["b"]
-    # A question and its answer are two texts of equal rank.
-    with pytest.raises(DataError, match=r"question, answer"):
-        documents(write(tmp_path / "b.csv", "question,answer\na,b\n"))
-
-
-@quick
-@given(st.text(max_size=30), st.integers(1, 9))
-def test_chunks_are_short_and_make_up_the_document(monkeypatch, content, size):
-    monkeypatch.setattr(text, "CHUNK_CHARS", size)
-
-    chunks = list(chunk_document([content[:5], content[5:]]))
-
-    assert "".join(chunk for chunk, _ in chunks) == content
-    assert all(0 < len(chunk) <= size for chunk, _ in chunks)
-    assert [last for _, last in chunks] == [False] * (len(chunks) - 1) + [True] * (content != "")
+    assert documents(path, column="answer") == ["b"]
+    for column, value in (("", r"data\.text_column"), ("answr", "'answr'")):
+        with pytest.raises(DataError, match=rf"a\.csv:2: .*{value}"):
+            documents(path, column=column)
 
 
 @quick
@@ -90,14 +67,19 @@ def test_chunks_are_short_and_make_up_the_document(monkeypatch, content, size):
         max_size=40,
     )
 )
-def test_chunks_have_the_tokens_of_the_document(monkeypatch, words):
+def test_chunks_are_short_and_have_the_tokens_of_the_document(monkeypatch, words):
     monkeypatch.setattr(text, "CHUNK_CHARS", 16)
     gpt2 = load_tokenizer("gpt2")
     # Each 16 characters need a position to split at.
     content = "".join(word + space + "a b" for word, space in words)
 
-    chunks = [chunk for chunk, _ in chunk_document([content])]
+    pairs = list(chunk_document([content[:5], content[5:]]))
+    chunks = [chunk for chunk, _ in pairs]
 
+    assert "".join(chunks) == content
+    assert all(0 < len(chunk) <= 16 for chunk in chunks)
+    assert [last for _, last in pairs] == [False] * (len(chunks) - 1) + [True] * bool(words)
+    assert [chunk for chunk, _ in chunk_document(["x" * 40])] == ["x" * 16, "x" * 16, "x" * 8]
     assert [i for chunk in chunks for i in gpt2.encode(chunk)] == gpt2.encode(content)
 
 
@@ -110,8 +92,7 @@ def test_reading_takes_memory_for_a_chunk_only(tmp_path):
 
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert size == path.stat().st_size
-    assert peak < 3_000_000 < size
+    assert peak < 3_000_000 < size == path.stat().st_size
 
 
 def test_folders_and_globs_give_known_files_in_order_and_once(tmp_path):
@@ -146,4 +127,3 @@ def test_many_documents_are_held_out_by_their_hash(tmp_path, monkeypatch):
 def test_named_data_sets_are_texts_too(shared_data):
     assert documents("verdict")[0].startswith("I HAD always thought Jack Gisburn")
     assert len(documents("python-help")) > 50
-    assert documents("instructions", column="output")[0].endswith('spelling is "friend".')

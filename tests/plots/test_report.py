@@ -59,22 +59,21 @@ def test_curves_show_the_logged_values_of_their_split(run_dir):
         assert upper.get_xlim() == pytest.approx([units_per_step * x for x in axes.get_xlim()])
 
 
-@pytest.mark.parametrize("classes", [2, 9])
-def test_confusion_figure_shows_counts_and_the_share_of_each_true_class(classes):
-    confusion_CC = np.arange(classes**2).reshape(classes, classes)
+def test_confusion_figure_shows_counts_and_the_share_of_each_true_class():
+    confusion_CC = np.arange(81).reshape(9, 9)
     confusion_CC[1] = 0
-    names = [f"${n} is a rather long name {n}_$" for n in range(classes)]
 
-    figure = confusion_figure(confusion_CC, names)
+    figure = confusion_figure(confusion_CC, [f"${n} is a rather long name {n}_$" for n in range(9)])
 
     assert_nothing_is_cut_off(figure)
     axes = figure.axes[0]
     cells = {text.get_position()[::-1]: text.get_text() for text in axes.texts}
     assert cells == {at: str(count) for at, count in np.ndenumerate(confusion_CC)}
     share_CC = np.asarray(axes.images[0].get_array())
-    assert share_CC.sum(axis=1).tolist() == pytest.approx([1, 0, *[1] * (classes - 2)])
+    assert share_CC.sum(axis=1).tolist() == pytest.approx([1, 0, *[1] * 7])
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
     labels = [label.get_text() for label in axes.get_yticklabels()]
-    assert (len(set(labels)), max(map(len, labels))) == (classes, 18)
+    assert (len(set(labels)), max(map(len, labels))) == (9, 18)
 
 
 def test_report_holds_summary_result_evaluations_pictures_samples_and_details(run_dir):
@@ -116,7 +115,5 @@ def test_a_code_span_is_not_closed_by_its_text(text):
     assert [len(run) for run in runs].count(len(fence)) == 2
     assert runs[-1] == fence
     inner = span[len(fence) : -len(fence)].strip()
-    assert len(inner) <= MAX_TEXT_CHARS
     assert inner.isprintable()
-    words = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    assert words.startswith(inner.removesuffix("…"))
+    assert len(inner) <= MAX_TEXT_CHARS

@@ -9,7 +9,7 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.errors import ConfigError, DataError
@@ -21,13 +21,6 @@ GPT2 = tokenizer.load_tokenizer("gpt2")
 BYTES = tokenizer.load_tokenizer("bytes")
 OWN = tokenizer.train_tokenizer(topics.values(), 700)
 ALL = (GPT2, BYTES, OWN)
-N = 10**6
-
-
-def sha256(file):
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
 WORDS = [
     *("the", "Python", "I'll", "don't", "'re", "_x", ENDOFTEXT, "3.14", " ", "  ", "\n", "\n\n"),
     *("\r\n", "\t", "\x00", "\x1c", "\u3000", "\xa0", "👩‍👩‍👧", "🇩🇪", "½", "²", "\ufeff"),
@@ -46,17 +39,29 @@ def test_decoding_inverts_encoding_and_text_never_becomes_the_control_token(text
         assert kind.byte_lengths[ids].sum() == len(text.encode())
 
 
-@pytest.mark.parametrize("kind", [GPT2, OWN], ids=lambda kind: kind.name)
-def test_ids_are_those_of_another_implementation(kind, tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    kind.save(tmp_path)
-    files = (str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
-    peer = tokenizers.ByteLevelBPETokenizer.from_file(*files)
+def test_ids_are_those_of_another_implementation(tmp_path):
+    peer = pytest.importorskip("tokenizers").ByteLevelBPETokenizer
+    for name in ("one", "two", "gpt2"):
+        (tmp_path / name).mkdir()
+    trained = peer()
+    trained.train_from_iterator(list(topics.values())[::4], 600, special_tokens=[ENDOFTEXT])
+    trained.save(str(tmp_path / "one" / "tokenizer.json"))
+    trained.save_model(str(tmp_path / "two"))
+    GPT2.save(tmp_path / "gpt2")
+    theirs = {
+        name: peer.from_file(
+            *(f"{tmp_path}/{name}/{file}" for file in ("vocab.json", "merges.txt"))
+        )
+        for name in ("two", "gpt2")
+    }
+    one, two = (tokenizer.load_tokenizer(tmp_path / name) for name in ("one", "two"))
+    assert one.ranks == two.ranks
+    assert (one.eot_token, two.eot_token, two.vocab_size) == (0, 0, 600)
 
-    @settings(max_examples=500)
     @given(mixed_texts | st.sampled_from(list(topics.values())))
     def compare(text):
-        assert kind.encode(text) == peer.encode(text).ids
+        assert GPT2.encode(text) == theirs["gpt2"].encode(text).ids
+        assert two.encode(text) == theirs["two"].encode(text).ids
 
     compare()
 
@@ -68,8 +73,9 @@ def test_gpt2_is_the_published_tokenizer_and_has_the_ids_of_the_book(tmp_path):
 
     ids = [*GPT2.encode(before), GPT2.eot_token, *GPT2.encode(after)]
 
-    assert sha256(tmp_path / "vocab.json") == build_gpt2_merges.SHA256["encoder.json"]
-    assert sha256(tmp_path / "merges.txt") == build_gpt2_merges.SHA256["vocab.bpe"]
+    for name, published in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
+        digest = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+        assert digest == build_gpt2_merges.SHA256[published]
     assert ids == [
         *(15496, 11, 466, 345, 588, 8887, 30, 220, 50256, 554, 262, 4252, 18250),
         *(8812, 2114, 1659, 617, 34680, 27271, 13),
@@ -89,7 +95,7 @@ def test_shipped_merges_are_those_that_their_script_writes():
 
 
 def test_a_million_equal_characters_are_encoded():
-    for text in ("a" * N, " " * N + "b", "\n \u3000" * (N // 3) + "\tb"):
+    for text in ("a" * 10**6, " " * 10**6 + "b", "\n \u3000" * 333_333 + "\tb"):
         assert GPT2.decode(GPT2.encode(text)) == text
 
 
@@ -107,55 +113,28 @@ def test_splitting_long_whitespace_does_not_change_the_ids(text):
 def test_ids_may_be_incomplete_characters_or_numpy_integers_but_not_out_of_range():
     ids = np.array(BYTES.encode("é"), np.uint16)
 
-    assert BYTES.decode(ids) == "é"
-    assert BYTES.decode_bytes(ids[:1]) == b"\xc3"
-    assert BYTES.decode(ids[:1]) == "\ufffd"
+    assert (BYTES.decode(ids), BYTES.decode(ids[:1])) == ("é", "\ufffd")
     for kind in ALL:
-        for wrong in (-1, kind.vocab_size, 2**40):
+        for wrong in (-1, kind.vocab_size):
             with pytest.raises(DataError, match=f"{wrong} .*vocab_size={kind.vocab_size} "):
                 kind.decode([0, wrong])
 
 
 @pytest.mark.fast
-def test_vocabulary_and_hash_include_the_control_token_but_not_the_name():
-    first, second, *_ = [token for token in OWN.ranks if len(token) > 1]
-    swapped = {**OWN.ranks, first: OWN.ranks[second], second: OWN.ranks[first]}
-
-    sizes = [(kind.vocab_size, kind.eot_token, len(kind.byte_lengths)) for kind in ALL]
-    assert sizes == [(50_257, 50_256, 50_257), (257, 256, 257), (700, 699, 700)]
-    assert GPT2.byte_lengths[GPT2.eot_token] == 0
-    assert dataclasses.replace(OWN, name="x").hash == OWN.hash
-    assert dataclasses.replace(OWN, ranks=swapped).hash != OWN.hash
-    assert dataclasses.replace(OWN, eot_token=0).hash != OWN.hash
-
-
-@pytest.mark.fast
-def test_loading_inverts_saving(tmp_path):
+def test_loading_inverts_saving_and_the_hash_includes_all_but_the_name(tmp_path):
     for kind in ALL:
-        folder = tmp_path / kind.name
-        kind.save(folder)
+        kind.save(tmp_path / kind.name)
 
-        loaded = tokenizer.load_tokenizer(folder)
+        loaded = tokenizer.load_tokenizer(tmp_path / kind.name)
 
         assert (loaded.ranks, loaded.eot_token) == (kind.ranks, kind.eot_token)
-        assert (loaded.hash, loaded.name) == (kind.hash, str(folder))
-
-
-def test_folder_of_another_trainer_gives_its_ids(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    peer = tokenizers.ByteLevelBPETokenizer()
-    texts = list(topics.values())[::4]
-    peer.train_from_iterator(texts, 600, special_tokens=[ENDOFTEXT])
-    for name, save in (("two files", peer.save_model), ("one file", None)):
-        folder = tmp_path / name
-        folder.mkdir()
-        save(str(folder)) if save else peer.save(str(folder / "tokenizer.json"))
-
-        loaded = tokenizer.load_tokenizer(folder)
-
-        assert (loaded.eot_token, loaded.vocab_size) == (0, 600)
-        for text, theirs in zip(texts, peer.encode_batch(texts), strict=True):
-            assert loaded.encode(text) == theirs.ids
+        assert (loaded.hash, loaded.name) == (kind.hash, str(tmp_path / kind.name))
+    sizes = [(kind.vocab_size, kind.eot_token, len(kind.byte_lengths)) for kind in ALL]
+    assert sizes == [(50_257, 50_256, 50_257), (257, 256, 257), (700, 699, 700)]
+    first, second, *_ = [token for token in OWN.ranks if len(token) > 1]
+    swapped = {**OWN.ranks, first: OWN.ranks[second], second: OWN.ranks[first]}
+    for change in ({"ranks": swapped}, {"eot_token": 0}):
+        assert dataclasses.replace(OWN, **change).hash != OWN.hash
 
 
 @pytest.mark.peers
@@ -172,32 +151,20 @@ def test_transformers_reads_a_saved_folder(kind, tmp_path):
     assert (peer.eos_token_id, len(peer)) == (kind.eot_token, kind.vocab_size)
 
 
-def test_vocabulary_that_the_text_cannot_fill_or_that_lacks_the_bytes_is_rejected():
-    with pytest.raises(DataError, match=r"400 .*bpe:260"):
-        tokenizer.train_tokenizer(["low low lower"], 400)
-    with pytest.raises(ConfigError, match="256 ids"):
-        tokenizer.train_tokenizer(["text"], 256)
-
-    assert tokenizer.train_tokenizer(["low low lower"], 260).encode(" low") == [258]
-    assert tokenizer.train_tokenizer([], 257).hash == BYTES.hash
-
-
-@pytest.mark.parametrize("text", ["ab\ud800", "ab\udfffcd", "ab\ud83d\ude00"])
-def test_lone_surrogate_is_rejected(text):
-    for use in (GPT2.encode, lambda text: bpe.train_bpe([text], 3)):
-        with pytest.raises(DataError, match="character 2 "):
-            use(text)
-
-
-def test_unknown_name_is_rejected(tmp_path, monkeypatch):
+def test_invalid_arguments_are_rejected(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    for name in ("gpt3", "", "bpe", "runs/none", Path("gpt2"), "a\0b", "bpe:2048"):
+    with pytest.raises(DataError, match=r"400 .*bpe:260"):
+        tokenizer.train_tokenizer(["low low lower"], 400)
+    assert tokenizer.train_tokenizer(["low low lower"], 260).encode(" low") == [258]
+    with pytest.raises(ConfigError, match="256 ids"):
+        tokenizer.train_tokenizer(["text"], 256)
+    for use in (GPT2.encode, lambda text: bpe.train_bpe([text], 3)):
+        with pytest.raises(DataError, match="character 2 "):
+            use("ab\ud83d\ude00")
+    for name in ("gpt3", "", "bpe:2048", "runs/none", Path("gpt2"), "a\0b"):
         with pytest.raises(ConfigError, match="tokenizer"):
             tokenizer.load_tokenizer(name)
-
-
-SMALL = tokenizer.train_tokenizer(["low lower lowest slow slower slowest"], 264)
 
 
 def edit_vocab(edit):
@@ -211,41 +178,31 @@ def edit_vocab(edit):
     return damage
 
 
-DAMAGES = {
-    "not UTF-8": (lambda v, m: (b"\xff" + v, m), "utf-8"),
-    "not JSON": (lambda v, m: (v[:-5], m), "line 1"),
-    "a list": (lambda v, m: (b"[]", m), "JSON object"),
-    "text as id": (edit_vocab(lambda i: i.update(a="1")), "'a'"),
-    "a gap": (edit_vocab(lambda i: i.update(lo=999)), "id 2.."),
-    "one id twice": (edit_vocab(lambda i: i.update(lo=7)), "id 2.."),
-    "no end": (edit_vocab(lambda i: i.update(ll=i.pop(ENDOFTEXT))), r"<\|endoftext\|>"),
-    "no byte": (edit_vocab(lambda i: i.update(ab=i.pop("a"))), "byte 97"),
-    "empty token": (edit_vocab(lambda i: i.update({"": 264})), "264 is 0 bytes"),
-    "long token": (edit_vocab(lambda i: i.update({"a" * 257: 264})), "257 bytes"),
-    "a space": (edit_vocab(lambda i: i.update({"l o": 264})), "' '"),
-    "no merge": (edit_vocab(lambda i: i.update(xyz=264)), "264, 'xyz'"),
-    "merge missing": (lambda v, m: (v, m[: m.index(b"\n", 20)]), "3 is 'missing'"),
-    "merge too many": (lambda v, m: (v, m + b"a b\n"), "'a b'.* 'absent'"),
-    "merges not UTF-8": (lambda v, m: (v, m + b"\xff"), "utf-8"),
-    "merges with CRLF": (lambda v, m: (v, m.replace(b"\n", b"\r\n")), "merge 1"),
-}
+DAMAGES = [  # (vocab.json, merges.txt) -> damaged ones, value in the message
+    (lambda v, m: (b"\xff" + v, m), "utf-8"),
+    (lambda v, m: (v[:-5], m), "line 1"),
+    (lambda v, m: (b"[]", m), "JSON object"),
+    (lambda v, m: (v + b" " * 9000, m), "9,000"),  # too large
+    (edit_vocab(lambda i: i.update(a="1")), "'a'"),
+    (edit_vocab(lambda i: i.update(lo=999)), "id 2.."),
+    (edit_vocab(lambda i: i.update(ll=i.pop(ENDOFTEXT))), r"<\|endoftext\|>"),
+    (edit_vocab(lambda i: i.update(ab=i.pop("a"))), "byte 97"),
+    (edit_vocab(lambda i: i.update({"a" * 257: 264})), "257 bytes"),
+    (edit_vocab(lambda i: i.update({"l o": 264})), "' '"),
+    (edit_vocab(lambda i: i.update(xyz=264)), "264, 'xyz'"),
+    (lambda v, m: (v, m[: m.index(b"\n", 20)]), "3 is 'missing'"),
+    (lambda v, m: (v, m + b"a b\n"), "'a b'.* 'absent'"),
+    (lambda v, m: (v, m.replace(b"\n", b"\r\n")), "merge 1"),
+]
 
 
-@pytest.mark.parametrize("name", DAMAGES)
-def test_damaged_folder_is_rejected(name, tmp_path):
-    damage, match = DAMAGES[name]
-    SMALL.save(tmp_path)
+def test_damaged_folders_are_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "MAX_TOKENIZER_FILE_BYTES", 9_000)
     files = [tmp_path / "vocab.json", tmp_path / "merges.txt"]
-    for file, data in zip(files, damage(*(f.read_bytes() for f in files)), strict=True):
-        file.write_bytes(data)
-
-    with pytest.raises(DataError, match=f"{tmp_path}: .*{match}"):
-        tokenizer.load_tokenizer(tmp_path)
-
-
-def test_oversized_file_is_rejected(tmp_path, monkeypatch):
-    SMALL.save(tmp_path)
-    monkeypatch.setattr(tokenizer, "MAX_TOKENIZER_FILE_BYTES", 1_000)
-
-    with pytest.raises(DataError, match="1,000"):
-        tokenizer.load_tokenizer(tmp_path)
+    small = tokenizer.train_tokenizer(["low lower lowest slow slower slowest"], 264)
+    for damage, match in DAMAGES:
+        small.save(tmp_path)
+        for file, data in zip(files, damage(*(f.read_bytes() for f in files)), strict=True):
+            file.write_bytes(data)
+        with pytest.raises(DataError, match=f"{tmp_path}: .*{match}"):
+            tokenizer.load_tokenizer(tmp_path)
