@@ -1,7 +1,6 @@
 """One small run, as several processes of this machine; none outlives its test."""
 
 import contextlib
-import hashlib
 import os
 import re
 import shutil
@@ -11,22 +10,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import pytest
 import tomli_w
 
-from gptjax.checkpoint.checkpoint import restore
 from gptjax.config import RunConfig, from_dict
-from gptjax.parallel.sharding import MESH_AXES, make_mesh, to_host
-from gptjax.tasks.pretrain import PRETRAIN
+from gptjax.parallel.sharding import MESH_AXES
 from gptjax.tasks.train import train as train_run
 from gptjax.tokenizer import tokenizer
 from gptjax.training.metrics import read_events
-from gptjax.training.task import RunContext
-from gptjax.training.trainer import checkpoint_state, shard_task
-from gptjax.tree import flatten_with_names
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 240  # seconds that anything may take on a machine with other work
@@ -55,14 +48,6 @@ TABLE = {
 }
 
 # What a process runs instead of `gptjax train`.
-HASHES = """
-import json, sys
-from pathlib import Path
-from gptjax.parallel import distributed
-distributed.initialize(sys.argv[-1])
-from tests.processes import config_on, restored_hashes
-print(json.dumps(restored_hashes(config_on((2, 2, 1)), Path("run"), 16)))
-"""
 BROKEN = """
 import sys
 from gptjax.cli import main
@@ -190,13 +175,6 @@ def mesh_flags(*sizes: int) -> list[str]:
     return [word for axis, n in axes for word in (f"--mesh.{axis}", str(n))]
 
 
-def config_on(mesh: Sequence[int] | None = None) -> RunConfig:
-    """The config of the run on a mesh; None: on one device of pytest's."""
-    sizes = {} if mesh is None else dict(zip(MESH_AXES, mesh, strict=True))
-    table: dict[str, Any] = {**TABLE, "mesh": sizes}
-    return from_dict(RunConfig, table)
-
-
 def write_config(folder: Path) -> Path:
     """The folder with text.txt and config.toml, which can be run there."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,11 +189,11 @@ def write_tokenizer(folder: Path, text: str) -> None:
     tokenizer.train_tokenizer([text], 280).save(folder / "tokenizer")
 
 
-def run_here(folder: Path, mesh: Sequence[int] | None = None) -> None:
-    """Runs on devices of pytest's own process."""
+def run_here(folder: Path) -> None:
+    """Runs on one device of pytest's own process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        train_run(config_on(mesh), folder / "run")
+        train_run(from_dict(RunConfig, TABLE), folder / "run")
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
@@ -229,43 +207,28 @@ def last_step(run: Path) -> int:
     return max((step for step, _ in losses(run)), default=0)
 
 
-def restored_hashes(config: RunConfig, run: Path, step: int) -> dict[str, str]:
-    """A hash of each array of a checkpoint, as it comes back on the config's mesh."""
-    here, data = PRETRAIN.load_data(RunContext(config, run, make_mesh(config.mesh)))
-    task = PRETRAIN.make_task(here, data)
-    like = checkpoint_state(shard_task(here, task).init_state)
-    tree = to_host(restore(here.checkpoint_dir, step, like))
-    return {
-        name: hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
-        for name, leaf in flatten_with_names(tree).items()
-    }
-
-
 def commands_of_pair() -> list[list[str]]:
     """Two processes with four devices each."""
     return train(2, "config.toml", "--run", "run", *mesh_flags(2, 2, 2))
 
 
 def other_config(command: list[str], folder: Path) -> None:
-    """Another learning rate."""
     command += ["--optim.peak_lr", "0.5"]
 
 
 def other_code(command: list[str], folder: Path) -> None:
-    """Another version of the package."""
     command[1:3] = ["-c", OTHER_CODE]
 
 
 def other_data(command: list[str], folder: Path) -> None:
-    """Another text of the same length."""
     (folder / "text.txt").write_text(TEXT.replace("7", "8"))
 
 
 def other_tokenizer(command: list[str], folder: Path) -> None:
-    """Another one of the same size."""
     write_tokenizer(folder, TEXT.replace("times", "mal"))
 
 
+# What differs in one of two processes.
 OTHER = {
     "config": other_config,
     "code": other_code,

@@ -174,9 +174,8 @@ def compare_decode(options: BenchOptions, metrics: Mapping[str, Any]) -> dict[st
         rate, int8_rate = (metrics.get(f"{prefix}decode_b{rows}") for prefix in ("", "int8_"))
         if rate and bandwidth:
             step_bytes = decode_step_bytes(options.config, rows, num_filled)
-            share = compared[f"decode_share_of_bandwidth_b{rows}"] = (
-                rate / rows * step_bytes / bandwidth
-            )
+            share = rate / rows * step_bytes / bandwidth
+            compared[f"decode_share_of_bandwidth_b{rows}"] = share
             options.log(f"decode, {rows} rows: {share:.1%} of the bandwidth limit")
         if rate and int8_rate:
             compared[f"int8_decode_ratio_fp32_b{rows}"] = int8_rate / rate
@@ -225,10 +224,9 @@ def bench_training(options: BenchOptions, matmul_rate: float | None) -> dict[str
     metrics: dict[str, Any] = {"rates": rates}
     flops_per_token = estimate.flops_per_token(config) / jax.device_count()
     for rate in sorted(rates, key=lambda rate: rate["tokens_per_s"]):  # the best one is last
-        best = {
-            f"train_{name}": rate[name] for name in ("attention", "rows", "tokens_per_s", "mfu")
-        }
-        metrics |= best | {f"train_b{rate['rows']}": rate["tokens_per_s"]}
+        for name in ("attention", "rows", "tokens_per_s", "mfu"):
+            metrics[f"train_{name}"] = rate[name]
+        metrics[f"train_b{rate['rows']}"] = rate["tokens_per_s"]
         metrics[f"compile_b{rate['rows']}"] = rate["compile_seconds"]
         if matmul_rate:
             share = rate["tokens_per_s"] * flops_per_token / matmul_rate

@@ -27,13 +27,8 @@ def class_logits(
     the head reads the last position of the padded row, so the logits depend on the
     amount of padding.
 
-    Args:
-        config: shape of the model, with `n_classes` > 0.
-        params: from `gptjax.init`, including "head".
-        token_BT: rows padded on the right with any token id.
-        length_B: tokens in each row without padding, at least 1.
-        dropout_key: as in `hidden_states`.
-        adapters: as in `hidden_states`.
+    Rows are padded on the right with any token id; `length_B` is the number of tokens
+    without padding, at least 1.
     """
     x_BTD, _ = classifier_hidden_states(
         config, params, token_BT, length_B, dropout_key=dropout_key, adapters=adapters

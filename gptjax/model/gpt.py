@@ -33,7 +33,6 @@ from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
 from gptjax.model.attention.dispatch import compute_attention
 from gptjax.model.attention.mask import ATTN_OUT, AttentionMask
-from gptjax.model.decode_layers import DecodeLinear, decode_qkv
 from gptjax.model.interventions import (
     POINT_MODULES,
     CapturePoint,
@@ -102,7 +101,6 @@ class Attention(nn.Module):
     """
 
     config: GPTConfig
-    decode: bool = False  # parameters may be in a decode-time layout
 
     @nn.compact
     def __call__(
@@ -110,11 +108,7 @@ class Attention(nn.Module):
     ) -> tuple[HiddenStates, KVCache | None]:
         """Applies attention; with a cache, extends it and attends to all it holds."""
         c = self.config
-        shape = c.n_heads, c.head_dim
-        if self.decode:
-            qkv = decode_qkv(self, x_BTD, shape, c.qkv_bias)
-        else:
-            qkv = project_qkv(x_BTD, shape, c.qkv_bias)
+        qkv = project_qkv(self, x_BTD, (c.n_heads, c.head_dim), c.qkv_bias)
         query_BTHK, key_BSHK, value_BSHK = (
             capture_point(self, name, constrain(x_BTHK, "BTHK"))
             for name, x_BTHK in zip(QKV_NAMES, qkv, strict=True)
@@ -143,8 +137,7 @@ class Attention(nn.Module):
             edit_weights=observe_weights if observed else dropout,
         )
         attn_out_BTHK = capture_point(self, "head_output", attn_out_BTHK)
-        linear, std = DecodeLinear if self.decode else Linear, residual_init_std(c)
-        out = linear((c.d_model,), std, num_input_axes=2, name="out")
+        out = Linear((c.d_model,), residual_init_std(c), num_input_axes=2, name="out")
         return out(attn_out_BTHK), cache
 
 
@@ -152,15 +145,14 @@ class MLP(nn.Module):
     """Two-layer MLP with GELU."""
 
     config: GPTConfig
-    decode: bool = False  # parameters may be in a decode-time layout
 
     @nn.compact
     def __call__(self, x_BTD: HiddenStates) -> HiddenStates:
         """Applies the MLP to each position."""
-        c, linear = self.config, DecodeLinear if self.decode else Linear
-        x_BTF = constrain(linear((c.mlp_dim,), name="up")(x_BTD), "BTF")
+        c = self.config
+        x_BTF = constrain(Linear((c.mlp_dim,), name="up")(x_BTD), "BTF")
         x_BTF = capture_point(self, "mlp_hidden", nn.gelu(x_BTF, approximate=True))
-        down = linear((c.d_model,), residual_init_std(c), name="down")
+        down = Linear((c.d_model,), residual_init_std(c), name="down")
         return capture_point(self, "mlp_output", down(x_BTF))
 
 
@@ -168,7 +160,6 @@ class Block(nn.Module):
     """Pre-norm transformer block: attention and MLP, both with residual connections."""
 
     config: GPTConfig
-    decode: bool = False  # parameters may be in a decode-time layout
 
     @nn.compact
     def __call__(
@@ -181,11 +172,10 @@ class Block(nn.Module):
         materialize = materialize_on_cpu if use_barrier else lambda x_BTD: x_BTD
         x_BTD = materialize(capture_point(self, "residual", x_BTD))
         normed_BTD = LayerNorm(name="attention_norm")(x_BTD)
-        attention = Attention(c, self.decode, name="attention")
-        branch_out_BTD, cache = attention(normed_BTD, cache, inputs)
+        branch_out_BTD, cache = Attention(c, name="attention")(normed_BTD, cache, inputs)
         x_BTD = materialize(x_BTD + Dropout(c.dropout)(branch_out_BTD))
         normed_BTD = LayerNorm(name="mlp_norm")(x_BTD)
-        branch_out_BTD = MLP(c, self.decode, name="mlp")(normed_BTD)
+        branch_out_BTD = MLP(c, name="mlp")(normed_BTD)
         x_BTD += Dropout(c.dropout)(branch_out_BTD)
         return constrain(x_BTD, "BTD"), cache
 
@@ -212,14 +202,14 @@ class GPT(nn.Module):
     def __call__(
         self, token_BT: Tokens, position_BT: Tokens, cache: Any, inputs: BlockInputs
     ) -> tuple[HiddenStates, Any]:
-        """Returns the final hidden states, and the updated cache if one was given.
+        """Returns the final hidden states, and the updated cache.
 
-        The cache is a tuple of N `KVCache`, only if not `stacked`.
+        The cache is a tuple of N `KVCache` if not `stacked`, else None.
         """
         c, dtype = self.config, compute_dtype(self.config)
 
-        def embed(name: str, rows: int, std: float) -> Embedding:
-            return Embedding(rows, c.d_model, std, name=name)
+        def embed(name: str, num_embeddings: int, std: float) -> Embedding:
+            return Embedding(num_embeddings, c.d_model, std, name=name)
 
         x_BTD = embed("token_embedding", c.padded_vocab_size, 0.02)(token_BT)
         x_BTD += embed("position_embedding", c.context_length, 0.01)(position_BT)
@@ -237,11 +227,12 @@ class GPT(nn.Module):
                     blocks = scan_blocks(c, layers)(c, name=name)
                     x_BTD, cache = blocks(x_BTD, cache, inputs)
         else:
-            caches: list[Any] = [None] * c.n_layers if cache is None else list(cache)
-            for n in range(c.n_layers):
-                block = Block(c, decode=True, name=f"block_{n}")
-                x_BTD, caches[n] = block(x_BTD, caches[n], inputs)
-            cache = None if cache is None else tuple(caches)
+            caches = []
+            for n, layer_cache in enumerate(cache):
+                block = Block(c, name=f"block_{n}")
+                x_BTD, layer_cache = block(x_BTD, layer_cache, inputs)
+                caches.append(layer_cache)
+            cache = tuple(caches)
         return LayerNorm(name="final_norm")(x_BTD), cache
 
 
@@ -423,13 +414,10 @@ def unembedding_matrix(config: GPTConfig, params: Params) -> Any:
 def lm_logits(
     config: GPTConfig, unembedding_VD: Any, x_BTD: Float[Array, "*B D"]
 ) -> Float[Array, "*B V"]:
-    """Computes float32 logits from final hidden states.
+    """Computes float32 logits from final hidden states with any leading axes.
 
-    Args:
-        config: shape of the model.
-        unembedding_VD: from `unembedding_matrix`; logits of padding rows
-            (`vocab_multiple`) are the lowest float32, hence probability 0.
-        x_BTD: final hidden states, with any number of leading axes.
+    Logits of padding rows (`vocab_multiple`) are the lowest float32, hence probability
+    0. `unembedding_VD` is from `unembedding_matrix`.
     """
     x_flat = x_BTD.reshape(-1, x_BTD.shape[-1])
     if isinstance(unembedding_VD, DecodeKernel):
@@ -446,11 +434,8 @@ def lm_logits(
 
 def init_cache(config: GPTConfig, rows: int, max_length: int) -> tuple[KVCache, ...]:
     """Returns N empty KV caches, one per layer, of `max_length` positions each."""
-    shape = (rows, config.n_heads, max_length, config.head_dim)
-
-    def zeros() -> Array:
-        return jnp.zeros(shape, compute_dtype(config))
-
+    shape = rows, config.n_heads, max_length, config.head_dim
+    zeros = functools.partial(jnp.zeros, shape, compute_dtype(config))
     return tuple(KVCache(zeros(), zeros()) for _ in range(config.n_layers))
 
 
@@ -466,8 +451,9 @@ def apply_with_cache(
     Args:
         config: shape of the model.
         params: from `gptjax.model.quantization`, unstacked.
-        token_BT: new tokens, consecutive in each row.
-        position_BT: their positions, which are also their indices in the cache.
+        token_BT: new tokens.
+        position_BT: their positions, consecutive in each row; also their indices in
+            the cache.
         cache: from `init_cache` or the previous call.
     """
     inputs = BlockInputs(position_BT, None)

@@ -108,8 +108,7 @@ def check_intervention(
     config: GPTConfig, name: str, shape: tuple[int, ...], token_shape: tuple[int, ...], letters: str
 ) -> None:
     """Raises ConfigError unless the shape is that of the capture point, or has ones."""
-    rows, length = token_shape
-    sizes = {"B": rows, "T": length, "D": config.d_model, "F": config.mlp_dim}
+    sizes = dict(zip("BT", token_shape, strict=True), D=config.d_model, F=config.mlp_dim)
     sizes |= {"H": config.n_heads, "K": config.head_dim}
     expected = (config.n_layers, *(sizes[letter] for letter in letters))
     fits = len(shape) == len(expected) and shape[0] == expected[0]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from gptjax.model.quantization import QKV_NAMES
+from gptjax.model.quantization import QKV_NAMES, decode_matmul
 from gptjax.parallel.sharding import (
     COMPUTE_RULES,
     all_gather_params,
@@ -32,7 +32,9 @@ HiddenStates = Float[Array, "B T D"]
 class Linear(nn.Module):
     """Linear layer over the last axes of its input, computed as one 2D matmul.
 
-    On CPU, XLA runs [B*T, D] @ [D, F] much faster than the batched form.
+    On CPU, XLA runs [B*T, D] @ [D, F] much faster than the batched form. A kernel in a
+    decode-time layout of `gptjax.model.quantization` is the leaf "packed" in place of
+    "kernel"; it is never sharded.
     """
 
     features: tuple[int, ...]  # output axes, e.g. (H, K)
@@ -43,8 +45,14 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*inner"]) -> Float[Array, "*outer"]:
         """Replaces the last `num_input_axes` axes of x by `features`."""
-        input_shape = x.shape[-self.num_input_axes :]
+        rows, input_shape = x.shape[: -self.num_input_axes], x.shape[-self.num_input_axes :]
         num_inputs, num_outputs = math.prod(input_shape), math.prod(self.features)
+        if self.has_variable("params", "packed"):
+            packed = self.get_variable("params", "packed")
+            y_BO = decode_matmul(x.reshape(-1, num_inputs), packed)
+            if self.use_bias:
+                y_BO += self.get_variable("params", "bias").astype(x.dtype).reshape(1, -1)
+            return y_BO.reshape(*rows, *self.features)
         shape = (*input_shape, *self.features)
         letters = logical_axes("/".join((*self.path, "kernel")), len(shape))
         into, out = letters[0], letters[self.num_input_axes :]
@@ -57,25 +65,27 @@ class Linear(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, self.features)
             bias = reshape_sharded(bias.astype(x.dtype), (1, num_outputs), "_" + out[0])
             y_BO += bias
-        rows = x.shape[: -self.num_input_axes]
         letters = f"{'B':_<{len(rows)}}{out}"
         return reshape_sharded(y_BO, (*rows, *self.features), letters)
 
     def matmul(
         self, x_BI: Float[Array, "B I"], kernel_IO: Float[Array, "I O"], out: str
     ) -> Float[Array, "B O"]:
-        """Multiplies rows by the kernel; `out` is the letter of the output axis.
-
-        A method of its own, so that `gptjax.model.lora` can extend it.
-        """
+        """Multiplies rows by the kernel; `gptjax.model.lora` extends this method."""
         return jnp.matmul(x_BI, kernel_IO, out_sharding=out_sharding("B" + out))
 
 
 def project_qkv(
-    x_BTD: HiddenStates, head_shape: tuple[int, int], use_bias: bool, linear: type[Linear] = Linear
+    module: nn.Module, x_BTD: HiddenStates, head_shape: tuple[int, int], use_bias: bool
 ) -> tuple[Float[Array, "B T H K"], ...]:
-    """Projects the normalized residual stream to queries, keys and values."""
-    return tuple(linear(head_shape, use_bias=use_bias, name=name)(x_BTD) for name in QKV_NAMES)
+    """Projects the normalized residual stream to queries, keys and values.
+
+    One matmul if the parameters of `module` are fused for decoding.
+    """
+    if module.has_variable("params", "qkv"):
+        qkv = Linear((3, *head_shape), use_bias=use_bias, name="qkv")
+        return tuple(jnp.unstack(qkv(x_BTD), axis=2))
+    return tuple(Linear(head_shape, use_bias=use_bias, name=name)(x_BTD) for name in QKV_NAMES)
 
 
 class Embedding(nn.Module):

@@ -82,14 +82,8 @@ def init_adapters(
 ) -> Adapters:
     """Initializes adapters: a uniform in +-1 / sqrt(I), b zero.
 
-    The bound is that of PyTorch's `nn.Linear`, which Microsoft's LoRA and PEFT use.
-
-    Args:
-        config: shape of the model.
-        params: only names and shapes are used.
-        patterns: layers of a block to adapt, see `match_targets`.
-        rank: [R], the same for all layers.
-        key: JAX key of the initial values.
+    The bound is that of PyTorch's `nn.Linear`, which Microsoft's LoRA and PEFT use. Of
+    `params`, only names and shapes are used; `patterns` are those of `match_targets`.
     """
     leaves, kernels = {}, flatten_with_names(params)
     names = match_targets(params, patterns)

@@ -75,7 +75,8 @@ def prepare_decode_params(params: Params, dtype: Any, int8: bool = False) -> Par
             if last != "kernel" or "head" in path:
                 converted[name] = leaf
             elif int8 or on_cpu:
-                kernel_OI = flatten_kernel(name, leaf).T
+                num_inputs = math.prod(leaf.shape[: num_input_axes(name, leaf.ndim)])
+                kernel_OI = leaf.reshape(num_inputs, -1).T
                 to_decode_kernel = quantize_int8 if int8 else TransposedKernel
                 converted["/".join((*path, "packed"))] = to_decode_kernel(kernel_OI)
             else:
@@ -113,21 +114,17 @@ def fake_quantize(params: Params) -> Params:
     """
     leaves = flatten_with_names(params)
     unembedding = unembedding_name(leaves)
-
-    def round_leaf(name: str, leaf: Array) -> Array:
+    rounded = dict(leaves)
+    for name, leaf in leaves.items():
         if name == unembedding:
-            return quantize_dequantize(leaf, (1,))
-        if not name.endswith("/kernel") or name.startswith("head/"):
-            return leaf
-        return quantize_dequantize(leaf, tuple(range(1, 1 + num_input_axes(name, leaf.ndim - 1))))
-
-    return unflatten_names({name: round_leaf(name, leaf) for name, leaf in leaves.items()})
-
-
-def quantize_dequantize(x: Array, axes: tuple[int, ...]) -> Array:
-    """Rounds x to multiples of its absmax scale over `axes`."""
-    scale = absmax_scale(x, axes)
-    return jnp.round(x / scale) * scale
+            axes = (1,)
+        elif name.endswith("/kernel") and not name.startswith("head/"):
+            axes = tuple(range(1, 1 + num_input_axes(name, leaf.ndim - 1)))
+        else:
+            continue
+        scale = absmax_scale(leaf, axes)
+        rounded[name] = jnp.round(leaf / scale) * scale
+    return unflatten_names(rounded)
 
 
 def absmax_scale(x: Array, axes: tuple[int, ...]) -> Array:
@@ -154,12 +151,6 @@ def unembedding_name(names: Any) -> str:
 def num_input_axes(name: str, num_axes: int) -> int:
     """Returns the number of input axes of a kernel: 2 for "out" ([H, K]), else 1."""
     return num_axes - 1 if name.endswith("out/kernel") else 1
-
-
-def flatten_kernel(name: str, kernel: Array) -> Float[Array, "I O"]:
-    """Reshapes the kernel of one layer to [inputs, outputs]."""
-    num_inputs = math.prod(kernel.shape[: num_input_axes(name, kernel.ndim)])
-    return kernel.reshape(num_inputs, -1)
 
 
 def decode_matmul(x_BI: Float[Array, "B I"], kernel: Any) -> Float[Array, "B O"]:

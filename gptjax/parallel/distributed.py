@@ -47,20 +47,17 @@ def initialize(address: str) -> None:
     """
     options: dict[str, Any] = {}
     if address != "auto":
-        match = re.fullmatch(r"(.+:\d+),(\d+),(\d+)", address)
-        if not match or int(match[3]) >= int(match[2]):
+        match = re.fullmatch(r"(.+:(\d+)),(\d+),(\d+)", address)
+        if not match or int(match[4]) >= int(match[3]):
             raise ConfigError(
                 f"--distributed {address} is neither auto nor HOST:PORT,N,I with I < "
                 "N. For the second of two processes, for example, use HOST:1234,2,1."
             )
-        options = {
-            "coordinator_address": match[1],
-            "num_processes": int(match[2]),
-            "process_id": int(match[3]),
-        }
+        names = "coordinator_address", "num_processes", "process_id"
+        options = dict(zip(names, (match[1], int(match[3]), int(match[4])), strict=True))
         if not options["process_id"]:
-            check_coordinator_port(address, int(match[1].rpartition(":")[2]))
-    timer = threading.Timer(INIT_TIMEOUT_SECONDS, explain_startup_timeout, [address])
+            check_coordinator_port(address, int(match[2]))
+    timer = threading.Timer(INIT_TIMEOUT_SECONDS, exit_after_startup_timeout, [address])
     timer.daemon = True
     timer.start()
     try:
@@ -93,7 +90,7 @@ def check_coordinator_port(address: str, port: int) -> None:
             ) from error
 
 
-def explain_startup_timeout(address: str) -> None:
+def exit_after_startup_timeout(address: str) -> None:
     """Reports the timeout and exits; the main thread is blocked inside JAX."""
     print(
         f"gptjax: --distributed {address}: timed out after {INIT_TIMEOUT_SECONDS} s "
@@ -143,9 +140,9 @@ def describe_error(error: BaseException) -> str:
     """Error message for stderr, with a traceback if unexpected."""
     if isinstance(error, GptjaxError):
         return f"gptjax: {error}"
-    if is_xla_error(error):
-        return str(error)
-    return "".join(traceback.format_exception(error)).rstrip()
+    return (
+        str(error) if is_xla_error(error) else "".join(traceback.format_exception(error)).rstrip()
+    )
 
 
 def is_xla_error(error: BaseException) -> bool:

@@ -38,20 +38,15 @@ PARAM_LOGICAL_AXES = {
     "*token_embedding/embedding": "VD",
     "*output_embedding/embedding": "VD",
     "*position_embedding/embedding": "TD",
-    "*attention/query/kernel": "DHK",
-    "*attention/query/bias": "HK",
-    "*attention/key/kernel": "DHK",
-    "*attention/key/bias": "HK",
-    "*attention/value/kernel": "DHK",
-    "*attention/value/bias": "HK",
+    "*attention/[qkv]*/kernel": "DHK",
+    "*attention/[qkv]*/bias": "HK",
     "*attention/out/kernel": "HKD",
     "*attention/out/bias": "D",
     "*mlp/up/kernel": "DF",
     "*mlp/up/bias": "F",
     "*mlp/down/kernel": "FD",
     "*mlp/down/bias": "D",
-    "*norm/scale": "D",
-    "*norm/bias": "D",
+    "*norm/*": "D",
     "*head/kernel": "DC",
     "*head/bias": "C",
     "*/lora_a": "IR",
@@ -91,7 +86,7 @@ def resolve_mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, 
     >>> resolve_mesh_shape(MeshConfig(data=-1, fsdp=2, tensor=2), 8)
     (2, 2, 2)
     """
-    requested = (config.data, config.fsdp, config.tensor)
+    requested = config.data, config.fsdp, config.tensor
     fixed = math.prod(size for size in requested if size != -1)
     sizes = tuple(num_devices // fixed if size == -1 else size for size in requested)
     uses_subset = jax.process_count() == 1 and -1 not in requested and fixed < num_devices
@@ -111,9 +106,8 @@ def check_divisible(params: Any, mesh: Mesh) -> None:
         axes = logical_to_spec(letters, PARAM_RULES)
         for letter, size, axis in zip(letters, leaf.shape, axes, strict=True):
             if axis and size % mesh.shape[axis]:
-                advice = "Choose"
-                if letter == "V":
-                    advice = "Set model.vocab_multiple=128 to pad the vocabulary, or choose"
+                padding = "Set model.vocab_multiple=128 to pad the vocabulary, or choose"
+                advice = padding if letter == "V" else "Choose"
                 raise ConfigError(
                     f"parameter {name} has size {size} along {letter}, which is not "
                     f"divisible by mesh.{axis}={mesh.shape[axis]}. {advice} another "
@@ -124,12 +118,11 @@ def check_divisible(params: Any, mesh: Mesh) -> None:
 def check_batch_divisible(rows: int, accumulate: int, mesh_shape: Sequence[int]) -> None:
     """Raises ConfigError if a micro-batch is not divisible over a mesh shape."""
     data, fsdp, _ = mesh_shape
-    num_shards = data * fsdp
-    if rows // accumulate % num_shards:
+    if rows // accumulate % (data * fsdp):
         raise ConfigError(
             f"data.batch_size={rows} in train.accumulate={accumulate} micro-batches "
             f"gives {rows // accumulate} rows each, which are not divisible by the "
-            f"{num_shards} devices of mesh.data={data} x mesh.fsdp={fsdp}. Choose a "
+            f"{data * fsdp} devices of mesh.data={data} x mesh.fsdp={fsdp}. Choose a "
             "batch size that is a multiple, or smaller axes."
         )
 
@@ -140,9 +133,7 @@ def logical_axes(name: str, num_axes: int) -> str:
     >>> logical_axes("blocks/mlp/up/kernel", 3)
     'NDF'
     """
-    matches = [
-        pattern for pattern in PARAM_LOGICAL_AXES if fnmatch.fnmatchcase(f"/{name}", pattern)
-    ]
+    matches = [x for x in PARAM_LOGICAL_AXES if fnmatch.fnmatchcase(f"/{name}", x)]
     if len(matches) != 1:
         raise ValueError(f"parameter {name} must match one rule, not {matches or 'none'}.")
     letters = PARAM_LOGICAL_AXES[matches[0]]
@@ -265,18 +256,12 @@ def shard_map_local(
         return function
 
     def sharded_function(*arrays: Array) -> Array:
-        in_specs = [
-            divisible_spec(x, letters) for x, letters in zip(arrays, in_letters, strict=True)
-        ]
-        letter_to_axis = {
-            letter: axis
-            for letters, each in zip(in_letters, in_specs, strict=True)
-            for letter, axis in zip(letters, each, strict=True)
-        }
-        out_spec = P(*(letter_to_axis.get(letter) for letter in out_letters))
-        mapped = jax.shard_map(
-            function, in_specs=tuple(in_specs), out_specs=out_spec, check_vma=False
-        )
+        in_specs = tuple(map(divisible_spec, arrays, in_letters))
+        axes: dict[str, Any] = {}
+        for letters, spec in zip(in_letters, in_specs, strict=True):
+            axes |= zip(letters, spec, strict=True)
+        out_specs = P(*map(axes.get, out_letters))
+        mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return mapped(*arrays)
 
     return sharded_function
@@ -316,19 +301,17 @@ def shard_batch(batch: Any, mesh: Mesh | None, rows: int) -> Any:
     if mesh is None:
         return jax.device_put(batch)
     sharding = NamedSharding(mesh, P(BATCH_AXES))
-    local_rows = local_batch_rows(rows, mesh)
+    row_position = {row: n for n, row in enumerate(local_batch_rows(rows, mesh))}
 
     def shard_leaf(leaf: Any) -> Array:
         if len(leaf) == rows:
             return make_global_array(leaf, sharding)
-        shape = (rows, *leaf.shape[1:])
-        row_position = {row: n for n, row in enumerate(local_rows)}
 
         def local_slice(at: Any) -> Any:
             start, stop, _ = at[0].indices(rows)
             return leaf[row_position[start] : row_position[start] + stop - start]
 
-        return jax.make_array_from_callback(shape, sharding, local_slice)
+        return jax.make_array_from_callback((rows, *leaf.shape[1:]), sharding, local_slice)
 
     return jax.tree.map(shard_leaf, batch)
 

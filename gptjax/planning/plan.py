@@ -35,11 +35,6 @@ class Plan:
         return sum(self.memory.values())
 
     @property
-    def memory_needed(self) -> int:
-        """Bytes in use per device: of the compiled step, else estimated."""
-        return self.compile_report.peak_bytes if self.compile_report else self.memory_estimate
-
-    @property
     def fits(self) -> bool | None:
         """True if the memory of a device suffices; None if it is unknown."""
         if self.compile_report:
@@ -62,10 +57,10 @@ class Plan:
     @property
     def largest_gather(self) -> int | None:
         """Bytes of the largest all-gather; None if not compiled."""
-        if not self.compile_report or not self.compile_report.fits:
+        report = self.compile_report
+        if not report or not report.fits:
             return None
-        found = self.compile_report.collectives
-        return max((x.bytes for x in found if x.kind == "all-gather"), default=0)
+        return max((x.bytes for x in report.collectives if x.kind == "all-gather"), default=0)
 
     @property
     def min_seconds(self) -> dict[str, float]:
@@ -80,7 +75,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON object that `--json` prints."""
-        c = self.config
+        c, report = self.config, self.compile_report
         return {
             "topology": self.topology.name,
             "devices": self.topology.devices,
@@ -93,7 +88,7 @@ class Plan:
             "attention": c.model.attention,
             "memory": self.memory,
             "memory_estimate": self.memory_estimate,
-            "memory_compiled": self.compile_report.peak_bytes if self.compile_report else None,
+            "memory_compiled": report.peak_bytes if report else None,
             "bytes_sent": self.bytes_sent,
             "largest_gather": self.largest_gather,
             "seconds": self.min_seconds,
@@ -166,11 +161,10 @@ def compiler_message(plan: Plan, report: aot.CompileReport) -> str:
     peak = format_bytes(report.peak_bytes)
     if not report.fits:
         return f"compiler out of memory: needs {peak} per device"
-    relative_error = plan.memory_estimate / report.peak_bytes - 1
     return (
         f"compiler {peak}: arguments {format_bytes(report.argument_bytes)} + "
         f"temporaries {format_bytes(report.temp_bytes)}; the estimate is "
-        f"{relative_error:+.0%} off"
+        f"{plan.memory_estimate / report.peak_bytes - 1:+.0%} off"
     )
 
 
@@ -190,12 +184,13 @@ def time_message(plan: Plan) -> str:
 
 def fits_message(plan: Plan) -> str:
     """Formats whether the run fits, and a fix if it does not."""
-    basis = "compiler report" if plan.compile_report else "analytic estimate"
-    sizes = f"{format_bytes(plan.memory_needed)} of {format_bytes(plan.topology.chip.memory)}"
-    answer = (
-        f"yes, {sizes} ({basis})" if plan.fits else f"NO, {sizes} ({basis}). {suggest_fix(plan)}"
-    )
-    return f"fits     {answer}"
+    report = plan.compile_report
+    needed = report.peak_bytes if report else plan.memory_estimate
+    sizes = f"{format_bytes(needed)} of {format_bytes(plan.topology.chip.memory)}"
+    basis = "compiler report" if report else "analytic estimate"
+    if plan.fits:
+        return f"fits     yes, {sizes} ({basis})"
+    return f"fits     NO, {sizes} ({basis}). {suggest_fix(plan)}"
 
 
 def suggest_fix(plan: Plan) -> str:
@@ -235,14 +230,11 @@ def compare_with_profile(plan: Plan, run_dir: Path, log: Callable[[str], None]) 
     if plan.topology.chip.memory:
         max_rate = plan.tokens_per_step / max(plan.min_seconds.values())
         log(f"planned  at most {format_number(max_rate)}; measured {rate / max_rate:.0%} of it")
-    for event in events:
-        if event["event"] == "compile" and event.get("temporaries"):
-            temporaries = event["temporaries"]
-            state = sum(v for k, v in plan.memory.items() if k in estimate.TRAIN_STATE_PARTS)
-            temp_estimate = plan.memory_estimate - state
-            log(
-                f"memory   {format_bytes(temporaries)} of temporaries in the run, "
-                f"{format_bytes(temp_estimate)} estimated "
-                f"({temp_estimate / temporaries - 1:+.0%})"
-            )
-            return
+    _, temporaries = metric_series(events, "compile", "temporaries")
+    if measured := next(filter(None, temporaries), 0):
+        state = sum(plan.memory[name] for name in estimate.TRAIN_STATE_PARTS)
+        estimated = plan.memory_estimate - state
+        log(
+            f"memory   {format_bytes(measured)} of temporaries in the run, "
+            f"{format_bytes(estimated)} estimated ({estimated / measured - 1:+.0%})"
+        )

@@ -98,20 +98,26 @@ def transformers_train(config, rows, context, device="cpu"):
     return make_torch_train_work(model, logits_of, random_tokens(rows, context + 1), device)
 
 
-def book_train(config, rows, context):
-    """Train steps of the book's GPTModel without dropout; units are tokens."""
+def book_model(config):
+    """The book's GPTModel."""
     from llms_from_scratch.ch04 import GPTModel
 
-    shape = {
-        "vocab_size": config.vocab_size,
-        "context_length": config.context_length,
-        "emb_dim": config.d_model,
-        "n_heads": config.n_heads,
-        "n_layers": config.n_layers,
-        "drop_rate": 0.0,
-        "qkv_bias": True,
-    }
-    model = GPTModel(shape)
+    return GPTModel(
+        {
+            "vocab_size": config.vocab_size,
+            "context_length": config.context_length,
+            "emb_dim": config.d_model,
+            "n_heads": config.n_heads,
+            "n_layers": config.n_layers,
+            "drop_rate": config.dropout,
+            "qkv_bias": config.qkv_bias,
+        }
+    )
+
+
+def book_train(config, rows, context):
+    """Train steps of the book's model; units are tokens."""
+    model = book_model(config)
     return make_torch_train_work(model, model, random_tokens(rows, context + 1), "cpu")
 
 

@@ -1,4 +1,4 @@
-"""Every form of the model is the same function; `test_causality` has what it hides."""
+"""Every form of the model is the same function, and it sees only what it may see."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from flax import linen as nn
 
 import gptjax
 from gptjax.config import GPTConfig
-from gptjax.errors import ConfigError, GptjaxError
+from gptjax.errors import ConfigError
 from gptjax.model.gpt import (
     apply_with_cache,
     hidden_states,
@@ -22,14 +22,16 @@ from gptjax.model.gpt import (
 )
 from gptjax.model.layers import Dropout
 from gptjax.model.quantization import unstack_layers
+from gptjax.model.validation import expected_shapes
 from gptjax.training.loss import cross_entropy_sum
-from gptjax.tree import flatten_with_names
+from gptjax.tree import flatten_with_names, unflatten_names
 
 B, T, V = 2, 8, 50
-SHAPE = {"n_layers": 2, "n_heads": 2, "d_model": 16, "dtype": "float32"}
+SHAPE = {"n_layers": 2, "n_heads": 2, "d_model": 8, "dtype": "float32"}
 TINY = GPTConfig(vocab_size=V, context_length=T, **SHAPE)
 KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles faster than the default
-TOKEN_BT = jax.random.randint(jax.random.key(1), (B, T), 0, V)
+TOKEN_BT = jnp.asarray(np.random.default_rng(1).integers(V, size=(B, T)), "int32")
+SEGMENT_BT = jnp.array([[3, 3, 3, 1, 1, 2, 2, 2]])
 LEAST = np.finfo(np.float32).min
 
 
@@ -40,15 +42,15 @@ def _no_silent_casts():
 
 
 @functools.cache
-def draw_params(config, std=0.2):
+def draw_params(config, std=0.4):
     """Parameters far from their start, so that attention is not near uniform."""
-    shapes = jax.eval_shape(lambda: gptjax.init(config, KEY))
     rng = np.random.default_rng(0)
-
-    def draw(leaf):
-        return jnp.asarray(rng.normal(0, std, leaf.shape), leaf.dtype)
-
-    return jax.tree.map(draw, shapes)
+    return unflatten_names(
+        {
+            name: jnp.asarray(rng.normal(0, std, shape), "float32")
+            for name, shape in expected_shapes(config).items()
+        }
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="capture")
@@ -61,6 +63,63 @@ def extend(config, layers, token_BT, position_BT, cache):
     """Logits of new tokens, and the cache that holds them."""
     x_BTD, cache = apply_with_cache(config, layers, token_BT, position_BT, cache)
     return lm_logits(config, unembedding_matrix(config, layers), x_BTD), cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def input_gradients(config, params, segment_id_BT):
+    """[T, T, D]: of the loss at each position, by the input embedding at each.
+
+    The position table adds to the inputs and is used nowhere else, so that with one
+    row its gradient is that of the inputs.
+    """
+    token_BT, target_B = TOKEN_BT[:1], TOKEN_BT[0, ::-1]
+
+    def nats(table_TD):
+        position = {"position_embedding": {"embedding": table_TD}}
+        logit_BTV = gptjax.apply(config, params | position, token_BT, segment_id_BT=segment_id_BT)
+        return -jax.nn.log_softmax(logit_BTV[0])[jnp.arange(T), target_B]
+
+    return jax.jacrev(nats)(params["position_embedding"]["embedding"])
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "bfloat16", "remat": "dots"},
+        {"remat": "full", "attention": "flash"},
+        {"causal": False},
+    ],
+)
+def test_a_loss_has_no_gradient_from_later_inputs_and_other_documents(changes):
+    config = dataclasses.replace(TINY, **changes)
+
+    for segment_id_BT in (jnp.zeros_like(SEGMENT_BT), SEGMENT_BT):
+        grad_TSD = input_gradients(config, draw_params(TINY), segment_id_BT)
+
+        used_TS = np.any(np.asarray(grad_TSD) != 0, axis=-1)
+        same_TS = np.asarray(segment_id_BT[0, :, None] == segment_id_BT[0, None])
+        np.testing.assert_array_equal(used_TS, np.tril(same_TS) if config.causal else same_TS)
+
+
+def test_prefixes_documents_and_rows_have_the_logits_that_they_have_alone():
+    params, half = draw_params(TINY), T // 2
+    whole_BTV = logits(TINY, params, TOKEN_BT)
+    segment_id_BT = jnp.repeat(jnp.array([[0, 1]]), half, axis=1).repeat(B, 0)
+    position_BT = jnp.tile(jnp.arange(half), 2)[None].repeat(B, 0)
+
+    packed_BTV = logits(
+        TINY, params, TOKEN_BT, segment_id_BT=segment_id_BT, position_BT=position_BT
+    )
+    first_BTV, second_BTV = (
+        logits(TINY, params, token_BT) for token_BT in (TOKEN_BT[:, :half], TOKEN_BT[:, half:])
+    )
+
+    np.testing.assert_allclose(first_BTV, whole_BTV[:, :half], atol=1e-5)
+    np.testing.assert_allclose(first_BTV, packed_BTV[:, :half], atol=1e-5)
+    np.testing.assert_allclose(second_BTV, packed_BTV[:, half:], atol=1e-5)
+    swapped_BTV = logits(TINY, params, TOKEN_BT[::-1])
+    np.testing.assert_allclose(swapped_BTV, whole_BTV[::-1], atol=1e-5)
 
 
 @pytest.mark.fast
@@ -101,161 +160,116 @@ def test_rows_of_one_cache_may_be_at_different_positions():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("tie_embeddings", [True, False])
-def test_padding_rows_of_the_vocabulary_are_never_predicted(tie_embeddings):
-    config = dataclasses.replace(TINY, vocab_multiple=16, tie_embeddings=tie_embeddings)
+@pytest.mark.parametrize("name", ["token_embedding", "output_embedding"])
+def test_padding_rows_of_the_vocabulary_are_never_predicted(name):
+    tied = name == "token_embedding"
+    config = dataclasses.replace(TINY, vocab_multiple=16, tie_embeddings=tied)
     params = draw_params(config)
-    name = "token_embedding" if tie_embeddings else "output_embedding"
-    table_VD = params[name]["embedding"]
-    other = params | {name: {"embedding": table_VD.at[V:].set(1e3)}}
+    x_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, 8)), "float32")
 
-    logit_BTV = logits(config, params, TOKEN_BT)
+    logit_BTV = lm_logits(config, unembedding_matrix(config, params), x_BTD)
 
-    assert table_VD.shape[0] == 64
+    assert logit_BTV.shape == (B, T, 64)
     np.testing.assert_array_equal(logit_BTV[..., V:], LEAST)
-    np.testing.assert_array_equal(jax.nn.softmax(logit_BTV)[..., V:], 0)
-    np.testing.assert_array_equal(logit_BTV, logits(config, other, TOKEN_BT))
+    expected_BTV = np.asarray(x_BTD) @ np.asarray(params[name]["embedding"][:V]).T
+    np.testing.assert_allclose(logit_BTV[..., :V], expected_BTV, atol=1e-5)
 
 
-def test_each_dropout_key_gives_its_own_logits_and_no_key_none():
-    config = dataclasses.replace(TINY, dropout=0.5)
-    params = draw_params(TINY)
-
-    def run(seed):
-        return logits(config, params, TOKEN_BT, dropout_key=jax.random.fold_in(KEY, seed))
-
-    plain_BTV = logits(TINY, params, TOKEN_BT)
-    np.testing.assert_array_equal(logits(config, params, TOKEN_BT), plain_BTV)
-    np.testing.assert_array_equal(run(0), run(0))
-    for other_BTV in (run(1), plain_BTV):
-        assert jnp.all(jnp.any(run(0) != other_BTV, axis=-1))
-
-
-def test_dropout_keeps_the_mean_of_what_it_is_given():
-    x = jnp.ones((100, 1000))
-
-    y = Dropout(0.25).apply({}, x, rngs={"dropout": KEY})
-
-    np.testing.assert_allclose(jnp.unique(y), [0, 1 / 0.75], rtol=1e-6)
-    # The mean of 1e5 draws deviates by sqrt(0.25 / 0.75 / 1e5) = 0.0018.
-    assert abs(float(y.mean()) - 1) < 0.01
-
-
-def test_each_call_of_a_dropout_module_drops_others():
-    class Twice(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            dropout = Dropout(0.5)
-            return dropout(x), dropout(x)
-
-    one, other = Twice().apply({}, jnp.ones((100, 100)), rngs={"dropout": KEY})
-
-    assert 0.4 < jnp.mean(one == other) < 0.6
-
-
-def test_every_layer_drops_other_activations():
+def test_each_dropout_key_and_layer_drops_others_and_no_key_none():
     config = dataclasses.replace(TINY, dropout=0.5, n_layers=3)
     params = draw_params(config)
     blocks = jax.tree.map(jnp.zeros_like, params["blocks"])
     blocks["mlp"]["down"]["bias"] += 1  # each layer adds dropout(1) and nothing else
 
-    _, kept = logits(
-        config, params | {"blocks": blocks}, TOKEN_BT, dropout_key=KEY, capture=("residual",)
-    )
+    def added(seed):
+        key = None if seed is None else jax.random.fold_in(KEY, seed)
+        options = {"dropout_key": key, "capture": ("residual",)}
+        _, kept = logits(config, params | {"blocks": blocks}, TOKEN_BT, **options)
+        return np.round(np.diff(kept["residual"], axis=0), 3)
 
-    added_NBTD = jnp.diff(kept["residual"], axis=0)
-    kept_NBTD = np.asarray(added_NBTD) > 1
-    assert 0.3 < kept_NBTD.mean() < 0.7
-    assert 0.3 < np.mean(kept_NBTD[0] == kept_NBTD[1]) < 0.7
+    one_NBTD, other_NBTD = added(0), added(1)
+
+    np.testing.assert_array_equal(added(None), 1)
+    np.testing.assert_array_equal(added(0), one_NBTD)
+    assert {*np.unique(one_NBTD)} == {0, 2}
+    for pair in ((one_NBTD, other_NBTD), one_NBTD):
+        assert 0.3 < np.mean(pair[0] == pair[1]) < 0.7
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def mean_nats(config, params, token_BT=TOKEN_BT, **options):
+def test_dropout_keeps_the_mean_and_drops_others_at_each_call():
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            dropout = Dropout(0.25)
+            return dropout(x), dropout(x)
+
+    one, other = Twice().apply({}, jnp.ones((100, 100)), rngs={"dropout": KEY})
+
+    np.testing.assert_allclose(np.unique(one), [0, 1 / 0.75], rtol=1e-6)
+    # The mean of 1e4 draws deviates by sqrt(0.25 / 0.75 / 1e4) = 0.006.
+    assert abs(float(one.mean()) - 1) < 0.03
+    assert 0.5 < np.mean(one == other) < 0.75  # 0.625
+
+
+def mean_nats(config, params, token_BT, **options):
     logit_BTV = gptjax.apply(config, params, token_BT, **options)
     target_BT = jnp.roll(token_BT, -1, axis=1)
     nats, weight = cross_entropy_sum(logit_BTV, target_BT, jnp.ones(token_BT.shape))
     return nats / weight
 
 
-def test_recomputing_saves_memory_and_keeps_the_gradient():
-    config = dataclasses.replace(TINY, dropout=0.5)
-    params, token_BT = draw_params(config), jnp.tile(TOKEN_BT, (16, 1))
-
-    sizes, gradients = {}, {}
+def test_recomputing_keeps_fewer_numbers_for_the_backward_pass():
+    kept = {}
     for remat in ("none", "dots", "full"):
-        changed = dataclasses.replace(config, remat=remat)
-        nats = functools.partial(mean_nats, changed, dropout_key=KEY)
-        compiled = jax.jit(jax.grad(nats)).lower(params, token_BT).compile()
-        sizes[remat] = compiled.memory_analysis().temp_size_in_bytes
-        gradients[remat] = compiled(params, token_BT)
-
-    assert sizes["full"] < sizes["dots"] < sizes["none"]
-    for remat in ("dots", "full"):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-            *(gradients["none"], gradients[remat]),
+        nats = functools.partial(mean_nats, dataclasses.replace(TINY, remat=remat))
+        backward = jax.eval_shape(
+            lambda params, nats=nats: jax.vjp(nats, params, TOKEN_BT)[1], draw_params(TINY)
         )
+        kept[remat] = sum(leaf.size for leaf in jax.tree.leaves(backward))
+
+    assert kept["full"] < kept["dots"] < kept["none"]
 
 
 def test_bfloat16_is_for_activations_only():
-    config = dataclasses.replace(TINY, dtype="bfloat16")
-    params = draw_params(config, std=0.02)
+    config, params = dataclasses.replace(TINY, dtype="bfloat16"), draw_params(TINY, std=0.02)
 
     x_BTD, _ = jax.eval_shape(functools.partial(hidden_states, config), params, TOKEN_BT)
-    loss, grads = jax.jit(jax.value_and_grad(functools.partial(mean_nats, config)))(params)
+    nats_and_grads = jax.value_and_grad(functools.partial(mean_nats, config))
+    found = jax.eval_shape(nats_and_grads, params, TOKEN_BT)
 
     assert x_BTD.dtype == jnp.bfloat16
-    assert {leaf.dtype for leaf in jax.tree.leaves((params, grads, loss))} == {jnp.dtype("float32")}
-    assert float(loss) == pytest.approx(float(mean_nats(TINY, params)), rel=0.01)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
 
 
-@pytest.mark.fast
-def test_an_untrained_model_is_as_good_as_guessing():
-    params = gptjax.init(TINY, KEY)
+def test_parameters_start_as_gpt2_starts_them_and_predict_as_well_as_guessing():
+    config = dataclasses.replace(TINY, d_model=64)
 
-    assert float(mean_nats(TINY, params)) == pytest.approx(math.log(V), rel=0.05)
+    params = gptjax.init(config, KEY)
 
-
-def test_parameters_start_as_gpt2_starts_them():
-    config = dataclasses.replace(TINY, n_layers=8, d_model=128)
-
-    leaves = flatten_with_names(gptjax.init(config, KEY))
-
-    for name, leaf in leaves.items():
-        if name.endswith("scale"):
-            np.testing.assert_array_equal(leaf, 1)
-        elif name.endswith("bias"):
-            np.testing.assert_array_equal(leaf, 0)
+    for name, leaf in flatten_with_names(params).items():
+        if name.endswith(("scale", "bias")):
+            np.testing.assert_array_equal(leaf, float(name.endswith("scale")))
         else:
             adds_up = name.split("/")[-2] in ("out", "down")
-            std = 0.02 / math.sqrt(2 * 8) if adds_up else 0.02
-            std = 0.01 if "position" in name else std
-            assert float(jnp.std(leaf)) == pytest.approx(std, rel=0.1), name
+            std = 0.01 if "position" in name else 0.02 / math.sqrt(2 * 2 if adds_up else 1)
+            assert float(np.std(leaf)) == pytest.approx(std, rel=0.1), name
+    nats = jax.jit(functools.partial(mean_nats, config))(params, TOKEN_BT)
+    assert float(nats) == pytest.approx(math.log(V), rel=0.05)
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=0"):
+        gptjax.init(GPTConfig(), KEY)
 
 
 @pytest.mark.fast
 def test_apply_may_be_jitted_mapped_and_differentiated():
-    params, token_GBT = draw_params(TINY), jnp.stack([TOKEN_BT, TOKEN_BT[::-1]])
-    apply = functools.partial(gptjax.apply, TINY)
+    config = dataclasses.replace(TINY, n_layers=1)
+    params, token_GBT = draw_params(config), jnp.stack([TOKEN_BT, TOKEN_BT[::-1]])
+    nats_and_grads = jax.value_and_grad(functools.partial(mean_nats, config))
 
-    mapped_GBTV = jax.jit(jax.vmap(apply, in_axes=(None, 0)))(params, token_GBT)
-    models = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
-    losses, grads = jax.vmap(jax.value_and_grad(functools.partial(mean_nats, TINY)))(models)
+    loss_G, grads = jax.jit(jax.vmap(nats_and_grads, (None, 0)))(params, token_GBT)
 
-    np.testing.assert_allclose(mapped_GBTV[1], logits(TINY, params, TOKEN_BT[::-1]), atol=1e-5)
-    np.testing.assert_allclose(losses[0], mean_nats(TINY, params), atol=1e-5)
-    assert all(jnp.all(jnp.any(g != 0, axis=range(1, g.ndim))) for g in jax.tree.leaves(grads))
-
-
-def test_parameters_of_another_config_are_refused():
-    wider, params = dataclasses.replace(TINY, d_model=32), draw_params(TINY)
-
-    with pytest.raises(GptjaxError, match=r"token_embedding/embedding .*\(50, 16\).*\(50, 32\)"):
-        gptjax.apply(wider, params, TOKEN_BT)
-    with pytest.raises(GptjaxError, match=r"final_norm/scale .*missing"):
-        gptjax.apply(TINY, {**params, "final_norm": {"bias": jnp.zeros(16)}}, TOKEN_BT)
-
-
-def test_a_model_without_a_vocabulary_is_refused():
-    with pytest.raises(ConfigError, match=r"model\.vocab_size=0"):
-        gptjax.init(GPTConfig(), KEY)
+    logit_BTV = logits(config, params, TOKEN_BT)
+    log_prob_BTV = jax.nn.log_softmax(logit_BTV)
+    target_BT = np.roll(TOKEN_BT, -1, axis=1)
+    expected = -np.take_along_axis(np.asarray(log_prob_BTV), target_BT[..., None], -1).mean()
+    np.testing.assert_allclose(loss_G, [expected, expected], rtol=1e-5)
+    assert all(np.any(leaf[n]) for leaf in jax.tree.leaves(grads) for n in range(2))

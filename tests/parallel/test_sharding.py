@@ -1,5 +1,6 @@
 """Where arrays lie: rules that cover every parameter, and what does not fit is said."""
 
+import fnmatch
 import functools
 import types
 
@@ -29,13 +30,16 @@ from gptjax.parallel.sharding import (
     make_mesh,
     param_shardings,
     resolve_mesh_shape,
+    shard_batch,
     shard_map_local,
     shard_tree,
+    use_mesh,
 )
 from gptjax.training.finetune import TRAINABLE_RULES, split_trainable
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.train_step import init_state
 from gptjax.tree import flatten_with_names
+from tests.model.test_gpt import draw_params
 
 # Every letter has a size of its own.
 SIZES = {"D": 24, "H": 3, "K": 8, "F": 96, "V": 60, "T": 16, "C": 5, "R": 7}
@@ -72,28 +76,18 @@ KINDS = [(model, trainable) for model in MODELS for trainable in TRAINABLE_RULES
 
 
 @pytest.mark.fast
-def test_letters_say_how_long_the_axes_of_every_array_of_a_state_are():
+def test_letters_say_how_long_the_axes_of_every_array_of_a_state_are_and_every_rule_is_used():
+    used = set()
     for kind in KINDS:
         for name, leaf in flatten_with_names(state_of(*kind)).items():
+            used |= {x for x in PARAM_LOGICAL_AXES if fnmatch.fnmatchcase(f"/{name}", x)}
             letters = logical_axes(name, leaf.ndim) if leaf.ndim else ""
             for letter, size in zip(letters, leaf.shape, strict=True):
                 if letter == "N":
                     assert size in (1, 2, 3, 4), name
                 elif letter not in "IO":
                     assert size == SIZES[letter], name
-
-
-@pytest.mark.fast
-def test_every_rule_is_needed():
-    names = [name for kind in KINDS for name in flatten_with_names(state_of(*kind))]
-    used = {letters for name in names for letters in hits(name)}
-
     assert used == set(PARAM_LOGICAL_AXES)
-
-
-def hits(name):
-    """The rules that match a name, by another way than `logical_axes` goes."""
-    return [rule for rule in PARAM_LOGICAL_AXES if f"/{name}".endswith(rule.lstrip("*"))]
 
 
 def test_the_layers_of_a_model_that_is_not_stacked_have_the_same_rules():
@@ -113,14 +107,6 @@ def test_a_name_needs_exactly_one_rule(monkeypatch):
         logical_axes("blocks/mlp/up/kernel", 3)
 
 
-@pytest.mark.parametrize(
-    ("letters", "table"), [("HF", COMPUTE_RULES), ("VF", PARAM_RULES), ("BX", COMPUTE_RULES)]
-)
-def test_two_axes_cannot_be_sharded_over_one_mesh_axis(letters, table):
-    with pytest.raises(ValueError, match=f"axes {letters} "):
-        logical_to_spec(letters, table)
-
-
 @pytest.mark.fast
 def test_no_rule_splits_two_axes_alike_and_every_matrix_is_split():
     for rule, letters in PARAM_LOGICAL_AXES.items():
@@ -128,6 +114,9 @@ def test_no_rule_splits_two_axes_alike_and_every_matrix_is_split():
             logical_to_spec(f"N{letters}", table)  # raises where one mesh axis comes twice
         if "lora" not in rule and "norm" not in rule and len(letters) > 1:
             assert any(logical_to_spec(letters, PARAM_RULES)), rule
+    for letters, table in (("HF", COMPUTE_RULES), ("VF", PARAM_RULES), ("BX", COMPUTE_RULES)):
+        with pytest.raises(ValueError, match=f"axes {letters} "):
+            logical_to_spec(letters, table)
 
 
 @pytest.mark.fast
@@ -145,32 +134,19 @@ def test_optimiser_state_lies_as_its_parameters_do():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize(
-    ("changes", "sizes", "message"),
-    [
+def test_a_size_that_does_not_split_is_named():
+    for changes, sizes, message in (
         (
-            {"vocab_multiple": 1, "vocab_size": 257, "n_heads": 4},
+            {"vocab_multiple": 1, "n_heads": 4, "vocab_size": 257},
             {"data": 4, "tensor": 2},
             "token_embedding/embedding .*257 along V, .*mesh.tensor=2.*model.vocab_multiple=128",
         ),
-        (
-            {"vocab_multiple": 8},
-            {"data": 4, "tensor": 2},
-            "blocks/attention/key/bias .* 3 along H, .*mesh.tensor=2",
-        ),
-        (
-            {"d_model": 18},
-            {"data": 2, "fsdp": 4},
-            "blocks/attention/key/kernel .* 18 along D, .*mesh.fsdp=4",
-        ),
-    ],
-)
-def test_a_size_that_does_not_split_is_named(changes, sizes, message):
-    config = GPTConfig(**(SHAPE | changes))
-    params = jax.eval_shape(lambda key: gptjax.init(config, key), jax.random.key(0))
-
-    with pytest.raises(ConfigError, match=message):
-        shard_tree(params, mesh_of(**sizes))
+        ({"vocab_multiple": 8}, {"data": 4, "tensor": 2}, "/bias .* 3 along H, .*mesh.tensor=2"),
+        ({"d_model": 18}, {"data": 2, "fsdp": 4}, "/kernel .* 18 along D, .*mesh.fsdp=4"),
+    ):
+        params = draw_params(GPTConfig(**(SHAPE | changes)))
+        with pytest.raises(ConfigError, match=message):
+            shard_tree(params, mesh_of(**sizes))
 
 
 @pytest.mark.fast
@@ -185,41 +161,35 @@ def test_rows_that_do_not_split_are_named():
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
-    ("requested", "devices", "expected"),
+    ("requested", "devices", "processes", "expected"),
     [
-        ((-1, 2, 2), 8, (2, 2, 2)),
-        ((2, -1, 1), 16, (2, 8, 1)),
-        ((1, 3, -1), 3, (1, 3, 1)),
-        ((-1, 3, 1), 8, None),
-        ((-1, 4, 4), 8, None),
+        ((-1, 2, 2), 8, 1, (2, 2, 2)),
+        ((2, -1, 1), 16, 1, (2, 8, 1)),
+        ((1, 3, -1), 3, 1, (1, 3, 1)),
+        ((2, 2, 1), 8, 1, (2, 2, 1)),  # one process may use some of its devices
+        ((-1, 3, 1), 8, 1, None),
+        ((-1, 4, 4), 8, 1, None),
+        ((4, 4, 1), 8, 1, None),
+        ((4, 1, 1), 8, 2, None),
     ],
 )
 def test_an_open_axis_takes_the_devices_that_are_left_or_it_is_an_error(
-    requested, devices, expected
+    requested, devices, processes, expected, monkeypatch
 ):
     config = MeshConfig(**dict(zip(MESH_AXES, requested, strict=True)))
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
 
     if expected is None:
-        with pytest.raises(ConfigError, match=f"mesh.data=-1.* {devices} devices"):
+        with pytest.raises(ConfigError, match=f"mesh.data={requested[0]}.* {devices} devices"):
             resolve_mesh_shape(config, devices)
     else:
         assert resolve_mesh_shape(config, devices) == expected
 
 
-def test_one_process_may_use_some_of_its_devices_but_not_more():
+def test_a_mesh_has_as_many_devices_as_asked_for_or_all():
     assert make_mesh(MeshConfig(data=1)) is None
     assert mesh_of(data=2, fsdp=2).size == 4
     assert make_mesh(MeshConfig()).shape["data"] == len(jax.devices())
-
-    with pytest.raises(ConfigError, match=r"mesh.data=4, mesh.fsdp=4, mesh.tensor=1 "):
-        mesh_of(data=4, fsdp=4)
-
-
-def test_many_processes_use_all_devices(monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-
-    with pytest.raises(ConfigError, match=r"mesh.data=4, .* 8 devices"):
-        resolve_mesh_shape(MeshConfig(data=4), 8)
 
 
 def slices(count, each):
@@ -252,10 +222,15 @@ def test_only_the_data_axis_goes_between_slices(monkeypatch):
 
 @pytest.mark.fast
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)])
-def test_all_rows_are_read_once_and_in_order(sizes):
-    mesh = mesh_of(**dict(zip(MESH_AXES, sizes, strict=True)))
+def test_a_mesh_reads_all_rows_once_and_in_order(sizes):
+    mesh, batch = mesh_of(**dict(zip(MESH_AXES, sizes, strict=True))), np.arange(48).reshape(16, 3)
+
+    placed = shard_batch(batch, mesh, 16)
 
     assert local_batch_rows(16, mesh) == local_batch_rows(16, None) == list(range(16))
+    np.testing.assert_array_equal(placed, batch)
+    for shard in placed.addressable_shards:
+        assert shard.data.shape == (16 // sizes[0] // sizes[1], 3)
 
 
 def where_of(function, mesh, *arrays):
@@ -263,21 +238,15 @@ def where_of(function, mesh, *arrays):
         return jax.jit(function)(*arrays).sharding.spec
 
 
-def test_without_a_mesh_arrays_are_left_as_they_are():
+def test_without_a_mesh_or_with_another_one_arrays_are_left_as_they_are():
     x = jnp.ones((4, 6))
 
-    assert constrain(x, "BF") is x
-    assert all_gather_params(x, "DF") is x
     assert shard_map_local(jnp.sin, ["BF"], "BF") is jnp.sin
     assert shard_tree({"x": x}, None)["x"] is x
-
-
-def test_another_mesh_than_ours_is_none():
-    x = jnp.ones((4, 6))
-
-    with jax.set_mesh(jax.make_mesh((8,), ("rows",))):
-        assert constrain(x, "BF") is x
-        assert all_gather_params(x, "DF") is x
+    for mesh in (None, jax.make_mesh((8,), ("rows",))):
+        with use_mesh(mesh):
+            assert constrain(x, "BF") is x
+            assert all_gather_params(x, "DF") is x
 
 
 def test_an_axis_that_cannot_split_stays_whole():

@@ -5,47 +5,58 @@ from functools import partial
 
 import pytest
 
-from gptjax.bench.workloads import make_train_work
 from gptjax.config import GPTConfig
-from tests.benchmarks import peers
+from tests.benchmarks import interleaved, peers
 
 pytestmark = pytest.mark.peers
 
 SMALL = GPTConfig.preset("gpt2", n_layers=1, n_heads=2, d_model=16, context_length=32)
-WORKLOADS = {  # arguments, units of one run
-    "train": ({"rows": 2, "context": 8}, 16),
-    "decode": ({"rows": 2, "new": 5}, 10),
-    "prefill": ({"rows": 2, "context": 8}, 16),
-    "load": ({}, 1),
-}
 
 
-@pytest.mark.parametrize("name", WORKLOADS)
-def test_their_work_is_as_much_as_ours(name):
+def test_their_work_is_as_much_as_ours():
     from tests.benchmarks import torch_workloads
 
-    options, units = WORKLOADS[name]
+    assert torch_workloads.transformers_train(SMALL, rows=2, context=8)() == 16
+    assert torch_workloads.transformers_decode(SMALL, rows=2, new=5)() == 10
+    assert torch_workloads.transformers_prefill(SMALL, rows=2, context=8)() == 16
+    assert torch_workloads.transformers_load(SMALL)() == 1
 
-    assert getattr(torch_workloads, f"transformers_{name}")(SMALL, **options)() == units
+
+def test_two_workloads_run_in_processes_of_their_own():
+    eight, ten = (partial(partial, len, text) for text in ("8 units.", "ten units."))
+
+    ours, theirs, ratio = interleaved.run_interleaved(eight, ten, 3)
+
+    assert 0 < ours.low <= ours.median <= ours.high
+    assert ours.peak_bytes > 2**20
+    assert theirs.low / 100 < ours.median < 100 * theirs.high
+    assert 0.01 < ratio < 100
+    with pytest.raises(TypeError):
+        interleaved.run_interleaved(eight, partial(partial, len, 1), 1)
 
 
-def test_a_comparison_that_fails_is_replaced_by_its_alternative(capsys):
-    from tests.benchmarks.torch_workloads import transformers_train
+def test_a_comparison_that_fails_is_replaced_by_its_alternative(monkeypatch, capsys):
+    results = [interleaved.Result(median, 1.0, 9.0, 7) for median in (6.0, 2.0)]
 
-    works = [
-        partial(work, SMALL, rows=2, context=8) for work in (make_train_work, transformers_train)
-    ]
-    failing = (works[0], partial(transformers_train, SMALL, rows=2, context=8, device="none"), {})
-    comparison = ("train", "b2", "tokens/s", "transformers", [failing, (*works, {"rows": 2})])
+    def run(ours, theirs, repeats):
+        if ours == "fails":
+            raise RuntimeError("out of memory")
+        return *results, 3.5
 
-    found = peers.compare(comparison, 1)
+    monkeypatch.setattr(peers, "run_interleaved", run)
+    alternatives = [("fails", None, {}), ("works", None, {"rows": 2})]
 
-    assert "RuntimeError" in capsys.readouterr().err
-    assert found["train_ratio_transformers_b2"] == pytest.approx(
-        found["train_b2"] / found["train_transformers_b2"]
-    )
-    assert found["rows"] == 2
-    assert found["train_transformers_b2_peak_bytes"] > 0
+    for unit, value in (("tokens/s", 6.0), ("s", 1 / 6)):
+        comparison = ("train", "b2", unit, "transformers", alternatives)
+        found = peers.compare(comparison, 1)
+        assert found["train_b2"] == value
+    assert "out of memory" in capsys.readouterr().err
+    assert found == {
+        **{"rows": 2, "train_b2": 1 / 6, "train_transformers_b2": 0.5},
+        **{"train_b2_peak_bytes": 7, "train_transformers_b2_peak_bytes": 7},
+        "train_ratio_transformers_b2": 3.5,
+    }
+    assert peers.compare(("train", "b2", "s", "transformers", alternatives[:1]), 1) == {}
 
 
 def test_missing_requirements_end_the_command_before_anything_is_timed(
@@ -60,20 +71,17 @@ def test_missing_requirements_end_the_command_before_anything_is_timed(
     monkeypatch.setattr(peers, "compare", lambda *args: pytest.fail("a comparison was started"))
     monkeypatch.setattr(peers.os, "sched_getaffinity", lambda pid: {0, 1})
     path = tmp_path / "peers.json"
-    flags = ["--only", "decode", "--json", str(path)]
 
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert peers.main(flags) == 2
-    assert "OMP_NUM_THREADS=2" in capsys.readouterr().err
-
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(estimate, "free_memory", lambda: 1 << 20)
-    assert peers.main(flags) == 2
-    assert "1 MiB are free" in capsys.readouterr().err
-
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    assert peers.main(flags) == 2
-    assert "torch is not installed" in capsys.readouterr().err
+    for target, name, value, message in (
+        (torch, "get_num_threads", lambda: 1, "OMP_NUM_THREADS=2"),
+        (torch, "get_num_threads", lambda: 2, ""),
+        (estimate, "free_memory", lambda: 1 << 20, "1 MiB are free"),
+        (peers.importlib.util, "find_spec", lambda name: None, "torch is not installed"),
+    ):
+        monkeypatch.setattr(target, name, value)
+        if message:
+            assert peers.main(["--only", "decode", "--json", str(path)]) == 2
+            assert message in capsys.readouterr().err
     assert not path.exists()
 
 

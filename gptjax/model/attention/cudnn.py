@@ -19,11 +19,7 @@ _OPTION = "model.attention='cudnn'"
 def cudnn_attention(
     query_BTHK: QueryHeads, key_BSHK: KeyValueHeads, value_BSHK: KeyValueHeads, mask: AttentionMask
 ) -> QueryHeads:
-    """Computes attention with NVIDIA's kernel.
-
-    Raises:
-        ConfigError: cuDNN is missing, or rejects these shapes.
-    """
+    """Computes attention with NVIDIA's kernel."""
     try:
         return shard_map_attention(_attend_shard, query_BTHK, key_BSHK, value_BSHK, mask)
     except RuntimeError as error:  # NotImplementedError is one

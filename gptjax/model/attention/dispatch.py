@@ -78,25 +78,33 @@ def compute_attention(
             "are ambiguous. Give AttentionMask.query_position_BT."
         )
     spec = AttentionSpec(
-        queries,
-        keys,
-        head_dim,
-        str(query_BTHK.dtype),
-        device.target_platform(),
-        edit_weights is not None,
-        mask.query_position_BT is not None,
+        num_queries=queries,
+        num_keys=keys,
+        head_dim=head_dim,
+        dtype=str(query_BTHK.dtype),
+        platform=device.target_platform(),
+        edits_weights=edit_weights is not None,
+        has_query_positions=mask.query_position_BT is not None,
     )
-    name = select_backend(spec) if backend == "auto" else check_backend(backend, spec)
     options = {} if edit_weights is None else {"edit_weights": edit_weights}
-    return BACKENDS[name].run(query_BTHK, key_BSHK, value_BSHK, mask, **options)
+    run = BACKENDS[select_backend(backend, spec)].run
+    return run(query_BTHK, key_BSHK, value_BSHK, mask, **options)
 
 
-def select_backend(spec: AttentionSpec) -> str:
-    """Returns the name of the fastest backend that supports a call ("auto")."""
-    if spec.has_query_positions:
-        return "reference"
-    names = *DEFAULT_ORDER.get(spec.platform, ("xla",)), "reference"
-    return next(name for name in names if not unsupported_reason(name, spec))
+def select_backend(name: str, spec: AttentionSpec) -> str:
+    """Returns the backend of that name if it supports the call; "auto": the fastest."""
+    if name == "auto":
+        if spec.has_query_positions:
+            return "reference"
+        names = *DEFAULT_ORDER.get(spec.platform, ("xla",)), "reference"
+        return next(name for name in names if not unsupported_reason(name, spec))
+    if name not in BACKENDS:
+        raise ConfigError(
+            f"model.attention={name!r} is unknown. Choose auto or one of {', '.join(BACKENDS)}."
+        )
+    if problem := unsupported_reason(name, spec):
+        raise ConfigError(problem)
+    return name
 
 
 def unsupported_reason(name: str, spec: AttentionSpec) -> str:
@@ -107,17 +115,6 @@ def unsupported_reason(name: str, spec: AttentionSpec) -> str:
             "model.attention='reference' or model.dropout=0."
         )
     return BACKENDS[name].unsupported_reason(spec)
-
-
-def check_backend(name: str, spec: AttentionSpec) -> str:
-    """Returns the name if that backend supports the call; raises otherwise."""
-    if name not in BACKENDS:
-        raise ConfigError(
-            f"model.attention={name!r} is unknown. Choose auto or one of {', '.join(BACKENDS)}."
-        )
-    if problem := unsupported_reason(name, spec):
-        raise ConfigError(problem)
-    return name
 
 
 def resolve_backend(
@@ -136,18 +133,18 @@ def resolve_backend(
         name: `model.attention`.
         length: [T], tokens in a row.
         head_dim: [K].
-        dtype: dtype of activations.
+        dtype: of activations.
         dropout: `model.dropout` in training, else 0.
         decoding: whether queries attend to a KV cache.
         platform: "cpu", "gpu" or "tpu"; "" = the current one.
     """
     spec = AttentionSpec(
-        length,
-        length,
-        head_dim,
-        str(jnp.dtype(dtype)),
-        platform or device.target_platform(),
-        dropout > 0,
-        decoding,
+        num_queries=length,
+        num_keys=length,
+        head_dim=head_dim,
+        dtype=str(jnp.dtype(dtype)),
+        platform=platform or device.target_platform(),
+        edits_weights=dropout > 0,
+        has_query_positions=decoding,
     )
-    return select_backend(spec) if name == "auto" else check_backend(name, spec)
+    return select_backend(name, spec)

@@ -55,7 +55,7 @@ class QueryInfo(NamedTuple):
 def flash_attention(
     query_BTHK: QueryHeads, key_BSHK: KeyValueHeads, value_BSHK: KeyValueHeads, mask: AttentionMask
 ) -> QueryHeads:
-    """Flash attention: blockwise softmax, scores never stored."""
+    """Computes attention by a blockwise softmax; scores are never stored."""
     return shard_map_attention(_attend_shard, query_BTHK, key_BSHK, value_BSHK, mask)
 
 
@@ -64,19 +64,17 @@ def _attend_shard(
 ) -> QueryHeads:
     """Computes attention for the rows and heads of one device: pads, runs, unpads."""
     queries, keys = query_BTHK.shape[1], key_BSHK.shape[1]
-    query_block_size = min(FLASH_BLOCK_SIZE, queries)
-    key_block_size = min(FLASH_BLOCK_SIZE, keys)
+    query_size, key_size = min(FLASH_BLOCK_SIZE, queries), min(FLASH_BLOCK_SIZE, keys)
     static_mask = AttentionMask(causal=mask.causal, sliding_window=mask.sliding_window)
-    layout = BlockLayout(
-        static_mask, mask.query_position_BT is None, keys, query_block_size, key_block_size
-    )
+    layout = BlockLayout(static_mask, mask.query_position_BT is None, keys, query_size, key_size)
     query_info = QueryInfo(query_positions(mask, query_BTHK), mask.segment_id_BT)
     out_BHTK = _flash_attention(
         layout,
-        pad_to_multiple(jnp.swapaxes(query_BTHK, 1, 2), 2, query_block_size),
-        pad_to_multiple(jnp.swapaxes(key_BSHK, 1, 2), 2, key_block_size),
-        pad_to_multiple(jnp.swapaxes(value_BSHK, 1, 2), 2, key_block_size),
-        jax.tree.map(lambda x_BT: pad_to_multiple(x_BT, 1, query_block_size), query_info),
+        *(
+            pad_to_multiple(jnp.swapaxes(x, 1, 2), 2, size)
+            for x, size in ((query_BTHK, query_size), (key_BSHK, key_size), (value_BSHK, key_size))
+        ),
+        jax.tree.map(lambda x_BT: pad_to_multiple(x_BT, 1, query_size), query_info),
     )
     return jnp.swapaxes(out_BHTK[:, :, :queries], 1, 2)
 
@@ -100,11 +98,11 @@ def _fwd(
         block_query_BHTK = slice_block(query_BHTK, 2, i, layout.query_block_size)
 
         def attend_key_block(j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-            most_BHT, sum_BHT, mixed_BHTK = carry
+            max_BHT, sum_BHT, out_BHTK = carry
             block_key_BHSK = slice_block(key_BHSK, 2, j, layout.key_block_size)
             score_BHTS = block_scores(layout, block_query_BHTK, block_key_BHSK, query_info, i, j)
-            new_max_BHT = jnp.maximum(most_BHT, jnp.max(score_BHTS, -1))
-            rescale_BHT = jnp.exp(most_BHT - new_max_BHT)
+            new_max_BHT = jnp.maximum(max_BHT, jnp.max(score_BHTS, -1))
+            rescale_BHT = jnp.exp(max_BHT - new_max_BHT)
             weight_BHTS = jnp.exp(score_BHTS - new_max_BHT[..., None])
             block_out_BHTK = jnp.einsum(
                 "BHTS,BHSK->BHTK",
@@ -115,29 +113,24 @@ def _fwd(
             return (
                 new_max_BHT,
                 rescale_BHT * sum_BHT + jnp.sum(weight_BHTS, -1),
-                rescale_BHT[..., None] * mixed_BHTK + block_out_BHTK,
+                rescale_BHT[..., None] * out_BHTK + block_out_BHTK,
             )
 
         # While all keys of a row are masked, its maximum is MASK_VALUE and its weights
         # are wrong (1 instead of 0); the first unmasked key rescales them to exactly 0.
         init_max_BHT = jnp.full(block_query_BHTK.shape[:3], MASK_VALUE)
-        init = (
-            init_max_BHT,
-            jnp.zeros_like(init_max_BHT),
-            jnp.zeros(block_query_BHTK.shape, jnp.float32),
-        )
+        zeros_BHTK = jnp.zeros(block_query_BHTK.shape, jnp.float32)
+        init = init_max_BHT, jnp.zeros_like(init_max_BHT), zeros_BHTK
         first, last = key_block_range(layout, i, key_BHSK.shape[2] // layout.key_block_size)
         max_BHT, sum_BHT, out_BHTK = lax.fori_loop(first, last, attend_key_block, init)
         out_BHTK = (out_BHTK / sum_BHT[..., None]).astype(query_BHTK.dtype)
         return out_BHTK, max_BHT + jnp.log(sum_BHT)
 
     blocks = jnp.arange(query_BHTK.shape[2] // layout.query_block_size)
-    name_for_remat = functools.partial(checkpoint_name, name=ATTN_OUT)
-    mixed_BHTK, lse_BHT = map(
-        name_for_remat, map(merge_blocks, lax.map(attend_query_block, blocks))
+    out_BHTK, lse_BHT = (
+        checkpoint_name(merge_blocks(x), ATTN_OUT) for x in lax.map(attend_query_block, blocks)
     )
-    residuals = (query_BHTK, key_BHSK, value_BHSK, query_info, mixed_BHTK, lse_BHT)
-    return mixed_BHTK, residuals
+    return out_BHTK, (query_BHTK, key_BHSK, value_BHSK, query_info, out_BHTK, lse_BHT)
 
 
 def _bwd(layout: BlockLayout, residuals: Any, grad_BHTK: QueriesHeadsFirst) -> tuple[Any, ...]:
@@ -149,7 +142,7 @@ def _bwd(layout: BlockLayout, residuals: Any, grad_BHTK: QueriesHeadsFirst) -> t
     """
     query_BHTK, key_BHSK, value_BHSK, query_info, out_BHTK, lse_BHT = residuals
     query_size, key_size = layout.query_block_size, layout.key_block_size
-    scale = softmax_scale(query_BHTK)
+    scale = query_BHTK.shape[-1] ** -0.5
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     # The softmax gradient subtracts rowsum(P * dP), which equals rowsum(dO * O).
     delta_BHT = einsum("BHTK,BHTK->BHT", grad_BHTK, out_BHTK)
@@ -220,36 +213,29 @@ def block_scores(
         layout.mask, query_position_BT, key_position_S, segment_id_BT, segment_id_BS
     )
     mask_BTS &= (key_position_S < layout.num_keys)[None, None]
-    return jnp.where(mask_BTS[:, None], score_BHTS * softmax_scale(query_BHTK), MASK_VALUE)
+    return jnp.where(mask_BTS[:, None], score_BHTS * query_BHTK.shape[-1] ** -0.5, MASK_VALUE)
 
 
 def key_block_range(layout: BlockLayout, i: Array, blocks: int) -> tuple[Any, Any]:
     """Returns the range [first, last) of key blocks that query block i attends to."""
-    first, last = 0, blocks
+    first, last, window = 0, blocks, layout.mask.sliding_window
     if layout.is_aligned and layout.mask.causal:
         last = i + 1
-    if layout.is_aligned and layout.mask.sliding_window is not None:
-        first = jnp.maximum(
-            0,
-            (i * layout.query_block_size - layout.mask.sliding_window + 1) // layout.key_block_size,
-        )
+    if layout.is_aligned and window is not None:
+        first_key = i * layout.query_block_size - window + 1
+        first = jnp.maximum(0, first_key // layout.key_block_size)
     return first, last
 
 
 def query_block_range(layout: BlockLayout, j: Array, blocks: int) -> tuple[Any, Any]:
     """Returns the range [first, last) of query blocks that attend to key block j."""
-    first, last = 0, blocks
+    first, last, window = 0, blocks, layout.mask.sliding_window
     if layout.is_aligned and layout.mask.causal:
         first = j
-    if layout.is_aligned and layout.mask.sliding_window is not None:
-        last_query = (j + 1) * layout.key_block_size - 2 + layout.mask.sliding_window
+    if layout.is_aligned and window is not None:
+        last_query = (j + 1) * layout.key_block_size - 2 + window
         last = jnp.minimum(blocks, last_query // layout.query_block_size + 1)
     return first, last
-
-
-def softmax_scale(query: Float[Array, "*B K"]) -> float:
-    """Returns 1 / sqrt(K), the factor of the scores (Vaswani et al. 2017, eq. 1)."""
-    return query.shape[-1] ** -0.5
 
 
 def slice_block(x: Array, axis: int, n: Array, size: int) -> Array:

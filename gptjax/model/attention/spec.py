@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from gptjax.model.attention.mask import AttentionMask, KeyValueHeads, QueryHeads
 from gptjax.parallel.sharding import shard_map_local
@@ -31,16 +31,10 @@ def shard_map_attention(
     """Calls `attention`; on a mesh, on each device with its shard of rows and heads."""
     names = [n for n in ("query_position_BT", "segment_id_BT") if getattr(mask, n) is not None]
 
-    def attend_shard(
-        query_BTHK: QueryHeads,
-        key_BSHK: KeyValueHeads,
-        value_BSHK: KeyValueHeads,
-        *places: Int[Array, "B T"],
-    ) -> QueryHeads:
-        shard_arrays: Any = dict(zip(names, places, strict=True))
-        shard_mask = mask._replace(**shard_arrays)
-        return attention(query_BTHK, key_BSHK, value_BSHK, shard_mask)
+    def attend_shard(query: Array, key: Array, value: Array, *arrays: Array) -> QueryHeads:
+        mask_arrays: Any = dict(zip(names, arrays, strict=True))
+        return attention(query, key, value, mask._replace(**mask_arrays))
 
     in_axes = ("BTHK", "BSHK", "BSHK", *("BT" for _ in names))
-    arrays = [getattr(mask, name) for name in names]
-    return shard_map_local(attend_shard, in_axes, "BTHK")(query_BTHK, key_BSHK, value_BSHK, *arrays)
+    arrays = query_BTHK, key_BSHK, value_BSHK, *(getattr(mask, name) for name in names)
+    return shard_map_local(attend_shard, in_axes, "BTHK")(*arrays)
