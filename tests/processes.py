@@ -28,9 +28,9 @@ TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(300))
 TABLE = {
     "model": {
         "context_length": 32,
-        "n_layers": 2,
+        "n_layers": 1,
         "n_heads": 4,
-        "d_model": 32,
+        "d_model": 16,
         "dropout": 0.1,
         "vocab_multiple": 8,
     },

@@ -46,14 +46,12 @@ def test_a_workload_does_as_many_units_as_it_reports(monkeypatch):
 
     for work, units in [
         (workloads.make_decode_work(SMALL, 2, 5), 10),
-        (workloads.make_decode_work(SMALL, 2, 5, int8=True), 10),
         (workloads.make_prefill_work(SMALL, 2, 8), 16),
         (workloads.make_load_work(SMALL), 1),
         (workloads.make_prepare_work(1), 20),
         (workloads.make_matmul_work(8, "float32", 3), 3 * 2 * 8**3),
         (workloads.make_read_work(64, 3), 3 * 64),
         (workloads.make_copy_work(64, 3), 3 * 2 * 64),
-        (workloads.make_import_work(), 1),
     ]:
         assert work() == units
     found = workloads.time_save(SMALL)

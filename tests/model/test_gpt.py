@@ -175,25 +175,35 @@ def test_padding_rows_of_the_vocabulary_are_never_predicted(name):
     np.testing.assert_allclose(logit_BTV[..., :V], expected_BTV, atol=1e-5)
 
 
-def test_each_dropout_key_and_layer_drops_others_and_no_key_none():
+def test_each_dropout_key_layer_and_place_drops_others_and_no_key_none():
     config = dataclasses.replace(TINY, dropout=0.5, n_layers=3)
     params = draw_params(config)
     blocks = jax.tree.map(jnp.zeros_like, params["blocks"])
-    blocks["mlp"]["down"]["bias"] += 1  # each layer adds dropout(1) and nothing else
+    blocks["attention"]["value"]["bias"] += 1  # the sum of the weights
+    blocks["attention"]["out"]["bias"] += 10  # layers add nothing but
+    blocks["mlp"]["down"]["bias"] += 1  # dropout(10) + dropout(1)
 
-    def added(seed):
+    def run(seed):
         key = None if seed is None else jax.random.fold_in(KEY, seed)
-        options = {"dropout_key": key, "capture": ("residual",)}
+        options = {"dropout_key": key, "capture": ("residual", "head_output")}
         _, kept = logits(config, params | {"blocks": blocks}, TOKEN_BT, **options)
-        return np.round(np.diff(kept["residual"], axis=0), 3)
+        added_NBTD = np.round(np.diff(kept["residual"], axis=0), 3)
+        return added_NBTD, np.asarray(kept["residual"][0]), np.round(kept["head_output"], 3)
 
-    one_NBTD, other_NBTD = added(0), added(1)
+    added_NBTD, embedded_BTD, weight_NBTHK = run(0)
+    plain_NBTD, plain_BTD, plain_NBTHK = run(None)
 
-    np.testing.assert_array_equal(added(None), 1)
-    np.testing.assert_array_equal(added(0), one_NBTD)
-    assert {*np.unique(one_NBTD)} == {0, 2}
-    for pair in ((one_NBTD, other_NBTD), one_NBTD):
-        assert 0.3 < np.mean(pair[0] == pair[1]) < 0.7
+    assert {*np.unique(plain_NBTD)} == {11}
+    assert {*np.unique(added_NBTD)} == {0, 2, 20, 22}
+    np.testing.assert_array_equal(run(0)[0], added_NBTD)
+    for pair in ((added_NBTD, run(1)[0]), added_NBTD):
+        assert 0.1 < np.mean(pair[0] == pair[1]) < 0.5  # 1/4
+    kept_BTD = embedded_BTD != 0
+    assert 0.3 < kept_BTD.mean() < 0.7
+    np.testing.assert_allclose(embedded_BTD, 2 * plain_BTD * kept_BTD, rtol=1e-6)
+    np.testing.assert_array_equal(plain_NBTHK, 1)
+    assert 0.7 < weight_NBTHK.mean() < 1.3
+    assert len(np.unique(weight_NBTHK)) > 5
 
 
 def test_dropout_keeps_the_mean_and_drops_others_at_each_call():

