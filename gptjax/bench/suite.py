@@ -35,32 +35,23 @@ DEVICE_PARTS = ("train", "decode", "prefill")  # of `gptjax bench --device`
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """Measured model and batch sizes."""
+    """Measured model and batch sizes; the defaults are for a host and its CPU."""
 
     config: GPTConfig
-    context: int  # tokens per training row
-    train_batch_sizes: Sequence[int]  # per device, tried until out of memory
-    backends: Sequence[str]  # attention backends in training
-    decode_batch_sizes: Sequence[int]
-    prefill_batch_sizes: Sequence[int]
-    prefill_length: int
     repeats: int  # timed runs
     log: Callable[[str], None]
+    context: int = 256  # tokens per training row
+    train_batch_sizes: Sequence[int] = (2, 4, 8)  # per device, tried until out of memory
+    backends: Sequence[str] = ("auto",)  # attention backends in training
+    decode_batch_sizes: Sequence[int] = (1, 8)
+    prefill_batch_sizes: Sequence[int] = (1,)
+    prefill_length: int = 512
 
 
 def make_machine_options(preset: str, repeats: int, log: Callable[[str], None]) -> BenchOptions:
     """Makes the options for a host and its CPU, in float32."""
-    return BenchOptions(
-        config=GPTConfig.preset(preset, dtype="float32", remat="none"),
-        context=256,
-        train_batch_sizes=(2, 4, 8),
-        backends=("auto",),
-        decode_batch_sizes=(1, 8),
-        prefill_batch_sizes=(1,),
-        prefill_length=512,
-        repeats=repeats,
-        log=log,
-    )
+    config = GPTConfig.preset(preset, dtype="float32", remat="none")
+    return BenchOptions(config=config, repeats=repeats, log=log)
 
 
 def make_device_options(preset: str, repeats: int, log: Callable[[str], None]) -> BenchOptions:
@@ -68,14 +59,14 @@ def make_device_options(preset: str, repeats: int, log: Callable[[str], None]) -
     on_tpu = jax.default_backend() == "tpu"
     return BenchOptions(
         config=GPTConfig.preset(preset, remat="none"),
+        repeats=repeats,
+        log=log,
         context=1024,
         train_batch_sizes=(4, 8, 16, 32, 64, 128),
         backends=[name for name in BACKENDS if name != "splash" or on_tpu],  # slow elsewhere
         decode_batch_sizes=(1, 8, 64),
         prefill_batch_sizes=(1, 8),
         prefill_length=1024,
-        repeats=repeats,
-        log=log,
     )
 
 
@@ -130,8 +121,8 @@ def list_workloads(options: BenchOptions) -> list[tuple[str, str, str, Any]]:
         make_work = partial(workloads.make_decode_work, config, batch, NEW_TOKENS)
         rows.append(("decode", f"decode_b{batch}", "tokens/s", make_work))
         if config.dtype == "float32":
-            make_work = partial(make_work, int8=True)
-            rows.append(("decode", f"int8_decode_b{batch}", "tokens/s", make_work))
+            make_int8_work = partial(make_work, int8=True)
+            rows.append(("decode", f"int8_decode_b{batch}", "tokens/s", make_int8_work))
     for batch in options.prefill_batch_sizes:
         make_work = partial(workloads.make_prefill_work, config, batch, options.prefill_length)
         rows.append(("prefill", f"prefill_b{batch}", "tokens/s", make_work))

@@ -307,11 +307,6 @@ def hidden_states(
 
     Returns:
         The hidden states, and {capture point: activations [N, ...]}.
-
-    Raises:
-        ConfigError: shapes of tokens or interventions, or names of capture points.
-        ModelError: `params` belong to another config.
-        DataError: a token id outside the vocabulary.
     """
     check_params(config, params)
     check_tokens(config, token_BT)

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import gptjax
 from gptjax.config import FinetuneConfig, GPTConfig, MeshConfig, OptimConfig, RunConfig
 from gptjax.errors import ConfigError
+from gptjax.model.layers import embedding_lookup
 from gptjax.model.quantization import unstack_layers
 from gptjax.parallel import sharding
 from gptjax.parallel.sharding import (
@@ -283,3 +284,20 @@ def test_a_local_function_sees_the_part_of_its_device():
 
     np.testing.assert_allclose(found, jax.nn.softmax(x_BTHK) + x_BTHK, rtol=1e-6)
     assert shapes == [(2, 3, 2, 5)]
+
+
+def test_the_gradient_of_a_sharded_table_is_that_of_one_device():
+    rng, mesh = np.random.default_rng(0), mesh_of(data=2, fsdp=2, tensor=2)
+    table_VD, target_BTD = (
+        jnp.asarray(rng.normal(size=shape), "float32") for shape in ((6, 4), (8, 3, 4))
+    )
+    index_BT = jnp.asarray(rng.integers(6, size=(8, 3)))
+
+    def loss(table_VD):
+        return jnp.sum((embedding_lookup(table_VD, index_BT, "VD") - target_BTD) ** 2)
+
+    with jax.set_mesh(mesh):
+        grad_VD = jax.jit(jax.grad(loss))(table_VD)
+
+    np.testing.assert_allclose(grad_VD, jax.grad(loss)(table_VD), rtol=1e-5, atol=1e-5)
+    assert grad_VD.sharding.spec == P("tensor", "fsdp")

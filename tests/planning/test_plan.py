@@ -1,5 +1,6 @@
 """What a plan says before anything runs, and how near the compiler it is."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -94,6 +95,13 @@ def test_what_does_not_fit_comes_with_options_that_fit():
     assert plan_of(run_of("gpt2-xl", (1, -1, 1), 64, accumulate=0), "v5e:2x4").fits
     alone = plan_of(run_of("gpt2-xl", (1, 1, 1), 8), "v5e:1")
     assert "Use more devices" in plan.format_plan(alone)[-1]
+
+
+def test_a_run_fits_if_it_leaves_some_of_the_memory():
+    planned = plan_of(run_of("gpt2", (1, 1, 1), 8), "v5e:1")
+
+    for gib, fits in ((13, True), (15.9, False)):
+        assert dataclasses.replace(planned, memory={"all": int(gib * GIB)}).fits == fits
 
 
 def test_accumulate_0_takes_the_fewest_micro_batches_that_fit():
