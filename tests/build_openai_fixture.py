@@ -19,24 +19,16 @@ def arrays() -> dict[str, np.ndarray]:
     """The tensors by name, float32: always the same."""
     width = HPARAMS["n_embd"]
     layer = {
-        "ln_1/g": (width,),
-        "ln_1/b": (width,),
-        "attn/c_attn/w": (1, width, 3 * width),
-        "attn/c_attn/b": (3 * width,),
-        "attn/c_proj/w": (1, width, width),
-        "attn/c_proj/b": (width,),
-        "ln_2/g": (width,),
-        "ln_2/b": (width,),
-        "mlp/c_fc/w": (1, width, 4 * width),
-        "mlp/c_fc/b": (4 * width,),
-        "mlp/c_proj/w": (1, 4 * width, width),
-        "mlp/c_proj/b": (width,),
+        **{"ln_1/g": (width,), "ln_1/b": (width,)},
+        **{"attn/c_attn/w": (1, width, 3 * width), "attn/c_attn/b": (3 * width,)},
+        **{"attn/c_proj/w": (1, width, width), "attn/c_proj/b": (width,)},
+        **{"ln_2/g": (width,), "ln_2/b": (width,)},
+        **{"mlp/c_fc/w": (1, width, 4 * width), "mlp/c_fc/b": (4 * width,)},
+        **{"mlp/c_proj/w": (1, 4 * width, width), "mlp/c_proj/b": (width,)},
     }
     shapes = {
-        "model/wte": (HPARAMS["n_vocab"], width),
-        "model/wpe": (HPARAMS["n_ctx"], width),
-        "model/ln_f/g": (width,),
-        "model/ln_f/b": (width,),
+        **{"model/wte": (HPARAMS["n_vocab"], width), "model/wpe": (HPARAMS["n_ctx"], width)},
+        **{"model/ln_f/g": (width,), "model/ln_f/b": (width,)},
     }
     for number in range(HPARAMS["n_layer"]):
         shapes |= {f"model/h{number}/{name}": shape for name, shape in layer.items()}

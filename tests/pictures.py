@@ -33,14 +33,10 @@ def assert_nothing_is_cut_off(figure):
     """All texts lie in the picture."""
     FigureCanvasAgg(figure).draw()
     hidden = {*map(id, undrawn_labels(figure))}
-    shown = [
-        text
-        for text in figure.findobj(Text)
-        if text.get_text() and text.get_visible() and id(text) not in hidden
-    ]
+    texts = [x for x in figure.findobj(Text) if x.get_text() and x.get_visible()]
     inside = figure.bbox.padded(PIXEL)
-    assert shown
-    for text in shown:
+    assert texts
+    for text in [text for text in texts if id(text) not in hidden]:
         place = text.get_window_extent()
         assert inside.x0 <= place.x0 <= place.x1 <= inside.x1, text
         assert inside.y0 <= place.y0 <= place.y1 <= inside.y1, text

@@ -29,14 +29,9 @@ def run_script(home, script, stubs, *words, **variables):
         path.write_text(f"#!/bin/bash\n{RECORD.format(name=path.name)}\n{body}\n")
         path.chmod(0o755)
     clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
-    environment = {**clean, "HOME": str(home), "PATH": f"{home}/bin:/usr/bin:/bin", **variables}
-    done = subprocess.run(
-        ["bash", "-c", script, "script", *words],
-        env=environment,
-        cwd=home,
-        capture_output=True,
-        timeout=20,
-    )
+    variables |= {"HOME": str(home), "PATH": f"{home}/bin:/usr/bin:/bin"}
+    command = ["bash", "-c", script, "script", *words]
+    done = subprocess.run(command, env=clean | variables, cwd=home, capture_output=True, timeout=20)
     calls = {}
     for path in home.glob("*.calls"):
         parts = path.read_text().split("\0")[:-1]
@@ -52,9 +47,8 @@ def run_script(home, script, stubs, *words, **variables):
 def check_train(words, distributed="auto"):
     """Asserts that the arguments of gptjax are a valid command for many hosts."""
     command, arguments = parse_command(words)
-    assert command.name == "train"
-    assert arguments["distributed"] == distributed
-    assert arguments["run_dir"] == Path("runs/gpt2_124m")
+    found = (command.name, arguments["distributed"], arguments["run_dir"])
+    assert found == ("train", distributed, Path("runs/gpt2_124m"))
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(75, 1), (0, 0), (1, 0)])
@@ -78,9 +72,8 @@ def test_gke_trains_on_every_host_and_restarts_interrupted_pods(tmp_path):
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
 
-    _, calls = run_script(
-        tmp_path, shlex.join(container["command"]), {"pip": "", "gptjax": "exit 75"}
-    )
+    command = shlex.join(container["command"])
+    _, calls = run_script(tmp_path, command, {"pip": "", "gptjax": "exit 75"})
 
     assert re.fullmatch(r"gptjax\[tpu\] @ git\+https://\S+", calls["pip"][0][-1])
     check_train(calls["gptjax"][0])

@@ -1,6 +1,7 @@
 """Chat: what is kept of a conversation, and what each command does to it."""
 
 import dataclasses
+import functools
 import io
 import json
 import sys
@@ -21,16 +22,11 @@ BASE = make_model(context_length=CONTEXT, n_layers=1)
 ASSISTANT = dataclasses.replace(BASE, chat_template="any")
 
 
-def user(text):
-    return {"role": "user", "content": text}
+def message(role, text):
+    return {"role": role, "content": text}
 
 
-def bot(text):
-    return {"role": "assistant", "content": text}
-
-
-def system(text):
-    return {"role": "system", "content": text}
+user, bot, system = (functools.partial(message, role) for role in ("user", "assistant", "system"))
 
 
 def one_per_character(model, messages):
@@ -39,8 +35,7 @@ def one_per_character(model, messages):
 
 
 def echo(messages, interrupts):
-    yield f"<{messages[-1]['content']}"
-    yield ">"
+    yield from (f"<{messages[-1]['content']}", ">")
 
 
 class Talk(NamedTuple):
@@ -85,7 +80,7 @@ def test_each_message_is_answered_with_the_messages_before_it_and_a_new_seed():
 def test_messages_arrive_unchanged_and_a_blank_escapes_commands():
     texts = ["a\n b\n", "  x ", "é 漢字 👩\u200d👧", " /quit", "  /x"]
 
-    messages = [call[0][-1]["content"] for call in talk(*texts).calls]
+    messages = [call[0][-1]["content"] for call in talk(*texts, "/quit", "b").calls]
     assert messages == [*texts[:3], "/quit", "  /x"]
 
 
@@ -94,15 +89,10 @@ def test_messages_arrive_unchanged_and_a_blank_escapes_commands():
     ("line", "words"),
     [
         ("/rest", "/rest. Did you mean /reset?"),
-        ("/", "there is no command /."),
         ("/etc/passwd\nis a file", "/etc/passwd."),
         ("/temperature", "temperature cannot be ''"),
-        ("/temperature warm", "'warm'"),
         ("/temperature nan", "temperature=nan"),
-        ("/temperature -1", "temperature=-1.0"),
-        ("/temperature 1e999", "temperature=inf"),
         ("/top-k 1.5", "top_k cannot be '1.5'"),
-        ("/top-k -2", "top_k=-2"),
         ("/save", "/save talk.json"),
         ("/save none/talk.json", "cannot write none/talk.json"),
         ("/save \0", "cannot write"),
@@ -141,40 +131,31 @@ def test_the_system_message_is_set_replaced_and_removed_and_outlives_a_reset():
     ]
 
 
-def test_quit_ends_the_chat():
-    assert len(talk("a", "/quit", "b").calls) == 1
-
-
 def test_help_lists_the_available_commands():
-    assistant, base = talk("/help").notices, talk("/help", model=BASE).notices
+    assistant, base = (
+        {line.split()[0] for line in talk("/help", model=model).notices}
+        for model in (ASSISTANT, BASE)
+    )
 
-    assert {line.split()[0] for line in assistant} >= {*chat.CHAT_COMMANDS}
-    commands = {line.split()[0] for line in base}
-    assert {"/retry", "/temperature", "/quit"} < commands
-    assert not {"/save", "/system", "/reset"} & commands
+    assert assistant >= {*chat.CHAT_COMMANDS}
+    assert {"/retry", "/temperature", "/quit"} < base
+    assert not {"/save", "/system", "/reset"} & base
 
 
 def test_save_writes_all_messages_to_a_new_file(tmp_path):
     path = tmp_path / "talk.json"
+    lines = ["/system \udc80", f"/save {path}", "/system é", "1" * 30, "2" * 30]
 
-    result = talk("/system é", "1" * 30, "2" * 30, f"/save {path}", f"/save {path}")
+    result = talk(*lines, f"/save {path}", f"/save {path}")
 
+    assert f"cannot write {path}" in result.notices[1]
     one, two = ([user(n * 30), bot(f"<{n * 30}>")] for n in "12")
-    assert json.loads(path.read_text(encoding="utf-8")) == [system("é"), *one, *two]
     assert "é" in path.read_text(encoding="utf-8")
+    assert json.loads(path.read_text(encoding="utf-8")) == [system("é"), *one, *two]
     assert result.chat.history() == [system("é"), *two]
     assert "saved 5 messages" in result.notices[-2]
     assert f"{path} already exists" in result.notices[-1]
     assert [path] == list(tmp_path.iterdir())
-
-
-def test_a_failed_save_leaves_no_file(tmp_path):
-    path = tmp_path / "talk.json"
-
-    result = talk("/system \udc80", f"/save {path}", "/system é", f"/save {path}")
-
-    assert f"cannot write {path}" in result.notices[-3]
-    assert json.loads(path.read_text(encoding="utf-8")) == [system("é")]
 
 
 @given(
@@ -216,24 +197,20 @@ def test_after_an_error_the_message_can_be_retried_or_is_dropped():
     result = talk("a", "x", "/retry", "b", answer=fail_on_x)
 
     assert result.notices == ["this went wrong."] * 2
-    assert [call[0] for call in result.calls] == [
-        [user("a")],
-        *[[user("a"), bot("some"), user("x")]] * 2,
-        [user("a"), bot("some"), user("b")],
-    ]
+    before = [user("a"), bot("some")]
+    questions = [call[0] for call in result.calls]
+    assert questions == [before[:1], *[[*before, user("x")]] * 2, [*before, user("b")]]
     assert result.replies == "some\n" * 4
 
 
-def test_a_failed_retry_keeps_the_last_reply():
-    def fail_after_system(messages, interrupts):
-        if messages[0]["role"] == "system":
-            raise DataError("this does not fit.")
-        yield "some"
+def test_a_failed_retry_keeps_the_last_reply(monkeypatch):
+    session = talk("a").chat
+    session.system = [system("s" * CONTEXT)]
+    monkeypatch.setattr(chat, "encode_chat", one_per_character)
 
-    result = talk("a", "/system s", "/retry", answer=fail_after_system)
+    chat.run_repl(session, ["/retry"])
 
-    assert result.notices[-1] == "this does not fit."
-    assert result.chat.messages == [user("a"), bot("some")]
+    assert session.messages == [user("a"), bot("<a>")]
 
 
 def test_an_interrupt_keeps_the_text_so_far_and_computes_no_more():
@@ -289,7 +266,6 @@ def test_a_classifier_and_invalid_sampling_are_rejected():
 
 
 def set_stdin(monkeypatch, text, encoding="utf-8"):
-    """Puts a text in place of stdin."""
     stream = io.TextIOWrapper(io.BytesIO(text.encode(encoding)), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", stream)
 
@@ -311,18 +287,13 @@ def test_in_a_pipe_each_line_is_a_message_and_replies_go_to_stdout(monkeypatch, 
     assert "/wrong" in notice
 
 
-def test_stdin_must_be_utf_8(monkeypatch):
+def test_texts_that_an_encoding_lacks_are_rejected_or_replaced(monkeypatch):
     set_stdin(monkeypatch, "é", encoding="latin-1")
-
     with pytest.raises(DataError, match="UTF-8"):
         chat.run_chat(ASSISTANT, "name", {})
 
-
-def test_characters_that_the_output_lacks_become_question_marks():
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-
     chat.print_text(file, "aé漢\x1b\n")
-
     assert file.buffer.getvalue() == b"a???\n"
 
 

@@ -5,18 +5,17 @@ import select
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-import gptjax
+from tests.conftest import ROOT
 
 pty = pytest.importorskip("pty", reason="there are no pseudo-terminals here")
 termios = pytest.importorskip("termios")
 
 SECONDS = 120  # to wait for an output
-READY = b"\x1b[?2004h"  # prompt_toolkit waits for keys from here on
-INTERRUPT, END = b"\x03", b"\x04"
+READY = "\x1b[?2004h"  # prompt_toolkit waits for keys from here on
+INTERRUPT, END = "\x03", "\x04"
 CHILD = r"""
 import fcntl, termios, time
 from pathlib import Path
@@ -26,10 +25,6 @@ fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C is a signal from here on
 
 from gptjax.cli import chat
 
-class Fake(SimpleNamespace):
-    def __str__(self):
-        return "a fake GPT"
-
 def stream_answer(model, messages, **sampling):
     text = messages[-1]["content"]
     if text == "gate":
@@ -37,21 +32,18 @@ def stream_answer(model, messages, **sampling):
         while not Path("gate").exists():
             time.sleep(0.01)
         yield "after the gate"
-    elif text == "slow":
-        while True:
-            yield "on and "
-            time.sleep(0.01)
-    elif text == "evil":
+    while text == "slow":
+        yield "on and "
+        time.sleep(0.01)
+    if text == "evil":
         yield "\x1b]52;c;"
         yield "ZXZpbA==\x07\x1b[2J\x9b2J\u202eevil"
-    else:
-        yield f"<<{text!r} is message "
-        yield f"{len(messages)}>>"
+    yield f"<<{text!r} is message {len(messages)}>>"
 
 chat.stream_answer = stream_answer
 chat.encode_chat = lambda model, messages: "".join(m["content"] for m in messages)
 config = SimpleNamespace(context_length=200)
-chat.run_chat(Fake(labels=(), chat_template="any", config=config), "fake", {})
+chat.run_chat(SimpleNamespace(labels=(), chat_template="any", config=config), "fake", {})
 """
 
 
@@ -65,53 +57,40 @@ class Terminal:
         attributes = termios.tcgetattr(side)
         attributes[3] |= termios.NOFLSH
         termios.tcsetattr(side, termios.TCSANOW, attributes)
-        here = {"PYTHONPATH": str(Path(gptjax.__file__).parent.parent)}
         plain = {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "PYTHONUTF8": "1"}
         self.child = subprocess.Popen(
             [sys.executable, "-c", CHILD],
             cwd=folder,
-            env=os.environ | here | plain,
-            stdin=side,
-            stdout=side,
-            stderr=side,
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | plain,
+            **dict.fromkeys(("stdin", "stdout", "stderr"), side),
             start_new_session=True,
         )
         os.close(side)
-        self.seen, self.at = b"", 0
+        self.seen, self.at, self.gate = b"", 0, folder / "gate"
 
     def press(self, keys):
-        os.write(self.main, keys.encode() if isinstance(keys, str) else keys)
+        os.write(self.main, keys.encode())
 
     def until(self, text):
         """Waits for a text; returns what appeared since the last one."""
-        text = text.encode() if isinstance(text, str) else text
         deadline = time.monotonic() + SECONDS
-        while (found := self.seen.find(text, self.at)) < 0:
-            ready, _, _ = select.select([self.main], [], [], 1)
-            try:
-                more = os.read(self.main, 65536) if ready else b""
-            except OSError:  # the child is gone
-                raise AssertionError(f"{text} is not in {self.seen[self.at :]}") from None
-            self.seen += more
+        while (found := self.seen.find(text.encode(), self.at)) < 0:
+            if select.select([self.main], [], [], 1)[0]:
+                self.seen += os.read(self.main, 65536)  # OSError: the child is gone
             assert time.monotonic() < deadline, (text, self.seen[self.at :])
-        start, self.at = self.at, found + len(text)
-        return self.seen[start : self.at]
+        start, self.at = self.at, found + len(text.encode())
+        return self.seen[start : self.at].decode()
 
     def enter(self, line):
         """Sends a line; returns what appeared until the next prompt."""
         self.press(f"{line}\r")
-        return self.until(READY).decode()
+        return self.until(READY)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("chat")
-
-
-@pytest.fixture(scope="module")
-def shared(folder):
+def shared(tmp_path_factory):
     """One terminal for all tests; starting takes seconds."""
-    terminal = Terminal(folder)
+    terminal = Terminal(tmp_path_factory.mktemp("chat"))
     terminal.until(READY)
     yield terminal
     terminal.child.kill()
@@ -126,14 +105,13 @@ def terminal(shared):
     return shared
 
 
-def test_chunks_appear_before_the_reply_is_complete(terminal, folder):
-    header = terminal.seen.split(b"\r\n")[0].decode()
-    assert header.startswith("fake: a fake GPT. /help")
+def test_chunks_appear_before_the_reply_is_complete(terminal):
+    assert terminal.seen.startswith(b"fake: ")
 
     terminal.press("gate\r")
     terminal.until("before the gate, ")
     assert b"after the gate" not in terminal.seen
-    (folder / "gate").touch()
+    terminal.gate.touch()
     terminal.until("after the gate")
     terminal.until(READY)
 
@@ -154,17 +132,10 @@ def test_a_reply_cannot_control_the_terminal(terminal):
     shown = terminal.enter("evil")
 
     reply = shown.split("\x1b[?2004l")[1].split("\r\n")[0]
-    assert reply == "\ufffd]52;c;ZXZpbA==\ufffd\ufffd[2J\ufffd2J\ufffdevil"
+    assert reply.startswith("\ufffd]52;c;ZXZpbA==\ufffd\ufffd[2J\ufffd2J\ufffdevil<<")
 
 
 def test_interrupts_stop_a_reply_and_never_the_chat(terminal):
-    terminal.press("slow\r")
-    terminal.until("on and on and ")
-    terminal.press(INTERRUPT)
-    terminal.until("(stopped)\r\n")
-    terminal.until(READY)
-    assert "<<'next' is message 3>>" in terminal.enter("next")
-
     for _ in range(3):
         terminal.press("slow\r")
         terminal.until("on and on and ")

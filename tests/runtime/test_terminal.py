@@ -28,8 +28,7 @@ def test_exactly_the_control_characters_are_replaced_wherever_a_stream_is_split(
 
 
 def test_every_control_character_is_replaced_and_text_of_any_language_is_kept():
-    for character in FORBIDDEN:
-        assert sanitize(f"a{character}b") == "a\ufffdb"
+    assert sanitize("".join(FORBIDDEN)) == "\ufffd" * len(FORBIDDEN)
     for text in (
         "a\tb\n",
         "Ünïcödé é e\u0301 漢字かな交じり文",
