@@ -7,6 +7,7 @@ its field, see `option`.
 import dataclasses
 import difflib
 import math
+import operator
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,28 +28,15 @@ PluginValue = Literal["book"]
 
 
 def option(
+    resume: ResumePolicy,
     default: Any,
     description: str,
-    *,
-    resume: ResumePolicy,
     minimum: int | None = None,
     unit_interval: bool = False,
 ) -> Any:
-    """Field of a config section.
-
-    Args:
-        default: default value.
-        description: help text of the option, with its unit.
-        resume: whether the option may change when a run is resumed.
-        minimum: smallest valid value.
-        unit_interval: whether the value must be in [0, 1).
-    """
-    metadata = {
-        "description": description,
-        "resume": resume,
-        "minimum": minimum,
-        "unit_interval": unit_interval,
-    }
+    """Field of a config section, with a help text and a range: a minimum or [0, 1)."""
+    metadata = {"description": description, "resume": resume}
+    metadata |= {"minimum": minimum, "unit_interval": unit_interval}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -79,59 +67,51 @@ class GPTConfig(Section):
 
     section = "model"
     vocab_size: int = option(
-        0, "number of tokens; 0 = size of the run's tokenizer", minimum=0, resume="identity"
+        "identity", 0, "number of tokens; 0 = size of the run's tokenizer", minimum=0
     )
     context_length: int = option(
-        1024, "maximum sequence length in tokens [T]", minimum=1, resume="identity"
+        "identity", 1024, "maximum sequence length in tokens [T]", minimum=1
     )
-    n_layers: int = option(12, "number of transformer blocks [N]", minimum=1, resume="identity")
+    n_layers: int = option("identity", 12, "number of transformer blocks [N]", minimum=1)
     n_heads: int = option(
-        12, "number of attention heads [H]; must divide d_model", minimum=1, resume="identity"
+        "identity", 12, "number of attention heads [H]; must divide d_model", minimum=1
     )
     d_model: int = option(
-        768,
-        "width of the residual stream [D]; the MLP is 4 times as wide",
-        minimum=1,
-        resume="identity",
+        "identity", 768, "width of the residual stream [D]; the MLP is 4 times as wide", minimum=1
     )
     dropout: float = option(
-        0.0,
-        "probability of zeroing an activation in training",
-        unit_interval=True,
-        resume="trajectory",
+        "trajectory", 0.0, "probability of zeroing an activation in training", unit_interval=True
     )
-    qkv_bias: bool = option(
-        True, "biases in the query, key and value projections", resume="identity"
-    )
-    tie_embeddings: bool = option(True, "output head shares the token embedding", resume="identity")
+    qkv_bias: bool = option("identity", True, "biases in the query, key and value projections")
+    tie_embeddings: bool = option("identity", True, "output head shares the token embedding")
     vocab_multiple: int = option(
-        1, "vocab_size is padded to a multiple of this many tokens", minimum=1, resume="identity"
+        "identity", 1, "vocab_size is padded to a multiple of this many tokens", minimum=1
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "trajectory",
         "auto",
         "dtype of activations; auto = bfloat16 on accelerators, float32 on CPUs",
-        resume="trajectory",
     )
-    causal: bool = option(True, "causal attention mask", resume="identity")
+    causal: bool = option("identity", True, "causal attention mask")
     n_classes: int = option(
-        0, "number of classes of the classifier head [C]; 0 = no head", minimum=0, resume="identity"
+        "identity", 0, "number of classes of the classifier head [C]; 0 = no head", minimum=0
     )
-    head_bias: bool = option(False, "bias in the classifier head", resume="identity")
+    head_bias: bool = option("identity", False, "bias in the classifier head")
     pool: Literal["last", "first", "mean", "position"] = option(
+        "identity",
         "last",
         "input of the classifier head: the last or first token, the mean of all, or "
         "the last position of the padded row",
-        resume="identity",
     )
     attention: Literal["auto", "reference", "chunked", "xla", "flash", "cudnn", "splash"] = option(
-        "auto", "attention backend; auto = fastest that supports the device", resume="trajectory"
+        "trajectory", "auto", "attention backend; auto = fastest that supports the device"
     )
     remat: Literal["full", "dots", "none"] = option(
+        "trajectory",
         "dots",
         "activations recomputed in the backward pass: all (full), all but matmul "
         "results (dots), or none, which is fastest on one CPU or GPU but compiles "
         "longer and needs more memory",
-        resume="trajectory",
     )
 
     def __post_init__(self) -> None:
@@ -158,8 +138,8 @@ class GPTConfig(Section):
                 f"Known: {', '.join(PRESETS)}."
             )
         layers, heads, width = PRESETS[name]
-        shape: dict[str, Any] = {"vocab_size": 50_257, "context_length": 1024}
-        shape |= {"n_layers": layers, "n_heads": heads, "d_model": width}
+        shape: dict[str, Any] = {"vocab_size": 50_257, "n_layers": layers, "n_heads": heads}
+        shape["d_model"] = width
         return cls(**{**shape, **changes})
 
     @property
@@ -191,63 +171,52 @@ class DataConfig(Section):
     """Data source, tokenizer, splits and batching."""
 
     section = "data"
-    source: str = option(
-        "python-help", "named data set, prepared folder, file or glob", resume="identity"
-    )
+    source: str = option("identity", "python-help", "named data set, prepared folder, file or glob")
     tokenizer: str = option(
+        "identity",
         "",
         "gpt2, bytes, bpe:SIZE or a folder; empty = that of finetune.init_from, else gpt2",
-        resume="identity",
     )
-    text_column: str = option(
-        "", "text column of JSON and CSV files; empty = detect", resume="identity"
-    )
-    label_column: str = option(
-        "", "label column of labeled texts; empty = detect", resume="identity"
-    )
+    text_column: str = option("identity", "", "text column of JSON and CSV files; empty = detect")
+    label_column: str = option("identity", "", "label column of labeled texts; empty = detect")
     split_strategy: Literal["stratified", PluginValue] = option(
+        "identity",
         "stratified",
         "split of fine-tuning data: stratified by class, or as `import gptjax.book` does",
-        resume="identity",
     )
     balance_classes: bool = option(
-        False, "downsample all classes to the size of the smallest", resume="identity"
+        "identity", False, "downsample all classes to the size of the smallest"
     )
-    deduplicate: bool = option(False, "drop repeated labeled texts", resume="identity")
+    deduplicate: bool = option("identity", False, "drop repeated labeled texts")
     test_fraction: float = option(
+        "identity",
         0.2,
         "fraction of fine-tuning examples for the test at the end",
         unit_interval=True,
-        resume="identity",
     )
     val_fraction: float = option(
-        0.1,
-        "fraction of documents or examples for validation",
-        unit_interval=True,
-        resume="identity",
+        "identity", 0.1, "fraction of documents or examples for validation", unit_interval=True
     )
-    split_seed: int = option(
-        0, "seed of the validation and test splits", minimum=0, resume="identity"
-    )
+    split_seed: int = option("identity", 0, "seed of the validation and test splits", minimum=0)
     batch_size: int = option(
-        8, "rows per step, over all devices and micro-batches [B]", minimum=1, resume="trajectory"
+        "trajectory", 8, "rows per step, over all devices and micro-batches [B]", minimum=1
     )
     batching: Literal["auto", "packed", "concat", "padded", PluginValue] = option(
+        "trajectory",
         "auto",
         "packed = several documents or conversations per row, isolated from each "
         "other; concat = one stream of documents, attention across their boundaries; "
         "padded = one per row, padded to a bucket length; auto = packed for "
         "pretraining, else padded; book = as `import gptjax.book` does",
-        resume="trajectory",
     )
     chat_template: str = option(
+        "identity",
         "",
         "alpaca, phi3, chatml, qa, single or a Jinja file; empty = that of "
         "finetune.init_from, else alpaca",
-        resume="identity",
     )
     completion_only_loss: bool = option(
-        True, "loss on the completion only, not on the prompt", resume="identity"
+        "identity", True, "loss on the completion only, not on the prompt"
     )
 
 
@@ -256,34 +225,31 @@ class OptimConfig(Section):
     """AdamW and learning rate schedule."""
 
     section = "optim"
-    peak_lr: float = option(6e-4, "learning rate after the warmup", minimum=0, resume="trajectory")
+    peak_lr: float = option("trajectory", 6e-4, "learning rate after the warmup", minimum=0)
     schedule: Literal["cosine", "constant", "wsd", PluginValue] = option(
+        "trajectory",
         "cosine",
         "learning rate after the warmup; wsd = constant, then decay in the last fifth; "
         "book = as `import gptjax.book` does",
-        resume="trajectory",
     )
-    warmup_steps: int = option(100, "steps of linear warmup", minimum=0, resume="trajectory")
+    warmup_steps: int = option("trajectory", 100, "steps of linear warmup", minimum=0)
     final_lr_fraction: float = option(
-        0.1,
-        "learning rate of the last step, as a fraction of peak_lr",
-        minimum=0,
-        resume="trajectory",
+        "trajectory", 0.1, "learning rate of the last step, as a fraction of peak_lr", minimum=0
     )
     weight_decay: float = option(
-        0.1, "weight decay of matrices and embeddings", minimum=0, resume="trajectory"
+        "trajectory", 0.1, "weight decay of matrices and embeddings", minimum=0
     )
     decay_norms_and_biases: bool = option(
-        False, "weight decay of norms and biases too, the default of PyTorch", resume="trajectory"
+        "trajectory", False, "weight decay of norms and biases too, the default of PyTorch"
     )
     beta1: float = option(
-        0.9, "decay rate of AdamW's first moment", unit_interval=True, resume="trajectory"
+        "trajectory", 0.9, "decay rate of AdamW's first moment", unit_interval=True
     )
     beta2: float = option(
-        0.95, "decay rate of AdamW's second moment", unit_interval=True, resume="trajectory"
+        "trajectory", 0.95, "decay rate of AdamW's second moment", unit_interval=True
     )
     grad_clip: float = option(
-        1.0, "maximum global norm of the gradient; 0 = no clipping", minimum=0, resume="trajectory"
+        "trajectory", 1.0, "maximum global norm of the gradient; 0 = no clipping", minimum=0
     )
 
 
@@ -293,33 +259,27 @@ class TrainConfig(Section):
 
     section = "train"
     task: Literal["pretrain", "classify", "sft", "dpo", PluginValue] = option(
-        "pretrain", "kind of training; book = as `import gptjax.book` does", resume="identity"
+        "identity", "pretrain", "kind of training; book = as `import gptjax.book` does"
     )
-    steps: int = option(1000, "number of optimizer updates", minimum=1, resume="trajectory")
-    seed: int = option(0, "seed of parameters, batches and dropout", minimum=0, resume="identity")
+    steps: int = option("trajectory", 1000, "number of optimizer updates", minimum=1)
+    seed: int = option("identity", 0, "seed of parameters, batches and dropout", minimum=0)
     accumulate: int = option(
-        1,
-        "micro-batches per step [G]; 0 = fewest that fit in memory",
-        minimum=0,
-        resume="trajectory",
+        "trajectory", 1, "micro-batches per step [G]; 0 = fewest that fit in memory", minimum=0
     )
     loss_chunk_size: int = option(
-        256, "positions whose logits are in memory at a time", minimum=1, resume="trajectory"
+        "trajectory", 256, "positions whose logits are in memory at a time", minimum=1
     )
     # Spikes are detected in the logged steps.
-    log_every: int = option(10, "steps between log lines", minimum=1, resume="trajectory")
+    log_every: int = option("trajectory", 10, "steps between log lines", minimum=1)
     # Evaluations choose the best model of fine-tuning.
     eval_every: int = option(
-        100,
-        "steps between evaluations; the last step is always evaluated",
-        minimum=1,
-        resume="trajectory",
+        "trajectory", 100, "steps between evaluations; the last step is always evaluated", minimum=1
     )
     eval_batches: int = option(
-        20, "batches per evaluation; the last one uses all data", minimum=1, resume="trajectory"
+        "trajectory", 20, "batches per evaluation; the last one uses all data", minimum=1
     )
     sample_prompt: str = option(
-        "\n", "prompt completed at each evaluation; empty = no sample", resume="operational"
+        "operational", "\n", "prompt completed at each evaluation; empty = no sample"
     )
 
 
@@ -329,30 +289,26 @@ class FinetuneConfig(Section):
 
     section = "finetune"
     init_from: str = option(
+        "identity",
         "",
         "MODEL to start from, whose shape replaces [model]; empty = random initialization",
-        resume="identity",
     )
     trainable: Literal["all", "head", "last-block", "last-two-blocks", "lora"] = option(
-        "all",
-        "parameters that are trained; lora = adapters on frozen parameters",
-        resume="identity",
+        "identity", "all", "parameters that are trained; lora = adapters on frozen parameters"
     )
-    lora_rank: int = option(16, "rank of the LoRA adapters", minimum=1, resume="identity")
+    lora_rank: int = option("identity", 16, "rank of the LoRA adapters", minimum=1)
     lora_alpha: float = option(
-        16.0, "scale of the LoRA adapters, divided by lora_rank", minimum=0, resume="trajectory"
+        "trajectory", 16.0, "scale of the LoRA adapters, divided by lora_rank", minimum=0
     )
     lora_targets: str = option(
+        "identity",
         "attention/* mlp/*",
         "parameters of a block that get adapters: name patterns, separated by blanks",
-        resume="identity",
     )
     lm_loss_weight: float = option(
-        0.0, "weight of the next-token loss in classification", minimum=0, resume="trajectory"
+        "trajectory", 0.0, "weight of the next-token loss in classification", minimum=0
     )
-    dpo_beta: float = option(
-        0.1, "DPO beta: strength of the KL penalty", minimum=0, resume="trajectory"
-    )
+    dpo_beta: float = option("trajectory", 0.1, "DPO beta: strength of the KL penalty", minimum=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -362,37 +318,32 @@ class CheckpointConfig(Section):
     section = "checkpoint"
     # Where a run is resumed decides which steps are recomputed.
     every: int = option(
-        500,
-        "steps between checkpoints; the last step is always saved",
-        minimum=1,
-        resume="trajectory",
+        "trajectory", 500, "steps between checkpoints; the last step is always saved", minimum=1
     )
-    keep: int = option(2, "number of newest checkpoints to keep", minimum=1, resume="operational")
+    keep: int = option("operational", 2, "number of newest checkpoints to keep", minimum=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Device mesh; the product of the axis sizes is the number of devices."""
 
-    data: int = option(
-        -1, "data-parallel replicas; -1 = all remaining devices", resume="operational"
-    )
-    fsdp: int = option(1, "shards of parameters and optimizer state", resume="operational")
-    tensor: int = option(1, "shards of heads, MLP and vocabulary", resume="operational")
+    data: int = option("operational", -1, "data-parallel replicas; -1 = all remaining devices")
+    fsdp: int = option("operational", 1, "shards of parameters and optimizer state")
+    tensor: int = option("operational", 1, "shards of heads, MLP and vocabulary")
 
     def __post_init__(self) -> None:
         """Rejects invalid axis sizes."""
-        for name in ("data", "fsdp", "tensor"):
-            size = getattr(self, name)
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
             if size < 1 and size != -1:
                 raise ConfigError(
                     f"mesh.{name}={size} must be at least 1, or -1 for all remaining devices."
                 )
-        if (self.data, self.fsdp, self.tensor).count(-1) > 1:
+        if list(sizes.values()).count(-1) > 1:
+            given = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
             raise ConfigError(
-                f"mesh.data={self.data}, mesh.fsdp={self.fsdp} and mesh.tensor="
-                f"{self.tensor}: at most one axis can be -1 (all remaining devices). "
-                "Set the others to a number of devices."
+                f"{given}: at most one axis can be -1 (all remaining devices). Set the "
+                "others to a number of devices."
             )
 
 
@@ -496,11 +447,10 @@ def find_renames(table: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Lists earlier names and values in a nested dict, with the current ones."""
     renames = []
     for key, value in table.items():
-        name = f"{prefix}{key}"
+        name, values = f"{prefix}{key}", RENAMED_VALUES.get(f"{prefix}{key}", {})
         inner = find_renames(value, f"{name}.") if isinstance(value, Mapping) else []
         if name in RENAMED_OPTIONS and not inner:
             inner = [f"`{name}` is now `{RENAMED_OPTIONS[name]}`"]
-        values = RENAMED_VALUES.get(name, {})
         if isinstance(value, str) and value in values:
             inner = [f"{name} = {value!r} is now {values[value]!r}"]
         renames += inner
@@ -532,11 +482,7 @@ EXAMPLE_VALUES = {int: "3", float: "0.1", str: '"text" in quotes', bool: "true o
 
 
 def load_config(path: str | Path) -> RunConfig:
-    """Loads the run config of a TOML file; `find_config` finds one by name.
-
-    Raises:
-        ConfigError: the file is missing or not TOML, or an option is invalid.
-    """
+    """Loads the run config of a TOML file; `find_config` finds one by name."""
     return from_dict(RunConfig, load_toml(Path(path)))
 
 
@@ -572,12 +518,8 @@ def builtin_config_dir() -> Path:
 def config_diff(old: RunConfig, new: RunConfig) -> list[str]:
     """Lists each option that differs as `section.option: old -> new`."""
     lines = []
-    for section in dataclasses.fields(old):
-        old_section = getattr(old, section.name)
-        new_section = getattr(new, section.name)
-        for field in dataclasses.fields(old_section):
-            old_value = getattr(old_section, field.name)
-            new_value = getattr(new_section, field.name)
-            if old_value != new_value:
-                lines.append(f"{section.name}.{field.name}: {old_value!r} -> {new_value!r}")
+    for name in config_options():
+        old_value, new_value = (operator.attrgetter(name)(config) for config in (old, new))
+        if old_value != new_value:
+            lines.append(f"{name}: {old_value!r} -> {new_value!r}")
     return lines

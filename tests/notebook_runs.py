@@ -37,10 +37,13 @@ def run(path, folder, monkeypatch, colab=False):
         (folder / "start").mkdir()
         (folder / "start" / "sitecustomize.py").write_text(COLAB)
         monkeypatch.setenv("PYTHONPATH", str(folder / "start"))
+    return execute(path, folder, "python3")
+
+
+def execute(path, folder, kernel):
     notebook = nbformat.read(path, as_version=4)
-    options = {"kernel_name": "python3", "timeout": 900}
     place = {"metadata": {"path": str(folder)}}
-    return NotebookClient(notebook, resources=place, **options).execute()
+    return NotebookClient(notebook, resources=place, kernel_name=kernel, timeout=900).execute()
 
 
 def executed(path, folder, monkeypatch, colab=False):

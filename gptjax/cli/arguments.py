@@ -24,10 +24,15 @@ METAVARS: dict[Any, str] = {int: "N", float: "X", PATH: "FILE"}  # unless an opt
 # Decorator of a function that will be a command.
 Decorator = Callable[[Any], Any]
 
+RENAMED_CONFIG_FLAGS = {f"--{o}": f"--{n}" for o, n in RENAMED_OPTIONS.items() if "." in o}
 RENAMED_FLAGS = {  # command: {earlier name: current name}
-    "train": {"--supervise": "--auto-restart"},
+    "train": {"--supervise": "--auto-restart", **RENAMED_CONFIG_FLAGS},
     "eval": {"--labelled": "--classification-data", "--data": "--chat-data"},
-    "plan": {"--against": "--compare-profile", "--estimate": "--no-compile"},
+    "plan": {
+        "--against": "--compare-profile",
+        "--estimate": "--no-compile",
+        **RENAMED_CONFIG_FLAGS,
+    },
     "bench": {"--pairs": "--repeats"},
     "preview": {"--template": "--chat-template", "--learn-prompts": "--train-on-prompts"},
 }
@@ -47,16 +52,12 @@ class Command(click.Command):
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             name = error.option_name
-            if current := self.renamed_flags().get(name):
+            if current := RENAMED_FLAGS.get(str(self.name), {}).get(name):
                 raise click.UsageError(f"{name} is now {current}.", ctx) from error
             known = [flag for parameter in self.params for flag in parameter.opts]
             hint = did_you_mean(name, [flag for flag in known if flag.startswith("-")])
             text = f"unknown option {name}.{hint} All options: {ctx.command_path} --help"
             raise click.UsageError(text, ctx) from error
-
-    def renamed_flags(self) -> dict[str, str]:
-        """Current names of flags by their earlier ones."""
-        return RENAMED_FLAGS.get(str(self.name), {})
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command, with the CPU flags of --fast-cpu."""
@@ -78,35 +79,26 @@ class ConfigCommand(Command):
         for name, field in config_options().items():
             self.params.append(make_config_option(name, field))
 
-    def renamed_flags(self) -> dict[str, str]:
-        """Current names of flags by their earlier ones."""
-        options = {f"--{old}": f"--{new}" for old, new in RENAMED_OPTIONS.items()}
-        return super().renamed_flags() | options
-
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""
-        given = {name: ctx.params.pop(name) for name in [*ctx.params] if name in self.flags}
-        ctx.params["overrides"] = [
-            word
-            for name, value in given.items()
-            if value is not None
-            for word in (self.flags[name], value)
-        ]
+        given = {flag: ctx.params.pop(name) for name, flag in self.flags.items()}
+        words = [(flag, value) for flag, value in given.items() if value is not None]
+        ctx.params["overrides"] = [word for pair in words for word in pair]
         return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the command's own options, then those of each section."""
-        groups: dict[str, list[tuple[str, str]]] = {"Options": []}
+        titles = {"": "Options"}
         for section in dataclasses.fields(RunConfig):
             summary = str(section.type.__doc__).splitlines()[0].rstrip(".")
-            groups[f"[{section.name}] {summary}"] = []
-        titles = {title.partition("]")[0].removeprefix("["): title for title in groups}
+            titles[section.name] = f"[{section.name}] {summary}"
+        groups: dict[str, list[tuple[str, str]]] = {name: [] for name in titles}
         for parameter in self.get_params(ctx):
             if record := parameter.get_help_record(ctx):
-                section = str(parameter.name).partition("__")[0]
-                groups[titles.get(section, "Options")].append(record)
-        for title, records in groups.items():
-            with formatter.section(title):
+                name = str(parameter.name).partition("__")[0]
+                groups[name if name in groups else ""].append(record)
+        for name, records in groups.items():
+            with formatter.section(titles[name]):
                 formatter.write_dl(records)
 
 
@@ -132,9 +124,6 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     Args:
         config: the config.
         overrides: words such as `["--train.steps", "20", "--model.dropout", "0.1"]`.
-
-    Raises:
-        ConfigError: unknown option or invalid value.
     """
     table: Any = dataclasses.asdict(config)
     known = config_options()
@@ -145,36 +134,26 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
             raise ConfigError(
                 f"{flag!r} is not an option with a value. Write --section.option VALUE."
             )
-        name, (text,) = f"{section}.{key}", values
-        value = _parse_value(text, known[name].type) if name in known else text
+        field = known.get(f"{section}.{key}")
+        parse = PARSERS.get(field.type) if field else None
+        value: Any = values[0]
+        with contextlib.suppress(ValueError, KeyError):  # `from_dict` rejects the text
+            value = parse(value) if parse else value
         table.setdefault(section, {})[key] = value
     return from_dict(RunConfig, table)
 
 
-def _parse_value(text: str, kind: Any) -> Any:
-    """Converts the text of an option if possible; `from_dict` rejects it otherwise."""
-    parse = {
-        int: int,
-        float: float,
-        bool: lambda text: {"true": True, "false": False}[text.lower()],
-    }
-    with contextlib.suppress(ValueError, KeyError):
-        return parse[kind](text)
-    return text
+PARSERS: dict[Any, Callable[[str], Any]] = {  # of options that are not texts
+    int: int,
+    float: float,
+    bool: lambda text: {"true": True, "false": False}[text.lower()],
+}
 
 
 def value_option(
     *names: str, text: str, default: Any = None, shown: str = "none", **settings: Any
 ) -> Decorator:
-    """Option with a value.
-
-    Args:
-        *names: the flag, and the name of the argument if it differs.
-        text: description, with the unit.
-        default: default value.
-        shown: description of a default that is None or "".
-        **settings: of `click.option`.
-    """
+    """Option with a value; `shown` describes a default that is None or ""."""
     if not settings.get("required"):
         text += f"  [default: {shown if default in (None, '') else default}]"
     settings.setdefault("metavar", METAVARS.get(settings.get("type"), "NAME"))
@@ -236,27 +215,13 @@ model_session_arguments = add_options(  # of a command that loads MODEL
 
 def sampling_arguments(max_new_tokens: int, temperature: float) -> Decorator:
     """Options of sampling, arguments with the names of `GenerationConfig`."""
+    rows: list[tuple[str, Any, str]] = [
+        ("--max-new-tokens", max_new_tokens, "maximum length in tokens, at least 1"),
+        ("--temperature", temperature, "sampling temperature, at least 0; 0 = greedy"),
+        ("--top-k", 0, "sample from the N most likely tokens; 0 = all"),
+        ("--top-p", 1.0, "sample from the smallest set of tokens with this total probability"),
+        ("--seed", 0, "seed of the sampling"),
+    ]
     return add_options(
-        value_option(
-            "--max-new-tokens",
-            type=int,
-            default=max_new_tokens,
-            text="maximum length in tokens, at least 1",
-        ),
-        value_option(
-            "--temperature",
-            type=float,
-            default=temperature,
-            text="sampling temperature, at least 0; 0 = greedy",
-        ),
-        value_option(
-            "--top-k", type=int, default=0, text="sample from the N most likely tokens; 0 = all"
-        ),
-        value_option(
-            "--top-p",
-            type=float,
-            default=1.0,
-            text="sample from the smallest set of tokens with this total probability",
-        ),
-        value_option("--seed", type=int, default=0, text="seed of the sampling"),
+        *(value_option(name, type=type(x), default=x, text=text) for name, x, text in rows)
     )

@@ -46,9 +46,6 @@ def run_chat(model: Model, name: str, sampling: dict[str, Any]) -> None:
 
     On a terminal, Ctrl-C stops a reply but not the program. Otherwise each line of
     stdin is a message; replies go to stdout and notices to stderr.
-
-    Raises:
-        GptjaxError: the model is a classifier, or `sampling` or stdin is invalid.
     """
     if model.labels:
         raise ModelError(
@@ -91,15 +88,13 @@ def prompt_lines(print_notice: Callable[[str], None]) -> Iterator[str]:
     hint = "(/quit or Ctrl-D quits)"
     while True:
         try:
-            line = prompt.prompt("> ")
+            yield prompt.prompt("> ")
         except KeyboardInterrupt:
             if hint:
                 print_notice(hint)
             hint = ""
         except EOFError:
             return
-        else:
-            yield line
 
 
 def stdin_lines() -> Iterator[str]:
@@ -126,11 +121,7 @@ def run_repl(chat: Chat, lines: Iterable[str]) -> None:
 
 
 def handle_line(chat: Chat, line: str) -> None:
-    """Handles an empty line, a command or a message.
-
-    Raises:
-        GptjaxError: an unknown command, an invalid value or a message that is too long.
-    """
+    """Handles an empty line, a command or a message."""
     if not line.strip():
         return
     if not line.startswith("/"):
@@ -147,11 +138,7 @@ def handle_line(chat: Chat, line: str) -> None:
 
 
 def reply(chat: Chat, text: str) -> None:
-    """Streams the reply to a message; an unanswered question before it is dropped.
-
-    Raises:
-        DataError: the message alone exceeds the context, or cannot be encoded.
-    """
+    """Streams the reply to a message; an unanswered question before it is dropped."""
     model, question = chat.model, {"role": "user", "content": text}
     seed = chat.sampling.get("seed", 0) + chat.num_replies
     options = {**chat.sampling, "seed": seed}
@@ -182,11 +169,7 @@ def reply(chat: Chat, text: str) -> None:
 
 
 def add_question(chat: Chat, question: ChatMessage) -> None:
-    """Adds a question; drops the oldest turns until the reply fits the context.
-
-    Raises:
-        DataError: the system message and the question alone do not fit.
-    """
+    """Adds a question; drops the oldest turns until the reply fits the context."""
     is_unanswered = bool(chat.messages) and chat.messages[-1]["role"] == "user"
     messages = [*chat.messages[: len(chat.messages) - is_unanswered], question]
     context = chat.model.config.context_length

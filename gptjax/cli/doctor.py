@@ -48,16 +48,15 @@ def print_check(topic: str, text: str, problems: list[str] | None = None) -> Non
 
 def check_packages(installed: dict[str, str]) -> list[str]:
     """Finds packages that are missing or too old; each problem names its fix."""
-    problems = []
-    for name, minimum in MIN_VERSIONS.items():
-        found, required = (
-            [int(part) for part in version.split(".") if part.isdecimal()]
-            for version in (installed[name], minimum)
-        )
-        if found < required:
-            fix = f"pip install '{name}>={minimum}'"
-            problems.append(f"{name} is {installed[name]}, requires {minimum} -> {fix}")
-    return problems
+
+    def parse(version: str) -> list[int]:
+        return [int(part) for part in version.split(".") if part.isdecimal()]
+
+    return [
+        f"{name} is {installed[name]}, requires {minimum} -> pip install '{name}>={minimum}'"
+        for name, minimum in MIN_VERSIONS.items()
+        if parse(installed[name]) < parse(minimum)
+    ]
 
 
 def check_devices() -> list[str]:

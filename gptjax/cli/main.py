@@ -113,11 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_command(argv: Sequence[str]) -> tuple[click.Command, dict[str, Any]]:
-    """Parses a command line without running it; returns the command and its arguments.
-
-    Raises:
-        click.UsageError: the command line is invalid.
-    """
+    """Parses a command line without running it: the command and its arguments."""
     context, words = click.Context(COMMANDS), list(argv)
     command: click.Command = COMMANDS
     while isinstance(command, Group):

@@ -4,14 +4,14 @@ Commands run in the notebook's process, because a TPU serves one process at a ti
 the first process on a GPU allocates its memory.
 """
 
-import logging
+import contextlib
 import shlex
 from typing import Any
 
 from gptjax.cli.main import main
-from gptjax.cli.session import StdoutHandler
+from gptjax.cli.session import log_to_stdout
 
-handler = StdoutHandler()
+exit_stack = contextlib.ExitStack()  # closed when the extension is unloaded
 
 
 def load_ipython_extension(shell: Any) -> None:
@@ -28,16 +28,10 @@ def load_ipython_extension(shell: Any) -> None:
             raise UsageError(f"gptjax {line}: exit code {code}, see above")
 
     shell.register_magic_function(gptjax, "line")
-    logger = logging.getLogger("gptjax")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False  # Colab has a handler at the root logger
+    exit_stack.enter_context(log_to_stdout())  # progress of functions, too
 
 
 def unload_ipython_extension(shell: Any) -> None:
     """Removes the line magic and the handler; called by IPython."""
     del shell.magics_manager.magics["line"]["gptjax"]
-    logger = logging.getLogger("gptjax")
-    logger.removeHandler(handler)
-    logger.setLevel(logging.NOTSET)
-    logger.propagate = True
+    exit_stack.close()

