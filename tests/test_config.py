@@ -16,6 +16,7 @@ from gptjax.config import (
     RENAMED_OPTIONS,
     RENAMED_VALUES,
     GPTConfig,
+    OptimConfig,
     RunConfig,
     TrainConfig,
     config_diff,
@@ -178,5 +179,13 @@ def test_presets_have_exactly_the_published_numbers_of_parameters():
     counts = [124_439_808, 354_823_168, 774_030_080, 1_557_611_200]  # Radford et al. 2019
     assert [count_params(name) for name in PRESETS] == counts
     assert count_params("gpt2", tie_embeddings=False, qkv_bias=False) == 163_009_536
+    assert GPTConfig(vocab_size=50_257) == GPTConfig.preset("gpt2")
     with pytest.raises(ConfigError, match=r"'gpt2-lage'\. Did you mean gpt2-large\?"):
         GPTConfig.preset("gpt2-lage")
+
+
+def test_the_optimizer_defaults_are_those_of_gpt3_125m():
+    c = OptimConfig()  # Brown et al. 2020, table 2.1 and appendix B
+
+    assert (c.peak_lr, c.schedule, c.final_lr_fraction) == (6e-4, "cosine", 0.1)
+    assert (c.beta1, c.beta2, c.weight_decay, c.grad_clip) == (0.9, 0.95, 0.1, 1.0)

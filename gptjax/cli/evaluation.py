@@ -62,6 +62,8 @@ def run_evaluate(
     if [text, classification_data, chat_data].count(None) != 2:
         raise click.UsageError("eval takes one of --text, --classification-data and --chat-data.")
     loaded = load_model(model, int8=int8, verbose=verbose)
+    metrics: Any = {}
+    lines: list[str] = []
     if chat_data:
         from gptjax.evaluation.instructions import evaluate_file
         from gptjax.evaluation.llm_judge import LLMJudge
@@ -69,14 +71,14 @@ def run_evaluate(
         scorer = LLMJudge(judge, judge_model) if judge else None
         metrics, tasks = evaluate_file(loaded, chat_data, out, scorer, log_to_stderr)
         lines = [f"{task:<18} {x['exact_match']:.4f} exact" for task, x in tasks.items()]
-        lines += [f"{name:<18} {format_metric(x)}" for name, x in metrics.items()]
-        print_metrics(metrics | ({"tasks": tasks} if tasks else {}), lines, as_json)
+        for name, x in metrics.items():
+            lines.append(f"{name:<18} {x:.4f}" if isinstance(x, float) else f"{name:<18} {x}")
+        metrics |= {"tasks": tasks} if tasks else {}
     elif classification_data:
         from gptjax.evaluation.classification import evaluate_labeled_file
 
         metrics = evaluate_labeled_file(loaded, classification_data)
         lines = [f"{name:<18} {value:.4f}" for name, value in metrics.items()]
-        print_metrics(metrics, lines, as_json)
     elif text:
         from gptjax.data.readers import read_text_file
         from gptjax.evaluation.perplexity import score
@@ -87,14 +89,5 @@ def run_evaluate(
         lines += [f"perplexity     {result.perplexity:.4f}"]
         if result.bits_per_byte is not None:
             lines += [f"bits per byte  {result.bits_per_byte:.4f}"]
-        print_metrics(result.to_dict(), lines, as_json)
-
-
-def print_metrics(metrics: Any, lines: list[str], as_json: bool) -> None:
-    """Prints metrics as one JSON object, or as lines."""
+        metrics = result.to_dict()
     print(json.dumps(metrics) if as_json else "\n".join(lines))
-
-
-def format_metric(value: float | int | None) -> str:
-    """Formats a number for a line of a table."""
-    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -8,7 +8,7 @@ import click
 from gptjax.cli import arguments
 from gptjax.cli.arguments import PATH, Command, ConfigCommand, flag_option, value_option
 from gptjax.cli.session import log_to_stdout, run_interruptible, setup_session
-from gptjax.config import RunConfig, find_config, load_config
+from gptjax.config import find_config, load_config
 from gptjax.runtime import supervisor
 from gptjax.runtime.timing import mark_phase
 
@@ -93,7 +93,13 @@ def run_train(
     def train() -> None:
         config = arguments.apply_overrides(load_config(path), overrides)
         setup_session(verbose, "first step")
-        train_config(config, run_dir, allow_change, on_spike or "")
+        from gptjax.tasks.train import train as train_task
+        from gptjax.training.resource_errors import translate_resource_errors
+
+        mark_phase("importing")
+        # Resource errors may also occur after training, when the results are written.
+        with log_to_stdout(), translate_resource_errors():
+            train_task(config, run_dir, allow_change=allow_change, on_spike=on_spike or "")
 
     if not distributed:
         return run_interruptible(train)
@@ -103,16 +109,3 @@ def run_train(
         return code
     with abort_all_on_error():
         return run_interruptible(train, "collective")
-
-
-def train_config(
-    config: RunConfig, run_dir: Path, allow_change: tuple[str, ...], on_spike: str
-) -> None:
-    """Trains the task of the config and logs the progress to stdout."""
-    from gptjax.tasks.train import train as train_task
-    from gptjax.training.resource_errors import translate_resource_errors
-
-    mark_phase("importing")
-    # Resource errors may also occur after training, when the results are written.
-    with log_to_stdout(), translate_resource_errors():
-        train_task(config, run_dir, allow_change=allow_change, on_spike=on_spike)

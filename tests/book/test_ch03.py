@@ -137,29 +137,33 @@ def test_several_heads_have_the_numbers_of_the_book():
 
 
 def test_multi_head_attention_with_dropout_is_that_of_gptjax():
-    keys = jax.random.split(jax.random.key(0), 6)
-    shapes = [(D, H, K)] * 3 + [(H, K, E), (E,)]
-    heads = MultiHeadParams(*(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=False)))
-    x_BTD = jax.random.normal(keys[5], (B, T, D))
-    keep_BHTS = dropout_mask(jax.random.key(2), 0.5, (B, H, T, T))
+    numbers = np.random.default_rng(0)
+    shapes = [(D, H, K)] * 3 + [(H, K, E), (E,), (B, T, D)]
+    *leaves, x_BTD = (numbers.normal(size=shape).astype(np.float32) for shape in shapes)
+    keep_BHTS = numbers.random((B, H, T, T)) < 0.5
+    identity, zeros = np.eye(H * K, dtype=np.float32), np.zeros(H * K, np.float32)
+    joined = split_heads(*(x.reshape(D, H * K).T for x in leaves[:3]), identity, zeros, H)
 
-    def expect(drop):
-        projected = (jnp.tensordot(x_BTD, kernel, 1) for kernel in heads[:3])
-        mixed_BTHK = reference_attention(*projected, AttentionMask(), drop)
-        return jnp.tensordot(mixed_BTHK, heads.out_HKE, 2) + heads.bias_E[None, None]
+    @jax.jit
+    def outputs(heads, x_BTD, keep_BHTS):
+        def expect(drop):
+            projected = (jnp.tensordot(x_BTD, kernel, 1) for kernel in heads[:3])
+            mixed_BTHK = reference_attention(*projected, AttentionMask(), drop)
+            return jnp.tensordot(mixed_BTHK, heads.out_HKE, 2) + heads.bias_E[None, None]
 
-    # float32 sums of numbers up to 30, in another order
-    assert_close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4)  # noqa: E731
-    assert_close(multi_head_attention(x_BTD, heads), expect(None))
-    dropped = multi_head_attention(x_BTD, heads, keep_BHTS, 0.5)
-    assert_close(dropped, expect(lambda weight_BHTS: 2 * weight_BHTS * keep_BHTS))
-    identity = np.eye(H * K, dtype=np.float32)
-    weights = [np.asarray(kernel.reshape(D, H * K).T) for kernel in heads[:3]]
-    joined = split_heads(*weights, identity, np.zeros(H * K, np.float32), H)
-    singles = [HeadParams(*(kernel[:, h] for kernel in heads[:3])) for h in range(H)]
-    one_by_one = [causal_attention(x_BTD[0], head, keep_BHTS[0, 0], 0.5) for head in singles]
-    together = multi_head_attention(x_BTD, joined, keep_BHTS[:, :1].repeat(H, 1), 0.5)[0]
-    assert_close(together, jnp.concatenate(one_by_one, 1))
+        singles = [HeadParams(*(kernel[:, h] for kernel in heads[:3])) for h in range(H)]
+        one_by_one = [causal_attention(x_BTD[0], head, keep_BHTS[0, 0], 0.5) for head in singles]
+        together = multi_head_attention(x_BTD, joined, keep_BHTS[:, :1].repeat(H, 1), 0.5)
+        dropped = multi_head_attention(x_BTD, heads, keep_BHTS, 0.5)
+        return [
+            (multi_head_attention(x_BTD, heads), expect(None)),
+            (dropped, expect(lambda weight_BHTS: 2 * weight_BHTS * keep_BHTS)),
+            (together[0], jnp.concatenate(one_by_one, 1)),
+        ]
+
+    for ours, expected in outputs(MultiHeadParams(*leaves), x_BTD, keep_BHTS):
+        # float32 sums of numbers up to 30, in another order
+        np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
 def test_dropout_keeps_its_share_and_the_mean():

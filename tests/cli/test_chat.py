@@ -17,7 +17,7 @@ from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.tokenizer.chat_template import load_chat_template
 from tests.small_models import make_model
 
-CONTEXT = 64
+CONTEXT = 128
 BASE = make_model(context_length=CONTEXT, n_layers=1)
 ASSISTANT = dataclasses.replace(BASE, chat_template="any")
 
@@ -144,12 +144,12 @@ def test_help_lists_the_available_commands():
 
 def test_save_writes_all_messages_to_a_new_file(tmp_path):
     path = tmp_path / "talk.json"
-    lines = ["/system \udc80", f"/save {path}", "/system é", "1" * 30, "2" * 30]
+    lines = ["/system \udc80", f"/save {path}", "/system é", "1" * 60, "2" * 60]
 
     result = talk(*lines, f"/save {path}", f"/save {path}")
 
     assert f"cannot write {path}" in result.notices[1]
-    one, two = ([user(n * 30), bot(f"<{n * 30}>")] for n in "12")
+    one, two = ([user(n * 60), bot(f"<{n * 60}>")] for n in "12")
     assert "é" in path.read_text(encoding="utf-8")
     assert json.loads(path.read_text(encoding="utf-8")) == [system("é"), *one, *two]
     assert result.chat.history() == [system("é"), *two]
@@ -160,8 +160,8 @@ def test_save_writes_all_messages_to_a_new_file(tmp_path):
 
 @given(
     st.sampled_from(["", "s", "s" * 20]),
-    st.lists(st.integers(0, 40), max_size=9),
-    st.integers(0, 30),
+    st.lists(st.integers(0, 80), max_size=9),
+    st.integers(0, 60),
     st.integers(1, CONTEXT),
 )
 def test_as_many_turns_are_kept_as_fit_beside_the_reply(instruction, sizes, last, reserved):
@@ -249,9 +249,9 @@ def test_a_question_without_a_reply_is_retried_or_dropped(notice):
 
 @pytest.mark.fast
 def test_a_base_model_completes_each_line_separately():
-    result = talk("a", "b" * 100, "/retry", "/system s", model=BASE, seed=1)
+    result = talk("a", "b" * 200, "/retry", "/system s", model=BASE, seed=1)
 
-    assert [call[0] for call in result.calls] == [[user("a")], *[[user("b" * 100)]] * 2]
+    assert [call[0] for call in result.calls] == [[user("a")], *[[user("b" * 200)]] * 2]
     assert [call[1]["seed"] for call in result.calls] == [1, 2, 3]
     assert "no command /system" in result.notices[0]
 
@@ -298,8 +298,7 @@ def test_texts_that_an_encoding_lacks_are_rejected_or_replaced(monkeypatch):
 
 
 def test_an_assistant_with_a_real_template_replies_until_its_context_is_full(monkeypatch, capsys):
-    source = load_chat_template("chatml").source
-    model = dataclasses.replace(make_model(context_length=128, n_layers=1), chat_template=source)
+    model = dataclasses.replace(BASE, chat_template=load_chat_template("chatml").source)
     set_stdin(monkeypatch, "first\nsecond\n" + "x" * 128)
 
     chat.run_chat(model, "name", {"max_new_tokens": 12})

@@ -202,36 +202,50 @@ def test_the_exit_code_tells_why_a_command_ended(capsys, monkeypatch, error, cod
     assert "Traceback" not in err
 
 
-def test_options_reach_the_library(capsys, monkeypatch):
+SAMPLING = {"max_new_tokens": 3, "temperature": 0.5, "top_k": 4, "top_p": 0.9, "seed": 7}
+FLAGS = " ".join(f"--{name.replace('_', '-')} {x}" for name, x in SAMPLING.items())
+MORE = {"min_p": 0.1, "repetition_penalty": 1.2, "stop": ("a", "b")}
+CHANGES = {"allow_change": ("data.batch_size", "train.steps"), "on_spike": "skip"}
+
+
+@pytest.mark.parametrize(
+    ("words", "function", "arguments"),
+    [
+        (
+            f"generate M Hi {FLAGS} --min-p 0.1 --repetition-penalty 1.2 --stop a --stop b",
+            *("inference.generate.stream", ("model", "Hi", SAMPLING | MORE)),
+        ),
+        ("generate M Hi --fast-cpu", "runtime.cpu_flags.enable_fast_cpu", ({},)),
+        ("generate M Hi --int8", "weights.load.load", ("M", log_to_stderr, {"int8": True})),
+        (f"chat M {FLAGS}", "cli.chat.run_chat", ("model", "M", SAMPLING, {})),
+        (
+            "train tiny --run a/b --allow-change data.batch_size --allow-change train.steps "
+            "--on-spike skip",
+            *("tasks.train.train", (load_config(find_config("tiny")), Path("a/b"), CHANGES)),
+        ),
+        ("quickstart --run d", "tasks.quickstart.quickstart", (Path("d"), {})),
+        ("import M --out d", "weights.convert.convert_model", ("M", Path("d"), print, {})),
+        (
+            "export M --to hf --out d",
+            *("weights.export.export_model", ("model", "hf", Path("d"), {})),
+        ),
+        ("data fetch verdict", "data.datasets.fetch_dataset", ("verdict", {})),
+    ],
+)
+def test_options_reach_the_library(capsys, monkeypatch, words, function, arguments):
     calls = []
+    monkeypatch.setattr("gptjax.weights.load.load", lambda *args, **options: "model")
+    monkeypatch.setattr("gptjax.inference.generate.stream", lambda *args, **options: [])
 
-    def record(name, result=None):
-        def call(*args, **options):
-            calls.append((name.rpartition(".")[2], *args[-2:], options))
-            return result
+    def record(*args, **options):
+        calls.append((*args, options))
+        return []
 
-        monkeypatch.setattr(f"gptjax.{name}", call)
+    monkeypatch.setattr(f"gptjax.{function}", record)
 
-    record("runtime.cpu_flags.enable_fast_cpu")
-    record("weights.load.load", "model")
-    record("inference.generate.stream", ["..."])
-    record("tasks.train.train")
-    sampling = "--max-new-tokens 3 --temperature 0.5 --top-k 4 --top-p 0.9 --seed 7"
-    more = "--min-p 0.1 --repetition-penalty 1.2 --stop a --stop b --int8 --fast-cpu"
-    changes = "--allow-change data.batch_size --allow-change train.steps --on-spike skip"
+    assert gptjax(capsys, *words.split())[0] == 0
 
-    _, out, _ = gptjax(capsys, *f"generate M Hi {sampling} {more}".split())
-    gptjax(capsys, *f"train tiny --run a/b {changes}".split())
-
-    assert out == "Hi...\n"
-    fast_cpu, load, stream, train = calls
-    assert fast_cpu == ("enable_fast_cpu", {})
-    assert load == ("load", "M", log_to_stderr, {"int8": True})
-    options = {"max_new_tokens": 3, "temperature": 0.5, "top_k": 4, "top_p": 0.9, "seed": 7}
-    options |= {"min_p": 0.1, "repetition_penalty": 1.2, "stop": ("a", "b")}
-    assert stream[1:] == ("model", "Hi", options)
-    assert train[1:3] == (load_config(find_config("tiny")), Path("a/b"))
-    assert train[3] == {"allow_change": ("data.batch_size", "train.steps"), "on_spike": "skip"}
+    assert calls == [arguments]
 
 
 def test_auto_restart_runs_the_same_command_line_without_it(monkeypatch):
