@@ -75,11 +75,6 @@ class Preview:
         """Number of tokens in training, whether in the loss or not."""
         return sum(len(row.ids) - row.num_truncated for row in self.rows if not row.dropped)
 
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens per row before truncation."""
-        return [len(row.ids) for row in self.rows]
-
 
 def preview_rows(
     path: Path | str,
@@ -157,10 +152,7 @@ def describe_row(preview: Preview, number: int) -> tuple[str, str, str]:
     """Location of a row, its source as JSON, and its token counts."""
     row = preview.rows[number - 1]
     title = f"row {number:,} of {len(preview.rows):,}, {row.conversation.location}"
-    try:
-        source = json.dumps(row.conversation.source_row, ensure_ascii=False, indent=2)
-    except RecursionError:
-        source = "(nested too deeply to display)"
+    source = json.dumps(row.conversation.source_row, ensure_ascii=False, indent=2)
     if len(source) > MAX_SOURCE_ROW_CHARS:
         num_omitted = len(source) - MAX_SOURCE_ROW_CHARS
         source = f"{source[:MAX_SOURCE_ROW_CHARS]}... ({num_omitted:,} more characters)"
@@ -175,7 +167,7 @@ def describe_row(preview: Preview, number: int) -> tuple[str, str, str]:
 
 def describe_all_rows(preview: Preview) -> list[str]:
     """Statistics of all rows as lines."""
-    lengths, tokens = preview.lengths, preview.num_tokens
+    lengths, tokens = [len(row.ids) for row in preview.rows], preview.num_tokens
     share = f" ({preview.num_trained / tokens:.1%})" if tokens else ""
     truncated = sum(row.num_truncated > 0 for row in preview.rows)
     dropped = sum(row.dropped for row in preview.rows)
@@ -195,7 +187,7 @@ def histogram_figure(preview: Preview) -> Figure:
     Rows more than twice as long as the limit or the shortest row share the last bin, so
     that they do not compress the others.
     """
-    lengths = np.array(preview.lengths)
+    lengths = np.array([len(row.ids) for row in preview.rows])
     longest = min(lengths.max(), 2 * max(preview.max_length, lengths.min()))
     locator = MaxNLocator(11, integer=True, steps=[1, 2, 2.5, 5, 10])
     edges = np.array(locator.tick_values(lengths.min(), longest + 1), int)

@@ -58,101 +58,87 @@ SMALL = tokenizer.train_tokenizer(["low lower lowest newest widest"] * 3, 264)
 
 
 def read_texts(path: Path) -> list[Any]:
-    """The documents of a file of rows."""
     return [p.text for source in find_sources([path]) for p in iter_chunks(source)]
 
 
-def read_talk(path: Path) -> list[Any]:
-    """The messages of conversations."""
+def read_chats(path: Path) -> list[Any]:
     found, line = read_conversations(path)
     return [line, [(dict(m), x.split, x.task) for x in found for m in x.messages]]
 
 
-def read_preferred(path: Path) -> list[Any]:
-    """The messages and answers of pairs."""
+def read_pairs(path: Path) -> list[Any]:
     found, line = read_preference_pairs(path)
     return [line, [(dict(x.prompt[0]), x.chosen, x.rejected, x.split) for x in found]]
 
 
 def read_classes(path: Path) -> list[Any]:
-    """The texts and classes of labelled rows."""
     data, line = read_labeled_texts(path)
     return [line, data.texts, list(data.class_names), data.locations]
 
 
 def read_tokenizer(path: Path) -> list[Any]:
-    """A text that went through the tokenizer in the file's folder."""
     found = tokenizer.load_tokenizer(path.parent)
     text = "the lowest <|endoftext|> ü"
     assert found.decode(found.encode(text)) == text
     return [found.vocab_size]
 
 
-def list_of(rows: bytes) -> bytes:
-    """The rows as one list of JSON."""
+def to_array(rows: bytes) -> bytes:
+    """JSON lines as a JSON array."""
     return b"[" + rows.strip().replace(b"\n", b",\n") + b"]\n"
 
 
 Reader = Callable[[Path], list[Any]]
 KINDS: dict[str, tuple[bytes, Reader]] = {  # name of the file: content, reader
     "texts.jsonl": (TEXTS, read_texts),
-    "texts.json": (list_of(TEXTS), read_texts),
+    "texts.json": (to_array(TEXTS), read_texts),
     "texts.csv": (b'text,n\nrow 1,1\n"row\n2",2\n', read_texts),
     "text.txt": ("One ö.\n\nTwo.\r\nThree.\n".encode(), lambda path: [read_text_file(path)]),
     "labels.jsonl": (LABELS, read_classes),
-    "labels.json": (list_of(LABELS), read_classes),
+    "labels.json": (to_array(LABELS), read_classes),
     "labels.csv": (CSV, read_classes),
     "labels.tsv": (CSV.replace(b",", b"\t"), read_classes),
-    "talk.jsonl": (TALK * 3, read_talk),
-    "asked.json": (list_of(ASKED * 3), read_talk),
-    "pairs.jsonl": (PAIRS * 3, read_preferred),
+    "talk.jsonl": (TALK * 3, read_chats),
+    "asked.json": (to_array(ASKED * 3), read_chats),
+    "pairs.jsonl": (PAIRS * 3, read_pairs),
     "config.toml": (CONFIG, lambda path: [repr(load_config(path))]),
 }
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
-LINES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".toml")
 # Of all the file, not of a line.
-WHOLE = (
-    "has no rows",
-    "has no texts",
-    "cannot read",
-    "the only label",
-    "cannot be used",
-    "invalid tokenizer file",
+WHOLE = re.compile(
+    "has no rows|has no texts|cannot read|the only label|cannot be used|invalid tokenizer file"
 )
 
 
 def fault_of(path: Path, read: Reader) -> str:
     """What went wrong with reading a file, or ""."""
     try:
-        repr_of = "".join(flat(read(path)))
+        text = "".join(flatten(read(path)))
     except GptjaxError as error:
         return fault_of_message(path, str(error))
-    repr_of.encode()  # half a surrogate pair would fail here
-    return "" if "\0" not in repr_of else "a NUL character passed"
+    text.encode()  # half a surrogate pair would fail here
+    return "" if "\0" not in text else "a NUL character passed"
 
 
 def fault_of_message(path: Path, text: str) -> str:
     """What is missing in an error's message, or ""."""
+    text.encode()
     if path.suffix == ".toml" and re.search(r"\b[a-z]+\.[a-z_]+|unknown option", text):
         return ""  # it names an option, or (below) the line
-    of_tokenizer = path.name in TOKENIZER_FILES
-    if str(path.parent if of_tokenizer else path) not in text:
+    is_tokenizer = path.name in TOKENIZER_FILES
+    if str(path.parent if is_tokenizer else path) not in text:
         return f"no file in: {text}"
-    in_lines = path.suffix in LINES and not of_tokenizer
     line = re.search(rf"{re.escape(path.name)}(:\d+|.*line \d+|.*end of document)", text)
-    if in_lines and not line and not any(part in text for part in WHOLE):
-        return f"no line in: {text}"
-    text.encode()
-    return ""
+    return "" if is_tokenizer or line or WHOLE.search(text) else f"no line in: {text}"
 
 
-def flat(value: Any) -> Iterator[str]:
+def flatten(value: Any) -> Iterator[str]:
     """The strings in a value, as they are."""
     if isinstance(value, dict):
         value = [*value.keys(), *value.values()]
     if isinstance(value, list | tuple):
         for part in value:
-            yield from flat(part)
+            yield from flatten(part)
     else:
         yield str(value)
 

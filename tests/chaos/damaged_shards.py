@@ -25,7 +25,6 @@ small_blocks = mock.patch.object(token_files, "CRC_BLOCK_BYTES", 64)  # several 
 
 
 def write_folder(folder: Path, numbers: range) -> Path:
-    """Prepares a folder of a few sentences."""
     rows = "".join(f'"{n} times {n} is {n * n}."\n' for n in numbers)
     (folder / "text.jsonl").write_text(rows)
     out = folder / f"from{numbers.start}"
@@ -36,18 +35,15 @@ def write_folder(folder: Path, numbers: range) -> Path:
 def read_content(data: TokenizedSplits) -> list[Any]:
     """All that training reads of a folder, in windows that cross blocks."""
     content: list[Any] = [data.tokenizer.hash, data.tokenizer.eot_token]
-    for tokens in (data.train, data.validation):
-        if tokens is not None:
-            starts = range(0, len(tokens), 37)
-            content += [tokens.read(n, min(37, len(tokens) - n)).tolist() for n in starts]
-            content += [tokens.vocab_size, tokens.eot]
+    for tokens in filter(None, data[:2]):
+        windows = [(n, min(37, len(tokens) - n)) for n in range(0, len(tokens), 37)]
+        content += [tokens.vocab_size, tokens.eot, *(tokens.read(*w).tolist() for w in windows)]
     return content
 
 
 def shard_hashes(data: TokenizedSplits) -> list[Any]:
     """Data provenance of a run, as `gptjax.tasks.pretrain` does."""
-    parts = [part for part in (data.train, data.validation) if part]
-    return [(shard.path.name, shard.sha256) for part in parts for shard in part.shards]
+    return [(s.path.name, s.sha256) for part in filter(None, data[:2]) for s in part.shards]
 
 
 def damage_file(rng: random.Random, folder: Path, other: Path) -> tuple[str, bool]:

@@ -175,18 +175,11 @@ def make_preview(lengths, max_length, source=None):
     return Preview("", "", tuple(rows), BYTES, max_length - 1)
 
 
-def test_long_source_rows_are_shortened_and_deeply_nested_ones_are_omitted():
-    nested: list = []
-    for _ in range(100_000):
-        nested = [nested]
+def test_long_source_rows_are_shortened():
+    _, source, _ = describe_row(make_preview([1], 8, {"x": "é" * 5000}), 1)
 
-    long, deep = (
-        describe_row(make_preview([1], 8, {"x": value}), 1)[1] for value in ("é" * 5000, nested)
-    )
-
-    start, rest = long.removesuffix(" more characters)").split("... (")
+    start, rest = source.removesuffix(" more characters)").split("... (")
     assert len(start) + int(rest.replace(",", "")) == len('{\n  "x": ""\n}') + 5000
-    assert deep == "(nested too deeply to display)"
 
 
 @settings(max_examples=10, derandomize=True)

@@ -4,19 +4,10 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from gptjax.plots.curves import accuracy_figure, confusion_figure, loss_figure, lr_figure
-from gptjax.plots.report import (
-    MAX_TEXT_CHARS,
-    Misclassification,
-    inline_code,
-    list_mistakes,
-    per_class_table,
-    write_report,
-)
+from gptjax.plots.report import Misclassification, list_mistakes, per_class_table, write_report
 from gptjax.training.metrics import log_event, read_events
 from tests.pictures import assert_nothing_is_cut_off
 
@@ -103,17 +94,3 @@ def test_report_holds_summary_result_evaluations_pictures_samples_and_details(ru
     assert (row.count("|"), "0.9998 | 0.9990 | 0.9994 | 10000" in row) == (6, True)
     items = [line for line in text.splitlines() if line.startswith("- ")]
     assert (len(items), items[0]) == (10, "- `ham` predicted as `spam` (0.980): `text 98`")
-
-
-@settings(max_examples=30)
-@given(st.text() | st.text("` \nab").map(lambda text: 9 * text))
-def test_a_code_span_is_not_closed_by_its_text(text):
-    span = inline_code(text)
-
-    fence = re.match("`+", span)[0]
-    runs = re.findall("`+", span)
-    assert [len(run) for run in runs].count(len(fence)) == 2
-    assert runs[-1] == fence
-    inner = span[len(fence) : -len(fence)].strip()
-    assert inner.isprintable()
-    assert len(inner) <= MAX_TEXT_CHARS

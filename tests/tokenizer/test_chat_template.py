@@ -134,10 +134,8 @@ def test_foreign_templates_are_rendered_with_their_stop_strings_and_tags():
     assert [segment.kind for segment in segments] == ["prompt", "header", "answer"]
     assert segments[-1].text == "yks<|im_end|>\n"
     assert template.stop_strings == ("<|im_end|>", "\n<|im_start|>user")
-    assert tagged.segments([PLAIN, REPLY])[-2:] == [
-        ("yks", "answer", False),
-        ("<|endoftext|>", "answer", True),
-    ]
+    answer = [("yks", "answer", False), ("<|endoftext|>", "answer", True)]
+    assert tagged.segments([PLAIN, REPLY])[-2:] == answer
 
 
 SLICED = (
@@ -220,12 +218,10 @@ import os
 from gptjax.tokenizer.chat_template import compile_template, render_template
 compile_template({CHATML!r})
 child = os.fork()
-texts = [str(n) + "ab"[child == 0] for n in range(99)]
-replies = [render_template({CHATML!r}, [dict(role="user", content=t)]) for t in texts]
-wrong = sum(t not in reply for t, reply in zip(texts, replies))
-assert not wrong, wrong
-if child:
-    assert os.waitpid(child, 0)[1] == 0
+for n in range(99):
+    text = str(n) + "ab"[child == 0]
+    assert text in render_template({CHATML!r}, [dict(role="user", content=text)])
+assert not child or os.waitpid(child, 0)[1] == 0
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
