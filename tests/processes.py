@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,7 +118,10 @@ def train(count: int, *arguments: str) -> list[list[str]]:
 
 @contextlib.contextmanager
 def started(
-    commands: Sequence[Sequence[str]], folders: Sequence[Path], devices: int = 1
+    commands: Sequence[Sequence[str]],
+    folders: Sequence[Path],
+    devices: int = 1,
+    env: Mapping[str, str] = os.environ,
 ) -> Iterator[list[Process]]:
     """Processes that run the commands, each in its folder; killed in the end."""
     processes: list[Process] = []
@@ -127,7 +130,7 @@ def started(
             scratch = folder / f"scratch{number}"
             scratch.mkdir(exist_ok=True)
             environment = {
-                **os.environ,
+                **env,
                 "JAX_PLATFORMS": "cpu",
                 "JAX_NUM_CPU_DEVICES": str(devices),
                 "PYTHONPATH": str(ROOT),

@@ -7,11 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.checkpoint.retention import delete_step, list_steps
-from gptjax.config import RunConfig
+from gptjax.config import RunConfig, from_dict
 from gptjax.tasks.builder import TaskStages
 from gptjax.tasks.train import train
+from gptjax.training.metrics import read_events
 from gptjax.training.task import RunContext, Task
 from gptjax.weights.model_folder import Model
+
+
+def config_with(table: dict[str, Any], **changes: Any) -> RunConfig:
+    """Config of a table with changes, each section__option=value."""
+    tables = {section: dict(options) for section, options in table.items()}
+    for name, value in changes.items():
+        section, option = name.split("__")
+        tables.setdefault(section, {})[option] = value
+    return from_dict(RunConfig, tables)
+
+
+def evaluations(run_dir: Path, split: str) -> list[dict[str, Any]]:
+    """Evaluations of a run on one split."""
+    events = read_events(run_dir / "metrics.jsonl")
+    return [e for e in events if e["event"] == "eval" and e["split"] == split]
 
 
 class LineHandler(logging.Handler):

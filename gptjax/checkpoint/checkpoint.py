@@ -61,12 +61,8 @@ def async_saver(
     The caller may donate the arrays while they are written: on CPU, JAX copies donated
     buffers that are still referenced, and arrays on other devices are fetched first.
     With several processes each save is synchronous, because processes cannot
-    synchronize in a thread during training. `on_saved` is called when a step is
-    complete, possibly from another thread.
-
-    Raises:
-        ModelError: a step could not be saved, raised by the next `save` or at the end
-            of the `with` block, which waits for the last one.
+    synchronize in a thread during training. An error is raised by the next `save` or at
+    the end of the block, which waits for the last one.
     """
 
     def write_and_notify(step: int, tree: Any, metadata: Mapping[str, Any] = NO_METADATA) -> None:
@@ -110,11 +106,8 @@ def write_step(
 ) -> None:
     """Saves `tree` as `step`, then deletes all but the newest `keep` steps.
 
-    The metadata, JSON values, are stored in the manifest.
-
-    Raises:
-        ModelError: the folder cannot be written, or a value is not finite. Earlier
-            steps are kept.
+    The metadata, JSON values, are stored in the manifest. Earlier steps are kept if the
+    folder cannot be written or a value is not finite.
     """
     is_main, partial_dir = jax.process_index() == 0, checkpoint_dir / f"{step}.partial"
     try:
@@ -123,9 +116,8 @@ def write_step(
         sync_global_devices("checkpoint begun")
         checksums, nonfinite = checksum_tree(tree)
         if nonfinite:
-            others = f" and {len(nonfinite) - 1} more" if nonfinite[1:] else ""
             raise ModelError(
-                f"step {step} is not saved: {nonfinite[0]}{others} contains non-finite "
+                f"step {step} is not saved: {nonfinite[0]} contains non-finite "
                 "values. Lower optim.peak_lr or optim.grad_clip and rerun the command to "
                 "resume from the last checkpoint."
             )
@@ -168,11 +160,7 @@ def first_line(error: Exception) -> str:
 
 
 def check_disk_space(checkpoint_dir: Path, tree: Any) -> None:
-    """Checks that the disk has space for one more step.
-
-    Raises:
-        ModelError: there is too little space.
-    """
+    """Checks that the disk has space for one more step."""
     if jax.process_index() > 0:
         return
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
@@ -197,12 +185,7 @@ class Restored(NamedTuple):
 
 
 def restore_latest(checkpoint_dir: Path, like: Any) -> Restored:
-    """Restores the newest valid step, or returns `like` if no step was saved.
-
-    Raises:
-        ModelError: the folder is not empty but has no valid step, or the step has
-            other arrays than `like`.
-    """
+    """Restores the newest valid step, or returns `like` if no step was saved."""
     warnings: list[str] = []
     while True:
         step, new_warnings = latest_step(checkpoint_dir)
@@ -264,9 +247,6 @@ def read_latest_params(checkpoint_dir: Path) -> tuple[int, dict[str, np.ndarray]
     """Reads the parameters of the newest valid step into host memory, by name.
 
     For other processes than the run's own, which may be training: changes no file.
-
-    Raises:
-        ModelError: there is no valid step.
     """
     problem = "its first one is not written yet"
     for step in reversed(list_steps(checkpoint_dir)):
@@ -311,29 +291,19 @@ def tree_spec(tree: Any) -> dict[str, str]:
 
 
 def check_checksums(tree: Any, arrays: dict[str, Any]) -> None:
-    """Compares restored arrays with the (spec, checksum) of the saved ones.
-
-    Raises:
-        CorruptCheckpointError: an array differs.
-    """
-    for name, value in checksum_tree(tree).sums.items():
+    """Compares restored arrays with the (spec, checksum) of the saved ones."""
+    for name, value in checksum_tree(tree)[0].items():
         if value != arrays[name][1]:
             raise CorruptCheckpointError(
                 f"the restored values of {name!r} differ from the saved ones"
             )
 
 
-class ArrayChecksums(NamedTuple):
-    """Checksums of the arrays of a tree, equal on any mesh."""
+def checksum_tree(tree: Any) -> tuple[dict[str, int], list[str]]:
+    """Checksum of each array by name, and the names of arrays with non-finite values.
 
-    sums: dict[str, int]  # by name, below 2**32
-    nonfinite: list[str]  # names of arrays with a non-finite value
-
-
-def checksum_tree(tree: Any) -> ArrayChecksums:
-    """Computes the checksums of a tree of arrays on any devices.
-
-    A collective operation: all processes must call it, and get the same result.
+    A collective operation: all processes must call it, and get the same result, which
+    is equal on any mesh.
     """
     leaves = flatten_with_names(tree)
     sharding = getattr(next(iter(leaves.values())), "sharding", None)
@@ -342,10 +312,8 @@ def checksum_tree(tree: Any) -> ArrayChecksums:
         replicated = NamedSharding(sharding.mesh, PartitionSpec())
     results = _jit_checksums(replicated)([*leaves.values()])
     sums, is_finite = (np.asarray(x).tolist() for x in results)
-    return ArrayChecksums(
-        dict(zip(leaves, sums, strict=True)),
-        [name for name, ok in zip(leaves, is_finite, strict=True) if not ok],
-    )
+    nonfinite = [name for name, ok in zip(leaves, is_finite, strict=True) if not ok]
+    return dict(zip(leaves, sums, strict=True)), nonfinite
 
 
 @functools.cache

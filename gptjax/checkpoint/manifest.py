@@ -41,11 +41,7 @@ def write_manifest(step_dir: Path, contents: dict[str, Any]) -> None:
 
 
 def read_manifest(step_dir: Path) -> dict[str, Any]:
-    """Reads and checks the manifest, but not the files that it lists.
-
-    Raises:
-        CorruptCheckpointError: the manifest is missing or modified.
-    """
+    """Reads and checks the manifest, but not the files that it lists."""
     if step_dir.is_symlink() or not step_dir.is_dir():
         raise CorruptCheckpointError("it is not a folder")
     try:
@@ -61,11 +57,7 @@ def read_manifest(step_dir: Path) -> dict[str, Any]:
 
 
 def verify_manifest(step_dir: Path) -> dict[str, Any]:
-    """Reads the manifest and verifies all files against it.
-
-    Raises:
-        CorruptCheckpointError: a file is missing, unexpected or modified.
-    """
+    """Reads the manifest and verifies all files against it."""
     contents = read_manifest(step_dir)
     expected = contents["files"]
     try:

@@ -32,9 +32,6 @@ def latest_valid_step(checkpoint_dir: Path) -> tuple[int | None, list[str]]:
     """Returns the newest valid step (None if no step was ever saved) and warnings.
 
     Quarantines invalid steps, so only the process that writes the run may call it.
-
-    Raises:
-        ModelError: the folder is not empty but has no valid step.
     """
     warnings: list[str] = []
     try:

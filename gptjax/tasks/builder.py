@@ -12,24 +12,16 @@ from gptjax.data.text import TEST_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError
 from gptjax.parallel.sharding import shard_tree, to_host
 from gptjax.tokenizer.tokenizer import Tokenizer
+from gptjax.training import finetune
 from gptjax.training.estimate import parameter_count
-from gptjax.training.finetune import (
-    FinetuneLossFn,
-    finetune_provenance,
-    full_params,
-    initial_params,
-    make_finetune_step,
-    resolve_model_config,
-    save_finetuned,
-    split_trainable,
-)
 from gptjax.training.metrics import log_event
 from gptjax.training.optimizer import make_optimizer
+from gptjax.training.run_dir import hash_rows
 from gptjax.training.task import EvalResult, RunContext, Task, describe_devices, describe_length
 from gptjax.training.train_step import TrainState, init_state
 from gptjax.tree import Params, num_params
 from gptjax.weights.load import load
-from gptjax.weights.model_folder import Model
+from gptjax.weights.model_folder import Model, save, save_adapters
 
 
 class TaskStages(NamedTuple):
@@ -45,15 +37,15 @@ class TaskStages(NamedTuple):
 def with_model_config(
     run: RunContext, init_model: Model | None, tokenizer: Tokenizer, num_classes: int = 0
 ) -> RunContext:
-    """Returns the run with the model config from `resolve_model_config`."""
-    model = resolve_model_config(run.config.model, init_model, tokenizer, num_classes)
+    """Returns the run with its resolved model config."""
+    model = finetune.resolve_model_config(run.config.model, init_model, tokenizer, num_classes)
     return dataclasses.replace(run, config=dataclasses.replace(run.config, model=model))
 
 
 def make_initial_params(run: RunContext, init_model: Model | None, tokenizer: Tokenizer) -> Params:
     """Parameters before the first step: the initial model's, or new ones."""
     key = jax.random.key(run.config.train.seed)
-    return initial_params(run.config.model, init_model, tokenizer, key)
+    return finetune.initial_params(run.config.model, init_model, tokenizer, key)
 
 
 class FinetuneInputs(NamedTuple):
@@ -79,7 +71,7 @@ def make_finetune_task(
     run: RunContext,
     inputs: FinetuneInputs,
     *,
-    loss_fn: FinetuneLossFn,
+    loss_fn: finetune.FinetuneLossFn,
     batches: BucketedBatches,
     tokens_per_step: float,
     evaluate: Callable[[Model, int, bool], EvalResult],
@@ -93,37 +85,41 @@ def make_finetune_task(
         inputs: data, tokenizer and initial model.
         loss_fn: (config, params, adapters, batch, key) -> (sum, weight).
         batches: training batches.
-        tokens_per_step: mean number of tokens per step.
-        evaluate: evaluates a model: (model, step, is_last); its score selects the model
-            that is saved in model/.
+        tokens_per_step: mean.
+        evaluate: (model, step, is_last); its score selects the model saved in model/.
         summary: task-specific parts of the summary.
         params: of the full model before the first step, if they are known already.
     """
     config, key = run.config, jax.random.key(run.config.train.seed)
+    tokenizer, template = inputs.tokenizer, inputs.chat_template
     if params is None:
-        params = make_initial_params(run, inputs.init_model, inputs.tokenizer)
-    trainable_params, frozen_params = shard_tree(split_trainable(config, params, key), run.mesh)
+        params = make_initial_params(run, inputs.init_model, tokenizer)
+    trainable_params, frozen_params = shard_tree(
+        finetune.split_trainable(config, params, key), run.mesh
+    )
     optimizer = make_optimizer(config.optim, config.train.steps)
 
     def to_model(state: TrainState) -> Model:
-        params = full_params(config, to_host(state.params), frozen_params)
-        labels, template = inputs.class_names, inputs.chat_template
-        return Model(config.model, params, inputs.tokenizer, labels, chat_template=template)
+        params = finetune.full_params(config, to_host(state.params), frozen_params)
+        return Model(config.model, params, tokenizer, inputs.class_names, chat_template=template)
 
     def save_best(state: TrainState) -> None:
-        state = state._replace(params=to_host(state.params))
-        save_finetuned(config, run.run_dir, to_model(state), state.params, frozen_params)
+        trainable_params = to_host(state.params)
+        save(to_model(state._replace(params=trainable_params)), run.run_dir / "model")
+        if adapters := finetune.combine_params(config, trainable_params, frozen_params)[1]:
+            save_adapters(adapters, run.run_dir / "adapters.safetensors")
 
     return Task(
         init_state=init_state(trainable_params, optimizer, key),
-        train_step=make_finetune_step(config, loss_fn, optimizer),
+        train_step=finetune.make_finetune_step(config, loss_fn, optimizer),
         batches=lambda start, stop: map(batches.batch_at, range(start, stop)),
         evaluate=lambda state, step, is_last: evaluate(to_model(state), step, is_last),
         to_model=to_model,
         tokens_per_step=tokens_per_step,
-        provenance=finetune_provenance(
-            inputs.tokenizer, inputs.init_model, inputs.rows, inputs.chat_template
-        ),
+        provenance={
+            "data": {split: hash_rows(part) for split, part in inputs.rows.items()},
+            **finetune.model_provenance(tokenizer, inputs.init_model, template),
+        },
         summary=format_finetune_summary(
             run, summary, batches, num_params(trainable_params), num_params(frozen_params)
         ),
@@ -166,11 +162,7 @@ def describe_model(run: RunContext) -> str:
 
 
 def load_best_model(run: RunContext) -> Model:
-    """Loads the model of the best evaluation from model/.
-
-    Raises:
-        ConfigError: no evaluation had a finite score.
-    """
+    """Loads the model of the best evaluation; one must have had a finite score."""
     if not (run.run_dir / "model").is_dir():
         raise ConfigError(
             f"no evaluation of the run in {run.run_dir} had a finite score, so no "

@@ -16,25 +16,9 @@ from gptjax.model.classifier import classifier_hidden_states, pool_and_project
 from gptjax.model.gpt import unembedding_matrix
 from gptjax.plots.curves import accuracy_figure, confusion_figure
 from gptjax.plots.report import Misclassification, list_mistakes, per_class_table, write_report
-from gptjax.tasks.builder import (
-    FinetuneInputs,
-    FinetuneSummary,
-    TaskStages,
-    evenly_spaced,
-    final_split,
-    load_best_model,
-    log_done,
-    log_final_evaluation,
-    make_finetune_task,
-    with_model_config,
-)
+from gptjax.tasks import builder
 from gptjax.tokenizer.tokenizer import Tokenizer
-from gptjax.training.finetune import (
-    check_validation_split,
-    choose_tokenizer,
-    load_init_model,
-    max_context,
-)
+from gptjax.training import finetune
 from gptjax.training.loss import classification_loss, fused_cross_entropy
 from gptjax.training.metrics import read_events
 from gptjax.training.task import EvalResult, RunContext, Task
@@ -56,7 +40,7 @@ class ClassificationData(NamedTuple):
 def load_classification_data(run: RunContext) -> tuple[RunContext, ClassificationData]:
     """Loads, splits and tokenizes the labeled rows; resolves the model's config."""
     c = run.config
-    init_model = load_init_model(c.finetune, run.log)
+    init_model = finetune.load_init_model(c.finetune, run.log)
     if c.data.batching not in ("auto", "padded"):
         raise ConfigError(
             f"data.batching={c.data.batching!r} is not supported for classification, "
@@ -72,9 +56,11 @@ def load_classification_data(run: RunContext) -> tuple[RunContext, Classificatio
         balance_classes=c.data.balance_classes,
         deduplicate=c.data.deduplicate,
     )
-    rows = check_validation_split(c, rows, "rows")
-    tokenizer = choose_tokenizer(c.data.tokenizer, init_model, lambda: rows[TRAIN_SPLIT].texts)
-    max_length = max_context(c.model, init_model)
+    rows = finetune.check_validation_split(c, rows, "rows")
+    tokenizer = finetune.choose_tokenizer(
+        c.data.tokenizer, init_model, lambda: rows[TRAIN_SPLIT].texts
+    )
+    max_length = finetune.max_context(c.model, init_model)
     ids, num_truncated = {}, 0
     for split, part in rows.items():
         token_ids = [tokenizer.encode(text) for text in part.texts]
@@ -84,7 +70,7 @@ def load_classification_data(run: RunContext) -> tuple[RunContext, Classificatio
     if num_truncated:
         summary_lines.append(f"too long {num_truncated} texts truncated to the context")
     data = ClassificationData(rows, ids, tokenizer, init_model, summary_lines)
-    run = with_model_config(run, init_model, tokenizer, len(rows[TRAIN_SPLIT].class_names))
+    run = builder.with_model_config(run, init_model, tokenizer, len(rows[TRAIN_SPLIT].class_names))
     return run, data
 
 
@@ -104,14 +90,16 @@ def make_classification_task(run: RunContext, data: ClassificationData) -> Task:
         split: zip(part.texts, (part.class_names[n] for n in part.labels), strict=True)
         for split, part in data.rows.items()
     }
-    return make_finetune_task(
+    return builder.make_finetune_task(
         run,
-        FinetuneInputs(text_label_pairs, tokenizer, data.init_model, class_names=rows.class_names),
+        builder.FinetuneInputs(
+            text_label_pairs, tokenizer, data.init_model, class_names=rows.class_names
+        ),
         loss_fn=classification_loss_fn,
         batches=batches,
         tokens_per_step=sum(map(len, ids)) / len(ids) * config.data.batch_size,
         evaluate=make_classification_evaluate(run, data),
-        summary=FinetuneSummary(data.summary_lines, "rows"),
+        summary=builder.FinetuneSummary(data.summary_lines, "rows"),
     )
 
 
@@ -136,12 +124,8 @@ def classification_loss_fn(
             config.model, x_BTD, table_VD, target_BT, lm_weight_BT, config.train.loss_chunk_size
         )
         # Mean over tokens, weighted by the number of texts.
-        loss_sum += (
-            config.finetune.lm_loss_weight
-            * weight
-            * lm_loss_sum
-            / jnp.maximum(lm_weight_BT.sum(), 1)
-        )
+        scale = config.finetune.lm_loss_weight * weight
+        loss_sum += scale * lm_loss_sum / jnp.maximum(lm_weight_BT.sum(), 1)
     return loss_sum, weight
 
 
@@ -153,7 +137,7 @@ def make_classification_evaluate(
     The best model has the highest validation accuracy; ties go to the lower loss.
     """
     max_train_rows = run.config.train.eval_batches * CLASSIFY_BATCH_SIZE
-    train_subset = evenly_spaced(range(len(data.ids[TRAIN_SPLIT])), max_train_rows)
+    train_subset = builder.evenly_spaced(range(len(data.ids[TRAIN_SPLIT])), max_train_rows)
 
     def evaluate(model: Model, step: int, is_last: bool) -> EvalResult:
         texts, ids = data.rows[TRAIN_SPLIT], data.ids[TRAIN_SPLIT]
@@ -188,10 +172,10 @@ def finalize_classification(
     run: RunContext, data: ClassificationData, task: Task, state: TrainState
 ) -> Model:
     """Evaluates the best model on the test rows; writes figures and report.md."""
-    model, split = load_best_model(run), final_split(data.rows)
+    model, split = builder.load_best_model(run), builder.final_split(data.rows)
     texts, train_labels = data.rows[split], data.rows[TRAIN_SPLIT].labels
     result = evaluate_classifier(model, texts, data.ids[split])
-    log_final_evaluation(run, split, **metric_values(result))
+    builder.log_final_evaluation(run, split, **metric_values(result))
     predicted_N, prob_N = result.prob_NC.argmax(axis=-1), result.prob_NC.max(axis=-1)
     misclassified = [n for n, label in enumerate(texts.labels) if predicted_N[n] != label]
     mistakes = [
@@ -224,8 +208,10 @@ def finalize_classification(
         },
         details=[*per_class_table(result.confusion_CC, names), *list_mistakes(mistakes)],
     )
-    log_done(run, text, "report.md, figures")
+    builder.log_done(run, text, "report.md, figures")
     return model
 
 
-CLASSIFY = TaskStages(load_classification_data, make_classification_task, finalize_classification)
+CLASSIFY = builder.TaskStages(
+    load_classification_data, make_classification_task, finalize_classification
+)

@@ -25,25 +25,9 @@ from gptjax.data.text import TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError, DataError
 from gptjax.plots.report import write_report
 from gptjax.runtime.preemption import check_interrupted
-from gptjax.tasks.builder import (
-    FinetuneInputs,
-    FinetuneSummary,
-    TaskStages,
-    final_split,
-    load_best_model,
-    log_done,
-    log_final_evaluation,
-    make_finetune_task,
-    make_initial_params,
-    with_model_config,
-)
+from gptjax.tasks import builder
 from gptjax.tokenizer.chat_template import ChatTemplate
-from gptjax.training.finetune import (
-    choose_chat_template,
-    load_init_model,
-    max_context,
-    train_val_test_split,
-)
+from gptjax.training import finetune
 from gptjax.training.loss import batch_per_token_loss
 from gptjax.training.run_dir import hash_pytree
 from gptjax.training.task import EvalResult, RunContext, Task
@@ -79,11 +63,11 @@ def load_dpo_data(run: RunContext) -> tuple[RunContext, DPOData]:
     """Loads the pairs and computes their log-probabilities under the initial model."""
     init_model = load_dpo_init_model(run)
     tokenizer = init_model.tokenizer
-    template = choose_chat_template(run.config.data.chat_template, init_model)
+    template = finetune.choose_chat_template(run.config.data.chat_template, init_model)
     pairs, summary_lines = load_pairs(run.config, init_model, template)
-    run = with_model_config(run, init_model, tokenizer)
+    run = builder.with_model_config(run, init_model, tokenizer)
     config = run.config
-    params = make_initial_params(run, init_model, tokenizer)
+    params = builder.make_initial_params(run, init_model, tokenizer)
     batches = {}
     for split, split_pairs in pairs.items():
         zero_batches = PreferenceBatches(
@@ -101,7 +85,7 @@ def load_dpo_data(run: RunContext) -> tuple[RunContext, DPOData]:
 
 def load_dpo_init_model(run: RunContext) -> Model:
     """Loads the model to start from; rejects options that do not apply to DPO."""
-    init_model, data = load_init_model(run.config.finetune, run.log), run.config.data
+    init_model, data = finetune.load_init_model(run.config.finetune, run.log), run.config.data
     if init_model is None:
         raise ConfigError(
             "train.task='dpo' requires an initial model: set finetune.init_from to the "
@@ -123,8 +107,8 @@ def load_pairs(
 ) -> tuple[dict[str, ExamplePairs], list[str]]:
     """Loads, splits and tokenizes the pairs; also returns summary lines."""
     all_pairs, columns = read_preference_pairs(config.data.source)
-    splits = train_val_test_split(config, all_pairs, "pairs")
-    context = max_context(config.model, init_model)
+    splits = finetune.train_val_test_split(config, all_pairs, "pairs")
+    context = finetune.max_context(config.model, init_model)
     pairs, num_equal, num_too_long = {}, 0, 0
     for name, part in splits.items():
         unequal = [pair for pair in part if pair.chosen != pair.rejected]
@@ -169,14 +153,14 @@ def make_dpo_task(run: RunContext, data: DPOData) -> Task:
     pairs = {split: part.pairs for split, part in data.batches.items()}
     init_model, template = data.init_model, data.chat_template
     num_tokens = sum(len(x.ids) - 1 for pair in batches.pairs for x in pair)
-    task = make_finetune_task(
+    task = builder.make_finetune_task(
         run,
-        FinetuneInputs(pairs, init_model.tokenizer, init_model, chat_template=template),
+        builder.FinetuneInputs(pairs, init_model.tokenizer, init_model, chat_template=template),
         loss_fn=dpo_loss_fn,
         batches=batches,
         tokens_per_step=num_tokens / batches.steps_per_epoch,
         evaluate=make_dpo_evaluate(run, data.batches),
-        summary=FinetuneSummary(
+        summary=builder.FinetuneSummary(
             data.summary_lines,
             "pairs of rows",
             init_note=f" (also the reference; beta {run.config.finetune.dpo_beta})",
@@ -289,9 +273,9 @@ def make_dpo_evaluate(
 
 def finalize_dpo(run: RunContext, data: DPOData, task: Task, state: TrainState) -> Model:
     """Evaluates the best model on the test pairs; writes figures and report.md."""
-    model, split = load_best_model(run), final_split(data.batches)
+    model, split = builder.load_best_model(run), builder.final_split(data.batches)
     metrics = evaluate_pairs(run.config, model, data.batches[split])
-    log_final_evaluation(run, split, **metrics._asdict())
+    builder.log_final_evaluation(run, split, **metrics._asdict())
     text = (
         f"{split} loss {metrics.loss:.4f}, margin {metrics.margin:.4f}, "
         f"accuracy {metrics.accuracy:.1%} on {len(data.batches[split].pairs):,} "
@@ -300,8 +284,8 @@ def finalize_dpo(run: RunContext, data: DPOData, task: Task, state: TrainState) 
     write_report(
         run.run_dir, summary=task.summary, result=text, units_per_step=task.tokens_per_step
     )
-    log_done(run, text, "report.md, figures")
+    builder.log_done(run, text, "report.md, figures")
     return model
 
 
-DPO = TaskStages(load_dpo_data, make_dpo_task, finalize_dpo)
+DPO = builder.TaskStages(load_dpo_data, make_dpo_task, finalize_dpo)

@@ -86,11 +86,7 @@ def make_pretrain_task(run: RunContext, data: PretrainData) -> Task:
 
 
 def resolve_data_config(run: RunContext) -> DataConfig:
-    """The run's `[data]`, with the initial model's tokenizer if none is named.
-
-    Raises:
-        ConfigError: `finetune.trainable` is not "all".
-    """
+    """The run's `[data]`, with the initial model's tokenizer if none is named."""
     config = run.config
     if config.finetune.trainable != "all":
         raise ConfigError(
@@ -131,11 +127,7 @@ def make_pretrain_evaluate(
 
 
 def isolate_documents(batching: str) -> bool:
-    """True if attention is confined to single documents.
-
-    Raises:
-        ConfigError: a value of `data.batching` for fine-tuning only.
-    """
+    """True if attention is confined to single documents."""
     if batching not in DOCUMENT_MODE:
         raise ConfigError(
             f"data.batching={batching!r} is not supported for pretraining, which fills "
@@ -156,14 +148,10 @@ def hash_splits(dataset: TokenizedSplits) -> dict[str, dict[str, str]]:
 
 def format_pretrain_summary(run: RunContext, data: TokenizedSplits) -> list[str]:
     """Summary printed before training."""
-    c = run.config.model
-    train_config = run.config.train
-    rows = run.config.data.batch_size
+    c, train_config, rows = run.config.model, run.config.train, run.config.data.batch_size
     resolved_config = estimate.resolve_config(run.config)
     memory_parts = estimate.memory_bytes(resolved_config, estimate.mesh_sizes(run.mesh))
-    memory_breakdown = " + ".join(
-        f"{name} {estimate.format_bytes(size)}" for name, size in memory_parts.items()
-    )
+    sizes = " + ".join(f"{name} {estimate.format_bytes(n)}" for name, n in memory_parts.items())
     tokens = rows * c.context_length
     step_shape = f"{rows} rows x {c.context_length} tokens"
     if train_config.accumulate > 1:
@@ -178,8 +166,7 @@ def format_pretrain_summary(run: RunContext, data: TokenizedSplits) -> list[str]
         f"step     {step_shape} = {tokens:,} tokens, "
         f"{format_number(tokens * estimate.flops_per_token(c))} FLOPs",
         describe_length(train_config.steps, train_config.steps * tokens / len(data.train)),
-        f"memory   about {estimate.format_bytes(sum(memory_parts.values()))} per "
-        f"device: {memory_breakdown}",
+        f"memory   about {estimate.format_bytes(sum(memory_parts.values()))} per device: {sizes}",
         f"attention {resolved_config.model.attention}, remat {c.remat}",
         describe_devices(run),
     ]

@@ -30,10 +30,6 @@ def quickstart(run_dir: Path) -> Evaluation:
 
     The number of steps is fixed, so the result does not depend on the speed of the
     machine; calling it again prints the result without training.
-
-    Raises:
-        GptjaxError: the run folder cannot be used.
-        Interrupted: interrupted by a signal; the same call resumes.
     """
     logger.info("gptjax quickstart: text -> tokens -> a GPT -> text, all on this machine")
     logger.info("text     Python's help topics, one tenth held out")

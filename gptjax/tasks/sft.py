@@ -26,27 +26,10 @@ from gptjax.evaluation.instructions import (
     write_rows,
 )
 from gptjax.plots.report import code_block, markdown_table, write_report
-from gptjax.tasks.builder import (
-    FinetuneInputs,
-    FinetuneSummary,
-    TaskStages,
-    evenly_spaced,
-    final_split,
-    load_best_model,
-    log_done,
-    log_final_evaluation,
-    make_finetune_task,
-    with_model_config,
-)
+from gptjax.tasks import builder
 from gptjax.tokenizer.chat_template import ChatTemplate
 from gptjax.tokenizer.tokenizer import Tokenizer
-from gptjax.training.finetune import (
-    choose_chat_template,
-    choose_tokenizer,
-    load_init_model,
-    max_context,
-    train_val_test_split,
-)
+from gptjax.training import finetune
 from gptjax.training.loss import batch_loss
 from gptjax.training.metrics import metric_series, read_events
 from gptjax.training.task import EvalResult, RunContext, Task
@@ -82,13 +65,13 @@ class SFTData(NamedTuple):
 def load_sft_data(run: RunContext) -> tuple[RunContext, SFTData]:
     """Loads, splits and tokenizes the conversations; resolves the model's config."""
     c = run.config
-    init_model = load_init_model(c.finetune, run.log)
+    init_model = finetune.load_init_model(c.finetune, run.log)
     all_conversations, columns = read_conversations(c.data.source)
-    splits = train_val_test_split(c, all_conversations, "rows")
-    template = choose_chat_template(c.data.chat_template, init_model)
+    splits = finetune.train_val_test_split(c, all_conversations, "rows")
+    template = finetune.choose_chat_template(c.data.chat_template, init_model)
     texts = (m["content"] for x in splits[TRAIN_SPLIT] for m in x.messages)
-    tokenizer = choose_tokenizer(c.data.tokenizer, init_model, lambda: texts)
-    context = max_context(c.model, init_model)
+    tokenizer = finetune.choose_tokenizer(c.data.tokenizer, init_model, lambda: texts)
+    context = finetune.max_context(c.model, init_model)
     trained_segments = segments_with_loss(c.data)
     conversations, examples, completion_examples = {}, {}, {}
     num_truncated = num_dropped = 0
@@ -119,7 +102,7 @@ def load_sft_data(run: RunContext) -> tuple[RunContext, SFTData]:
     data = SFTData(
         conversations, examples, completion_examples, tokenizer, template, init_model, summary_lines
     )
-    return with_model_config(run, init_model, tokenizer), data
+    return builder.with_model_config(run, init_model, tokenizer), data
 
 
 def segments_with_loss(config: DataConfig) -> frozenset[str]:
@@ -145,14 +128,14 @@ def make_sft_task(run: RunContext, data: SFTData) -> Task:
     messages = {s: (x.messages for x in part) for s, part in data.conversations.items()}
     num_trained = sum(sum(x.loss_mask) for x in examples)
     trained_fraction = num_trained / sum(len(x.ids) for x in examples)
-    return make_finetune_task(
+    return builder.make_finetune_task(
         run,
-        FinetuneInputs(messages, tokenizer, data.init_model, chat_template=template),
+        builder.FinetuneInputs(messages, tokenizer, data.init_model, chat_template=template),
         loss_fn=sft_loss_fn,
         batches=batches,
         tokens_per_step=sum(len(x.ids) - 1 for x in examples) / batches.steps_per_epoch,
         evaluate=make_sft_evaluate(run, data),
-        summary=FinetuneSummary(
+        summary=builder.FinetuneSummary(
             data.summary_lines,
             "rows",
             trained_note=f"; loss on {trained_fraction:.0%} of the tokens",
@@ -180,9 +163,9 @@ def make_sft_evaluate(run: RunContext, data: SFTData) -> Callable[[Model, int, b
     The best model has the lowest loss on validation answers. Also generates answers to
     a fixed subset of these rows, and before the first step to test rows as a baseline.
     """
-    rows = evenly_spaced(data.conversations[VALIDATION_SPLIT], NUM_EVAL_SAMPLES)
-    test_rows = evenly_spaced(data.conversations.get(TEST_SPLIT, []), NUM_TEST_SAMPLES)
-    train_subset = evenly_spaced(
+    rows = builder.evenly_spaced(data.conversations[VALIDATION_SPLIT], NUM_EVAL_SAMPLES)
+    test_rows = builder.evenly_spaced(data.conversations.get(TEST_SPLIT, []), NUM_TEST_SAMPLES)
+    train_subset = builder.evenly_spaced(
         range(len(data.examples[TRAIN_SPLIT])), run.config.train.eval_batches * 8
     )
     # Else the training loss is that of the answers.
@@ -230,13 +213,13 @@ def answer_token_limit(model: Model, data: SFTData) -> int:
 
 def finalize_sft(run: RunContext, data: SFTData, task: Task, state: TrainState) -> Model:
     """Evaluates the best model; writes its answers, figures and report.md."""
-    model, split = load_best_model(run), final_split(data.examples)
-    rows = evenly_spaced(data.conversations[split], NUM_TEST_SAMPLES)
+    model, split = builder.load_best_model(run), builder.final_split(data.examples)
+    rows = builder.evenly_spaced(data.conversations[split], NUM_TEST_SAMPLES)
     responses = generate_responses(model, rows, answer_token_limit(model, data))
     loss = example_loss(model, data.completion_examples[split]).loss
     scores = mean_scores(responses)
     values = {"response_loss": loss, **scores, **task_exact_matches(responses)}
-    log_final_evaluation(run, split, **values)
+    builder.log_final_evaluation(run, split, **values)
     write_rows(to_rows(responses), run.run_dir / "responses.jsonl")
     text = (
         f"{split} loss {loss:.4f} nats per answer token"
@@ -246,7 +229,7 @@ def finalize_sft(run: RunContext, data: SFTData, task: Task, state: TrainState) 
         f"token F1 {scores['token_f1']:.4f}, ROUGE-L {scores['rouge_l']:.4f}"
     )
     details = markdown_table("task", group_scores(responses))
-    for one in evenly_spaced(responses, 8):
+    for one in builder.evenly_spaced(responses, 8):
         prompt = one.conversation.messages[-2]
         parts = [*filter(None, (prompt["content"], prompt.get("input")))]
         details += code_block(
@@ -259,7 +242,7 @@ def finalize_sft(run: RunContext, data: SFTData, task: Task, state: TrainState) 
         units_per_step=task.tokens_per_step,
         details=details,
     )
-    log_done(run, text, "responses.jsonl, report.md, figures")
+    builder.log_done(run, text, "responses.jsonl, report.md, figures")
     return model
 
 
@@ -269,4 +252,4 @@ def format_before(run: RunContext, split: str, name: str) -> str:
     return f" (before: {values[0]:.4f})" if 0 in steps else ""
 
 
-SFT = TaskStages(load_sft_data, make_sft_task, finalize_sft)
+SFT = builder.TaskStages(load_sft_data, make_sft_task, finalize_sft)

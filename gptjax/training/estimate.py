@@ -65,12 +65,7 @@ def hardware_flops(config: GPTConfig) -> float:
 def resolve_config(config: RunConfig, platform: str = "") -> RunConfig:
     """Resolves vocabulary size, dtype and attention backend without reading data.
 
-    Args:
-        config: config that defines its model, not `finetune.init_from`.
-        platform: "cpu", "gpu" or "tpu"; "" = this machine's.
-
-    Raises:
-        ConfigError: the attention backend does not support the platform.
+    The platform is "cpu", "gpu" or "tpu"; "" = this machine's.
     """
     model = config.model
     if not model.vocab_size:
@@ -98,9 +93,7 @@ def memory_bytes(
 ) -> dict[str, int]:
     """Bytes per device by part; those of activations are an estimate.
 
-    Args:
-        config: from `resolve_config`; `train.accumulate` = number of micro-batches.
-        mesh_shape: of the mesh axes, as `gptjax.parallel.sharding.MESH_AXES`.
+    `config` is from `resolve_config`; `mesh_shape` has the sizes of `MESH_AXES`.
     """
     c, total_params = config.model, parameter_count(config.model)
     data, fsdp, tensor = mesh_shape

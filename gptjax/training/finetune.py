@@ -3,8 +3,7 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -20,11 +19,11 @@ from gptjax.model.gpt import init
 from gptjax.model.lora import Adapters, init_adapters, merge_adapters, scale_adapters
 from gptjax.tokenizer.chat_template import ChatTemplate, compile_template, load_chat_template
 from gptjax.tokenizer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from gptjax.training import run_dir
+from gptjax.training.run_dir import hash_pytree
 from gptjax.training.train_step import make_train_step
 from gptjax.tree import Params, combine, partition
 from gptjax.weights.load import load
-from gptjax.weights.model_folder import Model, save, save_adapters
+from gptjax.weights.model_folder import Model
 
 Splits = TypeVar("Splits", bound=dict[str, Any])  # data by split
 
@@ -91,10 +90,7 @@ def max_context(config: GPTConfig, init_model: Model | None) -> int:
 def resolve_model_config(
     config: GPTConfig, init_model: Model | None, tokenizer: Tokenizer, num_classes: int = 0
 ) -> GPTConfig:
-    """Model config: the run's `[model]`, or the initial model's with task overrides.
-
-    `num_classes` is [C] of a classifier's head, 0 for none.
-    """
+    """Model config: the run's `[model]`, or the initial model's with task overrides."""
     if config.n_classes not in (0, num_classes):
         available = f"{num_classes} labels" if num_classes else "no labels"
         raise ConfigError(
@@ -138,26 +134,13 @@ def initial_params(
     return params
 
 
-def model_provenance(tokenizer: Tokenizer, init_model: Model | None = None) -> dict[str, Any]:
-    """Entries of meta.json for the tokenizer and the initial model, if any."""
+def model_provenance(
+    tokenizer: Tokenizer, init_model: Model | None = None, chat_template: str = ""
+) -> dict[str, Any]:
+    """Entries of meta.json for tokenizer, initial model and chat template."""
     provenance: dict[str, Any] = {"tokenizer": {"name": tokenizer.name, "hash": tokenizer.hash}}
     if init_model:
-        provenance["start"] = run_dir.hash_pytree(init_model.params)
-    return provenance
-
-
-def finetune_provenance(
-    tokenizer: Tokenizer,
-    init_model: Model | None,
-    rows: Mapping[str, Iterable[Any]],
-    chat_template: str = "",
-) -> dict[str, Any]:
-    """Entries of meta.json for all inputs of fine-tuning, as hashes.
-
-    `rows` has JSON values by split.
-    """
-    data = {split: run_dir.hash_rows(part) for split, part in rows.items()}
-    provenance = {"data": data, **model_provenance(tokenizer, init_model)}
+        provenance["start"] = hash_pytree(init_model.params)
     if chat_template:
         provenance["template"] = hashlib.sha256(chat_template.encode()).hexdigest()
     return provenance
@@ -240,29 +223,17 @@ def full_params(config: RunConfig, trainable_params: Params, frozen_params: Para
 
 def make_finetune_step(
     config: RunConfig, loss_fn: FinetuneLossFn, optimizer: Any
-) -> Callable[[Any, Any, Params], Any]:
+) -> Callable[..., Any]:
     """Returns a pure (state, batch, frozen_params) -> (state, metrics)."""
 
     def finetune_step(
         state: Any, batch: Any, frozen_params: Params, max_grad_norm: Any = math.inf
     ) -> Any:
-        def trainable_loss_fn(
-            trainable_params: Params, batch: Any, key: Any
-        ) -> tuple[Array, Array]:
-            return loss_fn(
-                config, *combine_params(config, trainable_params, frozen_params), batch, key
-            )
+        def trainable_loss_fn(trainable_params: Params, batch: Any, key: Any) -> Any:
+            params, adapters = combine_params(config, trainable_params, frozen_params)
+            return loss_fn(config, params, adapters, batch, key)
 
         train_step = make_train_step(trainable_loss_fn, optimizer, config.train.accumulate)
         return train_step(state, batch, max_grad_norm)
 
     return finetune_step
-
-
-def save_finetuned(
-    config: RunConfig, run_dir: Path, model: Model, trainable_params: Params, frozen_params: Params
-) -> None:
-    """Writes model/ of a run and, if there are any, adapters.safetensors."""
-    save(model, run_dir / "model")
-    if adapters := combine_params(config, trainable_params, frozen_params)[1]:
-        save_adapters(adapters, run_dir / "adapters.safetensors")

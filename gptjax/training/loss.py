@@ -40,15 +40,9 @@ Targets = Int[Array, "B T"]
 def cross_entropy_sum(
     logit_BTV: Float[Array, "B T V"], target_BT: Targets, weight_BT: PerToken
 ) -> tuple[Scalar, Scalar]:
-    """Summed next-token cross-entropy from logits.
+    """Summed next-token cross-entropy (nats), and the sum of weights to divide it by.
 
-    Args:
-        logit_BTV: unnormalized scores; converted to float32.
-        target_BT: the token that follows each position.
-        weight_BT: loss weights: 1 for targets, 0 for padding and masked prompts.
-
-    Returns:
-        The weighted sum in nats, and the sum of weights to divide it by.
+    The weight is 1 for targets that count, and 0 for padding and masked prompts.
 
     >>> import jax.numpy as jnp
     >>> nats, weight = cross_entropy_sum(
@@ -87,12 +81,7 @@ def batch_loss(
 ) -> tuple[Scalar, Scalar]:
     """Loss of a `gptjax.data.lm.Batch`, as (sum in nats, sum of weights).
 
-    Args:
-        config: shape of the model.
-        params: from `gptjax.init`.
-        batch: tokens, targets, loss weights, segment ids and positions, [B, T] each.
-        chunk_size: positions whose logits exist at a time, at most.
-        **options: `dropout_key` and `adapters` of `gptjax.hidden_states`.
+    `options` are `dropout_key` and `adapters` of `gptjax.hidden_states`.
     """
     x_BTD = batch_hidden_states(config, params, batch, **options)
     unembedding_VD = unembedding_matrix(config, params)
@@ -164,9 +153,6 @@ def fused_cross_entropy(
         weight_BT: loss weights.
         chunk_size: positions [C] whose logits [B, C, V] exist at a time, at most; T is
             split into equal chunks.
-
-    Returns:
-        The weighted sum in nats.
     """
     loss_BT = per_token_loss(config, x_BTD, unembedding_VD, target_BT, chunk_size)
     return jnp.sum(loss_BT * weight_BT)

@@ -11,7 +11,6 @@ time spent waiting for the next batch (input_wait, 0 to 1).
 import functools
 import json
 import math
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,12 +35,6 @@ def log_event(path: Path, kind: str, step: int, **values: Any) -> None:
     line = json.dumps({"event": kind, "step": step, **values}, ensure_ascii=False)
     with WRITE_LOCK, path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
-
-
-def sync_events(path: Path) -> None:
-    """Syncs metrics.jsonl to disk."""
-    with path.open("a", encoding="utf-8") as file:
-        os.fsync(file.fileno())
 
 
 def drop_open_line(path: Path) -> None:
@@ -95,14 +88,10 @@ def metric_series(
 
     Only events of `split`, if given; an event without a split counts as "validation".
     """
-    matching = [
-        event
-        for event in events
-        if event["event"] == kind
-        and event.get(name) is not None
-        and split in (None, event.get("split", "validation"))
-    ]
-    return [event["step"] for event in matching], [event[name] for event in matching]
+    matching = [e for e in events if e["event"] == kind and e.get(name) is not None]
+    if split is not None:
+        matching = [e for e in matching if e.get("split", "validation") == split]
+    return [e["step"] for e in matching], [e[name] for e in matching]
 
 
 def format_number(value: int | float) -> str:
@@ -187,11 +176,9 @@ class MetricsLogger:
         self, run: RunContext, tokens_per_step: int | float, step: int, history: History
     ) -> None:
         """Starts after `step` steps, with the history of those steps."""
-        self.run = run
-        self.tokens_per_step = tokens_per_step
+        self.run, self.tokens_per_step, self.history = run, tokens_per_step, history
         self.timer = StepTimer()
         self.step = self.logged_step = step
-        self.history = history
         self.pending: tuple[int, Metrics] | None = None
         self.applied: list[Any] = []  # of the steps not yet logged, on the device
 
@@ -199,10 +186,6 @@ class MetricsLogger:
     def learning_rates(self) -> list[float]:
         """Learning rate of each step."""
         return learning_rates(self.run.config.optim, self.run.config.train.steps)
-
-    def log(self, kind: str, step: int, **values: Any) -> None:
-        """Appends one event to the log of the run."""
-        log_event(self.run.metrics_path, kind, step, **values)
 
     def log_step(self, metrics: Metrics, should_log: bool) -> None:
         """Records a dispatched step; its metrics are read later if they are logged."""
@@ -257,7 +240,8 @@ class MetricsLogger:
         steps = (*self.history.logged, logged)[-anomalies.MAX_LOGGED_STEPS :]
         self.history = self.history._replace(logged=steps)
         if spike := anomalies.detect_spike(steps):
-            self.log("spike", spike.step, name=spike.name, value=spike.value, limit=spike.threshold)
+            numbers = {"value": spike.value, "limit": spike.threshold}
+            log_event(self.run.metrics_path, "spike", spike.step, name=spike.name, **numbers)
             self.run.log(
                 f"spike    step {spike.step}: {spike.name} {spike.value:.4g} exceeds the "
                 f"spike threshold {spike.threshold:.4g}"
@@ -273,15 +257,14 @@ class MetricsLogger:
         Ties go to the earlier step; a score that is not finite is never the best.
         """
         for kind, values in result.events:
-            self.log(kind, step, **values)
+            log_event(self.run.metrics_path, kind, step, **values)
         for line in result.log_lines:
             self.run.log(line)
         if sample is not None:
-            self.log("sample", step, text=sample)
+            log_event(self.run.metrics_path, "sample", step, text=sample)
         best, score = self.history.best_score, result.score
-        is_best = (
-            score is not None and all(map(math.isfinite, score)) and (best is None or score > best)
-        )
+        is_finite = score is not None and all(map(math.isfinite, score))
+        is_best = is_finite and (best is None or score > best)
         self.history = self.history._replace(evaluated_step=step)
         if is_best:
             self.history = self.history._replace(best_score=score, best_step=step)

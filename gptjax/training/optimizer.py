@@ -34,18 +34,9 @@ class LearningRateRule(NamedTuple):
 def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate as a function of the number of finished steps.
 
-    The schedules warm up linearly over `warmup_steps`, then follow one of:
-
-    - "constant";
-    - "cosine": decays to `final_lr_fraction * peak_lr` at the last step
-      (Loshchilov & Hutter 2017);
-    - "wsd": constant, then linear decay over the last fifth of the run
-      (Hu et al. 2024).
-
-    Other names are those of plugins.
-
-    Raises:
-        ConfigError: the warm-up is longer than the run.
+    After a linear warm-up, "cosine" decays to `final_lr_fraction * peak_lr` at the last
+    step (Loshchilov & Hutter 2017); "wsd" is constant and decays linearly over the last
+    fifth of the run (Hu et al. 2024). Other names are those of plugins.
     """
     peak_lr, warmup_steps = optim.peak_lr, optim.warmup_steps
     if warmup_steps > steps:

@@ -20,15 +20,7 @@ import jax
 import numpy as np
 import tomli_w
 
-from gptjax.config import (
-    RunConfig,
-    config_diff,
-    config_options,
-    did_you_mean,
-    find_renames,
-    load_config,
-    load_toml,
-)
+from gptjax.config import RunConfig, config_diff, config_options, did_you_mean, load_config
 from gptjax.errors import ConfigError, ModelError
 from gptjax.fileio.atomic import write_atomic
 from gptjax.fileio.strict_json import read_json
@@ -100,11 +92,9 @@ def open_run(
 def reconcile_config(run_dir: Path, config: RunConfig, allowed: Sequence[str] = ()) -> list[str]:
     """Writes config.toml, or checks that the existing run can resume with `config`.
 
-    An existing config.toml is rewritten only if a "trajectory" option changes, which
-    must be in `allowed`.
-
-    Returns:
-        Changed options, as lines `section.option: old -> new`.
+    Returns the changed options, as lines `section.option: old -> new`. An existing
+    config.toml is rewritten only if a "trajectory" option changes, which must be in
+    `allowed`.
     """
     path = run_dir / "config.toml"
     for name in allowed:
@@ -114,12 +104,6 @@ def reconcile_config(run_dir: Path, config: RunConfig, allowed: Sequence[str] = 
             )
     changes: dict[str, str] = {}
     if path.is_file():
-        if renames := find_renames(load_toml(path)):
-            raise ModelError(
-                f"the run in {run_dir} was started by an earlier version of gptjax "
-                f"({'; '.join(renames)}) and cannot be resumed by this one. Start a "
-                "new run with another --run DIR."
-            )
         changes = {line.partition(":")[0]: line for line in config_diff(load_config(path), config)}
         check_config_changes(run_dir, changes, allowed)
     if not path.is_file() or any(resume_policy(name) == "trajectory" for name in changes):
@@ -162,16 +146,11 @@ def reconcile_spike_policy(
     run_dir: Path, requested: str, allowed: Sequence[str] = ()
 ) -> SpikePolicy:
     """Chooses the spike policy: the requested one, else the run's, else "log"."""
-    if requested and requested not in SPIKE_POLICIES:
-        raise ConfigError(f"--on-spike {requested} must be one of {', '.join(SPIKE_POLICIES)}.")
     metadata = read_run_metadata(run_dir)
     before: Any = metadata.get("on_spike")
     chosen: Any = requested or before or "log"
     if chosen not in SPIKE_POLICIES:
-        raise ModelError(
-            f"the run in {run_dir} was started with --on-spike {chosen}, which no "
-            "longer exists. Start a new run with another --run DIR."
-        )
+        raise ConfigError(f"--on-spike {chosen} must be one of {', '.join(SPIKE_POLICIES)}.")
     if before and chosen != before:
         if ON_SPIKE not in allowed:
             raise ModelError(

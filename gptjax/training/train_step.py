@@ -126,7 +126,7 @@ def make_train_step(
         optimizer: any Optax transformation.
         accumulate: [G] micro-batches; the first axis of each batch leaf is distributed
             over them row by row. Divides activation memory by G.
-        axis_name: name of the `jax.pmap` axis to sum over; see `pmap_train_step`.
+        axis_name: of the `jax.pmap` axis to sum over.
     """
     grad_fn = make_grad_fn(check_loss_fn(loss_fn), accumulate, axis_name)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,14 +19,7 @@ from gptjax.runtime.device import package_versions
 from gptjax.runtime.preemption import Interrupted, heartbeat, set_signal_mode
 from gptjax.runtime.timing import mark_phase
 from gptjax.training.estimate import format_bytes
-from gptjax.training.metrics import (
-    Event,
-    History,
-    MetricsLogger,
-    drop_open_line,
-    log_event,
-    sync_events,
-)
+from gptjax.training.metrics import Event, History, MetricsLogger, drop_open_line, log_event
 from gptjax.training.resource_errors import check_compiled_memory
 from gptjax.training.run_dir import check_provenance, reconcile_config, write_run_metadata
 from gptjax.training.task import RunContext, Task, describe_devices
@@ -34,12 +28,7 @@ from gptjax.weights.model_folder import save_without_params
 
 
 def fit(run: RunContext, task: Task) -> TrainState:
-    """Trains to the last step, from the newest verified checkpoint if there is one.
-
-    Raises:
-        GptjaxError: the run folder has another run, or a resource error.
-        Interrupted: interrupted by SIGINT or SIGTERM; all progress is saved.
-    """
+    """Trains to the last step, from the newest verified checkpoint if there is one."""
     if jax.process_count() > 1:
         distributed.assert_equal(shared_provenance(run, task))
         distributed.stop_if_any(run.is_interrupted())
@@ -94,7 +83,7 @@ def checkpoint_state(state: TrainState) -> dict[str, Any]:
 
 
 def restore_or_init(
-    run: RunContext, task: Task, changes: Sequence[str] = ()
+    run: RunContext, task: Task, changes: Sequence[str]
 ) -> tuple[TrainState, History]:
     """Newest saved state or the initial one, with its history; logs config changes."""
     step, tree, warnings, metadata = restore_latest(
@@ -115,14 +104,14 @@ def restore_or_init(
     history = History.from_metadata(metadata)
     if step < run.config.train.steps:
         devices = describe_devices(run)
-        resume_info: dict[str, Any] = {"device": devices.split(None, 1)[1]}
-        resume_info |= {"changes": list(changes)} if changes else {}
-        log_event(run.metrics_path, "resume", step, **resume_info)
+        logged_changes = {"changes": list(changes)} if changes else {}
+        log_event(
+            run.metrics_path, "resume", step, device=devices.split(None, 1)[1], **logged_changes
+        )
         best = f"; the best so far is {history.best_step}" if history.best_score else ""
         run.log(f"resumed  {run.run_dir} after step {step}{best}")
-        run.log(devices)
-        for change in changes:
-            run.log(f"changed  {change}")
+        for line in (devices, *(f"changed  {change}" for change in changes)):
+            run.log(line)
     return task.init_state._replace(**tree), history
 
 
@@ -134,7 +123,7 @@ def train_loop(
     step = saved_step = start_step = int(state.step)
     if should_evaluate(run, task, step) and logger.history.evaluated_step != step:
         with logger.timer.exclude():
-            evaluate_and_log(run, task, state, step, logger, None)
+            evaluate_and_log(run, task, state, logger, None)
     distributed.stop_if_any(run.is_interrupted())
     if start_step == config.train.steps:
         return state
@@ -157,12 +146,12 @@ def train_loop(
                 event = logger.flush_step()
                 with logger.timer.exclude():
                     if is_eval_step:
-                        evaluate_and_log(run, task, state, step, logger, event)
+                        evaluate_and_log(run, task, state, logger, event)
                     else:
                         logger.print_progress(event)
                     if is_save_step:
                         saved_step = step  # first: a step is never saved twice
-                        save_checkpoint(run, state, step, logger, save)
+                        save_checkpoint(run, state, logger, save)
             if is_stopping and not is_last:
                 raise Interrupted
     except Interrupted:
@@ -170,7 +159,7 @@ def train_loop(
             raise
         logger.flush_step()
         if step > saved_step:
-            save_checkpoint(run, state, step, logger, save)
+            save_checkpoint(run, state, logger, save)
         raise Interrupted(
             f"interrupted after step {step}; all progress is saved in {run.checkpoint_dir.parent}"
         ) from None
@@ -179,24 +168,18 @@ def train_loop(
 
 def should_evaluate(run: RunContext, task: Task, step: int) -> bool:
     """True if the state after a step is evaluated; that before the first one is."""
-    train_config = run.config.train
-    is_due = not (step - task.eval_offset) % train_config.eval_every
-    return step in (0, train_config.steps) or is_due
+    train = run.config.train
+    return step in (0, train.steps) or (step - task.eval_offset) % train.eval_every == 0
 
 
 def evaluate_and_log(
-    run: RunContext,
-    task: Task,
-    state: TrainState,
-    step: int,
-    logger: MetricsLogger,
-    event: Event | None,
+    run: RunContext, task: Task, state: TrainState, logger: MetricsLogger, event: Event | None
 ) -> None:
     """Evaluates and samples at one step, logs both, and saves the best model.
 
     Nothing is logged if the evaluation is interrupted; it is repeated on resume.
-    `event` is the logged event of the step, if any.
     """
+    step = logger.step
     heartbeat()
     result = task.evaluate(state, step, step == run.config.train.steps)
     if not step:  # before the first step there is nothing to save
@@ -221,12 +204,13 @@ def should_stop(run: RunContext, step: int) -> bool:
 
 
 def save_checkpoint(
-    run: RunContext, state: TrainState, step: int, logger: MetricsLogger, save: SaveFn
+    run: RunContext, state: TrainState, logger: MetricsLogger, save: SaveFn
 ) -> None:
     """Starts saving a checkpoint after syncing the metrics up to it to disk."""
     heartbeat()
-    sync_events(run.metrics_path)
-    save(step, checkpoint_state(state), logger.history.to_metadata())
+    with run.metrics_path.open("a", encoding="utf-8") as file:
+        os.fsync(file.fileno())
+    save(logger.step, checkpoint_state(state), logger.history.to_metadata())
 
 
 def jit_by_shape(
@@ -239,20 +223,19 @@ def jit_by_shape(
     options: dict[str, Any] = {"donate_argnums": 0}
     if run.mesh is not None:  # keeps the sharding of the state from step to step
         state_shardings = jax.tree.map(lambda leaf: leaf.sharding, task.init_state)
-        replicated = NamedSharding(run.mesh, PartitionSpec())
-        options["out_shardings"] = state_shardings, replicated
+        options["out_shardings"] = state_shardings, NamedSharding(run.mesh, PartitionSpec())
     step_fn: Any = jax.jit(task.train_step, **options)
     compiled_steps: dict[Any, Any] = {}
-    skip_spikes = run.on_spike == "skip"
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        threshold_arg = {"max_grad_norm": np.float32(grad_norm_threshold())} if skip_spikes else {}
+        threshold_arg = {}
+        if run.on_spike == "skip":
+            threshold_arg["max_grad_norm"] = np.float32(grad_norm_threshold())
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in compiled_steps:
             heartbeat()
-            compiled_steps[shapes] = aot_compile(
-                run, step_fn, state, batch, task.frozen_params, threshold_arg
-            )
+            args = state, batch, *task.frozen_params
+            compiled_steps[shapes] = aot_compile(run, step_fn, *args, **threshold_arg)
             distributed.stop_if_any(run.is_interrupted())
         if jax.process_count() == 1:
             set_signal_mode("deferred")  # from here on there is progress to save
@@ -262,25 +245,18 @@ def jit_by_shape(
 
 
 def aot_compile(
-    run: RunContext,
-    step_fn: Any,
-    state: TrainState,
-    batch: Any,
-    frozen_params: Any,
-    threshold_arg: Any,
+    run: RunContext, step_fn: Any, state: TrainState, *args: Any, **options: Any
 ) -> Any:
     """Compiles the step for one batch shape; checks its memory and logs its time."""
     run.log("compiling ...")
     started = time.perf_counter()
     with use_mesh(run.mesh):
-        lowered = step_fn.lower(state, batch, *frozen_params, **threshold_arg)
-        compiled_step = lowered.compile()
+        compiled_step = step_fn.lower(state, *args, **options).compile()
     seconds = time.perf_counter() - started
     memory = compiled_step.memory_analysis()
     check_compiled_memory(memory)
     temp_bytes = memory.temp_size_in_bytes if memory else None
-    numbers = {"seconds": seconds, "temporaries": temp_bytes}
-    log_event(run.metrics_path, "compile", int(state.step), **numbers)
+    log_event(run.metrics_path, "compile", int(state.step), seconds=seconds, temporaries=temp_bytes)
     temp_size = format_bytes(temp_bytes) if temp_bytes is not None else "unknown"
     run.log(f"compiled  in {seconds:.1f} s; {temp_size} of temporary buffers per step")
     return compiled_step

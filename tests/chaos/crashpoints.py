@@ -7,8 +7,6 @@ of Orbax has. In the second half two processes save together, and one of them is
 
 import builtins
 import io
-import itertools
-import multiprocessing
 import os
 import shutil
 import signal
@@ -24,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptjax.checkpoint.checkpoint import restore_latest, write_step
 from gptjax.parallel import distributed
+from tests.chaos._forks import run_jobs
 from tests.chaos._small_states import resume_fault, state_at
 from tests.processes import free_port
 
@@ -37,59 +36,20 @@ PATCHED = (
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 TEMPORARY = (".partial", ".orbax-checkpoint-tmp")
 
-# Forks a child per job from a process that has imported everything.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.chaos.crashpoints"])
-
-
-def run_jobs(*jobs: tuple[Any, ...]) -> Any:
-    """Runs (function, *arguments) in child processes, until the first has ended.
-
-    Returns:
-        The result of the first, an error's text, or None if it was killed.
-    """
-    children = []
-    for job in jobs:
-        receiver, sender = CONTEXT.Pipe(duplex=False)
-        process = CONTEXT.Process(target=run_job, args=(sender, *job), daemon=True)
-        process.start()
-        sender.close()
-        children.append((process, receiver))
-    try:
-        return children[0][1].recv()
-    except EOFError:
-        return None
-    finally:
-        for process, receiver in children:
-            process.kill()
-            process.join()
-            receiver.close()
-
-
-def run_job(sender: Any, function: Callable[..., Any], *arguments: Any) -> None:
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 1)
-    try:
-        sender.send(function(*arguments))
-    except BaseException as error:
-        sender.send(f"{type(error).__name__}: {error}")
-
 
 def kill_at(point: int) -> Callable[[], int]:
     """Kills the process at a point from now on; never if it is -1.
 
     Operation n has the points 2 n before it and 2 n + 1 after it. The arrays are
-    written by Orbax in C++, between two points.
-
-    Returns:
-        A function that counts the points so far.
+    written by Orbax in C++, between two points. Returns a function that counts the
+    points so far.
     """
-    counter, lock, count = itertools.count(), threading.Lock(), [0]
+    passed, lock = [], threading.Lock()
 
     def pass_point() -> None:
         with lock:
-            number = next(counter)
-            count[0] = number + 1
+            passed.append(point)
+            number = len(passed) - 1
         if number == point:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -108,7 +68,7 @@ def kill_at(point: int) -> Callable[[], int]:
         setattr(os, name, patch(getattr(os, name), lambda *_, **__: True))
     os.open = patch(os.open, lambda _, flags, *__, **___: bool(flags & WRITE_FLAGS))
     builtins.open = io.open = patch(builtins.open, opens_for_writing)
-    return lambda: count[0]
+    return lambda: len(passed)
 
 
 def opens_for_writing(file: Any, mode: str = "r", *_: Any, **__: Any) -> bool:

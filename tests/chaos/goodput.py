@@ -36,7 +36,8 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
     steps = round(len(cases) * EVERY / PAUSE * 0.7)
     write_config(folder, train__steps=steps, train__eval_every=100, checkpoint__every=20)
     whole = run_whole(folder)
-    train = [sys.executable, "-m", "tests.chaos._slow_train", f"{PAUSE}", "train"]
+    slow = ["gptjax.training.metrics", "log_train_metrics", "0", f"{PAUSE}"]
+    train = [sys.executable, "-m", "tests.chaos._disturbed", *slow, "train"]
     words = [*train, "config.toml", "--run", "run"]
     with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
         parent = subprocess.Popen(
@@ -60,7 +61,8 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
             yield "it never came to an end: " + told(folder, parent)
             return
         finally:
-            end(parent)
+            parent.kill()  # and with it whatever it has started
+            parent.wait()
     print(share(folder / "out"))
     wrong = told(folder, parent) if parent.returncode else ""
     yield wrong or different(folder / "run", whole)
@@ -100,12 +102,6 @@ def children(parent: int) -> list[int]:
     """The processes that a process has started."""
     found = Path(f"/proc/{parent}/task/{parent}/children").read_text()
     return [int(word) for word in found.split()]
-
-
-def end(parent: subprocess.Popen) -> None:
-    """Ends the supervisor, and with it whatever it has started."""
-    parent.kill()
-    parent.wait()
 
 
 def told(folder: Path, parent: subprocess.Popen) -> str:

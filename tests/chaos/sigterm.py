@@ -8,21 +8,16 @@ one gets the signal, but both where they have not found each other yet.
 import json
 import random
 import shutil
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from tests.chaos._small_run import different, environment, newest, numbers, write_config
-from tests.processes import free_port
+from tests.processes import exit_codes, free_port, started
 from tests.runs import delete_after
 
 SAVED = 21  # the last checkpoint of runs that are resumed
-LIMIT = 240  # seconds that anything may take on a machine with other work
-SECONDS: dict[str, float] = {}  # from the signal to the end, of each case
 
 
 class Phase(NamedTuple):
@@ -60,18 +55,13 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
         if count not in whole:
             whole[count] = folder / f"whole{count}"
             write_config(whole[count], train__sample_prompt="2 times", train__steps=24)
-            (code,) = set(gptjax(whole[count], count, []))
+            (code,) = set(gptjax(whole[count], count))
             if code:
                 yield from [f"the undisturbed run ended with {code}"] * len(cases)
                 return
         lot = random.Random(f"{seed} {case}")
         here = folder / f"case{case}"
         yield disturbed(here, whole[count], count, name, lot)
-    slowest = max(SECONDS, key=lambda where: SECONDS[where])
-    print(
-        f"sigterm: {SECONDS[slowest]:.2f} s at most from the signal to the end "
-        f"({slowest}), {statistics.median(SECONDS.values()):.2f} s in the middle"
-    )
 
 
 def disturbed(here: Path, whole: Path, count: int, name: str, lot: random.Random) -> str:
@@ -91,17 +81,15 @@ def disturbed(here: Path, whole: Path, count: int, name: str, lot: random.Random
     trigger = [phase.module, phase.function, str(phase.call), f"{lot.random() / 20}"]
     codes = gptjax(here, count, trigger, victims)
     where = f"{name}, {count} processes"
-    if (here / "signalled").exists():
-        SECONDS[where] = time.time() - (here / "signalled").stat().st_mtime
     # Two processes that have finished their steps finish the rest, too.
     right = {75, 0} if count > 1 and name == "finishing" else {75}
     if not set(codes) <= right:
-        errors = [path.read_text()[-1500:] for path in sorted(here.glob("err*"))]
+        errors = [path.read_text()[-1500:] for path in sorted(here.glob("*.err"))]
         return f"{where}: exit codes {codes}: {errors}"
     done = max((step for _, step in numbers(here / "run")), default=0)
     if done != newest(here / "run"):
         return f"{where}: step {done} was lost, {newest(here / 'run')} is saved"
-    codes = gptjax(here, count, [])
+    codes = gptjax(here, count)
     if any(codes):
         return f"{where}: started again, it ended with {codes}"
     fault = different(here / "run", whole / "run")
@@ -109,32 +97,15 @@ def disturbed(here: Path, whole: Path, count: int, name: str, lot: random.Random
 
 
 def gptjax(
-    folder: Path, count: int, trigger: Sequence[str], victims: set[int] | tuple = ()
+    folder: Path, count: int, trigger: Sequence[str] = (), victims: set[int] | tuple = ()
 ) -> list[int]:
     """Trains in so many processes; their exit codes. Victims get the trigger."""
-    port, processes = free_port(), []
+    port, commands = free_port(), []
     for number in range(count):
-        words = trigger if number in victims else ["-", "-", "0", "0"]
-        command = [sys.executable, "-m", "tests.chaos._in_phase", *words]
-        command += ["train", "config.toml", "--run", "run"]
+        disturbed = ["tests.chaos._disturbed", *trigger] if number in victims else ["gptjax"]
+        command = [sys.executable, "-m", *disturbed, "train", "config.toml", "--run", "run"]
         if count > 1:
             command += ["--distributed", f"127.0.0.1:{port},{count},{number}"]
-        with (folder / f"err{number}").open("w") as errors:
-            processes.append(
-                subprocess.Popen(
-                    command,
-                    cwd=folder,
-                    env=environment(folder.parent),
-                    stdout=subprocess.DEVNULL,
-                    stderr=errors,
-                )
-            )
-    try:
-        codes = [process.wait(LIMIT) for process in processes]
-    except subprocess.TimeoutExpired:
-        codes = [process.poll() or -99 for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return codes
+        commands.append(command)
+    with started(commands, [folder] * count, env=environment(folder.parent)) as processes:
+        return exit_codes(processes)

@@ -19,10 +19,6 @@ def save(checkpoint_dir, *steps):
         retention.commit_step(checkpoint_dir, step)
 
 
-def damage(checkpoint_dir, step):
-    (checkpoint_dir / str(step) / "file").write_text("something else")
-
-
 def test_a_crash_during_the_first_save_leaves_no_step(tmp_path):
     (tmp_path / "1.partial" / "state").mkdir(parents=True)
 
@@ -52,35 +48,24 @@ def test_without_a_valid_step_a_run_does_not_start_again(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link", "copy"])
-def test_a_foreign_entry_with_the_name_of_a_step_is_quarantined(tmp_path, kind):
-    save(tmp_path, 1)
-    foreign = tmp_path / "999999"
+@pytest.mark.parametrize("name", ["2", "2/file", "2/more"])
+def test_a_foreign_step_or_an_additional_entry_is_quarantined(tmp_path, kind, name):
+    save(tmp_path / "run", 1, 2)
+    path = tmp_path / "run" / name
+    if path.exists():
+        path.rename(tmp_path / "same")
     {
-        "folder": foreign.mkdir,
-        "file": lambda: foreign.write_text("x"),
-        "link": lambda: foreign.symlink_to(tmp_path / "1"),
-        "copy": lambda: shutil.copytree(tmp_path / "1", foreign),
+        "folder": path.mkdir,
+        "file": lambda: path.write_text("x"),
+        "link": lambda: path.symlink_to(tmp_path / "same"),
+        "copy": lambda: shutil.copytree(tmp_path / "run" / "1", path),
     }[kind]()
 
-    step, (warning,) = retention.latest_valid_step(tmp_path)
+    step, (warning,) = retention.latest_valid_step(tmp_path / "run")
 
     assert step == 1
-    assert "checkpoint 999999 is damaged" in warning
-    assert [*tmp_path.glob("999999*")] == [tmp_path / "999999.damaged"]
-
-
-@pytest.mark.parametrize("entry", ["link", "folder", "file"])
-def test_a_step_with_a_link_or_an_additional_entry_is_quarantined(tmp_path, entry):
-    save(tmp_path, 1, 2)
-    if entry == "link":  # to the same content
-        (tmp_path / "2" / "file").rename(tmp_path / "elsewhere")
-        (tmp_path / "2" / "file").symlink_to(tmp_path / "elsewhere")
-    elif entry == "folder":
-        (tmp_path / "2" / "empty").mkdir()
-    else:
-        (tmp_path / "2" / "more").write_text("")
-
-    assert retention.latest_valid_step(tmp_path)[0] == 1
+    assert "checkpoint 2 is damaged" in warning
+    assert [*(tmp_path / "run").glob("2*")] == [tmp_path / "run" / "2.damaged"]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +81,7 @@ def test_a_step_with_a_link_or_an_additional_entry_is_quarantined(tmp_path, entr
 def test_retention_keeps_the_newest_steps_and_a_valid_fallback(tmp_path, keep, damaged, kept):
     save(tmp_path, 1, 2, 3, 4)
     for step in damaged:
-        damage(tmp_path, step)
+        (tmp_path / str(step) / "file").write_text("something else")
 
     retention.apply_retention(tmp_path, 4, keep)
 

@@ -8,101 +8,101 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import gptjax
 from gptjax.checkpoint.retention import list_steps
 from gptjax.cli.main import main
-from gptjax.config import GPTConfig, RunConfig, from_dict
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.evaluation.classification import evaluate_classifier
 from gptjax.inference.classify import predict_probs
 from gptjax.model.classifier import class_logits
 from gptjax.model.lora import merge_adapters
 from gptjax.runtime.preemption import Interrupted
-from gptjax.tasks.classify import load_classification_data
+from gptjax.tasks.classify import classification_loss_fn, load_classification_data
 from gptjax.tasks.train import train
 from gptjax.training import trainer
-from gptjax.training.loss import classification_loss
-from gptjax.training.metrics import read_events
+from gptjax.training.finetune import initial_params
 from gptjax.training.task import RunContext
-from gptjax.weights.model_folder import Model, load_adapters
-from tests.runs import train_logged
+from gptjax.weights.model_folder import load_adapters
+from tests.runs import config_with, evaluations, train_logged
+from tests.small_models import make_model
 
-class_logits = jax.jit(class_logits, static_argnums=0)
-POOLS = ["last", "first", "mean"]
-
-
-def make_model(**changes):
-    shape = {"context_length": 32, "n_layers": 2, "n_heads": 2, "d_model": 16}
-    shape |= {"n_classes": 3, "head_bias": True}
-    tokenizer = gptjax.tokenizer.load("bytes")
-    config = GPTConfig(vocab_size=tokenizer.vocab_size, **(shape | changes))
-    params = gptjax.init(config, jax.random.key(0))
-    params = jax.tree.map(lambda leaf: leaf * 4, params)
-    return Model(config, params, tokenizer, ("a", "b", "c"))
+BASE = make_model(context_length=32, n_layers=1, n_classes=3, head_bias=True)
+MODEL = dataclasses.replace(BASE, labels=("a", "b", "c"))
+POOLS = ("last", "first", "mean", "position")
+CONFIGS = {
+    f"{pool} {causal}": dataclasses.replace(BASE.config, pool=pool, causal=causal)
+    for pool in POOLS
+    for causal in (True, False)
+}
 
 
-def logits_of(model, tokens, lengths):
-    return class_logits(model.config, model.params, jnp.array(tokens), jnp.array(lengths))
+@jax.jit
+def all_logits(tokens, lengths):
+    """Logits of each row by pool and mask."""
+    return {
+        name: class_logits(config, BASE.params, tokens, lengths) for name, config in CONFIGS.items()
+    }
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("pool", POOLS)
-def test_padding_changes_no_logit(pool, causal):
-    model, row = make_model(pool=pool, causal=causal), list(range(5))
+def test_logits_depend_on_no_padding_and_a_causal_mask_hides_later_tokens():
+    row, length = list(range(5)), jnp.full(4, 5)
+    tokens = jnp.array([row + [0] * 15, row + [256] * 15, [*range(20)], row[:4] + [9] * 16])
 
-    alone = logits_of(model, [row], [5])
-    padded = logits_of(model, [row + [0] * 20, row + [256] * 20], [5, 5])
+    padded, whole = all_logits(tokens, length), all_logits(tokens, jnp.full(4, 20))
+    alone = all_logits(jnp.array([row]), jnp.array([5]))
 
-    np.testing.assert_allclose(padded, jnp.concatenate([alone, alone]), atol=1e-5)
-
-
-def test_pool_position_reads_the_last_position_with_padding():
-    padded = [[*range(5), *[256] * 20]]
-
-    model = make_model(pool="position")
-    last = dataclasses.replace(model, config=dataclasses.replace(model.config, pool="last"))
-
-    np.testing.assert_allclose(
-        logits_of(model, padded, [5]), logits_of(last, padded, [25]), atol=1e-5
-    )
+    for name in CONFIGS:
+        pool, causal = name.split()
+        if pool == "position":  # reads the last position, with padding
+            np.testing.assert_allclose(padded[name], whole[f"last {causal}"], atol=1e-5)
+            continue
+        for n in range(3):
+            np.testing.assert_allclose(padded[name][n], alone[name][0], atol=1e-5)
+        is_hidden = pool == "first" and causal == "True"
+        assert np.allclose(padded[name][3], alone[name][0], atol=1e-5) == is_hidden
 
 
-def test_only_without_a_causal_mask_early_positions_depend_on_later_ones():
-    for causal in (True, False):
-        model = make_model(pool="first", causal=causal)
-        one, other = logits_of(model, [[1, 2, 3, 4], [1, 2, 3, 5]], [4, 4])
-        assert bool((one == other).all()) == causal
-
-
-@pytest.mark.parametrize("pool", POOLS)
-def test_a_text_has_the_same_probabilities_alone_and_among_others(pool):
-    model = make_model(pool=pool)
+def test_a_text_has_the_same_probabilities_alone_and_among_others():
     texts = ["x", "some words", "a" * 100, "more", "x"]
 
-    predictions = gptjax.classify(model, texts)
+    predictions = gptjax.classify(MODEL, texts)
 
     for text, prediction in zip(texts, predictions, strict=True):
-        (alone,) = gptjax.classify(model, [text])
+        (alone,) = gptjax.classify(MODEL, [text])
         assert alone.label == prediction.label
         assert alone.probability == pytest.approx(prediction.probability, abs=1e-5)
         assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-5)
 
 
-def test_the_loss_is_that_of_the_rows_with_weight():
-    logit_BC = jnp.array([[0.0, 1.0], [5.0, 5.0], [2.0, 0.0]])
+def test_the_next_token_loss_is_added_as_a_mean_over_the_tokens_of_counted_texts():
+    tokens = jnp.array([[1, 2, 3, 0], [5, 6, 0, 0], [7, 8, 9, 1]])
+    batch = {"tokens": tokens, "lengths": jnp.array([3, 2, 4]), "labels": jnp.array([0, 2, 1])}
+    batch["loss_weights"] = jnp.array([1.0, 1.0, 0.0])
 
-    nats, weight = classification_loss(logit_BC, jnp.array([1, 0, 1]), jnp.array([1.0, 0.0, 1.0]))
+    @jax.jit
+    def losses():
+        sums = []
+        for weight in (0.0, 0.5):
+            config = config_with({}, finetune__lm_loss_weight=weight)
+            config = dataclasses.replace(config, model=BASE.config)
+            sums += classification_loss_fn(config, BASE.params, None, batch, None)
+        decoder = dataclasses.replace(BASE.config, n_classes=0)
+        logit_BTV = gptjax.apply(decoder, BASE.params, tokens)
+        loss_BT = optax.softmax_cross_entropy_with_integer_labels(logit_BTV[:, :-1], tokens[:, 1:])
+        return sums, (loss_BT[0, :2].sum() + loss_BT[1, 0]) / 3
 
-    assert weight == 2
-    expected = np.log(1 + np.exp(-1)) + np.log(1 + np.exp(2))
-    assert float(nats) == pytest.approx(expected, rel=1e-6)
+    (plain, rows, total, same_rows), next_token = losses()
+
+    assert rows == same_rows == 2
+    assert float(total) == pytest.approx(float(plain + 0.5 * 2 * next_token), rel=1e-5)
 
 
 def make_config(folder, shortest=2, **changes):
-    """Words that begin with a vowel, or not; long ones alone need fewer programs."""
+    """Words that begin with a vowel, or not."""
     rng = np.random.default_rng(0)
     with (folder / "words.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -111,36 +111,25 @@ def make_config(folder, shortest=2, **changes):
             word = "".join(rng.choice(list("abcdeiou"), rng.integers(shortest, 25)))
             writer.writerow([word, "vowel" if word[0] in "aeiou" else "other"])
     table = {
-        "model": {"context_length": 32, "n_layers": 2, "n_heads": 2, "d_model": 16},
+        "model": {"context_length": 32, "n_layers": 1, "n_heads": 2, "d_model": 16},
         "data": {
-            "source": str(folder / "words.csv"),
-            "tokenizer": "bytes",
-            "batch_size": 8,
-            "val_fraction": 0.2,
+            **{"source": str(folder / "words.csv"), "tokenizer": "bytes"},
+            **{"batch_size": 8, "val_fraction": 0.2},
         },
-        "optim": {"warmup_steps": 2, "peak_lr": 1e-2},
+        "optim": {"warmup_steps": 2, "peak_lr": 3e-2},
         "train": {"task": "classify", "steps": 40, "eval_every": 10, "log_every": 5},
         "checkpoint": {"every": 10},
     }
-    table["model"]["pool"] = "first"
-    for name, value in changes.items():
-        section, option = name.split("__")
-        table.setdefault(section, {})[option] = value
-    return from_dict(RunConfig, table)
+    return config_with(table, **{"model__pool": "first"} | changes)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run: its config, folder, model and progress lines."""
     folder, lines = tmp_path_factory.mktemp("classes"), []
-    config = make_config(folder)
+    config = make_config(folder, finetune__trainable="lora", finetune__lora_targets="mlp/up")
     model = train_logged(config, folder / "run", lines)
     return config, folder / "run", model, lines
-
-
-def evaluations(folder, split):
-    events = read_events(folder / "metrics.jsonl")
-    return [e for e in events if e["event"] == "eval" and e["split"] == split]
 
 
 def test_a_run_keeps_its_best_model_and_writes_a_report(finished):
@@ -164,38 +153,23 @@ def test_a_run_keeps_its_best_model_and_writes_a_report(finished):
     assert any(f"{num_compiled} compiled shapes" in line for line in lines)
 
 
-@pytest.mark.parametrize("trainable", ["last-block", "lora"])
-def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one(
-    tmp_path, monkeypatch, trainable
-):
-    """Also if metrics.jsonl was deleted in between."""
-    changes = {"finetune__trainable": trainable, "train__steps": 20}
-    config = make_config(tmp_path, 17, **changes)
-    whole = train(config, tmp_path / "whole")
-    save_checkpoint = trainer.save_checkpoint
+def test_only_adapters_and_head_are_trained(finished):
+    config, folder, model, _ = finished
+    run, data = load_classification_data(RunContext(config, folder))
+    start = initial_params(run.config.model, None, data.tokenizer, jax.random.key(0))
+    expected = merge_adapters(start, load_adapters(folder / "adapters.safetensors"))
 
-    def save_and_interrupt(run, state, step, *args):
-        save_checkpoint(run, state, step, *args)
-        if step == 10:
-            raise Interrupted("here")
-
-    monkeypatch.setattr(trainer, "save_checkpoint", save_and_interrupt)
-    with pytest.raises(Interrupted):
-        train(config, tmp_path / "run")
-    monkeypatch.undo()
-    if is_deleted := trainable == "last-block":
-        (tmp_path / "run" / "metrics.jsonl").unlink()
-    resumed = train(config, tmp_path / "run")
-
-    jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
-    for split in ("train", "validation", "test"):
-        expected = evaluations(tmp_path / "whole", split)
-        expected = [event for event in expected if event["step"] > 10 or not is_deleted]
-        assert evaluations(tmp_path / "run", split) == expected
+    kernels = [p["blocks"]["mlp"]["up"]["kernel"] for p in (start, expected)]
+    assert not np.array_equal(*kernels)
+    assert not np.array_equal(model.params["head"]["kernel"], expected["head"]["kernel"])
+    frozen = expected | {"head": model.params["head"]}
+    jax.tree.map(np.testing.assert_array_equal, model.params, frozen)
 
 
-def test_a_signal_during_a_later_compilation_stops_the_run_before_its_step(tmp_path, monkeypatch):
-    steps, aot_compile = [], trainer.aot_compile
+def test_a_run_stopped_while_it_compiles_and_resumed_equals_the_whole_one(finished, monkeypatch):
+    """Although its metrics.jsonl was deleted in between."""
+    config, folder, model, _ = finished
+    run_dir, steps, aot_compile = folder.parent / "resumed", [], trainer.aot_compile
 
     def interrupt(run, step_fn, state, *args):
         steps.append(int(state.step))
@@ -205,71 +179,24 @@ def test_a_signal_during_a_later_compilation_stops_the_run_before_its_step(tmp_p
 
     monkeypatch.setattr(trainer, "aot_compile", interrupt)
     with pytest.raises(Interrupted, match="all progress is saved"):
-        train(make_config(tmp_path, train__steps=20), tmp_path / "run")
+        train(config, run_dir)
+    monkeypatch.undo()
+    saved = max(list_steps(run_dir / "checkpoints"))
+    assert steps[0] < steps[1] == saved
+    (run_dir / "metrics.jsonl").unlink()
+    resumed = train(config, run_dir)
 
-    assert steps[0] < steps[1] == max(list_steps(tmp_path / "run" / "checkpoints"))
-
-
-@pytest.mark.parametrize("trainable", ["last-two-blocks", "lora"])
-def test_frozen_parameters_do_not_change(tmp_path, trainable):
-    start = make_model(n_classes=0, head_bias=False, n_layers=3)
-    start = dataclasses.replace(start, labels=())
-    gptjax.save(start, tmp_path / "start")
-    config = make_config(
-        tmp_path,
-        17,
-        finetune__trainable=trainable,
-        finetune__init_from=str(tmp_path / "start"),
-        finetune__lora_targets="mlp/up",
-        train__steps=5,
-        train__eval_every=5,
-    )
-
-    model = train(config, tmp_path / "run")
-
-    trained_blocks = [1, 2] if trainable == "last-two-blocks" else []
-    expected = start.params
-    if trainable == "lora":
-        adapters = load_adapters(tmp_path / "run" / "adapters.safetensors")
-        expected = merge_adapters(start.params, adapters)
-        kernels = (p["blocks"]["mlp"]["up"]["kernel"] for p in (expected, start.params))
-        assert not np.array_equal(*kernels)
-    for name in ("token_embedding", "position_embedding"):
-        jax.tree.map(np.testing.assert_array_equal, model.params[name], expected[name])
-    for layer in range(3):
-        is_equal = jax.tree.map(
-            lambda a, b, n=layer: np.array_equal(a[n], b[n]),
-            model.params["blocks"],
-            expected["blocks"],
-        )
-        assert jax.tree.all(is_equal) == (layer not in trained_blocks)
-
-
-def test_the_next_token_loss_can_be_added(tmp_path):
-    config = make_config(
-        tmp_path,
-        17,
-        finetune__lm_loss_weight=0.5,
-        train__steps=20,
-        train__accumulate=2,
-        model__dropout=0.1,
-    )
-
-    train(config, tmp_path / "run")
-
-    events = read_events(tmp_path / "run" / "metrics.jsonl")
-    losses = [e["loss"] for e in events if e["event"] == "train"]
-    assert losses[-1] < losses[0]
-    assert losses[0] > 2  # it contains half of ln 257
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, model.params)
+    for split in ("train", "validation", "test"):
+        expected = [event for event in evaluations(folder, split) if event["step"] > saved]
+        assert evaluations(run_dir, split) == expected
 
 
 def test_invalid_models_texts_and_options_are_reported(tmp_path):
-    base_model = dataclasses.replace(make_model(n_classes=0, head_bias=False), labels=())
-
     with pytest.raises(ModelError, match="labels"):
-        gptjax.classify(base_model, ["x"])
+        gptjax.classify(BASE, ["x"])
     with pytest.raises(DataError, match="text 2"):
-        gptjax.classify(make_model(), ["x", ""])
+        gptjax.classify(MODEL, ["x", ""])
     for option, value in {"val_fraction": 0.0, "batching": "packed"}.items():
         with pytest.raises(ConfigError, match=rf"data\.{option}={value!r}"):
             train(make_config(tmp_path, **{f"data__{option}": value}), tmp_path / option)
@@ -278,13 +205,13 @@ def test_invalid_models_texts_and_options_are_reported(tmp_path):
 
 
 def test_labels_are_saved_with_the_model(tmp_path):
-    model, ids = make_model(), [[1, 2, 3]]
-    gptjax.save(model, tmp_path)
+    ids = [[1, 2, 3]]
+    gptjax.save(MODEL, tmp_path)
 
     loaded = gptjax.load(tmp_path)
 
-    assert loaded.labels == model.labels
-    np.testing.assert_array_equal(predict_probs(loaded, ids), predict_probs(model, ids))
+    assert loaded.labels == MODEL.labels
+    np.testing.assert_array_equal(predict_probs(loaded, ids), predict_probs(MODEL, ids))
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"labels": ["a"]}))
     with pytest.raises(ModelError, match="1 labels for 3"):

@@ -2,12 +2,9 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -15,7 +12,8 @@ import pytest
 
 import gptjax
 from gptjax.checkpoint.retention import list_steps
-from gptjax.config import MeshConfig, RunConfig, from_dict
+from gptjax.cli.main import main
+from gptjax.config import MeshConfig, RunConfig
 from gptjax.data.prepare import open_dataset
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.evaluation import perplexity
@@ -25,24 +23,20 @@ from gptjax.tasks.train import train
 from gptjax.training import metrics
 from gptjax.training.metrics import read_events
 from gptjax.training.run_dir import reconcile_config
-from tests.runs import delete_after, make_task, train_logged
-
-TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(300))
+from tests.processes import TEXT
+from tests.runs import config_with, delete_after, make_task, train_logged
 
 
 def make_config(folder, **changes) -> RunConfig:
     (folder / "text.txt").write_text(TEXT)
     table = {
         "model": {"context_length": 16, "n_layers": 1, "n_heads": 2, "d_model": 8},
-        "data": {"source": str(folder / "text.txt"), "tokenizer": "bytes"},
+        "data": {"source": str(folder / "text.txt"), "tokenizer": "bytes", "batch_size": 16},
         "optim": {"warmup_steps": 2, "peak_lr": 1e-2},
         "train": {"steps": 12, "log_every": 1, "eval_every": 6, "eval_batches": 2},
         "checkpoint": {"every": 4},
     }
-    for name, value in changes.items():
-        section, option = name.split("__")
-        table.setdefault(section, {})[option] = value
-    return from_dict(RunConfig, table)
+    return config_with(table, **changes)
 
 
 def losses(folder):
@@ -57,8 +51,8 @@ def assert_equal(params, other):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run: its config, folder, model and progress lines."""
-    folder = tmp_path_factory.mktemp("finished")
-    config, lines = make_config(folder), []
+    folder, lines = tmp_path_factory.mktemp("finished"), []
+    config = make_config(folder, model__dropout=0.1, train__accumulate=2, train__loss_chunk_size=4)
     model = train_logged(config, folder / "run", lines)
     return config, folder / "run", model, lines
 
@@ -141,29 +135,30 @@ def test_the_last_evaluation_is_that_of_all_held_out_text(finished):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("step", [1, 7])
-def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one(
-    finished, tmp_path, monkeypatch, step
+def test_a_signal_ends_the_command_with_75_and_the_resumed_run_equals_the_whole_one(
+    finished, tmp_path, monkeypatch, capsys
 ):
     config, folder, model, _ = finished
+    reconcile_config(tmp_path, config)
     run_dir, log = tmp_path / "run", metrics.log_train_metrics
+    command = ["train", str(tmp_path / "config.toml"), "--run", str(run_dir)]
 
     def log_and_interrupt(run, logged_step, *args):
-        if logged_step == step:
+        if logged_step == 7:
             signal.raise_signal(signal.SIGTERM)
         return log(run, logged_step, *args)
 
     monkeypatch.setattr(metrics, "log_train_metrics", log_and_interrupt)
-    with pytest.raises(Interrupted):
-        train(config, run_dir)
+    assert main(command) == 75
     monkeypatch.undo()
     saved = list_steps(run_dir / "checkpoints")[-1]
-    assert step <= saved < 12
+    assert f"interrupted after step {saved}" in capsys.readouterr().out
+    assert losses(run_dir)[-1][0] == saved in (7, 8)
     unfinished = gptjax.load(run_dir)
     assert (unfinished.config, unfinished.tokenizer.hash) == (model.config, model.tokenizer.hash)
-    resumed = train(config, run_dir)
+    assert main(command) == 0
 
-    assert_equal(resumed.params, model.params)
+    assert_equal(gptjax.load(run_dir).params, model.params)
     assert losses(run_dir) == losses(folder)
     events = read_events(run_dir / "metrics.jsonl")
     assert [e["step"] for e in events if e["event"] == "resume"] == [saved]
@@ -220,41 +215,6 @@ def test_a_run_can_be_resumed_on_another_mesh(finished, at_step_8):
     events = read_events(at_step_8 / "metrics.jsonl")
     assert [e["device"] for e in events if e["event"] == "resume"] == [device]
     assert (at_step_8 / "config.toml").read_text() == (folder / "config.toml").read_text()
-
-
-def test_a_signal_ends_the_command_with_75_and_everything_saved(tmp_path):
-    reconcile_config(tmp_path, make_config(tmp_path, train__steps=100_000))
-    command = [sys.executable, "-m", "gptjax", "train", str(tmp_path / "config.toml")]
-    command += ["--run", str(tmp_path / "run")]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        for line in process.stdout:
-            if "| loss" in line:
-                process.send_signal(signal.SIGTERM)
-                break
-        output = process.stdout.read()
-
-    assert process.returncode == 75
-    saved = list_steps(tmp_path / "run" / "checkpoints")[-1]
-    assert f"interrupted after step {saved}" in output
-    assert losses(tmp_path / "run")[-1][0] == saved
-
-
-def test_packed_documents_dropout_and_accumulation_train_together(tmp_path):
-    rows = "\n".join(json.dumps({"text": line}) for line in TEXT.splitlines())
-    (tmp_path / "text.jsonl").write_text(rows)
-    config = make_config(
-        tmp_path,
-        data__source=str(tmp_path / "text.jsonl"),
-        model__dropout=0.1,
-        train__accumulate=4,
-        train__loss_chunk_size=4,
-    )
-
-    train(config, tmp_path / "run")
-
-    values = [loss for _, loss in losses(tmp_path / "run")]
-    assert values[-1] < values[0]
 
 
 INVALID = {

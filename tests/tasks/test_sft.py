@@ -8,23 +8,19 @@ import numpy as np
 import pytest
 
 import gptjax
-import gptjax.book
 from gptjax.cli.main import main
-from gptjax.config import RunConfig, from_dict
+from gptjax.config import RunConfig
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.evaluation.instructions import evaluate_file
 from gptjax.evaluation.llm_judge import LLMJudge
 from gptjax.inference.assistant import answer_batch, encode_chat, stream_answer
-from gptjax.model.lora import merge_adapters
 from gptjax.runtime.preemption import Interrupted
 from gptjax.tasks.train import train
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.training import trainer
 from gptjax.training.finetune import initial_params, resolve_model_config
-from gptjax.training.metrics import read_events
-from gptjax.weights.model_folder import load_adapters
 from tests.judge_server import judging, says
-from tests.runs import train_logged
+from tests.runs import config_with, evaluations, train_logged
 from tests.small_models import make_model
 
 WORDS = ["sky", "sea", "sun", "ant", "elm", "ice", "oak", "owl", "rye", "yew"]
@@ -55,10 +51,7 @@ def make_config(folder, **changes) -> RunConfig:
         "train": {"task": "sft", "steps": 12, "eval_every": 6, "log_every": 3},
         "checkpoint": {"every": 4},
     }
-    for name, value in changes.items():
-        section, option = name.split("__")
-        table.setdefault(section, {})[option] = value
-    return from_dict(RunConfig, table)
+    return config_with(table, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +65,6 @@ def finished(tmp_path_factory):
 
 def read_rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def evaluations(folder, split):
-    events = read_events(folder / "metrics.jsonl")
-    return [e for e in events if e["event"] == "eval" and e["split"] == split]
 
 
 @pytest.mark.fast
@@ -135,70 +123,58 @@ def test_an_interrupted_run_is_resumed_exactly_without_its_metrics(finished, mon
     assert evaluations(run_dir, "test") == evaluations(folder, "test")[1:]
 
 
-@pytest.mark.parametrize("batching", ["packed", "book"])
-def test_other_ways_of_batching_train_too(tmp_path, batching):
-    train(make_config(tmp_path, data__batching=batching, train__steps=2), tmp_path / "run")
+def test_the_last_block_of_a_model_is_trained_on_packed_rows(finished, tmp_path):
+    _, folder, start, _ = finished
+    changes = {"finetune__init_from": str(folder), "finetune__trainable": "last-block"}
+    changes |= {"data__tokenizer": "", "data__chat_template": "", "data__batching": "packed"}
+
+    model = train(make_config(tmp_path, **changes, train__steps=3), tmp_path / "run")
 
     validation = evaluations(tmp_path / "run", "validation")
     assert validation[-1]["response_loss"] < validation[0]["response_loss"]
-
-
-def test_lora_from_a_model_keeps_its_frozen_parameters_and_template(finished, tmp_path):
-    _, folder, start, _ = finished
-    config = make_config(
-        tmp_path,
-        finetune__init_from=str(folder),
-        finetune__trainable="lora",
-        finetune__lora_rank=2,
-        data__tokenizer="",
-        data__chat_template="",
-        train__steps=3,
-    )
-
-    model = train(config, tmp_path / "run")
-
     assert model.chat_template == start.chat_template
-    merged = merge_adapters(start.params, load_adapters(tmp_path / "run" / "adapters.safetensors"))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged, model.params)
-    embeddings = (m.params["token_embedding"]["embedding"] for m in (model, start))
-    np.testing.assert_array_equal(*embeddings)
-
-
-def test_another_tokenizer_keeps_the_embeddings_of_shared_tokens():
-    start = make_model()
-    tokenizer = gptjax.tokenizer.train(["the cat the cat the cat"] * 5, 262)
-    config = resolve_model_config(RunConfig().model, start, tokenizer)
-
-    params = initial_params(config, start, tokenizer, jax.random.key(0))
-
-    new, old = (np.asarray(p["token_embedding"]["embedding"]) for p in (params, start.params))
-    assert new.shape[0] == tokenizer.vocab_size == 262
-    for token, row in start.tokenizer.ranks.items():
-        np.testing.assert_array_equal(new[tokenizer.ranks[token]], old[row])
-    np.testing.assert_array_equal(new[tokenizer.eot_token], old[start.tokenizer.eot_token])
-    jax.tree.map(np.testing.assert_array_equal, params["blocks"], start.params["blocks"])
+    for name in ("token_embedding", "position_embedding"):
+        jax.tree.map(np.testing.assert_array_equal, model.params[name], start.params[name])
+    is_equal = [
+        jax.tree.map(lambda a, b, n=n: np.array_equal(a[n], b[n]), model.params["blocks"], blocks)
+        for n, blocks in enumerate([start.params["blocks"]] * 2)
+    ]
+    assert jax.tree.all(is_equal[0])
+    assert not any(jax.tree.leaves(is_equal[1]["mlp"]))
 
 
 @pytest.fixture(scope="module")
 def assistant():
-    template = load_chat_template("chatml").source
-    return dataclasses.replace(make_model(context_length=64), chat_template=template)
+    template = load_chat_template("qa").source
+    return dataclasses.replace(make_model(context_length=32, n_layers=1), chat_template=template)
+
+
+def test_another_tokenizer_keeps_the_embeddings_of_shared_tokens(assistant):
+    tokenizer = gptjax.tokenizer.train(["the cat the cat the cat"] * 5, 262)
+    config = resolve_model_config(RunConfig().model, assistant, tokenizer)
+
+    params = initial_params(config, assistant, tokenizer, jax.random.key(0))
+
+    new, old = (np.asarray(p["token_embedding"]["embedding"]) for p in (params, assistant.params))
+    assert new.shape[0] == tokenizer.vocab_size == 262
+    for token, row in assistant.tokenizer.ranks.items():
+        np.testing.assert_array_equal(new[tokenizer.ranks[token]], old[row])
+    np.testing.assert_array_equal(new[tokenizer.eot_token], old[assistant.tokenizer.eot_token])
+    jax.tree.map(np.testing.assert_array_equal, params["blocks"], assistant.params["blocks"])
 
 
 def test_answers_are_the_same_alone_in_a_batch_and_streamed(assistant):
-    chats = [[{"role": "user", "content": "x" * n}] for n in (1, 9, 4, 2)]
-    options = {"temperature": 0.0, "max_new_tokens": 6}
+    chats = [[{"role": "user", "content": "x" * n}] for n in (1, 8, 4)]
+    options = {"temperature": 0.0, "max_new_tokens": 5}
 
-    answers = answer_batch(assistant, chats, 6)
+    answers = answer_batch(assistant, chats, 5)
 
     assert answers == [gptjax.answer(assistant, chat, **options) for chat in chats]
     assert "".join(stream_answer(assistant, chats[1], **options)).strip() == answers[1]
     assert gptjax.answer(assistant, "xxxx", **options) == answers[2]
-    assert assistant.tokenizer.decode(encode_chat(assistant, chats[0])) == (
-        "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert assistant.tokenizer.decode(encode_chat(assistant, chats[0])) == "Q: x\nA: "
     with pytest.raises(ModelError, match="chat template"):
-        gptjax.answer(make_model(), "why")
+        gptjax.answer(dataclasses.replace(assistant, chat_template=""), "why")
 
 
 def test_a_model_with_a_template_is_saved_exported_and_loaded(assistant, tmp_path):

@@ -25,49 +25,33 @@ def path(tmp_path):
     return path
 
 
-def test_losses_are_read_back_with_every_digit(path):
-    log_event(path, "sample", 30, text="```é\n")
-
-    assert metric_series(read_events(path), "train", "loss") == (
-        [10, 20, 30],
-        [5 / 10, 5 / 20, 5 / 30],
-    )
-    assert read_events(path)[-1]["text"] == "```é\n"
-    assert len(path.read_text().splitlines()) == 5
-
-
-def test_a_series_has_the_events_of_its_split(path):
+def test_a_series_has_the_events_of_its_split_with_every_digit(path):
     for step, split in enumerate(("validation", "train", "test"), 30):
         log_event(path, "eval", step, split=split, loss=1.0)
 
     events = read_events(path)
 
+    assert metric_series(events, "train", "loss") == ([10, 20, 30], [5 / 10, 5 / 20, 5 / 30])
     assert metric_series(events, "eval", "loss")[0] == [20, 30, 31, 32]
     assert metric_series(events, "eval", "loss", "validation")[0] == [20, 30]
     assert metric_series(events, "eval", "bits_per_byte") == ([], [])
 
 
-def test_only_the_last_line_may_be_incomplete(path):
-    text = path.read_text()
+def test_only_the_last_line_may_be_incomplete_and_is_removed_before_events_are_added(path):
+    events, text = read_events(path), path.read_text()
 
     path.write_text(text[:-5])
     assert len(read_events(path)) == 3
     path.write_text("{broken\n" + text)
     with pytest.raises(ModelError, match=r"metrics\.jsonl:1 "):
         read_events(path)
-
-
-def test_an_incomplete_last_line_is_removed_before_events_are_added(path):
-    events, text = read_events(path), path.read_text()
     path.write_text(text + '{"event": "train", "st')  # its process was killed
-
     for _ in range(2):
         drop_open_line(path)
         assert path.read_text() == text
     log_event(path, "sample", 30, text="a\u2028b\x85c")
-    log_event(path, "sample", 30, text="d")
-
-    assert [e["text"] for e in read_events(path)[len(events) :]] == ["a\u2028b\x85c", "d"]
+    log_event(path, "sample", 30, text="```é\n")
+    assert [e["text"] for e in read_events(path)[len(events) :]] == ["a\u2028b\x85c", "```é\n"]
 
 
 def test_a_resume_supersedes_earlier_events_of_later_steps(path):

@@ -11,11 +11,11 @@ import pytest
 
 from gptjax.checkpoint.retention import list_steps
 from gptjax.config import RunConfig, from_dict
-from gptjax.errors import ConfigError
+from gptjax.errors import ConfigError, ModelError
 from gptjax.runtime.preemption import Interrupted
 from gptjax.training import trainer
-from gptjax.training.anomalies import SPIKE_POLICIES, LoggedStep
-from gptjax.training.metrics import History, read_events
+from gptjax.training.anomalies import SPIKE_POLICIES
+from gptjax.training.metrics import read_events
 from gptjax.training.task import EvalResult, RunContext, Task
 from gptjax.training.train_step import init_state, make_train_step
 from gptjax.training.trainer import fit
@@ -40,6 +40,7 @@ class ScriptedTask:
     fails_at: int = -1  # step whose batch cannot be read, or
     interrupted_at: int = -1  # step whose evaluation is interrupted, or
     stops_at: int = -1  # step after which the run is interrupted
+    provenance: dict[str, str] = dataclasses.field(default_factory=dict)
     evaluated: list[int] = dataclasses.field(default_factory=list)
     saved: list[int] = dataclasses.field(default_factory=list)
 
@@ -53,7 +54,7 @@ class ScriptedTask:
             evaluate=self.evaluate,
             to_model=lambda state: pytest.fail("the trainer needs no model"),
             tokens_per_step=2.0,
-            provenance={},
+            provenance=self.provenance,
             summary=[],
             save_best=lambda state: self.saved.append(int(state.step)),
         )
@@ -141,11 +142,10 @@ def test_ties_go_to_the_earlier_step_and_non_finite_scores_are_never_the_best(tm
     assert task.saved == [4, 16]
 
 
-@pytest.mark.parametrize("step", [4, 5, 18])
-def test_no_step_is_evaluated_twice(tmp_path, step):
+def test_no_step_is_evaluated_twice(tmp_path):
     task, run_dir = ScriptedTask(), tmp_path / "run"
 
-    if step < 18:
+    for step in (4, 5):
         task.interrupt(step, run_dir)
     for _ in range(2):  # the second time, it is finished
         task.fit(run_dir)
@@ -168,29 +168,22 @@ def test_an_interrupted_evaluation_is_repeated_on_resume(tmp_path, step):
     assert list(values(run_dir, "eval", "loss")) == EVAL_STEPS
 
 
-def test_a_progress_line_has_an_evaluation_only_if_its_step_was_evaluated(tmp_path):
-    with capture_lines([]) as lines:
-        ScriptedTask().fit(tmp_path / "run")
-
-    lines = [line.split(" | ") for line in lines if line.startswith("step ")]
-    evaluations = {
-        int(first.removeprefix("step ").split("/")[0]): [x for x in parts if x[:4] == "val "]
-        for first, *parts in lines
-    }
-    assert len(lines) == 19
-    assert evaluations == {n: [f"val {n}.5"] * (n in EVAL_STEPS) for n in range(19)}
-
-
-@pytest.mark.parametrize("log_every", [1, 4])
-def test_ten_consecutive_skipped_steps_end_the_run_even_across_a_resume(tmp_path, log_every):
+def test_ten_consecutive_skipped_steps_end_the_run_even_across_a_resume(tmp_path):
     targets = dict.fromkeys([2, *range(5, 19)], math.nan)
     task = ScriptedTask(targets=targets)
 
-    task.interrupt(9, tmp_path / "run", log_every=log_every)
+    task.interrupt(9, tmp_path / "run", log_every=4)
     with pytest.raises(ConfigError, match=r"10 .*step 14\. .* step is 4\."):
-        task.fit(tmp_path / "run", log_every=log_every)
+        task.fit(tmp_path / "run", log_every=4)
 
     assert values(tmp_path / "run", "train", "skipped")[8] == "not finite"
+
+
+def test_a_run_is_resumed_only_with_unchanged_inputs(tmp_path):
+    ScriptedTask(provenance={"data": "a"}).interrupt(3, tmp_path / "run")
+
+    with pytest.raises(ModelError, match=r"data\.source.* was a, now b"):
+        ScriptedTask(provenance={"data": "b"}).fit(tmp_path / "run")
 
 
 @pytest.mark.parametrize("policy", SPIKE_POLICIES)
@@ -199,7 +192,7 @@ def test_a_resumed_run_treats_a_spike_as_the_uninterrupted_run(tmp_path, policy)
     options = {"steps": 56, "on_spike": policy}
 
     state = task.fit(tmp_path / "whole", **options)
-    for step in (12, 44, 45, 46):
+    for step in (44, 45):
         task.interrupt(step, tmp_path / "resumed", **options)
     resumed_state = task.fit(tmp_path / "resumed", **options)
 
@@ -210,17 +203,3 @@ def test_a_resumed_run_treats_a_spike_as_the_uninterrupted_run(tmp_path, policy)
         assert skipped == ({SPIKE: "spike"} if policy == "skip" else {})
     losses = values(tmp_path / "whole", "train", "loss")
     assert values(tmp_path / "resumed", "train", "loss") == losses
-
-
-def test_history_is_the_same_after_a_checkpoint():
-    logged = (LoggedStep(3, 0.5, 1.0), LoggedStep(4, math.inf, math.nan))
-    history = History((0.5, -2.0), 2, 4, 1, 3, logged)
-
-    metadata = history.to_metadata()
-    restored = History.from_metadata(metadata)
-
-    assert metadata["logged"][1] == [4, None, None]
-    assert restored._replace(logged=()) == history._replace(logged=())
-    assert restored.logged[0] == logged[0]
-    assert restored.logged[1].step == 4
-    assert all(map(math.isnan, restored.logged[1][1:]))
