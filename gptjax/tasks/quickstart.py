@@ -89,8 +89,7 @@ def compare_classifiers(run_dir: Path, model: Model) -> None:
         f"{accuracies[1]:.1%} from random initialization, after {config.train.steps} "
         "steps each; chance is 50%"
     )
-    with (run_dir / "report.md").open("a", encoding="utf-8") as file:
-        file.write(f"\n## Code or prose\n\n{text}.\n")
+    append_report(run_dir, "Code or prose", f"{text}.\n")
     logger.info(f"transfer {text}")
 
 
@@ -118,10 +117,15 @@ def train_word_assistant(run_dir: Path) -> None:
         f"exact match {means['after']:.4f} on held-out words, mean over "
         f"{len(rows)} tasks; {means['before']:.4f} before fine-tuning"
     )
-    with (run_dir / "report.md").open("a", encoding="utf-8") as file:
-        lines = markdown_table("task", rows | {"mean": means})
-        file.write("\n".join(["", "## Words", "", f"{text}.", "", *lines]))
+    lines = markdown_table("task", rows | {"mean": means})
+    append_report(run_dir, "Words", "\n".join([f"{text}.", "", *lines]))
     logger.info(f"assistant {text}")
+
+
+def append_report(run_dir: Path, title: str, text: str) -> None:
+    """Appends a section to report.md."""
+    with (run_dir / "report.md").open("a", encoding="utf-8") as file:
+        file.write(f"\n## {title}\n\n{text}")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -187,12 +188,9 @@ def host_memory() -> int:
 
 def free_memory() -> int:
     """Bytes of available host memory."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return host_memory()
-    sizes = [int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")]
-    return 1024 * sizes[0] if sizes else host_memory()
+    path = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: *(\d+)", path.read_text()) if path.is_file() else None
+    return 1024 * int(found[1]) if found else host_memory()
 
 
 def format_bytes(size: int | float) -> str:

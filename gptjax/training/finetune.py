@@ -114,15 +114,18 @@ def initial_params(
     others get new ones. `config` is from `resolve_model_config`.
     """
     options = FAST_COMPILE_OPTIONS if jax.default_backend() == "cpu" else None
-    new_params = jax.jit(lambda key: init(config, key), compiler_options=options)(key)
+    init_fn = jax.jit(lambda key: init(config, key), compiler_options=options)
     if init_model is None:
-        return new_params
+        return init_fn(key)
+    is_same_tokenizer = tokenizer.hash == init_model.tokenizer.hash
+    are_complete = is_same_tokenizer and not config.n_classes
+    new_params: Any = jax.eval_shape(init_fn, key) if are_complete else init_fn(key)
     params: Params = {n: init_model.params[n] for n in new_params if n in init_model.params}
     table = init_model.params["position_embedding"]["embedding"][: config.context_length]
     params["position_embedding"] = {"embedding": table}
     if config.n_classes:
         params["head"] = new_params["head"]
-    if tokenizer.hash != init_model.tokenizer.hash:
+    if not is_same_tokenizer:
         old = init_model.tokenizer
         shared = [token for token in tokenizer.ranks if token in old.ranks]
         new_ids = [tokenizer.eot_token, *(tokenizer.ranks[token] for token in shared)]

@@ -57,9 +57,6 @@ class Topology(NamedTuple):
 def parse_topology(text: str) -> Topology:
     """Parses a topology such as "v5e:2x4", "v6e:1", "h100:8" or "cpu:8".
 
-    Raises:
-        ConfigError: the chip is unknown or the shape is invalid.
-
     >>> parse_topology("v5e:2x4").devices, parse_topology("v5e:8").shape
     (8, '2x4')
     """

@@ -51,9 +51,6 @@ def read_events(path: Path) -> list[Event]:
     A "resume" event supersedes earlier events of later steps; at step 0, all of them.
     Of two evaluations of the same step and split, the second counts. A line may be
     incomplete if it is the last one or a "resume" event follows.
-
-    Raises:
-        ModelError: another line is not an event.
     """
     if not path.is_file():
         return []

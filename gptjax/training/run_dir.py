@@ -54,15 +54,7 @@ def open_run(
 ) -> Iterator[RunContext]:
     """Opens a run folder for training: lock, signal handlers, mesh, resolved config.
 
-    Args:
-        config: must match that of an existing run.
-        run_dir: run folder; created if missing.
-        allow_change: config options that may differ from those of an existing run.
-        on_spike: one of `SPIKE_POLICIES`; "" = that of an existing run, or "log".
-
-    Raises:
-        GptjaxError: invalid config or run folder, or a resource error in the block.
-        Interrupted: interrupted by SIGINT or SIGTERM; the same call resumes.
+    The arguments are those of `gptjax.train`.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -113,20 +105,16 @@ def reconcile_config(run_dir: Path, config: RunConfig, allowed: Sequence[str] = 
 
 def check_config_changes(run_dir: Path, changes: Mapping[str, str], allowed: Sequence[str]) -> None:
     """Checks that a run may be resumed with the changes, lines by option."""
-    policies = {name: resume_policy(name) for name in changes}
-    identity = [changes[name] for name in changes if policies[name] == "identity"]
-    if identity:
-        raise ModelError(
-            f"the run in {run_dir} was started with another config: {'; '.join(identity)}. "
-            "These options are fixed for a run: resume it with its own config, or start "
-            "a new run with another --run DIR."
-        )
-    names = [n for n in changes if policies[n] == "trajectory" and n not in allowed]
-    if names:
+    fixed = [name for name in changes if resume_policy(name) == "identity"]
+    denied = fixed or [n for n in changes if resume_policy(n) == "trajectory" and n not in allowed]
+    fix = f"allow the change with {' '.join(f'--allow-change {name}' for name in denied)}"
+    if fixed:
+        fix = "start a new run with another --run DIR, since these options are fixed for a run"
+    if denied:
         raise ModelError(
             f"the run in {run_dir} was started with another config: "
-            f"{'; '.join(changes[name] for name in names)}. Resume it with its own config, "
-            f"or allow the change with {' '.join(f'--allow-change {name}' for name in names)}."
+            f"{'; '.join(changes[name] for name in denied)}. Resume it with its own config, "
+            f"or {fix}."
         )
 
 

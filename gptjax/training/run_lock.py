@@ -21,11 +21,7 @@ UNSUPPORTED_LOCK_ERRNOS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 @contextlib.contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Locks the run folder while the block runs, if its file system has locks.
-
-    Raises:
-        ModelError: another process holds the lock, or the folder is not writable.
-    """
+    """Locks the run folder while the block runs, if its file system has locks."""
     path = run_dir / RUN_LOCK_FILE
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)

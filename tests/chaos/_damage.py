@@ -4,13 +4,16 @@ import random
 from collections.abc import Sequence
 
 
+def flip_bit_of(data: bytes, rng: random.Random) -> bytes:
+    """Data with one bit flipped."""
+    at = rng.randrange(len(data))
+    return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
+
+
 def damage_bytes(rng: random.Random, data: bytes, words: Sequence[bytes] = (b"\0",)) -> bytes:
     """Data with one to three changes, most of them near the start, where headers are.
 
-    Args:
-        rng: random numbers.
-        data: content of a file.
-        words: values with a meaning in the format, which are inserted.
+    `words` are values with a meaning in the format, which are inserted.
     """
     new = bytearray(data)
     for _ in range(rng.randint(1, 3)):

@@ -1,17 +1,21 @@
 """Child processes, forked from one that has imported all and computed nothing."""
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 from typing import Any
 
 import jax
 
-import gptjax.tasks.train
+from gptjax.config import load_config
+from gptjax.runtime.compilation_cache import enable_cache
+from gptjax.tasks.train import train
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([gptjax.tasks.train.__name__, __name__])
+CONTEXT.set_forkserver_preload([__name__])
 
 
 def start(function: Callable[..., Any], *arguments: Any) -> tuple[ForkServerProcess, Connection]:
@@ -31,6 +35,15 @@ def call(sender: Connection, function: Callable[..., Any], *arguments: Any) -> N
         sender.send(function(*arguments))
     except BaseException as error:
         sender.send(f"{type(error).__name__}: {error}")
+
+
+def train_there(folder: Path, run_dir: Path) -> str:
+    """Trains the run of the folder to its end."""
+    os.chdir(folder)
+    jax.config.update("jax_enable_compilation_cache", True)
+    with enable_cache(folder / "compiled"):
+        train(load_config("config.toml"), run_dir)
+    return ""
 
 
 def run_jobs(*jobs: tuple[Any, ...]) -> Any:

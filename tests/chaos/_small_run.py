@@ -1,9 +1,8 @@
 """The small run that campaigns disturb, and what has to be left of it in the end."""
 
+import dataclasses
 import hashlib
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import tomli_w
 from gptjax.checkpoint.retention import list_steps
 from gptjax.training.metrics import read_events
 from tests.processes import TEXT
+from tests.runs import config_with
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TABLE: dict[str, dict[str, Any]] = {
@@ -19,11 +19,8 @@ TABLE: dict[str, dict[str, Any]] = {
     "data": {"source": "text.txt", "tokenizer": "bytes", "batch_size": 4},
     "optim": {"warmup_steps": 2, "peak_lr": 1e-2},
     "train": {
-        "steps": 60,
-        "log_every": 1,
-        "eval_every": 10,
-        "eval_batches": 2,
-        "sample_prompt": "",
+        **{"steps": 60, "log_every": 1, "eval_every": 10},
+        **{"eval_batches": 2, "sample_prompt": ""},
     },
     "checkpoint": {"every": 3},
 }
@@ -39,27 +36,15 @@ VARYING = ("tokens_per_s", "input_wait", "mfu")
 
 def write_config(folder: Path, **changes: Any) -> None:
     """Makes the folder one in which the run can be started; section__option=value."""
-    table = {section: dict(options) for section, options in TABLE.items()}
-    for name, value in changes.items():
-        section, option = name.split("__")
-        table[section][option] = value
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "text.txt").write_text(TEXT)
+    table = dataclasses.asdict(config_with(TABLE, **changes))
     (folder / "config.toml").write_text(tomli_w.dumps(table))
 
 
 def environment(folder: Path) -> dict[str, str]:
     """Of the processes; what they keep for later is in the folder."""
     return {**os.environ, **ENVIRONMENT, "GPTJAX_HOME": str(folder / "home")}
-
-
-def run_whole(folder: Path, run: str = "whole") -> Path:
-    """Runs undisturbed in a process of its own; returns the run folder."""
-    command = [sys.executable, "-m", "gptjax", "train", "config.toml", "--run", run]
-    subprocess.run(
-        command, cwd=folder, env=environment(folder), check=True, stdout=subprocess.DEVNULL
-    )
-    return folder / run
 
 
 def numbers(run: Path) -> dict[tuple[str, int], dict[str, Any]]:

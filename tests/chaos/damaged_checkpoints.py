@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gptjax.checkpoint import manifest
 from gptjax.checkpoint.checkpoint import latest_step, write_step
-from tests.chaos._damage import damage_bytes
+from tests.chaos._damage import damage_bytes, flip_bit_of
 from tests.chaos._small_states import resume_fault, state_at
 
 FULL, SLICE = 10_000, 1_000
@@ -33,9 +33,7 @@ def damage_file(step: Path, rng: random.Random) -> None:
 
 def flip_bit(step: Path, rng: random.Random) -> None:
     path = rng.choice([path for path in list_files(step) if path.stat().st_size])
-    data = bytearray(path.read_bytes())
-    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    path.write_bytes(data)
+    path.write_bytes(flip_bit_of(path.read_bytes(), rng))
 
 
 def resize_file(step: Path, rng: random.Random) -> None:
@@ -118,9 +116,7 @@ def forge(step: Path, rng: random.Random) -> None:
     (step / manifest.MANIFEST).unlink()
     kernel = state_at(2)["params"]["kernel"].tobytes()  # too large to be among others
     (path,) = [path for path in list_files(step) if kernel in path.read_bytes()]
-    data = bytearray(path.read_bytes())
-    data[data.index(kernel) + rng.randrange(len(kernel))] ^= 1 << rng.randrange(8)
-    path.write_bytes(data)
+    path.write_bytes(path.read_bytes().replace(kernel, flip_bit_of(kernel, rng)))
     manifest.write_manifest(step, content)
 
 

@@ -17,7 +17,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.chaos._small_run import different, environment, newest, run_whole, write_config
+from tests.chaos._damage import flip_bit_of
+from tests.chaos._forks import run_jobs, train_there
+from tests.chaos._small_run import different, environment, newest, write_config
 
 FULL, SLICE = 30, 3
 EVERY = 20.0  # seconds from fault to fault
@@ -35,7 +37,10 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
     # More steps than can be made while there are faults, but not many more.
     steps = round(len(cases) * EVERY / PAUSE * 0.7)
     write_config(folder, train__steps=steps, train__eval_every=100, checkpoint__every=20)
-    whole = run_whole(folder)
+    whole = folder / "whole"
+    if fault := run_jobs((train_there, folder, whole)):
+        yield from [fault] * len(cases)
+        return
     slow = ["gptjax.training.metrics", "log_train_metrics", "0", f"{PAUSE}"]
     train = [sys.executable, "-m", "tests.chaos._disturbed", *slow, "train"]
     words = [*train, "config.toml", "--run", "run"]
@@ -88,10 +93,9 @@ def damaged(child: int, run: Path, lot: random.Random) -> None:
     """A bit of the newest checkpoint flips, and then the process is gone."""
     saved = run / "checkpoints" / str(newest(run))
     files = sorted(path for path in saved.rglob("*") if path.is_file())
-    with contextlib.suppress(FileNotFoundError):  # replaced in the meantime
-        if files and (content := bytearray((path := lot.choice(files)).read_bytes())):
-            content[lot.randrange(len(content))] ^= 1 << lot.randrange(8)
-            path.write_bytes(content)
+    with contextlib.suppress(IndexError, FileNotFoundError):  # replaced in the meantime
+        path = lot.choice(files)
+        path.write_bytes(flip_bit_of(path.read_bytes(), lot))
     os.kill(child, signal.SIGKILL)
 
 

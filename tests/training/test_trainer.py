@@ -10,7 +10,6 @@ import optax
 import pytest
 
 from gptjax.checkpoint.retention import list_steps
-from gptjax.config import RunConfig, from_dict
 from gptjax.errors import ConfigError, ModelError
 from gptjax.runtime.preemption import Interrupted
 from gptjax.training import trainer
@@ -19,7 +18,7 @@ from gptjax.training.metrics import read_events
 from gptjax.training.task import EvalResult, RunContext, Task
 from gptjax.training.train_step import init_state, make_train_step
 from gptjax.training.trainer import fit
-from tests.runs import capture_lines
+from tests.runs import capture_lines, config_with
 
 CONFIG = {
     "data": {"batch_size": 2},
@@ -72,11 +71,10 @@ class ScriptedTask:
         score = self.scores.get(step, 0.0)
         return EvalResult([("eval", {"loss": -score})], f"val {step}.5", (score,))
 
-    def fit(self, run_dir, on_spike="log", **train_options):
+    def fit(self, run_dir, on_spike="log", **changes):
         """Trains; a run that was interrupted or failed can be continued."""
         run_dir.mkdir(exist_ok=True)
-        table = {**CONFIG, "train": CONFIG["train"] | train_options}
-        run = RunContext(from_dict(RunConfig, table), run_dir, on_spike=on_spike)
+        run = RunContext(config_with(CONFIG, **changes), run_dir, on_spike=on_spike)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trainer, "should_stop", lambda run, step: step == self.stops_at)
             return fit(run, self.make_task())
@@ -172,9 +170,9 @@ def test_ten_consecutive_skipped_steps_end_the_run_even_across_a_resume(tmp_path
     targets = dict.fromkeys([2, *range(5, 19)], math.nan)
     task = ScriptedTask(targets=targets)
 
-    task.interrupt(9, tmp_path / "run", log_every=4)
+    task.interrupt(9, tmp_path / "run", train__log_every=4)
     with pytest.raises(ConfigError, match=r"10 .*step 14\. .* step is 4\."):
-        task.fit(tmp_path / "run", log_every=4)
+        task.fit(tmp_path / "run", train__log_every=4)
 
     assert values(tmp_path / "run", "train", "skipped")[8] == "not finite"
 
@@ -189,7 +187,8 @@ def test_a_run_is_resumed_only_with_unchanged_inputs(tmp_path):
 @pytest.mark.parametrize("policy", SPIKE_POLICIES)
 def test_a_resumed_run_treats_a_spike_as_the_uninterrupted_run(tmp_path, policy):
     task = ScriptedTask(targets={SPIKE: 1e4})
-    options = {"steps": 56, "on_spike": policy}
+    options = {"train__steps": 50, "train__eval_every": 50, "checkpoint__every": 50}
+    options["on_spike"] = policy
 
     state = task.fit(tmp_path / "whole", **options)
     for step in (44, 45):
