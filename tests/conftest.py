@@ -6,14 +6,23 @@ If JAX_PLATFORMS names a GPU, tests that need no mesh run on that one device:
 
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from packaging.version import Version
 
-# Before jax is imported anywhere. Tests compile hundreds of tiny programs, for
-# which XLA's full optimisation costs far more than it saves on a CPU.
-ON_CPU = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": "8"}
+# Before jax is imported. Tests compile thousands of tiny programs on a CPU. Full
+# optimization costs far more than it saves, and the newer code generator of XLA (the
+# only one since jaxlib 0.11.1) takes five times as long as the older one in one module.
+has_older_generator = Version(version("jaxlib")) < Version("0.11.1")
+ON_CPU = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_NUM_CPU_DEVICES": "8",
+    "XLA_FLAGS": "--xla_cpu_parallel_codegen_split_count=1"
+    + " --xla_cpu_use_fusion_emitters=false" * has_older_generator,
+}
 # On others XLA needs it. Products of float32 are computed as such and in one order;
 # memory is left for the processes that a test starts.
 ON_OTHERS = {
