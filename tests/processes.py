@@ -231,7 +231,7 @@ def other_tokenizer(command: list[str], folder: Path) -> None:
     write_tokenizer(folder, TEXT.replace("times", "mal"))
 
 
-# What differs in one of two processes.
+# Differences between two processes, applied to one of them.
 OTHER = {
     "config": other_config,
     "code": other_code,

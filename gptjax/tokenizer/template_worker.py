@@ -94,13 +94,15 @@ class MarkedText(str):
         return len(self) > 2
 
     def strip(self, chars: str | None = None, /) -> "MarkedText":
-        """Strips inside the marks, as do `lstrip` and `rstrip`."""
+        """Strips inside the marks."""
         return MarkedText(self[0] + self[1:-1].strip(chars) + self[-1])
 
-    def lstrip(self, chars: str | None = None, /) -> "MarkedText":  # noqa: D102
+    def lstrip(self, chars: str | None = None, /) -> "MarkedText":
+        """Strips on the left, inside the marks."""
         return MarkedText(self[0] + self[1:-1].lstrip(chars) + self[-1])
 
-    def rstrip(self, chars: str | None = None, /) -> "MarkedText":  # noqa: D102
+    def rstrip(self, chars: str | None = None, /) -> "MarkedText":
+        """Strips on the right, inside the marks."""
         return MarkedText(self[0] + self[1:-1].rstrip(chars) + self[-1])
 
 

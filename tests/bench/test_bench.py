@@ -20,7 +20,7 @@ PARAMS = sum(map(math.prod, expected_shapes(SMALL).values())) - 32 * 16  # of ma
 
 @pytest.fixture
 def lines(monkeypatch):
-    """What is logged; on one device and with small matrices."""
+    """Collects logged lines, with one device and small matrices."""
     monkeypatch.setattr(suite.jax, "device_count", lambda: 1)
     monkeypatch.setattr(suite, "NEW_TOKENS", 4)
     return []

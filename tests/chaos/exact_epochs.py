@@ -94,7 +94,7 @@ def examples_of(rng: random.Random, kind: str, rows: int) -> tuple[Read, int, in
 def read_until_killed(
     read: Read, shares: Sequence[Sequence[int]], start: int, stop: int, after: int
 ) -> list[list[list[int]]]:
-    """What each process read; all are killed after `after` steps of the first."""
+    """Returns the batches that each process read; kills all after `after` steps."""
     children, pipes = [], []
     for here in shares:
         reading, writing = os.pipe()
