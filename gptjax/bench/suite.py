@@ -18,8 +18,8 @@ import jax
 from gptjax.bench import workloads
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
-from gptjax.model.attention.dispatch import BACKENDS, resolve_backend
-from gptjax.model.gpt import compute_dtype
+from gptjax.model.attention.dispatch import BACKENDS
+from gptjax.model.gpt import compute_dtype, resolve_backend
 from gptjax.parallel.sharding import use_mesh
 from gptjax.runtime.device import package_versions
 from gptjax.training import estimate
@@ -42,7 +42,7 @@ class BenchOptions:
     log: Callable[[str], None]
     context: int = 256  # tokens per training row
     train_batch_sizes: Sequence[int] = (2, 4, 8)  # per device, tried until out of memory
-    backends: Sequence[str] = ("auto",)  # attention backends in training
+    backends: Sequence[Any] = ("auto",)  # attention backends in training
     decode_batch_sizes: Sequence[int] = (1, 8)
     prefill_batch_sizes: Sequence[int] = (1,)
     prefill_length: int = 512
@@ -194,12 +194,7 @@ def bench_training(options: BenchOptions, matmul_rate: float | None) -> dict[str
     config = dataclasses.replace(options.config, context_length=options.context)
     for name in options.backends:
         try:
-            backend: Any = resolve_backend(
-                name,
-                length=config.context_length,
-                head_dim=config.head_dim,
-                dtype=compute_dtype(config),
-            )
+            backend: Any = resolve_backend(dataclasses.replace(config, attention=name))
         except ConfigError as error:
             options.log(f"train {name}: {error}")
             continue

@@ -64,8 +64,7 @@ def check_devices() -> list[str]:
     import jax
 
     from gptjax.config import GPTConfig
-    from gptjax.model.attention.dispatch import resolve_backend
-    from gptjax.model.gpt import compute_dtype
+    from gptjax.model.gpt import compute_dtype, resolve_backend
     from gptjax.training.estimate import format_bytes
 
     try:
@@ -84,11 +83,7 @@ def check_devices() -> list[str]:
     kind = f"{len(devices)} x {devices[0].device_kind}"
     print_check("devices", f"{kind} · {memory_text} · {process}")
     c = GPTConfig(vocab_size=1)
-    dtype = compute_dtype(c)
-    attention = resolve_backend(
-        c.attention, length=c.context_length, head_dim=c.head_dim, dtype=dtype
-    )
-    print_check("compute", f"{dtype} · attention {attention}")
+    print_check("compute", f"{compute_dtype(c)} · attention {resolve_backend(c)}")
     return []
 
 

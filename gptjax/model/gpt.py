@@ -31,8 +31,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
-from gptjax.model.attention.dispatch import compute_attention
-from gptjax.model.attention.mask import ATTN_OUT, AttentionMask
+from gptjax.model.attention.dispatch import compute_attention, select_backend
+from gptjax.model.attention.mask import ATTN_OUT, AttentionMask, AttentionSpec
 from gptjax.model.interventions import (
     POINT_MODULES,
     CapturePoint,
@@ -42,15 +42,16 @@ from gptjax.model.interventions import (
     is_observed,
     stack_captured,
 )
-from gptjax.model.kv_cache import KVCache, update_cache
 from gptjax.model.layers import (
     Dropout,
     Embedding,
     HiddenStates,
+    KVCache,
     LayerNorm,
     Linear,
     materialize_on_cpu,
     project_qkv,
+    update_cache,
 )
 from gptjax.model.lora import apply_adapters
 from gptjax.model.quantization import QKV_NAMES, DecodeKernel, decode_matmul
@@ -92,6 +93,22 @@ def compute_dtype(config: GPTConfig) -> jnp.dtype:
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
+
+
+def resolve_backend(config: GPTConfig, platform: str = "") -> str:
+    """Returns the attention backend of training; `model.attention` may be "auto".
+
+    `platform` is "cpu", "gpu" or "tpu"; "" = the current one.
+    """
+    spec = AttentionSpec(
+        num_queries=config.context_length,
+        num_keys=config.context_length,
+        head_dim=config.head_dim,
+        dtype=str(compute_dtype(config)),
+        platform=platform or target_platform(),
+        edits_weights=config.dropout > 0,
+    )
+    return select_backend(config.attention, spec)
 
 
 class Attention(nn.Module):

@@ -12,8 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from gptjax.config import GPTConfig, RunConfig
-from gptjax.model.attention.dispatch import resolve_backend
-from gptjax.model.gpt import compute_dtype, init
+from gptjax.model.gpt import compute_dtype, init, resolve_backend
 from gptjax.tokenizer import tokenizer
 from gptjax.training.hardware import chip_from_device
 from gptjax.tree import num_params
@@ -77,14 +76,7 @@ def resolve_config(config: RunConfig, platform: str = "") -> RunConfig:
     if platform and model.dtype == "auto":
         dtype: Any = "float32" if platform == "cpu" else "bfloat16"
         model = dataclasses.replace(model, dtype=dtype)
-    attention: Any = resolve_backend(
-        model.attention,
-        length=model.context_length,
-        head_dim=model.head_dim,
-        dtype=compute_dtype(model),
-        dropout=model.dropout,
-        platform=platform,
-    )
+    attention: Any = resolve_backend(model, platform)
     model = dataclasses.replace(model, attention=attention)
     return dataclasses.replace(config, model=model)
 

@@ -4,13 +4,16 @@ It does not support segment ids: packed rows are masked by an array [B, 1, T, S]
 costs memory but is exact.
 """
 
-from typing import Any
-
 import jax
 
 from gptjax.errors import ConfigError
-from gptjax.model.attention.mask import AttentionMask, KeyValueHeads, QueryHeads, materialize_mask
-from gptjax.model.attention.spec import AttentionSpec, shard_map_attention
+from gptjax.model.attention.mask import (
+    AttentionMask,
+    AttentionSpec,
+    KeyValueHeads,
+    QueryHeads,
+    materialize_mask,
+)
 
 MAX_HEAD_DIM = 128  # supported by cuDNN on every GPU from Ampere on
 _OPTION = "model.attention='cudnn'"
@@ -20,34 +23,19 @@ def cudnn_attention(
     query_BTHK: QueryHeads, key_BSHK: KeyValueHeads, value_BSHK: KeyValueHeads, mask: AttentionMask
 ) -> QueryHeads:
     """Computes attention with NVIDIA's kernel."""
+    has_arrays = mask.query_position_BT is not None or mask.segment_id_BT is not None
+    mask_BTS = materialize_mask(mask, query_BTHK, key_BSHK) if has_arrays else None
     try:
-        return shard_map_attention(_attend_shard, query_BTHK, key_BSHK, value_BSHK, mask)
+        return jax.nn.dot_product_attention(
+            *(query_BTHK, key_BSHK, value_BSHK),
+            mask=None if mask_BTS is None else mask_BTS[:, None],
+            is_causal=mask.causal and not has_arrays,
+            implementation="cudnn",
+        )
     except RuntimeError as error:  # NotImplementedError is one
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise  # an error of the device, such as out of memory
         raise ConfigError(f"{_OPTION} failed: {error} Use model.attention='xla'.") from error
-
-
-def _attend_shard(
-    query_BTHK: QueryHeads, key_BSHK: KeyValueHeads, value_BSHK: KeyValueHeads, mask: AttentionMask
-) -> QueryHeads:
-    """Computes attention for the rows and heads of one device.
-
-    Causality and sliding windows are options of the kernel; everything else, including
-    a window that is not causal, needs a mask array.
-    """
-    has_arrays = mask.query_position_BT is not None or mask.segment_id_BT is not None
-    options: dict[str, Any] = {}
-    if has_arrays or (mask.sliding_window is not None and not mask.causal):
-        mask_BTS = materialize_mask(mask, query_BTHK, key_BSHK)
-        options["mask"] = mask_BTS[:, None]
-    else:
-        options["is_causal"] = mask.causal
-        if mask.sliding_window is not None:
-            options["local_window_size"] = (mask.sliding_window - 1, 0)
-    return jax.nn.dot_product_attention(
-        query_BTHK, key_BSHK, value_BSHK, implementation="cudnn", **options
-    )
 
 
 def cudnn_unsupported_reason(spec: AttentionSpec) -> str:

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from gptjax.errors import ConfigError
 from gptjax.model.attention import cudnn, flash, reference, splash
-from gptjax.model.attention.mask import AttentionMask, KeyValueHeads, QueryHeads
-from gptjax.model.attention.spec import AttentionSpec
+from gptjax.model.attention.mask import AttentionMask, AttentionSpec, KeyValueHeads, QueryHeads
+from gptjax.parallel.sharding import shard_map_local
 from gptjax.runtime import device
 from gptjax.runtime.device import GPU_PRE_AMPERE
 
@@ -19,16 +18,17 @@ class Backend(NamedTuple):
 
     run: Callable[..., QueryHeads]
     forms_weights: bool = False  # takes `edit_weights`, e.g. dropout
+    is_local: bool = False  # needs `shard_map`: the compiler cannot partition it
     unsupported_reason: Callable[[AttentionSpec], str] = lambda spec: ""
 
 
 BACKENDS: Mapping[str, Backend] = {
-    "reference": Backend(reference.reference_attention, True),
-    "chunked": Backend(reference.chunked_causal_attention, True),
+    "reference": Backend(reference.reference_attention, forms_weights=True),
+    "chunked": Backend(reference.chunked_causal_attention, forms_weights=True),
     "xla": Backend(reference.xla_attention),
-    "flash": Backend(flash.flash_attention),
-    "cudnn": Backend(cudnn.cudnn_attention, False, cudnn.cudnn_unsupported_reason),
-    "splash": Backend(splash.splash_attention, False, splash.splash_unsupported_reason),
+    "flash": Backend(flash.flash_attention, is_local=True),
+    "cudnn": Backend(cudnn.cudnn_attention, False, True, cudnn.cudnn_unsupported_reason),
+    "splash": Backend(splash.splash_attention, False, True, splash.splash_unsupported_reason),
 }
 DEFAULT_ORDER = {  # by platform: the first supported one; KV caches use "reference"
     "cpu": ("chunked",),
@@ -62,11 +62,6 @@ def compute_attention(
     """
     _, queries, _, head_dim = query_BTHK.shape
     keys = key_BSHK.shape[1]
-    if mask.sliding_window is not None and mask.sliding_window < 1:
-        raise ConfigError(
-            f"AttentionMask.sliding_window={mask.sliding_window} masks a query from "
-            "itself. Use 1 or more."
-        )
     if mask.query_position_BT is not None and mask.segment_id_BT is not None:
         raise ConfigError(
             "AttentionMask.query_position_BT and segment_id_BT cannot be combined: the "
@@ -87,8 +82,29 @@ def compute_attention(
         has_query_positions=mask.query_position_BT is not None,
     )
     options = {} if edit_weights is None else {"edit_weights": edit_weights}
-    run = BACKENDS[select_backend(backend, spec)].run
+    run, _, is_local, _ = BACKENDS[select_backend(backend, spec)]
+    if is_local:
+        return shard_map_attention(run, query_BTHK, key_BSHK, value_BSHK, mask)
     return run(query_BTHK, key_BSHK, value_BSHK, mask, **options)
+
+
+def shard_map_attention(
+    attention: Callable[..., QueryHeads],
+    query_BTHK: QueryHeads,
+    key_BSHK: KeyValueHeads,
+    value_BSHK: KeyValueHeads,
+    mask: AttentionMask,
+) -> QueryHeads:
+    """Calls `attention`; on a mesh, on each device with its shard of rows and heads."""
+    names = [n for n in ("query_position_BT", "segment_id_BT") if getattr(mask, n) is not None]
+
+    def attend_shard(query: Array, key: Array, value: Array, *arrays: Array) -> QueryHeads:
+        mask_arrays: Any = dict(zip(names, arrays, strict=True))
+        return attention(query, key, value, mask._replace(**mask_arrays))
+
+    in_axes = ("BTHK", "BSHK", "BSHK", *("BT" for _ in names))
+    arrays = query_BTHK, key_BSHK, value_BSHK, *(getattr(mask, name) for name in names)
+    return shard_map_local(attend_shard, in_axes, "BTHK")(*arrays)
 
 
 def select_backend(name: str, spec: AttentionSpec) -> str:
@@ -115,36 +131,3 @@ def unsupported_reason(name: str, spec: AttentionSpec) -> str:
             "model.attention='reference' or model.dropout=0."
         )
     return BACKENDS[name].unsupported_reason(spec)
-
-
-def resolve_backend(
-    name: str,
-    *,
-    length: int,
-    head_dim: int,
-    dtype: Any,
-    dropout: float = 0.0,
-    decoding: bool = False,
-    platform: str = "",
-) -> str:
-    """Resolves `model.attention`, which may be "auto", to a backend name.
-
-    Args:
-        name: `model.attention`.
-        length: [T], tokens in a row.
-        head_dim: [K].
-        dtype: of activations.
-        dropout: `model.dropout` in training, else 0.
-        decoding: whether queries attend to a KV cache.
-        platform: "cpu", "gpu" or "tpu"; "" = the current one.
-    """
-    spec = AttentionSpec(
-        num_queries=length,
-        num_keys=length,
-        head_dim=head_dim,
-        dtype=str(jnp.dtype(dtype)),
-        platform=platform or device.target_platform(),
-        edits_weights=dropout > 0,
-        has_query_positions=decoding,
-    )
-    return select_backend(name, spec)

@@ -29,7 +29,6 @@ from gptjax.model.attention.mask import (
     make_attention_mask,
     query_positions,
 )
-from gptjax.model.attention.spec import shard_map_attention
 
 MASK_VALUE = jnp.finfo(jnp.float32).min
 FLASH_BLOCK_SIZE = 256  # queries or keys; the fastest power of 2 on CPU
@@ -38,8 +37,8 @@ FLASH_BLOCK_SIZE = 256  # queries or keys; the fastest power of 2 on CPU
 class BlockLayout(NamedTuple):
     """Static block layout: how queries and keys are divided into blocks."""
 
-    mask: AttentionMask  # without arrays, hence hashable
-    is_aligned: bool  # query t is at key t, so masked blocks can be skipped
+    causal: bool
+    skips_masked: bool  # causal, and query t is at key t
     num_keys: int  # number of keys without padding of the last block
     query_block_size: int
     key_block_size: int
@@ -56,17 +55,10 @@ def flash_attention(
     query_BTHK: QueryHeads, key_BSHK: KeyValueHeads, value_BSHK: KeyValueHeads, mask: AttentionMask
 ) -> QueryHeads:
     """Computes attention by a blockwise softmax; scores are never stored."""
-    return shard_map_attention(_attend_shard, query_BTHK, key_BSHK, value_BSHK, mask)
-
-
-def _attend_shard(
-    query_BTHK: QueryHeads, key_BSHK: KeyValueHeads, value_BSHK: KeyValueHeads, mask: AttentionMask
-) -> QueryHeads:
-    """Computes attention for the rows and heads of one device: pads, runs, unpads."""
     queries, keys = query_BTHK.shape[1], key_BSHK.shape[1]
     query_size, key_size = min(FLASH_BLOCK_SIZE, queries), min(FLASH_BLOCK_SIZE, keys)
-    static_mask = AttentionMask(causal=mask.causal, sliding_window=mask.sliding_window)
-    layout = BlockLayout(static_mask, mask.query_position_BT is None, keys, query_size, key_size)
+    skips_masked = mask.causal and mask.query_position_BT is None
+    layout = BlockLayout(mask.causal, skips_masked, keys, query_size, key_size)
     query_info = QueryInfo(query_positions(mask, query_BTHK), mask.segment_id_BT)
     out_BHTK = _flash_attention(
         layout,
@@ -121,8 +113,8 @@ def _fwd(
         init_max_BHT = jnp.full(block_query_BHTK.shape[:3], MASK_VALUE)
         zeros_BHTK = jnp.zeros(block_query_BHTK.shape, jnp.float32)
         init = init_max_BHT, jnp.zeros_like(init_max_BHT), zeros_BHTK
-        first, last = key_block_range(layout, i, key_BHSK.shape[2] // layout.key_block_size)
-        max_BHT, sum_BHT, out_BHTK = lax.fori_loop(first, last, attend_key_block, init)
+        end = i + 1 if layout.skips_masked else key_BHSK.shape[2] // layout.key_block_size
+        max_BHT, sum_BHT, out_BHTK = lax.fori_loop(0, end, attend_key_block, init)
         out_BHTK = (out_BHTK / sum_BHT[..., None]).astype(query_BHTK.dtype)
         return out_BHTK, max_BHT + jnp.log(sum_BHT)
 
@@ -174,10 +166,9 @@ def _bwd(layout: BlockLayout, residuals: Any, grad_BHTK: QueriesHeadsFirst) -> t
             return grad_query_BHTK, grad_key_BHSK, grad_value_BHSK
 
         zeros_BHSK = jnp.zeros(block_key_BHSK.shape, jnp.float32)
-        num_query_blocks = query_BHTK.shape[2] // query_size
-        first, last = query_block_range(layout, j, num_query_blocks)
+        start, end = j if layout.skips_masked else 0, query_BHTK.shape[2] // query_size
         grad_query_BHTK, *grads = lax.fori_loop(
-            first, last, add_query_block, (grad_query_BHTK, zeros_BHSK, zeros_BHSK)
+            start, end, add_query_block, (grad_query_BHTK, zeros_BHSK, zeros_BHSK)
         )
         return grad_query_BHTK, tuple(x.astype(key_BHSK.dtype) for x in grads)
 
@@ -210,32 +201,10 @@ def block_scores(
     if query_info.segment_id_BT is not None:
         segment_id_BS = slice_block(query_info.segment_id_BT, 1, j, layout.key_block_size)
     mask_BTS = make_attention_mask(
-        layout.mask, query_position_BT, key_position_S, segment_id_BT, segment_id_BS
+        layout.causal, query_position_BT, key_position_S, segment_id_BT, segment_id_BS
     )
     mask_BTS &= (key_position_S < layout.num_keys)[None, None]
     return jnp.where(mask_BTS[:, None], score_BHTS * query_BHTK.shape[-1] ** -0.5, MASK_VALUE)
-
-
-def key_block_range(layout: BlockLayout, i: Array, blocks: int) -> tuple[Any, Any]:
-    """Returns the range [first, last) of key blocks that query block i attends to."""
-    first, last, window = 0, blocks, layout.mask.sliding_window
-    if layout.is_aligned and layout.mask.causal:
-        last = i + 1
-    if layout.is_aligned and window is not None:
-        first_key = i * layout.query_block_size - window + 1
-        first = jnp.maximum(0, first_key // layout.key_block_size)
-    return first, last
-
-
-def query_block_range(layout: BlockLayout, j: Array, blocks: int) -> tuple[Any, Any]:
-    """Returns the range [first, last) of query blocks that attend to key block j."""
-    first, last, window = 0, blocks, layout.mask.sliding_window
-    if layout.is_aligned and layout.mask.causal:
-        first = j
-    if layout.is_aligned and window is not None:
-        last_query = (j + 1) * layout.key_block_size - 2 + window
-        last = jnp.minimum(blocks, last_query // layout.query_block_size + 1)
-    return first, last
 
 
 def slice_block(x: Array, axis: int, n: Array, size: int) -> Array:

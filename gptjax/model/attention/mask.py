@@ -1,4 +1,4 @@
-"""Attention masks as data; dimension letters: see `gptjax.model.gpt`."""
+"""Attention masks and calls as data; dimension letters: see `gptjax.model.gpt`."""
 
 from typing import NamedTuple
 
@@ -25,14 +25,23 @@ class AttentionMask(NamedTuple):
         query_position_BT: index of each query among the keys; None = t.
         segment_id_BT: document of each token; padding is a document of its own.
         causal: whether keys after the query are masked.
-        sliding_window: number of latest keys to attend to, the query's own included;
-            None = all. Keys after the query depend on `causal` alone.
     """
 
     query_position_BT: Int[Array, "B T"] | None = None
     segment_id_BT: Int[Array, "B T"] | None = None
     causal: bool = True
-    sliding_window: int | None = None
+
+
+class AttentionSpec(NamedTuple):
+    """Static properties of one attention call, which determine backend support."""
+
+    num_queries: int  # [T]
+    num_keys: int  # [S]
+    head_dim: int  # [K]
+    dtype: str
+    platform: str  # as returned by `target_platform`
+    edits_weights: bool = False  # e.g. dropout on attention weights
+    has_query_positions: bool = False  # queries attend to a KV cache
 
 
 def materialize_mask(
@@ -42,7 +51,7 @@ def materialize_mask(
     query_position_BT = query_positions(mask, query_BTHK)
     key_position_S = jnp.arange(key_BSHK.shape[1])
     return make_attention_mask(
-        mask, query_position_BT, key_position_S, mask.segment_id_BT, mask.segment_id_BT
+        mask.causal, query_position_BT, key_position_S, mask.segment_id_BT, mask.segment_id_BT
     )
 
 
@@ -54,22 +63,17 @@ def query_positions(mask: AttentionMask, query_BTHK: QueryHeads) -> Int[Array, "
 
 
 def make_attention_mask(
-    mask: AttentionMask,
+    causal: bool,
     query_position_BT: Int[Array, "B T"],
     key_position_S: Int[Array, " S"],
     query_segment_id_BT: Int[Array, "B T"] | None,
     key_segment_id_BS: Int[Array, "B S"] | None,
 ) -> Bool[Array, "B T S"]:
-    """Returns the mask of any block of queries and keys, at positions among all keys.
-
-    Of `mask`, only `causal` and `sliding_window` are used.
-    """
+    """Returns the mask of a block of queries and keys, at positions among all keys."""
     query_BTS, key_BTS = query_position_BT[:, :, None], key_position_S[None, None, :]
     mask_BTS = jnp.ones((*query_position_BT.shape, key_position_S.size), bool)
-    if mask.causal:
+    if causal:
         mask_BTS &= key_BTS <= query_BTS
-    if mask.sliding_window is not None:
-        mask_BTS &= key_BTS > query_BTS - mask.sliding_window
     if query_segment_id_BT is not None and key_segment_id_BS is not None:
         mask_BTS &= query_segment_id_BT[:, :, None] == key_segment_id_BS[:, None, :]
     return mask_BTS

@@ -4,6 +4,7 @@ The formula is eq. 1 of Vaswani et al. 2017. Heads come before positions, the fa
 layout on CPU.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -43,35 +44,11 @@ def reference_attention(
     value_BSHK: KeyValueHeads,
     mask: AttentionMask,
     edit_weights: EditWeights | None = None,
+    num_chunks: int = 1,
 ) -> QueryHeads:
-    """Computes all weights at once."""
-    chunk = query_BTHK.shape[1]
-    return _attend_in_chunks(query_BTHK, key_BSHK, value_BSHK, mask, edit_weights, chunk)
-
-
-def chunked_causal_attention(
-    query_BTHK: QueryHeads,
-    key_BSHK: KeyValueHeads,
-    value_BSHK: KeyValueHeads,
-    mask: AttentionMask,
-    edit_weights: EditWeights | None = None,
-) -> QueryHeads:
-    """Computes chunks of queries, each without most of its masked keys."""
-    queries = query_BTHK.shape[1]
-    chunk = queries if queries <= MAX_UNCHUNKED else max(MIN_CHUNK, -(-queries // NUM_CHUNKS))
-    return _attend_in_chunks(query_BTHK, key_BSHK, value_BSHK, mask, edit_weights, chunk)
-
-
-def _attend_in_chunks(
-    query_BTHK: QueryHeads,
-    key_BSHK: KeyValueHeads,
-    value_BSHK: KeyValueHeads,
-    mask: AttentionMask,
-    edit_weights: EditWeights | None,
-    chunk: int,
-) -> QueryHeads:
-    """Computes attention of `chunk` queries at a time, without the keys after them."""
+    """Computes attention of chunks of queries, each without the keys after it."""
     queries, keys = query_BTHK.shape[1], key_BSHK.shape[1]
+    chunk = queries if queries <= MAX_UNCHUNKED else max(MIN_CHUNK, -(-queries // num_chunks))
     skip_masked = mask.causal and mask.query_position_BT is None
     mask_BTS = materialize_mask(mask, query_BTHK, key_BSHK)
     query_BHTK, key_BHSK, value_BHSK = (
@@ -90,6 +67,9 @@ def _attend_in_chunks(
         weight_BHTS = weight_BHTS.astype(value_BHSK.dtype)
         outputs.append(jnp.einsum("BHTS,BHSK->BHTK", weight_BHTS, chunk_value_BHSK))
     return jnp.swapaxes(jnp.concatenate(outputs, axis=2), 1, 2)
+
+
+chunked_causal_attention = functools.partial(reference_attention, num_chunks=NUM_CHUNKS)
 
 
 def xla_attention(
