@@ -1,6 +1,5 @@
 """A small model, every parameter another number, and folders of it to be changed."""
 
-import functools
 import json
 
 import jax
@@ -11,24 +10,13 @@ import gptjax
 from gptjax.config import GPTConfig
 from gptjax.tree import flatten_with_names
 from gptjax.weights.model_folder import Model
+from tests.model.test_gpt import draw_params
 
 
 def make_model(**changes):
-    """Every parameter another number, biases and scales too."""
     shape = {"context_length": 8, "n_layers": 2, "n_heads": 2, "d_model": 16}
     config = GPTConfig(vocab_size=257, **(shape | changes))
-    return Model(config, drawn(config), gptjax.tokenizer.load("bytes"))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def drawn(config):
-    leaves, tree = jax.tree.flatten(gptjax.init(config, jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [
-        leaf + 0.1 * jax.random.normal(key, leaf.shape)
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, leaves)
+    return Model(config, draw_params(config, std=0.2), gptjax.tokenizer.load("bytes"))
 
 
 def change(folder, edit):

@@ -15,12 +15,7 @@ from gptjax.errors import DataError, GptjaxError
 def atomic_path(path: Path, *, replace_folder: bool = False) -> Iterator[Path]:
     """Yields a temporary path; the file or folder created there then becomes `path`.
 
-    Args:
-        path: a file, which is replaced, or a folder, which must be absent or empty.
-        replace_folder: also replaces a folder that is not empty.
-
-    Raises:
-        OSError: `path` cannot be written.
+    An existing file is replaced; a folder that is not empty only if `replace_folder`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".gptjax-") as temp_dir:
@@ -41,11 +36,7 @@ def atomic_path(path: Path, *, replace_folder: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def open_atomic(path: Path) -> Iterator[TextIO]:
-    """Opens a text file for writing; it appears at `path` when the block succeeds.
-
-    Raises:
-        DataError: the file cannot be written.
-    """
+    """Opens a text file for writing; it appears at `path` when the block succeeds."""
     try:
         # Only JSON strings may contain lone surrogates, which UTF-8 cannot encode;
         # their backslash escapes are valid JSON.

@@ -68,9 +68,7 @@ class _BoundedFile(io.FileIO):
 def download_file(url: str, pin: Pin, target: Path, description: str) -> None:
     """Downloads a file to `target`, which appears only when complete and verified.
 
-    Raises:
-        DataError: the network is disabled or fails, or the file does not match its
-            pin. The message calls it `description`.
+    Error messages call it `description`.
     """
     by_hand = f"Or copy the file yourself to {target}."
     if is_offline():

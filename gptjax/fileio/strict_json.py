@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +24,16 @@ def parse_json(text: str | bytes) -> Any:
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8")
-    try:
-        value = _DECODER.decode(text)
-    except RecursionError as error:
-        raise ValueError(DEPTH_ERROR) from error
-    _check_depth(value)
-    return value
+    return _decode(_DECODER.decode, text)
 
 
 def decode_json_at(text: str, start: int) -> tuple[Any, int]:
-    """Decodes the value that begins at `start`; returns it and its end position.
-
-    Raises:
-        ValueError: as `parse_json`.
-    """
-    try:
-        value, end = _DECODER.raw_decode(text, start)
-    except RecursionError as error:
-        raise ValueError(DEPTH_ERROR) from error
-    _check_depth(value)
-    return value, end
+    """Decodes the value that begins at `start`; returns it and its end position."""
+    return _decode(_DECODER.raw_decode, text, start)
 
 
 def read_json(path: Path, max_bytes: int) -> Any:
-    """Reads a JSON file of limited size.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: as `read_small_file` and `parse_json`.
-    """
+    """Reads a JSON file of limited size; raises OSError or ValueError."""
     return parse_json(read_small_file(path, max_bytes))
 
 
@@ -71,17 +52,22 @@ def read_small_file(path: Path, max_bytes: int) -> bytes:
     return path.read_bytes()
 
 
-def _check_depth(value: Any) -> None:
-    """Raises ValueError if lists and objects are nested too deeply."""
-    level: Iterable[Any] = [value]
+def _decode(decode: Callable[..., Any], *arguments: Any) -> Any:
+    """Decodes a value, or a value and its end; rejects those nested too deeply."""
+    try:
+        result = decode(*arguments)
+    except RecursionError as error:
+        raise ValueError(DEPTH_ERROR) from error
+    level: Iterable[Any] = result if isinstance(result, tuple) else [result]
     for _ in range(MAX_DEPTH):
         level = [x for x in level if isinstance(x, dict | list) and x]
         if not level:
-            return
+            break
         parts = (x.values() if isinstance(x, dict) else x for x in level)
         level = itertools.chain.from_iterable(parts)
     if any(isinstance(x, dict | list) for x in level):
         raise ValueError(DEPTH_ERROR)
+    return result
 
 
 def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

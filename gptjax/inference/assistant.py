@@ -57,12 +57,8 @@ def answer(
 ) -> str:
     """Generates an answer, stripped of surrounding whitespace.
 
-    Args:
-        model: with a chat template, from `gptjax.load`.
-        messages: {"role": "user", "content": ...} and so on, or one user message as
-            a string.
-        generation_config: as in `gptjax.generate`.
-        **options: as in `gptjax.generate`.
+    Messages are {"role": "user", "content": ...} and so on, or one user message as a
+    string. Options are those of `gptjax.generate`.
     """
     config = make_chat_config(model, generation_config, options)
     (result,) = complete(model, encode_chat(model, messages), generation_config=config)

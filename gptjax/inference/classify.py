@@ -39,12 +39,11 @@ def classify(model: Model, texts: Sequence[str]) -> list[Prediction]:
         if not text:
             raise DataError(f"text {number} is empty and cannot be classified. Remove it.")
     prob_NC = predict_probs(model, encode_texts(model, texts))
-    predictions = []
-    for prob_C in prob_NC:
-        probabilities = dict(zip(model.labels, prob_C.tolist(), strict=True))
-        label = model.labels[prob_C.argmax()]
-        predictions.append(Prediction(label, probabilities[label], probabilities))
-    return predictions
+    tables = [dict(zip(model.labels, prob_C.tolist(), strict=True)) for prob_C in prob_NC]
+    labels = [model.labels[n] for n in prob_NC.argmax(axis=-1)]
+    return [
+        Prediction(name, table[name], table) for name, table in zip(labels, tables, strict=True)
+    ]
 
 
 def check_classifier(model: Model) -> None:
@@ -69,13 +68,12 @@ def bucket_lengths(config: GPTConfig) -> list[int]:
 
 def predict_probs(model: Model, ids: Sequence[Sequence[int]]) -> np.ndarray:
     """Class probabilities [N, C] of tokenized texts."""
-    pad_id = model.tokenizer.eot_token
     batches = ClassificationBatches(
         ids,
         [0] * len(ids),
         rows=CLASSIFY_BATCH_SIZE,
         bucket_lengths=bucket_lengths(model.config),
-        pad_id=pad_id,
+        pad_id=model.tokenizer.eot_token,
     )
     prob_NC = np.zeros((len(ids), len(model.labels)), np.float32)
     for indices, batch in batches.in_order():

@@ -170,19 +170,13 @@ def generate(
 
     Returns:
         One text, or a list if there are several prompts or samples.
-
-    Raises:
-        ConfigError: a prompt is empty or an option is invalid.
-        DataError: a token id is not in the model's vocabulary.
     """
     prompts, single = normalize_prompts(prompt)
     config = dataclasses.replace(generation_config or GenerationConfig(), **options)
     results = complete(model, prompts, samples=samples, generation_config=config)
-    texts = []
-    for n, result in enumerate(results):
-        source = prompts[n // samples]
-        decode = model.tokenizer.decode
-        texts.append((source if isinstance(source, str) else decode(source)) + result.text)
+    decode = model.tokenizer.decode
+    sources = [prompt if isinstance(prompt, str) else decode(prompt) for prompt in prompts]
+    texts = [sources[n // samples] + result.text for n, result in enumerate(results)]
     return texts[0] if single and samples == 1 else texts
 
 
@@ -236,20 +230,18 @@ def stream(
     return stream_chunks(model, rows, config)
 
 
-def stream_chunks(
-    model: Model, rows: list[list[int]], generation_config: GenerationConfig
-) -> Iterator[str]:
+def stream_chunks(model: Model, rows: list[list[int]], config: GenerationConfig) -> Iterator[str]:
     """Yields the text chunks of `stream` for validated prompts."""
     num_sent, ids = 0, []
-    for ((ids, _, _),) in decode_sequences(model, rows, generation_config, streaming=True):
-        text, _, is_stopped = decode_until_stop(model, ids, generation_config.stop, final=False)
-        held_back = 0 if is_stopped else partial_stop_length(text, generation_config.stop)
+    for ((ids, _, _),) in decode_sequences(model, rows, config, streaming=True):
+        text, _, is_stopped = decode_until_stop(model, ids, config.stop, final=False)
+        held_back = 0 if is_stopped else partial_stop_length(text, config.stop)
         if chunk := text[num_sent : len(text) - held_back]:
             yield chunk
             num_sent += len(chunk)
         if is_stopped:
             return
-    text, _, _ = decode_until_stop(model, ids, generation_config.stop)
+    text, _, _ = decode_until_stop(model, ids, config.stop)
     if text[num_sent:]:
         yield text[num_sent:]
 
@@ -302,19 +294,14 @@ def decode_sequences(
 ) -> Iterator[list[SequenceState]]:
     """Yields completions; every chunk if streaming, else once per context window."""
     prefill, decode_loop = jitted_steps()
-    config, rows = model.config, len(prompts)
-    longest = max(map(len, prompts))
-    cache_length = bucket_length(longest + generation_config.max_new_tokens, config.context_length)
-    args = make_decode_args(model, generation_config, rows, samples)
-    state = init_decode_state(
-        config, rows, cache_length, bucket_length(generation_config.max_new_tokens, None)
-    )
-    max_steps: Any = np.int32(TOKENS_PER_CALL if streaming else generation_config.max_new_tokens)
+    config, params, limit = model.config, model.decode_params, generation_config.max_new_tokens
+    cache_length = bucket_length(max(map(len, prompts)) + limit, config.context_length)
+    args = make_decode_args(model, generation_config, len(prompts), samples)
+    state = init_decode_state(config, len(prompts), cache_length, bucket_length(limit, None))
+    max_steps: Any = np.int32(TOKENS_PER_CALL if streaming else limit)
     window = prompts
     while True:
-        state = prefill(
-            config, model.decode_params, *pad_prompts(window, cache_length), state, args
-        )
+        state = prefill(config, params, *pad_prompts(window, cache_length), state, args)
         while True:
             check_interrupted()
             ids_BM, logprob_BM = jax.device_get((state.ids_BM, state.logprob_BM))
@@ -326,22 +313,19 @@ def decode_sequences(
             ]
             mark_phase("first token")
             yield sequences
-            if generation_config.stop:
-                done_B |= [
-                    decode_until_stop(model, ids, generation_config.stop)[2]
-                    for ids, *_ in sequences
-                ]
+            if stop := generation_config.stop:
+                done_B |= [decode_until_stop(model, ids, stop)[2] for ids, *_ in sequences]
                 state = state._replace(done_B=done_B)
-            active_B = ~done_B & (count_B < generation_config.max_new_tokens)
+            active_B = ~done_B & (count_B < limit)
             if not (active_B & (length_B < cache_length)).any():
                 break
-            state = decode_loop(config, model.decode_params, state, args, max_steps)
+            state = decode_loop(config, params, state, args, max_steps)
         if not active_B.any():
             return
         half_length = max(1, config.context_length // 2)
         window = [
-            [*prompt, *ids[:n].tolist()][-half_length:]
-            for prompt, ids, n in zip(prompts, ids_BM, count_B, strict=True)
+            [*prompt, *ids][-half_length:]
+            for prompt, (ids, _, _) in zip(prompts, sequences, strict=True)
         ]
 
 
@@ -380,10 +364,8 @@ def decode_until_stop(
 ) -> tuple[str, int, bool]:
     """Decodes tokens up to the stop text that is completed first.
 
+    Returns the text, the number of tokens decoded, and True if a stop text was found.
     Unless `final`, an incomplete character at the end is omitted.
-
-    Returns:
-        The text, the number of tokens decoded, and True if a stop text was found.
     """
     decoder, text = codecs.getincrementaldecoder("utf-8")("replace"), ""
     for count, i in enumerate(ids, 1):

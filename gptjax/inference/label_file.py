@@ -60,7 +60,7 @@ def label_file(
 
     Args:
         source: input file, optionally gzipped.
-        output: output file, its suffix determines the format; must not exist.
+        output: its suffix determines the format; must not exist.
         predict: returns (label, probability) of each text.
         text_column: "" = guess.
         batch_size: texts per call of `predict`.

@@ -33,22 +33,14 @@ EXPORT_TOLERANCE = 1e-5
 def export_model(model: Model, layout: str, output_dir: Path) -> str:
     """Exports the model and verifies the result; returns a summary for the user.
 
-    Args:
-        model: from `gptjax.load`.
-        layout: "hf" or "book".
-        output_dir: must not exist yet, or be empty; created only after verification.
-
-    Raises:
-        ConfigError: the layout is unknown.
-        ModelError: the folder cannot be used, the format cannot express the model, or
-            the exported model does not reproduce the logits.
+    `output_dir` must not exist yet, or be empty; it is created only after verification.
     """
     if layout not in EXPORT_WRITERS:
         raise ConfigError(
             f"cannot export to {layout!r}.{did_you_mean(layout, EXPORT_WRITERS)} "
             f"Known: {', '.join(EXPORT_WRITERS)}."
         )
-    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+    if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
         raise ModelError(f"{output_dir} already exists. Choose another folder with --out.")
     try:
         with atomic_path(output_dir) as new_dir:
@@ -80,8 +72,7 @@ def compare_logits(model: Model, reloaded: Model) -> float:
     )
     difference = float(np.abs(np.asarray(logits) - np.asarray(reloaded_logits)).max())
     # Sums may round differently without the padding of the vocabulary.
-    max_logit = float(np.abs(logits).max())
-    if not difference <= EXPORT_TOLERANCE * max_logit:  # also rejects nan
+    if not difference <= EXPORT_TOLERANCE * np.abs(logits).max():  # also rejects nan
         raise ModelError(
             f"the logits of the exported model differ by up to {difference}, so the "
             "export was discarded. This is a bug in gptjax: please report it."

@@ -93,14 +93,6 @@ def fetch_repo(name: str, log: _LogFn = lambda line: None) -> Path:
 
     It contains config.json, tokenizer files and chat template if there are any, and
     model.safetensors or an index with its shards.
-
-    Args:
-        name: a public size such as "gpt2", "owner/name" or "owner/name@revision".
-        log: receives messages for the user, one line each.
-
-    Raises:
-        ModelError: the repository does not exist or has no safetensors, or a file
-            cannot be downloaded or does not match its hash.
     """
     repo = resolve_repo(name)
     folder = require_file(repo, CONFIG).parent
@@ -141,10 +133,7 @@ def require_file(repo: Repository, file: str) -> Path:
 
 
 def find_file(repo: Repository, file: str) -> Path | None:
-    """Returns the path of a file in the cache, downloading it if it is not there.
-
-    None if the repository does not have the file.
-    """
+    """Returns the path of a file, downloaded if need be; None if the hub lacks it."""
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 

@@ -11,6 +11,7 @@ book    safetensors with the names of the book's PyTorch GPTModel, with a
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from gptjax.model.quantization import fake_quantize
 from gptjax.tokenizer.chat_template import CHAT_TEMPLATE_FILE as TEMPLATE
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.tokenizer.tokenizer import Tokenizer, is_tokenizer_dir, load_tokenizer
-from gptjax.tree import Params, flatten_with_names
+from gptjax.tree import flatten_with_names
 from gptjax.weights import hub
 from gptjax.weights.model_folder import MODEL_FORMAT, Model
 from gptjax.weights.param_map import (
@@ -50,6 +51,13 @@ REQUIRED_HF_VALUES = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
+}
+CONFIG_NAMES = {  # in config.json and hparams.json
+    "vocab_size": ("vocab_size", "n_vocab"),
+    "context_length": ("n_positions", "n_ctx"),
+    "n_layers": ("n_layer",),
+    "n_heads": ("n_head",),
+    "d_model": ("n_embd",),
 }
 GPT2_HEAD_DIM = 64  # in all sizes of GPT-2 and in the book
 MAX_MODEL_JSON_BYTES = 10_000_000
@@ -79,19 +87,12 @@ def load(name: str | Path, log: _LogFn = lambda line: None, *, int8: bool = Fals
         log: receives messages for the user, one line each.
         int8: quantize the weights to 8 bits, which reduces the memory traffic of
             decoding to a quarter; see `gptjax.model.quantization`.
-
-    Raises:
-        ModelError: there is no such model, or its files are corrupt or inconsistent.
     """
     return read_model(open_model_source(resolve_model(name, log), log), int8=int8)
 
 
 def resolve_model(name: str | Path, log: _LogFn) -> Path:
-    """Returns the path of a model's files, downloading them from the hub if needed.
-
-    Raises:
-        ModelError: the run has not started training, or the download failed.
-    """
+    """Returns the path of a model's files, downloading them from the hub if needed."""
     path = Path(name)
     if (path / "model" / "config.json").is_file():
         return path / "model"
@@ -108,11 +109,7 @@ def resolve_model(name: str | Path, log: _LogFn) -> Path:
 
 
 def open_model_source(path: Path, log: _LogFn = lambda line: None) -> ModelSource:
-    """Detects the layout and config of the model at `path`; reads no parameters.
-
-    Raises:
-        ModelError: the layout is unknown, or the model is not a GPT-2.
-    """
+    """Detects the layout and config of the model at `path`; reads no parameters."""
     try:
         return _open_layout(path, log)
     except (ConfigError, DataError) as error:
@@ -227,8 +224,8 @@ def from_gptjax(path: Path, reader: TensorReader, metadata: Mapping[str, Any]) -
         case {
             "model": dict(model),
             "tokenizer": {"name": str(name), "hash": str(expected_hash)},
-            "labels": list(labels),
-        } if all(isinstance(label, str) for label in labels):
+            "labels": [*labels],
+        }:
             pass
         case _:
             raise ConfigError("config.json lacks model, tokenizer or labels. Copy it again.")
@@ -243,8 +240,8 @@ def from_gptjax(path: Path, reader: TensorReader, metadata: Mapping[str, Any]) -
             f"its tokenizer has the hash {tokenizer.hash[:12]}, but the model was trained "
             f"with {expected_hash[:12]}. Restore its tokenizer files."
         )
-    if len(labels) != config.n_classes:
-        raise ConfigError(f"{len(labels)} labels for {config.n_classes} classes. Copy it again.")
+    if len(labels) != config.n_classes or not all(isinstance(label, str) for label in labels):
+        raise ConfigError(f"labels={labels} for {config.n_classes} classes. Copy it again.")
     tokenizer = dataclasses.replace(tokenizer, name=name)
     num_rows = config.padded_vocab_size
     return ModelSource("gptjax", path, config, tokenizer, reader, num_rows, tuple(labels))
@@ -262,14 +259,11 @@ def from_hf(
                 f"{name}={hf_config[name]!r}, but GPT-2 requires {required!r}. gptjax does "
                 "not support this architecture."
             )
-    config = GPTConfig(
-        vocab_size=get_positive_int(hf_config, "vocab_size"),
-        context_length=get_positive_int(hf_config, "n_positions", "n_ctx"),
-        n_layers=get_positive_int(hf_config, "n_layer"),
-        n_heads=get_positive_int(hf_config, "n_head"),
-        d_model=get_positive_int(hf_config, "n_embd"),
-        tie_embeddings=hf_config.get("tie_word_embeddings", True) is not False,
-    )
+    is_tied = hf_config.get("tie_word_embeddings", True) is not False
+    sizes: dict[str, Any] = {
+        name: get_positive_int(hf_config, *theirs) for name, theirs in CONFIG_NAMES.items()
+    }
+    config = GPTConfig(**sizes, tie_embeddings=is_tied)
     if hf_config.get("n_inner") not in (None, config.mlp_dim):
         raise ConfigError(
             f"n_inner={hf_config['n_inner']!r}, but gptjax only supports 4 * n_embd = "
@@ -280,7 +274,7 @@ def from_hf(
         return source
     id2label = hf_config.get("id2label")
     names = id2label if isinstance(id2label, dict) else {}
-    labels = [names.get(str(n)) for n in range(len(names))]
+    labels = tuple(names.get(str(n)) for n in range(len(names)))
     if not labels or not all(isinstance(label, str) for label in labels):
         raise ConfigError(
             f"id2label={str(id2label)[:80]} does not name the classes 0, 1, ... of the model. "
@@ -293,13 +287,10 @@ def from_hf(
 def from_tf_checkpoint(path: Path, log: _LogFn) -> ModelSource:
     """Opens a folder published by OpenAI."""
     hparams = read_json_object(path / "hparams.json")
-    config = GPTConfig(
-        vocab_size=get_positive_int(hparams, "n_vocab"),
-        context_length=get_positive_int(hparams, "n_ctx"),
-        n_layers=get_positive_int(hparams, "n_layer"),
-        n_heads=get_positive_int(hparams, "n_head"),
-        d_model=get_positive_int(hparams, "n_embd"),
-    )
+    sizes: dict[str, Any] = {
+        name: get_positive_int(hparams, *theirs) for name, theirs in CONFIG_NAMES.items()
+    }
+    config = GPTConfig(**sizes)
     return with_tokenizer("openai", path, config, open_tf_checkpoint(path), log)
 
 
@@ -309,9 +300,8 @@ def from_book(
     """Opens a state dict of the book's GPTModel; derives the config from shapes."""
     shapes = {name: tuple(tensor.shape) for name, tensor in reader.tensors.items()}
     embedding_name, head_name = "tok_emb.weight", "out_head.weight"
-    n_layers = 0
-    while f"trf_blocks.{n_layers}.att.W_query.weight" in shapes:
-        n_layers += 1
+    queries = (f"trf_blocks.{n}.att.W_query.weight" for n in itertools.count())
+    n_layers = sum(1 for _ in itertools.takewhile(shapes.__contains__, queries))
     match shapes[embedding_name], shapes.get("pos_emb.weight"):
         case (vocab_size, d_model), (context_length, _) if n_layers:
             pass
@@ -374,24 +364,7 @@ def find_tokenizer(path: Path, config: GPTConfig) -> Tokenizer:
 
 
 def read_model(source: ModelSource, *, int8: bool = False) -> Model:
-    """Reads the parameters of a source.
-
-    Raises:
-        ModelError: as `read_params`.
-    """
-    params = read_params(source)
-    return Model(
-        source.config,
-        fake_quantize(params) if int8 else params,
-        source.tokenizer,
-        source.labels,
-        source.chat_template,
-        int8,
-    )
-
-
-def read_params(source: ModelSource) -> Params:
-    """Reads the parameters in float32.
+    """Reads the parameters of a source in float32.
 
     Raises:
         ModelError: a tensor is missing, unexpected, of the wrong shape or dtype, or
@@ -418,22 +391,21 @@ def read_params(source: ModelSource) -> Params:
             target = arrays[leaf] if layer is None else arrays[leaf][layer]
             target.reshape(values.shape)[...] = values
     ordered = [jax.device_put(arrays.pop(name)) for name in leaves]
-    return jax.tree.unflatten(jax.tree.structure(shapes), ordered)
+    params = jax.tree.unflatten(jax.tree.structure(shapes), ordered)
+    params = fake_quantize(params) if int8 else params
+    return Model(config, params, source.tokenizer, source.labels, source.chat_template, int8)
 
 
 def check_config_sizes(source: ModelSource) -> None:
     """Rejects configs larger than the file, before any memory is allocated."""
-    c, tensors = source.config, source.reader.tensors
+    tensors = source.reader.tensors
     max_axis = max([len(tensors), *(n for tensor in tensors.values() for n in tensor.shape)])
-    # Each layer has tensors of its own or a row of a stacked tensor.
-    stacked = [t.shape[0] for n, t in tensors.items() if n.startswith("blocks/") and t.shape]
-    limits = dict.fromkeys(("vocab_size", "context_length", "n_heads", "d_model"), max_axis)
-    for name, limit in {**limits, "n_layers": max([len(tensors), *stacked])}.items():
-        if getattr(c, name) > limit:
+    for name in CONFIG_NAMES:
+        # Each layer has tensors of its own or a row of a stacked tensor.
+        if (size := getattr(source.config, name)) > max_axis:
             raise ModelError(
-                f"{source.location}: {name}={getattr(c, name)} is too large for "
-                f"{len(tensors)} tensors with axes of up to {max_axis}. Correct the "
-                "config or copy the files again."
+                f"{source.location}: {name}={size} is too large for {len(tensors)} tensors with "
+                f"axes of up to {max_axis}. Correct the config or copy the files again."
             )
 
 

@@ -57,42 +57,37 @@ class Model:
 
 def save(model: Model, model_dir: str | Path) -> None:
     """Writes the model folder, replacing an existing one atomically."""
-    _replace_folder(model, Path(model_dir))
+    arrays = {
+        name: np.ascontiguousarray(leaf, np.float32)  # safetensors ignores strides
+        for name, leaf in flatten_with_names(model.params).items()
+    }
+    _replace_folder(model, Path(model_dir), arrays)
 
 
 def save_without_params(model: Model, model_dir: Path) -> None:
     """Writes the files that a run's checkpoints need to be loaded as a model."""
-    _replace_folder(model, model_dir, with_params=False)
+    _replace_folder(model, model_dir, {})
 
 
-def _replace_folder(model: Model, model_dir: Path, with_params: bool = True) -> None:
+def _replace_folder(model: Model, model_dir: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes the model folder, replacing an existing one atomically."""
-    try:
-        with atomic_path(model_dir, replace_folder=True) as new_dir:
-            _write_files(model, new_dir, with_params)
-    except OSError as error:
-        raise ModelError(f"cannot write the model folder {model_dir}: {error}.") from error
-
-
-def _write_files(model: Model, model_dir: Path, with_params: bool) -> None:
-    """Creates a folder and writes the files of a model folder into it."""
-    model_dir.mkdir()
-    if with_params:
-        arrays = {
-            name: np.ascontiguousarray(leaf, np.float32)  # safetensors ignores strides
-            for name, leaf in flatten_with_names(model.params).items()
-        }
-        write_safetensors(arrays, model_dir / "model.safetensors")
-    model.tokenizer.save(model_dir)
-    if model.chat_template:
-        write_chat_template(model.chat_template, model_dir)
     metadata = {
         "format": MODEL_FORMAT,
         "model": dataclasses.asdict(model.config),
         "labels": list(model.labels),
         "tokenizer": {"name": model.tokenizer.name, "hash": model.tokenizer.hash},
     }
-    (model_dir / "config.json").write_text(json.dumps(metadata, indent=2) + "\n")
+    try:
+        with atomic_path(model_dir, replace_folder=True) as new_dir:
+            new_dir.mkdir()
+            if arrays:
+                write_safetensors(arrays, new_dir / "model.safetensors")
+            model.tokenizer.save(new_dir)
+            if model.chat_template:
+                write_chat_template(model.chat_template, new_dir)
+            (new_dir / "config.json").write_text(json.dumps(metadata, indent=2) + "\n")
+    except OSError as error:
+        raise ModelError(f"cannot write the model folder {model_dir}: {error}.") from error
 
 
 def write_chat_template(source: str, model_dir: Path) -> None:
@@ -108,11 +103,7 @@ def write_safetensors(arrays: dict[str, np.ndarray], path: Path) -> None:
 
 
 def save_adapters(adapters: Adapters, path: Path) -> None:
-    """Writes scaled adapters, named after the parameters that they are added to.
-
-    Raises:
-        ModelError: the file cannot be written.
-    """
+    """Writes scaled adapters, named after the parameters that they are added to."""
     arrays = {
         name: np.ascontiguousarray(leaf) for name, leaf in flatten_with_names(adapters).items()
     }
@@ -124,11 +115,7 @@ def save_adapters(adapters: Adapters, path: Path) -> None:
 
 
 def load_adapters(path: Path) -> Adapters:
-    """Reads a file of `save_adapters`, for `gptjax.apply` or `merge_adapters`.
-
-    Raises:
-        ModelError: the file is damaged or contains other tensors.
-    """
+    """Reads a file of `save_adapters`, for `gptjax.apply` or `merge_adapters`."""
     reader = open_safetensors([path])
     adapters: Adapters = {}
     for name in reader.tensors:

@@ -76,10 +76,7 @@ def param_slots(
 ) -> dict[str, list[ParamSlot]]:
     """Returns the parameter slots that each tensor of a layout fills, by name.
 
-    Args:
-        config: model config.
-        layout: one of `SOURCE_LAYOUTS`, or "gptjax".
-        leaves: parameters or their shapes by name.
+    `leaves` are parameters or their shapes by name.
     """
     if layout == "gptjax":
         return {name: [ParamSlot(name, shape=leaf.shape)] for name, leaf in leaves.items()}
@@ -94,8 +91,8 @@ def param_slots(
             shape = (input_dim, int(np.prod(shape)) // input_dim)
         elif is_stacked:
             shape = (int(np.prod(shape)),)
+        qkv_index = None if qkv_digit is None else int(qkv_digit)
         for layer in range(config.n_layers) if is_stacked else [None]:
-            qkv_index = None if qkv_digit is None else int(qkv_digit)
             slot = ParamSlot(leaf, shape, layer, qkv_index, bool(transposed))
             slots_by_name.setdefault(name.format(n=layer), []).append(slot)
     return slots_by_name

@@ -80,11 +80,7 @@ def corrupt_file(path: Path, reason: object) -> ModelError:
 
 
 def open_safetensors(paths: Sequence[Path]) -> TensorReader:
-    """Opens files as one collection of tensors; reads only their headers.
-
-    Raises:
-        ModelError: a file is not valid, or two files have a tensor of the same name.
-    """
+    """Opens files as one collection of tensors; reads only their headers."""
     tensors: dict[str, TensorInfo] = {}
     for path in paths:
         infos = read_header(path)

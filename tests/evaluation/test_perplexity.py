@@ -10,7 +10,6 @@ import pytest
 from gptjax.errors import ConfigError, DataError
 from gptjax.evaluation import perplexity
 from gptjax.model.gpt import apply
-from gptjax.training.loss import cross_entropy_sum
 from tests.small_models import make_model
 
 TEXT = "To be, or not to be: that is the question. " * 3
@@ -18,12 +17,12 @@ TEXT = "To be, or not to be: that is the question. " * 3
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model(context_length=16)
+    return make_model(context_length=16, n_layers=1)
 
 
-@pytest.mark.parametrize("stride", [1, 3, 8, 15, 16])
+@pytest.mark.parametrize("stride", [1, 3, 16])
 def test_each_token_is_scored_once_with_the_context_that_the_stride_leaves(stride):
-    for length in (2, 16, 17, 18, 33, 100):
+    for length in (2, 16, 17, 18, 33):
         token_L = np.arange(1, length + 1, dtype=np.int32)
         scored = []
         for batch in perplexity.sliding_windows(token_L, 16, stride, batch_size=3, eot_token=None):
@@ -41,20 +40,19 @@ def test_each_token_is_scored_once_with_the_context_that_the_stride_leaves(strid
 def test_loss_of_a_short_text_is_that_of_one_plain_forward_pass(model):
     text = "to be or not to"
     ids = [model.tokenizer.eot_token, *model.tokenizer.encode(text)]
-    token_BT = jnp.array([ids], jnp.int32)
-    logits = apply(model.config, model.params, token_BT[:, :-1])
-    nats, _ = cross_entropy_sum(logits, token_BT[:, 1:], jnp.ones((1, len(ids) - 1)))
+    logits = jax.jit(apply, static_argnums=0)(model.config, model.params, jnp.array([ids[:-1]]))
+    log_probs = np.asarray(jax.nn.log_softmax(logits[0], axis=-1))
+    expected = [-log_probs[n, token] for n, token in enumerate(ids[1:])]
 
     result = perplexity.score(model, text)
     token_ids, losses = perplexity.token_losses(model, text)
 
-    assert result.total_loss == pytest.approx(float(nats), rel=1e-6)
+    assert result.total_loss == pytest.approx(sum(expected), rel=1e-6)
+    assert result.loss == result.total_loss / len(text)
     assert result.tokens == result.bytes == len(text)
     assert result.perplexity == pytest.approx(math.exp(result.loss))
-    assert result.bits_per_byte == pytest.approx(float(nats) / math.log(2) / len(text))
+    assert result.bits_per_byte == pytest.approx(result.loss / math.log(2))
     assert token_ids == ids[1:]
-    log_probs = jax.nn.log_softmax(logits[0], axis=-1)
-    expected = [-log_probs[n, token] for n, token in enumerate(token_ids)]
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 

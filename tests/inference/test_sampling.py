@@ -1,5 +1,7 @@
 """Sampling: which tokens each filter keeps and how often they are drawn."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from gptjax.inference import sampling
 from gptjax.inference.sampling import SamplingParams, argmax, log_prob, max_logit
 
 LOGITS = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32) * 2
+RANK = np.argsort(np.argsort(-LOGITS))  # 0: the highest
 UNSEEN = jnp.zeros(LOGITS.shape, bool)
 sample = jax.jit(sampling.sample)
 filter_logits = jax.jit(sampling.filter_logits)
@@ -29,34 +32,22 @@ def softmax(logits):
     return weights / weights.sum(-1, keepdims=True)
 
 
-def test_top_k_keeps_the_k_highest():
-    order = np.argsort(-LOGITS, axis=-1)
-
+def test_filters_keep_the_most_likely_tokens():
+    # Top-p keeps the fewest that reach p among the top k; min-p those near the maximum.
     for k in (1, 2, 7, 50, 99):
-        mask = kept_tokens(top_k=k)
-        assert (mask.sum(-1) == min(k, 50)).all()
-        for row in range(3):
-            assert set(np.flatnonzero(mask[row])) == set(order[row, :k])
-
-
-def test_top_p_keeps_the_fewest_that_reach_p_among_the_top_k():
-    for p in (0.05, 0.5, 0.9, 0.999):
-        for k in (0, 7):
-            for logits, mask in zip(LOGITS, kept_tokens(top_p=p, top_k=k), strict=True):
-                order = np.argsort(-logits)[: k or None]
-                count = int(np.searchsorted(np.cumsum(softmax(logits[order])), p)) + 1
-                assert set(np.flatnonzero(mask)) == set(order[:count])
-
-
-def test_min_p_keeps_tokens_near_the_most_likely_one():
+        np.testing.assert_array_equal(kept_tokens(top_k=k), k > RANK)
+    for p, k in itertools.product((0.05, 0.5, 0.9, 0.999), (0, 7)):
+        for logits, mask in zip(LOGITS, kept_tokens(top_p=p, top_k=k), strict=True):
+            order = np.argsort(-logits)[: k or None]
+            count = int(np.searchsorted(np.cumsum(softmax(logits[order])), p)) + 1
+            assert set(np.flatnonzero(mask)) == set(order[:count])
     probs = softmax(LOGITS)
-
     for p in (0.01, 0.3, 1.0):
         expected = probs >= p * probs.max(-1, keepdims=True)
         np.testing.assert_array_equal(kept_tokens(min_p=p), expected)
 
 
-def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens():
+def test_repetition_penalty_lowers_the_logits_of_seen_tokens():
     seen = UNSEEN.at[:, :25].set(True)
 
     penalized = sampling.apply_repetition_penalty(jnp.asarray(LOGITS), seen, jnp.float32(1.5))
@@ -67,14 +58,14 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_s
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_k": 5, "temperature": 2.0}])
+@pytest.mark.parametrize("options", [{"temperature": 0.5}, {"top_k": 5, "temperature": 2.0}])
 def test_tokens_are_drawn_as_often_as_their_probability_says(options):
     draws = 20_000
     logits = jnp.broadcast_to(jnp.asarray(LOGITS[:1]), (draws, 50))
     keys = jax.random.split(jax.random.key(0), draws)
     scaled = LOGITS[0] / options.get("temperature", 1.0)
     if k := options.get("top_k"):
-        scaled = np.where(scaled >= np.sort(scaled)[-k], scaled, -np.inf)
+        scaled = np.where(RANK[0] < k, scaled, -np.inf)
     expected = softmax(scaled) * draws
 
     tokens = sample(logits, jnp.zeros(logits.shape, bool), keys, make_params(**options))
@@ -108,7 +99,7 @@ def test_maximum_is_that_of_numpy_for_all_kinds_of_numbers():
     np.testing.assert_array_equal(argmax(ties), [1, 1, 3])
 
 
-@pytest.mark.parametrize("vocab_size", [1, 1024, 1025])
+@pytest.mark.parametrize("vocab_size", [1, 1025])
 def test_log_prob_is_that_of_the_softmax(vocab_size):
     rng = np.random.default_rng(vocab_size)
     logit_BV = rng.normal(size=(3, vocab_size)).astype(np.float32) * 9 + 50
