@@ -3,20 +3,27 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
 import gptjax
 from gptjax.config import GPTConfig
-from gptjax.tree import flatten_with_names
+from gptjax.tree import flatten_with_names, unflatten_names
 from gptjax.weights.model_folder import Model
-from tests.model.test_gpt import draw_params
 
 
-def make_model(**changes):
+def make_model(std=0.1, **changes):
     shape = {"context_length": 8, "n_layers": 2, "n_heads": 2, "d_model": 16}
     config = GPTConfig(vocab_size=257, **(shape | changes))
-    return Model(config, draw_params(config, std=0.2), gptjax.tokenizer.load("bytes"))
+    return Model(config, random_params(config, std), gptjax.tokenizer.load("bytes"))
+
+
+def random_params(config, std=0.1):
+    rng = np.random.default_rng(0)
+    shapes = flatten_with_names(jax.eval_shape(lambda: gptjax.init(config, jax.random.key(0))))
+    draws = {n: rng.normal(n.endswith("scale"), std, x.shape) for n, x in shapes.items()}
+    return unflatten_names({n: jnp.asarray(draw, "float32") for n, draw in draws.items()})
 
 
 def change(folder, edit):

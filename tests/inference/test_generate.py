@@ -12,8 +12,6 @@ from gptjax.errors import ConfigError, DataError
 from gptjax.inference import engine, generate
 from gptjax.inference.generate import GenerationConfig, complete, stream
 from gptjax.model.gpt import apply
-from gptjax.weights.model_folder import Model
-from tests.model.test_gpt import draw_params
 from tests.small_models import make_model
 
 CONTEXT = 16
@@ -29,8 +27,7 @@ apply_jitted = jax.jit(apply, static_argnums=0)
 @pytest.fixture(scope="module")
 def model():
     """Large random weights, so that choices differ between positions."""
-    made = make_model(context_length=CONTEXT, n_layers=1, vocab_multiple=64, dtype="float32")
-    return Model(made.config, draw_params(made.config, std=0.6), made.tokenizer)
+    return make_model(0.6, context_length=CONTEXT, n_layers=1, vocab_multiple=64, dtype="float32")
 
 
 def generate_tokens(model, prompts, **options):

@@ -19,7 +19,7 @@ from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.training.finetune import initial_params, resolve_model_config
 from tests.judge_server import judging, says
 from tests.runs import config_with, evaluations, train_logged
-from tests.small_models import drawn
+from tests.small_models import random_params
 
 WORDS = ["sky", "sea", "sun", "ant", "elm", "ice", "oak", "owl", "rye", "yew"]
 
@@ -142,7 +142,7 @@ def test_another_tokenizer_keeps_the_embeddings_of_shared_tokens(finished):
 
 
 def test_answers_are_the_same_alone_in_a_batch_and_streamed(finished):
-    assistant = dataclasses.replace(finished[2], params=drawn(finished[2].config))
+    assistant = dataclasses.replace(finished[2], params=random_params(finished[2].config))
     chats = [[{"role": "user", "content": "x" * n}] for n in (1, 8, 4)]
     options = {"temperature": 0.0, "max_new_tokens": 5}
 

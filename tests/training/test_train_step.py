@@ -14,7 +14,7 @@ from gptjax.model.gpt import hidden_states, unembedding_matrix
 from gptjax.training.loss import fused_cross_entropy
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.train_step import Metrics, init_state, make_train_step, train_steps
-from tests.small_models import drawn
+from tests.small_models import random_params
 
 B, T, V = 4, 8, 50
 SHAPE = {"n_layers": 1, "n_heads": 2, "d_model": 16, "dtype": "float32"}
@@ -25,7 +25,7 @@ KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles faster than the default
 @functools.cache
 def initial_params():
     """Parameters on the host, since a step may consume its own."""
-    return jax.tree.map(np.asarray, drawn(TINY))
+    return jax.tree.map(np.asarray, random_params(TINY))
 
 
 def batch_at(step, weight_BT=None):
