@@ -1,6 +1,7 @@
 """One small run, as several processes of this machine; none outlives its test."""
 
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
@@ -8,53 +9,44 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import pytest
 import tomli_w
 
-from gptjax.config import RunConfig, from_dict
+from gptjax.config import load_config
 from gptjax.parallel.sharding import MESH_AXES
 from gptjax.tasks.train import train as train_run
 from gptjax.tokenizer import tokenizer
 from gptjax.training.metrics import read_events
+from tests.runs import config_with
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 240  # seconds that anything may take on a machine with other work
-
 TEXT = "".join(f"{n} times {n} is {n * n}.\n" for n in range(300))
-TABLE = {
-    "model": {
-        "context_length": 32,
-        "n_layers": 1,
-        "n_heads": 4,
-        "d_model": 16,
-        "dropout": 0.1,
-        "vocab_multiple": 8,
-    },
+SHAPE = {"context_length": 32, "n_layers": 1, "n_heads": 4, "d_model": 16, "vocab_multiple": 8}
+TABLE: dict[str, dict[str, Any]] = {
+    "model": {**SHAPE, "dropout": 0.1},
     "data": {"source": "text.txt", "tokenizer": "bytes", "batch_size": 16},
     "optim": {"warmup_steps": 2, "peak_lr": 1e-2},
     "train": {
-        "steps": 20,
-        "accumulate": 2,
-        "log_every": 1,
-        "eval_every": 20,
-        "eval_batches": 1,
-        "sample_prompt": "",
+        **{"steps": 20, "accumulate": 2, "log_every": 1, "eval_every": 20},
+        **{"eval_batches": 1, "sample_prompt": ""},
     },
     "checkpoint": {"every": 8},
 }
-
 # What a process runs instead of `gptjax train`.
-BROKEN = """
+PATCHED = """
 import sys
 from gptjax.cli import main
+from gptjax.parallel import distributed
 from gptjax.training import metrics
-metrics.log_train_metrics = None
+{} = {}
 sys.exit(main.main(sys.argv[1:]))
 """
+BROKEN = PATCHED.format("metrics.log_train_metrics", None)
+OTHER_CODE = PATCHED.format("distributed.source_hash", 'lambda: "of another version"')
 IMPATIENT = """
 import sys
 from gptjax.parallel import distributed
@@ -67,18 +59,10 @@ distributed.initialize("auto")
 import jax
 print(jax.process_index(), jax.process_count(), jax.device_count())
 """
-OTHER_CODE = """
-import sys
-from gptjax.cli import main
-from gptjax.parallel import distributed
-distributed.source_hash = lambda: "of another version"
-sys.exit(main.main(sys.argv[1:]))
-"""
-
-# Gloo writes "[Gloo] Rank 0 is connected to 1 peer ranks. Expected number of connected
-# peer ranks is : 1" and the line's end in pieces. Those of two threads can run
-# together, and then the number or the end of one has a line of its own.
+# Gloo writes this on stdout in pieces. Those of two threads can run together, and then
+# the number or the end of one has a line of its own.
 GREETING = r"\[Gloo\]|connected peer ranks|^\s*\d*\s*$"
+OTHER = ("config", "code", "data", "tokenizer")  # what `make_different` changes
 
 
 class Process(NamedTuple):
@@ -111,54 +95,39 @@ def free_port() -> int:
 
 def train(count: int, *arguments: str) -> list[list[str]]:
     """The command of each of `count` processes that train together."""
-    where = f"127.0.0.1:{free_port()},{count}"
-    gptjax = [sys.executable, "-m", "gptjax", "train", *arguments]
-    return [[*gptjax, "--distributed", f"{where},{n}"] for n in range(count)]
+    gptjax, port = [sys.executable, "-m", "gptjax", "train", *arguments], free_port()
+    if count == 1:
+        return [gptjax]
+    return [[*gptjax, "--distributed", f"127.0.0.1:{port},{count},{n}"] for n in range(count)]
 
 
 @contextlib.contextmanager
 def started(
-    commands: Sequence[Sequence[str]],
-    folders: Sequence[Path],
-    devices: int = 1,
-    env: Mapping[str, str] = os.environ,
+    commands: Sequence[Sequence[str]], folders: Sequence[Path], devices: int = 1, **variables: str
 ) -> Iterator[list[Process]]:
     """Processes that run the commands, each in its folder; killed in the end."""
     processes: list[Process] = []
-    try:
+    with contextlib.ExitStack() as stack:
         for number, (command, folder) in enumerate(zip(commands, folders, strict=True)):
             scratch = folder / f"scratch{number}"
             scratch.mkdir(exist_ok=True)
-            environment = {
-                **env,
-                "JAX_PLATFORMS": "cpu",
-                "JAX_NUM_CPU_DEVICES": str(devices),
-                "PYTHONPATH": str(ROOT),
-                "TMPDIR": str(scratch),
-            }
-            files = [folder / f"process{number}.{kind}" for kind in ("out", "err")]
-            with files[0].open("w") as output, files[1].open("w") as complaint:
-                popen = subprocess.Popen(
-                    command,
-                    cwd=folder,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=complaint,
-                    env=environment,
-                )
-            processes.append(Process(popen, *files))
+            variables |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+            variables |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)}
+            paths = [folder / f"process{number}.{kind}" for kind in ("out", "err")]
+            out, err = (stack.enter_context(path.open("w")) for path in paths)
+            options: Any = {"cwd": folder, "env": {**os.environ, **variables}}
+            popen = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, **options
+            )
+            stack.callback(popen.wait)
+            stack.callback(popen.kill)
+            processes.append(Process(popen, *paths))
         yield processes
-    finally:
-        for process in processes:
-            process.popen.kill()
-        for process in processes:
-            process.popen.wait()
 
 
 def exit_codes(processes: Sequence[Process]) -> list[int]:
     """How the processes ended, each by itself."""
-    end = time.monotonic() + LIMIT
-    return [one.popen.wait(max(end - time.monotonic(), 0)) for one in processes]
+    return [process.popen.wait(LIMIT) for process in processes]
 
 
 def until(true: Callable[[], bool], processes: Sequence[Process] = ()) -> None:
@@ -178,11 +147,17 @@ def mesh_flags(*sizes: int) -> list[str]:
     return [word for axis, n in axes for word in (f"--mesh.{axis}", str(n))]
 
 
-def write_config(folder: Path) -> Path:
-    """The folder with text.txt and config.toml, which can be run there."""
+def commands_of_pair() -> list[list[str]]:
+    """Two processes with four devices each."""
+    return train(2, "config.toml", "--run", "run", *mesh_flags(2, 2, 2))
+
+
+def write_config(folder: Path, **changes: Any) -> Path:
+    """The folder with text.txt and config.toml; changes are section__option=value."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "text.txt").write_text(TEXT)
-    (folder / "config.toml").write_text(tomli_w.dumps(TABLE))
+    table = dataclasses.asdict(config_with(TABLE, **changes))
+    (folder / "config.toml").write_text(tomli_w.dumps(table))
     return folder
 
 
@@ -194,9 +169,8 @@ def write_tokenizer(folder: Path, text: str) -> None:
 
 def run_here(folder: Path) -> None:
     """Runs on one device of pytest's own process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        train_run(from_dict(RunConfig, TABLE), folder / "run")
+    with contextlib.chdir(folder):
+        train_run(load_config("config.toml"), folder / "run")
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
@@ -210,31 +184,9 @@ def last_step(run: Path) -> int:
     return max((step for step, _ in losses(run)), default=0)
 
 
-def commands_of_pair() -> list[list[str]]:
-    """Two processes with four devices each."""
-    return train(2, "config.toml", "--run", "run", *mesh_flags(2, 2, 2))
-
-
-def other_config(command: list[str], folder: Path) -> None:
+def make_different(command: list[str], folder: Path) -> None:
+    """Makes a process differ from the others in everything of `OTHER`."""
     command += ["--optim.peak_lr", "0.5"]
-
-
-def other_code(command: list[str], folder: Path) -> None:
     command[1:3] = ["-c", OTHER_CODE]
-
-
-def other_data(command: list[str], folder: Path) -> None:
     (folder / "text.txt").write_text(TEXT.replace("7", "8"))
-
-
-def other_tokenizer(command: list[str], folder: Path) -> None:
     write_tokenizer(folder, TEXT.replace("times", "mal"))
-
-
-# Differences between two processes, applied to one of them.
-OTHER = {
-    "config": other_config,
-    "code": other_code,
-    "data": other_data,
-    "tokenizer": other_tokenizer,
-}

@@ -8,35 +8,47 @@ long before each call instead.
 
 import functools
 import importlib
+import itertools
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 
-def disturb(module: str, name: str, call: int, seconds: float) -> None:
-    """Replaces the function by one that pauses, or starts the timer of the signal."""
-    place = importlib.import_module(module)
-    function, calls = getattr(place, name), []
+def ignore(*_: Any, **__: Any) -> None:
+    pass
+
+
+def watch(owner: Any, name: str, before: Callable[..., Any], after: Any = ignore) -> None:
+    """Calls `before` and `after` with the arguments of each call of a function."""
+    function = getattr(owner, name)
 
     @functools.wraps(function)
-    def disturbed(*args: Any, **options: Any) -> Any:
-        calls.append(0)
-        if not call:
-            time.sleep(seconds)
-        if len(calls) == call:
-            timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
-            timer.daemon = True
-            timer.start()
-        return function(*args, **options)
+    def watched(*args: Any, **options: Any) -> Any:
+        before(*args, **options)
+        result = function(*args, **options)
+        after(*args, **options)
+        return result
 
-    setattr(place, name, disturbed)
+    setattr(owner, name, watched)
 
 
 if __name__ == "__main__":
-    disturb(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
+    module, name, call, seconds = sys.argv[1:5]
+    calls = itertools.count(1)
+
+    def disturb(*_: Any, **__: Any) -> None:
+        if call == "0":
+            time.sleep(float(seconds))
+        elif next(calls) == int(call):
+            timer = threading.Timer(float(seconds), os.kill, (os.getpid(), signal.SIGTERM))
+            timer.daemon = True
+            timer.start()
+
+    watch(importlib.import_module(module), name, disturb)
     from gptjax.cli import main
 
     sys.exit(main.main(sys.argv[5:]))

@@ -7,12 +7,15 @@ file or an error.
 """
 
 import contextlib
+import functools
 import itertools
+import os
+import random
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +23,8 @@ from gptjax.errors import DataError, ModelError
 from gptjax.fileio import download
 from gptjax.fileio.download import Pin, download_file, sha256_of_files
 from gptjax.weights import hub
+from tests.chaos._disturbed import ignore, watch
+from tests.chaos._runs import run_jobs
 from tests.file_server import (
     BODY,
     COMMIT,
@@ -35,35 +40,8 @@ from tests.file_server import (
     use_hub,
 )
 
-WRONG = bytes(reversed(BODY))
 NUM_RECEIVES = 8  # kills at a receive, then before and after each of two renames
-NUM_POINTS = NUM_RECEIVES + 4
 STALL_SECONDS = 0.3
-CHILD = """
-import itertools, os, signal, socket, sys
-from pathlib import Path
-from tests.chaos import bad_servers
-client, url, folder, point = sys.argv[1:]
-count = itertools.count()
-def at(number):
-    if number == int(point):
-        os.kill(os.getpid(), signal.SIGKILL)
-def watch(owner, name, before, after):
-    real = getattr(owner, name)
-    def watched(*args, **options):
-        at(before())
-        result = real(*args, **options)
-        at(after())
-        return result
-    setattr(owner, name, watched)
-for name in ("recv", "recv_into"):
-    watch(socket.socket, name, lambda: next(count), lambda: -1)
-first = bad_servers.NUM_RECEIVES
-for number, name in enumerate(("rename", "replace")):
-    place = first + 2 * number
-    watch(os, name, lambda place=place: place, lambda place=place: place + 1)
-bad_servers.fetch(client, url, Path(folder))
-"""
 
 
 def stalled(handler: Handler) -> None:
@@ -81,16 +59,18 @@ SERVERS: dict[str, Answer] = {
     "truncated": file(BODY, cut=len(BODY) * 2 // 3),
     "flipped": file(BODY[:-100] + b"X" + BODY[-99:]),
     "wrong length": plain(BODY + b"more", Content_Length=len(BODY) + 4),
-    "another file": file(WRONG),
+    "another file": file(bytes(reversed(BODY))),
     "stalled": stalled,
     "endless": endless,
 }
 CASES = [
     (client, name, point)
-    for client, name, point in itertools.product(("dataset", "hub"), SERVERS, range(NUM_POINTS))
+    for point, client, name in itertools.product(
+        range(NUM_RECEIVES + 4), ("dataset", "hub"), SERVERS
+    )
     if (client, name) != ("hub", "endless")  # the library sets no limit
 ]
-FULL, SLICE = len(CASES), 26
+FULL, SLICE = len(CASES), 13
 
 
 def as_hub(answer: Answer) -> Answer:
@@ -108,13 +88,15 @@ def as_hub(answer: Answer) -> Answer:
     return respond
 
 
-def fetch(client: str, url: str, folder: Path) -> Path:
-    """Fetches the file; an error if that fails."""
+def fetch(client: str, url: str, folder: Path, point: int | None = None) -> Path:
+    """Fetches the file, or kills the process at a point; an error if that fails."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_hub(monkeypatch, folder, url)
-        monkeypatch.setattr("time.sleep", lambda seconds: None)  # between retries
+        monkeypatch.setattr("time.sleep", ignore)  # between retries
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", STALL_SECONDS)
         monkeypatch.setattr(download, "DOWNLOAD_TIMEOUT_SECONDS", STALL_SECONDS)
+        if point is not None:
+            kill_at(point)
         if client == "dataset":
             if not (folder / "file").exists():
                 download_file(url, PIN, folder / "file", "it")
@@ -125,49 +107,48 @@ def fetch(client: str, url: str, folder: Path) -> Path:
         return hub.fetch_repo("gpt2") / hub.WEIGHTS
 
 
-def kill_at(client: str, url: str, folder: Path, point: int) -> int:
-    """The exit status of a process that kills itself at a point of a fetch."""
-    command = [sys.executable, "-c", CHILD, client, url, str(folder), str(point)]
-    return subprocess.run(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False, timeout=900
-    ).returncode
+def kill_at(point: int) -> None:
+    """Kills this process at a point from now on."""
+    receives = itertools.count()
+
+    def pass_point(number: int, *_: Any, **__: Any) -> None:
+        if number == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for name in ("recv", "recv_into"):
+        watch(socket.socket, name, lambda *_, **__: pass_point(next(receives)))
+    for n, name in enumerate(("rename", "replace")):
+        points = NUM_RECEIVES + 2 * n, NUM_RECEIVES + 2 * n + 1
+        watch(os, name, *(functools.partial(pass_point, number) for number in points))
 
 
-def faults(client: str, name: str, point: int, folder: Path) -> Iterator[str]:
-    """Yields the faults of one case."""
-
-    def call(url: str, when: str, *, must: bool = False) -> Iterator[str]:
-        try:
-            if sha256_of_files([fetch(client, url, folder)]) != PIN.sha256:
-                yield f"{when}: a wrong file is used"
-        except (DataError, ModelError) as error:
-            if "Delete " in str(error):  # do what it says
-                Path(str(error).partition("Delete ")[2].split(" to ")[0]).unlink()
-            if must:
-                yield f"{when}: {error}"
-
-    with contextlib.ExitStack() as stack:
-        answers = [SERVERS[name], file(BODY)]
-        if client == "hub":
-            answers = list(map(as_hub, answers))
-        url, good = (stack.enter_context(serving(answer))[0] for answer in answers)
-        status = kill_at(client, url, folder, point)
-        if name == "right" and status not in (0, -signal.SIGKILL):
-            yield f"it ended with {status} before the point"
-        yield from call(url, "second call", must=name == "right")
-        yield from call(good, "right server", must=name not in ("flipped", "another file"))
-        yield from call(good, "at the end", must=True)
-
-
-def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
-    """What went wrong with each case; the seed does not matter."""
-    order = sorted(range(FULL), key=lambda n: (n * 7919) % FULL)  # a slice has all kinds
-    for case in cases:
-        client, name, point = CASES[order[case]]
+def prepare(folder: Path) -> Callable[[int, random.Random], str]:
+    def check(case: int, rng: random.Random) -> str:
+        client, name, point = CASES[case]
         place = folder / str(case)
         place.mkdir()
-        try:
-            found = "; ".join(faults(client, name, point, place))
-        except Exception as error:
-            found = f"{type(error).__name__}: {error}"
-        yield f"{client}, {name}, point {point}: {found}" if found else ""
+        answers = [SERVERS[name], file(BODY)]
+        with contextlib.ExitStack() as stack:
+            if client == "hub":
+                answers = list(map(as_hub, answers))
+            bad, good = (stack.enter_context(serving(answer))[0] for answer in answers)
+            said = run_jobs((fetch, client, bad, place, point))
+            calls = [(bad, name == "right"), (good, name not in ("flipped", "another file"))]
+            faults = [call(client, url, place, must) for url, must in (*calls, (good, True))]
+        if name == "right" and isinstance(said, str):
+            faults.append(f"before the point: {said}")
+        fault = "; ".join(filter(None, faults))
+        return fault and f"{client}, {name}, point {point}: {fault}"
+
+    return check
+
+
+def call(client: str, url: str, folder: Path, must: bool) -> str:
+    """What is wrong with a call, which must succeed or may fail."""
+    try:
+        is_right = sha256_of_files([fetch(client, url, folder)]) == PIN.sha256
+        return "" if is_right else "a wrong file is used"
+    except (DataError, ModelError) as error:
+        if "Delete " in str(error):  # do what it says
+            Path(str(error).partition("Delete ")[2].split(" to ")[0]).unlink()
+        return str(error) if must else ""

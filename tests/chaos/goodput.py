@@ -17,11 +17,11 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.chaos._damage import flip_bit_of
-from tests.chaos._forks import run_jobs, train_there
-from tests.chaos._small_run import different, environment, newest, write_config
+from tests.chaos._damage import flip_bit
+from tests.chaos._runs import cache_options, different, newest, run_jobs, train_there
+from tests.processes import started, write_config
 
-FULL, SLICE = 30, 3
+FULL, SLICE = 30, 1
 EVERY = 20.0  # seconds from fault to fault
 PAUSE = 0.05  # seconds that a step takes longer than it would
 HANG_TIMEOUT = 15.0  # seconds, more than the start of a process takes
@@ -37,86 +37,42 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
     # More steps than can be made while there are faults, but not many more.
     steps = round(len(cases) * EVERY / PAUSE * 0.7)
     write_config(folder, train__steps=steps, train__eval_every=100, checkpoint__every=20)
-    whole = folder / "whole"
-    if fault := run_jobs((train_there, folder, whole)):
-        yield from [fault] * len(cases)
-        return
-    slow = ["gptjax.training.metrics", "log_train_metrics", "0", f"{PAUSE}"]
-    train = [sys.executable, "-m", "tests.chaos._disturbed", *slow, "train"]
-    words = [*train, "config.toml", "--run", "run"]
-    with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
-        parent = subprocess.Popen(
-            [sys.executable, "-c", SUPERVISE, *words],
-            cwd=folder,
-            env={**environment(folder), "PYTHONUNBUFFERED": "1"},
-            stdout=out,
-            stderr=err,
-        )
-        try:
-            for case in cases:
-                time.sleep(EVERY)
-                lot = random.Random(f"{seed} {case}")
-                fault = FAULTS[case % len(FAULTS)]
-                with contextlib.suppress(OSError, IndexError):
-                    fault(children(parent.pid)[0], folder / "run", lot)
-                if case != cases[-1]:
-                    yield "" if parent.poll() in (None, 0) else told(folder, parent)
-            parent.wait(LIMIT)
-        except subprocess.TimeoutExpired:
-            yield "it never came to an end: " + told(folder, parent)
-            return
-        finally:
-            parent.kill()  # and with it whatever it has started
-            parent.wait()
-    print(share(folder / "out"))
-    wrong = told(folder, parent) if parent.returncode else ""
-    yield wrong or different(folder / "run", whole)
+    if fault := run_jobs((train_there, folder, folder / "whole")):
+        raise RuntimeError(fault)
+    slow = ["tests.chaos._disturbed", "gptjax.training.metrics", "log_train_metrics"]
+    train = [sys.executable, "-m", *slow, "0", f"{PAUSE}", "train", "config.toml", "--run", "run"]
+    command = [sys.executable, "-c", SUPERVISE, *train]
+    variables = cache_options(folder) | {"PYTHONUNBUFFERED": "1"}
+    with started([command], [folder], **variables) as (parent,):
+        for case in cases:
+            time.sleep(EVERY)
+            children = Path(f"/proc/{parent.popen.pid}/task/{parent.popen.pid}/children")
+            with contextlib.suppress(OSError, IndexError):
+                pid = int(children.read_text().split()[0])
+                cause_fault(case, pid, folder / "run", random.Random(f"{seed} {case}"))
+            if case != cases[-1]:
+                ended = parent.popen.poll()
+                yield f"exit code {ended}: {parent.complained()}" if ended else ""
+        ended = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            ended = parent.popen.wait(LIMIT)
+    # How much of the work was not done again, by the lines of logged steps.
+    steps_done = [x.split("/")[0] for x in parent.said().splitlines() if "| loss" in x]
+    first, every = len(set(steps_done)), len(steps_done)
+    print(f"goodput: {first} of {every} steps were first ones, {first / max(every, 1):.1%}")
+    wrong = "" if ended == 0 else f"exit code {ended}: {parent.complained()[-2000:]}"
+    yield wrong or different(folder / "run", folder / "whole")
 
 
-def killed(child: int, run: Path, lot: random.Random) -> None:
-    """Like a machine that is gone."""
-    os.kill(child, signal.SIGKILL)
-
-
-def stopped(child: int, run: Path, lot: random.Random) -> None:
-    """Like a process that waits for something that never comes."""
-    os.kill(child, signal.SIGSTOP)
-
-
-def disk_full(child: int, run: Path, lot: random.Random) -> None:
-    """No file of the process can grow beyond a few bytes."""
-    _, hard = resource.prlimit(child, resource.RLIMIT_FSIZE)
-    resource.prlimit(child, resource.RLIMIT_FSIZE, (lot.randrange(5000), hard))
-
-
-def damaged(child: int, run: Path, lot: random.Random) -> None:
-    """A bit of the newest checkpoint flips, and then the process is gone."""
-    saved = run / "checkpoints" / str(newest(run))
-    files = sorted(path for path in saved.rglob("*") if path.is_file())
-    with contextlib.suppress(IndexError, FileNotFoundError):  # replaced in the meantime
-        path = lot.choice(files)
-        path.write_bytes(flip_bit_of(path.read_bytes(), lot))
-    os.kill(child, signal.SIGKILL)
-
-
-FAULTS = (killed, stopped, disk_full, damaged)
-
-
-def children(parent: int) -> list[int]:
-    """The processes that a process has started."""
-    found = Path(f"/proc/{parent}/task/{parent}/children").read_text()
-    return [int(word) for word in found.split()]
-
-
-def told(folder: Path, parent: subprocess.Popen) -> str:
-    """How it ended, and the last lines of what it said."""
-    lines = (folder / "err").read_text().splitlines()[-12:]
-    return f"exit code {parent.poll()}: {lines}"
-
-
-def share(out: Path) -> str:
-    """How much of the work was not done again, by the lines of logged steps."""
-    lines = [line for line in out.read_text().splitlines() if line[:5] == "step "]
-    steps = [line.split("/")[0] for line in lines if "| loss" in line]
-    first, every = len(set(steps)), len(steps)
-    return f"goodput: {first} of {every} steps were first ones, {first / every:.1%}"
+def cause_fault(case: int, child: int, run_dir: Path, rng: random.Random) -> None:
+    """Flips a bit of the newest checkpoint, kills, stops, or fills the disk."""
+    if case % 4 == 0:
+        saved = run_dir / "checkpoints" / str(newest(run_dir))
+        with contextlib.suppress(LookupError, OSError, ValueError):  # replaced in the meantime
+            path = rng.choice(sorted(path for path in saved.rglob("*") if path.is_file()))
+            path.write_bytes(flip_bit(path.read_bytes(), rng))
+    if case % 4 < 3:
+        os.kill(child, signal.SIGSTOP if case % 4 == 2 else signal.SIGKILL)
+    else:  # no file of the process can grow beyond a few bytes
+        _, hard = resource.prlimit(child, resource.RLIMIT_FSIZE)
+        resource.prlimit(child, resource.RLIMIT_FSIZE, (rng.randrange(5000), hard))

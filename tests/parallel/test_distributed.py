@@ -28,6 +28,7 @@ from tests.processes import (
     exit_codes,
     last_step,
     losses,
+    make_different,
     mesh_flags,
     run_here,
     started,
@@ -174,8 +175,7 @@ def test_processes_that_would_not_do_the_same_all_say_so_and_end(tmp_path):
     folders = [write_config(tmp_path / host) for host in ("first", "second")]
     for folder in folders:
         write_tokenizer(folder, TEXT)
-    for change in OTHER.values():
-        change(commands[1], folders[1])
+    make_different(commands[1], folders[1])
 
     with started(commands, folders) as processes:
         assert exit_codes(processes) == [2, 2]

@@ -1,0 +1,108 @@
+"""The small run that campaigns disturb, child processes, and what has to be left."""
+
+import contextlib
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gptjax.checkpoint.retention import list_steps
+from gptjax.config import load_config
+from gptjax.runtime.compilation_cache import enable_cache
+from gptjax.tasks.train import train
+from gptjax.training.metrics import read_events
+
+VARYING = ("tokens_per_s", "input_wait", "mfu")
+# Children are forked from a process that has imported all and computed nothing.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload([__name__])
+
+
+def start(
+    function: Callable[..., Any], *arguments: Any, devices: int = 1
+) -> tuple[ForkServerProcess, Connection]:
+    """Starts a child; returns it, and a connection that receives what `call` sends."""
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    child_arguments = (sender, devices, function, *arguments)
+    process = CONTEXT.Process(target=call, args=child_arguments, daemon=True)
+    process.start()
+    sender.close()
+    return process, receiver
+
+
+def call(sender: Connection, devices: int, function: Callable[..., Any], *arguments: Any) -> None:
+    """Sends the result of the function, or the text of an error."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+    try:
+        sender.send(function(*arguments))
+    except BaseException as error:
+        sender.send(f"{type(error).__name__}: {error}")
+
+
+def run_jobs(*jobs: tuple[Any, ...], devices: int = 1) -> Any:
+    """Runs (function, *arguments) in child processes, until the first has ended.
+
+    Returns the result of the first, the text of its error, or None if it was killed.
+    """
+    children = [start(*job, devices=devices) for job in jobs]
+    try:
+        return children[0][1].recv()
+    except EOFError:
+        return None
+    finally:
+        for process, receiver in children:
+            process.kill()
+            process.join()
+            receiver.close()
+
+
+def train_there(folder: Path, run_dir: Path) -> str:
+    """Trains the run of the folder to its end."""
+    jax.config.update("jax_enable_compilation_cache", True)
+    with contextlib.chdir(folder), enable_cache(folder / "compiled"):
+        train(load_config("config.toml"), run_dir)
+    return ""
+
+
+def cache_options(folder: Path) -> dict[str, str]:
+    """Environment of processes that share compiled programs, and so start faster."""
+    return {"JAX_ENABLE_COMPILATION_CACHE": "true", "GPTJAX_HOME": str(folder / "home")}
+
+
+def numbers(run: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """What each step computed, by kind of event and step, but for its speed."""
+    return {
+        (event["event"], event["step"]): {
+            name: value for name, value in event.items() if name not in VARYING
+        }
+        for event in read_events(run / "metrics.jsonl")
+        if event["event"] in ("train", "eval", "sample")
+    }
+
+
+def newest(run: Path) -> int:
+    """The newest step that has a checkpoint; 0 where there is none."""
+    return max(list_steps(run / "checkpoints"), default=0)
+
+
+def strayed(run: Path, whole: Path) -> str:
+    """The first number so far that is not that of the undisturbed run, or nothing."""
+    expected = numbers(whole)
+    for place, found in numbers(run).items():
+        if found != expected.get(place):
+            return f"{place}: {found}, not {expected.get(place)}"
+    return ""
+
+
+def different(run: Path, whole: Path) -> str:
+    """What of a finished run is not as in the undisturbed one, or nothing."""
+    if missing := sorted(set(numbers(whole)) - set(numbers(run))):
+        return f"never written: {missing[:3]}"
+    weights = [path / "model" / "model.safetensors" for path in (run, whole)]
+    is_same = weights[0].read_bytes() == weights[1].read_bytes()
+    return strayed(run, whole) or ("" if is_same else "other parameters")
