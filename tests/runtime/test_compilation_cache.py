@@ -1,5 +1,7 @@
 """Compiled programs are reused from a directory that nobody else can write to."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,66 +22,59 @@ def cache_dir(monkeypatch, tmp_path):
     jax.config.update("jax_compilation_cache_dir", before)
 
 
+@contextlib.contextmanager
 def count_events():
-    """Listens to JAX; returns a function for the compilations and cache hits so far."""
-    events = []
+    """Yields a list that gets the compilations and cache hits of the block."""
+    events, counts = [], []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: events.append(event)
     )
-    return lambda: (events.count(COMPILE_EVENT), events.count(CACHE_HIT_EVENT))
+    yield counts
+    counts += [events.count(COMPILE_EVENT), events.count(CACHE_HIT_EVENT)]
 
 
 def compile_once():
     """Compiles a function; returns the compilations and cache hits."""
-    count = count_events()
-    with persistent_cache():
+    with count_events() as counts, persistent_cache():
         jax.jit(lambda x: jnp.sin(x) + x**3)(np.float32(2))
-    return count()
+    return counts
 
 
-def test_a_program_is_compiled_once(cache_dir):
-    assert compile_once() == (1, 0)
-    assert compile_once() == (1, 1)
+def test_a_program_is_compiled_once(cache_dir, tmp_path):
+    assert compile_once() == [1, 0]
+    assert compile_once() == [1, 1]
     assert cache_dir.stat().st_mode & 0o777 == 0o700
     assert jax.config.jax_compilation_cache_dir is None
+
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))  # the user's
+    compile_once()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
 
 
 def test_a_directory_that_is_missing_or_that_others_can_write_to_is_not_used(cache_dir, caplog):
     cache_dir.parent.touch()
-    assert compile_once() == (1, 0)
+    assert compile_once() == [1, 0]
     assert "not cached" in caplog.text
     cache_dir.parent.unlink()
 
-    assert compile_once() == (1, 0)
+    assert compile_once() == [1, 0]
     for mode in (0o720, 0o702):
-        cache_dir.chmod(mode)
-        assert compile_once() == (1, 0)
-        assert f"can write to {cache_dir}" in caplog.text
         caplog.clear()
-
-
-def test_a_directory_that_the_user_gave_to_jax_is_kept(cache_dir, tmp_path):
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
-
-    compile_once()
-
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
-    assert not cache_dir.exists()
+        cache_dir.chmod(mode)
+        assert compile_once() == [1, 0]
+        assert f"can write to {cache_dir}" in caplog.text
 
 
 def test_the_same_run_compiles_nothing_again(cache_dir, tmp_path, capsys):
-    options = ["--model.n_layers=1", "--model.d_model=8", "--model.n_heads=1"]
-    options += ["--model.context_length=16", "--train.steps=1", "--train.eval_batches=1"]
-    command = ["train", "tiny", *options, "--train.sample_prompt=", "--optim.warmup_steps=0"]
-    jax.clear_caches()  # programs of other tests would not be written
-    assert main([*command, "--run", str(tmp_path / "one")]) == 0
-    jax.clear_caches()
+    shape = ["--model.n_layers=1", "--model.d_model=8", "--model.n_heads=1"]
+    steps = ["--train.steps=1", "--train.eval_batches=1", "--optim.warmup_steps=0"]
+    options = [*shape, *steps, "--model.context_length=16", "--train.sample_prompt=", "--verbose"]
+    for run in ("one", "two"):
+        jax.clear_caches()  # programs of other tests would not be written
+        with count_events() as counts:
+            assert main(["train", "tiny", *options, "--run", str(tmp_path / run)]) == 0
 
-    count = count_events()
-    assert main([*command, "--run", str(tmp_path / "two"), "--verbose"]) == 0
-
-    compiled, hits = count()
-    assert compiled == hits > 0
-    lines = capsys.readouterr().err.splitlines()
+    assert counts[0] == counts[1] > 0
+    lines = capsys.readouterr().err.splitlines()[-5:]
     names = ["importing", "loading", "compiling", "first step", "total"]
     assert [line[:12].strip() for line in lines] == names

@@ -48,9 +48,8 @@ def test_a_signal_is_recorded_until_the_loops_poll_for_it():
         with pytest.raises(Interrupted):
             set_signal_mode("immediate")
 
-    check_interrupted()  # a new block starts without a signal
-    set_signal_mode("immediate")
-    with handle_signals() as is_interrupted:
+    check_interrupted()
+    with handle_signals() as is_interrupted:  # a new block starts without a signal
         assert not is_interrupted()
         check_interrupted()
 
@@ -60,18 +59,13 @@ def test_a_signal_is_recorded_until_the_loops_poll_for_it():
     [("immediate", 1, Interrupted), ("immediate", 0, ValueError), ("deferred", 1, ValueError)],
 )
 def test_an_error_that_wraps_an_interruption_is_one(mode, signals, expected):
-    def run():
-        with handle_signals():
-            set_signal_mode(mode)
-            try:
-                for _ in range(signals):
-                    signal.raise_signal(signal.SIGTERM)
-                raise OSError
-            except BaseException as error:  # as some libraries do
-                raise ValueError("cannot read") from error
-
-    with pytest.raises(expected):
-        run()
+    with pytest.raises(expected), handle_signals():  # noqa: PT012
+        set_signal_mode(mode)
+        try:
+            for _ in range(signals):
+                signal.raise_signal(signal.SIGTERM)
+        finally:
+            raise ValueError("cannot read")  # as some libraries do
 
 
 BUSY = """

