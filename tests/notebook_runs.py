@@ -27,20 +27,8 @@ sys.modules["google.colab"] = colab
 """
 
 
-def run(path, folder, monkeypatch, colab=False):
-    """The notebook with its outputs, from a kernel of its own in `folder`."""
-    for name in OURS:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("GPTJAX_FAST", "1")
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    if colab:  # Python reads this file when it starts
-        (folder / "start").mkdir()
-        (folder / "start" / "sitecustomize.py").write_text(COLAB)
-        monkeypatch.setenv("PYTHONPATH", str(folder / "start"))
-    return execute(path, folder, "python3")
-
-
 def execute(path, folder, kernel):
+    """Runs all cells in `folder`; returns the notebook with its outputs."""
     notebook = nbformat.read(path, as_version=4)
     place = {"metadata": {"path": str(folder)}}
     return NotebookClient(notebook, resources=place, kernel_name=kernel, timeout=900).execute()
@@ -50,9 +38,16 @@ def executed(path, folder, monkeypatch, colab=False):
     """The same, stored in $GPTJAX_EXECUTED or read from there if that is set."""
     kept = Path(os.environ.get("GPTJAX_EXECUTED", folder)) / path.name
     if not kept.exists():
-        notebook = run(path, folder, monkeypatch, colab)
+        for name in OURS:
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("GPTJAX_FAST", "1")
+        monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+        if colab:  # Python reads this file when it starts
+            (folder / "start").mkdir()
+            (folder / "start" / "sitecustomize.py").write_text(COLAB)
+            monkeypatch.setenv("PYTHONPATH", str(folder / "start"))
         kept.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(notebook, kept)
+        nbformat.write(execute(path, folder, "python3"), kept)
     return nbformat.read(kept, as_version=4)
 
 

@@ -7,8 +7,13 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = sorted((ROOT / "gptjax").rglob("*.py"))
-FILES = [*PACKAGE, *sorted((ROOT / "tests").rglob("*.py"))]
+FILES = [*sorted((ROOT / "gptjax").rglob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
+TREES = {str(f.relative_to(ROOT)): ast.parse(f.read_text(encoding="utf-8")) for f in FILES}
+PACKAGE = {  # module without the package, such as "data.lm": its syntax tree
+    re.sub(r"(^|/)gptjax/|\.py$|/?__init__", "", name).replace("/", ".") or "gptjax": tree
+    for name, tree in TREES.items()
+    if name.startswith("gptjax/")
+}
 IMPORTERS = {  # dependency: the modules that may import it
     "IPython": ["cli.notebook"],
     "click": ["cli.*"],
@@ -36,38 +41,25 @@ IMPORTERS |= dict.fromkeys(("pickle", "cloudpickle", "dill", "marshal", "shelve"
 IMPORTERS |= dict.fromkeys(("joblib", "yaml", "torch", "tensorflow"), ())
 
 
-def module_name(file):
-    """The module of a file, without the package: "data.lm"."""
-    parts = file.relative_to(ROOT).with_suffix("").parts
-    return ".".join(part for part in parts[1:] if part != "__init__") or parts[0]
-
-
-def nodes(file, *kinds):
-    """(location, node) of the syntax nodes of these kinds."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, kinds):
-            line = getattr(node, "lineno", 1)
-            yield f"{file.relative_to(ROOT)}:{line}", node
-
-
-def imports(file):
-    """(location, full name) of each import, also those inside functions."""
-    for place, node in nodes(file, ast.Import, ast.ImportFrom):
-        for alias in node.names:
-            is_plain = isinstance(node, ast.Import)
-            yield place, alias.name if is_plain else f"{node.module}.{alias.name}"
+def walk(trees, *kinds):
+    """(module or file, node) of the syntax nodes of these kinds."""
+    for name, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, kinds):
+                yield name, node
 
 
 def test_each_dependency_is_imported_by_one_package_or_module():
     unexpected, used = [], set()
-    for file in PACKAGE:
-        for place, name in imports(file):
+    for module, node in walk(PACKAGE, ast.Import, ast.ImportFrom):
+        for alias in node.names:
+            name = alias.name if isinstance(node, ast.Import) else f"{node.module}.{alias.name}"
             dependency = name.split(".")[0]
             patterns = IMPORTERS.get(dependency, ["*"])
-            matches = [p for p in patterns if fnmatch.fnmatchcase(module_name(file), p)]
+            matches = [p for p in patterns if fnmatch.fnmatchcase(module, p)]
             used |= {(dependency, pattern) for pattern in matches}
             if not matches or name in ("importlib", "importlib.import_module"):
-                unexpected.append(f"{place} {dependency}")
+                unexpected.append(f"{module} {dependency}")
 
     assert not unexpected
     assert {(d, p) for d, patterns in IMPORTERS.items() for p in patterns} <= used
@@ -75,69 +67,53 @@ def test_each_dependency_is_imported_by_one_package_or_module():
 
 def axes_suffix(node):
     """The axes that a name ends in, or None."""
-    if isinstance(node, ast.Attribute):
-        node = ast.Name(node.attr)
-    if not isinstance(node, ast.Name):
-        return None
-    found = re.search(r"_([A-Z]+)$", node.id)
+    name = getattr(node, "attr", getattr(node, "id", getattr(node, "arg", "")))
+    found = re.search(r"_([A-Z]+)$", name)
     return found and found[1]
 
 
-def einsums(file):
-    """(location, letters, node) for each operand and each target of each einsum."""
-    for place, node in nodes(file, ast.Call, ast.Assign):
-        match node:
+def test_names_of_arrays_end_in_the_letters_of_einsum():
+    named = []
+    for file, node in walk(TREES, ast.Call, ast.Assign):
+        call = node.value if isinstance(node, ast.Assign) else node
+        match call:
             case ast.Call(
                 func=ast.Attribute(attr="einsum"), args=[ast.Constant(str(spec)), *operands]
             ):
-                inputs, _ = spec.split("->")
-                for letters, operand in zip(inputs.split(","), operands, strict=True):
-                    yield place, letters, operand
-            case ast.Assign(
-                targets=[target],
-                value=ast.Call(func=ast.Attribute(attr="einsum"), args=[ast.Constant(spec), *_]),
-            ):
-                yield place, spec.split("->")[1], target
+                inputs, output = spec.split("->")
+                axes = [output] if isinstance(node, ast.Assign) else inputs.split(",")
+                arrays = node.targets if isinstance(node, ast.Assign) else operands
+                named += [
+                    (file, *pair) for pair in zip(axes, map(axes_suffix, arrays), strict=True)
+                ]
 
-
-def test_names_of_arrays_end_in_the_letters_of_einsum():
-    named = [
-        (place, letters, axes_suffix(node))
-        for file in FILES
-        for place, letters, node in einsums(file)
-        if axes_suffix(node)
-    ]
-
-    assert len(named) > 20
-    assert not [(p, letters, s) for p, letters, s in named if letters != s]
+    assert len([suffix for *_, suffix in named if suffix]) > 20
+    assert not [found for found in named if found[2] not in (None, found[1])]
 
 
 def test_annotated_axes_are_the_letters_of_the_name():
     """`x_BTD: Float[Array, "B T D"]`; a leading `*N` is an axis that may be absent."""
     wrong = []
-    for file in PACKAGE:
-        for place, node in nodes(file, ast.arg, ast.AnnAssign):
-            name = ast.Name(node.arg) if isinstance(node, ast.arg) else node.target
-            match node.annotation:
-                case ast.Subscript(
-                    value=ast.Name(), slice=ast.Tuple(elts=[_, ast.Constant(str(axes))])
-                ) if axes_suffix(name) and "*" not in axes:
-                    if "".join(axes.split()) != axes_suffix(name):
-                        wrong.append((place, axes))
+    for module, node in walk(PACKAGE, ast.arg, ast.AnnAssign):
+        suffix = axes_suffix(node if isinstance(node, ast.arg) else node.target)
+        match node.annotation:
+            case ast.Subscript(
+                value=ast.Name(), slice=ast.Tuple(elts=[_, ast.Constant(str(axes))])
+            ) if suffix and "*" not in axes and "".join(axes.split()) != suffix:
+                wrong.append((module, axes))
 
     assert not wrong
 
 
 def test_a_public_name_is_defined_once_in_the_package():
     modules = collections.defaultdict(set)
-    for file in PACKAGE:
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+    for module, tree in PACKAGE.items():
+        for node in tree.body:
             targets = getattr(node, "targets", [getattr(node, "target", None)])
             names = [n.id for t in targets if t for n in ast.walk(t) if isinstance(n, ast.Name)]
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                names = [node.name]
+            names += [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
             for name in names:
                 if not name.startswith("_") and name != "main":
-                    modules[name].add(module_name(file))
+                    modules[name].add(module)
 
     assert not {name: found for name, found in modules.items() if len(found) > 1}

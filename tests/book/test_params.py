@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import math
-import os
 
 import jax
 import jax.numpy as jnp
@@ -33,15 +31,8 @@ def test_a_small_model_has_the_bits_of_pytorch():
     data = b"".join(np.asarray(leaves[name]).tobytes() for name in sorted(leaves))
     # The digits: the same layers made of torch.nn, PyTorch 2.13, AVX512.
     assert hashlib.sha256(data).hexdigest()[:16] == "459f36c5944c081e"
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("tie_embeddings", True), ("vocab_multiple", 8), ("n_classes", 2), ("causal", False)],
-)
-def test_configs_that_the_class_of_the_book_lacks_are_rejected(name, value):
-    with pytest.raises(ConfigError, match=f"model.{name}={value}"):
-        init_params(dataclasses.replace(SMALL, **{name: value}))
+    with pytest.raises(ConfigError, match=r"model\.n_classes=2"):
+        init_params(dataclasses.replace(SMALL, n_classes=2))
 
 
 @functools.cache
@@ -66,39 +57,20 @@ def test_the_untrained_model_of_chapter_4_generates_the_words_of_the_book():
 
     (completion,) = complete(model, "Hello, I am", max_new_tokens=10, temperature=0.0)
 
-    assert model.tokenizer.encode("Hello, I am") == [15496, 11, 314, 716]
     words = " Featureiman Byeswickattribute argue logger Normandy Compton analogous"
     assert completion.text == words
     assert num_params(model.params) == 163_009_536
 
 
 @pytest.mark.slow
-def test_the_untrained_model_of_chapter_5_has_the_loss_of_the_book():
-    # As users have it: with fewer optimizations the last digit of float32 sums differs.
-    jax.config.update("jax_disable_most_optimizations", False)
+def test_the_untrained_model_of_chapter_5_has_the_losses_of_the_book(verdict):
     model = book_model(256)  # "every effort moves", "I really like"
     token_BT = jnp.array([[16833, 3626, 6100], [40, 1107, 588]])
     target_BT = jnp.array([[3626, 6100, 345], [1107, 588, 11311]])
 
-    try:
-        logit_BTV, loss = logits_and_loss(model.config, model.params, token_BT, target_BT)
-    finally:
-        name = "jax_disable_most_optimizations"
-        jax.config.update(name, os.environ.get(name.upper()) == "1")
-
-    assert logit_BTV.argmax(-1).tolist() == [[16657, 339, 42826], [49906, 29669, 41751]]
-    assert round(float(loss), 4) == 10.7940
-    # PyTorch has 48725.8241 in float64. Near 10.8 a step of float32 is one of 0.05 in
-    # the perplexity, so only the nearest step has the book's digits.
-    assert f"{math.exp(loss):.2f}" == "48725.82"
-
-
-@pytest.mark.slow
-def test_the_untrained_loss_on_the_verdict_is_that_of_the_book(verdict):
-    model = book_model(256)
-    cut = int(0.9 * len(verdict))
-
+    logit_BTV, loss = logits_and_loss(model.config, model.params, token_BT, target_BT)
     losses = []
+    cut = int(0.9 * len(verdict))
     for part in (verdict[:cut], verdict[cut:]):
         ids = np.array(model.tokenizer.encode(part))
         rows = np.stack([ids[n : n + 257] for n in range(0, len(ids) - 256, 256)])
@@ -108,5 +80,7 @@ def test_the_untrained_loss_on_the_verdict_is_that_of_the_book(verdict):
         ]
         losses.append((len(each), float(np.mean(each))))
 
+    assert logit_BTV.argmax(-1).tolist() == [[16657, 339, 42826], [49906, 29669, 41751]]
+    assert round(float(loss), 4) == 10.7940
     expected = [(9, 10.987583), (1, 10.981106)]
     assert losses == [(n, pytest.approx(loss, abs=1e-5)) for n, loss in expected]

@@ -19,46 +19,46 @@ from gptjax.evaluation.classification import evaluate_classifier
 from gptjax.tasks import classify, sft
 from gptjax.tasks.train import train
 from gptjax.training.loss import batch_loss
-from gptjax.training.metrics import read_events
 from gptjax.training.task import EvalResult
 from gptjax.weights.model_folder import Model
-from tests.runs import make_task
+from tests.runs import evaluations, make_task
+
+SHAPE = {"n_layers": 1, "n_heads": 2, "d_model": 8}
 
 
 def small_config(name, start="", **model):
     """A config of the book with a tiny model and two batches per evaluation."""
     table = dataclasses.asdict(load_config(find_config(f"book/{name}")))
-    table["model"] |= {"n_layers": 1, "n_heads": 2, "d_model": 8, "dropout": 0.0, **model}
+    table["model"] |= SHAPE | {"dropout": 0.0, **model}
     table["train"] |= {"steps": 12, "sample_prompt": "", "eval_batches": 2}
     table["finetune"]["init_from"] = start
     return from_dict(RunConfig, table)
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def start(tmp_path_factory, shared_data):
     """Folder of a GPT-2 of a few thousand parameters."""
     folder = tmp_path_factory.mktemp("start")
-    config = gptjax.GPTConfig(
-        vocab_size=50_257, context_length=160, n_layers=1, n_heads=2, d_model=8
-    )
+    config = gptjax.GPTConfig(vocab_size=50_257, context_length=160, **SHAPE)
     params = gptjax.init(config, jax.random.key(0))
     gptjax.save(Model(config, params, gptjax.tokenizer.load("gpt2")), folder)
     return str(folder)
 
 
-def evaluate_for_book(task, step):
-    """The metrics that the book prints."""
-    result = task.evaluate(task.init_state, step, False)
-    return dict(result.events).get("book"), result.log_lines
+@pytest.fixture
+def _no_evaluation(monkeypatch):
+    """Only the metrics of the book are computed."""
+    for task, name in ((classify, "make_classification_evaluate"), (sft, "make_sft_evaluate")):
+        monkeypatch.setattr(task, name, lambda *_: lambda model, step, last: EvalResult([], ""))
 
 
-def evaluate_nothing(*args):
-    """Replaces the evaluation of a task."""
-    return lambda model, step, is_last: EvalResult([], "")
+def book_metrics(task, step):
+    return dict(task.evaluate(task.init_state, step, False).events).get("book")
 
 
-def test_chapter_5_has_the_parameters_and_batches_of_the_book(tmp_path, shared_data):
+def test_chapter_5_has_the_parameters_batches_and_evaluations_of_the_book(tmp_path, shared_data):
     run, _, task = make_task(CHAPTERS["verdict"], small_config("ch05"), tmp_path)
+    train(small_config("ch05", context_length=32), tmp_path / "run")
 
     generator = book.TorchGenerator(123)
     params = book.init_params(run.config.model, generator)
@@ -69,23 +69,14 @@ def test_chapter_5_has_the_parameters_and_batches_of_the_book(tmp_path, shared_d
     for indices, batch in zip(order, task.batches(0, 12), strict=True):
         np.testing.assert_array_equal(batch["tokens"], rows[indices][:, :-1])
         np.testing.assert_array_equal(batch["targets"], rows[indices][:, 1:])
-
-
-def test_chapter_5_evaluates_at_the_steps_of_the_book(tmp_path, shared_data):
-    train(small_config("ch05", context_length=32), tmp_path / "run")
-
-    events = read_events(tmp_path / "run" / "metrics.jsonl")
-    steps = [e["step"] for e in events if e.get("split") == "validation"]
+    steps = [e["step"] for e in evaluations(tmp_path / "run", "validation")]
     assert steps == [0, 1, 6, 11, 12]  # the book's 0, 5 and 10, and the ends
-    losses = [e["loss"] for e in events if e.get("split") == "train"]
+    losses = [e["loss"] for e in evaluations(tmp_path / "run", "train")]
     assert losses[-1] < losses[0]
 
 
-def test_chapter_6_has_the_head_batches_and_metrics_of_the_book(
-    tmp_path, start, shared_data, monkeypatch
-):
-    monkeypatch.setattr(classify, "make_classification_evaluate", evaluate_nothing)
-
+@pytest.mark.usefixtures("_no_evaluation")
+def test_chapter_6_has_the_head_batches_and_metrics_of_the_book(tmp_path, start):
     _, data, task = make_task(CHAPTERS["sms-spam"], small_config("ch06", start), tmp_path)
 
     kernel = book.TorchGenerator(123).uniform((2, 8), -(8**-0.5), 8**-0.5)
@@ -94,15 +85,13 @@ def test_chapter_6_has_the_head_batches_and_metrics_of_the_book(
     for indices, batch in zip(order[:5], task.batches(0, 5), strict=True):
         assert batch["labels"].tolist() == [data.rows["train"].labels[n] for n in indices]
         assert batch["tokens"].shape == (8, 120)
-
     model = task.to_model(task.init_state)
 
     def mean_scores(split, batches):
+        rows, ids = data.rows[split], data.ids[split]
         scores = [
-            evaluate_classifier(
-                model, take(data.rows[split], rows), [data.ids[split][n] for n in rows]
-            )
-            for rows in batches
+            evaluate_classifier(model, take(rows, batch), [ids[n] for n in batch])
+            for batch in batches
         ]
         return np.mean([x.loss for x in scores]), np.mean([x.metrics.accuracy for x in scores])
 
@@ -111,34 +100,27 @@ def test_chapter_6_has_the_head_batches_and_metrics_of_the_book(
     generator.next_uint32(2 + 2)  # passes over validation and test rows
     loss_batches = book.Loader(1045, 8).start_epoch(generator)[:2]
     in_order = [list(range(n, n + 8)) for n in range(0, 32, 8)]
-    metrics, _ = evaluate_for_book(task, 0)
     expected = {
         "train_accuracy": mean_scores("train", accuracy_batches)[1],
         "train_loss": mean_scores("train", loss_batches)[0],
-        "validation_accuracy": mean_scores("validation", in_order)[1],
-        "validation_loss": mean_scores("validation", in_order[:2])[0],
-        "test_accuracy": mean_scores("test", in_order)[1],
-        "test_loss": mean_scores("test", in_order[:2])[0],
     }
-    assert metrics == pytest.approx(expected)
-    (first, (line,)), second = evaluate_for_book(task, 1), evaluate_for_book(task, 2)
+    for split in ("validation", "test"):
+        expected[f"{split}_accuracy"] = mean_scores(split, in_order)[1]
+        expected[f"{split}_loss"] = mean_scores(split, in_order[:2])[0]
+    assert book_metrics(task, 0) == pytest.approx(expected)
+    first = book_metrics(task, 1)
     assert set(first) == {"train_loss", "validation_loss"}
-    assert first["validation_loss"] == metrics["validation_loss"]
-    assert first["train_loss"] != metrics["train_loss"]
-    assert line.startswith(f"book     train loss {first['train_loss']:.3f}, val")
-    assert second == (None, ())
+    assert first["train_loss"] != expected["train_loss"]
+    assert book_metrics(task, 2) is None
 
 
-def test_chapter_7_has_the_batches_and_metrics_of_the_book(
-    tmp_path, start, shared_data, monkeypatch
-):
-    monkeypatch.setattr(sft, "make_sft_evaluate", evaluate_nothing)
-
+@pytest.mark.usefixtures("_no_evaluation")
+def test_chapter_7_has_the_batches_and_metrics_of_the_book(tmp_path, start):
     _, data, task = make_task(CHAPTERS["instructions"], small_config("ch07", start), tmp_path)
 
     lengths = [batch["tokens"].shape[1] for batch in task.batches(0, 10)]
     assert lengths == [61, 76, 73, 68, 65, 72, 80, 67, 62, 75]
-    model, (metrics, _) = task.to_model(task.init_state), evaluate_for_book(task, 0)
+    model, metrics = task.to_model(task.init_state), book_metrics(task, 0)
     loss_fn = jax.jit(lambda batch: batch_loss(model.config, model.params, batch, chunk_size=8))
     order = book.Loader(935, 8).start_epoch(book.TorchGenerator(123))
     for split, batches in {"train": order[:2], "validation": [range(8), range(8, 16)]}.items():

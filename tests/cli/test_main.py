@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.cli import main
-from gptjax.cli.session import log_to_stderr, log_to_stdout
+from gptjax.cli import doctor, main
+from gptjax.cli.session import log_to_stderr
 from gptjax.config import find_config, load_config
 from gptjax.errors import DataError, ResourceError
 from gptjax.runtime.preemption import Interrupted
@@ -31,6 +30,9 @@ def run(tmp_path_factory):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert main.main([*map(str, words), *OPTIONS]) == 0
     assert "done " in out.getvalue()
+    config, tiny = load_config(folder / "run" / "config.toml"), load_config(find_config("tiny"))
+    assert (config.model.d_model, config.train.steps) == (8, 2)
+    assert config.optim.peak_lr == tiny.optim.peak_lr
     return folder / "run"
 
 
@@ -40,37 +42,23 @@ def gptjax(capsys, *args):
     return code, out, err
 
 
-@pytest.mark.fast
 def test_help_imports_no_large_package_and_a_closed_pipe_is_no_error():
     program = (
         "import sys, gptjax; gptjax.GPTConfig()\n"
-        "from gptjax.cli import main\n"
-        "from gptjax.cli.main import parse_command\n"
-        "assert main.main(['--help']) == main.main(['train', '--help']) == 0\n"
+        "from gptjax.cli.main import main, parse_command\n"
         "parse_command(['generate', 'gpt2', 'Hello'])\n"
         "heavy = {'jax', 'flax', 'numpy', 'jinja2', 'tiktoken', 'matplotlib', 'huggingface_hub'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "sys.exit(main(['train', '--help']))"
     )
     read_end, write_end = os.pipe()
     os.close(read_end)
 
-    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "gptjax", "train", "--help"],
-        stdout=write_end,
-        stderr=subprocess.PIPE,
-        check=False,
-    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, check=False)
 
     os.close(write_end)
     assert (done.returncode, done.stderr) == (0, b"")
-
-
-def test_train_writes_a_run_with_options_that_override_the_file(run):
-    config, tiny = load_config(run / "config.toml"), load_config(find_config("tiny"))
-
-    assert (config.model.d_model, config.train.steps) == (8, 2)
-    assert config.optim.peak_lr == tiny.optim.peak_lr
 
 
 @pytest.mark.fast
@@ -122,11 +110,10 @@ def test_data_is_prepared_previewed_and_verified(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "tiny", "--model.n_heads", "3"], "n_heads=3"),
-        (["train", "tinny"], "Did you mean tiny"),
-        (["train", "my.toml"], "n_layer. Did you mean n_layers"),
-        (["generate", "nowhere", "hello"], "'nowhere'"),
-        (["classify", "nowhere", "--file", "x"], "--out"),
+        ("train tiny --model.n_heads 3", "n_heads=3"),
+        ("train tinny", "Did you mean tiny"),
+        ("train my.toml", "n_layer. Did you mean n_layers"),
+        ("generate nowhere hello", "'nowhere'"),
     ],
 )
 def test_invalid_input_gives_one_message_and_exit_code_2(
@@ -135,7 +122,7 @@ def test_invalid_input_gives_one_message_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.toml").write_text("[model]\nn_layer = 3\n")
 
-    code, out, err = gptjax(capsys, *words)
+    code, out, err = gptjax(capsys, *words.split())
 
     assert code == 2
     assert message in err
@@ -144,8 +131,6 @@ def test_invalid_input_gives_one_message_and_exit_code_2(
 
 
 def test_doctor_checks_this_machine_and_names_the_fix_of_each_problem(capsys, monkeypatch):
-    from gptjax.cli import doctor
-
     code, out, _ = gptjax(capsys, "doctor")
     assert code == 0
     topics = {line.split()[0] for line in out.splitlines()}
@@ -157,27 +142,6 @@ def test_doctor_checks_this_machine_and_names_the_fix_of_each_problem(capsys, mo
     assert code == 1
     assert "pip install 'grain>=0.2.15'" in out
     assert "pip install 'optax>=0.2.6'" in out
-
-
-def test_every_built_in_config_is_valid_and_names_its_command():
-    folder = find_config("tiny").parent
-    for name in [path.relative_to(folder).as_posix() for path in folder.rglob("*.toml")]:
-        config = load_config(find_config(name))
-        assert config.optim.warmup_steps <= config.train.steps
-        assert find_config(name).read_text().startswith("# gptjax "), name
-
-
-def test_progress_messages_are_printed_only_while_a_command_trains(capsys):
-    logger = logging.getLogger("gptjax")
-    before = (logger.level, logger.propagate, list(logger.handlers))
-
-    with log_to_stdout():
-        logging.getLogger("gptjax.training.trainer").info("step %d", 3)
-        logger.debug("details")
-    logger.info("silent")
-
-    assert capsys.readouterr() == ("step 3\n", "")
-    assert (logger.level, logger.propagate, list(logger.handlers)) == before
 
 
 @pytest.mark.parametrize(
@@ -199,13 +163,13 @@ def test_the_exit_code_tells_why_a_command_ended(capsys, monkeypatch, error, cod
 
     assert found == code
     assert str(error) in (out if code == 75 else err)
-    assert "Traceback" not in err
 
 
 SAMPLING = {"max_new_tokens": 3, "temperature": 0.5, "top_k": 4, "top_p": 0.9, "seed": 7}
 FLAGS = " ".join(f"--{name.replace('_', '-')} {x}" for name, x in SAMPLING.items())
 MORE = {"min_p": 0.1, "repetition_penalty": 1.2, "stop": ("a", "b")}
 CHANGES = {"allow_change": ("data.batch_size", "train.steps"), "on_spike": "skip"}
+SUPERVISED = ["train", "tiny", "--train.steps=3", "--hang-timeout", "9"]
 
 
 @pytest.mark.parametrize(
@@ -223,6 +187,13 @@ CHANGES = {"allow_change": ("data.batch_size", "train.steps"), "on_spike": "skip
             "--on-spike skip",
             *("tasks.train.train", (load_config(find_config("tiny")), Path("a/b"), CHANGES)),
         ),
+        (
+            "train tiny --train.steps=3 --auto-restart --hang-timeout 9",
+            *(
+                "runtime.supervisor.supervise",
+                ([sys.executable, "-m", "gptjax", *SUPERVISED], 9.0, {}),
+            ),
+        ),
         ("quickstart --run d", "tasks.quickstart.quickstart", (Path("d"), {})),
         ("import M --out d", "weights.convert.convert_model", ("M", Path("d"), print, {})),
         (
@@ -233,28 +204,16 @@ CHANGES = {"allow_change": ("data.batch_size", "train.steps"), "on_spike": "skip
     ],
 )
 def test_options_reach_the_library(capsys, monkeypatch, words, function, arguments):
-    calls = []
-    monkeypatch.setattr("gptjax.weights.load.load", lambda *args, **options: "model")
-    monkeypatch.setattr("gptjax.inference.generate.stream", lambda *args, **options: [])
+    calls, result = [], 75 if "supervise" in function else []
 
     def record(*args, **options):
         calls.append((*args, options))
-        return []
+        return result
 
+    monkeypatch.setattr("gptjax.weights.load.load", lambda *args, **options: "model")
+    monkeypatch.setattr("gptjax.inference.generate.stream", lambda *args, **options: [])
     monkeypatch.setattr(f"gptjax.{function}", record)
 
-    assert gptjax(capsys, *words.split())[0] == 0
+    assert gptjax(capsys, *words.split())[0] == (result or 0)
 
     assert calls == [arguments]
-
-
-def test_auto_restart_runs_the_same_command_line_without_it(monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        "gptjax.runtime.supervisor.supervise", lambda *args: calls.append(args) or 75
-    )
-    words = ["train", "tiny", "--train.steps=3", "--hang-timeout", "9"]
-
-    assert main.main([*words[:2], "--auto-restart", *words[2:]]) == 75
-
-    assert calls == [([sys.executable, "-m", "gptjax", *words], 9.0)]

@@ -16,7 +16,6 @@ from gptjax.checkpoint.retention import list_steps
 from gptjax.cli.main import main
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.evaluation.classification import evaluate_classifier
-from gptjax.inference.classify import predict_probs
 from gptjax.model.classifier import class_logits
 from gptjax.model.lora import merge_adapters
 from gptjax.runtime.preemption import Interrupted
@@ -66,18 +65,6 @@ def test_logits_depend_on_no_padding_and_a_causal_mask_hides_later_tokens():
         assert np.allclose(padded[name][3], alone[name][0], atol=1e-5) == is_hidden
 
 
-def test_a_text_has_the_same_probabilities_alone_and_among_others():
-    texts = ["x", "some words", "a" * 100, "more", "x"]
-
-    predictions = gptjax.classify(MODEL, texts)
-
-    for text, prediction in zip(texts, predictions, strict=True):
-        (alone,) = gptjax.classify(MODEL, [text])
-        assert alone.label == prediction.label
-        assert alone.probability == pytest.approx(prediction.probability, abs=1e-5)
-        assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-5)
-
-
 def test_the_next_token_loss_is_added_as_a_mean_over_the_tokens_of_counted_texts():
     tokens = jnp.array([[1, 2, 3, 0], [5, 6, 0, 0], [7, 8, 9, 1]])
     batch = {"tokens": tokens, "lengths": jnp.array([3, 2, 4]), "labels": jnp.array([0, 2, 1])}
@@ -110,12 +97,10 @@ def make_config(folder, **changes):
         for _ in range(120):
             word = "".join(rng.choice(list("abcdeiou"), rng.integers(2, 25)))
             writer.writerow([word, "vowel" if word[0] in "aeiou" else "other"])
+    data = {"source": str(folder / "words.csv"), "tokenizer": "bytes"}
     table = {
         "model": {"context_length": 32, "n_layers": 1, "n_heads": 2, "d_model": 16},
-        "data": {
-            **{"source": str(folder / "words.csv"), "tokenizer": "bytes"},
-            **{"batch_size": 8, "val_fraction": 0.2},
-        },
+        "data": {**data, "batch_size": 8, "val_fraction": 0.2},
         "optim": {"warmup_steps": 2, "peak_lr": 3e-2},
         "train": {"task": "classify", "steps": 40, "eval_every": 10, "log_every": 5},
         "checkpoint": {"every": 10},
@@ -142,15 +127,12 @@ def test_a_run_keeps_its_best_model_and_writes_a_report(finished):
     assert result.loss == pytest.approx(best["loss"], rel=1e-6)
     assert model.labels == ("other", "vowel")
     names = "config.toml meta.json loss.png accuracy.png confusion.png report.md"
-    for name in names.split():
-        assert (folder / name).exists(), name
+    assert all((folder / name).exists() for name in names.split())
     (test,) = evaluations(folder, "test")
     (done,) = [line for line in lines if line.startswith("done")]
     assert f"test accuracy {test['accuracy']:.4f}" in done
     counts = [data.rows["test"].labels.count(label) for label in (0, 1)]
     assert f"baseline: {max(counts) / sum(counts):.4f}" in done
-    num_compiled = sum(line.startswith("compiled") for line in lines)
-    assert any(f"{num_compiled} compiled shapes" in line for line in lines)
 
 
 def test_only_adapters_and_head_are_trained(finished):
@@ -167,7 +149,6 @@ def test_only_adapters_and_head_are_trained(finished):
 
 
 def test_a_run_stopped_while_it_compiles_and_resumed_equals_the_whole_one(finished, monkeypatch):
-    """Although its metrics.jsonl was deleted in between."""
     config, folder, model, _ = finished
     run_dir, steps, aot_compile = folder.parent / "resumed", [], trainer.aot_compile
 
@@ -181,37 +162,42 @@ def test_a_run_stopped_while_it_compiles_and_resumed_equals_the_whole_one(finish
     with pytest.raises(Interrupted, match="all progress is saved"):
         train(config, run_dir)
     monkeypatch.undo()
-    saved = max(list_steps(run_dir / "checkpoints"))
-    assert steps[0] < steps[1] == saved
-    (run_dir / "metrics.jsonl").unlink()
+    assert steps[0] < steps[1] == max(list_steps(run_dir / "checkpoints"))
     resumed = train(config, run_dir)
 
     jax.tree.map(np.testing.assert_array_equal, resumed.params, model.params)
     for split in ("train", "validation", "test"):
-        expected = [event for event in evaluations(folder, split) if event["step"] > saved]
-        assert evaluations(run_dir, split) == expected
+        assert evaluations(run_dir, split) == evaluations(folder, split)
 
 
-def test_invalid_models_texts_and_options_are_reported(tmp_path):
-    with pytest.raises(ModelError, match="labels"):
-        gptjax.classify(BASE, ["x"])
-    with pytest.raises(DataError, match="text 2"):
-        gptjax.classify(MODEL, ["x", ""])
-    for option, value in {"val_fraction": 0.0, "batching": "packed"}.items():
-        with pytest.raises(ConfigError, match=rf"data\.{option}={value!r}"):
-            train(make_config(tmp_path, **{f"data__{option}": value}), tmp_path / option)
-    with pytest.raises(ConfigError, match=r"model\.n_classes=7"):
-        train(make_config(tmp_path, model__n_classes=7), tmp_path / "run")
+def test_invalid_options_are_reported(tmp_path):
+    for option, value in [
+        ("data.val_fraction", 0.0),
+        ("data.batching", "packed"),
+        ("model.n_classes", 7),
+    ]:
+        config = make_config(tmp_path, **{option.replace(".", "__"): value})
+        with pytest.raises(ConfigError, match=f"{option}={value!r}"):
+            train(config, tmp_path / option)
 
 
-def test_labels_are_saved_with_the_model(tmp_path):
-    ids = [[1, 2, 3]]
+def test_labels_are_saved_with_the_model_and_needed(tmp_path):
+    texts = ["x", "some words", "a" * 100]
     gptjax.save(MODEL, tmp_path)
 
     loaded = gptjax.load(tmp_path)
 
     assert loaded.labels == MODEL.labels
-    np.testing.assert_array_equal(predict_probs(loaded, ids), predict_probs(MODEL, ids))
+    together = gptjax.classify(loaded, texts)
+    for text, prediction in zip(texts, together, strict=True):
+        (alone,) = gptjax.classify(MODEL, [text])
+        assert alone.label == prediction.label
+        assert alone.probability == pytest.approx(prediction.probability, abs=1e-5)
+        assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-5)
+    with pytest.raises(DataError, match="text 2"):
+        gptjax.classify(MODEL, ["x", ""])
+    with pytest.raises(ModelError, match="labels"):
+        gptjax.classify(BASE, ["x"])
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"labels": ["a"]}))
     with pytest.raises(ModelError, match=r"labels=.*3 classes"):
@@ -219,21 +205,20 @@ def test_labels_are_saved_with_the_model(tmp_path):
 
 
 def test_the_command_line_classifies_and_evaluates_texts_and_files(finished, tmp_path, capsys):
-    folder = str(finished[1])
+    folder, words = str(finished[1]), str(finished[1].parent / "words.csv")
     (tmp_path / "in.csv").write_text("id,text\n1,abba\n2,dodo\n")
+    files = ["--file", str(tmp_path / "in.csv"), "--out", str(tmp_path / "out.csv")]
 
     assert main(["classify", folder, "abba", "dodo"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    files = ["--file", str(tmp_path / "in.csv"), "--out", str(tmp_path / "out.csv")]
     assert main(["classify", folder, *files]) == 0
     rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
-
-    assert [line.split()[0] for line in lines] == [row["label"] for row in rows]
-    assert [row["id"] for row in rows] == ["1", "2"]
-    words = str(finished[1].parent / "words.csv")
     capsys.readouterr()
     assert main(["eval", folder, "--classification-data", words, "--json"]) == 0
     numbers = json.loads(capsys.readouterr().out)
+
+    assert [line.split()[0] for line in lines] == [row["label"] for row in rows]
+    assert [row["id"] for row in rows] == ["1", "2"]
     assert numbers["texts"] == 120
     assert numbers["accuracy low 95%"] <= numbers["accuracy"] > 0.8
     (tmp_path / "new.csv").write_text("text,label\nabba,vowel\ndodo,new\n")

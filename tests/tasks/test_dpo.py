@@ -91,7 +91,7 @@ def test_log_probabilities_are_those_of_the_answers_alone_whatever_the_padding()
         logprob_P2 = sequence_logprobs(CONFIG, START.params, batches)
         np.testing.assert_allclose(logprob_P2.ravel(), expected, atol=1e-4)
 
-    # A row of padding, of the last batches, counts in neither sum.
+    # A row of padding counts in neither sum.
     loss_fn = jax.jit(lambda params, batch: dpo_loss_fn(CONFIG, params, None, batch, None))
     loss, weight = loss_fn(START.params, batches.make_batch(32, [0, 1]))
     assert weight == 2
@@ -109,15 +109,12 @@ def test_the_loss_is_that_of_the_paper():
     np.testing.assert_allclose(dpo_loss(logratio_B2, 0.5), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
+def test_invalid_data_and_options_are_reported(tmp_path):
+    for changes, error, message in [
         ({"finetune__init_from": ""}, ConfigError, r"finetune\.init_from"),
         ({"data__batching": "packed"}, ConfigError, r"data\.batching='packed'"),
         ({"data__val_fraction": 0.0}, ConfigError, r"data\.val_fraction=0\.0 .* pairs"),
         ({"model__context_length": 3}, DataError, r"train pair .*model\.context_length=3"),
-    ],
-)
-def test_invalid_data_and_options_are_reported(tmp_path, changes, error, message):
-    with pytest.raises(error, match=message):
-        train(make_config(tmp_path, **changes), tmp_path / "run")
+    ]:
+        with pytest.raises(error, match=message):
+            train(make_config(tmp_path, **changes), tmp_path / "run")

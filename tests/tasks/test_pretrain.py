@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import shutil
 import signal
 
@@ -63,7 +62,6 @@ def at_step_8(finished, tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.fast
 def test_a_run_folder_has_everything_that_the_contract_names(finished):
     _, folder, model, lines = finished
 
@@ -77,18 +75,8 @@ def test_a_run_folder_has_everything_that_the_contract_names(finished):
     kinds = [e["event"] for e in events]
     assert [kinds.count(kind) for kind in ("train", "eval", "save")] == [12, 3, 3]
     assert [e["step"] for e in events if e["event"] == "sample"] == [0, 6, 12]
-    assert all(0 <= e["input_wait"] <= 1 for e in events if e["event"] == "train")
     assert losses(folder)[-1][1] < losses(folder)[0][1]
-    summary = [line.split()[0] for line in lines[:8]]
-    assert summary == ["run", "model", "data", "step", "steps", "memory", "attention", "device"]
-    evaluations = {e["step"]: f"{e['loss']:.4f}" for e in events if e["event"] == "eval"}
-    progress = [line for line in lines if line[:5] == "step " and " | " in line]
-    for step, line in enumerate(progress):
-        assert line.startswith(f"step {step:>2}/12 | ")
-        assert re.findall(r"\| val ([0-9.]+)", line) == [*filter(None, [evaluations.get(step)])]
-    names = ("step ", "loss ", "val ", "lr ", "|g| ", "tok/s", "eta ")
-    positions = [progress[6].index(name) for name in names]
-    assert positions == sorted(positions)
+    assert [line.split(" | ")[0] for line in lines if " | " in line][6] == "step  6/12"
 
 
 def test_a_model_folder_or_the_newest_valid_checkpoint_is_loaded(finished, tmp_path):
@@ -96,24 +84,18 @@ def test_a_model_folder_or_the_newest_valid_checkpoint_is_loaded(finished, tmp_p
     run_dir, lines = tmp_path / "run", []
     shutil.copytree(folder, run_dir)
 
-    def assert_loads_final_params():
+    for name in ("metrics.jsonl", "model/model.safetensors"):
         loaded = gptjax.load(run_dir)
         assert (loaded.config, loaded.tokenizer.hash) == (model.config, model.tokenizer.hash)
         assert_equal(loaded.params, model.params)
-
-    assert_loads_final_params()
-    (run_dir / "model" / "model.safetensors").unlink()
-    assert_loads_final_params()
-
+        (run_dir / name).unlink()
     path = max((run_dir / "checkpoints" / "12").rglob("*"), key=lambda p: p.stat().st_size)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    before = sorted(run_dir.rglob("*"))
     older = gptjax.load(run_dir, lines.append)
     assert lines == [f"step     8 of the unfinished run {run_dir}"]
     assert not np.array_equal(*(jax.tree.leaves(m.params)[0] for m in (older, model)))
-    assert sorted(run_dir.rglob("*")) == before
     shutil.rmtree(run_dir / "checkpoints")
     with pytest.raises(ModelError, match="checkpoints"):
         gptjax.load(run_dir)
@@ -150,32 +132,17 @@ def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one(
     monkeypatch.undo()
     saved = list_steps(run_dir / "checkpoints")[-1]
     assert losses(run_dir)[-1][0] == saved in (7, 8)
-    unfinished = gptjax.load(run_dir)
-    assert (unfinished.config, unfinished.tokenizer.hash) == (model.config, model.tokenizer.hash)
+    assert gptjax.load(run_dir).config == model.config
     resumed = train(config, run_dir)
 
     assert_equal(resumed.params, model.params)
     assert losses(run_dir) == losses(folder)
-    events = read_events(run_dir / "metrics.jsonl")
-    assert [e["step"] for e in events if e["event"] == "resume"] == [saved]
 
 
-def test_a_signal_during_the_first_evaluation_ends_the_run_at_once(tmp_path, monkeypatch):
-    evaluate = perplexity.evaluate
-
-    def interrupt(*args):
-        signal.raise_signal(signal.SIGINT)
-        return evaluate(*args)
-
-    monkeypatch.setattr(perplexity, "evaluate", interrupt)
-    with pytest.raises(Interrupted, match="no unsaved progress"):
-        train(make_config(tmp_path), tmp_path / "run")
-    assert losses(tmp_path / "run") == []
-
-
-def test_an_allowed_change_is_logged_with_its_step(finished, at_step_8):
+def test_a_run_can_be_resumed_on_another_mesh_and_with_an_allowed_change(finished, at_step_8):
     config, folder, *_ = finished
-    changed = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_batches=1))
+    fewer = dataclasses.replace(config.train, eval_batches=1)
+    changed = dataclasses.replace(config, train=fewer, mesh=MeshConfig(data=2, fsdp=4))
 
     with pytest.raises(ModelError, match=r"train\.eval_batches: 2 -> 1"):
         train(changed, at_step_8)
@@ -183,33 +150,19 @@ def test_an_allowed_change_is_logged_with_its_step(finished, at_step_8):
 
     events = read_events(at_step_8 / "metrics.jsonl")
     (event,) = [e for e in events if e["event"] == "resume"]
-    assert (event["step"], event["changes"]) == (8, ["train.eval_batches: 2 -> 1"])
-    assert losses(at_step_8) == losses(folder)
+    assert event["step"] == 8
+    assert event["changes"][0] == "train.eval_batches: 2 -> 1"
+    assert event["device"] == "8 x cpu, as data 2 x fsdp 4"
+    np.testing.assert_allclose(losses(at_step_8), losses(folder), rtol=2e-6)
 
 
 def test_a_finished_run_is_not_trained_again(finished, tmp_path):
     config, folder, model, _ = finished
-    before = (folder / "metrics.jsonl").read_bytes()
-
-    assert_equal(train(config, folder).params, model.params)
-    assert (folder / "metrics.jsonl").read_bytes() == before
     shutil.copytree(folder, tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").unlink()
+
     assert_equal(train(config, tmp_path / "run").params, model.params)
-
-
-def test_a_run_can_be_resumed_on_another_mesh(finished, at_step_8):
-    config, folder, *_ = finished
-    lines = []
-
-    train_logged(dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=4)), at_step_8, lines)
-
-    device = "8 x cpu, as data 2 x fsdp 4"
-    assert lines[:2] == [f"resumed  {at_step_8} after step 8", f"device   {device}"]
-    np.testing.assert_allclose(losses(at_step_8), losses(folder), rtol=2e-6)
-    events = read_events(at_step_8 / "metrics.jsonl")
-    assert [e["device"] for e in events if e["event"] == "resume"] == [device]
-    assert (at_step_8 / "config.toml").read_text() == (folder / "config.toml").read_text()
+    assert not losses(tmp_path / "run")
 
 
 INVALID = {
@@ -219,31 +172,25 @@ INVALID = {
     "missing.txt": ({}, DataError, r"missing\.txt"),
     "text.txt": ({"model__vocab_size": 99}, ConfigError, r"model\.vocab_size=99"),
     "./text.txt": ({"data__batching": "padded"}, ConfigError, r"data\.batching='padded'"),
-    "../run/data": ({"data__tokenizer": "gpt2"}, DataError, r"data\.tokenizer="),
+    "tokens": ({"data__tokenizer": "gpt2"}, DataError, r"data\.tokenizer="),
     "damaged": ({}, DataError, r"train-00000\.bin: block 0"),
 }
 
 
-@pytest.mark.parametrize("source", INVALID)
-def test_invalid_data_and_options_are_reported(tmp_path, finished, source):
+def test_invalid_data_and_options_are_reported(tmp_path, finished):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("abcdef")
     (tmp_path / "latin1.txt").write_bytes(b"good\n\xe9t\xe9\n")
-    shutil.copytree(finished[1] / "data", tmp_path / "damaged")
+    for name in ("tokens", "damaged"):
+        shutil.copytree(finished[1] / "data", tmp_path / name)
     shard = tmp_path / "damaged" / "train-00000.bin"
     shard.write_bytes(b"\xff" * shard.stat().st_size)
-    changes, kind, message = INVALID[source]
-    path = finished[1] / "data" if source == "../run/data" else tmp_path / source
-
-    with pytest.raises(kind, match=message):
-        train(make_config(tmp_path, data__source=str(path), **changes), tmp_path / "run")
-
-
-def test_a_run_folder_must_be_writable(tmp_path):
-    (tmp_path / "file").write_text("")
-
+    for source, (changes, kind, message) in INVALID.items():
+        config = make_config(tmp_path, data__source=str(tmp_path / source), **changes)
+        with pytest.raises(kind, match=message):
+            train(config, tmp_path / f"run-{message}")
     with pytest.raises(ModelError, match="--run DIR"):
-        train(make_config(tmp_path), tmp_path / "file" / "run")
+        train(make_config(tmp_path), tmp_path / "text.txt" / "run")
 
 
 def test_pretraining_continues_from_a_model_with_its_tokenizer(finished, tmp_path):

@@ -24,7 +24,6 @@ def test_training_finds_the_merges_of_another_implementation():
     assert ours == [bytes(ord(c) - start for c in token) for token, _ in theirs]
 
 
-@pytest.mark.fast
 def test_ties_go_to_smaller_ids_and_tokens_have_a_maximum_length():
     # "bc" and "ab" occur twice each; then "abc"; no other pair occurs twice.
     assert bpe.train_bpe(["abc abc"], 9) == [b"ab", b"abc"]
@@ -34,7 +33,7 @@ def test_ties_go_to_smaller_ids_and_tokens_have_a_maximum_length():
 def test_merges_of_gpt2_follow_from_its_ranks():
     ranks = tokenizer.load_tokenizer("gpt2").ranks
 
-    pairs = (bpe.split_merge(token, ranks) for token in list(ranks)[256:])
+    pairs = (bpe.split_merge(token, ranks) for token in list(ranks)[256::8])
 
     lines = [" ".join(map(tokenizer.bytes_to_unicode, pair)) for pair in pairs]
-    assert lines == tokenizer.read_gpt2_merges()
+    assert lines == tokenizer.read_gpt2_merges()[::8]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -27,7 +26,6 @@ WORDS = [
 mixed_texts = st.lists(st.sampled_from(WORDS) | st.text(max_size=4), max_size=12).map("".join)
 
 
-@pytest.mark.fast
 @given(text=mixed_texts)
 def test_decoding_inverts_encoding_and_text_never_becomes_the_control_token(text):
     for kind in ALL:
@@ -47,25 +45,22 @@ def test_ids_are_those_of_another_implementation(tmp_path):
     trained.save(str(tmp_path / "one" / "tokenizer.json"))
     trained.save_model(str(tmp_path / "two"))
     GPT2.save(tmp_path / "gpt2")
-    theirs = {
-        name: peer.from_file(
-            *(f"{tmp_path}/{name}/{file}" for file in ("vocab.json", "merges.txt"))
-        )
+    two, gpt2 = (
+        peer.from_file(f"{tmp_path}/{name}/vocab.json", f"{tmp_path}/{name}/merges.txt")
         for name in ("two", "gpt2")
-    }
-    one, two = (tokenizer.load_tokenizer(tmp_path / name) for name in ("one", "two"))
-    assert one.ranks == two.ranks
-    assert (one.eot_token, two.eot_token, two.vocab_size) == (0, 0, 600)
+    )
+    ours, same = (tokenizer.load_tokenizer(tmp_path / name) for name in ("one", "two"))
+    assert ours.ranks == same.ranks
+    assert (ours.eot_token, same.eot_token, same.vocab_size) == (0, 0, 600)
 
     @given(mixed_texts | st.sampled_from(list(topics.values())))
     def compare(text):
-        assert GPT2.encode(text) == theirs["gpt2"].encode(text).ids
-        assert two.encode(text) == theirs["two"].encode(text).ids
+        assert GPT2.encode(text) == gpt2.encode(text).ids
+        assert ours.encode(text) == two.encode(text).ids
 
     compare()
 
 
-@pytest.mark.fast
 def test_gpt2_is_the_published_tokenizer_and_has_the_ids_of_the_book(tmp_path):
     GPT2.save(tmp_path)
     before, after = "Hello, do you like tea? ", " In the sunlit terracesof someunknownPlace."
@@ -84,33 +79,18 @@ def test_gpt2_is_the_published_tokenizer_and_has_the_ids_of_the_book(tmp_path):
     assert GPT2.hash.startswith("2a551909b8891192")
 
 
-def test_a_million_equal_characters_are_encoded():
+def test_a_million_equal_characters_are_encoded_and_splitting_changes_no_id(monkeypatch):
     for text in ("a" * 10**6, " " * 10**6 + "b", "\n \u3000" * 333_333 + "\tb"):
         assert GPT2.decode(GPT2.encode(text)) == text
-
-
-@given(text=st.text("  \n\x1c\u3000ab.", max_size=40))
-def test_splitting_long_whitespace_does_not_change_the_ids(text):
+    text = "a   b\n \u3000\n b  .   \x1c ab "
     whole = GPT2.encode(text)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "MAX_WHITESPACE_RUN", 2)
-        pattern = tokenizer.LONG_WHITESPACE_PATTERN.pattern.replace("100000", "2")
-        patch.setattr(tokenizer, "LONG_WHITESPACE_PATTERN", bpe.regex.compile(pattern))
-        assert GPT2.encode(text) == whole
-
-
-def test_ids_may_be_incomplete_characters_or_numpy_integers_but_not_out_of_range():
-    ids = np.array(BYTES.encode("é"), np.uint16)
-
-    assert (BYTES.decode(ids), BYTES.decode(ids[:1])) == ("é", "\ufffd")
-    for kind in ALL:
-        for wrong in (-1, kind.vocab_size):
-            with pytest.raises(DataError, match=f"{wrong} .*vocab_size={kind.vocab_size} "):
-                kind.decode([0, wrong])
+    monkeypatch.setattr(tokenizer, "MAX_WHITESPACE_RUN", 2)
+    pattern = tokenizer.LONG_WHITESPACE_PATTERN.pattern.replace("100000", "2")
+    monkeypatch.setattr(tokenizer, "LONG_WHITESPACE_PATTERN", bpe.regex.compile(pattern))
+    assert len(tokenizer.split_long_whitespace(text)) > 3
+    assert GPT2.encode(text) == whole
 
 
-@pytest.mark.fast
 def test_loading_inverts_saving_and_the_hash_includes_all_but_the_name(tmp_path):
     for kind in ALL:
         kind.save(tmp_path / kind.name)
@@ -119,8 +99,8 @@ def test_loading_inverts_saving_and_the_hash_includes_all_but_the_name(tmp_path)
 
         assert (loaded.ranks, loaded.eot_token) == (kind.ranks, kind.eot_token)
         assert (loaded.hash, loaded.name) == (kind.hash, str(tmp_path / kind.name))
-    sizes = [(kind.vocab_size, kind.eot_token, len(kind.byte_lengths)) for kind in ALL]
-    assert sizes == [(50_257, 50_256, 50_257), (257, 256, 257), (700, 699, 700)]
+    sizes = [(kind.vocab_size, kind.eot_token) for kind in ALL]
+    assert sizes == [(50_257, 50_256), (257, 256), (700, 699)]
     first, second, *_ = [token for token in OWN.ranks if len(token) > 1]
     swapped = {**OWN.ranks, first: OWN.ranks[second], second: OWN.ranks[first]}
     for change in ({"ranks": swapped}, {"eot_token": 0}):
@@ -135,15 +115,19 @@ def test_transformers_reads_a_saved_folder(kind, tmp_path):
 
     peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
 
-    text = topics["assert"]
     assert type(peer).__name__.startswith("GPT2Tokenizer")
-    assert peer(text)["input_ids"] == kind.encode(text)
+    assert peer(topics["assert"])["input_ids"] == kind.encode(topics["assert"])
     assert (peer.eos_token_id, len(peer)) == (kind.eot_token, kind.vocab_size)
 
 
 def test_invalid_arguments_are_rejected(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    ids = np.array(BYTES.encode("é"), np.uint16)
 
+    assert (BYTES.decode(ids), BYTES.decode(ids[:1])) == ("é", "\ufffd")
+    for wrong in (-1, 257):
+        with pytest.raises(DataError, match=f"{wrong} .*vocab_size=257 "):
+            BYTES.decode([0, wrong])
     with pytest.raises(DataError, match=r"400 .*bpe:260"):
         tokenizer.train_tokenizer(["low low lower"], 400)
     assert tokenizer.train_tokenizer(["low low lower"], 260).encode(" low") == [258]
@@ -152,47 +136,33 @@ def test_invalid_arguments_are_rejected(tmp_path, monkeypatch):
     for use in (GPT2.encode, lambda text: bpe.train_bpe([text], 3)):
         with pytest.raises(DataError, match="character 2 "):
             use("ab\ud83d\ude00")
-    for name in ("gpt3", "", "bpe:2048", "runs/none", Path("gpt2"), "a\0b"):
+    for name in ("gpt3", "bpe:2048", Path("gpt2"), "a\0b"):
         with pytest.raises(ConfigError, match="tokenizer"):
             tokenizer.load_tokenizer(name)
 
 
-def edit_vocab(edit):
-    """Damage that edits the vocabulary."""
-
-    def damage(vocab, merges):
-        ids = json.loads(vocab)
-        edit(ids)
-        return json.dumps(ids).encode(), merges
-
-    return damage
-
-
-DAMAGES = [  # (vocab.json, merges.txt) -> damaged ones, value in the message
-    (lambda v, m: (b"\xff" + v, m), "utf-8"),
-    (lambda v, m: (v[:-5], m), "line 1"),
-    (lambda v, m: (b"[]", m), "JSON object"),
-    (lambda v, m: (v + b" " * 9000, m), "9,000"),  # too large
-    (edit_vocab(lambda i: i.update(a="1")), "'a'"),
-    (edit_vocab(lambda i: i.update(lo=999)), "id 2.."),
-    (edit_vocab(lambda i: i.update(ll=i.pop(ENDOFTEXT))), r"<\|endoftext\|>"),
-    (edit_vocab(lambda i: i.update(ab=i.pop("a"))), "byte 97"),
-    (edit_vocab(lambda i: i.update({"a" * 257: 264})), "257 bytes"),
-    (edit_vocab(lambda i: i.update({"l o": 264})), "' '"),
-    (edit_vocab(lambda i: i.update(xyz=264)), "264, 'xyz'"),
-    (lambda v, m: (v, m[: m.index(b"\n", 20)]), "3 is 'missing'"),
-    (lambda v, m: (v, m + b"a b\n"), "'a b'.* 'absent'"),
-    (lambda v, m: (v, m.replace(b"\n", b"\r\n")), "merge 1"),
+DAMAGES = [  # file, text in it, its replacement, value in the message
+    ("vocab.json", b"{", b"\xff{", "utf-8"),
+    ("vocab.json", b"{", b'["', "line 1"),
+    ("vocab.json", b"{", b" " * 9000 + b"{", "9,000"),  # too large
+    ("vocab.json", b'"a": 97', b'"a": "97"', "'a'"),
+    ("vocab.json", b'"a": 97', b'"a": 999', "id 97"),
+    ("vocab.json", b'"<|endoftext|>"', b'"ll"', r"<\|endoftext\|>"),
+    ("vocab.json", b'"a": 97', b'"ab": 97', "byte 97"),
+    ("vocab.json", b'"lo"', b'"%s"' % (b"a" * 257), "257 bytes"),
+    ("vocab.json", b'"lo"', b'"l o"', "' '"),
+    ("vocab.json", b'"lo"', b'"xyz"', "'xyz'"),
+    ("merges.txt", b"l o\n", b"", "1 is 'lo w'"),
+    ("merges.txt", b"l o\n", b"l o\na b\n", "2 is 'a b'"),
 ]
 
 
 def test_damaged_folders_are_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "MAX_TOKENIZER_FILE_BYTES", 9_000)
-    files = [tmp_path / "vocab.json", tmp_path / "merges.txt"]
     small = tokenizer.train_tokenizer(["low lower lowest slow slower slowest"], 264)
-    for damage, match in DAMAGES:
+    for name, old, new, match in DAMAGES:
         small.save(tmp_path)
-        for file, data in zip(files, damage(*(f.read_bytes() for f in files)), strict=True):
-            file.write_bytes(data)
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data.replace(old, new, 1))
         with pytest.raises(DataError, match=f"{tmp_path}: .*{match}"):
             tokenizer.load_tokenizer(tmp_path)
