@@ -9,11 +9,11 @@ start with the word, so that it has the same position in every task.
 
 import ast
 import hashlib
-import importlib.util
+import inspect
+import pkgutil
 import random
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 from gptjax.data.datasets import read_python_help
 
@@ -89,10 +89,7 @@ def python_lines() -> list[tuple[str, str, str]]:
     """Returns distinct (line, "code" or "prose", location), in module order."""
     rows: dict[str, tuple[str, str]] = {}
     for name in PYTHON_LINE_MODULES:
-        spec = importlib.util.find_spec(name)
-        if spec is None or not spec.origin or not spec.origin.endswith(".py"):
-            continue
-        text = Path(spec.origin).read_text(encoding="utf-8")
+        text = inspect.getsource(pkgutil.resolve_name(name))
         docstring_numbers = docstring_line_numbers(text)
         for number, raw in enumerate(text.splitlines(), 1):
             line = raw.strip()

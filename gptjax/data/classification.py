@@ -1,7 +1,8 @@
 """Labeled texts for classification, from tables and folders, and their batches.
 
-The text and label columns of a table are guessed unless named; the returned description
-states the choice. A folder contains one folder per label, with one .txt file per text.
+The text and label columns of a table are guessed by their names unless given; the
+returned description states the choice. A folder contains one folder per label, with one
+.txt file per text.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex, TypedDict
+from typing import Any, SupportsIndex, TypedDict
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -23,23 +24,22 @@ from gptjax.data.readers import (
     LABEL_COLUMNS,
     TABLE_FORMATS,
     TEXT_COLUMNS,
-    NumberedRow,
+    LocatedRow,
     check_object,
     find_column,
     find_table,
     get_text,
     name_columns,
-    open_decompressed,
     read_csv_records,
     read_rows,
     read_text_file,
+    require_text,
     suffix_without_gz,
     table_suffix,
     unknown_column_error,
 )
 from gptjax.errors import DataError
 
-MAX_GUESSED_LABEL_CHARS = 50  # longest value in a guessed label column
 MAX_LISTED_CLASSES = 8  # classes listed by name in a summary
 
 
@@ -50,24 +50,11 @@ class LabeledTexts:
     texts: list[str]
     labels: list[int]  # indices into `class_names`
     class_names: tuple[str, ...]  # sorted, numbers by value
-    locations: list[str]  # "file:line" of each text
+    locations: list[str]  # of each text, such as "file:line"
 
     def __len__(self) -> int:
         """Number of texts."""
         return len(self.texts)
-
-
-class RawTable(NamedTuple):
-    """Rows of a file before the text and label columns are chosen."""
-
-    path: Path
-    format: str  # description for messages
-    columns: list[str]
-    rows: list[NumberedRow]
-
-    def values(self, column: str) -> list[str]:
-        """Returns the values of a column as strings."""
-        return [str(row.get(column, "")) for _, row in self.rows]
 
 
 def take(data: LabeledTexts, indices: Iterable[SupportsIndex]) -> LabeledTexts:
@@ -104,92 +91,53 @@ def read_labeled_texts(
         data = encode_labels(folder_examples(source), str(source))
         return data, f"{source}: one folder of .txt files per label; {summarize_classes(data)}."
     folder = ", a folder with one folder of .txt files per label,"
+    folder = ", a folder with one folder of .txt files per label,"
     source = find_table(str(path), ("sms-spam",), "labels", folder)
-    table = read_raw_table(source, {text_column, label_column} - {""})
-    text_column, label_column = choose_columns(table, text_column, label_column)
+    file_format, columns, rows = read_table(source, {text_column, label_column} - {""})
+    if not rows:
+        raise DataError(f"{source} has no rows. Pass a file with labeled texts.")
+    text_column, label_column = choose_columns(columns, text_column, label_column, rows[0][0])
     examples = []
-    for line, row in table.rows:
-        location = f"{source}:{line}"
+    for location, row in rows:
         text = get_text(row, text_column, location, "--data.text_column NAME")
         examples.append((text, get_label(row, label_column, location), location))
     data = encode_labels(examples, f"{source}, column {label_column!r}")
     return data, (
-        f"{source}: {table.format}; text in column {text_column!r}, label in column "
+        f"{source}: {file_format}; text in column {text_column!r}, label in column "
         f"{label_column!r}; {summarize_classes(data)}. "
         "Override with --data.text_column NAME --data.label_column NAME."
     )
 
 
-def read_raw_table(path: Path, named_columns: set[str]) -> RawTable:
-    """Reads all rows; columns named by the user help to detect a header."""
-    file_format = TABLE_FORMATS[table_suffix(path)]
-    with open_decompressed(path) as (file, _):
-        if delimiter := DELIMITERS.get(table_suffix(path)):
-            records = list(read_csv_records(file, path, delimiter))
-            table = table_from_csv(path, file_format, records, named_columns)
-        else:
-            advice = 'Write each row as {"text": "...", "label": "..."}.'
-            rows = [
-                (n, check_object(row, f"{path}:{n}", advice)) for n, row in read_rows(file, path)
-            ]
-            table = RawTable(path, file_format, list(rows[0][1]) if rows else [], rows)
-    if not table.rows:
-        raise DataError(f"{path} has no rows. Pass a file with labeled texts.")
-    return table
+def read_table(path: Path, named_columns: set[str]) -> tuple[str, list[str], list[LocatedRow]]:
+    """Reads a table; returns its format, its columns and its rows.
 
-
-def table_from_csv(
-    path: Path, file_format: str, records: list[tuple[int, list[str]]], named_columns: set[str]
-) -> RawTable:
-    """Returns the table of a CSV or TSV file; its first row may be a header."""
-    num_columns = len(records[0][1]) if records else 0
-    columns = [str(n + 1) for n in range(num_columns)]
-    if not suffix_without_gz(path) and num_columns == 2:  # the SMS Spam Collection
-        columns = ["label", "text"]
-    rows = list(name_columns([(0, columns), *records], path))
-    numbered = RawTable(path, f"{file_format}, no header", columns, rows)
-    if "label" in columns or not rows or not has_header(numbered, named_columns):
-        return numbered
-    rows = list(name_columns(records, path))
-    columns = [name.strip() for name in records[0][1]]
-    return RawTable(path, f"{file_format}, with a header", columns, rows)
-
-
-def has_header(table: RawTable, named_columns: set[str]) -> bool:
-    """True if the first row of the table contains column names.
-
-    False if the user numbers the columns, or if other rows repeat its label.
+    The first row of a CSV or TSV file is its header, unless `named_columns`, those
+    named by the user, are numbers.
     """
-    first_row = {name.strip() for name in table.rows[0][1].values()}
-    known_names = {*TEXT_COLUMNS, *LABEL_COLUMNS}
-    if named_columns & first_row or known_names & {name.lower() for name in first_row}:
-        return True
-    if named_columns and named_columns <= set(table.columns):
-        return False
-    column = guess_label_column(table)
-    return not column or table.values(column)[0] not in table.values(column)[1:]
+    suffix = table_suffix(path)
+    file_format, delimiter = TABLE_FORMATS[suffix], DELIMITERS.get(suffix)
+    if not delimiter:
+        advice = 'Write each row as {"text": "...", "label": "..."}.'
+        rows = [(where, check_object(row, where, advice)) for where, row in read_rows(path)]
+        return file_format, list(rows[0][1]) if rows else [], rows
+    records = list(read_csv_records(path, delimiter))
+    first_row = [name.strip() for name in records[0][1]] if records else []
+    numbers = [str(n) for n in range(1, len(first_row) + 1)]
+    if suffix != suffix_without_gz(path):  # the SMS Spam Collection
+        columns = ["label", "text"]
+    elif named_columns and named_columns <= set(numbers) - set(first_row):
+        columns = numbers
+    else:
+        return f"{file_format}, with a header", first_row, list(name_columns(records))
+    rows = list(name_columns([("", columns), *records]))
+    return f"{file_format}, no header", columns, rows
 
 
-def guess_label_column(table: RawTable) -> str:
-    """Returns the one of two columns that looks like labels, or ""."""
-    if len(table.columns) != 2:
-        return ""
-    for candidate, other in (table.columns, table.columns[::-1]):
-        labels, texts = table.values(candidate), table.values(other)
-        if (
-            2 * len(set(labels)) <= len(labels)
-            and len(set(labels)) < len(set(texts))
-            and sum(map(len, labels)) < sum(map(len, texts))
-            and max(map(len, labels)) <= MAX_GUESSED_LABEL_CHARS
-        ):
-            return candidate
-    return ""
-
-
-def choose_columns(table: RawTable, text_column: str, label_column: str) -> tuple[str, str]:
-    """Returns the text and the label column, guessed where they are ""."""
-    columns = table.columns
-    location = f"{table.path}:{table.rows[0][0]}"
+def choose_columns(
+    columns: list[str], text_column: str, label_column: str, location: str
+) -> tuple[str, str]:
+    """Returns the text and the label column, guessed by their names if ""."""
     for option, name in (("text", text_column), ("label", label_column)):
         if name and name not in columns:
             raise unknown_column_error(name, columns, location, f"--data.{option}_column NAME")
@@ -201,13 +149,9 @@ def choose_columns(table: RawTable, text_column: str, label_column: str) -> tupl
     remaining = [name for name in columns if name not in (text_column, label_column)]
     text_column = text_column or find_column(remaining, TEXT_COLUMNS)
     label_column = label_column or find_column(remaining, LABEL_COLUMNS)
-    remaining = [name for name in columns if name not in (text_column, label_column)]
-    if len(columns) == 2 and not text_column:
-        label_column = label_column or guess_label_column(table)
-        text_column = "".join(set(columns) - {label_column}) if label_column else ""
-    elif len(columns) == 2 and not label_column and remaining:  # none: its name is ""
-        values = table.values(remaining[0])
-        label_column = remaining[0] if len(set(values)) < len(values) else ""
+    if len(columns) == 2 and (known := text_column or label_column):
+        (other,) = set(columns) - {known}
+        text_column, label_column = text_column or other, label_column or other
     if not text_column or not label_column:
         raise DataError(
             f"{location}: ambiguous text and label columns; columns: "
@@ -219,19 +163,10 @@ def choose_columns(table: RawTable, text_column: str, label_column: str) -> tupl
 
 def get_label(row: dict[str, Any], column: str, location: str) -> str:
     """Returns the label of a row as a stripped string."""
-    value = row.get(column, "")
+    value = row.get(column)
     if isinstance(value, bool | int | float):
         return json.dumps(value)
-    if isinstance(value, dict | list):
-        raise DataError(
-            f"{location}: the label in column {column!r} is {value!r:.40}, not a "
-            "string or a number. Each text needs exactly one label."
-        )
-    option = "--data.label_column NAME"
-    label = "" if value is None else get_text(row, column, location, option).strip()
-    if not label:
-        raise DataError(f"{location}: no label in column {column!r}. Add one, or remove the row.")
-    return label
+    return require_text(row, column, location, "a label", "--data.label_column NAME").strip()
 
 
 def folder_examples(folder: Path) -> Iterator[tuple[str, str, str]]:

@@ -21,7 +21,6 @@ from gptjax.data.readers import (
     check_object,
     find_table,
     get_text,
-    open_decompressed,
     read_rows,
     require_text,
     table_suffix,
@@ -66,7 +65,7 @@ class Conversation:
 
     messages: tuple[ChatMessage, ...]
     source_row: Mapping[str, Any]  # unmodified
-    location: str  # "file:line"
+    location: str  # such as "file:line"
     split: str = ""  # one of ALL_SPLITS; "" = not specified in the file
     task: str = ""
 
@@ -79,7 +78,7 @@ class PreferencePair:
     chosen: str
     rejected: str
     source_row: Mapping[str, Any]  # unmodified
-    location: str  # "file:line"
+    location: str  # such as "file:line"
     split: str = ""  # one of ALL_SPLITS; "" = not specified in the file
 
 
@@ -143,8 +142,7 @@ def read_conversation_rows(
     else:
         source = find_table(path, CONVERSATION_DATASETS, "conversations")
         file_format = TABLE_FORMATS[table_suffix(source)]
-        with open_decompressed(source) as (file, _):
-            rows = [(f"{source}:{line}", row) for line, row in read_rows(file, source)]
+        rows = list(read_rows(source))
     if not rows:
         raise DataError(f"{source} has no rows. Pass a file with a conversation per row.")
     location, row = rows[0]
@@ -255,19 +253,12 @@ def read_message(fields: Any, location: str) -> ChatMessage:
 def check_turn_order(messages: Sequence[ChatMessage], location: str) -> None:
     """Checks that roles alternate and the last message is the assistant's."""
     roles = [message["role"] for message in messages]
-    num_system = int(roles[0] == "system")
-    for n, role in enumerate(roles[num_system:]):
-        expected = ("user", "assistant")[n % 2]
-        if role != expected:
-            raise DataError(
-                f"{location}: message {num_system + n + 1} has role {role}, expected "
-                f"{expected}. After an optional system message, user and assistant must "
-                "alternate. Merge or remove messages."
-            )
-    if roles[-1] != "assistant":
+    turns = roles[1:] if roles[0] == "system" else roles
+    if turns != ["user", "assistant"] * (len(turns) // 2) or not turns:
         raise DataError(
-            f"{location}: the last message has role {roles[-1]}, expected assistant. "
-            "Add a response, or remove the message."
+            f"{location}: the roles are {', '.join(roles):.80}. After an optional system "
+            "message, user and assistant must alternate, and the last message must be "
+            "the assistant's. Merge, add or remove messages."
         )
 
 

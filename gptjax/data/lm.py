@@ -58,14 +58,24 @@ def make_lm_batch(row: Int32[np.ndarray, "B _"], eot: int | None) -> Batch:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LMBatches:
-    """Language-modeling batches; see `make_batches`."""
+    """Training batches of a run; deterministic."""
 
     tokens: TokenDataset
-    rows: int
-    context: int
-    seed: int
-    isolate_documents: bool
-    local_rows: Sequence[int]
+    _: dataclasses.KW_ONLY
+    rows: int  # [B] in the global batch
+    context: int  # [T] targets per row
+    seed: int  # of offsets and order
+    isolate_documents: bool  # keep attention inside documents
+    local_rows: Sequence[int] | None = None  # of each batch, read by this process; None: all
+
+    def __post_init__(self) -> None:
+        """Checks that there is at least one row."""
+        if len(self.tokens) < self.context + 1:
+            raise DataError(
+                f"{len(self.tokens)} tokens are too few for model.context_length="
+                f"{self.context}, which needs {self.context + 1}. Add text or lower "
+                "model.context_length."
+            )
 
     @property
     def rows_per_epoch(self) -> int:
@@ -85,7 +95,8 @@ class LMBatches:
 
     def batch_at(self, step: int) -> Batch:
         """Returns this process's rows of the batch of one step, counted from 0."""
-        row = [self.row_at(step * self.rows + n) for n in self.local_rows]
+        local_rows = range(self.rows) if self.local_rows is None else self.local_rows
+        row = [self.row_at(step * self.rows + n) for n in local_rows]
         return make_lm_batch(np.stack(row), self.tokens.eot if self.isolate_documents else None)
 
     def row_at(self, number: int) -> Int32[np.ndarray, " _"]:
@@ -112,34 +123,6 @@ class LMBatches:
 def epoch_offset(seed: int, epoch: int, stream_length: int) -> int:
     """Draws the offset of the first row of an epoch."""
     return int(np.random.default_rng((seed, epoch)).integers(stream_length))
-
-
-def make_batches(
-    tokens: TokenDataset,
-    *,
-    rows: int,
-    context: int,
-    seed: int,
-    isolate_documents: bool,
-    local_rows: Sequence[int] | None = None,
-) -> LMBatches:
-    """Makes the training batches of a run; deterministic.
-
-    Args:
-        tokens: to train on.
-        rows: [B] in the global batch.
-        context: [T] targets per row.
-        seed: of offsets and order.
-        isolate_documents: keep attention inside documents.
-        local_rows: rows of each batch that this process reads; default: all.
-    """
-    if len(tokens) < context + 1:
-        raise DataError(
-            f"{len(tokens)} tokens are too few for model.context_length={context}, "
-            f"which needs {context + 1}. Add text or lower model.context_length."
-        )
-    local_rows = range(rows) if local_rows is None else local_rows
-    return LMBatches(tokens, rows, context, seed, isolate_documents, local_rows)
 
 
 def validation_batches(

@@ -30,7 +30,6 @@ from gptjax.data.token_files import (
     TOKEN_FILES_FORMAT,
     ShardWriter,
     TokenDataset,
-    find_token_files,
     is_prepared_dir,
     open_external,
     open_split,
@@ -84,15 +83,13 @@ def open_dataset(config: DataConfig, prepared_dir: Path) -> TokenizedSplits:
     source = Path(config.source).expanduser()
     if is_prepared_dir(source):
         return open_prepared(source, config.tokenizer)
-    if config.source not in (PYTHON_HELP, *DATASETS) and find_token_files(source):
+    if config.source not in (PYTHON_HELP, *DATASETS) and any(source.glob("*.ds")):
         tokenizer = load_tokenizer(config.tokenizer or "gpt2")
-        splits = [
-            open_external(source, split, tokenizer.vocab_size, tokenizer.eot_token)
-            for split in TEXT_SPLITS
-        ]
-        if splits[0] is None:
+        options = tokenizer.vocab_size, tokenizer.eot_token
+        train, validation = (open_external(source, split, *options) for split in TEXT_SPLITS)
+        if train is None:
             raise DataError(f"{source} has validation tokens only. Add a training file.")
-        return TokenizedSplits(splits[0], splits[1], tokenizer)
+        return TokenizedSplits(train, validation, tokenizer)
     prepare_dataset(
         [config.source],
         config.tokenizer or "gpt2",
@@ -162,7 +159,7 @@ def prepare_dataset(
         seed: selects the held-out documents.
         column: of JSON and CSV rows with the text; "" guesses it.
         workers: encoding threads, without effect on the result; default: all cores.
-        shard_tokens: tokens per shard.
+        shard_tokens: maximum tokens per file.
     """
     if not 0 <= val_fraction < 1 or shard_tokens < 1:
         raise ConfigError(
@@ -255,12 +252,8 @@ def load_or_train_tokenizer(name: str, sources: Sequence[TextSource], rule: Spli
     return train_tokenizer(texts, int(size), name)
 
 
-class EncodedSpans(NamedTuple):
-    """Encoded text to append to a split."""
-
-    tokens: np.ndarray
-    document_ends: np.ndarray  # number of tokens up to each end of a document
-    num_bytes: int  # of text
+# Tokens of a split, their number up to each end of a document, bytes of text.
+EncodedSpans = tuple[np.ndarray, np.ndarray, int]
 
 
 def encode_batch(spans: Sequence[SplitSpan], tokenizer: Tokenizer) -> dict[str, EncodedSpans]:
@@ -276,7 +269,7 @@ def encode_batch(spans: Sequence[SplitSpan], tokenizer: Tokenizer) -> dict[str, 
         ends = np.cumsum([len(ids) for ids in tokens[1:]], dtype=np.int64)
         num_bytes = sum(len(span.text.encode()) for span in part)
         is_end = [span.is_last for span in part]
-        encoded[split] = EncodedSpans(np.concatenate(tokens), ends[is_end], num_bytes)
+        encoded[split] = np.concatenate(tokens), ends[is_end], num_bytes
     return encoded
 
 

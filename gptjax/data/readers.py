@@ -11,7 +11,6 @@ import csv
 import gzip
 import itertools
 import json
-import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from io import BufferedIOBase
@@ -21,7 +20,7 @@ from typing import Any
 from gptjax.config import did_you_mean
 from gptjax.data.datasets import DATASETS, PYTHON_HELP, fetch_dataset
 from gptjax.errors import DataError
-from gptjax.fileio.strict_json import decode_json_at
+from gptjax.fileio.strict_json import parse_json
 
 TABLE_FORMATS = {
     ".jsonl": "JSON lines",
@@ -33,27 +32,22 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SMS_SPAM_FILE = DATASETS["sms-spam"].file_name  # tab-separated, without suffix and header
 READ_BLOCK_BYTES = 1 << 18  # per read
 MAX_LINE_BYTES = 64 << 20  # per line and per CSV field
-MAX_JSON_CHARS = 1 << 30  # per .json file
-JSON_WHITESPACE = re.compile(r"[ \t\r\n]*")
+MAX_JSON_BLOCKS = 1 << 12  # per .json file, 1 GiB
 # Usual column names; the first is preferred to the others.
 TEXT_COLUMNS = ("text", "sentence", "content", "message", "review", "document", "sms")
 TEXT_COLUMNS += ("comment", "tweet", "body", "question", "headline")
 LABEL_COLUMNS = ("label", "class", "target", "category", "sentiment", "labels")
 LABEL_COLUMNS += ("intent", "topic", "polarity", "rating", "stars")
 
-NumberedRow = tuple[int, Any]  # first line number; string, or dict by column
+LocatedRow = tuple[str, Any]  # "file:line" or "file, row N"; string, or dict by column
 
 
 @contextlib.contextmanager
-def open_decompressed(path: Path) -> Iterator[tuple[BufferedIOBase, BufferedIOBase]]:
-    """Opens a file for reading: the decompressed stream and the raw one."""
+def open_decompressed(path: Path) -> Iterator[BufferedIOBase]:
+    """Opens a file for reading, decompressed if it ends in .gz."""
     try:
-        with path.open("rb") as raw:
-            if path.suffix.lower() == ".gz":
-                with gzip.GzipFile(fileobj=raw) as file:
-                    yield file, raw
-            else:
-                yield raw, raw
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            yield file
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"cannot read {path}: {error}. Check that the file exists and is complete."
@@ -95,13 +89,14 @@ def table_suffix(path: Path) -> str:
 
 def read_text_file(path: Path) -> str:
     """Reads a whole UTF-8 text file with any file extension."""
-    with open_decompressed(path) as (file, _):
-        return "".join(text for _, text in decode_utf8(read_blocks(file), path))
+    return "".join(read_text_blocks(path))
 
 
-def read_blocks(file: BufferedIOBase) -> Iterator[bytes]:
-    """Yields the content of a file in blocks."""
-    return iter(lambda: file.read(READ_BLOCK_BYTES), b"")
+def read_text_blocks(path: Path) -> Iterator[str]:
+    """Yields the content of a UTF-8 text file in blocks."""
+    with open_decompressed(path) as file:
+        blocks = iter(lambda: file.read(READ_BLOCK_BYTES), b"")
+        yield from (text for _, text in decode_utf8(blocks, path))
 
 
 def decode_utf8(blocks: Iterable[bytes], path: Path) -> Iterator[tuple[int, str]]:
@@ -127,108 +122,78 @@ def decode_utf8(blocks: Iterable[bytes], path: Path) -> Iterator[tuple[int, str]
             line += text.count("\n")
 
 
-def read_lines(file: BufferedIOBase, path: Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yields (line number, line including its line ending)."""
 
-    def lines() -> Iterator[bytes]:
-        for number in itertools.count(1):
-            block = file.readline(MAX_LINE_BYTES + 1)
-            if not block:
-                return
-            if len(block) > MAX_LINE_BYTES:
+    def lines(file: BufferedIOBase) -> Iterator[bytes]:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+            if len(line) > MAX_LINE_BYTES:
                 raise DataError(
                     f"{path}:{number}: line of more than {MAX_LINE_BYTES:,} bytes. "
                     "Write one row per line, or put a long text into a .txt file."
                 )
-            yield block
+            yield line
 
-    return decode_utf8(lines(), path)
+    with open_decompressed(path) as file:
+        yield from decode_utf8(lines(file), path)
 
 
-def read_rows(file: BufferedIOBase, path: Path) -> Iterator[NumberedRow]:
+def read_rows(path: Path) -> Iterator[LocatedRow]:
     """Yields the rows of a table, whose suffix is one of `TABLE_FORMATS`.
 
     The first row of a CSV or TSV file is its header.
     """
     match table_suffix(path):
         case ".jsonl":
-            return read_jsonl(file, path)
+            return read_jsonl(path)
         case ".json":
-            return read_json_array(file, path)
+            return read_json_array(path)
         case suffix:
-            return name_columns(read_csv_records(file, path, DELIMITERS[suffix]), path)
+            return name_columns(read_csv_records(path, DELIMITERS[suffix]))
 
 
-def read_jsonl(file: BufferedIOBase, path: Path) -> Iterator[NumberedRow]:
+def read_jsonl(path: Path) -> Iterator[LocatedRow]:
     """Yields the JSON value of each non-blank line."""
-    for line, text in read_lines(file, path):
+    for line, text in read_lines(path):
         if text := text.strip():
-            row, end = next_json_value(text, 0, path, line)
-            if end < len(text):
-                raise DataError(
-                    f"{path}:{line}: {text[end : end + 20]!r} after the JSON value. "
-                    "Write one row per line."
-                )
-            yield line, row
+            yield f"{path}:{line}", parse_located_json(text, path, line)
 
 
-def read_json_array(file: BufferedIOBase, path: Path) -> Iterator[NumberedRow]:
+def read_json_array(path: Path) -> Iterator[LocatedRow]:
     """Yields the items of a file that holds one JSON array; reads it into memory."""
-    parts, size = [], 0
-    for _, part in decode_utf8(read_blocks(file), path):
-        parts.append(part)
-        size += len(part)
-        if size > MAX_JSON_CHARS:
-            raise DataError(
-                f"{path} has more than {MAX_JSON_CHARS:,} characters, too many for a "
-                ".json file. Write it as .jsonl, one row per line."
-            )
-    text = "".join(parts)
-
-    def skip_whitespace(start: int) -> int:
-        spaces = JSON_WHITESPACE.match(text, start)
-        return spaces.end() if spaces else start
-
-    start = skip_whitespace(0)
-    if not text.startswith("[", start):
+    blocks = list(itertools.islice(read_text_blocks(path), MAX_JSON_BLOCKS + 1))
+    if len(blocks) > MAX_JSON_BLOCKS:
+        raise DataError(
+            f"{path} has more than {MAX_JSON_BLOCKS * READ_BLOCK_BYTES:,} bytes, too many "
+            "for a .json file. Write it as .jsonl, one row per line."
+        )
+    rows = parse_located_json("".join(blocks), path, 1)
+    if not isinstance(rows, list):
         raise DataError(f"{path}:1: not a JSON array. Put the rows between [ and ].")
-    line, counted = 1, 0
-    start = skip_whitespace(start + 1)
-    has_next = not text.startswith("]", start)
-    while has_next:
-        line, counted = line + text.count("\n", counted, start), start
-        row, end = next_json_value(text, start, path, line)
-        yield line, row
-        start = skip_whitespace(end)
-        has_next = text.startswith(",", start)
-        start = skip_whitespace(start + has_next)
-    if not text.startswith("]", start) or skip_whitespace(start + 1) < len(text):
-        line += text.count("\n", counted, start)
-        raise DataError(f"{path}:{line}: expected a comma or the closing ] of the array.")
+    for number, row in enumerate(rows, 1):
+        yield f"{path}, row {number}", row
 
 
-def next_json_value(text: str, start: int, path: Path, line: int) -> tuple[Any, int]:
-    """Decodes the JSON value at `start`, on line `line`; returns (value, end)."""
+def parse_located_json(text: str, path: Path, line: int) -> Any:
+    """Parses the JSON value that starts on a line of a file."""
     try:
-        return decode_json_at(text, start)
+        return parse_json(text)
     except ValueError as error:
         reason = error
         if isinstance(error, json.JSONDecodeError):
-            line, reason = line + text.count("\n", start, error.pos), error.msg
+            line, reason = line + error.lineno - 1, error.msg
         raise DataError(f"{path}:{line}: not JSON: {reason}.") from error
 
 
-def read_csv_records(
-    file: BufferedIOBase, path: Path, delimiter: str
-) -> Iterator[tuple[int, list[str]]]:
-    """Yields (first line, fields) of each row that is not blank.
+def read_csv_records(path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    """Yields (location, fields) of each row that is not blank.
 
     All rows must have as many fields as the first.
     """
     csv.field_size_limit(MAX_LINE_BYTES)  # process-wide; default 131,072
     # Decoded text has no NUL, so this row is the last one unless a quote is still open.
     end = "\0"
-    lines = itertools.chain((text for _, text in read_lines(file, path)), [end])
+    lines = itertools.chain((text for _, text in read_lines(path)), [end])
     reader = csv.reader(lines, delimiter=delimiter, strict=delimiter == ",")
     line, width = 1, 0
     try:
@@ -244,21 +209,21 @@ def read_csv_records(
                     f"row. Put a text that contains {delimiter!r} in double quotes."
                 )
             if fields:
-                yield line, fields
+                yield f"{path}:{line}", fields
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}:{line}: not CSV: {error}.") from error
 
 
-def name_columns(records: Iterable[tuple[int, list[str]]], path: Path) -> Iterator[NumberedRow]:
+def name_columns(records: Iterable[tuple[str, list[str]]]) -> Iterator[LocatedRow]:
     """Yields each record as a dict by the names in the first one."""
     records = iter(records)
-    line, names = next(records, (1, []))
+    location, names = next(records, ("", []))
     names = [name.strip() for name in names]
     if len(set(names)) < len(names):
-        raise DataError(f"{path}:{line}: duplicate column name in {names}.")
-    for line, fields in records:
-        yield line, dict(zip(names, fields, strict=True))
+        raise DataError(f"{location}: duplicate column name in {names}.")
+    for location, fields in records:
+        yield location, dict(zip(names, fields, strict=True))
 
 
 def check_object(row: Any, location: str, advice: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Tokenized conversations with loss masks, and their batches.
+"""Tokenized conversations with loss masks, and batches of them or of preference pairs.
 
 Batches are length-bucketed or packed. The loss mask depends on a token's position in
 the conversation, never on its id: GPT-2 uses the token that ends a response for padding
@@ -9,9 +9,10 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
+from jaxtyping import Float32, Int32
 
 from gptjax.data.bucketing import BucketedBatches, buckets
 from gptjax.data.conversations import Conversation
@@ -23,6 +24,7 @@ from gptjax.tokenizer.tokenizer import Tokenizer
 
 TRAIN_ON_COMPLETIONS = frozenset({"answer"})
 TRAIN_ON_ALL = frozenset({"prompt", "header", "answer"})
+CHOSEN, REJECTED = 0, 1  # indices on the pair axis
 
 
 class Example(NamedTuple):
@@ -200,20 +202,54 @@ class PackedBatches(BucketedBatches):
         return collate(rows + [[]] * (self.rows - len(rows)), length, self.pad_id)
 
 
+class PreferenceBatch(TypedDict):
+    """Input of one DPO step; axis 1 is (chosen, rejected)."""
+
+    tokens: Int32[np.ndarray, "B 2 T"]
+    targets: Int32[np.ndarray, "B 2 T"]
+    loss_weights: Float32[np.ndarray, "B 2 T"]  # 1 if the target is in a response
+    segment_ids: Int32[np.ndarray, "B 2 T"]
+    positions: Int32[np.ndarray, "B 2 T"]
+    # Log-probabilities under the initial model (nats).
+    reference_logprobs: Float32[np.ndarray, "B 2"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreferenceBatches(BucketedBatches):
+    """Length-bucketed batches of preference pairs."""
+
+    pairs: Sequence[tuple[Example, Example]]
+    reference_logprobs: Float32[np.ndarray, "P 2"]  # of the P pairs (nats)
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Positions of the longer example of each pair."""
+        return [max(len(example.ids) for example in pair) - 1 for pair in self.pairs]
+
+    def make_batch(self, length: int, indices: Sequence[int] | np.ndarray) -> PreferenceBatch:
+        """Returns the pairs at these indices, with empty pairs as padding."""
+        rows = [[example] for n in indices for example in self.pairs[n]]
+        rows += [[]] * (2 * self.rows - len(rows))
+        flat: Any = collate(rows, length, self.pad_id)
+        batch: Any = {name: array.reshape(-1, 2, length) for name, array in flat.items()}
+        logprob_B2 = np.zeros((self.rows, 2), np.float32)
+        logprob_B2[: len(indices)] = self.reference_logprobs[indices]
+        return batch | {"reference_logprobs": logprob_B2}
+
+
 def make_padded_batches(
     examples: Sequence[Example], rows: int, context: int, pad_id: int, seed: int = 0
 ) -> BucketedBatches:
     """Makes length-bucketed batches; each example must fit `context`."""
-    options = {"rows": rows, "bucket_lengths": buckets(context), "pad_id": pad_id, "seed": seed}
-    return PaddedBatches(examples, **options)
+    lengths = buckets(context)
+    return PaddedBatches(examples, rows=rows, bucket_lengths=lengths, pad_id=pad_id, seed=seed)
 
 
 def make_packed_batches(
     examples: Sequence[Example], rows: int, context: int, pad_id: int, seed: int
 ) -> BucketedBatches:
     """Makes packed batches; each example must fit `context`."""
-    options = {"rows": rows, "bucket_lengths": [context], "pad_id": pad_id, "seed": seed}
-    return PackedBatches(examples, **options)
+    return PackedBatches(examples, rows=rows, bucket_lengths=[context], pad_id=pad_id, seed=seed)
 
 
 class SFTBatching(NamedTuple):

@@ -29,14 +29,9 @@ def stratified_split(
 ) -> dict[str, LabeledTexts]:
     """Splits labeled texts by class; omits splits with a fraction of 0.
 
-    Args:
-        data: all rows.
-        strategy: "stratified", or that of a plugin, which uses no other argument.
-        val_fraction: of the rows.
-        test_fraction: of the rows.
-        seed: for selecting and shuffling rows.
-        balance_classes: first downsample all classes to the smallest.
-        deduplicate: drop rows whose text, stripped, occurred before.
+    `strategy` is "stratified", or that of a plugin, which uses no later argument.
+    `balance_classes` first downsamples all classes to the smallest, `deduplicate` first
+    drops rows whose text, stripped, occurred before.
     """
     if deduplicate:
         data = drop_duplicates(data)
@@ -125,24 +120,16 @@ def drop_duplicates(data: LabeledTexts) -> LabeledTexts:
 
 def describe_splits(splits: dict[str, LabeledTexts]) -> list[str]:
     """Formats class counts, majority-class accuracy and overlap between splits."""
-    parts = list(splits.values())
-    counts = [Counter(part.labels) for part in parts]
-    names = parts[0].class_names
+    counts = [Counter(part.labels) for part in splits.values()]
+    names = next(iter(splits.values())).class_names
     majority_class = max(range(len(names)), key=lambda label: counts[0][label])
-    table = [["", *splits]]
-    for label, name in list(enumerate(names))[:MAX_TABLE_CLASSES]:
-        table.append([f"{name:.30}", *(f"{count[label]:,}" for count in counts)])
-    if len(names) > MAX_TABLE_CLASSES:
-        more = [sum(c[i] for i in range(MAX_TABLE_CLASSES, len(names))) for c in counts]
-        table.append([f"{len(names) - MAX_TABLE_CLASSES} more classes", *(f"{n:,}" for n in more)])
-    table.append(["all", *(f"{len(part):,}" for part in parts)])
+    rows = [("", list(splits))]
+    for label, name in enumerate(names[:MAX_TABLE_CLASSES]):
+        rows.append((name, [f"{count[label]:,}" for count in counts]))
+    rows.append((f"all {len(names)} classes", [f"{count.total():,}" for count in counts]))
     accuracies = [f"{count[majority_class] / count.total():.2%}" for count in counts]
-    table.append([f"always {names[majority_class]:.30}", *accuracies])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join([first.ljust(widths[0]), *map(str.rjust, cells, widths[1:])])
-        for first, *cells in table
-    ]
+    rows.append((f"always {names[majority_class]}", accuracies))
+    lines = [f"{name:<30.30}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows]
     return [*lines, *describe_overlap(splits)]
 
 

@@ -15,22 +15,21 @@ pass and depends on nothing but the seed.
 
 import glob
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from gptjax.data.datasets import DATASETS, PYTHON_HELP, fetch_dataset, read_python_help
 from gptjax.data.readers import (
     TABLE_FORMATS,
-    decode_utf8,
     get_text,
     guess_text_column,
-    open_decompressed,
-    read_blocks,
     read_rows,
+    read_text_blocks,
     suffix_without_gz,
 )
 from gptjax.errors import DataError
@@ -51,7 +50,6 @@ class TextChunk(NamedTuple):
 
     text: str
     is_last: bool  # of the document
-    bytes_read: int  # bytes of the file read so far
 
 
 class TextSource(NamedTuple):
@@ -64,11 +62,6 @@ class TextSource(NamedTuple):
     def is_table(self) -> bool:
         """True if each row is a document."""
         return suffix_without_gz(self.path) in TABLE_FORMATS
-
-    @property
-    def is_document(self) -> bool:
-        """True if the file is one document."""
-        return suffix_without_gz(self.path) in DOCUMENT_SUFFIXES
 
 
 def find_sources(paths: Sequence[str | Path], column: str = "") -> list[TextSource]:
@@ -90,11 +83,10 @@ def find_sources(paths: Sequence[str | Path], column: str = "") -> list[TextSour
             )
         source = TextSource(path, column)
         if source.is_table and not column:
-            with open_decompressed(path) as (file, _):
-                line, row = next(read_rows(file, path), (0, ""))
+            location, row = next(read_rows(path), ("", ""))
             if isinstance(row, dict):
                 option = "--column NAME (data.text_column)"
-                column_guess = guess_text_column(row, f"{path}:{line}", option, DOCUMENT_COLUMNS)
+                column_guess = guess_text_column(row, location, option, DOCUMENT_COLUMNS)
                 source = TextSource(path, column_guess)
         sources.append(source)
     return sources
@@ -115,11 +107,8 @@ def expand_path(path: str) -> list[Path]:
             and suffix_without_gz(file) in SOURCE_SUFFIXES
         ]
     else:
-        found = (
-            [expanded]
-            if expanded.exists()
-            else map(Path, sorted(glob.glob(str(expanded), recursive=True)))
-        )
+        matches = [expanded] if expanded.exists() else glob.glob(str(expanded), recursive=True)
+        found = map(Path, sorted(matches))
     found = [file for file in found if file.is_file()]
     if not found:
         raise DataError(
@@ -132,46 +121,29 @@ def expand_path(path: str) -> list[Path]:
 
 def iter_chunks(source: TextSource) -> Iterator[TextChunk]:
     """Yields the documents of one source in chunks."""
-    path = source.path
-    if str(path) == PYTHON_HELP:
-        for text in read_python_help():
-            yield from (TextChunk(*chunk, 0) for chunk in chunk_document([text]))
-        return
-    with open_decompressed(path) as (file, raw):
-        if source.is_table:
-            documents = (
-                [get_text(row, source.column, f"{path}:{line}")]
-                for line, row in read_rows(file, path)
-            )
-        else:
-            documents = [(text for _, text in decode_utf8(read_blocks(file), path))]
-        for document in documents:
-            yield from (TextChunk(*chunk, raw.tell()) for chunk in chunk_document(document))
+    if str(source.path) == PYTHON_HELP:
+        documents = ([text] for text in read_python_help())
+    elif source.is_table:
+        rows = read_rows(source.path)
+        documents = ([get_text(row, source.column, location)] for location, row in rows)
+    else:
+        documents = [read_text_blocks(source.path)]
+    for document in documents:
+        yield from chunk_document(document)
 
 
-def count_documents(sources: Sequence[TextSource], limit: int) -> int:
-    """Counts documents, stopping above `limit`."""
-    count = 0
-    for source in sources:
-        for chunk in iter_chunks(source):
-            count += chunk.is_last or source.is_document
-            if source.is_document or count > limit:
-                break
-    return count
-
-
-def chunk_document(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Re-splits consecutive parts of one document; yields (text, is last)."""
+def chunk_document(texts: Iterable[str]) -> Iterator[TextChunk]:
+    """Re-splits consecutive parts of one document."""
     buffer = ""
     for text in texts:
         buffer += text
         while len(buffer) > CHUNK_CHARS:
             match = CHUNK_BOUNDARY.match(buffer, 0, CHUNK_CHARS + 1)
             end = match.end() - 1 if match else CHUNK_CHARS
-            yield buffer[:end], False
+            yield TextChunk(buffer[:end], False)
             buffer = buffer[end:]
     if buffer:
-        yield buffer, True
+        yield TextChunk(buffer, True)
 
 
 class SplitSpan(NamedTuple):
@@ -208,7 +180,8 @@ def make_split_rule(sources: Sequence[TextSource], val_fraction: float, seed: in
     # With more documents than this, the probability that hashing alone holds out none
     # or all of them is below e^-50.
     max_counted = int(50 / min(val_fraction, 1 - val_fraction))
-    count = count_documents(sources, max_counted)
+    ends = (chunk for s in sources for chunk in iter_chunks(s) if chunk.is_last)
+    count = sum(1 for _ in itertools.islice(ends, max_counted + 1))
     if count > max_counted:
         return SplitRule(seed, val_fraction)
     if count < 2:
@@ -240,15 +213,12 @@ def iter_split_spans(
 
 def iter_all_chunks(sources: Sequence[TextSource], bar_label: str) -> Iterator[TextChunk]:
     """Yields all chunks of the sources; draws a progress bar on a terminal."""
-    total = sum(s.path.stat().st_size for s in sources if str(s.path) != PYTHON_HELP)
-    with tqdm(
-        desc=bar_label, total=total, unit="B", unit_scale=True, leave=False, disable=None
-    ) as bar:
+    options: Any = {"unit": " characters", "unit_scale": True, "leave": False, "disable": None}
+    with tqdm(desc=bar_label, **options) as bar:
         for source in sources:
-            start = bar.n
             for chunk in iter_chunks(source):
                 yield chunk
-                bar.update(start + chunk.bytes_read - bar.n)
+                bar.update(len(chunk.text))
 
 
 def source_fingerprint(source: TextSource) -> dict[str, str]:

@@ -17,10 +17,11 @@ shards, all but the last of the same length:
 The CRC of a block is verified when the block is first read: opening is cheap, and no
 corrupt token is trained on.
 
-`open_external` opens token files of other programs: llm.c, nanoGPT and datatrove.
+`open_external` opens token files of datatrove.
 """
 
 import dataclasses
+import functools
 import re
 import zlib
 from collections.abc import Sequence
@@ -37,9 +38,6 @@ TOKEN_FILES_FORMAT = "gptjax tokens 2"
 CRC_BLOCK_BYTES = 1 << 20  # per CRC
 MAX_TOKEN_METADATA_BYTES = 1 << 26  # size of a meta.json
 REPREPARE_ADVICE = "Copy the folder again, or prepare the text again."
-LLMC_MAGIC = 20240520
-# Header of llm.c, 256 int32: magic, version 1, number of u16 tokens, zeros.
-LLMC_HEADER_BYTES = 1024
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -86,14 +84,15 @@ class ShardWriter:
         paths = self.path(".bin"), self.path(".idx")
         with paths[0].open("rb") as file:
             crcs = [*map(zlib.crc32, iter(lambda: file.read(CRC_BLOCK_BYTES), b""))]
-        shard = {
-            "file": paths[0].name,
-            "tokens": self.tokens,
-            "documents": self.documents,  # ending in this shard
-            "sha256": [sha256_of_files([path]) for path in paths],
-            "crc32": crcs,
-        }
-        self.shards.append(shard)
+        self.shards.append(
+            {
+                "file": paths[0].name,
+                "tokens": self.tokens,
+                "documents": self.documents,  # ending in this shard
+                "sha256": [sha256_of_files([path]) for path in paths],
+                "crc32": crcs,
+            }
+        )
         self.tokens = self.documents = 0
 
     def finish(self) -> dict[str, Any]:
@@ -103,28 +102,45 @@ class ShardWriter:
         return {**self.counts, "shards": self.shards}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class TokenShard:
-    """File with one part of a token stream."""
+    """Memory-mapped file with one part of a token stream."""
 
     path: Path
-    tokens: int
-    dtype: np.dtype
-    header_bytes: int = 0  # before the tokens
-    sha256: str = ""  # "" = unknown
-    block_crcs: tuple[int, ...] = ()  # per block; () = unknown
+    tokens: np.ndarray
+    sha256: str  # "" = unknown
+    block_crcs: Sequence[int]
+    verified: np.ndarray  # bool per block, updated by `verify_blocks`
+
+    def verify_blocks(self, start: int, count: int) -> None:
+        """Verifies the CRCs of the blocks of a range that were not yet verified."""
+        itemsize, data = self.tokens.itemsize, self.tokens.view(np.uint8)
+        first, stop = start * itemsize // CRC_BLOCK_BYTES, num_blocks((start + count) * itemsize)
+        for block in (first + np.flatnonzero(~self.verified[first:stop])).tolist():
+            begin = block * CRC_BLOCK_BYTES
+            block_bytes = data[begin : begin + CRC_BLOCK_BYTES]
+            actual, expected = zlib.crc32(block_bytes.data), self.block_crcs[block]
+            if actual != expected:
+                raise DataError(
+                    f"{self.path}: block {block}, bytes {begin:,} to "
+                    f"{begin + len(block_bytes) - 1:,}, has CRC-32 {actual:08x}, expected "
+                    f"{expected:08x}: the file is corrupt or was replaced. {REPREPARE_ADVICE}"
+                )
+            self.verified[block] = True
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenDataset:
     """Memory-mapped stream of tokens."""
 
-    shards: tuple[TokenShard, ...]
-    arrays: tuple[np.ndarray, ...]  # memory-mapped tokens of each shard
-    verified_blocks: tuple[np.ndarray, ...]  # bool per block; updated by `read`
-    shard_offsets: np.ndarray  # first position of each shard, then the length
+    shards: Sequence[TokenShard]
     vocab_size: int
     eot: int  # token that separates documents
+
+    @functools.cached_property
+    def shard_offsets(self) -> np.ndarray:
+        """First position of each shard, then the length of the stream."""
+        return np.cumsum([0, *(len(shard.tokens) for shard in self.shards)])
 
     def __len__(self) -> int:
         return int(self.shard_offsets[-1])
@@ -140,38 +156,20 @@ class TokenDataset:
         done = 0
         shard_index = int(np.searchsorted(self.shard_offsets, start, "right")) - 1
         while done < count:
+            shard = self.shards[shard_index]
             offset = start + done - int(self.shard_offsets[shard_index])
-            chunk = self.arrays[shard_index][offset : offset + count - done]
-            self.verify_blocks(shard_index, offset, len(chunk))
+            chunk = shard.tokens[offset : offset + count - done]
+            shard.verify_blocks(offset, len(chunk))
             if chunk.max() >= self.vocab_size:
                 invalid = int(np.argmax(chunk >= self.vocab_size))
                 raise DataError(
-                    f"{self.shards[shard_index].path}: token {chunk[invalid]} at offset "
-                    f"{offset + invalid} is out of range for vocab_size={self.vocab_size}. "
-                    "The file is corrupt or was made with another tokenizer; prepare "
-                    "the text again."
+                    f"{shard.path}: token {chunk[invalid]} at offset {offset + invalid} is "
+                    f"out of range for vocab_size={self.vocab_size}. The file is corrupt or "
+                    "was made with another tokenizer; prepare the text again."
                 )
             tokens[done : done + len(chunk)] = chunk
             done, shard_index = done + len(chunk), shard_index + 1
         return tokens
-
-    def verify_blocks(self, shard_index: int, start: int, count: int) -> None:
-        """Verifies the CRCs of the blocks of a range that were not yet verified."""
-        shard, verified = self.shards[shard_index], self.verified_blocks[shard_index]
-        first = start * shard.dtype.itemsize // CRC_BLOCK_BYTES
-        stop = num_blocks((start + count) * shard.dtype.itemsize)
-        data = self.arrays[shard_index].view(np.uint8)
-        for block in first + np.flatnonzero(~verified[first:stop]):
-            begin = block * CRC_BLOCK_BYTES
-            block_bytes = data[begin : begin + CRC_BLOCK_BYTES]
-            actual, expected = zlib.crc32(block_bytes.data), shard.block_crcs[block]
-            if actual != expected:
-                raise DataError(
-                    f"{shard.path}: block {block}, bytes {begin:,} to "
-                    f"{begin + len(block_bytes) - 1:,}, has CRC-32 {actual:08x}, expected "
-                    f"{expected:08x}: the file is corrupt or was replaced. {REPREPARE_ADVICE}"
-                )
-            verified[block] = True
 
 
 def num_blocks(num_bytes: int) -> int:
@@ -179,29 +177,19 @@ def num_blocks(num_bytes: int) -> int:
     return -(-num_bytes // CRC_BLOCK_BYTES)
 
 
-def open_shards(shards: Sequence[TokenShard], vocab_size: int, eot: int) -> TokenDataset:
-    """Opens shards as one stream; checks the sizes of the files."""
-    arrays, verified_blocks = [], []
-    for shard in shards:
-        size = shard.header_bytes + shard.tokens * shard.dtype.itemsize
-        check_file_size(shard.path, max(size, 1))
-        tokens = np.memmap(shard.path, shard.dtype, "r", shard.header_bytes, shard.tokens)
-        arrays.append(np.asarray(tokens))  # several times as fast as reading a memmap
-        verified_blocks.append(np.full(num_blocks(tokens.nbytes), not shard.block_crcs))
-    shard_offsets = np.cumsum([0, *(shard.tokens for shard in shards)])
-    return TokenDataset(
-        tuple(shards), tuple(arrays), tuple(verified_blocks), shard_offsets, vocab_size, eot
-    )
-
-
-def check_file_size(path: Path, size: int) -> None:
-    """Raises unless the file has `size` bytes."""
-    actual = path.stat().st_size if path.exists() else 0
+def open_shard(
+    path: Path, count: int, dtype: np.dtype, sha256: str = "", block_crcs: Sequence[int] = ()
+) -> TokenShard:
+    """Opens a file of `count` tokens, at least one; checks its size."""
+    size, actual = count * dtype.itemsize, path.stat().st_size if path.exists() else 0
     if actual != size:
         raise DataError(
-            f"{path} has {actual:,} bytes instead of {size:,}: it is missing, "
-            "truncated or corrupt. Copy it again, or prepare the text again."
+            f"{path} has {actual:,} bytes instead of {size:,}: it is missing, truncated or "
+            "corrupt. Copy it again, or prepare the text again."
         )
+    # An array is several times as fast to read as a memmap.
+    tokens = np.asarray(np.memmap(path, dtype, "r", shape=(count,)))
+    return TokenShard(path, tokens, sha256, block_crcs, np.full(num_blocks(size), not block_crcs))
 
 
 def is_prepared_dir(folder: Path) -> bool:
@@ -251,26 +239,20 @@ def _is_valid_split(name: str, entry: Any, itemsize: int) -> bool:
     """True if the name and the entry of one split are valid."""
     match entry:
         case {"documents": int(), "tokens": int(), "bytes": int(), "shards": [_, *_] as shards}:
-            return re.fullmatch("[a-z]+", name) is not None and all(
+            is_valid = [
                 _is_valid_shard(shard, f"{name}-{n:05d}.bin", itemsize)
                 for n, shard in enumerate(shards)
-            )
+            ]
+            return re.fullmatch("[a-z]+", name) is not None and all(is_valid)
     return False
 
 
 def _is_valid_shard(entry: Any, file: str, itemsize: int) -> bool:
     """True if the entry of one shard is valid and names `file`."""
     match entry:
-        case {
-            "file": name,
-            "tokens": int(tokens),
-            "documents": int(documents),
-            "sha256": [str(), str()],
-            "crc32": list(crcs),
-        } if name == file and tokens > 0 and 0 <= documents <= tokens:
-            return len(crcs) == num_blocks(tokens * itemsize) and all(
-                type(crc) is int and 0 <= crc < 1 << 32 for crc in crcs
-            )
+        case {"file": name, "tokens": int(tokens), "sha256": [str(), str()], "crc32": list(crcs)}:
+            is_complete = len(crcs) == num_blocks(tokens * itemsize) > 0
+            return name == file and is_complete and all(isinstance(crc, int) for crc in crcs)
     return False
 
 
@@ -282,17 +264,12 @@ def open_split(folder: Path, split: str) -> TokenDataset:
             f"{folder} has no split {split!r}, only {', '.join(meta['splits'])}. "
             "Prepare the text again with --val-fraction 0.1."
         )
+    dtype = np.dtype(meta["dtype"])
     shards = [
-        TokenShard(
-            folder / shard["file"],
-            shard["tokens"],
-            np.dtype(meta["dtype"]),
-            sha256=shard["sha256"][0],
-            block_crcs=tuple(shard["crc32"]),
-        )
-        for shard in meta["splits"][split]["shards"]
+        open_shard(folder / x["file"], x["tokens"], dtype, x["sha256"][0], x["crc32"])
+        for x in meta["splits"][split]["shards"]
     ]
-    return open_shards(shards, meta["vocab_size"], meta["eot"])
+    return TokenDataset(shards, meta["vocab_size"], meta["eot"])
 
 
 def verify_prepared(folder: Path) -> list[str]:
@@ -315,51 +292,18 @@ def verify_prepared(folder: Path) -> list[str]:
     return problems
 
 
-def find_token_files(folder: Path) -> list[Path]:
-    """Returns .ds files (datatrove) and .bin files with a split in the name."""
-    return sorted(
-        path
-        for path in folder.glob("*")
-        if path.suffix == ".ds"
-        or (path.suffix == ".bin" and ("train" in path.name or "val" in path.name))
-    )
-
-
 def open_external(folder: Path, split: str, vocab_size: int, eot: int) -> TokenDataset | None:
-    """Opens one split of token files; those with "val" in their name are validation."""
-    if (folder / "meta.pkl").exists():
-        raise DataError(
-            f"{folder} has its vocabulary in meta.pkl; gptjax does not load pickles. "
-            "Prepare the text instead: gptjax data prepare input.txt "
-            "--tokenizer bytes --out DIR."
-        )
+    """Opens one split of .ds files; those with "val" in their name are validation."""
     shards = [
-        datatrove_shard(path, eot) if path.suffix == ".ds" else llmc_shard(path)
-        for path in find_token_files(folder)
+        datatrove_shard(path, eot)
+        for path in sorted(folder.glob("*.ds"))
         if ("val" in path.name) == (split == "validation")
     ]
-    return open_shards(shards, vocab_size, eot) if shards else None
-
-
-def llmc_shard(path: Path) -> TokenShard:
-    """Describes a file of u16 tokens, with or without llm.c's header."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header = file.read(LLMC_HEADER_BYTES)
-    # As tokens, llm.c's magic number would start with id 55,448, not in GPT-2.
-    if len(header) < LLMC_HEADER_BYTES or np.frombuffer(header, "<i4", 1)[0] != LLMC_MAGIC:
-        return TokenShard(path, size // 2, np.dtype("<u2"))
-    _, version, count = np.frombuffer(header, "<i4", 3)
-    if version != 1:
-        raise DataError(
-            f"{path}: llm.c format version {version}; only version 1 (GPT-2) is "
-            "supported. Write the file again, or prepare the text."
-        )
-    return TokenShard(path, int(count), np.dtype("<u2"), LLMC_HEADER_BYTES)
+    return TokenDataset(shards, vocab_size, eot) if shards else None
 
 
 def datatrove_shard(path: Path, eot: int) -> TokenShard:
-    """Describes a .ds file; its dtype follows from the last entry of its .index."""
+    """Opens a .ds file; its dtype follows from the last entry of its .index."""
     index = path.with_name(path.name + ".index")
     ends = np.fromfile(index, "<u8") if index.exists() else np.empty(0, "<u8")
     size = path.stat().st_size
@@ -369,12 +313,12 @@ def datatrove_shard(path: Path, eot: int) -> TokenShard:
             f"{path} has {size:,} bytes, but the last entry of {index.name} is "
             f"{last:,}, neither half nor a quarter of that. Copy both files again."
         )
-    dtype = np.dtype(f"<u{size // last}")
-    end_token = np.memmap(path, dtype, "r", shape=(last,))[int(ends[0]) - 1]
+    shard = open_shard(path, last, np.dtype(f"<u{size // last}"))
+    end_token = shard.tokens[int(ends[0]) - 1]
     if end_token != eot:
         raise DataError(
             f"{path}: the first document ends with token {end_token}, not with the "
             f"end-of-text token {eot}. Set data.tokenizer to the tokenizer of the "
             "file, or write the file again with an eos_token."
         )
-    return TokenShard(path, last, dtype)
+    return shard

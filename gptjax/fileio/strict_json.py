@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,18 @@ def parse_json(text: str | bytes) -> Any:
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8")
-    return _decode(_DECODER.decode, text)
-
-
-def decode_json_at(text: str, start: int) -> tuple[Any, int]:
-    """Decodes the value that begins at `start`; returns it and its end position."""
-    return _decode(_DECODER.raw_decode, text, start)
+    try:
+        value = _DECODER.decode(text)
+    except RecursionError as error:
+        raise ValueError(DEPTH_ERROR) from error
+    level: Iterable[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [x for x in level if isinstance(x, dict | list)]
+        parts = (x.values() if isinstance(x, dict) else x for x in level)
+        level = itertools.chain.from_iterable(parts)
+    if any(isinstance(x, dict | list) for x in level):
+        raise ValueError(DEPTH_ERROR)
+    return value
 
 
 def read_json(path: Path, max_bytes: int) -> Any:
@@ -50,24 +56,6 @@ def read_small_file(path: Path, max_bytes: int) -> bytes:
     if status.st_size > max_bytes:
         raise ValueError(f"it has {status.st_size:,} bytes, more than {max_bytes:,}")
     return path.read_bytes()
-
-
-def _decode(decode: Callable[..., Any], *arguments: Any) -> Any:
-    """Decodes a value, or a value and its end; rejects those nested too deeply."""
-    try:
-        result = decode(*arguments)
-    except RecursionError as error:
-        raise ValueError(DEPTH_ERROR) from error
-    level: Iterable[Any] = result if isinstance(result, tuple) else [result]
-    for _ in range(MAX_DEPTH):
-        level = [x for x in level if isinstance(x, dict | list) and x]
-        if not level:
-            break
-        parts = (x.values() if isinstance(x, dict) else x for x in level)
-        level = itertools.chain.from_iterable(parts)
-    if any(isinstance(x, dict | list) for x in level):
-        raise ValueError(DEPTH_ERROR)
-    return result
 
 
 def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from gptjax.data.readers import open_decompressed, read_jsonl
+from gptjax.data.readers import read_jsonl
 from gptjax.errors import ConfigError, DataError
 from gptjax.inference.engine import (
     DecodeArgs,
@@ -386,14 +386,13 @@ def partial_stop_length(text: str, stop_texts: Iterable[str]) -> int:
 def few_shot_prompt(path: Path, query: str) -> str:
     """Builds a few-shot prompt: "input -> output" lines, then "query ->"."""
     lines = []
-    with open_decompressed(path) as (file, _):
-        for line, row in read_jsonl(file, path):
-            match row:
-                case {"input": str(source), "output": str(target)}:
-                    lines.append(f"{source} -> {target}\n")
-                case _:
-                    raise DataError(
-                        f'{path}:{line}: an example requires the texts "input" and '
-                        '"output". Write {"input": "woc", "output": "cow"}.'
-                    )
+    for location, row in read_jsonl(path):
+        match row:
+            case {"input": str(source), "output": str(target)}:
+                lines.append(f"{source} -> {target}\n")
+            case _:
+                raise DataError(
+                    f'{location}: an example requires the texts "input" and "output". '
+                    'Write {"input": "woc", "output": "cow"}.'
+                )
     return "".join(lines) + f"{query} ->"

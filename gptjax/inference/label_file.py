@@ -18,7 +18,6 @@ from gptjax.data.readers import (
     TABLE_FORMATS,
     check_object,
     guess_text_column,
-    open_decompressed,
     read_lines,
     read_rows,
     require_text,
@@ -38,9 +37,8 @@ PredictFn = Callable[[list[str]], list[tuple[str, float]]]
 class InputRow(NamedTuple):
     """Input row with its location."""
 
-    location: str  # "file:line"
+    location: str  # "file:line" or "file, row N"
     row: dict[str, Any]
-    bytes_read: int  # bytes of the file read so far
 
 
 def label_file(
@@ -78,17 +76,8 @@ def label_file(
     new_columns = tuple(prefix + name for name in ADDED_COLUMNS)
     check_columns_free(first, new_columns)
     rows, count = itertools.chain([first], rows), 0
-    with (
-        open_atomic(output) as file,
-        tqdm(
-            desc=f"classifying {source.name}",
-            total=source.stat().st_size,
-            unit="B",
-            unit_scale=True,
-            leave=False,
-            disable=None,
-        ) as bar,
-    ):
+    bar = tqdm(desc=f"classifying {source.name}", unit=" rows", leave=False, disable=None)
+    with open_atomic(output) as file, bar:
         write_row = make_row_writer(file, output, [*first.row, *new_columns])
         while batch := list(itertools.islice(rows, batch_size)):
             texts = [
@@ -100,7 +89,7 @@ def label_file(
                 added = (label, round(float(probability), PROBABILITY_DIGITS))
                 write_row(row, dict(zip(new_columns, added, strict=True)))
             count += len(batch)
-            bar.update(batch[-1].bytes_read - bar.n)
+            bar.update(len(batch))
     log(f"wrote {output}: {count:,} rows, new columns {' and '.join(new_columns)}")
     return count
 
@@ -125,16 +114,14 @@ def check_label_paths(source: Path, output: Path) -> None:
 
 def read_input_rows(path: Path) -> Iterator[InputRow]:
     """Yields the rows of a file."""
-    with open_decompressed(path) as (file, raw):
-        if suffix_without_gz(path) == ".txt":
-            lines = ((n, line.rstrip("\r\n")) for n, line in read_lines(file, path))
-            rows = ((n, {"text": line}) for n, line in lines if line.strip())
-        else:
-            rows = read_rows(file, path)
-        for line, row in rows:
-            location = f"{path}:{line}"
-            check_object(row, location, 'Write each row as {"text": "..."}.')
-            yield InputRow(location, row, raw.tell())
+    if suffix_without_gz(path) == ".txt":
+        lines = ((n, line.rstrip("\r\n")) for n, line in read_lines(path))
+        rows = ((f"{path}:{n}", {"text": line}) for n, line in lines if line.strip())
+    else:
+        rows = read_rows(path)
+    for location, row in rows:
+        check_object(row, location, 'Write each row as {"text": "..."}.')
+        yield InputRow(location, row)
 
 
 def check_columns_free(item: InputRow, new_columns: tuple[str, ...] | dict[str, Any]) -> None:

@@ -19,8 +19,14 @@ from jaxtyping import Array, Float
 from gptjax.config import RunConfig
 from gptjax.data.bucketing import buckets
 from gptjax.data.conversations import PreferencePair, read_preference_pairs
-from gptjax.data.preference import CHOSEN, REJECTED, PreferenceBatches
-from gptjax.data.sft import Example, encode_segments, truncate_left
+from gptjax.data.sft import (
+    CHOSEN,
+    REJECTED,
+    Example,
+    PreferenceBatches,
+    encode_segments,
+    truncate_left,
+)
 from gptjax.data.text import TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError, DataError
 from gptjax.plots.report import write_report

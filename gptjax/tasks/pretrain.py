@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gptjax.config import DataConfig
-from gptjax.data.lm import make_batches, validation_batches
+from gptjax.data.lm import LMBatches, validation_batches
 from gptjax.data.prepare import TokenizedSplits, open_dataset
 from gptjax.errors import ConfigError
 from gptjax.evaluation import perplexity
@@ -60,7 +60,7 @@ def make_pretrain_task(run: RunContext, data: PretrainData) -> Task:
     optimizer = make_optimizer(config.optim, train_config.steps)
     isolated = isolate_documents(config.data.batching)
     loss_fn = make_lm_loss_fn(config.model, train_config.loss_chunk_size, isolated)
-    batches = make_batches(
+    batches = LMBatches(
         data.splits.train,
         rows=config.data.batch_size,
         context=config.model.context_length,

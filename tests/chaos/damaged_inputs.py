@@ -135,5 +135,5 @@ def missing_place(path: Path, text: str) -> str:
         return ""  # it names an option
     if rest == text:
         return f"no file in: {text}"
-    line = re.search(r":\d+|line \d+|end of document", rest)
+    line = re.search(r":\d+|(line|row) \d+|end of document", rest)
     return "" if is_tokenizer or line or WHOLE.search(text) else f"no line in: {text}"

@@ -23,11 +23,10 @@ import gptjax.book  # noqa: F401 (the values "book")
 from gptjax.data import lm
 from gptjax.data.bucketing import buckets
 from gptjax.data.classification import ClassificationBatches
-from gptjax.data.lm import make_batches
-from gptjax.data.preference import PreferenceBatches
+from gptjax.data.lm import LMBatches
 from gptjax.data.prefetch import prefetch_to_device
-from gptjax.data.sft import Example, make_sft_batches
-from gptjax.data.token_files import TokenShard, open_shards
+from gptjax.data.sft import Example, PreferenceBatches, make_sft_batches
+from gptjax.data.token_files import TokenDataset, open_shard
 from tests.chaos._runs import run_jobs
 
 FULL, SLICE = 200, 6
@@ -54,11 +53,11 @@ def open_reader(folder: Path, rng: random.Random, kind: str, rows: int) -> tuple
         length -= (length - 1) // context % rows * context  # whole steps, for counting
         path = folder / "tokens"
         np.arange(length, dtype="<u2").tofile(path)
-        tokens = open_shards([TokenShard(path, length, np.dtype("<u2"))], length, 0)
+        tokens = TokenDataset([open_shard(path, length, np.dtype("<u2"))], length, 0)
         shape |= {"context": context, "isolate_documents": True}
 
         def read_stream(here: Sequence[int], start: int, stop: int) -> Iterator[list[int]]:
-            for batch in make_batches(tokens, local_rows=here, **shape).iterate(start, stop):
+            for batch in LMBatches(tokens, local_rows=here, **shape).iterate(start, stop):
                 # The stream is a circle in which 0 and the last token are one.
                 yield [int(n) % (length - 1) for n in batch["targets"].reshape(-1)]
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptjax.data.lm import make_batches, make_lm_batch, validation_batches
-from gptjax.data.token_files import TokenShard, open_shards
+from gptjax.data.lm import LMBatches, make_lm_batch, validation_batches
+from gptjax.data.token_files import TokenDataset, open_shard
 from gptjax.errors import DataError
 from tests.data.tables import quick
 
@@ -24,8 +24,8 @@ def open_stream(tmp_path_factory):
         folder, shards = tmp_path_factory.mktemp("tokens"), []
         for name, part in (("a", ids[: len(ids) // 2]), ("b", ids[len(ids) // 2 :])):
             np.array(part, "<u2").tofile(folder / name)
-            shards.append(TokenShard(folder / name, len(part), np.dtype("<u2")))
-        return open_shards(shards, 1000, EOT)
+            shards.append(open_shard(folder / name, len(part), np.dtype("<u2")))
+        return TokenDataset(shards, 1000, EOT)
 
     return open_tokens
 
@@ -36,9 +36,8 @@ def counting(length):
 
 
 def batches_of(tokens, **options):
-    """Batches with small default options."""
     default = {"rows": 4, "context": 5, "seed": 0, "isolate_documents": True}
-    return make_batches(tokens, **{**default, **options})
+    return LMBatches(tokens, **{**default, **options})
 
 
 def assert_equal(a, b):
@@ -53,20 +52,17 @@ def test_rows_of_an_epoch_have_each_target_once_in_order_of_a_circular_stream(
 ):
     length = max(length, context + 1)
     batches = batches_of(open_stream(counting(length)), rows=1, context=context, seed=seed)
-    rows = batches.rows_per_epoch
-    after = {n: n + 1 for n in range(1, length - 2)} | {
-        length - 2: EOT,
-        EOT: 1 % (length - 1) or EOT,
-    }
+    rows, circle = batches.rows_per_epoch, counting(length)[:-1]
+    after = dict(zip(circle, circle[1:] + circle[:1], strict=True))
 
     for epoch in range(2):
         seen = []
         for step in range(epoch * rows, (epoch + 1) * rows):
             batch = batches.batch_at(step)
-            row = [*batch["tokens"][0].tolist(), int(batch["targets"][0, -1])]
-            assert batch["targets"][0].tolist() == row[1:]
-            assert all(after[a] == b for a, b in itertools.pairwise(row))  # a circular stream
-            seen += row[1:]
+            tokens, targets = batch["tokens"][0].tolist(), batch["targets"][0].tolist()
+            assert tokens[1:] == targets[:-1]
+            assert [after[token] for token in tokens] == targets
+            seen += targets
         assert len(set(seen)) == len(seen) == rows * context
         assert length - 1 - len(seen) < context  # less than a row is left out
 
@@ -105,17 +101,14 @@ def test_documents_of_a_row_are_numbered_and_their_tokens_counted():
 
     isolated, joined = (make_lm_batch(row_BL, eot) for eot in (EOT, None))
 
-    for batch in (isolated, joined):
-        np.testing.assert_array_equal(batch["tokens"], row_BL[:, :-1])
-        np.testing.assert_array_equal(batch["targets"], row_BL[:, 1:])
-        assert (batch["loss_weights"] == 1).all()
-        dtypes = {name: array.dtype.name for name, array in batch.items()}
-        assert dtypes.pop("loss_weights") == "float32"
-        assert set(dtypes.values()) == {"int32"}
-    assert isolated["segment_ids"].tolist() == [[1, 1, 2, 3, 3], [1, 1, 1, 1, 2]]
-    assert isolated["positions"].tolist() == [[0, 1, 0, 0, 1], [0, 1, 2, 3, 0]]
-    assert joined["segment_ids"].tolist() == [[1] * 5] * 2
-    assert joined["positions"].tolist() == [[0, 1, 2, 3, 4]] * 2
+    shared = {"tokens": row_BL[:, :-1], "targets": row_BL[:, 1:]}
+    shared["loss_weights"] = np.ones((2, 5), np.float32)
+    segments = np.array([[1, 1, 2, 3, 3], [1, 1, 1, 1, 2]], np.int32)
+    positions = np.array([[0, 1, 0, 0, 1], [0, 1, 2, 3, 0]], np.int32)
+    assert_equal(isolated, shared | {"segment_ids": segments, "positions": positions})
+    positions = np.array([[0, 1, 2, 3, 4]] * 2, np.int32)
+    segments = np.ones((2, 5), np.int32)
+    assert_equal(joined, shared | {"segment_ids": segments, "positions": positions})
 
 
 @pytest.mark.fast
@@ -130,32 +123,20 @@ def test_validation_scores_every_token_but_the_first_once(
     batches = list(validation_batches(tokens, **options))
     some = list(validation_batches(tokens, **options, max_batches=3))
 
-    scored = [
-        (int(token), int(target))
-        for batch in batches
-        for token, target, weight in zip(
-            *(batch[name].ravel() for name in ("tokens", "targets", "loss_weights")), strict=True
-        )
-        if weight
-    ]
+    names = ("tokens", "targets", "loss_weights")
+    token, target, weight = (np.concatenate([b[name].ravel() for b in batches]) for name in names)
+    scored = list(zip(token[weight > 0].tolist(), target[weight > 0].tolist(), strict=True))
     assert scored == list(itertools.pairwise(counting(length)))
     assert {batch["tokens"].shape for batch in batches} == {(rows, context)}
     count = min(3, len(batches))  # from all over the text
-    for found, i in zip(some, range(count), strict=True):
-        assert_equal(found, batches[i * len(batches) // count])
+    assert_equal(some, [batches[i * len(batches) // count] for i in range(count)])
 
 
-def test_a_text_shorter_than_one_row_is_rejected(open_stream):
-    tokens = open_stream(counting(5))
-
-    assert batches_of(tokens, context=4).rows_per_epoch == 1
+def test_too_few_and_invalid_tokens_are_rejected(open_stream):
+    assert batches_of(open_stream(counting(5)), context=4).rows_per_epoch == 1
     with pytest.raises(DataError, match=r"5 tokens .*model\.context_length=5"):
-        batches_of(tokens, context=5)
-
-
-def test_invalid_tokens_are_reported_by_the_prefetching_thread(open_stream):
+        batches_of(open_stream(counting(5)))
     ids = counting(50)
     ids[30] = 1500
-
-    with pytest.raises(DataError, match="token 1500 at offset 5"):
+    with pytest.raises(DataError, match="token 1500 at offset 5"):  # in the prefetching thread
         list(batches_of(open_stream(ids)).iterate(0, 40))

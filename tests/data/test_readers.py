@@ -10,67 +10,132 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.data import readers
-from gptjax.data.readers import (
-    get_text,
-    guess_text_column,
-    open_decompressed,
-    read_csv_records,
-    read_rows,
-    read_text_file,
-)
+from gptjax.data.classification import read_labeled_texts
+from gptjax.data.conversations import read_conversations, read_preference_pairs
+from gptjax.data.readers import guess_text_column, read_csv_records, read_rows, read_text_file
+from gptjax.data.text import find_sources, iter_chunks
 from gptjax.errors import DataError
 from tests.data.tables import csv_text, quick, write
 
-
-def rows_of(path):
-    """(line, row) of each row of a table."""
-    with open_decompressed(path) as (file, _):
-        return list(read_rows(file, path))
-
-
 TEXTS = ["first", 'two\nlines, "quoted"\t', "🙂 <|endoftext|>"]
-TABLES = {  # content and the lines that its rows start in
-    "a.jsonl": ("\n\n".join(json.dumps({"n": "1", "text": t}) for t in TEXTS), [1, 3, 5]),
-    "a.json": (json.dumps([{"n": "1", "text": t} for t in TEXTS], indent=1), [2, 6, 10]),
-    "a.csv": (csv_text([("n", " text"), *(("1", t) for t in TEXTS)]) + "\n", [2, 3, 5]),
-    "a.tsv": ("\n" + csv_text([("n", "text"), *(("1", t) for t in TEXTS)], "\t"), [3, 4, 6]),
+OBJECTS = [{"n": "1", "text": t} for t in TEXTS]
+TABLES = {  # content and the places of its rows
+    "a.jsonl": ("\n\n".join(map(json.dumps, OBJECTS)), [":1", ":3", ":5"]),
+    "a.json": (json.dumps(OBJECTS, indent=1), [", row 1", ", row 2", ", row 3"]),
+    "a.csv": (csv_text([("n", " text"), *(("1", t) for t in TEXTS)]) + "\n", [":2", ":3", ":5"]),
+    "a.tsv": (
+        "\n" + csv_text([("n", "text"), *(("1", t) for t in TEXTS)], "\t"),
+        [":3", ":4", ":6"],
+    ),
 }
 
 
+def rows_of(path):
+    return list(read_rows(path))
+
+
+def texts_of(path):
+    return [chunk.text for source in find_sources([path]) for chunk in iter_chunks(source)]
+
+
 @pytest.mark.fast
-def test_every_format_gives_the_same_rows_with_their_lines(tmp_path):
-    for name, (content, lines) in TABLES.items():
-        expected = [(n, {"n": "1", "text": t}) for n, t in zip(lines, TEXTS, strict=True)]
-        assert rows_of(write(tmp_path / name, content)) == expected
-        assert rows_of(write(tmp_path / f"{name}.gz", "\ufeff" + content)) == expected
+def test_every_format_gives_the_same_rows_with_their_places(tmp_path):
+    for name, (content, places) in TABLES.items():
+        for path in (tmp_path / name, tmp_path / f"{name}.gz"):
+            write(path, content if path.suffix != ".gz" else "\ufeff" + content)
+            expected = [(f"{path}{at}", x) for at, x in zip(places, OBJECTS, strict=True)]
+            assert rows_of(path) == expected
 
 
-INVALID = [  # file, content, line, value that the message names
-    ("a.jsonl", '"a"\n\n{"text": ', 3, "not JSON"),
-    ("a.jsonl", '"a" "b"', 1, '"b"'),
-    ("a.jsonl", b'"a"\n"\xff"', 2, "0xff"),
-    ("a.jsonl", '"a"\n"\0"', 2, "NUL"),
-    ("a.json", '\n{"text": "a"}', 1, "["),
-    ("a.json", '["a",\n\n"b",]', 3, "not JSON"),
-    ("a.json", '["a",\n"b"', 2, "]"),
-    ("a.json", '["a"]\n\n["b"]', 1, "]"),
-    ("a.json", '[\n{"text": "a"},\n{"text": NaN}]', 3, "NaN"),
-    ("a.json", "[[[" * 50_000, 1, "nested"),
-    ("a.csv", "id,text\n1,a\n\n2\n", 4, "1 fields, but 2"),
-    ("a.csv", 'id,text\n1,"a\n\nb"\n2,c,d\n', 5, "3 fields, but 2"),
-    ("a.csv", 'id,text\n1,"a"b\n', 2, "not CSV"),
-    ("a.csv", "text,id, text\na,b,c\n", 1, "['text', 'id', 'text']"),
-    ("a.tsv", 'id\ttext\n1\tb\n2\t"b', 3, "quote"),
+def to_jsonl(*rows):
+    return "\n".join(map(json.dumps, rows))
+
+
+USER = {"role": "user", "content": "Is it green?"}
+YES, SYSTEM = USER | {"role": "assistant"}, USER | {"role": "system"}
+AB, BOTH = {"prompt": "a", "completion": "b"}, {"chosen": "y", "rejected": "n"}
+INVALID = [  # reader, file, content, start of the message, value in it
+    (rows_of, "a.jsonl", '"a"\n\n{"text": ', ":3: ", "not JSON"),
+    (rows_of, "a.jsonl", '"a" "b"', ":1: ", "not JSON"),
+    (rows_of, "a.jsonl", b'"a"\n"\xff"', ":2: ", "0xff"),
+    (rows_of, "a.jsonl", '"a"\n"\0"', ":2: ", "NUL"),
+    (rows_of, "a.json", '\n{"text": "a"}', ":1: ", "["),
+    (rows_of, "a.json", '["a",\n\n"b",]', ":3: ", "not JSON"),
+    (rows_of, "a.json", '[\n{"text": "a"},\n{"text": NaN}]', ":1: ", "NaN"),
+    (rows_of, "a.json", "[[[" * 50_000, ":1: ", "nested"),
+    (rows_of, "a.csv", "id,text\n1,a\n\n2\n", ":4: ", "1 fields, but 2"),
+    (rows_of, "a.csv", 'id,text\n1,"a\n\nb"\n2,c,d\n', ":5: ", "3 fields, but 2"),
+    (rows_of, "a.csv", 'id,text\n1,"a"b\n', ":2: ", "not CSV"),
+    (rows_of, "a.csv", "text,id, text\na,b,c\n", ":1: ", "['text', 'id', 'text']"),
+    (rows_of, "a.tsv", 'id\ttext\n1\tb\n2\t"b', ":3: ", "quote"),
+    (texts_of, "a.jsonl", '{"body": "b"}\n{"bod": "b"}', ":2: ", "'body'. Did you mean bod?"),
+    (texts_of, "a.jsonl", '{"text": "b"}\n{"text": null}', ":2: ", "'text' is None"),
+    (texts_of, "a.jsonl", '{"text": "b"}\n"b"', ":2: ", "'text'"),
+    (texts_of, "a.jsonl", '"b"\n3', ":2: ", "3"),
+    (texts_of, "a.jsonl", '"b"\n"\\ud800"', ":2: ", r"'\ud800'"),
+    (texts_of, "a.jsonl", '"b"\n"\\u0000"', ":2: ", "NUL"),
+    (texts_of, "a.csv", "title,author\nb,c", ":2: ", "data.text_column"),
+    (texts_of, "a.png", "", "", "jsonl"),
+    (read_labeled_texts, "a.csv", "text,label\na,x\n ,y\n", ":3: ", "empty"),
+    (read_labeled_texts, "a.csv", "text,label\na,x\nb, \n", ":3: ", "'label'"),
+    (read_labeled_texts, "a.json", "[]", " ", "no rows"),
+    (read_labeled_texts, "a.csv", "text,label\n", " ", "no rows"),
+    (read_labeled_texts, "a.jsonl", '{"text": "a", "label": [1]}', ":1: ", "[1]"),
+    (read_labeled_texts, "a.jsonl", "[1]", ":1: ", "[1]"),
+    (read_labeled_texts, "a.csv", "text,label\na,ham\nb,ham\n", ", column 'label': ", "'ham'"),
+    (read_labeled_texts, "a.csv", "a,b,c\n1,2,3\n", ":2: ", "--data.text_column"),
+    (read_labeled_texts, "a.csv", "review,comment,label\na,b,c\n", ":2: ", "--data.text_column"),
+    (read_labeled_texts, "a.csv", "text,\na,b\nc,b\n", ":2: ", "--data.label_column"),
+    (read_labeled_texts, "a.png", "", "", ".csv"),
+    (read_conversations, "a.json", "[]", " ", "no rows"),
+    (read_conversations, "a.txt", "a", "", ".jsonl"),
+    (read_conversations, "a.jsonl", to_jsonl({"a": "b"}), ":1: ", "prompt, completion"),
+    (read_conversations, "a.jsonl", to_jsonl(AB, {}), ":2: ", "'prompt'"),
+    (read_conversations, "a.jsonl", to_jsonl(AB, "hello"), ":2: ", "'hello'"),
+    (read_conversations, "a.jsonl", to_jsonl(AB | {"completion": 5}), ":1: ", "'completion' is 5"),
+    (read_conversations, "a.jsonl", to_jsonl(AB | {"system": 1}), ":1: ", "'system' is 1"),
+    (read_conversations, "a.jsonl", to_jsonl(AB | {"completion": [YES] * 3}), ":1: ", "has 3"),
+    (read_conversations, "a.jsonl", to_jsonl(AB | {"split": "trian"}), ":1: ", "mean train?"),
+    (
+        *(read_conversations, "a.jsonl", to_jsonl(AB | {"split": "test"}, AB | {"split": ""})),
+        *(":2: ", "'split'"),
+    ),
+    *(
+        (read_conversations, "a.jsonl", to_jsonl({"messages": messages}), f":1{start}", value)
+        for messages, start, value in [
+            ("hello", ": ", "'hello'"),
+            ([USER, 5], ", message 2: 5 ", ""),
+            ([{"role": "user"}], ", message 1: ", "'content'"),
+            ([USER | {"role": "tool"}], ", message 1: ", "'tool'"),
+            ([USER | {"content": ""}], ", message 1: ", "'content'"),
+            ([USER | {"content": [{"type": "image_url"}]}], ", message 1: ", "'text'"),
+            ([SYSTEM, USER, YES, USER], ": ", "system, user, assistant, user"),
+            ([SYSTEM, YES], ": ", "system, assistant"),
+            ([SYSTEM], ": ", "system"),
+        ]
+    ),
+    *(
+        (read_preference_pairs, "a.jsonl", to_jsonl(row), ":1: ", value)
+        for row, value in [
+            ({"chosen": [USER, YES], "rejected": [YES | USER, YES, USER, YES]}, "'rejected'"),
+            ({"chosen": "Human: a", "rejected": "b"}, "'chosen' is 'Human: a'"),
+            (AB | BOTH | {"rejected": ""}, "'rejected'"),
+            ({"instruction": []} | BOTH, "'instruction' is []"),
+            ({"chosen": [SYSTEM, USER, YES], "rejected": [USER, YES], "system": "s"}, "'system'"),
+            (AB, "prompt, completion"),
+        ]
+    ),
 ]
 
 
-def test_invalid_tables_are_rejected_with_their_line(tmp_path):
-    for name, content, line, value in INVALID:
+def test_invalid_files_are_rejected_with_their_place(tmp_path):
+    for read, name, content, start, value in INVALID:
         path = write(tmp_path / name, content)
         with pytest.raises(DataError) as error:
-            rows_of(path)
-        assert str(error.value).startswith(f"{path}:{line}: ")
-        assert value in str(error.value)
+            read(path)
+        message = str(error.value)
+        assert f"{path}{start}" in message if not start else message.startswith(f"{path}{start}")
+        assert value in message
 
 
 @quick
@@ -87,7 +152,7 @@ def test_fields_are_those_of_pythons_csv_unless_a_quote_is_open(tmp_path, conten
     is_valid = last == ["end"] and len(set(map(len, expected))) < 2
 
     try:
-        records = list(read_csv_records(io.BytesIO(content.encode()), tmp_path, delimiter))
+        records = list(read_csv_records(write(tmp_path / "a", content), delimiter))
     except DataError:
         assert not is_valid
     else:
@@ -96,10 +161,9 @@ def test_fields_are_those_of_pythons_csv_unless_a_quote_is_open(tmp_path, conten
 
 
 def test_blocks_may_split_characters(tmp_path, monkeypatch):
+    content = "é\n\n€ 🙂\r\n"
     for size in (1, 2, 1000):
         monkeypatch.setattr(readers, "READ_BLOCK_BYTES", size)
-        content = "é\n\n€ 🙂\r\n"
-
         assert read_text_file(write(tmp_path / "README", "\ufeff" + content)) == content
         for invalid in (b"\xe2\x28\xa1", b"\0", b"\xe2\x82"):
             path = write(tmp_path / "a.txt", "é\n\n€".encode() + invalid)
@@ -107,9 +171,20 @@ def test_blocks_may_split_characters(tmp_path, monkeypatch):
                 read_text_file(path)
 
 
-def test_rows_that_would_fill_the_memory_are_rejected(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 100)
-    monkeypatch.setattr(readers, "MAX_JSON_CHARS", 100)
+def test_corrupt_files_and_rows_that_would_fill_the_memory_are_rejected(tmp_path, monkeypatch):
+    whole, path = gzip.compress(b'"text"\n' * 1000), tmp_path / "a.jsonl.gz"
+    for data in (whole[:-9], whole[:-5] + b"\0" + whole[-4:], b"plain text"):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=f"cannot read {path}"):
+            rows_of(path)
+    with pytest.raises(DataError, match="cannot read"):
+        read_text_file(tmp_path)
+    for name, value in {
+        "MAX_LINE_BYTES": 100,
+        "READ_BLOCK_BYTES": 10,
+        "MAX_JSON_BLOCKS": 10,
+    }.items():
+        monkeypatch.setattr(readers, name, value)
     for name, content in {
         "a.jsonl": f'"a"\n"{"x" * 101}"',
         "a.csv": 'text\n"' + "a\n" * 99,
@@ -117,33 +192,6 @@ def test_rows_that_would_fill_the_memory_are_rejected(tmp_path, monkeypatch):
     }.items():
         with pytest.raises(DataError, match=rf"{name}.*(100|larger)"):
             rows_of(write(tmp_path / name, content))
-
-
-def test_unreadable_and_corrupt_files_are_named(tmp_path):
-    whole = gzip.compress(b'"text"\n' * 1000)
-    path = tmp_path / "a.jsonl.gz"
-
-    for data in (whole[:-9], whole[:-5] + b"\0" + whole[-4:], b"plain text"):
-        path.write_bytes(data)
-        with pytest.raises(DataError, match=f"cannot read {path}"):
-            rows_of(path)
-    with pytest.raises(DataError, match="cannot read"):
-        read_text_file(tmp_path)
-
-
-def test_rows_without_text_are_rejected_with_their_location():
-    for row, column, value in [
-        ({"body": "b"}, "bod", "'bod'. Did you mean body?"),
-        ("b", "text", "'text'"),
-        ({"text": None}, "text", "'text' is None"),
-        (3, "", "3"),
-        ("\ud800", "", r"'\ud800'"),
-        ("a\0", "", "NUL"),
-    ]:
-        with pytest.raises(DataError) as error:
-            get_text(row, column, "a.csv:2")
-        assert str(error.value).startswith("a.csv:2: ")
-        assert value in str(error.value)
 
 
 @pytest.mark.fast
@@ -155,6 +203,6 @@ def test_the_text_column_has_a_known_name_or_is_the_only_text():
         ({"sentiment": "pos", "story": "a"}, "story"),
     ]:
         assert guess_text_column(row, "a.csv:2", "--column NAME") == column
-    for row in ({"title": "a", "author": "b"}, {"review": "a", "comment": "b"}, {"id": 1}):
+    for row in ({"review": "a", "comment": "b"}, {"id": 1}):
         with pytest.raises(DataError, match=r"a\.csv:2: .*--column NAME"):
             guess_text_column(row, "a.csv:2", "--column NAME")

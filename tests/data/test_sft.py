@@ -9,10 +9,10 @@ import gptjax
 from gptjax.data.bucketing import buckets
 from gptjax.data.classification import ClassificationBatches
 from gptjax.data.conversations import Conversation
-from gptjax.data.preference import PreferenceBatches
 from gptjax.data.sft import (
     Example,
     PaddedBatches,
+    PreferenceBatches,
     encode_conversations,
     make_sft_batches,
     truncate_all,

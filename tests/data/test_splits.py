@@ -11,14 +11,8 @@ from gptjax.data.text import ALL_SPLITS
 from gptjax.errors import ConfigError, DataError
 from tests.data.tables import quick
 
-DEFAULTS = {
-    "strategy": "stratified",
-    "val_fraction": 0.1,
-    "test_fraction": 0.2,
-    "seed": 0,
-    "balance_classes": False,
-    "deduplicate": False,
-}
+DEFAULTS = {"strategy": "stratified", "val_fraction": 0.1, "test_fraction": 0.2, "seed": 0}
+DEFAULTS |= {"balance_classes": False, "deduplicate": False}
 
 
 def make_rows(*counts, texts=1_000_000):
@@ -69,26 +63,19 @@ def test_each_row_is_in_one_split_with_the_share_of_its_class(counts, val, test,
             assert all(abs(sizes[name] - shares[name] * count) < 1 for name in splits)
 
 
-def test_rows_are_shuffled_and_drawn_from_the_whole_class():
-    data = make_rows(400, 50)
+def test_rows_are_shuffled_drawn_from_the_whole_class_and_once_if_repeated():
+    data, repeated, first = make_rows(400, 50), make_rows(40, 50, texts=7), {}
 
-    first, second = (split(data, seed=seed, balance_classes=True) for seed in (1, 2))
+    one, other = (split(data, seed=seed, balance_classes=True) for seed in (1, 2))
+    unique = split(repeated, deduplicate=True)
 
-    assert set(first["test"].locations) != set(second["test"].locations)
+    assert set(one["test"].locations) != set(other["test"].locations)
     # Sorted rows would make the first batches of an evaluation all of one class.
-    assert len(set(first["train"].labels[:20])) == len(set(first["test"].labels[:10])) == 2
-    assert any(200 < int(place[6:]) <= 400 for place in first["train"].locations)
-
-
-def test_without_duplicates_each_text_is_kept_once():
-    data = make_rows(40, 50, texts=7)
-
-    found = [row for part in split(data, deduplicate=True).values() for row in rows_of(part)]
-
-    first = {}
-    for row in rows_of(data):
+    assert len(set(one["train"].labels[:20])) == len(set(one["test"].labels[:10])) == 2
+    assert any(200 < int(place[6:]) <= 400 for place in one["train"].locations)
+    for row in rows_of(repeated):
         first.setdefault(row[0].strip(), row)
-    assert sorted(found) == sorted(first.values())
+    assert sorted(row for x in unique.values() for row in rows_of(x)) == sorted(first.values())
 
 
 def test_impossible_splits_are_rejected():
@@ -103,21 +90,14 @@ def test_impossible_splits_are_rejected():
             split(data, **changes)
 
 
-def test_the_description_has_counts_the_constant_answer_and_overlap(monkeypatch):
+def test_the_description_has_counts_the_constant_answer_and_overlap(monkeypatch, shared_data):
     monkeypatch.setattr(module, "MAX_TABLE_CLASSES", 2)
 
-    lines = describe_splits({"train": make_rows(1, 3), "test": make_rows(3, 1)})
-    table = describe_splits(split(make_rows(10, 20, 30, 40), test_fraction=0.0))
+    lines = describe_splits({"train": make_rows(1, 3, 2), "test": make_rows(3, 1, 2)})
+    sms = describe_splits(split(read_labeled_texts("sms-spam")[0]))
 
-    assert lines[-2].split() == ["always", "b", "75.00%", "25.00%"]
-    assert lines[-1].startswith("2 texts occur in more than one split (2 in train and test)")
-    rows = ["train validation", "a 9 1", "b 18 2", "2 more classes 63 7", "all 90 10"]
-    assert [" ".join(line.split()) for line in table[:5]] == rows
-    assert table[-1] == "no text occurs in more than one split"
-
-
-def test_stratified_splits_of_the_sms_collection_keep_its_share_of_ham(shared_data):
-    splits = split(read_labeled_texts("sms-spam")[0])
-
-    counts = [(len(part), part.labels.count(0)) for part in splits.values()]
-    assert counts == [(3901, 3378), (557, 482), (1114, 965)]
+    rows = ["train test", "a 1 3", "b 3 1", "all 3 classes 6 6", "always b 50.00% 16.67%"]
+    assert [" ".join(line.split()) for line in lines[:-1]] == rows
+    assert lines[-1].startswith("4 texts occur in more than one split (4 in train and test)")
+    assert sms[1].split() == ["ham", "3,378", "482", "965"]
+    assert describe_splits(split(make_rows(10, 20)))[-1] == "no text occurs in more than one split"

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from gptjax.data import text
 from gptjax.data.text import (
     chunk_document,
-    count_documents,
     find_sources,
     iter_chunks,
     iter_split_spans,
@@ -32,29 +31,21 @@ def documents(*paths, column=""):
 @pytest.mark.fast
 def test_a_text_file_is_a_document_and_each_row_of_a_table_is_one(tmp_path):
     content = "One.\r\n\r\n\n  <|endoftext|> Zwölf 🙂\t\n"
-    texts = ["first", 'two\nlines, "quoted"', "🙂 <|endoftext|>", ""]
-    files = {
-        "a.jsonl": "".join(json.dumps({"n": 1, "text": t}) + "\n\n" for t in texts),
-        "b.jsonl.gz": "\n".join(json.dumps(t) for t in texts),
-        "d.csv": csv_text([("id", "text"), *enumerate(texts)]),
-    }
-    for name in ("a.txt", "b.MD", "c.txt.gz"):
-        assert documents(write(tmp_path / name, content)) == [content]
-    for name, table in files.items():
-        path = write(tmp_path / name, table)
-        assert documents(path) == texts[:3]  # empty ones are dropped
-        assert count_documents(find_sources([path]), 9) == 3
-        assert count_documents(find_sources([path, path.parent]), 1) >= 2
-    assert documents(write(tmp_path / "empty" / "a.txt", b"\xef\xbb\xbf")) == []
-
-
-def test_the_column_is_guessed_or_named(tmp_path):
-    path = write(tmp_path / "a.csv", "question,answer\na,b\n")
-
-    assert documents(path, column="answer") == ["b"]
-    for column, value in (("", r"data\.text_column"), ("answr", "'answr'")):
-        with pytest.raises(DataError, match=rf"a\.csv:2: .*{value}"):
-            documents(path, column=column)
+    texts = ["first", 'two\nlines, "quoted"', "🙂 <|endoftext|>", ""]  # empty ones are dropped
+    rows = "\n".join(json.dumps({"n": 1, "text": t}) for t in texts)
+    table = csv_text([("id", "answer"), *enumerate(texts)])
+    for name, data, column, expected in [
+        ("a.txt", content, "", [content]),
+        ("b.MD", content, "", [content]),
+        ("c.txt.gz", content, "", [content]),
+        ("empty.txt", b"\xef\xbb\xbf", "", []),
+        ("a.jsonl", rows, "", texts[:3]),
+        ("b.jsonl.gz", "\n".join(map(json.dumps, texts)), "", texts[:3]),
+        ("d.csv", table, "answer", texts[:3]),
+    ]:
+        assert documents(write(tmp_path / name, data), column=column) == expected
+    with pytest.raises(DataError, match=r"d\.csv:2: .*'answr'"):
+        documents(tmp_path / "d.csv", column="answr")
 
 
 @quick
@@ -95,26 +86,27 @@ def test_reading_takes_memory_for_a_chunk_only(tmp_path):
     assert peak < 3_000_000 < size == path.stat().st_size
 
 
-def test_folders_and_globs_give_known_files_in_order_and_once(tmp_path):
+def test_folders_globs_and_data_sets_give_known_files_in_order_and_once(tmp_path, shared_data):
     for name in ("b.txt", "a.md", "sub/c.jsonl", ".hidden/d.txt", "e.png", "sub/.f.md"):
         write(tmp_path / name, f'"{name}"')
-
-    def names(*paths):
-        return [source.path.name for source in find_sources(paths)]
-
-    assert names(tmp_path) == ["a.md", "b.txt", "c.jsonl"]
-    assert names(tmp_path / "b.txt", tmp_path) == ["b.txt", "a.md", "c.jsonl"]
-    assert names(tmp_path / "*.txt", tmp_path / "**" / "*.jsonl") == ["b.txt", "c.jsonl"]
     write(tmp_path / "images" / "a.png", "")
-    for path in ("none.txt", "images", "e.png"):
+
+    for paths, names in [
+        ([tmp_path], ["a.md", "b.txt", "c.jsonl"]),
+        ([tmp_path / "b.txt", tmp_path], ["b.txt", "a.md", "c.jsonl"]),
+        ([tmp_path / "*.txt", tmp_path / "**" / "*.jsonl"], ["b.txt", "c.jsonl"]),
+        (["verdict", "python-help"], ["the-verdict.txt", "python-help"]),
+    ]:
+        assert [source.path.name for source in find_sources(paths)] == names
+    assert len(documents("python-help")) > 50
+    for path in ("none.txt", "images"):
         with pytest.raises(DataError, match=f"{path}.*jsonl"):
             find_sources([tmp_path / path])
 
 
-def test_many_documents_are_held_out_by_their_hash(tmp_path, monkeypatch):
+def test_many_documents_are_held_out_by_their_hash(tmp_path):
     count = 1200  # more than are counted for a fraction of 0.1
-    path = write(tmp_path / "a.jsonl", "".join(f'"{n}"\n' for n in range(count)))
-    sources = find_sources([path])
+    sources = find_sources([write(tmp_path / "a.jsonl", "".join(f'"{n}"\n' for n in range(count)))])
 
     def held_out(seed):
         spans = iter_split_spans(sources, make_split_rule(sources, 0.1, seed), "")
@@ -122,8 +114,3 @@ def test_many_documents_are_held_out_by_their_hash(tmp_path, monkeypatch):
 
     assert 0.07 * count < len(held_out(0)) < 0.13 * count
     assert held_out(0) == held_out(0) != held_out(1)
-
-
-def test_named_data_sets_are_texts_too(shared_data):
-    assert documents("verdict")[0].startswith("I HAD always thought Jack Gisburn")
-    assert len(documents("python-help")) > 50

@@ -11,7 +11,7 @@ import pytest
 import gptjax
 from gptjax.config import RunConfig
 from gptjax.data.conversations import PreferencePair
-from gptjax.data.preference import PreferenceBatches
+from gptjax.data.sft import PreferenceBatches
 from gptjax.errors import ConfigError, DataError
 from gptjax.model.gpt import apply
 from gptjax.tasks.dpo import dpo_loss, dpo_loss_fn, sequence_logprobs, tokenize_pair
