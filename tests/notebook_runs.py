@@ -12,6 +12,7 @@ OURS = (
     "JAX_NUM_CPU_DEVICES",
     "JAX_NUMPY_RANK_PROMOTION",
     "MPLBACKEND",
+    "XLA_FLAGS",
 )
 COLAB = """\
 import pathlib, sys, types
