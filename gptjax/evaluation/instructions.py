@@ -4,8 +4,7 @@ Responses are scored by their overlap with the reference answers and by an LLM j
 """
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,13 +29,9 @@ class ResponseEval(NamedTuple):
     """Conversation and the model's response in place of its last answer."""
 
     conversation: Conversation
+    reference: str  # that answer, without surrounding whitespace
     response: str
     scores: dict[str, float]  # by name, as in SCORE_FUNCTIONS
-
-    @property
-    def reference(self) -> str:
-        """Last message of the conversation, without surrounding whitespace."""
-        return self.conversation.messages[-1]["content"].strip()
 
 
 def example_loss(model: Model, examples: Sequence[Example]) -> Evaluation:
@@ -53,51 +48,35 @@ def generate_responses(
 ) -> list[ResponseEval]:
     """Generates greedy responses in place of the last message of each conversation."""
     prompts = [conversation.messages[:-1] for conversation in conversations]
-    results = []
-    for conversation, response in zip(
-        conversations, answer_batch(model, prompts, max_new_tokens), strict=True
-    ):
-        result = ResponseEval(conversation, response, {})
-        for name, score in SCORE_FUNCTIONS.items():
-            result.scores[name] = score(response, result.reference)
-        results.append(result)
+    responses, results = answer_batch(model, prompts, max_new_tokens), []
+    for conversation, response in zip(conversations, responses, strict=True):
+        reference = conversation.messages[-1]["content"].strip()
+        scores = {name: score(response, reference) for name, score in SCORE_FUNCTIONS.items()}
+        results.append(ResponseEval(conversation, reference, response, scores))
     return results
 
 
 def mean_scores(results: Sequence[ResponseEval]) -> dict[str, float]:
     """Averages each score."""
-    return {
-        name: sum(result.scores[name] for result in results) / len(results)
-        for name in SCORE_FUNCTIONS
-    }
+    return {n: sum(r.scores[n] for r in results) / len(results) for n in SCORE_FUNCTIONS}
 
 
-def group_scores(results: Iterable[ResponseEval]) -> dict[str, dict[str, float]]:
+def group_scores(results: Sequence[ResponseEval]) -> dict[str, dict[str, float]]:
     """Averages the scores by task; conversations without a task are skipped."""
-    grouped = defaultdict(list)
-    for result in results:
-        if result.conversation.task:
-            grouped[result.conversation.task].append(result)
-    return {task: mean_scores(grouped[task]) for task in sorted(grouped)}
+    tasks = sorted({r.conversation.task for r in results if r.conversation.task})
+    return {t: mean_scores([r for r in results if r.conversation.task == t]) for t in tasks}
 
 
-def to_rows(results: Iterable[ResponseEval]) -> list[dict[str, Any]]:
-    """Converts results to rows: the original row, the response and its scores."""
-    return [
-        {**result.conversation.source_row, "response": result.response, **result.scores}
-        for result in results
-    ]
+def response_line(result: ResponseEval, **judgement: Any) -> str:
+    """JSON line of the original row, the response, its scores and judgement."""
+    row = {**result.conversation.source_row, "response": result.response, **result.scores}
+    return json.dumps(row | judgement, ensure_ascii=False) + "\n"
 
 
-def write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Writes rows as JSON lines, atomically.
-
-    Raises:
-        DataError: the file cannot be written.
-    """
+def write_responses(results: Iterable[ResponseEval], path: Path) -> None:
+    """Writes the responses as JSON lines, atomically."""
     with open_atomic(path) as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.writelines(map(response_line, results))
 
 
 def evaluate_file(
@@ -111,10 +90,7 @@ def evaluate_file(
     """Evaluates an assistant on all conversations of a file or built-in data set.
 
     Writes each row with its response, scores and judgement to `out`, which is required
-    if there is a judge.
-
-    Returns:
-        Metrics by name, and mean scores by task.
+    if there is a judge. Returns metrics by name, and mean scores by task.
     """
     if out is not None and out.exists():
         raise ConfigError(f"{out} already exists. Name another file with --out.")
@@ -133,15 +109,14 @@ def evaluate_file(
     if truncated.num_truncated or truncated.num_dropped:
         log(
             f"too long {truncated.num_truncated} conversations truncated on the left, "
-            f"{truncated.num_dropped} without a loss because the answer alone does not "
-            "fit"
+            f"{truncated.num_dropped} without a loss because the answer alone does not fit"
         )
     loss = example_loss(model, truncated.examples)
     results = generate_responses(model, conversations, min(max_new_tokens, max_length))
     metrics: MetricValues = {"rows": len(results), "response_loss": loss.loss}
     metrics |= mean_scores(results)
     if out is not None:
-        write_rows(to_rows(results), out)
+        write_responses(results, out)
         log(f"wrote    {out}")
     if judge is not None and out is not None:
         metrics |= run_llm_judge(model, results, out, judge, log)
@@ -154,9 +129,6 @@ def run_llm_judge(
     """Adds judgements to the rows in `out`.
 
     OUT.judging holds them as they arrive, so that an interruption does not lose them.
-
-    Raises:
-        ModelError: the judge is unreachable; `out` still holds the responses.
     """
     template, partial_path = chat_template_of(model), out.with_name(f"{out.name}.judging")
     inputs, judgements = [], []
@@ -166,12 +138,9 @@ def run_llm_judge(
         inputs.append((prompt, result.reference, result.response))
     try:
         with partial_path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            for row, judgement in zip(
-                to_rows(results), iter_judgements(judge, inputs), strict=True
-            ):
-                row["judge"] = judge.model
-                row |= {f"judge_{name}": value for name, value in judgement._asdict().items()}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            for result, judgement in zip(results, iter_judgements(judge, inputs), strict=True):
+                columns = {f"judge_{name}": value for name, value in judgement._asdict().items()}
+                file.write(response_line(result, judge=judge.model, **columns))
                 file.flush()
                 judgements.append(judgement)
                 if len(judgements) % 10 == 0:

@@ -4,6 +4,7 @@ The key in OPENAI_API_KEY is never sent unencrypted over a network, and redirect
 not followed. Answers without a score are counted, but not included in the mean.
 """
 
+import contextlib
 import dataclasses
 import functools
 import ipaddress
@@ -65,14 +66,10 @@ class LLMJudge:
             raise ConfigError(f"the judge needs the package openai. Run {fix}.") from error
         is_local, key = is_loopback(self.url), os.environ.get("OPENAI_API_KEY", "").strip()
         if not re.fullmatch(r"[!-~]*", key):
-            raise ConfigError(
-                "OPENAI_API_KEY contains a space, a line break or a non-ASCII character. "
-                "Set it to the key alone."
-            )
+            raise ConfigError("OPENAI_API_KEY is not one ASCII word. Set it to the key alone.")
         if not is_local and is_offline():
             raise ConfigError(
-                f"GPTJAX_OFFLINE forbids requests to {self.url}. Unset it, or pass the "
-                "URL of a server on this machine."
+                f"GPTJAX_OFFLINE forbids requests to {self.url}. Unset it, or use a local server."
             )
         if not is_local and key and not self.url.startswith("https:"):
             raise ConfigError(
@@ -93,12 +90,7 @@ class LLMJudge:
         return client
 
     def reply_to(self, prompt: str) -> str:
-        """Requests the greedy reply to one prompt.
-
-        Raises:
-            ModelError: the server rejects the prompt.
-            UnreachableError: the server is unusable.
-        """
+        """Requests the greedy reply; ModelError if the server rejects the prompt."""
         import openai
 
         name = f"the judge {self.model} at {self.url}"
@@ -120,18 +112,15 @@ class LLMJudge:
                 "Check the URL, and that the server is running, such as `ollama serve`."
             ) from error
         body = response.http_response.text
-        try:
+        kind, reply = UnreachableError, None
+        with contextlib.suppress(ValueError):
             reply = strict_json.parse_json(body)
-        except ValueError:
-            reply = None
         match reply:
             case {"choices": [{"message": {"content": str(text)}}, *_]}:
                 # Lone surrogates cannot be written to a UTF-8 file.
                 return text.encode("utf-8", "replace").decode()
             case {"choices": [{"message": {}}, *_]}:
                 kind = ModelError
-            case _:
-                kind = UnreachableError
         raise kind(
             f"{name} did not return a chat completion with text: {self.quote(body)}. "
             "Check the URL, which usually ends in /v1, and the model."
@@ -144,22 +133,19 @@ class LLMJudge:
 
 def is_loopback(url: str) -> bool:
     """Validates a base URL; True if its host is this machine."""
-    try:
+    host = ""
+    with contextlib.suppress(ValueError):  # invalid port or IPv6 address
         parts = urlsplit(url)
-        is_valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # invalid port or IPv6 address
-        is_valid = False
-    if not is_valid or not re.fullmatch(r"[!-~]+", url) or re.search(r"[@?#]", url):
+        host = (parts.scheme in ("http", "https") and parts.port != 0 and parts.hostname) or ""
+    if not host or not re.fullmatch(r"[!-~]+", url) or re.search(r"[@?#]", url):
         shown = re.sub(r"//.*@", "//…@", url)  # may contain a password
         raise ConfigError(
             f"the judge's URL {shown!r} is invalid. Pass an http:// or https:// base "
             "URL such as http://localhost:11434/v1, and a key as OPENAI_API_KEY."
         )
-    host = urlsplit(url).hostname or ""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a host name
-        return False
+    with contextlib.suppress(ValueError):  # a host name
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def judge_prompt(prompt: str, reference: str, response: str) -> str:
@@ -174,8 +160,7 @@ def judge_prompt(prompt: str, reference: str, response: str) -> str:
 def parse_score(reply: str) -> int | None:
     """Parses a reply that is an integer from 0 to 100; None for any other reply.
 
-    Ignores a "Score:" prefix, a "/100" suffix, a final full stop, surrounding quotes
-    and Markdown, and the <think> block of a reasoning model.
+    Ignores "Score:", "/100", a final full stop, quotes, Markdown and a <think> block.
 
     >>> parse_score("<think>Not bad.</think> **Score:** 85/100.")
     85
@@ -191,18 +176,16 @@ def parse_score(reply: str) -> int | None:
 def iter_judgements(judge: LLMJudge, rows: Iterable[tuple[str, str, str]]) -> Iterator[Judgement]:
     """Judges rows of prompt, reference answer and the model's answer, one by one.
 
-    Raises:
-        UnreachableError: the server is unusable for the first row.
+    A server that is unusable for the first row is an error.
     """
     for n, row in enumerate(rows):
         try:
             reply = judge.reply_to(judge_prompt(*row))
-            judgement = Judgement(parse_score(reply), reply, "")
+            yield Judgement(parse_score(reply), reply, "")
         except ModelError as error:
             if n == 0 and isinstance(error, UnreachableError):
                 raise
-            judgement = Judgement(None, "", str(error))
-        yield judgement
+            yield Judgement(None, "", str(error))
 
 
 def summarize_judgements(judgements: Sequence[Judgement]) -> dict[str, float | int | None]:

@@ -31,21 +31,13 @@ class ClassificationMetrics(NamedTuple):
 def confusion_matrix(
     true: Int[np.ndarray, " n"], predicted: Int[np.ndarray, " n"], num_classes: int
 ) -> Int[np.ndarray, "C C"]:
-    """Counts examples by true class (row) and predicted class (column).
-
-    >>> confusion_matrix(np.array([0, 0, 1]), np.array([0, 1, 1]), 2).tolist()
-    [[1, 1], [0, 1]]
-    """
+    """Counts examples by true class (row) and predicted class (column)."""
     cell = true.astype(np.int64) * num_classes + predicted
     return np.bincount(cell, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def classification_metrics(confusion_CC: Int[np.ndarray, "C C"]) -> ClassificationMetrics:
-    """Computes all metrics from a confusion matrix.
-
-    >>> classification_metrics(np.array([[1, 1], [0, 1]])).recall
-    (0.5, 1.0)
-    """
+    """Computes all metrics from a confusion matrix."""
     correct_C, count_C = confusion_CC.diagonal(), confusion_CC.sum(axis=1)
     predicted_C = confusion_CC.sum(axis=0)
     recall_C = correct_C / np.maximum(count_C, 1)
@@ -64,10 +56,9 @@ def classification_metrics(confusion_CC: Int[np.ndarray, "C C"]) -> Classificati
 def mean_ci(
     values: Sequence[int | float] | Real[np.ndarray, " n"] | Bool[np.ndarray, " n"],
 ) -> tuple[float, float]:
-    """95% bootstrap interval of the mean (Efron & Tibshirani 1993, ch. 13).
+    """95% percentile bootstrap interval of the mean (Efron & Tibshirani 1993, ch. 13).
 
-    Percentile interval. If all values are equal, the interval is a point and carries no
-    information.
+    If all values are equal, the interval is a point and carries no information.
     """
     offsets = np.asarray(values, np.float64) - values[0]  # exact 0 if all are equal
     rng, n = np.random.default_rng(0), len(values)
@@ -115,23 +106,12 @@ def rouge_l(answer: str, reference: str) -> float:
     0.75
     """
     answer_words, reference_words = normalize_answer(answer), normalize_answer(reference)
+    # Of the longest subsequence that the words so far share with each reference prefix.
+    length = [0] * (len(reference_words) + 1)
+    for word in answer_words:
+        diagonal = 0
+        for n, other in enumerate(reference_words, 1):
+            longest = diagonal + 1 if word == other else max(length[n], length[n - 1])
+            diagonal, length[n] = length[n], longest
     total = len(answer_words) + len(reference_words)
-    return 2 * lcs_length(answer_words, reference_words) / total if total else 0.0
-
-
-def lcs_length(first: Sequence[str], second: Sequence[str]) -> int:
-    """Length of the longest common subsequence.
-
-    >>> lcs_length("abcd", "acbd")
-    3
-    """
-    # LCS lengths of the items so far and each prefix of `second`.
-    previous_row = [0] * (len(second) + 1)
-    for item in first:
-        row = [0]
-        for n, candidate in enumerate(second):
-            row.append(
-                previous_row[n] + 1 if item == candidate else max(previous_row[n + 1], row[n])
-            )
-        previous_row = row
-    return previous_row[-1]
+    return 2 * length[-1] / total if total else 0.0

@@ -22,7 +22,6 @@ from gptjax.weights.model_folder import Model
 
 SCORE_BATCH_SIZE = 8  # windows per batch of `score`
 EVAL_CHUNK_SIZE = 256  # positions whose logits are in memory at a time
-NO_TOKENS_ERROR = "there is no token to score. Pass a non-empty text."
 
 EvalStep = Callable[[Params, Any], Any]
 
@@ -48,12 +47,8 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, float | int | None]:
         """Values logged to metrics.jsonl."""
-        return {
-            "loss": self.loss,
-            "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte,
-            "tokens": self.tokens,
-        }
+        names = ("loss", "perplexity", "bits_per_byte", "tokens")
+        return {name: getattr(self, name) for name in names}
 
 
 def make_eval_step(
@@ -61,10 +56,8 @@ def make_eval_step(
 ) -> EvalStep:
     """Returns a jitted function (params, batch) -> loss [B, T] in nats.
 
-    Args:
-        config: of the model.
-        chunk_size: positions whose logits are computed at a time.
-        mesh: of sharded parameters.
+    Logits are computed for `chunk_size` positions at a time; `mesh` is that of sharded
+    parameters.
     """
 
     @jax.jit
@@ -97,7 +90,7 @@ def evaluate(
         num_tokens += int(mask.sum())
         num_bytes += int(byte_lengths[batch["targets"][mask]].sum())
     if not num_tokens:
-        raise DataError(NO_TOKENS_ERROR)
+        raise DataError("there is no token to score. Pass a non-empty text.")
     return Evaluation(total_loss / num_tokens, num_tokens, num_bytes, total_loss)
 
 
@@ -107,7 +100,7 @@ def sliding_windows(
     """Yields batches of overlapping windows that score each token but the first once.
 
     The first window scores all its targets, later ones the last `stride`. The last
-    batch is padded with rows of weight 0. Arguments as in `score_tokens`.
+    batch is padded with rows of weight 0.
     """
     num_targets = len(token_L) - 1
     num_windows = 1 + max(0, -(-(num_targets - context_length) // stride))
@@ -116,12 +109,10 @@ def sliding_windows(
     for first_window in range(0, num_windows, batch_size):
         start_B = (first_window + np.arange(batch_size)) * stride
         tokens = padded[start_B[:, None] + np.arange(context_length + 1)]
-        batch = make_lm_batch(tokens, eot_token)
-        position_BT = start_B[:, None] + np.arange(context_length)
-        is_scored_BT = (np.arange(context_length) >= context_length - stride) | (
-            start_B[:, None] == 0
-        )
-        batch["loss_weights"] = (is_scored_BT & (position_BT < num_targets)).astype(np.float32)
+        batch, position_T = make_lm_batch(tokens, eot_token), np.arange(context_length)
+        is_scored_BT = (position_T >= context_length - stride) | (start_B[:, None] == 0)
+        is_scored_BT &= start_B[:, None] + position_T < num_targets
+        batch["loss_weights"] = is_scored_BT.astype(np.float32)
         yield batch
 
 
@@ -135,8 +126,7 @@ def score(model: Model, text: str, *, stride: int | None = None) -> Evaluation:
     stride = context_length if stride is None else stride
     if not 1 <= stride <= context_length:
         raise ConfigError(
-            f"--stride {stride} is not between 1 and the model's context length of "
-            f"{context_length}. Choose a value in this range, e.g. {context_length // 2}."
+            f"--stride {stride} must be from 1 to the model's context length {context_length}."
         )
     token_L = np.array([model.tokenizer.eot_token, *model.tokenizer.encode(text)], np.int32)
     return score_tokens(model, token_L, stride, None)
@@ -148,12 +138,10 @@ def token_losses(model: Model, text: str) -> tuple[list[int], Float32[np.ndarray
     `score` is their mean. The text has 1 to `context_length` tokens.
     """
     context_length, ids = model.config.context_length, model.tokenizer.encode(text)
-    if not ids:
-        raise DataError(NO_TOKENS_ERROR)
-    if len(ids) > context_length:
+    if not 1 <= len(ids) <= context_length:
         raise ConfigError(
-            f"the text has {len(ids)} tokens, more than the model's context length of "
-            f"{context_length}. Shorten it, or use gptjax.score for the mean loss."
+            f"the text has {len(ids)} tokens. Pass 1 to {context_length} tokens, or use "
+            "gptjax.score for the mean loss."
         )
     token_L = np.array([model.tokenizer.eot_token, *ids], np.int32)
     (batch,) = sliding_windows(token_L, context_length, context_length, 1, None)
@@ -166,11 +154,9 @@ def score_tokens(
 ) -> Evaluation:
     """Evaluates the model on tokens, of which the first is only an input.
 
-    `stride` is between 1 and the context length. `eot_token` starts each document; None
-    means a single document.
+    `eot_token` starts each document; None means a single document.
     """
-    batches = sliding_windows(
-        token_L, model.config.context_length, stride, SCORE_BATCH_SIZE, eot_token
-    )
+    context_length = model.config.context_length
+    batches = sliding_windows(token_L, context_length, stride, SCORE_BATCH_SIZE, eot_token)
     eval_step = eval_step_for(model.config)
     return evaluate(eval_step, model.params, batches, model.tokenizer.byte_lengths)

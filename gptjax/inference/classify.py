@@ -40,10 +40,7 @@ def classify(model: Model, texts: Sequence[str]) -> list[Prediction]:
             raise DataError(f"text {number} is empty and cannot be classified. Remove it.")
     prob_NC = predict_probs(model, encode_texts(model, texts))
     tables = [dict(zip(model.labels, prob_C.tolist(), strict=True)) for prob_C in prob_NC]
-    labels = [model.labels[n] for n in prob_NC.argmax(axis=-1)]
-    return [
-        Prediction(name, table[name], table) for name, table in zip(labels, tables, strict=True)
-    ]
+    return [Prediction(label := max(t, key=t.__getitem__), t[label], t) for t in tables]
 
 
 def check_classifier(model: Model) -> None:

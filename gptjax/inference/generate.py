@@ -93,16 +93,10 @@ def list_options(function: Function) -> Function:
 
     `help` and IPython's completion use it; static tools know `GenerationOptions`.
     """
-    signature = inspect.signature(function)
+    signature, options = inspect.signature(function), inspect.signature(GenerationConfig)
     *parameters, _ = signature.parameters.values()
-    fields = [
-        inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
-        )
-        for field in dataclasses.fields(GenerationConfig)
-    ]
     listed: Any = function
-    listed.__signature__ = signature.replace(parameters=[*parameters, *fields])
+    listed.__signature__ = signature.replace(parameters=[*parameters, *options.parameters.values()])
     return listed
 
 
@@ -165,8 +159,7 @@ def generate(
         prompt: a text or token ids, or a list of them.
         samples: number of completions per prompt.
         generation_config: sampling and stopping options; default: `GenerationConfig()`.
-        **options: fields of `GenerationConfig`, which replace those of
-            `generation_config`.
+        **options: replace fields of `generation_config`.
 
     Returns:
         One text, or a list if there are several prompts or samples.
@@ -222,10 +215,7 @@ def stream(
     config = dataclasses.replace(generation_config or GenerationConfig(), **options)
     prompts, single = normalize_prompts(prompt)
     if not single:
-        raise ConfigError(
-            f"{len(prompts)} prompts cannot be streamed as one text. Stream them one "
-            "at a time, or use complete()."
-        )
+        raise ConfigError(f"{len(prompts)} prompts cannot be streamed. Use complete().")
     rows, _ = tokenize_prompts(model, prompts, 1)
     return stream_chunks(model, rows, config)
 
@@ -263,9 +253,7 @@ def tokenize_prompts(
         ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         ids = [int(i) for i in ids]
         if not ids:
-            raise ConfigError(
-                "the prompt is empty. Give it at least one character, such as a line break."
-            )
+            raise ConfigError("the prompt is empty. Give it a character, such as a line break.")
         check_token_ids(model, ids, "in the prompt")
         rows += [ids[-max_length:]] * samples
         truncated += [max(0, len(ids) - max_length)] * samples
@@ -277,8 +265,8 @@ def check_token_ids(model: Model, ids: Iterable[int], where: str) -> None:
     for i in ids:
         if not 0 <= i < model.config.vocab_size:
             raise DataError(
-                f"token {i} {where} is outside the model's vocabulary of "
-                f"{model.config.vocab_size} tokens. Encode with the model's tokenizer."
+                f"token {i} {where} is not one of the {model.config.vocab_size} tokens of the "
+                "model. Encode with its tokenizer."
             )
 
 
@@ -337,19 +325,17 @@ def make_decode_args(
     if stop_ids is None:
         stop_ids = [model.tokenizer.eot_token]
     check_token_ids(model, stop_ids, "in stop_ids")
-    sampling: Any = (  # NumPy scalars: eager JAX would compile one program each
-        np.float32(c.temperature),
-        np.int32(min(c.top_k, model.config.vocab_size)),
-        np.float32(c.top_p),
-        np.float32(c.min_p),
-        np.float32(c.repetition_penalty),
-    )
+    # NumPy scalars: eager JAX would compile one program each.
+    numbers = c.temperature, c.top_p, c.min_p, c.repetition_penalty
+    values: Any = np.array(numbers, np.float32)
+    top_k: Any = np.int32(min(c.top_k, model.config.vocab_size))
+    sampling = SamplingParams(values[0], top_k, *values[1:])
     stop_id_I: Any = np.full(MAX_STOP_IDS, -1, np.int32)
     stop_id_I[: len(stop_ids)] = stop_ids
     max_new_tokens: Any = np.int32(c.max_new_tokens)
     sample_index_B: Any = np.arange(rows, dtype=np.int32) % samples
     key_B = row_keys(np.int64(c.seed), sample_index_B)
-    return DecodeArgs(key_B, SamplingParams(*sampling), stop_id_I, max_new_tokens)
+    return DecodeArgs(key_B, sampling, stop_id_I, max_new_tokens)
 
 
 @jax.jit
@@ -385,14 +371,12 @@ def partial_stop_length(text: str, stop_texts: Iterable[str]) -> int:
 
 def few_shot_prompt(path: Path, query: str) -> str:
     """Builds a few-shot prompt: "input -> output" lines, then "query ->"."""
-    lines = []
+    prompt = ""
     for location, row in read_jsonl(path):
         match row:
             case {"input": str(source), "output": str(target)}:
-                lines.append(f"{source} -> {target}\n")
+                prompt += f"{source} -> {target}\n"
             case _:
-                raise DataError(
-                    f'{location}: an example requires the texts "input" and "output". '
-                    'Write {"input": "woc", "output": "cow"}.'
-                )
-    return "".join(lines) + f"{query} ->"
+                fix = 'Write {"input": "woc", "output": "cow"}.'
+                raise DataError(f"{location}: not an example. {fix}")
+    return f"{prompt}{query} ->"

@@ -9,13 +9,14 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from gptjax.data.readers import (
     DELIMITERS,
     TABLE_FORMATS,
+    LocatedRow,
     check_object,
     guess_text_column,
     read_lines,
@@ -34,13 +35,6 @@ PROBABILITY_DIGITS = 6  # decimal places
 PredictFn = Callable[[list[str]], list[tuple[str, float]]]
 
 
-class InputRow(NamedTuple):
-    """Input row with its location."""
-
-    location: str  # "file:line" or "file, row N"
-    row: dict[str, Any]
-
-
 def label_file(
     source: Path,
     output: Path,
@@ -53,8 +47,8 @@ def label_file(
     """Adds a predicted label and its probability to each row; returns the row count.
 
     A .csv or .tsv file needs a header; JSON files have objects and .txt files one text
-    per line; blank lines are skipped. The new columns are appended as label and
-    probability, or as predicted_label and predicted_probability if one of these exists.
+    per line; blank lines are skipped. The new columns are called label and probability,
+    or predicted_label and predicted_probability if the first row has one of these.
 
     Args:
         source: input file, optionally gzipped.
@@ -65,32 +59,29 @@ def label_file(
         log: receives messages for the user.
     """
     check_label_paths(source, output)
-    rows = read_input_rows(source)
-    first = next(rows, None)
+    rows, option = read_input_rows(source), "--text NAME"
+    location, first = next(rows, ("", None))
     if first is None:
         raise DataError(f"{source} has no rows. Pass a file with one text per row.")
-    column = text_column or guess_text_column(first.row, first.location, "--text NAME")
+    column = text_column or guess_text_column(first, location, option)
     if not text_column:
-        log(f"{source}: text in column {column!r}. Override with --text NAME.")
-    prefix = "predicted_" if set(ADDED_COLUMNS) & set(first.row) else ""
-    new_columns = tuple(prefix + name for name in ADDED_COLUMNS)
-    check_columns_free(first, new_columns)
-    rows, count = itertools.chain([first], rows), 0
+        log(f"{source}: text in column {column!r}. Override with {option}.")
+    prefix = "predicted_" if set(ADDED_COLUMNS) & set(first) else ""
+    label, probability = (prefix + name for name in ADDED_COLUMNS)
+    rows, count = itertools.chain([(location, first)], rows), 0
     bar = tqdm(desc=f"classifying {source.name}", unit=" rows", leave=False, disable=None)
     with open_atomic(output) as file, bar:
-        write_row = make_row_writer(file, output, [*first.row, *new_columns])
+        write_row = make_row_writer(file, output, [*first, label, probability])
         while batch := list(itertools.islice(rows, batch_size)):
-            texts = [
-                require_text(item.row, column, item.location, option="--text NAME")
-                for item in batch
-            ]
-            predictions = predict(texts)
-            for row, (label, probability) in zip(batch, predictions, strict=True):
-                added = (label, round(float(probability), PROBABILITY_DIGITS))
-                write_row(row, dict(zip(new_columns, added, strict=True)))
+            texts = [require_text(row, column, place, option=option) for place, row in batch]
+            for (place, row), prediction in zip(batch, predict(texts), strict=True):
+                check_columns_free(row, place, (label, probability))
+                row[label] = prediction[0]
+                row[probability] = round(float(prediction[1]), PROBABILITY_DIGITS)
+                write_row(row)
             count += len(batch)
             bar.update(len(batch))
-    log(f"wrote {output}: {count:,} rows, new columns {' and '.join(new_columns)}")
+    log(f"wrote {output}: {count:,} rows, new columns {label} and {probability}")
     return count
 
 
@@ -112,7 +103,7 @@ def check_label_paths(source: Path, output: Path) -> None:
         raise DataError(f"{output} already exists. Remove it, or choose another name.")
 
 
-def read_input_rows(path: Path) -> Iterator[InputRow]:
+def read_input_rows(path: Path) -> Iterator[LocatedRow]:
     """Yields the rows of a file."""
     if suffix_without_gz(path) == ".txt":
         lines = ((n, line.rstrip("\r\n")) for n, line in read_lines(path))
@@ -120,35 +111,28 @@ def read_input_rows(path: Path) -> Iterator[InputRow]:
     else:
         rows = read_rows(path)
     for location, row in rows:
-        check_object(row, location, 'Write each row as {"text": "..."}.')
-        yield InputRow(location, row)
+        yield location, check_object(row, location, 'Write each row as {"text": "..."}.')
 
 
-def check_columns_free(item: InputRow, new_columns: tuple[str, ...] | dict[str, Any]) -> None:
+def check_columns_free(row: dict[str, Any], location: str, new_columns: tuple[str, ...]) -> None:
     """Raises a DataError if the row already has one of the new columns."""
     for name in new_columns:
-        if name in item.row:
+        if name in row:
             raise DataError(
-                f"{item.location}: the column {name!r} already exists and would be "
-                "overwritten. Rename or remove it."
+                f"{location}: the column {name!r} already exists and would be overwritten. "
+                "Rename or remove it."
             )
 
 
 def make_row_writer(
     file: TextIO, output: Path, columns: list[str]
-) -> Callable[[InputRow, dict[str, Any]], None]:
-    """Returns a function that writes a row with its new columns."""
+) -> Callable[[dict[str, Any]], object]:
+    """Returns a function that writes a row."""
     if output.suffix.lower() == ".jsonl":
-
-        def write_object(item: InputRow, added: dict[str, Any]) -> None:
-            check_columns_free(item, added)
-            file.write(json.dumps(item.row | added, ensure_ascii=False) + "\n")
-
-        return write_object
-
+        return lambda row: file.write(json.dumps(row, ensure_ascii=False) + "\n")
     # Python before 3.13 quotes a lone \r only if the line terminator contains it.
     line_writer = SimpleNamespace(write=lambda line: file.write(line[:-2] + "\n"))
     delimiter = DELIMITERS[output.suffix.lower()]
     writer = csv.writer(line_writer, delimiter=delimiter, lineterminator="\r\n")
     writer.writerow(columns)
-    return lambda item, added: writer.writerow([*item.row.values(), *added.values()])
+    return lambda row: writer.writerow(row.values())

@@ -22,8 +22,7 @@ from gptjax.evaluation.instructions import (
     generate_responses,
     group_scores,
     mean_scores,
-    to_rows,
-    write_rows,
+    write_responses,
 )
 from gptjax.plots.report import code_block, markdown_table, write_report
 from gptjax.tasks import builder
@@ -220,7 +219,7 @@ def finalize_sft(run: RunContext, data: SFTData, task: Task, state: TrainState) 
     scores = mean_scores(responses)
     values = {"response_loss": loss, **scores, **task_exact_matches(responses)}
     builder.log_final_evaluation(run, split, **values)
-    write_rows(to_rows(responses), run.run_dir / "responses.jsonl")
+    write_responses(responses, run.run_dir / "responses.jsonl")
     text = (
         f"{split} loss {loss:.4f} nats per answer token"
         f"{format_before(run, split, 'response_loss')}, exact match "

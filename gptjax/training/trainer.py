@@ -24,7 +24,7 @@ from gptjax.training.resource_errors import check_compiled_memory
 from gptjax.training.run_dir import check_provenance, reconcile_config, write_run_metadata
 from gptjax.training.task import RunContext, Task, describe_devices
 from gptjax.training.train_step import Metrics, TrainState, TrainStep, train_steps
-from gptjax.weights.model_folder import save_without_params
+from gptjax.weights import model_folder
 
 
 def fit(run: RunContext, task: Task) -> TrainState:
@@ -97,7 +97,8 @@ def restore_or_init(
             log_event(run.metrics_path, "resume", 0)
         write_run_metadata(run.run_dir, {**task.provenance, "on_spike": run.on_spike})
         if task.save_best is None:  # model/ gets its parameters at the end of the run
-            save_without_params(task.to_model(task.init_state), run.run_dir / "model")
+            model = task.to_model(task.init_state)
+            model_folder.save(dataclasses.replace(model, params={}), run.run_dir / "model")
         for line in task.summary:
             run.log(line)
         return task.init_state, History()

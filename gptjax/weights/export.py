@@ -21,8 +21,9 @@ from gptjax.model.classifier import class_logits
 from gptjax.model.gpt import apply
 from gptjax.tree import flatten_with_names, num_params
 from gptjax.weights.load import load
-from gptjax.weights.model_folder import Model, write_chat_template, write_safetensors
+from gptjax.weights.model_folder import Model, write_chat_template
 from gptjax.weights.param_map import EMBEDDING_TABLES, pack_tensor, param_slots
+from gptjax.weights.safetensors import write_safetensors
 
 NUM_CHECK_TOKENS = 16
 HF_HEAD_TENSORS = ("lm_head.weight", "score.weight")  # not prefixed by "transformer."

@@ -140,9 +140,7 @@ def find_file(repo: Repository, file: str) -> Path | None:
     try:
         cached = huggingface_hub.try_to_load_from_cache(repo.name, file, revision=repo.revision)
     except HFValidationError as error:
-        raise ModelError(
-            f"{repo.name!r} is not the name of a repository on the hub: {error} Check the name."
-        ) from error
+        raise ModelError(f"invalid name {repo.name!r}: {error} Check the name.") from error
     if isinstance(cached, str):
         return Path(cached)
     if cached is not None:  # the hub has said that there is no such file

@@ -166,17 +166,15 @@ def explain_unreadable(path: Path) -> str:
     for pickle in candidates:
         if pickle.suffix in (".pth", ".pt", ".bin", ".ckpt"):
             return (
-                f"{pickle} is a pickle, which can run arbitrary code when it is "
-                "opened, so gptjax does not open it. If you trust the file, convert it "
-                "to safetensors with PyTorch:\n"
+                f"{pickle} is a pickle, which can run code when it is opened, so gptjax does "
+                "not open it. If you trust it, convert it to safetensors with PyTorch:\n"
                 "  import torch, safetensors.torch as st\n"
                 f"  st.save_file({{k: v.clone() for k, v in torch.load({pickle.name!r}, "
                 f'map_location="cpu").items()}}, {pickle.with_suffix(".safetensors").name!r})'
             )
-    problem = "it has neither *.safetensors nor hparams.json"
+    problem = "neither *.safetensors nor hparams.json" if path.exists() else "no such folder"
     return (
-        f"no model {str(path)!r}: {problem if path.exists() else 'no such file or folder'}. "
-        "Give a run folder (gptjax train ... --run DIR), a model folder, a Hugging Face, "
+        f"no model {str(path)!r}: {problem}. Give a run folder, a model folder, a Hugging Face, "
         f"OpenAI or book folder, or one of {', '.join(hub.PINNED_REPOS)}."
     )
 
@@ -196,21 +194,26 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read {path}: {error}. Copy it again.") from error
     if not isinstance(data, dict):
-        raise ModelError(f"{path} does not contain a JSON object. Copy it again.")
+        raise ModelError(f"{path} is not a JSON object. Copy it again.")
     return data
 
 
 def get_positive_int(metadata: Mapping[str, Any], *names: str) -> int:
     """Returns the value of the first of `names` that is present; must be positive."""
-    for name in names:
-        if name in metadata:
-            if type(metadata[name]) is int and metadata[name] > 0:
-                return metadata[name]
-            raise ConfigError(
-                f"{name}={str(metadata[name])[:40]!r} is not a positive integer. Correct it "
-                "or copy the file again."
-            )
-    raise ConfigError(f"its config has no {names[0]}. Copy the file again.")
+    name = next((name for name in names if name in metadata), names[0])
+    value = metadata.get(name)
+    if type(value) is int and value > 0:
+        return value
+    raise ConfigError(
+        f"{name}={str(value)[:40]!r} is not a positive integer. Correct it or copy the file again."
+    )
+
+
+def gpt2_config(metadata: Mapping[str, Any], **changes: Any) -> GPTConfig:
+    """Returns the config with the sizes in config.json or hparams.json."""
+    for name, theirs in CONFIG_NAMES.items():
+        changes[name] = get_positive_int(metadata, *theirs)
+    return GPTConfig(**changes)
 
 
 def from_gptjax(path: Path, reader: TensorReader, metadata: Mapping[str, Any]) -> ModelSource:
@@ -260,10 +263,7 @@ def from_hf(
                 "not support this architecture."
             )
     is_tied = hf_config.get("tie_word_embeddings", True) is not False
-    sizes: dict[str, Any] = {
-        name: get_positive_int(hf_config, *theirs) for name, theirs in CONFIG_NAMES.items()
-    }
-    config = GPTConfig(**sizes, tie_embeddings=is_tied)
+    config = gpt2_config(hf_config, tie_embeddings=is_tied)
     if hf_config.get("n_inner") not in (None, config.mlp_dim):
         raise ConfigError(
             f"n_inner={hf_config['n_inner']!r}, but gptjax only supports 4 * n_embd = "
@@ -286,11 +286,7 @@ def from_hf(
 
 def from_tf_checkpoint(path: Path, log: _LogFn) -> ModelSource:
     """Opens a folder published by OpenAI."""
-    hparams = read_json_object(path / "hparams.json")
-    sizes: dict[str, Any] = {
-        name: get_positive_int(hparams, *theirs) for name, theirs in CONFIG_NAMES.items()
-    }
-    config = GPTConfig(**sizes)
+    config = gpt2_config(read_json_object(path / "hparams.json"))
     return with_tokenizer("openai", path, config, open_tf_checkpoint(path), log)
 
 

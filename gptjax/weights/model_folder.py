@@ -13,7 +13,6 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
 from gptjax.config import GPTConfig
 from gptjax.errors import ModelError
@@ -23,8 +22,8 @@ from gptjax.model.lora import Adapters
 from gptjax.model.quantization import prepare_decode_params, unstack_layers
 from gptjax.tokenizer.chat_template import CHAT_TEMPLATE_FILE as TEMPLATE
 from gptjax.tokenizer.tokenizer import Tokenizer
-from gptjax.tree import Params, flatten_with_names, num_params
-from gptjax.weights.safetensors import open_safetensors
+from gptjax.tree import Params, flatten_with_names, num_params, unflatten_names
+from gptjax.weights.safetensors import open_safetensors, write_safetensors
 
 MODEL_FORMAT = "gptjax-1"
 
@@ -56,21 +55,10 @@ class Model:
 
 
 def save(model: Model, model_dir: str | Path) -> None:
-    """Writes the model folder, replacing an existing one atomically."""
-    arrays = {
-        name: np.ascontiguousarray(leaf, np.float32)  # safetensors ignores strides
-        for name, leaf in flatten_with_names(model.params).items()
-    }
-    _replace_folder(model, Path(model_dir), arrays)
+    """Writes the model folder, replacing an existing one atomically.
 
-
-def save_without_params(model: Model, model_dir: Path) -> None:
-    """Writes the files that a run's checkpoints need to be loaded as a model."""
-    _replace_folder(model, model_dir, {})
-
-
-def _replace_folder(model: Model, model_dir: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes the model folder, replacing an existing one atomically."""
+    Without parameters, the folder completes the checkpoints of an unfinished run.
+    """
     metadata = {
         "format": MODEL_FORMAT,
         "model": dataclasses.asdict(model.config),
@@ -78,10 +66,10 @@ def _replace_folder(model: Model, model_dir: Path, arrays: dict[str, np.ndarray]
         "tokenizer": {"name": model.tokenizer.name, "hash": model.tokenizer.hash},
     }
     try:
-        with atomic_path(model_dir, replace_folder=True) as new_dir:
+        with atomic_path(Path(model_dir), replace_folder=True) as new_dir:
             new_dir.mkdir()
-            if arrays:
-                write_safetensors(arrays, new_dir / "model.safetensors")
+            if model.params:
+                _write_leaves(model.params, new_dir / "model.safetensors")
             model.tokenizer.save(new_dir)
             if model.chat_template:
                 write_chat_template(model.chat_template, new_dir)
@@ -90,26 +78,24 @@ def _replace_folder(model: Model, model_dir: Path, arrays: dict[str, np.ndarray]
         raise ModelError(f"cannot write the model folder {model_dir}: {error}.") from error
 
 
+def _write_leaves(params: Params, path: Path) -> None:
+    """Writes a tree of parameters in float32 under their names."""
+    leaves = flatten_with_names(params).items()
+    # Contiguous, since the library ignores strides.
+    write_safetensors({n: np.ascontiguousarray(leaf, np.float32) for n, leaf in leaves}, path)
+
+
 def write_chat_template(source: str, model_dir: Path) -> None:
     """Writes a chat template under the file name that `transformers` uses."""
     with (model_dir / TEMPLATE).open("w", encoding="utf-8", newline="") as file:
         file.write(source)
 
 
-def write_safetensors(arrays: dict[str, np.ndarray], path: Path) -> None:
-    """Writes a safetensors file marked as PyTorch's, readable by all users."""
-    safetensors.numpy.save_file(arrays, path, {"format": "pt"})
-    path.chmod(0o644)  # the library creates it with mode 0600
-
-
 def save_adapters(adapters: Adapters, path: Path) -> None:
     """Writes scaled adapters, named after the parameters that they are added to."""
-    arrays = {
-        name: np.ascontiguousarray(leaf) for name, leaf in flatten_with_names(adapters).items()
-    }
     try:
         with atomic_path(path) as new_path:
-            write_safetensors(arrays, new_path)
+            _write_leaves(adapters, new_path)
     except OSError as error:
         raise ModelError(f"cannot write {path}: {error}. Choose another.") from error
 
@@ -117,13 +103,7 @@ def save_adapters(adapters: Adapters, path: Path) -> None:
 def load_adapters(path: Path) -> Adapters:
     """Reads a file of `save_adapters`, for `gptjax.apply` or `merge_adapters`."""
     reader = open_safetensors([path])
-    adapters: Adapters = {}
     for name in reader.tensors:
-        first, *middle, last = name.split("/")
-        if first != "blocks" or last not in ("lora_a", "lora_b"):
+        if not name.startswith("blocks/") or not name.endswith(("/lora_a", "/lora_b")):
             raise ModelError(f"{path} has {name[:80]!r}, which is not an adapter.")
-        subtree = adapters
-        for key in (first, *middle):
-            subtree = subtree.setdefault(key, {})
-        subtree[last] = jnp.asarray(reader.read(name))
-    return adapters
+    return unflatten_names({name: jnp.asarray(reader.read(name)) for name in reader.tensors})

@@ -13,15 +13,17 @@ allocated.
 
 import io
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
 
 from gptjax.errors import ModelError
 from gptjax.fileio.strict_json import read_small_file
-from gptjax.weights.safetensors import TensorInfo, TensorReader, read_array
+from gptjax.weights.safetensors import TensorReader
 
 SSTABLE_MAGIC = 0xDB4775248B80FB57  # last eight bytes of a table
 FOOTER_BYTES = 48  # two block handles, zeros, the magic number
@@ -29,13 +31,22 @@ BLOCK_TRAILER_BYTES = 5  # after each block: compression type and CRC
 MAX_INDEX_BYTES = 1 << 26
 MAX_INDEX_ENTRIES = 10_000  # the largest GPT-2 has 580 tensors
 MAX_ENTRY_BYTES = 1_000  # of a key, and of a value
-MAX_TF_AXES = 8
 
 # Field numbers of TensorFlow's messages.
 HEADER_NUM_SHARDS, HEADER_ENDIANNESS = 1, 2  # BundleHeaderProto
 ENTRY_DTYPE, ENTRY_SHAPE, ENTRY_OFFSET, ENTRY_SIZE, ENTRY_CRC32C = 1, 2, 4, 5, 6
 SHAPE_DIM, DIM_SIZE = 2, 1  # TensorShapeProto, TensorShapeProto.Dim
 TF_FLOAT32 = 1  # in types.proto
+
+
+class BundleEntry(NamedTuple):
+    """Location, shape and checksum of a float32 tensor in the data file."""
+
+    shape: tuple[int, ...]
+    offset: int  # in bytes
+    size: int  # in bytes
+    crc32c: int  # masked
+    dtype: np.dtype = np.dtype("<f4")
 
 
 def unusable_file(path: Path, reason: object) -> ModelError:
@@ -47,53 +58,46 @@ def unusable_file(path: Path, reason: object) -> ModelError:
 
 
 def open_tf_checkpoint(folder: Path) -> TensorReader:
-    """Opens the checkpoint in a folder; reads and checks only its index.
-
-    Raises:
-        ModelError: there is no checkpoint, its index is corrupt or unsupported, or
-            the data file does not match the index.
-    """
+    """Opens the checkpoint in a folder; reads and checks only its index."""
     index = find_index_file(folder)
+    data = index.with_suffix(".data-00000-of-00001")
     try:
-        entries = parse_entries(index, read_sstable(read_small_file(index, MAX_INDEX_BYTES)))
-        tensors = {name: info for name, (info, _) in entries.items()}
-        check_offsets(tensors)
+        tensors = parse_entries(read_sstable(read_small_file(index, MAX_INDEX_BYTES)))
+        check_offsets(tensors, data.stat().st_size)
     except (ValueError, OSError) as error:
         raise unusable_file(index, error) from error
 
     def read(name: str) -> np.ndarray:
-        array = read_array(tensors[name])
-        found, expected = masked_crc32c(array.tobytes()), entries[name][1]
-        if found != expected:
-            reason = f"the checksum of {name!r} is {found:08x}, but the index has {expected:08x}"
-            raise unusable_file(tensors[name].path, reason)
-        return array
+        entry = tensors[name]
+        try:
+            with data.open("rb") as file:
+                file.seek(entry.offset)
+                content = file.read(entry.size)
+        except OSError as error:
+            raise unusable_file(data, error) from error
+        if masked_crc32c(content) != entry.crc32c:
+            raise unusable_file(data, f"the checksum of {name!r} does not match")
+        return np.frombuffer(content, entry.dtype).reshape(entry.shape)
 
     return TensorReader(tensors, read)
 
 
 def find_index_file(folder: Path) -> Path:
     """Finds the index: model.ckpt.index, else the only one in the folder."""
-    if (folder / "model.ckpt.index").exists():
-        return folder / "model.ckpt.index"
-    candidates = sorted(folder.glob("*.index"))
-    if len(candidates) != 1:
-        raise unusable_file(
-            folder, f"it has {len(candidates)} *.index files, but a checkpoint has one"
-        )
-    return candidates[0]
+    usual, candidates = folder / "model.ckpt.index", sorted(folder.glob("*.index"))
+    if usual not in candidates and len(candidates) != 1:
+        raise unusable_file(folder, f"it has {len(candidates)} *.index files instead of one")
+    return usual if usual in candidates else candidates[0]
 
 
-def parse_entries(
-    index: Path, entries: list[tuple[bytes, bytes]]
-) -> dict[str, tuple[TensorInfo, int]]:
-    """Parses an index into tensors and masked checksums; ValueError if invalid."""
+def parse_entries(entries: list[tuple[bytes, bytes]]) -> dict[str, BundleEntry]:
+    """Parses the entries of an index; ValueError if invalid."""
     if not entries or entries[0][0]:
         raise ValueError("it has no header")
     header, _ = parse_proto(entries[0][1])
     if header.get(HEADER_NUM_SHARDS) != 1 or header.get(HEADER_ENDIANNESS, 0):
         raise ValueError("its tensors are not in one little-endian data file")
-    path, parsed = index.with_suffix(".data-00000-of-00001"), {}
+    tensors = {}
     for key, value in entries[1:]:
         name = key.decode("utf-8")
         numbers, messages = parse_proto(value)
@@ -101,24 +105,23 @@ def parse_entries(
             raise ValueError(f"{name!r} is not float32")
         _, axes = parse_proto(b"".join(messages.get(ENTRY_SHAPE, [])))
         shape = tuple(parse_proto(axis)[0].get(DIM_SIZE, 0) for axis in axes.get(SHAPE_DIM, []))
-        info = TensorInfo(path, np.dtype("<f4"), shape, numbers.get(ENTRY_OFFSET, 0))
         size = numbers.get(ENTRY_SIZE, 0)
-        if len(shape) > MAX_TF_AXES or 0 in shape or info.size != size:
+        if size != 4 * math.prod(shape):
             raise ValueError(f"{name!r} has {size:,} bytes and the invalid shape {shape}")
-        parsed[name] = info, numbers.get(ENTRY_CRC32C, 0)
-    return parsed
+        offset, crc32c = (numbers.get(field, 0) for field in (ENTRY_OFFSET, ENTRY_CRC32C))
+        tensors[name] = BundleEntry(shape, offset, size, crc32c)
+    return tensors
 
 
-def check_offsets(tensors: Mapping[str, TensorInfo]) -> None:
+def check_offsets(tensors: Mapping[str, BundleEntry], file_size: int) -> None:
     """Raises ValueError unless tensors are inside the data file and do not overlap."""
     end = 0
-    for name, info in sorted(tensors.items(), key=lambda item: item[1].offset):
-        if info.offset < end:
+    for name, entry in sorted(tensors.items(), key=lambda item: item[1].offset):
+        if entry.offset < end:
             raise ValueError(f"{name!r} overlaps another tensor")
-        end = info.offset + info.size
-        file_size = info.path.stat().st_size
+        end = entry.offset + entry.size
         if file_size < end:
-            raise ValueError(f"{info.path.name} has {file_size:,} bytes instead of {end:,}")
+            raise ValueError(f"the data file has {file_size:,} bytes instead of {end:,}")
 
 
 def read_sstable(data: bytes) -> list[tuple[bytes, bytes]]:
@@ -166,11 +169,7 @@ def iter_entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
     stream, key = io.BytesIO(block[:end]), b""
     while stream.tell() < end:
         prefix_length, suffix_length, value_length = (read_varint(stream) for _ in range(3))
-        if (
-            prefix_length > len(key)
-            or prefix_length + suffix_length > MAX_ENTRY_BYTES
-            or value_length > MAX_ENTRY_BYTES
-        ):
+        if max(prefix_length + suffix_length, value_length) > MAX_ENTRY_BYTES:
             raise ValueError(f"a name or its value has more than {MAX_ENTRY_BYTES:,} bytes")
         key = key[:prefix_length] + read_exact(stream, suffix_length)
         yield key, read_exact(stream, value_length)

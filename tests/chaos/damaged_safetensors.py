@@ -18,10 +18,11 @@ import safetensors.numpy
 
 from gptjax.errors import DataError, ModelError
 from gptjax.fileio.download import Pin, check_pin, sha256_of_files
-from gptjax.weights.safetensors import HEADER_LENGTH_BYTES, open_safetensors
+from gptjax.weights.safetensors import open_safetensors
 from tests.chaos._damage import damage_bytes
 
 FULL, SLICE = 1_000_000, 4_000
+HEADER_LENGTH_BYTES = 8
 MAX_GROWTH_KB = 200 << 10  # of resident memory over the whole campaign
 ARRAYS = {
     "h.0.weight": np.ones((3, 4), np.float32),

