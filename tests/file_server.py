@@ -64,7 +64,7 @@ def head(handler: Handler, status: int = 200, **headers: object) -> None:
 
 
 def plain(body: bytes, status: int = 200, **headers: object) -> Answer:
-    """Sends the whole body, whatever the request."""
+    """Sends the whole body."""
 
     def answer(handler: Handler) -> None:
         head(handler, status, **headers)
@@ -98,11 +98,8 @@ def endless(handler: Handler) -> None:
 
 def hub_headers(name: str, body: bytes) -> dict[str, object]:
     """The headers of a file on the hub; large files are known by their sha256."""
-    if name.endswith(".safetensors"):
-        tag = hashlib.sha256(body).hexdigest()
-    else:
-        tag = hashlib.sha1(body, usedforsecurity=False).hexdigest()
-    return {"ETag": f'"{tag}"', "X_Repo_Commit": COMMIT}
+    digest = hashlib.new("sha256" if name.endswith(".safetensors") else "sha1", body)
+    return {"ETag": f'"{digest.hexdigest()}"', "X_Repo_Commit": COMMIT}
 
 
 def hub(files: Mapping[str, bytes | Answer]) -> Answer:
@@ -110,13 +107,13 @@ def hub(files: Mapping[str, bytes | Answer]) -> Answer:
 
     def answer(handler: Handler) -> None:
         name = handler.path.rpartition("/")[2]
-        match files.get(name):
-            case None:
-                head(handler, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
-            case bytes() as body:
-                file(body, **hub_headers(name, body))(handler)
-            case special:
-                special(handler)
+        found = files.get(name)
+        if found is None:
+            head(handler, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
+        elif isinstance(found, bytes):
+            file(found, **hub_headers(name, found))(handler)
+        else:
+            found(handler)
 
     return answer
 
@@ -129,10 +126,11 @@ def use_hub(monkeypatch, folder, url: str) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     endpoint = url.removesuffix("/file")
-    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
-    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
-        monkeypatch.setattr(constants, name, False)
+    for name, value in {
+        "ENDPOINT": endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(folder),
+        "HF_TOKEN_PATH": str(folder / "token"),
+        **dict.fromkeys(("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"), False),
+    }.items():
+        monkeypatch.setattr(constants, name, value)

@@ -14,26 +14,18 @@ def judging(*answers: Answer) -> Iterator[tuple[str, list[Asked]]]:
         yield url.removesuffix("/file") + "/v1", requests
 
 
-def prompt_in(request: Asked) -> str:
-    """Prompt of a chat completion request."""
-    return json.loads(request.body)["messages"][0]["content"]
-
-
 def replies(value: object, status: int = 200, **headers: object) -> Answer:
-    """Any JSON."""
     return plain(json.dumps(value).encode(), status, Content_Type="application/json", **headers)
 
 
 def says(text: str | None) -> Answer:
-    """Chat completion with this text."""
     message = {"role": "assistant", "content": text}
     return replies({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
 
 
 def refuses(status: int, message: str = "no", **headers: object) -> Answer:
-    """Error in OpenAI's format."""
     return replies({"error": {"message": message}}, status, **headers)
 
 
 def hangs_up(handler: Handler) -> None:
-    """No answer."""
+    """Sends no answer."""

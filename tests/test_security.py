@@ -1,12 +1,12 @@
 """Nothing that is read is executed, and no secret is written."""
 
-import ast
 import dataclasses
-import json
+import re
 from pathlib import Path
 
 import pytest
 
+import gptjax
 from gptjax.cli.main import main
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.training import trainer
@@ -15,33 +15,20 @@ from tests.file_server import plain, serving, use_hub
 from tests.judge_server import judging, says
 from tests.small_models import make_model
 
-PACKAGE = sorted((Path(__file__).resolve().parent.parent / "gptjax").rglob("*.py"))
+PACKAGE = Path(gptjax.__file__).parent
 # Calls that execute or unpickle the content of a file, beyond ruff's rules
 # and the imports that test_style.py forbids.
-DANGEROUS = {
-    *("tarfile", "zipfile", "runpy", "multiprocessing", "serialize_executable"),
-    *("extractall", "unpack_archive", "load_module", "exec_module", "literal_eval"),
-    *("Environment", "NativeEnvironment", "deserialize_and_load"),
-    *("allow_pickle", "weights_only"),
-}
-
-
-def names_in(tree):
-    """All names that a source file imports, uses or passes as keywords."""
-    for node in ast.walk(tree):
-        match node:
-            case ast.Import(names=names) | ast.ImportFrom(names=names):
-                for alias in names:
-                    yield from alias.name.split(".")
-            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.keyword(arg=name):
-                yield name
+DANGEROUS = re.compile(
+    r"\b(tarfile|zipfile|runpy|multiprocessing|serialize_executable|deserialize_and_load"
+    r"|extractall|unpack_archive|load_module|exec_module|literal_eval|Environment"
+    r"|NativeEnvironment|allow_pickle|weights_only)\b(?!\")"
+)
 
 
 def test_nothing_in_the_package_executes_the_content_of_files():
-    for file in PACKAGE:
-        found = DANGEROUS & set(names_in(ast.parse(file.read_text(encoding="utf-8"))))
-        assert not found, file
-    assert DANGEROUS & set(names_in(ast.parse("np.load(path, allow_pickle=True)")))
+    assert DANGEROUS.search("np.load(path, allow_pickle=True)")
+    for file in PACKAGE.rglob("*.py"):
+        assert not DANGEROUS.search(file.read_text(encoding="utf-8")), file
 
 
 SECRETS = {
@@ -52,33 +39,21 @@ SECRETS = {
     "PASSWORD_OF_MINE": "canary-mine-4711",
 }
 CONFIG = """
-[model]
-context_length = 16
-n_layers = 1
-n_heads = 2
-d_model = 8
-[data]
-source = "text.txt"
-tokenizer = "bytes"
-[optim]
-warmup_steps = 1
-[train]
-steps = 2
-log_every = 1
-sample_prompt = ""
+model = {context_length = 16, n_layers = 1, n_heads = 2, d_model = 8}
+data = {source = "text.txt", tokenizer = "bytes"}
+optim.warmup_steps = 1
+train = {steps = 2, log_every = 1, sample_prompt = ""}
 """
 
 
 def test_no_secret_of_the_environment_is_printed_or_written(tmp_path, monkeypatch, capfd):
     (tmp_path / "text.txt").write_text("One and one is two. " * 50)
     (tmp_path / "tiny.toml").write_text(CONFIG)
-    row = {"prompt": "Hi", "completion": "Ho"}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Hi", "completion": "Ho"}\n')
     model = make_model(context_length=64, n_layers=1)
     template = load_chat_template("qa").source
     save(dataclasses.replace(model, chat_template=template), tmp_path / "qa")
     monkeypatch.chdir(tmp_path)
-    bad = "https://user:canary-url-4711@127.0.0.1:9/v1"
     judge = ["eval", "qa", "--chat-data", "rows.jsonl", "--judge"]
 
     with serving(plain(b"no", 401)) as (hub, asked), judging(says("80")) as (url, judged):
@@ -89,7 +64,7 @@ def test_no_secret_of_the_environment_is_printed_or_written(tmp_path, monkeypatc
             main(["train", "tiny.toml", "--run", "run"]),
             main(["generate", "owner/name", "Hi"]),
             main([*judge, url, "--out", "out.jsonl"]),
-            main([*judge, bad, "--out", "other.jsonl"]),
+            main([*judge, "https://user:canary-url-4711@127.0.0.1:9/v1", "--out", "b.jsonl"]),
         ]
         monkeypatch.setattr(trainer, "save_checkpoint", None)
         with pytest.raises(TypeError, match="NoneType"):  # a crash

@@ -8,19 +8,15 @@ import pytest
 
 from gptjax.errors import ConfigError, ModelError
 from gptjax.evaluation import llm_judge
-from gptjax.evaluation.llm_judge import (
-    Judgement,
-    LLMJudge,
-    UnreachableError,
-    iter_judgements,
-    judge_prompt,
-    parse_score,
-    summarize_judgements,
-)
+from gptjax.evaluation.llm_judge import Judgement, LLMJudge, UnreachableError, iter_judgements
 from tests.file_server import plain
-from tests.judge_server import hangs_up, judging, prompt_in, refuses, replies, says
+from tests.judge_server import hangs_up, judging, refuses, replies, says
 
 ROWS = [(f"question {n}", f"truth {n}", f"answer {n}") for n in range(3)]
+PROMPT = (
+    "Given the input `2+2?` and correct output `4`, score the model response `5` on a scale from "
+    "0 to 100, where 100 is the best score. Respond with the integer number only."
+)
 KEY = "sk-secret"
 
 
@@ -31,28 +27,19 @@ def _no_waiting(monkeypatch):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0, raising=False)
 
 
-def ask(url):
-    return LLMJudge(url, "llama3").reply_to("How good?")
+def ask(url, prompt="How good?"):
+    return LLMJudge(url, "llama3").reply_to(prompt)
 
 
 @pytest.mark.fast
 def test_request_is_a_greedy_chat_completion_with_the_book_prompt():
-    prompt = judge_prompt("2+2?", "4", "5")
     with judging(says("85")) as (url, requests):
-        assert LLMJudge(url, "llama3").reply_to(prompt) == "85"
+        assert ask(url, llm_judge.judge_prompt("2+2?", "4", "5")) == "85"
 
-    assert prompt == (
-        "Given the input `2+2?` and correct output `4`, score the model response `5` "
-        "on a scale from 0 to 100, where 100 is the best score. Respond with the "
-        "integer number only."
-    )
     assert [request.path for request in requests] == ["/v1/chat/completions"]
-    assert json.loads(requests[0].body) == {
-        "model": "llama3",
-        "messages": [{"role": "user", "content": prompt}],
-        "temperature": 0,
-        "seed": 123,
-    }
+    messages = [{"role": "user", "content": PROMPT}]
+    expected = {"model": "llama3", "messages": messages, "temperature": 0, "seed": 123}
+    assert json.loads(requests[0].body) == expected
 
 
 @pytest.mark.fast
@@ -62,12 +49,12 @@ def test_scores_are_parsed_with_common_decorations_and_nothing_else():
         *("Score: {}", "score = {}.", "**Score:** {}", "<think>95?\n</think>\n\n{}"),
     ):
         for score in (0, 7, 85, 100):
-            assert parse_score(reply.format(score)) == score, reply
+            assert llm_judge.parse_score(reply.format(score)) == score, reply
     for reply in (
         *("", "good", "85 90", "85-90", "8.5", "85,5", "101", "-5", "085", "85%", "85/10"),
         *("I give 85.", "Score 85", "٨٥", "<think>85", "<think>85</think>"),
     ):
-        assert parse_score(reply) is None, reply
+        assert llm_judge.parse_score(reply) is None, reply
 
 
 def test_transient_failures_are_retried_and_lone_surrogates_replaced():
@@ -78,33 +65,29 @@ def test_transient_failures_are_retried_and_lone_surrogates_replaced():
 
 
 @pytest.mark.parametrize(
-    ("answer", "num_requests", "message"),
+    ("answer", "num_requests", "error_type", "message"),
     [
-        (refuses(429, "slow"), 3, "429.*slow.*quota"),
-        (hangs_up, 3, "cannot be reached.*ollama serve"),
-        (refuses(401, "who?"), 1, "401.*who.*OPENAI_API_KEY"),
-        (refuses(404), 1, "404.*/v1.*ollama pull"),
-        (refuses(307, Location="/v1/chat/completions"), 1, "307.*redirects"),
-        (plain(b"<html>\n\x1b[2J"), 1, r"<html>\\n\\x1b\[2J.*/v1"),
-        (plain(b"[" * 100_000, Content_Type="application/json"), 1, r"\[{200}'"),
-        (replies({"choices": []}), 1, "choices"),
+        (refuses(429, "slow"), 3, UnreachableError, "429.*slow.*quota"),
+        (hangs_up, 3, UnreachableError, "cannot be reached.*ollama serve"),
+        (refuses(401, "who?"), 1, UnreachableError, "401.*who.*OPENAI_API_KEY"),
+        (refuses(404), 1, UnreachableError, "404.*/v1.*ollama pull"),
+        # A redirect that is followed would be one more request.
+        (refuses(307, Location="/v1/chat/completions"), 1, UnreachableError, "307.*redirects"),
+        (plain(b"<html>\n\x1b[2J"), 1, UnreachableError, r"<html>\\n\\x1b\[2J.*/v1"),
+        (plain(b"[" * 100_000), 1, UnreachableError, r"\[{200}'"),
+        (replies({"choices": []}), 1, UnreachableError, "choices"),
+        # Other prompts may succeed.
+        (refuses(400, "x" * 999), 1, ModelError, "400"),
+        (says(None), 1, ModelError, "null"),
     ],
 )
-def test_unusable_server_is_an_error_with_a_fix(answer, num_requests, message):
-    with judging(answer) as (url, requests), pytest.raises(UnreachableError, match=message):
+def test_failed_request_is_an_error_with_a_fix(answer, num_requests, error_type, message):
+    with judging(answer) as (url, requests), pytest.raises(error_type, match=message) as error:
         ask(url)
 
-    assert len(requests) == num_requests  # a redirect that is followed would be one more
-
-
-@pytest.mark.parametrize("answer", [refuses(400, "x" * 999), says(None)])
-def test_rejected_prompt_is_not_retried_and_does_not_end_the_evaluation(answer):
-    with judging(answer) as (url, requests), pytest.raises(ModelError) as error:
-        ask(url)
-
-    assert type(error.value) is ModelError
+    assert type(error.value) is error_type
     assert len(str(error.value)) < 500
-    assert len(requests) == 1
+    assert len(requests) == num_requests
 
 
 def test_silent_server_is_unreachable(monkeypatch):
@@ -157,61 +140,46 @@ def test_offline_and_behind_a_proxy_a_local_server_is_asked_directly(monkeypatch
             LLMJudge(url, "llama3")
 
 
-def test_invalid_url_is_rejected_without_showing_a_password():
+def test_invalid_url_and_missing_client_are_errors_without_a_password(monkeypatch):
     for url in (
         *("", "localhost:11434/v1", "file:///etc/passwd", "http:///v1", "http://a b/v1"),
-        *("http://a/v1\n", "http://é.b", "http://a:b/", "http://[::1/v1"),
+        *("http://a/v1\n", "http://é.b", "http://a:b/", "http://a:0/", "http://[::1/v1"),
         *("https://me:secret@a.b/v1", "https://a.b/v1?version=1"),
     ):
         with pytest.raises(ConfigError, match="judge's URL") as error:
             LLMJudge(url, "llama3")
         assert "secret" not in str(error.value)
-
-
-def test_missing_client_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-
     with pytest.raises(ConfigError, match=r"\[judge\]"):
         LLMJudge("http://localhost/v1", "llama3")
 
 
 @pytest.mark.fast
-def test_each_judgement_arrives_before_the_next_request():
-    with judging(says("85"), says("Well done!"), refuses(400, "long")) as (url, requests):
+def test_each_judgement_arrives_before_the_next_request_and_only_scores_are_averaged():
+    with judging(says("85"), says("Well done!"), refuses(401, "who?")) as (url, requests):
         found = []
         for judgement in iter_judgements(LLMJudge(url, "llama3"), ROWS):
             found.append(judgement)
             assert len(requests) == len(found)
 
-    assert [prompt_in(request) for request in requests] == [judge_prompt(*row) for row in ROWS]
+    prompts = [json.loads(request.body)["messages"][0]["content"] for request in requests]
+    assert prompts == [llm_judge.judge_prompt(*row) for row in ROWS]
     assert found[:2] == [Judgement(85, "85", ""), Judgement(None, "Well done!", "")]
     assert found[2][:2] == (None, "")
-    assert "status 400" in found[2].error
+    assert "status 401" in found[2].error
+
+    summary = llm_judge.summarize_judgements([*found, Judgement(5, "5", "")])
+    low, high = summary.pop("low"), summary.pop("high")
+    counts = {"judged": 4, "scored": 2, "unparsable": 1, "failed": 1}
+    assert summary == {**counts, "mean_score": 45}
+    assert 5 <= low < 45 < high <= 85
+    assert llm_judge.summarize_judgements(found[1:])["mean_score"] is None
 
 
-def test_unreachable_server_ends_the_evaluation_only_at_the_first_row():
-    with judging(says("85"), refuses(401)) as (url, _):
-        found = list(iter_judgements(LLMJudge(url, "llama3"), ROWS))
+def test_only_an_unreachable_server_ends_the_evaluation_at_the_first_row():
     with judging(refuses(401), says("85")) as (url, _), pytest.raises(UnreachableError):
         list(iter_judgements(LLMJudge(url, "llama3"), ROWS))
     with judging(refuses(400), says("85")) as (url, _):
-        others = list(iter_judgements(LLMJudge(url, "llama3"), ROWS))
+        found = list(iter_judgements(LLMJudge(url, "llama3"), ROWS))
 
-    assert [(one.score, bool(one.error)) for one in found] == [(85, False), *[(None, True)] * 2]
-    assert [one.score for one in others] == [None, 85, 85]
-
-
-def test_only_scores_are_averaged():
-    judgements = [
-        *(Judgement(score, str(score), "") for score in (0, 50, 100)),
-        *[Judgement(None, "hm", "")] * 2,
-        Judgement(None, "", "refused"),
-    ]
-
-    found = summarize_judgements(judgements)
-
-    low, high = found.pop("low"), found.pop("high")
-    counts = {"judged": 6, "scored": 3, "unparsable": 2, "failed": 1}
-    assert found == {**counts, "mean_score": 50}
-    assert 0 <= low < 50 < high <= 100
-    assert summarize_judgements(judgements[3:])["mean_score"] is None
+    assert [one.score for one in found] == [None, 85, 85]

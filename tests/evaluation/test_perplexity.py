@@ -12,8 +12,6 @@ from gptjax.evaluation import perplexity
 from gptjax.model.gpt import apply
 from tests.small_models import make_model
 
-TEXT = "To be, or not to be: that is the question. " * 3
-
 
 @pytest.fixture(scope="module")
 def model():
@@ -48,10 +46,13 @@ def test_loss_of_a_short_text_is_that_of_one_plain_forward_pass(model):
     token_ids, losses = perplexity.token_losses(model, text)
 
     assert result.total_loss == pytest.approx(sum(expected), rel=1e-6)
-    assert result.loss == result.total_loss / len(text)
-    assert result.tokens == result.bytes == len(text)
-    assert result.perplexity == pytest.approx(math.exp(result.loss))
-    assert result.bits_per_byte == pytest.approx(result.loss / math.log(2))
+    assert result.bytes == len(text)
+    assert result.to_dict() == {
+        "loss": result.total_loss / len(text),
+        "perplexity": pytest.approx(math.exp(result.loss)),
+        "bits_per_byte": pytest.approx(result.loss / math.log(2)),
+        "tokens": len(text),
+    }
     assert token_ids == ids[1:]
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
@@ -71,10 +72,11 @@ def test_documents_do_not_help_to_predict_each_other(model):
 
 
 def test_empty_or_too_long_text_and_invalid_stride_are_rejected(model):
-    for evaluate in (perplexity.score, perplexity.token_losses):
-        with pytest.raises(DataError, match="no token"):
-            evaluate(model, "")
-    with pytest.raises(ConfigError, match="129 tokens"):
-        perplexity.token_losses(model, TEXT)
-    with pytest.raises(ConfigError, match="--stride 17"):
-        perplexity.score(model, TEXT, stride=17)
+    with pytest.raises(DataError, match="no token"):
+        perplexity.score(model, "")
+    for text in ("", "x" * 17):
+        with pytest.raises(ConfigError, match=f" {len(text)} tokens"):
+            perplexity.token_losses(model, text)
+    for stride in (0, 17):
+        with pytest.raises(ConfigError, match=f"--stride {stride} "):
+            perplexity.score(model, "a text", stride=stride)

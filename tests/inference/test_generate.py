@@ -65,30 +65,25 @@ def test_cached_tokens_and_logprobs_are_uncached_ones_also_beyond_the_window(mod
     assert [result.truncated for result in results] == [0] * 5 + [len(LONG) - CONTEXT]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_row_of_a_batch_is_what_it_is_alone(model, temperature):
-    batch = generate_tokens(model, SHORT, temperature=temperature, samples=2)
-
-    for n, prompt in enumerate(SHORT):
-        (alone,) = generate_tokens(model, prompt, temperature=temperature)
-        assert batch[2 * n].ids == alone.ids
-        assert (batch[2 * n + 1].ids == alone.ids) == (temperature == 0)
-
-
-def test_seeds_and_samples_differ_and_repeat_and_top_k_of_one_is_greedy(model):
-    def ids(**options):
-        return [result.ids for result in generate_tokens(model, SHORT, samples=2, **options)]
+def test_seeds_and_samples_differ_and_repeat_also_without_a_batch(model):
+    def ids(prompts=SHORT, samples=2, **options):
+        results = generate_tokens(model, prompts, samples=samples, **options)
+        return [tuple(result.ids) for result in results]
 
     assert ids() == ids() == ids(top_k=2**40)
-    assert len(set(map(tuple, ids() + ids(seed=1)))) == 12
+    assert len({*ids(), *ids(seed=1)}) == 12
     assert ids(temperature=2.0, top_k=1) == ids(temperature=0.0)
+    for options in ({}, {"temperature": 0.0}):
+        alone = [ids(prompt, 1, **options)[0] for prompt in SHORT]
+        assert ids(**options)[::2] == alone
+    assert ids(temperature=0.0)[1::2] == alone
 
 
 def test_padding_of_the_vocabulary_is_never_sampled(model):
     ids = set()
     for seed in range(4):
-        for result in generate_tokens(model, "ab", temperature=100.0, samples=6, seed=seed):
-            ids.update(result.ids)
+        results = generate_tokens(model, "ab", temperature=100.0, samples=6, seed=seed)
+        ids.update(*(result.ids for result in results))
 
     assert max(ids) < model.config.vocab_size
     assert len(ids) > 200
@@ -101,11 +96,8 @@ def test_other_prompts_lengths_and_options_compile_nothing(model):
 
     generate_tokens(model, "abc")
     before = count_programs()
-    options = {"top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.3, "stop_ids": [1, 2]}
-    for n, prompt in enumerate(["x", "other"]):
-        generate_tokens(
-            model, prompt, max_new_tokens=22 + n, temperature=0.3 * n, top_k=n, seed=n, **options
-        )
+    options = {"top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.3, "stop_ids": [1, 2], "seed": 3}
+    generate_tokens(model, "other", max_new_tokens=22, temperature=0.3, top_k=4, **options)
 
     assert count_programs() == before
 
@@ -129,18 +121,18 @@ def test_repetition_penalty_covers_the_prompt_and_new_tokens(model):
     assert len({*result.ids, *b"ab"}) == NUM_TOKENS + 2
 
 
-@pytest.mark.parametrize("at", [3, 15, 16, 17])
-def test_stop_text_ends_the_text_before_it_also_across_chunks(model, at):
+def test_stop_text_ends_the_text_before_it_also_across_chunks(model):
     (free,) = generate_tokens(model, "ab")
-    stop = free.text[at : at + 3]
-    options = {"max_new_tokens": NUM_TOKENS, "stop_ids": [], "stop": stop}
+    for start in (3, 15, 16):
+        stop = free.text[start : start + 3]
+        options = {"max_new_tokens": NUM_TOKENS, "stop_ids": [], "stop": stop}
 
-    (result,) = complete(model, "ab", **options)
+        (result,) = complete(model, "ab", **options)
 
-    assert result.text == free.text[: free.text.index(stop)]
-    assert result.finish_reason == "stop"
-    assert len(result.ids) == len(result.logprobs) < NUM_TOKENS
-    assert "".join(stream(model, "ab", **options)) == result.text
+        assert result.text == free.text[: free.text.index(stop)]
+        assert result.finish_reason == "stop"
+        assert len(result.ids) == len(result.logprobs) < NUM_TOKENS
+        assert "".join(stream(model, "ab", **options)) == result.text
 
 
 def test_chunks_change_neither_the_stop_text_nor_split_a_character(model, monkeypatch):

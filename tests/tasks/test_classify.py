@@ -199,9 +199,10 @@ def test_labels_are_saved_with_the_model_and_needed(tmp_path):
     with pytest.raises(ModelError, match="labels"):
         gptjax.classify(BASE, ["x"])
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"labels": ["a"]}))
-    with pytest.raises(ModelError, match=r"labels=.*3 classes"):
-        gptjax.load(tmp_path)
+    for labels in (["a"], ["a", "b", 3]):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"labels": labels}))
+        with pytest.raises(ModelError, match=r"labels=.*3 classes"):
+            gptjax.load(tmp_path)
 
 
 def test_the_command_line_classifies_and_evaluates_texts_and_files(finished, tmp_path, capsys):

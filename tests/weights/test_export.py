@@ -65,6 +65,8 @@ def test_tensors_of_all_layouts_are_the_same_numbers():
     assert {rename(name, BOOK_NAMES) for name in book} == hf.keys()
     for name, tensor in hf.items():
         np.testing.assert_array_equal(tensor, openai[name], err_msg=name)
+    without_bias = named_tensors(make_model(qkv_bias=False), "hf")
+    np.testing.assert_array_equal(without_bias["h.1.attn.c_attn.bias"], np.zeros(48))
     for name, tensor in book.items():
         expected = hf[rename(name, BOOK_NAMES)]
         for n, part in enumerate(("W_query", "W_key", "W_value")):
@@ -73,12 +75,6 @@ def test_tensors_of_all_layouts_are_the_same_numbers():
         if ".att." in name or ".ff." in name:  # PyTorch: [output, input]
             expected = expected.T
         np.testing.assert_array_equal(tensor, expected, err_msg=name)
-
-
-def test_missing_biases_are_zeros_in_hugging_face_files():
-    tensors = named_tensors(make_model(qkv_bias=False), "hf")
-
-    np.testing.assert_array_equal(tensors["h.1.attn.c_attn.bias"], np.zeros(48))
 
 
 def test_an_export_must_reproduce_the_logits(model, tmp_path, monkeypatch):
@@ -92,40 +88,35 @@ def test_an_export_must_reproduce_the_logits(model, tmp_path, monkeypatch):
     assert not (tmp_path / "wrong").exists()
 
 
-def test_an_import_is_checked_and_keeps_the_chat_template(hf, model, tmp_path):
-    template = load_chat_template("qa").source
+def test_an_import_keeps_the_template_and_is_compared_with_published_values(
+    hf, model, tmp_path, monkeypatch
+):
+    table = np.asarray(model.params["token_embedding"]["embedding"])
+    right = convert.ReferenceValues(10_832, (*table[0, :3], table[-1, -1]))
+    monkeypatch.setattr(hub, "fetch_repo", lambda name, log: hf)
+    monkeypatch.setitem(convert.REFERENCE_VALUES, "gpt2", right)
+    monkeypatch.chdir(tmp_path)  # where no folder is called gpt2
+    template, lines = load_chat_template("qa").source, []
     (hf / "chat_template.jinja").write_text(template)
-    lines = []
 
-    convert_model(str(hf), tmp_path / "own", lines.append)
+    convert_model("gpt2", tmp_path / "own", lines.append)
 
     assert [line.split()[0] for line in lines] == ["read", "check", "wrote"]
     assert "28 tensors, 10,832 parameters" in lines[0]
+    assert "published values agree" in lines[1]
     loaded = gptjax.load(tmp_path / "own")
     assert_same(loaded, model)
     assert loaded.chat_template == template
     with pytest.raises(ModelError, match=str(tmp_path / "own")):
         convert_model(str(hf), tmp_path / "own", lines.append)
-
-
-def test_a_public_name_is_compared_with_published_values(hf, model, tmp_path, monkeypatch):
-    table = np.asarray(model.params["token_embedding"]["embedding"])
-    right = convert.ReferenceValues(10_832, (*table[0, :3], table[-1, -1]))
-    monkeypatch.setattr(hub, "fetch_repo", lambda name, log: hf)
-    monkeypatch.chdir(tmp_path)  # where no folder is called gpt2
-    monkeypatch.setitem(convert.REFERENCE_VALUES, "gpt2", right)
-    lines = []
-
-    convert_model("gpt2", tmp_path / "own", lines.append)
-
-    assert "published values agree" in lines[1]
-    monkeypatch.setitem(convert.REFERENCE_VALUES, "gpt2", right._replace(num_params=10_833))
-    with pytest.raises(ModelError, match="10833"):
-        convert_model("gpt2", tmp_path / "other", lines.append)
-    for n in range(4):
-        wrong = right._replace(embedding=(*right.embedding[:n], 9.0, *right.embedding[n + 1 :]))
-        with pytest.raises(ModelError, match=r"9\.0"):
-            convert.check_reference_values(model, wrong)
+    wrong_values = [(*right.embedding[:n], 9.0, *right.embedding[n + 1 :]) for n in range(4)]
+    for wrong in (
+        right._replace(num_params=9),
+        *(right._replace(embedding=v) for v in wrong_values),
+    ):
+        monkeypatch.setitem(convert.REFERENCE_VALUES, "gpt2", wrong)
+        with pytest.raises(ModelError, match=r"expected .*\b9\b"):
+            convert_model("gpt2", tmp_path / "other", lines.append)
 
 
 def test_impossible_exports_are_errors_and_leave_nothing(model, tmp_path):

@@ -6,7 +6,6 @@ Run with `pytest -m network -n0 tests/weights/test_network.py`; downloads 0.5 GB
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,26 +20,18 @@ from gptjax.weights import convert
 
 pytestmark = pytest.mark.network
 
-whole_pass = jax.jit(gptjax.apply, static_argnums=0)
-
 
 @pytest.fixture(scope="module")
 def gpt2():
     return gptjax.load("gpt2")
 
 
-def test_the_public_model_has_the_published_values(gpt2):
-    result = convert.check_reference_values(gpt2, convert.REFERENCE_VALUES["gpt2"])
-
-    assert "published values agree" in result
+def test_the_public_model_has_the_published_values_and_text(gpt2):
+    assert "agree" in convert.check_reference_values(gpt2, convert.REFERENCE_VALUES["gpt2"])
     assert gpt2.config.tie_embeddings
     assert gpt2.tokenizer.hash == gptjax.tokenizer.load("gpt2").hash
-
-
-def test_greedy_text_is_the_published_one(gpt2):
-    """Raschka 2024, chapter 6: 124M after "Every effort moves you"."""
+    # Raschka 2024, chapter 6.
     text = gptjax.generate(gpt2, "Every effort moves you", max_new_tokens=15, temperature=0.0)
-
     assert text == (
         "Every effort moves you forward.\n\nThe first step is to understand the "
         "importance of your work"
@@ -56,7 +47,7 @@ def test_the_loss_on_the_verdict_is_the_published_one(gpt2):
         ids = np.array(gpt2.tokenizer.encode(part))
         rows = [ids[i : i + 257] for i in range(0, len(ids) - 256, 256)]
         row_BT = jnp.asarray(np.stack(rows))
-        logit_BTV = whole_pass(gpt2.config, gpt2.params, row_BT[:, :-1])
+        logit_BTV = gptjax.apply(gpt2.config, gpt2.params, row_BT[:, :-1])
         nats, weight = cross_entropy_sum(logit_BTV, row_BT[:, 1:], jnp.ones(row_BT[:, 1:].shape))
         return float(nats / weight)
 
