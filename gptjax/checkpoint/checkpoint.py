@@ -14,10 +14,9 @@ import functools
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -47,7 +46,6 @@ MAX_CHECKPOINT_FILE_BYTES = 1 << 28
 MIN_FREE_BYTES = 1 << 20  # free space needed in addition to the arrays
 OS_ERROR_PATTERN = re.compile(r"os_error_code='?(\d+)")  # in TensorStore's messages
 UINT_DTYPES = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by item size in bytes
-NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 SaveFn = Callable[..., None]  # (step, tree, metadata)
 
@@ -60,13 +58,12 @@ def async_saver(
 
     The caller may donate the arrays while they are written: on CPU, JAX copies donated
     buffers that are still referenced, and arrays on other devices are fetched first.
-    With several processes each save is synchronous, because processes cannot
-    synchronize in a thread during training. An error is raised by the next `save` or at
-    the end of the block, which waits for the last one.
+    Several processes save synchronously: they cannot synchronize in a thread. An error
+    is raised by the next `save` or at the end of the block, which waits for the last.
     """
 
-    def write_and_notify(step: int, tree: Any, metadata: Mapping[str, Any] = NO_METADATA) -> None:
-        write_step(checkpoint_dir, step, tree, keep, metadata)
+    def write_and_notify(step: int, tree: Any, *metadata: Any) -> None:
+        write_step(checkpoint_dir, step, tree, keep, *metadata)
         on_saved(step)
 
     if jax.process_count() > 1:
@@ -79,10 +76,10 @@ def async_saver(
             wait(pending)  # a signal may raise here; the result is still needed
             pending.pop().result()
 
-    def begin_save(step: int, tree: Any, metadata: Mapping[str, Any] = NO_METADATA) -> None:
+    def begin_save(step: int, tree: Any, *metadata: Any) -> None:
         wait_for_pending()
         check_disk_space(checkpoint_dir, tree)
-        pending.append(executor.submit(write_and_notify, step, copy_to_host(tree), metadata))
+        pending.append(executor.submit(write_and_notify, step, copy_to_host(tree), *metadata))
 
     try:
         with ThreadPoolExecutor(1, "checkpoint") as executor:
@@ -102,7 +99,7 @@ def copy_to_host(tree: Any) -> Any:
 
 
 def write_step(
-    checkpoint_dir: Path, step: int, tree: Any, keep: int, metadata: Mapping[str, Any] = NO_METADATA
+    checkpoint_dir: Path, step: int, tree: Any, keep: int, metadata: dict[str, Any] | None = None
 ) -> None:
     """Saves `tree` as `step`, then deletes all but the newest `keep` steps.
 
@@ -124,7 +121,7 @@ def write_step(
         write_arrays(partial_dir / "state", tree)
         if is_main:
             arrays = {name: [spec, checksums[name]] for name, spec in tree_spec(tree).items()}
-            contents = {"step": step, "arrays": arrays, "metadata": dict(metadata)}
+            contents = {"step": step, "arrays": arrays, "metadata": metadata or {}}
             write_manifest(partial_dir, contents)
             commit_step(checkpoint_dir, step)
         sync_global_devices("checkpoint committed")
@@ -213,10 +210,8 @@ def latest_step(checkpoint_dir: Path) -> tuple[int | None, list[str]]:
 def restore(checkpoint_dir: Path, step: int, like: Any) -> Any:
     """Restores a tree with the structure, dtypes and sharding of `like`.
 
-    Raises:
-        CorruptCheckpointError: a restored array differs from the saved one.
-        ModelError: the saved arrays have other names, shapes or dtypes, or Orbax
-            cannot read the files, although they are unchanged.
+    Raises CorruptCheckpointError if a restored array differs from the saved one, and
+    ModelError if Orbax cannot restore arrays with these names, shapes and dtypes.
     """
     arrays = read_manifest(checkpoint_dir / str(step))["arrays"]
     saved = {name: text for name, (text, _) in arrays.items()}

@@ -6,9 +6,7 @@ files of its manifest, bit for bit.
 
 import hashlib
 import json
-import os
 import stat
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -84,28 +82,22 @@ def hash_files(step_dir: Path) -> dict[str, list[Any]]:
 
     Names of empty folders end in a slash.
     """
-    sizes = {name: size for name, size in _walk(step_dir, "") if name != MANIFEST}
+    names = []
+    for path in step_dir.rglob("*"):
+        name, mode = path.relative_to(step_dir).as_posix(), path.lstat().st_mode
+        if stat.S_ISDIR(mode):
+            names += [] if any(path.iterdir()) else [f"{name}/"]
+        elif not stat.S_ISREG(mode):
+            raise CorruptCheckpointError(f"{name!r} is neither a file nor a folder")
+        elif name != MANIFEST:
+            names.append(name)
 
     def size_and_hash(name: str) -> list[Any]:
         if name.endswith("/"):
             return [0, ""]
         with (step_dir / name).open("rb") as file:
-            return [sizes[name], hashlib.file_digest(file, "sha256").hexdigest()]
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return [file.tell(), digest]
 
     with ThreadPoolExecutor(HASH_THREADS, "hash") as executor:
-        return dict(zip(sizes, executor.map(size_and_hash, sizes), strict=True))
-
-
-def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
-    """Yields the names and sizes of all files in `folder`, sorted by name."""
-    with os.scandir(folder) as entries:
-        children = sorted(entries, key=lambda entry: entry.name)
-    for entry in children:
-        name, status = prefix + entry.name, entry.stat(follow_symlinks=False)
-        if stat.S_ISDIR(status.st_mode):
-            nested = [*_walk(folder / entry.name, f"{name}/")]
-            yield from nested or [(f"{name}/", 0)]
-        elif stat.S_ISREG(status.st_mode):
-            yield name, status.st_size
-        else:
-            raise CorruptCheckpointError(f"{name!r} is neither a file nor a folder")
+        return dict(zip(names, executor.map(size_and_hash, names), strict=True))

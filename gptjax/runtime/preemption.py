@@ -57,18 +57,26 @@ def handle_signals(final: bool = False) -> Iterator[Callable[[], bool]]:
             raise Interrupted(NOTHING_TO_SAVE)
 
     vars(_state).update(active=True, received=False, mode="deferred")
-    previous_handlers = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     try:
-        with _watch_signals() if final else contextlib.nullcontext():
+        with on_stop_signals(on_signal), _watch_signals() if final else contextlib.nullcontext():
             yield lambda: _state.received
     except Exception as error:
         if _state.received and _state.mode == "immediate":  # Orbax wraps any exception
             raise Interrupted(NOTHING_TO_SAVE) from error
         raise
     finally:
-        for number, handler in previous_handlers.items():
-            signal.signal(number, handler)
         vars(_state).update(active=False, received=False)
+
+
+@contextlib.contextmanager
+def on_stop_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Installs a handler of the stop signals for the block."""
+    previous_handlers = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, previous in previous_handlers.items():
+            signal.signal(number, previous)
 
 
 @contextlib.contextmanager

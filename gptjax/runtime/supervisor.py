@@ -14,11 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax.runtime.preemption import EXIT_PREEMPTED, HEARTBEAT_ENV, STOP_SIGNALS
+from gptjax.runtime.preemption import EXIT_PREEMPTED, HEARTBEAT_ENV, on_stop_signals
 
 HANG_TIMEOUT_SECONDS = 1800.0  # default; compiling and saving send no heartbeats
 FINAL_EXIT_CODES = (0, 2, EXIT_PREEMPTED)  # no restart after these
@@ -35,10 +35,15 @@ def supervise(command: Sequence[str], hang_timeout: float = HANG_TIMEOUT_SECONDS
     """
     log = functools.partial(print, "auto-restart:", file=sys.stderr, flush=True)
     failed_step, num_failures = -1, 0
-    with (
-        tempfile.TemporaryDirectory(prefix="gptjax-") as scratch_dir,
-        forward_signals() as (received, children),
-    ):
+    received: list[int] = []
+    children: list[Any] = []
+
+    def forward(number: int, frame: Any) -> None:
+        received.append(number)
+        for child in children[-1:]:
+            child.send_signal(number)
+
+    with tempfile.TemporaryDirectory(prefix="gptjax-") as scratch_dir, on_stop_signals(forward):
         heartbeat_path = Path(scratch_dir) / "heartbeat"
         heartbeat_path.write_text("0")
         environment = {**os.environ, HEARTBEAT_ENV: str(heartbeat_path)}
@@ -71,25 +76,6 @@ def supervise(command: Sequence[str], hang_timeout: float = HANG_TIMEOUT_SECONDS
                 if received:
                     return EXIT_PREEMPTED
                 time.sleep(min(POLL_INTERVAL_SECONDS, seconds))
-
-
-@contextlib.contextmanager
-def forward_signals() -> Iterator[tuple[list[int], list[Any]]]:
-    """Records stop signals and forwards them to the last of the children."""
-    received: list[int] = []
-    children: list[Any] = []
-
-    def on_signal(number: int, frame: Any) -> None:
-        received.append(number)
-        for child in children[-1:]:
-            child.send_signal(number)
-
-    previous_handlers = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
-    try:
-        yield received, children
-    finally:
-        for number, handler in previous_handlers.items():
-            signal.signal(number, handler)
 
 
 def wait_or_kill(child: Any, heartbeat_path: Path, hang_timeout: float) -> bool:

@@ -24,25 +24,16 @@ def mark_phase(phase: str, value: Any = None) -> None:
 class PhaseTimer:
     """Logs the seconds of each phase, with compilation as a phase of its own."""
 
-    def __init__(
-        self,
-        log: Callable[[str], None],
-        started: float,
-        final_phase: str,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self.log, self.clock, self.final_phase = log, clock, final_phase
+    def __init__(self, log: Callable[[str], None], started: float, final_phase: str) -> None:
+        self.log, self.final_phase, self.is_finished = log, final_phase, False
         self.started = self.phase_started = started
-        # of compilation: in total, and in this phase
-        self.compile_seconds = self.phase_compile_seconds = 0.0
-        self.num_programs = self.num_cache_hits = 0
-        self.is_finished = False
+        self.compile_seconds: list[float] = []  # of each program
+        self.phase_compile_seconds, self.num_cache_hits = 0.0, 0
 
     def on_jax_event(self, event: str, duration_secs: float, **metadata: Any) -> None:
         """Counts compilations, their time and cache hits."""
         if event == COMPILE_EVENT:
-            self.num_programs += 1
-            self.compile_seconds += duration_secs
+            self.compile_seconds.append(duration_secs)
             self.phase_compile_seconds += duration_secs
         self.num_cache_hits += event == CACHE_HIT_EVENT
 
@@ -50,10 +41,10 @@ class PhaseTimer:
         """Logs a phase at its end; the final one includes the total."""
         if self.is_finished:
             return
-        now, self.is_finished = self.clock(), phase == self.final_phase
+        now, self.is_finished = time.perf_counter(), phase == self.final_phase
         if self.is_finished:
-            detail = f"{self.num_programs} programs, {self.num_cache_hits} from the cache"
-            self.log(f"{'compiling':<12}{self.compile_seconds:8.2f} s  {detail}")
+            detail = f"{len(self.compile_seconds)} programs, {self.num_cache_hits} from the cache"
+            self.log(f"{'compiling':<12}{sum(self.compile_seconds):8.2f} s  {detail}")
         self.log(f"{phase:<12}{now - self.phase_started - self.phase_compile_seconds:8.2f} s")
         if self.is_finished:
             self.log(f"{'total':<12}{now - self.started:8.2f} s")
@@ -83,13 +74,13 @@ def log_phases(log: Callable[[str], None], started: float, final_phase: str) -> 
 class StepTimer:
     """Step timer excluding evaluation time."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.clock, self.started = clock, clock()
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
         self.excluded_seconds = self.waited = 0.0
 
     def end_step(self) -> tuple[float, float]:
         """Ends a step; returns its seconds and those spent waiting for data."""
-        now, data_seconds = self.clock(), self.waited
+        now, data_seconds = time.perf_counter(), self.waited
         seconds = now - self.started - self.excluded_seconds
         self.started, self.excluded_seconds, self.waited = now, 0.0, 0.0
         return seconds, data_seconds
@@ -97,15 +88,13 @@ class StepTimer:
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Counts the time of the block as waiting for data."""
-        started = self.clock()
-        try:
-            yield
-        finally:
-            self.waited += self.clock() - started
+        started = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - started
 
     @contextlib.contextmanager
     def exclude(self) -> Iterator[None]:
         """Excludes the time of the block, for example of an evaluation."""
-        started = self.clock()
+        started = time.perf_counter()
         yield
-        self.excluded_seconds += self.clock() - started
+        self.excluded_seconds += time.perf_counter() - started

@@ -19,7 +19,7 @@ from gptjax.plots.report import Misclassification, list_mistakes, per_class_tabl
 from gptjax.tasks import builder
 from gptjax.tokenizer.tokenizer import Tokenizer
 from gptjax.training import finetune
-from gptjax.training.loss import classification_loss, fused_cross_entropy
+from gptjax.training.loss import cross_entropy_sum, fused_cross_entropy
 from gptjax.training.metrics import read_events
 from gptjax.training.task import EvalResult, RunContext, Task
 from gptjax.training.train_step import TrainState
@@ -113,7 +113,7 @@ def classification_loss_fn(
         config.model, params, tokens, lengths, dropout_key=dropout_key, adapters=adapters
     )
     logit_BC = pool_and_project(config.model, params, x_BTD, lengths)
-    loss_sum, weight = classification_loss(logit_BC, batch["labels"], batch["loss_weights"])
+    loss_sum, weight = cross_entropy_sum(logit_BC, batch["labels"], batch["loss_weights"])
     if config.finetune.lm_loss_weight:
         position_BT = jnp.arange(tokens.shape[1])[None]
         inside_BT = (position_BT < lengths[:, None] - 1) & (batch["loss_weights"][:, None] > 0)

@@ -115,10 +115,9 @@ def memory_bytes(
 def activation_bytes(config: GPTConfig, itemsize: int, tensor: int) -> tuple[int, int]:
     """Bytes saved for backward per token and layer: (all, matmuls only).
 
-    Matmul outputs are query, key, value, attention output before and after its
-    projection, MLP hidden layer and MLP output; the residual stream is counted with
-    them. The rest is float32 arrays in the layer norms and seven arrays of MLP width
-    around the GELU, as observed with the TPU compiler.
+    The residual stream is counted with the matmul outputs. The rest is float32 arrays
+    in the layer norms and seven arrays of MLP width around the GELU, as observed with
+    the TPU compiler.
     """
     features, heads, hidden = config.d_model, 4 * config.d_model, config.mlp_dim
     matmul_bytes = itemsize * (4 * features + (heads + hidden) // tensor)

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy as (sum, weight), computed in chunks of positions.
+"""Cross-entropy as (sum, weight); that of next tokens in chunks of positions.
 
 All losses are a sum in nats and the sum of weights to divide it by, so that
 micro-batches and shards with different numbers of targets are averaged exactly. Logits
@@ -38,9 +38,9 @@ Targets = Int[Array, "B T"]
 
 
 def cross_entropy_sum(
-    logit_BTV: Float[Array, "B T V"], target_BT: Targets, weight_BT: PerToken
+    logits: Float[Array, "*B V"], targets: Int[Array, "*B"], weights: Float[Array, "*B"]
 ) -> tuple[Scalar, Scalar]:
-    """Summed next-token cross-entropy (nats), and the sum of weights to divide it by.
+    """Summed cross-entropy (nats) of tokens or labels, and the sum of weights.
 
     The weight is 1 for targets that count, and 0 for padding and masked prompts.
 
@@ -50,10 +50,8 @@ def cross_entropy_sum(
     >>> print(f"{nats:.4f} nats over {weight:.0f} token")  # ln 8
     2.0794 nats over 1 token
     """
-    loss_BT = optax.softmax_cross_entropy_with_integer_labels(
-        logit_BTV.astype(jnp.float32), target_BT
-    )
-    return jnp.sum(loss_BT * weight_BT), jnp.sum(weight_BT)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+    return jnp.sum(losses * weights), jnp.sum(weights)
 
 
 def per_token_loss(
@@ -95,8 +93,7 @@ def make_lm_loss_fn(
 ) -> Callable[..., Any]:
     """Returns `batch_loss` as a function (params, batch, key) for `make_train_step`.
 
-    Without segment ids, attention is not confined to documents, which lets some
-    attention kernels run faster.
+    Without segment ids, attention crosses documents, and some kernels run faster.
     """
 
     def loss_fn(params: Params, batch: Any, key: Any) -> tuple[Scalar, Scalar]:
@@ -145,14 +142,8 @@ def fused_cross_entropy(
     cotangent. No logits are stored, and none are computed twice. Liger Kernel (Hsu et
     al. 2024, "FusedLinearCrossEntropy") works in the same way.
 
-    Args:
-        config: shape of the model.
-        x_BTD: final hidden states.
-        unembedding_VD: from `gptjax.model.gpt.unembedding_matrix`.
-        target_BT: the token that follows each position.
-        weight_BT: loss weights.
-        chunk_size: positions [C] whose logits [B, C, V] exist at a time, at most; T is
-            split into equal chunks.
+    T is split into equal chunks of at most `chunk_size` positions [C]. The matrix is
+    from `gptjax.model.gpt.unembedding_matrix`.
     """
     loss_BT = per_token_loss(config, x_BTD, unembedding_VD, target_BT, chunk_size)
     return jnp.sum(loss_BT * weight_BT)
@@ -242,20 +233,3 @@ def from_chunks(x: Array) -> Array:
     """Reshapes [T/C, B, C, ...] to [B, T, ...]: the inverse of `to_chunks`."""
     chunks, rows, size, *rest = x.shape
     return jnp.moveaxis(x, 0, 1).reshape(rows, chunks * size, *rest)
-
-
-def classification_loss(
-    logit_BC: Float[Array, "B C"], label_B: Int[Array, " B"], weight_B: Float[Array, " B"]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Summed cross-entropy (nats) and the sum of weights to divide it by.
-
-    The weight is 1 for a text and 0 for a row that only fills the batch.
-
-    >>> import jax.numpy as jnp
-    >>> nats, weight = classification_loss(
-    ...     jnp.zeros((2, 4)), jnp.array([1, 3]), jnp.array([1.0, 0.0]))
-    >>> print(f"{nats:.4f} nats over {weight:.0f} text")  # ln 4
-    1.3863 nats over 1 text
-    """
-    loss_B = optax.softmax_cross_entropy_with_integer_labels(logit_BC, label_B)
-    return jnp.sum(loss_B * weight_B), jnp.sum(weight_B)

@@ -199,14 +199,8 @@ class MetricsLogger:
         jax.block_until_ready(metrics)  # dispatch is asynchronous
         seconds, wait_seconds = self.timer.end_step()
         num_steps, self.logged_step = step - self.logged_step, step
-        event = log_train_metrics(
-            self.run,
-            step,
-            metrics,
-            self.learning_rates[step - 1],
-            num_steps * self.tokens_per_step / seconds,
-            wait_seconds / seconds,
-        )
+        lr, rate = self.learning_rates[step - 1], num_steps * self.tokens_per_step / seconds
+        event = log_train_metrics(self.run, step, metrics, lr, rate, wait_seconds / seconds)
         self.count_skips(step - num_steps + 1, num_steps)
         if step % self.run.config.train.log_every == 0:
             self.detect_spike(event)
@@ -279,24 +273,18 @@ class MetricsLogger:
 
 
 def log_train_metrics(
-    run: RunContext,
-    step: int,
-    metrics: Metrics,
-    lr: float,
-    tokens_per_second: float,
-    input_wait: float,
+    run: RunContext, step: int, metrics: Metrics, lr: float, tokens_per_s: float, input_wait: float
 ) -> Event:
     """Logs the metrics of a finished step as a "train" event; see the module."""
     values: Event = {
         "loss": float(metrics.loss),
         "lr": lr,
         "grad_norm": float(metrics.grad_norm),
-        "tokens_per_s": tokens_per_second,
+        "tokens_per_s": tokens_per_s,
         "input_wait": input_wait,
     }
     if peak := estimate.total_peak_flops():
-        flops_per_second = tokens_per_second * estimate.flops_per_token(run.config.model)
-        values["mfu"] = flops_per_second / peak
+        values["mfu"] = tokens_per_s * estimate.flops_per_token(run.config.model) / peak
     if not metrics.applied:
         finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
         values["skipped"] = "spike" if finite else "not finite"

@@ -1,15 +1,18 @@
 """Run directory: config, metadata and the files of a run.
 
-config.toml  meta.json  metrics.jsonl  loss.png  lr.png  report.md
+config.toml  meta.json  metrics.jsonl  loss.png  lr.png  report.md  .lock
 data/  checkpoints/  model/
 """
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import platform
+import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,11 +37,13 @@ from gptjax.training.resource_errors import (
     choose_accumulation,
     translate_resource_errors,
 )
-from gptjax.training.run_lock import run_lock
 from gptjax.training.task import RunContext
 from gptjax.tree import flatten_with_names
 
 MAX_RUN_METADATA_BYTES = 1 << 26
+RUN_LOCK_FILE = ".lock"
+# Network file systems may have no locks: Lustre and NFS with some options.
+UNSUPPORTED_LOCK_ERRNOS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 ON_SPIKE = "on-spike"  # a flag, not a config option, but affects the steps too
 TRACKED_INPUTS = {  # key in meta.json: (description, config option)
     "data": ("data", "data.source"),
@@ -79,6 +84,40 @@ def open_run(
         run = choose_accumulation(run)
         check_estimated_memory(run)
         yield run
+
+
+@contextlib.contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Locks the run folder while the block runs, if its file system has locks.
+
+    The kernel releases the lock when its process ends, for whatever reason.
+    """
+    path = run_dir / RUN_LOCK_FILE
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise ModelError(
+            f"cannot write {path}: {error.strerror}. Choose another folder with --run DIR."
+        ) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(descriptor, 200, 0).decode(errors="replace")
+            raise ModelError(
+                f"another process trains in {run_dir}: {owner or 'owner not recorded'}. Wait "
+                "for it, stop it, or choose another folder with --run DIR."
+            ) from error
+        except OSError as error:
+            if error.errno not in UNSUPPORTED_LOCK_ERRNOS:
+                raise
+        started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        os.ftruncate(descriptor, 0)
+        owner = f"pid {os.getpid()} on {socket.gethostname()}, started {started}"
+        os.pwrite(descriptor, owner.encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def reconcile_config(run_dir: Path, config: RunConfig, allowed: Sequence[str] = ()) -> list[str]:
@@ -230,8 +269,7 @@ def describe_mismatch(before: Any, now: Any, name: str = "") -> str:
     'a rows was 3, now 4'
     """
     if isinstance(before, dict) and isinstance(now, dict):
-        for key in dict.fromkeys([*before, *now]):
-            if before.get(key) != now.get(key):
-                return describe_mismatch(before.get(key), now.get(key), f"{name} {key}")
+        key = next(key for key in before | now if before.get(key) != now.get(key))
+        return describe_mismatch(before.get(key), now.get(key), f"{name} {key}")
     old, new = ("none" if value is None else str(value)[:16] for value in (before, now))
     return f"{name} was {old}, now {new}".strip()

@@ -1,7 +1,7 @@
 """Train step (a pure function) and training loop (a generator)."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -169,29 +169,18 @@ def select_update(condition: Array, update_fn: Callable[..., Any], old: tuple[An
 
 
 def pmap_train_step(
-    loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
-    accumulate: int = 1,
-    devices: Sequence[Any] | None = None,
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, accumulate: int = 1
 ) -> TrainStep:
     """`make_train_step` compiled with `jax.pmap`, with the rows split over devices.
 
     State and metrics are as with `jax.jit`. Every step copies the full state to all
-    devices (default: all local ones); prefer a mesh (`gptjax.parallel.sharding`).
+    local devices; prefer a mesh (`gptjax.parallel.sharding`).
     """
-    devices = jax.local_devices() if devices is None else list(devices)
     step = make_train_step(loss_fn, optimizer, accumulate, "rows")
-    num_devices = len(devices)
-    pmapped_step = jax.pmap(step, "rows", in_axes=(None, 0), out_axes=None, devices=devices)
+    pmapped_step = jax.pmap(step, "rows", in_axes=(None, 0), out_axes=None)
 
     def split_over_devices(leaf: Any) -> Any:
-        if len(leaf) % (num_devices * accumulate):
-            raise ConfigError(
-                f"data.batch_size={len(leaf)} is not divisible by the {num_devices} "
-                f"devices times train.accumulate={accumulate}. Choose a multiple of "
-                f"{num_devices * accumulate}."
-            )
-        return leaf.reshape(num_devices, -1, *leaf.shape[1:])
+        return leaf.reshape(jax.local_device_count(), -1, *leaf.shape[1:])
 
     return lambda state, batch: pmapped_step(state, jax.tree.map(split_over_devices, batch))
 
@@ -201,10 +190,8 @@ def train_steps(
 ) -> Iterator[tuple[int, TrainState, Metrics]]:
     """Yields (finished steps, state, metrics) after each batch.
 
-    Logging, evaluation and checkpoints are plain statements in the caller's `for`
-    body, so there are no callbacks. The step is a Python int, so testing it does not
-    block on the device; reading a metric does. A yielded state is donated to the next
-    step and is valid only until then.
+    The step is a Python int, so testing it does not block on the device; reading a
+    metric does. A yielded state is donated to the next step: use it before then.
     """
     step = int(state.step)
     for batch in batches:

@@ -1,5 +1,6 @@
 """Startup phases and steps, by a clock that the test sets."""
 
+from gptjax.runtime import timing
 from gptjax.runtime.timing import (
     CACHE_HIT_EVENT,
     COMPILE_EVENT,
@@ -10,19 +11,22 @@ from gptjax.runtime.timing import (
 )
 
 
-def test_a_phase_lasts_from_the_one_before_without_compilation():
-    lines, now = [], [10.0]
-    timer = PhaseTimer(lines.append, 8.0, "first token", lambda: now[0])
+def set_times(monkeypatch, *times):
+    monkeypatch.setattr(timing.time, "perf_counter", iter(times).__next__)
+
+
+def test_a_phase_lasts_from_the_one_before_without_compilation(monkeypatch):
+    lines = []
+    timer = PhaseTimer(lines.append, 8.0, "first token")
+    set_times(monkeypatch, 10.0, 13.0, 20.0)
 
     timer.end_phase("importing")
-    now[0] = 13.0
     timer.on_jax_event(COMPILE_EVENT, 0.5)
     timer.end_phase("loading")
-    now[0] = 20.0
     timer.on_jax_event(CACHE_HIT_EVENT, 1.0)
     timer.on_jax_event(COMPILE_EVENT, 2.0)
-    timer.end_phase("first token")
-    timer.end_phase("first token")
+    for _ in range(2):
+        timer.end_phase("first token")
 
     assert [line.split()[:3] for line in lines] == [
         ["importing", "2.00", "s"],
@@ -48,9 +52,9 @@ def test_values_are_waited_for_only_while_phases_are_logged(monkeypatch):
     assert lines[-1].startswith("total  ")
 
 
-def test_a_step_excludes_evaluation_and_counts_waiting():
-    times = iter([1.0, 3.0, 3.5, 3.5, 10.0, 11.0, 11.0])
-    timer = StepTimer(lambda: next(times))
+def test_a_step_excludes_evaluation_and_counts_waiting(monkeypatch):
+    set_times(monkeypatch, 1.0, 3.0, 3.5, 3.5, 10.0, 11.0, 11.0)
+    timer = StepTimer()
 
     with timer.waiting():
         pass

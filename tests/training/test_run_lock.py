@@ -10,7 +10,7 @@ import pytest
 
 from gptjax.cli.main import main
 from gptjax.errors import ModelError
-from gptjax.training.run_lock import RUN_LOCK_FILE, run_lock
+from gptjax.training.run_dir import RUN_LOCK_FILE, run_lock
 
 HOLD = """
 import fcntl, pathlib, sys, time
