@@ -261,9 +261,12 @@ def read_latest_params(checkpoint_dir: Path) -> tuple[int, dict[str, np.ndarray]
 
 def _read_params(step_dir: Path) -> dict[str, np.ndarray]:
     """Reads and verifies the arrays below `params` of one step."""
-    arrays = read_manifest(step_dir)["arrays"]
-    names = [name for name in arrays if name.startswith("params/")]
-    like = unflatten_names({name: _empty_like(arrays[name][0]) for name in names})
+    arrays, empty = read_manifest(step_dir)["arrays"], {}
+    for name, (spec, _) in arrays.items():
+        dtype, _, shape = spec.partition("[")  # see `tree_spec`
+        if name.startswith("params/"):
+            empty[name] = np.empty(json.loads(f"[{shape}"), jnp.dtype(dtype))
+    like = unflatten_names(empty)
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), like)
     options = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -271,12 +274,6 @@ def _read_params(step_dir: Path) -> dict[str, np.ndarray]:
     check_checksums(tree, arrays)
     leaves = flatten_with_names(tree)
     return {name.removeprefix("params/"): leaf for name, leaf in leaves.items()}
-
-
-def _empty_like(spec: str) -> np.ndarray:
-    """An uninitialized array with the dtype and shape of a `tree_spec`."""
-    dtype, _, shape = spec.partition("[")
-    return np.empty(json.loads(f"[{shape}"), jnp.dtype(dtype))
 
 
 def tree_spec(tree: Any) -> dict[str, str]:

@@ -1,7 +1,6 @@
-"""JAX's persistent compilation cache, in the user's own cache directory.
+"""JAX's persistent compilation cache, in a directory that only the user can write to.
 
-JAX runs every program that it finds in the cache. Therefore the directory belongs to
-the user and nobody else can write to it.
+JAX runs every program that it finds in the cache.
 """
 
 import contextlib
@@ -52,12 +51,14 @@ def enable_cache(cache_dir: Path, max_bytes: int = -1) -> Iterator[None]:
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
     previous = {name: getattr(jax.config, name) for name in settings}
-    compilation_cache.reset_cache()  # JAX may have cached that it is off
-    try:
-        for name, value in settings.items():
+
+    def apply(values: dict[str, Any]) -> None:
+        for name, value in values.items():
             jax.config.update(name, value)
+        compilation_cache.reset_cache()  # JAX may have cached that it is off
+
+    apply(settings)
+    try:
         yield
     finally:
-        for name, value in previous.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+        apply(previous)

@@ -63,9 +63,8 @@ def spike_threshold(values: Sequence[float]) -> float:
 
 def history_at(logged: Sequence[LoggedStep], step: int) -> list[LoggedStep]:
     """Logged steps that the spike threshold of a step is computed from."""
-    return [entry for entry in logged[-MAX_LOGGED_STEPS:] if entry.step <= step - METRICS_LAG][
-        -MAX_HISTORY:
-    ]
+    known = [entry for entry in logged[-MAX_LOGGED_STEPS:] if entry.step <= step - METRICS_LAG]
+    return known[-MAX_HISTORY:]
 
 
 def grad_norm_threshold(logged: Sequence[LoggedStep], step: int) -> float:

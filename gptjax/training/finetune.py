@@ -186,9 +186,8 @@ def combine_params(
     config: RunConfig, trainable_params: Params, frozen_params: Params
 ) -> tuple[Params, Adapters | None]:
     """Parameters as `gptjax.hidden_states` takes them, and the scaled adapters."""
-    model_params = {name: leaf for name, leaf in trainable_params.items() if name != "adapters"}
-    adapters = trainable_params.get("adapters")
-    if adapters is not None:
+    model_params = dict(trainable_params)
+    if (adapters := model_params.pop("adapters", None)) is not None:
         adapters = scale_adapters(adapters, config.finetune.lora_alpha / config.finetune.lora_rank)
     return combine(frozen_params, model_params), adapters
 
@@ -197,24 +196,25 @@ def split_last_layers(params: Params, num_layers: int) -> Params:
     """Splits off the last layers of the stack, or all of them if it has fewer."""
     if not num_layers:
         return params
-    rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
-    n_layers = jax.tree.leaves(params["blocks"])[0].shape[0]
-    num_remaining = n_layers - min(num_layers, n_layers)
-    parts: Any = {"tail": jax.tree.map(lambda leaf: leaf[num_remaining:], params["blocks"])}
+    parts = dict(params)
+    blocks: Any = parts.pop("blocks")
+    num_remaining = max(len(jax.tree.leaves(blocks)[0]) - num_layers, 0)
+    parts["tail"] = jax.tree.map(lambda leaf: leaf[num_remaining:], blocks)
     if num_remaining:
-        parts["blocks"] = jax.tree.map(lambda leaf: leaf[:num_remaining], params["blocks"])
-    return rest | parts
+        parts["blocks"] = jax.tree.map(lambda leaf: leaf[:num_remaining], blocks)
+    return parts
 
 
 def merge_last_layers(params: Params) -> Params:
     """Merges all layers into one stack; inverse of `split_last_layers`."""
     if "tail" not in params:
         return params
-    rest = {n: leaf for n, leaf in params.items() if n not in ("blocks", "tail")}
-    blocks = params["tail"]
-    if "blocks" in params:
-        blocks = jax.tree.map(lambda *parts: jnp.concatenate(parts), params["blocks"], blocks)
-    return rest | {"blocks": blocks}
+    merged = dict(params)
+    parts = [merged.pop("tail")]
+    if "blocks" in merged:
+        parts.insert(0, merged["blocks"])
+    merged["blocks"] = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    return merged
 
 
 def full_params(config: RunConfig, trainable_params: Params, frozen_params: Params) -> Params:

@@ -2,13 +2,8 @@
 
 The log is append-only, and training never reads it: what a resumed run needs to know is
 in the `History` of its checkpoint.
-
-A "train" event has the loss in nats per token, the learning rate, the gradient norm
-before clipping, tokens per second since the previous event, and the fraction of that
-time spent waiting for the next batch (input_wait, 0 to 1).
 """
 
-import functools
 import json
 import math
 import threading
@@ -178,11 +173,7 @@ class MetricsLogger:
         self.step = self.logged_step = step
         self.pending: tuple[int, Metrics] | None = None
         self.applied: list[Any] = []  # of the steps not yet logged, on the device
-
-    @functools.cached_property
-    def learning_rates(self) -> list[float]:
-        """Learning rate of each step."""
-        return learning_rates(self.run.config.optim, self.run.config.train.steps)
+        self.learning_rates = learning_rates(run.config.optim, run.config.train.steps)
 
     def log_step(self, metrics: Metrics, should_log: bool) -> None:
         """Records a dispatched step; its metrics are read later if they are logged."""
@@ -275,7 +266,12 @@ class MetricsLogger:
 def log_train_metrics(
     run: RunContext, step: int, metrics: Metrics, lr: float, tokens_per_s: float, input_wait: float
 ) -> Event:
-    """Logs the metrics of a finished step as a "train" event; see the module."""
+    """Logs the metrics of a finished step as a "train" event.
+
+    It has the loss in nats per token, the gradient norm before clipping, the tokens per
+    second since the previous event, and the fraction of that time spent waiting for the
+    next batch (`input_wait`).
+    """
     values: Event = {
         "loss": float(metrics.loss),
         "lr": lr,

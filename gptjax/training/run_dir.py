@@ -136,25 +136,23 @@ def reconcile_config(run_dir: Path, config: RunConfig, allowed: Sequence[str] = 
     changes: dict[str, str] = {}
     if path.is_file():
         changes = {line.partition(":")[0]: line for line in config_diff(load_config(path), config)}
-        check_config_changes(run_dir, changes, allowed)
-    if not path.is_file() or any(resume_policy(name) == "trajectory" for name in changes):
-        write_atomic(path, tomli_w.dumps(dataclasses.asdict(config)))
-    return list(changes.values())
-
-
-def check_config_changes(run_dir: Path, changes: Mapping[str, str], allowed: Sequence[str]) -> None:
-    """Checks that a run may be resumed with the changes, lines by option."""
-    fixed = [name for name in changes if resume_policy(name) == "identity"]
-    denied = fixed or [n for n in changes if resume_policy(n) == "trajectory" and n not in allowed]
-    fix = f"allow the change with {' '.join(f'--allow-change {name}' for name in denied)}"
-    if fixed:
-        fix = "start a new run with another --run DIR, since these options are fixed for a run"
+    policies = {name: resume_policy(name) for name in changes}
+    denied = [name for name, policy in policies.items() if policy == "identity"]
+    fix = "start a new run with another --run DIR, since these options are fixed for a run"
+    if not denied:
+        denied = [
+            n for n, policy in policies.items() if policy == "trajectory" and n not in allowed
+        ]
+        fix = f"allow the change with {' '.join(f'--allow-change {name}' for name in denied)}"
     if denied:
         raise ModelError(
             f"the run in {run_dir} was started with another config: "
             f"{'; '.join(changes[name] for name in denied)}. Resume it with its own config, "
             f"or {fix}."
         )
+    if not path.is_file() or "trajectory" in policies.values():
+        write_atomic(path, tomli_w.dumps(dataclasses.asdict(config)))
+    return list(changes.values())
 
 
 def resume_policy(name: str) -> str:
@@ -247,10 +245,7 @@ def hash_pytree(tree: Any) -> str:
 
 
 def check_provenance(run_dir: Path, provenance: Mapping[str, Any]) -> None:
-    """Compares the inputs of a resumed run with those recorded in meta.json.
-
-    Inputs that an older version of gptjax did not record are not compared.
-    """
+    """Compares the inputs of a resumed run with those recorded in meta.json."""
     before = read_run_metadata(run_dir)
     for name, (description, option) in TRACKED_INPUTS.items():
         now = json.loads(json.dumps(provenance.get(name)))

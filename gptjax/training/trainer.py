@@ -217,7 +217,7 @@ def save_checkpoint(
 def jit_by_shape(
     run: RunContext, task: Task, grad_norm_threshold: Callable[[], float]
 ) -> TrainStep:
-    """Train step, compiled explicitly for each batch shape, with a log line.
+    """Train step, compiled explicitly for each batch shape.
 
     `grad_norm_threshold` returns that of the next step, for `on_spike` "skip".
     """
