@@ -32,11 +32,10 @@ def option(
     default: Any,
     description: str,
     minimum: int | None = None,
-    unit_interval: bool = False,
+    limit: int | None = None,
 ) -> Any:
-    """Field of a config section, with a help text and a range: a minimum or [0, 1)."""
-    metadata = {"description": description, "resume": resume}
-    metadata |= {"minimum": minimum, "unit_interval": unit_interval}
+    """Field of a config section, with a help text and a range [minimum, limit)."""
+    metadata = {"description": description, "resume": resume, "minimum": minimum, "limit": limit}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -49,13 +48,14 @@ class Section:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, minimum = getattr(self, field.name), field.metadata["minimum"]
+            limit = field.metadata["limit"]
+            if limit is not None and not minimum <= value < limit:
+                raise ConfigError(
+                    f"{self.section}.{field.name}={value} must be in [{minimum}, {limit}), "
+                    f"for example the default {field.default}."
+                )
             if minimum is not None:
                 check_min(self.section, self, minimum, field.name)
-            if field.metadata["unit_interval"] and not 0 <= value < 1:
-                raise ConfigError(
-                    f"{self.section}.{field.name}={value} must be in [0, 1), for example "
-                    f"the default {field.default}."
-                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,36 +66,24 @@ class GPTConfig(Section):
     """
 
     section = "model"
-    vocab_size: int = option(
-        "identity", 0, "number of tokens; 0 = size of the run's tokenizer", minimum=0
-    )
-    context_length: int = option(
-        "identity", 1024, "maximum sequence length in tokens [T]", minimum=1
-    )
-    n_layers: int = option("identity", 12, "number of transformer blocks [N]", minimum=1)
-    n_heads: int = option(
-        "identity", 12, "number of attention heads [H]; must divide d_model", minimum=1
-    )
+    vocab_size: int = option("identity", 0, "number of tokens; 0 = size of the run's tokenizer", 0)
+    context_length: int = option("identity", 1024, "maximum sequence length in tokens [T]", 1)
+    n_layers: int = option("identity", 12, "number of transformer blocks [N]", 1)
+    n_heads: int = option("identity", 12, "number of attention heads [H]; must divide d_model", 1)
     d_model: int = option(
-        "identity", 768, "width of the residual stream [D]; the MLP is 4 times as wide", minimum=1
+        "identity", 768, "residual stream width [D]; the MLP is 4 times as wide", 1
     )
-    dropout: float = option(
-        "trajectory", 0.0, "probability of zeroing an activation in training", unit_interval=True
-    )
+    dropout: float = option("trajectory", 0.0, "dropout probability in training", 0, 1)
     qkv_bias: bool = option("identity", True, "biases in the query, key and value projections")
     tie_embeddings: bool = option("identity", True, "output head shares the token embedding")
-    vocab_multiple: int = option(
-        "identity", 1, "vocab_size is padded to a multiple of this many tokens", minimum=1
-    )
+    vocab_multiple: int = option("identity", 1, "vocab_size is padded to a multiple of this", 1)
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "trajectory",
         "auto",
         "dtype of activations; auto = bfloat16 on accelerators, float32 on CPUs",
     )
     causal: bool = option("identity", True, "causal attention mask")
-    n_classes: int = option(
-        "identity", 0, "number of classes of the classifier head [C]; 0 = no head", minimum=0
-    )
+    n_classes: int = option("identity", 0, "classes of the classifier head [C]; 0 = no head", 0)
     head_bias: bool = option("identity", False, "bias in the classifier head")
     pool: Literal["last", "first", "mean", "position"] = option(
         "identity",
@@ -184,23 +172,12 @@ class DataConfig(Section):
         "stratified",
         "split of fine-tuning data: stratified by class, or as `import gptjax.book` does",
     )
-    balance_classes: bool = option(
-        "identity", False, "downsample all classes to the size of the smallest"
-    )
+    balance_classes: bool = option("identity", False, "downsample classes to the smallest one")
     deduplicate: bool = option("identity", False, "drop repeated labeled texts")
-    test_fraction: float = option(
-        "identity",
-        0.2,
-        "fraction of fine-tuning examples for the test at the end",
-        unit_interval=True,
-    )
-    val_fraction: float = option(
-        "identity", 0.1, "fraction of documents or examples for validation", unit_interval=True
-    )
-    split_seed: int = option("identity", 0, "seed of the validation and test splits", minimum=0)
-    batch_size: int = option(
-        "trajectory", 8, "rows per step, over all devices and micro-batches [B]", minimum=1
-    )
+    test_fraction: float = option("identity", 0.2, "fraction of fine-tuning data for testing", 0, 1)
+    val_fraction: float = option("identity", 0.1, "fraction of data for validation", 0, 1)
+    split_seed: int = option("identity", 0, "seed of the validation and test splits", 0)
+    batch_size: int = option("trajectory", 8, "rows per step, all devices and micro-batches [B]", 1)
     batching: Literal["auto", "packed", "concat", "padded", PluginValue] = option(
         "trajectory",
         "auto",
@@ -215,9 +192,7 @@ class DataConfig(Section):
         "alpaca, phi3, chatml, qa, single or a Jinja file; empty = that of "
         "finetune.init_from, else alpaca",
     )
-    completion_only_loss: bool = option(
-        "identity", True, "loss on the completion only, not on the prompt"
-    )
+    completion_only_loss: bool = option("identity", True, "loss on completions, not on prompts")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,32 +200,24 @@ class OptimConfig(Section):
     """AdamW and learning rate schedule."""
 
     section = "optim"
-    peak_lr: float = option("trajectory", 6e-4, "learning rate after the warmup", minimum=0)
+    peak_lr: float = option("trajectory", 6e-4, "learning rate after the warmup", 0)
     schedule: Literal["cosine", "constant", "wsd", PluginValue] = option(
         "trajectory",
         "cosine",
         "learning rate after the warmup; wsd = constant, then decay in the last fifth; "
         "book = as `import gptjax.book` does",
     )
-    warmup_steps: int = option("trajectory", 100, "steps of linear warmup", minimum=0)
+    warmup_steps: int = option("trajectory", 100, "steps of linear warmup", 0)
     final_lr_fraction: float = option(
-        "trajectory", 0.1, "learning rate of the last step, as a fraction of peak_lr", minimum=0
+        "trajectory", 0.1, "last learning rate, divided by peak_lr", 0
     )
-    weight_decay: float = option(
-        "trajectory", 0.1, "weight decay of matrices and embeddings", minimum=0
-    )
+    weight_decay: float = option("trajectory", 0.1, "weight decay of matrices and embeddings", 0)
     decay_norms_and_biases: bool = option(
         "trajectory", False, "weight decay of norms and biases too, the default of PyTorch"
     )
-    beta1: float = option(
-        "trajectory", 0.9, "decay rate of AdamW's first moment", unit_interval=True
-    )
-    beta2: float = option(
-        "trajectory", 0.95, "decay rate of AdamW's second moment", unit_interval=True
-    )
-    grad_clip: float = option(
-        "trajectory", 1.0, "maximum global norm of the gradient; 0 = no clipping", minimum=0
-    )
+    beta1: float = option("trajectory", 0.9, "decay rate of AdamW's first moment", 0, 1)
+    beta2: float = option("trajectory", 0.95, "decay rate of AdamW's second moment", 0, 1)
+    grad_clip: float = option("trajectory", 1.0, "maximum global gradient norm; 0 = no clipping", 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,25 +228,17 @@ class TrainConfig(Section):
     task: Literal["pretrain", "classify", "sft", "dpo", PluginValue] = option(
         "identity", "pretrain", "kind of training; book = as `import gptjax.book` does"
     )
-    steps: int = option("trajectory", 1000, "number of optimizer updates", minimum=1)
-    seed: int = option("identity", 0, "seed of parameters, batches and dropout", minimum=0)
-    accumulate: int = option(
-        "trajectory", 1, "micro-batches per step [G]; 0 = fewest that fit in memory", minimum=0
-    )
-    loss_chunk_size: int = option(
-        "trajectory", 256, "positions whose logits are in memory at a time", minimum=1
-    )
+    steps: int = option("trajectory", 1000, "number of optimizer updates", 1)
+    seed: int = option("identity", 0, "seed of parameters, batches and dropout", 0)
+    accumulate: int = option("trajectory", 1, "micro-batches per step [G]; 0 = fewest that fit", 0)
+    loss_chunk_size: int = option("trajectory", 256, "positions whose logits are held at a time", 1)
     # Spikes are detected in the logged steps.
-    log_every: int = option("trajectory", 10, "steps between log lines", minimum=1)
+    log_every: int = option("trajectory", 10, "steps between log lines", 1)
     # Evaluations choose the best model of fine-tuning.
-    eval_every: int = option(
-        "trajectory", 100, "steps between evaluations; the last step is always evaluated", minimum=1
-    )
-    eval_batches: int = option(
-        "trajectory", 20, "batches per evaluation; the last one uses all data", minimum=1
-    )
+    eval_every: int = option("trajectory", 100, "steps between evaluations; one is at the end", 1)
+    eval_batches: int = option("trajectory", 20, "batches per evaluation; the last uses all", 1)
     sample_prompt: str = option(
-        "operational", "\n", "prompt completed at each evaluation; empty = no sample"
+        "operational", "\n", "prompt completed at evaluations; empty = none"
     )
 
 
@@ -296,19 +255,15 @@ class FinetuneConfig(Section):
     trainable: Literal["all", "head", "last-block", "last-two-blocks", "lora"] = option(
         "identity", "all", "parameters that are trained; lora = adapters on frozen parameters"
     )
-    lora_rank: int = option("identity", 16, "rank of the LoRA adapters", minimum=1)
-    lora_alpha: float = option(
-        "trajectory", 16.0, "scale of the LoRA adapters, divided by lora_rank", minimum=0
-    )
+    lora_rank: int = option("identity", 16, "rank of the LoRA adapters", 1)
+    lora_alpha: float = option("trajectory", 16.0, "scale of adapters, divided by lora_rank", 0)
     lora_targets: str = option(
         "identity",
         "attention/* mlp/*",
         "parameters of a block that get adapters: name patterns, separated by blanks",
     )
-    lm_loss_weight: float = option(
-        "trajectory", 0.0, "weight of the next-token loss in classification", minimum=0
-    )
-    dpo_beta: float = option("trajectory", 0.1, "DPO beta: strength of the KL penalty", minimum=0)
+    lm_loss_weight: float = option("trajectory", 0.0, "next-token loss weight in classification", 0)
+    dpo_beta: float = option("trajectory", 0.1, "DPO beta: strength of the KL penalty", 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -317,10 +272,8 @@ class CheckpointConfig(Section):
 
     section = "checkpoint"
     # Where a run is resumed decides which steps are recomputed.
-    every: int = option(
-        "trajectory", 500, "steps between checkpoints; the last step is always saved", minimum=1
-    )
-    keep: int = option("operational", 2, "number of newest checkpoints to keep", minimum=1)
+    every: int = option("trajectory", 500, "steps between checkpoints; the last is always saved", 1)
+    keep: int = option("operational", 2, "number of newest checkpoints to keep", 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,101 +28,87 @@ from gptjax.errors import ConfigError
 from gptjax.tree import num_params
 
 
-def option_values(field):
-    """Strategy for the valid values of an option."""
-    if choices := get_args(field.type):
-        return st.sampled_from(choices)
-    minimum = field.metadata["minimum"] or 0
-    return {
-        bool: st.booleans(),
-        int: st.integers(max(minimum, 1), 10**6),
-        float: st.floats(minimum, 1, exclude_max=True),
-        str: st.text(st.characters(exclude_categories=["Cs"])),
-    }[field.type]
-
-
 @st.composite
 def tables(draw):
     """A valid nested dict with a value of every option."""
     table = {}
     for name, field in config_options().items():
         section, _, key = name.partition(".")
-        table.setdefault(section, {})[key] = draw(option_values(field))
+        minimum = field.metadata["minimum"] or 0
+        choices = get_args(field.type)
+        strategies = {
+            bool: st.booleans(),
+            int: st.integers(max(minimum, 1), 10**6),
+            float: st.floats(minimum, 1, exclude_max=True),
+            str: st.text(st.characters(exclude_categories=["Cs"])),
+        }
+        values = st.sampled_from(choices) if choices else strategies[field.type]
+        table.setdefault(section, {})[key] = draw(values)
     table["model"]["d_model"] *= table["model"]["n_heads"]
     table["data"]["batch_size"] *= table["train"]["accumulate"]
     return table
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(tables())
 def test_every_config_is_the_same_as_a_table_and_as_toml(table):
     config = from_dict(RunConfig, table)
 
     assert dataclasses.asdict(config) == table
     assert from_dict(RunConfig, tomllib.loads(tomli_w.dumps(table))) == config
-    assert config.model.padded_vocab_size % config.model.vocab_multiple == 0
+    assert config_diff(config, config) == []
     padding = config.model.padded_vocab_size - config.model.vocab_size
     assert 0 <= padding < config.model.vocab_multiple
+    assert config.model.padded_vocab_size % config.model.vocab_multiple == 0
 
 
 @pytest.mark.fast
 def test_a_config_file_changes_the_options_that_it_names(tmp_path):
     path = tmp_path / "run.toml"
     lines = ["optim.peak_lr = 1", "train.accumulate = 0", "[model]", "n_layers = 3"]
-    path.write_text("\n".join([*lines, 'dtype = "float32"']))
+    path.write_text("\n".join(lines))
 
     config = load_config(path)
 
-    assert config.model == GPTConfig(dtype="float32", n_layers=3)
-    assert (config.optim.peak_lr, type(config.optim.peak_lr)) == (1.0, float)
+    assert config_diff(RunConfig(), config) == [
+        *("model.n_layers: 12 -> 3", "optim.peak_lr: 0.0006 -> 1.0", "train.accumulate: 1 -> 0")
+    ]
     assert config.train == TrainConfig(accumulate=0)  # chosen later: divides any batch
-    assert from_dict(RunConfig, {}) == RunConfig()
+    for content in (None, b"a = ", b"a = 1\na = 2", b"\xff", b"# " + b"x" * 1_000_000):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"cannot read the config .*run\.toml: "):
+            load_config(path)
+        path.touch()
 
 
 def test_every_option_has_a_range_and_a_resume_policy():
     for name, field in config_options().items():
         section = type(getattr(RunConfig(), name.partition(".")[0]))
-        minimum, unit_interval = field.metadata["minimum"], field.metadata["unit_interval"]
+        minimum, limit = field.metadata["minimum"], field.metadata["limit"]
         assert field.metadata["resume"] in ("identity", "trajectory", "operational")
-        is_number = field.type in (int, float) and not name.startswith("mesh.")
-        assert unit_interval + (minimum is not None) == is_number, name
-        if is_number:
-            low = 0 if unit_interval else minimum
-            invalid = [low - 1, *([1] * unit_interval), *([float("nan")] * (field.type is float))]
-            for value in invalid:
-                with pytest.raises(ConfigError, match=f"{name}="):
-                    section(**{field.name: field.type(value)})
-            if name != "model.d_model":  # must be divisible by n_heads
-                section(**{field.name: field.type(low)})
+        if field.type not in (int, float) or name.startswith("mesh."):
+            continue
+        outside = [minimum - 1, *([] if limit is None else [limit])]
+        for value in [*outside, *([float("nan")] * (field.type is float))]:
+            with pytest.raises(ConfigError, match=f"{name}="):
+                section(**{field.name: field.type(value)})
+        if name != "model.d_model":  # must be divisible by n_heads
+            section(**{field.name: field.type(minimum)})
 
 
-def test_old_names_and_values_are_rejected_with_the_new_ones(tmp_path):
-    for old in filter(lambda name: "." in name, RENAMED_OPTIONS):
+def test_old_names_and_values_are_rejected_with_the_new_ones():
+    for old, new in RENAMED_OPTIONS.items():
         section, _, key = old.partition(".")
-        assert RENAMED_OPTIONS[old] in config_options()
-        with pytest.raises(ConfigError, match=f"`{old}` is now `{RENAMED_OPTIONS[old]}`"):
-            from_dict(RunConfig, {section: {key: 1}})
+        with pytest.raises(ConfigError, match=f"`{old}` is now `{new}`"):
+            from_dict(RunConfig, {section: {key: 1} if key else {}})
     for name, values in RENAMED_VALUES.items():
         section, _, key = name.partition(".")
         for old, new in values.items():
             with pytest.raises(ConfigError, match=f"{name} = {old!r} is now {new!r}"):
                 from_dict(RunConfig, {section: {key: old}})
             from_dict(RunConfig, {section: {key: new}})
-    path = tmp_path / "old.toml"
-    path.write_text('[tune]\nstart = "gpt2"\n[data]\nmask_prompt = true\n')
-    with pytest.raises(ConfigError, match=r"finetune\.init_from.*data\.completion_only_loss"):
-        load_config(path)
-
-
-@given(st.data())
-def test_an_option_with_a_missing_letter_is_answered_with_its_name(data):
-    name = data.draw(st.sampled_from(list(config_options())))
-    section, _, option = name.partition(".")
-    cut = data.draw(st.integers(0, len(option) - 1))
-    typo = option[:cut] + option[cut + 1 :]
-
-    with pytest.raises(ConfigError, match=rf"unknown option {section}\.{typo}\. Did you mean"):
-        from_dict(RunConfig, {section: {typo: 1}})
 
 
 @pytest.mark.fast
@@ -135,11 +121,8 @@ def test_an_option_with_a_missing_letter_is_answered_with_its_name(data):
         ({"model": {"n_layers": 3.0}}, "n_layers=3.0 .*float.* int"),
         ({"model": {"n_layers": True}}, "n_layers=True .*bool.* int"),
         ({"data": {"deduplicate": 1}}, "data.deduplicate=1 .*int.* bool, .*true or"),
-        ({"data": {"source": 1}}, 'source=1 .*int.* str, .*"text"'),
-        ({"optim": {"peak_lr": True}}, "bool.* must be float"),
         ({"optim": {"peak_lr": float("inf")}}, "optim.peak_lr=inf"),
         ({"model": {"dtype": "float16"}}, "'float16' .* mean bfloat16?"),
-        ({"model": {"attention": 3}}, "model.attention=3 .* auto, "),
         ({"model": {"d_model": 10, "n_heads": 3}}, r"=10 .*n_heads=3 \(remainder 1"),
         ({"data": {"batch_size": 8}, "train": {"accumulate": 3}}, "=8 .*accumulate=3"),
         ({"mesh": {"fsdp": 0}}, "mesh.fsdp=0"),
@@ -149,25 +132,6 @@ def test_an_option_with_a_missing_letter_is_answered_with_its_name(data):
 def test_an_invalid_table_is_rejected(table, message):
     with pytest.raises(ConfigError, match=message):
         from_dict(RunConfig, table)
-
-
-def test_a_file_that_is_missing_or_not_toml_is_rejected(tmp_path):
-    path = tmp_path / "bad.toml"
-    for content in (None, b"a = ", b"a = 1\na = 2", b"\xff", b"# " + b"x" * 1_000_000):
-        if content is not None:
-            path.write_bytes(content)
-        with pytest.raises(ConfigError, match=r"cannot read the config .*bad\.toml: "):
-            load_config(path)
-
-
-def test_the_difference_of_two_configs_names_exactly_the_options_that_differ():
-    old = RunConfig()
-    new = dataclasses.replace(
-        old, model=GPTConfig(n_layers=3), train=TrainConfig(sample_prompt="a")
-    )
-
-    assert config_diff(old, old) == []
-    assert config_diff(old, new) == ["model.n_layers: 12 -> 3", r"train.sample_prompt: '\n' -> 'a'"]
 
 
 @pytest.mark.fast

@@ -104,10 +104,10 @@ class ConfigCommand(Command):
 
 def make_config_option(name: str, field: Any) -> click.Option:
     """Makes the command-line option of a config option."""
-    description, minimum = field.metadata["description"], field.metadata["minimum"]
+    description, minimum, limit = map(field.metadata.get, ("description", "minimum", "limit"))
     choices = {bool: ("true", "false")}.get(field.type, get_args(field.type))
-    if field.metadata["unit_interval"]:
-        description += " (in [0, 1))"
+    if limit is not None:
+        description += f" (in [{minimum}, {limit}))"
     elif minimum is not None:
         description += f" (at least {minimum})"
     default = str(field.default).lower() if choices else repr(field.default).replace("'", '"')
