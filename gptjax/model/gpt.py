@@ -340,7 +340,7 @@ def hidden_states(
             config, interventions, token_BT.shape, num_tail
         )
     module: Any = GPT(config, num_trainable_blocks=num_tail)
-    with apply_adapters() if adapters else contextlib.nullcontext():
+    with nn.intercept_methods(apply_adapters) if adapters else contextlib.nullcontext():
         (x_BTD, _), captured = module.apply(
             variables,
             token_BT,

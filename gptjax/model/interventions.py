@@ -91,33 +91,26 @@ def intervention_variables(
 ) -> dict[str, Any]:
     """Arranges interventions as a Flax collection of the stacks "blocks" and "tail"."""
     check_points("interventions", interventions)
+    sizes = dict(zip("BT", token_shape, strict=True), D=config.d_model, F=config.mlp_dim)
+    sizes |= {"H": config.n_heads, "K": config.head_dim}
     split = config.n_layers - num_tail_layers
     stacks = {"blocks": slice(0, split), "tail": slice(split, None)}
     variables: dict[str, Any] = {"blocks": {}, "tail": {}}
     for name, array in interventions.items():
         module, letters = POINT_MODULES[name]
-        check_intervention(config, name, jnp.shape(array), token_shape, letters)
+        shape, expected = jnp.shape(array), (config.n_layers, *map(sizes.get, letters))
+        fits = len(shape) == len(expected) and shape[0] == config.n_layers
+        if not fits or any(n not in (1, m) for n, m in zip(shape, expected, strict=True)):
+            raise ConfigError(
+                f"interventions[{name!r}] has shape {shape}, which does not fit the "
+                f"activation's {expected}, [N{letters}]. Use this shape; axes other than "
+                "the first may have size 1."
+            )
         for stack, layers in stacks.items():
             node = variables[stack]
             node = node.setdefault(module, {}) if module else node
             node[variable_name(name)] = array[layers]
     return variables
-
-
-def check_intervention(
-    config: GPTConfig, name: str, shape: tuple[int, ...], token_shape: tuple[int, ...], letters: str
-) -> None:
-    """Raises ConfigError unless the shape is that of the capture point, or has ones."""
-    sizes = dict(zip("BT", token_shape, strict=True), D=config.d_model, F=config.mlp_dim)
-    sizes |= {"H": config.n_heads, "K": config.head_dim}
-    expected = (config.n_layers, *(sizes[letter] for letter in letters))
-    fits = len(shape) == len(expected) and shape[0] == expected[0]
-    if not fits or any(n not in (1, m) for n, m in zip(shape, expected, strict=True)):
-        raise ConfigError(
-            f"interventions[{name!r}] has shape {shape}, which does not fit the "
-            f"activation's {expected}, [N{letters}]. Use this shape; axes other than "
-            "the first may have size 1."
-        )
 
 
 def stack_captured(captured: Mapping[str, Any], names: Iterable[str]) -> dict[str, Array]:

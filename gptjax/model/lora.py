@@ -7,7 +7,6 @@ so a new adapter leaves the model unchanged.
     I inputs of a kernel    O outputs of a kernel    R rank    N layers
 """
 
-import contextlib
 import fnmatch
 import math
 from collections.abc import Callable
@@ -26,28 +25,20 @@ from gptjax.tree import Params, flatten_with_names, unflatten_names
 Adapters = dict[str, Any]
 
 
-def apply_adapters() -> contextlib.AbstractContextManager[None]:
-    """Context in which the kernels of all `Linear` layers use their adapters.
-
-    The layers know nothing of adapters: Flax calls `add_update` around their methods.
-    """
-    return nn.intercept_methods(add_update)
-
-
-def add_update(
-    matmul: Callable[..., Array], args: Any, kwargs: Any, call: nn.module.InterceptorContext
+def apply_adapters(
+    method: Callable[..., Any], args: Any, kwargs: Any, call: nn.module.InterceptorContext
 ) -> Any:
-    """Computes x W + x a b without forming a b, where a layer has an adapter."""
-    result = matmul(*args, **kwargs)
-    layer = call.module
-    if not (isinstance(layer, Linear) and call.method_name == "matmul"):
+    """Computes x W + x a b without forming a b, where a layer has an adapter.
+
+    The layers know nothing of adapters: in the context `nn.intercept_methods`, Flax
+    calls this function around all methods of all modules.
+    """
+    result, layer = method(*args, **kwargs), call.module
+    is_matmul = isinstance(layer, Linear) and call.method_name == "matmul"
+    if not is_matmul or not layer.has_variable("adapters", "lora_a"):
         return result
-    if not layer.has_variable("adapters", "lora_a"):
-        return result
-    x_BI = args[0]
-    a_IR, b_RO = (
-        layer.get_variable("adapters", name).astype(x_BI.dtype) for name in ("lora_a", "lora_b")
-    )
+    x_BI, names = args[0], ("lora_a", "lora_b")
+    a_IR, b_RO = (layer.get_variable("adapters", name).astype(x_BI.dtype) for name in names)
     return result + (x_BI @ a_IR) @ b_RO
 
 

@@ -34,7 +34,6 @@ LOST_MESSAGE = (
     "gptjax: lost another process of this run, so this one has exited. Start all "
     "processes again with the same command to resume from the last checkpoint."
 )
-CONSENSUS_KEYS = ("config", "code", "data", "tokenizer")
 
 
 def initialize(address: str) -> None:
@@ -117,8 +116,7 @@ def abort_all_on_error() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # Either the connection broke, or this process failed; exiting tells the others
-        # not to wait for it.
+        # Exiting tells the others not to wait for this process.
         connection_lost = is_xla_error(error) and "RESOURCE_EXHAUSTED" not in str(error)
         sys.stdout.flush()
         print(describe_error(error), file=sys.stderr, flush=True)
@@ -140,9 +138,7 @@ def describe_error(error: BaseException) -> str:
     """Error message for stderr, with a traceback if unexpected."""
     if isinstance(error, GptjaxError):
         return f"gptjax: {error}"
-    return (
-        str(error) if is_xla_error(error) else "".join(traceback.format_exception(error)).rstrip()
-    )
+    return str(error) if is_xla_error(error) else "".join(traceback.format_exception(error))
 
 
 def is_xla_error(error: BaseException) -> bool:
@@ -171,16 +167,15 @@ def process_dir(run_dir: Path) -> Path:
 
 
 def assert_equal(values: Mapping[str, Any]) -> None:
-    """Raises ConfigError if a value of `CONSENSUS_KEYS` differs between processes."""
-    if jax.process_count() == 1:
-        return
+    """Raises ConfigError if a JSON-serializable value differs between processes."""
     from jax.experimental.multihost_utils import process_allgather
 
-    local_digests = np.stack([json_digest(values.get(name)) for name in CONSENSUS_KEYS])
-    all_digests = np.asarray(process_allgather(local_digests))  # [process, key, byte]
+    texts = (json.dumps(value, sort_keys=True, default=str) for value in values.values())
+    digests = [np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8) for text in texts]
+    all_digests = np.asarray(process_allgather(np.stack(digests)))  # [process, key, byte]
     different = []
-    for name, digests in zip(CONSENSUS_KEYS, all_digests.swapaxes(0, 1), strict=True):
-        others = np.flatnonzero((digests != digests[0]).any(axis=1))
+    for name, digest in zip(values, all_digests.swapaxes(0, 1), strict=True):
+        others = np.flatnonzero((digest != digest[0]).any(axis=1))
         if others.size:
             plural = "es" * (others.size > 1)
             different.append(f"the {name} of process{plural} {', '.join(map(str, others))}")
@@ -190,12 +185,6 @@ def assert_equal(values: Mapping[str, Any]) -> None:
             f"{' and '.join(different)} {verb} from process 0's. Give all hosts the "
             "same files, options and versions."
         )
-
-
-def json_digest(value: Any) -> np.ndarray:
-    """SHA-256 of a JSON-serializable value, as 32 bytes."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
 
 
 def source_hash() -> str:

@@ -11,7 +11,7 @@ parameters. The letters are those of `gptjax.model.gpt`. Functions use the mesh 
 import contextlib
 import fnmatch
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -102,7 +102,7 @@ def resolve_mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, 
 def check_divisible(params: Any, mesh: Mesh) -> None:
     """Raises ConfigError if a parameter is not divisible over the mesh."""
     for name, leaf in flatten_with_names(params).items():
-        letters = logical_axes(name, leaf.ndim) if leaf.ndim else ""
+        letters = logical_axes(name, leaf.ndim)
         axes = logical_to_spec(letters, PARAM_RULES)
         for letter, size, axis in zip(letters, leaf.shape, axes, strict=True):
             if axis and size % mesh.shape[axis]:
@@ -133,6 +133,8 @@ def logical_axes(name: str, num_axes: int) -> str:
     >>> logical_axes("blocks/mlp/up/kernel", 3)
     'NDF'
     """
+    if not num_axes:  # of the state of the optimizer
+        return ""
     matches = [x for x in PARAM_LOGICAL_AXES if fnmatch.fnmatchcase(f"/{name}", x)]
     if len(matches) != 1:
         raise ValueError(f"parameter {name} must match one rule, not {matches or 'none'}.")
@@ -157,16 +159,15 @@ def logical_to_spec(letters: str, rules: Mapping[str, Any]) -> P:
 
 def constrain_param_grad(x: Array, letters: str) -> Array:
     """Constrains a gradient to the sharding of its stored parameter."""
-    if not current_mesh_shape():
-        return x
-    return constrain_to_spec(x, logical_to_spec(letters, PARAM_RULES))
+    spec = logical_to_spec(letters, PARAM_RULES)
+    return constrain_to_spec(x, spec) if current_mesh_shape() else x
 
 
 def param_shardings(tree: Any, mesh: Mesh) -> Any:
     """Sharding of each leaf of parameters or optimizer state."""
 
     def leaf_sharding(path: Any, leaf: Any) -> NamedSharding:
-        letters = logical_axes(path_str(path), leaf.ndim) if leaf.ndim else ""
+        letters = logical_axes(path_str(path), leaf.ndim)
         return NamedSharding(mesh, logical_to_spec(letters, PARAM_RULES))
 
     return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
@@ -244,29 +245,6 @@ def num_batch_shards() -> int:
     return mesh_shape["data"] * mesh_shape["fsdp"] if mesh_shape else 0
 
 
-def shard_map_local(
-    function: Callable[..., Array], in_letters: Sequence[str], out_letters: str
-) -> Callable[..., Array]:
-    """Runs a function on each device's shards of its arguments.
-
-    For kernels that the compiler cannot partition, and that are independent along all
-    sharded axes (rows, heads).
-    """
-    if not current_mesh_shape():
-        return function
-
-    def sharded_function(*arrays: Array) -> Array:
-        in_specs = tuple(map(divisible_spec, arrays, in_letters))
-        axes: dict[str, Any] = {}
-        for letters, spec in zip(in_letters, in_specs, strict=True):
-            axes |= zip(letters, spec, strict=True)
-        out_specs = P(*map(axes.get, out_letters))
-        mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return mapped(*arrays)
-
-    return sharded_function
-
-
 def shard_tree(tree: Any, mesh: Mesh | None) -> Any:
     """Shards parameters or optimizer state, equal in all processes, for storage."""
     if mesh is None:
@@ -328,8 +306,6 @@ def replicate(x: Array) -> Array:
 
 def to_host(tree: Any) -> Any:
     """Gathers arrays in full in every process; a collective operation."""
-    if jax.process_count() == 1:
-        return tree
     from jax.experimental.multihost_utils import process_allgather
 
     def gather_leaf(leaf: Any) -> Any:

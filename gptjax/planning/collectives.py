@@ -24,10 +24,8 @@ RING_TRAFFIC_FACTORS = {
     "all-to-all": lambda n: (n - 1) / n / n,
     "collective-permute": lambda n: 1.0,
 }
-# Otherwise the digits in the name.
-DTYPE_BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
 ARRAY_TYPE_PATTERN = re.compile(r"\b(pred|bf16|[a-z]+\d+\w*)\[([\d,]*)\]")
-COMPUTATION_PATTERN = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+COMPUTATION_PATTERN = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$", re.MULTILINE)
 MESH_GROUPS_PATTERN = re.compile(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\S+)? \{(.*?)\}")
 TRIP_COUNT_PATTERN = re.compile(r"known_trip_count[^\d]*(\d+)")
 CONSTANT_PATTERN = re.compile(r"= [us]32\[\]\S* constant\((\d+)\)")
@@ -53,7 +51,8 @@ class Collective(NamedTuple):
 
 def parse_collectives(text: str) -> list[Collective]:
     """Parses the collectives of `compiled.as_text()`, in program order."""
-    computations = split_computations(text)
+    _, *parts = COMPUTATION_PATTERN.split(text)  # name, lines, name, lines, ...
+    computations = dict(zip(parts[::2], map(str.splitlines, parts[1::2]), strict=True))
     counts = trip_counts(computations)
     found: dict[Any, Collective] = {}
     for name, lines in computations.items():
@@ -79,25 +78,14 @@ def parse_collectives(text: str) -> list[Collective]:
     return list(found.values())
 
 
-def split_computations(text: str) -> dict[str, list[str]]:
-    """Splits HLO into the lines of each computation."""
-    computations: dict[str, list[str]] = {}
-    name = ""
-    for line in text.splitlines():
-        if match := COMPUTATION_PATTERN.match(line):
-            name = match[1]
-        computations.setdefault(name, []).append(line)
-    return computations
-
-
 def hlo_array_bytes(dtype: str, shape: str) -> int:
     """Returns the size in bytes of an array type in HLO.
 
     >>> hlo_array_bytes("bf16", "8,128")
     2048
     """
-    bits = DTYPE_BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 0)
-    return math.prod(int(n) for n in shape.split(",") if n) * bits // 8
+    bits = re.search(r"\d+", dtype)
+    return math.prod(int(n) for n in shape.split(",") if n) * (int(bits[0]) if bits else 8) // 8
 
 
 def group_size(line: str) -> int:
@@ -140,10 +128,7 @@ def trip_counts(computations: Mapping[str, Sequence[str]]) -> dict[str, int]:
 
 
 def estimate_collective_bytes(
-    config: RunConfig,
-    mesh_shape: Sequence[int],
-    itemsize: int | None = None,
-    is_emulated: bool = False,
+    config: RunConfig, mesh_shape: Sequence[int], is_emulated: bool = False
 ) -> dict[str, float]:
     """Estimates the bytes sent per device and pretraining step, with ring algorithms.
 
@@ -156,14 +141,12 @@ def estimate_collective_bytes(
     Args:
         config: config of the run.
         mesh_shape: of the mesh axes, as `gptjax.parallel.sharding.MESH_AXES`.
-        itemsize: bytes per weight and activation; default: from `model.dtype`.
         is_emulated: CPU devices, where XLA uses all-reduce instead of reduce-scatter,
             and reduces separately what it could add first: the two gradients of a tied
             embedding, and those of the inputs of query, key and value.
     """
     c, (data, fsdp, tensor) = config.model, mesh_shape
-    size = itemsize or compute_dtype(c).itemsize
-    num_micro_batches = max(config.train.accumulate, 1)
+    size, num_micro_batches = compute_dtype(c).itemsize, config.train.accumulate
     gather = RING_TRAFFIC_FACTORS["all-gather"]
     reduce = RING_TRAFFIC_FACTORS["all-reduce"]
     reduce_factor = (reduce if is_emulated else gather)(fsdp) + reduce(data) / fsdp

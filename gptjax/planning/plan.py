@@ -55,14 +55,6 @@ class Plan:
         return sum(self.collective_bytes.values(), 0.0)
 
     @property
-    def largest_gather(self) -> int | None:
-        """Bytes of the largest all-gather; None if not compiled."""
-        report = self.compile_report
-        if not report or not report.fits:
-            return None
-        return max((x.bytes for x in report.collectives if x.kind == "all-gather"), default=0)
-
-    @property
     def min_seconds(self) -> dict[str, float]:
         """Lower bound on the seconds per step, by resource."""
         chip, c = self.topology.chip, self.config
@@ -76,6 +68,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON object that `--json` prints."""
         c, report = self.config, self.compile_report
+        ops = report.collectives if report and report.fits else None
         return {
             "topology": self.topology.name,
             "devices": self.topology.devices,
@@ -90,7 +83,9 @@ class Plan:
             "memory_estimate": self.memory_estimate,
             "memory_compiled": report.peak_bytes if report else None,
             "bytes_sent": self.bytes_sent,
-            "largest_gather": self.largest_gather,
+            "largest_gather": None
+            if ops is None
+            else max((op.bytes for op in ops if op.kind == "all-gather"), default=0),
             "seconds": self.min_seconds,
             "fits": self.fits,
         }
@@ -123,7 +118,7 @@ def make_plan(config: RunConfig, topology: Topology, run_compiler: bool) -> Plan
 def format_plan(plan: Plan) -> list[str]:
     """Formats a plan as lines of text."""
     c, chip, n = plan.config, plan.topology.chip, plan.topology.devices
-    model, rows = c.model, c.data.batch_size
+    model, rows, report = c.model, c.data.batch_size, plan.compile_report
     names = [f"{a} {s}" for a, s in zip(MESH_AXES, plan.mesh_shape, strict=True) if s > 1]
     shape = f", mesh {' x '.join(names)}" if names else ""
     flops = estimate.flops_per_token(model) / 1e9
@@ -144,28 +139,22 @@ def format_plan(plan: Plan) -> list[str]:
         "device",
         f"memory   {format_bytes(plan.memory_estimate)} per device, estimated: {parts}",
     ]
-    if plan.compile_report:
-        lines.append(compiler_message(plan, plan.compile_report))
-    if n > 1:
+    if report and report.fits:
         lines.append(
-            f"links    {format_bytes(plan.bytes_sent)} sent per device and step"
-            f"{f'; estimated: {sent}' if sent else ''}"
+            f"compiler {format_bytes(report.peak_bytes)}: arguments "
+            f"{format_bytes(report.argument_bytes)} + temporaries "
+            f"{format_bytes(report.temp_bytes)}; the estimate is "
+            f"{plan.memory_estimate / report.peak_bytes - 1:+.0%} off"
         )
+    elif report:
+        needed = format_bytes(report.peak_bytes)
+        lines.append(f"compiler out of memory: needs {needed} per device")
+    if n > 1:
+        bytes_sent = format_bytes(plan.bytes_sent)
+        lines.append(f"links    {bytes_sent} sent per device and step; estimated: {sent}")
     if chip.memory:
         lines += [time_message(plan), fits_message(plan)]
     return lines
-
-
-def compiler_message(plan: Plan, report: aot.CompileReport) -> str:
-    """Formats the memory of the compiled step."""
-    peak = format_bytes(report.peak_bytes)
-    if not report.fits:
-        return f"compiler out of memory: needs {peak} per device"
-    return (
-        f"compiler {peak}: arguments {format_bytes(report.argument_bytes)} + "
-        f"temporaries {format_bytes(report.temp_bytes)}; the estimate is "
-        f"{plan.memory_estimate / report.peak_bytes - 1:+.0%} off"
-    )
 
 
 def time_message(plan: Plan) -> str:

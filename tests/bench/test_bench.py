@@ -18,14 +18,6 @@ SMALL = GPTConfig(
 PARAMS = sum(map(math.prod, expected_shapes(SMALL).values())) - 32 * 16  # of matmuls
 
 
-@pytest.fixture
-def lines(monkeypatch):
-    """Collects logged lines, with one device and small matrices."""
-    monkeypatch.setattr(suite.jax, "device_count", lambda: 1)
-    monkeypatch.setattr(suite, "NEW_TOKENS", 4)
-    return []
-
-
 def options_of(lines):
     return suite.BenchOptions(
         config=SMALL,
@@ -67,63 +59,50 @@ def test_rates_are_units_per_second_without_the_warm_up(monkeypatch):
     assert len(runs) == workloads.WARMUP_RUNS + 2
 
 
-def test_a_train_step_is_measured(lines):
-    rate = suite.measure_train_rate(dataclasses.replace(SMALL, context_length=8), 2, 1)
+def test_training_is_swept_over_backends_and_rows_until_memory_is_full(monkeypatch):
+    measure, lines = suite.measure_train_rate, []
 
-    assert rate["tokens_per_s"] == pytest.approx(16e3 / rate["milliseconds"])
-    assert rate["rows"] == 2
-    assert rate["mfu"] is None  # a CPU has no published peak
-    assert rate["compile_seconds"] > 0
-    assert rate["program_bytes"] > 3 * 4 * PARAMS  # with both moments
-
-
-def test_training_is_swept_over_backends_and_rows_until_memory_is_full(lines, monkeypatch):
-    def measure(config, rows, repeats):
+    def measure_or_fail(config, rows, repeats):
         if config.attention == "flash" and rows == 4:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nAnd more.")
-        rate = {"attention": config.attention, "rows": rows, "tokens_per_s": 10.0 * rows}
-        return rate | {"mfu": 0.5, "milliseconds": 1.0, "compile_seconds": 1.0, "program_bytes": 1}
+        return measure(config, rows, repeats)
 
-    monkeypatch.setattr(suite, "measure_train_rate", measure)
+    monkeypatch.setattr(suite.jax, "device_count", lambda: 1)
+    monkeypatch.setattr(suite, "measure_train_rate", measure_or_fail)
 
     found = suite.bench_training(options_of(lines), 1e6)
 
-    assert [(rate["attention"], rate["rows"]) for rate in found["rates"]] == [
-        *(("chunked", 2), ("chunked", 4), ("flash", 2))
-    ]
+    rates = {(rate["attention"], rate["rows"]): rate for rate in found["rates"]}
+    assert [*rates] == [("chunked", 2), ("chunked", 4), ("flash", 2)]
     assert [line[:20] for line in lines if "Out of memory." in line] == ["train flash, 4 rows:"]
     assert any("cudnn" in line for line in lines)  # not supported on a CPU
-    assert (found["train_attention"], found["train_rows"]) == ("chunked", 4)
-    assert (found["train_tokens_per_s"], found["train_mfu"]) == (40.0, 0.5)
-    assert (found["train_b2"], found["train_b4"], found["compile_b4"]) == (20.0, 40.0, 1.0)
+    rate = rates["chunked", 2]
+    assert rate["tokens_per_s"] == pytest.approx(16e3 / rate["milliseconds"])
+    assert rate["mfu"] is None  # a CPU has no published peak
+    assert rate["program_bytes"] > 3 * 4 * PARAMS  # with both moments
+    best = max(found["rates"], key=lambda rate: rate["tokens_per_s"])
+    assert found["train_tokens_per_s"] == best["tokens_per_s"]
     flops = suite.estimate.flops_per_token(dataclasses.replace(SMALL, context_length=8))
-    assert found["train_share_of_matmul_rate"] == pytest.approx(40 * flops / 1e6)
-    assert found["train_share_of_matmul_rate_b2"] == pytest.approx(20 * flops / 1e6)
+    expected = best["tokens_per_s"] * flops / 1e6
+    assert found["train_share_of_matmul_rate"] == pytest.approx(expected)
 
 
-def test_decoding_is_compared_with_the_faster_rate_of_the_memory(lines, monkeypatch):
+def test_decoding_is_compared_with_the_faster_rate_of_the_memory(monkeypatch):
     rates = {"matmul": 1.0, "read": 2e6, "copy": 3e6, "decode_b2": 50.0, "int8_decode_b2": 75.0}
     monkeypatch.setattr(suite, "try_measure", lambda _, name, *rest: rates[name])
+    monkeypatch.setattr(suite, "NEW_TOKENS", 4)
 
-    found = suite.run_benchmarks(options_of(lines), ["decode"])
+    found = suite.run_benchmarks(options_of([]), ["decode"])
 
-    # 16 tokens of prompt and, on average, half of the 4 new ones
-    step_bytes = suite.decode_step_bytes(SMALL, 2, 18)
+    # Keys and values of 16 tokens of prompt and, on average, half of the 4 new ones.
+    step_bytes = 4 * (PARAMS + 2 * 18 * 2 * 16)
     assert found["decode_share_of_bandwidth_b2"] == pytest.approx(50 / 2 * step_bytes / 3e6)
     assert found["int8_decode_ratio_fp32_b2"] == 1.5
     assert rates.items() <= found.items()
-    assert (found["device"], found["dtype"], found["repeats"]) == ("cpu", "float32", 1)
 
 
-def test_a_decode_step_reads_all_multiplied_parameters_and_the_filled_cache():
-    half = dataclasses.replace(SMALL, dtype="bfloat16")
-
-    assert suite.decode_step_bytes(SMALL, 1, 0) == 4 * PARAMS
-    assert suite.decode_step_bytes(half, 3, 5) == 2 * (PARAMS + 3 * 5 * 2 * 16)
-
-
-def test_a_rate_is_a_median_or_none_if_memory_is_full(lines, monkeypatch):
-    options = options_of(lines)
+def test_a_rate_is_a_median_or_none_if_memory_is_full(monkeypatch):
+    options = options_of([])
     monkeypatch.setattr(workloads, "measure_rates", lambda work, repeats: [4.0, 2.0, 8.0])
 
     def fail():
@@ -132,7 +111,6 @@ def test_a_rate_is_a_median_or_none_if_memory_is_full(lines, monkeypatch):
     assert suite.try_measure(options, "load", "models/s", lambda: None) == 4.0
     assert suite.try_measure(options, "import", "s", lambda: None) == 0.25
     assert suite.try_measure(options, "copy", "bytes/s", fail) is None
-    assert lines[2].split(maxsplit=1) == ["copy", "RESOURCE_EXHAUSTED: Out of memory."]
 
 
 def test_the_command_writes_all_metrics(monkeypatch, tmp_path, capsys):
@@ -142,15 +120,13 @@ def test_the_command_writes_all_metrics(monkeypatch, tmp_path, capsys):
     )
 
     assert main(["bench", "--json", str(out), "--rows", "4,8"]) == 0
-    flags = ["--context", "2048", "--attention", "xla", "--only", "decode"]
-    assert main(["bench", "--device", *flags]) == 0
+    assert main(["bench", "--device", "--context", "2048", "--only", "decode"]) == 0
 
     assert json.loads(out.read_text()) == {"train_b4": 1.5}
     (machine, machine_parts), (device, device_parts) = calls
     assert (machine.train_batch_sizes, machine.context) == ((4, 8), 256)
     assert {"train", "start", "save"} < {*machine_parts}
-    assert (device.train_batch_sizes[-1], device.context) == (128, 2048)
-    assert (device.backends, device_parts) == (("xla",), ("decode",))
+    assert (device.context, device_parts) == (2048, ("decode",))
     for name, value in (("attention", "cudn"), ("rows", "4,0"), ("preset", "gpt3")):
         assert main(["bench", f"--{name}", value]) == 2
         assert value.split(",")[-1] in capsys.readouterr().err

@@ -8,7 +8,6 @@ tokens after every epoch. Each is a whole process, with imports and compiling, o
 the other: leave the machine alone.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -45,27 +44,15 @@ def run_book() -> None:
 
 
 def seconds(*words: str) -> float:
-    """How long a Python process takes; what it prints is shown."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, *words], check=True)
+    subprocess.run([sys.executable, "-m", *words], check=True)
     return time.perf_counter() - started
 
 
-def main() -> None:
-    """Runs both, and prints how long they took."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fast-cpu", action="store_true", help="for gptjax train")
-    parser.add_argument("--book", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.book:
-        run_book()
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        words = ["-m", "gptjax", "train", "book/ch05", "--run", f"{folder}/run"]
-        ours = seconds(*words, *["--fast-cpu"] * given.fast_cpu)
-    theirs = seconds("-m", "tests.benchmarks.book_ch05", "--book")
-    print(f"gptjax {ours:.0f} s, the book's loop {theirs:.0f} s: {theirs / ours:.2f} times as fast")
-
-
 if __name__ == "__main__":
-    main()
+    if "--book" in sys.argv:
+        sys.exit(run_book())
+    with tempfile.TemporaryDirectory() as folder:
+        ours = seconds("gptjax", "train", "book/ch05", "--run", f"{folder}/run", *sys.argv[1:])
+    theirs = seconds("tests.benchmarks.book_ch05", "--book")
+    print(f"gptjax {ours:.0f} s, the book's loop {theirs:.0f} s: {theirs / ours:.2f} times as fast")

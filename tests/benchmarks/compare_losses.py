@@ -20,8 +20,7 @@ SMALL = "--model.n_layers 2 --model.n_heads 4 --model.d_model 64"
 RUNS = {  # run: its command line, short enough that a laptop needs seconds
     "tiny": "tiny --train.steps 60 --train.eval_every 20",
     "sms_small": "classify/sms_small --train.steps 40 --train.eval_every 20 "
-    "--optim.warmup_steps 10 "
-    "--train.log_every 5",
+    "--optim.warmup_steps 10 --train.log_every 5",
     "small": "instruct/small --train.steps 30 --train.eval_every 15 "
     "--train.log_every 5 --model.n_layers 2",
     "dpo_small": "instruct/dpo_small --train.steps 20 --train.eval_every 10 "
@@ -44,17 +43,15 @@ def train(checkout: Path, run: str, work: Path) -> Path:
 
 def losses(metrics: Path) -> list[tuple[str, float]]:
     """(event, step and split; loss) of every logged loss, in the order of the log."""
-    found = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        event = json.loads(line)
-        if "loss" in event:
-            name = f"{event['event']} {event['step']} {event.get('split', '')}".strip()
-            found.append((name, event["loss"]))
-    return found
+    events = [json.loads(x) for x in metrics.read_text(encoding="utf-8").splitlines()]
+    return [
+        (f"{event['event']} {event['step']} {event.get('split', '')}", event["loss"])
+        for event in events
+        if "loss" in event
+    ]
 
 
 def main() -> int:
-    """Prints the comparison; the exit code is 1 if anything differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("before", type=Path, help="a checkout")
     parser.add_argument("after", type=Path, nargs="?", default=ROOT, help="another")

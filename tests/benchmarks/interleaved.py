@@ -5,7 +5,6 @@ memory that PyTorch needs. Two workloads run one at a time, in turns, so that a 
 that slows down affects both; the ratio is the median over adjacent pairs.
 """
 
-import contextlib
 import functools
 import multiprocessing
 import os
@@ -13,7 +12,6 @@ import resource
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 from gptjax.runtime import cpu_flags
@@ -31,22 +29,14 @@ class Result(NamedTuple):
     peak_bytes: int
 
 
+def new_process():
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+
 def in_new_process(function, *args):
     """Calls a function of a module in a new process and returns its result."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with new_process() as pool:
         return pool.submit(function, *args).result()
-
-
-@contextlib.contextmanager
-def start_worker(make_work):
-    """Sets up work in a new process; yields the function that times it once."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            pool.submit(_set_up, make_work).result()
-            yield lambda: pool.submit(_time_once).result()
-        except BrokenProcessPool as error:
-            name = getattr(make_work, "func", make_work).__name__
-            raise RuntimeError(f"the process of {name} was killed: is memory full?") from error
 
 
 def _set_up(make_work):
@@ -70,25 +60,27 @@ def _time_once():
 
 
 def summarize_runs(runs):
-    """Summarizes rates and peak memory of the runs of one workload."""
     rates, peaks = zip(*runs, strict=True)
     return Result(statistics.median(rates), min(rates), max(rates), max(peaks))
 
 
 def run_isolated(make_work, repeats):
     """Measures one workload."""
-    with start_worker(make_work) as run_once:
-        return summarize_runs([run_once() for _ in range(repeats)])
+    with new_process() as pool:
+        pool.submit(_set_up, make_work).result()
+        return summarize_runs([pool.submit(_time_once).result() for _ in range(repeats)])
 
 
 def run_interleaved(make_work, make_peer_work, repeats):
     """Measures two workloads in alternation; returns both results and their ratio."""
     runs, peer_runs = [], []
-    with start_worker(make_work) as run_once, start_worker(make_peer_work) as run_peer:
-        sides = [(runs, run_once), (peer_runs, run_peer)]
+    with new_process() as pool, new_process() as peer_pool:
+        pool.submit(_set_up, make_work).result()
+        peer_pool.submit(_set_up, make_peer_work).result()
+        sides = [(runs, pool), (peer_runs, peer_pool)]
         for _ in range(repeats):
-            for side_runs, run_side in sides:
-                side_runs.append(run_side())
+            for side_runs, side_pool in sides:
+                side_runs.append(side_pool.submit(_time_once).result())
             sides.reverse()  # neither side always goes first
     ratio = statistics.median(a / b for (a, _), (b, _) in zip(runs, peer_runs, strict=True))
     return summarize_runs(runs), summarize_runs(peer_runs), ratio

@@ -24,21 +24,16 @@ from tests.benchmarks.interleaved import in_new_process, run_interleaved, run_is
 PARTS = ("train", "decode", "prefill", "load", "input", "start")
 GPU_PARTS = ("train", "decode")
 NEW_TOKENS = 128  # per row
-INSTALL_COMMANDS = {
-    "torch": "pip install -e '.[peers]'",
-    "transformers": "pip install -e '.[peers]'",
-    "llms_from_scratch": "pip install --no-deps llms-from-scratch",
-}
 
 
 def missing_requirement(config, parts, platform):
     """Describes what the machine lacks for the comparisons; empty if nothing."""
-    needs_book = platform == "cpu" and "train" in parts
-    for name in INSTALL_COMMANDS:
-        if name == "llms_from_scratch" and not needs_book:
-            continue
+    needed = {"torch": "-e '.[peers]'", "transformers": "-e '.[peers]'"}
+    if platform == "cpu" and "train" in parts:
+        needed["llms_from_scratch"] = "--no-deps llms-from-scratch"
+    for name, package in needed.items():
         if importlib.util.find_spec(name) is None:
-            return f"{name} is not installed: {INSTALL_COMMANDS[name]}"
+            return f"{name} is not installed: pip install {package}"
     import torch
 
     if platform == "gpu":
@@ -64,13 +59,6 @@ def cpu_comparisons(config):
     from gptjax.bench import workloads
     from tests.benchmarks import torch_workloads
 
-    our_works = {
-        "train": workloads.make_train_work,
-        "decode": workloads.make_decode_work,
-        "prefill": workloads.make_prefill_work,
-        "load": workloads.make_load_work,
-        "start": workloads.make_startup_work,
-    }
     rows = [
         ("train", "b2", "tokens/s", "transformers", {"rows": 2, "context": 256}),
         ("train", "b4", "tokens/s", "transformers", {"rows": 4, "context": 256}),
@@ -88,7 +76,8 @@ def cpu_comparisons(config):
     )
     comparisons = [("input", "", "bytes/s", "tiktoken", [(*input_works, {})])]
     for name, tag, unit, peer, options in rows:
-        our_work = partial(our_works[name], config, **options)
+        make_work = getattr(workloads, f"make_{'startup' if name == 'start' else name}_work")
+        our_work = partial(make_work, config, **options)
         peer_work = partial(getattr(torch_workloads, f"{peer}_{name}"), config, **options)
         comparisons.append((name, tag, unit, peer, [(our_work, peer_work, {})]))
     return comparisons
@@ -99,20 +88,14 @@ def gpu_comparisons(preset, best):
     from gptjax.bench import workloads
     from tests.benchmarks import torch_workloads
 
-    config = GPTConfig.preset(preset, remat="none")
-    comparisons = []
+    config, comparisons, alternatives = GPTConfig.preset(preset, remat="none"), [], []
     if "train_rows" in best:
-        alternatives = []
         train_config = dataclasses.replace(config, attention=best["train_attention"])
-        for rows in dict.fromkeys((best["train_rows"], max(best["train_rows"] // 2, 1))):
+        for rows in (best["train_rows"], max(best["train_rows"] // 2, 1)):
             options = {"rows": rows, "context": best["context"]}
-            alternatives.append(
-                (
-                    partial(workloads.make_train_work, train_config, **options),
-                    partial(torch_workloads.transformers_train, config, device="cuda", **options),
-                    {"train_rows_transformers_device": rows},
-                )
-            )
+            work = partial(workloads.make_train_work, train_config, **options)
+            peer = partial(torch_workloads.transformers_train, config, device="cuda", **options)
+            alternatives.append((work, peer, {"train_rows_transformers_device": rows}))
         comparisons.append(("train", "device", "tokens/s", "transformers", alternatives))
     for rows in (1, 8):
         options = {"rows": rows, "new": NEW_TOKENS}
@@ -139,12 +122,9 @@ def compare(comparison, repeats):
             print(f"{name} {tag}: {type(error).__name__}: {error}"[:500], file=sys.stderr)
             continue
         for middle, result in (("", ours), (peer, theirs)):
-            key = join_words(name, middle, tag)
-            rate = result.median
-            metrics |= {
-                key: 1 / rate if unit == "s" else rate,
-                f"{key}_peak_bytes": result.peak_bytes,
-            }
+            key, rate = join_words(name, middle, tag), result.median
+            metrics |= {key: 1 / rate if unit == "s" else rate}
+            metrics |= {f"{key}_peak_bytes": result.peak_bytes}
             print(f"{key:<40}{metrics[key]:12.4g} {unit}", flush=True)
         metrics[join_words(name, "ratio", peer, tag)] = ratio
         print(f"{join_words(name, 'ratio', peer, tag):<40}{ratio:12.3f}", flush=True)
@@ -157,19 +137,12 @@ def join_words(*words):
     return "_".join(word for word in words if word)
 
 
-def bench_own_device(preset):
-    """Metrics of `gptjax bench --device --only train`; in a process, for its memory."""
+def run_suite(make_options, preset, repeats, parts):
+    """Metrics of `gptjax bench`; in a process, for its memory."""
     from gptjax.bench import suite
 
-    options = suite.make_device_options(preset, 5, partial(print, flush=True))
-    return suite.run_benchmarks(options, ["train"])
-
-
-def describe_machine(preset, repeats):
-    """Metrics of `gptjax bench` that say what it ran on; in a process, as above."""
-    from gptjax.bench import suite
-
-    return suite.run_benchmarks(suite.make_machine_options(preset, repeats, str), [])
+    options = getattr(suite, make_options)(preset, repeats, partial(print, flush=True))
+    return suite.run_benchmarks(options, parts)
 
 
 def write_metrics(path, metrics):
@@ -181,7 +154,6 @@ def write_metrics(path, metrics):
 
 
 def main(argv=None):
-    """Runs the comparisons."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.peers")
     parser.add_argument("--preset", default="gpt2", help="size of GPT-2")
     parser.add_argument("--only", choices=PARTS, action="append", help="may be repeated")
@@ -194,23 +166,24 @@ def main(argv=None):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # both sides share the GPU
     parts = args.only or PARTS
-    metrics = in_new_process(describe_machine, args.preset, args.repeats)
+    metrics = in_new_process(run_suite, "make_machine_options", args.preset, args.repeats, [])
     config = GPTConfig.preset(args.preset, dtype="float32", remat="none")
     if missing := missing_requirement(config, parts, metrics["platform"]):
         print(f"peers: {missing}", file=sys.stderr)
         return 2
     if metrics["platform"] == "gpu":
-        best = in_new_process(bench_own_device, args.preset) if "train" in parts else {}
+        own_parts = ["train"] if "train" in parts else []
+        best = in_new_process(run_suite, "make_device_options", args.preset, 5, own_parts)
         metrics |= best
         comparisons = gpu_comparisons(args.preset, best)
     else:
         comparisons = cpu_comparisons(config)
     write_metrics(args.json, metrics)
-    failed = []
+    failed = False
     for comparison in comparisons:
         if comparison[0] in parts:
             found = compare(comparison, args.repeats)
-            failed += [comparison[0]] if not found else []
+            failed = failed or not found
             metrics |= found
             write_metrics(args.json, metrics)
     if metrics["platform"] == "cpu" and "train" in parts:

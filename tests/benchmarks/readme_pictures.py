@@ -33,7 +33,6 @@ whose items are the names of all modules. The class body is then executed.
 
 
 def load_step(run: Path, model: gptjax.Model, step: int) -> gptjax.Model:
-    """Loads the model of an earlier step from the checkpoint of the run."""
     config = load_config(run / "config.toml")
     optimizer = gptjax.make_optimizer(config.optim, config.train.steps)
     state = gptjax.init_state(model.params, optimizer, jax.random.key(0))
@@ -42,7 +41,6 @@ def load_step(run: Path, model: gptjax.Model, step: int) -> gptjax.Model:
 
 
 def render(figure: Figure) -> np.ndarray:
-    """Renders a figure as an RGBA image [height, width, 4] of floats in [0, 1]."""
     file = io.BytesIO()
     figure.savefig(file, dpi=100)
     file.seek(0)

@@ -90,12 +90,9 @@ def make_torch_train_work(model, logits_fn, tokens, device):
 
 def transformers_train(config, rows, context, device="cpu"):
     """Train steps; units are tokens."""
-    model = transformers_model(config)
-
-    def logits_of(token_BT):
-        return model(token_BT, use_cache=False).logits
-
-    return make_torch_train_work(model, logits_of, random_tokens(rows, context + 1), device)
+    model, tokens = transformers_model(config), random_tokens(rows, context + 1)
+    logits_fn = lambda token_BT: model(token_BT, use_cache=False).logits  # noqa: E731
+    return make_torch_train_work(model, logits_fn, tokens, device)
 
 
 def book_model(config):

@@ -12,32 +12,19 @@ from gptjax.errors import ConfigError
 from gptjax.parallel import distributed
 from gptjax.runtime.preemption import Interrupted
 
-VALUES = {"config": {"a": 1, "b": 2}, "code": "x", "data": ["y"], "tokenizer": "z"}
-
 
 def test_a_value_that_differs_between_processes_is_named(monkeypatch):
-    others = []
-    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    sent, values = [], {"config": {"a": 1, "b": 2}, "code": "x", "data": ["y"], "tokenizer": None}
     monkeypatch.setattr(
-        multihost_utils, "process_allgather", lambda local: np.stack([*others, local])
+        multihost_utils, "process_allgather", lambda own: sent.append(own) or np.stack(sent)
     )
 
-    def send(**changes):
-        others.clear()
-        for number in range(3):
-            own = VALUES | {name: f"of {number}" for name, n in changes.items() if number in n}
-            distributed.assert_equal(own)
-            others.append(np.stack([distributed.json_digest(own[k]) for k in VALUES]))
-
-    assert tuple(VALUES) == distributed.CONSENSUS_KEYS
-    send()
-    distributed.assert_equal(VALUES | {"config": {"b": 2, "a": 1}, "steps": 3})
-    for changes, message in (
-        ({"data": (1,)}, "^the data of process 1 differs"),
-        ({"code": (2,), "config": (2,)}, "^the config of process 2 and the code of process 2 "),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            send(**changes)
+    distributed.assert_equal(values)
+    distributed.assert_equal(values | {"config": {"b": 2, "a": 1}})
+    with pytest.raises(ConfigError, match=r"^the data of process 2 differs"):
+        distributed.assert_equal(values | {"data": ["z"]})
+    with pytest.raises(ConfigError, match=r"^the config of .* 3 and the data of processes 2, 3 di"):
+        distributed.assert_equal(values | {"config": {"a": 1}, "data": ["z"]})
 
 
 def test_all_processes_stop_if_one_is_asked_to(monkeypatch):
@@ -69,18 +56,10 @@ def test_only_the_first_process_writes_into_the_run_folder(monkeypatch, tmp_path
     assert len(os.listdir(tmp_path)) == 3
 
 
-def test_errors_are_told_without_a_traceback_unless_they_are_unexpected():
-    describe, lost = distributed.describe_error, RuntimeError("UNAVAILABLE: connection reset")
-
-    assert describe(ConfigError("train.steps=0")) == "gptjax: train.steps=0"
-    assert describe(lost) == "UNAVAILABLE: connection reset"
-    assert describe(KeyError("x")).startswith("KeyError")
-
-
 @pytest.mark.fast
 def test_an_address_that_is_none_or_a_port_that_another_run_has_is_refused():
     with socket.create_server(("", 0)) as server:
-        addresses = ["nonsense", "host:1234,2,2", "host:1234,0,0", "host:99999,2,0"]
+        addresses = ["nonsense", "host:1234,2,2", "host:99999,2,0"]
         for address in [*addresses, f"127.0.0.1:{server.getsockname()[1]},2,0"]:
             with pytest.raises(ConfigError, match=f"--distributed {address}[ :]"):
                 distributed.initialize(address)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,6 @@ from gptjax.data.lm import make_lm_batch
 from gptjax.errors import ConfigError
 from gptjax.parallel.sharding import (
     MESH_AXES,
-    constrain,
     make_mesh,
     param_shardings,
     shard_batch,
@@ -39,19 +39,10 @@ from tests.tasks.test_sft import make_config as instruct_config
 pytestmark = pytest.mark.mesh
 
 B, T, V = 16, 16, 60
-STEPS = 5
-SLOW = pytest.mark.slow
+STEPS = 4
 SHAPE = {"context_length": T, "n_layers": 2, "n_heads": 4, "d_model": 16}
 MODEL = GPTConfig(vocab_size=V, dtype="float32", attention="reference", **SHAPE)
-WITH_DROPOUT = dataclasses.replace(MODEL, dropout=0.1)
-MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
-OTHERS = [(1, 4, 2), (4, 2, 1), (2, 4, 1), (4, 1, 2), (2, 1, 4)]
-CHANGES = [
-    {},
-    {"remat": "dots"},
-    {"remat": "full", "dropout": 0.1},
-    {"tie_embeddings": False, "vocab_multiple": 64, "qkv_bias": False},
-]
+MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(sizes) == 8]
 
 
 def mesh_of(sizes):
@@ -74,18 +65,20 @@ def loss_of(config):
     return loss
 
 
+def new_state(config, mesh=None):
+    optimizer = make_optimizer(OptimConfig(peak_lr=1e-2, warmup_steps=2), STEPS)
+    params = shard_tree(jax.tree.map(jnp.array, draw_params(config, 0.1)), mesh)
+    return optimizer, shard_tree(init_state(params, optimizer, jax.random.key(1)), mesh)
+
+
 @functools.cache
 def train(sizes, config, accumulate):
     """Losses and state, as a run trains on a mesh; None: on one device."""
-    mesh = mesh_of(sizes) if sizes else None
-    optimizer = make_optimizer(OptimConfig(peak_lr=1e-2, warmup_steps=2), STEPS)
-    params = shard_tree(jax.tree.map(jnp.array, draw_params(config, 0.1)), mesh)
-    state = shard_tree(init_state(params, optimizer, jax.random.key(1)), mesh)
-    options = {"donate_argnums": 0}
-    if mesh is not None:
-        options["out_shardings"] = param_shardings(state, mesh), None
+    mesh, losses = mesh_of(sizes) if sizes else None, []
+    optimizer, state = new_state(config, mesh)
+    options = {"out_shardings": (param_shardings(state, mesh), None)} if mesh else {}
     step = make_train_step(loss_of(config), optimizer, accumulate)
-    step_fn, losses = jax.jit(step, **options), []
+    step_fn = jax.jit(step, donate_argnums=0, **options)
     with use_mesh(mesh):
         for n in range(STEPS):
             state, metrics = step_fn(state, shard_batch(batch_at(n), mesh, B))
@@ -101,8 +94,10 @@ def assert_same_steps(sizes, config, accumulate):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize(("sizes", "config"), [((1, 8, 1), MODEL), ((2, 2, 2), WITH_DROPOUT)])
-def test_a_mesh_has_the_losses_of_one_device_and_keeps_the_state_in_its_place(sizes, config):
+@pytest.mark.parametrize(("sizes", "dropout"), [((1, 8, 1), 0.0), ((2, 2, 2), 0.1)])
+def test_a_mesh_has_the_losses_of_one_device_and_keeps_the_state_in_its_place(sizes, dropout):
+    config = dataclasses.replace(MODEL, dropout=dropout)
+
     assert_same_steps(sizes, config, 2)
 
     state = train(sizes, config, 2)[1]
@@ -113,11 +108,13 @@ def test_a_mesh_has_the_losses_of_one_device_and_keeps_the_state_in_its_place(si
     assert up.addressable_shards[0].data.size == up.size // (sizes[1] * sizes[2])
 
 
-@SLOW
-@pytest.mark.parametrize("sizes", [*MESHES, *OTHERS])
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", MESHES)
 def test_any_mesh_has_the_losses_of_one_device(sizes):
-    for changes, accumulate in itertools.product(CHANGES, (1, 2)):
-        assert_same_steps(sizes, dataclasses.replace(MODEL, **changes), accumulate)
+    untied = {"tie_embeddings": False, "vocab_multiple": 64, "qkv_bias": False}
+    for changes in ({}, {"remat": "dots"}, {"remat": "full", "dropout": 0.1}, untied):
+        for accumulate in (1, 2):
+            assert_same_steps(sizes, dataclasses.replace(MODEL, **changes), accumulate)
 
 
 @pytest.mark.fast
@@ -141,22 +138,9 @@ def test_arrays_are_sharded_as_their_letters_say_or_tracing_fails():
         assert leaf.sharding == param.sharding, name
 
 
-def test_an_array_with_another_sharding_than_its_letters_say_is_an_error(monkeypatch):
-    mesh = jax.make_mesh((2, 2, 2), MESH_AXES, (AxisType.Explicit,) * 3)
-    monkeypatch.setattr("gptjax.model.gpt.constrain", lambda x, axes: constrain(x, axes[::-1]))
-
-    with jax.set_mesh(mesh):
-        params = shard_tree(draw_params(MODEL), mesh)
-        batch = shard_batch(batch_at(0), mesh, B)
-        with pytest.raises(AssertionError, match="acts as an assert"):
-            jax.eval_shape(loss_of(MODEL), params, batch, jax.random.key(0))
-
-
 @pytest.mark.fast
 def test_pmap_has_the_losses_of_jit():
-    optimizer = make_optimizer(OptimConfig(peak_lr=1e-2, warmup_steps=2), STEPS)
-    params = jax.tree.map(jnp.array, draw_params(MODEL, 0.1))
-    state, losses = init_state(params, optimizer, jax.random.key(1)), []
+    (optimizer, state), losses = new_state(MODEL), []
 
     step = pmap_train_step(loss_of(MODEL), optimizer, accumulate=2)
     for n in range(STEPS):
@@ -165,9 +149,7 @@ def test_pmap_has_the_losses_of_jit():
 
     expected, one = train(None, MODEL, 2)
     np.testing.assert_allclose(losses, expected, rtol=2e-6)
-    assert int(state.step) == STEPS
-    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (state, one)]
-    assert shapes[0] == shapes[1]
+    assert jax.eval_shape(lambda: state) == jax.eval_shape(lambda: one)
     with pytest.raises(ConfigError, match=r"batch_size=12 .* 8 devices"):
         step(None, jax.tree.map(lambda x: x[:12], batch_at(0)))
 
@@ -209,16 +191,11 @@ def test_a_whole_run_on_a_mesh_is_that_on_one_device(tmp_path):
 
     many = assert_same_runs(config, tmp_path, data=2, fsdp=2, tensor=2)
 
-    samples = [
-        [e["text"] for e in read_events(tmp_path / run / "metrics.jsonl") if e["event"] == "sample"]
-        for run in ("one", "many")
-    ]
-    assert samples[0] == samples[1] != []
     loaded = gptjax.load(tmp_path / "many")
     jax.tree.map(np.testing.assert_array_equal, loaded.params, many.params)
 
 
-@SLOW
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "context", "changes"),
     [

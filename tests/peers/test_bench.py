@@ -31,46 +31,52 @@ def test_two_workloads_run_in_processes_of_their_own():
     assert ours.peak_bytes > 2**20
     assert theirs.low / 100 < ours.median < 100 * theirs.high
     assert 0.01 < ratio < 100
-    with pytest.raises(TypeError):
-        interleaved.run_interleaved(eight, partial(partial, len, 1), 1)
 
 
-def test_a_comparison_that_fails_is_replaced_by_its_alternative(monkeypatch, capsys):
+def test_results_and_alternatives_of_failed_comparisons_are_stored_as_they_arrive(
+    monkeypatch, tmp_path
+):
+    path, stored = tmp_path / "peers.json", []
     results = [interleaved.Result(median, 1.0, 9.0, 7) for median in (6.0, 2.0)]
 
     def run(ours, theirs, repeats):
-        if ours == "fails":
+        stored.append(json.loads(path.read_text()))
+        if ours != "works":
             raise RuntimeError("out of memory")
         return *results, 3.5
 
+    fails, works = ("fails", None, {}), ("works", None, {"rows": 3})
+    comparisons = [
+        ("start", "", "s", "transformers", [fails, works]),
+        ("decode", "b8", "tokens/s", "transformers", [works]),
+        ("decode", "b1", "tokens/s", "transformers", [fails]),
+        ("train", "b2", "tokens/s", "transformers", [works]),
+    ]
+    machine = {"platform": "cpu", "repeats": 5}
+    monkeypatch.setattr(peers, "in_new_process", lambda function, *args: dict(machine))
+    monkeypatch.setattr(peers, "missing_requirement", lambda *args: "")
+    monkeypatch.setattr(peers, "cpu_comparisons", lambda config: comparisons)
     monkeypatch.setattr(peers, "run_interleaved", run)
-    alternatives = [("fails", None, {}), ("works", None, {"rows": 2})]
 
-    for unit, value in (("tokens/s", 6.0), ("s", 1 / 6)):
-        comparison = ("train", "b2", unit, "transformers", alternatives)
-        found = peers.compare(comparison, 1)
-        assert found["train_b2"] == value
-    assert "out of memory" in capsys.readouterr().err
-    assert found == {
-        **{"rows": 2, "train_b2": 1 / 6, "train_transformers_b2": 0.5},
-        **{"train_b2_peak_bytes": 7, "train_transformers_b2_peak_bytes": 7},
-        "train_ratio_transformers_b2": 3.5,
-    }
-    assert peers.compare(("train", "b2", "s", "transformers", alternatives[:1]), 1) == {}
+    code = peers.main(["--only", "start", "--only", "decode", "--json", str(path)])
+
+    assert code == 1  # one comparison has failed
+    start = {"start": 1 / 6, "start_transformers": 0.5, "start_ratio_transformers": 3.5}
+    start |= {"start_peak_bytes": 7, "start_transformers_peak_bytes": 7, "rows": 3}
+    decode = {"decode_b8": 6.0, "decode_transformers_b8": 2.0, "decode_ratio_transformers_b8": 3.5}
+    decode |= {"decode_b8_peak_bytes": 7, "decode_transformers_b8_peak_bytes": 7}
+    assert stored == [machine, machine, machine | start, machine | start | decode]
+    assert json.loads(path.read_text()) == stored[-1]
 
 
-def test_missing_requirements_end_the_command_before_anything_is_timed(
-    monkeypatch, capsys, tmp_path
-):
+def test_missing_requirements_end_the_command_before_anything_is_timed(monkeypatch, capsys):
     import torch
 
     from gptjax.training import estimate
 
-    machine = {"platform": "cpu", "repeats": 5}
-    monkeypatch.setattr(peers, "in_new_process", lambda function, *args: dict(machine))
+    monkeypatch.setattr(peers, "in_new_process", lambda function, *args: {"platform": "cpu"})
     monkeypatch.setattr(peers, "compare", lambda *args: pytest.fail("a comparison was started"))
     monkeypatch.setattr(peers.os, "sched_getaffinity", lambda pid: {0, 1})
-    path = tmp_path / "peers.json"
 
     for target, name, value, message in (
         (torch, "get_num_threads", lambda: 1, "OMP_NUM_THREADS=2"),
@@ -80,25 +86,5 @@ def test_missing_requirements_end_the_command_before_anything_is_timed(
     ):
         monkeypatch.setattr(target, name, value)
         if message:
-            assert peers.main(["--only", "decode", "--json", str(path)]) == 2
+            assert peers.main(["--only", "decode"]) == 2
             assert message in capsys.readouterr().err
-    assert not path.exists()
-
-
-def test_each_result_is_stored_as_it_arrives(monkeypatch, tmp_path):
-    path, stored = tmp_path / "peers.json", []
-
-    def compare(comparison, repeats):
-        stored.append(json.loads(path.read_text()))
-        return {} if comparison[1] == "b8" else {f"decode_{comparison[1]}": repeats}
-
-    machine = {"platform": "cpu", "repeats": 3}
-    monkeypatch.setattr(peers, "in_new_process", lambda function, *args: dict(machine))
-    monkeypatch.setattr(peers, "missing_requirement", lambda *args: "")
-    monkeypatch.setattr(peers, "compare", compare)
-
-    code = peers.main(["--only", "decode", "--repeats", "3", "--json", str(path)])
-
-    assert code == 1  # one comparison has failed
-    assert stored == [machine, machine | {"decode_b1": 3}]
-    assert json.loads(path.read_text()) == machine | {"decode_b1": 3}

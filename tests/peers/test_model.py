@@ -102,40 +102,27 @@ def test_the_loss_and_its_gradient_are_those_of_transformers(torch, peer):
     assert_close(jax.tree.map(lambda g: g / weight, grads), expected, atol=1e-5)
 
 
-def train_peer(torch, peer, count):
-    """Losses and gradient norms of `count` steps in PyTorch."""
-    parameters = [*peer.parameters()]
-    decays = {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1}
-    others = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
-    betas = OPTIM.beta1, OPTIM.beta2
-    optimizer = torch.optim.AdamW([decays, others], lr=OPTIM.peak_lr, betas=betas)
-    losses, norms = [], []
-    for step in range(count):
-        loss = peer_loss(torch, peer, batch_at(step))
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(parameters, OPTIM.grad_clip).item())
-        optimizer.step()
-        losses.append(loss.item())
-    return losses, norms
-
-
 def test_clipped_adamw_steps_are_those_of_pytorch(torch, peer):
-    count = 5
+    count, parameters = 5, [*peer.parameters()]
     optimizer = make_optimizer(OPTIM, count)
     step_fn = jax.jit(make_train_step(loss_fn, optimizer))
     state = init_state(draw_params(CONFIG, 0.2), optimizer, jax.random.key(0))
+    decays = {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1}
+    others = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
+    betas = OPTIM.beta1, OPTIM.beta2
+    peer_optimizer = torch.optim.AdamW([decays, others], lr=OPTIM.peak_lr, betas=betas)
 
-    losses, norms = [], []
     batches = map(batch_at, range(count))
-    for _, state, metrics in train_steps(state, step_fn, batches):  # noqa: B007, B020
-        losses.append(float(metrics.loss))
-        norms.append(float(metrics.grad_norm))
+    for step, state, metrics in train_steps(state, step_fn, batches):  # noqa: B007, B020
+        loss = peer_loss(torch, peer, batch_at(step - 1))
+        peer_optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, OPTIM.grad_clip).item()
+        peer_optimizer.step()
+        assert norm > OPTIM.grad_clip  # so that clipping is compared too
+        np.testing.assert_allclose(metrics.loss, loss.item(), atol=1e-5)
+        np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-5)
 
-    peer_losses, peer_norms = train_peer(torch, peer, count)
-    assert min(norms) > OPTIM.grad_clip  # so that clipping is compared too
-    np.testing.assert_allclose(losses, peer_losses, atol=1e-5)
-    np.testing.assert_allclose(norms, peer_norms, rtol=1e-5)
     # Adam divides by the size of a gradient: where that is rounding noise, so is the
     # quotient, times the learning rate.
     tensors = dict(peer.transformer.named_parameters())

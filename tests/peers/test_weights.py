@@ -52,53 +52,28 @@ def pair(request, torch, tmp_path_factory):
     return model, peer.eval(), folder
 
 
-def tokens(rows=3, length=64):
-    return np.random.default_rng(2).integers(50_257, size=(rows, length))
+TOKEN_BT = np.random.default_rng(2).integers(50_257, size=(3, 64))
 
 
-def logits_of(peer, torch, token_BT, **options):
-    with torch.no_grad():
-        return peer(torch.tensor(token_BT), **options).logits.numpy()
-
-
-def test_logits_are_those_of_transformers(pair, torch):
+def test_logits_and_losses_are_those_of_transformers_with_padding_too(pair, torch):
     model, peer, _ = pair
-    token_BT = tokens()
-
-    ours = whole_pass(model.config, model.params, jnp.asarray(token_BT))
-    theirs = logits_of(peer, torch, token_BT)
-
-    assert np.abs(np.asarray(ours) - theirs).max() <= MOST
-
-
-def test_a_row_that_is_padded_has_the_logits_that_transformers_gives_it(pair, torch):
-    model, peer, _ = pair
-    token_BT, lengths = tokens(), np.array([64, 40, 7])
-    real_BT = np.arange(64) < lengths[:, None]
-    padded_BT = np.where(real_BT, token_BT, 50_256)
+    real_BT = np.arange(64) < np.array([64, 40, 7])[:, None]
+    padded_BT = np.where(real_BT, TOKEN_BT, 50_256)
+    mask_BT, whole = torch.tensor(real_BT.astype(int)), torch.tensor(TOKEN_BT[:1])
 
     ours = whole_pass(model.config, model.params, jnp.asarray(padded_BT))
-    mask = torch.tensor(real_BT.astype(int))
-    theirs = logits_of(peer, torch, padded_BT, attention_mask=mask)
+    loss = score_tokens(model, TOKEN_BT[0].astype(np.int32), 128, None).loss
+    with torch.no_grad():
+        theirs = peer(torch.tensor(padded_BT), attention_mask=mask_BT).logits.numpy()
+        their_loss = peer(whole, labels=whole).loss.item()
 
     assert np.abs(np.asarray(ours) - theirs)[real_BT].max() <= MOST
-
-
-def test_the_loss_of_a_text_is_that_of_transformers(pair, torch):
-    model, peer, _ = pair
-    token_L = tokens(1, 128)[0]
-
-    ours = score_tokens(model, token_L.astype(np.int32), 128, None).loss
-    batch = torch.tensor(token_L[None])
-    with torch.no_grad():
-        theirs = peer(batch, labels=batch).loss.item()
-
-    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert loss == pytest.approx(their_loss, rel=1e-5)
 
 
 def test_greedy_text_of_uneven_prompts_is_that_of_transformers(pair, torch):
     model, peer, _ = pair
-    prompts = [tokens()[n, :length].tolist() for n, length in enumerate((9, 5, 12))]
+    prompts = [TOKEN_BT[n, :length].tolist() for n, length in enumerate((9, 5, 12))]
 
     ours = generate.complete(model, prompts, max_new_tokens=12, temperature=0.0, stop_ids=[])
 
@@ -114,27 +89,21 @@ def test_greedy_text_of_uneven_prompts_is_that_of_transformers(pair, torch):
         assert result.ids == theirs[0, len(prompt) :].tolist()
 
 
-def test_what_transformers_saves_comes_back_bit_for_bit(pair, tmp_path):
+def test_what_transformers_saves_comes_back_bit_for_bit_with_the_same_tokenizer(pair, tmp_path):
     model, peer, folder = pair
     transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     peer.save_pretrained(tmp_path)
-    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
 
     again = gptjax.load(tmp_path)
 
     assert again.config == model.config
     assert again.tokenizer.hash == model.tokenizer.hash
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
-
-
-def test_the_tokenizer_of_an_export_is_ours(pair):
-    model, _, folder = pair
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
     text = "Every effort moves you, año 2026 😀\n\n  and   spaces"
-
-    assert theirs.encode(text) == model.tokenizer.encode(text)
-    assert theirs.eos_token_id == model.tokenizer.eot_token
+    assert tokenizer.encode(text) == model.tokenizer.encode(text)
+    assert tokenizer.eos_token_id == model.tokenizer.eot_token
 
 
 def test_an_exported_classifier_has_the_same_probabilities(torch, tmp_path):

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 from jaxtyping import Array
 
 from gptjax.errors import ConfigError
 from gptjax.model.attention import cudnn, flash, reference, splash
 from gptjax.model.attention.mask import AttentionMask, AttentionSpec, KeyValueHeads, QueryHeads
-from gptjax.parallel.sharding import shard_map_local
+from gptjax.parallel.sharding import current_mesh_shape, divisible_spec
 from gptjax.runtime import device
 from gptjax.runtime.device import GPU_PRE_AMPERE
 
@@ -96,15 +97,18 @@ def shard_map_attention(
     mask: AttentionMask,
 ) -> QueryHeads:
     """Calls `attention`; on a mesh, on each device with its shard of rows and heads."""
+    if not current_mesh_shape():
+        return attention(query_BTHK, key_BSHK, value_BSHK, mask)
     names = [n for n in ("query_position_BT", "segment_id_BT") if getattr(mask, n) is not None]
 
     def attend_shard(query: Array, key: Array, value: Array, *arrays: Array) -> QueryHeads:
         mask_arrays: Any = dict(zip(names, arrays, strict=True))
         return attention(query, key, value, mask._replace(**mask_arrays))
 
-    in_axes = ("BTHK", "BSHK", "BSHK", *("BT" for _ in names))
     arrays = query_BTHK, key_BSHK, value_BSHK, *(getattr(mask, name) for name in names)
-    return shard_map_local(attend_shard, in_axes, "BTHK")(*arrays)
+    specs = tuple(map(divisible_spec, arrays, ("BTHK", "BSHK", "BSHK", *("BT" for _ in names))))
+    mapped = jax.shard_map(attend_shard, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return mapped(*arrays)
 
 
 def select_backend(name: str, spec: AttentionSpec) -> str:
