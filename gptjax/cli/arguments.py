@@ -6,6 +6,7 @@ options of a config. All options have a description with their default.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -19,22 +20,20 @@ from gptjax.runtime import cpu_flags
 
 PATH = click.Path(path_type=Path)
 HELP_WIDTH = 88  # maximum number of columns of a help text
-METAVARS: dict[Any, str] = {int: "N", float: "X", PATH: "FILE"}  # unless an option has its own
+METAVARS: dict[Any, str] = {int: "N", float: "X", PATH: "FILE"}  # by type; others: NAME
 
 # Decorator of a function that will be a command.
 Decorator = Callable[[Any], Any]
 
-RENAMED_CONFIG_FLAGS = {f"--{o}": f"--{n}" for o, n in RENAMED_OPTIONS.items() if "." in o}
-RENAMED_FLAGS = {  # command: {earlier name: current name}
-    "train": {"--supervise": "--auto-restart", **RENAMED_CONFIG_FLAGS},
-    "eval": {"--labelled": "--classification-data", "--data": "--chat-data"},
-    "plan": {
-        "--against": "--compare-profile",
-        "--estimate": "--no-compile",
-        **RENAMED_CONFIG_FLAGS,
-    },
-    "bench": {"--pairs": "--repeats"},
-    "preview": {"--template": "--chat-template", "--learn-prompts": "--train-on-prompts"},
+RENAMED_FLAGS = {f"--{old}": f"--{new}" for old, new in RENAMED_OPTIONS.items() if "." in old} | {
+    "--supervise": "--auto-restart",
+    "--labelled": "--classification-data",
+    "--data": "--chat-data",
+    "--against": "--compare-profile",
+    "--estimate": "--no-compile",
+    "--pairs": "--repeats",
+    "--template": "--chat-template",
+    "--learn-prompts": "--train-on-prompts",
 }
 
 
@@ -52,11 +51,11 @@ class Command(click.Command):
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             name = error.option_name
-            if current := RENAMED_FLAGS.get(str(self.name), {}).get(name):
-                raise click.UsageError(f"{name} is now {current}.", ctx) from error
-            known = [flag for parameter in self.params for flag in parameter.opts]
-            hint = did_you_mean(name, [flag for flag in known if flag.startswith("-")])
-            text = f"unknown option {name}.{hint} All options: {ctx.command_path} --help"
+            known = [flag for x in self.params for flag in x.opts if flag.startswith("-")]
+            text = f"unknown option {name}.{did_you_mean(name, known)} "
+            text += f"All options: {ctx.command_path} --help"
+            if (current := RENAMED_FLAGS.get(name)) in known:
+                text = f"{name} is now {current}."
             raise click.UsageError(text, ctx) from error
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -151,77 +150,79 @@ PARSERS: dict[Any, Callable[[str], Any]] = {  # of options that are not texts
 
 
 def value_option(
-    *names: str, text: str, default: Any = None, shown: str = "none", **settings: Any
+    name: str,
+    text: str,
+    default: Any = None,
+    *,
+    shown: str = "none",
+    dest: str = "",
+    **settings: Any,
 ) -> Decorator:
-    """Option with a value; `shown` describes a default that is None or ""."""
+    """Option with a value.
+
+    Args:
+        name: with its dashes.
+        text: description.
+        default: determines the type, unless `settings` does.
+        shown: description of a default that is None or "".
+        dest: parameter of the function, if it has another name.
+        settings: of `click.option`.
+    """
     if not settings.get("required"):
         text += f"  [default: {shown if default in (None, '') else default}]"
-    settings.setdefault("metavar", METAVARS.get(settings.get("type"), "NAME"))
-    return click.option(*names, default=default, help=text, **settings)
+    settings.setdefault("metavar", METAVARS.get(settings.get("type", type(default)), "NAME"))
+    return click.option(name, *filter(None, [dest]), default=default, help=text, **settings)
 
 
-def flag_option(*names: str, text: str) -> Decorator:
-    """Option without a value."""
-    return click.option(*names, is_flag=True, help=f"{text}  [default: off]")
+def flag_option(name: str, text: str, *names: str) -> Decorator:
+    """Option without a value; `names` are other names and that of the parameter."""
+    return click.option(name, *names, is_flag=True, help=f"{text}  [default: off]")
 
 
 def list_option(
-    name: str,
-    *,
-    text: str,
-    kind: click.ParamType = click.STRING,
-    default: Sequence[Any] = (),
-    shown: str = "",
-    **settings: Any,
+    name: str, text: str, *, shown: str, kind: click.ParamType = click.STRING, metavar: str = "N"
 ) -> Decorator:
     """Option with several values, separated by commas or given by repetition."""
 
     def split(
         ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]
     ) -> tuple[Any, ...]:
-        parts = [part for value in values for part in value.split(",")]
-        return tuple(kind.convert(part, parameter, ctx) for part in parts) or tuple(default)
+        return tuple(
+            kind.convert(part, parameter, ctx) for value in values for part in value.split(",")
+        )
 
-    text += "; several: separated by commas, or repeat the option"
-    text += f"  [default: {shown or ','.join(map(str, default))}]"
-    return click.option(name, multiple=True, callback=split, help=text, **settings)
+    text += f"; several: separated by commas, or repeat the option  [default: {shown}]"
+    return click.option(name, multiple=True, callback=split, help=text, metavar=metavar)
 
 
 def add_options(*options: Decorator) -> Decorator:
     """Combines options, in the order of the help text."""
-
-    def decorate(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
+    return lambda function: functools.reduce(lambda f, option: option(f), options[::-1], function)
 
 
 fast_cpu_argument = flag_option(  # handled by `Command`
     "--fast-cpu",
-    text="XLA and malloc settings for CPUs with AVX-512; needs more memory, see "
+    "XLA and malloc settings for CPUs with AVX-512; needs more memory, see "
     "gptjax/runtime/cpu_flags.py",
 )
 session_arguments = add_options(
-    flag_option("-v", "--verbose", text="print a startup time breakdown in seconds to stderr"),
+    flag_option("--verbose", "print a startup time breakdown in seconds to stderr", "-v"),
     fast_cpu_argument,
 )
 model_session_arguments = add_options(  # of a command that loads MODEL
-    flag_option("--int8", text="round weights to 8 bits: less memory, slightly different results"),
+    flag_option("--int8", "round weights to 8 bits: less memory, slightly different results"),
     session_arguments,
 )
 
 
 def sampling_arguments(max_new_tokens: int, temperature: float) -> Decorator:
     """Options of sampling, arguments with the names of `GenerationConfig`."""
-    rows: list[tuple[str, Any, str]] = [
-        ("--max-new-tokens", max_new_tokens, "maximum length in tokens, at least 1"),
-        ("--temperature", temperature, "sampling temperature, at least 0; 0 = greedy"),
-        ("--top-k", 0, "sample from the N most likely tokens; 0 = all"),
-        ("--top-p", 1.0, "sample from the smallest set of tokens with this total probability"),
-        ("--seed", 0, "seed of the sampling"),
-    ]
     return add_options(
-        *(value_option(name, type=type(x), default=x, text=text) for name, x, text in rows)
+        value_option("--max-new-tokens", "maximum length in tokens, at least 1", max_new_tokens),
+        value_option("--temperature", "sampling temperature, at least 0; 0 = greedy", temperature),
+        value_option("--top-k", "sample from the N most likely tokens; 0 = all", 0),
+        value_option(
+            "--top-p", "sample from the smallest set of tokens with this total probability", 1.0
+        ),
+        value_option("--seed", "seed of the sampling", 0),
     )

@@ -17,44 +17,40 @@ ATTENTION = get_args(get_type_hints(GPTConfig)["attention"])
 
 
 @click.command("bench", cls=Command)
-@value_option(
-    "--preset", default="gpt2", text="GPT-2 size: gpt2, gpt2-medium, gpt2-large or gpt2-xl"
-)
-@value_option("--repeats", type=click.IntRange(1), default=5, metavar="N", text="timed runs")
+@value_option("--preset", "GPT-2 size: gpt2, gpt2-medium, gpt2-large or gpt2-xl", "gpt2")
+@value_option("--repeats", "timed runs", 5, type=click.IntRange(1), metavar="N")
 @list_option(
     "--only",
+    f"benchmarks to run: {', '.join(PARTS)}",
     kind=click.Choice(PARTS),
     shown="all, with --device train,decode,prefill",
     metavar="PART",
-    text=f"benchmarks to run: {', '.join(PARTS)}",
 )
 @flag_option(
     "--device",
-    text="benchmark an accelerator: each attention backend, its throughput and its "
-    "share of the peak",
+    "benchmark an accelerator: each attention backend, its throughput and its share of the peak",
 )
 @value_option(
     "--context",
+    "sequence length in training",
     type=click.IntRange(1),
     shown="256, with --device 1024",
     metavar="T",
-    text="sequence length in training",
 )
 @list_option(
     "--rows",
+    "rows per batch and device in training, tried until memory is full",
     kind=click.IntRange(1),
     shown="2,4,8, with --device 4,8,16,32,64,128",
-    metavar="N",
-    text="rows per batch and device in training, tried until memory is full",
 )
 @list_option(
     "--attention",
+    f"attention backends in training: {', '.join(ATTENTION)}",
     kind=click.Choice(ATTENTION),
     shown="auto, with --device all that support it",
     metavar="NAME",
-    text=f"attention backends in training: {', '.join(ATTENTION)}",
 )
-@value_option("--json", "json_path", type=PATH, text="write all metrics as JSON")
+@value_option("--json", "write all metrics as JSON", type=PATH, dest="json_path")
 @arguments.fast_cpu_argument
 def run_bench(
     preset: str,

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from gptjax.config import did_you_mean
 from gptjax.errors import ConfigError, DataError, GptjaxError, ModelError
-from gptjax.fileio.atomic import write_atomic
 from gptjax.inference.assistant import encode_chat, stream_answer
 from gptjax.inference.generate import GenerationConfig, stream
 from gptjax.runtime.terminal import sanitize
@@ -85,14 +84,11 @@ def prompt_lines(print_notice: Callable[[str], None]) -> Iterator[str]:
     from prompt_toolkit import PromptSession
 
     prompt: PromptSession[str] = PromptSession()
-    hint = "(/quit or Ctrl-D quits)"
     while True:
         try:
             yield prompt.prompt("> ")
         except KeyboardInterrupt:
-            if hint:
-                print_notice(hint)
-            hint = ""
+            print_notice("(/quit or Ctrl-D quits)")
         except EOFError:
             return
 
@@ -263,20 +259,22 @@ def set_option(field: str, example: int | float, chat: Chat, argument: str) -> N
     chat.print_notice(f"({field} is {sampling[field]})")
 
 
+set_temperature = functools.partial(set_option, "temperature", 0.7)
+set_top_k = functools.partial(set_option, "top_k", 40)
+
+
 def save_conversation(chat: Chat, argument: str) -> None:
     """Writes all messages, including dropped ones, to a new file."""
     if not argument:
         raise ConfigError("/save needs a file name, such as /save talk.json.")
     path = Path(argument).expanduser()
     messages = [*chat.system, *chat.messages]
-    if path.exists():
-        raise ConfigError(f"{path} already exists. Use another name.")
-    if not path.parent.is_dir():
-        raise ConfigError(f"cannot write {path}: there is no folder {path.parent}. Create it.")
     try:
-        write_atomic(path, json.dumps(messages, ensure_ascii=False, indent=2) + "\n")
+        data = json.dumps(messages, ensure_ascii=False, indent=2).encode()
+        with path.open("xb") as file:
+            file.write(data + b"\n")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot write {path}: {error}.") from error
+        raise ConfigError(f"cannot write {path}: {error}. Use another name.") from error
     chat.print_notice(f"(saved {len(messages)} messages to {path})")
 
 
@@ -285,12 +283,8 @@ CHAT_COMMANDS = {
     "/retry": ChatCommand("", "regenerate the last reply", retry),
     "/reset": ChatCommand("", "drop all turns; keep the system message", reset, True),
     "/system": ChatCommand("TEXT", "set the system message, or remove it", set_system, True),
-    "/temperature": ChatCommand(
-        "X", "sampling temperature; 0 = greedy", functools.partial(set_option, "temperature", 0.7)
-    ),
-    "/top-k": ChatCommand(
-        "N", "sample from the top N tokens; 0 = all", functools.partial(set_option, "top_k", 40)
-    ),
+    "/temperature": ChatCommand("X", "sampling temperature; 0 = greedy", set_temperature),
+    "/top-k": ChatCommand("N", "sample from the top N tokens; 0 = all", set_top_k),
     "/save": ChatCommand("FILE", "write the messages as JSON", save_conversation, True),
     "/quit": ChatCommand("", "quit (or Ctrl-D)", quit_chat),
 }

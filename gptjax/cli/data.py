@@ -22,17 +22,12 @@ def data_fetch(name: str) -> None:
 
 @click.command("prepare", cls=Command)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH ...")
-@value_option("--tokenizer", default="gpt2", metavar="gpt2|bytes|bpe:N|DIR", text="tokenizer")
-@value_option("--out", type=PATH, required=True, metavar="DIR", text="new folder")
-@value_option(
-    "--val-fraction",
-    type=float,
-    default=0.1,
-    text="fraction of documents for validation, in [0, 1)",
-)
-@value_option("--seed", type=int, default=0, text="seed of the validation split")
-@value_option("--column", default="", shown="detect", text="text column of JSON and CSV rows")
-@value_option("--workers", type=int, shown="all cores", text="number of processes")
+@value_option("--tokenizer", "tokenizer", "gpt2", metavar="gpt2|bytes|bpe:N|DIR")
+@value_option("--out", "new folder", type=PATH, required=True, metavar="DIR")
+@value_option("--val-fraction", "fraction of documents for validation, in [0, 1)", 0.1)
+@value_option("--seed", "seed of the validation split", 0)
+@value_option("--column", "text column of JSON and CSV rows", "", shown="detect")
+@value_option("--workers", "number of processes", type=int, shown="all cores")
 def data_prepare(
     paths: tuple[str, ...],
     tokenizer: str,
@@ -57,18 +52,18 @@ def data_prepare(
 @click.argument("path", metavar="DIR|FILE")
 @value_option(
     "--chat-template",
-    default="alpaca",
+    "template of the conversations: alpaca, phi3, chatml, qa, single or a file",
+    "alpaca",
     metavar="NAME|FILE.jinja",
-    text="template of the conversations: alpaca, phi3, chatml, qa, single or a file",
 )
-@value_option("--tokenizer", default="gpt2", metavar="gpt2|bytes|DIR", text="tokenizer")
-@value_option("--context", type=int, default=1024, text="maximum sequence length in tokens")
+@value_option("--tokenizer", "tokenizer", "gpt2", metavar="gpt2|bytes|DIR")
+@value_option("--context", "maximum sequence length in tokens", 1024)
 @flag_option(
-    "--train-on-prompts", text="loss on the prompts too, as with data.completion_only_loss = false"
+    "--train-on-prompts", "loss on the prompts too, as with data.completion_only_loss = false"
 )
-@value_option("--rows", type=int, shown="3; all with --json", text="number of conversations")
-@value_option("--html", type=PATH, text="write a page instead of printing")
-@flag_option("--json", "as_json", text="print one JSON object per conversation")
+@value_option("--rows", "number of conversations", type=int, shown="3; all with --json")
+@value_option("--html", "write a page instead of printing", type=PATH)
+@flag_option("--json", "print one JSON object per conversation", "as_json")
 def data_preview(
     path: str,
     chat_template: str,

@@ -14,32 +14,32 @@ from gptjax.cli.session import load_model, log_to_stderr
 @click.command("eval", cls=Command)
 @click.argument("model")
 @value_option(
-    "--text", type=PATH, text="text file: loss in nats per token, perplexity and bits per byte"
+    "--text", "text file: loss in nats per token, perplexity and bits per byte", type=PATH
 )
 @value_option(
     "--classification-data",
+    "labeled texts: accuracy and other metrics of a classifier",
     metavar="FILE",
-    text="labeled texts: accuracy and other metrics of a classifier",
 )
 @value_option(
     "--chat-data",
+    "conversations: the answers of an assistant compared with the references",
     metavar="FILE",
-    text="conversations: the answers of an assistant compared with the references",
 )
 @value_option(
     "--stride",
+    "--text: tokens between the starts of two windows; fewer give each token more context",
     type=int,
     shown="the context length",
-    text="--text: tokens between the starts of two windows; fewer give each token more context",
 )
-@value_option("--out", type=PATH, text="--chat-data: write the answers as JSON lines")
+@value_option("--out", "--chat-data: write the answers as JSON lines", type=PATH)
 @value_option(
     "--judge",
+    "--chat-data: OpenAI-compatible endpoint of a model that scores the answers",
     metavar="URL",
-    text="--chat-data: OpenAI-compatible endpoint of a model that scores the answers",
 )
-@value_option("--judge-model", default="llama3", text="--judge: name of the model")
-@flag_option("--json", "as_json", text="print one JSON object")
+@value_option("--judge-model", "--judge: name of the model", "llama3")
+@flag_option("--json", "print one JSON object", "as_json")
 @arguments.model_session_arguments
 def run_evaluate(
     model: str,

@@ -19,37 +19,23 @@ from gptjax.errors import ConfigError
 @click.argument("prompt", required=False)
 @value_option(
     "--few-shot",
+    'examples before the prompt, one {"input": ..., "output": ...} per line; the '
+    "completion ends with its line",
     type=PATH,
     shown="no examples",
     metavar="FILE.jsonl",
-    text='examples before the prompt, one {"input": ..., "output": ...} per line; the '
-    "completion ends with its line",
 )
-@flag_option("--chat", text="answer the prompt as an assistant, in its chat template")
+@flag_option("--chat", "answer the prompt as an assistant, in its chat template")
 @arguments.sampling_arguments(max_new_tokens=100, temperature=0.8)
 @value_option(
-    "--min-p",
-    type=float,
-    default=0.0,
-    metavar="P",
-    text="minimum probability of a token, relative to the most likely one",
+    "--min-p", "minimum probability of a token, relative to the most likely one", 0.0, metavar="P"
 )
+@value_option("--repetition-penalty", "penalty on repeated tokens, above 0; 1 = off", 1.0)
 @value_option(
-    "--repetition-penalty",
-    type=float,
-    default=1.0,
-    text="penalty on repeated tokens, above 0; 1 = off",
+    "--stop", "text that ends the completion; may be repeated", multiple=True, metavar="TEXT"
 )
-@click.option(
-    "--stop",
-    multiple=True,
-    metavar="TEXT",
-    help="text that ends the completion; may be repeated  [default: none]",
-)
-@value_option(
-    "--samples", type=click.IntRange(min=1), default=1, metavar="N", text="number of completions"
-)
-@flag_option("--json", "as_json", text="print one JSON object per completion")
+@value_option("--samples", "number of completions", 1, type=click.IntRange(min=1), metavar="N")
+@flag_option("--json", "print one JSON object per completion", "as_json")
 @arguments.model_session_arguments
 def run_generate(
     model: str,
@@ -113,18 +99,15 @@ def start_chat(model: str, int8: bool, verbose: bool, **sampling: Any) -> None:
 @click.argument("texts", nargs=-1, metavar="[TEXT ...]")
 @value_option(
     "--file",
+    "CSV, TSV, JSON lines or text file to label, together with --out",
     type=PATH,
     metavar="IN",
-    text="CSV, TSV, JSON lines or text file to label, together with --out",
 )
 @value_option(
-    "--out",
-    type=PATH,
-    metavar="OUT",
-    text="copy of IN with a label and its probability in each row",
+    "--out", "copy of IN with a label and its probability in each row", type=PATH, metavar="OUT"
 )
-@value_option("--text", "text_column", default="", shown="detect", text="text column of IN")
-@flag_option("--json", "as_json", text="print one JSON object per text")
+@value_option("--text", "text column of IN", "", shown="detect", dest="text_column")
+@flag_option("--json", "print one JSON object per text", "as_json")
 @arguments.model_session_arguments
 def run_classify(
     model: str,

@@ -16,19 +16,19 @@ from gptjax.runtime.installation import install_command
 @click.argument("config_name", metavar="CONFIG.toml")
 @value_option(
     "--topology",
-    default="",
+    "devices to plan for",
+    "",
     shown="the devices of this machine",
     metavar="v5e:2x4|v6e:1|v5p:2x2x4|h100:8|cpu:8",
-    text="devices to plan for",
 )
 @value_option(
     "--compare-profile",
+    "run folder whose measurements are printed next to the plan",
     type=PATH,
     metavar="RUN",
-    text="run folder whose measurements are printed next to the plan",
 )
-@flag_option("--no-compile", text="estimate everything, without the compiler")
-@flag_option("--json", "as_json", text="print one JSON object")
+@flag_option("--no-compile", "estimate everything, without the compiler")
+@flag_option("--json", "print one JSON object", "as_json")
 def run_plan(
     config_name: str,
     overrides: list[str],

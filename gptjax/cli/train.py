@@ -14,7 +14,7 @@ from gptjax.runtime.timing import mark_phase
 
 
 @click.command("quickstart", cls=Command)
-@value_option("--run", type=PATH, default=Path("runs/quickstart"), metavar="DIR", text="run folder")
+@value_option("--run", "run folder", Path("runs/quickstart"), type=PATH, metavar="DIR")
 @arguments.session_arguments
 def run_quickstart(run: Path, verbose: bool) -> int:
     """Train a small GPT, a classifier and an assistant in minutes.
@@ -35,34 +35,33 @@ def run_quickstart(run: Path, verbose: bool) -> int:
 
 @click.command("train", cls=ConfigCommand, options_metavar="[--section.option VALUE ...] [OPTIONS]")
 @click.argument("config_name", metavar="CONFIG.toml")
-@value_option("--run", "run_dir", type=PATH, shown="runs/CONFIG", metavar="DIR", text="run folder")
+@value_option("--run", "run folder", type=PATH, shown="runs/CONFIG", metavar="DIR", dest="run_dir")
 @value_option(
     "--distributed",
+    "train as process I of N, counted from 0; HOST:PORT is a free port of the "
+    "host of process 0; auto asks the scheduler (Slurm, GKE, TPU pods)",
     shown="a single process",
     metavar="auto|HOST:PORT,N,I",
-    text="train as process I of N, counted from 0; HOST:PORT is a free port of the "
-    "host of process 0; auto asks the scheduler (Slurm, GKE, TPU pods)",
 )
-@click.option(
+@value_option(
     "--allow-change",
+    "option that may differ from the config of the run that is resumed; may be repeated",
     multiple=True,
     metavar="SECTION.OPTION",
-    help="option that may differ from the config of the run that is resumed; may be "
-    "repeated  [default: none]",
 )
 @value_option(
     "--on-spike",
+    "after a spike of the loss or gradient norm: log it, or skip such updates",
     type=click.Choice(["log", "skip"]),
     shown="that of the run, or log",
-    text="after a spike of the loss or gradient norm: log it, or skip such updates",
 )
-@flag_option("--auto-restart", text="restart the run after a crash or hang, with a back-off")
+@flag_option("--auto-restart", "restart the run after a crash or hang, with a back-off")
 @value_option(
     "--hang-timeout",
+    "--auto-restart: time without a step, evaluation or save that counts as a hang",
+    supervisor.HANG_TIMEOUT_SECONDS,
     type=click.FloatRange(min=1),
-    default=supervisor.HANG_TIMEOUT_SECONDS,
     metavar="SECONDS",
-    text="--auto-restart: time without a step, evaluation or save that counts as a hang",
 )
 @arguments.session_arguments
 @click.pass_context

@@ -10,7 +10,7 @@ from gptjax.cli.session import log_to_stderr
 
 @click.command("import", cls=Command)
 @click.argument("source")
-@value_option("--out", type=PATH, required=True, metavar="DIR", text="new model folder")
+@value_option("--out", "new model folder", type=PATH, required=True, metavar="DIR")
 def run_import(source: str, out: Path) -> None:
     """Convert public or foreign weights to a model folder.
 
@@ -23,8 +23,8 @@ def run_import(source: str, out: Path) -> None:
 
 @click.command("export", cls=Command)
 @click.argument("model")
-@value_option("--to", "layout", required=True, metavar="hf|book", text="format of the export")
-@value_option("--out", type=PATH, required=True, metavar="DIR", text="new folder")
+@value_option("--to", "format of the export", required=True, metavar="hf|book", dest="layout")
+@value_option("--out", "new folder", type=PATH, required=True, metavar="DIR")
 def run_export(model: str, layout: str, out: Path) -> None:
     """Export a model for other tools and verify its logits.
 

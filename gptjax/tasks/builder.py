@@ -11,6 +11,7 @@ from gptjax.data.bucketing import BucketedBatches
 from gptjax.data.text import TEST_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError
 from gptjax.parallel.sharding import shard_tree, to_host
+from gptjax.plots.report import write_report
 from gptjax.tokenizer.tokenizer import Tokenizer
 from gptjax.training import finetune
 from gptjax.training.estimate import parameter_count
@@ -54,17 +55,10 @@ class FinetuneInputs(NamedTuple):
     rows: Mapping[str, Iterable[Any]]  # JSON values by split
     tokenizer: Tokenizer
     init_model: Model | None
+    summary_lines: list[str]  # about the data
     class_names: tuple[str, ...] = ()  # of a classifier
     chat_template: str = ""  # of an assistant
-
-
-class FinetuneSummary(NamedTuple):
-    """Task-specific parts of the summary that is printed before training."""
-
-    data_lines: list[str]
-    rows: str  # unit of data.batch_size, such as "pairs of rows"
-    init_note: str = ""  # about the initial model
-    trained_note: str = ""  # about the trained tokens
+    params: Params | None = None  # of the full model before the first step, if known
 
 
 def make_finetune_task(
@@ -75,8 +69,9 @@ def make_finetune_task(
     batches: BucketedBatches,
     tokens_per_step: float,
     evaluate: Callable[[Model, int, bool], EvalResult],
-    summary: FinetuneSummary,
-    params: Params | None = None,
+    rows_name: str = "rows",
+    init_note: str = "",
+    trained_note: str = "",
 ) -> Task:
     """Makes the task of a fine-tuning run.
 
@@ -87,11 +82,12 @@ def make_finetune_task(
         batches: training batches.
         tokens_per_step: mean.
         evaluate: (model, step, is_last); its score selects the model saved in model/.
-        summary: task-specific parts of the summary.
-        params: of the full model before the first step, if they are known already.
+        rows_name: unit of data.batch_size in the summary printed before training.
+        init_note: about the initial model, for the summary.
+        trained_note: about the trained tokens, for the summary.
     """
     config, key = run.config, jax.random.key(run.config.train.seed)
-    tokenizer, template = inputs.tokenizer, inputs.chat_template
+    tokenizer, template, params = inputs.tokenizer, inputs.chat_template, inputs.params
     if params is None:
         params = make_initial_params(run, inputs.init_model, tokenizer)
     trainable_params, frozen_params = shard_tree(
@@ -109,6 +105,8 @@ def make_finetune_task(
         if adapters := finetune.combine_params(config, trainable_params, frozen_params)[1]:
             save_adapters(adapters, run.run_dir / "adapters.safetensors")
 
+    init_from = config.finetune.init_from or "random initialization"
+    lengths = ", ".join(map(str, batches.batch_shapes))
     return Task(
         init_state=init_state(trainable_params, optimizer, key),
         train_step=finetune.make_finetune_step(config, loss_fn, optimizer),
@@ -120,36 +118,20 @@ def make_finetune_task(
             "data": {split: hash_rows(part) for split, part in inputs.rows.items()},
             **finetune.model_provenance(tokenizer, inputs.init_model, template),
         },
-        summary=format_finetune_summary(
-            run, summary, batches, num_params(trainable_params), num_params(frozen_params)
-        ),
+        summary=[
+            f"run      {run.run_dir}",
+            *inputs.summary_lines,
+            f"model    {describe_model(run)}, from {init_from}{init_note}",
+            f"trained  {num_params(trainable_params):,} parameters ({config.finetune.trainable}), "
+            f"{num_params(frozen_params):,} frozen{trained_note}",
+            f"step     {config.data.batch_size} {rows_name} of {lengths} tokens: "
+            f"{len(batches.batch_shapes)} compiled shapes",
+            describe_length(config.train.steps, config.train.steps / batches.steps_per_epoch),
+            describe_devices(run),
+        ],
         frozen_params=(frozen_params,),
         save_best=save_best,
     )
-
-
-def format_finetune_summary(
-    run: RunContext,
-    summary: FinetuneSummary,
-    batches: BucketedBatches,
-    num_trainable: int,
-    num_frozen: int,
-) -> list[str]:
-    """Summary printed before training."""
-    config = run.config
-    lengths = ", ".join(map(str, batches.batch_shapes))
-    init_from = config.finetune.init_from or "random initialization"
-    return [
-        f"run      {run.run_dir}",
-        *summary.data_lines,
-        f"model    {describe_model(run)}, from {init_from}{summary.init_note}",
-        f"trained  {num_trainable:,} parameters ({config.finetune.trainable}), "
-        f"{num_frozen:,} frozen{summary.trained_note}",
-        f"step     {config.data.batch_size} {summary.rows} of {lengths} tokens: "
-        f"{len(batches.batch_shapes)} compiled shapes",
-        describe_length(config.train.steps, config.train.steps / batches.steps_per_epoch),
-        describe_devices(run),
-    ]
 
 
 def describe_model(run: RunContext) -> str:
@@ -187,13 +169,30 @@ def final_split(splits: Mapping[str, Any]) -> str:
     return TEST_SPLIT if TEST_SPLIT in splits else VALIDATION_SPLIT
 
 
-def log_final_evaluation(run: RunContext, split: str, **values: Any) -> None:
-    """Logs the metrics of the best model, unless they were those of a training step."""
-    if split == TEST_SPLIT:
-        log_event(run.metrics_path, "eval", run.config.train.steps, split=split, **values)
+def report_result(
+    run: RunContext,
+    task: Task,
+    split: str,
+    metrics: Mapping[str, Any],
+    result: str,
+    *,
+    files: str = "",
+    **report: Any,
+) -> None:
+    """Logs the metrics of the best model; writes figures and report.md.
 
-
-def log_done(run: RunContext, result: str, files: str) -> None:
-    """Logs the result and the files of a fine-tuning run."""
+    Args:
+        run: the run.
+        task: its task.
+        split: split of `metrics`.
+        metrics: fields of an "eval" event.
+        result: one line for the log and the report.
+        files: other files of the task, for the log.
+        report: further arguments of `write_report`.
+    """
+    if split == TEST_SPLIT:  # others were logged during training
+        log_event(run.metrics_path, "eval", run.config.train.steps, split=split, **metrics)
+    report = {"units_per_step": task.tokens_per_step, **report}
+    write_report(run.run_dir, summary=task.summary, result=result, **report)
     run.log(f"done     {result}")
-    run.log(f"wrote    {run.run_dir}/model (best on validation), {files}")
+    run.log(f"wrote    {run.run_dir}/model (best on validation), {files}report.md, figures")

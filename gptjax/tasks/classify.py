@@ -15,7 +15,7 @@ from gptjax.inference.classify import CLASSIFY_BATCH_SIZE, bucket_lengths
 from gptjax.model.classifier import classifier_hidden_states, pool_and_project
 from gptjax.model.gpt import unembedding_matrix
 from gptjax.plots.curves import accuracy_figure, confusion_figure
-from gptjax.plots.report import Misclassification, list_mistakes, per_class_table, write_report
+from gptjax.plots.report import Misclassification, list_mistakes, per_class_table
 from gptjax.tasks import builder
 from gptjax.tokenizer.tokenizer import Tokenizer
 from gptjax.training import finetune
@@ -93,13 +93,13 @@ def make_classification_task(run: RunContext, data: ClassificationData) -> Task:
     return builder.make_finetune_task(
         run,
         builder.FinetuneInputs(
-            text_label_pairs, tokenizer, data.init_model, class_names=rows.class_names
+            *(text_label_pairs, tokenizer, data.init_model, data.summary_lines),
+            class_names=rows.class_names,
         ),
         loss_fn=classification_loss_fn,
         batches=batches,
         tokens_per_step=sum(map(len, ids)) / len(ids) * config.data.batch_size,
         evaluate=make_classification_evaluate(run, data),
-        summary=builder.FinetuneSummary(data.summary_lines, "rows"),
     )
 
 
@@ -175,19 +175,13 @@ def finalize_classification(
     model, split = builder.load_best_model(run), builder.final_split(data.rows)
     texts, train_labels = data.rows[split], data.rows[TRAIN_SPLIT].labels
     result = evaluate_classifier(model, texts, data.ids[split])
-    builder.log_final_evaluation(run, split, **metric_values(result))
     predicted_N, prob_N = result.prob_NC.argmax(axis=-1), result.prob_NC.max(axis=-1)
-    misclassified = [n for n, label in enumerate(texts.labels) if predicted_N[n] != label]
+    scores, names = result.metrics, texts.class_names
     mistakes = [
-        Misclassification(
-            texts.texts[n],
-            texts.class_names[texts.labels[n]],
-            texts.class_names[predicted_N[n]],
-            float(prob_N[n]),
-        )
-        for n in sorted(misclassified, key=lambda n: -prob_N[n])
+        Misclassification(texts.texts[n], names[label], names[predicted_N[n]], float(prob_N[n]))
+        for n, label in enumerate(texts.labels)
+        if predicted_N[n] != label
     ]
-    scores = result.metrics
     majority_label = max(set(train_labels), key=train_labels.count)
     baseline = texts.labels.count(majority_label) / len(texts.labels)
     text = (
@@ -195,20 +189,14 @@ def finalize_classification(
         f"balanced accuracy {scores.balanced_accuracy:.4f} on {len(texts.labels):,} texts "
         f"(majority-class baseline: {baseline:.4f})"
     )
-    examples_per_step, names = run.config.data.batch_size, texts.class_names
-    write_report(
-        run.run_dir,
-        summary=task.summary,
-        result=text,
-        units_per_step=examples_per_step,
-        unit="example",
-        figures={
-            "accuracy": accuracy_figure(read_events(run.metrics_path), examples_per_step),
-            "confusion": confusion_figure(result.confusion_CC, names),
-        },
-        details=[*per_class_table(result.confusion_CC, names), *list_mistakes(mistakes)],
-    )
-    builder.log_done(run, text, "report.md, figures")
+    examples_per_step = run.config.data.batch_size
+    figures = {
+        "accuracy": accuracy_figure(read_events(run.metrics_path), examples_per_step),
+        "confusion": confusion_figure(result.confusion_CC, names),
+    }
+    details = [*per_class_table(result.confusion_CC, names), *list_mistakes(mistakes)]
+    report = {"units_per_step": examples_per_step, "unit": "example", "figures": figures}
+    builder.report_result(run, task, split, metric_values(result), text, details=details, **report)
     return model
 
 

@@ -7,7 +7,6 @@ under model and reference.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,7 +28,6 @@ from gptjax.data.sft import (
 )
 from gptjax.data.text import TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError, DataError
-from gptjax.plots.report import write_report
 from gptjax.runtime.preemption import check_interrupted
 from gptjax.tasks import builder
 from gptjax.tokenizer.chat_template import ChatTemplate
@@ -53,16 +51,6 @@ class DPOData(NamedTuple):
     init_model: Model
     chat_template: str
     summary_lines: list[str]
-
-
-class DPOMetrics(NamedTuple):
-    """Metrics of a model on preference pairs."""
-
-    loss: float  # nats per pair
-    margin: float  # reward of the chosen answer minus that of the rejected one
-    accuracy: float  # fraction of pairs with a positive margin; 0 counts as half
-    chosen_reward: float
-    rejected_reward: float
 
 
 def load_dpo_data(run: RunContext) -> tuple[RunContext, DPOData]:
@@ -157,21 +145,21 @@ def make_dpo_task(run: RunContext, data: DPOData) -> Task:
     """Makes the DPO task."""
     batches = data.batches[TRAIN_SPLIT]
     pairs = {split: part.pairs for split, part in data.batches.items()}
-    init_model, template = data.init_model, data.chat_template
+    init_model = data.init_model
     num_tokens = sum(len(x.ids) - 1 for pair in batches.pairs for x in pair)
     task = builder.make_finetune_task(
         run,
-        builder.FinetuneInputs(pairs, init_model.tokenizer, init_model, chat_template=template),
+        builder.FinetuneInputs(
+            *(pairs, init_model.tokenizer, init_model, data.summary_lines),
+            chat_template=data.chat_template,
+            params=data.params,
+        ),
         loss_fn=dpo_loss_fn,
         batches=batches,
         tokens_per_step=num_tokens / batches.steps_per_epoch,
         evaluate=make_dpo_evaluate(run, data.batches),
-        summary=builder.FinetuneSummary(
-            data.summary_lines,
-            "pairs of rows",
-            init_note=f" (also the reference; beta {run.config.finetune.dpo_beta})",
-        ),
-        params=data.params,
+        rows_name="pairs of rows",
+        init_note=f" (also the reference; beta {run.config.finetune.dpo_beta})",
     )
     reference = {name: hash_pytree(part.reference_logprobs) for name, part in data.batches.items()}
     return dataclasses.replace(task, provenance={**task.provenance, "reference": reference})
@@ -197,6 +185,9 @@ def answer_logprobs(
     return -jnp.sum(loss_RT * rows["loss_weights"], axis=-1).reshape(-1, 2)
 
 
+jit_answer_logprobs = jax.jit(answer_logprobs, static_argnums=0)
+
+
 def sequence_logprobs(
     config: RunConfig, params: Params, batches: PreferenceBatches
 ) -> Float[np.ndarray, "P 2"]:
@@ -204,15 +195,9 @@ def sequence_logprobs(
     logprob_P2 = np.zeros((len(batches.pairs), 2), np.float32)
     for indices, batch in batches.in_order():
         check_interrupted()
-        logprob_B2 = jit_answer_logprobs(config)(params, batch)
+        logprob_B2 = jit_answer_logprobs(config, params, batch)
         logprob_P2[indices] = np.asarray(logprob_B2)[: len(indices)]
     return logprob_P2
-
-
-@functools.lru_cache(maxsize=2)
-def jit_answer_logprobs(config: RunConfig) -> Callable[[Params, Any], PerExample]:
-    """Jitted `answer_logprobs` of a run."""
-    return jax.jit(functools.partial(answer_logprobs, config))
 
 
 def dpo_loss(logratio_B2: PerExample, beta: float) -> Float[Array, " B"]:
@@ -235,18 +220,22 @@ def dpo_loss_fn(
     return jnp.sum(jnp.where(valid_B, loss_B, 0.0)), valid_B.sum().astype(jnp.float32)
 
 
-def evaluate_pairs(config: RunConfig, model: Model, batches: PreferenceBatches) -> DPOMetrics:
-    """Evaluates a model on all pairs of the batches."""
+def evaluate_pairs(config: RunConfig, model: Model, batches: PreferenceBatches) -> dict[str, float]:
+    """Evaluates a model on all pairs; returns the fields of an "eval" event.
+
+    The margin is the reward of the chosen answer minus that of the rejected one; the
+    accuracy is the fraction of positive margins, where 0 counts as half.
+    """
     logratio_P2 = sequence_logprobs(config, model.params, batches) - batches.reference_logprobs
     reward_P2 = config.finetune.dpo_beta * logratio_P2.astype(np.float64)
     margin_P = reward_P2[:, CHOSEN] - reward_P2[:, REJECTED]
-    return DPOMetrics(
-        loss=float(np.logaddexp(0, -margin_P).mean()),
-        margin=float(margin_P.mean()),
-        accuracy=float(np.mean((np.sign(margin_P) + 1) / 2)),
-        chosen_reward=float(reward_P2[:, CHOSEN].mean()),
-        rejected_reward=float(reward_P2[:, REJECTED].mean()),
-    )
+    return {
+        "loss": float(np.logaddexp(0, -margin_P).mean()),
+        "margin": float(margin_P.mean()),
+        "accuracy": float(np.mean((np.sign(margin_P) + 1) / 2)),
+        "chosen_reward": float(reward_P2[:, CHOSEN].mean()),
+        "rejected_reward": float(reward_P2[:, REJECTED].mean()),
+    }
 
 
 def make_dpo_evaluate(
@@ -266,12 +255,10 @@ def make_dpo_evaluate(
         }
         validation = metrics[VALIDATION_SPLIT]
         return EvalResult(
-            events=[
-                ("eval", {"split": split, **values._asdict()}) for split, values in metrics.items()
-            ],
-            text=f"val {validation.loss:.4f} margin {validation.margin:.3f} "
-            f"accuracy {validation.accuracy:.1%}",
-            score=(-validation.loss, float(step)),  # of equal losses, the later
+            events=[("eval", {"split": split, **values}) for split, values in metrics.items()],
+            text=f"val {validation['loss']:.4f} margin {validation['margin']:.3f} "
+            f"accuracy {validation['accuracy']:.1%}",
+            score=(-validation["loss"], float(step)),  # of equal losses, the later
         )
 
     return evaluate
@@ -281,16 +268,12 @@ def finalize_dpo(run: RunContext, data: DPOData, task: Task, state: TrainState) 
     """Evaluates the best model on the test pairs; writes figures and report.md."""
     model, split = builder.load_best_model(run), builder.final_split(data.batches)
     metrics = evaluate_pairs(run.config, model, data.batches[split])
-    builder.log_final_evaluation(run, split, **metrics._asdict())
     text = (
-        f"{split} loss {metrics.loss:.4f}, margin {metrics.margin:.4f}, "
-        f"accuracy {metrics.accuracy:.1%} on {len(data.batches[split].pairs):,} "
+        f"{split} loss {metrics['loss']:.4f}, margin {metrics['margin']:.4f}, "
+        f"accuracy {metrics['accuracy']:.1%} on {len(data.batches[split].pairs):,} "
         "pairs (chance: 50%)"
     )
-    write_report(
-        run.run_dir, summary=task.summary, result=text, units_per_step=task.tokens_per_step
-    )
-    builder.log_done(run, text, "report.md, figures")
+    builder.report_result(run, task, split, metrics, text)
     return model
 
 

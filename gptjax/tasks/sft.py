@@ -24,7 +24,7 @@ from gptjax.evaluation.instructions import (
     mean_scores,
     write_responses,
 )
-from gptjax.plots.report import code_block, markdown_table, write_report
+from gptjax.plots.report import code_block, markdown_table
 from gptjax.tasks import builder
 from gptjax.tokenizer.chat_template import ChatTemplate
 from gptjax.tokenizer.tokenizer import Tokenizer
@@ -129,16 +129,14 @@ def make_sft_task(run: RunContext, data: SFTData) -> Task:
     trained_fraction = num_trained / sum(len(x.ids) for x in examples)
     return builder.make_finetune_task(
         run,
-        builder.FinetuneInputs(messages, tokenizer, data.init_model, chat_template=template),
+        builder.FinetuneInputs(
+            *(messages, tokenizer, data.init_model, data.summary_lines), chat_template=template
+        ),
         loss_fn=sft_loss_fn,
         batches=batches,
         tokens_per_step=sum(len(x.ids) - 1 for x in examples) / batches.steps_per_epoch,
         evaluate=make_sft_evaluate(run, data),
-        summary=builder.FinetuneSummary(
-            data.summary_lines,
-            "rows",
-            trained_note=f"; loss on {trained_fraction:.0%} of the tokens",
-        ),
+        trained_note=f"; loss on {trained_fraction:.0%} of the tokens",
     )
 
 
@@ -217,8 +215,6 @@ def finalize_sft(run: RunContext, data: SFTData, task: Task, state: TrainState) 
     responses = generate_responses(model, rows, answer_token_limit(model, data))
     loss = example_loss(model, data.completion_examples[split]).loss
     scores = mean_scores(responses)
-    values = {"response_loss": loss, **scores, **task_exact_matches(responses)}
-    builder.log_final_evaluation(run, split, **values)
     write_responses(responses, run.run_dir / "responses.jsonl")
     text = (
         f"{split} loss {loss:.4f} nats per answer token"
@@ -234,14 +230,9 @@ def finalize_sft(run: RunContext, data: SFTData, task: Task, state: TrainState) 
         details += code_block(
             "\n".join([*parts, f"answer: {one.response}", f"wanted: {one.reference}"])
         )
-    write_report(
-        run.run_dir,
-        summary=task.summary,
-        result=text,
-        units_per_step=task.tokens_per_step,
-        details=details,
-    )
-    builder.log_done(run, text, "responses.jsonl, report.md, figures")
+    metrics = {"response_loss": loss, **scores, **task_exact_matches(responses)}
+    files = "responses.jsonl, "
+    builder.report_result(run, task, split, metrics, text, files=files, details=details)
     return model
 
 

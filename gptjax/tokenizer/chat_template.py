@@ -100,8 +100,8 @@ class ChatTemplate:
 
     def split_segments(self, text: str, kind: SegmentKind) -> Iterator[TemplateSegment]:
         """Splits marked text into segments of one kind and removes the marks."""
-        for index, part in enumerate(text.split(EOT_MARK)):
-            if index:
+        for n, part in enumerate(text.split(EOT_MARK)):
+            if n:
                 yield TemplateSegment(EOT_TEXT, kind, is_eot=True)
             plain = MARKED_TEXT_PATTERN.sub(
                 lambda match: self.special_markers.sub(break_marker, match[1]), part
@@ -116,9 +116,8 @@ class ChatTemplate:
 
 
 def break_marker(match: re.Match[str]) -> str:
-    """Inserts a zero-width space after the first character of a marker."""
-    split_at = len(match[0]) - len(match[0].lstrip()) + 1
-    return match[0][:split_at] + ZERO_WIDTH_SPACE + match[0][split_at:]
+    """Inserts a zero-width space after the first visible character of a marker."""
+    return re.sub(r"^(\s*\S)", rf"\1{ZERO_WIDTH_SPACE}", match[0])
 
 
 def load_chat_template(name: str) -> ChatTemplate:

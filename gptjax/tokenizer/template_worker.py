@@ -11,7 +11,7 @@ import faulthandler
 import functools
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -93,17 +93,13 @@ class MarkedText(str):
     def __bool__(self) -> bool:
         return len(self) > 2
 
-    def strip(self, chars: str | None = None, /) -> "MarkedText":
+    def strip_text(self, strip: Callable[..., str], chars: str | None = None, /) -> "MarkedText":
         """Strips inside the marks."""
-        return MarkedText(self[0] + self[1:-1].strip(chars) + self[-1])
+        return MarkedText(self[0] + strip(self[1:-1], chars) + self[-1])
 
-    def lstrip(self, chars: str | None = None, /) -> "MarkedText":
-        """Strips on the left, inside the marks."""
-        return MarkedText(self[0] + self[1:-1].lstrip(chars) + self[-1])
-
-    def rstrip(self, chars: str | None = None, /) -> "MarkedText":
-        """Strips on the right, inside the marks."""
-        return MarkedText(self[0] + self[1:-1].rstrip(chars) + self[-1])
+    strip: Any = functools.partialmethod(strip_text, str.strip)
+    lstrip: Any = functools.partialmethod(strip_text, str.lstrip)
+    rstrip: Any = functools.partialmethod(strip_text, str.rstrip)
 
 
 class GenerationTag(jinja2.ext.Extension):

@@ -1,10 +1,5 @@
 """Byte-level BPE tokenizers: GPT-2's, trained ones and plain bytes.
 
-    tokenizer = load_tokenizer("gpt2")             # ships with gptjax
-    tokenizer = load_tokenizer("bytes")            # 256 bytes and <|endoftext|>
-    tokenizer = load_tokenizer("runs/mine/model")  # with vocab.json and merges.txt
-    tokenizer = train_tokenizer(texts, 2048)
-
 Each is a table of byte strings and ids, applied by tiktoken. Encoding is lossless for
 any text. `<|endoftext|>` separates documents; it exists only as an id: the same
 characters in a text are encoded as ordinary text.
@@ -34,7 +29,7 @@ ENDOFTEXT = "<|endoftext|>"
 GPT2_MERGES = Path(__file__).parent / "gpt2" / "gpt2-merges.txt"
 TOKENIZER_JSON = "tokenizer.json"  # vocabulary and merges in one file [HF tokenizers]
 MERGES_HEADER = "#version: 0.2"  # first line of a merges.txt
-MAX_TOKENIZER_FILE_BYTES = 64_000_000  # GPT-2's files are 1.0 and 0.5 MB
+MAX_TOKENIZER_BYTES = 64_000_000  # GPT-2's files are 1.0 and 0.5 MB
 
 # GPT-2's files represent each byte by one printable character: itself where it is
 # printable, else a character from 256 upwards. Ids 0 to 255 follow the same order.
@@ -75,9 +70,9 @@ class Tokenizer:
     def encode_array(self, text: str) -> UInt32[np.ndarray, " L"]:
         """Encodes text to an array; releases the GIL."""
         encode_utf8(text)  # raises: tiktoken would silently replace lone surrogates
-        options: Any = {"disallowed_special": ()}  # encode them as text
-        parts = split_long_whitespace(text)
-        return np.concatenate([self.encoding.encode_to_numpy(x, **options) for x in parts])
+        # Special tokens in the text are text.
+        encode = functools.partial(self.encoding.encode_to_numpy, disallowed_special=())
+        return np.concatenate([encode(part) for part in split_long_whitespace(text)])
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Decodes ids; invalid UTF-8 becomes U+FFFD."""
@@ -98,14 +93,13 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
         """Decodes ids to bytes, which may start or end inside a character."""
-        token_ids, vocab_size = list(map(operator.index, ids)), self.vocab_size
-        for token_id in token_ids:
-            if not 0 <= token_id < vocab_size:
-                raise DataError(
-                    f"token id {token_id} is out of range for tokenizer {self.name!r}: "
-                    f"vocab_size={vocab_size} allows 0 to {vocab_size - 1}. Use the "
-                    "tokenizer that encoded the text."
-                )
+        token_ids = list(map(operator.index, ids))
+        if wrong := [n for n in token_ids if not 0 <= n < self.vocab_size]:
+            raise DataError(
+                f"token id {wrong[0]} is out of range for tokenizer {self.name!r}: "
+                f"vocab_size={self.vocab_size} allows 0 to {self.vocab_size - 1}. Use the "
+                "tokenizer that encoded the text."
+            )
         return self.encoding.decode_bytes(token_ids)
 
     @functools.cached_property
@@ -141,13 +135,14 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         ids = {bytes_to_unicode(token): i for token, i in self.ranks.items()}
         ids[ENDOFTEXT] = self.eot_token
-        vocab = json.dumps(dict(sorted(ids.items(), key=operator.itemgetter(1))))
-        merges = "\n".join([MERGES_HEADER, *derive_merge_lines(self.ranks), ""])
         special_tokens = dict.fromkeys(["bos_token", "eos_token", "unk_token"], ENDOFTEXT)
-        config_json = json.dumps({"tokenizer_class": "GPT2Tokenizer", **special_tokens}, indent=2)
-        (folder / "vocab.json").write_text(vocab, encoding="utf-8")
-        (folder / "merges.txt").write_text(merges, encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(config_json + "\n", encoding="utf-8")
+        config = {"tokenizer_class": "GPT2Tokenizer", **special_tokens}
+        for name, text in {
+            "vocab.json": json.dumps(dict(sorted(ids.items(), key=operator.itemgetter(1)))),
+            "merges.txt": "\n".join([MERGES_HEADER, *derive_merge_lines(self.ranks), ""]),
+            "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        }.items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def split_long_whitespace(text: str) -> list[str]:
@@ -188,8 +183,8 @@ def gpt2_tokenizer() -> Tokenizer:
 
 def is_tokenizer_dir(folder: Path) -> bool:
     """True if the folder contains the files of a tokenizer."""
-    exists = [(folder / name).is_file() for name in ("vocab.json", "merges.txt", TOKENIZER_JSON)]
-    return all(exists[:2]) or exists[2]
+    has_pair = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+    return has_pair or (folder / TOKENIZER_JSON).is_file()
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str = "") -> Tokenizer:
@@ -262,9 +257,7 @@ def read_tokenizer_dir(folder: Path) -> Tokenizer:
     """Reads a tokenizer from a folder of untrusted files."""
     try:
         vocab, merge_lines = read_tokenizer_files(folder)
-        ids = validate_vocab(vocab)
-        eot_token = ids.pop(ENDOFTEXT)
-        ranks = vocab_to_ranks(ids)
+        ranks, eot_token = vocab_to_ranks(vocab)
         pairs = zip_longest(merge_lines, derive_merge_lines(ranks))
         for number, (actual, expected) in enumerate(pairs, start=1):
             if actual != expected:
@@ -284,11 +277,12 @@ def read_tokenizer_files(folder: Path) -> tuple[Any, list[str]]:
     """Reads vocabulary and merges: vocab.json and merges.txt, or tokenizer.json."""
     vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
     if vocab_file.is_file() and merges_file.is_file():
-        merges = strict_json.read_small_file(merges_file, MAX_TOKENIZER_FILE_BYTES).decode("utf-8")
+        merges = strict_json.read_small_file(merges_file, MAX_TOKENIZER_BYTES).decode("utf-8")
         lines = merges.removesuffix("\n").split("\n")
-        has_header = lines[0].startswith("#version")
-        return strict_json.read_json(vocab_file, MAX_TOKENIZER_FILE_BYTES), lines[has_header:]
-    match strict_json.read_json(folder / TOKENIZER_JSON, MAX_TOKENIZER_FILE_BYTES):
+        return strict_json.read_json(vocab_file, MAX_TOKENIZER_BYTES), lines[
+            lines[0].startswith("#version") :
+        ]
+    match strict_json.read_json(folder / TOKENIZER_JSON, MAX_TOKENIZER_BYTES):
         case {
             "pre_tokenizer": {"type": "ByteLevel", **split},
             "model": {"type": "BPE", "vocab": dict(ids), "merges": list(pairs)},
@@ -300,24 +294,19 @@ def read_tokenizer_files(folder: Path) -> tuple[Any, list[str]]:
     raise DataError("not a byte-level BPE like GPT-2's")
 
 
-def validate_vocab(vocab: Any) -> dict[str, int]:
-    """Validates a vocab.json: token -> id, with ids 0, 1, 2, ... in any order."""
+def vocab_to_ranks(vocab: Any) -> tuple[dict[bytes, int], int]:
+    """Validates a vocab.json; returns the id of each byte string and of <|endoftext|>.
+
+    The file maps tokens to the ids 0, 1, 2, ... in any order.
+    """
     if not isinstance(vocab, dict):
         raise DataError("not a JSON object of tokens and ids")
+    ranks = {}
     for token, token_id in vocab.items():
         if type(token_id) is not int:
             raise DataError(f"the id of token {token[:80]!r} is not an integer")
-    if missing := set(range(len(vocab))) - set(vocab.values()):
-        raise DataError(f"none of its {len(vocab)} tokens has the id {min(missing)}")
-    if ENDOFTEXT not in vocab:
-        raise DataError(f"{ENDOFTEXT} is missing")
-    return vocab
-
-
-def vocab_to_ranks(vocab: Mapping[str, int]) -> dict[bytes, int]:
-    """Converts tokens to bytes; checks that every single byte is a token."""
-    ranks = {}
-    for token, token_id in vocab.items():
+        if token == ENDOFTEXT:
+            continue
         if not 0 < len(token) <= MAX_TOKEN_BYTES:
             raise DataError(
                 f"token {token_id} is {len(token)} bytes long, not 1 to {MAX_TOKEN_BYTES}"
@@ -325,6 +314,10 @@ def vocab_to_ranks(vocab: Mapping[str, int]) -> dict[bytes, int]:
         if others := set(token) - CHAR_TO_BYTE.keys():
             raise DataError(f"token {token_id} has {min(others)!r}, which represents no byte")
         ranks[unicode_to_bytes(token)] = token_id
+    if missing := set(range(len(vocab))) - set(vocab.values()):
+        raise DataError(f"none of its {len(vocab)} tokens has the id {min(missing)}")
+    if ENDOFTEXT not in vocab:
+        raise DataError(f"{ENDOFTEXT} is missing")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise DataError(f"byte {missing[0]} ({BYTE_TO_CHAR[missing[0]]!r}) is missing")
-    return ranks
+    return ranks, vocab[ENDOFTEXT]

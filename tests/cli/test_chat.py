@@ -133,7 +133,8 @@ def test_save_writes_all_messages_to_a_new_file(tmp_path):
     assert "é" in path.read_text(encoding="utf-8")
     assert json.loads(path.read_text(encoding="utf-8")) == [system("é"), *one, *two]
     assert result.chat.history() == [system("é"), *two]
-    assert f"{path} already exists" in result.notices[-1]
+    assert str(path) in result.notices[-1]
+    assert "exists" in result.notices[-1]
 
 
 @given(
@@ -243,7 +244,7 @@ def test_in_a_terminal_pastes_are_messages_and_interrupts_never_end_the_chat(mon
 
     _, *lines = capsys.readouterr().out.splitlines()
     hint = "(/quit or Ctrl-D quits)"
-    replies = ["<'a é 漢字 😀'>", "<'slow'", "(stopped)", hint, r"<'one\n  two\nthree'>"]
+    replies = ["<'a é 漢字 😀'>", "<'slow'", "(stopped)", hint, hint, r"<'one\n  two\nthree'>"]
     assert lines == replies
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

@@ -79,8 +79,8 @@ def test_gpt2_is_the_published_tokenizer_and_has_the_ids_of_the_book(tmp_path):
     assert GPT2.hash.startswith("2a551909b8891192")
 
 
-def test_a_million_equal_characters_are_encoded_and_splitting_changes_no_id(monkeypatch):
-    for text in ("a" * 10**6, " " * 10**6 + "b", "\n \u3000" * 333_333 + "\tb"):
+def test_a_million_spaces_are_encoded_and_splitting_changes_no_id(monkeypatch):
+    for text in (" " * 10**6 + "b", "\n \u3000" * 333_333 + "\tb"):
         assert GPT2.decode(GPT2.encode(text)) == text
     text = "a   b\n \u3000\n b  .   \x1c ab "
     whole = GPT2.encode(text)
@@ -158,7 +158,7 @@ DAMAGES = [  # file, text in it, its replacement, value in the message
 
 
 def test_damaged_folders_are_rejected(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer, "MAX_TOKENIZER_FILE_BYTES", 9_000)
+    monkeypatch.setattr(tokenizer, "MAX_TOKENIZER_BYTES", 9_000)
     small = tokenizer.train_tokenizer(["low lower lowest slow slower slowest"], 264)
     for name, old, new, match in DAMAGES:
         small.save(tmp_path)
