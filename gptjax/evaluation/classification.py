@@ -33,9 +33,8 @@ def evaluate_classifier(
     """Computes loss and metrics of a classifier on tokenized, labeled texts."""
     prob_NC = predict_probs(model, ids)
     true_N = np.asarray(data.labels)
-    min_prob = np.finfo(np.float32).tiny
-    true_prob_N = np.maximum(prob_NC[np.arange(len(true_N)), true_N], min_prob)
-    loss = float(-np.log(true_prob_N.astype(np.float64)).mean())
+    true_prob_N = prob_NC[np.arange(len(true_N)), true_N].astype(np.float64)
+    loss = float(-np.log(np.maximum(true_prob_N, np.finfo(np.float32).tiny)).mean())
     confusion_CC = confusion_matrix(true_N, prob_NC.argmax(axis=-1), len(data.class_names))
     return ClassificationResult(loss, prob_NC, classification_metrics(confusion_CC), confusion_CC)
 

@@ -103,8 +103,7 @@ def evaluate_file(
     truncated = truncate_all(encoded, max_length)
     if not truncated.examples:
         raise DataError(
-            f"no answer in {path} fits the model's context length of {max_length} tokens. "
-            "Shorten the answers."
+            f"no answer in {path} fits the context of {max_length} tokens. Shorten the answers."
         )
     if truncated.num_truncated or truncated.num_dropped:
         log(

@@ -62,8 +62,7 @@ class LLMJudge:
         try:
             import openai
         except ImportError as error:
-            fix = install_command("judge")
-            raise ConfigError(f"the judge needs the package openai. Run {fix}.") from error
+            raise ConfigError(f"no package openai. Run {install_command('judge')}.") from error
         is_local, key = is_loopback(self.url), os.environ.get("OPENAI_API_KEY", "").strip()
         if not re.fullmatch(r"[!-~]*", key):
             raise ConfigError("OPENAI_API_KEY is not one ASCII word. Set it to the key alone.")

@@ -78,10 +78,7 @@ eval_step_for = functools.lru_cache(maxsize=4)(make_eval_step)
 def evaluate(
     eval_step: EvalStep, params: Params, batches: Iterable[Batch], byte_lengths: np.ndarray
 ) -> Evaluation:
-    """Evaluates the targets with a weight above 0; sums in float64 on the host.
-
-    `byte_lengths` holds the number of bytes of each token id.
-    """
+    """Evaluates the targets with a weight above 0; sums in float64 on the host."""
     total_loss, num_tokens, num_bytes = 0.0, 0, 0
     for batch in batches:
         check_interrupted()

@@ -24,8 +24,8 @@ def chat_template_of(model: Model) -> ChatTemplate:
     """Returns the model's chat template."""
     if not model.chat_template:
         raise ModelError(
-            "this model has no chat template and can only complete text. Use gptjax "
-            "generate, or train an assistant with train.task = 'sft'."
+            "this model has no chat template. Use gptjax generate, or train an assistant with "
+            "train.task = 'sft'."
         )
     return compile_template(model.chat_template)
 
@@ -84,11 +84,11 @@ def answer_batch(
     """Generates greedy answers to many conversations.
 
     Batches have a fixed size and prompts of similar length, so that few programs are
-    compiled. Answers do not depend on the batch and keep the order of the prompts.
+    compiled. Answers do not depend on the batch.
     """
     prompt_ids = [encode_chat(model, messages) for messages in prompts]
-    options = {"temperature": 0.0, "max_new_tokens": max_new_tokens}
-    config = make_chat_config(model, None, options)
+    config = GenerationConfig(temperature=0.0, max_new_tokens=max_new_tokens)
+    config = make_chat_config(model, config, {})
     order = sorted(range(len(prompt_ids)), key=lambda n: len(prompt_ids[n]))
     answers = [""] * len(prompt_ids)
     for start in range(0, len(order), ANSWER_BATCH_SIZE):

@@ -28,9 +28,7 @@ class Prediction(NamedTuple):
 def classify(model: Model, texts: Sequence[str]) -> list[Prediction]:
     """Predicts the label of each text; results do not depend on the batch.
 
-    Args:
-        model: a classifier, from `gptjax.load`.
-        texts: non-empty texts; tokens beyond the context length are dropped.
+    Tokens beyond the context length are dropped.
     """
     check_classifier(model)
     if isinstance(texts, str):
@@ -47,8 +45,7 @@ def check_classifier(model: Model) -> None:
     """Raises ModelError if the model has no classification labels."""
     if not model.labels:
         raise ModelError(
-            "this model has no labels, so it is not a classifier. Train one with "
-            "gptjax train and train.task = 'classify'."
+            "this model has no labels. Train a classifier with train.task = 'classify'."
         )
 
 

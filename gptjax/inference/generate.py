@@ -184,12 +184,11 @@ def complete(
 ) -> list[Completion]:
     """Generates completions; arguments and errors are those of `generate`.
 
-    Samples of one prompt are adjacent. Results do not depend on the batch: sample s of
-    a prompt is always the same.
+    Samples of one prompt are adjacent. Sample s of a prompt is the same in any batch.
     """
     config = dataclasses.replace(generation_config or GenerationConfig(), **options)
     if samples < 1:
-        raise ConfigError(f"samples={samples} is not positive. Use 1 or more.")
+        raise ConfigError(f"samples={samples} must be at least 1.")
     rows, truncated = tokenize_prompts(model, normalize_prompts(prompt)[0], samples)
     (*_, final) = decode_sequences(model, rows, config, samples, streaming=bool(config.stop))
     completions = []
@@ -216,8 +215,7 @@ def stream(
     prompts, single = normalize_prompts(prompt)
     if not single:
         raise ConfigError(f"{len(prompts)} prompts cannot be streamed. Use complete().")
-    rows, _ = tokenize_prompts(model, prompts, 1)
-    return stream_chunks(model, rows, config)
+    return stream_chunks(model, tokenize_prompts(model, prompts, 1)[0], config)
 
 
 def stream_chunks(model: Model, rows: list[list[int]], config: GenerationConfig) -> Iterator[str]:

@@ -32,7 +32,7 @@ OUTPUT_SUFFIXES = (*DELIMITERS, ".jsonl")
 ADDED_COLUMNS = ("label", "probability")
 PROBABILITY_DIGITS = 6  # decimal places
 
-PredictFn = Callable[[list[str]], list[tuple[str, float]]]
+PredictFn = Callable[[list[str]], list[tuple[str, float]]]  # label and probability of each text
 
 
 def label_file(
@@ -50,13 +50,8 @@ def label_file(
     per line; blank lines are skipped. The new columns are called label and probability,
     or predicted_label and predicted_probability if the first row has one of these.
 
-    Args:
-        source: input file, optionally gzipped.
-        output: its suffix determines the format; must not exist.
-        predict: returns (label, probability) of each text.
-        text_column: "" = guess.
-        batch_size: texts per call of `predict`.
-        log: receives messages for the user.
+    `source` may be gzipped, the suffix of `output` determines its format, and an empty
+    `text_column` is guessed. `predict` labels `batch_size` texts per call.
     """
     check_label_paths(source, output)
     rows, option = read_input_rows(source), "--text NAME"
@@ -95,10 +90,7 @@ def check_label_paths(source: Path, output: Path) -> None:
     # JSON objects may be nested or differ in their keys, so CSV cannot store them.
     suffixes = (".jsonl",) if suffix in (".json", ".jsonl") else OUTPUT_SUFFIXES
     if output.suffix.lower() not in suffixes:
-        raise DataError(
-            f"{output}: unsupported output format for {source.name}. Use the suffix "
-            f"{' or '.join(suffixes)}."
-        )
+        raise DataError(f"{output} cannot hold {source.name}. Use {' or '.join(suffixes)}.")
     if output.exists():
         raise DataError(f"{output} already exists. Remove it, or choose another name.")
 

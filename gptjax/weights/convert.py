@@ -59,10 +59,7 @@ def check_reference_values(model: Model, reference: ReferenceValues | None) -> s
     ids = model.tokenizer.encode(REFERENCE_PROMPT)[: model.config.context_length]
     logits = np.asarray(apply(model.config, model.params, jnp.array([ids])))[0, -1]
     if not np.isfinite(logits).all():
-        raise ModelError(
-            "the logits of the model are not finite. Its file is damaged or belongs to "
-            "a different architecture."
-        )
+        raise ModelError("the logits are not finite: the file is damaged. Copy it again.")
     if reference is None:
         return "logits are finite; no published values to compare with"
     embedding_VD = np.asarray(model.params["token_embedding"]["embedding"])

@@ -149,10 +149,7 @@ def write_book(model: Model, folder: Path) -> None:
     """Writes the state dict and the config dictionary of the book (GPT_CONFIG)."""
     c = model.config
     if model.labels:
-        raise ModelError(
-            "a classifier cannot be exported to the book's format, which stores no "
-            "labels. Use --to hf."
-        )
+        raise ModelError("the book's format stores no labels of a classifier. Use --to hf.")
     book_config = {
         "vocab_size": c.vocab_size,
         "context_length": c.context_length,

@@ -56,9 +56,10 @@ PINNED_REPOS = {
             ),
         },
     ),
-    "gpt2-medium": Repository("openai-community/gpt2-medium"),
-    "gpt2-large": Repository("openai-community/gpt2-large"),
-    "gpt2-xl": Repository("openai-community/gpt2-xl"),
+    **{
+        name: Repository(f"openai-community/{name}")
+        for name in ("gpt2-medium", "gpt2-large", "gpt2-xl")
+    },
 }
 
 
@@ -80,9 +81,8 @@ def resolve_repo(name: str) -> Repository:
             return entry
     if not is_repo_id(name):
         raise ModelError(
-            f"no model {name!r} on the hub.{did_you_mean(name, PINNED_REPOS)} Use one "
-            f"of {', '.join(PINNED_REPOS)}, or owner/repository, optionally with "
-            "@revision."
+            f"no model {name!r} on the hub.{did_you_mean(name, PINNED_REPOS)} Use one of "
+            f"{', '.join(PINNED_REPOS)}, or owner/repository[@revision]."
         )
     name, _, revision = name.partition("@")
     return Repository(name, revision or "main")
@@ -112,9 +112,8 @@ def fetch_repo(name: str, log: _LogFn = lambda line: None) -> Path:
         index = find_file(commit, INDEX)
         if not index:
             raise ModelError(
-                f"{repo} has no safetensors, and gptjax does not open pickles "
-                "such as pytorch_model.bin. If you trust the repository, load it with "
-                "transformers, call save_pretrained(DIR), and use DIR."
+                f"{repo} has no safetensors, and gptjax opens no pickles (pytorch_model.bin). If "
+                "you trust it, load it with transformers and use a folder of save_pretrained."
             )
         weights = read_shards(index)
     for file in weights:
@@ -210,8 +209,5 @@ def read_shards(index: Path) -> list[str]:
         if not shards or not all(SHARD_PATTERN.fullmatch(name) for name in shards):
             raise ValueError("a shard name is not valid")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{index} cannot be used: {error}. Use another repository, or a folder with "
-            "safetensors."
-        ) from error
+        raise ModelError(f"{index} cannot be used: {error}. Download it again.") from error
     return shards

@@ -11,7 +11,6 @@ book    safetensors with the names of the book's PyTorch GPTModel, with a
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -296,8 +295,7 @@ def from_book(
     """Opens a state dict of the book's GPTModel; derives the config from shapes."""
     shapes = {name: tuple(tensor.shape) for name, tensor in reader.tensors.items()}
     embedding_name, head_name = "tok_emb.weight", "out_head.weight"
-    queries = (f"trf_blocks.{n}.att.W_query.weight" for n in itertools.count())
-    n_layers = sum(1 for _ in itertools.takewhile(shapes.__contains__, queries))
+    n_layers = sum(name.endswith(".att.W_query.weight") for name in shapes)
     match shapes[embedding_name], shapes.get("pos_emb.weight"):
         case (vocab_size, d_model), (context_length, _) if n_layers:
             pass
@@ -308,10 +306,8 @@ def from_book(
             )
     if "n_heads" not in metadata:
         if d_model % GPT2_HEAD_DIM:
-            raise ConfigError(
-                f"it does not specify the number of heads for a width of {d_model}. Add a "
-                'config.json to the folder: {"n_heads": 12}.'
-            )
+            fix = 'Add a config.json to the folder: {"n_heads": 12}.'
+            raise ConfigError(f"the number of heads for a width of {d_model} is unknown. {fix}")
         metadata = {"n_heads": d_model // GPT2_HEAD_DIM}
         log(f"heads    {metadata['n_heads']}, from GPT-2's head dim of {GPT2_HEAD_DIM}")
     # The book copies the weights instead of tying them.
@@ -360,12 +356,7 @@ def find_tokenizer(path: Path, config: GPTConfig) -> Tokenizer:
 
 
 def read_model(source: ModelSource, *, int8: bool = False) -> Model:
-    """Reads the parameters of a source in float32.
-
-    Raises:
-        ModelError: a tensor is missing, unexpected, of the wrong shape or dtype, or
-            not finite.
-    """
+    """Reads the parameters of a source in float32."""
     config, reader = source.config, source.reader
     check_config_sizes(source)
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))

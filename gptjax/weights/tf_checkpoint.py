@@ -6,9 +6,8 @@ model.ckpt.data-00000-of-00001      concatenated tensor data
 
 The index is a LevelDB table (SSTable): blocks of sorted (key, value) entries, a block
 with the offsets of these blocks, and a footer with the offset of the latter. Values are
-protocol buffers (TensorFlow's tensor_bundle.proto). Every block and every tensor has a
-CRC-32C, and all are verified. Sizes are checked against the files before memory is
-allocated.
+protocol buffers (TensorFlow's tensor_bundle.proto). The CRC-32C of every block and
+tensor is verified, and sizes are checked before memory is allocated.
 """
 
 import io

@@ -1,7 +1,5 @@
 """Generation: caches, batches, windows and chunks do not change the result."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -138,12 +136,9 @@ def test_stop_text_ends_the_text_before_it_also_across_chunks(model):
 def test_chunks_change_neither_the_stop_text_nor_split_a_character(model, monkeypatch):
     def decode_chunks(text, size):
         ids = model.tokenizer.encode(text)
-
-        def decode(*args, **kwargs):
-            for n in range(size, len(ids) + size, size):
-                yield [(ids[:n], [0.0] * len(ids[:n]), False)]
-
-        monkeypatch.setattr(generate, "decode_sequences", decode)
+        chunks = [ids[:n] for n in range(size, len(ids) + size, size)]
+        states = [[(chunk, [0.0] * len(chunk), False)] for chunk in chunks]
+        monkeypatch.setattr(generate, "decode_sequences", lambda *args, **options: iter(states))
 
     for size in range(1, 7):
         decode_chunks("xabcdy", size)
@@ -163,6 +158,8 @@ def test_generate_returns_prompt_and_continuation(model):
     assert gptjax.generate(model, SHORT * 2, **options) == expected
     config = GenerationConfig(**options)
     assert gptjax.generate(model, [97, 98], generation_config=config) == expected[0]
+    stop_id_I = generate.make_decode_args(model, config, rows=1, samples=1).stop_id_I
+    assert set(stop_id_I.tolist()) == {model.tokenizer.eot_token, -1}
 
 
 def test_invalid_options_and_prompts_are_rejected(model):
@@ -186,8 +183,7 @@ def test_invalid_options_and_prompts_are_rejected(model):
 
 def test_few_shot_examples_come_before_the_query(tmp_path):
     path = tmp_path / "examples.jsonl"
-    rows = [{"input": "woc", "output": "cow"}, {"input": "sky", "output": "yks"}]
-    path.write_text("\n".join(map(json.dumps, rows)))
+    path.write_text('{"input": "woc", "output": "cow"}\n{"input": "sky", "output": "yks"}')
 
     assert generate.few_shot_prompt(path, "lie") == "woc -> cow\nsky -> yks\nlie ->"
 

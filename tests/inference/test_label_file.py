@@ -96,7 +96,7 @@ def test_fields_are_unchanged(tmp_path, rows, suffix, batch_size):
     assert [row[:4] for row in found] == [[*row, row[0].upper()] for row in rows]
 
 
-def test_existing_columns_are_not_overwritten(tmp_path):
+def test_existing_columns_and_files_are_not_overwritten(tmp_path):
     source = write(tmp_path / "a.csv", "text,label\na,spam\n")
 
     label(source, tmp_path / "b.csv")
@@ -105,8 +105,14 @@ def test_existing_columns_are_not_overwritten(tmp_path):
         "text,label,predicted_label,predicted_probability",
         "a,spam,A,0.001",
     ]
-    with pytest.raises(DataError, match=r"b\.csv:2: .*'predicted_label'"):
-        label(tmp_path / "b.csv", tmp_path / "c.csv")
+    for path, message in (
+        (tmp_path / "c.csv", r"b\.csv:2: .*'predicted_label'"),
+        (source, f"{source} already"),
+        (tmp_path / "c.md", "c.md"),
+        (source / "c.csv", f"{source}/c.csv"),
+    ):
+        with pytest.raises(DataError, match=message):
+            label(tmp_path / "b.csv", path)
 
 
 INVALID = [  # file, content, text column, value that the message names
@@ -129,15 +135,6 @@ def test_invalid_rows_are_named_and_leave_no_file(tmp_path, name, content, colum
         label(source, tmp_path / "out.jsonl", text_column=column, batch_size=1)
 
     assert list(tmp_path.iterdir()) == [source]
-
-
-def test_unusable_outputs_are_rejected(tmp_path):
-    source, output = write(tmp_path / "a.txt", "a\n"), write(tmp_path / "b.csv", "mine")
-
-    for path in (output, tmp_path / "c.md", output / "c.csv"):
-        with pytest.raises(DataError, match=f"{path}"):
-            label(source, path)
-    assert output.read_text() == "mine"
 
 
 def test_batches_are_full_and_an_interrupted_file_does_not_exist(tmp_path):

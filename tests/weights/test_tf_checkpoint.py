@@ -1,16 +1,16 @@
 """OpenAI's checkpoints are read bit for bit, or not at all."""
 
+import itertools
 import shutil
 import tracemalloc
 
+import google_crc32c
 import numpy as np
 import pytest
 
 from gptjax.errors import ModelError
 from gptjax.weights.tf_checkpoint import MAX_INDEX_BYTES, MAX_INDEX_ENTRIES, open_tf_checkpoint
 from tests.build_openai_fixture import FOLDER, arrays
-from tests.tensor_bundle import HEADER, RESTARTS, entry, pair, proto, table, varint
-from tests.tensor_bundle import write_checkpoint as write
 
 DATA = "model.ckpt.data-00000-of-00001"
 
@@ -39,20 +39,6 @@ def test_every_tensor_that_tensorflow_wrote_is_read_bit_for_bit():
         np.testing.assert_array_equal(checkpoint.read(name), expected, strict=True)
 
 
-def test_names_that_share_prefixes_are_read_and_counted(tmp_path):
-    def names(count: int) -> list[str]:
-        block = pair(b"", HEADER)
-        for n in range(count):
-            key, value = b"a/%06d" % n, entry(1, size=4, offset=4 * n)
-            block += pair(key[2:], value, 2) if n else pair(key, value)
-        folder = write(tmp_path, table(block + RESTARTS), bytes(4 * count))
-        return list(open_tf_checkpoint(folder).tensors)
-
-    assert names(3) == ["a/000000", "a/000001", "a/000002"]
-    with pytest.raises(ModelError, match="10,000"):
-        names(MAX_INDEX_ENTRIES + 1)
-
-
 def test_each_changed_byte_is_noticed_or_changes_nothing(tiny):
     index, data, checkpoint = tiny / "model.ckpt.index", tiny / DATA, open_tf_checkpoint(tiny)
     whole, content, expected = index.read_bytes(), data.read_bytes(), read_all(tiny)
@@ -64,7 +50,6 @@ def test_each_changed_byte_is_noticed_or_changes_nothing(tiny):
         assert found in (None, expected), place
         accepted += found is not None
     assert accepted < 20  # zeros inside the footer
-
     for name, tensor in checkpoint.tensors.items():
         for place in (tensor.offset, tensor.offset + tensor.size - 1):
             changed = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
@@ -93,6 +78,65 @@ def test_files_of_another_length_are_rejected(tiny):
         file.truncate(MAX_INDEX_BYTES + 1)
     with pytest.raises(ModelError, match=f"{MAX_INDEX_BYTES:,}"):
         open_tf_checkpoint(tiny)
+
+
+# A writer of indexes, independent of the reader.
+def varint(number: int) -> bytes:
+    number %= 1 << 64
+    low, rest = number & 0x7F, number >> 7
+    return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])
+
+
+def proto(*fields: tuple[int, int | bytes]) -> bytes:
+    """A message of (number, value): bytes with their length, integers as varints."""
+    return b"".join(
+        varint(number << 3) + varint(value)
+        if isinstance(value, int)
+        else varint(number << 3 | 2) + varint(len(value)) + value
+        for number, value in fields
+    )
+
+
+def entry(*shape: int, size: int, dtype=1, offset=0) -> bytes:
+    """A tensor whose checksum is 0."""
+    axes = proto(*((2, proto((1, length))) for length in shape))
+    return proto((1, dtype), (2, axes), (4, offset), (5, size))
+
+
+def sealed(block: bytes) -> bytes:
+    crc = google_crc32c.value(block)
+    masked = ((crc >> 15) + (crc << 17 & 0xFFFFFFFF) + 0xA282EAD8) % (1 << 32)
+    return block + masked.to_bytes(4, "little")
+
+
+def pair(key: bytes, value: bytes, shared: int = 0) -> bytes:
+    return b"".join(map(varint, (shared, len(key), len(value)))) + key + value
+
+
+RESTARTS = bytes(4) + b"\x01\0\0\0"  # of a block: one, at its start
+HEADER = proto((1, 1), (3, proto((1, 1))))  # one data file, version 1
+
+
+def table(*blocks: bytes, kind: bytes = b"\0", handles=()) -> bytes:
+    """A table of these blocks, whose index has these handles if there are any."""
+    data, places = b"", []
+    for content in (*blocks, RESTARTS):  # the last: metadata
+        places.append(varint(len(data)) + varint(len(content)))
+        data += sealed(content + kind)
+        kind = kind if len(places) < len(blocks) else b"\0"
+    keys = (b"%08d" % number for number in itertools.count())
+    index = b"".join(map(pair, keys, handles or places[:-1])) + RESTARTS
+    footer = (places[-1] + varint(len(data)) + varint(len(index))).ljust(40, b"\0")
+    return data + sealed(index + b"\0") + footer + bytes.fromhex("57fb808b247547db")
+
+
+def test_the_number_of_tensors_is_limited(tmp_path):
+    value = entry(1, size=4)
+    pairs = (pair(b"%06d" % n, value) for n in range(MAX_INDEX_ENTRIES))
+    (tmp_path / "model.ckpt.index").write_bytes(table(b"".join(pairs) + RESTARTS, ONE))
+
+    with pytest.raises(ModelError, match="10,000"):
+        open_tf_checkpoint(tmp_path)
 
 
 def index_of(value: bytes, *others: tuple[bytes, bytes], header: bytes = HEADER) -> bytes:
@@ -129,11 +173,12 @@ INVALID_INDEXES = [
 
 
 def test_invalid_indexes_are_rejected_without_taking_memory(tmp_path):
+    (tmp_path / DATA).write_bytes(bytes(64))
     for index, message in INVALID_INDEXES:
-        folder = write(tmp_path, index, bytes(64))
+        (tmp_path / "model.ckpt.index").write_bytes(index)
         tracemalloc.start()
         with pytest.raises(ModelError, match=rf"ckpt\.index .*{message}"):
-            open_tf_checkpoint(folder)
+            open_tf_checkpoint(tmp_path)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20, message
         tracemalloc.stop()
 
