@@ -82,23 +82,21 @@ class Process(NamedTuple):
 
 
 def without(pattern: str, file: Path) -> str:
-    """The lines of a file in which nothing matches the pattern."""
     lines = file.read_text().splitlines(keepends=True)
     return "".join(x for x in lines if not re.search(pattern, x))
 
 
-def free_port() -> int:
-    """A port of this machine that nobody has at the moment."""
+def addresses(count: int) -> list[str]:
+    """Addresses for `--distributed`; "" for a single process."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+        port = server.getsockname()[1]
+    return [f"127.0.0.1:{port},{count},{n}" if count > 1 else "" for n in range(count)]
 
 
 def train(count: int, *arguments: str) -> list[list[str]]:
     """The command of each of `count` processes that train together."""
-    gptjax, port = [sys.executable, "-m", "gptjax", "train", *arguments], free_port()
-    if count == 1:
-        return [gptjax]
-    return [[*gptjax, "--distributed", f"127.0.0.1:{port},{count},{n}"] for n in range(count)]
+    gptjax = [sys.executable, "-m", "gptjax", "train", *arguments]
+    return [[*gptjax, *(["--distributed", x] if x else [])] for x in addresses(count)]
 
 
 @contextlib.contextmanager
@@ -126,7 +124,6 @@ def started(
 
 
 def exit_codes(processes: Sequence[Process]) -> list[int]:
-    """How the processes ended, each by itself."""
     return [process.popen.wait(LIMIT) for process in processes]
 
 
@@ -142,13 +139,11 @@ def until(true: Callable[[], bool], processes: Sequence[Process] = ()) -> None:
 
 
 def mesh_flags(*sizes: int) -> list[str]:
-    """The options that make a mesh of those sizes."""
     axes = zip(MESH_AXES, sizes, strict=True)
     return [word for axis, n in axes for word in (f"--mesh.{axis}", str(n))]
 
 
 def commands_of_pair() -> list[list[str]]:
-    """Two processes with four devices each."""
     return train(2, "config.toml", "--run", "run", *mesh_flags(2, 2, 2))
 
 
@@ -162,25 +157,21 @@ def write_config(folder: Path, **changes: Any) -> Path:
 
 
 def write_tokenizer(folder: Path, text: str) -> None:
-    """Makes tokenizer/, of one size for any text."""
     shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     tokenizer.train_tokenizer([text], 280).save(folder / "tokenizer")
 
 
 def run_here(folder: Path) -> None:
-    """Runs on one device of pytest's own process."""
     with contextlib.chdir(folder):
         train_run(load_config("config.toml"), folder / "run")
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
-    """(step, loss) of all training steps and evaluations."""
     events = read_events(run / "metrics.jsonl")
     return [(e["step"], e["loss"]) for e in events if e["event"] in ("train", "eval")]
 
 
 def last_step(run: Path) -> int:
-    """How far a run has come."""
     return max((step for step, _ in losses(run)), default=0)
 
 

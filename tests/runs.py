@@ -16,7 +16,6 @@ from gptjax.weights.model_folder import Model
 
 
 def config_with(table: dict[str, Any], **changes: Any) -> RunConfig:
-    """Config of a table with changes, each section__option=value."""
     tables = {section: dict(options) for section, options in table.items()}
     for name, value in changes.items():
         section, option = name.split("__")
@@ -25,26 +24,15 @@ def config_with(table: dict[str, Any], **changes: Any) -> RunConfig:
 
 
 def evaluations(run_dir: Path, split: str) -> list[dict[str, Any]]:
-    """Evaluations of a run on one split."""
     events = read_events(run_dir / "metrics.jsonl")
     return [e for e in events if e["event"] == "eval" and e["split"] == split]
-
-
-class LineHandler(logging.Handler):
-    """Appends each message to a list."""
-
-    def __init__(self, lines: list[str]) -> None:
-        super().__init__()
-        self.lines = lines
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
 
 
 @contextlib.contextmanager
 def capture_lines(lines: list[str]) -> Iterator[list[str]]:
     """Appends the progress lines (logger "gptjax", INFO) of the block to a list."""
-    logger, handler = logging.getLogger("gptjax"), LineHandler(lines)
+    logger, handler = logging.getLogger("gptjax"), logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -63,7 +51,6 @@ def train_logged(
     train_fn: Callable[..., Model] = train,
     **options: Any,
 ) -> Model:
-    """Trains, and appends the progress lines to a list."""
     with capture_lines(lines):
         return train_fn(config, run_dir, **options)
 
@@ -75,7 +62,6 @@ def make_task(stages: TaskStages, config: RunConfig, run_dir: Path) -> tuple[Run
 
 
 def delete_after(checkpoint_dir: Path, step: int) -> None:
-    """Deletes all saved steps after `step`."""
     for saved in list_steps(checkpoint_dir):
         if saved > step:
             delete_step(checkpoint_dir, saved)

@@ -23,7 +23,6 @@ def ignore(*_: Any, **__: Any) -> None:
 
 
 def watch(owner: Any, name: str, before: Callable[..., Any], after: Any = ignore) -> None:
-    """Calls `before` and `after` with the arguments of each call of a function."""
     function = getattr(owner, name)
 
     @functools.wraps(function)

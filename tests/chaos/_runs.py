@@ -62,7 +62,6 @@ def run_jobs(*jobs: tuple[Any, ...], devices: int = 1) -> Any:
 
 
 def train_there(folder: Path, run_dir: Path) -> str:
-    """Trains the run of the folder to its end."""
     jax.config.update("jax_enable_compilation_cache", True)
     with contextlib.chdir(folder), enable_cache(folder / "compiled"):
         train(load_config("config.toml"), run_dir)
@@ -86,7 +85,6 @@ def numbers(run: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def newest(run: Path) -> int:
-    """The newest step that has a checkpoint; 0 where there is none."""
     return max(list_steps(run / "checkpoints"), default=0)
 
 

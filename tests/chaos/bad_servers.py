@@ -8,6 +8,7 @@ file or an error.
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import os
 import random
@@ -23,29 +24,18 @@ from gptjax.errors import DataError, ModelError
 from gptjax.fileio import download
 from gptjax.fileio.download import Pin, download_file, sha256_of_files
 from gptjax.weights import hub
+from tests import file_server
 from tests.chaos._disturbed import ignore, watch
 from tests.chaos._runs import run_jobs
-from tests.file_server import (
-    BODY,
-    COMMIT,
-    PIN,
-    Answer,
-    Handler,
-    endless,
-    file,
-    head,
-    hub_headers,
-    plain,
-    serving,
-    use_hub,
-)
+from tests.file_server import BODY, PIN, Answer, Handler, file, head, hub_headers, serving
 
 NUM_RECEIVES = 8  # kills at a receive, then before and after each of two renames
 STALL_SECONDS = 0.3
+SMALL_FILES = (hub.CONFIG, hub.VOCAB, hub.MERGES)
+EMPTY = Pin(2, hashlib.sha256(b"{}").hexdigest())
 
 
 def stalled(handler: Handler) -> None:
-    """Sends half of the body, then nothing."""
     head(handler, Content_Length=len(BODY))
     with contextlib.suppress(OSError):
         handler.wfile.write(BODY[: len(BODY) // 2])
@@ -58,10 +48,10 @@ SERVERS: dict[str, Answer] = {
     "right": file(BODY),
     "truncated": file(BODY, cut=len(BODY) * 2 // 3),
     "flipped": file(BODY[:-100] + b"X" + BODY[-99:]),
-    "wrong length": plain(BODY + b"more", Content_Length=len(BODY) + 4),
+    "wrong length": file_server.plain(BODY + b"more", Content_Length=len(BODY) + 4),
     "another file": file(bytes(reversed(BODY))),
     "stalled": stalled,
-    "endless": endless,
+    "endless": file_server.endless,
 }
 CASES = [
     (client, name, point)
@@ -76,22 +66,19 @@ FULL, SLICE = len(CASES), 13
 def as_hub(answer: Answer) -> Answer:
     """A hub with the headers of the right weights, which an answer then sends."""
 
-    def respond(handler: Handler) -> None:
-        name = handler.path.rpartition("/")[2]
-        if name != hub.WEIGHTS:
-            file(b"{}", **hub_headers(name, b"{}"))(handler)
-        elif handler.command == "HEAD":
-            head(handler, Content_Length=len(BODY), **hub_headers(name, BODY))
+    def send_weights(handler: Handler) -> None:
+        if handler.command == "HEAD":
+            head(handler, Content_Length=len(BODY), **hub_headers(hub.WEIGHTS, BODY))
         else:
             answer(handler)
 
-    return respond
+    return file_server.hub({**dict.fromkeys(SMALL_FILES, b"{}"), hub.WEIGHTS: send_weights})
 
 
 def fetch(client: str, url: str, folder: Path, point: int | None = None) -> Path:
     """Fetches the file, or kills the process at a point; an error if that fails."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        use_hub(monkeypatch, folder, url)
+        file_server.use_hub(monkeypatch, folder, url)
         monkeypatch.setattr("time.sleep", ignore)  # between retries
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", STALL_SECONDS)
         monkeypatch.setattr(download, "DOWNLOAD_TIMEOUT_SECONDS", STALL_SECONDS)
@@ -101,14 +88,14 @@ def fetch(client: str, url: str, folder: Path, point: int | None = None) -> Path
             if not (folder / "file").exists():
                 download_file(url, PIN, folder / "file", "it")
             return folder / "file"
-        empty = Pin(2, "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a")
-        pins = {hub.CONFIG: empty, hub.VOCAB: empty, hub.MERGES: empty, hub.WEIGHTS: PIN}
-        monkeypatch.setitem(hub.PINNED_REPOS, "gpt2", hub.Repository("o/n", COMMIT, pins))
+        pins = {**dict.fromkeys(SMALL_FILES, EMPTY), hub.WEIGHTS: PIN}
+        monkeypatch.setitem(
+            hub.PINNED_REPOS, "gpt2", hub.Repository("o/n", file_server.COMMIT, pins)
+        )
         return hub.fetch_repo("gpt2") / hub.WEIGHTS
 
 
 def kill_at(point: int) -> None:
-    """Kills this process at a point from now on."""
     receives = itertools.count()
 
     def pass_point(number: int, *_: Any, **__: Any) -> None:

@@ -8,12 +8,13 @@ of Orbax has. In the second half two processes save together, and one of them is
 import builtins
 import functools
 import io
+import itertools
 import os
 import random
 import shutil
 import signal
-import threading
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from gptjax.parallel import distributed
 from tests.chaos._disturbed import watch
 from tests.chaos._runs import run_jobs
 from tests.chaos.damaged_checkpoints import resume_fault, state_at
-from tests.processes import free_port
+from tests.processes import addresses
 
 SHARES = 16  # cases that the points of one process are dealt to
 SLICE, FULL = 1, 2 * SHARES
@@ -40,20 +41,16 @@ WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 TEMPORARY = (".partial", ".orbax-checkpoint-tmp")
 
 
-def kill_at(point: int) -> list[int]:
+def kill_at(point: int) -> Iterator[int]:
     """Kills the process at a point from now on; never if it is -1.
 
     Operation n has the points 2 n before it and 2 n + 1 after it. The arrays are
-    written by Orbax in C++, between two points. Returns the points so far.
+    written by Orbax in C++, between two points. Returns the counter of points.
     """
-    passed: list[int] = []
-    lock = threading.Lock()
+    points = itertools.count()
 
     def pass_point(*_: Any, **__: Any) -> None:
-        with lock:
-            number = len(passed)
-            passed.append(number)
-        if number == point:
+        if next(points) == point:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def pass_open(path: Any, flags: int, *_: Any, **__: Any) -> None:
@@ -69,7 +66,7 @@ def kill_at(point: int) -> list[int]:
     watch(os, "open", pass_open, pass_open)
     watch(builtins, "open", pass_builtin_open, pass_builtin_open)
     io.open = builtins.open
-    return passed
+    return points
 
 
 def place_state(step: int) -> Any:
@@ -86,23 +83,18 @@ def place_state(step: int) -> Any:
     return jax.tree.map(put, state_at(step))
 
 
-def save(folder: Path, step: int, point: int = -1, address: str = "") -> int:
-    """Saves a step and is killed at a point; else returns the number of points."""
+def save_or_resume(folder: Path, step: int | None, point: int, address: str) -> int:
+    """Saves a step, or restores; killed at a point, or returns their number."""
     if address:
         distributed.initialize(address)
-    state = place_state(step)
+    state = place_state(step or 0)
     jax.block_until_ready(state)
-    passed = kill_at(point)
-    write_step(folder, step, state, keep=2)
-    return len(passed)
-
-
-def resume(folder: Path, point: int) -> int:
-    """Restores as a run does and is killed at a point, as `save`."""
-    like = state_at(0)
-    passed = kill_at(point)
-    restore_latest(folder, like)
-    return len(passed)
+    points = kill_at(point)
+    if step is None:
+        restore_latest(folder, state)
+    else:
+        write_step(folder, step, state, keep=2)
+    return next(points)
 
 
 def fault_after(folder: Path, expected: Sequence[int | None]) -> str:
@@ -121,21 +113,17 @@ class Scene(NamedTuple):
     name: str
     before: Path
     step: int | None  # to save; None for a start
-    expected: Sequence[int | None]
+    expected: tuple[int | None, ...]
     processes: int = 1
     victim: int = 0
 
     def play(self, folder: Path, point: int = -1) -> Any:
         """Returns the number of points, or None if the process was killed at one."""
         shutil.copytree(self.before, folder)
-        if self.step is None:
-            return run_jobs((resume, folder, point))
-        if self.processes == 1:
-            return run_jobs((save, folder, self.step, point))
-        port = free_port()
+        points = [point if n == self.victim else -1 for n in range(self.processes)]
         jobs = [
-            (save, folder, self.step, point if n == self.victim else -1, f"127.0.0.1:{port},2,{n}")
-            for n in range(self.processes)
+            (save_or_resume, folder, self.step, *pair)
+            for pair in zip(points, addresses(self.processes), strict=True)
         ]
         return run_jobs(jobs.pop(self.victim), *jobs)
 
@@ -149,22 +137,20 @@ def prepare(folder: Path) -> Callable[[int, random.Random], str]:
     shutil.copytree(torn / "1", torn / "3.partial")
     (torn / "2" / "manifest.json").write_text("{}")
     scenes = [
-        Scene("a save that deletes an older step", two, 3, [2, 3]),
-        Scene("the first save", none, 1, [None, 1]),
-        Scene("a start after a crash", torn, None, [1]),
+        Scene("a save that deletes an older step", two, 3, (2, 3)),
+        Scene("the first save", none, 1, (None, 1)),
+        Scene("a start after a crash", torn, None, (1,)),
     ]
     pairs = [scene._replace(processes=2, victim=n) for scene in scenes[:2] for n in (0, 1)]
 
     @functools.cache
-    def count_points(scene: int, is_pair: bool) -> int:
-        whole = folder / f"whole{scene}{is_pair}"
-        return int((pairs if is_pair else scenes)[scene].play(whole))
+    def count_points(scene: Scene) -> int:
+        return int(scene.play(Path(tempfile.mkdtemp(dir=folder), "whole")))
 
     def check(case: int, rng: random.Random) -> str:
-        share, is_pair = case % SHARES, case >= SHARES
-        for number, scene in enumerate(pairs if is_pair else scenes):
-            points = range(share, count_points(number, is_pair), SHARES)
-            places = [folder / f"{case}-{number}-{point}" for point in points]
+        for scene in pairs if case >= SHARES else scenes:
+            points = range(case % SHARES, count_points(scene), SHARES)
+            places = [Path(tempfile.mkdtemp(dir=folder), "run") for _ in points]
             with ThreadPoolExecutor(PARALLEL) as threads:
                 plays = [*threads.map(scene.play, places, points)]
             for point, place, play in zip(points, places, plays, strict=True):

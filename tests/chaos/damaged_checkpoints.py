@@ -60,11 +60,11 @@ def pick_file(step: Path, rng: random.Random) -> Path:
 
 
 def damage_file(step: Path, rng: random.Random) -> None:
-    path, data = pick_file(step, rng), b""
-    while not data:
-        path = pick_file(step, rng)
-        data = path.read_bytes()
-    kinds = [damage_bytes(rng, data), flip_bit(data, rng), b"", data + rng.randbytes(9), None]
+    path = pick_file(step, rng)
+    data = path.read_bytes()
+    kinds = [damage_bytes(rng, data), b"", data + rng.randbytes(9), None]
+    if data:
+        kinds += [flip_bit(data, rng)] * 2
     path.unlink()
     if (new := rng.choice(kinds)) is not None:
         path.write_bytes(new)
@@ -85,17 +85,11 @@ def replace_by_link(step: Path, rng: random.Random) -> None:
 
 
 def create(path: Path, source: Path, rng: random.Random) -> None:
-    """Creates a folder, a copy of the source, a link to it, a pipe or a file."""
-    create_one = rng.choice(
-        [
-            path.mkdir,
-            lambda: shutil.copytree(source, path),
-            lambda: path.symlink_to(source),
-            lambda: os.mkfifo(path),
-            lambda: path.write_bytes(rng.randbytes(rng.randrange(9))),
-        ]
-    )
-    create_one()
+    kinds = [
+        *(path.mkdir, path.touch, lambda: os.mkfifo(path), lambda: path.symlink_to(source)),
+        lambda: shutil.copytree(source, path),
+    ]
+    rng.choice(kinds)()
 
 
 def add_entry(step: Path, rng: random.Random) -> None:
@@ -110,7 +104,6 @@ def replace_by_later_step(step: Path, rng: random.Random) -> None:
 
 
 def edit_manifest(step: Path, rng: random.Random) -> None:
-    """Removes, renames or changes an entry, in valid JSON."""
     path = step / manifest.MANIFEST
     content = json.loads(path.read_text())
     about = content["about"]
@@ -156,7 +149,6 @@ def prepare(folder: Path) -> Callable[[int, random.Random], str]:
 
 
 def latest_fault(steps: Path) -> str:
-    """Returns the fault in the chosen step and the warnings, or ""."""
     step, complaints = latest_step(steps)
     if step != 1:
         return resume_fault(steps, {2})

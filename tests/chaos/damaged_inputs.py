@@ -73,7 +73,6 @@ def read_tokenizer(path: Path) -> Any:
 
 
 def to_array(rows: str) -> str:
-    """JSON lines as a JSON array."""
     return "[" + rows.strip().replace("\n", ",\n") + "]\n"
 
 
@@ -100,7 +99,6 @@ WHOLE = re.compile(
 
 
 def join_strings(value: Any) -> str:
-    """All strings in a value, as they are."""
     if isinstance(value, dict):
         value = list(value.items())
     return "".join(map(join_strings, value)) if isinstance(value, list | tuple) else str(value)
@@ -127,7 +125,6 @@ def prepare(folder: Path) -> Callable[[int, random.Random], str]:
 
 
 def missing_place(path: Path, text: str) -> str:
-    """What is missing in an error's message, or ""."""
     text.encode()
     is_tokenizer = KINDS[path.name][1] is read_tokenizer
     rest = text.replace(str(path.parent if is_tokenizer else path), "")

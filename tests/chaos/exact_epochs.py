@@ -111,7 +111,6 @@ def read_until_killed(
 
 
 def fault_of(folder: Path, case: int, rng: random.Random) -> str:
-    """What went wrong with a case, or ""."""
     rows, kind = rng.choice((2, 4, 8)), KINDS[case % len(KINDS)]
     read, per_epoch, count = open_reader(folder, rng, kind, rows)
     stop, every = EPOCHS * per_epoch, rng.randint(1, 5)

@@ -33,7 +33,6 @@ SUPERVISE = (
 
 
 def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
-    """What each fault did that it should not have."""
     # More steps than can be made while there are faults, but not many more.
     steps = round(len(cases) * EVERY / PAUSE * 0.7)
     write_config(folder, train__steps=steps, train__eval_every=100, checkpoint__every=20)
@@ -65,7 +64,6 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
 
 
 def cause_fault(case: int, child: int, run_dir: Path, rng: random.Random) -> None:
-    """Flips a bit of the newest checkpoint, kills, stops, or fills the disk."""
     if case % 4 == 0:
         saved = run_dir / "checkpoints" / str(newest(run_dir))
         with contextlib.suppress(LookupError, OSError, ValueError):  # replaced in the meantime

@@ -64,12 +64,10 @@ def kill(rng: random.Random, folder: Path, run_dir: Path, whole: Path) -> str | 
 
 
 def resumes(run_dir: Path) -> list[int]:
-    """The steps from which the run went on."""
     events = read_events(run_dir / "metrics.jsonl")
     return [event["step"] for event in events if event["event"] == "resume"]
 
 
 def count_lines(run_dir: Path) -> int:
-    """Lines that the run has logged."""
     path = run_dir / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.is_file() else 0

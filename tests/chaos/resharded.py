@@ -21,7 +21,7 @@ from gptjax.tree import flatten_with_names
 from tests.chaos._runs import run_jobs
 from tests.chaos.crashpoints import place_state
 from tests.chaos.damaged_checkpoints import state_at
-from tests.processes import free_port
+from tests.processes import addresses
 
 Layout = tuple[int, int]  # devices of each process, processes
 LAYOUTS: list[Layout] = [*itertools.product((1, 2, 4, 8), (1, 2))]
@@ -56,9 +56,8 @@ def work(address: str, folder: Path, is_save: bool) -> dict[str, int]:
 def run_on(layout: Layout, folder: Path, is_save: bool) -> dict[str, int] | str:
     """The checksums in the first process, or the text of an error."""
     devices, count = layout
-    port = free_port()
-    addresses = [f"127.0.0.1:{port},{count},{n}" if count > 1 else "" for n in range(count)]
-    return run_jobs(*((work, x, folder, is_save) for x in addresses), devices=devices)
+    jobs = [(work, address, folder, is_save) for address in addresses(count)]
+    return run_jobs(*jobs, devices=devices)
 
 
 def prepare(folder: Path) -> Callable[[int, random.Random], str]:

@@ -10,7 +10,6 @@ import random
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from tests.chaos._runs import cache_options, different, newest, numbers
 from tests.processes import exit_codes, started, train, write_config
@@ -19,29 +18,22 @@ from tests.runs import delete_after
 SAVED = 21  # the last checkpoint of runs that are resumed
 
 
-class Phase(NamedTuple):
-    """Where the signal comes: in which call of which function."""
-
-    module: str
-    function: str
-    call: int = 1
-    resumed: bool = False  # whether something was saved before
-
-
+# Where the signal comes: in which call of which function.
 PHASES = {
-    "a step": Phase("gptjax.training.metrics", "log_train_metrics", 5),
-    "saving": Phase("gptjax.checkpoint.checkpoint", "write_step", 2),
-    "compiling again": Phase("gptjax.training.trainer", "aot_compile", resumed=True),
-    "reading data": Phase("gptjax.tasks.pretrain", "open_dataset"),
-    "restoring": Phase("gptjax.checkpoint.checkpoint", "restore", resumed=True),
-    "compiling": Phase("gptjax.training.trainer", "aot_compile"),
-    "evaluating": Phase("gptjax.evaluation.perplexity", "evaluate", 2),
-    "importing": Phase("gptjax.cli.train", "train_config"),
-    "making parameters": Phase("gptjax.tasks.pretrain", "make_initial_params"),
-    "first evaluation": Phase("gptjax.evaluation.perplexity", "evaluate"),
-    "sampling": Phase("gptjax.tasks.pretrain", "complete", 2),
-    "finishing": Phase("gptjax.tasks.pretrain", "write_report"),
+    "a step": "gptjax.training.metrics log_train_metrics 5",
+    "saving": "gptjax.checkpoint.checkpoint write_step 2",
+    "compiling again": "gptjax.training.trainer aot_compile 1",
+    "reading data": "gptjax.tasks.pretrain open_dataset 1",
+    "restoring": "gptjax.checkpoint.checkpoint restore 1",
+    "compiling": "gptjax.training.trainer aot_compile 1",
+    "evaluating": "gptjax.evaluation.perplexity evaluate 2",
+    "importing": "gptjax.cli.train train_config 1",
+    "making parameters": "gptjax.tasks.pretrain make_initial_params 1",
+    "first evaluation": "gptjax.evaluation.perplexity evaluate 1",
+    "sampling": "gptjax.tasks.pretrain complete 2",
+    "finishing": "gptjax.tasks.pretrain write_report 1",
 }
+RESUMED = ("compiling again", "restoring")  # something was saved before
 FULL, SLICE = 2 * len(PHASES), 2
 
 
@@ -62,19 +54,17 @@ def prepare(folder: Path) -> Callable[[int, random.Random], str]:
 
 
 def find_fault(here: Path, whole: Path, count: int, name: str, rng: random.Random) -> str:
-    """Sends the signal in a phase, and starts again."""
-    phase, victims = PHASES[name], [rng.randrange(count)]
     shutil.copytree(whole, here)
     log = here / "run" / "metrics.jsonl"
-    if phase.resumed:
+    if name in RESUMED:
         delete_after(here / "run" / "checkpoints", SAVED)
         lines = log.read_text().splitlines(keepends=True)
         log.write_text("".join(x for x in lines if json.loads(x)["step"] <= SAVED))
         shutil.rmtree(here / "run" / "model")
     else:
         shutil.rmtree(here / "run")
-    trigger = [phase.module, phase.function, str(phase.call), f"{rng.random() / 20}"]
-    codes = gptjax(here, count, trigger, range(count) if name == "importing" else victims)
+    victims = range(count) if name == "importing" else [rng.randrange(count)]
+    codes = gptjax(here, count, [*PHASES[name].split(), f"{rng.random() / 20}"], victims)
     # Two processes that have finished their steps finish the rest, too.
     right = {75, 0} if count > 1 and name == "finishing" else {75}
     if not set(codes) <= right:
