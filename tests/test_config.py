@@ -62,7 +62,6 @@ def test_every_config_is_the_same_as_a_table_and_as_toml(table):
     assert config.model.padded_vocab_size % config.model.vocab_multiple == 0
 
 
-@pytest.mark.fast
 def test_a_config_file_changes_the_options_that_it_names(tmp_path):
     path = tmp_path / "run.toml"
     lines = ["optim.peak_lr = 1", "train.accumulate = 0", "[model]", "n_layers = 3"]
@@ -111,7 +110,6 @@ def test_old_names_and_values_are_rejected_with_the_new_ones():
             from_dict(RunConfig, {section: {key: new}})
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     ("table", "message"),
     [
@@ -134,7 +132,6 @@ def test_an_invalid_table_is_rejected(table, message):
         from_dict(RunConfig, table)
 
 
-@pytest.mark.fast
 def test_presets_have_exactly_the_published_numbers_of_parameters():
     def count_params(name, **changes):
         config = GPTConfig.preset(name, **changes)

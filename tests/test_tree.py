@@ -9,7 +9,6 @@ from gptjax.tree import flatten_with_names, match_rules, num_params
 TREE = {"tokens": {"embedding": 0}, "norm": {"scale": 1, "bias": 2}}
 
 
-@pytest.mark.fast
 def test_each_leaf_gets_the_value_of_its_rule():
     result = match_rules(TREE, {"norm/*": "b", "*embedding": "a"})
 
@@ -30,7 +29,6 @@ def test_rules_that_do_not_cover_each_leaf_once_are_rejected(rules, message):
         match_rules(TREE, rules)
 
 
-@pytest.mark.fast
 def test_leaves_are_named_by_their_path_in_the_order_of_the_tree():
     names = flatten_with_names(TREE)
 

@@ -2,8 +2,6 @@
 
 from collections import Counter
 
-import pytest
-
 from gptjax.data.builtin import HELD_OUT_ROWS, WORD_TASK_RULES, docstring_line_numbers, word_tasks
 from gptjax.data.classification import read_labeled_texts
 
@@ -20,7 +18,6 @@ def test_lines_of_python_are_distinct_and_labeled_by_docstring():
     assert data.labels[data.texts.index("class ArgumentTypeError(Exception):")] == 0
 
 
-@pytest.mark.fast
 def test_word_tasks_have_their_answers_and_are_held_out_by_word():
     rows = word_tasks()
 

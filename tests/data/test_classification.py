@@ -31,7 +31,6 @@ def pairs(data):
     return [(data.class_names[n], t) for n, t in zip(data.labels, data.texts, strict=True)]
 
 
-@pytest.mark.fast
 def test_each_format_gives_the_same_rows_and_the_description_names_it(tmp_path):
     for name, content, options, text, label, header in TABLES:
         path = write(tmp_path / name, content)

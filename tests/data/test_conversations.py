@@ -67,7 +67,6 @@ PAIRS = [  # row, its prompt
 ]
 
 
-@pytest.mark.fast
 def test_each_format_gives_the_same_messages_and_pairs(tmp_path):
     for row, expected in TEXTS + LISTS:
         for name in ("a.jsonl", "a.csv") if (row, expected) in TEXTS else ("a.jsonl",):
@@ -106,7 +105,6 @@ def make_rows(count, split=""):
     return [Conversation((USER, YES), {}, f"a.csv:{n:04}", split) for n in range(count)]
 
 
-@pytest.mark.fast
 def test_each_row_is_in_one_split_of_the_right_size():
     rows = make_rows(40)
     for val, test, sizes in [(0.1, 0.2, [28, 4, 8]), (0.01, 0, [39, 1]), (0, 0, [40])]:

@@ -41,7 +41,6 @@ def fetch(places, monkeypatch):
     return fetch_from
 
 
-@pytest.mark.fast
 def test_a_download_is_verified_and_cached(places, fetch):
     path = places[1] / "right.txt"
 
@@ -83,7 +82,6 @@ def test_a_failed_download_leaves_nothing(places, fetch, monkeypatch):
         fetch("http://127.0.0.1:9/")
 
 
-@pytest.mark.fast
 def test_local_files_are_verified_and_used_without_a_request(places, fetch, monkeypatch):
     monkeypatch.setenv("GPTJAX_OFFLINE", "1")
     places[1].mkdir(parents=True)

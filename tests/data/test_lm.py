@@ -95,7 +95,6 @@ def test_seeds_and_epochs_differ_in_order_and_offset(open_stream):
     assert len({frozenset(order) for order in orders}) >= 3
 
 
-@pytest.mark.fast
 def test_documents_of_a_row_are_numbered_and_their_tokens_counted():
     row_BL = np.array([[1, 2, EOT, EOT, 3, EOT], [EOT, 4, 5, 6, EOT, 7]], np.int32)
 
@@ -111,7 +110,6 @@ def test_documents_of_a_row_are_numbered_and_their_tokens_counted():
     assert_equal(joined, shared | {"segment_ids": segments, "positions": positions})
 
 
-@pytest.mark.fast
 @quick
 @given(st.integers(2, 60), st.integers(1, 9), st.integers(1, 4), st.booleans())
 def test_validation_scores_every_token_but_the_first_once(

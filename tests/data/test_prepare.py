@@ -42,7 +42,6 @@ def folders(tmp_path_factory):
     return (tmp_path_factory.mktemp("prepare") for _ in iter(int, 1))
 
 
-@pytest.mark.fast
 @quick
 @given(
     st.lists(texts.filter(bool), min_size=2, max_size=8),
@@ -64,7 +63,6 @@ def test_every_document_reaches_exactly_one_split(folders, documents, fraction, 
     assert [s["documents"] for s in info.meta["splits"].values()] == [len(kept), len(held_out)]
 
 
-@pytest.mark.fast
 def test_the_stream_and_its_summary_are_as_documented(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"body": x} for x in ("ab", "", "c<|endoftext|>")])
 
@@ -101,7 +99,6 @@ def test_the_result_depends_neither_on_workers_nor_on_chunks(tmp_path, monkeypat
     assert train.read(0, len(train)).tolist() == ids
 
 
-@pytest.mark.fast
 def test_a_single_document_is_cut_where_nanogpt_cuts_it(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "CHUNK_CHARS", 10)
     content = "größer " * 31
@@ -128,7 +125,6 @@ def test_a_tokenizer_is_trained_on_the_training_split(tmp_path):
     assert (tokenizer.name, tokenizer.vocab_size) == ("bpe:270", 270)
 
 
-@pytest.mark.fast
 def test_the_same_call_does_nothing_and_another_is_rejected(tmp_path, monkeypatch):
     path = jsonl(tmp_path / "a.jsonl", TEXTS)
     out = tmp_path / "out"

@@ -38,7 +38,6 @@ def texts_of(path):
     return [chunk.text for source in find_sources([path]) for chunk in iter_chunks(source)]
 
 
-@pytest.mark.fast
 def test_every_format_gives_the_same_rows_with_their_places(tmp_path):
     for name, (content, places) in TABLES.items():
         for path in (tmp_path / name, tmp_path / f"{name}.gz"):
@@ -194,7 +193,6 @@ def test_corrupt_files_and_rows_that_would_fill_the_memory_are_rejected(tmp_path
             rows_of(write(tmp_path / name, content))
 
 
-@pytest.mark.fast
 def test_the_text_column_has_a_known_name_or_is_the_only_text():
     for row, column in [
         ({"id": "1", "Review": "a"}, "Review"),

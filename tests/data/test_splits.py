@@ -34,7 +34,6 @@ def rows_of(data):
     return list(zip(data.texts, data.labels, data.locations, strict=True))
 
 
-@pytest.mark.fast
 @quick
 @given(
     st.lists(st.integers(5, 60), min_size=2, max_size=5),

@@ -28,7 +28,6 @@ def documents(*paths, column=""):
     return joined.split("\1")[:-1]
 
 
-@pytest.mark.fast
 def test_a_text_file_is_a_document_and_each_row_of_a_table_is_one(tmp_path):
     content = "One.\r\n\r\n\n  <|endoftext|> Zwölf 🙂\t\n"
     texts = ["first", 'two\nlines, "quoted"', "🙂 <|endoftext|>", ""]  # empty ones are dropped

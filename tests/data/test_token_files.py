@@ -38,7 +38,6 @@ def write_prepared(folder, documents, shard_tokens, vocab_size=10):
     return [t for document in documents for t in (EOT, *document)] + [EOT]
 
 
-@pytest.mark.fast
 @quick
 @given(
     st.lists(st.lists(st.integers(0, 8), max_size=6), max_size=5),
@@ -72,7 +71,6 @@ def test_any_range_is_read_across_shards(tmp_path, documents, shard_tokens, voca
     assert verify_prepared(tmp_path) == []
 
 
-@pytest.mark.fast
 def test_a_corrupt_block_is_rejected_when_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(token_files, "CRC_BLOCK_BYTES", 4)  # two tokens
     write_prepared(tmp_path, [[1, 2, 3]] * 3, 5)

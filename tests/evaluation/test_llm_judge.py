@@ -31,7 +31,6 @@ def ask(url, prompt="How good?"):
     return LLMJudge(url, "llama3").reply_to(prompt)
 
 
-@pytest.mark.fast
 def test_request_is_a_greedy_chat_completion_with_the_book_prompt():
     with judging(says("85")) as (url, requests):
         assert ask(url, llm_judge.judge_prompt("2+2?", "4", "5")) == "85"
@@ -42,7 +41,6 @@ def test_request_is_a_greedy_chat_completion_with_the_book_prompt():
     assert json.loads(requests[0].body) == expected
 
 
-@pytest.mark.fast
 def test_scores_are_parsed_with_common_decorations_and_nothing_else():
     for reply in (
         *("{}", " {}\n", "{}.", "{} / 100.", "**{}/100**", '"{}"', "`{}`", "“{}”"),
@@ -154,7 +152,6 @@ def test_invalid_url_and_missing_client_are_errors_without_a_password(monkeypatc
         LLMJudge("http://localhost/v1", "llama3")
 
 
-@pytest.mark.fast
 def test_each_judgement_arrives_before_the_next_request_and_only_scores_are_averaged():
     with judging(says("85"), says("Well done!"), refuses(401, "who?")) as (url, requests):
         found = []

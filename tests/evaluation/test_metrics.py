@@ -48,7 +48,6 @@ TEXTS = [
 ]
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(("pair", "means", "precision", "recall", "f1"), SCIKIT_LEARN)
 def test_classification_metrics_are_those_of_scikit_learn(pair, means, precision, recall, f1):
     true, predicted = np.array(pair, np.int8)
@@ -72,7 +71,6 @@ def test_interval_of_a_mean_is_that_of_drawing_values_with_replacement():
     assert mean_ci([0.1] * 7) == (0.1, 0.1)
 
 
-@pytest.mark.fast
 def test_overlap_scores_are_symmetric_and_those_of_their_authors():
     for first, second, rouge, f1, exact in TEXTS:
         for one, other in ((first, second), (second, first)):

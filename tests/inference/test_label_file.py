@@ -25,7 +25,6 @@ def label(source, output, **options):
     return logged
 
 
-@pytest.mark.fast
 def test_a_table_keeps_its_columns_and_gets_two_more(tmp_path):
     source = write(tmp_path / "a.csv.gz", 'id,text,note\n1,"a, ""b""\nc",\n\n2,d e,"x\ty"\n')
     output = tmp_path / "out.csv"

@@ -82,7 +82,6 @@ def input_gradients(config, params, segment_id_BT):
     return jax.jacrev(nats)(params["position_embedding"]["embedding"])
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     "changes",
     [
@@ -142,7 +141,6 @@ def test_a_row_fed_in_pieces_has_the_logits_of_the_whole_row(rows, changes):
     np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole_BTV, atol=1e-5)
 
 
-@pytest.mark.fast
 def test_rows_of_one_cache_may_be_at_different_positions():
     params = draw_params(TINY)
     layers, cache = unstack_layers(params), init_cache(TINY, B, T)
@@ -159,7 +157,6 @@ def test_rows_of_one_cache_may_be_at_different_positions():
         np.testing.assert_allclose(logit_BTV[:, 0], whole_BTV[jnp.arange(B), place_B], atol=1e-5)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("name", ["token_embedding", "output_embedding"])
 def test_padding_rows_of_the_vocabulary_are_never_predicted(name):
     tied = name == "token_embedding"

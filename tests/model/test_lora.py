@@ -39,7 +39,6 @@ def hidden(params, adapters=None):
     return hidden_states(CONFIG, params, TOKEN_BT, adapters=adapters)[0]
 
 
-@pytest.mark.fast
 def test_fresh_adapters_change_nothing_and_merged_ones_are_applied_ones():
     fresh = init_adapters(CONFIG, PARAMS, "attention/* mlp/*", 4, KEY)
     rng = np.random.default_rng(0)

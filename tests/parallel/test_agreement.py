@@ -56,7 +56,6 @@ def test_only_the_first_process_writes_into_the_run_folder(monkeypatch, tmp_path
     assert len(os.listdir(tmp_path)) == 3
 
 
-@pytest.mark.fast
 def test_an_address_that_is_none_or_a_port_that_another_run_has_is_refused():
     with socket.create_server(("", 0)) as server:
         addresses = ["nonsense", "host:1234,2,2", "host:99999,2,0"]

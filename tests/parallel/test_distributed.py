@@ -97,7 +97,6 @@ def assert_end_together(processes, victim, number=signal.SIGKILL):
     until(lambda: distributed.LOST_MESSAGE in other.complained())
 
 
-@pytest.mark.fast
 def test_processes_stop_together_and_only_the_first_writes_and_speaks(pair):
     folder, ((said, complained), other_said), devices, steps, resumed = pair
 
@@ -111,7 +110,6 @@ def test_processes_stop_together_and_only_the_first_writes_and_speaks(pair):
     assert f"resumed  run after step {steps[-1]}" in resumed
 
 
-@pytest.mark.fast
 def test_a_run_of_two_processes_goes_on_in_one_with_the_losses_of_one_device(alone, pair, tmp_path):
     shutil.copytree(pair[0] / "run", write_config(tmp_path) / "run")
     trained_together = last_step(tmp_path / "run")
@@ -188,7 +186,6 @@ def test_processes_that_would_not_do_the_same_all_say_so_and_end(tmp_path):
     until(lambda: not os.listdir(folders[1] / "scratch1"))
 
 
-@pytest.mark.fast
 def test_a_process_without_the_others_says_so_and_ends(tmp_path):
     where = [train(2)[number][-1] for number in (0, 1)]  # of two different runs
     commands = [[sys.executable, "-c", IMPATIENT, each] for each in where]

@@ -138,7 +138,6 @@ def test_arrays_are_sharded_as_their_letters_say_or_tracing_fails():
         assert leaf.sharding == param.sharding, name
 
 
-@pytest.mark.fast
 def test_pmap_has_the_losses_of_jit():
     (optimizer, state), losses = new_state(MODEL), []
 

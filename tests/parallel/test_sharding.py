@@ -70,7 +70,6 @@ def state_of(model, trainable="all"):
     return jax.eval_shape(make, KEY)
 
 
-@pytest.mark.fast
 def test_letters_say_how_long_the_axes_of_every_array_of_a_state_are_and_every_rule_is_used():
     used = set()
     for kind in [(model, trainable) for model in MODELS for trainable in TRAINABLE_RULES]:
@@ -87,7 +86,6 @@ def test_letters_say_how_long_the_axes_of_every_array_of_a_state_are_and_every_r
         assert "N" not in logical_axes(name, leaf.ndim)
 
 
-@pytest.mark.fast
 def test_every_name_has_one_rule_which_splits_matrices_and_no_two_axes_alike(monkeypatch):
     for rule, letters in PARAM_LOGICAL_AXES.items():
         for table in (PARAM_RULES, COMPUTE_RULES):
@@ -118,7 +116,6 @@ def test_optimiser_state_lies_as_its_parameters_do():
     assert where.step.spec == P()
 
 
-@pytest.mark.fast
 def test_a_size_that_does_not_split_is_named():
     for changes, sizes, message in (
         (
@@ -137,7 +134,6 @@ def test_a_size_that_does_not_split_is_named():
         sharding.check_batch_divisible(8, 4, (2, 2, 2))
 
 
-@pytest.mark.fast
 def test_an_open_axis_takes_the_devices_that_are_left_or_it_is_an_error(monkeypatch):
     for requested, devices, processes, expected in (
         ((-1, 2, 2), 8, 1, (2, 2, 2)),

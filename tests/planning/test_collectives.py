@@ -31,7 +31,6 @@ def run_of(sizes, accumulate=1, **changes):
 
 
 @pytest.mark.mesh
-@pytest.mark.fast
 @pytest.mark.parametrize(
     ("sizes", "accumulate", "changes"),
     [
@@ -172,7 +171,6 @@ ENTRY %main (a: f32[8,4]) -> f32[1,4] {
     ]
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     ("line", "kind", "size", "sent"),
     [
@@ -195,7 +193,6 @@ def test_every_form_of_a_collective_is_read(line, kind, size, sent):
     assert found.bytes_sent == sent
 
 
-@pytest.mark.fast
 def test_the_size_of_a_replica_group_is_read_in_every_notation():
     for groups, devices in (
         ("{{0,1},{2,3}}", [2]),

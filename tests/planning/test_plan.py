@@ -112,7 +112,6 @@ def test_a_step_takes_as_long_as_its_slowest_part():
     assert f"at least {max(seconds.values()) * 1e3:,.3g} ms" in line
 
 
-@pytest.mark.fast
 def test_topologies_and_devices_are_known_by_name():
     for text, value in (("v7:8", "v7"), ("v5e:7", "7"), ("v5p:8", "8"), ("v5e:2xx4", "2xx4")):
         with pytest.raises(ConfigError, match=value):

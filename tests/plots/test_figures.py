@@ -85,7 +85,6 @@ def test_token_loss_figures_are_colored_by_the_loss_of_each_character(model, oth
         assert_nothing_is_cut_off(figure)
 
 
-@pytest.mark.fast
 def test_next_tokens_are_the_softmax_of_the_last_logits(model):
     prompt, temperatures = "something else " * 9 + "to $be$", (1e-9, 0.5, 1.0, 2.0)
     token_BT = jnp.array([BYTES.encode(prompt)[-32:]])  # longer than the context

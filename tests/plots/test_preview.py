@@ -55,7 +55,6 @@ def preview_bytes(folder, *rows, **options):
     return preview_rows(write_rows(folder, *rows), **options)
 
 
-@pytest.mark.fast
 def test_rows_are_those_of_training(tmp_path):
     row = chat("Hi", "Hö", "More", "No.")
     prompts, answers = ["Q: Hi\nA: ", "\nQ: More\nA: "], ["Hö", "No."]
@@ -126,7 +125,6 @@ class Page(HTMLParser):
         self.text += data
 
 
-@pytest.mark.fast
 def test_hostile_texts_change_neither_terminal_nor_page(tmp_path):
     rows = [
         {"instruction": HOSTILE, "output": HOSTILE, "other": "\ud800\x9b"},

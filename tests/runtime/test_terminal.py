@@ -1,7 +1,5 @@
 """Text of a model cannot move the cursor, set the clipboard or reverse the line."""
 
-import pytest
-
 from gptjax.runtime.terminal import sanitize
 
 CONTROLS = {chr(i) for i in [*range(0x20), *range(0x7F, 0xA0)]} - {"\n", "\t"}
@@ -9,7 +7,6 @@ BIDIRECTIONAL = {*map(chr, [*range(0x202A, 0x202F), *range(0x2066, 0x2070)])}
 FORBIDDEN = CONTROLS | BIDIRECTIONAL | {*"\u061c\u200e\u200f", *map(chr, range(0xD800, 0xE000))}
 
 
-@pytest.mark.fast
 def test_exactly_the_control_characters_are_replaced():
     for character in map(chr, range(0x11000)):
         assert (sanitize(character) == "\ufffd") == (character in FORBIDDEN | {"\ufffd"})

@@ -46,7 +46,6 @@ def all_logits(tokens, lengths):
     }
 
 
-@pytest.mark.fast
 def test_logits_depend_on_no_padding_and_a_causal_mask_hides_later_tokens():
     row, length = list(range(5)), jnp.full(4, 5)
     tokens = jnp.array([row + [0] * 15, row + [256] * 15, [*range(20)], row[:4] + [9] * 16])

@@ -42,6 +42,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", BUILTIN_TEMPLATES)
 def test_builtin_templates_render_the_published_formats_and_prompts_as_in_training(name):
     template, turns = load_chat_template(name), [SYSTEM, QUESTION, REPLY, PLAIN, REPLY]

@@ -61,6 +61,7 @@ def test_ids_are_those_of_another_implementation(tmp_path):
     compare()
 
 
+@pytest.mark.fast
 def test_gpt2_is_the_published_tokenizer_and_has_the_ids_of_the_book(tmp_path):
     GPT2.save(tmp_path)
     before, after = "Hello, do you like tea? ", " In the sunlit terracesof someunknownPlace."

@@ -54,8 +54,8 @@ def value_and_grads(loss_fn, arrays):
     return jax.jit(jax.value_and_grad(scaled, argnums=(0, 1, 3)))(*arrays)
 
 
-@pytest.mark.fast
 # Gradients in bfloat16 are rounded to 8 bits at other places.
+@pytest.mark.fast
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_chunks_have_the_value_and_gradients_of_the_whole(monkeypatch, dtype, tolerance):
     arrays = make_inputs(dtype)
@@ -80,7 +80,6 @@ def test_chunks_have_the_value_and_gradients_of_the_whole(monkeypatch, dtype, to
     assert jnp.all(jnp.any(grads[1][:V] != 0, axis=-1))
 
 
-@pytest.mark.fast
 def test_positions_of_weight_zero_change_nothing():
     x_BTD, table_VD, target_BT, weight_BT = arrays = make_inputs()
     padded_BT = weight_BT == 0

@@ -55,7 +55,6 @@ def test_only_matrices_and_embeddings_decay(switch):
         decay_mask({"head": {"gain": jnp.zeros(2), "bias": jnp.zeros(2)}})
 
 
-@pytest.mark.fast
 def test_schedules_warm_up_linearly_and_end_at_their_final_rate():
     for schedule, last in {"constant": 1.0, "cosine": 0.1, "wsd": 0.1}.items():
         rate = rates(schedule=schedule)

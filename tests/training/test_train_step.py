@@ -88,7 +88,6 @@ def test_micro_batches_take_every_nth_row_and_have_their_own_key_in_each_step():
     assert len({int(bits) for _, bits in calls}) == 4
 
 
-@pytest.mark.fast
 def test_a_non_finite_step_changes_only_the_counts():
     state, _ = adamw_step(make_state(), batch_at(0))
 

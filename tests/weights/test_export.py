@@ -26,7 +26,6 @@ BOOK_NAMES = {
 }
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     ("layout", "shape"),
     [

@@ -80,7 +80,6 @@ def test_offline_settings_forbid_requests(host, monkeypatch, setting):
     assert asked == []
 
 
-@pytest.mark.fast
 def test_a_flipped_byte_in_cached_weights_is_an_error(host):
     with host(SHARDED) as asked:
         folder = hub.fetch_repo("a/b")

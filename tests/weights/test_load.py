@@ -159,7 +159,6 @@ def test_a_cpu_uses_parameters_where_they_were_read():
     assert jax.device_put(array).unsafe_buffer_pointer() == array.ctypes.data
 
 
-@pytest.mark.fast
 def test_what_tensorflow_wrote_is_imported_bit_for_bit():
     expected, model = arrays(), gptjax.load(FOLDER)
     leaves = flatten_with_names(model.params)

@@ -26,7 +26,6 @@ def path(tmp_path):
     return tmp_path / "model.safetensors"
 
 
-@pytest.mark.fast
 def test_tensors_of_several_files_are_read_exactly(path, tmp_path):
     other = tmp_path / "other.safetensors"
     safetensors.numpy.save_file({"d": np.ones(2, np.float32)}, other)

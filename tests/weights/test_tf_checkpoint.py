@@ -30,7 +30,6 @@ def read_all(folder):
         return None
 
 
-@pytest.mark.fast
 def test_every_tensor_that_tensorflow_wrote_is_read_bit_for_bit():
     checkpoint = open_tf_checkpoint(FOLDER)
 

@@ -29,7 +29,6 @@ def with_length(length):
     return {"num_queries": length, "num_keys": length}
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     ("platform", "changes", "expected"),
     [
@@ -96,7 +95,6 @@ def test_a_backend_that_does_not_support_a_call_names_another(name, changes, mes
         select_backend(name, spec)
 
 
-@pytest.mark.fast
 def test_edits_such_as_dropout_change_the_normalized_weights():
     arrays = np.random.default_rng(0).normal(size=(3, 2, 8, 2, 4)).astype("f4")
     attend = functools.partial(compute_attention, *map(jnp.asarray, arrays), AttentionMask())
