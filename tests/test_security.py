@@ -11,8 +11,7 @@ from gptjax.cli.main import main
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.training import trainer
 from gptjax.weights.model_folder import save
-from tests.file_server import plain, serving, use_hub
-from tests.judge_server import judging, says
+from tests.servers import judging, plain, says, serving, use_hub
 from tests.small_models import make_model
 
 PACKAGE = Path(gptjax.__file__).parent

@@ -24,10 +24,10 @@ from gptjax.errors import DataError, ModelError
 from gptjax.fileio import download
 from gptjax.fileio.download import Pin, download_file, sha256_of_files
 from gptjax.weights import hub
-from tests import file_server
+from tests import servers
 from tests.chaos._disturbed import ignore, watch
 from tests.chaos._runs import run_jobs
-from tests.file_server import BODY, PIN, Answer, Handler, file, head, hub_headers, serving
+from tests.servers import BODY, PIN, Answer, Handler, file, head, hub_headers, serving
 
 NUM_RECEIVES = 8  # kills at a receive, then before and after each of two renames
 STALL_SECONDS = 0.3
@@ -48,10 +48,10 @@ SERVERS: dict[str, Answer] = {
     "right": file(BODY),
     "truncated": file(BODY, cut=len(BODY) * 2 // 3),
     "flipped": file(BODY[:-100] + b"X" + BODY[-99:]),
-    "wrong length": file_server.plain(BODY + b"more", Content_Length=len(BODY) + 4),
+    "wrong length": servers.plain(BODY + b"more", Content_Length=len(BODY) + 4),
     "another file": file(bytes(reversed(BODY))),
     "stalled": stalled,
-    "endless": file_server.endless,
+    "endless": servers.endless,
 }
 CASES = [
     (client, name, point)
@@ -72,13 +72,13 @@ def as_hub(answer: Answer) -> Answer:
         else:
             answer(handler)
 
-    return file_server.hub({**dict.fromkeys(SMALL_FILES, b"{}"), hub.WEIGHTS: send_weights})
+    return servers.hub({**dict.fromkeys(SMALL_FILES, b"{}"), hub.WEIGHTS: send_weights})
 
 
 def fetch(client: str, url: str, folder: Path, point: int | None = None) -> Path:
     """Fetches the file, or kills the process at a point; an error if that fails."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        file_server.use_hub(monkeypatch, folder, url)
+        servers.use_hub(monkeypatch, folder, url)
         monkeypatch.setattr("time.sleep", ignore)  # between retries
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", STALL_SECONDS)
         monkeypatch.setattr(download, "DOWNLOAD_TIMEOUT_SECONDS", STALL_SECONDS)
@@ -89,9 +89,7 @@ def fetch(client: str, url: str, folder: Path, point: int | None = None) -> Path
                 download_file(url, PIN, folder / "file", "it")
             return folder / "file"
         pins = {**dict.fromkeys(SMALL_FILES, EMPTY), hub.WEIGHTS: PIN}
-        monkeypatch.setitem(
-            hub.PINNED_REPOS, "gpt2", hub.Repository("o/n", file_server.COMMIT, pins)
-        )
+        monkeypatch.setitem(hub.PINNED_REPOS, "gpt2", hub.Repository("o/n", servers.COMMIT, pins))
         return hub.fetch_repo("gpt2") / hub.WEIGHTS
 
 

@@ -1,6 +1,7 @@
 """The command line: what a user types, sees and gets back."""
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -210,6 +211,7 @@ def test_options_reach_the_library(capsys, monkeypatch, words, function, argumen
         calls.append((*args, options))
         return result
 
+    importlib.import_module("gptjax.weights.export")  # before what it imports is replaced
     monkeypatch.setattr("gptjax.weights.load.load", lambda *args, **options: "model")
     monkeypatch.setattr("gptjax.inference.generate.stream", lambda *args, **options: [])
     monkeypatch.setattr(f"gptjax.{function}", record)

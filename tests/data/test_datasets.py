@@ -7,7 +7,7 @@ import pytest
 from gptjax.data import datasets
 from gptjax.errors import DataError
 from gptjax.fileio import download
-from tests.file_server import BODY, HASH, endless, file, head, plain, serving
+from tests.servers import BODY, HASH, endless, file, head, plain, serving
 
 # requests leaves a failed connection to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

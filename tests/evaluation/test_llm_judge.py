@@ -9,8 +9,7 @@ import pytest
 from gptjax.errors import ConfigError, ModelError
 from gptjax.evaluation import llm_judge
 from gptjax.evaluation.llm_judge import Judgement, LLMJudge, UnreachableError, iter_judgements
-from tests.file_server import plain
-from tests.judge_server import hangs_up, judging, refuses, replies, says
+from tests.servers import hangs_up, judging, plain, refuses, replies, says
 
 ROWS = [(f"question {n}", f"truth {n}", f"answer {n}") for n in range(3)]
 PROMPT = (

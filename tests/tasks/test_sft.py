@@ -17,8 +17,8 @@ from gptjax.inference.assistant import answer_batch, encode_chat, stream_answer
 from gptjax.tasks.train import train
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.training.finetune import initial_params, resolve_model_config
-from tests.judge_server import judging, says
 from tests.runs import config_with, evaluations, train_logged
+from tests.servers import judging, says
 from tests.small_models import random_params
 
 WORDS = ["sky", "sea", "sun", "ant", "elm", "ice", "oak", "owl", "rye", "yew"]

@@ -12,8 +12,8 @@ import pytest
 from gptjax.errors import ModelError
 from gptjax.fileio.download import Pin, check_pin
 from gptjax.weights import hub
-from tests.file_server import COMMIT, head, serving, use_hub
-from tests.file_server import hub as hub_server
+from tests.servers import COMMIT, head, serving, use_hub
+from tests.servers import hub as hub_server
 
 FILES = {
     "config.json": b'{"n_layer": 2}',
@@ -67,17 +67,16 @@ def test_files_are_downloaded_once_also_if_another_tool_did(host, files):
     assert COMMIT[:12] in lines[0]
 
 
-@pytest.mark.parametrize("setting", ["GPTJAX_OFFLINE", "HF_HUB_OFFLINE"])
-def test_offline_settings_forbid_requests(host, monkeypatch, setting):
-    with host(SHARDED) as asked:
-        if setting == "GPTJAX_OFFLINE":
-            monkeypatch.setenv(setting, "1")
-        else:  # read by the library when it is imported
-            monkeypatch.setattr(huggingface_hub.constants, setting, True)
-        with pytest.raises(ModelError, match=f"config.json of a/b@main .*{setting}"):
-            hub.fetch_repo("a/b")
-
-    assert asked == []
+def test_offline_settings_forbid_requests(host, monkeypatch):
+    for name in ("GPTJAX_OFFLINE", "HF_HUB_OFFLINE"):
+        with host(SHARDED) as asked:
+            if name == "GPTJAX_OFFLINE":
+                monkeypatch.setenv(name, "1")
+            else:  # read by the library when it is imported
+                monkeypatch.setattr(huggingface_hub.constants, name, True)
+            with pytest.raises(ModelError, match=f"config.json of a/b@main .*{name}"):
+                hub.fetch_repo("a/b")
+        assert asked == []
 
 
 def test_a_flipped_byte_in_cached_weights_is_an_error(host):

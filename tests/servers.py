@@ -1,12 +1,13 @@
-"""A local HTTP server, good or bad, and a Hugging Face hub of one repository on it."""
+"""Local HTTP servers, good or bad: of files, of a Hugging Face hub, of an LLM judge."""
 
 import contextlib
-import dataclasses
 import hashlib
 import http.server
+import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 from gptjax.fileio.download import Pin
 
@@ -18,13 +19,12 @@ Handler = http.server.BaseHTTPRequestHandler
 Answer = Callable[[Handler], None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
     """One request that the server received."""
 
     path: str
     headers: dict[str, str]  # names in lower case
-    body: bytes = b""
+    body: bytes
 
 
 @contextlib.contextmanager
@@ -77,8 +77,7 @@ def file(body: bytes, cut: int | None = None, **headers: object) -> Answer:
     """Serves a file and ranges of it; closes the connection after `cut` bytes."""
 
     def answer(handler: Handler) -> None:
-        start, size = 0, len(body)
-        extra = dict(headers)
+        start, size, extra = 0, len(body), dict(headers)
         if asked := re.fullmatch(r"bytes=(\d+)-\d*", handler.headers.get("Range", "")):
             start = int(asked[1])
             extra["Content_Range"] = f"bytes {start}-{size - 1}/{size}"
@@ -96,6 +95,10 @@ def endless(handler: Handler) -> None:
         handler.wfile.write(BODY)
 
 
+def hangs_up(handler: Handler) -> None:
+    """Sends no answer."""
+
+
 def hub_headers(name: str, body: bytes) -> dict[str, object]:
     """The headers of a file on the hub; large files are known by their sha256."""
     digest = hashlib.new("sha256" if name.endswith(".safetensors") else "sha1", body)
@@ -104,16 +107,12 @@ def hub_headers(name: str, body: bytes) -> dict[str, object]:
 
 def hub(files: Mapping[str, bytes | Answer]) -> Answer:
     """A hub whose repositories all have these files, or answers in place of files."""
+    missing = {"X_Error_Code": "EntryNotFound", "X_Repo_Commit": COMMIT}
 
     def answer(handler: Handler) -> None:
         name = handler.path.rpartition("/")[2]
-        found = files.get(name)
-        if found is None:
-            head(handler, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
-        elif isinstance(found, bytes):
-            file(found, **hub_headers(name, found))(handler)
-        else:
-            found(handler)
+        found = files.get(name, lambda handler: head(handler, 404, **missing))
+        (file(found, **hub_headers(name, found)) if isinstance(found, bytes) else found)(handler)
 
     return answer
 
@@ -134,3 +133,23 @@ def use_hub(monkeypatch, folder, url: str) -> None:
         **dict.fromkeys(("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"), False),
     }.items():
         monkeypatch.setattr(constants, name, value)
+
+
+@contextlib.contextmanager
+def judging(*answers: Answer) -> Iterator[tuple[str, list[Asked]]]:
+    """Serves the answers of a judge as `serving` does; yields its base URL."""
+    with serving(*answers) as (url, requests):
+        yield url.removesuffix("/file") + "/v1", requests
+
+
+def replies(value: object, status: int = 200, **headers: object) -> Answer:
+    return plain(json.dumps(value).encode(), status, Content_Type="application/json", **headers)
+
+
+def says(text: str | None) -> Answer:
+    message = {"role": "assistant", "content": text}
+    return replies({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
+
+
+def refuses(status: int, message: str = "no", **headers: object) -> Answer:
+    return replies({"error": {"message": message}}, status, **headers)
