@@ -4,6 +4,10 @@ The command line prints them without a traceback and exits with code 2, or with 
 a `ResourceError`.
 """
 
+from pathlib import Path
+
+PROJECT_FILE = Path(__file__).parents[1] / "pyproject.toml"  # only in a clone
+
 
 class GptjaxError(Exception):
     """Base of all errors a user can fix."""
@@ -23,3 +27,14 @@ class ModelError(GptjaxError, ValueError):
 
 class ResourceError(GptjaxError, OSError):
     """Out of memory, disk or network: the same command may succeed later."""
+
+
+def install_command(extra: str) -> str:
+    """Returns the command that installs an extra: from the clone or the repository."""
+    if PROJECT_FILE.is_file():
+        return f'pip install -e ".[{extra}]"'
+    from importlib import metadata  # slow
+
+    urls = metadata.metadata("gptjax").get_all("Project-URL") or []  # "name, url"
+    url = dict(url.split(", ", 1) for url in urls)["Repository"]
+    return f'pip install "gptjax[{extra}] @ git+{url}"'

@@ -3,10 +3,9 @@
     checkpoints/<step>/state/          arrays, written by Orbax
     checkpoints/<step>/manifest.json   hashes of every file and array, written last
 
-A step is written under a temporary name and renamed when complete, so a folder named
-by a number is complete unless it was modified later. Orbax loads flipped bits silently,
-hence the hashes: a step is valid only if all its files match, and after restoring, on
-any mesh, each array must have the checksum it was saved with.
+Orbax loads flipped bits silently, hence the hashes: a step is valid only if all its
+files match, and after restoring, on any mesh, each array must have the checksum it was
+saved with.
 """
 
 import contextlib
@@ -286,9 +285,7 @@ def check_checksums(tree: Any, arrays: dict[str, Any]) -> None:
     """Compares restored arrays with the (spec, checksum) of the saved ones."""
     for name, value in checksum_tree(tree)[0].items():
         if value != arrays[name][1]:
-            raise CorruptCheckpointError(
-                f"the restored values of {name!r} differ from the saved ones"
-            )
+            raise CorruptCheckpointError(f"the values of {name!r} differ from the saved ones")
 
 
 def checksum_tree(tree: Any) -> tuple[dict[str, int], list[str]]:
@@ -299,9 +296,8 @@ def checksum_tree(tree: Any) -> tuple[dict[str, int], list[str]]:
     """
     leaves = flatten_with_names(tree)
     sharding = getattr(next(iter(leaves.values())), "sharding", None)
-    replicated = None
-    if isinstance(sharding, NamedSharding):
-        replicated = NamedSharding(sharding.mesh, PartitionSpec())
+    is_named = isinstance(sharding, NamedSharding)
+    replicated = NamedSharding(sharding.mesh, PartitionSpec()) if is_named else None
     results = _jit_checksums(replicated)([*leaves.values()])
     sums, is_finite = (np.asarray(x).tolist() for x in results)
     nonfinite = [name for name, ok in zip(leaves, is_finite, strict=True) if not ok]
@@ -320,18 +316,15 @@ def _jit_checksums(out_sharding: NamedSharding | None) -> Any:
 
 
 def checksum(x: Any) -> UInt32[Array, ""]:
-    """Sum of the bits of all elements, times their index weights."""
-    bits = as_uint32(x)
-    return jnp.sum(bits * index_weights(bits.shape), dtype=jnp.uint32)
+    """Sum of the bits of all elements, times their index weights.
 
-
-def as_uint32(x: Any) -> UInt32[Array, "..."]:
-    """The bits as uint32; 8-byte elements become two on a new last axis."""
+    Elements of 8 bytes become two of 4 bytes on a new last axis.
+    """
     x = jnp.asarray(x)
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
+    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
     uint_dtype = UINT_DTYPES.get(x.dtype.itemsize, jnp.uint32)
-    return jax.lax.bitcast_convert_type(x, uint_dtype).astype(jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, uint_dtype).astype(jnp.uint32)
+    return jnp.sum(bits * index_weights(bits.shape), dtype=jnp.uint32)
 
 
 def index_weights(shape: tuple[int, ...]) -> UInt32[Array, "..."]:

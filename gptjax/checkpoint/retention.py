@@ -1,7 +1,7 @@
 """Step folders: commit, selection of the newest valid step, retention.
 
-A step is written under a temporary name and renamed when complete. Before it is used it
-is verified by its manifest; invalid steps are quarantined, old ones deleted.
+A step is written under a temporary name and renamed when complete, so a folder named by
+a number is complete unless it was modified later. Invalid steps are quarantined.
 """
 
 import re
@@ -92,9 +92,8 @@ def commit_step(checkpoint_dir: Path, step: int) -> None:
 def apply_retention(checkpoint_dir: Path, step: int, keep: int) -> None:
     """Deletes all but the newest `keep` steps, after `step` was committed.
 
-    At least `MIN_KEEP` are kept. Nothing is deleted unless another step verifies, since
-    steps may have been modified after saving; the newest such step is kept too, even if
-    it is older.
+    At least `MIN_KEEP` are kept. Nothing is deleted unless another step verifies; the
+    newest such step is kept too, even if it is older.
     """
     older = [n for n in list_steps(checkpoint_dir) if n < step]
     surplus = older[: max(len(older) + 1 - max(keep, MIN_KEEP), 0)]

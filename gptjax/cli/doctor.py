@@ -4,8 +4,8 @@ import importlib.util
 import os
 import platform
 
+from gptjax.errors import install_command
 from gptjax.runtime.device import package_versions
-from gptjax.runtime.installation import install_command
 
 # Oldest tested version of each package that training needs.
 MIN_VERSIONS = {

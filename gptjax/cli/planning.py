@@ -9,7 +9,7 @@ import click
 from gptjax.cli.arguments import PATH, ConfigCommand, apply_overrides, flag_option, value_option
 from gptjax.cli.session import log_to_stderr
 from gptjax.config import find_config, load_config
-from gptjax.runtime.installation import install_command
+from gptjax.errors import install_command
 
 
 @click.command("plan", cls=ConfigCommand, options_metavar="[--section.option VALUE ...] [OPTIONS]")

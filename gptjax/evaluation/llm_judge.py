@@ -14,11 +14,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from gptjax.errors import ConfigError, ModelError
+from gptjax.errors import ConfigError, ModelError, install_command
 from gptjax.evaluation.metrics import mean_ci
 from gptjax.fileio import strict_json
 from gptjax.fileio.download import is_offline
-from gptjax.runtime.installation import install_command
 
 TIMEOUT_SECONDS = 60  # for connecting, and without data from the server
 MAX_RETRIES = 2  # after connection errors and statuses 408, 409, 429 and 5xx

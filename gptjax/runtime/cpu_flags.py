@@ -1,8 +1,4 @@
-"""XLA and malloc settings for faster CPU runs; to be set before JAX starts.
-
-They are opt-in: `gptjax ... --fast-cpu`, or as the first lines of a program,
-`from gptjax.runtime.cpu_flags import enable_fast_cpu; enable_fast_cpu()`.
-"""
+"""XLA and malloc settings for faster CPU runs (`--fast-cpu`), set before JAX starts."""
 
 import ctypes
 import os

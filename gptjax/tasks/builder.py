@@ -10,6 +10,7 @@ import numpy as np
 from gptjax.data.bucketing import BucketedBatches
 from gptjax.data.text import TEST_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError
+from gptjax.model.lora import merge_adapters
 from gptjax.parallel.sharding import shard_tree, to_host
 from gptjax.plots.report import write_report
 from gptjax.tokenizer.tokenizer import Tokenizer
@@ -96,7 +97,9 @@ def make_finetune_task(
     optimizer = make_optimizer(config.optim, config.train.steps)
 
     def to_model(state: TrainState) -> Model:
-        params = finetune.full_params(config, to_host(state.params), frozen_params)
+        params, adapters = finetune.combine_params(config, to_host(state.params), frozen_params)
+        params = finetune.merge_last_layers(params)
+        params = merge_adapters(params, adapters) if adapters else params
         return Model(config.model, params, tokenizer, inputs.class_names, chat_template=template)
 
     def save_best(state: TrainState) -> None:

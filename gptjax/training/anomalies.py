@@ -2,12 +2,8 @@
 
 A spike is a loss or gradient norm more than NUM_SIGMAS standard deviations above the
 median of the previous logged steps. The standard deviation is estimated from the median
-absolute deviation, which is robust to outliers.
-
-`--on-spike` sets the reaction to a spike in step s:
-
-    log   print it and write it to metrics.jsonl
-    skip  also skip each step with a gradient norm above the threshold
+absolute deviation, which is robust to outliers. Spikes are logged; `--on-spike skip`
+also skips each step with a gradient norm above the threshold.
 
 Decisions depend only on the metrics of logged steps, at least METRICS_LAG steps old, so
 an interrupted and resumed run takes the same ones.

@@ -16,7 +16,7 @@ from gptjax.data.conversations import ConversationOrPair, split_conversations
 from gptjax.data.text import VALIDATION_SPLIT
 from gptjax.errors import ConfigError
 from gptjax.model.gpt import init
-from gptjax.model.lora import Adapters, init_adapters, merge_adapters, scale_adapters
+from gptjax.model.lora import Adapters, init_adapters, scale_adapters
 from gptjax.tokenizer.chat_template import ChatTemplate, compile_template, load_chat_template
 from gptjax.tokenizer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from gptjax.training.run_dir import hash_pytree
@@ -215,13 +215,6 @@ def merge_last_layers(params: Params) -> Params:
         parts.insert(0, merged["blocks"])
     merged["blocks"] = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
     return merged
-
-
-def full_params(config: RunConfig, trainable_params: Params, frozen_params: Params) -> Params:
-    """Parameters of the full model: one stack of layers, adapters merged."""
-    params, adapters = combine_params(config, trainable_params, frozen_params)
-    params = merge_last_layers(params)
-    return merge_adapters(params, adapters) if adapters else params
 
 
 def make_finetune_step(

@@ -112,22 +112,6 @@ def format_duration(seconds: int | float) -> str:
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
-def format_progress(total_steps: int, event: Event, eval_text: str, seconds_left: float) -> str:
-    """Progress line of a "train" event, with the evaluation of its step if not ""."""
-    parts = [
-        f"step {event['step']:>{len(str(total_steps))}}/{total_steps}",
-        f"loss {event['loss']:.4f}",
-        *([eval_text] if eval_text else []),
-        f"lr {event['lr']:.2e}",
-        f"|g| {event['grad_norm']:.2f}",
-        f"{format_number(event['tokens_per_s'])} tok/s",
-        *([f"mfu {event['mfu']:.1%}"] if "mfu" in event else []),
-        f"eta {format_duration(seconds_left)}",
-        *([f"{event['skipped']}: step skipped"] if "skipped" in event else []),
-    ]
-    return " | ".join(parts)
-
-
 class History(NamedTuple):
     """Values of earlier steps that a resumed run needs; saved with each checkpoint."""
 
@@ -254,13 +238,21 @@ class MetricsLogger:
 
     def print_progress(self, event: Event | None, eval_text: str = "") -> None:
         """Prints the progress line of a step, with its evaluation if there is one."""
-        steps = self.run.config.train.steps
-        if event is not None:
-            tokens_left = (steps - event["step"]) * self.tokens_per_step
-            seconds_left = tokens_left / event["tokens_per_s"]
-            self.run.log(format_progress(steps, event, eval_text, seconds_left))
-        elif eval_text:  # before the first step
-            self.run.log(f"step {0:>{len(str(steps))}}/{steps} | {eval_text}")
+        steps, step = self.run.config.train.steps, event["step"] if event else 0
+        parts = [f"step {step:>{len(str(steps))}}/{steps}", *([eval_text] if eval_text else [])]
+        if event is not None:  # else before the first step
+            seconds_left = (steps - step) * self.tokens_per_step / event["tokens_per_s"]
+            parts.insert(1, f"loss {event['loss']:.4f}")
+            parts += [
+                f"lr {event['lr']:.2e}",
+                f"|g| {event['grad_norm']:.2f}",
+                f"{format_number(event['tokens_per_s'])} tok/s",
+                *([f"mfu {event['mfu']:.1%}"] if "mfu" in event else []),
+                f"eta {format_duration(seconds_left)}",
+                *([f"{event['skipped']}: step skipped"] if "skipped" in event else []),
+            ]
+        if len(parts) > 1:
+            self.run.log(" | ".join(parts))
 
 
 def log_train_metrics(

@@ -14,6 +14,7 @@ from gptjax.errors import ConfigError
 from gptjax.runtime.device import target_platform
 from gptjax.tree import Params
 
+TINY = np.finfo(np.float32).tiny  # instead of a weight of 0: loss and gradient are 0
 LossFn = Callable[[Params, Any, Key[Array, ""]], tuple[Array, Array]]
 
 
@@ -60,7 +61,7 @@ def make_grad_fn(
             lambda params: loss_fn(params, batch, key), params, has_aux=True
         )
         # Seeding the VJP with 1 / weight divides one scalar instead of all gradients.
-        weight = safe_denominator(sum_over_devices(weight))
+        weight = jnp.maximum(sum_over_devices(weight), TINY)
         (grads,) = vjp_fn(1 / weight)
         return sum_over_devices(loss_sum), weight, sum_over_devices(grads)
 
@@ -80,7 +81,7 @@ def make_grad_fn(
         loss_sum, weight, grads = sum_over_devices(
             jax.lax.scan(add_microbatch, zeros, microbatches)[0]
         )
-        weight = safe_denominator(weight)
+        weight = jnp.maximum(weight, TINY)
         return loss_sum, weight, jax.tree.map(lambda g: g / weight, grads)
 
     return full_batch_gradient if accumulate == 1 else accumulate_gradients
@@ -101,11 +102,6 @@ def check_loss_fn(loss_fn: LossFn) -> LossFn:
         return result
 
     return checked_loss_fn
-
-
-def safe_denominator(weight: Float[Array, ""]) -> Float[Array, ""]:
-    """Weight, or a tiny number if it is 0, so that loss and gradient are 0."""
-    return jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
 
 
 def make_train_step(

@@ -4,10 +4,10 @@ import re
 from email.message import Message
 from pathlib import Path
 
-from gptjax.runtime import installation
-from gptjax.runtime.installation import install_command
+from gptjax import errors
+from gptjax.errors import install_command
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 # "gptjax" or "gptjax[extra]" as a requirement of pip, without an address behind it.
 FROM_INDEX = re.compile(
     r"pip install [^\n&|;]*?(?<=[\s\"'])gptjax(\[[\w,-]+\])?(?! @ )(?=[\s\"'\\]|$)", re.M
@@ -19,8 +19,8 @@ def test_a_clone_installs_itself_and_a_wheel_installs_from_its_repository(tmp_pa
     address = "https://github.com/someone/something"
     found = Message()
     found["Project-URL"] = f"Repository, {address}"
-    monkeypatch.setattr(installation, "PROJECT_FILE", tmp_path / "pyproject.toml")
-    monkeypatch.setattr(installation.metadata, "metadata", lambda name: found)
+    monkeypatch.setattr(errors, "PROJECT_FILE", tmp_path / "pyproject.toml")
+    monkeypatch.setattr("importlib.metadata.metadata", lambda name: found)
     assert install_command("tpu") == f'pip install "gptjax[tpu] @ git+{address}"'
 
 
