@@ -27,9 +27,8 @@ def new_figure(x: str, y: str) -> tuple[Figure, Any]:
 
 def add_units_axis(axes: Any, units_per_step: int | float, unit: str) -> None:
     """Adds a top axis with the number of units seen."""
-    top_axis = axes.secondary_xaxis(
-        "top", functions=(lambda step: step * units_per_step, lambda seen: seen / units_per_step)
-    )
+    functions = (lambda step: step * units_per_step, lambda seen: seen / units_per_step)
+    top_axis = axes.secondary_xaxis("top", functions=functions)
     top_axis.set_xlabel(f"{unit}s seen")
     top_axis.xaxis.set_major_formatter(lambda value, _: format_number(value))
 
@@ -45,12 +44,7 @@ def loss_figure(
     axes.plot(*metric_series(events, "train", "loss"), color=BLUE, linewidth=1, label="train")
     steps, losses = metric_series(events, "eval", "loss", "validation")
     if losses:
-        axes.plot(steps, losses, label="validation", **VALIDATION_STYLE)
-        best = int(np.argmin(losses))
-        place = {"xytext": (0, 9), "textcoords": "offset points", "ha": "right"}
-        axes.annotate(
-            f"best {losses[best]:.3f}", (steps[best], losses[best]), color=ORANGE, **place
-        )
+        axes.plot(steps, losses, label=f"validation, best {min(losses):.3f}", **VALIDATION_STYLE)
     axes.legend(frameon=False)
     add_units_axis(axes, units_per_step, unit)
     return figure
@@ -97,9 +91,7 @@ def confusion_figure(confusion_CC: Int[np.ndarray, "C C"], class_names: Sequence
     axes.set_yticks(range(classes), labels, **text_style)
     axes.set(xlabel="predicted", ylabel="true")
     for (row, column), count in np.ndenumerate(confusion_CC):
-        color = "black" if count else "#AAAAAA"
-        if share_CC[row, column] > 0.5:
-            color = "white"
+        color = "white" if share_CC[row, column] > 0.5 else "black"
         text = str(count) if count < 10_000 else format_number(int(count))
         axes.text(column, row, text, color=color, fontsize=size, ha="center", va="center")
     figure.colorbar(image, shrink=0.8, label="share of the true class").outline.set_visible(False)

@@ -34,7 +34,6 @@ from gptjax.plots.token_boxes import (
     to_drawable,
     token_box_figure,
     token_label,
-    visible_text,
 )
 from gptjax.tokenizer.tokenizer import Tokenizer
 from gptjax.training.optimizer import learning_rates
@@ -61,16 +60,15 @@ def attention_figure(model: Model, text: str, layer: int) -> Figure:
 
     The text has 1 to `MAX_ATTENTION_TOKENS` tokens; layers are counted from 0.
     """
-    config, ids = model.config, encode_nonempty(model.tokenizer, text)
+    config, ids = model.config, model.tokenizer.encode(text)
     if not 0 <= layer < config.n_layers:
         raise ConfigError(
             f"layer={layer} is not one of the model's {config.n_layers} layers. Choose "
             f"0 to {config.n_layers - 1}."
         )
-    if len(ids) > MAX_ATTENTION_TOKENS:
+    if not 1 <= len(ids) <= MAX_ATTENTION_TOKENS:
         raise ConfigError(
-            f"the text has {len(ids)} tokens, more than the legible maximum of "
-            f"{MAX_ATTENTION_TOKENS}. Shorten the text."
+            f"the text has {len(ids)} tokens, not 1 to {MAX_ATTENTION_TOKENS}. Choose another."
         )
     token_BT = jnp.array([ids], jnp.int32)
     jit_apply = jax.jit(apply, static_argnums=0, static_argnames="capture")
@@ -90,9 +88,9 @@ def attention_figure(model: Model, text: str, layer: int) -> Figure:
     for head, axes in enumerate(panels):
         axes.imshow(weight_HTS[head], cmap="Blues", vmin=0, vmax=1)
         axes.set_title(f"head {head}", fontsize=9, pad=3)
-        is_bottom_row, is_left_column = head + columns >= heads, head % columns == 0
-        axes.set_xticks(range(len(ids)), labels if is_bottom_row else [], rotation=90, **text_style)
-        axes.set_yticks(range(len(ids)), labels if is_left_column else [], **text_style)
+        below, left = head + columns >= heads, head % columns == 0
+        axes.set_xticks(range(len(ids)), labels if below else [], rotation=90, **text_style)
+        axes.set_yticks(range(len(ids)), labels if left else [], **text_style)
         axes.tick_params(length=0, pad=2)
     colors = ScalarMappable(Normalize(0, 1), "Blues")
     bar = figure.colorbar(colors, ax=panels, location="bottom", aspect=40, pad=0.02)
@@ -149,59 +147,39 @@ def token_loss_figure(model: Model, text: str, other: Model | None = None) -> Fi
     return figure
 
 
-def next_token_probs(
-    model: Model, prompt: str, count: int = 10, temperature: float = 1.0
-) -> list[tuple[str, float]]:
-    r"""Returns the most likely next tokens and their probabilities, highest first.
+def next_token_figure(
+    model: Model, prompt: str, count: int = 10, temperatures: Sequence[float] = (1.0,)
+) -> Figure:
+    """Plots the probabilities of the most likely next tokens, one bar per temperature.
 
     Only the last `context_length` tokens of the prompt are used. The logits are divided
-    by `temperature`. Bytes that are not valid UTF-8 are escaped as in "\xe2".
+    by the temperature.
     """
-    if count < 1:
-        raise ConfigError(f"count={count} is below the minimum of 1. Choose 1 or more.")
-    if not temperature > 0:
+    groups = len(temperatures)
+    if not 1 <= count * groups <= MAX_BARS or not all(t > 0 for t in temperatures):
         raise ConfigError(
-            f"temperature={temperature} is not above 0. Choose 1 for the model's own "
-            "probabilities, less for a sharper distribution."
+            f"count={count} and temperatures={list(temperatures)} are invalid. Choose 1 to "
+            f"{MAX_BARS} bars, and temperatures above 0."
         )
     config, (ids,) = model.config, tokenize_prompts(model, [prompt], 1)[0]
     token_BT, _ = pad_prompts([ids], config.context_length)
     x_BTD, _ = jax.jit(hidden_states, static_argnums=0)(config, model.params, token_BT)
     logit_BV = lm_logits(config, unembedding_matrix(config, model.params), x_BTD[:, len(ids) - 1])
     logit_V = np.asarray(logit_BV, np.float64)[0, : config.vocab_size]
-    weight_V = np.exp((logit_V - logit_V.max()) / max(temperature, 1e-6))
-    prob_V = weight_V / weight_V.sum()
-    return [
-        (visible_text(model.tokenizer.decode_bytes([i])), float(prob_V[i]))
-        for i in np.argsort(-logit_V, kind="stable")[:count]
-    ]
-
-
-def next_token_figure(
-    model: Model, prompt: str, count: int = 10, temperatures: Sequence[float] = (1.0,)
-) -> Figure:
-    """Plots the most likely next tokens as bars, one per temperature.
-
-    The arguments are those of `next_token_probs`.
-    """
-    groups = len(temperatures)
-    if not 1 <= max(count, 1) * groups <= MAX_BARS:
-        raise ConfigError(
-            f"count={count} at {groups} temperatures gives {count * groups} bars, not "
-            f"1 to {MAX_BARS}. Change count or temperatures."
-        )
-    tokens_by_temperature = [next_token_probs(model, prompt, count, t) for t in temperatures]
-    labels = [token_label(text.encode()) for text, _ in tokens_by_temperature[0]]
+    best = np.argsort(-logit_V, kind="stable")[:count]
+    labels = [token_label(model.tokenizer.decode_bytes([i])) for i in best]
     pitch = 18.0 if groups == 1 else 12.0 * groups + 6  # points
     height = (len(labels) * pitch + 42 + 18 * -(-groups // 3)) / 72
     figure = Figure((FIGURE_WIDTH / 72, height), dpi=144, layout="constrained")
     axes = figure.subplots()
     colors = colormaps["cividis"](np.linspace(0, 0.9, groups)) if groups > 1 else [BLUE]
     bar_height = 0.8 / groups
-    for n, (t, tokens) in enumerate(zip(temperatures, tokens_by_temperature, strict=True)):
-        probs = [prob for _, prob in tokens]
+    for n, temperature in enumerate(temperatures):
+        weight_V = np.exp((logit_V - logit_V.max()) / max(temperature, 1e-6))
+        probs = weight_V[best] / weight_V.sum()
         positions = np.arange(len(probs)) + (n - (groups - 1) / 2) * bar_height
-        bars = axes.barh(positions, probs, bar_height, color=colors[n], label=f"temperature {t:g}")
+        label = f"temperature {temperature:g}"
+        bars = axes.barh(positions, probs, bar_height, color=colors[n], label=label)
         bar_labels = [f"{prob:.1%}" if prob >= 5e-4 else "<0.1%" for prob in probs]
         axes.bar_label(bars, bar_labels, padding=3, fontsize=9 if groups == 1 else 8)
     axes.set_yticks(range(len(labels)), labels, fontsize=10, **TEXT_STYLE)
@@ -230,23 +208,24 @@ def loss_mask_figure(preview: Preview, row: int = 0) -> Figure:
         title += f"; the first {example.num_truncated:,} are truncated"
     if example.dropped:
         title += f"; skipped, as the last answer does not fit {preview.max_length:,}"
-    legend = [segment_box(TokenSegment(state, [], state, False)) for state in SEGMENT_STYLES]
-    legend.append(segment_box(TokenSegment("end token", [], "context", True)))
-    boxes = [segment_box(segment) for segment in token_segments(preview.tokenizer, example)]
-    return token_box_figure(boxes, title, legend)
 
+    def make_box(segment: TokenSegment) -> Box:
+        fill, text_color, rule_position = SEGMENT_STYLES[segment.state]
+        if segment.is_eot:
+            fill, text_color = text_color, "white"
+        return Box(segment.text, fill, text_color, rule_position=rule_position)
 
-def segment_box(segment: TokenSegment) -> Box:
-    """Makes the box of a segment; color and underline encode its state."""
-    fill, text_color, rule_position = SEGMENT_STYLES[segment.state]
-    if segment.is_eot:
-        fill, text_color = text_color, "white"
-    return Box(segment.text, fill, text_color, rule_position=rule_position)
+    legend = [TokenSegment(state, [], state, False) for state in SEGMENT_STYLES]
+    legend.append(TokenSegment("end token", [], "context", True))
+    segments = token_segments(preview.tokenizer, example)
+    return token_box_figure(list(map(make_box, segments)), title, list(map(make_box, legend)))
 
 
 def tokenization_figure(tokenizer: Tokenizer, text: str) -> Figure:
     """Plots the tokens of a text with their ids."""
-    ids = encode_nonempty(tokenizer, text)
+    if not text:
+        raise ConfigError("the text is empty. Pass at least one character.")
+    ids = tokenizer.encode(text)
     boxes = [
         Box(part_text, (PALE_BLUE, PALE_ORANGE)[n % 2], note=" ".join(map(str, token_ids)))
         for n, (part_text, token_ids) in enumerate(tokenizer.iter_characters(ids))
@@ -263,11 +242,7 @@ def schedule_figure(optim: OptimConfig, steps: int) -> Figure:
     figure, axes = new_figure("step", "learning rate")
     axes.plot(range(steps), rates, color=BLUE)
     axes.plot(peak_step, rates[peak_step], color=ORANGE, marker="o", markersize=5)
-    note = f"peak {rates[peak_step]:.3g} at step {peak_step:,}"
-    side = "left" if peak_step < steps / 2 else "right"
-    place = {"xytext": (0, 7), "textcoords": "offset points", "ha": side}
-    axes.annotate(note, (peak_step, rates[peak_step]), color=ORANGE, **place)
-    axes.set_ylim(0, 1.18 * rates[peak_step] or 1)
+    axes.set_title(f"peak {rates[peak_step]:.3g} at step {peak_step:,}", fontsize=10)
     return figure
 
 
@@ -278,13 +253,9 @@ def sharding_figure(arrays: Mapping[str, Array], device: int = 0) -> Figure:
     replicated on these devices. `jax.debug.visualize_array_sharding` does this in text,
     for arrays of at most two axes.
 
-    Args:
-        arrays: title and array of each panel; with a `NamedSharding` the labels name
-            the mesh axes.
-        device: id of the device whose shards are blue.
+    `arrays` maps titles to arrays; the shards of the device with the id `device` are
+    blue.
     """
-    if not arrays:
-        raise ConfigError("there are no arrays to plot. Pass {title: array}.")
     columns = min(len(arrays), 2)
     rows = -(-len(arrays) // columns)
     figure = Figure((FIGURE_WIDTH / 72, 1.9 * rows + 0.4), dpi=144, layout="constrained")
@@ -330,11 +301,4 @@ def axis_label(x: Array, axis: int) -> str:
         return ""
     spec = [*getattr(x.sharding, "spec", ()), *(None,) * x.ndim][axis]
     names = " x ".join((spec,) if isinstance(spec, str) else spec or ())
-    return f"{x.shape[axis]} over {names}" if names else f"{x.shape[axis]}"
-
-
-def encode_nonempty(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Tokenizes a text, which must not be empty."""
-    if not text:
-        raise ConfigError("the text is empty. Pass at least one character.")
-    return tokenizer.encode(text)
+    return f"{x.shape[axis]}{' over ' * bool(names)}{names}"

@@ -9,7 +9,7 @@ import dataclasses
 import io
 import json
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from gptjax.data.conversations import Conversation, read_conversations
 from gptjax.data.sft import TRAIN_ON_ALL, TRAIN_ON_COMPLETIONS, encode_segments, truncate_left
@@ -54,8 +53,7 @@ class PreviewRow(NamedTuple):
 class Preview:
     """Rows of a file as used in training; created by `preview_rows`."""
 
-    format_description: str  # file format and columns
-    settings: str  # template, tokenizer, context and loss mask
+    format_description: str  # file format, columns and settings
     rows: tuple[PreviewRow, ...]
     tokenizer: Tokenizer
     context: int  # [T]
@@ -86,12 +84,7 @@ def preview_rows(
 ) -> Preview:
     """Tokenizes the conversations of a file as training does.
 
-    Args:
-        path: a file, or the name of a built-in data set.
-        chat_template: a name, or the path of a Jinja file.
-        tokenizer: "gpt2", "bytes" or a folder.
-        context: [T] maximum input tokens.
-        completion_only_loss: train on assistant responses only.
+    The options are those of `DataConfig`; `context` [T] is the maximum of input tokens.
     """
     if context < 1:
         raise ConfigError(f"context={context} is too small. Use at least 1.")
@@ -100,19 +93,15 @@ def preview_rows(
     train_on = TRAIN_ON_COMPLETIONS if completion_only_loss else TRAIN_ON_ALL
     rows = []
     for conversation in conversations:
-        example = encode_segments(
-            loaded_tokenizer, template.segments(conversation.messages), train_on
-        )
+        segments = template.segments(conversation.messages)
+        example = encode_segments(loaded_tokenizer, segments, train_on)
         kept = truncate_left(example, context + 1)
         num_lost = len(example.ids) - (len(kept.ids) if kept else 0)
         loss_mask = [False] * num_lost + (kept.loss_mask if kept else [])
         num_truncated = num_lost if kept else 0
         rows.append(PreviewRow(conversation, example.ids, loss_mask, num_truncated, not kept))
-    settings = (
-        f"template {chat_template}, tokenizer {tokenizer}, context {context:,}, "
-        f"trained: {'completions' if completion_only_loss else 'all tokens'}"
-    )
-    return Preview(detected, settings, tuple(rows), loaded_tokenizer, context)
+    description = f"{detected} Template {chat_template}, tokenizer {tokenizer}."
+    return Preview(description, tuple(rows), loaded_tokenizer, context)
 
 
 def json_objects(preview: Preview) -> Iterator[dict[str, Any]]:
@@ -153,8 +142,7 @@ def describe_row(preview: Preview, number: int) -> tuple[str, str, str]:
     row = preview.rows[number - 1]
     title = f"row {number:,} of {len(preview.rows):,}, {row.conversation.location}"
     source = json.dumps(row.conversation.source_row, ensure_ascii=False, indent=2)
-    if len(source) > MAX_SOURCE_ROW_CHARS:
-        num_omitted = len(source) - MAX_SOURCE_ROW_CHARS
+    if num_omitted := len(source[MAX_SOURCE_ROW_CHARS:]):
         source = f"{source[:MAX_SOURCE_ROW_CHARS]}... ({num_omitted:,} more characters)"
     ends = row.ids.count(preview.tokenizer.eot_token)
     status = f"tokens: {len(row.ids):,}, trained: {sum(row.loss_mask):,}, ends: {ends:,}"
@@ -167,14 +155,14 @@ def describe_row(preview: Preview, number: int) -> tuple[str, str, str]:
 
 def describe_all_rows(preview: Preview) -> list[str]:
     """Statistics of all rows as lines."""
-    lengths, tokens = [len(row.ids) for row in preview.rows], preview.num_tokens
-    share = f" ({preview.num_trained / tokens:.1%})" if tokens else ""
-    truncated = sum(row.num_truncated > 0 for row in preview.rows)
-    dropped = sum(row.dropped for row in preview.rows)
+    rows, lengths = preview.rows, [len(row.ids) for row in preview.rows]
+    share = preview.num_trained / max(preview.num_tokens, 1)
     return [
-        f"rows     {len(lengths):,}; truncated from the left: {truncated:,}, dropped "
-        f"because the last answer is too long: {dropped:,}",
-        f"tokens   {tokens:,} after truncation, trained: {preview.num_trained:,}{share}",
+        f"rows     {len(rows):,}; truncated from the left: "
+        f"{sum(row.num_truncated > 0 for row in rows):,}, dropped because the last answer "
+        f"is too long: {sum(row.dropped for row in rows):,}",
+        f"tokens   {preview.num_tokens:,} after truncation, trained: {preview.num_trained:,} "
+        f"({share:.1%})",
         f"lengths  {min(lengths):,} to {max(lengths):,} tokens, median "
         f"{statistics.median(lengths):,.0f}; limit {preview.max_length:,}: the context "
         "and one more target",
@@ -184,22 +172,13 @@ def describe_all_rows(preview: Preview) -> list[str]:
 def histogram_figure(preview: Preview) -> Figure:
     """Plots the histogram of row lengths, with the length limit.
 
-    Rows more than twice as long as the limit or the shortest row share the last bin, so
-    that they do not compress the others.
+    Rows of more than twice the limit are counted in the last bin.
     """
-    lengths = np.array([len(row.ids) for row in preview.rows])
-    longest = min(lengths.max(), 2 * max(preview.max_length, lengths.min()))
-    locator = MaxNLocator(11, integer=True, steps=[1, 2, 2.5, 5, 10])
-    edges = np.array(locator.tick_values(lengths.min(), longest + 1), int)
-    counts, _ = np.histogram(np.minimum(lengths, edges[-1] - 1), edges)
-    figure, axes = new_figure(f"tokens per row, at most {lengths.max():,}", "rows")
-    axes.stairs(counts, edges, fill=True, color=BLUE)
-    limit = f"limit {preview.max_length:,}"
-    if edges[0] <= preview.max_length < edges[-1]:
-        axes.axvline(preview.max_length, color=ORANGE, linestyle="--", label=limit)
-        axes.legend(frameon=False)
-    else:
-        axes.set_title(f"{limit}, outside the figure", fontsize=9, color=ORANGE)
+    limit, lengths = preview.max_length, [len(row.ids) for row in preview.rows]
+    figure, axes = new_figure(f"tokens per row, at most {max(lengths):,}", "rows")
+    axes.hist(np.minimum(lengths, 2 * limit), bins=20, color=BLUE)
+    axes.axvline(limit, color=ORANGE, linestyle="--", label=f"limit {limit:,}")
+    axes.legend(frameon=False)
     return figure
 
 
@@ -209,21 +188,14 @@ def render_terminal(preview: Preview, max_rows: int, color: bool) -> str:
     Tokens in the loss are green and underlined, or bracketed without color.
     """
     legend = " ".join(colorize(state, state, False, color) for state in STATE_STYLES)
-    lines = [sanitize(preview.format_description), sanitize(preview.settings), legend]
+    lines = [sanitize(preview.format_description), legend]
     for number, row in enumerate(preview.rows[:max_rows], 1):
         title, source, status = describe_row(preview, number)
-        example = render_example(preview.tokenizer, row, color)
-        lines += ["", title, source, "", example, "", status]
+        segments = token_segments(preview.tokenizer, row)
+        runs = groupby(segments, lambda x: (x.state, x.is_eot and color))
+        parts = [colorize("".join(x.text for x in run), *key, color) for key, run in runs]
+        lines += ["", title, source, "", "".join(parts), "", status]
     return "\n".join([*lines, "", *describe_all_rows(preview)])
-
-
-def render_example(tokenizer: Tokenizer, row: PreviewRow, color: bool) -> str:
-    """Renders the text of a row with its loss mask highlighted."""
-    segments = token_segments(tokenizer, row)
-    return "".join(
-        colorize("".join(part.text for part in run), state, end, color)
-        for (state, end), run in groupby(segments, lambda x: (x.state, x.is_eot and color))
-    )
 
 
 def colorize(text: str, state: TokenState, is_eot: bool, color: bool) -> str:
@@ -241,24 +213,19 @@ PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="viewport" content="width=device-width">
 <title>Training data preview</title>
 <style>
 :root {{ color-scheme: light dark }}
-body {{ margin: 1.5rem auto; max-width: 56rem; padding: 0 1rem;
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }}
-h2 {{ margin-top: 2.5rem }}
-pre {{ padding: .7rem; white-space: pre-wrap; background: #8881;
-  font: .85rem/1.8 ui-monospace, monospace }}
+body {{ margin: auto; max-width: 56rem; font: 1rem/1.5 sans-serif; overflow-wrap: anywhere }}
+pre {{ white-space: pre-wrap; font: .85rem/1.8 monospace }}
 .tokens > * {{ color: inherit; border: 1px solid #8888 }}
 .tokens > mark {{ background: #4a64; text-decoration: underline }}
-.tokens > s {{ opacity: .7 }}
 .tokens > .end {{ color: Canvas; background: CanvasText }}
 img {{ max-width: 100% }}
 </style></head>
 <body><h1>Training data preview</h1>
 <p>{description}</p>
-<p>{settings}</p>
 <p class="tokens"><mark>trained</mark> <span>context</span> <s>truncated</s>
 <span class="end">end token</span></p>
 <p>Each box is a token, with its id as tooltip; tokens that share a character share a
@@ -278,34 +245,28 @@ PAGE_ROW = """<h2>{title}</h2>
 <p>{status}</p>"""
 
 
-def render_html(preview: Preview, max_rows: int) -> str:
-    """Renders the first rows and the statistics of all as a self-contained page."""
+def write_html(preview: Preview, path: Path, max_rows: int) -> None:
+    """Writes the first rows and the statistics of all as a self-contained page."""
     rows = []
     for number, row in enumerate(preview.rows[:max_rows], 1):
         title, source, status = map(escape, describe_row(preview, number))
-        tokens = "".join(html_tokens(token_segments(preview.tokenizer, row)))
+        tokens = "".join(map(html_token, token_segments(preview.tokenizer, row)))
         rows.append(PAGE_ROW.format(title=title, source=source, tokens=tokens, status=status))
     image = io.BytesIO()
     histogram_figure(preview).savefig(image, format="png")
-    return PAGE.format(
+    page = PAGE.format(
         description=escape(sanitize(preview.format_description)),
-        settings=escape(sanitize(preview.settings)),
         rows="\n".join(rows),
         summary="\n".join(map(escape, describe_all_rows(preview))),
         histogram=base64.b64encode(image.getvalue()).decode(),
     )
+    with open_atomic(path) as file:
+        file.write(page)
 
 
-def html_tokens(segments: Iterable[TokenSegment]) -> Iterator[str]:
-    """Yields an HTML element for each segment."""
-    for part in segments:
-        tag, class_attr = STATE_STYLES[part.state][2], ' class="end"' * part.is_eot
-        ids = " ".join(map(str, part.ids))
-        text = escape(sanitize(part.text)).replace("\n", "↵\n")
-        yield f'<{tag}{class_attr} title="{ids}">{text}</{tag}>'
-
-
-def write_html(preview: Preview, path: Path | str, max_rows: int) -> None:
-    """Writes the page atomically."""
-    with open_atomic(Path(path)) as file:
-        file.write(render_html(preview, max_rows))
+def html_token(segment: TokenSegment) -> str:
+    """HTML element of a segment."""
+    tag, class_attr = STATE_STYLES[segment.state][2], ' class="end"' * segment.is_eot
+    ids = " ".join(map(str, segment.ids))
+    text = escape(sanitize(segment.text)).replace("\n", "↵\n")
+    return f'<{tag}{class_attr} title="{ids}">{text}</{tag}>'

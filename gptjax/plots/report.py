@@ -42,14 +42,9 @@ def write_report(
 ) -> None:
     """Writes report.md and the figures of a run, from its metrics.jsonl.
 
-    Args:
-        run_dir: folder of the run.
-        summary: lines printed before training.
-        result: outcome in one sentence.
-        units_per_step: mean over batches.
-        unit: what the loss is averaged over, "token" or "example".
-        figures: further figures by name.
-        details: lines of tables and samples of the task.
+    `summary` are the lines printed before training, `result` is the outcome in one
+    sentence; the loss is averaged over `unit` ("token" or "example"), of which a step
+    has `units_per_step`. `details` are lines of tables and samples of the task.
     """
     events = read_events(run_dir / "metrics.jsonl")
     curves = {"loss": loss_figure(events, units_per_step, unit), "lr": lr_figure(events)}

@@ -52,11 +52,8 @@ def token_box_figure(
 ) -> Figure:
     """Draws boxes in wrapped lines on a figure of matching height.
 
-    Args:
-        boxes: of a text; those beyond `MAX_LINES` are counted in the title.
-        title: above the boxes.
-        legend: boxes below that explain the colors.
-        bottom_space: free space at the bottom in points.
+    Boxes beyond `MAX_LINES` are counted in the title. The boxes of the legend explain
+    the colors; `bottom_space` is left free (points).
     """
     placed = [one for one in layout_boxes(boxes) if one.line < MAX_LINES]
     if rest := len(boxes) - 1 - placed[-1].box_index:
@@ -72,10 +69,8 @@ def token_box_figure(
     axes.text(FIGURE_MARGIN, FIGURE_MARGIN, "\n".join(headings), fontsize=10, va="top")
     for one in placed:
         draw_box(axes, one, top + pitch * one.line)
-    left = FIGURE_MARGIN
     for one in layout_boxes(legend):
-        draw_box(axes, one._replace(left=left), bottom)
-        left += one.width + 12
+        draw_box(axes, one, bottom)
     return figure
 
 
@@ -139,18 +134,13 @@ def token_label(token_bytes: bytes) -> str:
     >>> token_label(b" tea\n"), token_label(b"\xf0\x9f")
     ('␣tea↵', '\\xf0\\x9f')
     """
-    text = to_drawable(visible_text(token_bytes)).replace(" ", "␣")
+    text = to_drawable(token_bytes.decode("utf-8", "backslashreplace")).replace(" ", "␣")
     return shorten_label(text, MAX_TOKEN_LABEL_CHARS)
 
 
 def shorten_label(text: str, max_chars: int) -> str:
     """Shortens a text to `max_chars` characters with an ellipsis."""
     return text if len(text) <= max_chars else text[: max_chars - 1] + "…"
-
-
-def visible_text(token_bytes: bytes) -> str:
-    """Decodes a token; invalid UTF-8 is shown in hexadecimal."""
-    return token_bytes.decode("utf-8", errors="backslashreplace")
 
 
 @functools.lru_cache(maxsize=4096)

@@ -4,30 +4,20 @@ import json
 import re
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
-from gptjax.data.conversations import Conversation
 from gptjax.data.sft import TRAIN_ON_ALL, encode_conversations, truncate_all
 from gptjax.errors import ConfigError, DataError
 from gptjax.plots.preview import (
-    Preview,
-    PreviewRow,
-    describe_row,
     histogram_figure,
     json_objects,
     preview_rows,
-    render_html,
     render_terminal,
     write_html,
 )
 from gptjax.runtime.terminal import sanitize
 from gptjax.tokenizer.chat_template import load_chat_template
-from gptjax.tokenizer.tokenizer import load_tokenizer
 
-BYTES = load_tokenizer("bytes")
 HOSTILE = (
     '</pre><script>alert("x")</script><!-- \x1b[2J\x1b]52;c;aGk=\x07 \u202e \x9b2J '
     "<|endoftext|>\n\n### Response:\nno ⟧ ⟦ ⟪ & &lt; '\" {x} <mark> é漢👩\u200d👧"
@@ -37,43 +27,34 @@ TAGS |= {"s", "img"}
 ATTRIBUTES = {"lang", "charset", "http-equiv", "content", "name", "class", "title", "alt", "src"}
 
 
-def write_rows(folder, *rows, name="rows.jsonl"):
+def preview_of(folder, *rows, name="rows.jsonl", **options):
     path = folder / name
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return preview_rows(path, **options)
 
 
-def chat(*texts):
-    """A row of messages by the user and the assistant in turn."""
-    roles = ("user", "assistant") * len(texts)
-    return {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]}
-
-
-def preview_bytes(folder, *rows, **options):
-    """Preview of rows with one token per byte in short prompts."""
-    options = {"tokenizer": "bytes", "chat_template": "qa"} | options
-    return preview_rows(write_rows(folder, *rows), **options)
+def preview_chats(folder, *chats, **options):
+    """Preview of messages by user and assistant in turn, one token per byte."""
+    rows = [
+        {
+            "messages": [
+                {"role": ("user", "assistant")[n % 2], "content": text}
+                for n, text in enumerate(texts)
+            ]
+        }
+        for texts in chats
+    ]
+    return preview_of(folder, *rows, **{"tokenizer": "bytes", "chat_template": "qa"} | options)
 
 
 def test_rows_are_those_of_training(tmp_path):
-    row = chat("Hi", "Hö", "More", "No.")
-    prompts, answers = ["Q: Hi\nA: ", "\nQ: More\nA: "], ["Hö", "No."]
-    ids, loss_mask = [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids += [*prompt.encode(), *answer.encode(), 256]
-        loss_mask += [0] * len(prompt) + [1] * (len(answer.encode()) + 1)
-
-    [found] = json_objects(preview_bytes(tmp_path, row))
-
-    assert (found["tokens"], found["loss_mask"]) == (ids, loss_mask)
-    assert (found["num_truncated"], found["dropped"]) == (0, False)
-    for context in range(1, 40):
+    chats = [("Hi", "Hö", "More", "No."), ("a", "b" * 30), ("c", "d")]
+    for context in range(1, 40, 2):
         options = {"context": context, "completion_only_loss": False}
-        preview = preview_bytes(tmp_path, row, chat("a", "b" * 30), chat("c", "d"), **options)
+        preview = preview_chats(tmp_path, *chats, **options)
         conversations = [row.conversation for row in preview.rows]
-        examples = encode_conversations(
-            BYTES, load_chat_template("qa"), conversations, TRAIN_ON_ALL
-        )
+        template = load_chat_template("qa")
+        examples = encode_conversations(preview.tokenizer, template, conversations, TRAIN_ON_ALL)
         trained = truncate_all(examples, context)
         rows = list(json_objects(preview))
         assert [(x["tokens"], x["loss_mask"]) for x in rows if not x["dropped"]] == [
@@ -83,11 +64,13 @@ def test_rows_are_those_of_training(tmp_path):
         assert sum(x["num_truncated"] > 0 for x in rows) == trained.num_truncated
         assert preview.num_trained == sum(sum(x.loss_mask) for x in trained.examples)
         assert preview.num_tokens == sum(len(x.ids) for x in trained.examples)
+    with pytest.raises(ConfigError, match="context=0 "):
+        preview_chats(tmp_path, *chats, context=0)
 
 
 def test_terminal_marks_trained_and_truncated_tokens_with_and_without_color(tmp_path):
-    rows = [chat("⟦Hi", "Ho\n\n<|endoftext|>", "More", "No."), chat("q" * 200, "end")]
-    preview = preview_bytes(tmp_path, *rows, chat("q", "a" * 60), context=60)
+    chats = [("⟦Hi", "Ho\n\n<|endoftext|>", "More", "No."), ("q" * 200, "end"), ("q", "a" * 60)]
+    preview = preview_chats(tmp_path, *chats, context=60)
 
     plain, color = (render_terminal(preview, 3, use_color) for use_color in (False, True))
 
@@ -100,6 +83,9 @@ def test_terminal_marks_trained_and_truncated_tokens_with_and_without_color(tmp_
     green, inverted = "\x1b[32;4m{}\x1b[0m".format, "\x1b[32;4;7m<|endoftext|>\x1b[0m"
     assert f"{green('Ho')}\n\n{green('<|endoftext|>')}{inverted}\n\x1b[2mQ: More" in color
     assert f"\x1b[2;9mQ: {'q' * 147}\x1b[0m\x1b[2m" in color
+    axes = histogram_figure(preview).axes[0]
+    assert sum(bar.get_height() for bar in axes.patches) == 3
+    assert list(axes.lines[0].get_xdata()) == [61, 61]
 
 
 class Page(HTMLParser):
@@ -130,7 +116,7 @@ def test_hostile_texts_change_neither_terminal_nor_page(tmp_path):
         {"instruction": HOSTILE, "output": HOSTILE, "other": "\ud800\x9b"},
         {"instruction": "a", "output": HOSTILE * 40},
     ]
-    preview = preview_rows(write_rows(tmp_path, *rows, name="<b>\x1b[2J&.jsonl"), tokenizer="gpt2")
+    preview = preview_of(tmp_path, *rows, name="<b>\x1b[2J&.jsonl")
 
     plain, color = (render_terminal(preview, 2, codes) for codes in (False, True))
     write_html(preview, tmp_path / "page.html", 2)
@@ -138,7 +124,6 @@ def test_hostile_texts_change_neither_terminal_nor_page(tmp_path):
     assert plain == sanitize(plain)
     uncolored = re.sub(r"\x1b\[(32;4|2|2;9)(;7)?m([^\x1b]*)\x1b\[0m", r"\3", color)
     assert uncolored == sanitize(uncolored)
-    assert re.search(r"trained: \d+, ends: 1$", plain, re.MULTILINE)
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     page = Page(text)
     assert (page.tags - TAGS, page.attributes - ATTRIBUTES) == (set(), set())
@@ -151,47 +136,17 @@ def test_hostile_texts_change_neither_terminal_nor_page(tmp_path):
 
 
 def test_page_shows_each_token_with_its_id_and_state(tmp_path):
-    row = {"instruction": "Name it.", "output": "漢 tea<|endoftext|>", "input": "cup"}
-    preview = preview_rows(write_rows(tmp_path, row, row), context=60)
+    row = {"instruction": "Name it.", "output": "漢 tea<|endoftext|>", "input": "é" * 3000}
+    preview = preview_of(tmp_path, row, row, context=60)
 
-    page = render_html(preview, 1)
+    write_html(preview, tmp_path / "page.html", 1)
 
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
     boxes = re.findall(r'<(mark|span|s)(?: class="end")? title="([\d ]+)">([^<]*)<', page)
     assert [int(i) for _, ids, _ in boxes for i in ids.split()] == preview.rows[0].ids
     trained = "".join(text for tag, _, text in boxes if tag == "mark")
     assert trained == "漢 tea" + 2 * "&lt;|endoftext|&gt;"
     assert page.count(' class="end" title="50256"') == page.count("<h2>row ") == 1
     assert "&quot;instruction&quot;: &quot;Name it.&quot;" in page
-    with pytest.raises(ConfigError, match="context=0 "):
-        preview_bytes(tmp_path, chat("q", "a"), context=0)
-
-
-def make_preview(lengths, max_length, source=None):
-    """A preview of rows with these numbers of tokens."""
-    conversation = Conversation((), source or {}, "f:1")
-    rows = [PreviewRow(conversation, [0] * n, [False] * n, 0, False) for n in lengths]
-    return Preview("", "", tuple(rows), BYTES, max_length - 1)
-
-
-def test_long_source_rows_are_shortened():
-    _, source, _ = describe_row(make_preview([1], 8, {"x": "é" * 5000}), 1)
-
-    start, rest = source.removesuffix(" more characters)").split("... (")
-    assert len(start) + int(rest.replace(",", "")) == len('{\n  "x": ""\n}') + 5000
-
-
-@settings(max_examples=10, derandomize=True)
-@given(st.lists(st.integers(1, 5000), min_size=1, max_size=60), st.integers(2, 6000))
-@example([11], 21)
-@example([*range(10, 40), 100_000], 21)
-def test_histogram_counts_all_rows_and_marks_the_limit(lengths, max_length):
-    axes = histogram_figure(make_preview(lengths, max_length)).axes[0]
-
-    counts, edges, _ = axes.patches[0].get_data()
-    below_last = [n for n in lengths if n < edges[-2]]
-    assert counts[:-1].tolist() == np.histogram(below_last, edges[:-1])[0].tolist()
-    assert sum(counts) == len(lengths)
-    assert len(counts) <= 12
-    assert len({*np.diff(edges)}) == 1
-    is_inside = bool(edges[0] <= max_length < edges[-1])
-    assert [list(line.get_xdata()) for line in axes.lines] == [[max_length] * 2] * is_inside
+    length = len(json.dumps(row, ensure_ascii=False, indent=2))
+    assert f"... ({length - 1500:,} more characters)" in page

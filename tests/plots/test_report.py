@@ -27,35 +27,28 @@ def run_dir(tmp_path):
 
 
 @pytest.mark.fast
-def test_curves_show_the_logged_values_of_their_split(run_dir):
+def test_figures_show_the_logged_values_and_the_share_of_each_true_class(run_dir):
     events = read_events(run_dir / "metrics.jsonl")
-
-    loss, accuracy = loss_figure(events, 512), accuracy_figure(events, 8)
-    lines = [
-        [(*line.get_xdata(), *line.get_ydata()) for line in axes.lines]
-        for figure in (loss, accuracy, lr_figure(events))
-        for axes in figure.axes
-    ]
-
-    assert lines[0] == [(50, 100, 0.1, 0.05), (50, 100, 0.02, 0.01)]
-    assert lines[1] == [
-        (50, 100, pytest.approx(0.95), pytest.approx(1.0)),
-        (50, 100, pytest.approx(0.85), pytest.approx(0.9)),
-    ]
-    assert lines[2:] == [[(50, 100, 0.05, 0.1)], [(50, 100, 100.0, 200.0)]]
-    assert [text.get_text() for text in loss.axes[0].texts] == ["best 0.010"]
-    for figure, units_per_step in ((loss, 512), (accuracy, 8)):
-        FigureCanvasAgg(figure).draw()
-        (axes,), (upper,) = figure.axes, figure.axes[0].child_axes
-        assert upper.get_xlim() == pytest.approx([units_per_step * x for x in axes.get_xlim()])
-
-
-def test_confusion_figure_shows_counts_and_the_share_of_each_true_class():
     confusion_CC = np.arange(81).reshape(9, 9)
     confusion_CC[1] = 0
 
+    loss, accuracy = loss_figure(events, 512), accuracy_figure(events, 8)
     figure = confusion_figure(confusion_CC, [f"${n} is a rather long name {n}_$" for n in range(9)])
 
+    found = [
+        (*line.get_xdata(), *line.get_ydata())
+        for each in (loss, accuracy, lr_figure(events))
+        for axes in each.axes
+        for line in axes.lines
+    ]
+    values = [(0.1, 0.05), (0.02, 0.01), (0.95, 1.0), (0.85, 0.9), (0.05, 0.1), (100.0, 200.0)]
+    assert found == [pytest.approx((50, 100, *pair)) for pair in values]
+    labels = [text.get_text() for text in loss.axes[0].get_legend().get_texts()]
+    assert labels == ["train", "validation, best 0.010"]
+    for each, units_per_step in ((loss, 512), (accuracy, 8)):
+        FigureCanvasAgg(each).draw()
+        (axes,), (upper,) = each.axes, each.axes[0].child_axes
+        assert upper.get_xlim() == pytest.approx([units_per_step * x for x in axes.get_xlim()])
     assert_nothing_is_cut_off(figure)
     axes = figure.axes[0]
     cells = {text.get_position()[::-1]: text.get_text() for text in axes.texts}
@@ -81,15 +74,18 @@ def test_report_holds_summary_result_evaluations_pictures_samples_and_details(ru
     )
 
     text = (run_dir / "report.md").read_text(encoding="utf-8")
-    assert f"# Run {run_dir.name}\n\n```text\nplan line\n'''\n```\n\nTest accuracy 0.9988." in text
-    assert "| step | loss | accuracy |\n|---|---:|---:|\n| 50 train | 0.1200 | 0.9500 |" in text
     pictures = re.findall(r"^!\[\w+\]\((\w+\.png)\)$", text, re.MULTILINE)
     assert pictures == ["loss.png", "lr.png", "confusion.png"]
     for name in pictures:
         assert (run_dir / name).read_bytes().startswith(b"\x89PNG")
-    assert "Sample after step 50:\n\n```text\n''' sample 50 é\n" in text
-    assert "Sample after step 100:" in text
-    assert "| `spam` | 0.3750 | 0.7500 | 0.5000 | 8 |" in text
+    for part in (
+        f"# Run {run_dir.name}\n\n```text\nplan line\n'''\n```\n\nTest accuracy 0.9988.",
+        "| step | loss | accuracy |\n|---|---:|---:|\n| 50 train | 0.1200 | 0.9500 |",
+        "Sample after step 50:\n\n```text\n''' sample 50 é\n",
+        "Sample after step 100:",
+        "| `spam` | 0.3750 | 0.7500 | 0.5000 | 8 |",
+    ):
+        assert part in text
     (row,) = [line for line in text.splitlines() if "<b>" in line]
     assert (row.count("|"), "0.9998 | 0.9990 | 0.9994 | 10000" in row) == (6, True)
     items = [line for line in text.splitlines() if line.startswith("- ")]
