@@ -115,7 +115,6 @@ def test_signals_are_forwarded_and_no_process_outlives_the_supervisor(number):
 
 
 def is_alive(pid):
-    """True if the process runs and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

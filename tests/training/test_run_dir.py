@@ -117,10 +117,8 @@ def test_hashes_depend_on_names_shapes_dtypes_values_and_order():
 
 def test_the_provenance_of_a_run_has_all_its_inputs(tmp_path):
     model, template = make_model(context_length=64, n_layers=1), tmp_path / "own.jinja"
-    template.write_text(
-        "{% for m in messages %}{{ m.content }}{% if m.role != 'user' %}"
-        "{{ eos_token }}{% endif %}{% endfor %}"
-    )
+    end = "{% if m.role != 'user' %}{{ eos_token }}{% endif %}"
+    template.write_text("{% for m in messages %}{{ m.content }}" + end + "{% endfor %}")
     start, rows = tmp_path / "start", tmp_path / "rows.jsonl"
     save(model, start)
     config = make_config(
