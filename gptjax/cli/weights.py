@@ -16,7 +16,7 @@ def run_import(source: str, out: Path) -> None:
 
     SOURCE is any MODEL of gptjax --help.
     """
-    from gptjax.weights.convert import convert_model
+    from gptjax.weights.load import convert_model
 
     convert_model(source, out, print)
 

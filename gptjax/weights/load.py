@@ -13,22 +13,24 @@ book    safetensors with the names of the book's PyTorch GPTModel, with a
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import RENAMED_VALUES, GPTConfig, from_dict
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.fileio import strict_json
-from gptjax.model.gpt import init
+from gptjax.fileio.download import sha256_of_files
+from gptjax.model.gpt import apply, init
 from gptjax.model.quantization import fake_quantize
 from gptjax.tokenizer.chat_template import CHAT_TEMPLATE_FILE as TEMPLATE
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.tokenizer.tokenizer import Tokenizer, is_tokenizer_dir, load_tokenizer
-from gptjax.tree import flatten_with_names
+from gptjax.tree import flatten_with_names, num_params
 from gptjax.weights import hub
-from gptjax.weights.model_folder import MODEL_FORMAT, Model
+from gptjax.weights.model_folder import MODEL_FORMAT, Model, save
 from gptjax.weights.param_map import (
     EMBEDDING_TABLES,
     IGNORED_BUFFERS,
@@ -61,6 +63,26 @@ CONFIG_NAMES = {  # in config.json and hparams.json
 GPT2_HEAD_DIM = 64  # in all sizes of GPT-2 and in the book
 MAX_MODEL_JSON_BYTES = 10_000_000
 BUFFER_ALIGNMENT = 64  # bytes; JAX on CPU uses arrays of this alignment without copying
+
+
+REFERENCE_PROMPT = "Every effort moves you"
+
+
+class ReferenceValues(NamedTuple):
+    """Published values of a public model, to verify an import without its original."""
+
+    num_params: int
+    embedding: tuple[float, ...] = ()  # of token 0, the first values; the very last value
+
+
+# Parameter counts: computed from the shapes in Radford et al. 2019. Values of 124M:
+# Raschka, "Build a Large Language Model (From Scratch)", chapter 5.
+REFERENCE_VALUES = {
+    "gpt2": ReferenceValues(124_439_808, (-0.11010301, -0.03926672, 0.03310751, 0.12067825)),
+    "gpt2-medium": ReferenceValues(354_823_168),
+    "gpt2-large": ReferenceValues(774_030_080),
+    "gpt2-xl": ReferenceValues(1_557_611_200),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -441,3 +463,42 @@ def aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
     buffer = np.empty(size + BUFFER_ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % BUFFER_ALIGNMENT
     return buffer[start : start + size].view(np.float32).reshape(shape)
+
+
+def convert_model(name: str, output_dir: Path, log: Callable[[str], None]) -> Model:
+    """Reads a model in any supported layout, checks it and writes a model folder.
+
+    `log` receives one line each about the source, the check and the result.
+    """
+    if output_dir.exists():
+        raise ModelError(f"{output_dir} already exists. Choose another folder with --out.")
+    source = open_model_source(resolve_model(name, log), log)
+    model = read_model(source)
+    log(
+        f"read     {source.location} ({source.layout}): {len(source.reader.tensors)} "
+        f"tensors, {num_params(model.params):,} parameters"
+    )
+    log(f"check    {check_reference_values(model, REFERENCE_VALUES.get(name))}")
+    save(model, output_dir)
+    digest = sha256_of_files([output_dir / "model.safetensors"])
+    log(f"wrote    {output_dir}, model.safetensors has sha256 {digest}")
+    return model
+
+
+def check_reference_values(model: Model, reference: ReferenceValues | None) -> str:
+    """Checks imported parameters; returns a summary of the comparison."""
+    ids = model.tokenizer.encode(REFERENCE_PROMPT)[: model.config.context_length]
+    logits = np.asarray(apply(model.config, model.params, jnp.array([ids])))[0, -1]
+    if not np.isfinite(logits).all():
+        raise ModelError("the logits are not finite: the file is damaged. Copy it again.")
+    if reference is None:
+        return "logits are finite; no published values to compare with"
+    embedding_VD = np.asarray(model.params["token_embedding"]["embedding"])
+    actual, expected = [num_params(model.params)], [reference.num_params]
+    if reference.embedding:
+        *first, last = reference.embedding
+        actual += [*embedding_VD[0, : len(first)], embedding_VD[-1, -1]]
+        expected += [*first, last]
+    if not np.allclose(actual, expected, rtol=0, atol=1e-7):
+        raise ModelError(f"not the public model: found {actual}, expected {expected}.")
+    return "logits are finite; number of parameters and published values agree"

@@ -196,7 +196,7 @@ SUPERVISED = ["train", "tiny", "--train.steps=3", "--hang-timeout", "9"]
             ),
         ),
         ("quickstart --run d", "tasks.quickstart.quickstart", (Path("d"), {})),
-        ("import M --out d", "weights.convert.convert_model", ("M", Path("d"), print, {})),
+        ("import M --out d", "weights.load.convert_model", ("M", Path("d"), print, {})),
         (
             "export M --to hf --out d",
             *("weights.export.export_model", ("model", "hf", Path("d"), {})),

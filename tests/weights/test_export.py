@@ -9,8 +9,7 @@ import pytest
 import gptjax
 from gptjax.errors import ConfigError, ModelError
 from gptjax.tokenizer.chat_template import load_chat_template
-from gptjax.weights import convert, export, hub
-from gptjax.weights.convert import convert_model
+from gptjax.weights import export, hub, load
 from gptjax.weights.export import export_model, named_tensors
 from tests.build_openai_fixture import FOLDER, arrays
 from tests.small_models import assert_same, change_config, make_model
@@ -91,14 +90,14 @@ def test_an_import_keeps_the_template_and_is_compared_with_published_values(
     hf, model, tmp_path, monkeypatch
 ):
     table = np.asarray(model.params["token_embedding"]["embedding"])
-    right = convert.ReferenceValues(10_832, (*table[0, :3], table[-1, -1]))
+    right = load.ReferenceValues(10_832, (*table[0, :3], table[-1, -1]))
     monkeypatch.setattr(hub, "fetch_repo", lambda name, log: hf)
-    monkeypatch.setitem(convert.REFERENCE_VALUES, "gpt2", right)
+    monkeypatch.setitem(load.REFERENCE_VALUES, "gpt2", right)
     monkeypatch.chdir(tmp_path)  # where no folder is called gpt2
     template, lines = load_chat_template("qa").source, []
     (hf / "chat_template.jinja").write_text(template)
 
-    convert_model("gpt2", tmp_path / "own", lines.append)
+    load.convert_model("gpt2", tmp_path / "own", lines.append)
 
     assert [line.split()[0] for line in lines] == ["read", "check", "wrote"]
     assert "28 tensors, 10,832 parameters" in lines[0]
@@ -107,15 +106,15 @@ def test_an_import_keeps_the_template_and_is_compared_with_published_values(
     assert_same(loaded, model)
     assert loaded.chat_template == template
     with pytest.raises(ModelError, match=str(tmp_path / "own")):
-        convert_model(str(hf), tmp_path / "own", lines.append)
+        load.convert_model(str(hf), tmp_path / "own", lines.append)
     wrong_values = [(*right.embedding[:n], 9.0, *right.embedding[n + 1 :]) for n in range(4)]
     for wrong in (
         right._replace(num_params=9),
         *(right._replace(embedding=v) for v in wrong_values),
     ):
-        monkeypatch.setitem(convert.REFERENCE_VALUES, "gpt2", wrong)
+        monkeypatch.setitem(load.REFERENCE_VALUES, "gpt2", wrong)
         with pytest.raises(ModelError, match=r"expected .*\b9\b"):
-            convert_model("gpt2", tmp_path / "other", lines.append)
+            load.convert_model("gpt2", tmp_path / "other", lines.append)
 
 
 def test_impossible_exports_are_errors_and_leave_nothing(model, tmp_path):

@@ -16,7 +16,7 @@ from gptjax.data.datasets import fetch_dataset
 from gptjax.tasks.train import train
 from gptjax.training.loss import cross_entropy_sum
 from gptjax.training.metrics import read_events
-from gptjax.weights import convert
+from gptjax.weights import load
 
 pytestmark = pytest.mark.network
 
@@ -27,7 +27,7 @@ def gpt2():
 
 
 def test_the_public_model_has_the_published_values_and_text(gpt2):
-    assert "agree" in convert.check_reference_values(gpt2, convert.REFERENCE_VALUES["gpt2"])
+    assert "agree" in load.check_reference_values(gpt2, load.REFERENCE_VALUES["gpt2"])
     assert gpt2.config.tie_embeddings
     assert gpt2.tokenizer.hash == gptjax.tokenizer.load("gpt2").hash
     # Raschka 2024, chapter 6.
