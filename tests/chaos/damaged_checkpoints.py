@@ -62,11 +62,9 @@ def pick_file(step: Path, rng: random.Random) -> Path:
 def damage_file(step: Path, rng: random.Random) -> None:
     path = pick_file(step, rng)
     data = path.read_bytes()
-    kinds = [damage_bytes(rng, data), b"", data + rng.randbytes(9), None]
-    if data:
-        kinds += [flip_bit(data, rng)] * 2
     path.unlink()
-    if (new := rng.choice(kinds)) is not None:
+    new = rng.choice([*[damage_bytes(rng, data)] * 3, b"", data + rng.randbytes(9), None])
+    if new is not None:
         path.write_bytes(new)
 
 
@@ -84,23 +82,17 @@ def replace_by_link(step: Path, rng: random.Random) -> None:
     path.symlink_to(elsewhere)
 
 
-def create(path: Path, source: Path, rng: random.Random) -> None:
+def add_entry(step: Path, rng: random.Random) -> None:
+    """Adds a file or folder to the step, or in place of a later one."""
+    folder = pick_file(step, rng).parent
+    names = [folder / name for name in ("more", ".hidden", "\udcff", "0" * 200)]
+    path = rng.choice(names + [step.with_name(name) for name in ("3", "999999", "9" * 18)])
+    copied = step if path.parent == step.parent else step.with_name("1")
     kinds = [
-        *(path.mkdir, path.touch, lambda: os.mkfifo(path), lambda: path.symlink_to(source)),
-        lambda: shutil.copytree(source, path),
+        *(path.mkdir, path.touch, lambda: os.mkfifo(path), lambda: path.symlink_to(copied)),
+        lambda: shutil.copytree(copied, path),
     ]
     rng.choice(kinds)()
-
-
-def add_entry(step: Path, rng: random.Random) -> None:
-    folder = rng.choice([step, pick_file(step, rng).parent])
-    name = rng.choice(["more", ".hidden", "\udcff", "0" * 200])
-    create(folder / name, step.parent / "1", rng)
-
-
-def replace_by_later_step(step: Path, rng: random.Random) -> None:
-    create(step.with_name(rng.choice(["3", "999999", "9" * 18])), step, rng)
-    shutil.rmtree(step)
 
 
 def edit_manifest(step: Path, rng: random.Random) -> None:
@@ -125,10 +117,7 @@ def forge(step: Path, rng: random.Random) -> None:
     manifest.write_manifest(step, content)
 
 
-ALTERATIONS = [
-    *(damage_file, swap_files, replace_by_link, add_entry, replace_by_later_step),
-    *(edit_manifest, forge),
-]
+ALTERATIONS = [*(damage_file, swap_files, replace_by_link, add_entry, edit_manifest, forge)]
 
 
 def prepare(folder: Path) -> Callable[[int, random.Random], str]:

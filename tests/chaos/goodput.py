@@ -44,7 +44,7 @@ def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
     variables = cache_options(folder) | {"PYTHONUNBUFFERED": "1"}
     with started([command], [folder], **variables) as (parent,):
         for case in cases:
-            time.sleep(EVERY)
+            time.sleep(EVERY if case else EVERY / 2)
             children = Path(f"/proc/{parent.popen.pid}/task/{parent.popen.pid}/children")
             with contextlib.suppress(OSError, IndexError):
                 pid = int(children.read_text().split()[0])
