@@ -5,12 +5,10 @@ import itertools
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gptjax.errors import DataError
 from gptjax.inference.label_file import label_file
-from tests.data.tables import csv_text, quick, write
+from tests.data.tables import csv_text, write
 
 
 def predict(texts):
@@ -25,19 +23,22 @@ def label(source, output, **options):
     return logged
 
 
-def test_a_table_keeps_its_columns_and_gets_two_more(tmp_path):
-    source = write(tmp_path / "a.csv.gz", 'id,text,note\n1,"a, ""b""\nc",\n\n2,d e,"x\ty"\n')
-    output = tmp_path / "out.csv"
+def test_a_table_keeps_its_fields_and_gets_two_more(tmp_path):
+    fields = ['a, "b"\nc\r', " x\ty ", "\\'é🙂", ""]
+    others = ["", "d e", fields[0], "\r"]
+    rows = [["text", "x", "y", "z"], fields, others]
+    source, output = write(tmp_path / "a.csv.gz", csv_text(rows)), tmp_path / "out.csv"
 
-    logged = label(source, output)
+    logged = label(source, output, text_column="x")
 
-    assert output.read_bytes() == (
-        b"id,text,note,label,probability\n"
-        b'1,"a, ""b""\nc",,"A, ""B""\nC",0.008\n'
-        b"2,d e,x\ty,D E,0.003\n"
-    )
-    assert "'text'" in logged[0]
-    assert f"{output}: 2 rows" in logged[1]
+    with output.open(newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == [
+            [*rows[0], "label", "probability"],
+            [*fields, " X\tY ", "0.005"],
+            [*others, "D E", "0.003"],
+        ]
+    assert output.read_bytes().endswith(b"D E,0.003\n")
+    assert f"{output}: 2 rows" in logged[0]
 
 
 def test_every_format_becomes_every_format_that_can_hold_it(tmp_path):
@@ -69,30 +70,6 @@ def test_every_format_becomes_every_format_that_can_hold_it(tmp_path):
             delimiter = "," if kind == "csv" else "\t"
             found = [line.split(delimiter) for line in output.read_text().splitlines()]
             assert found == [[*expected[0]], *(list(map(str, row.values())) for row in expected)]
-
-
-cells = st.text(st.sampled_from("\r\n\t,\"'\\ é🙂a1"), max_size=6)
-
-
-@quick
-@given(
-    st.lists(st.lists(cells, min_size=3, max_size=3), min_size=1, max_size=5),
-    st.sampled_from([".csv", ".tsv"]),
-    st.integers(1, 3),
-)
-def test_fields_are_unchanged(tmp_path, rows, suffix, batch_size):
-    rows = [["x" + row[0], *row[1:]] for row in rows]
-    header, delimiter = ["text", "n", "é,"], {".csv": ",", ".tsv": "\t"}[suffix]
-    source = write(tmp_path / f"a{suffix}", csv_text([header, *rows], delimiter))
-    output = tmp_path / f"out{suffix}"
-    output.unlink(missing_ok=True)
-
-    label(source, output, text_column="text", batch_size=batch_size)
-
-    with output.open(newline="", encoding="utf-8") as file:
-        head, *found = csv.reader(file, delimiter=delimiter)
-    assert head == [*header, "label", "probability"]
-    assert [row[:4] for row in found] == [[*row, row[0].upper()] for row in rows]
 
 
 def test_existing_columns_and_files_are_not_overwritten(tmp_path):
