@@ -37,6 +37,7 @@ from gptjax.data.readers import (
     suffix_without_gz,
     table_suffix,
     unknown_column_error,
+    visible_files,
 )
 from gptjax.errors import DataError
 
@@ -73,10 +74,8 @@ def read_labeled_texts(
 ) -> tuple[LabeledTexts, str]:
     """Reads labeled texts; returns them with a one-line description.
 
-    Args:
-        path: a built-in data set, a table, or a folder with one folder per label.
-        text_column: "" = guess. Columns without a header are numbered from 1.
-        label_column: "" = guess.
+    `path` is a built-in data set, a table, or a folder with one folder per label. ""
+    guesses a column; columns without a header are numbered from 1.
     """
     if path == PYTHON_LINES:
         data = encode_labels(python_lines(), PYTHON_LINES)
@@ -141,18 +140,13 @@ def choose_columns(
     for option, name in (("text", text_column), ("label", label_column)):
         if name and name not in columns:
             raise unknown_column_error(name, columns, location, f"--data.{option}_column NAME")
-    if text_column and text_column == label_column:
-        raise DataError(
-            f"data.text_column and data.label_column are both {text_column!r}. Choose "
-            f"two of {', '.join(columns)}."
-        )
     remaining = [name for name in columns if name not in (text_column, label_column)]
     text_column = text_column or find_column(remaining, TEXT_COLUMNS)
     label_column = label_column or find_column(remaining, LABEL_COLUMNS)
     if len(columns) == 2 and (known := text_column or label_column):
         (other,) = set(columns) - {known}
         text_column, label_column = text_column or other, label_column or other
-    if not text_column or not label_column:
+    if not text_column or not label_column or text_column == label_column:
         raise DataError(
             f"{location}: ambiguous text and label columns; columns: "
             f"{', '.join(columns) or 'none'}. Choose with --data.text_column NAME "
@@ -171,13 +165,7 @@ def get_label(row: dict[str, Any], column: str, location: str) -> str:
 
 def folder_examples(folder: Path) -> Iterator[tuple[str, str, str]]:
     """Yields (text, label, location) of each .txt file; its folder is the label."""
-    texts = [
-        path
-        for path in sorted(folder.glob("*/**/*"))
-        if suffix_without_gz(path) == ".txt"
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    texts = [path for path in visible_files(folder, (".txt",)) if path.parent != folder]
     if nested := [path for path in texts if path.parent.parent != folder]:
         inner = nested[0].parent.parent
         raise DataError(
@@ -219,13 +207,10 @@ def class_sort_key(name: str) -> tuple[int, float, str]:
 
 def summarize_classes(data: LabeledTexts) -> str:
     """Returns the number of texts per class as one line."""
-    counts = Counter(data.labels)
-    listed = [f"{n} ({counts[i]:,})" for i, n in enumerate(data.class_names[:MAX_LISTED_CLASSES])]
-    num_unlisted = len(data.class_names) - MAX_LISTED_CLASSES
-    return (
-        f"{len(data):,} texts in {len(data.class_names)} classes: {', '.join(listed)}"
-        f"{f' and {num_unlisted} more' if num_unlisted > 0 else ''}"
-    )
+    counts, names = Counter(data.labels), data.class_names
+    listed = [f"{name} ({counts[n]:,})" for n, name in enumerate(names[:MAX_LISTED_CLASSES])]
+    listed += ["..."] * (len(names) > MAX_LISTED_CLASSES)
+    return f"{len(data):,} texts in {len(names)} classes: {', '.join(listed)}"
 
 
 class ClassificationBatch(TypedDict):

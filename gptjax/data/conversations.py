@@ -55,6 +55,7 @@ ROLE_ALIASES |= dict.fromkeys(("assistant", "gpt", "model", "bot"), "assistant")
 SPLIT_ALIASES = {name: name for name in ALL_SPLITS}
 SPLIT_ALIASES |= dict.fromkeys(("val", "valid"), VALIDATION_SPLIT)
 OPTIONAL_COLUMNS = dict.fromkeys(("system", "input", "split", "task"), "")
+EXPECTED_TEXT = {"user": "a prompt", "assistant": "a response"}
 ROW_ADVICE = "All rows need the same columns."
 MESSAGE_ADVICE = 'Write each message as {"role": "user", "content": "..."}.'
 
@@ -175,13 +176,9 @@ def to_messages(
 ) -> tuple[ChatMessage, ...]:
     """Returns the conversation of a row with the response in column `answer_column`."""
     prompt_column = columns[0] if columns[0] in PROMPT_COLUMNS else ""
-    if prompt_column and not isinstance(row[answer_column], list):
-        content = require_text(row, answer_column, location, "a response")
-        messages: list[ChatMessage] = [{"role": "assistant", "content": content}]
-    else:
-        messages = read_messages(row, answer_column, location)
+    messages = read_messages(row, answer_column, location, "assistant" if prompt_column else "")
     if prompt_column and len(messages) == 1:
-        messages = [*to_prompt_messages(row, prompt_column, location), *messages]
+        messages = [*read_messages(row, prompt_column, location, "user"), *messages]
     elif prompt_column and answer_column not in PREFERENCE_COLUMNS:
         raise DataError(
             f"{location}: {answer_column!r} has {len(messages)} messages, but a response "
@@ -201,24 +198,24 @@ def to_messages(
     return tuple(messages)
 
 
-def to_prompt_messages(row: dict[str, Any], column: str, location: str) -> list[ChatMessage]:
-    """Returns the messages before the response: a user message or a list."""
-    if column != "instruction" and isinstance(row[column], list):
-        return read_messages(row, column, location)
-    content = require_text(row, column, location, "a prompt")
-    input_field = optional_input(row, location) if column == "instruction" else {}
-    return [{"role": "user", "content": content, **input_field}]
-
-
 def optional_input(row: dict[str, Any], location: str) -> dict[str, str]:
     """Returns {"input": text}, or {} if the input is blank."""
     text = get_text(row, "input", location)
     return {"input": text} if text.strip() else {}
 
 
-def read_messages(row: dict[str, Any], column: str, location: str) -> list[ChatMessage]:
-    """Returns the messages of a column, at least one; their order is not checked."""
+def read_messages(
+    row: dict[str, Any], column: str, location: str, role: str = ""
+) -> list[ChatMessage]:
+    """Returns the messages of a column: a list, or with a `role`, also a single text.
+
+    Their order is not checked.
+    """
     value = row[column]
+    if column == "instruction" or (role and not isinstance(value, list)):
+        content = require_text(row, column, location, EXPECTED_TEXT[role])
+        input_field = optional_input(row, location) if column == "instruction" else {}
+        return [{"role": role, "content": content, **input_field}]
     if not isinstance(value, list) or not value:
         prompt_advice = "Plain text requires a column 'prompt'. " * (column in PREFERENCE_COLUMNS)
         raise DataError(
@@ -245,8 +242,8 @@ def read_message(fields: Any, location: str) -> ChatMessage:
         fields[content_key] = "".join(get_text(part, "text", location) for part in parts)
     if role == "system":
         return {"role": role, "content": get_text(fields, content_key, location)}
-    expected = "a response" if role == "assistant" else "a prompt"
-    message = {"role": role, "content": require_text(fields, content_key, location, expected)}
+    content = require_text(fields, content_key, location, EXPECTED_TEXT[role])
+    message = {"role": role, "content": content}
     return message | optional_input(fields, location) if role == "user" else message
 
 

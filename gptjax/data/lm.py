@@ -36,11 +36,9 @@ class Batch(TypedDict):
 
 
 def make_lm_batch(row: Int32[np.ndarray, "B _"], eot: int | None) -> Batch:
-    """Makes a next-token prediction batch with all loss weights 1.
+    """Makes a next-token prediction batch of T + 1 tokens per row, all with weight 1.
 
-    Args:
-        row: T + 1 tokens in each of B rows.
-        eot: token that starts a document; None: each row is one document.
+    A document starts with the token `eot`; None: each row is one document.
     """
     token_BT = row[:, :-1]
     start_BT = token_BT == eot if eot is not None else np.zeros(token_BT.shape, bool)

@@ -106,15 +106,11 @@ def open_prepared(folder: Path, expected_tokenizer: str = "") -> TokenizedSplits
     meta = read_token_metadata(folder)
     name, tokenizer_hash = meta["tokenizer"]["name"], meta["tokenizer"]["hash"]
     tokenizer = load_tokenizer(folder / "tokenizer")
-    if tokenizer.hash != tokenizer_hash:
+    found = (tokenizer.hash, tokenizer.vocab_size, tokenizer.eot_token)
+    if found != (expected := (tokenizer_hash, meta["vocab_size"], meta["eot"])):
         raise DataError(
-            f"{folder / 'tokenizer'} has the hash {tokenizer.hash}, but the data was "
-            f"prepared with {tokenizer_hash}. {REPREPARE_ADVICE}"
-        )
-    if (tokenizer.vocab_size, tokenizer.eot_token) != (meta["vocab_size"], meta["eot"]):
-        raise DataError(
-            f"{folder / 'meta.json'} has vocab_size={meta['vocab_size']} and "
-            f"eot={meta['eot']}, unlike {folder / 'tokenizer'}. {REPREPARE_ADVICE}"
+            f"{folder / 'tokenizer'} has (hash, vocab_size, eot) = {found}, but the data was "
+            f"prepared with {expected}. {REPREPARE_ADVICE}"
         )
     expected_id = tokenizer_id(expected_tokenizer) if expected_tokenizer else tokenizer_hash
     if expected_id not in (tokenizer_hash, name):
@@ -150,16 +146,10 @@ def prepare_dataset(
 ) -> DatasetInfo:
     """Tokenizes text into the folder `out`; does nothing if it holds the result.
 
-    Args:
-        paths: files, folders, globs, or names of data sets.
-        tokenizer: gpt2, bytes, a folder, or bpe:SIZE to train one.
-        out: must not exist, be empty, or hold the same data.
-        val_fraction: of the documents to hold out, at least one unless it is 0. Of a
-            single document, the end is held out.
-        seed: selects the held-out documents.
-        column: of JSON and CSV rows with the text; "" guesses it.
-        workers: encoding threads, without effect on the result; default: all cores.
-        shard_tokens: maximum tokens per file.
+    `paths` are files, folders, globs or names of data sets; `tokenizer` is gpt2, bytes,
+    a folder, or bpe:SIZE to train one. At least one document is held out unless
+    `val_fraction` is 0; of a single document, the end is. `column` is that of the text;
+    "" guesses it. The number of `workers` (threads) has no effect on the result.
     """
     if not 0 <= val_fraction < 1 or shard_tokens < 1:
         raise ConfigError(
@@ -210,8 +200,6 @@ def write_prepared(
         heartbeat()
         for split, part in encoded.items():
             writers[split].append(*part)
-    if not any(writer.counts["documents"] for writer in writers.values()):
-        raise DataError("no text: all files and rows are empty. Give files that contain text.")
     splits = {}
     for split, writer in writers.items():
         if writer.counts["documents"]:
@@ -219,8 +207,8 @@ def write_prepared(
             splits[split] = writer.finish()
         elif split == TRAIN_SPLIT or val_fraction:
             raise DataError(
-                f"the text is too short for val_fraction={val_fraction}. Add text, or set "
-                "--val-fraction 0 (data.val_fraction)."
+                f"the text is empty, or too short for val_fraction={val_fraction}. Add text, "
+                "or set --val-fraction 0 (data.val_fraction)."
             )
     meta = {
         "format": TOKEN_FILES_FORMAT,

@@ -59,26 +59,35 @@ def suffix_without_gz(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
+def visible_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """Returns the files with these extensions in a folder tree, without hidden ones."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if suffix_without_gz(path) in suffixes
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
 def find_table(path: str, datasets: Sequence[str], content: str, alternative: str = "") -> Path:
     """Returns the file of a data set name or a path.
 
     `content` of the data sets, and an `alternative` to a table, are for error messages.
     """
-    file = Path(path).expanduser()
     if path in datasets:
         return fetch_dataset(path)
-    if path in (PYTHON_HELP, *DATASETS):
-        problem = f"the data set {path} has no {content}"
-    elif not file.is_file():
-        problem = f"{path} is not a file"
-    elif table_suffix(file) not in TABLE_FORMATS:
-        problem = f"{path}: unsupported file suffix"
-    else:
-        return file
-    raise DataError(
-        f"{problem}. Pass a {', '.join(TABLE_FORMATS)} file (also .gz){alternative} or one "
-        f"of the data sets {', '.join(datasets)}."
-    )
+    file = Path(path).expanduser()
+    if (
+        path in (PYTHON_HELP, *DATASETS)
+        or not file.is_file()
+        or table_suffix(file) not in TABLE_FORMATS
+    ):
+        raise DataError(
+            f"{path} is not a table of {content}. Pass a {', '.join(TABLE_FORMATS)} file (also "
+            f".gz){alternative} or one of the data sets {', '.join(datasets)}."
+        )
+    return file
 
 
 def table_suffix(path: Path) -> str:

@@ -17,7 +17,7 @@ from jaxtyping import Float32, Int32
 from gptjax.data.bucketing import BucketedBatches, buckets
 from gptjax.data.conversations import Conversation
 from gptjax.data.lm import Batch
-from gptjax.errors import ConfigError, DataError
+from gptjax.errors import ConfigError
 from gptjax.plugins import load_plugin
 from gptjax.tokenizer.chat_template import ChatTemplate, TemplateSegment
 from gptjax.tokenizer.tokenizer import Tokenizer
@@ -270,10 +270,7 @@ SFT_BATCHING = {
 def find_sft_batching(batching: str) -> SFTBatching:
     """Finds the way of batching with a name, one of `SFT_BATCHING` or of a plugin."""
     if batching == "concat":
-        raise DataError(
-            "data.batching=concat allows attention across the documents of a row, "
-            "which is not supported for conversations. Use packed or padded."
-        )
+        raise ConfigError("data.batching=concat is for documents only. Use packed or padded.")
     return SFT_BATCHING.get(batching) or load_plugin("data.batching", batching)
 
 

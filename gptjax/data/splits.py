@@ -136,15 +136,12 @@ def describe_splits(splits: dict[str, LabeledTexts]) -> list[str]:
 def describe_overlap(splits: dict[str, LabeledTexts]) -> list[str]:
     """Formats how many texts occur in more than one split."""
     texts = {name: set(part.texts) for name, part in splits.items()}
-    counts = Counter(text for found in texts.values() for text in found)
-    num_shared = sum(count > 1 for count in counts.values())
-    if not num_shared:
+    pairs = itertools.combinations(texts, 2)
+    counts = {(one, other): len(texts[one] & texts[other]) for one, other in pairs}
+    if not any(counts.values()):
         return ["no text occurs in more than one split"]
-    pairs = [
-        f"{len(texts[one] & texts[other]):,} in {one} and {other}"
-        for one, other in itertools.combinations(texts, 2)
-    ]
+    shared = [f"{count:,} in {one} and {other}" for (one, other), count in counts.items()]
     return [
-        f"{num_shared:,} texts occur in more than one split ({', '.join(pairs)}), "
-        "which inflates the test scores; remove duplicates with --data.deduplicate true"
+        f"texts occur in more than one split ({', '.join(shared)}), which inflates the test "
+        "scores; remove duplicates with --data.deduplicate true"
     ]

@@ -19,7 +19,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -31,6 +31,7 @@ from gptjax.data.readers import (
     read_rows,
     read_text_blocks,
     suffix_without_gz,
+    visible_files,
 )
 from gptjax.errors import DataError
 from gptjax.fileio.download import sha256_of_files
@@ -58,11 +59,6 @@ class TextSource(NamedTuple):
     path: Path
     column: str  # with the text; "" if it is no table or its rows are strings
 
-    @property
-    def is_table(self) -> bool:
-        """True if each row is a document."""
-        return suffix_without_gz(self.path) in TABLE_FORMATS
-
 
 def find_sources(paths: Sequence[str | Path], column: str = "") -> list[TextSource]:
     """Expands data set names, files, folders and globs to distinct files.
@@ -82,7 +78,7 @@ def find_sources(paths: Sequence[str | Path], column: str = "") -> list[TextSour
                 f"{', '.join(SOURCE_SUFFIXES)} (also .gz)."
             )
         source = TextSource(path, column)
-        if source.is_table and not column:
+        if suffix_without_gz(path) in TABLE_FORMATS and not column:
             location, row = next(read_rows(path), ("", ""))
             if isinstance(row, dict):
                 option = "--column NAME (data.text_column)"
@@ -100,16 +96,10 @@ def expand_path(path: str) -> list[Path]:
         return [fetch_dataset(path)]
     expanded = Path(path).expanduser()
     if expanded.is_dir():
-        found = [
-            file
-            for file in sorted(expanded.rglob("*"))
-            if not any(part.startswith(".") for part in file.relative_to(expanded).parts)
-            and suffix_without_gz(file) in SOURCE_SUFFIXES
-        ]
+        found = visible_files(expanded, SOURCE_SUFFIXES)
     else:
         matches = [expanded] if expanded.exists() else glob.glob(str(expanded), recursive=True)
-        found = map(Path, sorted(matches))
-    found = [file for file in found if file.is_file()]
+        found = [file for file in map(Path, sorted(matches)) if file.is_file()]
     if not found:
         raise DataError(
             f"no text files found at {path}. Give a file, a folder or a glob of "
@@ -123,7 +113,7 @@ def iter_chunks(source: TextSource) -> Iterator[TextChunk]:
     """Yields the documents of one source in chunks."""
     if str(source.path) == PYTHON_HELP:
         documents = ([text] for text in read_python_help())
-    elif source.is_table:
+    elif suffix_without_gz(source.path) in TABLE_FORMATS:
         rows = read_rows(source.path)
         documents = ([get_text(row, source.column, location)] for location, row in rows)
     else:
@@ -196,7 +186,8 @@ def iter_split_spans(
 ) -> Iterator[SplitSpan]:
     """Yields all text of the sources in order, with its split."""
     document_index, is_first, chars_read = 0, True, 0
-    for chunk in iter_all_chunks(sources, bar_label):
+    chunks = itertools.chain.from_iterable(map(iter_chunks, sources))
+    for chunk in tqdm(chunks, bar_label, unit=" chunks", leave=False, disable=None):
         if rule.train_chars is None:
             held_out = hash_to_unit(rule.seed, document_index) < rule.threshold
             yield SplitSpan(TEXT_SPLITS[held_out], chunk.text, is_first, chunk.is_last)
@@ -209,16 +200,6 @@ def iter_split_spans(
             if tail:
                 yield SplitSpan(VALIDATION_SPLIT, tail, remaining >= 0, chunk.is_last)
         document_index, is_first = document_index + chunk.is_last, chunk.is_last
-
-
-def iter_all_chunks(sources: Sequence[TextSource], bar_label: str) -> Iterator[TextChunk]:
-    """Yields all chunks of the sources; draws a progress bar on a terminal."""
-    options: Any = {"unit": " characters", "unit_scale": True, "leave": False, "disable": None}
-    with tqdm(desc=bar_label, **options) as bar:
-        for source in sources:
-            for chunk in iter_chunks(source):
-                yield chunk
-                bar.update(len(chunk.text))
 
 
 def source_fingerprint(source: TextSource) -> dict[str, str]:

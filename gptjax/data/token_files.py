@@ -239,11 +239,10 @@ def _is_valid_split(name: str, entry: Any, itemsize: int) -> bool:
     """True if the name and the entry of one split are valid."""
     match entry:
         case {"documents": int(), "tokens": int(), "bytes": int(), "shards": [_, *_] as shards}:
-            is_valid = [
+            return re.fullmatch("[a-z]+", name) is not None and all(
                 _is_valid_shard(shard, f"{name}-{n:05d}.bin", itemsize)
                 for n, shard in enumerate(shards)
-            ]
-            return re.fullmatch("[a-z]+", name) is not None and all(is_valid)
+            )
     return False
 
 

@@ -1,10 +1,14 @@
 """Training loop for all tasks: logs, evaluates, samples, saves, stops and resumes."""
 
+import contextlib
 import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -12,7 +16,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.checkpoint.checkpoint import SaveFn, async_saver, check_disk_space, restore_latest
-from gptjax.data.prefetch import prefetch_to_device
 from gptjax.parallel import distributed
 from gptjax.parallel.sharding import check_batch_divisible, shard_batch, shard_tree, use_mesh
 from gptjax.runtime.device import package_versions
@@ -261,3 +264,34 @@ def aot_compile(
     temp_size = format_bytes(temp_bytes) if temp_bytes is not None else "unknown"
     run.log(f"compiled  in {seconds:.1f} s; {temp_size} of temporary buffers per step")
     return compiled_step
+
+
+def prefetch_to_device(
+    items: Iterable[Any],
+    make: Callable[[Any], Any],
+    size: int = 2,
+    waiting: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Iterator[Any]:
+    """Yields `map(make, items)`, computed by a thread up to `size` results ahead.
+
+    An error is raised in place of its result. Only the thread reads `items`. Usually
+    `make` transfers a batch to the devices. The consumer waits inside `waiting()`.
+    """
+    source, end = iter(items), object()
+
+    def next_result() -> Any:
+        item = next(source, end)
+        return item if item is end else make(item)
+
+    with ThreadPoolExecutor(1, "prefetch") as thread:
+        queue = deque(thread.submit(next_result) for _ in range(size))
+        try:
+            while queue:
+                with waiting():
+                    result = queue.popleft().result()
+                if result is end:
+                    return
+                queue.append(thread.submit(next_result))
+                yield result
+        finally:  # the consumer may stop early
+            thread.shutdown(wait=True, cancel_futures=True)

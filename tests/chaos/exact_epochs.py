@@ -24,9 +24,9 @@ from gptjax.data import lm
 from gptjax.data.bucketing import buckets
 from gptjax.data.classification import ClassificationBatches
 from gptjax.data.lm import LMBatches
-from gptjax.data.prefetch import prefetch_to_device
 from gptjax.data.sft import Example, PreferenceBatches, make_sft_batches
 from gptjax.data.token_files import TokenDataset, open_shard
+from gptjax.training.trainer import prefetch_to_device
 from tests.chaos._runs import run_jobs
 
 FULL, SLICE = 200, 6

@@ -43,7 +43,7 @@ def test_each_format_gives_the_same_rows_and_the_description_names_it(tmp_path):
             assert value in description
     for options, value in (
         (("bod",), r"csv:2: .*'bod'.*'?text.*data\.text_column"),
-        (("label", "label"), r"data\.label_column .*'label'"),
+        (("label", "label"), r"label, text.*--data\.label_column"),
     ):
         with pytest.raises(DataError, match=value):
             read_labeled_texts(tmp_path / "a.csv", *options)

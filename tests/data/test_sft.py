@@ -16,7 +16,7 @@ from gptjax.data.sft import (
     truncate_all,
     truncate_left,
 )
-from gptjax.errors import ConfigError, DataError
+from gptjax.errors import ConfigError
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.tokenizer.tokenizer import load_tokenizer
 from tests.data.tables import quick
@@ -127,7 +127,7 @@ def test_packing_and_buckets_waste_few_positions():
 
     assert shares[0] > 0.9  # the longest rows leave gaps
     assert shares[0] > shares[1] > 0.65
-    with pytest.raises(DataError, match=r"data\.batching=concat"):
+    with pytest.raises(ConfigError, match=r"data\.batching=concat"):
         make_sft_batches("concat", examples, rows=8, context=64, pad_id=0, seed=0)
     system = Conversation(({"role": "system", "content": "a"},), {}, "rows.jsonl:1")
     with pytest.raises(ConfigError, match=r"rows\.jsonl:1: "):

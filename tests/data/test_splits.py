@@ -97,6 +97,6 @@ def test_the_description_has_counts_the_constant_answer_and_overlap(monkeypatch,
 
     rows = ["train test", "a 1 3", "b 3 1", "all 3 classes 6 6", "always b 50.00% 16.67%"]
     assert [" ".join(line.split()) for line in lines[:-1]] == rows
-    assert lines[-1].startswith("4 texts occur in more than one split (4 in train and test)")
+    assert "(4 in train and test)" in lines[-1]
     assert sms[1].split() == ["ham", "3,378", "482", "965"]
     assert describe_splits(split(make_rows(10, 20)))[-1] == "no text occurs in more than one split"

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from gptjax.data.prefetch import prefetch_to_device
+from gptjax.training.trainer import prefetch_to_device
 
 
 def test_results_are_those_of_map_and_made_ahead():
