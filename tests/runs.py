@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ from gptjax.config import RunConfig, from_dict
 from gptjax.tasks.builder import TaskStages
 from gptjax.tasks.train import train
 from gptjax.training.metrics import read_events
-from gptjax.training.task import RunContext, Task
+from gptjax.training.task import RunContext, Task, logger
 from gptjax.weights.model_folder import Model
 
 
 def config_with(table: dict[str, Any], **changes: Any) -> RunConfig:
+    """Config of a table with changes, each section__option=value."""
     tables = {section: dict(options) for section, options in table.items()}
     for name, value in changes.items():
         section, option = name.split("__")
@@ -24,6 +25,7 @@ def config_with(table: dict[str, Any], **changes: Any) -> RunConfig:
 
 
 def evaluations(run_dir: Path, split: str) -> list[dict[str, Any]]:
+    """Evaluations of a run on one split."""
     events = read_events(run_dir / "metrics.jsonl")
     return [e for e in events if e["event"] == "eval" and e["split"] == split]
 
@@ -31,9 +33,8 @@ def evaluations(run_dir: Path, split: str) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def capture_lines(lines: list[str]) -> Iterator[list[str]]:
     """Appends the progress lines (logger "gptjax", INFO) of the block to a list."""
-    logger, handler = logging.getLogger("gptjax"), logging.Handler()
+    handler, level = logging.Handler(), logger.level
     handler.emit = lambda record: lines.append(record.getMessage())
-    level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
@@ -43,16 +44,10 @@ def capture_lines(lines: list[str]) -> Iterator[list[str]]:
         logger.setLevel(level)
 
 
-def train_logged(
-    config: RunConfig,
-    run_dir: Path,
-    lines: list[str],
-    *,
-    train_fn: Callable[..., Model] = train,
-    **options: Any,
-) -> Model:
+def train_logged(config: RunConfig, run_dir: Path, lines: list[str]) -> Model:
+    """Trains, and appends the progress lines to a list."""
     with capture_lines(lines):
-        return train_fn(config, run_dir, **options)
+        return train(config, run_dir)
 
 
 def make_task(stages: TaskStages, config: RunConfig, run_dir: Path) -> tuple[RunContext, Any, Task]:
@@ -62,6 +57,7 @@ def make_task(stages: TaskStages, config: RunConfig, run_dir: Path) -> tuple[Run
 
 
 def delete_after(checkpoint_dir: Path, step: int) -> None:
+    """Deletes all saved steps after `step`."""
     for saved in list_steps(checkpoint_dir):
         if saved > step:
             delete_step(checkpoint_dir, saved)

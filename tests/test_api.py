@@ -76,7 +76,6 @@ def _without_type_checks():
 def test_invalid_tokens_and_capture_points_are_rejected(function):
     for tokens, error, message in [
         (TOKEN_BT[0], ConfigError, r"\(8,\).*tokens\[None\]"),
-        (TOKEN_BT.astype("float32"), ConfigError, "float32"),
         (jnp.zeros((1, 9), jnp.int32), ConfigError, r"9 tokens.*context_length=8"),
         (TOKEN_BT.at[0, 3].set(257), DataError, "257.*model.vocab_size=257"),
         (np.array([[0, -1]]), DataError, "token -1"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from gptjax.cli import bench, data, evaluation, inference, planning, train, weights
+from gptjax.cli import data, inference, planning, train
 from gptjax.cli.arguments import HELP_WIDTH, Command
 from gptjax.config import did_you_mean
 from gptjax.errors import GptjaxError, ResourceError
@@ -80,12 +80,12 @@ COMMANDS = make_group(
         inference.run_generate,
         inference.run_classify,
         inference.start_chat,
-        evaluation.run_evaluate,
-        weights.run_import,
-        weights.run_export,
+        inference.run_evaluate,
+        inference.run_import,
+        inference.run_export,
         DATA_COMMANDS,
         planning.run_plan,
-        bench.run_bench,
+        planning.run_bench,
         check_installation,
     ],
 )

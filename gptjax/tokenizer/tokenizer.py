@@ -160,17 +160,12 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         return gpt2_tokenizer()
     if name == "bytes":
         return from_merges("bytes", range(256), [])
-    if str(name).startswith("bpe:"):
-        raise ConfigError(
-            f"the tokenizer {str(name)!r} must be trained on text first. Run gptjax "
-            f"data prepare with --tokenizer {name}, then use the tokenizer/ folder in "
-            "its output."
-        )
     if is_tokenizer_dir(Path(name)):
         return read_tokenizer_dir(Path(name))
     raise ConfigError(
         f"there is no tokenizer {str(name)!r}: expected gpt2, bytes or a folder with "
-        "vocab.json and merges.txt, or tokenizer.json. Correct the name, or use gpt2."
+        "vocab.json and merges.txt, or tokenizer.json. Correct the name; for bpe:N, run "
+        "gptjax data prepare and use the tokenizer/ folder in its output."
     )
 
 

@@ -1,7 +1,7 @@
 """BPE from scratch: the ids of the book, and those of GPT-2."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptjax.book import bpe
@@ -9,11 +9,8 @@ from gptjax.errors import ConfigError, DataError
 from gptjax.tokenizer.tokenizer import ENDOFTEXT, load_tokenizer
 
 SENTENCE = "Jack embraced beauty through art and life."
-GPT2_IDS = {
-    "This is some text": [1212, 318, 617, 2420],
-    "Implementations": [3546, 26908, 602],
-    "Hello, world. Is this-- a test?": [15496, 11, 995, 13, 1148, 428, 438, 257, 1332, 30],
-}
+TEXT = "Hello, world. Is this-- a test?"
+TEXT_IDS = [15496, 11, 995, 13, 1148, 428, 438, 257, 1332, 30]
 
 
 def test_the_verdict_gives_the_merges_and_ids_of_the_book(verdict):
@@ -40,13 +37,15 @@ def test_decoding_reverses_encoding(corpus, text):
         assert bpe.spaced_text(bpe.decode_ids(ids, table)) == text
 
 
-@given(st.text() | st.sampled_from(list(GPT2_IDS)))
+@example(TEXT)
+@given(st.text())
 def test_gpt2_has_the_ids_of_the_book_and_of_tiktoken(text):
     table = bpe.gpt2_merge_table()
 
     ids = bpe.encode_words(bpe.gpt2_words(text), table)
 
-    assert ids == GPT2_IDS.get(text, load_tokenizer("gpt2").encode(text))
+    assert ids == load_tokenizer("gpt2").encode(text)
+    assert ids == TEXT_IDS or text != TEXT
     assert bpe.gpt2_text(bpe.decode_ids(ids, table)) == text
 
 

@@ -28,6 +28,8 @@ def test_the_verdict_has_the_words_and_ids_of_the_book(verdict):
     ]
     unknown = text.replace("Hello", ch02.UNKNOWN_TOKEN).replace("palace", ch02.UNKNOWN_TOKEN)
     assert ch02.simple_decode(numbers, ids) == unknown
+    expected = GPT2.encoding.encode(text, allowed_special={ENDOFTEXT})
+    assert ch02.encode_with_eot(text, GPT2) == expected
 
 
 @given(st.text("abC ,.-:;?_!\"()'\n"))
@@ -39,12 +41,6 @@ def test_words_lose_only_white_space_and_come_back_from_ids(text):
 
     assert "".join(tokens) == "".join(text.split())
     assert ch02.split_simple_tokens(decoded) == tokens
-
-
-def test_end_of_text_is_encoded_as_in_tiktoken():
-    for text in ("", ENDOFTEXT, f"{ENDOFTEXT}{ENDOFTEXT} a{ENDOFTEXT}"):
-        expected = GPT2.encoding.encode(text, allowed_special={ENDOFTEXT})
-        assert ch02.encode_with_eot(text, GPT2) == expected
 
 
 def test_windows_and_batches_have_the_numbers_of_the_book(verdict):

@@ -32,32 +32,20 @@ def installed(python):
     return {row["name"].lower(): row["version"] for row in rows}
 
 
-def git(*arguments, folder):
-    author = ("-c", "user.name=a", "-c", "user.email=a@b.c")
-    return subprocess.check_output(["git", *author, *arguments], cwd=folder, text=True)
-
-
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     """A repository with the files of this one, changes included, that knows its URL."""
     folder = tmp_path_factory.mktemp("repository") / "gptjax"
-    names = git("ls-files", "-co", "--exclude-standard", folder=ROOT).splitlines()
+    list_files = ["git", "ls-files", "-co", "--exclude-standard"]
+    names = subprocess.check_output(list_files, cwd=ROOT, text=True).splitlines()
     for name in filter(lambda name: (ROOT / name).is_file(), names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     script = folder / "colab" / "set_repository.py"
     subprocess.check_call([sys.executable, script, folder.as_uri()])
-    git("init", "-q", folder=folder)
-    git("add", ".", folder=folder)
-    git("commit", "-q", "-m", "All files", folder=folder)
+    commit = "git init -q && git add . && git -c user.name=a -c user.email=a@b.c commit -q -m All"
+    subprocess.check_call(["bash", "-c", commit], cwd=folder)
     return folder
-
-
-def packages():
-    """Requirements of Colab's list of packages, with the versions installed here."""
-    text = (ROOT / "tests" / "colab.txt").read_text("utf-8")
-    names = re.findall(r"^([\w-]+)==", text, re.MULTILINE)
-    return [f"{name}=={metadata.version(name)}" for name in names]
 
 
 @pytest.fixture(scope="module", params=["a clone", "an empty folder"])
@@ -66,7 +54,9 @@ def place(request, clone, tmp_path_factory):
     base = tmp_path_factory.mktemp("environment")
     subprocess.check_call([sys.executable, "-m", "venv", base])
     python = base / "bin" / "python"
-    subprocess.check_call([python, "-m", "pip", "install", "-q", "ipykernel", *packages()])
+    colab = re.findall(r"^([\w-]+)==", (ROOT / "tests" / "colab.txt").read_text("utf-8"), re.M)
+    packages = [f"{name}=={metadata.version(name)}" for name in colab]
+    subprocess.check_call([python, "-m", "pip", "install", "-q", "ipykernel", *packages])
     kernel = ["ipykernel", "install", "--prefix", base, "--name", "bare"]
     subprocess.check_call([python, "-m", *kernel])
     before = installed(python)
@@ -94,23 +84,17 @@ def test_a_notebook_installs_gptjax_and_runs(path, clone, place, request):
     assert pictures(execute(clone / "colab" / path.name, place, "bare")) >= 1
 
 
-@pytest.fixture
-def run_cell(tmp_path, monkeypatch):
-    """Runs the cell in `tmp_path` without gptjax; returns the lines for pip."""
+def test_the_cell_installs_the_clone_or_from_the_repository(tmp_path, monkeypatch):
     shell, lines = InteractiveShell(), []
     shell.register_magic_function(lines.append, "line", "pip")
     monkeypatch.setattr(metadata, "distributions", lambda **_: iter(()))
     monkeypatch.setattr(sys, "path", sys.path.copy())
     monkeypatch.chdir(tmp_path)
 
-    def run(url):
+    def run_cell(url):
         shell.run_cell(INSTALL.replace(REPOSITORY, url)).raise_error()
         return lines
 
-    return run
-
-
-def test_the_cell_installs_the_clone_or_from_the_repository(run_cell, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"set_repository\.py"):
         run_cell(UNSET)
     assert run_cell("https://x.y/a/b") == ["install -q git+https://x.y/a/b"]

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import signal
 
@@ -14,6 +15,7 @@ import pytest
 import gptjax
 from gptjax.checkpoint.retention import list_steps
 from gptjax.cli.main import main
+from gptjax.config import FinetuneConfig, RunConfig
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.evaluation.classification import evaluate_classifier
 from gptjax.model.classifier import class_logits
@@ -30,38 +32,29 @@ from tests.small_models import make_model
 
 BASE = make_model(context_length=32, n_layers=1, n_classes=3, head_bias=True)
 MODEL = dataclasses.replace(BASE, labels=("a", "b", "c"))
-POOLS = ("last", "first", "mean", "position")
-CONFIGS = {
-    f"{pool} {causal}": dataclasses.replace(BASE.config, pool=pool, causal=causal)
-    for pool in POOLS
-    for causal in (True, False)
-}
 
 
-@jax.jit
-def all_logits(tokens, lengths):
-    """Logits of each row by pool and mask."""
-    return {
-        name: class_logits(config, BASE.params, tokens, lengths) for name, config in CONFIGS.items()
-    }
-
-
+@pytest.mark.fast
 def test_logits_depend_on_no_padding_and_a_causal_mask_hides_later_tokens():
     row, length = list(range(5)), jnp.full(4, 5)
     tokens = jnp.array([row + [0] * 15, row + [256] * 15, [*range(20)], row[:4] + [9] * 16])
 
-    padded, whole = all_logits(tokens, length), all_logits(tokens, jnp.full(4, 20))
-    alone = all_logits(jnp.array([row]), jnp.array([5]))
+    @functools.partial(jax.jit, static_argnums=0)
+    def logits(config):
+        found = [(tokens, length), (jnp.array([row]), length[:1]), (tokens, jnp.full(4, 20))]
+        return [class_logits(config, BASE.params, *batch) for batch in found]
 
-    for name in CONFIGS:
-        pool, causal = name.split()
-        if pool == "position":  # reads the last position, with padding
-            np.testing.assert_allclose(padded[name], whole[f"last {causal}"], atol=1e-5)
-            continue
-        for n in range(3):
-            np.testing.assert_allclose(padded[name][n], alone[name][0], atol=1e-5)
-        is_hidden = pool == "first" and causal == "True"
-        assert np.allclose(padded[name][3], alone[name][0], atol=1e-5) == is_hidden
+    for causal in (True, False):
+        config = dataclasses.replace(BASE.config, causal=causal)
+        last = logits(dataclasses.replace(config, pool="last"))[2]
+        at_end = logits(dataclasses.replace(config, pool="position"))[0]
+        np.testing.assert_allclose(at_end, last, atol=1e-5)  # reads the last, with padding
+        for pool in ("last", "first", "mean"):
+            padded, alone, _ = logits(dataclasses.replace(config, pool=pool))
+            for n in range(3):
+                np.testing.assert_allclose(padded[n], alone[0], atol=1e-5)
+            is_hidden = pool == "first" and causal
+            assert np.allclose(padded[3], alone[0], atol=1e-5) == is_hidden
 
 
 def test_the_next_token_loss_is_added_as_a_mean_over_the_tokens_of_counted_texts():
@@ -71,17 +64,17 @@ def test_the_next_token_loss_is_added_as_a_mean_over_the_tokens_of_counted_texts
 
     @jax.jit
     def losses():
-        sums = []
-        for weight in (0.0, 0.5):
-            config = config_with({}, finetune__lm_loss_weight=weight)
-            config = dataclasses.replace(config, model=BASE.config)
-            sums += classification_loss_fn(config, BASE.params, None, batch, None)
+        config = dataclasses.replace(RunConfig(), model=BASE.config)
+        weighted = dataclasses.replace(config, finetune=FinetuneConfig(lm_loss_weight=0.5))
+        sums = [
+            classification_loss_fn(c, BASE.params, None, batch, None) for c in (config, weighted)
+        ]
         decoder = dataclasses.replace(BASE.config, n_classes=0)
         logit_BTV = gptjax.apply(decoder, BASE.params, tokens)
         loss_BT = optax.softmax_cross_entropy_with_integer_labels(logit_BTV[:, :-1], tokens[:, 1:])
         return sums, (loss_BT[0, :2].sum() + loss_BT[1, 0]) / 3
 
-    (plain, rows, total, same_rows), next_token = losses()
+    ((plain, rows), (total, same_rows)), next_token = losses()
 
     assert rows == same_rows == 2
     assert float(total) == pytest.approx(float(plain + 0.5 * 2 * next_token), rel=1e-5)
@@ -90,12 +83,9 @@ def test_the_next_token_loss_is_added_as_a_mean_over_the_tokens_of_counted_texts
 def make_config(folder, **changes):
     """Words that begin with a vowel, or not."""
     rng = np.random.default_rng(0)
-    with (folder / "words.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        for _ in range(120):
-            word = "".join(rng.choice(list("abcdeiou"), rng.integers(2, 25)))
-            writer.writerow([word, "vowel" if word[0] in "aeiou" else "other"])
+    words = ["".join(rng.choice(list("abcdeiou"), rng.integers(2, 25))) for _ in range(120)]
+    rows = [f"{word},{'vowel' if word[0] in 'aeiou' else 'other'}\n" for word in words]
+    (folder / "words.csv").write_text("text,label\n" + "".join(rows))
     data = {"source": str(folder / "words.csv"), "tokenizer": "bytes"}
     table = {
         "model": {"context_length": 32, "n_layers": 1, "n_heads": 2, "d_model": 16},

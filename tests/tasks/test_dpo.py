@@ -67,11 +67,10 @@ def test_a_run_starts_at_ln_2_and_learns_to_prefer_the_chosen_answers(tmp_path):
 
 @pytest.mark.fast
 def test_log_probabilities_are_those_of_the_answers_alone_whatever_the_padding():
-    words, eot = ["sky", "a"], START.tokenizer.eot_token
-    pairs = [
-        PreferencePair(({"role": "user", "content": w},), 2 * w, w.upper(), {}, "") for w in words
-    ]
-    examples = [tokenize_pair(pair, START, TEMPLATE, 32) for pair in pairs]
+    words, eot, examples = ["sky", "a"], START.tokenizer.eot_token, []
+    for w in words:
+        pair = PreferencePair(({"role": "user", "content": w},), 2 * w, w.upper(), {}, "")
+        examples.append(tokenize_pair(pair, START, TEMPLATE, 32))
     texts = [(f"Q: {w}\nA: {answer}", len(answer)) for w in words for answer in (2 * w, w.upper())]
     tokens = np.zeros((4, 32), np.int32)
     for n, (text, _) in enumerate(texts):

@@ -54,14 +54,6 @@ def finished(tmp_path_factory):
     return config, folder / "run", model, lines
 
 
-@pytest.fixture
-def at_step_8(finished, tmp_path):
-    """A copy of the run without its last checkpoint."""
-    shutil.copytree(finished[1], tmp_path / "run")
-    delete_after(tmp_path / "run" / "checkpoints", 8)
-    return tmp_path / "run"
-
-
 def test_a_run_folder_has_everything_that_the_contract_names(finished):
     _, folder, model, lines = finished
 
@@ -79,16 +71,19 @@ def test_a_run_folder_has_everything_that_the_contract_names(finished):
     assert [line.split(" | ")[0] for line in lines if " | " in line][6] == "step  6/12"
 
 
-def test_a_model_folder_or_the_newest_valid_checkpoint_is_loaded(finished, tmp_path):
-    _, folder, model, _ = finished
+def test_the_model_folder_or_the_newest_valid_checkpoint_is_used(finished, tmp_path):
+    config, folder, model, _ = finished
     run_dir, lines = tmp_path / "run", []
     shutil.copytree(folder, run_dir)
 
-    for name in ("metrics.jsonl", "model/model.safetensors"):
+    (run_dir / "metrics.jsonl").unlink()
+    assert_equal(train(config, run_dir).params, model.params)  # without further training
+    assert not losses(run_dir)
+    for _ in range(2):
         loaded = gptjax.load(run_dir)
         assert (loaded.config, loaded.tokenizer.hash) == (model.config, model.tokenizer.hash)
         assert_equal(loaded.params, model.params)
-        (run_dir / name).unlink()
+        (run_dir / "model" / "model.safetensors").unlink(missing_ok=True)
     path = max((run_dir / "checkpoints" / "12").rglob("*"), key=lambda p: p.stat().st_size)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -139,30 +134,24 @@ def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one(
     assert losses(run_dir) == losses(folder)
 
 
-def test_a_run_can_be_resumed_on_another_mesh_and_with_an_allowed_change(finished, at_step_8):
+def test_a_run_can_be_resumed_on_another_mesh_and_with_an_allowed_change(finished, tmp_path):
     config, folder, *_ = finished
+    run_dir = tmp_path / "run"
+    shutil.copytree(folder, run_dir)
+    delete_after(run_dir / "checkpoints", 8)
     fewer = dataclasses.replace(config.train, eval_batches=1)
     changed = dataclasses.replace(config, train=fewer, mesh=MeshConfig(data=2, fsdp=4))
 
     with pytest.raises(ModelError, match=r"train\.eval_batches: 2 -> 1"):
-        train(changed, at_step_8)
-    train(changed, at_step_8, allow_change=["train.eval_batches"])
+        train(changed, run_dir)
+    train(changed, run_dir, allow_change=["train.eval_batches"])
 
-    events = read_events(at_step_8 / "metrics.jsonl")
+    events = read_events(run_dir / "metrics.jsonl")
     (event,) = [e for e in events if e["event"] == "resume"]
     assert event["step"] == 8
     assert event["changes"][0] == "train.eval_batches: 2 -> 1"
     assert event["device"] == "8 x cpu, as data 2 x fsdp 4"
-    np.testing.assert_allclose(losses(at_step_8), losses(folder), rtol=2e-6)
-
-
-def test_a_finished_run_is_not_trained_again(finished, tmp_path):
-    config, folder, model, _ = finished
-    shutil.copytree(folder, tmp_path / "run")
-    (tmp_path / "run" / "metrics.jsonl").unlink()
-
-    assert_equal(train(config, tmp_path / "run").params, model.params)
-    assert not losses(tmp_path / "run")
+    np.testing.assert_allclose(losses(run_dir), losses(folder), rtol=2e-6)
 
 
 INVALID = {

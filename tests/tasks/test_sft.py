@@ -36,13 +36,9 @@ def make_rows():
     return rows
 
 
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def make_config(folder, **changes) -> RunConfig:
-    path = write_rows(folder / "rows.jsonl", make_rows())
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
     table = {
         "model": {"context_length": 32, "n_layers": 2, "n_heads": 2, "d_model": 16},
         "data": {"source": str(path), "tokenizer": "bytes", "chat_template": "qa", "batch_size": 4},
@@ -87,19 +83,6 @@ def test_a_run_writes_an_assistant_and_its_answers(finished):
     assert all(f"| {task} |" in (folder / "report.md").read_text() for task in ("first", "upper"))
     (done,) = [line for line in lines if line.startswith("done")]
     assert f"(before: {before['response_loss']:.4f})" in done
-
-
-def test_the_model_with_the_lowest_validation_loss_is_kept(finished):
-    _, folder, model, _ = finished
-    best = min(e["response_loss"] for e in evaluations(folder, "validation"))
-    rows = [row for row in make_rows() if row.pop("split") == "validation"]
-    path = write_rows(folder.parent / "held-out.jsonl", rows)
-
-    numbers, tasks = evaluate_file(model, str(path), None, None, lambda line: None)
-
-    assert numbers["response_loss"] == pytest.approx(best, rel=1e-6)
-    assert numbers["rows"] == len(rows)
-    assert set(tasks) == {"first", "upper"}
 
 
 def test_the_last_block_of_a_model_is_trained_on_packed_rows(finished, tmp_path):
@@ -151,20 +134,6 @@ def test_answers_are_the_same_alone_in_a_batch_streamed_and_printed(finished, tm
     assert assistant.tokenizer.decode(encode_chat(assistant, chats[0])) == "Q: x\nA: "
     with pytest.raises(ModelError, match="chat template"):
         gptjax.answer(dataclasses.replace(assistant, chat_template=""), "why")
-
-
-def test_a_broken_template_is_an_error_in_a_model_folder_and_ignored_in_others(finished, tmp_path):
-    lines = []
-    gptjax.save(finished[2], tmp_path / "own")
-    assert main(["export", str(tmp_path / "own"), "--to", "hf", "--out", f"{tmp_path}/hf"]) == 0
-    for name in ("own", "hf"):
-        assert gptjax.load(tmp_path / name).chat_template == finished[2].chat_template
-        (tmp_path / name / "chat_template.jinja").write_text("{{ broken")
-
-    assert gptjax.load(tmp_path / "hf", lines.append).chat_template == ""
-    assert "template not used" in lines[-1]
-    with pytest.raises(ModelError, match=r"chat_template\.jinja"):
-        gptjax.load(tmp_path / "own")
 
 
 def test_eval_writes_responses_and_judgements(finished, tmp_path, capsys):
