@@ -93,12 +93,12 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
         """Decodes ids to bytes, which may start or end inside a character."""
-        token_ids = list(map(operator.index, ids))
-        if wrong := [n for n in token_ids if not 0 <= n < self.vocab_size]:
+        token_ids, vocab_size = list(map(operator.index, ids)), self.vocab_size
+        if wrong := [n for n in token_ids if not 0 <= n < vocab_size]:
             raise DataError(
                 f"token id {wrong[0]} is out of range for tokenizer {self.name!r}: "
-                f"vocab_size={self.vocab_size} allows 0 to {self.vocab_size - 1}. Use the "
-                "tokenizer that encoded the text."
+                f"vocab_size={vocab_size} allows 0 to {vocab_size - 1}. Use the tokenizer "
+                "that encoded the text."
             )
         return self.encoding.decode_bytes(token_ids)
 
