@@ -96,14 +96,14 @@ def test_clipping_agrees_with_optax_and_is_part_of_the_optimizer():
 
 def test_an_update_is_that_of_adamw():
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-    gradients = [jax.tree.map(lambda p, g=g: g * p, params) for g in (1.0, -1.0)]
+    gradients = [jax.tree.map(lambda p, g=g: g * p, params) for g in (1.0, -3.0)]
     optim = dataclasses.replace(OPTIM, warmup_steps=4, peak_lr=0.1, weight_decay=0.5)
 
     found = update(dataclasses.replace(optim, grad_clip=0.0), params, *gradients)
 
     # Rates 0.025 and 0.05, decay of the kernel only, betas 0.9 and 0.95.
-    moment = [(0.9 * 0.1 - 0.1) / (1 - 0.9**2), (1 - 0.95) * (0.95 + 1) / (1 - 0.95**2)]
-    second = 0.05 * moment[0] / moment[1] ** 0.5
+    moments = [(b + power) * (1 - b) / (1 - b**2) for b, power in ((0.9, -3), (0.95, 9))]
+    second = 0.05 * moments[0] / moments[1] ** 0.5
     np.testing.assert_allclose(found["bias"], 1 - 0.025 - second, rtol=1e-5)
-    kernel = 1 - 0.025 * (1 + 0.5)
-    np.testing.assert_allclose(found["kernel"], kernel * (1 - 0.05 * 0.5) - second, rtol=1e-5)
+    kernel = (1 - 0.025 * (1 + 0.5)) * (1 - 0.05 * 0.5) - second
+    np.testing.assert_allclose(found["kernel"], kernel, rtol=1e-5)

@@ -113,6 +113,7 @@ def test_events_after_the_last_checkpoint_of_a_crashed_run_are_superseded(tmp_pa
     Script().fit(run_dir)
 
     assert log.read_text().startswith(events)
+    assert list(values(run_dir, "resume", "event")) == [0, 9]
     for kind in ("train", "eval"):
         expected = values(tmp_path / "whole", kind, "loss")
         assert values(run_dir, kind, "loss") == expected
