@@ -63,8 +63,6 @@ CONFIG_NAMES = {  # in config.json and hparams.json
 GPT2_HEAD_DIM = 64  # in all sizes of GPT-2 and in the book
 MAX_MODEL_JSON_BYTES = 10_000_000
 BUFFER_ALIGNMENT = 64  # bytes; JAX on CPU uses arrays of this alignment without copying
-
-
 REFERENCE_PROMPT = "Every effort moves you"
 
 
