@@ -155,7 +155,7 @@ def test_a_run_can_be_resumed_on_another_mesh_and_with_an_allowed_change(finishe
 
 
 INVALID = {
-    "empty.txt": ({}, DataError, "no text"),
+    "empty.txt": ({}, DataError, r"val_fraction=0\.1"),
     "short.txt": ({}, DataError, r"model\.context"),
     "latin1.txt": ({}, DataError, r"latin1\.txt:2"),
     "missing.txt": ({}, DataError, r"missing\.txt"),
