@@ -12,7 +12,6 @@ from gptjax.checkpoint.manifest import CorruptCheckpointError, verify_manifest
 from gptjax.errors import ModelError
 from gptjax.fileio.atomic import fsync
 
-MIN_KEEP = 2  # valid steps that are always kept
 STEP_PATTERN = re.compile(r"(0|[1-9]\d{0,17})", re.ASCII)
 PARTIAL_PATTERN = re.compile(rf"{STEP_PATTERN.pattern}\.partial", re.ASCII)
 
@@ -92,11 +91,11 @@ def commit_step(checkpoint_dir: Path, step: int) -> None:
 def apply_retention(checkpoint_dir: Path, step: int, keep: int) -> None:
     """Deletes all but the newest `keep` steps, after `step` was committed.
 
-    At least `MIN_KEEP` are kept. Nothing is deleted unless another step verifies; the
-    newest such step is kept too, even if it is older.
+    Nothing is deleted unless another step verifies; the newest such step is kept too,
+    even if it is older.
     """
     older = [n for n in list_steps(checkpoint_dir) if n < step]
-    surplus = older[: max(len(older) + 1 - max(keep, MIN_KEEP), 0)]
+    surplus = older[: max(len(older) + 1 - keep, 0)]
     if not surplus:
         return
     valid_steps = (n for n in reversed(older) if check_step(checkpoint_dir, n) is None)

@@ -69,6 +69,9 @@ def test_a_step_with_any_altered_file_is_quarantined(tmp_path):
             assert "damaged" in warnings[0]
 
     assert latest_step(tmp_path) == (2, [])
+    path = tmp_path / "2" / manifest.MANIFEST
+    path.write_text(path.read_text().replace('"metadata": {}', '"metadata": {"best": 1}'))
+    assert latest_step(tmp_path)[0] == 1
 
 
 def test_restored_arrays_that_differ_from_the_saved_ones_are_quarantined(tmp_path):

@@ -31,8 +31,8 @@ def test_a_step_that_exceeds_memory_is_rejected_by_its_estimate_or_compiled_size
     check_estimated_memory(make_run(tmp_path))
     with pytest.raises(ConfigError, match=r"GiB .* data\.batch_size"):
         check_estimated_memory(make_run(tmp_path, model__d_model=2**16, model__n_layers=500))
-    sizes = {"output_size_in_bytes": 3, "alias_size_in_bytes": 3}
     free = estimate.free_memory()
+    sizes = {"output_size_in_bytes": free, "alias_size_in_bytes": free}
     check_compiled_memory(SimpleNamespace(temp_size_in_bytes=free // 2, **sizes))
     with pytest.raises(ConfigError, match=r"train\.accumulate"):
         check_compiled_memory(SimpleNamespace(temp_size_in_bytes=free * 2, **sizes))
@@ -42,6 +42,7 @@ def test_accumulate_0_chooses_the_fewest_micro_batches_that_fit(tmp_path, monkey
     needed = estimate.memory_bytes(
         estimate.resolve_config(make_config(tmp_path, train__accumulate=4))
     )
+    assert needed["AdamW moments"] == needed["gradients"] == 2 * needed["parameters"]
     limit = sum(needed.values()) / estimate.USABLE_MEMORY_FRACTION
     monkeypatch.setattr(estimate, "device_memory", lambda: limit)
     run = make_run(tmp_path, train__accumulate=0)
