@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 import gptjax
 from gptjax.config import GPTConfig
@@ -20,7 +19,6 @@ from gptjax.model.gpt import (
     lm_logits,
     unembedding_matrix,
 )
-from gptjax.model.layers import Dropout
 from gptjax.model.quantization import unstack_layers
 from gptjax.model.validation import expected_shapes
 from gptjax.training.loss import cross_entropy_sum
@@ -32,7 +30,6 @@ TINY = GPTConfig(vocab_size=V, context_length=T, **SHAPE)
 KEY = jax.random.key(0, impl="unsafe_rbg")  # compiles faster than the default
 TOKEN_BT = jnp.asarray(np.random.default_rng(1).integers(V, size=(B, T)), "int32")
 SEGMENT_BT = jnp.array([[3, 3, 3, 1, 1, 2, 2, 2]])
-LEAST = np.finfo(np.float32).min
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +79,7 @@ def input_gradients(config, params, segment_id_BT):
     return jax.jacrev(nats)(params["position_embedding"]["embedding"])
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "changes",
     [
@@ -101,7 +99,7 @@ def test_a_loss_has_no_gradient_from_later_inputs_and_other_documents(changes):
         np.testing.assert_array_equal(used_TS, np.tril(same_TS) if config.causal else same_TS)
 
 
-def test_prefixes_documents_and_rows_have_the_logits_that_they_have_alone():
+def test_prefixes_and_documents_have_the_logits_that_they_have_alone():
     params, half = draw_params(TINY), T // 2
     whole_BTV = logits(TINY, params, TOKEN_BT)
     segment_id_BT = jnp.repeat(jnp.array([[0, 1]]), half, axis=1).repeat(B, 0)
@@ -117,8 +115,6 @@ def test_prefixes_documents_and_rows_have_the_logits_that_they_have_alone():
     np.testing.assert_allclose(first_BTV, whole_BTV[:, :half], atol=1e-5)
     np.testing.assert_allclose(first_BTV, packed_BTV[:, :half], atol=1e-5)
     np.testing.assert_allclose(second_BTV, packed_BTV[:, half:], atol=1e-5)
-    swapped_BTV = logits(TINY, params, TOKEN_BT[::-1])
-    np.testing.assert_allclose(swapped_BTV, whole_BTV[::-1], atol=1e-5)
 
 
 @pytest.mark.fast
@@ -141,6 +137,7 @@ def test_a_row_fed_in_pieces_has_the_logits_of_the_whole_row(rows, changes):
     np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole_BTV, atol=1e-5)
 
 
+@pytest.mark.fast
 def test_rows_of_one_cache_may_be_at_different_positions():
     params = draw_params(TINY)
     layers, cache = unstack_layers(params), init_cache(TINY, B, T)
@@ -157,19 +154,20 @@ def test_rows_of_one_cache_may_be_at_different_positions():
         np.testing.assert_allclose(logit_BTV[:, 0], whole_BTV[jnp.arange(B), place_B], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["token_embedding", "output_embedding"])
-def test_padding_rows_of_the_vocabulary_are_never_predicted(name):
-    tied = name == "token_embedding"
-    config = dataclasses.replace(TINY, vocab_multiple=16, tie_embeddings=tied)
-    params = draw_params(config)
+@pytest.mark.fast
+def test_padding_rows_of_the_vocabulary_are_never_predicted():
     x_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, 8)), "float32")
+    for name in ("token_embedding", "output_embedding"):
+        tied = name == "token_embedding"
+        config = dataclasses.replace(TINY, vocab_multiple=16, tie_embeddings=tied)
+        params = draw_params(config)
 
-    logit_BTV = lm_logits(config, unembedding_matrix(config, params), x_BTD)
+        logit_BTV = lm_logits(config, unembedding_matrix(config, params), x_BTD)
 
-    assert logit_BTV.shape == (B, T, 64)
-    np.testing.assert_array_equal(logit_BTV[..., V:], LEAST)
-    expected_BTV = np.asarray(x_BTD) @ np.asarray(params[name]["embedding"][:V]).T
-    np.testing.assert_allclose(logit_BTV[..., :V], expected_BTV, atol=1e-5)
+        assert logit_BTV.shape == (B, T, 64)
+        np.testing.assert_array_equal(logit_BTV[..., V:], np.finfo(np.float32).min)
+        expected_BTV = np.asarray(x_BTD) @ np.asarray(params[name]["embedding"][:V]).T
+        np.testing.assert_allclose(logit_BTV[..., :V], expected_BTV, atol=1e-5)
 
 
 def test_each_dropout_key_layer_and_place_drops_others_and_no_key_none():
@@ -180,20 +178,18 @@ def test_each_dropout_key_layer_and_place_drops_others_and_no_key_none():
     blocks["attention"]["out"]["bias"] += 10  # layers add nothing but
     blocks["mlp"]["down"]["bias"] += 1  # dropout(10) + dropout(1)
 
-    def run(seed):
-        key = None if seed is None else jax.random.fold_in(KEY, seed)
+    def run(key):
         options = {"dropout_key": key, "capture": ("residual", "head_output")}
         _, kept = logits(config, params | {"blocks": blocks}, TOKEN_BT, **options)
         added_NBTD = np.round(np.diff(kept["residual"], axis=0), 3)
         return added_NBTD, np.asarray(kept["residual"][0]), np.round(kept["head_output"], 3)
 
-    added_NBTD, embedded_BTD, weight_NBTHK = run(0)
+    added_NBTD, embedded_BTD, weight_NBTHK = run(KEY)
     plain_NBTD, plain_BTD, plain_NBTHK = run(None)
 
     assert {*np.unique(plain_NBTD)} == {11}
     assert {*np.unique(added_NBTD)} == {0, 2, 20, 22}
-    np.testing.assert_array_equal(run(0)[0], added_NBTD)
-    for pair in ((added_NBTD, run(1)[0]), added_NBTD):
+    for pair in ((added_NBTD, run(jax.random.fold_in(KEY, 1))[0]), added_NBTD):
         assert 0.1 < np.mean(pair[0] == pair[1]) < 0.5  # 1/4
     kept_BTD = embedded_BTD != 0
     assert 0.3 < kept_BTD.mean() < 0.7
@@ -201,21 +197,6 @@ def test_each_dropout_key_layer_and_place_drops_others_and_no_key_none():
     np.testing.assert_array_equal(plain_NBTHK, 1)
     assert 0.7 < weight_NBTHK.mean() < 1.3
     assert len(np.unique(weight_NBTHK)) > 5
-
-
-def test_dropout_keeps_the_mean_and_drops_others_at_each_call():
-    class Twice(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            dropout = Dropout(0.25)
-            return dropout(x), dropout(x)
-
-    one, other = Twice().apply({}, jnp.ones((100, 100)), rngs={"dropout": KEY})
-
-    np.testing.assert_allclose(np.unique(one), [0, 1 / 0.75], rtol=1e-6)
-    # The mean of 1e4 draws deviates by sqrt(0.25 / 0.75 / 1e4) = 0.006.
-    assert abs(float(one.mean()) - 1) < 0.03
-    assert 0.5 < np.mean(one == other) < 0.75  # 0.625
 
 
 def mean_nats(config, params, token_BT, **options):
@@ -274,9 +255,5 @@ def test_apply_may_be_jitted_mapped_and_differentiated():
 
     loss_G, grads = jax.jit(jax.vmap(nats_and_grads, (None, 0)))(params, token_GBT)
 
-    logit_BTV = logits(config, params, TOKEN_BT)
-    log_prob_BTV = jax.nn.log_softmax(logit_BTV)
-    target_BT = np.roll(TOKEN_BT, -1, axis=1)
-    expected = -np.take_along_axis(np.asarray(log_prob_BTV), target_BT[..., None], -1).mean()
-    np.testing.assert_allclose(loss_G, [expected, expected], rtol=1e-5)
+    np.testing.assert_allclose(loss_G, [mean_nats(config, params, TOKEN_BT)] * 2, rtol=1e-5)
     assert all(np.any(leaf[n]) for leaf in jax.tree.leaves(grads) for n in range(2))

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import gptjax
@@ -15,10 +14,8 @@ from gptjax.training.finetune import (
     TRAINABLE_RULES,
     combine_params,
     merge_last_layers,
-    split_last_layers,
     split_trainable,
 )
-from gptjax.training.optimizer import decay_mask
 from gptjax.tree import flatten_with_names, num_params
 from tests.model.test_gpt import draw_params
 
@@ -28,10 +25,6 @@ CONFIG = GPTConfig(**MODEL)
 PARAMS = draw_params(CONFIG) | {"head": {"kernel": np.ones((8, 2), np.float32)}}
 KEY = jax.random.key(1)
 TOKEN_BT = jnp.arange(12).reshape(2, 6)
-
-
-def run_config(trainable):
-    return from_dict(RunConfig, {"model": MODEL, "finetune": {"trainable": trainable}})
 
 
 @jax.jit
@@ -44,16 +37,15 @@ def test_fresh_adapters_change_nothing_and_merged_ones_are_applied_ones():
     rng = np.random.default_rng(0)
     moved = jax.tree.map(lambda leaf: leaf + rng.normal(size=leaf.shape).astype("f4") / 5, fresh)
 
-    for adapters in (moved, scale_adapters(moved, 0.5)):
-        applied = hidden(PARAMS, adapters)
-        np.testing.assert_allclose(hidden(merge_adapters(PARAMS, adapters)), applied, atol=1e-4)
-        assert np.abs(applied - hidden(PARAMS)).max() > 1e-2
-
+    adapters = scale_adapters(moved, 0.5)
+    applied = hidden(PARAMS, adapters)
+    merged = merge_adapters(PARAMS, adapters)
+    np.testing.assert_allclose(hidden(merged), applied, atol=1e-4)
+    assert np.abs(applied - hidden(PARAMS)).max() > 1e-2
     np.testing.assert_allclose(hidden(PARAMS, fresh), hidden(PARAMS), atol=1e-5)
-    merged = [merge_adapters(PARAMS, scale_adapters(moved, scale)) for scale in (0.0, 1.0, 2.0)]
-    for names in ("attention/query", "attention/out", "mlp/up", "mlp/down"):
-        none, one, two = (flatten_with_names(p)[f"blocks/{names}/kernel"] for p in merged)
-        np.testing.assert_allclose(two - none, 2 * (one - none), atol=1e-5)
+    down, (a_NIR, b_NRO) = "blocks/mlp/down/kernel", moved["blocks"]["mlp"]["down"].values()
+    update = flatten_with_names(merged)[down] - flatten_with_names(PARAMS)[down]
+    np.testing.assert_allclose(update, 0.5 * a_NIR @ b_NRO, atol=1e-5)
 
 
 def test_only_the_named_layers_have_adapters_bounded_by_their_number_of_inputs():
@@ -92,27 +84,16 @@ def test_124m_has_the_published_numbers_of_trainable_parameters():
     assert num_params(last_block) == 7_090_946
 
 
-@pytest.mark.fast
-@pytest.mark.parametrize("layers", [1, 5])
-def test_a_stack_in_two_parts_computes_the_same(layers):
-    parts = split_last_layers(PARAMS, layers)
-
-    np.testing.assert_allclose(hidden(parts), hidden(PARAMS), atol=1e-5)
-    jax.tree.map(np.testing.assert_array_equal, merge_last_layers(parts), PARAMS)
-
-
 @pytest.mark.parametrize("trainable", TRAINABLE_RULES)
 def test_the_two_parts_are_the_whole(trainable):
-    c = run_config(trainable)
+    c = from_dict(RunConfig, {"model": MODEL, "finetune": {"trainable": trainable}})
     trained, frozen = split_trainable(c, PARAMS, KEY)
 
     together, adapters = combine_params(c, trained, frozen)
 
+    np.testing.assert_allclose(hidden(together, adapters), hidden(PARAMS), atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, merge_last_layers(together), PARAMS)
     assert (adapters is not None) == (trainable == "lora")
     assert "head" in trained
     sizes = num_params(trained) + num_params(frozen) - num_params(trained.get("adapters", {}))
     assert sizes == num_params(PARAMS)
-    assert set(flatten_with_names(decay_mask(trained))) == set(flatten_with_names(trained))
-    state = optax.adamw(1e-3).init(trained)
-    assert num_params(state) == 2 * num_params(trained) + 1  # two moments and a count

@@ -74,12 +74,10 @@ def test_only_kernels_and_the_table_of_outputs_are_rounded_to_half_a_step_of_the
     params = draw_params(CONFIG)
     rounded, again = fake_quantize(params), fake_quantize(fake_quantize(params))
 
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), again, rounded)
     for name, leaf in flatten_with_names(params).items():
         changed = name.endswith("/kernel") or name == "token_embedding/embedding"
         assert changed == np.any(flatten_with_names(rounded)[name] != leaf), name
-        np.testing.assert_allclose(
-            flatten_with_names(again)[name], flatten_with_names(rounded)[name], rtol=1e-6
-        )
     for name, axes in (("query", 1), ("out", (1, 2))):
         kernel, found = (tree["blocks"]["attention"][name]["kernel"] for tree in (params, rounded))
         step = np.abs(kernel).max(axes, keepdims=True) / INT8_MAX
@@ -93,7 +91,7 @@ def multiply(x_BI, kernel_OI):
     return decode_matmul(x_BI, whole), whole
 
 
-@pytest.mark.parametrize("rows", [1, 2, 11])
+@pytest.mark.parametrize("rows", [1, 11])
 def test_whole_numbers_multiply_as_exactly_as_rows_of_15_bits(rows):
     random = np.random.default_rng(rows)
     for size in (1e-20, 1e-3, 1.0, 1e4):
@@ -110,13 +108,11 @@ def test_whole_numbers_multiply_as_exactly_as_rows_of_15_bits(rows):
         assert np.all(np.abs(found - expected) <= bound)
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_the_largest_sums_of_whole_numbers_fit_in_32_bits(rows):
+def test_the_largest_sums_of_whole_numbers_fit_in_32_bits():
     kernel_OI = np.ones((3, 30_000), np.float32) * np.float32([[1], [-1], [0.5]])
-
-    found, _ = multiply(np.full((rows, 30_000), 2, np.float32), kernel_OI)
-
-    np.testing.assert_allclose(found, [[6e4, -6e4, 3e4]] * rows, rtol=1e-6)
+    for rows in (1, 2):
+        found, _ = multiply(np.full((rows, 30_000), 2, np.float32), kernel_OI)
+        np.testing.assert_allclose(found, [[6e4, -6e4, 3e4]] * rows, rtol=1e-6)
 
 
 def test_a_model_loaded_in_8_bits_writes_what_its_rounded_parameters_write(tmp_path):

@@ -173,14 +173,15 @@ def tpu_plan(arguments):
 @pytest.mark.slow
 def test_the_tpu_compiler_agrees_with_the_arithmetic_for_a_sharded_model():
     found = tpu_plan(
-        "gpt2_124m --topology v5e:2x4 --mesh.data 1 --mesh.fsdp 8 --train.accumulate 1 "
-        "--data.batch_size 64"
+        "tiny --topology v5e:2x4 --mesh.data 1 --mesh.fsdp 8 --model.d_model 256 "
+        "--model.n_heads 4 --model.n_layers 4 --model.context_length 512 "
+        "--model.vocab_multiple 128 --data.tokenizer gpt2 --data.batch_size 128 "
+        "--train.loss_chunk_size 64"
     )
 
     assert found["fits"]
-    assert found["memory_compiled"] < 16 * GIB
     # Never all parameters at once: at most the table of the vocabulary, in float32.
-    assert 0 < found["largest_gather"] <= 50_304 * 768 * 4
+    assert 0 < found["largest_gather"] <= 50_304 * 256 * 4
     assert found["memory_estimate"] == pytest.approx(found["memory_compiled"], rel=0.15)
 
 
