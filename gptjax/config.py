@@ -287,16 +287,12 @@ class MeshConfig:
     def __post_init__(self) -> None:
         """Rejects invalid axis sizes."""
         sizes = dataclasses.asdict(self)
-        for name, size in sizes.items():
-            if size < 1 and size != -1:
-                raise ConfigError(
-                    f"mesh.{name}={size} must be at least 1, or -1 for all remaining devices."
-                )
-        if list(sizes.values()).count(-1) > 1:
+        num_open = list(sizes.values()).count(-1)
+        if num_open > 1 or any(size < 1 and size != -1 for size in sizes.values()):
             given = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items())
             raise ConfigError(
-                f"{given}: at most one axis can be -1 (all remaining devices). Set the "
-                "others to a number of devices."
+                f"{given}: each size must be at least 1, but one may be -1 (all remaining "
+                "devices). Set the others to a number of devices."
             )
 
 

@@ -53,12 +53,6 @@ from gptjax.parallel import distributed
 distributed.INIT_TIMEOUT_SECONDS = 2
 distributed.initialize(sys.argv[1])
 """
-AUTO = """
-from gptjax.parallel import distributed
-distributed.initialize("auto")
-import jax
-print(jax.process_index(), jax.process_count(), jax.device_count())
-"""
 # Gloo writes this on stdout in pieces. Those of two threads can run together, and then
 # the number or the end of one has a line of its own.
 GREETING = r"\[Gloo\]|connected peer ranks|^\s*\d*\s*$"

@@ -150,11 +150,7 @@ def logical_to_spec(letters: str, rules: Mapping[str, Any]) -> P:
     """
     if rules is PARAM_RULES and letters.strip("N") == "D":  # vectors are not sharded
         return P(*[None] * len(letters))
-    axes = [rules.get(letter) for letter in letters]
-    flat = [axis for axis in axes if axis]
-    if len(flat) != len(set(flat)):
-        raise ValueError(f"axes {letters} map to {flat}, with one mesh axis twice.")
-    return P(*axes)
+    return P(*(rules.get(letter) for letter in letters))
 
 
 def constrain_param_grad(x: Array, letters: str) -> Array:

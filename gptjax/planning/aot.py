@@ -66,11 +66,8 @@ def get_target_devices(topology: Topology) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     name, _, _ = topology.name.partition(":")
-    topology_options = {"chips_per_host_bounds": [1, 1, 1]} if topology.devices == 1 else {}
-    topology_desc = get_topology_desc(
-        platform="tpu", topology_name=f"{name}:{topology.shape}", **topology_options
-    )
-    return list(topology_desc.devices)
+    options = {"chips_per_host_bounds": [1, 1, 1]} if topology.devices == 1 else {}
+    return list(get_topology_desc(f"{name}:{topology.shape}", "tpu", **options).devices)
 
 
 def compile_step(config: RunConfig, topology: Topology) -> CompileReport:
@@ -85,7 +82,6 @@ def compile_step(config: RunConfig, topology: Topology) -> CompileReport:
     )
     check_divisible(state.params, mesh)
     state_shardings = param_shardings(state, mesh)
-
     state = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         *(state, state_shardings),
@@ -93,8 +89,7 @@ def compile_step(config: RunConfig, topology: Topology) -> CompileReport:
     row_sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     shape = config.data.batch_size, config.model.context_length
     token_struct = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=row_sharding)
-    names = "tokens", "targets", "segment_ids", "positions"
-    batch = dict.fromkeys(names, token_struct)
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), token_struct)
     batch["loss_weights"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=row_sharding)
     loss = make_lm_loss_fn(config.model, config.train.loss_chunk_size)
     step = make_train_step(loss, optimizer, config.train.accumulate)

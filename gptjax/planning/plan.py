@@ -146,9 +146,6 @@ def format_plan(plan: Plan) -> list[str]:
             f"{format_bytes(report.temp_bytes)}; the estimate is "
             f"{plan.memory_estimate / report.peak_bytes - 1:+.0%} off"
         )
-    elif report:
-        needed = format_bytes(report.peak_bytes)
-        lines.append(f"compiler out of memory: needs {needed} per device")
     if n > 1:
         bytes_sent = format_bytes(plan.bytes_sent)
         lines.append(f"links    {bytes_sent} sent per device and step; estimated: {sent}")
@@ -173,13 +170,11 @@ def time_message(plan: Plan) -> str:
 
 def fits_message(plan: Plan) -> str:
     """Formats whether the run fits, and a fix if it does not."""
-    report = plan.compile_report
-    needed = report.peak_bytes if report else plan.memory_estimate
-    sizes = f"{format_bytes(needed)} of {format_bytes(plan.topology.chip.memory)}"
+    report, limit = plan.compile_report, plan.topology.chip.memory
+    needed = format_bytes(report.peak_bytes if report else plan.memory_estimate)
     basis = "compiler report" if report else "analytic estimate"
-    if plan.fits:
-        return f"fits     yes, {sizes} ({basis})"
-    return f"fits     NO, {sizes} ({basis}). {suggest_fix(plan)}"
+    sizes = f"{needed} of {format_bytes(limit)} ({basis})"
+    return f"fits     yes, {sizes}" if plan.fits else f"fits     NO, {sizes}. {suggest_fix(plan)}"
 
 
 def suggest_fix(plan: Plan) -> str:

@@ -51,14 +51,6 @@ def test_a_workload_does_as_many_units_as_it_reports(monkeypatch):
     assert found["save_s"] > found["save_blocks_s"] > 0
 
 
-def test_rates_are_units_per_second_without_the_warm_up(monkeypatch):
-    clock, runs = iter([0.0, 2.0, 10.0, 14.0]), []
-    monkeypatch.setattr(workloads.time, "perf_counter", lambda: next(clock))
-
-    assert workloads.measure_rates(lambda: runs.append(1) or 8, 2) == [4.0, 2.0]
-    assert len(runs) == workloads.WARMUP_RUNS + 2
-
-
 def test_training_is_swept_over_backends_and_rows_until_memory_is_full(monkeypatch):
     measure, lines = suite.measure_train_rate, []
 
@@ -101,15 +93,20 @@ def test_decoding_is_compared_with_the_faster_rate_of_the_memory(monkeypatch):
     assert rates.items() <= found.items()
 
 
-def test_a_rate_is_a_median_or_none_if_memory_is_full(monkeypatch):
-    options = options_of([])
-    monkeypatch.setattr(workloads, "measure_rates", lambda work, repeats: [4.0, 2.0, 8.0])
+def test_a_rate_is_the_median_in_units_per_second_or_none_if_memory_is_full(monkeypatch):
+    clock, runs, options = iter([0, 2, 10, 11, 20, 24] * 2), [], options_of([])
+    monkeypatch.setattr(workloads.time, "perf_counter", lambda: next(clock))
+
+    def make_work():
+        return lambda: runs.append(1) or 8
 
     def fail():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nAnd more.")
 
-    assert suite.try_measure(options, "load", "models/s", lambda: None) == 4.0
-    assert suite.try_measure(options, "import", "s", lambda: None) == 0.25
+    options = dataclasses.replace(options, repeats=3)
+    assert suite.try_measure(options, "load", "models/s", make_work) == 4.0
+    assert len(runs) == workloads.WARMUP_RUNS + 3
+    assert suite.try_measure(options, "import", "s", make_work) == 1 / 4
     assert suite.try_measure(options, "copy", "bytes/s", fail) is None
 
 

@@ -121,37 +121,25 @@ def test_prefixes_and_documents_have_the_logits_that_they_have_alone():
 @pytest.mark.parametrize(
     ("rows", "changes"), [(B, {}), (1, {"qkv_bias": False, "tie_embeddings": False})]
 )
-def test_a_row_fed_in_pieces_has_the_logits_of_the_whole_row(rows, changes):
+def test_rows_of_a_cache_at_different_positions_have_the_logits_of_whole_rows(rows, changes):
     config = dataclasses.replace(TINY, **changes)
-    params, token_BT = draw_params(config), TOKEN_BT[:rows]
+    params, lengths = draw_params(config), [6, 3][:rows]  # read at first
     layers, cache = unstack_layers(params), init_cache(config, rows, T)
     position_BT = jnp.arange(T)[None].repeat(rows, 0)
+    padded_BT = TOKEN_BT.at[1, 3:].set(V - 1)[:rows]  # must not be seen later
+    whole_BTV = logits(config, params, TOKEN_BT[:rows])
 
-    pieces = []
-    for first, last in ((0, 3), (3, 4), (4, 5), (5, 8)):
-        piece = slice(first, last)
-        logit_BTV, cache = extend(config, layers, token_BT[:, piece], position_BT[:, piece], cache)
-        pieces.append(logit_BTV)
-
-    whole_BTV = logits(config, params, token_BT)
-    np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole_BTV, atol=1e-5)
-
-
-@pytest.mark.fast
-def test_rows_of_one_cache_may_be_at_different_positions():
-    params = draw_params(TINY)
-    layers, cache = unstack_layers(params), init_cache(TINY, B, T)
-    padded_BT = TOKEN_BT.at[0, 3:].set(V - 1)  # must not be seen later
-    position_BT = jnp.arange(T)[None].repeat(B, 0)
-    whole_BTV = logits(TINY, params, TOKEN_BT)
-
-    for piece in (slice(0, 3), slice(3, 6)):
-        _, cache = extend(TINY, layers, padded_BT[:, piece], position_BT[:, piece], cache)
+    for first in (0, 3):
+        piece = slice(first, first + 3)
+        found, cache = extend(config, layers, padded_BT[:, piece], position_BT[:, piece], cache)
+        for row, length in enumerate(lengths):
+            if length > first:
+                np.testing.assert_allclose(found[row], whole_BTV[row, piece], atol=1e-5)
     for step in range(2):
-        place_B = jnp.array((3, 6)) + step  # row 0 continues after its third token
-        token_BT = TOKEN_BT[jnp.arange(B), place_B][:, None]
-        logit_BTV, cache = extend(TINY, layers, token_BT, place_B[:, None], cache)
-        np.testing.assert_allclose(logit_BTV[:, 0], whole_BTV[jnp.arange(B), place_B], atol=1e-5)
+        at_B = np.arange(rows), np.array(lengths) + step
+        position_B1 = jnp.asarray(at_B[1])[:, None]
+        found, cache = extend(config, layers, TOKEN_BT[at_B][:, None], position_B1, cache)
+        np.testing.assert_allclose(found[:, 0], whole_BTV[at_B], atol=1e-5)
 
 
 @pytest.mark.fast

@@ -6,20 +6,16 @@ same batches are compiled once and then read from a cache.
 
 import json
 import os
-import shutil
 import signal
 import sys
 import time
-from collections import Counter
 
 import numpy as np
 import pytest
 
 from gptjax.checkpoint.retention import list_steps
 from gptjax.parallel import distributed
-from gptjax.training.metrics import read_events
 from tests.processes import (
-    AUTO,
     BROKEN,
     IMPATIENT,
     OTHER,
@@ -28,7 +24,7 @@ from tests.processes import (
     exit_codes,
     last_step,
     losses,
-    mesh_flags,
+    make_different,
     run_here,
     started,
     train,
@@ -44,17 +40,11 @@ pytestmark = pytest.mark.mesh
 def compiled_once(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         cache = tmp_path_factory.mktemp("programs")
+        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
         yield
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    folder = write_config(tmp_path_factory.mktemp("alone"))
-    run_here(folder)
-    return np.array(losses(folder / "run"))
 
 
 def assert_end_together(processes, victim, number=signal.SIGKILL):
@@ -69,7 +59,7 @@ def assert_end_together(processes, victim, number=signal.SIGKILL):
 
 @pytest.mark.fast
 def test_processes_stop_and_end_together_and_their_run_goes_on_with_the_losses_of_one_device(
-    alone, tmp_path
+    tmp_path,
 ):
     """At first they share nothing but the checkpoints.
 
@@ -102,27 +92,12 @@ def test_processes_stop_and_end_together_and_their_run_goes_on_with_the_losses_o
         assert_end_together(lost, victim=1)
     assert f"resumed  run after step {step}" in lost[0].said()
 
-    shutil.copytree(run, write_config(tmp_path) / "run")
-    run_here(tmp_path)
-    here = np.array(losses(tmp_path / "run"))
+    run_here(folder)
+    run_here(write_config(tmp_path / "alone"))
+    here, alone = (np.array(losses(path)) for path in (run, tmp_path / "alone" / "run"))
+    assert len(here) == 20 + 2  # steps and evaluations
     np.testing.assert_array_equal(here[:, 0], alone[:, 0])
     np.testing.assert_allclose(here[:, 1], alone[:, 1], rtol=2e-6)
-    kinds = Counter(event["event"] for event in read_events(tmp_path / "run" / "metrics.jsonl"))
-    assert (kinds["train"], kinds["eval"]) == (20, 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("count", "sizes"), [(2, (8, 1, 1)), (4, (1, 8, 1)), (2, (1, 2, 4)), (4, (2, 2, 2))]
-)
-def test_each_mesh_of_many_processes_computes_what_one_device_does(alone, tmp_path, count, sizes):
-    write_config(tmp_path)
-    commands = train(count, "config.toml", "--run", "run", *mesh_flags(*sizes))
-
-    with started(commands, [tmp_path] * count, devices=8 // count) as processes:
-        assert exit_codes(processes) == [0] * count, processes[0].complained()
-
-    np.testing.assert_allclose(np.array(losses(tmp_path / "run"))[:, 1], alone[:, 1], rtol=2e-6)
 
 
 @pytest.mark.slow
@@ -151,8 +126,7 @@ def test_processes_that_would_not_do_the_same_all_say_so_and_end(tmp_path):
     folders = [write_config(tmp_path / host) for host in ("first", "second")]
     for folder in folders:
         write_tokenizer(folder, TEXT)
-    for change in OTHER.values():
-        change(commands[1], folders[1])
+    make_different(commands[1], folders[1])
 
     with started(commands, folders) as processes:
         assert exit_codes(processes) == [2, 2]
@@ -174,27 +148,3 @@ def test_a_process_without_the_others_says_so_and_ends(tmp_path):
 
     assert "timed out after 2 s" in process.complained()
     assert "Traceback" not in process.complained()
-
-
-@pytest.mark.slow
-def test_slurm_tells_the_processes_of_each_other(tmp_path):
-    first = 65_535 - 2**12 + 1  # of the ports that JAX takes by the number of the job
-    port = next(
-        p for p in range(first, 65_536) if not distributed.check_coordinator_port("auto", p)
-    )
-    slurm = {
-        "SLURM_JOB_ID": str(port - first),
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_STEP_NUM_NODES": "1",
-        "SLURM_NTASKS": "2",
-    }
-    commands = []
-    for number in ("0", "1"):
-        own = {"SLURM_PROCID": number, "SLURM_LOCALID": number}
-        words = [f"{name}={value}" for name, value in (slurm | own).items()]
-        commands.append(["env", *words, sys.executable, "-c", AUTO])
-
-    with started(commands, [tmp_path, tmp_path], devices=2) as processes:
-        assert exit_codes(processes) == [0, 0], processes[0].complained()
-
-    assert [one.said().split() for one in processes] == [["0", "2", "4"], ["1", "2", "4"]]

@@ -95,34 +95,24 @@ def test_accelerators_send_less_than_a_cpu_and_bfloat16_half_of_float32():
 
 LOOPS = """HloModule step, num_partitions=8
 
-%add (a: f32[], b: f32[]) -> f32[] {
-  ROOT %sum = f32[] add(%a, %b)
-}
-
 %inner (x: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
   %g = f32[32,8]{1,0} all-gather(%v), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
 }
-
 %inner_condition (x: (s32[], f32[4,8])) -> pred[] {
   %n = s32[] constant(7)
-  ROOT %less = pred[] compare(%i, %n), direction=LT
 }
-
 %outer.2 (x: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
   %w = (s32[], f32[4,8]) while(%t), condition=%inner_condition, body=%inner
-  %r = f32[10]{0} all-reduce(%y), channel_id=2, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+  %r = f32[10]{0} all-reduce(%y), channel_id=2, replica_groups={{0,1},{2,3},{4,5},{6,7}}
 }
-
 %outer_condition.2 (x: (s32[], f32[4,8])) -> pred[] {
   ROOT %less = pred[] compare(%i, %n), direction=LT
 }
-
 %shared (x: f32[]) -> bf16[6] {
   %p = bf16[6]{0} collective-permute(%h), channel_id=3, source_target_pairs={{0,1},{1,0}}
 }
-
 ENTRY %main (a: f32[4,8]) -> f32[4,8] {
-  %l = (s32[], f32[4,8]) while(%s), condition=%outer_condition.2, body=%outer.2, backend_config={"known_trip_count":{"n":"3"}}
+  %l = (s32[], f32[4,8]) while(%s), condition=%outer_condition.2, body=%outer.2, config={"known_trip_count":{"n":"3"}}
   %c = bf16[6] call(%z), to_apply=%shared
   %d = bf16[6] call(%z), to_apply=%shared
 }

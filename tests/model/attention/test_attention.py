@@ -58,13 +58,10 @@ def test_auto_is_the_fastest_that_supports_the_call(platform, changes, expected)
         )
 
 
-def test_a_config_can_name_every_backend_and_gets_it():
+def test_a_config_can_name_every_backend_and_a_gpu_is_one_that_has_cudnn_attention(monkeypatch):
     assert {*get_args(get_type_hints(GPTConfig)["attention"])} == {"auto", *BACKENDS}
     for name in BACKENDS:
         assert select_backend(name, SPEC._replace(platform=PLATFORMS.get(name, "cpu"))) == name
-
-
-def test_a_gpu_is_one_that_has_cudnn_attention(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for capability in ("7.5", "8.0", "10.0", "gfx90a"):  # 7.5 is Colab's T4
         gpu = types.SimpleNamespace(compute_capability=capability)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.errors import ConfigError
 from gptjax.model.attention import flash, reference
 from gptjax.model.attention.dispatch import BACKENDS, compute_attention
 from gptjax.model.attention.mask import AttentionMask
@@ -17,9 +16,9 @@ from gptjax.runtime.device import target_platform
 B, H, K = 2, 2, 8
 LENGTHS = {"splash": 128}  # the shortest row of the TPU's kernel; of others SHORT
 SHORT, NEW = 42, 5  # NEW queries read a cache
-# bfloat16 keeps 8 bits, float16 11. Weights, their gradients and the result are rounded
-# once each, and the largest numbers here are below 4.
-TOLERANCE = {"float32": 5e-6, "bfloat16": 4e-2, "float16": 5e-3}
+# bfloat16 keeps 8 bits. Weights, their gradients and the result are rounded once each,
+# and the largest numbers here are below 4.
+TOLERANCE = {"float32": 5e-6, "bfloat16": 4e-2}
 CASES = ("causal", "not causal", "packed", "packed, not causal", "decode")
 HERE = [name for name in BACKENDS if name != "cudnn"]
 
@@ -123,11 +122,9 @@ def test_a_backend_computes_the_formula_and_its_gradients(backend):
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(program(large)))
 
 
-@pytest.mark.parametrize(
-    ("backend", "dtype"), [*((name, "bfloat16") for name in BACKENDS), ("cudnn", "float16")]
-)
-def test_a_backend_computes_the_formula_in_16_bits(backend, dtype):
-    check(backend, CASES[:4] if backend == "cudnn" else ("packed",), dtype)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_computes_the_formula_in_16_bits(backend):
+    check(backend, CASES[:4] if backend == "cudnn" else ("packed",), "bfloat16")
 
 
 def test_what_cudnn_is_asked_for_is_the_formula(monkeypatch):
@@ -142,15 +139,3 @@ def test_what_cudnn_is_asked_for_is_the_formula(monkeypatch):
     monkeypatch.setattr(device, "target_platform", lambda: "gpu")
 
     check("cudnn", CASES, "bfloat16")
-
-
-def test_cudnn_itself_reads_a_cache():
-    """Forward alone: it has no gradients for an odd number of queries."""
-    with pytest.raises(ConfigError, match="'cudnn' failed"):
-        check("cudnn", ("decode",), "bfloat16")
-    mask = AttentionMask(jnp.asarray(make_mask("decode", SHORT)[0].query_position_BT))
-
-    out_BTHK = compute_attention(*draw_arrays("decode", SHORT, "bfloat16")[:3], mask)
-
-    wanted_BTHK = expected("decode", SHORT, "bfloat16")[0]
-    np.testing.assert_allclose(np.asarray(out_BTHK, float), wanted_BTHK, rtol=0, atol=4e-2)
