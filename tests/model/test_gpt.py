@@ -79,7 +79,6 @@ def input_gradients(config, params, segment_id_BT):
     return jax.jacrev(nats)(params["position_embedding"]["embedding"])
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize(
     "changes",
     [
@@ -142,7 +141,6 @@ def test_rows_of_a_cache_at_different_positions_have_the_logits_of_whole_rows(ro
         np.testing.assert_allclose(found[:, 0], whole_BTV[at_B], atol=1e-5)
 
 
-@pytest.mark.fast
 def test_padding_rows_of_the_vocabulary_are_never_predicted():
     x_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, 8)), "float32")
     for name in ("token_embedding", "output_embedding"):

@@ -57,7 +57,6 @@ def assert_end_together(processes, victim, number=signal.SIGKILL):
     until(lambda: distributed.LOST_MESSAGE in other.complained())
 
 
-@pytest.mark.fast
 def test_processes_stop_and_end_together_and_their_run_goes_on_with_the_losses_of_one_device(
     tmp_path,
 ):
@@ -139,7 +138,6 @@ def test_processes_that_would_not_do_the_same_all_say_so_and_end(tmp_path):
     until(lambda: not os.listdir(folders[1] / "scratch1"))
 
 
-@pytest.mark.fast
 def test_a_process_without_the_others_says_so_and_ends(tmp_path):
     command = [sys.executable, "-c", IMPATIENT, train(2)[0][-1]]
 
