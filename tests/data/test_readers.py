@@ -1,21 +1,17 @@
 """Files are read as Python's own readers do, or rejected with file and line."""
 
-import csv
 import gzip
-import io
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gptjax.data import readers
 from gptjax.data.classification import read_labeled_texts
 from gptjax.data.conversations import read_conversations, read_preference_pairs
-from gptjax.data.readers import guess_text_column, read_csv_records, read_rows, read_text_file
+from gptjax.data.readers import guess_text_column, read_rows, read_text_file
 from gptjax.data.text import find_sources, iter_chunks
 from gptjax.errors import DataError
-from tests.data.tables import csv_text, quick, write
+from tests.data.tables import csv_text, write
 
 TEXTS = ["first", 'two\nlines, "quoted"\t', "🙂 <|endoftext|>"]
 OBJECTS = [{"n": "1", "text": t} for t in TEXTS]
@@ -135,28 +131,6 @@ def test_invalid_files_are_rejected_with_their_place(tmp_path):
         message = str(error.value)
         assert f"{path}{start}" in message if not start else message.startswith(f"{path}{start}")
         assert value in message
-
-
-@quick
-@given(st.text(st.sampled_from('ab\t,"\n'), max_size=30), st.sampled_from([",", "\t"]))
-def test_fields_are_those_of_pythons_csv_unless_a_quote_is_open(tmp_path, content, delimiter):
-    # A row after the last one is swallowed where a quote is open.
-    ended = content if content.endswith("\n") or not content else content + "\n"
-    lines = io.StringIO(ended + "end", newline="")
-    try:
-        *expected, last = csv.reader(lines, delimiter=delimiter, strict=delimiter == ",")
-    except csv.Error:
-        expected, last = [], []
-    expected = [fields for fields in expected if fields]
-    is_valid = last == ["end"] and len(set(map(len, expected))) < 2
-
-    try:
-        records = list(read_csv_records(write(tmp_path / "a", content), delimiter))
-    except DataError:
-        assert not is_valid
-    else:
-        assert is_valid
-        assert [fields for _, fields in records] == expected
 
 
 def test_blocks_may_split_characters(tmp_path, monkeypatch):

@@ -1,14 +1,21 @@
-"""Truncation of conversations, and batches of all kinds."""
+"""Loss masks and losses of conversations, truncation, and batches of all kinds."""
 
+import jax
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import gptjax
+from gptjax.config import RunConfig
 from gptjax.data.bucketing import buckets
 from gptjax.data.classification import ClassificationBatches
 from gptjax.data.conversations import Conversation
 from gptjax.data.sft import (
+    TRAIN_ON_ALL,
+    TRAIN_ON_COMPLETIONS,
     Example,
     PreferenceBatches,
     encode_conversations,
@@ -17,9 +24,79 @@ from gptjax.data.sft import (
     truncate_left,
 )
 from gptjax.errors import ConfigError
+from gptjax.tasks.sft import sft_loss_fn
 from gptjax.tokenizer.chat_template import load_chat_template
-from gptjax.tokenizer.tokenizer import load_tokenizer
+from gptjax.training.train_step import init_state
 from tests.data.tables import quick
+from tests.small_models import make_model
+
+MODEL = make_model(context_length=40, n_layers=1, d_model=8)
+ROLES = ("user", "assistant")
+EOT = MODEL.tokenizer.eot_token
+CHATS = [
+    [("Hé", "Ho")],
+    [("a", "b"), ("c", "漢 d")],
+    [("q" * 9, "<|endoftext|>")],
+    [("a", "b")] * 3,
+]
+
+
+def encode_chats(kinds):
+    chats = [
+        [{"role": r, "content": t} for turn in turns for r, t in zip(ROLES, turn, strict=True)]
+        for turns in CHATS
+    ]
+    conversations = [Conversation(tuple(chat), {}, "a:1") for chat in chats]
+    return encode_conversations(MODEL.tokenizer, load_chat_template("qa"), conversations, kinds)
+
+
+@pytest.mark.parametrize("train_on", [TRAIN_ON_COMPLETIONS, TRAIN_ON_ALL])
+def test_answers_with_their_end_are_trained_on_and_prompts_on_request(train_on):
+    expected = []
+    for turns in CHATS:
+        tokens = []
+        for n, (user, answer) in enumerate(turns):
+            prompt = ("\n" if n else "") + f"Q: {user}\nA: "
+            tokens += [(byte, "prompt" in train_on) for byte in prompt.encode()]
+            tokens += [(byte, True) for byte in [*answer.encode(), EOT]]
+        expected.append([(tokens[0][0], False), *tokens[1:]])
+
+    examples = encode_chats(train_on)
+
+    assert [list(zip(x.ids, x.loss_mask, strict=True)) for x in examples] == expected
+    system = Conversation(({"role": "system", "content": "a"},), {}, "rows.jsonl:1")
+    with pytest.raises(ConfigError, match=r"rows\.jsonl:1: "):
+        encode_conversations(MODEL.tokenizer, load_chat_template("single"), [system])
+
+
+@pytest.mark.parametrize(
+    ("batching", "accumulate", "devices"), [("padded", 1, 1), ("packed", 2, 2)]
+)
+def test_losses_are_those_of_one_conversation_at_a_time(batching, accumulate, devices):
+    examples, nothing = encode_chats(TRAIN_ON_COMPLETIONS), optax.set_to_zero()
+    masked = [Example(ids, [False] * len(ids), spans) for ids, _, spans in examples]
+    state = init_state(MODEL.params, nothing, jax.random.key(0))
+    sharding = NamedSharding(Mesh(jax.devices()[:devices], ("data",)), PartitionSpec("data"))
+
+    def loss_fn(params, batch, key):
+        return sft_loss_fn(RunConfig(model=MODEL.config), params, None, batch, key)
+
+    step = jax.jit(gptjax.make_train_step(loss_fn, nothing, accumulate))
+    all_metrics = []
+    for x in (examples, masked):
+        batches = make_sft_batches(batching, x, rows=4, context=40, pad_id=EOT, seed=0)
+        assert batches.steps_per_epoch == 1
+        all_metrics.append(step(state, jax.device_put(batches.batch_at(0), sharding))[1])
+
+    nats, apply = [], jax.jit(gptjax.apply, static_argnums=0)
+    for ids, mask, _ in examples:
+        token_T = np.array([*ids, *[EOT] * 41][:41])
+        logit_BTV = apply(MODEL.config, MODEL.params, token_T[None, :-1])
+        nat_T = optax.softmax_cross_entropy_with_integer_labels(logit_BTV[0], token_T[1:])
+        nats += [x for x, counts in zip(nat_T.tolist(), mask[1:], strict=False) if counts]
+    found, without = all_metrics
+    assert (float(found.loss), float(found.tokens)) == (pytest.approx(np.mean(nats)), len(nats))
+    assert (float(without.loss), float(without.grad_norm), bool(without.applied)) == (0, 0, True)
 
 
 def make_example(length, answer=1, first=0):
@@ -129,6 +206,3 @@ def test_packing_and_buckets_waste_few_positions():
     assert shares[0] > shares[1] > 0.65
     with pytest.raises(ConfigError, match=r"data\.batching=concat"):
         make_sft_batches("concat", examples, rows=8, context=64, pad_id=0, seed=0)
-    system = Conversation(({"role": "system", "content": "a"},), {}, "rows.jsonl:1")
-    with pytest.raises(ConfigError, match=r"rows\.jsonl:1: "):
-        encode_conversations(load_tokenizer("bytes"), load_chat_template("single"), [system])

@@ -57,18 +57,19 @@ def test_a_folder_stays_if_the_new_one_cannot_take_its_place(folder, monkeypatch
     assert os.listdir(folder) == ["old"]
 
 
-def test_a_file_system_that_cannot_flush_folders_is_no_error(tmp_path, monkeypatch):
-    fsync = os.fsync
+def test_files_and_folders_are_flushed_where_the_file_system_can(tmp_path, monkeypatch):
+    flushed = []
 
     def only_files(descriptor):
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        flushed.append(stat.S_ISDIR(os.fstat(descriptor).st_mode))
+        if flushed[-1]:
             raise OSError(errno.EINVAL, "invalid argument")
-        fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", only_files)
     write_atomic(tmp_path / "a.txt", "a")
 
     assert (tmp_path / "a.txt").read_text() == "a"
+    assert flushed == [False, True]  # the file, then its folder
 
 
 def test_a_file_does_not_replace_a_folder(folder):

@@ -1,8 +1,8 @@
 """A preview shows the tokens of training; text in the data cannot alter its form."""
 
+import html
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
 
@@ -24,7 +24,6 @@ HOSTILE = (
 )
 TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "pre", "span", "mark"}
 TAGS |= {"s", "img"}
-ATTRIBUTES = {"lang", "charset", "http-equiv", "content", "name", "class", "title", "alt", "src"}
 
 
 def preview_of(folder, *rows, name="rows.jsonl", **options):
@@ -88,29 +87,6 @@ def test_terminal_marks_trained_and_truncated_tokens_with_and_without_color(tmp_
     assert list(axes.lines[0].get_xdata()) == [61, 61]
 
 
-class Page(HTMLParser):
-    """Elements, attributes and text of a page whose elements are all closed."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes, self.open, self.text = set(), set(), [], ""
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.attributes |= {name for name, _ in attrs}
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
 def test_hostile_texts_change_neither_terminal_nor_page(tmp_path):
     rows = [
         {"instruction": HOSTILE, "output": HOSTILE, "other": "\ud800\x9b"},
@@ -125,11 +101,11 @@ def test_hostile_texts_change_neither_terminal_nor_page(tmp_path):
     uncolored = re.sub(r"\x1b\[(32;4|2|2;9)(;7)?m([^\x1b]*)\x1b\[0m", r"\3", color)
     assert uncolored == sanitize(uncolored)
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    page = Page(text)
-    assert (page.tags - TAGS, page.attributes - ATTRIBUTES) == (set(), set())
+    assert {tag.lower() for tag in re.findall(r"<[/!]?([^\s>]*)", text)} - TAGS == {"doctype"}
+    content = html.unescape(re.sub(r"<[^>]*>", "", text))
     for row in preview.rows:
-        assert sanitize(preview.tokenizer.decode(row.ids)).replace("\n", "↵\n") in page.text
-    assert not re.search(r"https?:|url\(|href=|@import|<script|src=\"(?!data:image/png;)", text)
+        assert sanitize(preview.tokenizer.decode(row.ids)).replace("\n", "↵\n") in content
+    assert not re.search(r"https?:|url\(|href=|@import|src=\"(?!data:image/png;)", text)
     assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in text
     with pytest.raises(DataError, match=r"page\.html"):
         write_html(preview, tmp_path / "page.html" / "more.html", 1)
