@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import json
+import math
 import signal
 
 import jax
@@ -206,11 +207,17 @@ def test_the_command_line_classifies_and_evaluates_texts_and_files(finished, tmp
     capsys.readouterr()
     assert main(["eval", folder, "--classification-data", words, "--json"]) == 0
     numbers = json.loads(capsys.readouterr().out)
+    out = str(tmp_path / "out.csv")
+    assert main(["eval", folder, "--classification-data", out, "--json"]) == 0
+    of_predictions = json.loads(capsys.readouterr().out)
 
     assert [line.split()[0] for line in lines] == [row["label"] for row in rows]
     assert [row["id"] for row in rows] == ["1", "2"]
     assert numbers["texts"] == 120
     assert numbers["accuracy low 95%"] <= numbers["accuracy"] > 0.8
+    assert of_predictions["accuracy"] == 1
+    nats = [-math.log(float(row["probability"])) for row in rows]
+    assert of_predictions["loss"] == pytest.approx(sum(nats) / 2, abs=1e-5)
     (tmp_path / "new.csv").write_text("text,label\nabba,vowel\ndodo,new\n")
     assert main(["eval", folder, "--classification-data", str(tmp_path / "new.csv")]) == 2
     assert "'new'" in capsys.readouterr().err

@@ -163,7 +163,7 @@ def test_eval_writes_responses_and_judgements(finished, tmp_path, capsys):
 def test_invalid_data_and_options_are_reported(tmp_path):
     for changes, error, message in [
         ({"data__chat_template": "alpca"}, ConfigError, r"'alpca'.*alpaca"),
-        ({"data__batching": "concat"}, DataError, r"data\.batching=concat"),
+        ({"data__batching": "concat"}, ConfigError, r"data\.batching=concat"),
         ({"model__context_length": 1}, DataError, r"train .*model\.context_length=1"),
         ({"data__tokenizer": "bpe:x"}, ConfigError, r"data\.tokenizer='bpe:x'"),
     ]:
