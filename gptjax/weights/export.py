@@ -142,6 +142,7 @@ def write_hf(model: Model, folder: Path) -> None:
     _write_json(folder / "config.json", hf_config)
     special_tokens = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
     _write_json(folder / "generation_config.json", special_tokens)
+    (folder / "README.md").write_text(model_card(model), encoding="utf-8")
 
 
 def write_book(model: Model, folder: Path) -> None:
@@ -168,3 +169,30 @@ EXPORT_WRITERS: dict[str, Callable[[Model, Path], None]] = {"hf": write_hf, "boo
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes an indented JSON file."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def model_card(model: Model) -> str:
+    """Returns the model card (README.md) of an exported folder."""
+    c = model.config
+    task, auto_class, title = "text-generation", "AutoModelForCausalLM", "A GPT-2"
+    if model.labels:
+        task, auto_class = "text-classification", "AutoModelForSequenceClassification"
+        title = f"A classifier ({', '.join(model.labels)}) on GPT-2"
+    return f"""---
+library_name: transformers
+pipeline_tag: {task}
+tags: [gpt2, gptjax]
+---
+
+# {title} with {num_params(model.params):,} parameters
+
+{c.n_layers} layers, {c.n_heads} heads, width {c.d_model}, context {c.context_length},
+{c.vocab_size:,} tokens ({model.tokenizer.name}). Written by gptjax.
+
+```python
+from transformers import AutoTokenizer, {auto_class}
+
+model = {auto_class}.from_pretrained("THIS FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
+```
+"""

@@ -154,6 +154,8 @@ def test_a_classifier_is_exported_with_its_labels(tmp_path):
     assert loaded.labels == ("a", "b", "c")
     assert loaded.config.tie_embeddings  # no head for tokens is exported
     np.testing.assert_array_equal(loaded.params["head"]["kernel"], model.params["head"]["kernel"])
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "AutoModelForSequenceClassification" in card
     for id2label in ({"0": "a", "2": "c"}, {"0": 1}, {}, 3):
         change_config(tmp_path / "out", id2label=id2label)
         with pytest.raises(ModelError, match="id2label"):
