@@ -84,3 +84,9 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the folder of real data {folder} is not on this machine")
     return folder
+
+
+@pytest.fixture(scope="session")
+def verdict(shared_data: Path) -> str:
+    """The text of the book's chapters 2 and 5."""
+    return (shared_data / "the-verdict.txt").read_text(encoding="utf-8")

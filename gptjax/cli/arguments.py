@@ -74,15 +74,15 @@ class ConfigCommand(Command):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Adds the options of the config."""
         super().__init__(*args, **kwargs)
-        self.flags = {name.replace(".", "__"): f"--{name}" for name in config_options()}
-        for name, field in config_options().items():
-            self.params.append(make_config_option(name, field))
+        self.params += [make_config_option(*item) for item in config_options().items()]
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""
-        given = {flag: ctx.params.pop(name) for name, flag in self.flags.items()}
-        words = [(flag, value) for flag, value in given.items() if value is not None]
-        ctx.params["overrides"] = [word for pair in words for word in pair]
+        overrides: list[str] = []
+        for name in config_options():
+            if (value := ctx.params.pop(name.replace(".", "__"))) is not None:
+                overrides += [f"--{name}", value]
+        ctx.params["overrides"] = overrides
         return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -125,7 +125,6 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         overrides: words such as `["--train.steps", "20", "--model.dropout", "0.1"]`.
     """
     table: Any = dataclasses.asdict(config)
-    known = config_options()
     for index in range(0, len(overrides), 2):
         flag, *values = overrides[index : index + 2]
         section, _, key = flag.removeprefix("--").partition(".")
@@ -133,11 +132,10 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
             raise ConfigError(
                 f"{flag!r} is not an option with a value. Write --section.option VALUE."
             )
-        field = known.get(f"{section}.{key}")
-        parse = PARSERS.get(field.type) if field else None
         value: Any = values[0]
-        with contextlib.suppress(ValueError, KeyError):  # `from_dict` rejects the text
-            value = parse(value) if parse else value
+        if field := config_options().get(f"{section}.{key}"):
+            with contextlib.suppress(ValueError, KeyError):  # `from_dict` rejects the text
+                value = PARSERS.get(field.type, str)(value)
         table.setdefault(section, {})[key] = value
     return from_dict(RunConfig, table)
 
@@ -163,10 +161,10 @@ def value_option(
     Args:
         name: with its dashes.
         text: description.
-        default: determines the type, unless `settings` does.
+        default: determines the type, unless `settings` of `click.option` do.
         shown: description of a default that is None or "".
         dest: parameter of the function, if it has another name.
-        settings: of `click.option`.
+        settings: further arguments of `click.option`.
     """
     if not settings.get("required"):
         text += f"  [default: {shown if default in (None, '') else default}]"

@@ -52,18 +52,6 @@ def test_the_batches_of_chapter_5_have_the_order_of_pytorch():
         epochs(3, 4)
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS)
-def test_the_steps_of_a_run_are_those_of_the_epochs(chapter):
-    train, _, size, every, _, after = chapter
-
-    schedule = plan(*chapter)
-
-    order = epochs(train, size, 123, eval_every=every, eval_after=after)
-    steps = itertools.islice(itertools.chain.from_iterable(order), 300)
-    assert schedule.train_batches == list(steps)
-    assert sorted(schedule.eval_batches)[:3] == [1, every + 1, 2 * every + 1]
-
-
 @pytest.mark.peers
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("chapter", CHAPTERS)
