@@ -42,7 +42,6 @@ def folders(tmp_path_factory):
     return (tmp_path_factory.mktemp("prepare") for _ in iter(int, 1))
 
 
-@pytest.mark.fast
 @quick
 @given(
     st.lists(texts.filter(bool), min_size=2, max_size=8),
@@ -64,7 +63,6 @@ def test_every_document_reaches_exactly_one_split(folders, documents, fraction, 
     assert [s["documents"] for s in info.meta["splits"].values()] == [len(kept), len(held_out)]
 
 
-@pytest.mark.fast
 def test_the_stream_and_its_summary_are_as_documented(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"body": x} for x in ("ab", "", "c<|endoftext|>")])
 
@@ -106,7 +104,6 @@ def test_the_result_depends_neither_on_workers_nor_on_chunks(tmp_path, monkeypat
         assert tokens.read(0, len(tokens)).tolist() == ids
 
 
-@pytest.mark.fast
 def test_the_same_call_does_nothing_and_another_is_rejected(tmp_path, monkeypatch):
     path = jsonl(tmp_path / "a.jsonl", TEXTS)
     out = tmp_path / "out"
@@ -173,21 +170,6 @@ def test_prepared_data_is_opened_only_with_its_own_tokenizer(tmp_path):
     train_tokenizer(words, 260).save(tmp_path / "bpe" / "tokenizer")
     with pytest.raises(DataError, match="hash"):
         open_prepared(tmp_path / "bpe")
-
-
-def test_external_tokens_are_opened_with_the_configured_tokenizer(tmp_path):
-    config = DataConfig(source=str(tmp_path), tokenizer="bytes")
-    for name in ("val.ds", "train.ds"):
-        np.array([*b"ab", EOT, *b"c", EOT], "<u2").tofile(tmp_path / name)
-        np.array([3, 5], "<u8").tofile(tmp_path / f"{name}.index")
-        if name == "val.ds":
-            with pytest.raises(DataError, match=f"{tmp_path} has validation"):
-                open_dataset(config, tmp_path / "run")
-
-    train, validation, tokenizer = open_dataset(config, tmp_path / "run")
-
-    assert train.read(0, 5).tolist() == validation.read(0, 5).tolist() == [*b"ab", EOT, *b"c", EOT]
-    assert (train.eot, train.vocab_size) == (tokenizer.eot_token, tokenizer.vocab_size)
 
 
 def test_real_texts_are_prepared_as_nanogpt_counts_them(tmp_path, shared_data):

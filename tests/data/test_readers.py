@@ -51,7 +51,6 @@ YES, SYSTEM = USER | {"role": "assistant"}, USER | {"role": "system"}
 AB, BOTH = {"prompt": "a", "completion": "b"}, {"chosen": "y", "rejected": "n"}
 INVALID = [  # reader, file, content, start of the message, value in it
     (rows_of, "a.jsonl", '"a"\n\n{"text": ', ":3: ", "not JSON"),
-    (rows_of, "a.jsonl", '"a" "b"', ":1: ", "not JSON"),
     (rows_of, "a.jsonl", b'"a"\n"\xff"', ":2: ", "0xff"),
     (rows_of, "a.jsonl", '"a"\n"\0"', ":2: ", "NUL"),
     (rows_of, "a.json", '\n{"text": "a"}', ":1: ", "["),
@@ -65,8 +64,6 @@ INVALID = [  # reader, file, content, start of the message, value in it
     (rows_of, "a.tsv", 'id\ttext\n1\tb\n2\t"b', ":3: ", "quote"),
     (texts_of, "a.jsonl", '{"body": "b"}\n{"bod": "b"}', ":2: ", "'body'. Did you mean bod?"),
     (texts_of, "a.jsonl", '{"text": "b"}\n{"text": null}', ":2: ", "'text' is None"),
-    (texts_of, "a.jsonl", '{"text": "b"}\n"b"', ":2: ", "'text'"),
-    (texts_of, "a.jsonl", '"b"\n3', ":2: ", "3"),
     (texts_of, "a.jsonl", '"b"\n"\\ud800"', ":2: ", r"'\ud800'"),
     (texts_of, "a.jsonl", '"b"\n"\\u0000"', ":2: ", "NUL"),
     (texts_of, "a.csv", "title,author\nb,c", ":2: ", "data.text_column"),
@@ -74,21 +71,17 @@ INVALID = [  # reader, file, content, start of the message, value in it
     (read_labeled_texts, "a.csv", "text,label\na,x\n ,y\n", ":3: ", "empty"),
     (read_labeled_texts, "a.csv", "text,label\na,x\nb, \n", ":3: ", "'label'"),
     (read_labeled_texts, "a.json", "[]", " ", "no rows"),
-    (read_labeled_texts, "a.csv", "text,label\n", " ", "no rows"),
     (read_labeled_texts, "a.jsonl", '{"text": "a", "label": [1]}', ":1: ", "[1]"),
     (read_labeled_texts, "a.jsonl", "[1]", ":1: ", "[1]"),
     (read_labeled_texts, "a.csv", "text,label\na,ham\nb,ham\n", ", column 'label': ", "'ham'"),
-    (read_labeled_texts, "a.csv", "a,b,c\n1,2,3\n", ":2: ", "--data.text_column"),
     (read_labeled_texts, "a.csv", "review,comment,label\na,b,c\n", ":2: ", "--data.text_column"),
     (read_labeled_texts, "a.csv", "text,\na,b\nc,b\n", ":2: ", "--data.label_column"),
     (read_labeled_texts, "a.png", "", "", ".csv"),
-    (read_conversations, "a.json", "[]", " ", "no rows"),
     (read_conversations, "a.txt", "a", "", ".jsonl"),
     (read_conversations, "a.jsonl", to_jsonl({"a": "b"}), ":1: ", "prompt, completion"),
     (read_conversations, "a.jsonl", to_jsonl(AB, {}), ":2: ", "'prompt'"),
     (read_conversations, "a.jsonl", to_jsonl(AB, "hello"), ":2: ", "'hello'"),
     (read_conversations, "a.jsonl", to_jsonl(AB | {"completion": 5}), ":1: ", "'completion' is 5"),
-    (read_conversations, "a.jsonl", to_jsonl(AB | {"system": 1}), ":1: ", "'system' is 1"),
     (read_conversations, "a.jsonl", to_jsonl(AB | {"completion": [YES] * 3}), ":1: ", "has 3"),
     (read_conversations, "a.jsonl", to_jsonl(AB | {"split": "trian"}), ":1: ", "mean train?"),
     (
@@ -98,7 +91,6 @@ INVALID = [  # reader, file, content, start of the message, value in it
     *(
         (read_conversations, "a.jsonl", to_jsonl({"messages": messages}), f":1{start}", value)
         for messages, start, value in [
-            ("hello", ": ", "'hello'"),
             ([USER, 5], ", message 2: 5 ", ""),
             ([{"role": "user"}], ", message 1: ", "'content'"),
             ([USER | {"role": "tool"}], ", message 1: ", "'tool'"),
@@ -106,7 +98,6 @@ INVALID = [  # reader, file, content, start of the message, value in it
             ([USER | {"content": [{"type": "image_url"}]}], ", message 1: ", "'text'"),
             ([SYSTEM, USER, YES, USER], ": ", "system, user, assistant, user"),
             ([SYSTEM, YES], ": ", "system, assistant"),
-            ([SYSTEM], ": ", "system"),
         ]
     ),
     *(
@@ -117,7 +108,6 @@ INVALID = [  # reader, file, content, start of the message, value in it
             (AB | BOTH | {"rejected": ""}, "'rejected'"),
             ({"instruction": []} | BOTH, "'instruction' is []"),
             ({"chosen": [SYSTEM, USER, YES], "rejected": [USER, YES], "system": "s"}, "'system'"),
-            (AB, "prompt, completion"),
         ]
     ),
 ]

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gptjax.config import DataConfig
 from gptjax.data import token_files
+from gptjax.data.prepare import open_dataset
 from gptjax.data.token_files import (
     TOKEN_FILES_FORMAT,
     ShardWriter,
-    open_external,
     open_split,
     token_dtype,
     verify_prepared,
@@ -143,19 +144,20 @@ def test_invalid_metadata_is_rejected(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
-def test_files_of_datatrove_are_read(tmp_path, dtype):
-    for number in range(2):
-        path = tmp_path / f"0000{number}_shuffled.ds"
-        np.array([1, 2, EOT, 3, number, EOT], dtype).tofile(path)
-        np.array([3, 6], "<u8").tofile(f"{path}.index")
+def test_files_of_datatrove_are_opened_with_the_configured_tokenizer(tmp_path, dtype):
+    config, stream = DataConfig(source=str(tmp_path), tokenizer="bytes"), [1, 2, 256, 3, 256]
+    for name in ("val.ds", "00001.ds", "00000.ds"):
+        np.array(stream, dtype).tofile(tmp_path / name)
+        np.array([3, 5], "<u8").tofile(tmp_path / f"{name}.index")
+        if name == "val.ds":
+            with pytest.raises(DataError, match=f"{tmp_path} has validation"):
+                open_dataset(config, tmp_path / "run")
 
-    train = open_external(tmp_path, "train", 10, EOT)
+    train, validation, tokenizer = open_dataset(config, tmp_path / "run")
 
-    assert train.read(0, len(train)).tolist() == [1, 2, EOT, 3, 0, EOT, 1, 2, EOT, 3, 1, EOT]
-    assert open_external(tmp_path, "validation", 10, EOT) is None
-    with pytest.raises(DataError, match=r"token 3 at offset 3 .*vocab_size=3"):
-        open_external(tmp_path, "train", 3, EOT).read(3, 1)
-    for ends, value in (([2, 6], "token 2"), ([2, 5], " is 5"), ([], " is 0")):
-        np.array(ends, "<u8").tofile(f"{path}.index")
-        with pytest.raises(DataError, match=rf"00001_shuffled\.ds.*{value}"):
-            open_external(tmp_path, "train", 10, EOT)
+    assert (train.read(0, 10).tolist(), validation.read(0, 5).tolist()) == (stream * 2, stream)
+    assert (len(train), train.eot, train.vocab_size) == (10, 256, tokenizer.vocab_size)
+    for ends, value in (([2, 5], "token 2"), ([2, 4], " is 4"), ([], " is 0")):
+        np.array(ends, "<u8").tofile(tmp_path / "00001.ds.index")
+        with pytest.raises(DataError, match=rf"00001\.ds.*{value}"):
+            open_dataset(config, tmp_path / "run")
