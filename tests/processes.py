@@ -53,9 +53,9 @@ from gptjax.parallel import distributed
 distributed.INIT_TIMEOUT_SECONDS = 2
 distributed.initialize(sys.argv[1])
 """
-# Gloo writes this on stdout in pieces. Those of two threads can run together, and then
-# the number or the end of one has a line of its own.
-GREETING = r"\[Gloo\]|connected peer ranks|^\s*\d*\s*$"
+# Gloo writes to stdout in pieces. Those of two threads can run together, and then the
+# number or the end of one has a line of its own. Grain warns of old versions of jaxlib.
+NOISE = re.compile(r"\[Gloo\]|connected peer ranks|^\s*\d*\s*$|WARNING:absl:Grain")
 OTHER = ("config", "code", "data", "tokenizer")  # what `make_different` changes
 
 
@@ -67,17 +67,15 @@ class Process(NamedTuple):
     complaint: Path
 
     def said(self) -> str:
-        """What came on stdout, but for Gloo, which greets each connection there."""
-        return without(GREETING, self.output)
+        return read_without_noise(self.output)
 
     def complained(self) -> str:
-        """What came on stderr, but for what old versions of jaxlib make Grain say."""
-        return without("WARNING:absl:Grain", self.complaint)
+        return read_without_noise(self.complaint)
 
 
-def without(pattern: str, file: Path) -> str:
-    lines = file.read_text().splitlines(keepends=True)
-    return "".join(x for x in lines if not re.search(pattern, x))
+def read_without_noise(path: Path) -> str:
+    lines = path.read_text().splitlines(keepends=True)
+    return "".join(line for line in lines if not NOISE.search(line))
 
 
 def addresses(count: int) -> list[str]:

@@ -9,12 +9,6 @@ from gptjax.tree import flatten_with_names, match_rules, num_params
 TREE = {"tokens": {"embedding": 0}, "norm": {"scale": 1, "bias": 2}}
 
 
-def test_each_leaf_gets_the_value_of_its_rule():
-    result = match_rules(TREE, {"norm/*": "b", "*embedding": "a"})
-
-    assert result == {"tokens": {"embedding": "a"}, "norm": {"scale": "b", "bias": "b"}}
-
-
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
@@ -29,9 +23,10 @@ def test_rules_that_do_not_cover_each_leaf_once_are_rejected(rules, message):
         match_rules(TREE, rules)
 
 
-def test_leaves_are_named_by_their_path_in_the_order_of_the_tree():
-    names = flatten_with_names(TREE)
+def test_leaves_have_rules_by_name_and_names_by_path_in_the_order_of_the_tree():
+    rules, names = match_rules(TREE, {"norm/*": "b", "*embedding": "a"}), flatten_with_names(TREE)
 
+    assert rules == {"tokens": {"embedding": "a"}, "norm": {"scale": "b", "bias": "b"}}
     assert names == {"norm/bias": 2, "norm/scale": 1, "tokens/embedding": 0}
     assert list(names.values()) == jax.tree.leaves(TREE)
     assert num_params({"a": jnp.zeros((2, 3)), "b": {"c": jnp.zeros(4)}}) == 10

@@ -61,16 +61,12 @@ def parse_topology(text: str) -> Topology:
     (8, '2x4')
     """
     name, _, shape = text.partition(":")
-    if name not in CHIPS:
-        raise ConfigError(
-            f"--topology {text}: unknown chip {name!r}.{did_you_mean(name, CHIPS)} "
-            f"Write KIND:NUMBER or KIND:SHAPE with one of {', '.join(CHIPS)}."
-        )
     shape = shape or "1"
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", shape):
+    if name not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", shape):
+        hint = did_you_mean(name, CHIPS) if name not in CHIPS else ""
         raise ConfigError(
-            f"--topology {text}: invalid shape {shape!r}. Write a number such as "
-            f"{name}:8, or a shape such as v5e:2x4."
+            f"--topology {text} is not valid.{hint} Write KIND:NUMBER or KIND:SHAPE, such "
+            f"as h100:8 or v5e:2x4, with one of {', '.join(CHIPS)}."
         )
     chip = CHIPS[name]
     if chip.platform == "tpu" and "x" not in shape:
