@@ -1,9 +1,7 @@
 """Downloads from bad servers, killed at every point: never a wrong file is used.
 
-In each case a process downloads a data set (with pooch) or a model (with
-huggingface_hub) from one of the servers and kills itself at a point; then another call
-asks the same server, and a last one a server that is right. Each call gives the right
-file or an error.
+A process downloads a data set (with pooch) or a model (with huggingface_hub) and kills
+itself at a point; then another call asks the same server, and a last one a right one.
 """
 
 import contextlib

@@ -44,8 +44,7 @@ TEMPORARY = (".partial", ".orbax-checkpoint-tmp")
 def kill_at(point: int) -> Iterator[int]:
     """Kills the process at a point from now on; never if it is -1.
 
-    Operation n has the points 2 n before it and 2 n + 1 after it. The arrays are
-    written by Orbax in C++, between two points. Returns the counter of points.
+    Orbax writes the arrays in C++, between two points. Returns the counter of points.
     """
     points = itertools.count()
 

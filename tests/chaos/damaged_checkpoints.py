@@ -1,9 +1,7 @@
 """A damaged checkpoint is never loaded as if it were intact.
 
-Each case alters the newer of two steps. Either the values of the newer step come back
-bit for bit, as when two equal files were swapped, or the step is set aside, with a
-complaint, for the older one. Where the manifest was forged to fit the files, the
-checksums of the arrays detect it.
+The newer of two steps is altered. Either its values come back bit for bit, as when
+equal files were swapped, or it is set aside, with a complaint, for the older one.
 """
 
 import json

@@ -2,8 +2,6 @@
 
 Either the folder is rejected with the file, and with block and bytes where only bytes
 differ; or what is read is what was written; or the hashes that a run keeps differ.
-Training does not read the index of documents: `verify_prepared` finds what is wrong
-with it.
 """
 
 import random

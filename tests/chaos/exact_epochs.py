@@ -1,9 +1,8 @@
 """Each example once an epoch, whoever reads, in whatever parts, killed at any time.
 
-Of each case, some processes share the rows of every step and read ahead with some
-threads; all are killed with SIGKILL once a few steps were read, and others, of another
-number, go on from the last step that was a multiple of the interval between
-checkpoints. What was read up to there is what one reader that is never killed reads.
+Some processes share the rows of every step and read ahead with some threads. All are
+killed; others, of another number, go on from the last checkpoint. Together they read
+what one reader that is never killed reads.
 """
 
 import contextlib

@@ -1,9 +1,7 @@
 """A fault every 20 s in a supervised run, until nobody has had to do anything.
 
-A case is a fault: a kill, a process that is stopped, a disk that is full for it, or the
-newest checkpoint damaged. After the last one the run goes on to its end, which must be
-that of the undisturbed run. The share of steps that were computed for the first time is
-printed.
+After the last fault the run goes on to its end, which must be that of the undisturbed
+run. The share of steps that were computed for the first time is printed.
 """
 
 import contextlib

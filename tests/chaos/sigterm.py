@@ -1,8 +1,7 @@
 """SIGTERM in each phase of a run, of one process or of two that train together.
 
-A case is a phase: the process has to end with 75, what it had computed has to be saved,
-and the same command again has to end where the undisturbed run did. Of two processes
-one gets the signal, but both where they have not found each other yet.
+The process has to end with 75 with all progress saved, and the same command again has
+to end where the undisturbed run did. Of two processes one gets the signal.
 """
 
 import json
@@ -63,6 +62,7 @@ def find_fault(here: Path, whole: Path, count: int, name: str, rng: random.Rando
         shutil.rmtree(here / "run" / "model")
     else:
         shutil.rmtree(here / "run")
+    # Before they have found each other, both processes get it.
     victims = range(count) if name == "importing" else [rng.randrange(count)]
     codes = gptjax(here, count, [*PHASES[name].split(), f"{rng.random() / 20}"], victims)
     # Two processes that have finished their steps finish the rest, too.
