@@ -136,7 +136,7 @@ def mesh_flags(*sizes: int) -> list[str]:
 
 
 def commands_of_pair() -> list[list[str]]:
-    return train(2, "config.toml", "--run", "run", *mesh_flags(2, 2, 2))
+    return train(2, "config.toml", "--run", "run", *mesh_flags(1, 2, 2))
 
 
 def write_config(folder: Path, **changes: Any) -> Path:

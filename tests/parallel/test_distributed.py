@@ -71,22 +71,22 @@ def test_processes_stop_and_end_together_and_their_run_goes_on_with_the_losses_o
     (folder / "other" / "checkpoints").symlink_to(run / "checkpoints")
     commands = commands_of_pair()
     commands[1] += ["--run", "other"]
-    with started(commands, folders, devices=4) as stopped:
+    with started(commands, folders, devices=2) as stopped:
         until(lambda: last_step(run) >= 2, stopped)
         stopped[1].popen.send_signal(signal.SIGTERM)
         assert exit_codes(stopped) == [75, 75], stopped[0].complained()
 
     said, step = stopped[0].said(), list_steps(run / "checkpoints")[-1]
-    assert "8 x cpu of 2 processes, as data 2 x fsdp 2 x tensor 2" in said
+    assert "4 x cpu of 2 processes, as fsdp 2 x tensor 2" in said
     assert f"interrupted after step {step}; all progress is saved in run." in said
     assert stopped[0].complained() == ""
     assert "step 1/20" not in stopped[1].said()
     devices = json.loads((run / "meta.json").read_text())["devices"]
-    assert devices == {"kind": "cpu", "count": 8, "processes": 2}
+    assert devices == {"kind": "cpu", "count": 4, "processes": 2}
     assert os.listdir(folder / "other") == ["checkpoints"]
     assert os.listdir(folder / "scratch1") == []  # its scratch files are deleted
 
-    with started(commands_of_pair(), folders, devices=4) as lost:
+    with started(commands_of_pair(), folders, devices=2) as lost:
         until(lambda: last_step(run) >= step + 2, lost)
         assert_end_together(lost, victim=1)
     assert f"resumed  run after step {step}" in lost[0].said()
@@ -103,7 +103,7 @@ def test_processes_stop_and_end_together_and_their_run_goes_on_with_the_losses_o
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_hangs_or_fails_ends_the_others_too(tmp_path, victim):
     folder = write_config(tmp_path / "hang")
-    with started(commands_of_pair(), [folder] * 2, devices=4) as processes:
+    with started(commands_of_pair(), [folder] * 2, devices=2) as processes:
         until(lambda: last_step(folder / "run") >= 4, processes)
         assert_end_together(processes, victim, signal.SIGSTOP)
 

@@ -106,6 +106,14 @@ def test_a_mesh_has_the_losses_of_one_device_and_keeps_the_state_in_its_place(si
         assert leaf.sharding.is_equivalent_to(where[name], leaf.ndim)
     up = state.params["blocks"]["mlp"]["up"]["kernel"]
     assert up.addressable_shards[0].data.size == up.size // (sizes[1] * sizes[2])
+    if not dropout:  # `jax.pmap` is compared with the same losses of one device
+        (optimizer, state), (expected, one) = new_state(config), train(None, config, accumulate)
+        step, losses = pmap_train_step(loss_of(config), optimizer, accumulate), []
+        for n in range(STEPS):
+            state, metrics = step(state, batch_at(n))
+            losses.append(float(metrics.loss))
+        np.testing.assert_allclose(losses, expected, rtol=2e-6)
+        assert jax.eval_shape(lambda: state) == jax.eval_shape(lambda: one)
 
 
 @pytest.mark.slow
@@ -136,19 +144,6 @@ def test_arrays_are_sharded_as_their_letters_say_or_tracing_fails():
         one, param = flatten_with_names(grads)[name], flatten_with_names(params)[name]
         np.testing.assert_allclose(leaf, one, rtol=1e-4, atol=1e-4)  # of sums over 256
         assert leaf.sharding == param.sharding, name
-
-
-def test_pmap_has_the_losses_of_jit():
-    (optimizer, state), losses = new_state(MODEL), []
-
-    step = pmap_train_step(loss_of(MODEL), optimizer, accumulate=2)
-    for n in range(STEPS):
-        state, metrics = step(state, batch_at(n))
-        losses.append(float(metrics.loss))
-
-    expected, one = train(None, MODEL, 2)
-    np.testing.assert_allclose(losses, expected, rtol=2e-6)
-    assert jax.eval_shape(lambda: state) == jax.eval_shape(lambda: one)
 
 
 def losses_of(folder):
