@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from gptjax.data.bucketing import BucketedBatches
-from gptjax.data.builtin import PYTHON_LINES, python_lines
+from gptjax.data.datasets import PYTHON_LINES, python_lines
 from gptjax.data.readers import (
     DELIMITERS,
     LABEL_COLUMNS,

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from gptjax.config import did_you_mean
-from gptjax.data.builtin import WORD_TASKS, word_tasks
+from gptjax.data.datasets import WORD_TASKS, word_tasks
 from gptjax.data.readers import (
     TABLE_FORMATS,
     check_object,

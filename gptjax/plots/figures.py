@@ -207,7 +207,7 @@ def loss_mask_figure(preview: Preview, row: int = 0) -> Figure:
     if example.num_truncated:
         title += f"; the first {example.num_truncated:,} are truncated"
     if example.dropped:
-        title += f"; skipped, as the last answer does not fit {preview.max_length:,}"
+        title += f"; skipped, as the last answer does not fit {preview.context + 1:,}"
 
     def make_box(segment: TokenSegment) -> Box:
         fill, text_color, rule_position = SEGMENT_STYLES[segment.state]

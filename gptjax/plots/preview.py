@@ -59,11 +59,6 @@ class Preview:
     context: int  # [T]
 
     @property
-    def max_length(self) -> int:
-        """Maximum tokens per row: the context and one more that is only a target."""
-        return self.context + 1
-
-    @property
     def num_trained(self) -> int:
         """Number of tokens in the loss."""
         return sum(sum(row.loss_mask) for row in self.rows)
@@ -147,9 +142,9 @@ def describe_row(preview: Preview, number: int) -> tuple[str, str, str]:
     ends = row.ids.count(preview.tokenizer.eot_token)
     status = f"tokens: {len(row.ids):,}, trained: {sum(row.loss_mask):,}, ends: {ends:,}"
     if row.dropped:
-        status += f"; dropped: the last answer exceeds {preview.max_length:,} tokens"
+        status += f"; dropped: the last answer exceeds {preview.context + 1:,} tokens"
     elif row.num_truncated:
-        status += f"; the first {row.num_truncated:,} are truncated to fit {preview.max_length:,}"
+        status += f"; the first {row.num_truncated:,} are truncated to fit {preview.context + 1:,}"
     return sanitize(title), sanitize(source), status
 
 
@@ -164,7 +159,7 @@ def describe_all_rows(preview: Preview) -> list[str]:
         f"tokens   {preview.num_tokens:,} after truncation, trained: {preview.num_trained:,} "
         f"({share:.1%})",
         f"lengths  {min(lengths):,} to {max(lengths):,} tokens, median "
-        f"{statistics.median(lengths):,.0f}; limit {preview.max_length:,}: the context "
+        f"{statistics.median(lengths):,.0f}; limit {preview.context + 1:,}: the context "
         "and one more target",
     ]
 
@@ -174,7 +169,7 @@ def histogram_figure(preview: Preview) -> Figure:
 
     Rows of more than twice the limit are counted in the last bin.
     """
-    limit, lengths = preview.max_length, [len(row.ids) for row in preview.rows]
+    limit, lengths = preview.context + 1, [len(row.ids) for row in preview.rows]
     figure, axes = new_figure(f"tokens per row, at most {max(lengths):,}", "rows")
     axes.hist(np.minimum(lengths, 2 * limit), bins=20, color=BLUE)
     axes.axvline(limit, color=ORANGE, linestyle="--", label=f"limit {limit:,}")

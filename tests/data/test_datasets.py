@@ -1,10 +1,12 @@
-"""A named data set is the pinned file or an error, never anything else."""
+"""A named data set is the pinned file or an error; others are generated."""
 
 import gc
+from collections import Counter
 
 import pytest
 
 from gptjax.data import datasets
+from gptjax.data.classification import read_labeled_texts
 from gptjax.errors import DataError
 from tests.servers import BODY, HASH, endless, file, plain, serving
 
@@ -77,3 +79,35 @@ def test_the_pins_are_those_of_the_real_files(shared_data, monkeypatch):
         assert datasets.fetch_dataset(name) == shared_data / entry.file_name
     with pytest.raises(DataError, match="tinyshakespeare"):
         datasets.fetch_dataset("tinyshakespear")
+
+
+def test_lines_of_python_are_distinct_and_labeled_by_docstring():
+    source = 'class A:\n  """One.\n\n  Two."""\n  x = """none"""\n  def f(self):\n    "Another."\n'
+
+    data, _ = read_labeled_texts("python-lines")
+
+    assert datasets.docstring_line_numbers(source) == {2, 3, 4, 7}
+    assert len(set(data.texts)) == len(data) > 2000
+    assert data.class_names == ("code", "prose")
+    assert min(Counter(data.labels).values()) > 500
+    assert data.labels[data.texts.index("class ArgumentTypeError(Exception):")] == 0
+
+
+def test_word_tasks_have_their_answers_and_are_held_out_by_word():
+    rows = datasets.word_tasks()
+
+    assert rows == datasets.word_tasks()
+    assert len({tuple(row.items()) for row in rows}) == len(rows)
+    counts = Counter((row["task"], row["split"]) for row in rows)
+    for task in datasets.WORD_TASK_RULES:
+        assert {
+            split: counts[task, split] for split in datasets.HELD_OUT_ROWS
+        } == datasets.HELD_OUT_ROWS
+        assert counts[task, "train"] > 300
+    words = [
+        {row["prompt"].split()[0] for row in rows if row["split"] == split}
+        for split in ("train", "validation", "test")
+    ]
+    assert sum(map(len, words)) == len(set().union(*words))
+    answers = [complete("sky") for _, complete in datasets.WORD_TASK_RULES.values()]
+    assert answers == ["yks", "SKY", "3", "s", "y", "skies", "s-k-y", "sky sky"]
