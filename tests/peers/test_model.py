@@ -3,8 +3,6 @@
 Run with `pytest -m peers -n0 tests/peers/test_model.py`; needs the extra [peers].
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +10,6 @@ import pytest
 
 import gptjax
 from gptjax.config import GPTConfig, OptimConfig
-from gptjax.model.attention.dispatch import compute_attention
-from gptjax.model.attention.mask import AttentionMask
 from gptjax.model.gpt import hidden_states, unembedding_matrix
 from gptjax.training.loss import fused_cross_entropy
 from gptjax.training.optimizer import make_optimizer
@@ -127,43 +123,3 @@ def test_clipped_adamw_steps_are_those_of_pytorch(torch, peer):
     # quotient, times the learning rate.
     tensors = dict(peer.transformer.named_parameters())
     assert_close(state.params, tensors, atol=0.02 * OPTIM.peak_lr)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_attention_is_that_of_pytorch(torch, packed):
-    rng = np.random.default_rng(0)
-    heads = rng.normal(size=(3, B, T, H, 8)).astype("f4")
-    segment_BT = np.sort(rng.integers(3, size=(B, T))) if packed else np.zeros((B, T), int)
-    mask_BTS = np.tril(segment_BT[:, :, None] == segment_BT[:, None])
-
-    expected_BHTK = torch.nn.functional.scaled_dot_product_attention(
-        *torch.tensor(heads).transpose(2, 3), attn_mask=torch.tensor(mask_BTS)[:, None]
-    )
-
-    for backend in ("reference", "chunked", "xla", "flash"):
-        mask = AttentionMask(segment_id_BT=jnp.asarray(segment_BT))
-        out_BTHK = compute_attention(*map(jnp.asarray, heads), mask, backend=backend)
-        np.testing.assert_allclose(out_BTHK, expected_BHTK.transpose(1, 2), atol=1e-5)
-
-
-def test_an_untied_model_without_biases_is_a_gpt2_with_them_taken_away(torch, peer):
-    """The switches, checked against the peer with the same parts taken from it."""
-    config = dataclasses.replace(CONFIG, qkv_bias=False, tie_embeddings=False)
-    token_BT, _, _ = batch_at(0)
-    tied = draw_params(CONFIG, 0.2)
-    attention = {
-        name: {part: x for part, x in layer.items() if part == "kernel" or name == "out"}
-        for name, layer in tied["blocks"]["attention"].items()
-    }
-    head_VD = tied["token_embedding"]["embedding"][::-1]
-    params = tied | {"output_embedding": {"embedding": head_VD}}
-    params["blocks"] = tied["blocks"] | {"attention": attention}
-
-    logit_BTV = jax.jit(gptjax.apply, static_argnums=0)(config, params, token_BT)
-
-    with torch.no_grad():
-        for block in peer.transformer.h:
-            block.attn.c_attn.bias.zero_()
-        x_BTD = peer.transformer(torch.tensor(np.array(token_BT)).long()).last_hidden_state
-    expected_BTV = x_BTD.numpy() @ np.asarray(head_VD).T
-    np.testing.assert_allclose(logit_BTV, expected_BTV, atol=1e-5)

@@ -118,27 +118,3 @@ def test_splash_compiles_for_a_tpu_and_keeps_no_scores(monkeypatch):
 
     assert used["auto"] < used["reference"] / 4
     assert used["flash"] < used["reference"] / 4
-
-
-@pytest.mark.parametrize(
-    ("causal", "packed", "name", "mask_type"),
-    [
-        (True, False, "fmhaSoftmax", "CAUSAL"),
-        (False, False, "fmhaSoftmax", "NO_MASK"),
-        (True, True, "fmhaScaleBiasSoftmax", "NO_MASK"),
-    ],
-)
-def test_on_a_gpu_cudnn_gets_documents_as_a_mask(causal, packed, name, mask_type, monkeypatch):
-    library = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
-    monkeypatch.setattr(library, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(device, "target_platform", lambda: "gpu")
-
-    traced = gradients("auto", causal).trace(*shapes(2, 128, 2, 64, "bfloat16", packed=packed))
-
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    calls = [line for line in text.splitlines() if "__cudnn$" in line]
-    names = [re.search(r"__cudnn\$(\w+)", line)[1] for line in calls]
-    assert names == [name, f"{name}Backward"]
-    for line in calls:
-        assert re.search(r"mask_type\W+22: \W+22(\w+)", line)[1] == mask_type
-        assert ("tensor<2x1x128x128xbf16>" in line) == packed
