@@ -30,8 +30,14 @@ def run_doctor() -> int:
     if problems:
         return 1
     problems = check_devices()
-    print_check("tokenizer", *check_tokenizer())
-    print_check("cache", check_cache())
+    from gptjax.fileio.download import user_cache_dir
+    from gptjax.tokenizer.tokenizer import load_tokenizer
+
+    gpt2 = load_tokenizer("gpt2")
+    print_check("tokenizer", f"gpt2: {gpt2.vocab_size:,} tokens, hash {gpt2.hash[:12]}")
+    data = os.environ.get("GPTJAX_DATA", user_cache_dir("data"))
+    programs = os.environ.get("JAX_COMPILATION_CACHE_DIR", user_cache_dir("xla"))
+    print_check("cache", f"data in {data} · compiled programs in {programs}")
     for extra, module in EXTRA_MODULES.items():
         is_installed = importlib.util.find_spec(module) is not None
         fix = "" if is_installed else f" -> {install_command(extra)}"
@@ -85,24 +91,3 @@ def check_devices() -> list[str]:
     c = GPTConfig(vocab_size=1)
     print_check("compute", f"{compute_dtype(c)} · attention {resolve_backend(c)}")
     return []
-
-
-def check_tokenizer() -> tuple[str, list[str]]:
-    """Checks the GPT-2 merge table that ships with the package."""
-    from gptjax.errors import GptjaxError
-    from gptjax.tokenizer import tokenizer
-
-    try:
-        gpt2 = tokenizer.load_tokenizer("gpt2")
-    except (GptjaxError, OSError) as error:
-        return "gpt2 is damaged", [f"{error} -> pip install --force-reinstall -e ."]
-    return f"gpt2: {gpt2.vocab_size:,} tokens, hash {gpt2.hash[:12]}", []
-
-
-def check_cache() -> str:
-    """Describes the folders of downloads and of the compilation cache."""
-    from gptjax.fileio.download import user_cache_dir
-
-    data = os.environ.get("GPTJAX_DATA", user_cache_dir("data"))
-    programs = os.environ.get("JAX_COMPILATION_CACHE_DIR", user_cache_dir("xla"))
-    return f"data in {data} · compiled programs in {programs}"

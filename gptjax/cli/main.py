@@ -21,6 +21,17 @@ from gptjax.errors import GptjaxError, ResourceError
 class Group(click.Group):
     """Group of commands in the order of the table."""
 
+    def __init__(self, name: str, text: str, commands: list[click.Command]) -> None:
+        """Sets the help text and its width."""
+        super().__init__(
+            name,
+            {str(command.name): command for command in commands},
+            help=text,
+            no_args_is_help=False,
+            subcommand_metavar="COMMAND [ARGUMENTS]",
+            context_settings={"max_content_width": HELP_WIDTH},
+        )
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of the commands."""
         return list(self.commands)
@@ -46,24 +57,12 @@ def check_installation() -> int:
     return run_doctor()
 
 
-def make_group(name: str | None, text: str, commands: list[click.Command]) -> Group:
-    """Makes a group of commands."""
-    return Group(
-        name,
-        {str(command.name): command for command in commands},
-        help=text,
-        no_args_is_help=False,
-        subcommand_metavar="COMMAND [ARGUMENTS]",
-        context_settings={"max_content_width": HELP_WIDTH},
-    )
-
-
-DATA_COMMANDS = make_group(
+DATA_COMMANDS = Group(
     "data",
     "Fetch, prepare and check data.",
     [data.data_fetch, data.data_prepare, data.data_preview, data.data_verify],
 )
-COMMANDS = make_group(
+COMMANDS = Group(
     "gptjax",
     """Train, fine-tune and run GPT models in JAX.
 
