@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from gptjax.evaluation.metrics import classification_metrics
 from gptjax.plots.curves import loss_figure, lr_figure, single_line
-from gptjax.training.metrics import Event, read_events
+from gptjax.training.metrics import read_events
 
 MetricRows = Mapping[str, Mapping[str, float]]  # values by metric name, by table row
 METRIC_NAMES = ("loss", "perplexity", "bits_per_byte", "response_loss", "exact_match", "token_f1")
@@ -53,26 +53,21 @@ def write_report(
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         for name, figure in pictures.items():
             figure.savefig(run_dir / f"{name}.png")
-    lines = [f"# Run {run_dir.name}", "", *code_block("\n".join(summary))]
-    lines += [f"{result[:1].upper()}{result[1:]}.", "", *evaluation_table(events)]
-    for name in pictures:
-        lines += [f"![{name}]({name}.png)", ""]
-    samples = [event for event in events if event["event"] == "sample"]
-    for event in samples[:1] + samples[1:][-1:]:
-        lines += [f"Sample after step {event['step']}:", "", *code_block(event["text"])]
-    (run_dir / "report.md").write_text("\n".join([*lines, *details]), encoding="utf-8")
-
-
-def evaluation_table(events: Sequence[Event]) -> list[str]:
-    """Formats the metrics of all evaluations as a Markdown table."""
-    rows = {
+    evaluations = {
         f"{event['step']} {event.get('split', 'validation')}": {
             name: event[name] for name in METRIC_NAMES if event.get(name) is not None
         }
         for event in events
         if event["event"] == "eval"
     }
-    return markdown_table("step", rows)
+    lines = [f"# Run {run_dir.name}", "", *code_block("\n".join(summary))]
+    lines += [f"{result[:1].upper()}{result[1:]}.", "", *markdown_table("step", evaluations)]
+    for name in pictures:
+        lines += [f"![{name}]({name}.png)", ""]
+    samples = [event for event in events if event["event"] == "sample"]
+    for event in samples[:1] + samples[1:][-1:]:
+        lines += [f"Sample after step {event['step']}:", "", *code_block(event["text"])]
+    (run_dir / "report.md").write_text("\n".join([*lines, *details]), encoding="utf-8")
 
 
 def markdown_table(title: str, rows: MetricRows) -> list[str]:

@@ -12,7 +12,7 @@ from gptjax.data.conversations import (
     read_preference_pairs,
     split_conversations,
 )
-from gptjax.data.text import ALL_SPLITS
+from gptjax.data.text import TEXT_SPLITS
 from gptjax.errors import ConfigError, DataError
 from tests.data.tables import csv_text, write
 
@@ -107,19 +107,15 @@ def make_rows(count, split=""):
 
 def test_each_row_is_in_one_split_of_the_right_size():
     rows = make_rows(40)
-    for val, test, sizes in [(0.1, 0.2, [28, 4, 8]), (0.01, 0, [39, 1]), (0, 0, [40])]:
-        options = DEFAULTS | {"val_fraction": val, "test_fraction": test}
+    splits = split_conversations(rows, **DEFAULTS)
 
-        splits = split_conversations(rows, **options)
-
-        found = [row for part in splits.values() for row in part]
-        assert sorted(found, key=lambda row: row.location) == rows != found
-        names = [name for name, n in zip(ALL_SPLITS, (1, val, test), strict=True) if n]
-        assert {name: len(part) for name, part in splits.items()} == dict(
-            zip(names, sizes, strict=True)
-        )
-        assert split_conversations(rows, **options) == splits
-        assert split_conversations(rows, **options | {"seed": 9}) != splits
+    found = [row for part in splits.values() for row in part]
+    assert sorted(found, key=lambda row: row.location) == rows != found
+    sizes = {name: len(part) for name, part in splits.items()}
+    assert sizes == {"train": 28, "validation": 4, "test": 8}
+    assert split_conversations(rows, **DEFAULTS) == splits
+    assert split_conversations(rows, **DEFAULTS | {"seed": 9}) != splits
+    assert list(split_conversations(rows, **DEFAULTS | {"test_fraction": 0})) == [*TEXT_SPLITS]
     for rows, options, kind, value in [
         (make_rows(9), {"strategy": "bok"}, ConfigError, "data.split_strategy='bok'"),
         (make_rows(2), {}, DataError, "data.test_fraction"),

@@ -174,6 +174,9 @@ def test_all_batches_visit_each_example_once_in_few_shapes(lengths, rows, epoch)
                     assert numbers == rejected
                     logprobs = batch["reference_logprobs"][: len(numbers)]
                     assert logprobs.tolist() == logprob_P2[numbers].tolist()
+                if rows == 1 and batches in (padded, labels):
+                    size = lengths[numbers[0]] - (batches is padded)
+                    assert batch["tokens"].shape[-1] == min(x for x in buckets(70) if x >= size)
                 seen += numbers
             assert sorted(seen) == list(range(len(lengths)))
 
