@@ -8,7 +8,7 @@ import jax
 
 import gptjax
 from gptjax.cli.main import parse_command
-from gptjax.config import RunConfig, builtin_config_dir, find_config, load_config
+from gptjax.config import builtin_config_dir, find_config, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -22,11 +22,10 @@ def blocks(language):
 def test_the_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     scope = {}
 
-    def train(config: RunConfig, run_dir: str):  # the tests of tasks train longer
-        return scope["model"]
-
+    # The last block: others test training and streaming.
+    monkeypatch.setattr(gptjax, "train", lambda config, run_dir: scope["model"])
+    monkeypatch.setattr(gptjax, "stream", lambda model, prompt, max_new_tokens: prompt)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gptjax, "train", train)
 
     with jax.default_prng_impl("unsafe_rbg"):  # compiles faster
         for block in blocks("python"):
