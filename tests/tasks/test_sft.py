@@ -10,8 +10,9 @@ import pytest
 import gptjax
 from gptjax.cli.main import main
 from gptjax.config import RunConfig
+from gptjax.data.conversations import Conversation
 from gptjax.errors import ConfigError, DataError, ModelError
-from gptjax.evaluation.instructions import evaluate_file
+from gptjax.evaluation.instructions import evaluate_file, generate_responses
 from gptjax.evaluation.llm_judge import LLMJudge
 from gptjax.inference.assistant import answer_batch, encode_chat, stream_answer
 from gptjax.tasks.train import train
@@ -128,6 +129,10 @@ def test_answers_are_the_same_alone_in_a_batch_streamed_and_printed(finished, tm
     assert all(answers)
     assert answers == [gptjax.answer(assistant, chat, **options) for chat in chats]
     assert "".join(stream_answer(assistant, chats[1], **options)).strip() == answers[1]
+    reference = {"role": "assistant", "content": "no"}
+    conversations = [Conversation((*chat, reference), {}, "") for chat in chats]
+    responses = generate_responses(assistant, conversations, 5)
+    assert [result.response for result in responses] == answers
     words = f"generate {tmp_path} xxxx --chat --temperature 0 --max-new-tokens 5"
     assert main(words.split()) == 0
     assert capsys.readouterr().out == f"{answers[2]}\n"
@@ -140,14 +145,22 @@ def test_eval_writes_responses_and_judgements(finished, tmp_path, capsys):
     folder, model = finished[1:3]
     data, out = str(folder.parent / "rows.jsonl"), tmp_path / "out.jsonl"
     command = ["eval", str(folder), "--chat-data", data, "--json", "--out", str(out)]
-    replies = [says("80"), says("nonsense"), *[says("60")] * 18]
+    written = []
+
+    def say_nonsense(handler):
+        written.extend(read_rows(tmp_path / "out.jsonl.judging"))
+        says("nonsense")(handler)
+
+    replies = [says("80"), say_nonsense, *[says("60")] * 18]
     with judging(*replies) as (url, requests):
         assert main([*command, "--judge", url]) == 0
 
     numbers = json.loads(capsys.readouterr().out)
     assert (numbers["judged"], numbers["scored"], numbers["unparsable"]) == (20, 19, 1)
     assert numbers["mean_score"] == pytest.approx((80 + 18 * 60) / 19)
-    assert [row["judge_score"] for row in read_rows(out)] == [80, None, *[60] * 18]
+    rows = read_rows(out)
+    assert [row["judge_score"] for row in rows] == [80, None, *[60] * 18]
+    assert written == rows[:1]  # when the second was judged
     assert "Given the input `Q: first sky` and correct output `s`" in str(requests[0])
     assert main(command) == 2
     assert "out.jsonl already exists" in capsys.readouterr().err
