@@ -33,7 +33,7 @@ PHASES = {
     "finishing": "gptjax.tasks.pretrain write_report 1",
 }
 RESUMED = ("compiling again", "restoring")  # something was saved before
-FULL, SLICE = 2 * len(PHASES), 2
+FULL, SLICE = 2 * len(PHASES), 1
 
 
 def prepare(folder: Path) -> Callable[[int, random.Random], str]:
