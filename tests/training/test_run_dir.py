@@ -109,7 +109,7 @@ def test_hashes_depend_on_names_shapes_dtypes_values_and_order():
     near = np.where(array == 5, np.nextafter(array, 9), array)
     arrays = [array, array.T, array.reshape(3, 2), array.view(np.int32), near]
     trees = [{"b": array}, *({"a": value} for value in arrays)]
-    rows = [[], ["ab"], ["a", "b"], ["b", "a"], [["a", "b"]], ["a", "b", "b"]]
+    rows = [[], [1, 2], [12], ["ab"], ["a", "b"], ["b", "a"], [["a", "b"]], ["a", "b", "b"]]
 
     assert len({hash_pytree(tree) for tree in trees}) == len(trees)
     assert len({hash_rows(part)["sha256"] for part in rows}) == len(rows)
