@@ -1,8 +1,8 @@
-"""Runs workloads in processes of their own, alone or two in alternation.
+"""Runs two workloads in alternation, each in a process of its own.
 
-Each workload compiles and allocates in its own process: JAX would not release the
-memory that PyTorch needs. Two workloads run one at a time, in turns, so that a machine
-that slows down affects both; the ratio is the median over adjacent pairs.
+JAX would not release the memory that PyTorch needs. The workloads run one at a time, in
+turns, so that a machine that slows down affects both; the ratio is the median over
+adjacent pairs.
 """
 
 import functools
@@ -12,21 +12,11 @@ import resource
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
 
 from gptjax.runtime import cpu_flags
 
 WARMUP_RUNS = 2  # runs before timing starts
 _work = []  # of a worker process
-
-
-class Result(NamedTuple):
-    """Units per second and peak memory of the process."""
-
-    median: float
-    low: float
-    high: float
-    peak_bytes: int
 
 
 def new_process():
@@ -59,20 +49,8 @@ def _time_once():
     return units / seconds, 1024 * peak
 
 
-def summarize_runs(runs):
-    rates, peaks = zip(*runs, strict=True)
-    return Result(statistics.median(rates), min(rates), max(rates), max(peaks))
-
-
-def run_isolated(make_work, repeats):
-    """Measures one workload."""
-    with new_process() as pool:
-        pool.submit(_set_up, make_work).result()
-        return summarize_runs([pool.submit(_time_once).result() for _ in range(repeats)])
-
-
 def run_interleaved(make_work, make_peer_work, repeats):
-    """Measures two workloads in alternation; returns both results and their ratio."""
+    """Returns (units per second, peak memory) of both, and the ratio of their rates."""
     runs, peer_runs = [], []
     with new_process() as pool, new_process() as peer_pool:
         pool.submit(_set_up, make_work).result()
@@ -83,4 +61,8 @@ def run_interleaved(make_work, make_peer_work, repeats):
                 side_runs.append(side_pool.submit(_time_once).result())
             sides.reverse()  # neither side always goes first
     ratio = statistics.median(a / b for (a, _), (b, _) in zip(runs, peer_runs, strict=True))
-    return summarize_runs(runs), summarize_runs(peer_runs), ratio
+    ours, theirs = (
+        (statistics.median(rates), max(peaks))
+        for rates, peaks in (zip(*side, strict=True) for side in (runs, peer_runs))
+    )
+    return ours, theirs, ratio

@@ -1,5 +1,6 @@
 """Compares gptjax with transformers and the book's code, interleaved on this machine.
 
+    pip install -e ".[peers]" && pip install --no-deps llms-from-scratch
     python -m tests.benchmarks.peers [--only PART] [--repeats N] [--json FILE]
 
 A ratio above 1 means that gptjax is faster. On an NVIDIA GPU, training and decoding are
@@ -17,23 +18,22 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from gptjax.config import DataConfig, GPTConfig, RunConfig
+from gptjax.config import GPTConfig
 from gptjax.runtime import cpu_flags
-from tests.benchmarks.interleaved import in_new_process, run_interleaved, run_isolated
+from tests.benchmarks.interleaved import in_new_process, run_interleaved
 
 PARTS = ("train", "decode", "prefill", "load", "input", "start")
-GPU_PARTS = ("train", "decode")
 NEW_TOKENS = 128  # per row
 
 
-def missing_requirement(config, parts, platform):
+def missing_requirement(platform, parts):
     """Describes what the machine lacks for the comparisons; empty if nothing."""
-    needed = {"torch": "-e '.[peers]'", "transformers": "-e '.[peers]'"}
+    needed = ["torch", "transformers"]
     if platform == "cpu" and "train" in parts:
-        needed["llms_from_scratch"] = "--no-deps llms-from-scratch"
-    for name, package in needed.items():
+        needed.append("llms_from_scratch")
+    for name in needed:
         if importlib.util.find_spec(name) is None:
-            return f"{name} is not installed: pip install {package}"
+            return f"{name} is not installed: see the first lines of this file"
     import torch
 
     if platform == "gpu":
@@ -43,14 +43,6 @@ def missing_requirement(config, parts, platform):
     threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
     if threads < cores:
         return f"PyTorch uses {threads} of {cores} cores: set OMP_NUM_THREADS={cores}"
-    from gptjax.training import estimate
-
-    config = dataclasses.replace(config, context_length=256)
-    run = RunConfig(model=config, data=DataConfig(batch_size=4))
-    needed, free = 2 * sum(estimate.memory_bytes(run).values()), estimate.free_memory()
-    if needed > free:
-        sizes = f"{estimate.format_bytes(needed)} of memory, {estimate.format_bytes(free)} are free"
-        return f"both sides together need about {sizes}: choose a smaller --preset"
     return ""
 
 
@@ -121,10 +113,9 @@ def compare(comparison, repeats):
         except Exception as error:  # out of memory above all
             print(f"{name} {tag}: {type(error).__name__}: {error}"[:500], file=sys.stderr)
             continue
-        for middle, result in (("", ours), (peer, theirs)):
-            key, rate = join_words(name, middle, tag), result.median
-            metrics |= {key: 1 / rate if unit == "s" else rate}
-            metrics |= {f"{key}_peak_bytes": result.peak_bytes}
+        for middle, (rate, peak_bytes) in (("", ours), (peer, theirs)):
+            key = join_words(name, middle, tag)
+            metrics |= {key: 1 / rate if unit == "s" else rate, f"{key}_peak_bytes": peak_bytes}
             print(f"{key:<40}{metrics[key]:12.4g} {unit}", flush=True)
         metrics[join_words(name, "ratio", peer, tag)] = ratio
         print(f"{join_words(name, 'ratio', peer, tag):<40}{ratio:12.3f}", flush=True)
@@ -146,11 +137,8 @@ def run_suite(make_options, preset, repeats, parts):
 
 
 def write_metrics(path, metrics):
-    """Replaces the file of all metrics so far, if there is one."""
     if path:
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        part.replace(path)
+        path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
 def main(argv=None):
@@ -168,9 +156,8 @@ def main(argv=None):
     parts = args.only or PARTS
     metrics = in_new_process(run_suite, "make_machine_options", args.preset, args.repeats, [])
     config = GPTConfig.preset(args.preset, dtype="float32", remat="none")
-    if missing := missing_requirement(config, parts, metrics["platform"]):
-        print(f"peers: {missing}", file=sys.stderr)
-        return 2
+    if missing := missing_requirement(metrics["platform"], parts):
+        parser.error(missing)
     if metrics["platform"] == "gpu":
         own_parts = ["train"] if "train" in parts else []
         best = in_new_process(run_suite, "make_device_options", args.preset, 5, own_parts)
@@ -178,6 +165,10 @@ def main(argv=None):
         comparisons = gpu_comparisons(args.preset, best)
     else:
         comparisons = cpu_comparisons(config)
+        if "train" in parts:
+            from tests.benchmarks.torch_workloads import torch_matmul
+
+            metrics["torch_matmul"] = in_new_process(torch_matmul, args.repeats)
     write_metrics(args.json, metrics)
     failed = False
     for comparison in comparisons:
@@ -186,11 +177,6 @@ def main(argv=None):
             failed = failed or not found
             metrics |= found
             write_metrics(args.json, metrics)
-    if metrics["platform"] == "cpu" and "train" in parts:
-        from tests.benchmarks.torch_workloads import torch_matmul
-
-        metrics["torch_matmul"] = run_isolated(torch_matmul, args.repeats).median
-        write_metrics(args.json, metrics)
     return 1 if failed else 0
 
 

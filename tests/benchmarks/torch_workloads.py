@@ -1,5 +1,6 @@
 """PyTorch versions of the workloads of `gptjax.bench`, for `tests.benchmarks.peers`."""
 
+import statistics
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from gptjax.bench.workloads import (
     STARTUP_PROMPT,
     TEXT_REPEATS,
     make_temp_dir,
+    measure_rates,
     random_tokens,
 )
 from gptjax.data.datasets import read_python_help
@@ -192,12 +194,12 @@ def tiktoken_input(workers):
     return work
 
 
-def torch_matmul():
-    """Matmul of large square matrices; units are floating-point operations."""
+def torch_matmul(repeats):
+    """Floating-point operations per second with large square matrices."""
     x = torch.randn(4096, 4096)
 
     def work():
         torch.mm(x, x)
         return 2 * 4096**3
 
-    return work
+    return statistics.median(measure_rates(work, repeats))
