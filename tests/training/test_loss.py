@@ -107,8 +107,9 @@ def test_documents_of_a_packed_row_are_isolated_only_with_segment_ids():
 
     for use_segment_ids in (True, False):
         loss_fn = jax.jit(make_lm_loss_fn(model.config, 4, use_segment_ids))
-        one, other = (float(loss_fn(model.params, row, None)[0]) for row in rows)
-        assert (one == pytest.approx(other, rel=1e-5)) == use_segment_ids
+        (one, weight), (other, _) = (loss_fn(model.params, row, None) for row in rows)
+        assert (float(one) == pytest.approx(float(other), rel=1e-5)) == use_segment_ids
+        assert weight == 3
 
 
 def test_chunks_are_as_long_as_allowed_and_never_hold_all_logits():
