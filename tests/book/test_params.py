@@ -63,6 +63,7 @@ def test_the_untrained_model_of_chapter_4_generates_the_words_of_the_book():
 
 
 @pytest.mark.slow
+@pytest.mark.fast  # its digits depend on the versions
 def test_the_untrained_model_of_chapter_5_has_the_losses_of_the_book(verdict):
     model = book_model(256)  # "every effort moves", "I really like"
     token_BT = jnp.array([[16833, 3626, 6100], [40, 1107, 588]])
