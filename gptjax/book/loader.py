@@ -8,15 +8,13 @@ generator; these are the batches without dropout, or with training on a GPU.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
 from gptjax.book.torch_random import TorchGenerator
 from gptjax.config import check_min
-from gptjax.data.bucketing import BucketedBatches
-from gptjax.data.lm import Batch
-from gptjax.data.sft import TRAIN_ON_COMPLETIONS, Example, SFTBatching, collate
+from gptjax.data.sft import TRAIN_ON_COMPLETIONS, PaddedBatches, SFTBatching
 from gptjax.errors import ConfigError, DataError
 
 BatchIndices = list[list[int]]
@@ -122,13 +120,11 @@ def iterate_epochs(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class BookBatches(BucketedBatches):
+class BookBatches(PaddedBatches):
     """Batches in the order of a shuffling DataLoader: `data.batching = "book"`.
 
     Each is padded to its longest row; an incomplete last batch is dropped.
     """
-
-    examples: Sequence[Example]
 
     def __post_init__(self) -> None:
         """Checks that there is at least one batch."""
@@ -138,11 +134,6 @@ class BookBatches(BucketedBatches):
                 "rows, and data.batching=book drops incomplete batches. Decrease "
                 "data.batch_size, or use data.batching=padded."
             )
-
-    @functools.cached_property
-    def lengths(self) -> list[int]:
-        """Positions of each example."""
-        return [len(example.ids) - 1 for example in self.examples]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -157,15 +148,6 @@ class BookBatches(BucketedBatches):
         batches = Loader(len(self.examples), self.rows).start_epoch(generator)
         return [(max(self.lengths[n] for n in batch), np.array(batch)) for batch in batches]
 
-    def make_batch(self, length: int, indices: Sequence[int] | np.ndarray) -> Batch:
-        """Returns the examples at these indices, padded to `length`."""
-        return collate([[self.examples[n]] for n in indices], length, self.pad_id)
-
 
 # The header before a response is trained on as well, as in exercise 7.2.
-BOOK_BATCHING = SFTBatching(
-    lambda examples, rows, context, pad_id, seed: BookBatches(
-        examples, rows=rows, bucket_lengths=(), pad_id=pad_id, seed=seed
-    ),
-    completion_segments=TRAIN_ON_COMPLETIONS | {"header"},
-)
+BOOK_BATCHING = SFTBatching(BookBatches, TRAIN_ON_COMPLETIONS | {"header"})

@@ -90,7 +90,6 @@ def read_labeled_texts(
         data = encode_labels(folder_examples(source), str(source))
         return data, f"{source}: one folder of .txt files per label; {summarize_classes(data)}."
     folder = ", a folder with one folder of .txt files per label,"
-    folder = ", a folder with one folder of .txt files per label,"
     source = find_table(str(path), ("sms-spam",), "labels", folder)
     file_format, columns, rows = read_table(source, {text_column, label_column} - {""})
     if not rows:

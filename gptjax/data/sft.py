@@ -8,7 +8,7 @@ as well.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -160,15 +160,16 @@ class PaddedBatches(BucketedBatches):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PackedBatches(BucketedBatches):
-    """Batches with several examples per row, packed alike in every epoch."""
+class PackedBatches(PaddedBatches):
+    """Batches of the longest length, with several examples per row.
 
-    examples: Sequence[Example]
+    They are packed alike in every epoch.
+    """
 
     @functools.cached_property
     def bins(self) -> list[list[int]]:
         """Example indices per row: best-fit decreasing bin packing."""
-        (context,) = self.bucket_lengths
+        context = self.bucket_lengths[-1]
         bins: list[list[int]] = []
         bins_by_space: dict[int, list[int]] = {}  # positions left: bin indices
         lengths = [len(example.ids) - 1 for example in self.examples]
@@ -187,14 +188,14 @@ class PackedBatches(BucketedBatches):
     @property
     def lengths(self) -> list[int]:
         """Length of each row."""
-        return [*self.bucket_lengths] * len(self.bins)
+        return [self.bucket_lengths[-1]] * len(self.bins)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (one instance per run)
     def epoch_plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         """Returns (length, row indices) of each batch of an epoch."""
-        (context,) = self.bucket_lengths
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.bins))
-        return [(context, order[n : n + self.rows]) for n in range(0, len(order), self.rows)]
+        starts = range(0, len(order), self.rows)
+        return [(self.bucket_lengths[-1], order[n : n + self.rows]) for n in starts]
 
     def make_batch(self, length: int, indices: Sequence[int] | np.ndarray) -> Batch:
         """Returns the rows at these indices, with empty ones as padding."""
@@ -237,33 +238,17 @@ class PreferenceBatches(BucketedBatches):
         return batch | {"reference_logprobs": logprob_B2}
 
 
-def make_padded_batches(
-    examples: Sequence[Example], rows: int, context: int, pad_id: int, seed: int = 0
-) -> BucketedBatches:
-    """Makes length-bucketed batches; each example must fit `context`."""
-    lengths = buckets(context)
-    return PaddedBatches(examples, rows=rows, bucket_lengths=lengths, pad_id=pad_id, seed=seed)
-
-
-def make_packed_batches(
-    examples: Sequence[Example], rows: int, context: int, pad_id: int, seed: int
-) -> BucketedBatches:
-    """Makes packed batches; each example must fit `context`."""
-    return PackedBatches(examples, rows=rows, bucket_lengths=[context], pad_id=pad_id, seed=seed)
-
-
 class SFTBatching(NamedTuple):
     """Way of batching conversations, a value of `data.batching`."""
 
-    # (examples, batch size, context, padding id, seed) -> batches
-    make_batches: Callable[[Sequence[Example], int, int, int, int], BucketedBatches]
+    batches: type[PaddedBatches]
     completion_segments: frozenset[str] = TRAIN_ON_COMPLETIONS  # if completion_only_loss
 
 
 SFT_BATCHING = {
-    "auto": SFTBatching(make_padded_batches),
-    "padded": SFTBatching(make_padded_batches),
-    "packed": SFTBatching(make_packed_batches),
+    "auto": SFTBatching(PaddedBatches),
+    "padded": SFTBatching(PaddedBatches),
+    "packed": SFTBatching(PackedBatches),
 }
 
 
@@ -276,7 +261,7 @@ def find_sft_batching(batching: str) -> SFTBatching:
 
 def make_sft_batches(
     batching: str, examples: Sequence[Example], *, rows: int, context: int, pad_id: int, seed: int
-) -> BucketedBatches:
-    """Makes the training batches of examples of at most `context` + 1 tokens."""
-    make_batches = find_sft_batching(batching).make_batches
-    return make_batches(examples, rows, context, pad_id, seed)
+) -> PaddedBatches:
+    """Makes the batches of examples of at most `context` + 1 tokens."""
+    options = {"rows": rows, "bucket_lengths": buckets(context), "pad_id": pad_id, "seed": seed}
+    return find_sft_batching(batching).batches(examples, **options)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.data.conversations import Conversation, read_conversations
-from gptjax.data.sft import Example, encode_conversations, make_padded_batches, truncate_all
+from gptjax.data.sft import Example, encode_conversations, make_sft_batches, truncate_all
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.evaluation.llm_judge import LLMJudge, iter_judgements, summarize_judgements
 from gptjax.evaluation.metrics import exact_match, rouge_l, token_f1
@@ -37,7 +37,9 @@ class ResponseEval(NamedTuple):
 def example_loss(model: Model, examples: Sequence[Example]) -> Evaluation:
     """Evaluates the model on the trained tokens of examples that fit its context."""
     context, pad_id = model.config.context_length, model.tokenizer.eot_token
-    padded = make_padded_batches(examples, LOSS_BATCH_SIZE, context, pad_id)
+    padded = make_sft_batches(
+        "padded", examples, rows=LOSS_BATCH_SIZE, context=context, pad_id=pad_id, seed=0
+    )
     batches = (batch for _, batch in padded.in_order())
     eval_step = eval_step_for(model.config)
     return evaluate(eval_step, model.params, batches, model.tokenizer.byte_lengths)
