@@ -12,17 +12,13 @@ from tests.data.tables import csv_text, write
 
 PAIRS = [("ham", "see you"), ("spam", "Win £9!"), ("ham", "ok, later"), ("spam", "Hi")]
 OBJECTS = [{"label": n, "text": t} for n, t in PAIRS]
-TABLES = [  # file, content, options, columns of text and label, header
-    ("a.csv", csv_text([("label", "text"), *PAIRS]), (), "text", "label", "with a header"),
-    ("a.tsv", csv_text([("Class", "words"), *PAIRS], "\t"), (), "words", "Class", "with a header"),
-    ("a.jsonl.gz", "\n\n".join(map(json.dumps, OBJECTS)), (), "text", "label", "JSON lines"),
-    ("b.csv", csv_text([("y", "TWEET"), *PAIRS]), (), "TWEET", "y", "with a header"),
-    (
-        *("c.csv", csv_text([("content", "text", "id"), *((n, t, 7) for n, t in PAIRS)])),
-        *(("", "content"), "text", "content", "with a header"),
-    ),
-    ("d.csv", csv_text(PAIRS), ("2", "1"), "2", "1", "no header"),
-    ("SMSSpamCollection", csv_text(PAIRS, "\t"), (), "text", "label", "no header"),
+TABLES = [  # file, content, options, columns of text and label
+    ("a.csv", csv_text([("label", "text"), *PAIRS]), (), "text", "label"),
+    ("a.tsv", csv_text([("Class", "words"), *PAIRS], "\t"), (), "words", "Class"),
+    ("a.jsonl.gz", "\n\n".join(map(json.dumps, OBJECTS)), (), "text", "label"),
+    ("b.csv", csv_text([("text", "content"), *PAIRS]), ("", "text"), "content", "text"),
+    ("c.csv", csv_text(PAIRS), ("2", "1"), "2", "1"),
+    ("SMSSpamCollection", csv_text(PAIRS, "\t"), (), "text", "label"),
 ]
 
 
@@ -32,20 +28,14 @@ def pairs(data):
 
 
 def test_each_format_gives_the_same_rows_and_the_description_names_it(tmp_path):
-    for name, content, options, text, label, header in TABLES:
-        path = write(tmp_path / name, content)
-        data, description = read_labeled_texts(path, *options)
+    for name, content, options, text, label in TABLES:
+        data, description = read_labeled_texts(write(tmp_path / name, content), *options)
 
         assert pairs(data) == PAIRS
         assert data.class_names == ("ham", "spam")
-        columns = f"text in column {text!r}, label in column {label!r}"
-        for value in (f"{path}: ", "in 2 classes: ham (2), spam (2)", columns, header):
-            assert value in description
-    for options, value in (
-        (("bod",), r"csv:2: .*'bod'.*'?text.*data\.text_column"),
-        (("label", "label"), r"label, text.*--data\.label_column"),
-    ):
-        with pytest.raises(DataError, match=value):
+        assert f"text in column {text!r}, label in column {label!r}" in description
+    for options in (("bod",), ("label", "label")):
+        with pytest.raises(DataError, match=r"csv:2: .*data\.text_column"):
             read_labeled_texts(tmp_path / "a.csv", *options)
 
 
@@ -75,7 +65,6 @@ def test_a_folder_has_one_folder_per_label(tmp_path):
     for path, columns, value in [
         (tmp_path, (), "such as .*set"),
         (tmp_path / "flat", (), "flat.*spam"),
-        (tmp_path / "none.csv", (), r"none\.csv.*sms-spam"),
         (tmp_path / "set", ("text",), r"data\.text_column"),
         ("verdict", (), "verdict .*sms-spam"),
     ]:

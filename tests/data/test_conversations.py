@@ -41,7 +41,10 @@ TEXTS = [  # row, its messages
     (ASKED | {"output": " Yes.\n", "system": "Be brief."}, [SYSTEM, LEAF, YES]),
     ({"prompt": "Is it green?", "completion": " Yes.\n"}, [USER, YES]),
     ({"prompt": "Is it green?", "response": " Yes.\n"}, [USER, YES]),
-    ({"prompt": "Is it green?", "output": " Yes.\n"} | BOTH, [USER, YES]),
+    (
+        {"prompt": "Is it green?", "output": " Yes.\n", "chosen": "No!", "rejected": "?"},
+        [USER, YES],
+    ),
     ({"question": "Is it green?", "answer": " Yes.\n"}, [USER, YES]),
 ]
 PARTS = [{"type": "text", "text": "Is it "}, {"type": "text", "text": "green?"}]
@@ -70,21 +73,16 @@ PAIRS = [  # row, its prompt
 def test_each_format_gives_the_same_messages_and_pairs(tmp_path):
     for row, expected in TEXTS + LISTS:
         for name in ("a.jsonl", "a.csv") if (row, expected) in TEXTS else ("a.jsonl",):
-            found, description = read_conversations(write_rows(tmp_path / name, row, row))
+            found, _ = read_conversations(write_rows(tmp_path / name, row, row))
 
             assert [list(one.messages) for one in found] == [expected, expected]
             assert [one.source_row for one in found] == [row, row]
-            turns = 2 * sum(message["role"] == "assistant" for message in expected)
-            assert f"conversations: 2, turns: {turns}, " in description
     path = tmp_path / "a.jsonl"
     for row, prompt in PAIRS:
         pair = PreferencePair(tuple(prompt), " Yes.\n", "No!", row, f"{path}:1")
 
         assert read_preference_pairs(write_rows(path, row))[0] == [pair]
         assert read_conversations(path)[0][0].messages == (*prompt, YES)
-    # A conversation ends with the output.
-    [found] = read_conversations(write_rows(path, ASKED | BOTH | {"output": "No!"}))[0]
-    assert found.messages == (LEAF, NO)
 
 
 def test_tasks_splits_and_locations_are_those_of_the_rows(tmp_path):
@@ -123,14 +121,3 @@ def test_each_row_is_in_one_split_of_the_right_size():
     ]:
         with pytest.raises(kind, match=re.escape(value)):
             split_conversations(rows, **DEFAULTS | options)
-
-
-def test_the_books_preferences_are_pairs_and_conversations(shared_data):
-    pairs, description = read_preference_pairs("preferences")
-    found, _ = read_conversations(shared_data / "instruction-data-with-preference.json")
-
-    assert "pairs: 1,100, with identical responses: 6, with an input: 325" in description
-    for pair, one in zip(pairs, found, strict=True):
-        row = pair.source_row
-        assert one.messages == (*pair.prompt, {"role": "assistant", "content": row["output"]})
-        assert (pair.chosen, pair.rejected) == (row["chosen"], row["rejected"])

@@ -4,7 +4,6 @@ import json
 import os
 from unittest import mock
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,9 +72,7 @@ def test_the_stream_and_its_summary_are_as_documented(tmp_path):
     assert validation is None
     counts = {"documents": 2, "tokens": 19, "bytes": 16}
     assert info.meta["splits"]["train"].items() >= counts.items()
-    assert np.fromfile(tmp_path / "out" / "train-00000.idx", "<u8").tolist() == [3, 18]
-    for value in ("a.jsonl, column 'body'", "bytes tokens", "2 documents", "19 tokens"):
-        assert value in str(info)
+    assert "19 tokens" in str(info)
     windows = sample_windows(tmp_path / "out", n=2, length=6)
     assert windows == ["<|endoftext|>ab<|endoftext|>c<", "|endof"]
 
@@ -94,12 +91,9 @@ def test_the_result_depends_neither_on_workers_nor_on_chunks(tmp_path, monkeypat
 
     assert contents(tmp_path / "1") == contents(tmp_path / "4")
     assert len(list((tmp_path / "1").glob("train-*.bin"))) > 3
-    # A single document is cut where nanoGPT cuts it.
-    content = whole.read_text()
-    n = int(len(content) * 0.9)
-    for tokens, part in zip(
-        open_prepared(tmp_path / "out"), (content[:n], content[n:]), strict=False
-    ):
+    content, splits = whole.read_text(), open_prepared(tmp_path / "out")
+    n = int(len(content) * 0.9)  # a single document is cut where nanoGPT cuts it
+    for tokens, part in ((splits.train, content[:n]), (splits.validation, content[n:])):
         ids = [gpt2.eot_token, *gpt2.encode(part), gpt2.eot_token]
         assert tokens.read(0, len(tokens)).tolist() == ids
 
@@ -109,25 +103,22 @@ def test_the_same_call_does_nothing_and_another_is_rejected(tmp_path, monkeypatc
     out = tmp_path / "out"
     out.mkdir()  # an empty folder is fine
     first = prepare_dataset([path], "bytes", out)
-    before = contents(out)
     monkeypatch.setattr(prepare, "write_prepared", None)  # would fail if it were called
 
     assert prepare_dataset([path], "bytes", out) == first
+    options = {"tokenizer": "bytes", "out": out}
     for change in ({"seed": 1}, {"val_fraction": 0.2}, {"tokenizer": "bpe:280"}, {"out": tmp_path}):
-        options = {"tokenizer": "bytes", "out": out, **change}
-        with pytest.raises(DataError, match=f"{options['out']} "):
-            prepare_dataset([path], **options)
+        with pytest.raises(DataError, match=str(tmp_path)):
+            prepare_dataset([path], **options | change)
     jsonl(path, TEXTS[:-1])
     with pytest.raises(DataError, match=f"{out} "):
-        prepare_dataset([path], "bytes", out)
-    assert contents(out) == before
+        prepare_dataset([path], **options)
 
 
 def test_a_failure_leaves_no_folder(tmp_path, monkeypatch):
     for documents, options, error, value in [
         (["", ""], {}, DataError, "empty"),
         (["a"], {}, DataError, "val_fraction=0.1"),
-        (TEXTS, {"val_fraction": 1.0}, ConfigError, "val_fraction=1.0"),
         (TEXTS, {"shard_tokens": 0}, ConfigError, "shard_tokens=0"),
         (TEXTS, {"tokenizer": "bpe:many"}, ConfigError, "'bpe:many'"),
         (TEXTS, {}, DataError, "out: no space left on device"),
@@ -156,9 +147,7 @@ def test_prepared_data_is_opened_only_with_its_own_tokenizer(tmp_path):
     assert {other.hash for other in others} == {tokenizer.hash}
     kept = documents_of(open_prepared(tmp_path / "bytes").train)  # it is trained on these
     assert tokenizer.hash == train_tokenizer(kept, 270).hash != train_tokenizer(words, 270).hash
-    assert (tokenizer.name, tokenizer.vocab_size) == ("bpe:270", 270)
-    assert open_tokenizer("bytes", "bytes").name == open_tokenizer("bytes", "").name == "bytes"
-    assert not (tmp_path / "run").exists()
+    assert (tokenizer.name, open_tokenizer("bytes", "").name) == ("bpe:270", "bytes")
     for source, name in (("bpe", "bytes"), ("bytes", "bpe:270"), ("bytes", folder)):
         with pytest.raises(DataError, match=r"data\.tokenizer="):
             open_tokenizer(source, name)

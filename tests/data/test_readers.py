@@ -55,9 +55,7 @@ INVALID = [  # reader, file, content, start of the message, value in it
     (rows_of, "a.jsonl", '"a"\n"\0"', ":2: ", "NUL"),
     (rows_of, "a.json", '\n{"text": "a"}', ":1: ", "["),
     (rows_of, "a.json", '["a",\n\n"b",]', ":3: ", "not JSON"),
-    (rows_of, "a.json", '[\n{"text": "a"},\n{"text": NaN}]', ":1: ", "NaN"),
     (rows_of, "a.json", "[[[" * 50_000, ":1: ", "nested"),
-    (rows_of, "a.csv", "id,text\n1,a\n\n2\n", ":4: ", "1 fields, but 2"),
     (rows_of, "a.csv", 'id,text\n1,"a\n\nb"\n2,c,d\n', ":5: ", "3 fields, but 2"),
     (rows_of, "a.csv", 'id,text\n1,"a"b\n', ":2: ", "not CSV"),
     (rows_of, "a.csv", "text,id, text\na,b,c\n", ":1: ", "['text', 'id', 'text']"),
@@ -66,7 +64,6 @@ INVALID = [  # reader, file, content, start of the message, value in it
     (texts_of, "a.jsonl", '{"text": "b"}\n{"text": null}', ":2: ", "'text' is None"),
     (texts_of, "a.jsonl", '"b"\n"\\ud800"', ":2: ", r"'\ud800'"),
     (texts_of, "a.jsonl", '"b"\n"\\u0000"', ":2: ", "NUL"),
-    (texts_of, "a.csv", "title,author\nb,c", ":2: ", "data.text_column"),
     (texts_of, "a.png", "", "", "jsonl"),
     (read_labeled_texts, "a.csv", "text,label\na,x\n ,y\n", ":3: ", "empty"),
     (read_labeled_texts, "a.csv", "text,label\na,x\nb, \n", ":3: ", "'label'"),
@@ -75,24 +72,17 @@ INVALID = [  # reader, file, content, start of the message, value in it
     (read_labeled_texts, "a.jsonl", "[1]", ":1: ", "[1]"),
     (read_labeled_texts, "a.csv", "text,label\na,ham\nb,ham\n", ", column 'label': ", "'ham'"),
     (read_labeled_texts, "a.csv", "review,comment,label\na,b,c\n", ":2: ", "--data.text_column"),
-    (read_labeled_texts, "a.csv", "text,\na,b\nc,b\n", ":2: ", "--data.label_column"),
-    (read_labeled_texts, "a.png", "", "", ".csv"),
     (read_conversations, "a.txt", "a", "", ".jsonl"),
     (read_conversations, "a.jsonl", to_jsonl({"a": "b"}), ":1: ", "prompt, completion"),
     (read_conversations, "a.jsonl", to_jsonl(AB, {}), ":2: ", "'prompt'"),
-    (read_conversations, "a.jsonl", to_jsonl(AB, "hello"), ":2: ", "'hello'"),
     (read_conversations, "a.jsonl", to_jsonl(AB | {"completion": 5}), ":1: ", "'completion' is 5"),
     (read_conversations, "a.jsonl", to_jsonl(AB | {"completion": [YES] * 3}), ":1: ", "has 3"),
     (read_conversations, "a.jsonl", to_jsonl(AB | {"split": "trian"}), ":1: ", "mean train?"),
-    (
-        *(read_conversations, "a.jsonl", to_jsonl(AB | {"split": "test"}, AB | {"split": ""})),
-        *(":2: ", "'split'"),
-    ),
+    (read_conversations, "a.jsonl", to_jsonl(AB | {"split": "test"}, AB), ":2: ", "'split'"),
     *(
         (read_conversations, "a.jsonl", to_jsonl({"messages": messages}), f":1{start}", value)
         for messages, start, value in [
             ([USER, 5], ", message 2: 5 ", ""),
-            ([{"role": "user"}], ", message 1: ", "'content'"),
             ([USER | {"role": "tool"}], ", message 1: ", "'tool'"),
             ([USER | {"content": ""}], ", message 1: ", "'content'"),
             ([USER | {"content": [{"type": "image_url"}]}], ", message 1: ", "'text'"),
@@ -105,7 +95,6 @@ INVALID = [  # reader, file, content, start of the message, value in it
         for row, value in [
             ({"chosen": [USER, YES], "rejected": [YES | USER, YES, USER, YES]}, "'rejected'"),
             ({"chosen": "Human: a", "rejected": "b"}, "'chosen' is 'Human: a'"),
-            (AB | BOTH | {"rejected": ""}, "'rejected'"),
             ({"instruction": []} | BOTH, "'instruction' is []"),
             ({"chosen": [SYSTEM, USER, YES], "rejected": [USER, YES], "system": "s"}, "'system'"),
         ]
@@ -142,27 +131,19 @@ def test_corrupt_files_and_rows_that_would_fill_the_memory_are_rejected(tmp_path
             rows_of(path)
     with pytest.raises(DataError, match="cannot read"):
         read_text_file(tmp_path)
-    for name, value in {
-        "MAX_LINE_BYTES": 100,
-        "READ_BLOCK_BYTES": 10,
-        "MAX_JSON_BLOCKS": 10,
-    }.items():
-        monkeypatch.setattr(readers, name, value)
-    for name, content in {
-        "a.jsonl": f'"a"\n"{"x" * 101}"',
-        "a.csv": 'text\n"' + "a\n" * 99,
-        "a.json": f'["{"x" * 101}"]',
-    }.items():
+    for name, limit in (("MAX_LINE_BYTES", 100), ("READ_BLOCK_BYTES", 10), ("MAX_JSON_BLOCKS", 10)):
+        monkeypatch.setattr(readers, name, limit)
+    long = f'["{"x" * 101}"]'
+    for name, content in (("jsonl", long), ("csv", 'text\n"' + "a\n" * 99), ("json", long)):
         with pytest.raises(DataError, match=rf"{name}.*(100|larger)"):
-            rows_of(write(tmp_path / name, content))
+            rows_of(write(tmp_path / f"a.{name}", content))
 
 
 def test_the_text_column_has_a_known_name_or_is_the_only_text():
     for row, column in [
         ({"id": "1", "Review": "a"}, "Review"),
         ({"content": "a", "text": "b"}, "text"),
-        ({"id": 1, "story": "a"}, "story"),
-        ({"sentiment": "pos", "story": "a"}, "story"),
+        ({"sentiment": "pos", "id": 1, "story": "a"}, "story"),
     ]:
         assert guess_text_column(row, "a.csv:2", "--column NAME") == column
     for row in ({"review": "a", "comment": "b"}, {"id": 1}):

@@ -34,17 +34,14 @@ def test_a_text_file_is_a_document_and_each_row_of_a_table_is_one(tmp_path):
     rows = "\n".join(json.dumps({"n": 1, "text": t}) for t in texts)
     table = csv_text([("id", "answer"), *enumerate(texts)])
     for name, data, column, expected in [
-        ("a.txt", content, "", [content]),
-        ("b.MD", content, "", [content]),
-        ("c.txt.gz", content, "", [content]),
+        ("a.MD", content, "", [content]),
+        ("a.txt.gz", content, "", [content]),
         ("empty.txt", b"\xef\xbb\xbf", "", []),
         ("a.jsonl", rows, "", texts[:3]),
         ("b.jsonl.gz", "\n".join(map(json.dumps, texts)), "", texts[:3]),
         ("d.csv", table, "answer", texts[:3]),
     ]:
         assert documents(write(tmp_path / name, data), column=column) == expected
-    with pytest.raises(DataError, match=r"d\.csv:2: .*'answr'"):
-        documents(tmp_path / "d.csv", column="answr")
 
 
 @quick

