@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import tomli_w
 
 from gptjax.config import load_config
-from gptjax.parallel.sharding import MESH_AXES
 from gptjax.tasks.train import train as train_run
 from gptjax.tokenizer import tokenizer
 from gptjax.training.metrics import read_events
@@ -130,13 +129,8 @@ def until(true: Callable[[], bool], processes: Sequence[Process] = ()) -> None:
         time.sleep(0.01)
 
 
-def mesh_flags(*sizes: int) -> list[str]:
-    axes = zip(MESH_AXES, sizes, strict=True)
-    return [word for axis, n in axes for word in (f"--mesh.{axis}", str(n))]
-
-
 def commands_of_pair() -> list[list[str]]:
-    return train(2, "config.toml", "--run", "run", *mesh_flags(1, 2, 2))
+    return train(2, "config.toml", "--run", "run", "--mesh.fsdp", "2", "--mesh.tensor", "2")
 
 
 def write_config(folder: Path, **changes: Any) -> Path:

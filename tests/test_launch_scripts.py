@@ -97,12 +97,31 @@ def test_tpu_vm_creates_the_tpu_again_after_a_preemption(tmp_path, states, codes
     assert calls["gcloud"][0][3] == "delete"
 
 
-@pytest.mark.parametrize("name", ["gke", "skypilot"])
-def test_a_cluster_gets_a_valid_command_and_restarts_interrupted_jobs(name):
-    text = (FOLDER / f"{name}.yaml").read_text()
+def test_gke_trains_on_every_host_and_restarts_interrupted_pods(tmp_path):
+    spec = yaml.safe_load((FOLDER / "gke.yaml").read_text())["spec"]
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
 
-    yaml.safe_load(text)
-    (command,) = re.findall(r"gptjax (train(?:[^\n]|(?<=\\)\n)*)", text)
-    nodes = "$coordinator,$SKYPILOT_NUM_NODES,$SKYPILOT_NODE_RANK"
-    check_train(shlex.split(command.replace("\\\n", "")), "auto" if name == "gke" else nodes)
-    assert re.search(r"(values|codes): \[75\]", text)
+    command = shlex.join(container["command"])
+    code, calls = run_script(tmp_path, command, {"pip": "", "gptjax": "exit 75"})
+
+    assert code == 75
+    assert "gptjax[tpu] @ git+https://" in calls["pip"][0][-1]
+    check_train(calls["gptjax"][0])
+    assert job["completions"] == job["parallelism"]
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [75]
+    assert spec["failurePolicy"]["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
+
+
+def test_skypilot_connects_the_nodes_and_recovers_interrupted_jobs(tmp_path):
+    task = yaml.safe_load((FOLDER / "skypilot.yaml").read_text())
+    nodes = {"NODE_IPS": "10.0.0.7\n10.0.0.8", "NODE_RANK": "1", "NUM_NODES": "2"}
+    variables = {f"SKYPILOT_{name}": value for name, value in nodes.items()}
+
+    script = f"cd() {{ :; }}\n{task['setup']}\n{task['run']}"
+    stubs = {TRAIN: "exit 75", UV: "", "python3": ""}
+    code, calls = run_script(tmp_path, script, stubs, **variables)
+
+    assert code == 75
+    check_train(calls["gptjax"][0], "10.0.0.7:8476,2,1")
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]

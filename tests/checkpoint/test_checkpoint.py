@@ -198,15 +198,6 @@ def test_any_flipped_bit_changes_the_checksum(dtype):
     assert checksums(np.ones(10, dtype))[0] not in np.asarray(sums)
 
 
-def test_moved_elements_and_negative_zeros_change_the_checksum():
-    x = jnp.arange(64.0).reshape(8, 8)
-
-    found = checksums(x, x.T, x[::-1], jnp.roll(x, 1), x.at[0].set(x[1]))
-
-    assert len(set(found)) == 5
-    assert len(set(checksums(jnp.zeros(3), -jnp.zeros(3)))) == 2
-
-
 def test_arrays_with_non_finite_values_are_named():
     tree = {"a": jnp.ones(3), "infinite": jnp.array([1.0, jnp.inf]), "nan": jnp.float32(jnp.nan)}
 

@@ -107,7 +107,17 @@ def test_old_flags_are_rejected_with_the_new_ones(capsys):
         ("eval m --text a --chat-data b", "--classification-data"),
         ("trian", "'trian'. Did you mean train?"),
         ("data verfy", "'verfy'. Did you mean verify?"),
+        ("train tiny --model.n_heads 3", "n_heads=3"),
+        ("train tinny", "Did you mean tiny"),
+        ("train my.toml", "n_layer. Did you mean n_layers"),
+        ("generate nowhere hello", "'nowhere'"),
     ],
 )
-def test_an_invalid_command_line_is_one_sentence(words, message, capsys):
+def test_invalid_input_gives_one_message_and_exit_code_2(
+    words, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.toml").write_text("[model]\nn_layer = 3\n")
+
     assert message in usage_error(capsys, *words.split())
+    assert not (tmp_path / "runs").exists()

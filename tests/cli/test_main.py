@@ -108,29 +108,6 @@ def test_data_is_prepared_previewed_and_verified(capsys, tmp_path):
     assert "train-00000.bin" in out
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("train tiny --model.n_heads 3", "n_heads=3"),
-        ("train tinny", "Did you mean tiny"),
-        ("train my.toml", "n_layer. Did you mean n_layers"),
-        ("generate nowhere hello", "'nowhere'"),
-    ],
-)
-def test_invalid_input_gives_one_message_and_exit_code_2(
-    capsys, words, message, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my.toml").write_text("[model]\nn_layer = 3\n")
-
-    code, out, err = gptjax(capsys, *words.split())
-
-    assert code == 2
-    assert message in err
-    assert "Traceback" not in err + out
-    assert not (tmp_path / "runs").exists()
-
-
 def test_doctor_checks_this_machine_and_names_the_fix_of_each_problem(capsys, monkeypatch):
     code, out, _ = gptjax(capsys, "doctor")
     assert code == 0

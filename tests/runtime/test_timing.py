@@ -1,14 +1,7 @@
 """Startup phases and steps, by a clock that the test sets."""
 
 from gptjax.runtime import timing
-from gptjax.runtime.timing import (
-    CACHE_HIT_EVENT,
-    COMPILE_EVENT,
-    PhaseTimer,
-    StepTimer,
-    log_phases,
-    mark_phase,
-)
+from gptjax.runtime.timing import CACHE_HIT_EVENT, COMPILE_EVENT, PhaseTimer, StepTimer
 
 
 def set_times(monkeypatch, *times):
@@ -36,20 +29,6 @@ def test_a_phase_lasts_from_the_one_before_without_compilation(monkeypatch):
         ["total", "12.00", "s"],
     ]
     assert "2 programs, 1 from the cache" in lines[2]
-
-
-def test_values_are_waited_for_only_while_phases_are_logged(monkeypatch):
-    waited, lines = [], []
-    monkeypatch.setattr("jax.block_until_ready", waited.append)
-
-    mark_phase("loading", "before")
-    with log_phases(lines.append, 0.0, "first step"):
-        mark_phase("loading", "within")
-    mark_phase("loading", "after")
-
-    assert waited == ["within"]
-    assert lines[0].startswith("loading  ")
-    assert lines[-1].startswith("total  ")
 
 
 def test_a_step_excludes_evaluation_and_counts_waiting(monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 
 import gptjax
 from gptjax.checkpoint.retention import list_steps
+from gptjax.cli.main import main
 from gptjax.config import MeshConfig, RunConfig
 from gptjax.data.prepare import open_dataset
 from gptjax.errors import ConfigError, DataError, ModelError
@@ -134,6 +135,21 @@ def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one(
     assert losses(run_dir) == losses(folder)
 
 
+def test_a_signal_during_the_first_evaluation_ends_the_run_with_nothing_to_save(
+    finished, tmp_path, monkeypatch, capsys
+):
+    def interrupt(*args):
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("the evaluation continued")
+
+    monkeypatch.setattr(perplexity, "evaluate", interrupt)
+    config, run_dir = str(finished[1] / "config.toml"), tmp_path / "run"
+
+    assert main(["train", config, "--run", str(run_dir)]) == 75
+    assert "interrupted; no unsaved progress" in capsys.readouterr().out
+    assert list_steps(run_dir / "checkpoints") == losses(run_dir) == []
+
+
 def test_a_run_can_be_resumed_on_another_mesh_and_with_an_allowed_change(finished, tmp_path):
     config, folder, *_ = finished
     run_dir = tmp_path / "run"
@@ -154,27 +170,18 @@ def test_a_run_can_be_resumed_on_another_mesh_and_with_an_allowed_change(finishe
     np.testing.assert_allclose(losses(run_dir), losses(folder), rtol=2e-6)
 
 
-INVALID = {
-    "empty.txt": ({}, DataError, r"val_fraction=0\.1"),
-    "short.txt": ({}, DataError, r"model\.context"),
-    "latin1.txt": ({}, DataError, r"latin1\.txt:2"),
-    "missing.txt": ({}, DataError, r"missing\.txt"),
-    "text.txt": ({"model__vocab_size": 99}, ConfigError, r"model\.vocab_size=99"),
-    "./text.txt": ({"data__batching": "padded"}, ConfigError, r"data\.batching='padded'"),
-    "tokens": ({"data__tokenizer": "gpt2"}, DataError, r"data\.tokenizer="),
-    "damaged": ({}, DataError, r"train-00000\.bin: block 0"),
-}
-
-
 def test_invalid_data_and_options_are_reported(tmp_path, finished):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("abcdef")
-    (tmp_path / "latin1.txt").write_bytes(b"good\n\xe9t\xe9\n")
-    for name in ("tokens", "damaged"):
-        shutil.copytree(finished[1] / "data", tmp_path / name)
-    shard = tmp_path / "damaged" / "train-00000.bin"
-    shard.write_bytes(b"\xff" * shard.stat().st_size)
-    for source, (changes, kind, message) in INVALID.items():
+    shutil.copytree(finished[1] / "data", tmp_path / "tokens")
+    for source, changes, kind, message in [
+        ("empty.txt", {}, DataError, r"val_fraction=0\.1"),
+        ("short.txt", {}, DataError, r"model\.context"),
+        ("missing.txt", {}, DataError, r"missing\.txt"),
+        ("text.txt", {"model__vocab_size": 99}, ConfigError, r"model\.vocab_size=99"),
+        ("text.txt", {"data__batching": "padded"}, ConfigError, r"data\.batching='padded'"),
+        ("tokens", {"data__tokenizer": "gpt2"}, DataError, r"data\.tokenizer="),
+    ]:
         config = make_config(tmp_path, data__source=str(tmp_path / source), **changes)
         with pytest.raises(kind, match=message):
             train(config, tmp_path / f"run-{message}")

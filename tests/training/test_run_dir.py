@@ -5,9 +5,8 @@ import errno
 import fcntl
 import json
 import os
-import subprocess
-import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,6 +14,7 @@ from gptjax.cli.main import main
 from gptjax.config import RunConfig, from_dict
 from gptjax.errors import ConfigError, ModelError
 from gptjax.tasks.sft import SFT
+from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.training.run_dir import (
     RUN_LOCK_FILE,
     TRACKED_INPUTS,
@@ -68,15 +68,14 @@ def test_the_spike_policy_of_a_run_changes_only_if_allowed(tmp_path):
     assert reconcile_spike_policy(tmp_path, "") == "log"
     (tmp_path / "meta.json").write_text('{"on_spike": "skip", "started": "now"}')
 
-    for requested in ("", "skip"):
-        assert reconcile_spike_policy(tmp_path, requested) == "skip"
+    assert reconcile_spike_policy(tmp_path, "") == "skip"
     with pytest.raises(ModelError, match="--allow-change on-spike"):
         reconcile_spike_policy(tmp_path, "log")
     with pytest.raises(ConfigError, match="--on-spike ignore"):
         reconcile_spike_policy(tmp_path, "ignore")
     assert reconcile_spike_policy(tmp_path, "log", ["on-spike"]) == "log"
-    assert reconcile_spike_policy(tmp_path, "") == "log"
-    assert "now" in (tmp_path / "meta.json").read_text()
+    metadata = json.loads((tmp_path / "meta.json").read_text())
+    assert metadata == {"on_spike": "log", "started": "now"}
 
 
 PROVENANCE = {
@@ -116,18 +115,15 @@ def test_hashes_depend_on_names_shapes_dtypes_values_and_order():
 
 
 def test_the_provenance_of_a_run_has_all_its_inputs(tmp_path):
-    model, template = make_model(context_length=64, n_layers=1), tmp_path / "own.jinja"
-    end = "{% if m.role != 'user' %}{{ eos_token }}{% endif %}"
-    template.write_text("{% for m in messages %}{{ m.content }}" + end + "{% endfor %}")
-    start, rows = tmp_path / "start", tmp_path / "rows.jsonl"
+    model, start = make_model(context_length=64, n_layers=1), tmp_path / "start"
+    rows, template = tmp_path / "rows.jsonl", tmp_path / "own.jinja"
+    template.write_text(load_chat_template("qa").source)
     save(model, start)
-    config = make_config(
-        tmp_path, finetune__init_from=str(start), data__chat_template=str(template)
-    )
-    norm = {"bias": model.params["final_norm"]["bias"] + 1e-6}
-    params = model.params | {"final_norm": model.params["final_norm"] | norm}
+    files = {"finetune__init_from": str(start), "data__chat_template": str(template)}
+    config = make_config(tmp_path, **files)
+    other = dataclasses.replace(model, params=jax.tree.map(lambda x: x + 1, model.params))
     changes = {
-        "start": lambda: save(dataclasses.replace(model, params=params), start),
+        "start": lambda: save(other, start),
         "data": lambda: rows.write_text(rows.read_text().replace("first sky", "first sly")),
         "template": lambda: template.write_text(template.read_text() + "\n{# changed #}"),
     }
@@ -140,31 +136,12 @@ def test_the_provenance_of_a_run_has_all_its_inputs(tmp_path):
         before = after
 
 
-HOLD = """
-import fcntl, pathlib, sys, time
-file = pathlib.Path(sys.argv[1]).open("w")
-fcntl.flock(file, fcntl.LOCK_EX)
-print("its owner", file=file, flush=True)
-print("locked", flush=True)
-time.sleep(600)
-"""
-
-
-def test_a_second_writer_learns_who_the_first_is_until_that_has_ended(tmp_path, capsys):
-    command = [sys.executable, "-c", HOLD, str(tmp_path / RUN_LOCK_FILE)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
-        try:
-            assert other.stdout.readline() == "locked\n"
-            assert main(["train", "configs/tiny.toml", "--run", str(tmp_path)]) == 2
-            assert f"{tmp_path}: its owner" in capsys.readouterr().err
-        finally:
-            other.kill()
-
-    for _ in range(2):
+def test_a_second_writer_learns_who_the_first_is(tmp_path, capsys):
+    for _ in range(2):  # the lock is released
         with run_lock(tmp_path):
-            owner = rf"pid {os.getpid()} on {os.uname().nodename}, started 20\d\d-"
-            with pytest.raises(ModelError, match=owner), run_lock(tmp_path):
-                pytest.fail("the lock was acquired twice")
+            assert main(["train", "tiny", "--run", str(tmp_path)]) == 2
+        owner = f"pid {os.getpid()} on {os.uname().nodename}, started 20"
+        assert f"{tmp_path}: {owner}" in capsys.readouterr().err
 
 
 def test_a_run_starts_on_a_file_system_without_locks_and_follows_no_link(tmp_path, monkeypatch):
