@@ -70,7 +70,11 @@ def label_file(
         while batch := list(itertools.islice(rows, batch_size)):
             texts = [require_text(row, column, place, option=option) for place, row in batch]
             for (place, row), prediction in zip(batch, predict(texts), strict=True):
-                check_columns_free(row, place, (label, probability))
+                if existing := {label, probability} & set(row):
+                    raise DataError(
+                        f"{place}: the column {min(existing)!r} already exists and would be "
+                        "overwritten. Rename or remove it."
+                    )
                 row[label] = prediction[0]
                 row[probability] = round(float(prediction[1]), PROBABILITY_DIGITS)
                 write_row(row)
@@ -104,16 +108,6 @@ def read_input_rows(path: Path) -> Iterator[LocatedRow]:
         rows = read_rows(path)
     for location, row in rows:
         yield location, check_object(row, location, 'Write each row as {"text": "..."}.')
-
-
-def check_columns_free(row: dict[str, Any], location: str, new_columns: tuple[str, ...]) -> None:
-    """Raises a DataError if the row already has one of the new columns."""
-    for name in new_columns:
-        if name in row:
-            raise DataError(
-                f"{location}: the column {name!r} already exists and would be overwritten. "
-                "Rename or remove it."
-            )
 
 
 def make_row_writer(

@@ -13,13 +13,7 @@ from gptjax.tree import Params
 
 
 def class_logits(
-    config: GPTConfig,
-    params: Params,
-    token_BT: Int[Array, "B T"],
-    length_B: Int[Array, " B"],
-    *,
-    dropout_key: Key[Array, ""] | None = None,
-    adapters: Params | None = None,
+    config: GPTConfig, params: Params, token_BT: Int[Array, "B T"], length_B: Int[Array, " B"]
 ) -> Float[Array, "B C"]:
     """Computes float32 logits of the classes; padding does not affect them.
 
@@ -30,9 +24,7 @@ def class_logits(
     Rows are padded on the right with any token id; `length_B` is the number of tokens
     without padding, at least 1.
     """
-    x_BTD, _ = classifier_hidden_states(
-        config, params, token_BT, length_B, dropout_key=dropout_key, adapters=adapters
-    )
+    x_BTD, _ = classifier_hidden_states(config, params, token_BT, length_B)
     return pool_and_project(config, params, x_BTD, length_B)
 
 

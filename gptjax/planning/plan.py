@@ -68,7 +68,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON object that `--json` prints."""
         c, report = self.config, self.compile_report
-        ops = report.collectives if report and report.fits else None
+        ops = report.collectives if report else []
         return {
             "topology": self.topology.name,
             "devices": self.topology.devices,
@@ -83,9 +83,7 @@ class Plan:
             "memory_estimate": self.memory_estimate,
             "memory_compiled": report.peak_bytes if report else None,
             "bytes_sent": self.bytes_sent,
-            "largest_gather": None
-            if ops is None
-            else max((op.bytes for op in ops if op.kind == "all-gather"), default=0),
+            "largest_gather": max((x.bytes for x in ops if x.kind == "all-gather"), default=None),
             "seconds": self.min_seconds,
             "fits": self.fits,
         }

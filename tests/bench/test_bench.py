@@ -15,19 +15,18 @@ from gptjax.model.validation import expected_shapes
 SMALL = GPTConfig(
     vocab_size=64, context_length=32, n_layers=1, n_heads=2, d_model=16, dtype="float32"
 )
+OUT_OF_MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nAnd more.")
 PARAMS = sum(map(math.prod, expected_shapes(SMALL).values())) - 32 * 16  # of matmuls
 
 
-def options_of(lines):
+def options_of(lines, repeats=1):
     return suite.BenchOptions(
         config=SMALL,
         context=8,
         train_batch_sizes=(2, 4),
         backends=("auto", "cudnn", "flash"),
         decode_batch_sizes=(2,),
-        prefill_batch_sizes=(2,),
-        prefill_length=8,
-        repeats=1,
+        repeats=repeats,
         log=lines.append,
     )
 
@@ -47,7 +46,6 @@ def test_a_workload_does_as_many_units_as_it_reports(monkeypatch):
     ]:
         assert work() == units
     found = workloads.time_save(SMALL)
-    assert [*found] == ["save_blocks_s", "save_copy_s", "save_s", "verify_s"]
     assert found["save_s"] > found["save_blocks_s"] > 0
 
 
@@ -56,7 +54,7 @@ def test_training_is_swept_over_backends_and_rows_until_memory_is_full(monkeypat
 
     def measure_or_fail(config, rows, repeats):
         if config.attention == "flash" and rows == 4:
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nAnd more.")
+            raise OUT_OF_MEMORY
         return measure(config, rows, repeats)
 
     monkeypatch.setattr(suite.jax, "device_count", lambda: 1)
@@ -66,17 +64,14 @@ def test_training_is_swept_over_backends_and_rows_until_memory_is_full(monkeypat
 
     rates = {(rate["attention"], rate["rows"]): rate for rate in found["rates"]}
     assert [*rates] == [("chunked", 2), ("chunked", 4), ("flash", 2)]
-    assert [line[:20] for line in lines if "Out of memory." in line] == ["train flash, 4 rows:"]
-    assert any("cudnn" in line for line in lines)  # not supported on a CPU
+    assert any("flash, 4 rows" in line and "Out of memory." in line for line in lines)
     rate = rates["chunked", 2]
     assert rate["tokens_per_s"] == pytest.approx(16e3 / rate["milliseconds"])
-    assert rate["mfu"] is None  # a CPU has no published peak
     assert rate["program_bytes"] > 3 * 4 * PARAMS  # with both moments
-    best = max(found["rates"], key=lambda rate: rate["tokens_per_s"])
-    assert found["train_tokens_per_s"] == best["tokens_per_s"]
+    best = max(rate["tokens_per_s"] for rate in found["rates"])
+    assert found["train_tokens_per_s"] == best
     flops = suite.estimate.flops_per_token(dataclasses.replace(SMALL, context_length=8))
-    expected = best["tokens_per_s"] * flops / 1e6
-    assert found["train_share_of_matmul_rate"] == pytest.approx(expected)
+    assert found["train_share_of_matmul_rate"] == pytest.approx(best * flops / 1e6)
 
 
 def test_decoding_is_compared_with_the_faster_rate_of_the_memory(monkeypatch):
@@ -94,23 +89,18 @@ def test_decoding_is_compared_with_the_faster_rate_of_the_memory(monkeypatch):
 
 
 def test_a_rate_is_the_median_in_units_per_second_or_none_if_memory_is_full(monkeypatch):
-    clock, runs, options = iter([0, 2, 10, 11, 20, 24] * 2), [], options_of([])
+    clock, options = iter([0, 2, 10, 11, 20, 24] * 2), options_of([], repeats=3)
     monkeypatch.setattr(workloads.time, "perf_counter", lambda: next(clock))
 
-    def make_work():
-        return lambda: runs.append(1) or 8
-
     def fail():
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nAnd more.")
+        raise OUT_OF_MEMORY
 
-    options = dataclasses.replace(options, repeats=3)
-    assert suite.try_measure(options, "load", "models/s", make_work) == 4.0
-    assert len(runs) == workloads.WARMUP_RUNS + 3
-    assert suite.try_measure(options, "import", "s", make_work) == 1 / 4
+    assert suite.try_measure(options, "load", "models/s", lambda: lambda: 8) == 4.0
+    assert suite.try_measure(options, "import", "s", lambda: lambda: 8) == 1 / 4
     assert suite.try_measure(options, "copy", "bytes/s", fail) is None
 
 
-def test_the_command_writes_all_metrics(monkeypatch, tmp_path, capsys):
+def test_the_command_writes_all_metrics(monkeypatch, tmp_path):
     calls, out = [], tmp_path / "bench.json"
     monkeypatch.setattr(
         suite, "run_benchmarks", lambda *call: calls.append(call) or {"train_b4": 1.5}
@@ -126,4 +116,3 @@ def test_the_command_writes_all_metrics(monkeypatch, tmp_path, capsys):
     assert (device.context, device_parts) == (2048, ("decode",))
     for name, value in (("attention", "cudn"), ("rows", "4,0"), ("preset", "gpt3")):
         assert main(["bench", f"--{name}", value]) == 2
-        assert value.split(",")[-1] in capsys.readouterr().err

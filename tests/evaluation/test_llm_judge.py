@@ -1,7 +1,6 @@
 """LLM judge: requests, scores, failures of the server, and where the key is sent."""
 
 import json
-import socket
 import sys
 
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from gptjax.errors import ConfigError, ModelError
 from gptjax.evaluation import llm_judge
 from gptjax.evaluation.llm_judge import Judgement, LLMJudge, UnreachableError, iter_judgements
-from tests.servers import hangs_up, judging, plain, refuses, replies, says
+from tests.servers import hangs_up, judging, plain, refuses, says
 
 ROWS = [(f"question {n}", f"truth {n}", f"answer {n}") for n in range(3)]
 PROMPT = (
@@ -64,7 +63,6 @@ def test_transient_failures_are_retried_and_lone_surrogates_replaced():
 @pytest.mark.parametrize(
     ("answer", "num_requests", "error_type", "message"),
     [
-        (refuses(429, "slow"), 3, UnreachableError, "429.*slow.*quota"),
         (hangs_up, 3, UnreachableError, "cannot be reached.*ollama serve"),
         (refuses(401, "who?"), 1, UnreachableError, "401.*who.*OPENAI_API_KEY"),
         (refuses(404), 1, UnreachableError, "404.*/v1.*ollama pull"),
@@ -72,7 +70,6 @@ def test_transient_failures_are_retried_and_lone_surrogates_replaced():
         (refuses(307, Location="/v1/chat/completions"), 1, UnreachableError, "307.*redirects"),
         (plain(b"<html>\n\x1b[2J"), 1, UnreachableError, r"<html>\\n\\x1b\[2J.*/v1"),
         (plain(b"[" * 100_000), 1, UnreachableError, r"\[{200}'"),
-        (replies({"choices": []}), 1, UnreachableError, "choices"),
         # Other prompts may succeed.
         (refuses(400, "x" * 999), 1, ModelError, "400"),
         (says(None), 1, ModelError, "null"),
@@ -85,15 +82,6 @@ def test_failed_request_is_an_error_with_a_fix(answer, num_requests, error_type,
     assert type(error.value) is error_type
     assert len(str(error.value)) < 500
     assert len(requests) == num_requests
-
-
-def test_silent_server_is_unreachable(monkeypatch):
-    monkeypatch.setattr(llm_judge, "TIMEOUT_SECONDS", 0.1)
-    monkeypatch.setattr(llm_judge, "MAX_RETRIES", 0)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
-        with pytest.raises(UnreachableError, match=f"{url}.*timed out"):
-            ask(url)
 
 
 def test_key_is_sent_encrypted_or_to_this_machine_only_and_never_shown(monkeypatch):

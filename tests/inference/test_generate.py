@@ -77,16 +77,6 @@ def test_seeds_and_samples_differ_and_repeat_also_without_a_batch(model):
     assert ids(temperature=0.0)[1::2] == alone
 
 
-def test_padding_of_the_vocabulary_is_never_sampled(model):
-    ids = set()
-    for seed in range(4):
-        results = generate_tokens(model, "ab", temperature=100.0, samples=6, seed=seed)
-        ids.update(*(result.ids for result in results))
-
-    assert max(ids) < model.config.vocab_size
-    assert len(ids) > 200
-
-
 @pytest.mark.fast
 def test_other_prompts_lengths_and_options_compile_nothing(model):
     def count_programs():
@@ -170,12 +160,10 @@ def test_invalid_options_and_prompts_are_rejected(model):
     ):
         with pytest.raises(ConfigError, match=f"{name}="):
             complete(model, "ab", **{name: value})
-    for error, prompt, options, message in (
-        (ConfigError, "", {}, "prompt is empty"),
-        (DataError, [1, 257], {}, "257 in the prompt"),
-        (DataError, "ab", {"stop_ids": [257]}, "257 in stop_ids"),
-    ):
-        with pytest.raises(error, match=message):
+    with pytest.raises(ConfigError, match="prompt is empty"):
+        complete(model, "")
+    for prompt, options in (([1, 257], {}), ("ab", {"stop_ids": [257]})):
+        with pytest.raises(DataError, match="257"):
             complete(model, prompt, **options)
     with pytest.raises(ConfigError, match="2 prompts"):
         stream(model, ["ab", "cd"])
@@ -187,6 +175,6 @@ def test_few_shot_examples_come_before_the_query(tmp_path):
 
     assert generate.few_shot_prompt(path, "lie") == "woc -> cow\nsky -> yks\nlie ->"
 
-    path.write_text('{"input": "woc", "output": "cow"}\n{"input": 3}\n')
-    with pytest.raises(DataError, match=r"examples.jsonl:2: "):
+    path.write_text('{"input": 3}')
+    with pytest.raises(DataError, match=r"examples.jsonl:1: "):
         generate.few_shot_prompt(path, "lie")
