@@ -185,6 +185,15 @@ def test_a_mesh_reads_all_rows_once_and_in_order():
         assert shard.data.shape == (4, 3)
 
 
+def test_a_process_reads_the_rows_of_its_own_devices(monkeypatch):
+    rows = types.SimpleNamespace(
+        addressable_devices_indices_map=lambda shape: {1: (slice(12, 16),), 0: (slice(8, 12),)}
+    )
+    monkeypatch.setattr(sharding, "NamedSharding", lambda mesh, spec: rows)
+
+    assert local_batch_rows(32, mesh_of(data=8)) == list(range(8, 16))
+
+
 def test_arrays_and_gradients_lie_as_their_letters_say_but_for_axes_that_cannot_split():
     mesh, x = mesh_of(data=2, fsdp=2, tensor=2), jnp.ones((4, 6))
     kernel = shard_tree({"mlp/up/kernel": x}, mesh)["mlp/up/kernel"]
