@@ -118,12 +118,7 @@ def make_config_option(name: str, field: Any) -> click.Option:
 
 
 def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """Replaces options of a config.
-
-    Args:
-        config: the config.
-        overrides: words such as `["--train.steps", "20", "--model.dropout", "0.1"]`.
-    """
+    """Replaces options of a config by words, such as `["--train.steps", "20"]`."""
     table: Any = dataclasses.asdict(config)
     for index in range(0, len(overrides), 2):
         flag, *values = overrides[index : index + 2]
@@ -156,15 +151,10 @@ def value_option(
     dest: str = "",
     **settings: Any,
 ) -> Decorator:
-    """Option with a value.
+    """Option with a value, of the type of its default or of `settings["type"]`.
 
-    Args:
-        name: with its dashes.
-        text: description.
-        default: determines the type, unless `settings` of `click.option` do.
-        shown: description of a default that is None or "".
-        dest: parameter of the function, if it has another name.
-        settings: further arguments of `click.option`.
+    A default that is None or "" is described by `shown`; `dest` is the parameter of the
+    function, if it has another name; `settings` are those of `click.option`.
     """
     if not settings.get("required"):
         text += f"  [default: {shown if default in (None, '') else default}]"

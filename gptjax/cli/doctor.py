@@ -71,7 +71,7 @@ def check_devices() -> list[str]:
 
     from gptjax.config import GPTConfig
     from gptjax.model.gpt import compute_dtype, resolve_backend
-    from gptjax.training.estimate import format_bytes
+    from gptjax.training.estimate import device_memory, format_bytes
 
     try:
         devices = jax.devices()
@@ -79,15 +79,11 @@ def check_devices() -> list[str]:
         problem = f"jax found no device: {error} -> export JAX_PLATFORMS=cpu"
         print_check("devices", "none", [problem])
         return [problem]
-    if devices[0].platform == "cpu":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        memory_text = f"{format_bytes(memory)} of memory, {os.cpu_count()} cores"
-    else:
-        stats = devices[0].memory_stats() or {}
-        memory_text = f"{format_bytes(stats.get('bytes_limit', 0))} each"
+    is_cpu = devices[0].platform == "cpu"
+    detail = f" of memory, {os.cpu_count()} cores" if is_cpu else " each"
     process = f"process {jax.process_index()} of {jax.process_count()}"
     kind = f"{len(devices)} x {devices[0].device_kind}"
-    print_check("devices", f"{kind} · {memory_text} · {process}")
+    print_check("devices", f"{kind} · {format_bytes(device_memory())}{detail} · {process}")
     c = GPTConfig(vocab_size=1)
     print_check("compute", f"{compute_dtype(c)} · attention {resolve_backend(c)}")
     return []

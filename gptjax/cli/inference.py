@@ -199,34 +199,29 @@ def run_evaluate(
         raise click.UsageError("eval takes one of --text, --classification-data and --chat-data.")
     loaded = load_model(model, int8=int8, verbose=verbose)
     metrics: Any = {}
-    lines: list[str] = []
+    tasks: Any = {}
     if chat_data:
         from gptjax.evaluation.instructions import evaluate_file
         from gptjax.evaluation.llm_judge import LLMJudge
 
         scorer = LLMJudge(judge, judge_model) if judge else None
         metrics, tasks = evaluate_file(loaded, chat_data, out, scorer, log_to_stderr)
-        lines = [f"{task:<18} {x['exact_match']:.4f} exact" for task, x in tasks.items()]
-        for name, x in metrics.items():
-            lines.append(f"{name:<18} {x:.4f}" if isinstance(x, float) else f"{name:<18} {x}")
-        metrics |= {"tasks": tasks} if tasks else {}
     elif classification_data:
         from gptjax.evaluation.classification import evaluate_labeled_file
 
         metrics = evaluate_labeled_file(loaded, classification_data)
-        lines = [f"{name:<18} {value:.4f}" for name, value in metrics.items()]
     elif text:
         from gptjax.data.readers import read_text_file
         from gptjax.evaluation.perplexity import score
 
-        result = score(loaded, read_text_file(text), stride=stride)
-        lines = [f"tokens         {result.tokens:,} for {result.bytes:,} bytes"]
-        lines += [f"loss           {result.loss:.4f} nats per token"]
-        lines += [f"perplexity     {result.perplexity:.4f}"]
-        if result.bits_per_byte is not None:
-            lines += [f"bits per byte  {result.bits_per_byte:.4f}"]
-        metrics = result.to_dict()
-    print(json.dumps(metrics) if as_json else "\n".join(lines))
+        metrics = score(loaded, read_text_file(text), stride=stride).to_dict()
+    if as_json:
+        print(json.dumps(metrics | ({"tasks": tasks} if tasks else {})))
+        return
+    for task, scores in tasks.items():
+        print(f"{task:<18} {scores['exact_match']:.4f} exact")
+    for name, value in metrics.items():
+        print(f"{name:<18} {value:.4f}" if isinstance(value, float) else f"{name:<18} {value}")
 
 
 @click.command("import", cls=Command)

@@ -20,11 +20,7 @@ def load_ipython_extension(shell: Any) -> None:
 
     def gptjax(line: str) -> None:
         """Runs `gptjax LINE`; a failure stops the execution of further cells."""
-        try:
-            code = main(shlex.split(line))
-        except SystemExit as stop:  # --help or invalid arguments
-            code = stop.code
-        if code:
+        if code := main(shlex.split(line)):
             raise UsageError(f"gptjax {line}: exit code {code}, see above")
 
     shell.register_magic_function(gptjax, "line")

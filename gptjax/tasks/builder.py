@@ -74,18 +74,11 @@ def make_finetune_task(
     init_note: str = "",
     trained_note: str = "",
 ) -> Task:
-    """Makes the task of a fine-tuning run.
+    """Makes the task of a fine-tuning run; `run` has its resolved config.
 
-    Args:
-        run: with its resolved config.
-        inputs: data, tokenizer and initial model.
-        loss_fn: (config, params, adapters, batch, key) -> (sum, weight).
-        batches: training batches.
-        tokens_per_step: mean.
-        evaluate: (model, step, is_last); its score selects the model saved in model/.
-        rows_name: unit of data.batch_size in the summary printed before training.
-        init_note: about the initial model, for the summary.
-        trained_note: about the trained tokens, for the summary.
+    `evaluate(model, step, is_last)` returns the score that selects the model in model/.
+    `rows_name`, the unit of data.batch_size, and the notes about the initial model and
+    the trained tokens are for the summary printed before training.
     """
     config, key = run.config, jax.random.key(run.config.train.seed)
     tokenizer, template, params = inputs.tokenizer, inputs.chat_template, inputs.params
@@ -182,16 +175,10 @@ def report_result(
     files: str = "",
     **report: Any,
 ) -> None:
-    """Logs the metrics of the best model; writes figures and report.md.
+    """Logs the metrics of the best model on a split; writes figures and report.md.
 
-    Args:
-        run: the run.
-        task: its task.
-        split: split of `metrics`.
-        metrics: fields of an "eval" event.
-        result: one line for the log and the report.
-        files: other files of the task, for the log.
-        report: further arguments of `write_report`.
+    The result is one line for the log and the report; `files` are other files of the
+    task, for the log; `report` are further arguments of `write_report`.
     """
     if split == TEST_SPLIT:  # others were logged during training
         log_event(run.metrics_path, "eval", run.config.train.steps, split=split, **metrics)

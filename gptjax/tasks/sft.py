@@ -54,12 +54,6 @@ class SFTData(NamedTuple):
     init_model: Model | None
     summary_lines: list[str]
 
-    @property
-    def longest_answer(self) -> int:
-        """Tokens of the longest last answer, including its end token."""
-        last = [x.answer_spans[-1] for part in self.completion_examples.values() for x in part]
-        return max(stop - start for start, stop in last)
-
 
 def load_sft_data(run: RunContext) -> tuple[RunContext, SFTData]:
     """Loads, splits and tokenizes the conversations; resolves the model's config."""
@@ -204,8 +198,9 @@ def task_exact_matches(responses: list[ResponseEval]) -> dict[str, dict[str, flo
 
 def answer_token_limit(model: Model, data: SFTData) -> int:
     """Maximum tokens per generated answer: slightly above the longest in the data."""
-    limit = min(MAX_ANSWER_TOKENS, model.config.context_length)
-    return min(data.longest_answer + ANSWER_SLACK, limit)
+    spans = [x.answer_spans[-1] for part in data.completion_examples.values() for x in part]
+    longest = max(stop - start for start, stop in spans)  # with the end token
+    return min(longest + ANSWER_SLACK, MAX_ANSWER_TOKENS, model.config.context_length)
 
 
 def finalize_sft(run: RunContext, data: SFTData, task: Task, state: TrainState) -> Model:

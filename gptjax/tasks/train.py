@@ -36,17 +36,13 @@ def train(
         GptjaxError: invalid data, config or run folder, or a resource error.
         Interrupted: interrupted by SIGINT or SIGTERM; the same call resumes.
     """
-    stages = find_stages(config)
+    if config.train.task in TASKS:
+        stages = TASKS[config.train.task]
+    else:
+        stages_fn: StagesFn = load_plugin("train.task", config.train.task)
+        stages = stages_fn(config)
     with open_run(config, Path(run_dir), allow_change=allow_change, on_spike=on_spike) as run:
         run, data = stages.load_data(run)
         task = stages.make_task(run, data)
         state = fit(run, task)
         return stages.finalize(run, data, task, state)
-
-
-def find_stages(config: RunConfig) -> TaskStages:
-    """Finds the stages of `train.task`."""
-    if config.train.task in TASKS:
-        return TASKS[config.train.task]
-    stages_fn: StagesFn = load_plugin("train.task", config.train.task)
-    return stages_fn(config)

@@ -25,23 +25,20 @@ SHOWN = """() => [...document.querySelectorAll("main .jp-OutputArea img")]
 def browser():
     with playwright.sync_playwright() as play:
         program = shutil.which("chromium") or shutil.which("google-chrome")
-        browser = play.chromium.launch(
-            executable_path=program, args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield browser
-        browser.close()
+        args = ["--no-sandbox", "--disable-gpu"]
+        with play.chromium.launch(executable_path=program, args=args) as browser:
+            yield browser
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_nothing_is_cut_off_and_pictures_can_be_read(path, tmp_path, monkeypatch, browser):
     notebook = executed(path, tmp_path, monkeypatch)
     html, _ = nbconvert.HTMLExporter().from_notebook_node(notebook)
-    page_file = tmp_path / f"{path.stem}.html"
-    page_file.write_text(html, encoding="utf-8")
+    (tmp_path / "page.html").write_text(html, encoding="utf-8")
 
     for width, least in ((1280, 400), (390, 250)):  # pixels: of the window, a picture
         page = browser.new_page(viewport={"width": width, "height": 844})
-        page.goto(page_file.as_uri(), wait_until="domcontentloaded")
+        page.goto((tmp_path / "page.html").as_uri(), wait_until="domcontentloaded")
         shown = page.evaluate(SHOWN)
         assert len(shown) == pictures(notebook) >= 1
         assert min(shown) > least

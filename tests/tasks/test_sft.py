@@ -18,7 +18,7 @@ from gptjax.inference.assistant import answer_batch, encode_chat, stream_answer
 from gptjax.tasks.train import train
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.training.finetune import initial_params, resolve_model_config
-from tests.runs import config_with, evaluations, train_logged
+from tests.runs import config_with, evaluations
 from tests.servers import judging, says
 from tests.small_models import random_params
 
@@ -27,14 +27,13 @@ WORDS = ["sky", "sea", "sun", "ant", "elm", "ice", "oak", "owl", "rye", "yew"]
 
 def make_rows():
     """Two tasks on a few words, some of them held out."""
-    rows = []
-    for number, word in enumerate(WORDS * 2):
-        task = "first" if number < len(WORDS) else "upper"
-        answer = word[0] if task == "first" else word.upper()
-        split = ["train", "train", "train", "validation", "test"][number % 5]
-        row = {"prompt": f"{task} {word}", "completion": answer}
-        rows.append(row | {"task": task, "split": split})
-    return rows
+    tasks = {"first": [w[0] for w in WORDS], "upper": [w.upper() for w in WORDS]}
+    splits = ["train", "train", "train", "validation", "test"]
+    return [
+        {"prompt": f"{task} {word}", "completion": answer, "task": task, "split": splits[n % 5]}
+        for task, answers in tasks.items()
+        for n, (word, answer) in enumerate(zip(WORDS, answers, strict=True))
+    ]
 
 
 def make_config(folder, **changes) -> RunConfig:
@@ -52,11 +51,10 @@ def make_config(folder, **changes) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished run: its config, folder, model and progress lines."""
+    """A finished run: its config, folder and model."""
     folder = tmp_path_factory.mktemp("assistant")
-    config, lines = make_config(folder), []
-    model = train_logged(config, folder / "run", lines)
-    return config, folder / "run", model, lines
+    config = make_config(folder)
+    return config, folder / "run", train(config, folder / "run")
 
 
 def read_rows(path):
@@ -64,7 +62,7 @@ def read_rows(path):
 
 
 def test_a_run_writes_an_assistant_and_its_answers(finished):
-    _, folder, model, lines = finished
+    _, folder, model = finished
 
     assert model.chat_template == load_chat_template("qa").source
     assert (folder / "model" / "chat_template.jinja").read_text() == model.chat_template
@@ -81,13 +79,11 @@ def test_a_run_writes_an_assistant_and_its_answers(finished):
     exact = [row["response"] == row["completion"] for row in rows]
     assert [row["exact_match"] for row in rows] == exact
     assert test["exact_match"] == pytest.approx(np.mean(exact))
-    assert all(f"| {task} |" in (folder / "report.md").read_text() for task in ("first", "upper"))
-    (done,) = [line for line in lines if line.startswith("done")]
-    assert f"(before: {before['response_loss']:.4f})" in done
+    assert "| upper |" in (folder / "report.md").read_text()
 
 
 def test_the_last_block_of_a_model_is_trained_on_packed_rows(finished, tmp_path):
-    _, folder, start, _ = finished
+    _, folder, start = finished
     changes = {"finetune__init_from": str(folder), "finetune__trainable": "last-block"}
     changes |= {"data__tokenizer": "", "data__chat_template": "", "data__batching": "packed"}
 
