@@ -52,11 +52,7 @@ def test_gpt2_has_the_ids_of_the_book_and_of_tiktoken(text):
 def test_invalid_texts_sizes_and_ids_are_rejected():
     table = bpe.train_merges("ab ab", 999)
     assert table.symbols[258:] == ("ab", "Ġab")  # no pair is left
-    for error, message, call in [
-        (DataError, "'Ġ'", lambda: bpe.train_merges("a Ġb", 300)),
-        (ConfigError, "vocab_size=258 .* 259", lambda: bpe.train_merges("ą", 258)),
-        (DataError, "'ż'", lambda: bpe.encode_words(["aż"], table)),
-        (DataError, "260 .* 0 and 259", lambda: bpe.decode_ids([0, 260], table)),
-    ]:
-        with pytest.raises(error, match=message):
-            call()
+    with pytest.raises(DataError, match="'Ġ'"):
+        bpe.train_merges("a Ġb", 300)
+    with pytest.raises(ConfigError, match=r"vocab_size=258 .* 259"):
+        bpe.train_merges("ą", 258)

@@ -13,7 +13,7 @@ from gptjax import plugins
 from gptjax.book import splits as book_splits
 from gptjax.book.loader import BookBatches
 from gptjax.config import OptimConfig, RunConfig, from_dict
-from gptjax.data.classification import LabeledTexts, read_labeled_texts
+from gptjax.data.classification import read_labeled_texts
 from gptjax.data.conversations import Conversation, read_conversations, split_conversations
 from gptjax.data.sft import Example, make_sft_batches
 from gptjax.data.splits import describe_splits, stratified_split
@@ -50,20 +50,14 @@ def test_without_the_import_the_value_is_rejected(monkeypatch, tmp_path):
         with pytest.raises(ConfigError, match=rf"{option}='book' .*`import gptjax\.book`"):
             use()
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ConfigError, match=r"'boook' .*Did you mean book"):
-        plugins.load_plugin("train.task", "boook")
 
 
 def test_rows_that_fill_no_split_or_batch_are_rejected():
-    texts = LabeledTexts(["x"] * 9, [0, 1, 2] * 3, ("a", "b", "c"), ["x"] * 9)
     assert batches(5).steps_per_epoch == 2  # the incomplete batch is dropped
-    for message, call in [
-        (r"split_strategy=book requires two classes, not 3", lambda: split_texts(texts)),
-        (r"split_strategy=book .*test .*9", lambda: split_rows([Conversation((), {}, "a")] * 9)),
-        ("1 .* 2", lambda: batches(1)),
-    ]:
-        with pytest.raises(DataError, match=message):
-            call()
+    with pytest.raises(DataError, match=r"1 .* 2"):
+        batches(1)
+    with pytest.raises(DataError, match=r"split_strategy=book .*test .*9"):
+        split_rows([Conversation((), {}, "a")] * 9)
 
 
 def test_the_sms_splits_are_the_files_of_the_book(shared_data):

@@ -131,19 +131,17 @@ def test_invalid_arguments_are_rejected(tmp_path, monkeypatch):
             BYTES.decode([0, wrong])
     with pytest.raises(DataError, match=r"400 .*bpe:260"):
         tokenizer.train_tokenizer(["low low lower"], 400)
-    assert tokenizer.train_tokenizer(["low low lower"], 260).encode(" low") == [258]
     with pytest.raises(ConfigError, match="256 ids"):
         tokenizer.train_tokenizer(["text"], 256)
     for use in (GPT2.encode, lambda text: bpe.train_bpe([text], 3)):
         with pytest.raises(DataError, match="character 2 "):
             use("ab\ud83d\ude00")
-    for name in ("gpt3", "bpe:2048", Path("gpt2"), "a\0b"):
+    for name in ("gpt3", Path("gpt2"), "a\0b"):
         with pytest.raises(ConfigError, match="tokenizer"):
             tokenizer.load_tokenizer(name)
 
 
 DAMAGES = [  # file, text in it, its replacement, value in the message
-    ("vocab.json", b"{", b"\xff{", "utf-8"),
     ("vocab.json", b"{", b'["', "line 1"),
     ("vocab.json", b"{", b" " * 9000 + b"{", "9,000"),  # too large
     ("vocab.json", b'"a": 97', b'"a": "97"', "'a'"),
@@ -153,7 +151,6 @@ DAMAGES = [  # file, text in it, its replacement, value in the message
     ("vocab.json", b'"lo"', b'"%s"' % (b"a" * 257), "257 bytes"),
     ("vocab.json", b'"lo"', b'"l o"', "' '"),
     ("vocab.json", b'"lo"', b'"xyz"', "'xyz'"),
-    ("merges.txt", b"l o\n", b"", "1 is 'lo w'"),
     ("merges.txt", b"l o\n", b"l o\na b\n", "2 is 'a b'"),
 ]
 

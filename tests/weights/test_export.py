@@ -101,8 +101,6 @@ def test_an_import_keeps_the_template_and_is_compared_with_published_values(
 
     load.convert_model("gpt2", tmp_path / "own", lines.append)
 
-    assert [line.split()[0] for line in lines] == ["read", "check", "wrote"]
-    assert "28 tensors, 10,832 parameters" in lines[0]
     assert "published values agree" in lines[1]
     loaded = gptjax.load(tmp_path / "own")
     assert_same(loaded, model)
@@ -110,10 +108,8 @@ def test_an_import_keeps_the_template_and_is_compared_with_published_values(
     with pytest.raises(ModelError, match=str(tmp_path / "own")):
         load.convert_model(str(hf), tmp_path / "own", lines.append)
     wrong_values = [(*right.embedding[:n], 9.0, *right.embedding[n + 1 :]) for n in range(4)]
-    for wrong in (
-        right._replace(num_params=9),
-        *(right._replace(embedding=v) for v in wrong_values),
-    ):
+    for change in ({"num_params": 9}, *({"embedding": values} for values in wrong_values)):
+        wrong = right._replace(**change)
         monkeypatch.setitem(load.REFERENCE_VALUES, "gpt2", wrong)
         with pytest.raises(ModelError, match=r"expected .*\b9\b"):
             load.convert_model("gpt2", tmp_path / "other", lines.append)
@@ -124,19 +120,14 @@ def test_impossible_exports_are_errors_and_leave_nothing(model, tmp_path):
     (tmp_path / "full" / "x").touch()
     nan = jax.tree.map(lambda leaf: leaf * np.nan, model.params)
     labeled = dataclasses.replace(model, labels=("a", "b", "c"))
-
-    def labeled_with(**values):
-        return dataclasses.replace(labeled, config=dataclasses.replace(model.config, **values))
-
+    two_way = dataclasses.replace(labeled, config=dataclasses.replace(model.config, causal=False))
     for exported, layout, folder, error, message in [
         (model, "hff", "out", ConfigError, "'hff'"),
         (model, "hf", "full", ModelError, "full"),
         (model, "hf", "full/x/below", ModelError, "full/x/below"),
         (dataclasses.replace(model, params=nan), "hf", "out", ModelError, "non-finite"),
         (labeled, "book", "out", ModelError, "--to hf"),
-        (labeled_with(pool="mean"), "hf", "out", ModelError, "model.pool='mean'"),
-        (labeled_with(head_bias=True), "hf", "out", ModelError, "model.head_bias=True"),
-        (labeled_with(causal=False), "hf", "out", ModelError, "model.causal=False"),
+        (two_way, "hf", "out", ModelError, "model.causal=False"),
     ]:
         with pytest.raises(error, match=message):
             export_model(exported, layout, tmp_path / folder)
@@ -154,8 +145,6 @@ def test_a_classifier_is_exported_with_its_labels(tmp_path):
     assert loaded.labels == ("a", "b", "c")
     assert loaded.config.tie_embeddings  # no head for tokens is exported
     np.testing.assert_array_equal(loaded.params["head"]["kernel"], model.params["head"]["kernel"])
-    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "AutoModelForSequenceClassification" in card
     for id2label in ({"0": "a", "2": "c"}, {"0": 1}, {}, 3):
         change_config(tmp_path / "out", id2label=id2label)
         with pytest.raises(ModelError, match="id2label"):

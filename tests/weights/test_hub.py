@@ -120,7 +120,6 @@ def refuse(status, code=""):
         ({"config.json": b"{}", "pytorch_model.bin": b"x"}, "no safetensors.*pytorch_model.bin"),
         ({n: b for n, b in SHARDED.items() if n != SHARDS[1]}, f"no {SHARDS[1]}"),
         ({"config.json": refuse(404, "RepoNotFound")}, "a/b on the hub.*HF_TOKEN"),
-        ({"config.json": refuse(403, "GatedRepo")}, "a/b on the hub.*HF_TOKEN"),
         ({"config.json": refuse(404, "RevisionNotFound")}, "a/b has no revision main"),
         ({"config.json": refuse(500)}, "config.json of a/b@main: .*500"),
     ],
@@ -137,7 +136,7 @@ def test_a_hostile_index_names_nothing_that_is_downloaded(tmp_path):
     path = tmp_path / hub.INDEX
     names = ["../x.safetensors", "/x.safetensors", "a/b.safetensors", "x.bin", "", 1, ["x"]]
 
-    for index in (*({"weight_map": {"wte": name}} for name in names), {"weight_map": {}}, {}, []):
+    for index in (*({"weight_map": {"wte": name}} for name in names), {"weight_map": {}}, {}):
         path.write_text(json.dumps(index))
         with pytest.raises(ModelError, match=hub.INDEX):
             hub.read_shards(path)
@@ -149,18 +148,8 @@ def test_invalid_names_and_an_unreachable_hub_are_errors_without_its_password(
     use_hub(monkeypatch, tmp_path, "http://user:secret@127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
-    for name in (
-        "gtp2",
-        "a/b/c",
-        "../b",
-        "a/..",
-        "a..b/c",
-        "a/b@",
-        "a/b@../c",
-        "",
-        "/a/b",
-        "a/b\n",
-    ):
+    names = ["gtp2", "a/b/c", "../b", "a/..", "a..b/c", "a/b@", "a/b@../c", "/a/b", "a/b\n", ""]
+    for name in names:
         with pytest.raises(ModelError, match="gpt2-medium"):
             hub.fetch_repo(name)
     for name in ("a/b", "owner/name.git"):  # the hub forbids the second
