@@ -160,12 +160,8 @@ def make_classification_evaluate(
 
 def metric_values(result: ClassificationResult) -> dict[str, float]:
     """Values of an "eval" event."""
-    return {
-        "loss": result.loss,
-        "accuracy": result.metrics.accuracy,
-        "macro_f1": result.metrics.macro_f1,
-        "balanced_accuracy": result.metrics.balanced_accuracy,
-    }
+    names = ("accuracy", "macro_f1", "balanced_accuracy")
+    return {"loss": result.loss, **{name: getattr(result.metrics, name) for name in names}}
 
 
 def finalize_classification(

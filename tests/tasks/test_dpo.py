@@ -66,20 +66,18 @@ def test_a_run_starts_at_ln_2_and_learns_to_prefer_the_chosen_answers(tmp_path):
 
 @pytest.mark.fast
 def test_log_probabilities_are_those_of_the_answers_alone_whatever_the_padding():
-    words, eot, examples = ["sky", "a"], START.tokenizer.eot_token, []
-    for w in words:
-        pair = PreferencePair(({"role": "user", "content": w},), 2 * w, w.upper(), {}, "")
+    eot, examples, expected = START.tokenizer.eot_token, [], []
+    apply_fn = jax.jit(apply, static_argnums=0)
+    for word in ("sky", "a"):
+        answers, prompt = (2 * word, word.upper()), f"Q: {word}\nA: "
+        pair = PreferencePair(({"role": "user", "content": word},), *answers, {}, "")
         examples.append(tokenize_pair(pair, START, TEMPLATE, 32))
-    texts = [(f"Q: {w}\nA: {answer}", len(answer)) for w in words for answer in (2 * w, w.upper())]
-    tokens = np.zeros((4, 32), np.int32)
-    for n, (text, _) in enumerate(texts):
-        tokens[n, : len(text) + 1] = [*START.tokenizer.encode(text), eot]
-    logit_BTV = jax.jit(apply, static_argnums=0)(START.config, START.params, tokens)
-    logprob_BTV = np.asarray(jax.nn.log_softmax(logit_BTV))
-    expected = [
-        sum(logprob_BTV[n, t - 1, tokens[n, t]] for t in range(len(text) - size, len(text) + 1))
-        for n, (text, size) in enumerate(texts)
-    ]
+        for answer in answers:
+            ids = [*START.tokenizer.encode(prompt + answer), eot]
+            tokens = np.array([ids + [0] * (32 - len(ids))])
+            logprob_TV = jax.nn.log_softmax(apply_fn(START.config, START.params, tokens)[0])
+            answer_positions = range(len(prompt), len(ids))
+            expected.append(sum(float(logprob_TV[t - 1, ids[t]]) for t in answer_positions))
 
     reference_P2 = np.array([[-3, -1], [0, -5]], np.float32)
     for rows, pad_id, length in ((2, eot, 16), (3, 7, 32)):

@@ -1,7 +1,9 @@
 """The training loop on a task of one parameter: evaluations, spikes, resuming."""
 
 import contextlib
+import itertools
 import math
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from gptjax.training.anomalies import SPIKE_POLICIES
 from gptjax.training.metrics import read_events
 from gptjax.training.task import EvalResult, RunContext, Task
 from gptjax.training.train_step import init_state, make_train_step
+from gptjax.training.trainer import prefetch_to_device
 from tests.runs import capture_lines, config_with
 
 CONFIG = {
@@ -180,3 +183,31 @@ def test_a_resumed_run_treats_a_spike_as_the_uninterrupted_run(tmp_path, policy)
         assert skipped == ({SPIKE: "spike"} if policy == "skip" else {})
     losses = values(tmp_path / "whole", "train", "loss")
     assert values(tmp_path / "run", "train", "loss") == losses
+
+
+def test_prefetched_results_are_those_of_map_and_made_ahead():
+    made = [threading.Event() for _ in range(4)]
+
+    def make(n):
+        made[n].set()
+        return 2 * n
+
+    results = []
+    for result in prefetch_to_device(range(4), make, size=2):
+        results.append(result)
+        assert made[min(len(results) + 1, 3)].wait(60)
+        assert len(results) > 1 or not made[3].is_set()
+
+    assert results == [0, 2, 4, 6]
+
+
+def test_errors_of_prefetching_are_raised_in_place_of_the_result_and_no_thread_is_left():
+    results = prefetch_to_device(itertools.chain([1, 0], itertools.count(2)), lambda n: 6 // n)
+
+    assert next(results) == 6
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    results = prefetch_to_device(itertools.count(), str)
+    next(results)
+    results.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
