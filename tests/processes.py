@@ -55,7 +55,6 @@ distributed.initialize(sys.argv[1])
 # Gloo writes to stdout in pieces. Those of two threads can run together, and then the
 # number or the end of one has a line of its own. Grain warns of old versions of jaxlib.
 NOISE = re.compile(r"\[Gloo\]|connected peer ranks|^\s*\d*\s*$|WARNING:absl:Grain")
-OTHER = ("config", "code", "data", "tokenizer")  # what `make_different` changes
 
 
 class Process(NamedTuple):
@@ -159,11 +158,3 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 def last_step(run: Path) -> int:
     return max((step for step, _ in losses(run)), default=0)
-
-
-def make_different(command: list[str], folder: Path) -> None:
-    """Makes a process differ from the others in everything of `OTHER`."""
-    command += ["--optim.peak_lr", "0.5"]
-    command[1:3] = ["-c", OTHER_CODE]
-    (folder / "text.txt").write_text(TEXT.replace("7", "8"))
-    write_tokenizer(folder, TEXT.replace("times", "mal"))

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import jax
-import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
 import gptjax
 from gptjax.checkpoint.checkpoint import restore
@@ -40,24 +40,10 @@ def load_step(run: Path, model: gptjax.Model, step: int) -> gptjax.Model:
     return dataclasses.replace(model, params=restored["params"])
 
 
-def render(figure: Figure) -> np.ndarray:
+def render(figure: Figure) -> Image.Image:
     file = io.BytesIO()
     figure.savefig(file, dpi=100)
-    file.seek(0)
-    return matplotlib.image.imread(file)
-
-
-def tile(rows: list[list[np.ndarray]]) -> np.ndarray:
-    """Arranges images in rows, with white space around smaller ones."""
-    images = [image for row in rows for image in row]
-    height, width = np.max([image.shape[:2] for image in images], axis=0)
-
-    def pad(image: np.ndarray) -> np.ndarray:
-        top, left = height - image.shape[0], width - image.shape[1]
-        sizes = [(top // 2, top - top // 2), (left // 2, left - left // 2), (0, 0)]
-        return np.pad(image, sizes, constant_values=1.0)
-
-    return np.vstack([np.hstack([pad(image) for image in row]) for row in rows])
+    return Image.open(file)
 
 
 def main() -> None:
@@ -68,8 +54,15 @@ def main() -> None:
     tokens = token_loss_figure(model, TEXT, load_step(run, model, 400))
     attention = attention_figure(model, "The class body is then executed.", 1)
     mask = loss_mask_figure(preview_rows("instructions"), 2)
-    images = [[render(loss), render(tokens)], [render(attention), render(mask)]]
-    matplotlib.image.imsave(PICTURE, tile(images))
+    images = [render(figure) for figure in (loss, tokens, attention, mask)]
+    width, height = np.max([image.size for image in images], axis=0).tolist()
+    picture = Image.new("RGB", (2 * width, 2 * height), "white")
+    for n, image in enumerate(images):
+        left, top = n % 2 * width, n // 2 * height
+        picture.paste(
+            image, (left + (width - image.width) // 2, top + (height - image.height) // 2)
+        )
+    picture.save(PICTURE)
     print(PICTURE, PICTURE.stat().st_size, "bytes")
 
 

@@ -26,27 +26,18 @@ folder, prompt = sys.argv[1:]
 transformers.logging.set_verbosity_error()
 tokenizer = GPT2Tokenizer.from_pretrained(folder)
 model = GPT2LMHeadModel.from_pretrained(folder)
-text = model.generate(
-    **tokenizer(prompt, return_tensors="pt"),
-    max_new_tokens=1, do_sample=False, pad_token_id=0,
-)
+options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
+text = model.generate(**tokenizer(prompt, return_tensors="pt"), **options)
 print(tokenizer.decode(text[0]))
 """
 
 
 def transformers_model(config):
     """GPT-2 in transformers with random parameters, without dropout."""
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            n_positions=config.context_length,
-            n_layer=config.n_layers,
-            n_head=config.n_heads,
-            n_embd=config.d_model,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
-    )
+    shape = {"n_positions": config.context_length, "n_layer": config.n_layers}
+    shape |= {"n_head": config.n_heads, "n_embd": config.d_model}
+    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **drops))
     model.set_attn_implementation("sdpa")
     return model
 

@@ -1,7 +1,6 @@
 """A file of rows becomes the same file with labels, or nothing at all."""
 
 import csv
-import itertools
 import json
 
 import pytest
@@ -17,59 +16,46 @@ def predict(texts):
 
 
 def label(source, output, **options):
-    """Returns the messages."""
-    logged = []
-    label_file(source, output, predict, log=logged.append, **options)
-    return logged
+    label_file(source, output, predict, log=len, **options)
 
 
-def test_a_table_keeps_its_fields_and_gets_two_more(tmp_path):
+@pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("tsv", "\t")])
+def test_a_table_keeps_its_fields_and_gets_two_more(tmp_path, suffix, delimiter):
     fields = ['a, "b"\nc\r', " x\ty ", "\\'é🙂", ""]
     others = ["", "d e", fields[0], "\r"]
     rows = [["text", "x", "y", "z"], fields, others]
-    source, output = write(tmp_path / "a.csv.gz", csv_text(rows)), tmp_path / "out.csv"
+    source, output = write(tmp_path / "a.csv.gz", csv_text(rows)), tmp_path / f"out.{suffix}"
 
-    logged = label(source, output, text_column="x")
+    label(source, output, text_column="x")
 
     with output.open(newline="", encoding="utf-8") as file:
-        assert list(csv.reader(file)) == [
+        assert list(csv.reader(file, delimiter=delimiter)) == [
             [*rows[0], "label", "probability"],
             [*fields, " X\tY ", "0.005"],
             [*others, "D E", "0.003"],
         ]
-    assert output.read_bytes().endswith(b"D E,0.003\n")
-    assert f"{output}: 2 rows" in logged[0]
+    assert output.read_bytes().endswith(f"D E{delimiter}0.003\n".encode())
 
 
-def test_every_format_becomes_every_format_that_can_hold_it(tmp_path):
+def test_every_format_is_read_and_nested_objects_become_json_lines_only(tmp_path):
     table, objects = [{"n": "1"}, {"n": "é"}], [{"n": [1, None]}, {"é": {}}]
     json_rows = [json.dumps({"text": "a"} | objects[0]), json.dumps({"text": "b c"} | objects[1])]
-    files = {
-        "a.csv": ("text,n\na,1\nb c,é\n", table),
-        "a.tsv": ("text\tn\na\t1\nb c\té\n", table),
-        "a.txt": ("a\r\n \nb c", [{}, {}]),
-        "a.jsonl": ("\n\n".join(json_rows), objects),
-        "a.json": (f"[{','.join(json_rows)}]", objects),
-    }
-    for (name, (content, others)), kind in itertools.product(
-        files.items(), ("csv", "tsv", "jsonl")
+    for name, content, others in (
+        ("a.csv", "text,n\na,1\nb c,é\n", table),
+        ("a.tsv", "text\tn\na\t1\nb c\té\n", table),
+        ("a.txt", "a\r\n \nb c", [{}, {}]),
+        ("a.jsonl", "\n\n".join(json_rows), objects),
+        ("a.json", f"[{','.join(json_rows)}]", objects),
     ):
-        source, output = write(tmp_path / name, content), tmp_path / f"{name}.{kind}"
-        if "json" in name and kind != "jsonl":
-            with pytest.raises(DataError, match=rf"{output}.*\.jsonl"):
-                label(source, output)
-            continue
+        source, output = write(tmp_path / name, content), tmp_path / f"{name}.jsonl"
         label(source, output)
-        expected = [
+        assert [json.loads(line) for line in output.read_text().splitlines()] == [
             {"text": "a", **others[0], "label": "A", "probability": 0.001},
             {"text": "b c", **others[1], "label": "B C", "probability": 0.003},
         ]
-        if kind == "jsonl":
-            assert [json.loads(line) for line in output.read_text().splitlines()] == expected
-        else:
-            delimiter = "," if kind == "csv" else "\t"
-            found = [line.split(delimiter) for line in output.read_text().splitlines()]
-            assert found == [[*expected[0]], *(list(map(str, row.values())) for row in expected)]
+        if "json" in name:
+            with pytest.raises(DataError, match=r"out\.tsv.*\.jsonl"):
+                label(source, tmp_path / "out.tsv")
 
 
 def test_existing_columns_and_files_are_not_overwritten(tmp_path):

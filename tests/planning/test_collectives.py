@@ -153,9 +153,8 @@ ENTRY %main (a: f32[8,4]) -> f32[1,4] {
     ]
 
 
-@pytest.mark.parametrize(
-    ("line", "kind", "size", "sent"),
-    [
+def test_every_form_of_a_collective_is_read():
+    for line, kind, size, sent in (
         ("(f32[4], bf16[2,3]) all-reduce(%a, %b)", "all-reduce", 28, 28 * 2 * 3 / 4),
         ("f32[4] all-reduce-start(%a)", "all-reduce", 16, 24),
         ("((f32[2], pred[1]), (f32[8], pred[4])) all-gather-start(%a, %b)", "all-gather", 36, 27),
@@ -163,15 +162,14 @@ ENTRY %main (a: f32[8,4]) -> f32[1,4] {
         ("f32[8] all-to-all(%a)", "all-to-all", 128, 24),
         ("(f32[2], f32[2], f32[2], f32[2]) all-to-all(%a)", "all-to-all", 32, 6),
         ("(u8[5], u8[5], u32[], u32[]) collective-permute-start(%a)", "collective-permute", 5, 5),
-    ],
-)
-def test_every_form_of_a_collective_is_read(line, kind, size, sent):
-    text = f"ENTRY %main (a: f32[4]) -> f32[4] {{\n  %x = {line}, GROUPS\n}}\n"
+    ):
+        groups = "replica_groups=[2,4]<=[8]"
+        text = f"ENTRY %main (a: f32[4]) -> f32[4] {{\n  %x = {line}, {groups}\n}}\n"
 
-    (found,) = parse_collectives(text.replace("GROUPS", "replica_groups=[2,4]<=[8]"))
+        (found,) = parse_collectives(text)
 
-    assert (found.kind, found.bytes, found.devices) == (kind, size, 4)
-    assert found.bytes_sent == sent
+        assert found == Collective(kind, size, 4, 1)
+        assert found.bytes_sent == sent
 
 
 def test_the_size_of_a_replica_group_is_read_in_every_notation():

@@ -135,10 +135,10 @@ def test_this_machine_compiles_for_emulated_devices(capsys):
 def test_a_plan_is_compared_with_what_a_run_measured(tmp_path):
     planned, lines = plan_of(run_of("gpt2", (1, 1, 1), 8), "v5e:1"), []
     path = tmp_path / "metrics.jsonl"
-    compile_event = {"event": "compile", "step": 0, "temporaries": 2 * GIB}
     rates = [100.0, 3e4, 5e4]  # the first includes compilation
     events = [{"event": "train", "step": n, "tokens_per_s": rate} for n, rate in enumerate(rates)]
-    path.write_text("".join(json.dumps(event) + "\n" for event in [compile_event, *events]))
+    events.append({"event": "compile", "step": 0, "temporaries": 2 * GIB})
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
 
     plan.compare_with_profile(planned, tmp_path, lines.append)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from gptjax.model.attention import flash, reference
@@ -30,22 +30,21 @@ def gradients(backend, causal=True):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
 
 
-def shapes(B, T, H, K, dtype="float32", packed=True, **options):
-    heads = [jax.ShapeDtypeStruct((B, T, H, K), dtype, **options)] * 3
-    segments = jax.ShapeDtypeStruct((B, T), "int32", **options)
+def shapes(B, T, H, K, dtype="float32", packed=True):
+    heads = [jax.ShapeDtypeStruct((B, T, H, K), dtype)] * 3
+    segments = jax.ShapeDtypeStruct((B, T), "int32")
     return [*heads, segments if packed else None]
-
-
-def temporaries(backend, args):
-    return gradients(backend).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
 def test_memory_of_flash_attention_grows_in_proportion_to_the_row(monkeypatch):
     monkeypatch.setattr(flash, "FLASH_BLOCK_SIZE", 64)
 
-    short, long = (temporaries("flash", shapes(1, length, 1, 8)) for length in (512, 4096))
+    short, long = (
+        gradients("flash").lower(*shapes(1, length, 1, 8)).compile().memory_analysis()
+        for length in (512, 4096)
+    )
 
-    assert long <= 8 * short
+    assert long.temp_size_in_bytes <= 8 * short.temp_size_in_bytes
 
 
 def test_five_eighths_of_a_causal_square_are_multiplied():
@@ -101,20 +100,3 @@ def test_on_a_tpu_splash_is_three_kernels(monkeypatch):
 
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("@tpu_custom_call") == 3  # forward, backward of q, of k and v
-
-
-def test_splash_compiles_for_a_tpu_and_keeps_no_scores(monkeypatch):
-    pytest.importorskip("libtpu", reason="compiling for TPUs needs gptjax[tpu]")
-    from jax.experimental import topologies
-
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    devices = np.array(topology.devices[:1]).reshape(1, 1, 1)
-    mesh = Mesh(devices, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-    args = shapes(8, 1024, 12, 64, "bfloat16", sharding=NamedSharding(mesh, P()))
-
-    with jax.set_mesh(mesh):
-        used = {backend: temporaries(backend, args) for backend in ("auto", "flash", "reference")}
-
-    assert used["auto"] < used["reference"] / 4
-    assert used["flash"] < used["reference"] / 4
