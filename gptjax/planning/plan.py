@@ -1,5 +1,6 @@
 """Memory, communication and speed of a training run, estimated before it starts."""
 
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -177,24 +178,16 @@ def fits_message(plan: Plan) -> str:
 
 def suggest_fix(plan: Plan) -> str:
     """Suggests the first change of options with which the estimate fits."""
-    c, devices = plan.config, plan.topology.devices
-    limit = plan.topology.chip.memory
-
-    def fits_memory(c: RunConfig) -> bool:
-        try:
-            mesh_shape = resolve_mesh_shape(c.mesh, devices)
-            chosen = estimate.fit_micro_batch(c, mesh_shape, limit)
-        except ConfigError:
-            return False
-        parts = estimate.memory_bytes(chosen, mesh_shape)
-        return sum(parts.values()) <= estimate.USABLE_MEMORY_FRACTION * limit
-
+    c = plan.config
+    train = dataclasses.replace(c.train, accumulate=0)
     full_remat = dataclasses.replace(c.model, remat="full")
     fsdp = dataclasses.replace(c.mesh, data=1, fsdp=-1, tensor=plan.mesh_shape[2])
     for mesh_flags, mesh in (("", c.mesh), (" --mesh.data 1 --mesh.fsdp -1", fsdp)):
         for model_flags, model in (("", c.model), (" --model.remat full", full_remat)):
-            if fits_memory(dataclasses.replace(c, model=model, mesh=mesh)):
-                return f"Try --train.accumulate 0{model_flags}{mesh_flags}"
+            config = dataclasses.replace(c, model=model, mesh=mesh, train=train)
+            with contextlib.suppress(ConfigError):  # this mesh does not divide the batch
+                if make_plan(config, plan.topology, run_compiler=False).fits:
+                    return f"Try --train.accumulate 0{model_flags}{mesh_flags}"
     return "Use more devices, or devices with more memory."
 
 

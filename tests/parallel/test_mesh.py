@@ -95,7 +95,7 @@ def test_a_mesh_has_the_losses_of_one_device_and_keeps_the_state_in_its_place(
     # Sums in another order differ in the last bits; 2e-6 is 16 of them.
     np.testing.assert_allclose(losses, one_losses, rtol=2e-6)
     assert losses[-1] < losses[0]
-    state = train(sizes, config, accumulate)[1]
+
     where = flatten_with_names(param_shardings(state, mesh_of(sizes)))
     for name, leaf in flatten_with_names(state).items():
         assert leaf.sharding.is_equivalent_to(where[name], leaf.ndim)
