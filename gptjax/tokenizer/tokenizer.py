@@ -185,10 +185,8 @@ def is_tokenizer_dir(folder: Path) -> bool:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str = "") -> Tokenizer:
     """Trains a byte-level BPE tokenizer; see `gptjax.tokenizer.bpe.train_bpe`.
 
-    Args:
-        texts: consumed once, one at a time.
-        vocab_size: 256 bytes, the merges and <|endoftext|>, whose id is the last.
-        name: "bpe:" and the size by default.
+    `vocab_size` counts 256 bytes, the merges and <|endoftext|>, whose id is the last.
+    `name` is "bpe:" and the size by default.
     """
     if vocab_size < 257:
         raise ConfigError(
@@ -274,9 +272,8 @@ def read_tokenizer_files(folder: Path) -> tuple[Any, list[str]]:
     if vocab_file.is_file() and merges_file.is_file():
         merges = strict_json.read_small_file(merges_file, MAX_TOKENIZER_BYTES).decode("utf-8")
         lines = merges.removesuffix("\n").split("\n")
-        return strict_json.read_json(vocab_file, MAX_TOKENIZER_BYTES), lines[
-            lines[0].startswith("#version") :
-        ]
+        start = lines[0].startswith("#version")
+        return strict_json.read_json(vocab_file, MAX_TOKENIZER_BYTES), lines[start:]
     match strict_json.read_json(folder / TOKENIZER_JSON, MAX_TOKENIZER_BYTES):
         case {
             "pre_tokenizer": {"type": "ByteLevel", **split},
