@@ -5,7 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptjax.book import bpe
-from gptjax.errors import ConfigError, DataError
+from gptjax.errors import DataError
 from gptjax.tokenizer.tokenizer import ENDOFTEXT, load_tokenizer
 
 SENTENCE = "Jack embraced beauty through art and life."
@@ -49,10 +49,7 @@ def test_gpt2_has_the_ids_of_the_book_and_of_tiktoken(text):
     assert bpe.gpt2_text(bpe.decode_ids(ids, table)) == text
 
 
-def test_invalid_texts_sizes_and_ids_are_rejected():
-    table = bpe.train_merges("ab ab", 999)
-    assert table.symbols[258:] == ("ab", "Ġab")  # no pair is left
+def test_training_stops_when_no_pair_is_left_and_rejects_the_mark_of_spaces():
+    assert bpe.train_merges("ab ab", 999).symbols[258:] == ("ab", "Ġab")
     with pytest.raises(DataError, match="'Ġ'"):
         bpe.train_merges("a Ġb", 300)
-    with pytest.raises(ConfigError, match=r"vocab_size=258 .* 259"):
-        bpe.train_merges("ą", 258)

@@ -9,7 +9,6 @@ import pytest
 
 from gptjax.book import TorchGenerator, ch03
 from gptjax.book.ch03 import HeadParams, MultiHeadParams
-from gptjax.errors import ConfigError
 from gptjax.model.attention.mask import AttentionMask
 from gptjax.model.attention.reference import reference_attention
 
@@ -107,5 +106,3 @@ def test_dropout_keeps_its_share_and_the_mean():
     # The standard deviation of the share is 0.004.
     assert keep.mean() == pytest.approx(0.8, abs=0.02)
     assert ch03.apply_dropout(jnp.ones((100, 100)), keep, 0.2).mean() == pytest.approx(1, abs=0.025)
-    with pytest.raises(ConfigError, match="rate=1"):
-        ch03.dropout_mask(jax.random.key(0), 1, (2,))

@@ -86,7 +86,6 @@ def test_appendix_d_warms_up_over_27_of_135_steps():
     # Cell 14: initial_lr and min_lr; float32 subtracts them from the peak.
     assert rates[0] == pytest.approx(1e-5, rel=1e-4)
     assert max(rates) == rates[27] == pytest.approx(1e-3)
-    assert 1e-5 <= rates[-1] < 1.1e-5
 
 
 def test_the_spam_set_has_the_batches_of_chapter_6():

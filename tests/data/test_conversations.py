@@ -12,7 +12,6 @@ from gptjax.data.conversations import (
     read_preference_pairs,
     split_conversations,
 )
-from gptjax.data.text import TEXT_SPLITS
 from gptjax.errors import ConfigError, DataError
 from tests.data.tables import csv_text, write
 
@@ -40,7 +39,6 @@ TEXTS = [  # row, its messages
     (ASKED | {"output": " Yes.\n", "input": " \n", "system": " "}, [USER, YES]),
     (ASKED | {"output": " Yes.\n", "system": "Be brief."}, [SYSTEM, LEAF, YES]),
     ({"prompt": "Is it green?", "completion": " Yes.\n"}, [USER, YES]),
-    ({"prompt": "Is it green?", "response": " Yes.\n"}, [USER, YES]),
     (
         {"prompt": "Is it green?", "output": " Yes.\n", "chosen": "No!", "rejected": "?"},
         [USER, YES],
@@ -113,7 +111,6 @@ def test_each_row_is_in_one_split_of_the_right_size():
     assert sizes == {"train": 28, "validation": 4, "test": 8}
     assert split_conversations(rows, **DEFAULTS) == splits
     assert split_conversations(rows, **DEFAULTS | {"seed": 9}) != splits
-    assert list(split_conversations(rows, **DEFAULTS | {"test_fraction": 0})) == [*TEXT_SPLITS]
     for rows, options, kind, value in [
         (make_rows(9), {"strategy": "bok"}, ConfigError, "data.split_strategy='bok'"),
         (make_rows(2), {}, DataError, "data.test_fraction"),

@@ -1,7 +1,6 @@
 """Documents of text files and tables, their chunks, and the validation split."""
 
 import json
-import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -70,22 +69,9 @@ def test_chunks_are_short_and_have_the_tokens_of_the_document(monkeypatch, words
     assert [i for chunk in chunks for i in gpt2.encode(chunk)] == gpt2.encode(content)
 
 
-def test_reading_takes_memory_for_a_chunk_only(tmp_path):
-    path = write(tmp_path / "a.txt", "All work and no play.\n" * 250_000)
-    (source,) = find_sources([path])
-    tracemalloc.start()
-
-    size = sum(len(chunk.text) for chunk in iter_chunks(source))
-
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 3_000_000 < size == path.stat().st_size
-
-
 def test_folders_globs_and_data_sets_give_known_files_in_order_and_once(tmp_path, shared_data):
-    for name in ("b.txt", "a.md", "sub/c.jsonl", ".hidden/d.txt", "e.png", "sub/.f.md"):
+    for name in ("b.txt", "a.md", "sub/c.jsonl", ".hidden/d.txt", "images/e.png", "sub/.f.md"):
         write(tmp_path / name, f'"{name}"')
-    write(tmp_path / "images" / "a.png", "")
 
     for paths, names in [
         ([tmp_path], ["a.md", "b.txt", "c.jsonl"]),
@@ -95,9 +81,8 @@ def test_folders_globs_and_data_sets_give_known_files_in_order_and_once(tmp_path
     ]:
         assert [source.path.name for source in find_sources(paths)] == names
     assert len(documents("python-help")) > 50
-    for path in ("none.txt", "images"):
-        with pytest.raises(DataError, match=f"{path}.*jsonl"):
-            find_sources([tmp_path / path])
+    with pytest.raises(DataError, match=r"images.*jsonl"):
+        find_sources([tmp_path / "images"])
 
 
 def test_many_documents_are_held_out_by_their_hash(tmp_path):

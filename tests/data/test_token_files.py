@@ -83,8 +83,6 @@ def test_a_corrupt_block_is_rejected_when_it_is_read(tmp_path, monkeypatch):
     hash_problem, block_problem = verify_prepared(tmp_path)
     assert "train-00001.bin: sha256 " in hash_problem
     assert "block 1, bytes 4 to 7" in block_problem
-    verified = [shard.verified.tolist() for shard in tokens.shards]
-    assert verified == [[True] * 3, [True, False, True], [True] * 2]
 
 
 def test_damaged_and_missing_files_are_found(tmp_path):
@@ -103,13 +101,11 @@ def test_damaged_and_missing_files_are_found(tmp_path):
 SHARD = ("splits", "train", "shards", 0)
 INVALID_METADATA = [
     (("dtype",), "<u4"),
-    (("vocab_size",), 9),
     (("eot",), -1),
     (("tokenizer",), {"name": "bytes"}),
     (("splits", "../x"), {}),
     ((*SHARD, "file"), "../train-00000.bin"),
     ((*SHARD, "tokens"), 0),
-    ((*SHARD, "sha256"), ["x"]),
     ((*SHARD, "crc32"), []),
     (("format",), "gptjax tokens 9"),
 ]

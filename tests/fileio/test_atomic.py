@@ -68,7 +68,6 @@ def test_files_and_folders_are_flushed_where_the_file_system_can(tmp_path, monke
     monkeypatch.setattr(os, "fsync", only_files)
     write_atomic(tmp_path / "a.txt", "a")
 
-    assert (tmp_path / "a.txt").read_text() == "a"
     assert flushed == [False, True]  # the file, then its folder
 
 

@@ -86,22 +86,9 @@ def test_hostile_texts_change_neither_terminal_nor_page(tmp_path):
     content = html.unescape(re.sub(r"<[^>]*>", "", text))
     for row in preview.rows:
         assert sanitize(preview.tokenizer.decode(row.ids)).replace("\n", "↵\n") in content
+    boxes = re.findall(r'<(mark|span|s)(?: class="end")? title="([\d ]+)">', text)
+    found = [(int(i), tag == "mark") for tag, title in boxes for i in title.split()]
+    tokens = [zip(row.ids, row.loss_mask, strict=True) for row in preview.rows]
+    assert found == list(itertools.chain(*tokens))
     assert not re.search(r"https?:|url\(|href=|@import|src=\"(?!data:image/png;)", text)
     assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in text
-
-
-def test_page_shows_each_token_with_its_id_and_state(tmp_path):
-    row = {"instruction": "Name it.", "output": "漢 tea<|endoftext|>", "input": "é" * 3000}
-    preview = preview_of(tmp_path, row, row, context=60)
-
-    write_html(preview, tmp_path / "page.html", 1)
-
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    boxes = re.findall(r'<(mark|span|s)(?: class="end")? title="([\d ]+)">([^<]*)<', page)
-    assert [int(i) for _, ids, _ in boxes for i in ids.split()] == preview.rows[0].ids
-    trained = "".join(text for tag, _, text in boxes if tag == "mark")
-    assert trained == "漢 tea" + 2 * "&lt;|endoftext|&gt;"
-    assert page.count(' class="end" title="50256"') == page.count("<h2>row ") == 1
-    assert "&quot;instruction&quot;: &quot;Name it.&quot;" in page
-    assert "é" * 1000 in page
-    assert "é" * 1500 not in page

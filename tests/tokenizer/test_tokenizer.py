@@ -81,8 +81,8 @@ def test_gpt2_is_the_published_tokenizer_and_has_the_ids_of_the_book(tmp_path):
 
 
 def test_a_million_spaces_are_encoded_and_splitting_changes_no_id(monkeypatch):
-    for text in (" " * 10**6 + "b", "\n \u3000" * 333_333 + "\tb"):
-        assert GPT2.decode(GPT2.encode(text)) == text
+    text = "\n \u3000" * 333_333 + "\tb"
+    assert GPT2.decode(GPT2.encode(text)) == text
     text = "a   b\n \u3000\n b  .   \x1c ab "
     whole = GPT2.encode(text)
     monkeypatch.setattr(tokenizer, "MAX_WHITESPACE_RUN", 2)
@@ -100,8 +100,6 @@ def test_loading_inverts_saving_and_the_hash_includes_all_but_the_name(tmp_path)
 
         assert (loaded.ranks, loaded.eot_token) == (kind.ranks, kind.eot_token)
         assert (loaded.hash, loaded.name) == (kind.hash, str(tmp_path / kind.name))
-    sizes = [(kind.vocab_size, kind.eot_token) for kind in ALL]
-    assert sizes == [(50_257, 50_256), (257, 256), (700, 699)]
     first, second, *_ = [token for token in OWN.ranks if len(token) > 1]
     swapped = {**OWN.ranks, first: OWN.ranks[second], second: OWN.ranks[first]}
     for change in ({"ranks": swapped}, {"eot_token": 0}):
@@ -131,8 +129,6 @@ def test_invalid_arguments_are_rejected(tmp_path, monkeypatch):
             BYTES.decode([0, wrong])
     with pytest.raises(DataError, match=r"400 .*bpe:260"):
         tokenizer.train_tokenizer(["low low lower"], 400)
-    with pytest.raises(ConfigError, match="256 ids"):
-        tokenizer.train_tokenizer(["text"], 256)
     for use in (GPT2.encode, lambda text: bpe.train_bpe([text], 3)):
         with pytest.raises(DataError, match="character 2 "):
             use("ab\ud83d\ude00")
@@ -149,7 +145,6 @@ DAMAGES = [  # file, text in it, its replacement, value in the message
     ("vocab.json", b'"<|endoftext|>"', b'"ll"', r"<\|endoftext\|>"),
     ("vocab.json", b'"a": 97', b'"ab": 97', "byte 97"),
     ("vocab.json", b'"lo"', b'"%s"' % (b"a" * 257), "257 bytes"),
-    ("vocab.json", b'"lo"', b'"l o"', "' '"),
     ("vocab.json", b'"lo"', b'"xyz"', "'xyz'"),
     ("merges.txt", b"l o\n", b"l o\na b\n", "2 is 'a b'"),
 ]

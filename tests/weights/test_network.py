@@ -32,10 +32,8 @@ def test_the_public_model_has_the_published_values_and_text(gpt2):
     assert gpt2.tokenizer.hash == gptjax.tokenizer.load("gpt2").hash
     # Raschka 2024, chapter 6.
     text = gptjax.generate(gpt2, "Every effort moves you", max_new_tokens=15, temperature=0.0)
-    assert text == (
-        "Every effort moves you forward.\n\nThe first step is to understand the "
-        "importance of your work"
-    )
+    words = " forward.\n\nThe first step is to understand the importance of your work"
+    assert text == "Every effort moves you" + words
 
 
 def test_the_loss_on_the_verdict_is_the_published_one(gpt2):
