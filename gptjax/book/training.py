@@ -178,7 +178,7 @@ def make_chapter_6(run: RunContext, data: ClassificationData) -> Task:
         data.rows[TRAIN_SPLIT].labels,
         rows=c.data.batch_size,
         bucket_lengths=[max_length],
-        pad_id=data.tokenizer.eot_token,
+        pad_id=data.inputs.tokenizer.eot_token,
     )
 
     def score_batch(model: Model, split: str, rows: list[int]) -> dict[str, float]:
@@ -232,7 +232,7 @@ def make_chapter_7(run: RunContext, data: SFTData) -> Task:
     def make_batch(rows: list[int]) -> Batch:
         batch = [examples[TRAIN_SPLIT][n] for n in rows]
         longest = max(len(example.ids) - 1 for example in batch)
-        return collate([[example] for example in batch], longest, data.tokenizer.eot_token)
+        return collate([[example] for example in batch], longest, data.inputs.tokenizer.eot_token)
 
     return dataclasses.replace(
         task,

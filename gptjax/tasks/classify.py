@@ -17,7 +17,6 @@ from gptjax.model.gpt import unembedding_matrix
 from gptjax.plots.curves import accuracy_figure, confusion_figure
 from gptjax.plots.report import Misclassification, list_mistakes, per_class_table
 from gptjax.tasks import builder
-from gptjax.tokenizer.tokenizer import Tokenizer
 from gptjax.training import finetune
 from gptjax.training.loss import cross_entropy_sum, fused_cross_entropy
 from gptjax.training.metrics import read_events
@@ -32,9 +31,7 @@ class ClassificationData(NamedTuple):
 
     rows: dict[str, LabeledTexts]  # by split
     ids: dict[str, list[list[int]]]  # by split, truncated to the context
-    tokenizer: Tokenizer
-    init_model: Model | None
-    summary_lines: list[str]
+    inputs: builder.FinetuneInputs
 
 
 def load_classification_data(run: RunContext) -> tuple[RunContext, ClassificationData]:
@@ -69,33 +66,32 @@ def load_classification_data(run: RunContext) -> tuple[RunContext, Classificatio
     summary_lines = [f"data     {columns}", *describe_splits(rows)]
     if num_truncated:
         summary_lines.append(f"too long {num_truncated} texts truncated to the context")
-    data = ClassificationData(rows, ids, tokenizer, init_model, summary_lines)
-    run = builder.with_model_config(run, init_model, tokenizer, len(rows[TRAIN_SPLIT].class_names))
-    return run, data
+    text_label_pairs = {
+        split: zip(part.texts, (part.class_names[n] for n in part.labels), strict=True)
+        for split, part in rows.items()
+    }
+    class_names = rows[TRAIN_SPLIT].class_names
+    inputs = builder.FinetuneInputs(
+        text_label_pairs, tokenizer, init_model, summary_lines, class_names
+    )
+    run = builder.with_model_config(run, init_model, tokenizer, len(class_names))
+    return run, ClassificationData(rows, ids, inputs)
 
 
 def make_classification_task(run: RunContext, data: ClassificationData) -> Task:
     """Makes the classification task."""
-    config, tokenizer = run.config, data.tokenizer
-    rows, ids = data.rows[TRAIN_SPLIT], data.ids[TRAIN_SPLIT]
+    config, ids = run.config, data.ids[TRAIN_SPLIT]
     batches = ClassificationBatches(
         ids,
-        rows.labels,
+        data.rows[TRAIN_SPLIT].labels,
         rows=config.data.batch_size,
         bucket_lengths=bucket_lengths(config.model),
-        pad_id=tokenizer.eot_token,
+        pad_id=data.inputs.tokenizer.eot_token,
         seed=config.train.seed,
     )
-    text_label_pairs = {
-        split: zip(part.texts, (part.class_names[n] for n in part.labels), strict=True)
-        for split, part in data.rows.items()
-    }
     return builder.make_finetune_task(
         run,
-        builder.FinetuneInputs(
-            *(text_label_pairs, tokenizer, data.init_model, data.summary_lines),
-            class_names=rows.class_names,
-        ),
+        data.inputs,
         loss_fn=classification_loss_fn,
         batches=batches,
         tokens_per_step=sum(map(len, ids)) / len(ids) * config.data.batch_size,

@@ -47,10 +47,7 @@ class DPOData(NamedTuple):
     """Data of a DPO run."""
 
     batches: dict[str, PreferenceBatches]  # by split, with reference log-probabilities
-    params: Params  # of the initial model, which is the reference
-    init_model: Model
-    chat_template: str
-    summary_lines: list[str]
+    inputs: builder.FinetuneInputs  # with the parameters of the reference
 
 
 def load_dpo_data(run: RunContext) -> tuple[RunContext, DPOData]:
@@ -74,7 +71,10 @@ def load_dpo_data(run: RunContext) -> tuple[RunContext, DPOData]:
         )
         reference_logprobs = sequence_logprobs(config, params, zero_batches)
         batches[split] = dataclasses.replace(zero_batches, reference_logprobs=reference_logprobs)
-    return run, DPOData(batches, params, init_model, template.source, summary_lines)
+    inputs = builder.FinetuneInputs(
+        *(pairs, tokenizer, init_model, summary_lines), chat_template=template.source, params=params
+    )
+    return run, DPOData(batches, inputs)
 
 
 def load_dpo_init_model(run: RunContext) -> Model:
@@ -144,16 +144,10 @@ def tokenize_pair(
 def make_dpo_task(run: RunContext, data: DPOData) -> Task:
     """Makes the DPO task."""
     batches = data.batches[TRAIN_SPLIT]
-    pairs = {split: part.pairs for split, part in data.batches.items()}
-    init_model = data.init_model
     num_tokens = sum(len(x.ids) - 1 for pair in batches.pairs for x in pair)
     task = builder.make_finetune_task(
         run,
-        builder.FinetuneInputs(
-            *(pairs, init_model.tokenizer, init_model, data.summary_lines),
-            chat_template=data.chat_template,
-            params=data.params,
-        ),
+        data.inputs,
         loss_fn=dpo_loss_fn,
         batches=batches,
         tokens_per_step=num_tokens / batches.steps_per_epoch,

@@ -26,8 +26,6 @@ from gptjax.evaluation.instructions import (
 )
 from gptjax.plots.report import code_block, markdown_table
 from gptjax.tasks import builder
-from gptjax.tokenizer.chat_template import ChatTemplate
-from gptjax.tokenizer.tokenizer import Tokenizer
 from gptjax.training import finetune
 from gptjax.training.loss import batch_loss
 from gptjax.training.metrics import metric_series, read_events
@@ -49,10 +47,7 @@ class SFTData(NamedTuple):
     conversations: dict[str, list[Conversation]]
     examples: dict[str, list[Example]]  # with the loss mask used for training
     completion_examples: dict[str, list[Example]]  # the same with completion-only loss masks
-    tokenizer: Tokenizer
-    chat_template: ChatTemplate
-    init_model: Model | None
-    summary_lines: list[str]
+    inputs: builder.FinetuneInputs
 
 
 def load_sft_data(run: RunContext) -> tuple[RunContext, SFTData]:
@@ -92,10 +87,12 @@ def load_sft_data(run: RunContext) -> tuple[RunContext, SFTData]:
             f"too long {num_truncated} conversations truncated on the left, "
             f"{num_dropped} dropped (the answer alone does not fit {context} tokens)"
         )
-    data = SFTData(
-        conversations, examples, completion_examples, tokenizer, template, init_model, summary_lines
+    messages = {split: (x.messages for x in part) for split, part in conversations.items()}
+    inputs = builder.FinetuneInputs(
+        messages, tokenizer, init_model, summary_lines, chat_template=template.source
     )
-    return builder.with_model_config(run, init_model, tokenizer), data
+    run = builder.with_model_config(run, init_model, tokenizer)
+    return run, SFTData(conversations, examples, completion_examples, inputs)
 
 
 def segments_with_loss(config: DataConfig) -> frozenset[str]:
@@ -107,25 +104,20 @@ def segments_with_loss(config: DataConfig) -> frozenset[str]:
 
 def make_sft_task(run: RunContext, data: SFTData) -> Task:
     """Makes the SFT task."""
-    config, tokenizer = run.config, data.tokenizer
-    examples = data.examples[TRAIN_SPLIT]
+    config, examples = run.config, data.examples[TRAIN_SPLIT]
     batches = make_sft_batches(
         config.data.batching,
         examples,
         rows=config.data.batch_size,
         context=config.model.context_length,
-        pad_id=tokenizer.eot_token,
+        pad_id=data.inputs.tokenizer.eot_token,
         seed=config.train.seed,
     )
-    template = data.chat_template.source
-    messages = {s: (x.messages for x in part) for s, part in data.conversations.items()}
     num_trained = sum(sum(x.loss_mask) for x in examples)
     trained_fraction = num_trained / sum(len(x.ids) for x in examples)
     return builder.make_finetune_task(
         run,
-        builder.FinetuneInputs(
-            *(messages, tokenizer, data.init_model, data.summary_lines), chat_template=template
-        ),
+        data.inputs,
         loss_fn=sft_loss_fn,
         batches=batches,
         tokens_per_step=sum(len(x.ids) - 1 for x in examples) / batches.steps_per_epoch,

@@ -118,7 +118,7 @@ def test_chapter_7_has_the_batches_and_metrics_of_the_book(tmp_path, start):
         losses = []
         for rows in batches:
             examples = [[data.examples[split][n]] for n in rows]
-            loss, weight = loss_fn(collate(examples, 96, data.tokenizer.eot_token))
+            loss, weight = loss_fn(collate(examples, 96, data.inputs.tokenizer.eot_token))
             losses.append(float(loss / weight))
         assert metrics[f"{split}_loss"] == pytest.approx(np.mean(losses), rel=1e-6)
 

@@ -126,7 +126,7 @@ def test_a_run_keeps_its_best_model_and_writes_a_report(finished):
 def test_only_adapters_and_head_are_trained(finished):
     config, folder, model, _ = finished
     run, data = load_classification_data(RunContext(config, folder))
-    start = initial_params(run.config.model, None, data.tokenizer, jax.random.key(0))
+    start = initial_params(run.config.model, None, data.inputs.tokenizer, jax.random.key(0))
     expected = merge_adapters(start, load_adapters(folder / "adapters.safetensors"))
 
     kernels = [p["blocks"]["mlp"]["up"]["kernel"] for p in (start, expected)]
