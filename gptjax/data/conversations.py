@@ -37,11 +37,8 @@ CONVERSATION_FORMATS: RowFormats = {  # the first match wins
     ("messages",): "chat",
     ("conversations",): "ShareGPT",
     ("instruction", "output"): "Alpaca",
-    ("prompt", "completion"): "prompts",
-    ("prompt", "response"): "prompts",
-    ("prompt", "output"): "prompts",
-    ("question", "answer"): "questions",
-    ("question", "output"): "questions",
+    **{("prompt", answer): "prompts" for answer in ("completion", "response", "output")},
+    **{("question", answer): "questions" for answer in ("answer", "output")},
 }
 PROMPT_COLUMNS = ("instruction", "prompt", "question")
 PREFERENCE_COLUMNS = ("chosen", "rejected")

@@ -22,12 +22,8 @@ from gptjax.data.datasets import DATASETS, PYTHON_HELP, fetch_dataset
 from gptjax.errors import DataError
 from gptjax.fileio.strict_json import parse_json
 
-TABLE_FORMATS = {
-    ".jsonl": "JSON lines",
-    ".json": "JSON list",
-    ".csv": "comma-separated",
-    ".tsv": "tab-separated",
-}
+TABLE_FORMATS = {".jsonl": "JSON lines", ".json": "JSON list"}
+TABLE_FORMATS |= {".csv": "comma-separated", ".tsv": "tab-separated"}
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SMS_SPAM_FILE = DATASETS["sms-spam"].file_name  # tab-separated, without suffix and header
 READ_BLOCK_BYTES = 1 << 18  # per read
@@ -78,11 +74,8 @@ def find_table(path: str, datasets: Sequence[str], content: str, alternative: st
     if path in datasets:
         return fetch_dataset(path)
     file = Path(path).expanduser()
-    if (
-        path in (PYTHON_HELP, *DATASETS)
-        or not file.is_file()
-        or table_suffix(file) not in TABLE_FORMATS
-    ):
+    is_other_dataset = path in (PYTHON_HELP, *DATASETS)
+    if is_other_dataset or not file.is_file() or table_suffix(file) not in TABLE_FORMATS:
         raise DataError(
             f"{path} is not a table of {content}. Pass a {', '.join(TABLE_FORMATS)} file (also "
             f".gz){alternative} or one of the data sets {', '.join(datasets)}."

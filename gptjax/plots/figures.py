@@ -249,12 +249,8 @@ def schedule_figure(optim: OptimConfig, steps: int) -> Figure:
 def sharding_figure(arrays: Mapping[str, Array], device: int = 0) -> Figure:
     """Plots the shards of arrays and the ids of the devices that hold each of them.
 
-    A panel is one array, cut along its sharded axes; a shard with more than one id is
-    replicated on these devices. `jax.debug.visualize_array_sharding` does this in text,
-    for arrays of at most two axes.
-
-    `arrays` maps titles to arrays; the shards of the device with the id `device` are
-    blue.
+    `arrays` maps titles to arrays, each sharded along at most two axes. A shard with
+    more than one id is replicated; those of the device with the id `device` are blue.
     """
     columns = min(len(arrays), 2)
     rows = -(-len(arrays) // columns)

@@ -14,7 +14,6 @@ from gptjax.book.training import CHAPTERS
 from gptjax.config import RunConfig, find_config, from_dict, load_config
 from gptjax.data.classification import take
 from gptjax.data.sft import collate
-from gptjax.errors import ConfigError
 from gptjax.evaluation.classification import evaluate_classifier
 from gptjax.tasks import classify, sft
 from gptjax.tasks.train import train
@@ -121,10 +120,3 @@ def test_chapter_7_has_the_batches_and_metrics_of_the_book(tmp_path, start):
             loss, weight = loss_fn(collate(examples, 96, data.inputs.tokenizer.eot_token))
             losses.append(float(loss / weight))
         assert metrics[f"{split}_loss"] == pytest.approx(np.mean(losses), rel=1e-6)
-
-
-def test_other_data_belong_to_no_chapter(tmp_path):
-    table = {"train": {"task": "book"}, "data": {"source": "wikitext2"}}
-
-    with pytest.raises(ConfigError, match=r"data\.source='wikitext2'"):
-        train(from_dict(RunConfig, table), tmp_path)

@@ -46,7 +46,7 @@ def test_every_document_reaches_exactly_one_split(tmp_path_factory, documents, f
     folder = tmp_path_factory.mktemp("prepare")
     path = jsonl(folder / "a.jsonl", documents)
 
-    info = prepare_dataset([path], "bytes", folder / "out", val_fraction=fraction, seed=seed)
+    prepare_dataset([path], "bytes", folder / "out", val_fraction=fraction, seed=seed)
 
     train, validation, _ = open_prepared(folder / "out")
     kept, held_out = documents_of(train), documents_of(validation)
@@ -54,7 +54,6 @@ def test_every_document_reaches_exactly_one_split(tmp_path_factory, documents, f
     rest = iter(documents)
     assert all(document in rest for document in kept)  # in order
     assert len(held_out) == min(max(round(fraction * len(documents)), 1), len(documents) - 1)
-    assert [s["documents"] for s in info.meta["splits"].values()] == [len(kept), len(held_out)]
 
 
 def test_the_stream_and_its_summary_are_as_documented(tmp_path):
@@ -115,14 +114,14 @@ def test_a_failure_leaves_no_folder(tmp_path, monkeypatch):
         (["a"], {}, DataError, "val_fraction=0.1"),
         (TEXTS, {"shard_tokens": 0}, ConfigError, "shard_tokens=0"),
         (TEXTS, {"tokenizer": "bpe:many"}, ConfigError, "'bpe:many'"),
-        (TEXTS, {}, DataError, "out: no space left on device"),
     ]:
         path = jsonl(tmp_path / "a.jsonl", documents)
-        if "space" in value:
-            full = mock.Mock(side_effect=OSError("no space left on device"))
-            monkeypatch.setattr(Tokenizer, "encode_array", full)
         with pytest.raises(error, match=value):
             prepare_dataset([path], **{"tokenizer": "bytes", "out": tmp_path / "out"} | options)
+    full = mock.Mock(side_effect=OSError("no space left on device"))
+    monkeypatch.setattr(Tokenizer, "encode_array", full)
+    with pytest.raises(DataError, match="out: no space left on device"):
+        prepare_dataset([path], "bytes", tmp_path / "out")
     assert os.listdir(tmp_path) == ["a.jsonl"]
 
 

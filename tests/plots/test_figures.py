@@ -9,7 +9,6 @@ import pytest
 from matplotlib.colors import to_hex
 
 import gptjax
-from gptjax.config import OptimConfig
 from gptjax.data.conversations import Conversation
 from gptjax.errors import ConfigError
 from gptjax.evaluation.perplexity import token_losses
@@ -17,7 +16,6 @@ from gptjax.plots import figures
 from gptjax.plots.preview import Preview, PreviewRow
 from gptjax.plots.token_boxes import NOTE_FONT_SIZE, to_drawable, token_label
 from gptjax.tokenizer.tokenizer import load_tokenizer, train_tokenizer
-from gptjax.training.optimizer import learning_rates
 from gptjax.weights.model_folder import Model
 from tests.pictures import (
     assert_boxes_contain_their_texts,
@@ -106,15 +104,6 @@ def test_loss_mask_figure_colors_each_token_by_its_state():
     assert names == [*text, "<|endoftext|>", *figures.SEGMENT_STYLES, "end token"]
     assert_boxes_contain_their_texts(figure)
     assert_nothing_is_cut_off(figure)
-
-
-def test_schedule_figure_shows_the_learning_rate_of_each_step():
-    optim = OptimConfig(schedule="wsd", warmup_steps=10)
-
-    axes = figures.schedule_figure(optim, 50).axes[0]
-
-    assert list(axes.lines[0].get_ydata()) == (rates := learning_rates(optim, 50))
-    assert axes.get_title() == f"peak {max(rates):.3g} at step {rates.index(max(rates))}"
 
 
 def shard(shape, *spec):
