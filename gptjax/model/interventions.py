@@ -114,9 +114,5 @@ def intervention_variables(
 
 
 def stack_captured(captured: Mapping[str, Any], names: Iterable[str]) -> dict[str, Array]:
-    """Returns {name: activations [N, ...]}; joins the layers of both stacks."""
-    activations = {}
-    for name in names:
-        stacks = jax.tree.leaves(captured[name])  # "blocks", then "tail"
-        activations[name] = stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
-    return activations
+    """Returns {name: activations [N, ...]}: those of "blocks", then of "tail"."""
+    return {name: jnp.concatenate(jax.tree.leaves(captured[name])) for name in names}

@@ -49,8 +49,6 @@ def check_tokens(config: GPTConfig, token_BT: Any) -> None:
 def check_params(config: GPTConfig, params: Params) -> None:
     """Validates names and shapes of parameters; a classification head is optional."""
     expected, found = expected_shapes(config), found_shapes(params)
-    if expected == found:
-        return
     for name in [*expected, *found]:
         if name not in found:
             problem = f"{name} {expected[name]} is missing"

@@ -12,13 +12,7 @@ import gptjax
 from gptjax.config import GPTConfig
 from gptjax.inference.generate import complete
 from gptjax.model import quantization
-from gptjax.model.gpt import (
-    apply_with_cache,
-    compute_dtype,
-    init_cache,
-    lm_logits,
-    unembedding_matrix,
-)
+from gptjax.model.gpt import compute_dtype, init_cache
 from gptjax.model.quantization import (
     INT8_MAX,
     SPLIT_BASE,
@@ -29,25 +23,12 @@ from gptjax.model.quantization import (
 )
 from gptjax.tree import flatten_with_names
 from gptjax.weights.model_folder import Model, save
-from tests.model.test_gpt import draw_params
+from tests.model.test_gpt import draw_params, extend, logits
 
 SHAPE = {"context_length": 16, "n_layers": 1, "n_heads": 2, "d_model": 24, "dtype": "auto"}
 CONFIG = GPTConfig(vocab_size=257, **SHAPE)
 fake_quantize = jax.jit(quantization.fake_quantize)  # eagerly it compiles each operation
 TOKEN_BT = jnp.asarray(np.random.default_rng(0).integers(257, size=(3, 4)), "int32")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def plain_logits(config, params):
-    return gptjax.apply(config, params, TOKEN_BT)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def cached_logits(config, layers):
-    position_BT = jnp.broadcast_to(jnp.arange(4, dtype=jnp.int32)[None], TOKEN_BT.shape)
-    cache = init_cache(config, 3, 16)
-    x_BTD, _ = apply_with_cache(config, layers, TOKEN_BT, position_BT, cache)
-    return lm_logits(config, unembedding_matrix(config, layers), x_BTD)
 
 
 @pytest.mark.parametrize(
@@ -64,10 +45,13 @@ def test_decode_layouts_give_the_logits_of_stacked_layers(tied, multiple, dtype,
     params = fake_quantize(params) if int8 else params
     layers = prepare_decode_params(unstack_layers(params), compute_dtype(config), int8)
 
-    expected = plain_logits(config, params)[..., :257]
-    found = cached_logits(config, layers)[..., :257]
+    position_BT = jnp.arange(4, dtype=jnp.int32)[None].repeat(3, 0)
 
-    np.testing.assert_allclose(found, expected, atol=near * float(np.abs(expected).max()))
+    expected = logits(config, params, TOKEN_BT)[..., :257]
+    found, _ = extend(config, layers, TOKEN_BT, position_BT, init_cache(config, 3, 16))
+
+    atol = near * float(np.abs(expected).max())
+    np.testing.assert_allclose(found[..., :257], expected, atol=atol)
 
 
 def test_only_kernels_and_the_table_of_outputs_are_rounded_to_half_a_step_of_their_output():
@@ -127,5 +111,5 @@ def test_a_model_loaded_in_8_bits_writes_what_its_rounded_parameters_write(tmp_p
     options = {"temperature": 0.0, "max_new_tokens": 6, "stop_ids": ()}
     prompt = [97, 98]
     ids = prompt + complete(loaded, [prompt], **options)[0].ids
-    logit_BTV = jax.jit(gptjax.apply, static_argnums=0)(CONFIG, params, jnp.array([ids]))
+    logit_BTV = logits(CONFIG, params, jnp.array([ids]))
     assert ids[2:] == np.argmax(logit_BTV[0, 1:-1], -1).tolist()

@@ -212,3 +212,4 @@ def test_the_gradient_of_a_sharded_table_is_that_of_one_device():
         grad_VD = jax.jit(jax.grad(loss))(table_VD)
 
     np.testing.assert_array_equal(grad_VD, jax.grad(loss)(table_VD))
+    assert grad_VD.sharding.spec == P("tensor", "fsdp")

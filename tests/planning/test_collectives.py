@@ -71,13 +71,16 @@ def test_a_step_sends_what_the_estimate_says(sizes, accumulate, changes):
         assert report.temp_bytes - shallow.temp_bytes < 10 * layer / 2
 
 
-def test_data_parallel_work_reduces_every_gradient():
+def test_gradients_are_reduced_over_data_after_fsdp_has_scattered_them():
     params = jax.eval_shape(lambda: gptjax.init(MODEL, jax.random.key(0)))
+    total = 4 * num_params(params)
 
     expected = estimate_collective_bytes(run_of((8, 1, 1)), (8, 1, 1))
+    sharded = estimate_collective_bytes(run_of((2, 4, 1)), (2, 4, 1))
 
-    gradients = pytest.approx(4 * num_params(params) * 2 * 7 / 8)
-    assert expected == {"weights": 0, "gradients": gradients, "activations": 0}
+    assert expected == {"weights": 0, "gradients": total * 2 * 7 / 8, "activations": 0}
+    scattered, reduced = total * 3 / 4, total / 4 * 2 * 1 / 2
+    assert sharded["gradients"] == pytest.approx(scattered + reduced, rel=0.02)  # not of vectors
 
 
 def test_accelerators_send_less_than_a_cpu_and_bfloat16_half_of_float32():

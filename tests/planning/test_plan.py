@@ -107,10 +107,9 @@ def test_topologies_and_devices_are_known_by_name():
     for text, value in (("v7:8", "v7"), ("v5e:7", "7"), ("v5p:8", "8"), ("v5e:2xx4", "2xx4")):
         with pytest.raises(ConfigError, match=value):
             parse_topology(text)
-    assert chip_from_device("TPU v5 lite") == CHIPS["v5e"]
-    assert chip_from_device("TPU v5") == CHIPS["v5p"]
-    assert chip_from_device("NVIDIA H100 80GB HBM3") == CHIPS["h100"]
-    assert chip_from_device("cpu") is None
+    devices = ("TPU v5 lite", "TPU v5", "NVIDIA H100 80GB HBM3", "cpu")
+    chips = [CHIPS["v5e"], CHIPS["v5p"], CHIPS["h100"], None]
+    assert [chip_from_device(device) for device in devices] == chips
     for sizes, rows, message in (
         ((3, 3, 1), 18, "mesh.data=3.* 8 devices"),
         ((8, 1, 1), 12, "batch_size=12 .* 8 devices"),
