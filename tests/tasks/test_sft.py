@@ -92,8 +92,6 @@ def test_the_last_block_of_a_model_is_trained_on_packed_rows(finished, tmp_path)
     validation = evaluations(tmp_path / "run", "validation")
     assert validation[-1]["response_loss"] < validation[0]["response_loss"]
     assert model.chat_template == start.chat_template
-    for name in ("token_embedding", "position_embedding"):
-        jax.tree.map(np.testing.assert_array_equal, model.params[name], start.params[name])
     new, old = model.params["blocks"], start.params["blocks"]
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), new, old)
     assert not np.array_equal(*(blocks["mlp"]["up"]["kernel"][1] for blocks in (new, old)))

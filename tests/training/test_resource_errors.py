@@ -70,7 +70,6 @@ CAUSED.__cause__ = OSError(errno.ENOSPC, "full")
         (MemoryError(), ConfigError, r"model\.remat"),
         *((OSError(n, "full"), ResourceError, "disk full") for n in DISK_FULL_ERRNOS),
         (CAUSED, ResourceError, "disk full: cannot save"),
-        (ModelError("other"), ModelError, "^other$"),
         (OSError(errno.EACCES, "denied"), PermissionError, "denied"),
         (jax.errors.JaxRuntimeError("INTERNAL: x"), jax.errors.JaxRuntimeError, "INTERNAL"),
     ],
