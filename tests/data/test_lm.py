@@ -100,9 +100,6 @@ def test_documents_of_a_row_are_numbered_and_their_tokens_counted():
     assert isolated["positions"].tolist() == [[0, 1, 0, 0, 1], [0, 1, 2, 3, 0]]
     assert joined["segment_ids"].tolist() == [[1] * 5] * 2
     assert joined["positions"].tolist() == [[0, 1, 2, 3, 4]] * 2
-    for batch in (isolated, joined):
-        assert_equal((batch["tokens"], batch["targets"]), (row_BL[:, :-1], row_BL[:, 1:]))
-        assert batch["loss_weights"].tolist() == [[1] * 5] * 2
 
 
 @quick

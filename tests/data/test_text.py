@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from gptjax.data import text
 from gptjax.data.text import (
+    SplitRule,
     chunk_document,
     find_sources,
     iter_chunks,
@@ -83,6 +84,19 @@ def test_folders_globs_and_data_sets_give_known_files_in_order_and_once(tmp_path
     assert len(documents("python-help")) > 50
     with pytest.raises(DataError, match=r"images.*jsonl"):
         find_sources([tmp_path / "images"])
+
+
+def test_both_parts_of_a_single_document_have_one_start_and_one_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "CHUNK_CHARS", 3)
+    sources = find_sources([write(tmp_path / "a.txt", "ab cd ef")])
+
+    for cut in range(1, 8):
+        spans = list(iter_split_spans(sources, SplitRule(0, 0.0, cut), ""))
+        for split, content in (("train", "ab cd ef"[:cut]), ("validation", "ab cd ef"[cut:])):
+            part = [span for span in spans if span.split == split]
+            assert "".join(span.text for span in part) == content
+            assert [span.is_first for span in part] == [True] + [False] * (len(part) - 1)
+            assert [span.is_last for span in part] == [False] * (len(part) - 1) + [True]
 
 
 def test_many_documents_are_held_out_by_their_hash(tmp_path):

@@ -83,6 +83,7 @@ REPLACED = [  # bytes of the index, others in their place, value in the message
     (b" \x80\t(", b" \x80\x08(", "overlaps"),
     (b"/h0/attn", b"/z0/attn", "sorted and unique"),
     (b"\0\xf4\x98\xd5k", b"\1\xf4\x98\xd5k", "compressed"),
+    (b"\2\0\0\0\0\xf4", b"\2\1\0\0\0\xf4", "restart array"),
 ]
 
 
