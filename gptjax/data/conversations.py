@@ -93,8 +93,7 @@ def read_conversations(path: Path | str) -> tuple[list[Conversation], str]:
     )
     answer_column = "chosen" if "chosen" in columns else columns[-1]
     conversations, turns = [], 0
-    for location, source_row in rows:
-        row = check_columns(source_row, columns, location, ROW_ADVICE)
+    for location, source_row, row in rows:
         messages = to_messages(row, columns, answer_column, location)
         split, task = get_split(row, location), get_text(row, "task", location)
         conversations.append(Conversation(messages, source_row, location, split, task))
@@ -112,8 +111,7 @@ def read_preference_pairs(path: Path | str) -> tuple[list[PreferencePair], str]:
     """
     description, columns, rows = read_conversation_rows(str(path), PREFERENCE_FORMATS)
     pairs = []
-    for location, source_row in rows:
-        row = check_columns(source_row, columns, location, ROW_ADVICE)
+    for location, source_row, row in rows:
         chosen, rejected = (to_messages(row, columns, c, location) for c in PREFERENCE_COLUMNS)
         if chosen[:-1] != rejected[:-1]:
             raise DataError(
@@ -132,8 +130,8 @@ def read_preference_pairs(path: Path | str) -> tuple[list[PreferencePair], str]:
 
 def read_conversation_rows(
     path: str, formats: RowFormats
-) -> tuple[str, tuple[str, ...], list[tuple[str, Any]]]:
-    """Returns (description, required columns, [(location, row), ...])."""
+) -> tuple[str, tuple[str, ...], list[tuple[str, Any, dict[str, Any]]]]:
+    """Returns (description, required columns, [(location, row, its columns), ...])."""
     if path == WORD_TASKS:
         source, file_format = path, "built in"
         rows = [(f"{path}:{n}", row) for n, row in enumerate(word_tasks(), 1)]
@@ -147,7 +145,8 @@ def read_conversation_rows(
     present_columns = [name for name in check_columns(row, (), location, ROW_ADVICE) if name in row]
     for columns, name in formats.items():
         if set(columns) <= set(present_columns):
-            return (f"{source}: {file_format}; {name} ({', '.join(columns)})", columns, rows)
+            checked = [(at, x, check_columns(x, columns, at, ROW_ADVICE)) for at, x in rows]
+            return f"{source}: {file_format}; {name} ({', '.join(columns)})", columns, checked
     expected = "a preference pair" if formats == PREFERENCE_FORMATS else "a conversation"
     raise DataError(
         f"{location}: the columns {', '.join(present_columns) or '(none)'} do not form "

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from gptjax.evaluation.metrics import classification_metrics
 from gptjax.plots.curves import loss_figure, lr_figure, single_line
+from gptjax.plots.token_boxes import shorten_label
 from gptjax.training.metrics import read_events
 
 MetricRows = Mapping[str, Mapping[str, float]]  # values by metric name, by table row
@@ -120,9 +121,7 @@ def inline_code(text: str) -> str:
     >>> print(inline_code("<b>`x`"))
     `` <b>`x` ``
     """
-    line = single_line(text)
-    if len(line) > MAX_TEXT_CHARS:
-        line = line[: MAX_TEXT_CHARS - 1] + "…"
+    line = shorten_label(single_line(text), MAX_TEXT_CHARS)
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     padding = " " if "`" in line or not line else ""
     return f"{fence}{padding}{line}{padding}{fence}"

@@ -144,7 +144,7 @@ def test_prepared_data_is_opened_only_with_its_own_tokenizer(tmp_path):
     for source, name in (("bpe", "bytes"), ("bytes", "bpe:270"), ("bytes", folder)):
         with pytest.raises(DataError, match=r"data\.tokenizer="):
             open_tokenizer(source, name)
-    train_tokenizer(words, 260).save(tmp_path / "bpe" / "tokenizer")
+    train_tokenizer(words, 270).save(tmp_path / "bpe" / "tokenizer")
     with pytest.raises(DataError, match="hash"):
         open_prepared(tmp_path / "bpe")
 
