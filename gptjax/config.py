@@ -126,9 +126,8 @@ class GPTConfig(Section):
                 f"Known: {', '.join(PRESETS)}."
             )
         layers, heads, width = PRESETS[name]
-        shape: dict[str, Any] = {"vocab_size": 50_257, "n_layers": layers, "n_heads": heads}
-        shape["d_model"] = width
-        return cls(**{**shape, **changes})
+        shape: dict[str, Any] = {"n_layers": layers, "n_heads": heads, "d_model": width}
+        return cls(**{"vocab_size": 50_257, **shape, **changes})
 
     @property
     def head_dim(self) -> int:

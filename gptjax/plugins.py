@@ -14,24 +14,17 @@ _loaders: dict[tuple[str, str], Callable[[], Any]] = {}
 
 
 def register_value(option: str, value: str, load: Callable[[], Any]) -> None:
-    """Registers a value of an option.
+    """Registers a `PluginValue` of the option "section.option".
 
-    Args:
-        option: `section.option`.
-        value: one of `PluginValue`.
-        load: imports and returns the implementation, whose type depends on the option:
-            a `SplitFn` (data.split_strategy), an `SFTBatching` (data.batching), a
-            `LearningRateRule` (optim.schedule) or a `StagesFn` (train.task).
+    `load` imports and returns the implementation: a `SplitFn` (data.split_strategy), an
+    `SFTBatching` (data.batching), a `LearningRateRule` (optim.schedule) or a `StagesFn`
+    (train.task).
     """
     _loaders[option, value] = load
 
 
 def load_plugin(option: str, value: str) -> Any:
-    """Returns the implementation of a registered value.
-
-    Raises:
-        ConfigError: the value is unknown, or its package is not imported.
-    """
+    """Returns the implementation of a value whose package is imported."""
     if (option, value) in _loaders:
         return _loaders[option, value]()
     if value in get_args(PluginValue):

@@ -76,9 +76,7 @@ def load_model(name: str, *, int8: bool, verbose: bool, last_phase: str = "answe
 def run_interruptible(run: Callable[[], Any], mode: SignalMode = "immediate") -> int:
     """Runs a function that SIGINT or SIGTERM may interrupt; returns the exit code.
 
-    Args:
-        run: sets another signal mode itself once there is progress to save.
-        mode: signal mode until then; see `gptjax.runtime.preemption`.
+    The function sets another signal mode itself once there is progress to save.
     """
     try:
         with handle_signals(final=True):

@@ -46,9 +46,7 @@ def read_json(path: Path, max_bytes: int) -> Any:
 def read_small_file(path: Path, max_bytes: int) -> bytes:
     """Reads a regular file of limited size.
 
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is no regular file, such as a pipe, or too large.
+    Raises a ValueError if it is no regular file, such as a pipe, or too large.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):

@@ -460,13 +460,9 @@ def apply_with_cache(
 ) -> tuple[HiddenStates, tuple[KVCache, ...]]:
     """Computes the final hidden states of T new tokens per row, and the updated cache.
 
-    Args:
-        config: shape of the model.
-        params: from `gptjax.model.quantization`, unstacked.
-        token_BT: new tokens.
-        position_BT: their positions, consecutive in each row; also their indices in
-            the cache.
-        cache: from `init_cache` or the previous call.
+    `params` is unstacked, from `gptjax.model.quantization`; `position_BT`, consecutive
+    in each row, is also the tokens' indices in the cache; `cache` is from `init_cache`
+    or the previous call.
     """
     inputs = BlockInputs(position_BT, None)
     module: Any = GPT(config, stacked=False)

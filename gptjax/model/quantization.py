@@ -57,13 +57,9 @@ def prepare_decode_params(params: Params, dtype: Any, int8: bool = False) -> Par
 
     With `int8`, kernels become `Int8Kernel`; on CPU in float32, `TransposedKernel`; in
     both cases query, key and value are fused. Otherwise kernels are cast to `dtype`.
-    Embeddings, norms and a classification head stay as they are.
-
-    Args:
-        params: from `unstack_layers`; with `int8` from `fake_quantize` before, which
-            makes quantization lossless.
-        dtype: dtype of activations.
-        int8: whether to quantize.
+    Embeddings, norms and a classification head stay as they are. The parameters are
+    from `unstack_layers`; with `int8` from `fake_quantize` before, which makes
+    quantization lossless. `dtype` is that of activations.
     """
     on_cpu = jax.default_backend() == "cpu" and dtype == jnp.float32
 

@@ -39,10 +39,8 @@ LOST_MESSAGE = (
 def initialize(address: str) -> None:
     """Connects this process to the other processes of its run.
 
-    Args:
-        address: "auto" under a scheduler that JAX supports (Slurm, Open MPI, GKE, TPU
-            pods), else "HOST:PORT,N,I": address of process 0, number of processes,
-            index of this one.
+    `address` is "auto" under a scheduler that JAX supports (Slurm, Open MPI, GKE, TPU
+    pods), else "HOST:PORT,N,I": that of process 0, number of processes, index of this.
     """
     options: dict[str, Any] = {}
     if address != "auto":

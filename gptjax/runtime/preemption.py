@@ -39,11 +39,9 @@ _state = types.SimpleNamespace(active=False, received=False, mode="deferred")
 def handle_signals(final: bool = False) -> Iterator[Callable[[], bool]]:
     """Yields a function that returns True once SIGINT or SIGTERM was received.
 
-    A block inside another one, or outside the main thread, changes nothing.
-
-    Args:
-        final: the process exits after this block. Signals are then handled even while
-            Python is blocked, for example by compilation.
+    A block inside another one, or outside the main thread, changes nothing. If the
+    process exits after the block (`final`), signals are handled even while Python is
+    blocked, for example by compilation.
     """
     if _state.active or threading.current_thread() is not threading.main_thread():
         yield lambda: _state.received
@@ -122,11 +120,7 @@ def check_interrupted() -> None:
 
 
 def heartbeat(step: int | None = None) -> None:
-    """Tells the supervisor, if there is one, that the run is alive.
-
-    Args:
-        step: number of finished steps, if it has changed.
-    """
+    """Tells a supervisor that the run is alive, or has finished a step."""
     if (path := os.environ.get(HEARTBEAT_ENV)) is None:
         return
     with contextlib.suppress(OSError):

@@ -51,15 +51,9 @@ def compute_attention(
     """Computes multi-head scaled dot-product attention [B, T, H, K].
 
     Softmax statistics are float32 in every backend. A backend that does not support an
-    argument raises instead of ignoring it.
-
-    Args:
-        query_BTHK: queries.
-        key_BSHK: keys; S = T unless `mask` has query positions.
-        value_BSHK: values.
-        mask: which keys each query attends to.
-        backend: a key of `BACKENDS`, or "auto".
-        edit_weights: function of the attention weights [B, H, T, S], e.g. dropout.
+    argument raises instead of ignoring it. `backend` is a key of `BACKENDS`, or "auto".
+    S = T unless `mask` has query positions. `edit_weights` is a function of the
+    attention weights [B, H, T, S], such as dropout.
     """
     _, queries, _, head_dim = query_BTHK.shape
     keys = key_BSHK.shape[1]
