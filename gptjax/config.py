@@ -126,8 +126,8 @@ class GPTConfig(Section):
                 f"Known: {', '.join(PRESETS)}."
             )
         layers, heads, width = PRESETS[name]
-        shape: dict[str, Any] = {"n_layers": layers, "n_heads": heads, "d_model": width}
-        return cls(**{"vocab_size": 50_257, **shape, **changes})
+        config = cls(vocab_size=50_257, n_layers=layers, n_heads=heads, d_model=width)
+        return dataclasses.replace(config, **changes)
 
     @property
     def head_dim(self) -> int:

@@ -138,12 +138,9 @@ def estimate_collective_bytes(
     "tensor", twice per layer in the forward and twice in the backward pass, and in the
     embedding and the loss. All of these occur in every micro-batch.
 
-    Args:
-        config: config of the run.
-        mesh_shape: of the mesh axes, as `gptjax.parallel.sharding.MESH_AXES`.
-        is_emulated: CPU devices, where XLA uses all-reduce instead of reduce-scatter,
-            and reduces separately what it could add first: the two gradients of a tied
-            embedding, and those of the inputs of query, key and value.
+    `is_emulated`: CPU devices, where XLA uses all-reduce instead of reduce-scatter, and
+    reduces separately what it could add first: the two gradients of a tied embedding,
+    and those of the inputs of query, key and value.
     """
     c, (data, fsdp, tensor) = config.model, mesh_shape
     size, num_micro_batches = compute_dtype(c).itemsize, config.train.accumulate

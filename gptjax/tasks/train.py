@@ -24,17 +24,14 @@ def train(
 ) -> Model:
     """Trains a run and returns its model; resumes if the run exists.
 
-    Progress is logged to the logger "gptjax" at level INFO.
+    Progress is logged to the logger "gptjax" at level INFO. SIGINT and SIGTERM raise
+    `Interrupted`; the same call resumes.
 
     Args:
         config: must match that of an existing run.
         run_dir: run folder; created if missing.
         allow_change: config options that may differ from those of an existing run.
         on_spike: "log" or "skip"; "" = that of an existing run, or "log".
-
-    Raises:
-        GptjaxError: invalid data, config or run folder, or a resource error.
-        Interrupted: interrupted by SIGINT or SIGTERM; the same call resumes.
     """
     if config.train.task in TASKS:
         stages = TASKS[config.train.task]
