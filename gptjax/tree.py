@@ -24,9 +24,7 @@ def flatten_with_names(tree: Any) -> dict[str, Any]:
 def match_rules(tree: Any, rules: Mapping[str, Any]) -> Any:
     """Replaces each leaf by the value of the only rule that matches its name.
 
-    Raises:
-        ValueError: a leaf matches no rule or several rules, or a rule matches no
-            leaf. A rule table covers every leaf exactly once.
+    A leaf that matches no rule or several, or a rule without a leaf, is a ValueError.
 
     >>> tree = {"tokens": {"embedding": 0}, "norm": {"scale": 0, "bias": 0}}
     >>> match_rules(tree, {"*/embedding": True, "norm/*": False})

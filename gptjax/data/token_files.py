@@ -148,9 +148,8 @@ class TokenDataset:
     def read(self, start: int, count: int) -> np.ndarray:
         """Reads tokens as int32; the range must lie inside the stream.
 
-        Raises:
-            DataError: a block is corrupt, or a token id is out of range. Accelerators
-                do not report the latter: they clamp the index of the embedding.
+        A corrupt block is a DataError, as is a token id out of range: accelerators
+        clamp the index of the embedding without a report.
         """
         tokens = np.empty(count, np.int32)
         done = 0

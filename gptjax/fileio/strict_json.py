@@ -18,9 +18,8 @@ MAX_DEPTH = 64  # nesting levels; no model file has more than ten
 def parse_json(text: str | bytes) -> Any:
     """Parses one JSON value.
 
-    Raises:
-        ValueError: it is not JSON (json.JSONDecodeError), not UTF-8, too deeply nested,
-            or contains a duplicate or unencodable key or a number out of float range.
+    A ValueError says that it is not JSON (json.JSONDecodeError), not UTF-8, too deeply
+    nested, or contains a duplicate or unencodable key or a number out of float range.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8")

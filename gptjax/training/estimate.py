@@ -74,8 +74,7 @@ def resolve_config(config: RunConfig, platform: str = "") -> RunConfig:
         size = int(name[4:]) if is_new else tokenizer.load_tokenizer(name).vocab_size
         model = dataclasses.replace(model, vocab_size=size)
     if platform and model.dtype == "auto":
-        dtype: Any = "float32" if platform == "cpu" else "bfloat16"
-        model = dataclasses.replace(model, dtype=dtype)
+        model = dataclasses.replace(model, dtype="float32" if platform == "cpu" else "bfloat16")
     attention: Any = resolve_backend(model, platform)
     model = dataclasses.replace(model, attention=attention)
     return dataclasses.replace(config, model=model)
