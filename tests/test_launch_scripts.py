@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gptjax.cli.main import parse_command
 from gptjax.config import builtin_config_dir
+from tests.command_line import parse_command
 
 FOLDER = builtin_config_dir() / "launch"
 RECORD = 'printf "%s\\0" "$#" "$@" >> "$HOME/{name}.calls"'

@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 
 import gptjax
-from gptjax.cli.main import parse_command
 from gptjax.config import builtin_config_dir, find_config, load_config
+from tests.command_line import parse_command
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -8,7 +8,6 @@ A command imports jax and other large packages only when it runs.
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import click
 
@@ -109,13 +108,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-
-
-def parse_command(argv: Sequence[str]) -> tuple[click.Command, dict[str, Any]]:
-    """Parses a command line without running it: the command and its arguments."""
-    context, words = click.Context(COMMANDS), list(argv)
-    command: click.Command = COMMANDS
-    while isinstance(command, Group):
-        _, command, words = command.resolve_command(context, words)
-    with command.make_context(command.name, words, obj=list(argv)) as context:
-        return command, dict(context.params)

@@ -6,9 +6,10 @@ import pytest
 from gptjax.cli import arguments
 from gptjax.cli.arguments import ConfigCommand, apply_overrides
 from gptjax.cli.inference import run_classify, run_generate
-from gptjax.cli.main import COMMANDS, DATA_COMMANDS, main, parse_command
+from gptjax.cli.main import COMMANDS, DATA_COMMANDS, main
 from gptjax.config import RunConfig, config_options
 from gptjax.errors import ConfigError
+from tests.command_line import parse_command
 
 COMMAND_TABLE = {(name,): c for name, c in COMMANDS.commands.items() if c is not DATA_COMMANDS}
 COMMAND_TABLE |= {("data", name): c for name, c in DATA_COMMANDS.commands.items()}
