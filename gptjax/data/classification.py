@@ -122,9 +122,10 @@ def read_table(path: Path, named_columns: set[str]) -> tuple[str, list[str], lis
     records = list(read_csv_records(path, delimiter))
     first_row = [name.strip() for name in records[0][1]] if records else []
     numbers = [str(n) for n in range(1, len(first_row) + 1)]
-    if suffix != suffix_without_gz(path):  # the SMS Spam Collection
+    known = {name.lower() for name in first_row} & {*TEXT_COLUMNS, *LABEL_COLUMNS}
+    if suffix != suffix_without_gz(path) and len(first_row) == 2:  # the SMS Spam Collection
         columns = ["label", "text"]
-    elif named_columns and named_columns <= set(numbers) - set(first_row):
+    elif named_columns and not known and named_columns <= set(numbers) - set(first_row):
         columns = numbers
     else:
         return f"{file_format}, with a header", first_row, list(name_columns(records))
@@ -159,12 +160,17 @@ def get_label(row: dict[str, Any], column: str, location: str) -> str:
     value = row.get(column)
     if isinstance(value, bool | int | float):
         return json.dumps(value)
+    if not isinstance(value, str):
+        raise DataError(
+            f"{location}: {column}={value!r} is no label. Write a string or a number, or remove "
+            "the row."
+        )
     return require_text(row, column, location, "a label", "--data.label_column NAME").strip()
 
 
 def folder_examples(folder: Path) -> Iterator[tuple[str, str, str]]:
     """Yields (text, label, location) of each .txt file; its folder is the label."""
-    texts = [path for path in visible_files(folder, (".txt",)) if path.parent != folder]
+    texts = [path for path in visible_files(folder, (".txt",), "*/**/*") if path.parent != folder]
     if nested := [path for path in texts if path.parent.parent != folder]:
         inner = nested[0].parent.parent
         raise DataError(

@@ -55,11 +55,11 @@ def suffix_without_gz(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def visible_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+def visible_files(folder: Path, suffixes: Sequence[str], pattern: str = "**/*") -> list[Path]:
     """Returns the files with these extensions in a folder tree, without hidden ones."""
     return [
         path
-        for path in sorted(folder.rglob("*"))
+        for path in sorted(folder.glob(pattern))
         if suffix_without_gz(path) in suffixes
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)

@@ -84,7 +84,10 @@ class Plan:
             "memory_estimate": self.memory_estimate,
             "memory_compiled": report.peak_bytes if report else None,
             "bytes_sent": self.bytes_sent,
-            "largest_gather": max((x.bytes for x in ops if x.kind == "all-gather"), default=None),
+            "largest_gather": max(
+                (x.bytes for x in ops if x.kind == "all-gather"),
+                default=0 if report and report.fits else None,
+            ),
             "seconds": self.min_seconds,
             "fits": self.fits,
         }

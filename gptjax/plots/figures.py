@@ -252,6 +252,8 @@ def sharding_figure(arrays: Mapping[str, Array], device: int = 0) -> Figure:
     `arrays` maps titles to arrays, each sharded along at most two axes. A shard with
     more than one id is replicated; those of the device with the id `device` are blue.
     """
+    if not arrays:
+        raise ConfigError("there are no arrays to plot. Pass {title: array}.")
     columns = min(len(arrays), 2)
     rows = -(-len(arrays) // columns)
     figure = Figure((FIGURE_WIDTH / 72, 1.9 * rows + 0.4), dpi=144, layout="constrained")

@@ -240,7 +240,7 @@ PAGE_ROW = """<h2>{title}</h2>
 <p>{status}</p>"""
 
 
-def write_html(preview: Preview, path: Path, max_rows: int) -> None:
+def write_html(preview: Preview, path: Path | str, max_rows: int) -> None:
     """Writes the first rows and the statistics of all as a self-contained page."""
     rows = []
     for number, row in enumerate(preview.rows[:max_rows], 1):
@@ -255,7 +255,7 @@ def write_html(preview: Preview, path: Path, max_rows: int) -> None:
         summary="\n".join(map(escape, describe_all_rows(preview))),
         histogram=base64.b64encode(image.getvalue()).decode(),
     )
-    with open_atomic(path) as file:
+    with open_atomic(Path(path)) as file:
         file.write(page)
 
 

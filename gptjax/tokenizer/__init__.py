@@ -22,3 +22,7 @@ def __getattr__(name: str) -> Any:
     from gptjax.tokenizer import tokenizer
 
     return getattr(tokenizer, {"Tokenizer": name}.get(name, f"{name}_tokenizer"))
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "bpe", "chat_template", "tokenizer"]

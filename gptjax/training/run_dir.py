@@ -264,7 +264,7 @@ def describe_mismatch(before: Any, now: Any, name: str = "") -> str:
     'a rows was 3, now 4'
     """
     if isinstance(before, dict) and isinstance(now, dict):
-        key = next(key for key in before | now if before.get(key) != now.get(key))
+        key = next(key for key in before | now if before.get(key, ...) != now.get(key, ...))
         return describe_mismatch(before.get(key), now.get(key), f"{name} {key}")
     old, new = ("none" if value is None else str(value)[:16] for value in (before, now))
     return f"{name} was {old}, now {new}".strip()

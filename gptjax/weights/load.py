@@ -406,13 +406,16 @@ def read_model(source: ModelSource, *, int8: bool = False) -> Model:
 def check_config_sizes(source: ModelSource) -> None:
     """Rejects configs larger than the file, before any memory is allocated."""
     tensors = source.reader.tensors
-    max_axis = max([len(tensors), *(n for tensor in tensors.values() for n in tensor.shape)])
+    shapes = {name: x.shape for name, x in tensors.items() if min(x.shape, default=0)}
+    # Each layer has tensors of its own or a row of a stacked tensor.
+    max_layers = max([len(tensors), *(s[0] for n, s in shapes.items() if n.startswith("blocks/"))])
+    max_axis = max([len(tensors), *(axis for shape in shapes.values() for axis in shape)])
     for name in CONFIG_NAMES:
-        # Each layer has tensors of its own or a row of a stacked tensor.
-        if (size := getattr(source.config, name)) > max_axis:
+        limit = max_layers if name == "n_layers" else max_axis
+        if (size := getattr(source.config, name)) > limit:
             raise ModelError(
-                f"{source.location}: {name}={size} is too large for {len(tensors)} tensors with "
-                f"axes of up to {max_axis}. Correct the config or copy the files again."
+                f"{source.location}: {name}={size} is more than the {limit} that its tensors "
+                "allow. Correct the config or copy the files again."
             )
 
 
@@ -430,7 +433,7 @@ def match_names(
     for full in source.reader.tensors:
         short = full.removeprefix("transformer.") if source.layout == "hf" else full
         if short in full_names:
-            raise error(f"has both {full_names[short]} and {full}")
+            raise error(f"has both {full_names[short][:80]!r} and {full[:80]!r}")
         full_names[short] = full
     tied = {"lm_head.weight", "out_head.weight"} if source.config.tie_embeddings else set()
     if missing := sorted(set(slots_by_name) - set(full_names)):
@@ -438,7 +441,7 @@ def match_names(
     unexpected = sorted(set(full_names) - set(slots_by_name) - tied)
     unexpected = [name for name in unexpected if not IGNORED_BUFFERS.fullmatch(name)]
     if unexpected:
-        raise error(f"has {len(unexpected)} unexpected tensors, such as {unexpected[0][:80]}")
+        raise error(f"has {len(unexpected)} unexpected tensors, such as {unexpected[0][:80]!r}")
     for name, slots in slots_by_name.items():
         info, expected = source.reader.tensors[full_names[name]], source_shape(slots)
         if slots[0].leaf in EMBEDDING_TABLES:
@@ -497,6 +500,7 @@ def check_reference_values(model: Model, reference: ReferenceValues | None) -> s
         *first, last = reference.embedding
         actual += [*embedding_VD[0, : len(first)], embedding_VD[-1, -1]]
         expected += [*first, last]
+    compared = "number of parameters" + " and published values" * bool(reference.embedding)
     if not np.allclose(actual, expected, rtol=0, atol=1e-7):
         raise ModelError(f"not the public model: found {actual}, expected {expected}.")
-    return "logits are finite; number of parameters and published values agree"
+    return f"logits are finite; {compared} agree"

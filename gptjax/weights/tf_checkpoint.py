@@ -105,7 +105,7 @@ def parse_entries(entries: list[tuple[bytes, bytes]]) -> dict[str, BundleEntry]:
         _, axes = parse_proto(b"".join(messages.get(ENTRY_SHAPE, [])))
         shape = tuple(parse_proto(axis)[0].get(DIM_SIZE, 0) for axis in axes.get(SHAPE_DIM, []))
         size = numbers.get(ENTRY_SIZE, 0)
-        if size != 4 * math.prod(shape):
+        if not size or size != 4 * math.prod(shape):
             raise ValueError(f"{name!r} has {size:,} bytes and the invalid shape {shape}")
         offset, crc32c = (numbers.get(field, 0) for field in (ENTRY_OFFSET, ENTRY_CRC32C))
         tensors[name] = BundleEntry(shape, offset, size, crc32c)
