@@ -154,15 +154,8 @@ def generate(
 ) -> str | list[str]:
     """Generates text and returns it together with the prompt.
 
-    Args:
-        model: from `gptjax.load`.
-        prompt: a text or token ids, or a list of them.
-        samples: number of completions per prompt.
-        generation_config: sampling and stopping options; default: `GenerationConfig()`.
-        **options: replace fields of `generation_config`.
-
-    Returns:
-        One text, or a list if there are several prompts or samples.
+    A prompt is a text or token ids; the result is a list if there are several prompts,
+    or `samples` of each. Options replace fields of `generation_config`.
     """
     prompts, single = normalize_prompts(prompt)
     config = dataclasses.replace(generation_config or GenerationConfig(), **options)

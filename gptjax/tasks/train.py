@@ -27,11 +27,8 @@ def train(
     Progress is logged to the logger "gptjax" at level INFO. SIGINT and SIGTERM raise
     `Interrupted`; the same call resumes.
 
-    Args:
-        config: must match that of an existing run.
-        run_dir: run folder; created if missing.
-        allow_change: config options that may differ from those of an existing run.
-        on_spike: "log" or "skip"; "" = that of an existing run, or "log".
+    An existing run must have the same config, but for the options `allow_change`.
+    `on_spike` is "log", "skip", or "" for that of an existing run, else "log".
     """
     if config.train.task in TASKS:
         stages = TASKS[config.train.task]

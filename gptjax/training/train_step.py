@@ -117,12 +117,10 @@ def make_train_step(
     with a non-finite loss or gradient, or with a gradient norm above `max_grad_norm`,
     changes only the step counters.
 
-    Args:
-        loss_fn: `(params, batch, key) -> (sum, weight)`, as in `gptjax.training.loss`.
-        optimizer: any Optax transformation.
-        accumulate: [G] micro-batches; the first axis of each batch leaf is distributed
-            over them row by row. Divides activation memory by G.
-        axis_name: of the `jax.pmap` axis to sum over.
+    `loss_fn` is `(params, batch, key) -> (sum, weight)`, as in `gptjax.training.loss`.
+    `accumulate`, the number of micro-batches [G], divides activation memory by G; the
+    first axis of each batch leaf is distributed over them row by row. `axis_name` is
+    that of the `jax.pmap` axis to sum over.
     """
     grad_fn = make_grad_fn(check_loss_fn(loss_fn), accumulate, axis_name)
 
