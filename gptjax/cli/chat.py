@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from gptjax.config import did_you_mean
 from gptjax.errors import ConfigError, DataError, GptjaxError, ModelError
+from gptjax.fileio.atomic import write_atomic
 from gptjax.inference.assistant import encode_chat, stream_answer
 from gptjax.inference.generate import GenerationConfig, stream
 from gptjax.runtime.terminal import sanitize
@@ -270,9 +271,11 @@ def save_conversation(chat: Chat, argument: str) -> None:
     path = Path(argument).expanduser()
     messages = [*chat.system, *chat.messages]
     try:
-        data = json.dumps(messages, ensure_ascii=False, indent=2).encode()
-        with path.open("xb") as file:
-            file.write(data + b"\n")
+        text = json.dumps(messages, ensure_ascii=False, indent=2)
+        if path.exists():
+            raise FileExistsError("it exists")
+        path.parent.resolve(strict=True)  # a mistyped folder is not created
+        write_atomic(path, text + "\n")
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot write {path}: {error}. Use another name.") from error
     chat.print_notice(f"(saved {len(messages)} messages to {path})")

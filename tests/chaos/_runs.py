@@ -74,7 +74,7 @@ def cache_options(folder: Path) -> dict[str, str]:
 
 
 def numbers(run: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """What each step computed, by kind of event and step, but for its speed."""
+    """Results of each step by kind of event and step, without timings."""
     return {
         (event["event"], event["step"]): {
             name: value for name, value in event.items() if name not in VARYING
@@ -98,7 +98,7 @@ def strayed(run: Path, whole: Path) -> str:
 
 
 def different(run: Path, whole: Path) -> str:
-    """What of a finished run is not as in the undisturbed one, or nothing."""
+    """First difference of a finished run from the undisturbed one, or ""."""
     if missing := sorted(set(numbers(whole)) - set(numbers(run))):
         return f"never written: {missing[:3]}"
     weights = [path / "model" / "model.safetensors" for path in (run, whole)]

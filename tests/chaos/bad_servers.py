@@ -127,7 +127,7 @@ def prepare(folder: Path) -> Callable[[int, random.Random], str]:
 
 
 def call(client: str, url: str, folder: Path, must: bool) -> str:
-    """What is wrong with a call, which must succeed or may fail."""
+    """Describes the fault of a call, which must succeed or may fail."""
     try:
         is_right = sha256_of_files([fetch(client, url, folder)]) == PIN.sha256
         return "" if is_right else "a wrong file is used"

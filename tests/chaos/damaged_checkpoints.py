@@ -42,7 +42,7 @@ def resume_fault(folder: Path, expected: set[int | None]) -> str:
     """Returns the fault of resuming a run in the folder, or ""."""
     resumed = restore_latest(folder, jax.tree.map(jnp.asarray, state_at(0)))
     if resumed.step not in expected:
-        return f"it goes on from step {resumed.step}, and not from {expected}"
+        return f"resumed from step {resumed.step} instead of {expected}"
     if resumed.step is None:
         return ""
     found, right = map(flatten_with_names, (resumed.tree, state_at(resumed.step)))

@@ -1,6 +1,6 @@
 """A fault every 20 s in a supervised run, until nobody has had to do anything.
 
-After the last fault the run goes on to its end, which must be that of the undisturbed
+After the last fault the run finishes; its result must be that of the undisturbed
 run. The share of steps that were computed for the first time is printed.
 """
 
