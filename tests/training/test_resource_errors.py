@@ -63,20 +63,17 @@ CAUSED = ModelError("cannot save")
 CAUSED.__cause__ = OSError(errno.ENOSPC, "full")
 
 
-@pytest.mark.parametrize(
-    ("error", "kind", "text"),
-    [
+def test_errors_of_memory_and_disk_name_the_fix():
+    for error, kind, text in (
         (OUT_OF_MEMORY, ConfigError, r"4398046511104 bytes.*model\.remat"),
         (MemoryError(), ConfigError, r"model\.remat"),
         *((OSError(n, "full"), ResourceError, "disk full") for n in DISK_FULL_ERRNOS),
         (CAUSED, ResourceError, "disk full: cannot save"),
         (OSError(errno.EACCES, "denied"), PermissionError, "denied"),
         (jax.errors.JaxRuntimeError("INTERNAL: x"), jax.errors.JaxRuntimeError, "INTERNAL"),
-    ],
-)
-def test_errors_of_memory_and_disk_name_the_fix(error, kind, text):
-    with pytest.raises(kind, match=text), translate_resource_errors():
-        raise error
+    ):
+        with pytest.raises(kind, match=text), translate_resource_errors():
+            raise error
 
 
 def test_a_full_disk_ends_the_command_with_1(tmp_path, monkeypatch, capsys):

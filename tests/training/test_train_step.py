@@ -93,8 +93,8 @@ def test_a_non_finite_step_changes_only_the_counts():
     assert float(metrics.loss) == 0
     state, metrics = adamw_step(state, batch_at(2))
     assert bool(metrics.applied)
-    assert jnp.any(state.params["final_norm"]["bias"] != before.params["final_norm"]["bias"])
-    assert jax.tree.all(jax.tree.map(lambda p: jnp.all(jnp.isfinite(p)), state.params))
+    change = state.params["final_norm"]["bias"] - before.params["final_norm"]["bias"]
+    assert jnp.all(jnp.isfinite(change) & (change != 0))
 
 
 def test_steps_of_a_non_finite_gradient_or_one_above_the_threshold_are_skipped():
