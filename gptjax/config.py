@@ -207,9 +207,7 @@ class OptimConfig(Section):
         "book = as `import gptjax.book` does",
     )
     warmup_steps: int = option("trajectory", 100, "steps of linear warmup", 0)
-    final_lr_fraction: float = option(
-        "trajectory", 0.1, "last learning rate, divided by peak_lr", 0
-    )
+    final_lr_fraction: float = option("trajectory", 0.1, "last learning rate / peak_lr", 0)
     weight_decay: float = option("trajectory", 0.1, "weight decay of matrices and embeddings", 0)
     decay_norms_and_biases: bool = option(
         "trajectory", False, "weight decay of norms and biases too, the default of PyTorch"
@@ -229,13 +227,13 @@ class TrainConfig(Section):
     )
     steps: int = option("trajectory", 1000, "number of optimizer updates", 1)
     seed: int = option("identity", 0, "seed of parameters, batches and dropout", 0)
-    accumulate: int = option("trajectory", 1, "micro-batches per step [G]; 0 = fewest that fit", 0)
+    accumulate: int = option("trajectory", 1, "micro-batches [G]; 0 = fewest that fit in memory", 0)
     loss_chunk_size: int = option("trajectory", 256, "positions whose logits are held at a time", 1)
     # Spikes are detected in the logged steps.
     log_every: int = option("trajectory", 10, "steps between log lines", 1)
     # Evaluations choose the best model of fine-tuning.
     eval_every: int = option("trajectory", 100, "steps between evaluations; one is at the end", 1)
-    eval_batches: int = option("trajectory", 20, "batches per evaluation; the last uses all", 1)
+    eval_batches: int = option("trajectory", 20, "batches per evaluation; all in the last one", 1)
     sample_prompt: str = option(
         "operational", "\n", "prompt completed at evaluations; empty = none"
     )
@@ -271,7 +269,7 @@ class CheckpointConfig(Section):
 
     section = "checkpoint"
     # Where a run is resumed decides which steps are recomputed.
-    every: int = option("trajectory", 500, "steps between checkpoints; the last is always saved", 1)
+    every: int = option("trajectory", 500, "steps between checkpoints; one is at the end", 1)
     keep: int = option("operational", 2, "number of newest checkpoints to keep", 1)
 
 

@@ -48,9 +48,7 @@ def run_chat(model: Model, name: str, sampling: dict[str, Any]) -> None:
     stdin is a message; replies go to stdout and notices to stderr.
     """
     if model.labels:
-        raise ModelError(
-            f"{name} is a classifier, which cannot generate text. Use gptjax classify."
-        )
+        raise ModelError(f"{name} is a classifier and cannot generate text. Use gptjax classify.")
     GenerationConfig(**sampling)
     is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
     notices = sys.stdout if is_interactive else sys.stderr
@@ -277,7 +275,7 @@ def save_conversation(chat: Chat, argument: str) -> None:
         path.parent.resolve(strict=True)  # a mistyped folder is not created
         write_atomic(path, text + "\n")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot write {path}: {error}. Use another name.") from error
+        raise ConfigError(f"cannot write {path}: {error}. Use another file.") from error
     chat.print_notice(f"(saved {len(messages)} messages to {path})")
 
 

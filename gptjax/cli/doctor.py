@@ -33,15 +33,19 @@ def run_doctor() -> int:
     from gptjax.fileio.download import user_cache_dir
     from gptjax.tokenizer.tokenizer import load_tokenizer
 
-    gpt2 = load_tokenizer("gpt2")
-    print_check("tokenizer", f"gpt2: {gpt2.vocab_size:,} tokens, hash {gpt2.hash[:12]}")
+    try:
+        gpt2 = load_tokenizer("gpt2")
+        print_check("tokenizer", f"gpt2: {gpt2.vocab_size:,} tokens, hash {gpt2.hash[:12]}")
+    except (OSError, ValueError) as error:
+        problems.append(f"{error} -> pip install --force-reinstall gptjax")
+        print_check("tokenizer", "gpt2: damaged", problems[-1:])
     data = os.environ.get("GPTJAX_DATA", user_cache_dir("data"))
     programs = os.environ.get("JAX_COMPILATION_CACHE_DIR", user_cache_dir("xla"))
     print_check("cache", f"data in {data} · compiled programs in {programs}")
     for extra, module in EXTRA_MODULES.items():
         is_installed = importlib.util.find_spec(module) is not None
-        fix = "" if is_installed else f" -> {install_command(extra)}"
-        print_check("extra", f"[{extra}] {'installed' if is_installed else 'not installed'}{fix}")
+        text = "installed" if is_installed else f"not installed -> {install_command(extra)}"
+        print_check("extra", f"[{extra}] {text}")
     return 1 if problems else 0
 
 

@@ -77,8 +77,8 @@ def find_table(path: str, datasets: Sequence[str], content: str, alternative: st
     is_other_dataset = path in (PYTHON_HELP, *DATASETS)
     if is_other_dataset or not file.is_file() or table_suffix(file) not in TABLE_FORMATS:
         raise DataError(
-            f"{path} is not a table of {content}. Pass a {', '.join(TABLE_FORMATS)} file (also "
-            f".gz){alternative} or one of the data sets {', '.join(datasets)}."
+            f"{path} is not an existing table of {content}. Pass a {', '.join(TABLE_FORMATS)} file "
+            f"(also .gz){alternative} or one of the data sets {', '.join(datasets)}."
         )
     return file
 
@@ -163,13 +163,14 @@ def read_jsonl(path: Path) -> Iterator[LocatedRow]:
 
 def read_json_array(path: Path) -> Iterator[LocatedRow]:
     """Yields the items of a file that holds one JSON array; reads it into memory."""
-    blocks = list(itertools.islice(read_text_blocks(path), MAX_JSON_BLOCKS + 1))
-    if len(blocks) > MAX_JSON_BLOCKS:
+    blocks = read_text_blocks(path)
+    text = "".join(itertools.islice(blocks, MAX_JSON_BLOCKS))
+    if next(blocks, None) is not None:
         raise DataError(
             f"{path} has more than {MAX_JSON_BLOCKS * READ_BLOCK_BYTES:,} bytes, too many "
             "for a .json file. Write it as .jsonl, one row per line."
         )
-    rows = parse_located_json("".join(blocks), path, 1)
+    rows = parse_located_json(text, path, 1)
     if not isinstance(rows, list):
         raise DataError(f"{path}:1: not a JSON array. Put the rows between [ and ].")
     for number, row in enumerate(rows, 1):

@@ -44,9 +44,7 @@ def classify(model: Model, texts: Sequence[str]) -> list[Prediction]:
 def check_classifier(model: Model) -> None:
     """Raises ModelError if the model has no classification labels."""
     if not model.labels:
-        raise ModelError(
-            "this model has no labels. Train a classifier with train.task = 'classify'."
-        )
+        raise ModelError("the model has no labels. Train a classifier with train.task=classify.")
 
 
 def encode_texts(model: Model, texts: Sequence[str]) -> list[list[int]]:

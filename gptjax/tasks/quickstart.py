@@ -76,11 +76,12 @@ def compare_classifiers(run_dir: Path, model: Model) -> None:
     }
     accuracies = []
     for name, classifier_config in configs.items():
-        logger.disabled = name != CLASSIFIER_DIR
+        was_disabled = logger.disabled
+        logger.disabled |= name != CLASSIFIER_DIR
         try:
             train(classifier_config, run_dir / name)
         finally:
-            logger.disabled = False
+            logger.disabled = was_disabled
         events = read_events(run_dir / name / "metrics.jsonl")
         accuracies += [e["accuracy"] for e in events if e.get("split") == "test"]
     text = (

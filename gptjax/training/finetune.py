@@ -75,9 +75,7 @@ def choose_tokenizer(
         return load_tokenizer(name)
     size = name.removeprefix("bpe:")
     if not size.isdecimal():
-        raise ConfigError(
-            f"data.tokenizer={name!r} has no valid size. Write bpe:2048, for example."
-        )
+        raise ConfigError(f"data.tokenizer={name!r} has no valid size. Write, say, bpe:2048.")
     return train_tokenizer(texts(), int(size), name)
 
 

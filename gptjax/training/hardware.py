@@ -85,10 +85,8 @@ def local_topology() -> Topology:
     import jax
 
     count, kind = jax.device_count(), jax.devices()[0].device_kind
-    chip = chip_from_device(kind)
-    if chip is None:
-        chip = CHIPS["cpu"]._replace(kind=kind, platform=jax.default_backend())
-    return Topology("", chip, count, str(count))
+    unknown_chip = CHIPS["cpu"]._replace(kind=kind, platform=jax.default_backend())
+    return Topology("", chip_from_device(kind) or unknown_chip, count, str(count))
 
 
 def chip_from_device(kind: str) -> Chip | None:

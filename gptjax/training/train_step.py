@@ -174,6 +174,11 @@ def pmap_train_step(
     pmapped_step = jax.pmap(step, "rows", in_axes=(None, 0), out_axes=None)
 
     def split_over_devices(leaf: Any) -> Any:
+        if len(leaf) % (jax.local_device_count() * accumulate):
+            raise ConfigError(
+                f"{len(leaf)} rows are not divisible by {jax.local_device_count()} devices "
+                f"x {accumulate} micro-batches. Choose another number of rows."
+            )
         return leaf.reshape(jax.local_device_count(), -1, *leaf.shape[1:])
 
     return lambda state, batch: pmapped_step(state, jax.tree.map(split_over_devices, batch))

@@ -425,9 +425,7 @@ def match_names(
     """Maps each expected name to its name in the file; checks shapes and dtypes."""
 
     def error(problem: str) -> ModelError:
-        return ModelError(
-            f"{source.location} {problem}. Copy the files again or correct the config."
-        )
+        return ModelError(f"{source.location} {problem}. Copy the files again or fix the config.")
 
     full_names: dict[str, str] = {}
     for full in source.reader.tensors:

@@ -83,10 +83,10 @@ def open_tf_checkpoint(folder: Path) -> TensorReader:
 
 def find_index_file(folder: Path) -> Path:
     """Finds the index: model.ckpt.index, else the only one in the folder."""
-    usual, candidates = folder / "model.ckpt.index", sorted(folder.glob("*.index"))
-    if usual not in candidates and len(candidates) != 1:
+    candidates = list(folder.glob("model.ckpt.index")) or list(folder.glob("*.index"))
+    if len(candidates) != 1:
         raise unusable_file(folder, f"it has {len(candidates)} *.index files instead of one")
-    return usual if usual in candidates else candidates[0]
+    return candidates[0]
 
 
 def parse_entries(entries: list[tuple[bytes, bytes]]) -> dict[str, BundleEntry]:
