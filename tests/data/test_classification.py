@@ -62,13 +62,8 @@ def test_a_folder_has_one_folder_per_label(tmp_path):
     assert data.locations[0] == f"{tmp_path}/set/neg/1.txt:1"
     assert pairs(take(data, [2, 0])) == [pairs(data)[2], pairs(data)[0]]
     write(tmp_path / "flat/1.txt", "good")
-    for path, value in [
-        (tmp_path, "such as .*set"),
-        (tmp_path / "flat", "flat.*spam"),
-        ("verdict", "verdict .*sms-spam"),
-    ]:
-        with pytest.raises(DataError, match=value):
-            read_labeled_texts(path)
+    with pytest.raises(DataError, match="flat"):
+        read_labeled_texts(tmp_path / "flat")
 
 
 def test_the_sms_collection_is_read_as_pandas_reads_it(shared_data):

@@ -1,7 +1,6 @@
 """Conversations and preference pairs of every format, and their splits."""
 
 import json
-import re
 
 import pytest
 
@@ -12,7 +11,7 @@ from gptjax.data.conversations import (
     read_preference_pairs,
     split_conversations,
 )
-from gptjax.errors import ConfigError, DataError
+from gptjax.errors import DataError
 from tests.data.tables import csv_text, write
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -39,10 +38,6 @@ TEXTS = [  # row, its messages
     (ASKED | {"output": " Yes.\n", "input": " \n", "system": " "}, [USER, YES]),
     (ASKED | {"output": " Yes.\n", "system": "Be brief."}, [SYSTEM, LEAF, YES]),
     ({"prompt": "Is it green?", "completion": " Yes.\n"}, [USER, YES]),
-    (
-        {"prompt": "Is it green?", "output": " Yes.\n", "chosen": "No!", "rejected": "?"},
-        [USER, YES],
-    ),
     ({"question": "Is it green?", "answer": " Yes.\n"}, [USER, YES]),
 ]
 PARTS = [{"type": "text", "text": "Is it "}, {"type": "text", "text": "green?"}]
@@ -111,10 +106,5 @@ def test_each_row_is_in_one_split_of_the_right_size():
     assert sizes == {"train": 28, "validation": 4, "test": 8}
     assert split_conversations(rows, **DEFAULTS) == splits
     assert split_conversations(rows, **DEFAULTS | {"seed": 9}) != splits
-    for rows, options, kind, value in [
-        (make_rows(9), {"strategy": "bok"}, ConfigError, "data.split_strategy='bok'"),
-        (make_rows(2), {}, DataError, "data.test_fraction"),
-        (make_rows(2, "test"), {}, DataError, "'train'"),
-    ]:
-        with pytest.raises(kind, match=re.escape(value)):
-            split_conversations(rows, **DEFAULTS | options)
+    with pytest.raises(DataError, match="'train'"):
+        split_conversations(make_rows(2, "test"), **DEFAULTS)

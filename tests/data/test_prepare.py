@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gptjax.config import DataConfig
 from gptjax.data import prepare, text
-from gptjax.data.prepare import open_dataset, open_prepared, prepare_dataset, sample_windows
+from gptjax.data.prepare import open_dataset, open_prepared, prepare_dataset
 from gptjax.errors import ConfigError, DataError
 from gptjax.tokenizer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from tests.data.tables import quick, texts, write
@@ -56,7 +56,7 @@ def test_every_document_reaches_exactly_one_split(tmp_path_factory, documents, f
     assert len(held_out) == min(max(round(fraction * len(documents)), 1), len(documents) - 1)
 
 
-def test_the_stream_and_its_summary_are_as_documented(tmp_path):
+def test_the_stream_and_its_counts_are_as_documented(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"body": x} for x in ("ab", "", "c<|endoftext|>")])
 
     info = prepare_dataset([path], "bytes", tmp_path / "out", val_fraction=0.0)
@@ -66,9 +66,6 @@ def test_the_stream_and_its_summary_are_as_documented(tmp_path):
     assert validation is None
     counts = {"documents": 2, "tokens": 19, "bytes": 16}
     assert info.meta["splits"]["train"].items() >= counts.items()
-    assert "19 tokens" in str(info)
-    windows = sample_windows(tmp_path / "out", n=2, length=6)
-    assert windows == ["<|endoftext|>ab<|endoftext|>c<", "|endof"]
 
 
 def test_the_result_depends_neither_on_workers_nor_on_chunks(tmp_path, monkeypatch):
@@ -113,7 +110,6 @@ def test_a_failure_leaves_no_folder(tmp_path, monkeypatch):
     for documents, options, error, value in [
         (["a"], {}, DataError, "val_fraction=0.1"),
         (TEXTS, {"shard_tokens": 0}, ConfigError, "shard_tokens=0"),
-        (TEXTS, {"tokenizer": "bpe:many"}, ConfigError, "'bpe:many'"),
     ]:
         path = jsonl(tmp_path / "a.jsonl", documents)
         with pytest.raises(error, match=value):

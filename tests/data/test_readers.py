@@ -8,7 +8,7 @@ import pytest
 from gptjax.data import readers
 from gptjax.data.classification import read_labeled_texts
 from gptjax.data.conversations import read_conversations, read_preference_pairs
-from gptjax.data.readers import guess_text_column, read_rows, read_text_file
+from gptjax.data.readers import read_rows, read_text_file
 from gptjax.data.text import find_sources, iter_chunks
 from gptjax.errors import DataError
 from tests.data.tables import csv_text, write
@@ -51,8 +51,6 @@ YES, SYSTEM = USER | {"role": "assistant"}, USER | {"role": "system"}
 AB, BOTH = {"prompt": "a", "completion": "b"}, {"chosen": "y", "rejected": "n"}
 INVALID = [  # reader, file, content, start of the message, value in it
     (rows_of, "a.jsonl", '"a"\n\n{"text": ', ":3: ", "not JSON"),
-    (rows_of, "a.jsonl", b'"a"\n"\xff"', ":2: ", "0xff"),
-    (rows_of, "a.jsonl", '"a"\n"\0"', ":2: ", "NUL"),
     (rows_of, "a.json", '\n{"text": "a"}', ":1: ", "["),
     (rows_of, "a.json", '["a",\n\n"b",]', ":3: ", "not JSON"),
     (rows_of, "a.json", "[[[" * 50_000, ":1: ", "nested"),
@@ -64,14 +62,12 @@ INVALID = [  # reader, file, content, start of the message, value in it
     (texts_of, "a.jsonl", '{"text": "b"}\n{"text": null}', ":2: ", "'text' is None"),
     (texts_of, "a.jsonl", '"b"\n"\\ud800"', ":2: ", r"'\ud800'"),
     (texts_of, "a.jsonl", '"b"\n"\\u0000"', ":2: ", "NUL"),
-    (texts_of, "a.png", "", "", "jsonl"),
     (read_labeled_texts, "a.csv", "text,label\na,x\n ,y\n", ":3: ", "empty"),
     (read_labeled_texts, "a.json", "[]", " ", "no rows"),
     (read_labeled_texts, "a.jsonl", '{"text": "a", "label": [1]}', ":1: ", "[1]"),
     (read_labeled_texts, "a.csv", "text,label\na,ham\nb,ham\n", ", column 'label': ", "'ham'"),
     (read_labeled_texts, "a.csv", "review,comment,label\na,b,c\n", ":2: ", "--data.text_column"),
     (read_conversations, "a.jsonl", to_jsonl({"a": "b"}), ":1: ", "prompt, completion"),
-    (read_conversations, "a.jsonl", to_jsonl(AB, {}), ":2: ", "'prompt'"),
     (read_conversations, "a.jsonl", to_jsonl(AB | {"completion": 5}), ":1: ", "'completion' is 5"),
     (read_conversations, "a.jsonl", to_jsonl(AB | {"completion": [YES] * 3}), ":1: ", "has 3"),
     (read_conversations, "a.jsonl", to_jsonl(AB | {"split": "trian"}), ":1: ", "mean train?"),
@@ -83,7 +79,6 @@ INVALID = [  # reader, file, content, start of the message, value in it
             ([USER | {"content": ""}], ", message 1: ", "'content'"),
             ([USER | {"content": [{"type": "image_url"}]}], ", message 1: ", "'text'"),
             ([SYSTEM, USER, YES, USER], ": ", "system, user, assistant, user"),
-            ([SYSTEM, YES], ": ", "system, assistant"),
         ]
     ),
     *(
@@ -91,7 +86,6 @@ INVALID = [  # reader, file, content, start of the message, value in it
         for row, value in [
             ({"chosen": [USER, YES], "rejected": [YES | USER, YES, USER, YES]}, "'rejected'"),
             ({"chosen": "Human: a", "rejected": "b"}, "'chosen' is 'Human: a'"),
-            ({"instruction": []} | BOTH, "'instruction' is []"),
             ({"chosen": [SYSTEM, USER, YES], "rejected": [USER, YES], "system": "s"}, "'system'"),
         ]
     ),
@@ -104,7 +98,7 @@ def test_invalid_files_are_rejected_with_their_place(tmp_path):
         with pytest.raises(DataError) as error:
             read(path)
         message = str(error.value)
-        assert f"{path}{start}" in message if not start else message.startswith(f"{path}{start}")
+        assert message.startswith(f"{path}{start}")
         assert value in message
 
 
@@ -125,22 +119,9 @@ def test_corrupt_files_and_rows_that_would_fill_the_memory_are_rejected(tmp_path
         path.write_bytes(data)
         with pytest.raises(DataError, match=f"cannot read {path}"):
             rows_of(path)
-    with pytest.raises(DataError, match="cannot read"):
-        read_text_file(tmp_path)
     for name, limit in (("MAX_LINE_BYTES", 100), ("READ_BLOCK_BYTES", 10), ("MAX_JSON_BLOCKS", 10)):
         monkeypatch.setattr(readers, name, limit)
     long = f'["{"x" * 101}"]'
     for name, content in (("jsonl", long), ("csv", 'text\n"' + "a\n" * 99), ("json", long)):
         with pytest.raises(DataError, match=rf"{name}.*(100|larger)"):
             rows_of(write(tmp_path / f"a.{name}", content))
-
-
-def test_the_text_column_has_a_known_name_or_is_the_only_text():
-    for row, column in [
-        ({"id": "1", "Review": "a"}, "Review"),
-        ({"content": "a", "text": "b"}, "text"),
-        ({"sentiment": "pos", "id": 1, "story": "a"}, "story"),
-    ]:
-        assert guess_text_column(row, "a.csv:2", "--column NAME") == column
-    with pytest.raises(DataError, match=r"a\.csv:2: .*--column NAME"):
-        guess_text_column({"review": "a", "comment": "b"}, "a.csv:2", "--column NAME")

@@ -23,7 +23,6 @@ from gptjax.data.sft import (
     truncate_all,
     truncate_left,
 )
-from gptjax.errors import ConfigError
 from gptjax.tasks.sft import sft_loss_fn
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.training.train_step import init_state
@@ -182,5 +181,3 @@ def test_epochs_and_seeds_differ_in_order(batching):
         orders |= {str(starts[:count]), str(starts[count:])}
 
     assert len(orders) == 4
-    with pytest.raises(ConfigError, match=r"data\.batching=concat"):
-        make_sft_batches("concat", examples, rows=4, context=16, pad_id=0, seed=0)

@@ -1,11 +1,11 @@
-"""Splits of labeled texts: proportions, balance, duplicates, description."""
+"""Splits of labeled texts: proportions, balance, duplicates."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.data.classification import LabeledTexts
-from gptjax.data.splits import describe_splits, stratified_split
+from gptjax.data.splits import stratified_split
 from gptjax.data.text import ALL_SPLITS
 from gptjax.errors import ConfigError, DataError
 from tests.data.tables import quick
@@ -85,11 +85,3 @@ def test_impossible_splits_are_rejected():
     ]:
         with pytest.raises(kind, match=value):
             split(data, **changes)
-
-
-def test_the_description_has_counts_the_constant_answer_and_overlap():
-    lines = describe_splits({"train": make_rows(1, 3), "test": make_rows(3, 1)})
-
-    rows = ["train test", "a 1 3", "b 3 1", "all 2 classes 4 4", "always b 75.00% 25.00%"]
-    assert [" ".join(line.split()) for line in lines[:-1]] == rows
-    assert "(2 in train and test)" in lines[-1]

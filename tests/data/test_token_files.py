@@ -80,9 +80,6 @@ def test_a_corrupt_block_is_rejected_when_it_is_read(tmp_path, monkeypatch):
     for start, count in ((7, 1), (8, 1), (0, 13), (7, 2)):
         with pytest.raises(DataError, match=r"train-00001\.bin: block 1, bytes 4 to 7, "):
             tokens.read(start, count)
-    hash_problem, block_problem = verify_prepared(tmp_path)
-    assert "train-00001.bin: sha256 " in hash_problem
-    assert "block 1, bytes 4 to 7" in block_problem
 
 
 def test_damaged_and_missing_files_are_found(tmp_path):
@@ -136,9 +133,6 @@ def test_files_of_datatrove_are_opened_with_the_configured_tokenizer(tmp_path, d
     for name in ("val.ds", "00001.ds", "00000.ds"):
         np.array(stream, dtype).tofile(tmp_path / name)
         np.array([3, 5], "<u8").tofile(tmp_path / f"{name}.index")
-        if name == "val.ds":
-            with pytest.raises(DataError, match=f"{tmp_path} has validation"):
-                open_dataset(config, tmp_path / "run")
 
     train, validation, tokenizer = open_dataset(config, tmp_path / "run")
 

@@ -42,7 +42,6 @@ def run_of(sizes, accumulate=1, **changes):
         ((1, 8, 1), 1, {"n_layers": 12, "d_model": 256}),
         ((1, 1, 2), 1, {"n_layers": 1}),
         ((2, 2, 2), 2, {"tie_embeddings": False}),
-        pytest.param((2, 2, 2), 1, {"remat": "full", "n_layers": 3}, marks=pytest.mark.slow),
     ],
 )
 def test_a_step_sends_what_the_estimate_says(sizes, accumulate, changes):

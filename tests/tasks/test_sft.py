@@ -156,15 +156,11 @@ def test_eval_writes_responses_and_judgements(finished, tmp_path, capsys):
     assert [row["judge_score"] for row in rows] == [80, None, *[60] * 18]
     assert written == rows[:1]  # when the second was judged
     assert "Given the input `Q: first sky` and correct output `s`" in str(requests[0])
-    assert main(command) == 2
-    assert "out.jsonl already exists" in capsys.readouterr().err
     # No response is lost if there is no judge.
     judge, other = LLMJudge("http://127.0.0.1:9/v1", "nobody"), tmp_path / "other.jsonl"
     with pytest.raises(ModelError, match=r"other\.jsonl"):
         evaluate_file(model, data, other, judge, print)
     assert len(read_rows(other)) == 20
-    with pytest.raises(ConfigError, match="--out FILE"):
-        evaluate_file(model, data, None, judge, print)
 
 
 def test_invalid_data_and_options_are_reported(tmp_path):
@@ -172,7 +168,6 @@ def test_invalid_data_and_options_are_reported(tmp_path):
         ({"data__chat_template": "alpca"}, ConfigError, r"'alpca'.*alpaca"),
         ({"data__batching": "concat"}, ConfigError, r"data\.batching=concat"),
         ({"model__context_length": 1}, DataError, r"train .*model\.context_length=1"),
-        ({"data__tokenizer": "bpe:x"}, ConfigError, r"data\.tokenizer='bpe:x'"),
     ]:
         with pytest.raises(error, match=message):
             train(make_config(tmp_path, **changes), tmp_path / "run")

@@ -95,28 +95,13 @@ def test_a_million_spaces_are_encoded_and_splitting_changes_no_id(monkeypatch):
 def test_loading_inverts_saving_and_the_hash_includes_all_but_the_name(tmp_path):
     for kind in ALL:
         kind.save(tmp_path / kind.name)
-
         loaded = tokenizer.load_tokenizer(tmp_path / kind.name)
-
         assert (loaded.ranks, loaded.eot_token) == (kind.ranks, kind.eot_token)
         assert (loaded.hash, loaded.name) == (kind.hash, str(tmp_path / kind.name))
     first, second, *_ = [token for token in OWN.ranks if len(token) > 1]
     swapped = {**OWN.ranks, first: OWN.ranks[second], second: OWN.ranks[first]}
     for change in ({"ranks": swapped}, {"eot_token": 0}):
         assert dataclasses.replace(OWN, **change).hash != OWN.hash
-
-
-@pytest.mark.peers
-@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
-def test_transformers_reads_a_saved_folder(kind, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    kind.save(tmp_path)
-
-    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-
-    assert type(peer).__name__.startswith("GPT2Tokenizer")
-    assert peer(topics["assert"])["input_ids"] == kind.encode(topics["assert"])
-    assert (peer.eos_token_id, len(peer)) == (kind.eot_token, kind.vocab_size)
 
 
 def test_invalid_arguments_are_rejected(tmp_path, monkeypatch):
@@ -127,11 +112,8 @@ def test_invalid_arguments_are_rejected(tmp_path, monkeypatch):
     for wrong in (-1, 257):
         with pytest.raises(DataError, match=f"{wrong} .*vocab_size=257 "):
             BYTES.decode([0, wrong])
-    with pytest.raises(DataError, match=r"400 .*bpe:260"):
-        tokenizer.train_tokenizer(["low low lower"], 400)
-    for use in (GPT2.encode, lambda text: bpe.train_bpe([text], 3)):
-        with pytest.raises(DataError, match="character 2 "):
-            use("ab\ud83d\ude00")
+    with pytest.raises(DataError, match="character 2 "):
+        GPT2.encode("ab\ud83d\ude00")
     for name in ("gpt3", Path("gpt2"), "a\0b"):
         with pytest.raises(ConfigError, match="tokenizer"):
             tokenizer.load_tokenizer(name)

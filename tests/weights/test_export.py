@@ -65,6 +65,9 @@ def test_tensors_of_all_layouts_are_the_same_numbers():
     assert {rename(name, BOOK_NAMES) for name in book} == hf.keys()
     for name, tensor in hf.items():
         np.testing.assert_array_equal(tensor, openai[name], err_msg=name)
+    key = np.split(hf["h.1.attn.c_attn.weight"], 3, axis=1)[1]
+    kernel = np.ravel(model.params["blocks"]["attention"]["key"]["kernel"][1])
+    np.testing.assert_array_equal(kernel, np.ravel(key))
     without_bias = named_tensors(make_model(qkv_bias=False), "hf")
     np.testing.assert_array_equal(without_bias["h.1.attn.c_attn.bias"], np.zeros(48))
     for name, tensor in book.items():
@@ -105,12 +108,8 @@ def test_an_import_keeps_the_template_and_is_compared_with_published_values(
     loaded = gptjax.load(tmp_path / "own")
     assert_same(loaded, model)
     assert loaded.chat_template == template
-    with pytest.raises(ModelError, match=str(tmp_path / "own")):
-        load.convert_model(str(hf), tmp_path / "own", lines.append)
-    wrong_values = [(*right.embedding[:n], 9.0, *right.embedding[n + 1 :]) for n in range(4)]
-    for change in ({"num_params": 9}, *({"embedding": values} for values in wrong_values)):
-        wrong = right._replace(**change)
-        monkeypatch.setitem(load.REFERENCE_VALUES, "gpt2", wrong)
+    for change in ({"num_params": 9}, {"embedding": (*table[0, :3], 9.0)}):
+        monkeypatch.setitem(load.REFERENCE_VALUES, "gpt2", right._replace(**change))
         with pytest.raises(ModelError, match=r"expected .*\b9\b"):
             load.convert_model("gpt2", tmp_path / "other", lines.append)
 
@@ -124,7 +123,6 @@ def test_impossible_exports_are_errors_and_leave_nothing(model, tmp_path):
     for exported, layout, folder, error, message in [
         (model, "hff", "out", ConfigError, "'hff'"),
         (model, "hf", "full", ModelError, "full"),
-        (model, "hf", "full/x/below", ModelError, "full/x/below"),
         (dataclasses.replace(model, params=nan), "hf", "out", ModelError, "non-finite"),
         (labeled, "book", "out", ModelError, "--to hf"),
         (two_way, "hf", "out", ModelError, "model.causal=False"),
@@ -145,7 +143,6 @@ def test_a_classifier_is_exported_with_its_labels(tmp_path):
     assert loaded.labels == ("a", "b", "c")
     assert loaded.config.tie_embeddings  # no head for tokens is exported
     np.testing.assert_array_equal(loaded.params["head"]["kernel"], model.params["head"]["kernel"])
-    for id2label in ({"0": "a", "2": "c"}, {"0": 1}, {}, 3):
-        change_config(tmp_path / "out", id2label=id2label)
-        with pytest.raises(ModelError, match="id2label"):
-            gptjax.load(tmp_path / "out")
+    change_config(tmp_path / "out", id2label={"0": "a", "2": "c"})
+    with pytest.raises(ModelError, match="id2label"):
+        gptjax.load(tmp_path / "out")
