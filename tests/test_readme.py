@@ -1,18 +1,25 @@
-"""README.md: its Python runs, its commands parse, and the files it names exist."""
+"""README.md: its Python and commands are valid, and the files it names exist."""
 
 import re
 import shlex
+from email.message import Message
 from pathlib import Path
 
 import jax
 
 import gptjax
+from gptjax import errors
 from gptjax.config import builtin_config_dir, find_config, load_config
 from tests.command_line import parse_command
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 COMMANDS = ("pip install -e . && gptjax quickstart", 'pip install -e ".[test]" && pytest')
+
+# "gptjax" or "gptjax[extra]" as a requirement of pip, without an address behind it.
+FROM_INDEX = re.compile(
+    r"pip install [^\n&|;]*?(?<=[\s\"'])gptjax(\[[\w,-]+\])?(?! @ )(?=[\s\"'\\]|$)", re.M
+)
 
 
 def blocks(language):
@@ -60,3 +67,19 @@ def test_the_files_that_it_names_exist_and_the_tree_lists_all_packages():
     for name in (*links, *paths):
         assert (ROOT / name).exists(), name
     assert packages <= set(re.findall(r"(\w+)/", tree))
+
+
+def test_a_clone_installs_itself_and_a_wheel_installs_from_its_repository(tmp_path, monkeypatch):
+    assert errors.install_command("tpu-plan") == 'pip install -e ".[tpu-plan]"'
+    address = "https://github.com/someone/something"
+    found = Message()
+    found["Project-URL"] = f"Repository, {address}"
+    monkeypatch.setattr(errors, "PROJECT_FILE", tmp_path / "pyproject.toml")
+    monkeypatch.setattr("importlib.metadata.metadata", lambda name: found)
+    assert errors.install_command("tpu") == f'pip install "gptjax[tpu] @ git+{address}"'
+
+
+def test_no_file_installs_a_package_of_this_name_from_an_index():
+    folders = [ROOT / name for name in ("gptjax", "configs", "colab")]
+    for path in [ROOT / "README.md", *(p for f in folders for p in f.rglob("*") if p.is_file())]:
+        assert not FROM_INDEX.search(path.read_text("utf-8", errors="replace")), path

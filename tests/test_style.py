@@ -1,7 +1,6 @@
 """Conventions that no tool checks; each test lists all places that break its rule."""
 
 import ast
-import collections
 import fnmatch
 import re
 from pathlib import Path
@@ -103,17 +102,3 @@ def test_annotated_axes_are_the_letters_of_the_name():
                 wrong.append((module, axes))
 
     assert not wrong
-
-
-def test_a_public_name_is_defined_once_in_the_package():
-    modules = collections.defaultdict(set)
-    for module, tree in PACKAGE.items():
-        for node in tree.body:
-            targets = getattr(node, "targets", [getattr(node, "target", None)])
-            names = [n.id for t in targets if t for n in ast.walk(t) if isinstance(n, ast.Name)]
-            names += [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
-            for name in names:
-                if not name.startswith("_") and name != "main":
-                    modules[name].add(module)
-
-    assert not {name: found for name, found in modules.items() if len(found) > 1}

@@ -1,11 +1,9 @@
 """BPE from scratch: the ids of the book, and those of GPT-2."""
 
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptjax.book import bpe
-from gptjax.errors import DataError
 from gptjax.tokenizer.tokenizer import ENDOFTEXT, load_tokenizer
 
 SENTENCE = "Jack embraced beauty through art and life."
@@ -47,9 +45,3 @@ def test_gpt2_has_the_ids_of_the_book_and_of_tiktoken(text):
     assert ids == load_tokenizer("gpt2").encode(text)
     assert ids == TEXT_IDS or text != TEXT
     assert bpe.gpt2_text(bpe.decode_ids(ids, table)) == text
-
-
-def test_training_stops_when_no_pair_is_left_and_rejects_the_mark_of_spaces():
-    assert bpe.train_merges("ab ab", 999).symbols[258:] == ("ab", "Ġab")
-    with pytest.raises(DataError, match="'Ġ'"):
-        bpe.train_merges("a Ġb", 300)

@@ -2,12 +2,8 @@
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gptjax.book import TorchGenerator, ch02
-from gptjax.errors import DataError
 from gptjax.tokenizer.tokenizer import ENDOFTEXT, load_tokenizer
 
 GPT2 = load_tokenizer("gpt2")
@@ -32,19 +28,6 @@ def test_the_verdict_has_the_words_and_ids_of_the_book(verdict):
     assert ch02.encode_with_eot(text, GPT2) == expected
 
 
-@given(st.text("abC ,.-:;?_!\"()'\n"))
-def test_words_lose_only_white_space_and_come_back_from_ids(text):
-    tokens = ch02.split_simple_tokens(text)
-    ids = ch02.make_vocabulary(tokens)
-
-    decoded = ch02.simple_decode(ch02.simple_encode(text, ids), ids)
-
-    assert "".join(tokens) == "".join(text.split())
-    assert ch02.split_simple_tokens(decoded) == tokens
-    with pytest.raises(DataError, match=r"'tea' .*<\|unk\|>"):
-        ch02.simple_encode("tea", ids)
-
-
 def test_windows_and_batches_have_the_numbers_of_the_book(verdict):
     ids = GPT2.encode(verdict)
     pairs = list(ch02.context_target_pairs(ids[50:], 4))
@@ -62,15 +45,6 @@ def test_windows_and_batches_have_the_numbers_of_the_book(verdict):
     )
     assert [b.input_BT.shape for b in train] == [(2, 256)] * 9  # 4,608 tokens
     assert [b.target_BT.shape for b in validation] == [(2, 256)]  # 512 tokens
-
-
-def test_windows_without_a_full_batch_are_dropped_on_request():
-    windows = ch02.make_windows(range(9), 3, 2)  # starts 0, 2 and 4
-
-    for drop_last, sizes in ((True, [2]), (False, [2, 1])):
-        batches = ch02.batch_windows(windows, 2, drop_last)
-        assert [len(batch.input_BT) for batch in batches] == sizes
-    assert batches[1].input_BT.tolist() == [[4, 5, 6]]
 
 
 def test_embeddings_are_the_rows_that_the_book_prints():

@@ -5,10 +5,8 @@ import pytest
 
 from gptjax.cli import arguments
 from gptjax.cli.arguments import ConfigCommand, apply_overrides
-from gptjax.cli.inference import run_classify, run_generate
 from gptjax.cli.main import COMMANDS, DATA_COMMANDS, main
 from gptjax.config import RunConfig, config_options
-from gptjax.errors import ConfigError
 from tests.command_line import parse_command
 
 COMMAND_TABLE = {(name,): c for name, c in COMMANDS.commands.items() if c is not DATA_COMMANDS}
@@ -38,21 +36,17 @@ def test_the_help_of_every_command_documents_all_options_with_their_defaults(cap
 
 def test_options_may_stand_anywhere_before_two_dashes():
     for words in ("M Hello --temperature 0 --json", "--json M --temperature=0 -- Hello"):
-        command, found = parse_command(["generate", *words.split()])
-        assert command is run_generate
+        found = parse_command(["generate", *words.split()])[1]
         assert (found["model"], found["prompt"]) == ("M", "Hello")
         assert (found["temperature"], found["as_json"]) == (0.0, True)
         assert (found["max_new_tokens"], found["top_p"], found["seed"]) == (100, 1.0, 0)
-    command, found = parse_command(["classify", "M", "--json", "--", "--a", "-b", "--"])
-    assert command is run_classify
+    found = parse_command(["classify", "M", "--json", "--", "--a", "-b", "--"])[1]
     assert found["texts"] == ("--a", "-b", "--")
 
 
-def test_several_values_are_repeated_or_separated_by_commas(capsys):
+def test_several_values_are_repeated_or_separated_by_commas():
     for words in ("--rows 4 --rows 8,16", "--rows 4,8 --rows=16"):
         assert parse_command(["bench", *words.split()])[1]["rows"] == (4, 8, 16)
-    assert parse_command(["bench"])[1]["rows"] == ()
-    assert "'x'" in usage_error(capsys, "bench", "--only", "train,x")
 
 
 def test_config_options_override_the_config():
@@ -71,23 +65,6 @@ def test_config_options_override_the_config():
     assert config.model.n_layers == RunConfig().model.n_layers
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--train.steps 1.5", r"train\.steps='1\.5'"),
-        ("--optim.peak_lr inf", "optim.peak_lr=inf"),
-        ("--model.causal 1", "model.causal='1' .* true or false"),
-        ("--model.n_layer 2", "model.n_layer.* mean n_layers"),
-        ("--modle.n_layers 2", "modle.* mean model"),
-        ("--train.steps", "'--train.steps'"),
-        ("train.steps 2", "'train.steps'"),
-    ],
-)
-def test_invalid_overrides_are_rejected(words, message):
-    with pytest.raises(ConfigError, match=message):
-        apply_overrides(RunConfig(), words.split())
-
-
 def test_old_flags_are_rejected_with_the_new_ones(capsys):
     for old, new in arguments.RENAMED_FLAGS.items():
         path = next(p for p, c in COMMAND_TABLE.items() if any(new in x.opts for x in c.params))
@@ -99,17 +76,13 @@ def test_old_flags_are_rejected_with_the_new_ones(capsys):
     [
         ("eval m --strid 4", "--strid. Did you mean --stride?"),
         ("train tiny --model.n_head 2", "mean --model.n_heads?"),
+        ("train tiny --train.steps 1.5", "train.steps='1.5'"),
+        ("train tiny --model.causal 1", "true or false"),
         ("generate", "MODEL"),
-        ("generate m --top-k x", "--top-k"),
-        ("generate m --samples 0", "--samples"),
         ("train tiny --on-spike rollback", "rollback"),
-        ("train tiny --hang-timeout 0", "--hang-timeout"),
-        ("eval m", "--classification-data"),
         ("eval m --text a --chat-data b", "--classification-data"),
         ("trian", "'trian'. Did you mean train?"),
-        ("data verfy", "'verfy'. Did you mean verify?"),
         ("train tiny --model.n_heads 3", "n_heads=3"),
-        ("train tinny", "Did you mean tiny"),
         ("train my.toml", "n_layer. Did you mean n_layers"),
         ("generate nowhere hello", "'nowhere'"),
     ],

@@ -9,15 +9,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from gptjax.cli import chat
 from gptjax.cli.chat import Chat
-from gptjax.errors import ConfigError, DataError, ModelError
+from gptjax.errors import DataError, ModelError
 from gptjax.tokenizer.chat_template import load_chat_template
 from tests.small_models import make_model
 
@@ -58,26 +56,19 @@ def talk(*lines, model=ASSISTANT, answer=echo, **sampling):
     return SimpleNamespace(chat=session, replies="".join(replies), notices=notices, calls=calls)
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
+def test_a_mistake_is_one_notice_and_the_chat_continues(tmp_path):
+    for line, words in (
         ("/rest", "/rest. Did you mean /reset?"),
-        ("/etc/passwd\nis a file", "/etc/passwd."),
         ("/temperature nan", "temperature=nan"),
         ("/top-k 1.5", "top_k cannot be '1.5'"),
-        ("/save none/talk.json", "cannot write none/talk.json"),
-        ("/save \0", "cannot write"),
-    ],
-)
-def test_a_mistake_is_one_notice_and_the_chat_continues(line, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+        (f"/save {tmp_path}/none/talk.json", "none/talk.json"),
+    ):
+        result = talk("a", line, "b")
 
-    result = talk("a", line, "b")
-
-    assert len(result.notices) == 1
-    assert words in result.notices[0]
-    assert [call[0][-1] for call in result.calls] == [user("a"), user("b")]
-    assert result.chat.sampling == {"max_new_tokens": 8}
+        assert len(result.notices) == 1
+        assert words in result.notices[0]
+        assert [call[0][-1] for call in result.calls] == [user("a"), user("b")]
+        assert result.chat.sampling == {"max_new_tokens": 8}
 
 
 def test_each_message_is_answered_with_the_messages_before_it_and_a_new_seed():
@@ -89,7 +80,6 @@ def test_each_message_is_answered_with_the_messages_before_it_and_a_new_seed():
     assert [call[1]["seed"] for call in result.calls] == [5, 6, 7, 8]
     assert [call[1].get("top_k") for call in result.calls] == [None, None, None, 7]
     assert result.replies == "<one>\n</quit>\n</quit>\n<é\n b>\n"
-    assert result.notices == ["(top_k is 7)"]
 
 
 def test_the_system_message_is_set_replaced_and_removed_and_outlives_a_reset():
@@ -105,14 +95,10 @@ def test_the_system_message_is_set_replaced_and_removed_and_outlives_a_reset():
 
 
 def test_a_base_model_completes_each_line_separately_and_lacks_some_commands():
-    result = talk("a", "b" * 200, "/retry", "/system s", "/help", model=BASE, seed=1)
+    result = talk("a", "b" * 200, "/retry", "/system s", model=BASE)
 
     assert [call[0] for call in result.calls] == [[user("a")], *[[user("b" * 200)]] * 2]
-    assert [call[1]["seed"] for call in result.calls] == [1, 2, 3]
     assert "no command /system" in result.notices[0]
-    commands = {line.split()[0] for line in result.notices[1:]}
-    assert {"/retry", "/temperature", "/quit"} < commands
-    assert not {"/save", "/system", "/reset"} & commands
 
 
 def test_save_writes_all_messages_to_a_new_file(tmp_path):
@@ -121,51 +107,26 @@ def test_save_writes_all_messages_to_a_new_file(tmp_path):
     result = talk("/system é", "1" * 60, "2" * 60, f"/save {path}", f"/save {path}")
 
     one, two = ([user(n * 60), bot(f"<{n * 60}>")] for n in "12")
-    assert "é" in path.read_text(encoding="utf-8")
     assert json.loads(path.read_text(encoding="utf-8")) == [system("é"), *one, *two]
     assert result.chat.history() == [system("é"), *two]
-    assert str(path) in result.notices[-1]
     assert "exists" in result.notices[-1]
 
 
-@given(
-    st.sampled_from(["", "s", "s" * 20]),
-    st.lists(st.integers(0, 80), max_size=9),
-    st.integers(0, 60),
-    st.integers(1, CONTEXT),
-)
-def test_as_many_turns_are_kept_as_fit_beside_the_reply(instruction, sizes, last, reserved):
-    session = Chat(ASSISTANT, {"max_new_tokens": reserved}, print, [].append)
-    session.system = [system(instruction)] if instruction else []
-    session.messages = [m for size in sizes for m in (user("u" * (size // 2)), bot("b" * size))]
-    messages, question = session.messages, user("q" * last)
-    max_tokens = CONTEXT - min(reserved, CONTEXT // 2)
+def test_as_many_turns_are_kept_as_fit_beside_the_reply():
+    first, second = ([user(x * 19), bot(f"<{x * 19}>")] for x in "ab")  # 40 tokens each
+    lines = ("a" * 19, "b" * 19)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chat, "encode_chat", one_per_character)
-        if len(instruction) + last > max_tokens:
-            with pytest.raises(DataError, match=f"{max_tokens:,} fit"):
-                chat.add_question(session, question)
-            assert session.messages == messages
-            return
-        chat.add_question(session, question)
+    for question, expected in (("q" * 20, [*first, *second]), ("q" * 21, second)):
+        result = talk(*lines, question, max_new_tokens=CONTEXT - 100)
 
-    assert session.messages == [*messages, question]
-    assert len(one_per_character(None, session.history())) <= max_tokens
-    if session.num_dropped:
-        session.num_dropped -= 2
-        assert len(one_per_character(None, session.history())) > max_tokens
+        assert result.calls[2][0] == [*expected, user(question)]
 
 
-@pytest.mark.parametrize("notice", ["(stopped)", "(the reply is empty)", "went wrong"])
+@pytest.mark.parametrize("notice", ["(the reply is empty)", "went wrong"])
 def test_a_question_without_a_reply_is_retried_or_dropped(notice):
     def stay_silent(messages, interrupts):
-        if messages[-1]["content"] != "x":
-            yield "yes"
-            return
-        interrupts += [2] * (notice == "(stopped)")
-        yield " \n" if notice == "(the reply is empty)" else "some"
-        if notice == "went wrong":
+        yield " \n" if messages[-1]["content"] == "x" else "yes"
+        if messages[-1]["content"] == "x" and notice == "went wrong":
             raise DataError(notice)
 
     result = talk("a", "x", "/retry", "b", answer=stay_silent)
@@ -187,7 +148,6 @@ def test_an_interrupt_keeps_the_text_so_far_and_computes_no_more():
     result = talk("x", "b", answer=interrupt)
 
     assert result.notices == ["(stopped)"]
-    assert result.replies == "one two \none two three\n"
     assert result.calls[1][0] == [user("x"), bot("one two"), user("b")]
 
 
@@ -208,9 +168,8 @@ def test_in_a_pipe_each_line_is_a_message_and_replies_go_to_stdout(monkeypatch, 
 
     out, err = capsys.readouterr()
     assert out == "é\ufffd[2J!\n漢字\ufffd[2J!\nlast\ufffd[2J!\n"
-    header, notice = err.splitlines()
-    assert header.startswith("a\ufffd[2Jname: ")
-    assert "/wrong" in notice
+    assert "/wrong" in err
+    assert "\x1b" not in err
 
 
 def test_in_a_terminal_pastes_are_messages_and_interrupts_never_end_the_chat(monkeypatch, capsys):
@@ -224,7 +183,7 @@ def test_in_a_terminal_pastes_are_messages_and_interrupts_never_end_the_chat(mon
     monkeypatch.setattr(chat, "encode_chat", one_per_character)
     for stream in (sys.stdin, sys.stdout):
         monkeypatch.setattr(stream, "isatty", lambda: True)
-    keys = "a é 漢字 😀\rslow\rwrong\x03wrong\x03\x1b[200~one\n  two\r\nthree\x1b[201~\r\x04"
+    keys = "é 漢字\rslow\rwrong\x03\x1b[200~one\n  two\r\nthree\x1b[201~\r\x04"
 
     with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
         pipe.send_text(keys)
@@ -232,16 +191,13 @@ def test_in_a_terminal_pastes_are_messages_and_interrupts_never_end_the_chat(mon
 
     _, *lines = capsys.readouterr().out.splitlines()
     hint = "(/quit or Ctrl-D quits)"
-    replies = ["<'a é 漢字 😀'>", "<'slow'", "(stopped)", hint, hint, r"<'one\n  two\nthree'>"]
-    assert lines == replies
+    assert lines == ["<'é 漢字'>", "<'slow'", "(stopped)", hint, r"<'one\n  two\nthree'>"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_unsuitable_models_sampling_and_texts_are_rejected(monkeypatch):
+def test_unsuitable_models_and_texts_are_rejected(monkeypatch):
     with pytest.raises(ModelError, match="runs/x is a classifier"):
         chat.run_chat(dataclasses.replace(BASE, labels=("ham", "spam")), "runs/x", {})
-    with pytest.raises(ConfigError, match=r"temperature=-1\.0"):
-        chat.run_chat(BASE, "name", {"temperature": -1.0})
     set_stdin(monkeypatch, "é", encoding="latin-1")
     with pytest.raises(DataError, match="UTF-8"):
         chat.run_chat(ASSISTANT, "name", {})
@@ -254,8 +210,10 @@ def test_an_assistant_with_a_real_template_replies_until_its_context_is_full(mon
     chat.run_chat(model, "name", {"max_new_tokens": 12})
 
     out, err = capsys.readouterr()
-    first = chat.stream_answer(model, [user("first")], max_new_tokens=12, seed=0)
-    second = chat.stream_answer(model, [user("second")], max_new_tokens=12, seed=1)
-    assert out == chat.sanitize("".join([*first, "\n", *second, "\n"]))
+    first, second = (
+        "".join(chat.stream_answer(model, [user(text)], max_new_tokens=12, seed=seed))
+        for seed, text in enumerate(("first", "second"))
+    )
+    assert out == chat.sanitize(f"{first}\n{second}\n")
     assert "dropped the first 1 turn" in err
     assert "116 fit" in err

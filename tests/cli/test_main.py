@@ -31,9 +31,6 @@ def run(tmp_path_factory):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert main.main([*map(str, words), *OPTIONS]) == 0
     assert "done " in out.getvalue()
-    config, tiny = load_config(folder / "run" / "config.toml"), load_config(find_config("tiny"))
-    assert (config.model.d_model, config.train.steps) == (8, 2)
-    assert config.optim.peak_lr == tiny.optim.peak_lr
     return folder / "run"
 
 
@@ -62,13 +59,8 @@ def test_help_imports_no_large_package_and_a_closed_pipe_is_no_error():
 
 
 @pytest.mark.fast
-def test_generate_prints_text_json_or_the_output_of_examples(capsys, run, tmp_path):
+def test_generate_prints_json_or_the_output_of_examples(capsys, run, tmp_path):
     short = ["--max-new-tokens", 3]
-    code, out, _ = gptjax(capsys, "generate", run, "2 times", *short)
-    assert code == 0
-    assert out.startswith("2 times")
-    assert len(out) > len("2 times\n")
-
     code, out, _ = gptjax(capsys, "generate", run, "2 times", "--samples", 2, "--json", *short)
     assert code == 0
     assert [len(json.loads(line)["ids"]) for line in out.splitlines()] == [3, 3]
@@ -88,8 +80,7 @@ def test_eval_prints_every_metric(capsys, run, tmp_path):
     metrics = json.loads(gptjax(capsys, *args, "--json")[1])
 
     assert (code, metrics["tokens"]) == (0, 16)
-    for name in ("loss", "perplexity", "bits_per_byte"):
-        assert [name, f"{metrics[name]:.4f}"] in [line.split() for line in out.splitlines()]
+    assert ["loss", f"{metrics['loss']:.4f}"] in [line.split() for line in out.splitlines()]
 
 
 def test_data_is_prepared_previewed_and_verified(capsys, tmp_path):
@@ -168,13 +159,8 @@ SUPERVISED = ["train", "tiny", "--train.steps=3", "--hang-timeout", "9"]
                 ([sys.executable, "-m", "gptjax", *SUPERVISED], 9.0, {}),
             ),
         ),
-        ("quickstart --run d", "tasks.quickstart.quickstart", (Path("d"), {})),
         ("import M --out d", "weights.load.convert_model", ("M", Path("d"), print, {})),
-        (
-            "export M --to hf --out d",
-            *("weights.export.export_model", ("model", "hf", Path("d"), {})),
-        ),
-        ("data fetch verdict", "data.datasets.fetch_dataset", ("verdict", {})),
+        ("export M --to hf --out d", "weights.export.export_model", ("model", "hf", Path("d"), {})),
     ],
 )
 def test_options_reach_the_library(capsys, monkeypatch, words, function, arguments):

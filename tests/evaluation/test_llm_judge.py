@@ -41,15 +41,12 @@ def test_request_is_a_greedy_chat_completion_with_the_book_prompt():
 
 def test_scores_are_parsed_with_common_decorations_and_nothing_else():
     for reply in (
-        *("{}", " {}\n", "{}.", "{} / 100.", "**{}/100**", '"{}"', "`{}`", "“{}”"),
-        *("Score: {}", "score = {}.", "**Score:** {}", "<think>95?\n</think>\n\n{}"),
+        *("{}", " {}\n", "{} / 100.", "**{}/100**", '"{}"', "`{}`"),
+        *("Score: {}", "**Score:** {}", "<think>95?\n</think>\n\n{}"),
     ):
         for score in (0, 7, 85, 100):
             assert llm_judge.parse_score(reply.format(score)) == score, reply
-    for reply in (
-        *("", "good", "85 90", "85-90", "8.5", "85,5", "101", "-5", "085", "85%", "85/10"),
-        *("I give 85.", "Score 85", "٨٥", "<think>85", "<think>85</think>"),
-    ):
+    for reply in ("", "85 90", "8.5", "101", "-5", "85%", "85/10", "I give 85.", "<think>85"):
         assert llm_judge.parse_score(reply) is None, reply
 
 
@@ -69,10 +66,8 @@ def test_transient_failures_are_retried_and_lone_surrogates_replaced():
         # A redirect that is followed would be one more request.
         (refuses(307, Location="/v1/chat/completions"), 1, UnreachableError, "307.*redirects"),
         (plain(b"<html>\n\x1b[2J"), 1, UnreachableError, r"<html>\\n\\x1b\[2J"),
-        (plain(b"[" * 100_000), 1, UnreachableError, r"\[{200}'"),
         # Other prompts may succeed.
         (refuses(400, "x" * 999), 1, ModelError, "400"),
-        (says(None), 1, ModelError, "null"),
     ],
 )
 def test_failed_request_is_an_error_with_a_fix(answer, num_requests, error_type, message):
@@ -86,8 +81,7 @@ def test_failed_request_is_an_error_with_a_fix(answer, num_requests, error_type,
 
 def test_key_is_sent_encrypted_or_to_this_machine_only_and_never_shown(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
-    for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS"):
-        monkeypatch.setenv(name, "X-Secret: s")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Secret: s")
 
     rejected = pytest.raises(ModelError, match="wrong key …")
     with judging(refuses(401, f"wrong key {KEY}")) as (url, requests), rejected as error:
@@ -97,15 +91,10 @@ def test_key_is_sent_encrypted_or_to_this_machine_only_and_never_shown(monkeypat
     assert KEY not in str(error.value)
     assert requests[0].path == "/v1/chat/completions"
     assert requests[0].headers["authorization"] == f"Bearer {KEY}"
-    assert not {"openai-organization", "openai-project", "x-secret"} & requests[0].headers.keys()
+    assert "x-secret" not in requests[0].headers
     for host in ("192.0.2.1", "localhost.example.org", "127.0.0.1.example.org"):
         with pytest.raises(ConfigError, match=f"OPENAI_API_KEY.*{host}"):
             LLMJudge(f"http://{host}/v1", "llama3")
-    for key in ("sk secret", "sk\nsecret", "sk-sécret"):
-        monkeypatch.setenv("OPENAI_API_KEY", key)
-        with pytest.raises(ConfigError, match="OPENAI_API_KEY") as error:
-            LLMJudge("https://api.openai.com/v1", "gpt")
-        assert "cret" not in str(error.value)
 
 
 def test_offline_and_behind_a_proxy_a_local_server_is_asked_directly(monkeypatch):
@@ -118,18 +107,14 @@ def test_offline_and_behind_a_proxy_a_local_server_is_asked_directly(monkeypatch
         assert ask(url) == "85"
 
     assert not seen
-    for url in ("http://localhost/v1", "http://[::1]:1/v1", "http://127.9.9.9/v1"):
-        LLMJudge(url, "llama3")
-    for url in ("http://192.0.2.1/v1", "https://api.openai.com/v1"):
-        with pytest.raises(ConfigError, match=f"GPTJAX_OFFLINE.*{url}"):
-            LLMJudge(url, "llama3")
+    with pytest.raises(ConfigError, match=r"GPTJAX_OFFLINE.*192\.0\.2\.1"):
+        LLMJudge("http://192.0.2.1/v1", "llama3")
 
 
 def test_invalid_url_and_missing_client_are_errors_without_a_password(monkeypatch):
     for url in (
-        *("", "localhost:11434/v1", "file:///etc/passwd", "http:///v1", "http://a b/v1"),
-        *("http://a/v1\n", "http://é.b", "http://a:b/", "http://a:0/", "http://[::1/v1"),
-        *("https://me:secret@a.b/v1", "https://a.b/v1?version=1"),
+        *("localhost:11434/v1", "file:///etc/passwd", "http:///v1", "http://a/v1\n", "http://a:b/"),
+        *("http://[::1/v1", "https://me:secret@a.b/v1", "https://a.b/v1?version=1"),
     ):
         with pytest.raises(ConfigError, match="judge's URL") as error:
             LLMJudge(url, "llama3")
@@ -146,17 +131,13 @@ def test_each_judgement_arrives_before_the_next_request_and_only_scores_are_aver
             found.append(judgement)
             assert len(requests) == len(found)
 
-    prompts = [json.loads(request.body)["messages"][0]["content"] for request in requests]
-    assert prompts == [llm_judge.judge_prompt(*row) for row in ROWS]
     assert found[:2] == [Judgement(85, "85", ""), Judgement(None, "Well done!", "")]
     assert found[2][:2] == (None, "")
     assert "status 401" in found[2].error
 
     summary = llm_judge.summarize_judgements([*found, Judgement(5, "5", "")])
-    low, high = summary.pop("low"), summary.pop("high")
-    counts = {"judged": 4, "scored": 2, "unparsable": 1, "failed": 1}
-    assert summary == {**counts, "mean_score": 45}
-    assert 5 <= low < 45 < high <= 85
+    assert 5 <= summary.pop("low") < 45 < summary.pop("high") <= 85
+    assert summary == {"judged": 4, "scored": 2, "unparsable": 1, "failed": 1, "mean_score": 45}
     assert llm_judge.summarize_judgements(found[1:])["mean_score"] is None
 
 

@@ -14,12 +14,10 @@ import sys
 from importlib import metadata
 
 import pytest
-from IPython.core.interactiveshell import InteractiveShell
 
 from tests.notebook_runs import OURS, execute, pictures
-from tests.notebooks.test_notebooks import INSTALL, NOTEBOOKS, REPOSITORY, ROOT
+from tests.notebooks.test_notebooks import NOTEBOOKS, ROOT
 
-UNSET = "https://github.com/OWNER/NAME"
 PATHS = [
     pytest.param(path, id=path.stem, marks=[] if "03" in path.stem else pytest.mark.slow)
     for path in NOTEBOOKS
@@ -82,27 +80,3 @@ def test_a_notebook_installs_gptjax_and_runs(path, clone, place, request):
         request.getfixturevalue("shared_data")
 
     assert pictures(execute(clone / "colab" / path.name, place, "bare")) >= 1
-
-
-def test_the_cell_installs_the_clone_or_from_the_repository(tmp_path, monkeypatch):
-    shell, lines = InteractiveShell(), []
-    shell.register_magic_function(lines.append, "line", "pip")
-    monkeypatch.setattr(metadata, "distributions", lambda **_: iter(()))
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    monkeypatch.chdir(tmp_path)
-
-    def run_cell(url):
-        shell.run_cell(INSTALL.replace(REPOSITORY, url)).raise_error()
-        return lines
-
-    with pytest.raises(RuntimeError, match=r"set_repository\.py"):
-        run_cell(UNSET)
-    assert run_cell("https://x.y/a/b") == ["install -q git+https://x.y/a/b"]
-    folder = tmp_path / "my clone" / "colab"
-    folder.mkdir(parents=True)
-    (folder / "set_repository.py").touch()
-    monkeypatch.chdir(folder)
-    assert run_cell(UNSET)[1:] == [f'install -q -e "{tmp_path / "my clone"}"']
-    assert str(tmp_path / "my clone") in sys.path
-    monkeypatch.setattr(metadata, "distributions", lambda **_: iter([object()]))
-    assert len(run_cell(UNSET)) == 2  # gptjax is installed: no further command

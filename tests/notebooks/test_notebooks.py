@@ -1,7 +1,5 @@
 """Properties of the notebooks in colab/ that need no run."""
 
-import ast
-import importlib
 import json
 import re
 import shutil
@@ -13,13 +11,9 @@ from pathlib import Path
 import nbformat
 import pytest
 from IPython.core.error import UsageError
-from IPython.core.inputtransformer2 import TransformerManager
 from IPython.core.interactiveshell import InteractiveShell
 
 import gptjax
-from gptjax.cli.notebook import unload_ipython_extension
-from gptjax.cli.session import log_to_stdout
-from gptjax.training.task import logger
 
 FOLDER = Path(__file__).resolve().parents[2] / "colab"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -28,8 +22,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 REPOSITORY = PROJECT["urls"]["Repository"]
 PAGE = "github{}/{}/blob/main/colab/{}"
 BADGES = ("https://colab.research.google.com/" + PAGE, "=https://" + PAGE)
-# Packages that every runtime has, or that gptjax installs.
-KNOWN = {"gptjax", "jax", "numpy", "optax", "matplotlib", "huggingface_hub", "google"}
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -40,12 +32,6 @@ def sources(path, kind="code"):
 
 
 INSTALL, START, *_ = sources(NOTEBOOKS[0])
-
-
-def trees(path):
-    """The syntax trees of the code cells, magics turned into calls."""
-    transform = TransformerManager().transform_cell
-    return [ast.parse(transform(source)) for source in sources(path)]
 
 
 @each
@@ -67,19 +53,9 @@ def test_it_is_stored_without_outputs_and_begins_with_the_installation(path):
 
 
 @each
-def test_its_imports_and_links_exist(path):
-    nodes = [node for tree in trees(path) for node in ast.walk(tree)]
-    names = [x.name for n in nodes if isinstance(n, ast.Import) for x in n.names]
-    froms = [(n.module, x.name) for n in nodes if isinstance(n, ast.ImportFrom) for x in n.names]
-    used = {name.split(".")[0] for name in (*names, *(module for module, _ in froms))}
-
-    assert used <= KNOWN | sys.stdlib_module_names
-    for module, name in froms:
-        assert module == "google.colab" or hasattr(importlib.import_module(module), name), name
-    for node in nodes:
-        match node:
-            case ast.Attribute(value=ast.Name("gptjax"), attr=name):
-                assert hasattr(gptjax, name), name
+def test_the_names_of_gptjax_and_the_links_exist(path):
+    for name in re.findall(r"\bgptjax\.(\w+)\(", "\n".join(sources(path))):
+        assert hasattr(gptjax, name), name
     for name in re.findall(r"\]\((?!https)([^)]*)\)", "\n".join(sources(path, "markdown"))):
         assert (FOLDER / name).is_file(), name
 
@@ -94,19 +70,11 @@ def test_the_magic_runs_commands_in_the_process_of_the_notebook(capsys):
         shell.run_line_magic("gptjax", "train tiny --train.stepz 3")
     assert "--train.stepz" in capsys.readouterr().err
 
-    # Progress is printed once, whether a function or a command trains.
-    logger.info("from a function")
-    with log_to_stdout():
-        logger.info("from a command")
-    unload_ipython_extension(shell)
-    logger.info("afterwards")
-    assert capsys.readouterr().out == "from a function\nfrom a command\n"
-
 
 def test_one_script_sets_the_repository_everywhere_and_again(tmp_path):
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path / name)
-    for name in ("colab", "configs/launch"):
+    for name in ("colab", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name)
 
     def set_repository(argument):
@@ -119,10 +87,8 @@ def test_one_script_sets_the_repository_everywhere_and_again(tmp_path):
     for argument in ("a/b", "some-one/gpt.jax"):
         assert set_repository(argument).returncode == 0
     assert set_repository(url + ".git").stdout == ""  # nothing changes
-    notebooks = list(tmp_path.glob("colab/*.ipynb"))
-    for path in [*notebooks, *tmp_path.glob("configs/*/*"), tmp_path / "README.md"]:
+    for path in [*tmp_path.glob("colab/*.ipynb"), *tmp_path.glob("*.*")]:
         text = path.read_text("utf-8")
-        assert path.parent.name == "launch" or url in text
+        assert url in text
         assert "OWNER/NAME" not in text
         assert "/a/b" not in text
-    assert f'Repository = "{url}"' in (tmp_path / "pyproject.toml").read_text("utf-8")

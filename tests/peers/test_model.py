@@ -17,7 +17,6 @@ from gptjax.training.train_step import init_state, make_train_step, train_steps
 from gptjax.weights.export import named_tensors
 from gptjax.weights.model_folder import Model
 from tests.model.test_gpt import draw_params
-from tests.torch_peer import import_torch
 
 pytestmark = [
     pytest.mark.peers,
@@ -30,11 +29,6 @@ CONFIG = GPTConfig(vocab_size=V, context_length=T, n_layers=N, n_heads=H, d_mode
 OPTIM = OptimConfig(
     peak_lr=1e-3, schedule="constant", warmup_steps=0, weight_decay=0.1, grad_clip=0.3
 )
-
-
-@pytest.fixture(scope="module")
-def torch():
-    return import_torch()
 
 
 @pytest.fixture

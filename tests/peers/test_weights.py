@@ -15,7 +15,6 @@ from gptjax.inference import generate
 from gptjax.weights.export import export_model
 from gptjax.weights.model_folder import Model
 from tests.model.test_gpt import draw_params
-from tests.torch_peer import import_torch
 
 pytestmark = [
     pytest.mark.peers,
@@ -29,11 +28,6 @@ SIZES = {
     "tied": {"n_layers": 1, "n_heads": 2, "d_model": 128},
     "untied": {"n_layers": 2, "n_heads": 4, "d_model": 16, "tie_embeddings": False},
 }
-
-
-@pytest.fixture(scope="module")
-def torch():
-    return import_torch()
 
 
 @pytest.fixture(scope="module", params=SIZES)

@@ -52,20 +52,16 @@ def test_rows_are_those_of_training(tmp_path):
         assert preview.num_tokens == sum(len(x.ids) for x in trained.examples)
 
 
-def test_terminal_marks_trained_and_truncated_tokens_with_and_without_color(tmp_path):
+def test_terminal_marks_trained_and_truncated_tokens(tmp_path):
     chats = [("⟦Hi", "Ho\n\n<|endoftext|>", "More", "No."), ("q" * 200, "end"), ("q", "a" * 60)]
     preview = preview_chats(tmp_path, *chats, context=60)
 
-    plain, color = (render_terminal(preview, 3, use_color) for use_color in (False, True))
+    plain = render_terminal(preview, 3, color=False)
 
     first = "Q: \ufffdHi\nA: ⟦Ho\n\n<|endoftext|><|endoftext|>⟧\nQ: More\nA: ⟦No.<|endoftext|>⟧\n"
     assert first in plain
     assert f"⟪Q: {'q' * 147}⟫{'q' * 53}\nA: ⟦end<|endoftext|>⟧\n" in plain
     assert "; dropped: the last answer" in plain
-    # Each line has a code of its own, and only the end token is inverted.
-    green, inverted = "\x1b[32;4m{}\x1b[0m".format, "\x1b[32;4;7m<|endoftext|>\x1b[0m"
-    assert f"{green('Ho')}\n\n{green('<|endoftext|>')}{inverted}\n\x1b[2mQ: More" in color
-    assert f"\x1b[2;9mQ: {'q' * 147}\x1b[0m\x1b[2m" in color
 
 
 def test_hostile_texts_change_neither_terminal_nor_page(tmp_path):

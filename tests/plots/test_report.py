@@ -4,12 +4,11 @@ import re
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from gptjax.plots.curves import accuracy_figure, confusion_figure, loss_figure, lr_figure
 from gptjax.plots.report import Misclassification, list_mistakes, per_class_table, write_report
 from gptjax.training.metrics import log_event, read_events
-from tests.pictures import assert_nothing_is_cut_off
+from tests.plots.test_figures import assert_nothing_is_cut_off
 
 BAD = "one `two` ``` \n\n# <b>no|bar</b> \\| ![x](y)\u202e " * 9
 
@@ -32,28 +31,22 @@ def test_figures_show_the_logged_values_and_the_share_of_each_true_class(run_dir
     confusion_CC = np.arange(81).reshape(9, 9)
     confusion_CC[1] = 0
 
-    loss, accuracy = loss_figure(events, 512), accuracy_figure(events, 8)
     figure = confusion_figure(confusion_CC, [f"${n} is a rather long name {n}_$" for n in range(9)])
 
     found = [
         (*line.get_xdata(), *line.get_ydata())
-        for each in (loss, accuracy, lr_figure(events))
+        for each in (loss_figure(events, 512), accuracy_figure(events, 8), lr_figure(events))
         for axes in each.axes
         for line in axes.lines
     ]
     values = [(0.1, 0.05), (0.02, 0.01), (0.95, 1.0), (0.85, 0.9), (0.05, 0.1), (100.0, 200.0)]
     assert found == [pytest.approx((50, 100, *pair)) for pair in values]
-    for each, units_per_step in ((loss, 512), (accuracy, 8)):
-        FigureCanvasAgg(each).draw()
-        (axes,), (upper,) = each.axes, each.axes[0].child_axes
-        assert upper.get_xlim() == pytest.approx([units_per_step * x for x in axes.get_xlim()])
     assert_nothing_is_cut_off(figure)
     axes = figure.axes[0]
     cells = {text.get_position()[::-1]: text.get_text() for text in axes.texts}
     assert cells == {at: str(count) for at, count in np.ndenumerate(confusion_CC)}
     share_CC = np.asarray(axes.images[0].get_array())
     assert share_CC.sum(axis=1).tolist() == pytest.approx([1, 0, *[1] * 7])
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
 
 
 def test_report_holds_summary_result_evaluations_pictures_samples_and_details(run_dir):
@@ -72,7 +65,7 @@ def test_report_holds_summary_result_evaluations_pictures_samples_and_details(ru
     text = (run_dir / "report.md").read_text(encoding="utf-8")
     pictures = re.findall(r"^!\[\w+\]\((\w+\.png)\)$", text, re.MULTILINE)
     assert pictures == ["loss.png", "lr.png", "confusion.png"]
-    assert {*pictures} <= {path.name for path in run_dir.iterdir()}
+    assert all((run_dir / name).is_file() for name in pictures)
     for part in (
         "```text\nplan line\n'''\n```\n\nTest accuracy 0.9988.",
         "| 50 train | 0.1200 | 0.9500 |",

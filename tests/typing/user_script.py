@@ -18,9 +18,8 @@ def use_model(config: GPTConfig, tokens: Array) -> Array:
     params = gptjax.init(config, jax.random.key(0))
     logits = gptjax.apply(config, params, tokens, dropout_key=jax.random.key(1))
     assert_type(logits, Array)
-    interventions = {"mlp_output": jnp.zeros((2, 1, 1, 16))}
     _, activations = gptjax.apply(
-        config, params, tokens, interventions=interventions, capture=("residual", "attention")
+        config, params, tokens, interventions={"residual": jnp.zeros(())}, capture=("residual",)
     )
     assert_type(activations, dict[str, Array])
     x_BTD, activations = gptjax.hidden_states(config, params, tokens, capture=("mlp_hidden",))
@@ -35,8 +34,7 @@ def use_inference(model: Model) -> float:
     completion = gptjax.complete(model, "a", samples=2, top_p=0.9, min_p=0.1, seed=1)[0]
     assert_type(completion.text + completion.finish_reason, str)
     assert_type(gptjax.stream(model, "a", repetition_penalty=1.2), Iterator[str])
-    messages = [{"role": "user", "content": "Hello"}]
-    assert_type(gptjax.answer(model, messages, generation_config=greedy, stop="\n"), str)
+    assert_type(gptjax.answer(model, "Hello", generation_config=greedy, stop="\n"), str)
     print(*gptjax.stream_answer(model, "b", stop_ids=[0]))
     return gptjax.classify(model, ["a"])[0].probability + gptjax.score(model, "a", stride=16).loss
 
@@ -55,8 +53,7 @@ def use_training(config: RunConfig, run_dir: Path) -> TrainState:
     *_, (_, state, metrics) = gptjax.train_steps(state, train_step, batches)
     print(float(metrics.loss))
     try:
-        model = gptjax.train(RunConfig(), run_dir, allow_change=("train.steps",))
+        gptjax.train(RunConfig(), run_dir, allow_change=("train.steps",))
     except gptjax.GptjaxError:
-        model = gptjax.load(run_dir)
-    gptjax.save(model, run_dir / "copy")
+        gptjax.save(gptjax.load(run_dir), run_dir / "copy")
     return state

@@ -17,7 +17,6 @@ from gptjax.model.attention.dispatch import BACKENDS, compute_attention, select_
 from gptjax.model.attention.mask import AttentionMask, AttentionSpec
 from gptjax.model.gpt import apply_with_cache, init_cache, resolve_backend
 from gptjax.model.quantization import unstack_layers
-from gptjax.runtime import device
 from gptjax.runtime.device import GPU_PRE_AMPERE, target_platform
 
 SPEC = AttentionSpec(1024, 1024, 64, "bfloat16", "cpu")
@@ -77,8 +76,7 @@ def test_a_config_can_name_every_backend_and_a_gpu_is_one_that_has_cudnn_attenti
         ("cudnn", {"platform": "tpu"}, "'cudnn' .* tpu.*'xla'"),
         ("cudnn", {"dtype": "float32"}, "'cudnn' .*float32.*model.dtype='bfloat16'"),
         ("cudnn", {"head_dim": 256}, "'cudnn' .*128, not 256.*model.n_heads"),
-        ("cudnn", with_length(127), "'cudnn' .*127 queries and 127 keys"),
-        *((name, {"edits_weights": True}, f"'{name}' .*model.dropout=0") for name in PLATFORMS),
+        ("cudnn", {"edits_weights": True}, "'cudnn' .*model.dropout=0"),
         ("slpash", {}, "model.attention='slpash' .*auto.*xla"),
     ],
 )
@@ -96,26 +94,14 @@ def test_edits_such_as_dropout_change_the_normalized_weights():
     for name in ("reference", "chunked"):
         edited = attend(backend=name, edit_weights=lambda weight_BHTS: 2 * weight_BHTS)
         np.testing.assert_allclose(edited, 2 * attend(backend="xla"), rtol=1e-5)
-    with pytest.raises(ConfigError, match=r"model.attention='flash' .*model.dropout=0"):
-        attend(backend="flash", edit_weights=jnp.sin)
 
 
-def test_missing_cudnn_and_contradictory_masks_are_refused(monkeypatch):
-    monkeypatch.setattr(device, "target_platform", lambda: "gpu")
+def test_contradictory_masks_are_refused():
+    key, place_BT = jnp.zeros((1, 8, 1, 8)), jnp.array([[3, 4]])
 
-    def fail(*args, **options):
-        raise RuntimeError("cuDNN is not detected.")
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", fail)
-    key, place_BT = jnp.zeros((1, 8, 1, 8), jnp.bfloat16), jnp.array([[3, 4]])
-
-    for queries, mask, message in (
-        (8, AttentionMask(), r"'cudnn' .*cuDNN is not detected.*'xla'"),
-        (2, AttentionMask(place_BT, place_BT), "query_position_BT and segment_id_BT"),
-        (2, AttentionMask(), r"2 queries .* 8 keys, .*query_position_BT"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            compute_attention(key[:, :queries], key, key, mask, backend="cudnn")
+    for mask in (AttentionMask(place_BT, place_BT), AttentionMask()):
+        with pytest.raises(ConfigError, match="query_position_BT"):
+            compute_attention(key[:, :2], key, key, mask)
 
 
 @pytest.mark.parametrize("backend", PLATFORMS)
