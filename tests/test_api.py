@@ -61,17 +61,10 @@ def test_options_replace_those_of_a_generation_config():
     assert ids(generation_config=greedy, max_new_tokens=2) == whole[:2]
 
 
-@pytest.fixture
-def _without_type_checks():
-    """As for a user: without the type checks at run time that the tests turn on."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.mark.usefixtures("_without_type_checks")
 @pytest.mark.parametrize("function", [gptjax.apply, gptjax.hidden_states])
-def test_invalid_tokens_and_capture_points_are_rejected(function):
+def test_invalid_tokens_and_capture_points_are_rejected(function, monkeypatch):
+    # As for a user: without the checks of types that the tests turn on.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     for tokens, error, message in [
         (TOKEN_BT[0], ConfigError, r"\(8,\).*tokens\[None\]"),
         (jnp.zeros((1, 9), jnp.int32), ConfigError, r"9 tokens.*context_length=8"),

@@ -12,7 +12,7 @@ from gptjax.config import builtin_config_dir
 from tests.command_line import parse_command
 
 FOLDER = builtin_config_dir() / "launch"
-RECORD = 'printf "%s\\0" "$#" "$@" >> "$HOME/{name}.calls"'
+RECORD = 'printf "%s\\0" "$@" "end of call" >> "$HOME/{name}.calls"'
 UV, TRAIN = ".local/bin/uv", "gptjax-env/bin/gptjax"
 
 
@@ -29,11 +29,8 @@ def run_script(home, script, stubs, *words, **variables):
     done = subprocess.run(command, env=clean | variables, cwd=home, capture_output=True, timeout=20)
     calls = {}
     for path in home.glob("*.calls"):
-        parts, calls[path.stem] = path.read_text().split("\0")[:-1], []
-        while parts:
-            count, *parts = parts
-            calls[path.stem].append(parts[: int(count)])
-            del parts[: int(count)]
+        lines = path.read_text().split("end of call\0")[:-1]
+        calls[path.stem] = [line.split("\0")[:-1] for line in lines]
         path.unlink()
     return done.returncode, calls
 

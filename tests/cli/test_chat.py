@@ -65,8 +65,8 @@ def test_a_mistake_is_one_notice_and_the_chat_continues(tmp_path):
     ):
         result = talk("a", line, "b")
 
-        assert len(result.notices) == 1
-        assert words in result.notices[0]
+        (notice,) = result.notices
+        assert words in notice
         assert [call[0][-1] for call in result.calls] == [user("a"), user("b")]
         assert result.chat.sampling == {"max_new_tokens": 8}
 

@@ -59,11 +59,7 @@ def test_existing_columns_and_files_are_not_overwritten(tmp_path):
         "text,label,predicted_label,predicted_probability",
         "a,spam,A,0.001",
     ]
-    for path, message in (
-        (tmp_path / "c.csv", r"b\.csv:2: .*'predicted_label'"),
-        (source, f"{source} already"),
-        (tmp_path / "c.md", "c.md"),
-    ):
+    for path, message in ((tmp_path / "c.csv", "'predicted_label'"), (source, "already")):
         with pytest.raises(DataError, match=message):
             label(tmp_path / "b.csv", path)
 

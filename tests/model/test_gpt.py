@@ -176,8 +176,7 @@ def test_each_dropout_key_layer_and_place_drops_others_and_no_key_none():
     assert 0.3 < kept_BTD.mean() < 0.7
     np.testing.assert_allclose(embedded_BTD, 2 * plain_BTD * kept_BTD, rtol=1e-6)
     np.testing.assert_array_equal(plain_NBTHK, 1)
-    assert 0.7 < weight_NBTHK.mean() < 1.3
-    assert len(np.unique(weight_NBTHK)) > 5
+    assert 0.7 < weight_NBTHK.mean() < 1.3 < weight_NBTHK.max()
 
 
 def mean_nats(config, params, token_BT, **options):

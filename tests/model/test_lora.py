@@ -65,10 +65,7 @@ def test_only_the_named_layers_have_adapters_bounded_by_their_number_of_inputs()
 
 
 def test_124m_has_the_published_numbers_of_trainable_parameters():
-    """Raschka 2024, appendix E: rank 16 on all linear layers, and on the head.
-
-    Chapter 6: last block, final norm and a head with bias.
-    """
+    """Raschka 2024, appendix E (rank 16, there also on the head) and chapter 6."""
     model = {"vocab_size": 50_257, "n_classes": 2, "head_bias": True}
     c = from_dict(RunConfig, {"model": model, "finetune": {"trainable": "last-block"}})
 

@@ -72,14 +72,8 @@ def test_greedy_text_of_uneven_prompts_is_that_of_transformers(pair, torch):
     ours = generate.complete(model, prompts, max_new_tokens=12, temperature=0.0, stop_ids=[])
 
     for prompt, result in zip(prompts, ours, strict=True):
-        theirs = peer.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=int),
-            max_new_tokens=12,
-            min_new_tokens=12,
-            do_sample=False,
-            pad_token_id=50_256,
-        )
+        options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+        theirs = peer.generate(torch.tensor([prompt]), **options)
         assert result.ids == theirs[0, len(prompt) :].tolist()
 
 

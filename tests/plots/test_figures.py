@@ -8,11 +8,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
 import gptjax
-from gptjax.data.conversations import Conversation
 from gptjax.errors import ConfigError
 from gptjax.evaluation.perplexity import token_losses
 from gptjax.plots import figures
-from gptjax.plots.preview import Preview, PreviewRow
 from gptjax.plots.token_boxes import NOTE_FONT_SIZE, to_drawable, token_label
 from gptjax.tokenizer.tokenizer import load_tokenizer, train_tokenizer
 from gptjax.weights.model_folder import Model
@@ -96,20 +94,6 @@ def test_next_tokens_are_the_softmax_of_the_last_logits(model):
     assert_nothing_is_cut_off(figure)
 
 
-def test_loss_mask_figure_colors_each_token_by_its_state():
-    text, mask = "lost a é", [False] * 7 + [True] * 3
-    row = PreviewRow(Conversation((), {}, "f:1"), [*text.encode(), 256], mask, 4, False)
-    trained, context, truncated = (style[0] for style in figures.SEGMENT_STYLES.values())
-    end = figures.SEGMENT_STYLES["trained"][1]
-
-    figure = figures.loss_mask_figure(Preview("", (row,), BYTES, 250))
-
-    colors = [to_hex(color, keep_alpha=False).upper() for color in box_colors(figure)]
-    assert colors[:9] == [*[truncated] * 4, *[context] * 3, trained, end]
-    assert box_texts(figure)[0] == "3 of 10 tokens are trained; the first 4 are truncated"
-    assert_nothing_is_cut_off(figure)
-
-
 def shard(shape, *spec):
     mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
@@ -126,7 +110,7 @@ def test_sharding_figure_shows_the_devices_of_each_shard():
     figure = figures.sharding_figure(arrays, device=5)
 
     assert_nothing_is_cut_off(figure)
-    expected = {  # device ids of each cell (row, column), of a mesh of 2 x 2 x 2
+    expected = {  # device ids of each cell (row, column)
         "rows": {(n, 0): {2 * n, 2 * n + 1} for n in range(4)},
         "kernel": {(b, c): {2 * b + c, 4 + 2 * b + c} for b in range(2) for c in range(2)},
         "bias": {(0, c): {c, 2 + c, 4 + c, 6 + c} for c in range(2)},
@@ -146,7 +130,6 @@ def test_invalid_arguments_are_rejected(model):
         (" 33 tokens", figures.attention_figure, model, "x" * 33, 0),
         ("'bpe:258'", figures.token_loss_figure, model, "ab", letters),
         ("count=31 ", figures.next_token_figure, model, "a", 31, (1.0, 2.0)),
-        ("row=0 ", figures.loss_mask_figure, Preview("", (), BYTES, 250)),
         ("3 axes", figures.sharding_figure, {"x": shard([2] * 3, *"abc")}),
     ]:
         with pytest.raises(ConfigError, match=match):

@@ -22,8 +22,8 @@ def use_model(config: GPTConfig, tokens: Array) -> Array:
         config, params, tokens, interventions={"residual": jnp.zeros(())}, capture=("residual",)
     )
     assert_type(activations, dict[str, Array])
-    x_BTD, activations = gptjax.hidden_states(config, params, tokens, capture=("mlp_hidden",))
-    return logits + activations["mlp_hidden"].sum() + x_BTD.sum()
+    x_BTD, _ = gptjax.hidden_states(config, params, tokens, capture=("mlp_hidden",))
+    return logits + x_BTD.sum()
 
 
 def use_inference(model: Model) -> float:
@@ -31,8 +31,7 @@ def use_inference(model: Model) -> float:
     assert_type(gptjax.generate(model, "a", max_new_tokens=5, top_k=3), str)
     assert_type(gptjax.generate(model, [1, 2], generation_config=greedy), str)
     assert_type(gptjax.generate(model, ["a", "b"], samples=2), list[str])
-    completion = gptjax.complete(model, "a", samples=2, top_p=0.9, min_p=0.1, seed=1)[0]
-    assert_type(completion.text + completion.finish_reason, str)
+    assert_type(gptjax.complete(model, "a", top_p=0.9, min_p=0.1, seed=1)[0].text, str)
     assert_type(gptjax.stream(model, "a", repetition_penalty=1.2), Iterator[str])
     assert_type(gptjax.answer(model, "Hello", generation_config=greedy, stop="\n"), str)
     print(*gptjax.stream_answer(model, "b", stop_ids=[0]))
