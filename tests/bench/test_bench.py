@@ -1,6 +1,5 @@
 """`gptjax bench` on a model so small that it takes seconds."""
 
-import dataclasses
 import json
 import math
 
@@ -34,7 +33,6 @@ def options_of(lines, repeats=1):
 def test_a_workload_does_as_many_units_as_it_reports(monkeypatch):
     monkeypatch.setattr(workloads, "read_python_help", lambda: ["ten bytes."])
     monkeypatch.setattr(workloads, "TEXT_REPEATS", 2)
-
     for work, units in [
         (workloads.make_decode_work(SMALL, 2, 5), 10),
         (workloads.make_prefill_work(SMALL, 2, 8), 16),
@@ -62,16 +60,13 @@ def test_training_is_swept_over_backends_and_rows_until_memory_is_full(monkeypat
 
     found = suite.bench_training(options_of(lines), 1e6)
 
-    rates = {(rate["attention"], rate["rows"]): rate for rate in found["rates"]}
-    assert [*rates] == [("chunked", 2), ("chunked", 4), ("flash", 2)]
+    rates = found["rates"]
+    measured = [(rate["attention"], rate["rows"]) for rate in rates]
+    assert measured == [("chunked", 2), ("chunked", 4), ("flash", 2)]
     assert any("flash, 4 rows" in line and "Out of memory." in line for line in lines)
-    rate = rates["chunked", 2]
-    assert rate["tokens_per_s"] == pytest.approx(16e3 / rate["milliseconds"])
-    assert rate["program_bytes"] > 3 * 4 * PARAMS  # with both moments
-    best = max(rate["tokens_per_s"] for rate in found["rates"])
-    assert found["train_tokens_per_s"] == best
-    flops = suite.estimate.flops_per_token(dataclasses.replace(SMALL, context_length=8))
-    assert found["train_share_of_matmul_rate"] == pytest.approx(best * flops / 1e6)
+    assert rates[0]["tokens_per_s"] == pytest.approx(16e3 / rates[0]["milliseconds"])
+    assert rates[0]["program_bytes"] > 3 * 4 * PARAMS  # with both moments
+    assert found["train_tokens_per_s"] == max(rate["tokens_per_s"] for rate in rates)
 
 
 def test_decoding_is_compared_with_the_faster_rate_of_the_memory(monkeypatch):
@@ -88,31 +83,15 @@ def test_decoding_is_compared_with_the_faster_rate_of_the_memory(monkeypatch):
     assert rates.items() <= found.items()
 
 
-def test_a_rate_is_the_median_in_units_per_second_or_none_if_memory_is_full(monkeypatch):
-    clock, options = iter([0, 2, 10, 11, 20, 24] * 2), options_of([], repeats=3)
-    monkeypatch.setattr(workloads.time, "perf_counter", lambda: next(clock))
-
-    def fail():
-        raise OUT_OF_MEMORY
-
-    assert suite.try_measure(options, "load", "models/s", lambda: lambda: 8) == 4.0
-    assert suite.try_measure(options, "import", "s", lambda: lambda: 8) == 1 / 4
-    assert suite.try_measure(options, "copy", "bytes/s", fail) is None
-
-
 def test_the_command_writes_all_metrics(monkeypatch, tmp_path):
     calls, out = [], tmp_path / "bench.json"
-    monkeypatch.setattr(
-        suite, "run_benchmarks", lambda *call: calls.append(call) or {"train_b4": 1.5}
-    )
+    monkeypatch.setattr(suite, "run_benchmarks", lambda *call: calls.append(call) or {"b4": 1.5})
+    command = ["bench", "--device", "--context", "2048", "--rows", "4,8", "--only", "decode"]
 
-    assert main(["bench", "--json", str(out), "--rows", "4,8"]) == 0
-    assert main(["bench", "--device", "--context", "2048", "--only", "decode"]) == 0
+    assert main([*command, "--json", str(out)]) == 0
 
-    assert json.loads(out.read_text()) == {"train_b4": 1.5}
-    (machine, machine_parts), (device, device_parts) = calls
-    assert (machine.train_batch_sizes, machine.context) == ((4, 8), 256)
-    assert {"train", "start", "save"} < {*machine_parts}
-    assert (device.context, device_parts) == (2048, ("decode",))
+    assert json.loads(out.read_text()) == {"b4": 1.5}
+    ((options, parts),) = calls
+    assert (options.train_batch_sizes, options.context, parts) == ((4, 8), 2048, ("decode",))
     for name, value in (("attention", "cudn"), ("rows", "4,0"), ("preset", "gpt3")):
         assert main(["bench", f"--{name}", value]) == 2

@@ -3,9 +3,8 @@
     pip install -e ".[peers]" && pip install --no-deps llms-from-scratch
     python -m tests.benchmarks.book_ch05 [--fast-cpu]
 
-Both train 124M for ten epochs on the-verdict, evaluate every five steps, and write 50
-tokens after every epoch. Each is a whole process, with imports and compiling, one after
-the other: leave the machine alone.
+Both train 124M for ten epochs, evaluate every five steps, and write 50 tokens after
+every epoch. Each is a whole process, with imports and compiling, one after the other.
 """
 
 import subprocess
@@ -21,7 +20,6 @@ from tests.benchmarks import torch_workloads
 
 
 def run_book() -> None:
-    """The chapter's run, of the book's own functions; they print losses and samples."""
     import tiktoken
     import torch
     from llms_from_scratch.ch02 import create_dataloader_v1
@@ -29,12 +27,11 @@ def run_book() -> None:
 
     gpt2 = tokenizer.load_tokenizer("gpt2").encoding  # tiktoken would download it
     tiktoken.get_encoding = lambda name: gpt2
-    parts = split_text(datasets.fetch_dataset("verdict").read_text(encoding="utf-8"))
+    text = datasets.fetch_dataset("verdict").read_text(encoding="utf-8")
+    train_text, validation_text = split_text(text)
     torch.manual_seed(123)
-    train, validation = (
-        create_dataloader_v1(part, 2, 256, 256, shuffle=first, drop_last=first)
-        for part, first in zip(parts, (True, False), strict=True)
-    )
+    train = create_dataloader_v1(train_text, 2, 256, 256)
+    validation = create_dataloader_v1(validation_text, 2, 256, 256, False, False)
     torch.manual_seed(123)
     shape = {"context_length": 256, "dropout": 0.1, "qkv_bias": False}
     model = torch_workloads.book_model(GPTConfig.preset("gpt2", **shape))

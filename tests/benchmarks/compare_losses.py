@@ -30,8 +30,8 @@ RUNS = {  # run: its command line, short enough that a laptop needs seconds
 }
 
 
-def train(checkout: Path, run: str, work: Path) -> Path:
-    """Trains one run with a checkout's package, unless the folder holds it already."""
+def losses(checkout: Path, run: str, work: Path) -> list[str]:
+    """Event, step, split and loss of every loss that a run logs."""
     metrics = work / "runs" / run / "metrics.jsonl"
     if not metrics.is_file():
         work.mkdir(parents=True, exist_ok=True)
@@ -39,11 +39,6 @@ def train(checkout: Path, run: str, work: Path) -> Path:
         command += ["--run", f"runs/{run}"]
         env = os.environ | {"PYTHONPATH": str(checkout), "JAX_PLATFORMS": "cpu"}
         subprocess.run(command, cwd=work, env=env, check=True, stdout=sys.stderr)
-    return metrics
-
-
-def losses(metrics: Path) -> list[str]:
-    """Event, step, split and loss of every logged loss, in the order of the log."""
     events = [json.loads(x) for x in metrics.read_text(encoding="utf-8").splitlines()]
     return [
         f"{event['event']} {event['step']} {event.get('split', '')} {event['loss']!r}"
@@ -60,10 +55,8 @@ def main() -> int:
     args = parser.parse_args()
     differing = 0
     for run in RUNS:
-        before, after = (
-            losses(train(checkout.resolve(), run, args.work.resolve() / side))
-            for side, checkout in (("before", args.before), ("after", args.after))
-        )
+        before = losses(args.before.resolve(), run, args.work.resolve() / "before")
+        after = losses(args.after.resolve(), run, args.work.resolve() / "after")
         print(f"{run}: {len(before)} losses before, {len(after)} after")
         for old, new in itertools.zip_longest(before, after, fillvalue="none"):
             differing += old != new

@@ -79,8 +79,8 @@ def run_interleaved(make_work, make_peer_work, repeats):
             sides.reverse()  # neither side always goes first
     ratio = statistics.median(a / b for (a, _), (b, _) in zip(runs, peer_runs, strict=True))
     ours, theirs = (
-        (statistics.median(rates), max(peaks))
-        for rates, peaks in (zip(*side, strict=True) for side in (runs, peer_runs))
+        (statistics.median(rate for rate, _ in side), max(peak for _, peak in side))
+        for side in (runs, peer_runs)
     )
     return ours, theirs, ratio
 
@@ -95,13 +95,11 @@ def missing_requirement(platform, parts):
             return f"{name} is not installed: see the first lines of this file"
     import torch
 
-    if platform == "gpu":
-        return "" if torch.cuda.is_available() else "PyTorch finds no GPU: install it for CUDA"
-    if platform != "cpu":
-        return f"PyTorch is compared on CPUs and NVIDIA GPUs, not on {platform}"
     threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
-    if threads < cores:
+    if platform == "cpu" and threads < cores:
         return f"PyTorch uses {threads} of {cores} cores: set OMP_NUM_THREADS={cores}"
+    if platform != "cpu" and not (platform == "gpu" and torch.cuda.is_available()):
+        return f"PyTorch is compared on CPUs and NVIDIA GPUs, and finds no {platform}"
     return ""
 
 
@@ -119,18 +117,15 @@ def cpu_comparisons(config):
         ("prefill", "b1", "tokens/s", "transformers", {"rows": 1, "context": 512}),
         ("load", "safetensors", "models/s", "transformers", {}),
         ("start", "", "s", "transformers", {}),
+        ("input", "", "bytes/s", "tiktoken", {}),
     ]
-    workers = len(os.sched_getaffinity(0))
-    input_works = (
-        partial(workloads.make_prepare_work, workers),
-        partial(torch_workloads.tiktoken_input, workers),
-    )
-    comparisons = [("input", "", "bytes/s", "tiktoken", [(*input_works, {})])]
+    comparisons, our_names = [], {"start": "startup", "input": "prepare"}
     for name, tag, unit, peer, options in rows:
-        make_work = getattr(workloads, f"make_{'startup' if name == 'start' else name}_work")
-        our_work = partial(make_work, config, **options)
-        peer_work = partial(getattr(torch_workloads, f"{peer}_{name}"), config, **options)
-        comparisons.append((name, tag, unit, peer, [(our_work, peer_work, {})]))
+        subject = len(os.sched_getaffinity(0)) if name == "input" else config
+        make_work = getattr(workloads, f"make_{our_names.get(name, name)}_work")
+        make_peer_work = getattr(torch_workloads, f"{peer}_{name}")
+        works = [partial(make, subject, **options) for make in (make_work, make_peer_work)]
+        comparisons.append((name, tag, unit, peer, [(*works, {})]))
     return comparisons
 
 
@@ -150,15 +145,11 @@ def gpu_comparisons(preset, best):
         comparisons.append(("train", "device", "tokens/s", "transformers", alternatives))
     for rows in (1, 8):
         options = {"rows": rows, "new": NEW_TOKENS}
-        peer_work = partial(torch_workloads.transformers_decode, config, device="cuda", **options)
-        alternatives = [  # fastest first
-            (
-                partial(workloads.make_decode_work, config, **options),
-                partial(peer_work, cache=cache),
-                {f"decode_cache_transformers_device_b{rows}": cache},
-            )
-            for cache in ("static", "dynamic")
-        ]
+        work = partial(workloads.make_decode_work, config, **options)
+        peer = partial(torch_workloads.transformers_decode, config, device="cuda", **options)
+        key = f"decode_cache_transformers_device_b{rows}"
+        caches = ("static", "dynamic")  # fastest first
+        alternatives = [(work, partial(peer, cache=cache), {key: cache}) for cache in caches]
         comparisons.append(("decode", f"device_b{rows}", "tokens/s", "transformers", alternatives))
     return comparisons
 
@@ -172,32 +163,22 @@ def compare(comparison, repeats):
         except Exception as error:  # out of memory above all
             print(f"{name} {tag}: {type(error).__name__}: {error}"[:500], file=sys.stderr)
             continue
-        for middle, (rate, peak_bytes) in (("", ours), (peer, theirs)):
-            key = join_words(name, middle, tag)
+        end = f"_{tag}" if tag else ""
+        for key, (rate, peak_bytes) in ((name + end, ours), (f"{name}_{peer}{end}", theirs)):
             metrics |= {key: 1 / rate if unit == "s" else rate, f"{key}_peak_bytes": peak_bytes}
             print(f"{key:<40}{metrics[key]:12.4g} {unit}", flush=True)
-        metrics[join_words(name, "ratio", peer, tag)] = ratio
-        print(f"{join_words(name, 'ratio', peer, tag):<40}{ratio:12.3f}", flush=True)
+        metrics[f"{name}_ratio_{peer}{end}"] = ratio
+        print(f"{f'{name}_ratio_{peer}{end}':<40}{ratio:12.3f}", flush=True)
         return metrics
     return {}
 
 
-def join_words(*words):
-    """The name of a metric."""
-    return "_".join(word for word in words if word)
-
-
 def run_suite(make_options, preset, repeats, parts):
-    """Metrics of `gptjax bench`; in a process, for its memory."""
+    """Returns the metrics of `gptjax bench`."""
     from gptjax.bench import suite
 
     options = getattr(suite, make_options)(preset, repeats, partial(print, flush=True))
     return suite.run_benchmarks(options, parts)
-
-
-def write_metrics(path, metrics):
-    if path:
-        path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
 def main(argv=None):
@@ -217,25 +198,24 @@ def main(argv=None):
     config = GPTConfig.preset(args.preset, dtype="float32", remat="none")
     if missing := missing_requirement(metrics["platform"], parts):
         parser.error(missing)
+    own_parts = ["train"] if "train" in parts else []
     if metrics["platform"] == "gpu":
-        own_parts = ["train"] if "train" in parts else []
-        best = in_new_process(run_suite, "make_device_options", args.preset, 5, own_parts)
-        metrics |= best
-        comparisons = gpu_comparisons(args.preset, best)
+        metrics |= in_new_process(run_suite, "make_device_options", args.preset, 5, own_parts)
+        comparisons = gpu_comparisons(args.preset, metrics)
     else:
         comparisons = cpu_comparisons(config)
-        if "train" in parts:
+        if own_parts:
             from tests.benchmarks.torch_workloads import torch_matmul
 
             metrics["torch_matmul"] = in_new_process(torch_matmul, args.repeats)
-    write_metrics(args.json, metrics)
     failed = False
     for comparison in comparisons:
         if comparison[0] in parts:
             found = compare(comparison, args.repeats)
             failed = failed or not found
             metrics |= found
-            write_metrics(args.json, metrics)
+            if args.json:
+                args.json.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return 1 if failed else 0
 
 

@@ -32,14 +32,6 @@ whose items are the names of all modules. The class body is then executed.
 """
 
 
-def load_step(run: Path, model: gptjax.Model, step: int) -> gptjax.Model:
-    config = load_config(run / "config.toml")
-    optimizer = gptjax.make_optimizer(config.optim, config.train.steps)
-    state = gptjax.init_state(model.params, optimizer, jax.random.key(0))
-    restored = restore(run / "checkpoints", step, checkpoint_state(state))
-    return dataclasses.replace(model, params=restored["params"])
-
-
 def render(figure: Figure) -> Image.Image:
     file = io.BytesIO()
     figure.savefig(file, dpi=100)
@@ -49,9 +41,13 @@ def render(figure: Figure) -> Image.Image:
 def main() -> None:
     run = Path(sys.argv[1])
     config, model = load_config(run / "config.toml"), gptjax.load(run)
+    optimizer = gptjax.make_optimizer(config.optim, config.train.steps)
+    state = gptjax.init_state(model.params, optimizer, jax.random.key(0))
+    restored = restore(run / "checkpoints", 400, checkpoint_state(state))
+    early_model = dataclasses.replace(model, params=restored["params"])
     tokens_per_step = config.data.batch_size * config.model.context_length
     loss = loss_figure(read_events(run / "metrics.jsonl"), tokens_per_step)
-    tokens = token_loss_figure(model, TEXT, load_step(run, model, 400))
+    tokens = token_loss_figure(model, TEXT, early_model)
     attention = attention_figure(model, "The class body is then executed.", 1)
     mask = loss_mask_figure(preview_rows("instructions"), 2)
     images = [render(figure) for figure in (loss, tokens, attention, mask)]
@@ -59,9 +55,8 @@ def main() -> None:
     picture = Image.new("RGB", (2 * width, 2 * height), "white")
     for n, image in enumerate(images):
         left, top = n % 2 * width, n // 2 * height
-        picture.paste(
-            image, (left + (width - image.width) // 2, top + (height - image.height) // 2)
-        )
+        at = left + (width - image.width) // 2, top + (height - image.height) // 2
+        picture.paste(image, at)
     picture.save(PICTURE)
     print(PICTURE, PICTURE.stat().st_size, "bytes")
 

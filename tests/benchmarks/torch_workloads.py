@@ -1,4 +1,7 @@
-"""PyTorch versions of the workloads of `gptjax.bench`, for `tests.benchmarks.peers`."""
+"""PyTorch versions of the workloads of `gptjax.bench`, for `tests.benchmarks.peers`.
+
+They return the same numbers of units: tokens, models, bytes or FLOPs.
+"""
 
 import statistics
 import subprocess
@@ -7,14 +10,7 @@ import sys
 import torch
 import transformers
 
-from gptjax.bench.workloads import (
-    PROMPT_LENGTH,
-    STARTUP_PROMPT,
-    TEXT_REPEATS,
-    make_temp_dir,
-    measure_rates,
-    random_tokens,
-)
+from gptjax.bench import workloads
 from gptjax.data.datasets import read_python_help
 from gptjax.tokenizer import tokenizer
 
@@ -55,9 +51,8 @@ def make_torch_train_work(model, logits_fn, tokens, device):
     ]
     options = {"lr": 6e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
     optimizer = torch.optim.AdamW(groups, fused=on_gpu or None, **options)
-    token_BT, target_BT = (
-        torch.tensor(part, device=device) for part in (tokens[:, :-1], tokens[:, 1:])
-    )
+    tokens = torch.tensor(tokens, device=device)
+    token_BT, target_BT = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def loss_fn(token_BT, target_BT):
         logits = logits_fn(token_BT)
@@ -82,33 +77,22 @@ def make_torch_train_work(model, logits_fn, tokens, device):
 
 
 def transformers_train(config, rows, context, device="cpu"):
-    """Train steps; units are tokens."""
-    model, tokens = transformers_model(config), random_tokens(rows, context + 1)
+    model, tokens = transformers_model(config), workloads.random_tokens(rows, context + 1)
     logits_fn = lambda token_BT: model(token_BT, use_cache=False).logits  # noqa: E731
     return make_torch_train_work(model, logits_fn, tokens, device)
 
 
 def book_model(config):
-    """The book's GPTModel."""
     from llms_from_scratch.ch04 import GPTModel
 
-    return GPTModel(
-        {
-            "vocab_size": config.vocab_size,
-            "context_length": config.context_length,
-            "emb_dim": config.d_model,
-            "n_heads": config.n_heads,
-            "n_layers": config.n_layers,
-            "drop_rate": config.dropout,
-            "qkv_bias": config.qkv_bias,
-        }
-    )
+    same = ("vocab_size", "context_length", "n_heads", "n_layers", "qkv_bias")
+    options = {name: getattr(config, name) for name in same}
+    return GPTModel(options | {"emb_dim": config.d_model, "drop_rate": config.dropout})
 
 
 def book_train(config, rows, context):
-    """Train steps of the book's model; units are tokens."""
     model = book_model(config)
-    return make_torch_train_work(model, model, random_tokens(rows, context + 1), "cpu")
+    return make_torch_train_work(model, model, workloads.random_tokens(rows, context + 1), "cpu")
 
 
 def transformers_decode(config, rows, new, device="cpu", cache="dynamic"):
@@ -118,7 +102,7 @@ def transformers_decode(config, rows, new, device="cpu", cache="dynamic"):
     """
     model = transformers_model(config).eval()
     model = model.to(device, torch.float32 if device == "cpu" else torch.bfloat16)
-    token_BT = torch.tensor(random_tokens(rows, PROMPT_LENGTH), device=device)
+    token_BT = torch.tensor(workloads.random_tokens(rows, workloads.PROMPT_LENGTH), device=device)
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
     if cache != "dynamic":
         options["cache_implementation"] = cache
@@ -135,9 +119,8 @@ def transformers_decode(config, rows, new, device="cpu", cache="dynamic"):
 
 
 def transformers_prefill(config, rows, context):
-    """Prefill up to the first new token; units are prompt tokens."""
     model = transformers_model(config).eval()
-    token_BT = torch.tensor(random_tokens(rows, context))
+    token_BT = torch.tensor(workloads.random_tokens(rows, context))
 
     def work():
         with torch.inference_mode():
@@ -148,8 +131,7 @@ def transformers_prefill(config, rows, context):
 
 
 def transformers_load(config):
-    """Loads a model folder; units are models."""
-    folder = make_temp_dir()
+    folder = workloads.make_temp_dir()
     transformers_model(config).save_pretrained(folder)
 
     def work():
@@ -160,11 +142,10 @@ def transformers_load(config):
 
 
 def transformers_start(config):
-    """Generates the first token in a new process, from a Hugging Face folder."""
-    folder = make_temp_dir()
+    folder = workloads.make_temp_dir()
     transformers_model(config).save_pretrained(folder)
     tokenizer.load_tokenizer("gpt2").save(folder)
-    command = [sys.executable, "-c", STARTUP_SCRIPT, str(folder), STARTUP_PROMPT]
+    command = [sys.executable, "-c", STARTUP_SCRIPT, str(folder), workloads.STARTUP_PROMPT]
 
     def work():
         subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
@@ -176,7 +157,7 @@ def transformers_start(config):
 def tiktoken_input(workers):
     """Tokenizes the text of `make_prepare_work` in memory; units are bytes of text."""
     encoding = tokenizer.load_tokenizer("gpt2").encoding
-    documents = [*read_python_help()] * TEXT_REPEATS
+    documents = [*read_python_help()] * workloads.TEXT_REPEATS
 
     def work():
         encoding.encode_ordinary_batch(documents, num_threads=workers)
@@ -186,11 +167,10 @@ def tiktoken_input(workers):
 
 
 def torch_matmul(repeats):
-    """Floating-point operations per second with large square matrices."""
     x = torch.randn(4096, 4096)
 
     def work():
         torch.mm(x, x)
         return 2 * 4096**3
 
-    return statistics.median(measure_rates(work, repeats))
+    return statistics.median(workloads.measure_rates(work, repeats))

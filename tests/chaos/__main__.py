@@ -4,11 +4,9 @@
     python -m tests.chaos kill --n 50       fewer cases
     python -m tests.chaos kill --case 17    one case
 
-A campaign is a module in this folder with `FULL` and `SLICE`, the number of cases of a
-full campaign and of the slice in the tests. It has either `prepare(folder)`, which
-returns a function from (case, rng) to what went wrong, "" for nothing, or
-`run(seed, cases, folder)`, which yields that for each case. A case depends on the seed
-and its number only.
+A campaign is a module in this folder with `FULL` and `SLICE`, its number of cases and
+that in the tests. `prepare(folder)` returns a function from (case, rng) to what went
+wrong, or "". Or `run(seed, cases, folder)` yields that for each case.
 """
 
 import argparse

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -23,6 +23,7 @@ def ignore(*_: Any, **__: Any) -> None:
 
 
 def watch(owner: Any, name: str, before: Callable[..., Any], after: Any = ignore) -> None:
+    """Calls `before` and `after` with the arguments of each call of a function."""
     function = getattr(owner, name)
 
     @functools.wraps(function)
@@ -33,6 +34,16 @@ def watch(owner: Any, name: str, before: Callable[..., Any], after: Any = ignore
         return result
 
     setattr(owner, name, watched)
+
+
+def killer(point: int, points: Iterator[int]) -> Callable[..., None]:
+    """Returns a function that kills this process when its turn is `point`."""
+
+    def pass_point(*_: Any, **__: Any) -> None:
+        if next(points) == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return pass_point
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from gptjax.runtime.compilation_cache import enable_cache
 from gptjax.tasks.train import train
 from gptjax.training.metrics import read_events
 
-VARYING = ("tokens_per_s", "input_wait", "mfu")
+VARYING = {"tokens_per_s", "input_wait", "mfu"}
 # Children are forked from a process that has imported all and computed nothing.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
@@ -45,10 +45,7 @@ def call(sender: Connection, devices: int, function: Callable[..., Any], *argume
 
 
 def run_jobs(*jobs: tuple[Any, ...], devices: int = 1) -> Any:
-    """Runs (function, *arguments) in child processes, until the first has ended.
-
-    Returns the result of the first, the text of its error, or None if it was killed.
-    """
+    """Result or error of the first (function, *arguments); None if it was killed."""
     children = [start(*job, devices=devices) for job in jobs]
     try:
         return children[0][1].recv()
@@ -68,17 +65,9 @@ def train_there(folder: Path, run_dir: Path) -> str:
     return ""
 
 
-def cache_options(folder: Path) -> dict[str, str]:
-    """Environment of processes that share compiled programs, and so start faster."""
-    return {"JAX_ENABLE_COMPILATION_CACHE": "true", "GPTJAX_HOME": str(folder / "home")}
-
-
 def numbers(run: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """Results of each step by kind of event and step, without timings."""
     return {
-        (event["event"], event["step"]): {
-            name: value for name, value in event.items() if name not in VARYING
-        }
+        (event["event"], event["step"]): {name: event[name] for name in event.keys() - VARYING}
         for event in read_events(run / "metrics.jsonl")
         if event["event"] in ("train", "eval", "sample")
     }
@@ -89,7 +78,7 @@ def newest(run: Path) -> int:
 
 
 def strayed(run: Path, whole: Path) -> str:
-    """The first number so far that is not that of the undisturbed run, or nothing."""
+    """The first number so far that is not that of the undisturbed run, or ""."""
     expected = numbers(whole)
     for place, found in numbers(run).items():
         if found != expected.get(place):

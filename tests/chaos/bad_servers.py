@@ -5,16 +5,13 @@ itself at a point; then another call asks the same server, and a last one a righ
 """
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import os
 import random
-import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,7 +20,7 @@ from gptjax.fileio import download
 from gptjax.fileio.download import Pin, download_file, sha256_of_files
 from gptjax.weights import hub
 from tests import servers
-from tests.chaos._disturbed import ignore, watch
+from tests.chaos._disturbed import ignore, killer, watch
 from tests.chaos._runs import run_jobs
 from tests.servers import BODY, PIN, Answer, Handler, file, head, hub_headers, serving
 
@@ -92,17 +89,12 @@ def fetch(client: str, url: str, folder: Path, point: int | None = None) -> Path
 
 
 def kill_at(point: int) -> None:
-    receives = itertools.count()
-
-    def pass_point(number: int, *_: Any, **__: Any) -> None:
-        if number == point:
-            os.kill(os.getpid(), signal.SIGKILL)
-
+    pass_receive = killer(point, itertools.count())
+    pass_rename = killer(point, itertools.count(NUM_RECEIVES))
     for name in ("recv", "recv_into"):
-        watch(socket.socket, name, lambda *_, **__: pass_point(next(receives)))
-    for n, name in enumerate(("rename", "replace")):
-        points = NUM_RECEIVES + 2 * n, NUM_RECEIVES + 2 * n + 1
-        watch(os, name, *(functools.partial(pass_point, number) for number in points))
+        watch(socket.socket, name, pass_receive)
+    for name in ("rename", "replace"):
+        watch(os, name, pass_rename, pass_rename)
 
 
 def prepare(folder: Path) -> Callable[[int, random.Random], str]:

@@ -12,7 +12,6 @@ import itertools
 import os
 import random
 import shutil
-import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptjax.checkpoint.checkpoint import restore_latest, write_step
 from gptjax.parallel import distributed
-from tests.chaos._disturbed import watch
+from tests.chaos._disturbed import killer, watch
 from tests.chaos._runs import run_jobs
 from tests.chaos.damaged_checkpoints import resume_fault, state_at
 from tests.processes import addresses
@@ -42,15 +41,9 @@ TEMPORARY = (".partial", ".orbax-checkpoint-tmp")
 
 
 def kill_at(point: int) -> Iterator[int]:
-    """Kills the process at a point from now on; never if it is -1.
-
-    Orbax writes the arrays in C++, between two points. Returns the counter of points.
-    """
+    """Kills the process at a point. Orbax writes arrays in C++, between two points."""
     points = itertools.count()
-
-    def pass_point(*_: Any, **__: Any) -> None:
-        if next(points) == point:
-            os.kill(os.getpid(), signal.SIGKILL)
+    pass_point = killer(point, points)
 
     def pass_open(path: Any, flags: int, *_: Any, **__: Any) -> None:
         if flags & WRITE_FLAGS:
@@ -97,7 +90,6 @@ def save_or_resume(folder: Path, step: int | None, point: int, address: str) -> 
 
 
 def fault_after(folder: Path, expected: Sequence[int | None]) -> str:
-    """Returns the fault of a start in the folder, or of a save after it, or ""."""
     if fault := resume_fault(folder, {*expected}):
         return fault
     if left := [name for name in os.listdir(folder) if name.endswith(TEMPORARY)]:
@@ -107,17 +99,14 @@ def fault_after(folder: Path, expected: Sequence[int | None]) -> str:
 
 
 class Scene(NamedTuple):
-    """A process to kill, of how many, the place, and the valid states afterwards."""
-
     name: str
     before: Path
     step: int | None  # to save; None for a start
-    expected: tuple[int | None, ...]
+    expected: tuple[int | None, ...]  # steps from which a run may resume
     processes: int = 1
     victim: int = 0
 
     def play(self, folder: Path, point: int = -1) -> Any:
-        """Returns the number of points, or None if the process was killed at one."""
         shutil.copytree(self.before, folder)
         points = [point if n == self.victim else -1 for n in range(self.processes)]
         jobs = [

@@ -18,7 +18,6 @@ import numpy as np
 
 from gptjax.checkpoint import manifest
 from gptjax.checkpoint.checkpoint import latest_step, restore_latest, write_step
-from gptjax.tree import flatten_with_names
 from tests.chaos._damage import damage_bytes, flip_bit
 
 FULL, SLICE = 10_000, 70
@@ -45,12 +44,12 @@ def resume_fault(folder: Path, expected: set[int | None]) -> str:
         return f"resumed from step {resumed.step} instead of {expected}"
     if resumed.step is None:
         return ""
-    found, right = map(flatten_with_names, (resumed.tree, state_at(resumed.step)))
-    for name, leaf in right.items():
-        other = np.asarray(found[name])
-        if (other.dtype, other.tobytes()) != (leaf.dtype, leaf.tobytes()):
-            return f"{name} of step {resumed.step} came back with other values"
-    return ""
+    is_same = jax.tree.map(has_same_bits, resumed.tree, state_at(resumed.step))
+    return "" if jax.tree.all(is_same) else f"step {resumed.step} has other values: {is_same}"
+
+
+def has_same_bits(one: Any, other: np.ndarray) -> bool:
+    return one.dtype == other.dtype and np.asarray(one).tobytes() == other.tobytes()
 
 
 def pick_file(step: Path, rng: random.Random) -> Path:
@@ -86,11 +85,11 @@ def add_entry(step: Path, rng: random.Random) -> None:
     names = [folder / name for name in ("more", ".hidden", "\udcff", "0" * 200)]
     path = rng.choice(names + [step.with_name(name) for name in ("3", "999999", "9" * 18)])
     copied = step if path.parent == step.parent else step.with_name("1")
-    kinds = [
+    adders = [
         *(path.mkdir, path.touch, lambda: os.mkfifo(path), lambda: path.symlink_to(copied)),
         lambda: shutil.copytree(copied, path),
     ]
-    rng.choice(kinds)()
+    rng.choice(adders)()
 
 
 def edit_manifest(step: Path, rng: random.Random) -> None:

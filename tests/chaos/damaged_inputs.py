@@ -4,6 +4,7 @@ Each is read, and then consists of valid text, or is refused by an error of gptj
 names the file, and the line where the format has lines.
 """
 
+import dataclasses
 import random
 import re
 from collections.abc import Callable
@@ -48,21 +49,7 @@ task = "pretrain"
 
 
 def read_texts(path: Path) -> Any:
-    return [p.text for source in find_sources([path]) for p in iter_chunks(source)]
-
-
-def read_chats(path: Path) -> Any:
-    return [(dict(m), x.split) for x in read_conversations(path)[0] for m in x.messages]
-
-
-def read_pairs(path: Path) -> Any:
-    pairs, _ = read_preference_pairs(path)
-    return [(dict(x.prompt[0]), x.chosen, x.rejected, x.split) for x in pairs]
-
-
-def read_classes(path: Path) -> Any:
-    data, _ = read_labeled_texts(path)
-    return data.texts, list(data.class_names), data.locations
+    return [chunk.text for source in find_sources([path]) for chunk in iter_chunks(source)]
 
 
 def read_tokenizer(path: Path) -> Any:
@@ -81,24 +68,26 @@ KINDS: dict[str, tuple[str, Callable[[Path], Any]]] = {  # name of the file: con
     "texts.json": (to_array(TEXTS), read_texts),
     "texts.csv": ('text,n\nrow 1,1\n"row\n2",2\n', read_texts),
     "text.txt": ("One ö.\n\nTwo.\r\nThree.\n", read_text_file),
-    "labels.jsonl": (LABELS, read_classes),
-    "labels.json": (to_array(LABELS), read_classes),
-    "labels.csv": (CSV, read_classes),
-    "labels.tsv": (CSV.replace(",", "\t"), read_classes),
-    "talk.jsonl": (TALK * 3, read_chats),
-    "asked.json": (to_array(ASKED * 3), read_chats),
-    "pairs.jsonl": (PAIRS * 3, read_pairs),
-    "config.toml": (CONFIG, lambda path: repr(load_config(path))),
+    "labels.jsonl": (LABELS, read_labeled_texts),
+    "labels.json": (to_array(LABELS), read_labeled_texts),
+    "labels.csv": (CSV, read_labeled_texts),
+    "labels.tsv": (CSV.replace(",", "\t"), read_labeled_texts),
+    "talk.jsonl": (TALK * 3, read_conversations),
+    "asked.json": (to_array(ASKED * 3), read_conversations),
+    "pairs.jsonl": (PAIRS * 3, read_preference_pairs),
+    "config.toml": (CONFIG, load_config),
     "vocab.json": ("", read_tokenizer),
     "merges.txt": ("", read_tokenizer),
 }
-# Of all the file, not of a line.
 WHOLE = re.compile(
     "has no (rows|texts)|cannot read|the only label|cannot be used|invalid tokenizer"
 )
 
 
 def join_strings(value: Any) -> str:
+    """All text in rows and options, but not the rows as they are in the file."""
+    if dataclasses.is_dataclass(value):
+        value = [part for name, part in vars(value).items() if name != "source_row"]
     if isinstance(value, dict):
         value = list(value.items())
     return "".join(map(join_strings, value)) if isinstance(value, list | tuple) else str(value)
@@ -130,7 +119,6 @@ def missing_place(path: Path, text: str) -> str:
     rest = text.replace(str(path.parent if is_tokenizer else path), "")
     if path.suffix == ".toml" and re.search(r"\b[a-z]+\.[a-z_]+|unknown option", rest):
         return ""  # it names an option
-    if rest == text:
-        return f"no file in: {text}"
     line = re.search(r":\d+|(line|row) \d+|end of document", rest)
-    return "" if is_tokenizer or line or WHOLE.search(text) else f"no line in: {text}"
+    has_place = rest != text and (is_tokenizer or line or WHOLE.search(text))
+    return "" if has_place else f"no file or line in: {text}"

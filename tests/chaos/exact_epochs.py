@@ -44,7 +44,7 @@ def example_numbers(batch: Any, row: int) -> list[int]:
 
 
 def open_reader(folder: Path, rng: random.Random, kind: str, rows: int) -> tuple[Read, int, int]:
-    """Returns a reader of a kind, the steps of an epoch and the examples of one."""
+    """Returns a reader, and the steps and examples of an epoch."""
     shape: dict[str, Any] = {"rows": rows, "seed": rng.randrange(1000)}
     batches: Any
     if kind == "tokens":

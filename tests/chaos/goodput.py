@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.chaos._damage import flip_bit
-from tests.chaos._runs import cache_options, different, newest, run_jobs, train_there
-from tests.processes import started, write_config
+from tests.chaos._runs import different, newest, run_jobs, train_there
+from tests.processes import cache_options, started, write_config
 
 FULL, SLICE = 30, 1
 EVERY = 20.0  # seconds from fault to fault

@@ -36,10 +36,7 @@ def prepare(folder: Path) -> Callable[[int, random.Random], str]:
 
 
 def kill(rng: random.Random, folder: Path, run_dir: Path, whole: Path) -> str | None:
-    """Starts the run, kills it, and says what is wrong with what is left.
-
-    None: it came to a good end before it was killed.
-    """
+    """Starts the run and kills it; None: it came to a good end before that."""
     before, saved = resumes(run_dir), newest(run_dir)
     target = count_lines(run_dir) + rng.randint(1, MAX_EVENTS)
     seconds = 120.0

@@ -32,7 +32,6 @@ MASK = np.uint64(2**32 - 1)
 
 
 def checksum_with_numpy(leaf: np.ndarray) -> int:
-    """The checksum of `gptjax.checkpoint.checkpoint`, written down once more."""
     bits = np.ravel(leaf).view(f"u{leaf.itemsize}").astype(np.uint64)
     index = np.arange(bits.size, dtype=np.uint64)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
@@ -42,7 +41,6 @@ def checksum_with_numpy(leaf: np.ndarray) -> int:
 
 
 def work(address: str, folder: Path, is_save: bool) -> dict[str, int]:
-    """Saves or restores the state on all devices of all processes; its checksums."""
     if address:
         distributed.initialize(address)
     tree = place_state(1)
@@ -54,7 +52,6 @@ def work(address: str, folder: Path, is_save: bool) -> dict[str, int]:
 
 
 def run_on(layout: Layout, folder: Path, is_save: bool) -> dict[str, int] | str:
-    """The checksums in the first process, or the text of an error."""
     devices, count = layout
     jobs = [(work, address, folder, is_save) for address in addresses(count)]
     return run_jobs(*jobs, devices=devices)
@@ -73,8 +70,7 @@ def prepare(folder: Path) -> Callable[[int, random.Random], str]:
         one, other = PAIRS[case]
         path, saved = save(one)
         restored = run_on(other, path, is_save=False)
-        arrays = read_manifest(path / "1")["arrays"]
-        recorded = {name: value for name, (_, value) in arrays.items()}
+        recorded = {name: x for name, (_, x) in read_manifest(path / "1")["arrays"].items()}
         is_same = saved == restored == recorded == expected
         return "" if is_same else f"{one} to {other}: {saved}, {restored}, not {expected}"
 

@@ -10,13 +10,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.chaos._runs import cache_options, different, newest, numbers
-from tests.processes import exit_codes, started, train, write_config
+from tests.chaos._runs import different, newest, numbers
+from tests.processes import cache_options, exit_codes, started, train, write_config
 from tests.runs import delete_after
 
 SAVED = 21  # the last checkpoint of runs that are resumed
-
-
 # Where the signal comes: in which call of which function.
 PHASES = {
     "a step": "gptjax.training.metrics log_train_metrics 5",
@@ -81,7 +79,6 @@ def find_fault(here: Path, whole: Path, count: int, name: str, rng: random.Rando
 def gptjax(
     folder: Path, count: int, trigger: Sequence[str] = (), victims: Sequence[int] = ()
 ) -> list[int]:
-    """Trains in so many processes; their exit codes. Victims get the trigger."""
     commands = train(count, "config.toml", "--run", "run")
     for number in victims:
         commands[number][1:3] = ["-m", "tests.chaos._disturbed", *trigger]

@@ -12,10 +12,10 @@ import pytest
 from gptjax.checkpoint.retention import list_steps
 from gptjax.parallel import distributed
 from tests.processes import (
-    BROKEN,
     IMPATIENT,
     OTHER_CODE,
     TEXT,
+    cache_options,
     commands_of_pair,
     exit_codes,
     last_step,
@@ -35,21 +35,15 @@ pytestmark = pytest.mark.mesh
 def compiled_once(tmp_path_factory):
     """Programs of the same mesh and the same batches."""
     with pytest.MonkeyPatch.context() as patch:
-        cache = tmp_path_factory.mktemp("programs")
-        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+        for name, value in cache_options(tmp_path_factory.mktemp("programs")).items():
+            patch.setenv(name, value)
         yield
 
 
 def test_processes_stop_and_end_together_and_their_run_goes_on_with_the_losses_of_one_device(
     tmp_path,
 ):
-    """At first they share nothing but the checkpoints.
-
-    All else that the second one writes into its run folder shows.
-    """
+    """At first they share nothing but the checkpoints, so that any other file shows."""
     folder = write_config(tmp_path / "pair")
     run, folders = folder / "run", [folder, folder]
     (run / "checkpoints").mkdir(parents=True)
@@ -86,21 +80,6 @@ def test_processes_stop_and_end_together_and_their_run_goes_on_with_the_losses_o
     assert len(here) == 20 + 2  # steps and evaluations
     np.testing.assert_array_equal(here[:, 0], alone[:, 0])
     np.testing.assert_allclose(here[:, 1], alone[:, 1], rtol=2e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_fails_ends_the_others_too(tmp_path, victim):
-    write_config(tmp_path)
-    commands = train(2, "config.toml", "--run", "run")
-    commands[victim][1:3] = ["-c", BROKEN]
-    with started(commands, [tmp_path] * 2) as processes:
-        codes = exit_codes(processes)
-    assert 0 not in codes
-    assert "is not callable" in processes[victim].complained()
-    assert distributed.LOST_MESSAGE not in processes[victim].complained()
-    until(lambda: distributed.LOST_MESSAGE in processes[1 - victim].complained())
-    until(lambda: not os.listdir(tmp_path / "scratch1"))
 
 
 def test_processes_that_would_not_do_the_same_all_say_so_and_end(tmp_path):

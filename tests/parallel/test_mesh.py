@@ -1,6 +1,7 @@
 """One device = eight: each mesh computes what one device computes, whole runs too."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +12,9 @@ from jax.sharding import AxisType
 import gptjax
 from gptjax.config import GPTConfig, MeshConfig, OptimConfig
 from gptjax.data.lm import make_lm_batch
-from gptjax.parallel.sharding import (
-    MESH_AXES,
-    make_mesh,
-    param_shardings,
-    shard_batch,
-    shard_tree,
-    use_mesh,
-)
+from gptjax.parallel import sharding
 from gptjax.tasks.train import train as train_run
-from gptjax.training.loss import batch_loss
+from gptjax.training.loss import make_lm_loss_fn
 from gptjax.training.metrics import read_events
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.train_step import init_state, make_train_step, pmap_train_step
@@ -33,6 +27,7 @@ from tests.tasks.test_pretrain import make_config as pretrain_config
 from tests.tasks.test_sft import make_config as instruct_config
 
 pytestmark = pytest.mark.mesh
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 B, T, V = 16, 16, 60
 STEPS = 4
@@ -42,7 +37,7 @@ UNTIED = {"tie_embeddings": False, "vocab_multiple": 64, "qkv_bias": False}
 
 
 def mesh_of(sizes):
-    return make_mesh(MeshConfig(**dict(zip(MESH_AXES, sizes, strict=True))))
+    return sharding.make_mesh(MeshConfig(**dict(zip(sharding.MESH_AXES, sizes, strict=True))))
 
 
 def batch_at(step):
@@ -53,30 +48,22 @@ def batch_at(step):
     return batch | {"loss_weights": (rng.random((B, T)) < 0.8).astype(np.float32)}
 
 
-def loss_of(config):
-    def loss(params, batch, key):
-        dropout_key = key if config.dropout else None
-        return batch_loss(config, params, batch, chunk_size=8, dropout_key=dropout_key)
-
-    return loss
-
-
 def new_state(config, mesh=None):
     optimizer = make_optimizer(OptimConfig(peak_lr=1e-2, warmup_steps=2), STEPS)
-    params = shard_tree(jax.tree.map(jnp.array, draw_params(config, 0.1)), mesh)
-    return optimizer, shard_tree(init_state(params, optimizer, jax.random.key(1)), mesh)
+    params = sharding.shard_tree(jax.tree.map(jnp.array, draw_params(config, 0.1)), mesh)
+    return optimizer, sharding.shard_tree(init_state(params, optimizer, jax.random.key(1)), mesh)
 
 
 def train(sizes, config, accumulate):
     """Losses and state, as a run trains on a mesh; None: on one device."""
     mesh, losses = mesh_of(sizes) if sizes else None, []
     optimizer, state = new_state(config, mesh)
-    options = {"out_shardings": (param_shardings(state, mesh), None)} if mesh else {}
-    step = make_train_step(loss_of(config), optimizer, accumulate)
+    options = {"out_shardings": (sharding.param_shardings(state, mesh), None)} if mesh else {}
+    step = make_train_step(make_lm_loss_fn(config, 8), optimizer, accumulate)
     step_fn = jax.jit(step, donate_argnums=0, **options)
-    with use_mesh(mesh):
+    with sharding.use_mesh(mesh):
         for n in range(STEPS):
-            state, metrics = step_fn(state, shard_batch(batch_at(n), mesh, B))
+            state, metrics = step_fn(state, sharding.shard_batch(batch_at(n), mesh, B))
             losses.append(float(metrics.loss))
     return np.array(losses), state
 
@@ -97,14 +84,14 @@ def test_a_mesh_has_the_losses_of_one_device_and_keeps_the_state_in_its_place(
     np.testing.assert_allclose(losses, one_losses, rtol=2e-6)
     assert losses[-1] < losses[0]
 
-    where = flatten_with_names(param_shardings(state, mesh_of(sizes)))
+    where = flatten_with_names(sharding.param_shardings(state, mesh_of(sizes)))
     for name, leaf in flatten_with_names(state).items():
         assert leaf.sharding.is_equivalent_to(where[name], leaf.ndim)
     up = state.params["blocks"]["mlp"]["up"]["kernel"]
     assert up.addressable_shards[0].data.size == up.size // (sizes[1] * sizes[2])
     if accumulate == 2:  # `jax.pmap` is compared with the same losses of one device
         optimizer, state = new_state(config)
-        step, losses = pmap_train_step(loss_of(config), optimizer, accumulate), []
+        step, losses = pmap_train_step(make_lm_loss_fn(config, 8), optimizer, accumulate), []
         for n in range(STEPS):
             state, metrics = step(state, batch_at(n))
             losses.append(float(metrics.loss))
@@ -116,14 +103,14 @@ def test_a_mesh_has_the_losses_of_one_device_and_keeps_the_state_in_its_place(
 def test_arrays_are_sharded_as_their_letters_say_or_tracing_fails():
     """On explicit axes, the type of an array has its sharding, which is asserted."""
     config = dataclasses.replace(MODEL, tie_embeddings=False, n_layers=1)
-    mesh = jax.make_mesh((2, 2, 2), MESH_AXES, (AxisType.Explicit,) * 3)
-    grad = jax.value_and_grad(loss_of(config), has_aux=True)
+    mesh = jax.make_mesh((2, 2, 2), sharding.MESH_AXES, (AxisType.Explicit,) * 3)
+    grad = jax.value_and_grad(make_lm_loss_fn(config, 8), has_aux=True)
     params, batch = draw_params(config, 0.1), batch_at(0)
     (nats, _), grads = jax.jit(grad)(params, batch, jax.random.key(0))
 
     with jax.set_mesh(mesh):
-        params = shard_tree(params, mesh)
-        sharded_batch = shard_batch(batch, mesh, B)
+        params = sharding.shard_tree(params, mesh)
+        sharded_batch = sharding.shard_batch(batch, mesh, B)
         (found, _), found_grads = jax.jit(grad)(params, sharded_batch, jax.random.key(0))
 
     assert float(found) == pytest.approx(float(nats), rel=1e-6)
@@ -134,28 +121,17 @@ def test_arrays_are_sharded_as_their_letters_say_or_tracing_fails():
 
 
 def losses_of(folder):
-    """The losses of a run's events, by kind and step."""
-    events = read_events(folder / "metrics.jsonl")
-    keys = ("loss", "response_loss")
-    return {
-        (e["event"], e.get("split"), e["step"]): next(e[k] for k in keys if k in e)
-        for e in events
-        if e["event"] in ("train", "eval")
-    }
+    events = [e for e in read_events(folder / "metrics.jsonl") if e["event"] in ("train", "eval")]
+    return [e["loss"] if "loss" in e else e["response_loss"] for e in events]
 
 
 @pytest.mark.parametrize(
     ("make", "context", "tensor", "changes"),
     [
         (pretrain_config, 16, 2, {"model__vocab_multiple": 2}),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                (instruct_config, 32, 1, {"finetune__trainable": "lora"}),
-                (classify_config, 16, 1, {}),
-                (preference_config, 16, 1, {}),
-            )
-        ),
+        slow(instruct_config, 32, 1, {"finetune__trainable": "lora"}),
+        slow(classify_config, 16, 1, {}),
+        slow(preference_config, 16, 1, {}),
     ],
 )
 def test_a_whole_run_on_a_mesh_is_that_on_one_device(tmp_path, make, context, tensor, changes):
@@ -173,9 +149,8 @@ def test_a_whole_run_on_a_mesh_is_that_on_one_device(tmp_path, make, context, te
     many = train_logged(meshed, tmp_path / "many", lines)
 
     assert any("cpu, as data 2 x fsdp 2" in line for line in lines)
-    one_losses, many_losses = losses_of(tmp_path / "one"), losses_of(tmp_path / "many")
-    assert one_losses.keys() == many_losses.keys()
-    np.testing.assert_allclose([*many_losses.values()], [*one_losses.values()], rtol=1e-5)
+    losses = [losses_of(tmp_path / name) for name in ("many", "one")]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
     token_BT = jnp.arange(8)[None] * 7 % one.config.vocab_size
     logits = [gptjax.apply(m.config, m.params, token_BT) for m in (one, many)]
     np.testing.assert_allclose(*logits, atol=1e-4)

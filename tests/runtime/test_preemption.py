@@ -54,16 +54,12 @@ def test_a_signal_is_recorded_until_the_loops_poll_for_it():
         check_interrupted()
 
 
-@pytest.mark.parametrize(
-    ("mode", "signals", "expected"),
-    [("immediate", 1, Interrupted), ("immediate", 0, ValueError), ("deferred", 1, ValueError)],
-)
-def test_an_error_that_wraps_an_interruption_is_one(mode, signals, expected):
-    with pytest.raises(expected), handle_signals():  # noqa: PT012
+@pytest.mark.parametrize(("mode", "error"), [("immediate", Interrupted), ("deferred", ValueError)])
+def test_an_error_that_wraps_an_interruption_is_one(mode, error):
+    with pytest.raises(error), handle_signals():  # noqa: PT012
         set_signal_mode(mode)
         try:
-            for _ in range(signals):
-                signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         finally:
             raise ValueError("cannot read")  # as some libraries do
 
@@ -103,8 +99,6 @@ def test_a_heartbeat_touches_its_file_and_reports_the_step(tmp_path, monkeypatch
     heartbeat(12345)
     os.utime(path, (0, 0))
     check_interrupted()
+
     assert path.stat().st_mtime > 0
     assert int(path.read_text()) == 12345
-    path.unlink()
-    heartbeat(1)  # nobody listens any more
-    assert not path.exists()

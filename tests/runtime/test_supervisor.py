@@ -34,7 +34,6 @@ def here(tmp_path, monkeypatch):
 
 
 def supervise(capfd, program, hang_timeout=60.0):
-    """The exit code, the lines on stderr, and the number of starts."""
     code = supervisor.supervise([sys.executable, "-c", START + program], hang_timeout)
     return code, capfd.readouterr().err, len(Path("starts").read_text())
 
@@ -75,7 +74,6 @@ for _ in range(10):  # longer than the timeout, but with heartbeats
     heartbeat()
 """
     code, err, starts = supervise(capfd, program, hang_timeout=1.5)
-
     assert (code, starts) == (0, 3)
     assert err.count("hung for 1.5 s") == 2
     assert err.count("in wait_for_nothing") == 2

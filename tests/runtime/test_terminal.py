@@ -8,14 +8,6 @@ FORBIDDEN = CONTROLS | BIDIRECTIONAL | {*"\u061c\u200e\u200f", *map(chr, range(0
 
 
 def test_exactly_the_control_characters_are_replaced():
-    for character in map(chr, range(0x11000)):
+    for character in map(chr, [*range(0x11000), *range(0xE0000, 0xE0080)]):  # emoji have tags
         assert (sanitize(character) == "\ufffd") == (character in FORBIDDEN | {"\ufffd"})
-    for text in (
-        "a\tb\n",
-        "Ünïcödé é e\u0301 漢字かな交じり文",
-        "می\u200cخواهم",  # a joiner that keeps two letters apart
-        "👩\u200d👩\u200d👧 ❤\ufe0f",  # joiners and a variation selector
-        "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",  # tags
-    ):
-        assert sanitize(text) == text
     assert sanitize("a\r\nb\rc\x1b[2J") == "a\nb\ufffdc\ufffd[2J"

@@ -7,16 +7,7 @@ import pytest
 
 from gptjax.config import GPTConfig
 from gptjax.model.gpt import lm_logits
-from gptjax.training.loss import (
-    VOCAB_ALIGNMENT,
-    cross_entropy_sum,
-    from_chunks,
-    fused_cross_entropy,
-    make_lm_loss_fn,
-    pad_vocab,
-    per_token_loss,
-    to_chunks,
-)
+from gptjax.training import loss
 from tests.small_models import make_model
 
 B, T, D, V = 2, 12, 16, 50
@@ -40,11 +31,11 @@ def make_inputs(dtype=jnp.float32):
 
 
 def full_loss(x_BTD, table_VD, target_BT, weight_BT):
-    return 3 * cross_entropy_sum(lm_logits(CONFIG, table_VD, x_BTD), target_BT, weight_BT)[0]
+    return 3 * loss.cross_entropy_sum(lm_logits(CONFIG, table_VD, x_BTD), target_BT, weight_BT)[0]
 
 
 def chunked_loss(*arrays):
-    return 3 * fused_cross_entropy(CONFIG, *arrays, 5)
+    return 3 * loss.fused_cross_entropy(CONFIG, *arrays, 5)
 
 
 def value_and_grads(loss_fn, arrays):
@@ -68,10 +59,10 @@ def test_chunks_have_the_value_and_gradients_of_the_whole(monkeypatch, dtype, to
             assert grad.dtype == expected.dtype
             atol = tolerance * float(jnp.abs(expected).max())
             np.testing.assert_allclose(grad.astype("f4"), expected.astype("f4"), atol=atol)
-    assert len(pad_vocab(arrays[1])) == VOCAB_ALIGNMENT > len(arrays[1])
+    assert len(loss.pad_vocab(arrays[1])) == loss.VOCAB_ALIGNMENT > len(arrays[1])
     # Without a gradient, and for each token.
     np.testing.assert_allclose(jax.jit(chunked_loss)(*arrays), value, rtol=1e-6)
-    loss_BT = per_token_loss(CONFIG, *arrays[:3], 5)
+    loss_BT = loss.per_token_loss(CONFIG, *arrays[:3], 5)
     np.testing.assert_allclose(3 * jnp.sum(loss_BT * arrays[3]), value, rtol=1e-6)
     # Rows that pad the vocabulary have no gradient.
     np.testing.assert_array_equal(grads[1][V:], 0)
@@ -89,7 +80,7 @@ def test_other_documents_of_a_row_and_weight_zero_change_nothing_only_with_segme
     rows = [{name: leaf[n : n + 1] for name, leaf in batch.items()} for n in (0, 1)]
 
     for use_segment_ids in (True, False):
-        loss_fn = jax.jit(make_lm_loss_fn(model.config, 4, use_segment_ids))
+        loss_fn = jax.jit(loss.make_lm_loss_fn(model.config, 4, use_segment_ids))
         (one, weight), (other, _) = (loss_fn(model.params, row, None) for row in rows)
         assert (float(one) == pytest.approx(float(other), rel=1e-5)) == use_segment_ids
         assert weight == 3
@@ -98,15 +89,15 @@ def test_other_documents_of_a_row_and_weight_zero_change_nothing_only_with_segme
 def test_chunks_are_as_long_as_allowed_and_never_hold_all_logits():
     x_BT = jnp.arange(B * T).reshape(B, T)
     for chunk_size, size in {1: 1, 5: 4, 6: 6, 99: 12}.items():
-        chunks = to_chunks(x_BT, chunk_size)
+        chunks = loss.to_chunks(x_BT, chunk_size)
         assert chunks.shape == (T // size, B, size)
-        np.testing.assert_array_equal(from_chunks(chunks), x_BT)
+        np.testing.assert_array_equal(loss.from_chunks(chunks), x_BT)
 
     vocabulary, positions = 5_000, 512
     config = GPTConfig(vocab_size=vocabulary, n_layers=1, n_heads=1, d_model=D)
     shapes = {(B, positions, D): "f4", (vocabulary, D): "f4", (B, positions): "i4"}
     structs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes.items()]
     weight = jax.ShapeDtypeStruct((B, positions), jnp.float32)
-    loss_fn = lambda *arrays: fused_cross_entropy(config, *arrays, 32)  # noqa: E731
+    loss_fn = lambda *arrays: loss.fused_cross_entropy(config, *arrays, 32)  # noqa: E731
     compiled = jax.jit(jax.value_and_grad(loss_fn, (0, 1))).lower(*structs, weight).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * B * positions * vocabulary / 2

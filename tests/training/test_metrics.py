@@ -8,7 +8,6 @@ from gptjax.training.metrics import drop_open_line, log_event, metric_series, re
 
 @pytest.fixture
 def path(tmp_path):
-    """The log of a run with three steps and one evaluation."""
     path = tmp_path / "metrics.jsonl"
     for step in (10, 20, 30):
         log_event(path, "train", step, loss=5 / step, lr=1e-3)

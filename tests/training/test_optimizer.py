@@ -11,28 +11,22 @@ import pytest
 import gptjax
 from gptjax.config import GPTConfig, OptimConfig
 from gptjax.errors import ConfigError
-from gptjax.training.optimizer import (
-    clip_by_global_norm,
-    decay_mask,
-    learning_rates,
-    make_optimizer,
-    make_schedule,
-)
+from gptjax.training import optimizer
 from gptjax.tree import flatten_with_names
 
 OPTIM = OptimConfig(peak_lr=1.0, warmup_steps=10, final_lr_fraction=0.1)
 
 
 def rates(steps=100, **changes):
-    schedule = make_schedule(dataclasses.replace(OPTIM, **changes), steps)
+    schedule = optimizer.make_schedule(dataclasses.replace(OPTIM, **changes), steps)
     return np.asarray(schedule(np.arange(101)))[: steps + 1]
 
 
-def updates_of(optimizer, params, gradients):
+def updates_of(tx, params, gradients):
     """The updates of one step after the other, always of the same parameters."""
-    state, found = optimizer.init(params), []
+    state, found = tx.init(params), []
     for grads in gradients:
-        updates, state = optimizer.update(grads, state, params)
+        updates, state = tx.update(grads, state, params)
         found.append(updates)
     return found
 
@@ -44,14 +38,14 @@ def test_only_matrices_and_embeddings_decay(switch):
     config = dataclasses.replace(config, qkv_bias=switch, tie_embeddings=switch)
     shapes = jax.eval_shape(lambda: gptjax.init(config, jax.random.key(0)))
 
-    mask = flatten_with_names(decay_mask(shapes))
+    mask = flatten_with_names(optimizer.decay_mask(shapes))
 
     for name, leaf in flatten_with_names(shapes).items():
         axes = leaf.ndim - name.startswith("blocks/")
         is_matrix = axes - name.endswith(("query/bias", "key/bias", "value/bias")) >= 2
         assert mask[name] is is_matrix, name
     with pytest.raises(ValueError, match="head/gain"):
-        decay_mask({"head": {"gain": jnp.zeros(2), "bias": jnp.zeros(2)}})
+        optimizer.decay_mask({"head": {"gain": jnp.zeros(2), "bias": jnp.zeros(2)}})
 
 
 def test_schedules_warm_up_linearly_and_end_at_their_final_rate():
@@ -67,9 +61,9 @@ def test_schedules_warm_up_linearly_and_end_at_their_final_rate():
     assert cosine[55] == pytest.approx((1 + 0.1) / 2)
     np.testing.assert_array_equal(wsd[9:81], 1.0)
     np.testing.assert_allclose(np.diff(wsd[80:]), -0.9 / 20, rtol=1e-4)
-    np.testing.assert_allclose(learning_rates(OPTIM, 100), cosine[:100], rtol=1e-6)
+    np.testing.assert_allclose(optimizer.learning_rates(OPTIM, 100), cosine[:100], rtol=1e-6)
     with pytest.raises(ConfigError, match=r"warmup_steps=10 .*\.steps=9"):
-        make_optimizer(OPTIM, 9)
+        optimizer.make_optimizer(OPTIM, 9)
 
 
 @pytest.mark.fast
@@ -84,13 +78,13 @@ def test_updates_are_those_of_optax(grad_clip):
         optax.adamw(lambda n: 0.025 * (n + 1), 0.9, 0.95, weight_decay=0.5, mask=decay),
     )
 
-    optimizer = make_optimizer(dataclasses.replace(OPTIM, **changes), 10)
+    tx = optimizer.make_optimizer(dataclasses.replace(OPTIM, **changes), 10)
 
-    results = [updates_of(each, params, gradients) for each in (optimizer, expected)]
+    results = [updates_of(each, params, gradients) for each in (tx, expected)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *results)
 
 
 def test_clipping_uses_a_norm_that_is_known():
-    clip = clip_by_global_norm(1.0)
+    clip = optimizer.clip_by_global_norm(1.0)
     clipped, _ = clip.update({"a": 3.0}, optax.EmptyState(), grad_norm=jnp.float32(2))
     assert clipped == {"a": 1.5}

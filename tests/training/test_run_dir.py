@@ -15,18 +15,7 @@ from gptjax.config import RunConfig, from_dict
 from gptjax.errors import ConfigError, ModelError
 from gptjax.tasks.sft import SFT
 from gptjax.tokenizer.chat_template import load_chat_template
-from gptjax.training.run_dir import (
-    RUN_LOCK_FILE,
-    TRACKED_INPUTS,
-    check_provenance,
-    hash_pytree,
-    hash_rows,
-    read_run_metadata,
-    reconcile_config,
-    reconcile_spike_policy,
-    resume_policy,
-    run_lock,
-)
+from gptjax.training import run_dir
 from gptjax.weights.model_folder import save
 from tests.runs import make_task
 from tests.small_models import make_model
@@ -41,58 +30,58 @@ POLICIES = {
 
 def test_an_option_may_change_as_its_policy_says(tmp_path):
     for policy, names in POLICIES.items():
-        assert {resume_policy(name) for name in names} == {policy}
-    reconcile_config(tmp_path, RunConfig())
+        assert {run_dir.resume_policy(name) for name in names} == {policy}
+    run_dir.reconcile_config(tmp_path, RunConfig())
     config_toml = (tmp_path / "config.toml").read_text()
 
     moved = from_dict(RunConfig, {"mesh": {"fsdp": 2}})
-    assert reconcile_config(tmp_path, moved) == ["mesh.fsdp: 1 -> 2"]
+    assert run_dir.reconcile_config(tmp_path, moved) == ["mesh.fsdp: 1 -> 2"]
     assert (tmp_path / "config.toml").read_text() == config_toml
 
     slower = from_dict(RunConfig, {"optim": {"peak_lr": 1e-5}})
     change = "optim.peak_lr: 0.0006 -> 1e-05"
     with pytest.raises(ModelError, match=r"--allow-change optim\.peak_lr"):
-        reconcile_config(tmp_path, slower)
-    assert reconcile_config(tmp_path, slower, ["optim.peak_lr"]) == [change]
-    assert reconcile_config(tmp_path, slower) == []
+        run_dir.reconcile_config(tmp_path, slower)
+    assert run_dir.reconcile_config(tmp_path, slower, ["optim.peak_lr"]) == [change]
+    assert run_dir.reconcile_config(tmp_path, slower) == []
 
     deeper = from_dict(RunConfig, {"optim": {"peak_lr": 1e-5}, "model": {"n_layers": 3}})
     with pytest.raises(ModelError, match=r"model\.n_layers: 12 -> 3"):
-        reconcile_config(tmp_path, deeper)
+        run_dir.reconcile_config(tmp_path, deeper)
     with pytest.raises(ConfigError, match=r"model\.n_layers is fixed"):
-        reconcile_config(tmp_path, deeper, ["model.n_layers"])
+        run_dir.reconcile_config(tmp_path, deeper, ["model.n_layers"])
     with pytest.raises(ConfigError, match=r"optim\.peak_lr\?"):
-        reconcile_config(tmp_path, slower, ["optim.peak_lrs"])
+        run_dir.reconcile_config(tmp_path, slower, ["optim.peak_lrs"])
 
 
 def test_the_spike_policy_of_a_run_changes_only_if_allowed(tmp_path):
-    assert reconcile_spike_policy(tmp_path, "") == "log"
+    assert run_dir.reconcile_spike_policy(tmp_path, "") == "log"
     (tmp_path / "meta.json").write_text('{"on_spike": "skip", "started": "now"}')
 
-    assert reconcile_spike_policy(tmp_path, "") == "skip"
+    assert run_dir.reconcile_spike_policy(tmp_path, "") == "skip"
     with pytest.raises(ModelError, match="--allow-change on-spike"):
-        reconcile_spike_policy(tmp_path, "log")
+        run_dir.reconcile_spike_policy(tmp_path, "log")
     with pytest.raises(ConfigError, match="--on-spike ignore"):
-        reconcile_spike_policy(tmp_path, "ignore")
-    assert reconcile_spike_policy(tmp_path, "log", ["on-spike"]) == "log"
-    assert read_run_metadata(tmp_path) == {"on_spike": "log", "started": "now"}
+        run_dir.reconcile_spike_policy(tmp_path, "ignore")
+    assert run_dir.reconcile_spike_policy(tmp_path, "log", ["on-spike"]) == "log"
+    assert run_dir.read_run_metadata(tmp_path) == {"on_spike": "log", "started": "now"}
 
 
 def test_a_changed_input_is_rejected_with_its_option_and_values(tmp_path):
-    provenance = {name: {"rows": 3, "hash": "1" * 64} for name in TRACKED_INPUTS}
-    check_provenance(tmp_path, provenance)  # a new run
+    provenance = {name: {"rows": 3, "hash": "1" * 64} for name in run_dir.TRACKED_INPUTS}
+    run_dir.check_provenance(tmp_path, provenance)  # a new run
     for recorded in ({}, provenance):
         (tmp_path / "meta.json").write_text(json.dumps(recorded))
-        check_provenance(tmp_path, {**provenance, "devices": 8})
+        run_dir.check_provenance(tmp_path, {**provenance, "devices": 8})
 
-    for name, (_, option) in TRACKED_INPUTS.items():
+    for name, (_, option) in run_dir.TRACKED_INPUTS.items():
         for now, shown in ((None, "none"), ("3" * 64, "3333")):
             with pytest.raises(ModelError, match=f"{option}.* now {shown}"):
-                check_provenance(tmp_path, {**provenance, name: now})
+                run_dir.check_provenance(tmp_path, {**provenance, name: now})
     for text in ("", "[1]", "{" * 100_000, '{"a": 1, "a": 2}'):
         (tmp_path / "meta.json").write_text(text)
         with pytest.raises(ModelError, match=r"meta\.json"):
-            check_provenance(tmp_path, provenance)
+            run_dir.check_provenance(tmp_path, provenance)
 
 
 def test_hashes_depend_on_names_shapes_dtypes_values_and_order():
@@ -102,8 +91,8 @@ def test_hashes_depend_on_names_shapes_dtypes_values_and_order():
     trees = [{"b": array}, *({"a": value} for value in arrays)]
     rows = [[], [1, 2], [12], ["ab"], ["a", "b"], ["b", "a"], [["a", "b"]], ["a", "b", "b"]]
 
-    assert len({hash_pytree(tree) for tree in trees}) == len(trees)
-    assert len({hash_rows(part)["sha256"] for part in rows}) == len(rows)
+    assert len({run_dir.hash_pytree(tree) for tree in trees}) == len(trees)
+    assert len({run_dir.hash_rows(part)["sha256"] for part in rows}) == len(rows)
 
 
 def test_the_provenance_of_a_run_has_all_its_inputs(tmp_path):
@@ -124,13 +113,13 @@ def test_the_provenance_of_a_run_has_all_its_inputs(tmp_path):
     for name, change in changes.items():
         change()
         after = make_task(SFT, config, tmp_path)[2].provenance
-        assert {key for key in TRACKED_INPUTS if after[key] != before[key]} == {name}
+        assert {key for key in run_dir.TRACKED_INPUTS if after[key] != before[key]} == {name}
         before = after
 
 
 def test_a_second_writer_learns_who_the_first_is(tmp_path, capsys):
     for _ in range(2):  # the lock is released
-        with run_lock(tmp_path):
+        with run_dir.run_lock(tmp_path):
             assert main(["train", "tiny", "--run", str(tmp_path)]) == 2
         owner = f"pid {os.getpid()} on {os.uname().nodename}, started 20"
         assert f"{tmp_path}: {owner}" in capsys.readouterr().err
@@ -140,14 +129,14 @@ def test_a_run_starts_on_a_file_system_without_locks_and_follows_no_link(tmp_pat
     def flock(*args):
         raise OSError(errno.ENOLCK, "no locks")
 
-    path, precious = tmp_path / RUN_LOCK_FILE, tmp_path / "precious"
+    path, precious = tmp_path / run_dir.RUN_LOCK_FILE, tmp_path / "precious"
     monkeypatch.setattr(fcntl, "flock", flock)
-    with run_lock(tmp_path):
+    with run_dir.run_lock(tmp_path):
         assert f"pid {os.getpid()} on" in path.read_text()
     path.unlink()
     precious.write_text("precious")
     path.symlink_to(precious)
 
-    with pytest.raises(ModelError, match=str(path)), run_lock(tmp_path):
+    with pytest.raises(ModelError, match=str(path)), run_dir.run_lock(tmp_path):
         pytest.fail("the lock was acquired")
     assert precious.read_text() == "precious"
