@@ -62,7 +62,7 @@ def test_options_replace_those_of_a_generation_config():
 
 
 @pytest.mark.parametrize("function", [gptjax.apply, gptjax.hidden_states])
-def test_invalid_tokens_and_capture_points_are_rejected(function, monkeypatch):
+def test_invalid_tokens_and_points_are_rejected(function, monkeypatch):
     # As for a user: without the checks of types that the tests turn on.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     for tokens, error, message in [
@@ -76,6 +76,9 @@ def test_invalid_tokens_and_capture_points_are_rejected(function, monkeypatch):
     for capture in (("residual", "mlp_outputs"), "residual"):
         with pytest.raises(ConfigError, match=r"capture: .*Known: residual"):
             function(MODEL.config, MODEL.params, TOKEN_BT, capture=capture)
+    for name, shape in (("atention", 3), ("residual", (2, 2, 8, 16))):
+        with pytest.raises(ConfigError, match=name):
+            function(MODEL.config, MODEL.params, TOKEN_BT, interventions={name: jnp.zeros(shape)})
 
 
 def test_params_of_another_config_are_rejected_while_tracing():

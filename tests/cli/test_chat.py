@@ -136,21 +136,6 @@ def test_a_question_without_a_reply_is_retried_or_dropped(notice):
     assert result.calls[3][0] == [user("a"), bot("yes"), user("b")]
 
 
-def test_an_interrupt_keeps_the_text_so_far_and_computes_no_more():
-    def interrupt(messages, interrupts):
-        yield "one "
-        yield "two "
-        if messages[-1]["content"] == "x":
-            interrupts.append(2)
-        yield "three"
-        assert messages[-1]["content"] != "x"
-
-    result = talk("x", "b", answer=interrupt)
-
-    assert result.notices == ["(stopped)"]
-    assert result.calls[1][0] == [user("x"), bot("one two"), user("b")]
-
-
 def set_stdin(monkeypatch, text, encoding="utf-8"):
     stream = io.TextIOWrapper(io.BytesIO(text.encode(encoding)), encoding="utf-8")
     monkeypatch.setattr(sys, "stdin", stream)

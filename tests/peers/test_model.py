@@ -117,3 +117,13 @@ def test_clipped_adamw_steps_are_those_of_pytorch(torch, peer):
     # quotient, times the learning rate.
     tensors = dict(peer.transformer.named_parameters())
     assert_close(state.params, tensors, atol=0.02 * OPTIM.peak_lr)
+
+
+def test_their_work_in_the_benchmarks_is_as_much_as_ours(torch):
+    from tests.benchmarks import torch_workloads
+
+    config = GPTConfig.preset("gpt2", n_layers=1, n_heads=2, d_model=16, context_length=32)
+    assert torch_workloads.transformers_train(config, rows=2, context=8)() == 16
+    assert torch_workloads.transformers_decode(config, rows=2, new=5)() == 10
+    assert torch_workloads.transformers_prefill(config, rows=2, context=8)() == 16
+    assert torch_workloads.transformers_load(config)() == 1

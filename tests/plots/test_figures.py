@@ -130,7 +130,6 @@ def test_invalid_arguments_are_rejected(model):
         (" 33 tokens", figures.attention_figure, model, "x" * 33, 0),
         ("'bpe:258'", figures.token_loss_figure, model, "ab", letters),
         ("count=31 ", figures.next_token_figure, model, "a", 31, (1.0, 2.0)),
-        ("3 axes", figures.sharding_figure, {"x": shard([2] * 3, *"abc")}),
     ]:
         with pytest.raises(ConfigError, match=match):
             figure(*arguments)
