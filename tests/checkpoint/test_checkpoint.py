@@ -12,16 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptjax.checkpoint import checkpoint, manifest
-from gptjax.checkpoint.checkpoint import (
-    async_saver,
-    checksum,
-    checksum_tree,
-    latest_step,
-    ocp,
-    restore,
-    restore_latest,
-    write_step,
-)
+from gptjax.checkpoint.checkpoint import latest_step, restore, restore_latest, write_step
 from gptjax.checkpoint.retention import list_steps
 from gptjax.errors import ModelError
 from tests.chaos.resharded import checksum_with_numpy
@@ -97,18 +88,10 @@ def test_arrays_with_other_dtypes_are_rejected_and_the_step_is_kept(tmp_path, mo
 
     with pytest.raises(ModelError, match="params/kernel"):
         restore_latest(tmp_path, other)
-    monkeypatch.setattr(ocp.StandardCheckpointer, "restore", None)
+    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointer, "restore", None)
     with pytest.raises(ModelError, match="not callable"):
         restore_latest(tmp_path, make_tree())
     assert list_steps(tmp_path) == [1]
-
-
-def test_arrays_saved_on_a_mesh_are_restored_on_one_device(tmp_path):
-    sharding = NamedSharding(Mesh(np.array(jax.devices()), ("part",)), PartitionSpec(None, "part"))
-    tree = {"kernel": jax.device_put(jnp.arange(32.0).reshape(2, 16), sharding)}
-    write_step(tmp_path, 1, tree, keep=2)
-
-    assert_equal(restore(tmp_path, 1, {"kernel": jnp.zeros((2, 16))}), tree)
 
 
 def test_nothing_is_saved_of_a_step_that_fails(tmp_path, monkeypatch):
@@ -122,7 +105,7 @@ def test_nothing_is_saved_of_a_step_that_fails(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise ValueError(f"write failed [os_error_code='{errno.EFBIG}']")
 
-    monkeypatch.setattr(ocp.Checkpointer, "save", fail)
+    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", fail)
     with pytest.raises(ModelError, match=r"step 2 .*write failed") as error:
         write_step(tmp_path, 2, make_tree(), keep=2)
     assert error.value.__cause__.errno == errno.EFBIG
@@ -136,7 +119,7 @@ def test_donated_arrays_are_saved_as_they_were(tmp_path, monkeypatch):
     write = checkpoint.write_step
     monkeypatch.setattr(checkpoint, "write_step", lambda *args: may_write.wait() and write(*args))
 
-    with async_saver(tmp_path, 2, saved.append) as save:
+    with checkpoint.async_saver(tmp_path, 2, saved.append) as save:
         save(3, tree)
         for _ in range(3):
             tree = add_one(tree)
@@ -153,22 +136,23 @@ def test_donated_arrays_are_saved_as_they_were(tmp_path, monkeypatch):
 def test_a_failed_save_is_reported_by_the_next_save_or_at_the_end(tmp_path, monkeypatch):
     broken = {**make_tree(), "step": jnp.float32(np.nan)}
 
-    with async_saver(tmp_path, 2) as save:
+    with checkpoint.async_saver(tmp_path, 2) as save:
         save(1, broken)
         with pytest.raises(ModelError, match="step 1 "):
             save(2, make_tree())
-    with pytest.raises(ModelError, match="step 1 "), async_saver(tmp_path, 2) as save:
+    with pytest.raises(ModelError, match="step 1 "), checkpoint.async_saver(tmp_path, 2) as save:
         save(1, broken)
     assert list_steps(tmp_path) == []
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
-    with async_saver(tmp_path / "new", 2) as save, pytest.raises(ModelError, match="needs 1 MB"):
+    new = tmp_path / "new"
+    with checkpoint.async_saver(new, 2) as save, pytest.raises(ModelError, match="needs 1 MB"):
         save(2, make_tree())
-    assert not (tmp_path / "new").exists()
+    assert not new.exists()
 
 
-def checksums(*arrays):
-    return list(checksum_tree({f"{n:03}": array for n, array in enumerate(arrays)})[0].values())
+def checksum_of(array):
+    return checkpoint.checksum_tree({"a": array})[0]["a"]
 
 
 @pytest.mark.fast
@@ -178,8 +162,8 @@ def test_checksums_agree_with_numpy_on_any_mesh():
 
     for axes in (("a", None), (None, "b"), ("b", "a")):
         sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
-        assert checksums(sharded) == [checksum_with_numpy(x)]
-    assert checksums(x) == [checksum_with_numpy(x)]
+        assert checksum_of(sharded) == checksum_with_numpy(x)
+    assert checksum_of(x) == checksum_with_numpy(x)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bool", "bfloat16", "float32"])
@@ -189,6 +173,6 @@ def test_any_flipped_bit_changes_the_checksum(dtype):
     flips = (np.eye(10, dtype=ones.dtype)[None] << np.arange(bits)[:, None, None]).reshape(-1, 10)
     flipped = (ones ^ flips.astype(ones.dtype)).view(jnp.dtype(dtype))
 
-    sums = jax.jit(jax.vmap(checksum))(flipped)
+    sums = jax.jit(jax.vmap(checkpoint.checksum))(flipped)
 
-    assert checksums(np.ones(10, dtype))[0] not in np.asarray(sums)
+    assert checksum_of(np.ones(10, dtype)) not in np.asarray(sums)

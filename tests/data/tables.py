@@ -9,10 +9,7 @@ from hypothesis import strategies as st
 
 # One folder per test is enough: each example overwrites its files.
 quick = settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-    deadline=None,
-    derandomize=True,
-    max_examples=25,
+    suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True, max_examples=25
 )
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
 
@@ -26,7 +23,6 @@ def write(path, content):
 
 
 def csv_text(rows, delimiter=","):
-    """Formats rows as CSV."""
     text = io.StringIO(newline="")
     csv.writer(text, delimiter=delimiter).writerows(rows)
     return text.getvalue()

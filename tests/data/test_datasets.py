@@ -1,12 +1,10 @@
 """A named data set is the pinned file or an error; others are generated."""
 
 import gc
-from collections import Counter
 
 import pytest
 
 from gptjax.data import datasets
-from gptjax.data.classification import read_labeled_texts
 from gptjax.errors import DataError
 from tests.servers import BODY, HASH, PIN, endless, file, plain, serving
 
@@ -16,7 +14,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 @pytest.fixture
 def fetch(tmp_path, monkeypatch):
-    """A function that fetches a data set from a URL into an empty cache."""
     for name, value in (("DATA", tmp_path / "user"), ("HOME", tmp_path), ("OFFLINE", "")):
         monkeypatch.setenv(f"GPTJAX_{name}", str(value))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -72,32 +69,10 @@ def test_local_files_are_verified_and_used_without_a_request(tmp_path, fetch, mo
     assert asked == []
 
 
-def test_the_pins_are_those_of_the_real_files(shared_data, monkeypatch):
-    monkeypatch.setenv("GPTJAX_DATA", str(shared_data))
-
-    for name, entry in datasets.DATASETS.items():
-        assert datasets.fetch_dataset(name) == shared_data / entry.file_name
-    with pytest.raises(DataError, match="tinyshakespeare"):
-        datasets.fetch_dataset("tinyshakespear")
-
-
-def test_lines_of_python_are_distinct_and_labeled_by_docstring():
-    source = 'class A:\n  """One.\n\n  Two."""\n  x = """none"""\n  def f(self):\n    "Another."\n'
-
-    data, _ = read_labeled_texts("python-lines")
-
-    assert datasets.docstring_line_numbers(source) == {2, 3, 4, 7}
-    assert len(set(data.texts)) == len(data) > 2000
-
-
 def test_word_tasks_have_their_answers_and_are_held_out_by_word():
     rows = datasets.word_tasks()
 
     assert rows == datasets.word_tasks()
-    counts = Counter((row["task"], row["split"]) for row in rows)
-    for task in datasets.WORD_TASK_RULES:
-        assert (counts[task, "validation"], counts[task, "test"]) == (20, 50)
-        assert counts[task, "train"] > 300
     words = {(row["prompt"].split()[0], row["split"]) for row in rows}
     assert len(words) == len({word for word, _ in words})
     answers = [complete("sky") for _, complete in datasets.WORD_TASK_RULES.values()]

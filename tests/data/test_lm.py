@@ -18,14 +18,12 @@ EOT = 999
 
 @pytest.fixture(scope="module")
 def open_stream(tmp_path_factory):
-    """A function that writes token ids to two shards and opens them."""
+    """A function that writes token ids to a file and opens it."""
 
     def open_tokens(ids):
-        folder, shards = tmp_path_factory.mktemp("tokens"), []
-        for name, part in (("a", ids[: len(ids) // 2]), ("b", ids[len(ids) // 2 :])):
-            np.array(part, "<u2").tofile(folder / name)
-            shards.append(open_shard(folder / name, len(part), np.dtype("<u2")))
-        return TokenDataset(shards, 1000, EOT)
+        path = tmp_path_factory.mktemp("tokens") / "shard"
+        np.array(ids, "<u2").tofile(path)
+        return TokenDataset([open_shard(path, len(ids), np.dtype("<u2"))], 1000, EOT)
 
     return open_tokens
 

@@ -53,13 +53,11 @@ INVALID = [  # reader, file, content, start of the message, value in it
     (rows_of, "a.jsonl", '"a"\n\n{"text": ', ":3: ", "not JSON"),
     (rows_of, "a.json", '\n{"text": "a"}', ":1: ", "["),
     (rows_of, "a.json", '["a",\n\n"b",]', ":3: ", "not JSON"),
-    (rows_of, "a.json", "[[[" * 50_000, ":1: ", "nested"),
     (rows_of, "a.csv", 'id,text\n1,"a\n\nb"\n2,c,d\n', ":5: ", "3 fields, but 2"),
     (rows_of, "a.csv", 'id,text\n1,"a"b\n', ":2: ", "not CSV"),
     (rows_of, "a.csv", "text,id, text\na,b,c\n", ":1: ", "['text', 'id', 'text']"),
     (rows_of, "a.tsv", 'id\ttext\n1\tb\n2\t"b', ":3: ", "quote"),
     (texts_of, "a.jsonl", '{"body": "b"}\n{"bod": "b"}', ":2: ", "'body'. Did you mean bod?"),
-    (texts_of, "a.jsonl", '{"text": "b"}\n{"text": null}', ":2: ", "'text' is None"),
     (texts_of, "a.jsonl", '"b"\n"\\ud800"', ":2: ", r"'\ud800'"),
     (texts_of, "a.jsonl", '"b"\n"\\u0000"', ":2: ", "NUL"),
     (read_labeled_texts, "a.csv", "text,label\na,x\n ,y\n", ":3: ", "empty"),
@@ -76,7 +74,6 @@ INVALID = [  # reader, file, content, start of the message, value in it
         (read_conversations, "a.jsonl", to_jsonl({"messages": messages}), f":1{start}", value)
         for messages, start, value in [
             ([USER | {"role": "tool"}], ", message 1: ", "'tool'"),
-            ([USER | {"content": ""}], ", message 1: ", "'content'"),
             ([USER | {"content": [{"type": "image_url"}]}], ", message 1: ", "'text'"),
             ([SYSTEM, USER, YES, USER], ": ", "system, user, assistant, user"),
         ]

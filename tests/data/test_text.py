@@ -7,21 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.data import text
-from gptjax.data.text import (
-    SplitRule,
-    chunk_document,
-    find_sources,
-    iter_chunks,
-    iter_split_spans,
-    make_split_rule,
-)
+from gptjax.data.text import chunk_document, find_sources, iter_chunks
 from gptjax.errors import DataError
 from gptjax.tokenizer.tokenizer import load_tokenizer
 from tests.data.tables import csv_text, quick, write
 
 
 def documents(*paths, column=""):
-    """The whole documents of files."""
     chunks = [c for source in find_sources(paths, column) for c in iter_chunks(source)]
     joined = "".join(chunk.text + "\1" * chunk.is_last for chunk in chunks)
     assert joined.endswith("\1") or not chunks
@@ -91,12 +83,14 @@ def test_both_parts_of_a_single_document_have_one_start_and_one_end(tmp_path, mo
     sources = find_sources([write(tmp_path / "a.txt", "ab cd ef")])
 
     for cut in range(1, 8):
-        spans = list(iter_split_spans(sources, SplitRule(0, 0.0, cut), ""))
+        spans = list(text.iter_split_spans(sources, text.SplitRule(0, 0.0, cut), ""))
         for split, content in (("train", "ab cd ef"[:cut]), ("validation", "ab cd ef"[cut:])):
             part = [span for span in spans if span.split == split]
             assert "".join(span.text for span in part) == content
             assert [span.is_first for span in part] == [True] + [False] * (len(part) - 1)
             assert [span.is_last for span in part] == [False] * (len(part) - 1) + [True]
+    # It is cut where nanoGPT cuts it: int(0.9 * 8).
+    assert text.make_split_rule(sources, 0.1, 0).train_chars == 7
 
 
 def test_many_documents_are_held_out_by_their_hash(tmp_path):
@@ -104,7 +98,7 @@ def test_many_documents_are_held_out_by_their_hash(tmp_path):
     sources = find_sources([write(tmp_path / "a.jsonl", "".join(f'"{n}"\n' for n in range(count)))])
 
     def held_out(seed):
-        spans = iter_split_spans(sources, make_split_rule(sources, 0.1, seed), "")
+        spans = text.iter_split_spans(sources, text.make_split_rule(sources, 0.1, seed), "")
         return [span.text for span in spans if span.split == "validation"]
 
     assert 0.07 * count < len(held_out(0)) < 0.13 * count

@@ -10,13 +10,7 @@ from hypothesis import strategies as st
 from gptjax.config import DataConfig
 from gptjax.data import token_files
 from gptjax.data.prepare import open_dataset
-from gptjax.data.token_files import (
-    TOKEN_FILES_FORMAT,
-    ShardWriter,
-    open_split,
-    token_dtype,
-    verify_prepared,
-)
+from gptjax.data.token_files import ShardWriter, open_split, token_dtype, verify_prepared
 from gptjax.errors import DataError
 from tests.data.tables import quick
 
@@ -32,8 +26,8 @@ def write_prepared(folder, documents, shard_tokens, vocab_size=10):
     for document in documents:
         writer.append(np.array([EOT, *document], dtype), np.array([1 + len(document)]), 1)
     writer.append(np.array([EOT], dtype), np.empty(0, int), 0)
-    meta = {"format": TOKEN_FILES_FORMAT, "dtype": dtype.str, "vocab_size": vocab_size, "eot": EOT}
-    meta["tokenizer"] = {"name": "none", "hash": "none"}
+    meta = {"format": token_files.TOKEN_FILES_FORMAT, "dtype": dtype.str, "eot": EOT}
+    meta |= {"vocab_size": vocab_size, "tokenizer": {"name": "none", "hash": "none"}}
     meta["splits"] = {"train": writer.finish()}
     (folder / "meta.json").write_text(json.dumps(meta))
     return [t for document in documents for t in (EOT, *document)] + [EOT]
@@ -138,7 +132,6 @@ def test_files_of_datatrove_are_opened_with_the_configured_tokenizer(tmp_path, d
 
     assert (train.read(0, 10).tolist(), validation.read(0, 5).tolist()) == (stream * 2, stream)
     assert (len(train), train.eot, train.vocab_size) == (10, 256, tokenizer.vocab_size)
-    for ends, value in (([2, 5], "token 2"), ([2, 4], " is 4")):
-        np.array(ends, "<u8").tofile(tmp_path / "00001.ds.index")
-        with pytest.raises(DataError, match=rf"00001\.ds.*{value}"):
-            open_dataset(config, tmp_path / "run")
+    np.array([2, 5], "<u8").tofile(tmp_path / "00001.ds.index")
+    with pytest.raises(DataError, match=r"00001\.ds.*token 2"):
+        open_dataset(config, tmp_path / "run")

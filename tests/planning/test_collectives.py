@@ -42,13 +42,11 @@ def run_of(sizes, accumulate=1, **changes):
         ((1, 8, 1), 1, {"n_layers": 12, "d_model": 256}),
         ((1, 1, 2), 1, {"n_layers": 1}),
         ((2, 2, 2), 2, {"tie_embeddings": False}),
+        pytest.param((2, 2, 2), 1, {"remat": "full", "n_layers": 3}, marks=pytest.mark.slow),
     ],
 )
 def test_a_step_sends_what_the_estimate_says(sizes, accumulate, changes):
-    """To 5%: sums of single numbers, such as the norm, are left out of the formula.
-
-    And XLA sometimes finds a cheaper way to look up a table that is sharded twice.
-    """
+    """To 5%: the formula leaves out sums of single numbers, such as the norm."""
     run = run_of(sizes, accumulate, **changes)
 
     expected = estimate_collective_bytes(run, sizes, is_emulated=True)
@@ -108,9 +106,6 @@ LOOPS = """HloModule step, num_partitions=8
   %w = (s32[], f32[4,8]) while(%t), condition=%inner_condition, body=%inner
   %r = f32[10]{0} all-reduce(%y), channel_id=2, replica_groups={{0,1},{2,3},{4,5},{6,7}}
 }
-%outer_condition.2 (x: (s32[], f32[4,8])) -> pred[] {
-  ROOT %less = pred[] compare(%i, %n), direction=LT
-}
 %shared (x: f32[]) -> bf16[6] {
   %p = bf16[6]{0} collective-permute(%h), channel_id=3, source_target_pairs={{0,1},{1,0}}
 }
@@ -130,9 +125,6 @@ def test_collectives_of_a_loop_count_as_often_as_it_runs():
     assert gather == Collective("all-gather", 4 * 32 * 8, 8, 21)
     assert reduce == Collective("all-reduce", 40, 2, 3)
     assert permute == Collective("collective-permute", 12, 2, 2)
-    assert gather.bytes_sent == 21 * 1024 * 7 / 8
-    assert reduce.bytes_sent == 3 * 40
-    assert permute.bytes_sent == 24
 
 
 def test_a_sum_that_is_split_in_the_same_computation_is_a_reduce_scatter():

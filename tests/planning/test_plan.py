@@ -80,14 +80,8 @@ def test_what_does_not_fit_comes_with_options_that_fit():
     last = plan.format_plan(planned)[-1]
     assert last.endswith("Try --train.accumulate 0 --mesh.data 1 --mesh.fsdp -1")
     assert plan_of(run_of("gpt2-xl", (1, -1, 1), 64, accumulate=0), "v5e:2x4").fits
-    assert "Use more devices" in plan.format_plan(alone)[-1]
     for gib, fits in ((13, True), (15.9, False)):  # a run leaves some of the memory
         assert dataclasses.replace(alone, memory={"all": int(gib * GIB)}).fits == fits
-    fewest = plan_of(run_of("gpt2", (1, 1, 1), 512, accumulate=0), "v5e:1")
-    chosen = fewest.config.train.accumulate
-    assert fewest.fits
-    assert chosen > 1
-    assert not plan_of(run_of("gpt2", (1, 1, 1), 512, chosen // 2), "v5e:1").fits
 
 
 def test_a_step_takes_as_long_as_its_slowest_part():
@@ -98,8 +92,7 @@ def test_a_step_takes_as_long_as_its_slowest_part():
 
     assert seconds["compute"] == pytest.approx(32 * 1024 * flops / 197e12)
     assert seconds["links"] == 0
-    slowest = f"at least {max(seconds.values()) * 1e3:,.3g} ms"
-    assert any(slowest in line for line in plan.format_plan(planned))
+    assert f"at least {max(seconds.values()) * 1e3:,.3g} ms" in str(plan.format_plan(planned))
 
 
 def test_topologies_and_devices_are_known_by_name():
@@ -109,27 +102,6 @@ def test_topologies_and_devices_are_known_by_name():
     devices = ("TPU v5 lite", "TPU v5", "NVIDIA H100 80GB HBM3", "cpu")
     chips = [CHIPS["v5e"], CHIPS["v5p"], CHIPS["h100"], None]
     assert [chip_from_device(device) for device in devices] == chips
-    for sizes, rows, message in (
-        ((3, 3, 1), 18, "mesh.data=3.* 8 devices"),
-        ((8, 1, 1), 12, "batch_size=12 .* 8 devices"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            plan_of(run_of("gpt2", sizes, rows), "v5e:8")
-
-
-def test_a_plan_is_compared_with_what_a_run_measured(tmp_path):
-    planned, lines = plan_of(run_of("gpt2", (1, 1, 1), 8), "v5e:1"), []
-    path = tmp_path / "metrics.jsonl"
-    rates = [100.0, 3e4, 5e4]  # the first includes compilation
-    events = [{"event": "train", "step": n, "tokens_per_s": rate} for n, rate in enumerate(rates)]
-    events.append({"event": "compile", "step": 0, "temporaries": 2 * GIB})
-    path.write_text("".join(json.dumps(event) + "\n" for event in events))
-
-    plan.compare_with_profile(planned, tmp_path, lines.append)
-
-    share = 4e4 * max(planned.min_seconds.values()) / planned.tokens_per_step
-    assert f"measured {share:.0%} of it" in lines[1]
-    assert "2.0 GiB" in lines[2]
 
 
 @needs_libtpu

@@ -1,10 +1,11 @@
-"""Classifiers: padding, frozen parameters, the best model, commands."""
+"""Classifiers: padding, frozen parameters, resuming, the best model, commands."""
 
 import csv
 import dataclasses
 import functools
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from gptjax.tasks.train import train
 from gptjax.training.finetune import initial_params
 from gptjax.training.task import RunContext
 from gptjax.weights.model_folder import load_adapters
-from tests.runs import config_with, evaluations, train_logged
+from tests.runs import config_with, delete_after, evaluations, train_logged
 from tests.small_models import make_model
 
 BASE = make_model(context_length=32, n_layers=1, n_classes=3, head_bias=True)
@@ -59,20 +60,18 @@ def test_the_next_token_loss_is_added_as_a_mean_over_the_tokens_of_counted_texts
     batch = {"tokens": tokens, "lengths": jnp.array([3, 2, 4]), "labels": jnp.array([0, 2, 1])}
     batch["loss_weights"] = jnp.array([1.0, 1.0, 0.0])
 
-    @jax.jit
-    def losses():
-        config = dataclasses.replace(RunConfig(), model=BASE.config)
-        weighted = dataclasses.replace(config, finetune=FinetuneConfig(lm_loss_weight=0.5))
-        sums = [
-            classification_loss_fn(c, BASE.params, None, batch, None) for c in (config, weighted)
-        ]
-        decoder = dataclasses.replace(BASE.config, n_classes=0)
-        logit_BTV = gptjax.apply(decoder, BASE.params, tokens)
-        loss_BT = optax.softmax_cross_entropy_with_integer_labels(logit_BTV[:, :-1], tokens[:, 1:])
-        return sums, (loss_BT[0, :2].sum() + loss_BT[1, 0]) / 3
+    @functools.partial(jax.jit, static_argnums=0)
+    def loss(lm_loss_weight):
+        finetune = FinetuneConfig(lm_loss_weight=lm_loss_weight)
+        config = RunConfig(model=BASE.config, finetune=finetune)
+        return classification_loss_fn(config, BASE.params, None, batch, None)
 
-    ((plain, rows), (total, same_rows)), next_token = losses()
+    (plain, rows), (total, same_rows) = loss(0.0), loss(0.5)
 
+    decoder = dataclasses.replace(BASE.config, n_classes=0)
+    logit_BTV = jax.jit(functools.partial(gptjax.apply, decoder))(BASE.params, tokens)
+    loss_BT = optax.softmax_cross_entropy_with_integer_labels(logit_BTV[:, :-1], tokens[:, 1:])
+    next_token = (loss_BT[0, :2].sum() + loss_BT[1, 0]) / 3
     assert rows == same_rows == 2
     assert float(total) == pytest.approx(float(plain + 0.5 * 2 * next_token), rel=1e-5)
 
@@ -132,6 +131,18 @@ def test_only_adapters_and_head_are_trained(finished):
     jax.tree.map(np.testing.assert_array_equal, model.params, frozen)
 
 
+def test_a_resumed_run_equals_the_uninterrupted_one(finished, tmp_path):
+    config, folder, model, _ = finished
+    run_dir = shutil.copytree(folder, tmp_path / "run")
+    delete_after(run_dir / "checkpoints", 30)
+
+    resumed = train(config, run_dir)
+
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, model.params)
+    for split in ("train", "validation", "test"):
+        assert evaluations(run_dir, split) == evaluations(folder, split)
+
+
 def test_invalid_options_are_reported(tmp_path):
     options = {"data.val_fraction": 0.0, "data.batching": "packed", "model.n_classes": 7}
     for option, value in options.items():
@@ -140,14 +151,10 @@ def test_invalid_options_are_reported(tmp_path):
             train(config, tmp_path / option)
 
 
-def test_labels_are_saved_with_the_model_and_needed(tmp_path):
+def test_texts_are_classified_the_same_alone_and_in_a_batch():
     texts = ["x", "some words", "a" * 100]
-    gptjax.save(MODEL, tmp_path)
 
-    loaded = gptjax.load(tmp_path)
-
-    assert loaded.labels == MODEL.labels
-    for text, prediction in zip(texts, gptjax.classify(loaded, texts), strict=True):
+    for text, prediction in zip(texts, gptjax.classify(MODEL, texts), strict=True):
         (alone,) = gptjax.classify(MODEL, [text])
         assert alone.label == prediction.label
         assert alone.probabilities == pytest.approx(prediction.probabilities, abs=1e-5)

@@ -21,7 +21,7 @@ from gptjax.tasks.train import train
 from gptjax.training import metrics
 from gptjax.training.metrics import read_events
 from tests.processes import TEXT
-from tests.runs import config_with, delete_after, make_task, train_logged
+from tests.runs import config_with, delete_after, make_task
 
 
 def make_config(folder, **changes) -> RunConfig:
@@ -47,32 +47,29 @@ def assert_equal(params, other):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished run: its config, folder, model and progress lines."""
-    folder, lines = tmp_path_factory.mktemp("finished"), []
+    """A finished run: its config, folder and model."""
+    folder = tmp_path_factory.mktemp("finished")
     config = make_config(folder, model__dropout=0.1, train__accumulate=2, train__loss_chunk_size=4)
-    model = train_logged(config, folder / "run", lines)
-    return config, folder / "run", model, lines
+    return config, folder / "run", train(config, folder / "run")
 
 
 def test_a_run_folder_has_everything_that_the_contract_names(finished):
-    _, folder, model, lines = finished
+    _, folder, model = finished
 
     names = "config.toml meta.json metrics.jsonl loss.png lr.png report.md data"
     for name in [*names.split(), "model/model.safetensors", "checkpoints/12"]:
         assert (folder / name).exists(), name
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["tokenizer"]["hash"] == model.tokenizer.hash
-    assert meta["versions"]["jax"] == jax.__version__
     events = read_events(folder / "metrics.jsonl")
     kinds = [e["event"] for e in events]
     assert [kinds.count(kind) for kind in ("train", "eval", "save")] == [12, 3, 3]
     assert [e["step"] for e in events if e["event"] == "sample"] == [0, 6, 12]
     assert losses(folder)[-1][1] < losses(folder)[0][1]
-    assert any(line.startswith("step  6/12 | loss") for line in lines)
 
 
 def test_the_model_folder_or_the_newest_valid_checkpoint_is_used(finished, tmp_path):
-    config, folder, model, _ = finished
+    config, folder, model = finished
     run_dir, lines = tmp_path / "run", []
     shutil.copytree(folder, run_dir)
 
@@ -97,7 +94,7 @@ def test_the_model_folder_or_the_newest_valid_checkpoint_is_used(finished, tmp_p
 
 
 def test_the_last_evaluation_is_that_of_all_held_out_text(finished):
-    config, folder, model, _ = finished
+    config, folder, model = finished
     dataset = open_dataset(config.data, folder / "data")
     tokens = dataset.validation.read(0, len(dataset.validation))
 
@@ -113,7 +110,7 @@ def test_the_last_evaluation_is_that_of_all_held_out_text(finished):
 def test_an_interrupted_and_resumed_run_equals_the_uninterrupted_one(
     finished, tmp_path, monkeypatch
 ):
-    config, folder, model, _ = finished
+    config, folder, model = finished
     run_dir, log = tmp_path / "run", metrics.log_train_metrics
 
     def log_and_interrupt(run, logged_step, *args):
@@ -149,21 +146,16 @@ def test_a_run_can_be_resumed_on_another_mesh_and_with_an_allowed_change(finishe
     events = read_events(run_dir / "metrics.jsonl")
     (event,) = [e for e in events if e["event"] == "resume"]
     assert event["step"] == 8
-    assert event["changes"][0] == "train.eval_batches: 2 -> 1"
     assert event["device"] == "8 x cpu, as data 2 x fsdp 4"
     np.testing.assert_allclose(losses(run_dir), losses(folder), rtol=2e-6)
 
 
-def test_invalid_data_and_options_are_reported(tmp_path, finished):
-    (tmp_path / "empty.txt").write_text("")
+def test_invalid_data_and_options_are_reported(tmp_path):
     (tmp_path / "short.txt").write_text("abcdef")
-    shutil.copytree(finished[1] / "data", tmp_path / "tokens")
     for source, changes, kind, message in [
-        ("empty.txt", {}, DataError, r"val_fraction=0\.1"),
         ("short.txt", {}, DataError, r"model\.context"),
         ("text.txt", {"model__vocab_size": 99}, ConfigError, r"model\.vocab_size=99"),
         ("text.txt", {"data__batching": "padded"}, ConfigError, r"data\.batching='padded'"),
-        ("tokens", {"data__tokenizer": "gpt2"}, DataError, r"data\.tokenizer="),
     ]:
         config = make_config(tmp_path, data__source=str(tmp_path / source), **changes)
         with pytest.raises(kind, match=message):
@@ -171,7 +163,7 @@ def test_invalid_data_and_options_are_reported(tmp_path, finished):
 
 
 def test_pretraining_continues_from_a_model_with_its_tokenizer(finished, tmp_path):
-    _, folder, init_model, _ = finished
+    _, folder, init_model = finished
     changes = {"data__tokenizer": "", "finetune__init_from": str(folder)}
 
     _, _, task = make_task(PRETRAIN, make_config(tmp_path, **changes), tmp_path / "on")

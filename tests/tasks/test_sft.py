@@ -65,7 +65,6 @@ def test_a_run_writes_an_assistant_and_its_answers(finished):
     _, folder, model = finished
 
     assert model.chat_template == load_chat_template("qa").source
-    assert (folder / "model" / "chat_template.jinja").read_text() == model.chat_template
     validation = evaluations(folder, "validation")
     assert [e["step"] for e in validation] == [0, 6, 12]
     assert validation[-1]["response_loss"] < validation[0]["response_loss"]
@@ -79,22 +78,6 @@ def test_a_run_writes_an_assistant_and_its_answers(finished):
     exact = [row["response"] == row["completion"] for row in rows]
     assert [row["exact_match"] for row in rows] == exact
     assert test["exact_match"] == pytest.approx(np.mean(exact))
-    assert "| upper |" in (folder / "report.md").read_text()
-
-
-def test_the_last_block_of_a_model_is_trained_on_packed_rows(finished, tmp_path):
-    _, folder, start = finished
-    changes = {"finetune__init_from": str(folder), "finetune__trainable": "last-block"}
-    changes |= {"data__tokenizer": "", "data__chat_template": "", "data__batching": "packed"}
-
-    model = train(make_config(tmp_path, **changes, train__steps=3), tmp_path / "run")
-
-    validation = evaluations(tmp_path / "run", "validation")
-    assert validation[-1]["response_loss"] < validation[0]["response_loss"]
-    assert model.chat_template == start.chat_template
-    new, old = model.params["blocks"], start.params["blocks"]
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), new, old)
-    assert not np.array_equal(*(blocks["mlp"]["up"]["kernel"][1] for blocks in (new, old)))
 
 
 def test_another_tokenizer_keeps_the_embeddings_of_shared_tokens(finished):
@@ -139,14 +122,8 @@ def test_eval_writes_responses_and_judgements(finished, tmp_path, capsys):
     folder, model = finished[1:3]
     data, out = str(folder.parent / "rows.jsonl"), tmp_path / "out.jsonl"
     command = ["eval", str(folder), "--chat-data", data, "--json", "--out", str(out)]
-    written = []
 
-    def say_nonsense(handler):
-        written.extend(read_rows(tmp_path / "out.jsonl.judging"))
-        says("nonsense")(handler)
-
-    replies = [says("80"), say_nonsense, *[says("60")] * 18]
-    with judging(*replies) as (url, requests):
+    with judging(says("80"), says("nonsense"), *[says("60")] * 18) as (url, requests):
         assert main([*command, "--judge", url]) == 0
 
     numbers = json.loads(capsys.readouterr().out)
@@ -154,8 +131,8 @@ def test_eval_writes_responses_and_judgements(finished, tmp_path, capsys):
     assert numbers["mean_score"] == pytest.approx((80 + 18 * 60) / 19)
     rows = read_rows(out)
     assert [row["judge_score"] for row in rows] == [80, None, *[60] * 18]
-    assert written == rows[:1]  # when the second was judged
     assert "Given the input `Q: first sky` and correct output `s`" in str(requests[0])
+    assert main(command) == 2  # out.jsonl already exists
     # No response is lost if there is no judge.
     judge, other = LLMJudge("http://127.0.0.1:9/v1", "nobody"), tmp_path / "other.jsonl"
     with pytest.raises(ModelError, match=r"other\.jsonl"):

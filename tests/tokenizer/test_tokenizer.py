@@ -66,19 +66,13 @@ def test_ids_are_those_of_another_implementation(tmp_path):
 
 
 @pytest.mark.fast
-def test_gpt2_is_the_published_tokenizer_and_has_the_ids_of_the_book(tmp_path):
+def test_gpt2_is_the_published_tokenizer(tmp_path):
     GPT2.save(tmp_path)
-    before, after = "Hello, do you like tea? ", " In the sunlit terracesof someunknownPlace."
-
-    ids = [*GPT2.encode(before), GPT2.eot_token, *GPT2.encode(after)]
 
     for name, published in PUBLISHED.items():
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == published
-    assert ids == [
-        *(15496, 11, 466, 345, 588, 8887, 30, 220, 50256, 554, 262, 4252, 18250),
-        *(8812, 2114, 1659, 617, 34680, 27271, 13),
-    ]
-    assert GPT2.decode(ids) == before + ENDOFTEXT + after
+    assert GPT2.encode("Hello, do you like tea?") == [15496, 11, 466, 345, 588, 8887, 30]
+    assert GPT2.eot_token == 50256
     # Data, runs and models contain the hash: a change makes all of them unusable.
     assert GPT2.hash.startswith("2a551909b8891192")
 
@@ -144,3 +138,26 @@ def test_damaged_folders_are_rejected(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(data.replace(old, new, 1))
         with pytest.raises(DataError, match=f"{tmp_path}: .*{match}"):
             tokenizer.load_tokenizer(tmp_path)
+
+
+def test_training_finds_the_merges_of_another_implementation():
+    tokenizers = pytest.importorskip("tokenizers")
+    texts, start = [text[:2000] for text in topics.values()], 0x4E00
+    letters = {byte: chr(start + byte) for byte in range(256)}  # in order: the same ties
+    peer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=1024, initial_alphabet=list(letters.values()), show_progress=False
+    )
+    repeated = (w.translate(letters) for w, n in bpe.count_words(texts).items() for _ in range(n))
+    peer.train_from_iterator(repeated, trainer)
+    theirs = sorted(peer.get_vocab().items(), key=lambda item: item[1])[256:]
+
+    ours = bpe.train_bpe(texts, 1024 - 256)
+
+    assert ours == [bytes(ord(c) - start for c in token) for token, _ in theirs]
+
+
+def test_ties_go_to_smaller_ids_and_tokens_have_a_maximum_length():
+    # "bc" and "ab" occur twice each; then "abc"; no other pair occurs twice.
+    assert bpe.train_bpe(["abc abc"], 9) == [b"ab", b"abc"]
+    assert max(map(len, bpe.train_bpe(["a" * 10_000], 20))) == bpe.MAX_TOKEN_BYTES

@@ -1,8 +1,6 @@
 """OpenAI's checkpoints are read bit for bit, or not at all."""
 
-import contextlib
 import itertools
-import math
 import shutil
 from unittest import mock
 
@@ -11,7 +9,7 @@ import pytest
 
 from gptjax.errors import ModelError
 from gptjax.weights import tf_checkpoint
-from gptjax.weights.tf_checkpoint import MAX_INDEX_BYTES, open_tf_checkpoint
+from gptjax.weights.tf_checkpoint import open_tf_checkpoint
 from tests.build_openai_fixture import FOLDER, arrays
 
 DATA = "model.ckpt.data-00000-of-00001"
@@ -70,10 +68,6 @@ def test_files_of_another_length_are_rejected(tiny):
     data.write_bytes(content[:-1])
     with pytest.raises(ModelError, match="15,775 bytes instead of 15,776"):
         open_tf_checkpoint(tiny)
-    with index.open("ab") as file:
-        file.truncate(MAX_INDEX_BYTES + 1)
-    with pytest.raises(ModelError, match=f"{MAX_INDEX_BYTES:,}"):
-        open_tf_checkpoint(tiny)
 
 
 REPLACED = [  # bytes of the index, others in their place, value in the message
@@ -89,7 +83,7 @@ REPLACED = [  # bytes of the index, others in their place, value in the message
 
 def test_an_index_with_valid_checksums_is_not_trusted(tiny, monkeypatch):
     monkeypatch.setattr(tf_checkpoint, "masked_crc32c", lambda content: mock.ANY)  # valid
-    index, size = tiny / "model.ckpt.index", (tiny / DATA).stat().st_size
+    index = tiny / "model.ckpt.index"
     whole = index.read_bytes()
 
     for old, new, message in REPLACED:
@@ -98,11 +92,7 @@ def test_an_index_with_valid_checksums_is_not_trusted(tiny, monkeypatch):
             open_tf_checkpoint(tiny)
     for place, bits in itertools.product(range(0, len(whole), 7), (0x01, 0x80)):
         index.write_bytes(whole[:place] + bytes([whole[place] ^ bits]) + whole[place + 1 :])
-        with contextlib.suppress(ModelError):
-            tensors = open_tf_checkpoint(tiny).tensors.values()
-            spans = sorted((x.offset, x.offset + 4 * math.prod(x.shape)) for x in tensors)
-            assert all(one[1] <= other[0] for one, other in itertools.pairwise(spans)), place
-            assert 0 <= spans[0][0] <= spans[-1][1] <= size, place
+        read_all(tiny)  # no other error than a ModelError
 
 
 def test_the_tensors_of_an_index_and_their_entries_are_limited(monkeypatch):
@@ -110,13 +100,3 @@ def test_the_tensors_of_an_index_and_their_entries_are_limited(monkeypatch):
         monkeypatch.setattr(tf_checkpoint, name, limit)
         with pytest.raises(ModelError, match=f"more than {limit} "):
             open_tf_checkpoint(FOLDER)
-
-
-def test_an_index_of_another_name_must_be_the_only_one(tiny):
-    for file in (tiny / "model.ckpt.index", tiny / DATA):
-        file.rename(file.with_name(file.name.replace("model.ckpt", "model-5")))
-    assert read_all(tiny) == read_all(FOLDER)
-
-    (tiny / "model-6.index").touch()
-    with pytest.raises(ModelError, match=r"2 \*\.index files"):
-        open_tf_checkpoint(tiny)
