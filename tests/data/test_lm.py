@@ -126,5 +126,5 @@ def test_too_few_and_invalid_tokens_are_rejected(open_stream):
         batches_of(open_stream(counting(5)))
     ids = counting(50)
     ids[30] = 1500
-    with pytest.raises(DataError, match="token 1500 at offset 5"):  # in the prefetching thread
+    with pytest.raises(DataError, match="token 1500 at offset 30"):  # in the prefetching thread
         list(batches_of(open_stream(ids)).iterate(0, 40))
