@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +16,6 @@ import tomli_w
 
 from gptjax.config import load_config
 from gptjax.tasks.train import train as train_run
-from gptjax.tokenizer import tokenizer
 from gptjax.training.metrics import read_events
 from tests.runs import config_with
 
@@ -130,10 +128,6 @@ def until(true: Callable[[], bool], processes: Sequence[Process] = ()) -> None:
         time.sleep(0.01)
 
 
-def commands_of_pair() -> list[list[str]]:
-    return train(2, "config.toml", "--run", "run", "--mesh.fsdp", "2", "--mesh.tensor", "2")
-
-
 def write_config(folder: Path, **changes: Any) -> Path:
     """The folder with text.txt and config.toml; changes are section__option=value."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,11 +135,6 @@ def write_config(folder: Path, **changes: Any) -> Path:
     table = dataclasses.asdict(config_with(TABLE, **changes))
     (folder / "config.toml").write_text(tomli_w.dumps(table))
     return folder
-
-
-def write_tokenizer(folder: Path, text: str) -> None:
-    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-    tokenizer.train_tokenizer([text], 280).save(folder / "tokenizer")
 
 
 def run_here(folder: Path) -> None:

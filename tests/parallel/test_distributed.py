@@ -11,12 +11,12 @@ import pytest
 
 from gptjax.checkpoint.retention import list_steps
 from gptjax.parallel import distributed
+from gptjax.tokenizer.tokenizer import train_tokenizer
 from tests.processes import (
     IMPATIENT,
     OTHER_CODE,
     TEXT,
     cache_options,
-    commands_of_pair,
     exit_codes,
     last_step,
     losses,
@@ -25,10 +25,10 @@ from tests.processes import (
     train,
     until,
     write_config,
-    write_tokenizer,
 )
 
 pytestmark = pytest.mark.mesh
+PAIR = ("config.toml", "--run", "run", "--mesh.fsdp", "2", "--mesh.tensor", "2")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,7 +49,7 @@ def test_processes_stop_and_end_together_and_their_run_goes_on_with_the_losses_o
     (run / "checkpoints").mkdir(parents=True)
     (folder / "other").mkdir()
     (folder / "other" / "checkpoints").symlink_to(run / "checkpoints")
-    commands = commands_of_pair()
+    commands = train(2, *PAIR)
     commands[1] += ["--run", "other"]
     with started(commands, folders, devices=2) as stopped:
         until(lambda: last_step(run) >= 2, stopped)
@@ -65,7 +65,7 @@ def test_processes_stop_and_end_together_and_their_run_goes_on_with_the_losses_o
     assert os.listdir(folder / "other") == ["checkpoints"]
     assert os.listdir(folder / "scratch1") == []  # its scratch files are deleted
 
-    with started(commands_of_pair(), folders, devices=2) as lost:
+    with started(train(2, *PAIR), folders, devices=2) as lost:
         until(lambda: last_step(run) >= step + 2, lost)
         lost[1].popen.kill()
         killed = time.monotonic()
@@ -89,8 +89,8 @@ def test_processes_that_would_not_do_the_same_all_say_so_and_end(tmp_path):
     commands[1] += ["--optim.peak_lr", "0.5"]
     commands[1][1:3] = ["-c", OTHER_CODE]
     (folders[1] / "text.txt").write_text(TEXT.replace("7", "8"))
-    write_tokenizer(folders[0], TEXT)
-    write_tokenizer(folders[1], TEXT.replace("times", "mal"))
+    for folder, text in zip(folders, (TEXT, TEXT.replace("times", "mal")), strict=True):
+        train_tokenizer([text], 280).save(folder / "tokenizer")
 
     with started(commands, folders) as processes:
         assert exit_codes(processes) == [2, 2]

@@ -1,6 +1,5 @@
 """Signals raise at once, or are recorded, or end a process that is blocked."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from gptjax.runtime.preemption import (
     Interrupted,
     check_interrupted,
     handle_signals,
-    heartbeat,
     set_signal_mode,
 )
 from tests.conftest import ROOT
@@ -89,16 +87,3 @@ def test_signals_end_a_process_that_is_blocked(mode, signals, code):
             assert process.wait(60) == code
         finally:
             process.kill()
-
-
-def test_a_heartbeat_touches_its_file_and_reports_the_step(tmp_path, monkeypatch):
-    path = tmp_path / "heartbeat"
-    path.write_text("0")
-    monkeypatch.setenv(preemption.HEARTBEAT_ENV, str(path))
-
-    heartbeat(12345)
-    os.utime(path, (0, 0))
-    check_interrupted()
-
-    assert path.stat().st_mtime > 0
-    assert int(path.read_text()) == 12345

@@ -15,7 +15,7 @@ from tests.processes import until
 START = """
 import os, signal, sys, time
 from pathlib import Path
-from gptjax.runtime.preemption import heartbeat
+from gptjax.runtime.preemption import check_interrupted, heartbeat
 from gptjax.runtime.supervisor import init_child
 init_child()
 starts = Path("starts")
@@ -71,7 +71,7 @@ if number < 2:
     wait_for_nothing()
 for _ in range(10):  # longer than the timeout, but with heartbeats
     time.sleep(0.2)
-    heartbeat()
+    check_interrupted()
 """
     code, err, starts = supervise(capfd, program, hang_timeout=1.5)
     assert (code, starts) == (0, 3)

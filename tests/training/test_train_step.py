@@ -7,8 +7,7 @@ import optax
 import pytest
 
 from gptjax.config import GPTConfig, OptimConfig
-from gptjax.model.gpt import hidden_states, unembedding_matrix
-from gptjax.training.loss import fused_cross_entropy
+from gptjax.training.loss import make_lm_loss_fn
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.train_step import Metrics, init_state, make_train_step, train_steps
 from tests.small_models import random_params
@@ -23,16 +22,11 @@ PARAMS = random_params(TINY)
 def batch_at(step, weight_BT=None):
     row_BT = np.random.default_rng(step).integers(V, size=(B, T + 1), dtype=np.int32)
     weight_BT = np.ones((B, T), np.float32) if weight_BT is None else weight_BT
-    return {"tokens": row_BT[:, :-1], "targets": row_BT[:, 1:], "loss_weights": weight_BT}
+    batch = {"tokens": row_BT[:, :-1], "targets": row_BT[:, 1:], "loss_weights": weight_BT}
+    return batch | {"positions": None, "segment_ids": None}
 
 
-def loss_fn(params, batch, key):
-    x_BTD, _ = hidden_states(TINY, params, batch["tokens"])
-    table_VD, weight_BT = unembedding_matrix(TINY, params), batch["loss_weights"]
-    nats = fused_cross_entropy(TINY, x_BTD, table_VD, batch["targets"], weight_BT, T)
-    return nats, jnp.sum(weight_BT)
-
-
+loss_fn = make_lm_loss_fn(TINY, T)
 SGD = optax.sgd(1.0)
 ADAMW = make_optimizer(OptimConfig(peak_lr=3e-2, warmup_steps=2, schedule="constant"), 100)
 adamw_step = jax.jit(make_train_step(loss_fn, ADAMW), donate_argnums=0)
