@@ -91,3 +91,5 @@ def test_one_script_sets_the_repository_everywhere_and_again(tmp_path):
         assert url in text
         assert "OWNER/NAME" not in text
         assert "/a/b" not in text
+    for path in tmp_path.glob("configs/launch/*"):
+        assert "OWNER/NAME" not in path.read_text("utf-8")
