@@ -24,25 +24,21 @@ DEFAULTS = {"strategy": "stratified", "val_fraction": 0.1, "test_fraction": 0.2,
 
 
 def write_rows(path, *rows):
-    if path.suffix == ".jsonl":
-        return write(path, "\n".join(map(json.dumps, rows)))
-    return write(path, csv_text([list(rows[0]), *(row.values() for row in rows)]))
+    return write(path, "\n".join(map(json.dumps, rows)))
 
 
 ASKED = {"instruction": "Is it green?", "input": "A leaf"}
 BOTH = {"chosen": " Yes.\n", "rejected": "No!"}
 NULLS = dict.fromkeys(("messages", "input", "system", "split", "task", "chosen"))
-TEXTS = [  # row, its messages
+PARTS = [{"type": "text", "text": "Is it "}, {"type": "text", "text": "green?"}]
+NAMES = [{"role": "human", "content": PARTS}, YES | {"role": "model", "name": "M"}]
+GPT = {"from": "gpt", "value": " Yes.\n"}
+ROWS = [  # row, its messages
     (ASKED | {"output": " Yes.\n"}, [LEAF, YES]),
     (ASKED | {"output": " Yes.\n", "input": " \n", "system": " "}, [USER, YES]),
     (ASKED | {"output": " Yes.\n", "system": "Be brief."}, [SYSTEM, LEAF, YES]),
     ({"prompt": "Is it green?", "completion": " Yes.\n"}, [USER, YES]),
     ({"question": "Is it green?", "answer": " Yes.\n"}, [USER, YES]),
-]
-PARTS = [{"type": "text", "text": "Is it "}, {"type": "text", "text": "green?"}]
-NAMES = [{"role": "human", "content": PARTS}, YES | {"role": "model", "name": "M"}]
-GPT = {"from": "gpt", "value": " Yes.\n"}
-LISTS = [
     ({"prompt": [SYSTEM, LEAF], "completion": [YES]}, [SYSTEM, LEAF, YES]),
     ({"prompt": "Is it green?", "completion": " Yes.\n"} | NULLS, [USER, YES]),
     ({"messages": TALK, "prompt": "?", "chosen": "?"}, TALK),
@@ -63,13 +59,12 @@ PAIRS = [  # row, its prompt
 
 
 def test_each_format_gives_the_same_messages_and_pairs(tmp_path):
-    for row, expected in TEXTS + LISTS:
-        for name in ("a.jsonl", "a.csv") if (row, expected) in TEXTS else ("a.jsonl",):
-            found, _ = read_conversations(write_rows(tmp_path / name, row, row))
-
-            assert [list(one.messages) for one in found] == [expected, expected]
-            assert [one.source_row for one in found] == [row, row]
     path = tmp_path / "a.jsonl"
+    for row, expected in ROWS:
+        found, _ = read_conversations(write_rows(path, row, row))
+
+        assert [list(one.messages) for one in found] == [expected, expected]
+        assert [one.source_row for one in found] == [row, row]
     for row, prompt in PAIRS:
         pair = PreferencePair(tuple(prompt), " Yes.\n", "No!", row, f"{path}:1")
 
@@ -80,7 +75,8 @@ def test_each_format_gives_the_same_messages_and_pairs(tmp_path):
 def test_tasks_splits_and_locations_are_those_of_the_rows(tmp_path):
     names = ["train", "validation", "val", "valid", "test"]
     row = {"prompt": "a\nb", "completion": "c"} | BOTH
-    path = write_rows(tmp_path / "a.csv", *(row | {"split": n, "task": n} for n in names))
+    rows = [[*row, "split", "task"], *([*row.values(), name, name] for name in names)]
+    path = write(tmp_path / "a.csv", csv_text(rows))
 
     found, pairs = read_conversations(path)[0], read_preference_pairs(path)[0]
 
