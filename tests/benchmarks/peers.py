@@ -174,7 +174,6 @@ def compare(comparison, repeats):
 
 
 def run_suite(make_options, preset, repeats, parts):
-    """Returns the metrics of `gptjax bench`."""
     from gptjax.bench import suite
 
     options = getattr(suite, make_options)(preset, repeats, partial(print, flush=True))

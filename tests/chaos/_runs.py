@@ -25,7 +25,7 @@ CONTEXT.set_forkserver_preload([__name__])
 def start(
     function: Callable[..., Any], *arguments: Any, devices: int = 1
 ) -> tuple[ForkServerProcess, Connection]:
-    """Starts a child; returns it, and a connection that receives what `call` sends."""
+    """Starts a child; returns it, and what receives its result or error."""
     receiver, sender = CONTEXT.Pipe(duplex=False)
     child_arguments = (sender, devices, function, *arguments)
     process = CONTEXT.Process(target=call, args=child_arguments, daemon=True)
@@ -35,7 +35,6 @@ def start(
 
 
 def call(sender: Connection, devices: int, function: Callable[..., Any], *arguments: Any) -> None:
-    """Sends the result of the function, or the text of an error."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
     try:

@@ -71,7 +71,6 @@ def as_hub(answer: Answer) -> Answer:
 
 
 def fetch(client: str, url: str, folder: Path, point: int | None = None) -> Path:
-    """Fetches the file, or kills the process at a point; an error if that fails."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         servers.use_hub(monkeypatch, folder, url)
         monkeypatch.setattr("time.sleep", ignore)  # between retries
@@ -119,7 +118,6 @@ def prepare(folder: Path) -> Callable[[int, random.Random], str]:
 
 
 def call(client: str, url: str, folder: Path, must: bool) -> str:
-    """Describes the fault of a call, which must succeed or may fail."""
     try:
         is_right = sha256_of_files([fetch(client, url, folder)]) == PIN.sha256
         return "" if is_right else "a wrong file is used"

@@ -76,7 +76,7 @@ def place_state(step: int) -> Any:
 
 
 def save_or_resume(folder: Path, step: int | None, point: int, address: str) -> int:
-    """Saves a step, or restores; killed at a point, or returns their number."""
+    """Returns the number of points, unless it is killed at one."""
     if address:
         distributed.initialize(address)
     state = place_state(step or 0)

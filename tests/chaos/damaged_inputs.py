@@ -104,7 +104,7 @@ def prepare(folder: Path) -> Callable[[int, random.Random], str]:
         try:
             text = join_strings(read(path))
             text.encode()  # half a surrogate pair would fail here
-            return "" if "\0" not in text else "a NUL character passed"
+            return "a NUL character passed" if "\0" in text else ""
         except GptjaxError as error:
             return missing_place(path, str(error))
         finally:

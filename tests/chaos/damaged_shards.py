@@ -40,7 +40,6 @@ def read_content(data: TokenizedSplits) -> list[Any]:
 
 
 def shard_hashes(data: TokenizedSplits) -> list[Any]:
-    """Data provenance of a run, as `gptjax.tasks.pretrain` does."""
     return [(s.path.name, s.sha256) for part in filter(None, data[:2]) for s in part.shards]
 
 

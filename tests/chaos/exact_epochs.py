@@ -87,7 +87,7 @@ def open_reader(folder: Path, rng: random.Random, kind: str, rows: int) -> tuple
 def read_until_killed(
     read: Read, shares: Sequence[Sequence[int]], start: int, stop: int, after: int
 ) -> list[list[list[int]]]:
-    """Returns the batches that each process read; kills all after `after` steps."""
+    """The batches that each process read, until all are killed after some steps."""
     children, pipes, found = [], [], []
     for here in shares:
         reading, writing = os.pipe()
