@@ -9,6 +9,7 @@ from nbclient import NotebookClient
 # Variables of the tests of the library, which a notebook must not have.
 OURS = (
     "JAX_DISABLE_MOST_OPTIMIZATIONS",
+    "JAX_ENABLE_COMPILATION_CACHE",
     "JAX_NUM_CPU_DEVICES",
     "JAX_NUMPY_RANK_PROMOTION",
     "MPLBACKEND",
@@ -28,6 +29,16 @@ sys.modules["google.colab"] = colab
 """
 
 
+def set_environment(patch, cache):
+    """Sets the environment of kernels that share compiled programs in `cache`."""
+    for name in OURS:
+        patch.delenv(name, raising=False)
+    patch.setenv("GPTJAX_FAST", "1")
+    patch.setenv("JAX_PLATFORMS", "cpu")
+    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+    patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
 def execute(path, folder, kernel):
     """Runs all cells in `folder`; returns the notebook with its outputs."""
     notebook = nbformat.read(path, as_version=4)
@@ -39,10 +50,7 @@ def executed(path, folder, monkeypatch, colab=False):
     """The same, stored in $GPTJAX_EXECUTED or read from there if that is set."""
     kept = Path(os.environ.get("GPTJAX_EXECUTED", folder)) / path.name
     if not kept.exists():
-        for name in OURS:
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("GPTJAX_FAST", "1")
-        monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+        set_environment(monkeypatch, kept.parent / "xla")
         if colab:  # Python reads this file when it starts
             (folder / "start").mkdir()
             (folder / "start" / "sitecustomize.py").write_text(COLAB)

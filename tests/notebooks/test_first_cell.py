@@ -15,7 +15,7 @@ from importlib import metadata
 
 import pytest
 
-from tests.notebook_runs import OURS, execute, pictures
+from tests.notebook_runs import execute, pictures, set_environment
 from tests.notebooks.test_notebooks import NOTEBOOKS, ROOT
 
 PATHS = [
@@ -62,11 +62,8 @@ def place(request, clone, tmp_path_factory):
     if request.param == "an empty folder":
         folder = tmp_path_factory.mktemp("empty")
     with pytest.MonkeyPatch.context() as patch:
-        for name in OURS:
-            patch.delenv(name, raising=False)
+        set_environment(patch, clone.parent / "xla")
         patch.setenv("JUPYTER_PATH", str(base / "share" / "jupyter"))
-        patch.setenv("GPTJAX_FAST", "1")
-        patch.setenv("JAX_PLATFORMS", "cpu")
         yield folder
     after = installed(python)
     assert {name: after[name] for name in before} == before  # pip itself included
