@@ -70,9 +70,7 @@ class GPTConfig(Section):
     context_length: int = option("identity", 1024, "maximum sequence length in tokens [T]", 1)
     n_layers: int = option("identity", 12, "number of transformer blocks [N]", 1)
     n_heads: int = option("identity", 12, "number of attention heads [H]; must divide d_model", 1)
-    d_model: int = option(
-        "identity", 768, "residual stream width [D]; the MLP is 4 times as wide", 1
-    )
+    d_model: int = option("identity", 768, "residual stream width [D]; that of the MLP is 4 D", 1)
     dropout: float = option("trajectory", 0.0, "dropout probability in training", 0, 1)
     qkv_bias: bool = option("identity", True, "biases in the query, key and value projections")
     tie_embeddings: bool = option("identity", True, "output head shares the token embedding")
@@ -234,9 +232,7 @@ class TrainConfig(Section):
     # Evaluations choose the best model of fine-tuning.
     eval_every: int = option("trajectory", 100, "steps between evaluations; one is at the end", 1)
     eval_batches: int = option("trajectory", 20, "batches per evaluation; all in the last one", 1)
-    sample_prompt: str = option(
-        "operational", "\n", "prompt completed at evaluations; empty = none"
-    )
+    sample_prompt: str = option("operational", "\n", "prompt completed at evaluation; empty = none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import threading
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -51,7 +52,9 @@ def handle_signals(final: bool = False) -> Iterator[Callable[[], bool]]:
         if _state.received:
             os._exit(128 + number) if final else signal.default_int_handler(number, frame)
         _state.received = True
-        if _state.mode == "immediate":
+        # An exception may crash an import of C code; `_watch_signals` exits instead.
+        files = [frame.f_code.co_filename for frame, _ in traceback.walk_stack(frame)]
+        if _state.mode == "immediate" and "<frozen importlib._bootstrap>" not in files:
             raise Interrupted(NOTHING_TO_SAVE)
 
     vars(_state).update(active=True, received=False, mode="deferred")

@@ -24,7 +24,7 @@ PHASES = {
     "restoring": "gptjax.checkpoint.checkpoint restore 1",
     "compiling": "gptjax.training.trainer aot_compile 1",
     "evaluating": "gptjax.evaluation.perplexity evaluate 2",
-    "importing": "gptjax.cli.train train_config 1",
+    "importing": "gptjax.cli.train setup_session 1",
     "making parameters": "gptjax.tasks.pretrain make_initial_params 1",
     "first evaluation": "gptjax.evaluation.perplexity evaluate 1",
     "sampling": "gptjax.tasks.pretrain complete 2",

@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 import gptjax
 from gptjax.config import GPTConfig, MeshConfig, OptimConfig
 from gptjax.data.lm import make_lm_batch
+from gptjax.errors import ConfigError
 from gptjax.parallel import sharding
 from gptjax.tasks.train import train as train_run
 from gptjax.training.loss import make_lm_loss_fn
@@ -97,6 +98,8 @@ def test_a_mesh_has_the_losses_of_one_device_and_keeps_the_state_in_its_place(
             losses.append(float(metrics.loss))
         np.testing.assert_allclose(losses, one_losses, rtol=2e-6)
         assert jax.eval_shape(lambda: state) == jax.eval_shape(lambda: one)
+        with pytest.raises(ConfigError, match="8 devices"):
+            step(state, jax.tree.map(lambda leaf: leaf[1:], batch_at(0)))
 
 
 @pytest.mark.fast

@@ -1,5 +1,6 @@
 """Signals raise at once, or are recorded, or end a process that is blocked."""
 
+import importlib
 import signal
 import subprocess
 import sys
@@ -29,6 +30,16 @@ def test_a_signal_raises_at_once_if_there_is_nothing_to_save(number):
             signal.raise_signal(number)
 
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_does_not_interrupt_an_import(tmp_path, monkeypatch):
+    source = "import signal\nsignal.raise_signal(signal.SIGTERM)\nis_complete = True\n"
+    (tmp_path / "interrupted_module.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with handle_signals() as is_interrupted:
+        set_signal_mode("immediate")
+        assert importlib.import_module("interrupted_module").is_complete
+        assert is_interrupted()
 
 
 def test_a_signal_is_recorded_until_the_loops_poll_for_it():

@@ -16,7 +16,7 @@ from gptjax.data.prepare import open_dataset
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.evaluation import perplexity
 from gptjax.runtime.preemption import Interrupted
-from gptjax.tasks.pretrain import PRETRAIN
+from gptjax.tasks.pretrain import PRETRAIN, isolate_documents
 from gptjax.tasks.train import train
 from gptjax.training import metrics
 from gptjax.training.metrics import read_events
@@ -148,6 +148,11 @@ def test_a_run_can_be_resumed_on_another_mesh_and_with_an_allowed_change(finishe
     assert event["step"] == 8
     assert event["device"] == "8 x cpu, as data 2 x fsdp 4"
     np.testing.assert_allclose(losses(run_dir), losses(folder), rtol=2e-6)
+
+
+def test_attention_stays_in_a_document_unless_documents_are_concatenated():
+    modes = [isolate_documents(name) for name in ("auto", "packed", "concat")]
+    assert modes == [True, True, False]
 
 
 def test_invalid_data_and_options_are_reported(tmp_path):

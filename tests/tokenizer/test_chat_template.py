@@ -164,3 +164,20 @@ assert not child or os.waitpid(child, 0)[1] == 0
 """
     env = {**os.environ, "HF_TOKEN": "canary-123"}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=env)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", [*BUILTIN_TEMPLATES, "foreign chatml"])
+def test_transformers_renders_the_same_text(name, tmp_path):
+    from transformers import GPT2TokenizerFast
+
+    gptjax.tokenizer.load("gpt2").save(tmp_path)
+    tokenizer = GPT2TokenizerFast.from_pretrained(tmp_path)
+    template = load_chat_template(name) if name in BUILTIN_TEMPLATES else compile_template(CHATML)
+    tokenizer.chat_template = template.source
+
+    for messages in ([SYSTEM, QUESTION, REPLY, PLAIN], [PLAIN, REPLY] * 2):
+        is_prompt = messages[-1] == PLAIN
+        options = {"tokenize": False, "add_generation_prompt": is_prompt}
+        theirs = tokenizer.apply_chat_template(messages, **options)
+        assert theirs == "".join(x.text for x in template.segments(messages, is_prompt))

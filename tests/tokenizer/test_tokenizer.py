@@ -161,3 +161,16 @@ def test_ties_go_to_smaller_ids_and_tokens_have_a_maximum_length():
     # "bc" and "ab" occur twice each; then "abc"; no other pair occurs twice.
     assert bpe.train_bpe(["abc abc"], 9) == [b"ab", b"abc"]
     assert max(map(len, bpe.train_bpe(["a" * 10_000], 20))) == bpe.MAX_TOKEN_BYTES
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
+def test_transformers_reads_a_saved_folder(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    kind.save(tmp_path)
+
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+
+    assert type(peer).__name__.startswith("GPT2Tokenizer")
+    assert peer(topics["assert"])["input_ids"] == kind.encode(topics["assert"])
+    assert (peer.eos_token_id, len(peer)) == (kind.eot_token, kind.vocab_size)
