@@ -37,7 +37,7 @@ def run_doctor() -> int:
         gpt2 = load_tokenizer("gpt2")
         print_check("tokenizer", f"gpt2: {gpt2.vocab_size:,} tokens, hash {gpt2.hash[:12]}")
     except (OSError, ValueError) as error:
-        problems.append(f"{error} -> pip install --force-reinstall gptjax")
+        problems.append(f"{error} -> install gptjax again")
         print_check("tokenizer", "gpt2: damaged", problems[-1:])
     data = os.environ.get("GPTJAX_DATA", user_cache_dir("data"))
     programs = os.environ.get("JAX_COMPILATION_CACHE_DIR", user_cache_dir("xla"))
