@@ -58,9 +58,7 @@ def data_prepare(
 )
 @value_option("--tokenizer", "tokenizer", "gpt2", metavar="gpt2|bytes|DIR")
 @value_option("--context", "maximum sequence length in tokens", 1024)
-@flag_option(
-    "--train-on-prompts", "loss on the prompts too, as with data.completion_only_loss = false"
-)
+@flag_option("--train-on-prompts", "loss on prompts too, as with data.completion_only_loss=false")
 @value_option("--rows", "number of conversations", type=int, shown="3; all with --json")
 @value_option("--html", "write a page instead of printing", type=PATH)
 @flag_option("--json", "print one JSON object per conversation", "as_json")

@@ -149,9 +149,7 @@ def run_classify(
 
 @click.command("eval", cls=Command)
 @click.argument("model")
-@value_option(
-    "--text", "text file: loss in nats per token, perplexity and bits per byte", type=PATH
-)
+@value_option("--text", "text file: loss (nats per token), perplexity and bits per byte", type=PATH)
 @value_option(
     "--classification-data",
     "labeled texts: accuracy and other metrics of a classifier",

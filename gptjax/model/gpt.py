@@ -42,16 +42,15 @@ from gptjax.model.interventions import (
     is_observed,
     stack_captured,
 )
+from gptjax.model.kv_cache import KVCache, update_cache
 from gptjax.model.layers import (
     Dropout,
     Embedding,
     HiddenStates,
-    KVCache,
     LayerNorm,
     Linear,
     materialize_on_cpu,
     project_qkv,
-    update_cache,
 )
 from gptjax.model.lora import apply_adapters
 from gptjax.model.quantization import QKV_NAMES, DecodeKernel, decode_matmul

@@ -1,4 +1,4 @@
-"""Layers of the transformer blocks, sharding-aware, and the KV cache.
+"""Layers of the transformer blocks, sharding-aware.
 
 Each layer is written as one 2D matmul or one gather whose axes are named by letters,
 so that `gptjax.parallel.sharding` can constrain them. Dimension letters: see
@@ -6,7 +6,6 @@ so that `gptjax.parallel.sharding` can constrain them. Dimension letters: see
 """
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ from gptjax.model.quantization import QKV_NAMES, decode_matmul
 from gptjax.parallel.sharding import (
     COMPUTE_RULES,
     all_gather_params,
-    constrain,
     constrain_param_grad,
     constrain_to_spec,
     logical_axes,
@@ -174,37 +172,3 @@ class Dropout(nn.Module):
             return x
         kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
         return jnp.where(kept, x / (1 - self.rate), 0)
-
-
-class KVCache(NamedTuple):
-    """KV cache of one layer; index s on axis S holds position s.
-
-    Heads come before positions, the layout that the attention matmuls need: with any
-    other, XLA transposes the cache for every token.
-    """
-
-    key_BHSK: Float[Array, "B H S K"]
-    value_BHSK: Float[Array, "B H S K"]
-
-
-def update_cache(
-    cache: KVCache,
-    key_BTHK: Float[Array, "B T H K"],
-    value_BTHK: Float[Array, "B T H K"],
-    position_BT: Int[Array, "B T"],
-) -> KVCache:
-    """Writes the keys and values of T new positions into the cache.
-
-    Positions are consecutive in a row; rows may start at different ones.
-    """
-
-    def update(cached_BHSK: Array, new_BTHK: Array) -> Array:
-        new_BHTK = jnp.swapaxes(new_BTHK, 1, 2).astype(cached_BHSK.dtype)
-        if len(cached_BHSK) == 1 and new_BHTK.shape[2] == 1:
-            # XLA runs a scatter in place, but duplicates a dynamic update and copies.
-            index = 0, jnp.arange(cached_BHSK.shape[1]), position_BT[0, 0]
-            return constrain(cached_BHSK.at[index].set(new_BHTK[0, :, 0]), "BHSK")
-        write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))
-        return constrain(write(cached_BHSK, new_BHTK, position_BT[:, 0], 1), "BHSK")
-
-    return KVCache(update(cache.key_BHSK, key_BTHK), update(cache.value_BHSK, value_BTHK))

@@ -300,9 +300,7 @@ def vocab_to_ranks(vocab: Any) -> tuple[dict[bytes, int], int]:
         if token == ENDOFTEXT:
             continue
         if not 0 < len(token) <= MAX_TOKEN_BYTES:
-            raise DataError(
-                f"token {token_id} is {len(token)} bytes long, not 1 to {MAX_TOKEN_BYTES}"
-            )
+            raise DataError(f"token {token_id} has {len(token)} bytes, not 1 to {MAX_TOKEN_BYTES}")
         if others := set(token) - CHAR_TO_BYTE.keys():
             raise DataError(f"token {token_id} has {min(others)!r}, which represents no byte")
         ranks[unicode_to_bytes(token)] = token_id

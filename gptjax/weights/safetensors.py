@@ -86,6 +86,4 @@ def _open_file(path: Path) -> Iterator[Any]:
             yield file
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         reason = str(error)[:400]  # may quote the file
-        raise ModelError(
-            f"cannot use {path}: {reason!r}. Copy or download the file again."
-        ) from error
+        raise ModelError(f"cannot use {path}: {reason!r}. Copy or download it again.") from error
