@@ -127,8 +127,10 @@ def run_classify(
     from gptjax.inference.classify import classify
     from gptjax.inference.label_file import label_file
 
-    if (file is None) != (out is None) or (file and texts):
-        raise ConfigError("classify takes texts, or --file IN together with --out OUT. Give one.")
+    if (file is None) != (out is None) or (file and texts) or (text_column and not file):
+        raise ConfigError(
+            "classify takes texts, or --file IN with --out OUT; --text belongs to --file."
+        )
     loaded = load_model(model, int8=int8, verbose=verbose)
     if file and out:
         label_file(

@@ -85,6 +85,7 @@ def test_old_flags_are_rejected_with_the_new_ones(capsys):
         ("train tiny --model.n_heads 3", "n_heads=3"),
         ("train my.toml", "n_layer. Did you mean n_layers"),
         ("generate nowhere hello", "'nowhere'"),
+        ("classify m --text column", "--file"),
     ],
 )
 def test_invalid_input_gives_one_message_and_exit_code_2(
