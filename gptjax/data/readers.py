@@ -76,9 +76,11 @@ def find_table(path: str, datasets: Sequence[str], content: str, alternative: st
     file = Path(path).expanduser()
     is_other_dataset = path in (PYTHON_HELP, *DATASETS)
     if is_other_dataset or not file.is_file() or table_suffix(file) not in TABLE_FORMATS:
+        is_there = is_other_dataset or file.exists()
+        problem = f"is not a table of {content}" if is_there else "does not exist"
         raise DataError(
-            f"{path} is not an existing table of {content}. Pass a {', '.join(TABLE_FORMATS)} file "
-            f"(also .gz){alternative} or one of the data sets {', '.join(datasets)}."
+            f"{path} {problem}. Pass a {', '.join(TABLE_FORMATS)} file (also .gz)"
+            f"{alternative} or one of the data sets {', '.join(datasets)}."
         )
     return file
 

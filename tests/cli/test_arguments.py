@@ -86,6 +86,7 @@ def test_old_flags_are_rejected_with_the_new_ones(capsys):
         ("train my.toml", "n_layer. Did you mean n_layers"),
         ("generate nowhere hello", "'nowhere'"),
         ("classify m --text column", "--file"),
+        ("data preview none.jsonl", "none.jsonl does not exist"),
     ],
 )
 def test_invalid_input_gives_one_message_and_exit_code_2(
