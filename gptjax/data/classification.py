@@ -225,6 +225,9 @@ class ClassificationBatch(TypedDict):
     lengths: Int32[np.ndarray, " B"]  # tokens per row without padding
     labels: Int32[np.ndarray, " B"]
     loss_weights: Float32[np.ndarray, " B"]  # 0 for padding rows
+    # Texts and next-token targets of the whole batch, in each row: a micro-batch has
+    # a part of the rows, but weighs next-token losses as the whole batch does.
+    batch_totals: Float32[np.ndarray, "B 2"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -246,10 +249,12 @@ class ClassificationBatches(BucketedBatches):
             lengths=np.ones(self.rows, np.int32),
             labels=np.zeros(self.rows, np.int32),
             loss_weights=np.zeros(self.rows, np.float32),
+            batch_totals=np.zeros((self.rows, 2), np.float32),
         )
         for b, n in enumerate(indices):
             ids = self.token_ids[n]
             batch["tokens"][b, : len(ids)] = ids
             batch["lengths"][b], batch["labels"][b] = len(ids), self.labels[n]
             batch["loss_weights"][b] = 1
+        batch["batch_totals"][:] = len(indices), (batch["lengths"] - 1).sum()
         return batch

@@ -112,16 +112,16 @@ def classification_loss_fn(
     loss_sum, weight = cross_entropy_sum(logit_BC, batch["labels"], batch["loss_weights"])
     if config.finetune.lm_loss_weight:
         position_BT = jnp.arange(tokens.shape[1])[None]
-        inside_BT = (position_BT < lengths[:, None] - 1) & (batch["loss_weights"][:, None] > 0)
-        lm_weight_BT = inside_BT.astype(jnp.float32)
+        lm_weight_BT = (position_BT < lengths[:, None] - 1).astype(jnp.float32)
         target_BT = jnp.roll(tokens, -1, axis=1)
         table_VD = unembedding_matrix(config.model, params)
         lm_loss_sum = fused_cross_entropy(
             config.model, x_BTD, table_VD, target_BT, lm_weight_BT, config.train.loss_chunk_size
         )
-        # Mean over tokens, weighted by the number of texts.
-        scale = config.finetune.lm_loss_weight * weight
-        loss_sum += scale * lm_loss_sum / jnp.maximum(lm_weight_BT.sum(), 1)
+        # Mean over the tokens of the whole batch, weighted by its number of texts.
+        num_texts, num_targets = batch["batch_totals"].max(axis=0)
+        scale = config.finetune.lm_loss_weight * num_texts
+        loss_sum += scale * lm_loss_sum / jnp.maximum(num_targets, 1)
     return loss_sum, weight
 
 

@@ -16,6 +16,7 @@ import pytest
 import gptjax
 from gptjax.cli.main import main
 from gptjax.config import FinetuneConfig, RunConfig
+from gptjax.data.classification import ClassificationBatches
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.evaluation.classification import evaluate_classifier
 from gptjax.model.classifier import class_logits
@@ -55,10 +56,10 @@ def test_logits_depend_on_no_padding_and_a_causal_mask_hides_later_tokens():
             assert np.allclose(padded[3], alone[0], atol=1e-5) == is_hidden
 
 
-def test_the_next_token_loss_is_added_as_a_mean_over_the_tokens_of_counted_texts():
-    tokens = jnp.array([[1, 2, 3, 0], [5, 6, 0, 0], [7, 8, 9, 1]])
-    batch = {"tokens": tokens, "lengths": jnp.array([3, 2, 4]), "labels": jnp.array([0, 2, 1])}
-    batch["loss_weights"] = jnp.array([1.0, 1.0, 0.0])
+def test_the_next_token_loss_is_added_as_a_mean_over_the_tokens_of_the_batch():
+    rows = [[1, 2, 3], [5, 6]]
+    batches = ClassificationBatches(rows, [0, 2], rows=3, bucket_lengths=[4], pad_id=7)
+    batch = jax.tree.map(jnp.asarray, batches.make_batch(4, [0, 1]))
 
     @functools.partial(jax.jit, static_argnums=0)
     def loss(lm_loss_weight):
@@ -66,13 +67,13 @@ def test_the_next_token_loss_is_added_as_a_mean_over_the_tokens_of_counted_texts
         config = RunConfig(model=BASE.config, finetune=finetune)
         return classification_loss_fn(config, BASE.params, None, batch, None)
 
-    (plain, rows), (total, same_rows) = loss(0.0), loss(0.5)
+    (plain, count), (total, same_count) = loss(0.0), loss(0.5)
 
-    decoder = dataclasses.replace(BASE.config, n_classes=0)
+    decoder, tokens = dataclasses.replace(BASE.config, n_classes=0), batch["tokens"]
     logit_BTV = jax.jit(functools.partial(gptjax.apply, decoder))(BASE.params, tokens)
     loss_BT = optax.softmax_cross_entropy_with_integer_labels(logit_BTV[:, :-1], tokens[:, 1:])
     next_token = (loss_BT[0, :2].sum() + loss_BT[1, 0]) / 3
-    assert rows == same_rows == 2
+    assert count == same_count == 2
     assert float(total) == pytest.approx(float(plain + 0.5 * 2 * next_token), rel=1e-5)
 
 
