@@ -97,7 +97,8 @@ def make_finetune_task(
 
     def save_best(state: TrainState) -> None:
         trainable_params = to_host(state.params)
-        save(to_model(state._replace(params=trainable_params)), run.run_dir / "model")
+        model = to_model(state._replace(params=trainable_params))
+        save(model, run.run_dir / "model", step=int(state.step))
         if adapters := finetune.combine_params(config, trainable_params, frozen_params)[1]:
             save_adapters(adapters, run.run_dir / "adapters.safetensors")
 
@@ -141,7 +142,7 @@ def describe_model(run: RunContext) -> str:
 
 def load_best_model(run: RunContext) -> Model:
     """Loads the model of the best evaluation; one must have had a finite score."""
-    if not (run.run_dir / "model").is_dir():
+    if not (run.run_dir / "model" / "model.safetensors").is_file():
         raise ConfigError(
             f"no evaluation of the run in {run.run_dir} had a finite score, so no "
             "model was saved. Lower optim.peak_lr and start a new run with another "

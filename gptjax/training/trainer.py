@@ -99,9 +99,8 @@ def restore_or_init(
         if run.metrics_path.exists():  # of an earlier start without a checkpoint
             log_event(run.metrics_path, "resume", 0)
         write_run_metadata(run.run_dir, {**task.provenance, "on_spike": run.on_spike})
-        if task.save_best is None:  # model/ gets its parameters at the end of the run
-            model = task.to_model(task.init_state)
-            model_folder.save(dataclasses.replace(model, params={}), run.run_dir / "model")
+        model = task.to_model(task.init_state)  # model/ gets its parameters later
+        model_folder.save(dataclasses.replace(model, params={}), run.run_dir / "model")
         for line in task.summary:
             run.log(line)
         return task.init_state, History()

@@ -2,8 +2,8 @@
 
 A model is a folder or file in one of these layouts, or a name on the hub:
 
-gptjax  written by `gptjax.save`; for a pretraining run that has not finished, the
-        parameters come from its newest checkpoint
+gptjax  written by `gptjax.save`; for a run that has not finished, the parameters come
+        from its newest valid checkpoint
 hf      Hugging Face GPT-2: config.json, *.safetensors, with or without an index
 openai  OpenAI's TensorFlow checkpoint: hparams.json, model.ckpt.*
 book    safetensors with the names of the book's PyTorch GPTModel, with a
@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.config import RENAMED_VALUES, GPTConfig, from_dict
+from gptjax.checkpoint.retention import list_steps
+from gptjax.config import RENAMED_VALUES, GPTConfig, from_dict, load_toml
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.fileio import strict_json
 from gptjax.fileio.download import sha256_of_files
@@ -142,14 +143,14 @@ def _open_layout(path: Path, log: _LogFn) -> ModelSource:
     files = list_safetensors(path) if path.is_dir() else []
     if path.suffix == ".safetensors" and path.is_file():
         files, path = [path], path.parent
-    config_path, run_dir = path / "config.json", path.parent
-    if files:
+    config_path = path / "config.json"
+    metadata = read_json_object(config_path) if config_path.is_file() else {}
+    if "format" in metadata and (path.parent / "config.toml").is_file():
+        reader = open_run_params(path.parent, files, metadata.get("step"), log)
+    elif files:
         reader = open_safetensors(files)
-    elif config_path.is_file() and (run_dir / "config.toml").is_file():
-        reader = open_latest_checkpoint(run_dir / "checkpoints", log)
     else:
         raise ModelError(explain_unreadable(path))
-    metadata = read_json_object(config_path) if config_path.is_file() else {}
     if "format" in metadata:
         source = from_gptjax(path, reader, metadata)
         return dataclasses.replace(source, chat_template=read_chat_template(path))
@@ -163,14 +164,36 @@ def _open_layout(path: Path, log: _LogFn) -> ModelSource:
         return source
 
 
-def open_latest_checkpoint(checkpoint_dir: Path, log: _LogFn) -> TensorReader:
-    """Reads the parameters of an unfinished run, which may be training."""
-    # Orbax, which other layouts do not need, takes as long to import as all else here.
-    from gptjax.checkpoint.checkpoint import read_latest_params
+def open_run_params(run_dir: Path, files: list[Path], best_step: Any, log: _LogFn) -> TensorReader:
+    """Opens the weights of a finished run, else the newest checkpoint; logs its step.
 
-    step, arrays = read_latest_params(checkpoint_dir)
-    log(f"step     {step} of the unfinished run {checkpoint_dir.parent}")
-    return TensorReader(arrays, arrays.__getitem__)
+    `files` are the weights in model/: those of the end, or of the best step so far.
+    They are also used if a checkpoint has only the trained part of the parameters.
+    """
+    steps = list_steps(run_dir / "checkpoints")
+    last_step = steps[-1] if steps else best_step
+    match load_toml(run_dir / "config.toml"):
+        case {"train": {"steps": int(num_steps)}} if files and isinstance(last_step, int):
+            is_finished = last_step >= num_steps
+        case _:
+            is_finished = bool(files)
+    if is_finished:
+        return open_safetensors(files)
+    if steps or not files:
+        # Orbax, which other layouts do not need, takes long to import.
+        from gptjax.checkpoint.checkpoint import read_latest_params
+
+        step, arrays = read_latest_params(run_dir / "checkpoints")
+        if "token_embedding/embedding" in arrays:
+            log(f"step     {step} of the unfinished run {run_dir}")
+            return TensorReader(arrays, arrays.__getitem__)
+        if not files:
+            raise ModelError(
+                f"checkpoint {step} of the unfinished run {run_dir} has only the trained part "
+                "of the parameters. Wait for the first evaluation with a finite loss."
+            )
+    log(f"step     {best_step}, the best evaluated one of the run {run_dir}")
+    return open_safetensors(files)
 
 
 def read_chat_template(path: Path) -> str:

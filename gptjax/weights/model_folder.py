@@ -1,6 +1,6 @@
 """Model and model folder, which every command accepts as MODEL.
 
-config.json          model config, format version, tokenizer hash, labels
+config.json          model config, format version, tokenizer hash, labels, training step
 model.safetensors    float32 parameters by name
 vocab.json, merges.txt, tokenizer_config.json
 chat_template.jinja  of an assistant
@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -54,17 +55,20 @@ class Model:
         )
 
 
-def save(model: Model, model_dir: str | Path) -> None:
+def save(model: Model, model_dir: str | Path, *, step: int | None = None) -> None:
     """Writes the model folder, replacing an existing one atomically.
 
     Without parameters, the folder completes the checkpoints of an unfinished run.
+    `step` is the training step of the parameters, if it may not be the last.
     """
-    metadata = {
+    metadata: dict[str, Any] = {
         "format": MODEL_FORMAT,
         "model": dataclasses.asdict(model.config),
         "labels": list(model.labels),
         "tokenizer": {"name": model.tokenizer.name, "hash": model.tokenizer.hash},
     }
+    if step is not None:
+        metadata["step"] = step
     try:
         with atomic_path(Path(model_dir), replace_folder=True) as new_dir:
             new_dir.mkdir()

@@ -27,7 +27,7 @@ from gptjax.training.finetune import initial_params
 from gptjax.training.task import RunContext
 from gptjax.weights.model_folder import load_adapters
 from tests.runs import config_with, delete_after, evaluations, train_logged
-from tests.small_models import make_model
+from tests.small_models import assert_same, make_model
 
 BASE = make_model(context_length=32, n_layers=1, n_classes=3, head_bias=True)
 MODEL = dataclasses.replace(BASE, labels=("a", "b", "c"))
@@ -142,6 +142,21 @@ def test_a_resumed_run_equals_the_uninterrupted_one(finished, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resumed.params, model.params)
     for split in ("train", "validation", "test"):
         assert evaluations(run_dir, split) == evaluations(folder, split)
+
+
+def test_an_unfinished_run_whose_checkpoints_have_only_adapters_is_its_best_model(
+    finished, tmp_path
+):
+    _, folder, model, _ = finished
+    run_dir, lines = shutil.copytree(folder, tmp_path / "run"), []
+    best = max(evaluations(folder, "validation"), key=lambda e: (e["accuracy"], -e["loss"]))
+    delete_after(run_dir / "checkpoints", 30)
+    assert_same(gptjax.load(run_dir, lines.append), model)
+    assert lines[0].startswith(f"step     {best['step']}, ")
+    shutil.copytree(folder / "checkpoints", run_dir / "checkpoints", dirs_exist_ok=True)
+    (run_dir / "model" / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="checkpoint 40"):
+        gptjax.load(run_dir)
 
 
 def test_invalid_options_are_reported(tmp_path):

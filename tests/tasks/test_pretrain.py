@@ -81,6 +81,9 @@ def test_the_model_folder_or_the_newest_valid_checkpoint_is_used(finished, tmp_p
         assert (loaded.config, loaded.tokenizer.hash) == (model.config, model.tokenizer.hash)
         assert_equal(loaded.params, model.params)
         (run_dir / "model" / "model.safetensors").unlink(missing_ok=True)
+    shutil.copytree(folder / "model", run_dir / "model", dirs_exist_ok=True)
+    text = (run_dir / "config.toml").read_text()
+    (run_dir / "config.toml").write_text(text.replace("steps = 12", "steps = 13"))  # longer
     path = max((run_dir / "checkpoints" / "12").rglob("*"), key=lambda p: p.stat().st_size)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -89,6 +92,7 @@ def test_the_model_folder_or_the_newest_valid_checkpoint_is_used(finished, tmp_p
     assert lines == [f"step     8 of the unfinished run {run_dir}"]
     assert not np.array_equal(*(jax.tree.leaves(m.params)[0] for m in (older, model)))
     shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "model" / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="checkpoints"):
         gptjax.load(run_dir)
 

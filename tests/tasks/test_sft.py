@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -18,9 +19,9 @@ from gptjax.inference.assistant import answer_batch, encode_chat, stream_answer
 from gptjax.tasks.train import train
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.training.finetune import initial_params, resolve_model_config
-from tests.runs import config_with, evaluations
+from tests.runs import config_with, delete_after, evaluations
 from tests.servers import judging, says
-from tests.small_models import random_params
+from tests.small_models import assert_same, random_params
 
 WORDS = ["sky", "sea", "sun", "ant", "elm", "ice", "oak", "owl", "rye", "yew"]
 
@@ -116,6 +117,21 @@ def test_answers_are_the_same_alone_in_a_batch_streamed_and_printed(finished, tm
     assert assistant.tokenizer.decode(encode_chat(assistant, chats[0])) == "Q: x\nA: "
     with pytest.raises(ModelError, match="chat template"):
         gptjax.answer(dataclasses.replace(assistant, chat_template=""), "why")
+
+
+def test_an_unfinished_run_answers_with_its_newest_checkpoint(finished, tmp_path, capsys):
+    _, folder, model = finished
+    run_dir = shutil.copytree(folder, tmp_path / "run")
+    delete_after(run_dir / "checkpoints", 8)
+
+    words = f"generate {run_dir} x --chat --max-new-tokens 1".split()
+    assert main(words) == 0
+    assert capsys.readouterr().err == f"step     8 of the unfinished run {run_dir}\n"
+    newest = gptjax.load(run_dir)
+    assert newest.chat_template == model.chat_template
+    assert not np.array_equal(*(jax.tree.leaves(m.params)[0] for m in (newest, model)))
+    (run_dir / "model" / "model.safetensors").unlink()  # as before the first evaluation
+    assert_same(gptjax.load(run_dir), newest)
 
 
 def test_eval_writes_responses_and_judgements(finished, tmp_path, capsys):
