@@ -11,7 +11,7 @@ import operator
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from gptjax.errors import ConfigError
 from gptjax.fileio.strict_json import read_small_file
@@ -27,16 +27,60 @@ ResumePolicy = Literal["identity", "trajectory", "operational"]
 PluginValue = Literal["book"]
 
 
+class Range(NamedTuple):
+    """Interval of the valid numbers of an option; written as in the help of options.
+
+    >>> str(Range(0, 1, "[)"))
+    '0<=x<1'
+    """
+
+    minimum: int | float
+    maximum: int | float
+    ends: str = "[]"  # a parenthesis excludes that end
+
+    def __str__(self) -> str:
+        above, below = ("<=" if end in "[]" else "<" for end in self.ends)
+        return f"{self.minimum:,}{above}x{below}{self.maximum:,}"
+
+    def includes(self, number: int | float) -> bool:
+        """True if the number is in the interval; NaN is not."""
+        is_above = number > self.minimum or (number == self.minimum and self.ends[0] == "[")
+        is_below = number < self.maximum or (number == self.maximum and self.ends[1] == "]")
+        return is_above and is_below
+
+
+MAX_SEED = 2**63 - 1
+MAX_STEPS = 10**9  # the optimizer counts steps in 32 bits
+MAX_VOCAB_SIZE = MAX_CONTEXT_LENGTH = 2**24
+SEED, STEPS = Range(0, MAX_SEED), Range(1, MAX_STEPS)
+CONTEXT, WIDTH = Range(1, MAX_CONTEXT_LENGTH), Range(1, 2**17)
+FRACTION, WEIGHT = Range(0, 1, "[)"), Range(0, 10**6)
+AXIS_SIZE, BATCH_SIZE = Range(-1, 10**6), Range(1, 10**6)
+# Numbers of `GenerationConfig`, and samples per prompt.
+SAMPLING_RANGES = {
+    "max_new_tokens": Range(1, 10**6),
+    "temperature": Range(0, 10**6),
+    "top_k": Range(0, 10**9),
+    "top_p": Range(0, 1, "(]"),
+    "min_p": Range(0, 1),
+    "repetition_penalty": Range(0, 10**6, "(]"),
+    "seed": SEED,
+    "samples": Range(1, 10**5),
+}
+
+
 def option(
-    resume: ResumePolicy,
-    default: Any,
-    description: str,
-    minimum: int | None = None,
-    limit: int | None = None,
+    resume: ResumePolicy, default: Any, description: str, valid_range: Range | None = None
 ) -> Any:
-    """Field of a config section, with a help text and a range [minimum, limit)."""
-    metadata = {"description": description, "resume": resume, "minimum": minimum, "limit": limit}
+    """Field of a config section, with a help text and the range of a number."""
+    metadata = {"description": description, "resume": resume, "range": valid_range}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_range(name: str, value: int | float, valid_range: Range) -> None:
+    """Raises ConfigError unless the value of an option is in its range."""
+    if not valid_range.includes(value):
+        raise ConfigError(f"{name}={value} must be in the range {valid_range}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,15 +91,9 @@ class Section:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, minimum = getattr(self, field.name), field.metadata["minimum"]
-            limit = field.metadata["limit"]
-            if limit is not None and not minimum <= value < limit:
-                raise ConfigError(
-                    f"{self.section}.{field.name}={value} must be in [{minimum}, {limit}), "
-                    f"for example the default {field.default}."
-                )
-            if minimum is not None:
-                check_min(self.section, self, minimum, field.name)
+            if valid_range := field.metadata["range"]:
+                name = f"{self.section}.{field.name}"
+                check_range(name, getattr(self, field.name), valid_range)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,22 +104,32 @@ class GPTConfig(Section):
     """
 
     section = "model"
-    vocab_size: int = option("identity", 0, "number of tokens; 0 = size of the run's tokenizer", 0)
-    context_length: int = option("identity", 1024, "maximum sequence length in tokens [T]", 1)
-    n_layers: int = option("identity", 12, "number of transformer blocks [N]", 1)
-    n_heads: int = option("identity", 12, "number of attention heads [H]; must divide d_model", 1)
-    d_model: int = option("identity", 768, "residual stream width [D]; that of the MLP is 4 D", 1)
-    dropout: float = option("trajectory", 0.0, "dropout probability in training", 0, 1)
+    vocab_size: int = option(
+        "identity", 0, "number of tokens; 0 = size of the run's tokenizer", Range(0, MAX_VOCAB_SIZE)
+    )
+    context_length: int = option("identity", 1024, "maximum sequence length in tokens [T]", CONTEXT)
+    n_layers: int = option("identity", 12, "number of transformer blocks [N]", Range(1, 10**4))
+    n_heads: int = option(
+        "identity", 12, "number of attention heads [H]; must divide d_model", WIDTH
+    )
+    d_model: int = option(
+        "identity", 768, "residual stream width [D]; that of the MLP is 4 D", WIDTH
+    )
+    dropout: float = option("trajectory", 0.0, "dropout probability in training", FRACTION)
     qkv_bias: bool = option("identity", True, "biases in the query, key and value projections")
     tie_embeddings: bool = option("identity", True, "output head shares the token embedding")
-    vocab_multiple: int = option("identity", 1, "vocab_size is padded to a multiple of this", 1)
+    vocab_multiple: int = option(
+        "identity", 1, "vocab_size is padded to a multiple of this", Range(1, 2**16)
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "trajectory",
         "auto",
         "dtype of activations; auto = bfloat16 on accelerators, float32 on CPUs",
     )
     causal: bool = option("identity", True, "causal attention mask")
-    n_classes: int = option("identity", 0, "classes of the classifier head [C]; 0 = no head", 0)
+    n_classes: int = option(
+        "identity", 0, "classes of the classifier head [C]; 0 = no head", Range(0, 10**6)
+    )
     head_bias: bool = option("identity", False, "bias in the classifier head")
     pool: Literal["last", "first", "mean", "position"] = option(
         "identity",
@@ -171,10 +219,14 @@ class DataConfig(Section):
     )
     balance_classes: bool = option("identity", False, "downsample classes to the smallest one")
     deduplicate: bool = option("identity", False, "drop repeated labeled texts")
-    test_fraction: float = option("identity", 0.2, "fraction of fine-tuning data for testing", 0, 1)
-    val_fraction: float = option("identity", 0.1, "fraction of data for validation", 0, 1)
-    split_seed: int = option("identity", 0, "seed of the validation and test splits", 0)
-    batch_size: int = option("trajectory", 8, "rows per step, all devices and micro-batches [B]", 1)
+    test_fraction: float = option(
+        "identity", 0.2, "fraction of fine-tuning data for testing", FRACTION
+    )
+    val_fraction: float = option("identity", 0.1, "fraction of data for validation", FRACTION)
+    split_seed: int = option("identity", 0, "seed of the validation and test splits", SEED)
+    batch_size: int = option(
+        "trajectory", 8, "rows per step, all devices and micro-batches [B]", BATCH_SIZE
+    )
     batching: Literal["auto", "packed", "concat", "padded", PluginValue] = option(
         "trajectory",
         "auto",
@@ -197,22 +249,26 @@ class OptimConfig(Section):
     """AdamW and learning rate schedule."""
 
     section = "optim"
-    peak_lr: float = option("trajectory", 6e-4, "learning rate after the warmup", 0)
+    peak_lr: float = option("trajectory", 6e-4, "learning rate after the warmup", WEIGHT)
     schedule: Literal["cosine", "constant", "wsd", PluginValue] = option(
         "trajectory",
         "cosine",
         "learning rate after the warmup; wsd = constant, then decay in the last fifth; "
         "book = as `import gptjax.book` does",
     )
-    warmup_steps: int = option("trajectory", 100, "steps of linear warmup", 0)
-    final_lr_fraction: float = option("trajectory", 0.1, "last learning rate / peak_lr", 0)
-    weight_decay: float = option("trajectory", 0.1, "weight decay of matrices and embeddings", 0)
+    warmup_steps: int = option("trajectory", 100, "steps of linear warmup", Range(0, MAX_STEPS))
+    final_lr_fraction: float = option("trajectory", 0.1, "last learning rate / peak_lr", WEIGHT)
+    weight_decay: float = option(
+        "trajectory", 0.1, "weight decay of matrices and embeddings", WEIGHT
+    )
     decay_norms_and_biases: bool = option(
         "trajectory", False, "weight decay of norms and biases too, the default of PyTorch"
     )
-    beta1: float = option("trajectory", 0.9, "decay rate of AdamW's first moment", 0, 1)
-    beta2: float = option("trajectory", 0.95, "decay rate of AdamW's second moment", 0, 1)
-    grad_clip: float = option("trajectory", 1.0, "maximum global gradient norm; 0 = no clipping", 0)
+    beta1: float = option("trajectory", 0.9, "decay rate of AdamW's first moment", FRACTION)
+    beta2: float = option("trajectory", 0.95, "decay rate of AdamW's second moment", FRACTION)
+    grad_clip: float = option(
+        "trajectory", 1.0, "maximum global gradient norm; 0 = no clipping", WEIGHT
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,15 +279,23 @@ class TrainConfig(Section):
     task: Literal["pretrain", "classify", "sft", "dpo", PluginValue] = option(
         "identity", "pretrain", "kind of training; book = as `import gptjax.book` does"
     )
-    steps: int = option("trajectory", 1000, "number of optimizer updates", 1)
-    seed: int = option("identity", 0, "seed of parameters, batches and dropout", 0)
-    accumulate: int = option("trajectory", 1, "micro-batches [G]; 0 = fewest that fit in memory", 0)
-    loss_chunk_size: int = option("trajectory", 256, "positions whose logits are held at a time", 1)
+    steps: int = option("trajectory", 1000, "number of optimizer updates", STEPS)
+    seed: int = option("identity", 0, "seed of parameters, batches and dropout", SEED)
+    accumulate: int = option(
+        "trajectory", 1, "micro-batches [G]; 0 = fewest that fit in memory", Range(0, 10**6)
+    )
+    loss_chunk_size: int = option(
+        "trajectory", 256, "positions whose logits are held at a time", CONTEXT
+    )
     # Spikes are detected in the logged steps.
-    log_every: int = option("trajectory", 10, "steps between log lines", 1)
+    log_every: int = option("trajectory", 10, "steps between log lines", STEPS)
     # Evaluations choose the best model of fine-tuning.
-    eval_every: int = option("trajectory", 100, "steps between evaluations; one is at the end", 1)
-    eval_batches: int = option("trajectory", 20, "batches per evaluation; all in the last one", 1)
+    eval_every: int = option(
+        "trajectory", 100, "steps between evaluations; one is at the end", STEPS
+    )
+    eval_batches: int = option(
+        "trajectory", 20, "batches per evaluation; all in the last one", STEPS
+    )
     sample_prompt: str = option("operational", "\n", "prompt completed at evaluation; empty = none")
 
 
@@ -248,15 +312,19 @@ class FinetuneConfig(Section):
     trainable: Literal["all", "head", "last-block", "last-two-blocks", "lora"] = option(
         "identity", "all", "parameters that are trained; lora = adapters on frozen parameters"
     )
-    lora_rank: int = option("identity", 16, "rank of the LoRA adapters", 1)
-    lora_alpha: float = option("trajectory", 16.0, "scale of adapters, divided by lora_rank", 0)
+    lora_rank: int = option("identity", 16, "rank of the LoRA adapters", WIDTH)
+    lora_alpha: float = option(
+        "trajectory", 16.0, "scale of adapters, divided by lora_rank", WEIGHT
+    )
     lora_targets: str = option(
         "identity",
         "attention/* mlp/*",
         "parameters of a block that get adapters: name patterns, separated by blanks",
     )
-    lm_loss_weight: float = option("trajectory", 0.0, "next-token loss weight in classification", 0)
-    dpo_beta: float = option("trajectory", 0.1, "DPO beta: strength of the KL penalty", 0)
+    lm_loss_weight: float = option(
+        "trajectory", 0.0, "next-token loss weight in classification", WEIGHT
+    )
+    dpo_beta: float = option("trajectory", 0.1, "DPO beta: strength of the KL penalty", WEIGHT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -265,20 +333,24 @@ class CheckpointConfig(Section):
 
     section = "checkpoint"
     # Where a run is resumed decides which steps are recomputed.
-    every: int = option("trajectory", 500, "steps between checkpoints; one is at the end", 1)
-    keep: int = option("operational", 2, "number of newest checkpoints to keep", 1)
+    every: int = option("trajectory", 500, "steps between checkpoints; one is at the end", STEPS)
+    keep: int = option("operational", 2, "number of newest checkpoints to keep", STEPS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(Section):
     """Device mesh; the product of the axis sizes is the number of devices."""
 
-    data: int = option("operational", -1, "data-parallel replicas; -1 = all remaining devices")
-    fsdp: int = option("operational", 1, "shards of parameters and optimizer state")
-    tensor: int = option("operational", 1, "shards of heads, MLP and vocabulary")
+    section = "mesh"
+    data: int = option(
+        "operational", -1, "data-parallel replicas; -1 = all remaining devices", AXIS_SIZE
+    )
+    fsdp: int = option("operational", 1, "shards of parameters and optimizer state", AXIS_SIZE)
+    tensor: int = option("operational", 1, "shards of heads, MLP and vocabulary", AXIS_SIZE)
 
     def __post_init__(self) -> None:
         """Rejects invalid axis sizes."""
+        super().__post_init__()
         sizes = dataclasses.asdict(self)
         num_open = list(sizes.values()).count(-1)
         if num_open > 1 or any(size < 1 and size != -1 for size in sizes.values()):
@@ -319,14 +391,6 @@ def config_options() -> dict[str, "dataclasses.Field[Any]"]:
         for section, cls in hints.items()
         for field in dataclasses.fields(cls)
     }
-
-
-def check_min(section: str, config: Any, minimum: int, *names: str) -> None:
-    """Raises for the first field in `names` whose value is less than `minimum`."""
-    for name in names:
-        value = getattr(config, name)
-        if not value >= minimum:  # also rejects nan
-            raise ConfigError(f"{section}.{name}={value} must be at least {minimum}. Increase it.")
 
 
 def did_you_mean(word: str, known: Any) -> str:
@@ -408,6 +472,8 @@ def _check_type(name: str, value: Any, kind: Any) -> Any:
                 f"{did_you_mean(str(value), get_args(kind))}"
             )
         return value
+    if type(value) is int and not -MAX_SEED <= value <= MAX_SEED:  # too many digits to print
+        raise ConfigError(f"{name} must be in the range of 64-bit integers, for example 3.")
     if kind is float and type(value) is int:
         return float(value)
     if kind is float and isinstance(value, float) and not math.isfinite(value):

@@ -14,7 +14,15 @@ from typing import Any, get_args
 import click
 
 import gptjax.book  # noqa: F401 (adds values of options)
-from gptjax.config import RENAMED_OPTIONS, RunConfig, config_options, did_you_mean, from_dict
+from gptjax.config import (
+    RENAMED_OPTIONS,
+    SAMPLING_RANGES,
+    Range,
+    RunConfig,
+    config_options,
+    did_you_mean,
+    from_dict,
+)
 from gptjax.errors import ConfigError
 from gptjax.runtime import cpu_flags
 
@@ -103,18 +111,36 @@ class ConfigCommand(Command):
 
 def make_config_option(name: str, field: Any) -> click.Option:
     """Makes the command-line option of a config option."""
-    description, minimum, limit = map(field.metadata.get, ("description", "minimum", "limit"))
+    description, valid_range = field.metadata["description"], field.metadata["range"]
     choices = {bool: ("true", "false")}.get(field.type, get_args(field.type))
-    if limit is not None:
-        description += f" (in [{minimum}, {limit}))"
-    elif minimum is not None:
-        description += f" (at least {minimum})"
     default = str(field.default).lower() if choices else repr(field.default).replace("'", '"')
     return click.Option(
         [f"--{name}", name.replace(".", "__")],
         metavar="|".join(choices) or field.type.__name__.upper(),
-        help=f"{description}  [default: {default}]",
+        help=f"{description}  [default: {default}]{show_range(valid_range)}",
     )
+
+
+def show_range(valid_range: Range | None) -> str:
+    """End of the help text of an option whose value is a number."""
+    return f"  [{valid_range}]" if valid_range else ""
+
+
+class Number(click.ParamType):
+    """Integer or float in a range."""
+
+    def __init__(self, kind: type[int] | type[float], valid_range: Range) -> None:
+        """Takes the type and the range."""
+        self.kind, self.valid_range, self.name = kind, valid_range, kind.__name__
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | float:
+        """Parses a number; rejects it outside the range."""
+        number = click.types.convert_type(self.kind).convert(value, param, ctx)
+        if not self.valid_range.includes(number):
+            self.fail(f"{number} is not in the range {self.valid_range}.", param, ctx)
+        return number
 
 
 def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -149,16 +175,22 @@ def value_option(
     *,
     shown: str = "none",
     dest: str = "",
+    valid_range: Range | None = None,
     **settings: Any,
 ) -> Decorator:
     """Option with a value, of the type of its default or of `settings["type"]`.
 
     A default that is None or "" is described by `shown`; `dest` is the parameter of the
-    function, if it has another name; `settings` are those of `click.option`.
+    function, if it has another name; `valid_range` is that of a number; `settings` are
+    those of `click.option`.
     """
     if not settings.get("required"):
         text += f"  [default: {shown if default in (None, '') else default}]"
-    settings.setdefault("metavar", METAVARS.get(settings.get("type", type(default)), "NAME"))
+    kind = settings.get("type", type(default))
+    settings.setdefault("metavar", METAVARS.get(kind, "NAME"))
+    if valid_range:
+        text += show_range(valid_range)
+        settings["type"] = Number(kind, valid_range)
     return click.option(name, *filter(None, [dest]), default=default, help=text, **settings)
 
 
@@ -168,7 +200,7 @@ def flag_option(name: str, text: str, *names: str) -> Decorator:
 
 
 def list_option(
-    name: str, text: str, *, shown: str, kind: click.ParamType = click.STRING, metavar: str = "N"
+    name: str, text: str, *, shown: str, kind: click.ParamType, metavar: str = "N"
 ) -> Decorator:
     """Option with several values, separated by commas or given by repetition."""
 
@@ -206,11 +238,17 @@ model_session_arguments = add_options(  # of a command that loads MODEL
 def sampling_arguments(max_new_tokens: int, temperature: float) -> Decorator:
     """Options of sampling, arguments with the names of `GenerationConfig`."""
     return add_options(
-        value_option("--max-new-tokens", "maximum length in tokens, at least 1", max_new_tokens),
-        value_option("--temperature", "sampling temperature, at least 0; 0 = greedy", temperature),
-        value_option("--top-k", "sample from the N most likely tokens; 0 = all", 0),
-        value_option(
-            "--top-p", "sample from the smallest set of tokens with this total probability", 1.0
+        sampling_option("max_new_tokens", "maximum length in tokens", max_new_tokens),
+        sampling_option("temperature", "sampling temperature; 0 = greedy", temperature),
+        sampling_option("top_k", "sample from the N most likely tokens; 0 = all", 0),
+        sampling_option(
+            "top_p", "sample from the smallest set of tokens with this total probability", 1.0
         ),
-        value_option("--seed", "seed of the sampling", 0),
+        sampling_option("seed", "seed of the sampling", 0),
     )
+
+
+def sampling_option(name: str, text: str, default: int | float, **settings: Any) -> Decorator:
+    """Option that is a number of sampling."""
+    flag = f"--{name.replace('_', '-')}"
+    return value_option(flag, text, default, valid_range=SAMPLING_RANGES[name], **settings)

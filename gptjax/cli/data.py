@@ -9,6 +9,9 @@ from pathlib import Path
 import click
 
 from gptjax.cli.arguments import PATH, Command, flag_option, value_option
+from gptjax.config import CONTEXT, FRACTION, SEED, STEPS, Range
+
+WORKERS = Range(1, 1024)
 
 
 @click.command("fetch", cls=Command)
@@ -24,10 +27,10 @@ def data_fetch(name: str) -> None:
 @click.argument("paths", nargs=-1, required=True, metavar="PATH ...")
 @value_option("--tokenizer", "tokenizer", "gpt2", metavar="gpt2|bytes|bpe:N|DIR")
 @value_option("--out", "new folder", type=PATH, required=True, metavar="DIR")
-@value_option("--val-fraction", "fraction of documents for validation, in [0, 1)", 0.1)
-@value_option("--seed", "seed of the validation split", 0)
+@value_option("--val-fraction", "fraction of documents for validation", 0.1, valid_range=FRACTION)
+@value_option("--seed", "seed of the validation split", 0, valid_range=SEED)
 @value_option("--column", "text column of JSON and CSV rows", "", shown="detect")
-@value_option("--workers", "number of processes", type=int, shown="all cores")
+@value_option("--workers", "number of processes", type=int, shown="all cores", valid_range=WORKERS)
 def data_prepare(
     paths: tuple[str, ...],
     tokenizer: str,
@@ -57,9 +60,11 @@ def data_prepare(
     metavar="NAME|FILE.jinja",
 )
 @value_option("--tokenizer", "tokenizer", "gpt2", metavar="gpt2|bytes|DIR")
-@value_option("--context", "maximum sequence length in tokens", 1024)
+@value_option("--context", "maximum sequence length in tokens", 1024, valid_range=CONTEXT)
 @flag_option("--train-on-prompts", "loss on prompts too, as with data.completion_only_loss=false")
-@value_option("--rows", "number of conversations", type=int, shown="3; all with --json")
+@value_option(
+    "--rows", "number of conversations", type=int, shown="3; all with --json", valid_range=STEPS
+)
 @value_option("--html", "write a page instead of printing", type=PATH)
 @flag_option("--json", "print one JSON object per conversation", "as_json")
 def data_preview(

@@ -11,6 +11,7 @@ import click
 from gptjax.cli import arguments
 from gptjax.cli.arguments import PATH, Command, flag_option, value_option
 from gptjax.cli.session import load_model, log_to_stderr
+from gptjax.config import CONTEXT
 from gptjax.errors import ConfigError
 
 
@@ -27,14 +28,14 @@ from gptjax.errors import ConfigError
 )
 @flag_option("--chat", "answer the prompt as an assistant, in its chat template")
 @arguments.sampling_arguments(max_new_tokens=100, temperature=0.8)
-@value_option(
-    "--min-p", "minimum probability of a token, relative to the most likely one", 0.0, metavar="P"
+@arguments.sampling_option(
+    "min_p", "minimum probability of a token, relative to the most likely one", 0.0, metavar="P"
 )
-@value_option("--repetition-penalty", "penalty on repeated tokens, above 0; 1 = off", 1.0)
+@arguments.sampling_option("repetition_penalty", "penalty on repeated tokens; 1 = off", 1.0)
 @value_option(
     "--stop", "text that ends the completion; may be repeated", multiple=True, metavar="TEXT"
 )
-@value_option("--samples", "number of completions", 1, type=click.IntRange(min=1), metavar="N")
+@arguments.sampling_option("samples", "number of completions", 1)
 @flag_option("--json", "print one JSON object per completion", "as_json")
 @arguments.model_session_arguments
 def run_generate(
@@ -167,6 +168,7 @@ def run_classify(
     "--text: tokens between the starts of two windows; fewer give each token more context",
     type=int,
     shown="the context length",
+    valid_range=CONTEXT,
 )
 @value_option("--out", "--chat-data: write the answers as JSON lines", type=PATH)
 @value_option(

@@ -13,6 +13,7 @@ from gptjax.cli.arguments import (
     PATH,
     Command,
     ConfigCommand,
+    Number,
     apply_overrides,
     fast_cpu_argument,
     flag_option,
@@ -20,7 +21,7 @@ from gptjax.cli.arguments import (
     value_option,
 )
 from gptjax.cli.session import log_to_stderr
-from gptjax.config import GPTConfig, find_config, load_config
+from gptjax.config import BATCH_SIZE, CONTEXT, GPTConfig, Range, find_config, load_config
 from gptjax.errors import install_command
 
 PARTS = ("train", "decode", "prefill", "load", "input", "import", "start", "save")
@@ -84,7 +85,7 @@ def run_plan(
 
 @click.command("bench", cls=Command)
 @value_option("--preset", "GPT-2 size: gpt2, gpt2-medium, gpt2-large or gpt2-xl", "gpt2")
-@value_option("--repeats", "timed runs", 5, type=click.IntRange(1), metavar="N")
+@value_option("--repeats", "timed runs", 5, valid_range=Range(1, 1000))
 @list_option(
     "--only",
     f"benchmarks to run: {', '.join(PARTS)}",
@@ -99,14 +100,15 @@ def run_plan(
 @value_option(
     "--context",
     "sequence length in training",
-    type=click.IntRange(1),
+    type=int,
     shown="256, with --device 1024",
     metavar="T",
+    valid_range=CONTEXT,
 )
 @list_option(
     "--rows",
-    "rows per batch and device in training, tried until memory is full",
-    kind=click.IntRange(1),
+    f"rows per batch and device in training ({BATCH_SIZE}), tried until memory is full",
+    kind=Number(int, BATCH_SIZE),
     shown="2,4,8, with --device 4,8,16,32,64,128",
 )
 @list_option(

@@ -8,7 +8,7 @@ import click
 from gptjax.cli import arguments
 from gptjax.cli.arguments import PATH, Command, ConfigCommand, flag_option, value_option
 from gptjax.cli.session import log_to_stdout, run_interruptible, setup_session
-from gptjax.config import find_config, load_config
+from gptjax.config import Range, find_config, load_config
 from gptjax.runtime import supervisor
 from gptjax.runtime.timing import mark_phase
 
@@ -60,8 +60,8 @@ def run_quickstart(run: Path, verbose: bool) -> int:
     "--hang-timeout",
     "--auto-restart: time without a step, evaluation or save that counts as a hang",
     supervisor.HANG_TIMEOUT_SECONDS,
-    type=click.FloatRange(min=1),
     metavar="SECONDS",
+    valid_range=Range(1, 10**8),
 )
 @arguments.session_arguments
 @click.pass_context

@@ -9,7 +9,6 @@ results.
 import codecs
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack, overload
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, Key
 
+from gptjax.config import SAMPLING_RANGES, check_range
 from gptjax.data.readers import read_jsonl
 from gptjax.errors import ConfigError, DataError
 from gptjax.inference.engine import (
@@ -56,19 +56,14 @@ class GenerationConfig:
         """Validates the options."""
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name, is_valid, requirement in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "finite and at least 0; 0 = greedy"),
-            ("top_k", self.top_k >= 0, "at least 0; 0 = off"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1; 1 = off"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1; 0 = off"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 = off"),
-            ("stop", "" not in self.stop, "texts that are not empty"),
-            ("stop_ids", len(self.stop_ids or ()) <= MAX_STOP_IDS, f"at most {MAX_STOP_IDS} ids"),
-            ("seed", self.seed >= 0, "at least 0"),
-        ):
-            if not is_valid:
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be {requirement}.")
+        for name in SAMPLING_RANGES.keys() & vars(self).keys():
+            check_range(name, getattr(self, name), SAMPLING_RANGES[name])
+        if "" in self.stop:
+            raise ConfigError(f"stop={self.stop!r:.80} must be texts that are not empty.")
+        if len(self.stop_ids or ()) > MAX_STOP_IDS:
+            raise ConfigError(
+                f"stop_ids has {len(self.stop_ids or ())} ids, at most {MAX_STOP_IDS} fit."
+            )
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -180,8 +175,7 @@ def complete(
     Samples of one prompt are adjacent. Sample s of a prompt is the same in any batch.
     """
     config = dataclasses.replace(generation_config or GenerationConfig(), **options)
-    if samples < 1:
-        raise ConfigError(f"samples={samples} must be at least 1.")
+    check_range("samples", samples, SAMPLING_RANGES["samples"])
     rows, truncated = tokenize_prompts(model, normalize_prompts(prompt)[0], samples)
     (*_, final) = decode_sequences(model, rows, config, samples, streaming=bool(config.stop))
     completions = []

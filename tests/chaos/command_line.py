@@ -275,7 +275,9 @@ def write_inputs(folder: Path, run_job: Callable[[Job], dict[str, Any]]) -> None
     }
     changes: dict[str, Any] = {
         "classifier": {"labels": ("ham", "spam")},
-        "assistant": {"chat_template": "{% for m in messages %}{{ m.content }}\n{% endfor %}"},
+        "assistant": {
+            "chat_template": "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}"
+        },
     }
     for name, model in models.items():
         gptjax.save(dataclasses.replace(model, **changes.get(name, {})), folder / name)

@@ -4,7 +4,7 @@ import click
 import pytest
 
 from gptjax.cli import arguments
-from gptjax.cli.arguments import ConfigCommand, apply_overrides
+from gptjax.cli.arguments import ConfigCommand, Number, apply_overrides
 from gptjax.cli.main import COMMANDS, DATA_COMMANDS, main
 from gptjax.config import RunConfig, config_options
 from tests.command_line import parse_command
@@ -32,6 +32,22 @@ def test_the_help_of_every_command_documents_all_options_with_their_defaults(cap
             assert option.required or "[default: " in option.help
         names = {option.name.replace("__", ".") for option in options}
         assert not isinstance(command, ConfigCommand) or names >= config_options().keys()
+
+
+def test_every_number_has_a_range_that_its_help_shows(capsys):
+    for path, command in COMMAND_TABLE.items():
+        for option in command.params:
+            default = option.default
+            is_number = isinstance(option.type, Number) or isinstance(default, int | float)
+            if not is_number or getattr(option, "is_flag", False):
+                continue
+            assert str(option.type.valid_range) in option.help
+            beyond = option.type.valid_range.maximum + 1
+            for value in (int(beyond), "9" * 31, "nan"):
+                assert option.opts[0] in usage_error(capsys, *path, "x", option.opts[0], str(value))
+        for option in command.params if isinstance(command, ConfigCommand) else ():
+            if field := config_options().get(str(option.name).replace("__", ".")):
+                assert not field.metadata["range"] or str(field.metadata["range"]) in option.help
 
 
 def test_options_may_stand_anywhere_before_two_dashes():
