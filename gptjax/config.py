@@ -63,7 +63,7 @@ SAMPLING_RANGES = {
     "top_k": Range(0, 10**9),
     "top_p": Range(0, 1, "(]"),
     "min_p": Range(0, 1),
-    "repetition_penalty": Range(0, 10**6, "(]"),
+    "repetition_penalty": Range(0, 10**9, "(]"),
     "seed": SEED,
     "samples": Range(1, 10**5),
 }

@@ -61,9 +61,7 @@ class GenerationConfig:
         if "" in self.stop:
             raise ConfigError(f"stop={self.stop!r:.80} must be texts that are not empty.")
         if len(self.stop_ids or ()) > MAX_STOP_IDS:
-            raise ConfigError(
-                f"stop_ids has {len(self.stop_ids or ())} ids, at most {MAX_STOP_IDS} fit."
-            )
+            raise ConfigError(f"stop_ids={self.stop_ids!r:.80} must be at most {MAX_STOP_IDS} ids.")
 
 
 class GenerationOptions(TypedDict, total=False):
