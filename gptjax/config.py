@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import reprlib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -408,13 +409,14 @@ def from_dict(cls: Any, table: Mapping[str, Any], prefix: str = "") -> Any:
     for key, value in table.items():
         if key not in hints:
             raise ConfigError(
-                f"unknown option {prefix}{key}.{did_you_mean(key, hints)} "
+                f"unknown option {prefix}{key[:80]}.{did_you_mean(key[:80], hints)} "
                 f"Known: {', '.join(hints)}."
             )
         name = f"{prefix}{key}"
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{name}={value!r} must be a section. Write it as [{name}].")
+                shown = reprlib.repr(value)
+                raise ConfigError(f"{name}={shown} must be a section. Write it as [{name}].")
             values[key] = from_dict(hints[key], value, f"{name}.")
         else:
             values[key] = _check_type(name, value, hints[key])
@@ -454,7 +456,8 @@ def find_renames(table: Mapping[str, Any], prefix: str = "") -> list[str]:
     renames = []
     for key, value in table.items():
         name, values = f"{prefix}{key}", RENAMED_VALUES.get(f"{prefix}{key}", {})
-        inner = find_renames(value, f"{name}.") if isinstance(value, Mapping) else []
+        is_section = isinstance(value, Mapping) and not prefix  # a key may have 20,000 dots
+        inner = find_renames(value, f"{name}.") if is_section else []
         if name in RENAMED_OPTIONS and not inner:
             inner = [f"`{name}` is now `{RENAMED_OPTIONS[name]}`"]
         if isinstance(value, str) and value in values:
@@ -468,8 +471,8 @@ def _check_type(name: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise ConfigError(
-                f"{name}={value!r} must be one of {', '.join(get_args(kind))}."
-                f"{did_you_mean(str(value), get_args(kind))}"
+                f"{name}={reprlib.repr(value)} must be one of {', '.join(get_args(kind))}."
+                f"{did_you_mean(reprlib.repr(value), get_args(kind))}"
             )
         return value
     if type(value) is int and not -MAX_SEED <= value <= MAX_SEED:  # too many digits to print
@@ -480,7 +483,7 @@ def _check_type(name: str, value: Any, kind: Any) -> Any:
         raise ConfigError(f"{name}={value} must be finite, for example 0.1.")
     if type(value) is not kind:
         raise ConfigError(
-            f"{name}={value!r} is of type {type(value).__name__}, but must be "
+            f"{name}={reprlib.repr(value)} is of type {type(value).__name__}, but must be "
             f"{kind.__name__}, for example {EXAMPLE_VALUES[kind]}."
         )
     return value
@@ -497,7 +500,7 @@ def load_config(path: str | Path) -> RunConfig:
 def load_toml(path: Path) -> dict[str, Any]:
     """Loads a TOML file as a nested dict."""
     try:
-        return tomllib.loads(read_small_file(path, MAX_CONFIG_BYTES).decode("utf-8"))
+        return tomllib.loads(read_small_file(path, MAX_CONFIG_BYTES).decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read the config {path}: {error}.") from error
 

@@ -68,6 +68,8 @@ def test_a_config_file_changes_the_options_that_it_names(tmp_path):
         *("model.n_layers: 12 -> 3", "optim.peak_lr: 0.0006 -> 1.0", "train.accumulate: 1 -> 0")
     ]
     assert config.train == TrainConfig(accumulate=0)  # chosen later: divides any batch
+    path.write_text("\ufefftrain.steps = 3", encoding="utf-8")  # a byte-order mark
+    assert load_config(path).train.steps == 3
     path.write_text("# " + "x" * 1_000_000)
     with pytest.raises(ConfigError, match=r"run\.toml: "):
         load_config(path)
@@ -111,6 +113,8 @@ def test_old_names_and_values_are_rejected_with_the_new_ones():
         ({"data": {"batch_size": 8}, "train": {"accumulate": 3}}, "=8 .*accumulate=3"),
         ({"mesh": {"data": -1, "tensor": -1}}, "mesh.tensor=-1"),
         ({"optim": {"peak_lr": 16**5000}}, "optim.peak_lr"),
+        (tomllib.loads("train.steps" + ".a" * 20_000 + "=1"), "train.steps=.*dict"),
+        (tomllib.loads("a" + ".a" * 20_000 + "=1"), "unknown option a"),
     ],
 )
 def test_an_invalid_table_is_rejected(table, message):

@@ -20,7 +20,7 @@ from typing import Any
 from gptjax.config import did_you_mean
 from gptjax.data.datasets import DATASETS, PYTHON_HELP, fetch_dataset
 from gptjax.errors import DataError
-from gptjax.fileio.strict_json import parse_json
+from gptjax.fileio.strict_json import open_regular_file, parse_json
 
 TABLE_FORMATS = {".jsonl": "JSON lines", ".json": "JSON list"}
 TABLE_FORMATS |= {".csv": "comma-separated", ".tsv": "tab-separated"}
@@ -42,8 +42,8 @@ LocatedRow = tuple[str, Any]  # "file:line" or "file, row N"; string, or dict by
 def open_decompressed(path: Path) -> Iterator[BufferedIOBase]:
     """Opens a file for reading, decompressed if it ends in .gz."""
     try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            yield file
+        with open_regular_file(path) as file:
+            yield gzip.open(file) if path.suffix.lower() == ".gz" else file
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"cannot read {path}: {error}. Check that the file exists and is complete."

@@ -180,7 +180,7 @@ def open_shard(
     path: Path, count: int, dtype: np.dtype, sha256: str = "", block_crcs: Sequence[int] = ()
 ) -> TokenShard:
     """Opens a file of `count` tokens, at least one; checks its size."""
-    size, actual = count * dtype.itemsize, path.stat().st_size if path.exists() else 0
+    size, actual = count * dtype.itemsize, path.stat().st_size if path.is_file() else 0
     if actual != size:
         raise DataError(
             f"{path} has {actual:,} bytes instead of {size:,}: it is missing, truncated or "
@@ -278,7 +278,7 @@ def verify_prepared(folder: Path) -> list[str]:
             path = folder / shard["file"]
             files = (path, path.with_suffix(".idx"))
             for file, expected in zip(files, shard["sha256"], strict=True):
-                found = sha256_of_files([file]) if file.exists() else "missing"
+                found = sha256_of_files([file]) if file.is_file() else "missing"
                 if found != expected:
                     problems.append(f"{file}: sha256 {found}, expected {expected}")
         try:
@@ -303,7 +303,7 @@ def open_external(folder: Path, split: str, vocab_size: int, eot: int) -> TokenD
 def datatrove_shard(path: Path, eot: int) -> TokenShard:
     """Opens a .ds file; its dtype follows from the last entry of its .index."""
     index = path.with_name(path.name + ".index")
-    ends = np.fromfile(index, "<u8") if index.exists() else np.empty(0, "<u8")
+    ends = np.fromfile(index, "<u8") if index.is_file() else np.empty(0, "<u8")
     size = path.stat().st_size
     last = int(ends[-1]) if len(ends) else 0
     if size not in (2 * last, 4 * last) or not size:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.errors import DataError
+from gptjax.fileio.strict_json import open_regular_file
 
 DOWNLOAD_TIMEOUT_SECONDS = 30  # without data from the server
 
@@ -35,7 +36,7 @@ def sha256_of_files(paths: Sequence[Path]) -> str:
     """Computes the sha256 (hex) of the concatenated files."""
     digest = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
+        with open_regular_file(path) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()

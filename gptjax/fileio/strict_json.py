@@ -4,13 +4,15 @@ Python's `json` accepts NaN, keeps the last of duplicate keys, turns 1e999 into
 infinity, guesses UTF-16, and raises RecursionError for deeply nested lists.
 """
 
+import io
 import itertools
 import json
 import math
+import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MAX_DEPTH = 64  # nesting levels; no model file has more than ten
 
@@ -47,12 +49,20 @@ def read_small_file(path: Path, max_bytes: int) -> bytes:
 
     Raises a ValueError if it is no regular file, such as a pipe, or too large.
     """
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("it is not a regular file")
-    if status.st_size > max_bytes:
-        raise ValueError(f"it has {status.st_size:,} bytes, more than {max_bytes:,}")
-    return path.read_bytes()
+    with open_regular_file(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > max_bytes:
+            raise ValueError(f"it has {size:,} bytes, more than {max_bytes:,}")
+        return file.read(max_bytes)
+
+
+def open_regular_file(path: Path) -> BinaryIO:
+    """Opens a regular file for reading; never waits, as opening a pipe would.
+
+    Raises an error that is a ValueError and an OSError if it is no regular file.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise io.UnsupportedOperation("it is not a regular file")
+    return path.open("rb")
 
 
 def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

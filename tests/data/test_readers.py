@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 
@@ -40,6 +41,16 @@ def test_every_format_gives_the_same_rows_with_their_places(tmp_path):
             write(path, content if path.suffix != ".gz" else "\ufeff" + content)
             expected = [(f"{path}{at}", x) for at, x in zip(places, OBJECTS, strict=True)]
             assert rows_of(path) == expected
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt.gz", "a.txt"])
+def test_a_pipe_or_device_is_rejected_and_never_read(tmp_path, name):
+    pipe, device = tmp_path / name, tmp_path / f"device-{name}"
+    os.mkfifo(pipe)
+    device.symlink_to("/dev/zero")
+    for path in (pipe, device):
+        with pytest.raises(DataError, match=f"{name}: .*regular file"):
+            read_text_file(path) if ".txt" in name else rows_of(path)
 
 
 def to_jsonl(*rows):

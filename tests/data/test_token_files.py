@@ -1,6 +1,7 @@
 """Tokens are read as they were written, or not at all."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -86,6 +87,9 @@ def test_damaged_and_missing_files_are_found(tmp_path):
             if damaged is not None:
                 path.write_bytes(damaged)
             assert str(path) in "".join(verify_prepared(tmp_path))
+        os.mkfifo(path)
+        assert str(path) in "".join(verify_prepared(tmp_path))
+        path.unlink()
         path.write_bytes(whole)
 
 
