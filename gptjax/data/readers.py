@@ -43,7 +43,7 @@ def open_decompressed(path: Path) -> Iterator[BufferedIOBase]:
     """Opens a file for reading, decompressed if it ends in .gz."""
     try:
         with open_regular_file(path) as file:
-            yield gzip.open(file) if path.suffix.lower() == ".gz" else file
+            yield gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"cannot read {path}: {error}. Check that the file exists and is complete."

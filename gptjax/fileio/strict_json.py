@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 MAX_DEPTH = 64  # nesting levels; no model file has more than ten
 
@@ -55,7 +55,7 @@ def read_small_file(path: Path, max_bytes: int) -> bytes:
         return file.read(max_bytes)
 
 
-def open_regular_file(path: Path) -> BinaryIO:
+def open_regular_file(path: Path) -> io.BufferedReader:
     """Opens a regular file for reading; never waits, as opening a pipe would.
 
     Raises an error that is a ValueError and an OSError if it is no regular file.
