@@ -35,9 +35,9 @@ from gptjax.checkpoint.retention import (
     latest_valid_step,
     list_steps,
     quarantine,
-    remove_path,
 )
 from gptjax.errors import ModelError
+from gptjax.fileio.atomic import remove_path
 from gptjax.tree import flatten_with_names, unflatten_names
 
 # Per array file, so that several are hashed in parallel.

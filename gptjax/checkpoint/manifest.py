@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.errors import ModelError
-from gptjax.fileio.atomic import fsync
+from gptjax.fileio.atomic import fsync, write_atomic
 from gptjax.fileio.strict_json import read_json
 
 MANIFEST = "manifest.json"
@@ -33,9 +33,8 @@ def write_manifest(step_dir: Path, contents: dict[str, Any]) -> None:
         fsync(path)
     contents = {**contents, "files": hash_files(step_dir)}
     manifest = {"sha256": contents_hash(contents), "about": contents}
-    (step_dir / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-    fsync(step_dir / MANIFEST)
-    fsync(step_dir)
+    write_atomic(step_dir / MANIFEST, json.dumps(manifest), MAX_MANIFEST_BYTES)
+    fsync(step_dir)  # without temporary files
 
 
 def read_manifest(step_dir: Path) -> dict[str, Any]:

@@ -5,12 +5,11 @@ a number is complete unless it was modified later. Invalid steps are quarantined
 """
 
 import re
-import shutil
 from pathlib import Path
 
 from gptjax.checkpoint.manifest import CorruptCheckpointError, verify_manifest
 from gptjax.errors import ModelError
-from gptjax.fileio.atomic import fsync
+from gptjax.fileio.atomic import fsync, remove_path
 
 STEP_PATTERN = re.compile(r"(0|[1-9]\d{0,17})", re.ASCII)
 PARTIAL_PATTERN = re.compile(rf"{STEP_PATTERN.pattern}\.partial", re.ASCII)
@@ -109,11 +108,3 @@ def delete_step(checkpoint_dir: Path, step: int) -> None:
     """Deletes a step; it is renamed first, so that it is never partly valid."""
     (checkpoint_dir / str(step)).rename(begin_step(checkpoint_dir, step))
     remove_path(checkpoint_dir / f"{step}.partial")
-
-
-def remove_path(path: Path) -> None:
-    """Deletes a folder, file or link if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from gptjax.cli.arguments import (
 from gptjax.cli.session import log_to_stderr
 from gptjax.config import BATCH_SIZE, CONTEXT, GPTConfig, Range, find_config, load_config
 from gptjax.errors import install_command
+from gptjax.fileio.atomic import write_atomic
 
 PARTS = ("train", "decode", "prefill", "load", "input", "import", "start", "save")
 ATTENTION = get_args(get_type_hints(GPTConfig)["attention"])
@@ -139,4 +140,4 @@ def run_bench(
     options = dataclasses.replace(options, **{name: x for name, x in given.items() if x})
     metrics = suite.run_benchmarks(options, only or (suite.DEVICE_PARTS if device else PARTS))
     if json_path:
-        json_path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        write_atomic(json_path, json.dumps(metrics, indent=2) + "\n")

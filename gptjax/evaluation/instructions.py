@@ -138,7 +138,8 @@ def run_llm_judge(
         prompt = "".join(segment.text for segment in segments if segment.kind == "prompt")
         inputs.append((prompt, result.reference, result.response))
     try:
-        with partial_path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        partial_path.unlink(missing_ok=True)  # of an interrupted run; a link is not followed
+        with partial_path.open("x", encoding="utf-8", errors="backslashreplace") as file:
             for result, judgement in zip(results, iter_judgements(judge, inputs), strict=True):
                 columns = {f"judge_{name}": value for name, value in judgement._asdict().items()}
                 file.write(response_line(result, judge=judge.model, **columns))

@@ -1,8 +1,17 @@
-"""Atomic writes: a file or folder is complete, or unchanged after a failure."""
+"""Atomic writes: a file or folder is complete, or unchanged after a failure.
+
+New content is written into a hidden folder beside its path, then renamed. A link at the
+path is replaced, not followed. A path has one writer at a time, so that a writer may
+remove what a killed one left.
+"""
 
 import contextlib
 import errno
+import fcntl
+import hashlib
+import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,28 +19,99 @@ from typing import TextIO
 
 from gptjax.errors import DataError, GptjaxError
 
+# Network file systems may have no locks: Lustre and NFS with some options.
+UNSUPPORTED_LOCK_ERRNOS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+
+logger = logging.getLogger("gptjax")
+
 
 @contextlib.contextmanager
-def atomic_path(path: Path, *, replace_folder: bool = False) -> Iterator[Path]:
+def atomic_path(path: Path, *, replace_folder: bool = False, wait: bool = False) -> Iterator[Path]:
     """Yields a temporary path; the file or folder created there then becomes `path`.
 
     An existing file is replaced; a folder that is not empty only if `replace_folder`.
+    Without a file or folder at the temporary path, nothing changes. While another
+    process writes `path`, this raises a DataError, or `wait`s.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".gptjax-") as temp_dir:
-        new, old = Path(temp_dir, "new"), Path(temp_dir, "old")
-        yield new
-        for file in [*new.rglob("*"), new]:
-            fsync(file)
-        if replace_folder and path.is_dir():
-            os.replace(path, old)
-        try:
-            os.replace(new, path)
-        except BaseException:
-            if old.exists():
-                os.replace(old, path)
+    prefix = f".gptjax-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-"
+    with write_lock(path.parent / f"{prefix}lock", path, wait) as is_locked:
+        for leftover in path.parent.glob(f"{prefix}????????") if is_locked else ():
+            remove_leftover(leftover, path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as temp_dir:
+            new, old = Path(temp_dir, "new"), Path(temp_dir, "old")
+            yield new
+            if not new.exists():
+                return
+            for file in [*new.rglob("*"), new]:
+                fsync(file)
+            if path.is_symlink() or (replace_folder and path.is_dir()):
+                os.replace(path, old)
+            try:
+                os.replace(new, path)
+            except BaseException:
+                if os.path.lexists(old):
+                    os.replace(old, path)
+                raise
+            fsync(path.parent)
+
+
+@contextlib.contextmanager
+def write_lock(lock_path: Path, path: Path, wait: bool) -> Iterator[bool]:
+    """Locks a path for writing; yields False if its file system has no locks.
+
+    The lock file is removed at the end; the kernel unlocks that of a killed process.
+    """
+    while True:
+        with open_append(lock_path) as file:
+            try:
+                is_locked = lock_file(file.fileno())
+            except BlockingIOError as error:
+                if not wait:
+                    raise DataError(
+                        f"another process is writing {path}. Wait for it, or choose another name."
+                    ) from error
+                logger.info(f"waiting  for the process that is writing {path}")
+                is_locked = lock_file(file.fileno(), wait=True)
+            if os.fstat(file.fileno()).st_nlink:  # else its last owner has removed it
+                try:
+                    yield is_locked
+                finally:
+                    lock_path.unlink(missing_ok=True)
+                return
+
+
+def lock_file(descriptor: int, *, wait: bool = False) -> bool:
+    """Locks an open file; returns False if its file system has no locks.
+
+    BlockingIOError: another process has locked it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in UNSUPPORTED_LOCK_ERRNOS:
             raise
-    fsync(path.parent)
+        return False
+    return True
+
+
+def remove_leftover(temp_dir: Path, path: Path) -> None:
+    """Removes the temporary folder of a killed writer of `path`.
+
+    If it was killed between two renames, the previous content is moved back.
+    """
+    with contextlib.suppress(OSError):  # another user's
+        if not os.path.lexists(path) and (temp_dir / "old").exists():
+            os.replace(temp_dir / "old", path)
+        remove_path(temp_dir)
+
+
+def remove_path(path: Path) -> None:
+    """Deletes a folder, file or link if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -53,10 +133,25 @@ def open_atomic(path: Path) -> Iterator[TextIO]:
         ) from error
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a text file atomically."""
+def write_atomic(path: Path, text: str, max_bytes: int | None = None) -> None:
+    """Writes a text file atomically; `max_bytes` is the limit of its reader."""
+    data = text.encode()
+    if max_bytes is not None and len(data) > max_bytes:
+        raise DataError(
+            f"{path} would have {len(data):,} bytes, more than the {max_bytes:,} that can be "
+            "read again. Use fewer or shorter names and values."
+        )
     with atomic_path(path) as new:
-        new.write_text(text, encoding="utf-8")
+        new.write_bytes(data)
+
+
+def open_append(path: Path) -> TextIO:
+    """Opens a text file for appending; a link is an OSError."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+
+    return open(path, "a", encoding="utf-8", opener=opener)
 
 
 def fsync(path: Path) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from matplotlib.figure import Figure
 
 from gptjax.evaluation.metrics import classification_metrics
+from gptjax.fileio.atomic import atomic_path, write_atomic
 from gptjax.plots.curves import loss_figure, lr_figure, single_line
 from gptjax.plots.token_boxes import shorten_label
 from gptjax.training.metrics import read_events
@@ -53,7 +54,8 @@ def write_report(
     with warnings.catch_warnings():  # the font may lack the script of a class name
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         for name, figure in pictures.items():
-            figure.savefig(run_dir / f"{name}.png")
+            with atomic_path(run_dir / f"{name}.png") as new:
+                figure.savefig(new, format="png")
     evaluations = {
         f"{event['step']} {event.get('split', 'validation')}": {
             name: event[name] for name in METRIC_NAMES if event.get(name) is not None
@@ -68,7 +70,7 @@ def write_report(
     samples = [event for event in events if event["event"] == "sample"]
     for event in samples[:1] + samples[1:][-1:]:
         lines += [f"Sample after step {event['step']}:", "", *code_block(event["text"])]
-    (run_dir / "report.md").write_text("\n".join([*lines, *details]), encoding="utf-8")
+    write_atomic(run_dir / "report.md", "\n".join([*lines, *details]))
 
 
 def markdown_table(title: str, rows: MetricRows) -> list[str]:

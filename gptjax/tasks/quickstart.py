@@ -11,6 +11,7 @@ from gptjax.config import find_config, load_config
 from gptjax.data.datasets import read_python_help
 from gptjax.data.prepare import open_dataset
 from gptjax.evaluation.perplexity import Evaluation, score_tokens
+from gptjax.fileio.atomic import write_atomic
 from gptjax.plots.report import markdown_table
 from gptjax.tasks.train import train
 from gptjax.training.metrics import read_events
@@ -124,5 +125,5 @@ def train_word_assistant(run_dir: Path) -> None:
 
 def append_report(run_dir: Path, title: str, text: str) -> None:
     """Appends a section to report.md."""
-    with (run_dir / "report.md").open("a", encoding="utf-8") as file:
-        file.write(f"\n## {title}\n\n{text}")
+    path = run_dir / "report.md"
+    write_atomic(path, f"{path.read_text(encoding='utf-8')}\n## {title}\n\n{text}")

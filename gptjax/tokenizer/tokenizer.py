@@ -23,6 +23,7 @@ from jaxtyping import Int32, UInt32
 
 from gptjax.errors import ConfigError, DataError
 from gptjax.fileio import strict_json
+from gptjax.fileio.atomic import write_atomic
 from gptjax.tokenizer.bpe import MAX_TOKEN_BYTES, SPLIT_PATTERN, encode_utf8, split_merge, train_bpe
 
 ENDOFTEXT = "<|endoftext|>"
@@ -132,7 +133,6 @@ class Tokenizer:
 
         `load_tokenizer` and Hugging Face's GPT2Tokenizer read the folder.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         ids = {bytes_to_unicode(token): i for token, i in self.ranks.items()}
         ids[ENDOFTEXT] = self.eot_token
         special_tokens = dict.fromkeys(["bos_token", "eos_token", "unk_token"], ENDOFTEXT)
@@ -142,7 +142,7 @@ class Tokenizer:
             "merges.txt": "\n".join([MERGES_HEADER, *derive_merge_lines(self.ranks), ""]),
             "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
         }.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            write_atomic(folder / name, text, MAX_TOKENIZER_BYTES)
 
 
 def split_long_whitespace(text: str) -> list[str]:

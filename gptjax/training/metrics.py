@@ -6,6 +6,7 @@ in the `History` of its checkpoint.
 
 import json
 import math
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 
 from gptjax.errors import ConfigError, ModelError
+from gptjax.fileio.atomic import atomic_path, open_append
 from gptjax.runtime.timing import StepTimer
 from gptjax.training import anomalies, estimate
 from gptjax.training.optimizer import learning_rates
@@ -28,16 +30,21 @@ WRITE_LOCK = threading.Lock()  # the checkpoint thread also writes events
 def log_event(path: Path, kind: str, step: int, **values: Any) -> None:
     """Appends one event to metrics.jsonl; floats keep full precision."""
     line = json.dumps({"event": kind, "step": step, **values}, ensure_ascii=False)
-    with WRITE_LOCK, path.open("a", encoding="utf-8") as file:
+    with WRITE_LOCK, open_append(path) as file:
         file.write(line + "\n")
 
 
 def drop_open_line(path: Path) -> None:
-    """Removes an incomplete last line, left by a killed process or a full disk."""
-    if path.is_file():
-        with path.open("rb+") as file:
-            data = file.read()
-            file.truncate(data.rfind(b"\n") + 1)
+    """Removes an incomplete last line, left by a killed process or a full disk.
+
+    A link is replaced by its content.
+    """
+    if not os.path.lexists(path):
+        return
+    data = path.read_bytes() if path.is_file() else b""
+    if path.is_symlink() or not data.endswith(b"\n"):
+        with atomic_path(path) as new:
+            new.write_bytes(data[: data.rfind(b"\n") + 1])
 
 
 def read_events(path: Path) -> list[Event]:

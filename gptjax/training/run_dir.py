@@ -6,8 +6,6 @@ data/  checkpoints/  model/
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -23,9 +21,16 @@ import jax
 import numpy as np
 import tomli_w
 
-from gptjax.config import RunConfig, config_diff, config_options, did_you_mean, load_config
+from gptjax.config import (
+    MAX_CONFIG_BYTES,
+    RunConfig,
+    config_diff,
+    config_options,
+    did_you_mean,
+    load_config,
+)
 from gptjax.errors import ConfigError, ModelError
-from gptjax.fileio.atomic import write_atomic
+from gptjax.fileio.atomic import lock_file, write_atomic
 from gptjax.fileio.strict_json import read_json
 from gptjax.parallel.distributed import process_dir
 from gptjax.parallel.sharding import make_mesh
@@ -42,8 +47,6 @@ from gptjax.tree import flatten_with_names
 
 MAX_RUN_METADATA_BYTES = 1 << 26
 RUN_LOCK_FILE = ".lock"
-# Network file systems may have no locks: Lustre and NFS with some options.
-UNSUPPORTED_LOCK_ERRNOS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 ON_SPIKE = "on-spike"  # a flag, not a config option, but affects the steps too
 TRACKED_INPUTS = {  # key in meta.json: (description, config option)
     "data": ("data", "data.source"),
@@ -101,16 +104,13 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         ) from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(descriptor)
         except BlockingIOError as error:
             owner = os.pread(descriptor, 200, 0).decode(errors="replace")
             raise ModelError(
                 f"another process trains in {run_dir}: {owner or 'owner not recorded'}. Wait "
                 "for it, stop it, or choose another folder with --run DIR."
             ) from error
-        except OSError as error:
-            if error.errno not in UNSUPPORTED_LOCK_ERRNOS:
-                raise
         started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         os.ftruncate(descriptor, 0)
         owner = f"pid {os.getpid()} on {socket.gethostname()}, started {started}"
@@ -151,7 +151,7 @@ def reconcile_config(run_dir: Path, config: RunConfig, allowed: Sequence[str] = 
             f"or {fix}."
         )
     if not path.is_file() or "trajectory" in policies.values():
-        write_atomic(path, tomli_w.dumps(dataclasses.asdict(config)))
+        write_atomic(path, tomli_w.dumps(dataclasses.asdict(config)), MAX_CONFIG_BYTES)
     return list(changes.values())
 
 
@@ -222,7 +222,7 @@ def read_run_metadata(run_dir: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file atomically."""
-    write_atomic(path, json.dumps(value, indent=2) + "\n")
+    write_atomic(path, json.dumps(value, indent=2) + "\n", MAX_RUN_METADATA_BYTES)
 
 
 def hash_rows(rows: Iterable[Any]) -> dict[str, Any]:

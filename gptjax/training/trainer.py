@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.checkpoint.checkpoint import SaveFn, async_saver, check_disk_space, restore_latest
+from gptjax.fileio.atomic import open_append
 from gptjax.parallel import distributed
 from gptjax.parallel.sharding import check_batch_divisible, shard_batch, shard_tree, use_mesh
 from gptjax.runtime.device import package_versions
@@ -211,7 +212,7 @@ def save_checkpoint(
 ) -> None:
     """Starts saving a checkpoint after syncing the metrics up to it to disk."""
     heartbeat()
-    with run.metrics_path.open("a", encoding="utf-8") as file:
+    with open_append(run.metrics_path) as file:
         os.fsync(file.fileno())
     save(logger.step, checkpoint_state(state), logger.history.to_metadata())
 

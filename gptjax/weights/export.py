@@ -6,22 +6,20 @@ book  state dict of the book's PyTorch GPTModel, whose output head is never tied
 Every export is loaded again and must reproduce the logits before it is kept.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import did_you_mean
 from gptjax.errors import ConfigError, ModelError
-from gptjax.fileio.atomic import atomic_path
+from gptjax.fileio.atomic import atomic_path, write_atomic
 from gptjax.model.classifier import class_logits
 from gptjax.model.gpt import apply
 from gptjax.tree import flatten_with_names, num_params
 from gptjax.weights.load import load
-from gptjax.weights.model_folder import Model, write_chat_template
+from gptjax.weights.model_folder import Model, write_chat_template, write_model_json
 from gptjax.weights.param_map import EMBEDDING_TABLES, pack_tensor, param_slots
 from gptjax.weights.safetensors import write_safetensors
 
@@ -41,10 +39,10 @@ def export_model(model: Model, layout: str, output_dir: Path) -> str:
             f"cannot export to {layout!r}.{did_you_mean(layout, EXPORT_WRITERS)} "
             f"Known: {', '.join(EXPORT_WRITERS)}."
         )
-    if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
-        raise ModelError(f"{output_dir} already exists. Choose another folder with --out.")
     try:
         with atomic_path(output_dir) as new_dir:
+            if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
+                raise ModelError(f"{output_dir} already exists. Choose another folder with --out.")
             new_dir.mkdir()
             EXPORT_WRITERS[layout](model, new_dir)
             model.tokenizer.save(new_dir)
@@ -139,10 +137,10 @@ def write_hf(model: Model, folder: Path) -> None:
         for name, array in arrays.items()
     }
     write_safetensors(prefixed, folder / "model.safetensors")
-    _write_json(folder / "config.json", hf_config)
+    write_model_json(hf_config, folder / "config.json")
     special_tokens = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
-    _write_json(folder / "generation_config.json", special_tokens)
-    (folder / "README.md").write_text(model_card(model), encoding="utf-8")
+    write_model_json(special_tokens, folder / "generation_config.json")
+    write_atomic(folder / "README.md", model_card(model))
 
 
 def write_book(model: Model, folder: Path) -> None:
@@ -160,15 +158,10 @@ def write_book(model: Model, folder: Path) -> None:
         "qkv_bias": c.qkv_bias,
     }
     write_safetensors(named_tensors(model, "book"), folder / "model.safetensors")
-    _write_json(folder / "config.json", book_config)
+    write_model_json(book_config, folder / "config.json")
 
 
 EXPORT_WRITERS: dict[str, Callable[[Model, Path], None]] = {"hf": write_hf, "book": write_book}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes an indented JSON file."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def model_card(model: Model) -> str:

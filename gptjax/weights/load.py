@@ -31,7 +31,7 @@ from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.tokenizer.tokenizer import Tokenizer, is_tokenizer_dir, load_tokenizer
 from gptjax.tree import flatten_with_names, num_params
 from gptjax.weights import hub
-from gptjax.weights.model_folder import MODEL_FORMAT, Model, save
+from gptjax.weights.model_folder import MAX_MODEL_JSON_BYTES, MODEL_FORMAT, Model, save
 from gptjax.weights.param_map import (
     EMBEDDING_TABLES,
     IGNORED_BUFFERS,
@@ -62,7 +62,6 @@ CONFIG_NAMES = {  # in config.json and hparams.json
     "d_model": ("n_embd",),
 }
 GPT2_HEAD_DIM = 64  # in all sizes of GPT-2 and in the book
-MAX_MODEL_JSON_BYTES = 10_000_000
 BUFFER_ALIGNMENT = 64  # bytes; JAX on CPU uses arrays of this alignment without copying
 REFERENCE_PROMPT = "Every effort moves you"
 

@@ -17,16 +17,18 @@ import numpy as np
 
 from gptjax.config import GPTConfig
 from gptjax.errors import ModelError
-from gptjax.fileio.atomic import atomic_path
+from gptjax.fileio.atomic import atomic_path, write_atomic
 from gptjax.model.gpt import compute_dtype
 from gptjax.model.lora import Adapters
 from gptjax.model.quantization import prepare_decode_params, unstack_layers
 from gptjax.tokenizer.chat_template import CHAT_TEMPLATE_FILE as TEMPLATE
+from gptjax.tokenizer.chat_template import compile_template
 from gptjax.tokenizer.tokenizer import Tokenizer
 from gptjax.tree import Params, flatten_with_names, num_params, unflatten_names
 from gptjax.weights.safetensors import open_safetensors, write_safetensors
 
 MODEL_FORMAT = "gptjax-1"
+MAX_MODEL_JSON_BYTES = 10_000_000  # of a JSON file of a model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ def save(model: Model, model_dir: str | Path, *, step: int | None = None) -> Non
             model.tokenizer.save(new_dir)
             if model.chat_template:
                 write_chat_template(model.chat_template, new_dir)
-            (new_dir / "config.json").write_text(json.dumps(metadata, indent=2) + "\n")
+            write_model_json(metadata, new_dir / "config.json")
     except OSError as error:
         raise ModelError(f"cannot write the model folder {model_dir}: {error}.") from error
 
@@ -89,10 +91,14 @@ def _write_leaves(params: Params, path: Path) -> None:
     write_safetensors({n: np.ascontiguousarray(leaf, np.float32) for n, leaf in leaves}, path)
 
 
+def write_model_json(content: dict[str, Any], path: Path) -> None:
+    """Writes an indented JSON file of a model."""
+    write_atomic(path, json.dumps(content, indent=2) + "\n", MAX_MODEL_JSON_BYTES)
+
+
 def write_chat_template(source: str, model_dir: Path) -> None:
     """Writes a chat template under the file name that `transformers` uses."""
-    with (model_dir / TEMPLATE).open("w", encoding="utf-8", newline="") as file:
-        file.write(source)
+    write_atomic(model_dir / TEMPLATE, compile_template(source).source)
 
 
 def save_adapters(adapters: Adapters, path: Path) -> None:

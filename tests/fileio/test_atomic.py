@@ -2,12 +2,17 @@
 
 import contextlib
 import errno
+import fcntl
 import os
+import shutil
 import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 
-from gptjax.fileio import atomic
+from gptjax.errors import DataError
 from gptjax.fileio.atomic import atomic_path, open_atomic, write_atomic
 from gptjax.fileio.strict_json import read_small_file
 
@@ -46,12 +51,89 @@ def test_a_folder_with_files_is_replaced_only_on_request(folder):
         assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_a_folder_stays_if_the_new_one_cannot_take_its_place(folder, monkeypatch):
-    monkeypatch.setattr(atomic, "fsync", lambda path: None)
-    with pytest.raises(FileNotFoundError), atomic_path(folder, replace_folder=True):
-        pass  # nothing is written, so nothing can take its place
+def test_a_folder_stays_if_no_new_one_can_take_its_place(folder, monkeypatch):
+    with atomic_path(folder, replace_folder=True):
+        pass  # nothing is written
+    functions = iter([os.replace, mock.Mock(side_effect=OSError("full")), os.replace])
+    monkeypatch.setattr(os, "replace", lambda *paths: next(functions)(*paths))
+    with pytest.raises(OSError, match="full"), atomic_path(folder, replace_folder=True) as new:
+        new.mkdir()
 
     assert os.listdir(folder) == ["old"]
+    assert os.listdir(folder.parent) == ["a"]
+
+
+@pytest.mark.parametrize("target", ["file", "folder", "nothing"])
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_link_is_replaced_and_not_followed(tmp_path, target, is_folder):
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / "new" / "a"
+    path.parent.mkdir()
+    path.symlink_to(tmp_path / target)
+
+    with atomic_path(path) as new:
+        new.mkdir() if is_folder else new.touch()
+
+    assert (path.is_symlink(), path.is_dir()) == (False, is_folder)
+    assert os.listdir(path.parent) == ["a"]
+    assert ((tmp_path / "file").read_text(), os.listdir(tmp_path / "folder")) == ("precious", [])
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_one(folder):
+    parent, others = folder.parent, [folder.parent / ".gptjax-mine", folder.parent / "b"]
+    for path in (*others, folder):
+        with atomic_path(path, replace_folder=True) as new:
+            new.mkdir()
+            leftover = new.parent.with_name(f"{new.parent.name[:-8]}deadbeef")
+            shutil.copytree(new.parent, leftover)
+    os.rename(folder, leftover / "old")  # killed between the two renames
+    before = set(os.listdir(parent))
+
+    with atomic_path(folder):
+        pass
+
+    assert folder.is_dir()
+    assert before - set(os.listdir(parent)) == {leftover.name}
+
+
+def test_a_path_has_one_writer_at_a_time(tmp_path, caplog):
+    caplog.set_level("INFO", "gptjax")
+    path = tmp_path / "a"
+
+    def write(text, wait):
+        with atomic_path(path, wait=wait) as new:
+            new.write_text(path.read_text() + text)
+
+    with ThreadPoolExecutor() as pool, atomic_path(path) as new:
+        with pytest.raises(DataError, match=str(path)):
+            write("lost", wait=False)
+        writers = [pool.submit(write, text, wait=True) for text in "bc"]
+        while len(caplog.messages) < 2:  # both are waiting
+            time.sleep(0.01)
+        new.write_text("a")
+    for writer in writers:
+        writer.result()
+
+    assert "".join(sorted(path.read_text())) == "abc"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_file_system_without_locks_does_without(folder, monkeypatch):
+    flock = mock.Mock(side_effect=OSError(errno.ENOLCK, "no locks"))
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with atomic_path(folder / "b"), atomic_path(folder / "b") as new:
+        new.touch()
+
+    assert sorted(os.listdir(folder)) == ["b", "old"]
+
+
+def test_no_file_exceeds_the_limit_of_its_reader(tmp_path):
+    write_atomic(tmp_path / "a", "é" * 5, 10)
+    with pytest.raises(DataError, match="b would have 12 bytes, more than the 10 "):
+        write_atomic(tmp_path / "b", "é" * 6, 10)
+
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_files_and_folders_are_flushed_where_the_file_system_can(tmp_path, monkeypatch):
