@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 
@@ -15,6 +16,7 @@ from gptjax.config import MeshConfig, RunConfig
 from gptjax.data.prepare import open_dataset
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.evaluation import perplexity
+from gptjax.fileio.atomic import remove_path
 from gptjax.runtime.preemption import Interrupted
 from gptjax.tasks.pretrain import PRETRAIN, isolate_documents
 from gptjax.tasks.train import train
@@ -95,6 +97,26 @@ def test_the_model_folder_or_the_newest_valid_checkpoint_is_used(finished, tmp_p
     (run_dir / "model" / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="checkpoints"):
         gptjax.load(run_dir)
+
+
+def test_links_in_a_run_folder_are_replaced_and_not_followed(finished, tmp_path):
+    config, folder, _ = finished
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    names = ["metrics.jsonl", "report.md", "loss.png", "lr.png", "model"]
+    for path in (run_dir, elsewhere):
+        shutil.copytree(folder, path)
+    for name in names:
+        remove_path(run_dir / name)
+        (run_dir / name).symlink_to(elsewhere / name)
+        for file in {elsewhere / name, *(elsewhere / name).glob("*")} - {elsewhere / "model"}:
+            os.utime(file, (0, 0))
+
+    train(config, run_dir)  # a finished run writes its results again
+
+    assert not [name for name in names if (run_dir / name).is_symlink()]
+    assert len(losses(run_dir)) == len(losses(folder))
+    unchanged = [path for path in elsewhere.rglob("*") if path.stat().st_mtime == 0]
+    assert len(unchanged) == 9
 
 
 def test_the_last_evaluation_is_that_of_all_held_out_text(finished):
