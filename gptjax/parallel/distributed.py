@@ -29,6 +29,7 @@ from gptjax.errors import ConfigError, GptjaxError, ResourceError
 from gptjax.runtime.preemption import NOTHING_TO_SAVE, Interrupted
 
 INIT_TIMEOUT_SECONDS = 300  # for all processes to connect
+MAX_PORT = 65_535
 HEARTBEAT_TIMEOUT_SECONDS = 10  # the run ends after this time without a heartbeat
 LOST_MESSAGE = (
     "gptjax: lost another process of this run, so this one has exited. Start all "
@@ -44,10 +45,10 @@ def initialize(address: str) -> None:
     """
     options: dict[str, Any] = {}
     if address != "auto":
-        match = re.fullmatch(r"(.+:(\d+)),(\d+),(\d+)", address)
-        if not match or int(match[4]) >= int(match[3]):
+        match = re.fullmatch(r"(.+:(\d{1,5})),(\d{1,6}),(\d{1,6})", address, re.ASCII)
+        if not match or int(match[4]) >= int(match[3]) or int(match[2]) > MAX_PORT:
             raise ConfigError(
-                f"--distributed {address} is neither auto nor HOST:PORT,N,I with I < "
+                f"--distributed {address:.80} is neither auto nor HOST:PORT,N,I with I < "
                 "N. For the second of two processes, for example, use HOST:1234,2,1."
             )
         names = "coordinator_address", "num_processes", "process_id"
@@ -79,7 +80,7 @@ def check_coordinator_port(address: str, port: int) -> None:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             server.bind(("", port))
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise ConfigError(
                 f"--distributed {address}: cannot use port {port} of this host: "
                 f"{error}. End the run that still uses it, or give all processes "

@@ -38,6 +38,8 @@ CHIPS = {
     "h200": Chip("NVIDIA H200", "gpu", 989e12, 141 * GIB, 4800e9, 450e9),
     "cpu": Chip("cpu", "cpu", math.nan, 0, math.nan, math.nan),
 }
+MAX_DEVICES = 65_536
+MAX_CPU_DEVICES = 1024  # emulated by one process
 TPU_SLICE_SHAPES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 256: "16x16"}
 
 
@@ -62,11 +64,14 @@ def parse_topology(text: str) -> Topology:
     """
     name, _, shape = text.partition(":")
     shape = shape or "1"
-    if name not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", shape):
-        hint = did_you_mean(name, CHIPS) if name not in CHIPS else ""
+    is_valid = re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5}){0,2}", shape, re.ASCII)
+    count = math.prod(map(int, shape.split("x"))) if is_valid else 0
+    limit = MAX_CPU_DEVICES if name == "cpu" else MAX_DEVICES
+    if name not in CHIPS or not 0 < count <= limit:
+        hint = did_you_mean(name[:80], CHIPS) if name not in CHIPS else ""
         raise ConfigError(
-            f"--topology {text} is not valid.{hint} Write KIND:NUMBER or KIND:SHAPE, such "
-            f"as h100:8 or v5e:2x4, with one of {', '.join(CHIPS)}."
+            f"--topology {text:.80} is not valid.{hint} Write KIND:NUMBER or KIND:SHAPE, such as "
+            f"h100:8 or v5e:2x4, with one of {', '.join(CHIPS)} and at most {limit:,} devices."
         )
     chip = CHIPS[name]
     if chip.platform == "tpu" and "x" not in shape:

@@ -40,8 +40,9 @@ MAX_MESSAGE_CHARS = 5000
 TEXTS = ("ham: see you", "spam: win a prize", "ham: call me ü", "spam: free €")
 FILES = {  # in the folder of each command
     "text.txt": "".join(f"{n} times {n} is {n * n}.\n" for n in range(60)),
+    "input.txt": "spam: win\nham: see you\n",  # on stdin
     "texts.csv": "text\n" + "".join(f"{text}\n" for text in TEXTS),
-    "labels.csv": "text,label\n" + "".join(f"{text},{text[:3]}\n" for text in TEXTS * 5),
+    "labels.csv": "text,label\n" + "".join(f"{x},{x.split(':')[0]}\n" for x in TEXTS * 5),
     "shots.jsonl": '{"input": "woc", "output": "cow"}\n' * 2,
     "chat.jsonl": '{"instruction": "Add.", "input": "1 1", "output": "2"}\n' * 12,
     "config.toml": """
@@ -128,7 +129,7 @@ MAKERS: dict[str, Callable[[Path], Any]] = {
     "loop": lambda path: path.symlink_to(path.name),
     "link": lambda path: path.symlink_to("text.txt"),
     "unreadable": lambda path: path.touch(0),
-    "huge": lambda path: os.truncate(path.open("w").fileno(), 1 << 40),
+    "huge": lambda path: (path.touch(), os.truncate(path, 1 << 40)),
     "socket": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
 }
 KINDS = (*ABSENT, *PREFIXES, *CONTENTS, *MAKERS)
@@ -234,7 +235,7 @@ def disturb_streams(rng: random.Random, folder: Path, job: Job) -> None:
             job["encoding"] = "ascii"
         case "stdin":
             kind = rng.choice(("", "empty", "folder", "binary", "bom", "zero", "utf16"))
-            job["stdin"] = kind and str(folder / make_file(kind, folder / "input"))
+            job["stdin"] = kind and str(folder / make_file(kind, folder / "input.txt"))
         case name:
             make_device(folder.parent / "full", 7)
             job[name] = rng.choice(("", "broken", str(folder.parent / "full")))
@@ -289,7 +290,7 @@ def write_inputs(folder: Path, run_job: Callable[[Job], dict[str, Any]]) -> None
 
 
 def make_job(words: list[str], folder: Path) -> Job:
-    stdin, stdout, stderr = folder / "text.txt", *map(folder.with_name, ("stdout", "stderr"))
+    stdin, stdout, stderr = folder / "input.txt", *map(folder.with_name, ("stdout", "stderr"))
     return Job(
         words=words,
         folder=str(folder),

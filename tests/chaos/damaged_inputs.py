@@ -1,15 +1,27 @@
-"""Rows, texts, configs and tokenizers with damaged bytes.
+"""Rows, texts, configs, templates, tokenizers and weights with damaged bytes.
 
 Each is read, and then consists of valid text, or is refused by an error of gptjax that
-names the file, and the line where the format has lines.
+names the file, and the line where the format has lines. What another parser finds
+damaged is refused: bytes that are not UTF-8, truncated or misquoted rows, lengths and
+checksums that do not fit. No reading takes longer than a limit per megabyte.
 """
 
+import csv
 import dataclasses
+import gzip
+import io
+import json
 import random
 import re
+import signal
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import jinja2
+import numpy as np
+import safetensors.numpy
 
 from gptjax.config import load_config
 from gptjax.data.classification import read_labeled_texts
@@ -17,17 +29,20 @@ from gptjax.data.conversations import read_conversations, read_preference_pairs
 from gptjax.data.readers import read_text_file
 from gptjax.data.text import find_sources, iter_chunks
 from gptjax.errors import GptjaxError
-from gptjax.tokenizer.tokenizer import load_tokenizer, train_tokenizer
+from gptjax.tokenizer.chat_template import load_chat_template
+from gptjax.tokenizer.tokenizer import ENDOFTEXT, load_tokenizer, train_tokenizer
+from gptjax.weights.safetensors import open_safetensors
 from tests.chaos._damage import damage_bytes
 
-FULL, SLICE = 100_000, 1_400
+FULL, SLICE = 100_000, 1_600
+MAX_SECONDS = 15  # per megabyte, at least one
 NASTY = (
     *(b"\x00", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\r", b"\n", b"\r\n", b'"'),
     *(b"\\ud800", b"\\u0000", b"\\", b"{", b"}", b"[", b"]", b",", b":", b"\t", b"="),
     *(b"NaN", b"-Infinity", b"1e999", b"null", b"true", b"0", b"-1", b"[[[[", b"'''"),
     *(b"9" * 5000, b"[" * 5000, b'{"a":' * 5000, b"a.b.c=", b"\xe2\x80\xa8", b" "),
     *(b"[]", b"{}", b'""', b"1970-01-01", b"#", b"<|endoftext|>", b"\xf4\x90\x80\x80"),
-    *(b"\x1b[2J", b"\xf0"),
+    *(b"\x1b[2J", b"\xf0", b"a." * 5000, b"{{", b"}}", b"{%", b"%}", b"{#", b"9" * 30),
 )
 TEXTS = "".join(f'{{"text": "row {n} ü"}}\n' for n in range(4))
 LABELS = "".join(f'{{"text": "row {n} é", "label": "{"ab"[n % 2]}"}}\n' for n in range(6))
@@ -42,9 +57,13 @@ dropout = 0.1
 [data]
 source = "a.txt"
 tokenizer = 'bytes'
-mask_prompt = true
+completion_only_loss = true
 [train]
 task = "pretrain"
+"""
+TEMPLATE = """{% for m in messages -%}
+<|{{ m.role }}|>{{ m.content | trim }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}
+{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}
 """
 
 
@@ -59,14 +78,24 @@ def read_tokenizer(path: Path) -> Any:
     return found.vocab_size
 
 
+def read_template(path: Path) -> Any:
+    return load_chat_template(str(path)).stop_strings
+
+
+def read_tensors(path: Path) -> Any:
+    tensors = open_safetensors([path])
+    return [[name, tensors.read(name).shape] for name in tensors.tensors]
+
+
 def to_array(rows: str) -> str:
     return "[" + rows.strip().replace("\n", ",\n") + "]\n"
 
 
-KINDS: dict[str, tuple[str, Callable[[Path], Any]]] = {  # name of the file: content, reader
+KINDS: dict[str, tuple[str, Callable[[Path], Any]]] = {  # path of the file: content, reader
     "texts.jsonl": (TEXTS, read_texts),
     "texts.json": (to_array(TEXTS), read_texts),
     "texts.csv": ('text,n\nrow 1,1\n"row\n2",2\n', read_texts),
+    "texts.jsonl.gz": ("", read_texts),
     "text.txt": ("One ö.\n\nTwo.\r\nThree.\n", read_text_file),
     "labels.jsonl": (LABELS, read_labeled_texts),
     "labels.json": (to_array(LABELS), read_labeled_texts),
@@ -76,11 +105,14 @@ KINDS: dict[str, tuple[str, Callable[[Path], Any]]] = {  # name of the file: con
     "asked.json": (to_array(ASKED * 3), read_conversations),
     "pairs.jsonl": (PAIRS * 3, read_preference_pairs),
     "config.toml": (CONFIG, load_config),
+    "chat.jinja": (TEMPLATE, read_template),
     "vocab.json": ("", read_tokenizer),
     "merges.txt": ("", read_tokenizer),
+    "one/tokenizer.json": ("", read_tokenizer),
+    "x.safetensors": ("", read_tensors),
 }
 WHOLE = re.compile(
-    "has no (rows|texts)|cannot read|the only label|cannot be used|invalid tokenizer"
+    "has no (rows|texts)|cannot (read|use)|the only label|cannot be used|invalid tokenizer"
 )
 
 
@@ -93,29 +125,101 @@ def join_strings(value: Any) -> str:
     return "".join(map(join_strings, value)) if isinstance(value, list | tuple) else str(value)
 
 
+def parse(path: Path, data: bytes) -> Any:
+    """Parses a file as Python's own parsers do, which raise if it is damaged."""
+    if path.suffix == ".safetensors":
+        return safetensors.numpy.load(data)
+    if path.suffix == ".gz":
+        return parse(path.with_suffix(""), gzip.decompress(data))
+    text = data.decode("utf-8-sig")
+    match path.suffix:
+        case ".json":
+            return json.loads(text)
+        case ".jsonl":
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
+        case ".csv":
+            rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+            if len({len(row) for row in rows if row}) > 1:
+                raise ValueError("rows of several lengths")
+        case ".toml":
+            return tomllib.loads(text)
+        case ".jinja":
+            return jinja2.Environment(autoescape=True).parse(text)
+    return text
+
+
+def is_damaged(path: Path, data: bytes) -> bool:
+    try:
+        parse(path, data)
+    except RecursionError:
+        return False
+    except Exception:
+        return True
+    return False
+
+
+def write_tokenizers(folder: Path) -> None:
+    """Writes the files of a tokenizer in both formats."""
+    tokenizer = train_tokenizer(["low lower lowest newest widest"] * 3, 264)
+    tokenizer.save(folder)
+    vocab = json.loads((folder / "vocab.json").read_text())
+    table = {
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+        "model": {"type": "BPE", "vocab": vocab},
+        "added_tokens": [{"content": ENDOFTEXT, "id": vocab.pop(ENDOFTEXT)}],
+    }
+    table["model"]["merges"] = (folder / "merges.txt").read_text().splitlines()[1:]
+    (folder / "one").mkdir()
+    (folder / "one" / "tokenizer.json").write_text(json.dumps(table))
+
+
 def prepare(folder: Path) -> Callable[[int, random.Random], str]:
-    train_tokenizer(["low lower lowest newest widest"] * 3, 264).save(folder)
+    write_tokenizers(folder)
+    arrays = {"a": np.ones((3, 4), np.float32), "b/c": np.zeros(5, np.int32)}
+    safetensors.numpy.save_file(arrays, folder / "x.safetensors")
+    (folder / "texts.jsonl.gz").write_bytes(gzip.compress(TEXTS.encode(), mtime=0))
 
     def check(case: int, rng: random.Random) -> str:
         name, (content, read) = list(KINDS.items())[case % len(KINDS)]
         path = folder / name
         data = content.encode() or path.read_bytes()
-        path.write_bytes(damage_bytes(rng, data, NASTY))
+        damaged = damage(rng, data, is_long=case // len(KINDS) % 100 == 50)
+        path.write_bytes(damaged)
+        signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS * max(1, len(damaged) >> 20))
         try:
             text = join_strings(read(path))
-            text.encode()  # half a surrogate pair would fail here
-            return "a NUL character passed" if "\0" in text else ""
         except GptjaxError as error:
-            return missing_place(path, str(error))
+            return missing_place(path, folder, str(error))
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             path.write_bytes(data)
+        text.encode()  # half a surrogate pair would fail here
+        if is_damaged(path, damaged):
+            return f"{name} is damaged, and nobody noticed: {damaged[:300]!r}"
+        return f"{name}: a NUL character passed" if "\0" in text else ""
 
+    signal.signal(signal.SIGALRM, raise_timeout)
     return check
 
 
-def missing_place(path: Path, text: str) -> str:
+def raise_timeout(number: int, frame: Any) -> None:
+    raise TimeoutError(f"more than {MAX_SECONDS} seconds per megabyte")
+
+
+def damage(rng: random.Random, data: bytes, is_long: bool) -> bytes:
+    """Damaged data; if long, of a megabyte, as rows or as one value."""
+    if not is_long:
+        return damage_bytes(rng, data, NASTY)
+    word = rng.choice((data, *NASTY))
+    at = rng.choice((0, rng.randint(0, len(data)), len(data)))
+    return data[:at] + word * ((1 << 20) // len(word)) + data[at:]
+
+
+def missing_place(path: Path, folder: Path, text: str) -> str:
     text.encode()
-    is_tokenizer = KINDS[path.name][1] is read_tokenizer
+    if len(text) > 2000:
+        return f"a message of {len(text)} characters: {text[:1000]}"
+    is_tokenizer = KINDS[path.relative_to(folder).as_posix()][1] is read_tokenizer
     rest = text.replace(str(path.parent if is_tokenizer else path), "")
     if path.suffix == ".toml" and re.search(r"\b[a-z]+\.[a-z_]+|unknown option", rest):
         return ""  # it names an option
