@@ -7,10 +7,18 @@ a `ResourceError`.
 from pathlib import Path
 
 PROJECT_FILE = Path(__file__).parents[1] / "pyproject.toml"  # only in a clone
+MAX_MESSAGE_CHARS = 1000
 
 
 class GptjaxError(Exception):
     """Base of all errors a user can fix."""
+
+    def __str__(self) -> str:
+        """Message; without its middle if it quotes much of a file."""
+        text = super().__str__()
+        if len(text) <= MAX_MESSAGE_CHARS:
+            return text
+        return f"{text[: MAX_MESSAGE_CHARS // 2]} [...] {text[-MAX_MESSAGE_CHARS // 2 :]}"
 
 
 class ConfigError(GptjaxError, ValueError):

@@ -53,6 +53,15 @@ def test_a_pipe_or_device_is_rejected_and_never_read(tmp_path, name):
             read_text_file(path) if ".txt" in name else rows_of(path)
 
 
+def test_a_message_that_quotes_a_long_text_keeps_its_start_and_end(tmp_path):
+    path = write(tmp_path / "a.jsonl", to_jsonl({"text": "a"}, {"x" * 100_000: "a"}))
+
+    with pytest.raises(DataError, match=r"a\.jsonl:2: .*--column") as caught:
+        texts_of(path)
+
+    assert len(str(caught.value)) < 1100
+
+
 def to_jsonl(*rows):
     return "\n".join(map(json.dumps, rows))
 
