@@ -57,7 +57,7 @@ def test_only_the_first_process_writes_into_the_run_folder(monkeypatch, tmp_path
 
 def test_an_address_that_is_none_or_a_port_that_another_run_has_is_refused():
     with socket.create_server(("", 0)) as server:
-        addresses = ["nonsense", "host:1234,2,2", "host:99999,2,0"]
+        addresses = ["nonsense", "host:1234,2,2", "host:99999,2,0", "host:1,9999999,0"]
         for address in [*addresses, f"127.0.0.1:{server.getsockname()[1]},2,0"]:
             with pytest.raises(ConfigError, match=f"--distributed {address}[ :]"):
                 distributed.initialize(address)

@@ -96,7 +96,13 @@ def test_a_step_takes_as_long_as_its_slowest_part():
 
 
 def test_topologies_and_devices_are_known_by_name():
-    for text, value in (("v7:8", "v7"), ("v5e:7", "7"), ("v5p:8", "8"), ("v5e:2xx4", "2xx4")):
+    for text, value in (
+        ("v7:8", "v7"),
+        ("v5e:7", "7"),
+        ("v5p:8", "8"),
+        ("v5e:2xx4", "2xx4"),
+        ("cpu:1025", "1025"),
+    ):
         with pytest.raises(ConfigError, match=value):
             parse_topology(text)
     devices = ("TPU v5 lite", "TPU v5", "NVIDIA H100 80GB HBM3", "cpu")
