@@ -44,7 +44,10 @@ def sha256_of_files(paths: Sequence[Path]) -> str:
 
 def check_pin(path: Path, pin: Pin, fix: str) -> None:
     """Raises DataError unless the file matches the pin; `fix` ends the message."""
-    found = Pin(path.stat().st_size, sha256_of_files([path]))
+    try:
+        found = Pin(path.stat().st_size, sha256_of_files([path]))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}. {fix}") from error
     if found != pin:
         raise DataError(
             f"{path} does not match its pinned hash: {found.bytes} bytes with sha256 "

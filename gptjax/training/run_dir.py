@@ -96,6 +96,9 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     The kernel releases the lock when its process ends, for whatever reason.
     """
     path = run_dir / RUN_LOCK_FILE
+    for file in (path, run_dir / "metrics.jsonl"):  # opened for writing: a pipe would block
+        if file.exists() and not file.is_file():
+            raise ModelError(f"{file} is not a file. Remove it, or choose another --run DIR.")
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:

@@ -1,6 +1,7 @@
 """A named data set is the pinned file or an error; others are generated."""
 
 import gc
+import os
 
 import pytest
 
@@ -65,6 +66,10 @@ def test_local_files_are_verified_and_used_without_a_request(tmp_path, fetch, mo
             path.write_bytes(b"x" * len(BODY))
             with pytest.raises(DataError, match=f"{path} .*{HASH}"):
                 fetch(url)
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(DataError, match=f"{path}: .*regular file"):
+            fetch(url)
 
     assert asked == []
 

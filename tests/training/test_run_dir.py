@@ -140,3 +140,11 @@ def test_a_run_starts_on_a_file_system_without_locks_and_follows_no_link(tmp_pat
     with pytest.raises(ModelError, match=str(path)), run_dir.run_lock(tmp_path):
         pytest.fail("the lock was acquired")
     assert precious.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", [run_dir.RUN_LOCK_FILE, "metrics.jsonl"])
+def test_a_pipe_in_place_of_a_file_of_a_run_is_an_error(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+
+    with pytest.raises(ModelError, match=name), run_dir.run_lock(tmp_path):
+        pytest.fail("the lock was acquired")
