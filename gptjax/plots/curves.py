@@ -18,11 +18,26 @@ MAX_NAME_CHARS = 18  # of a class name
 
 def new_figure(x: str, y: str) -> tuple[Figure, Any]:
     """Empty figure of the standard size, with its axes."""
-    figure = Figure(figsize=(5, 3.4), dpi=144, layout="constrained")
-    axes = figure.subplots()
-    axes.set(xlabel=x, ylabel=y)
-    axes.grid(alpha=0.3)
+    figure, (axes,) = new_panels(x, y)
     return figure, axes
+
+
+def new_panels(x: str, *y: str) -> tuple[Figure, list[Any]]:
+    """Empty figure with one panel for each label in `y`, and their axes."""
+    figure = Figure(figsize=(5, 2.2 + 1.4 * len(y)), dpi=144, layout="constrained")
+    panels = [*figure.subplots(len(y), sharex=True, squeeze=False)[:, 0]]
+    for axes, label in zip(panels, y, strict=True):
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    panels[-1].set_xlabel(x)
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
+    return figure, panels
+
+
+def add_legend(figure: Figure) -> None:
+    """Adds a legend below the axes, where it hides no curve."""
+    if any(axes.lines for axes in figure.axes):
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
 
 
 def add_units_axis(axes: Any, units_per_step: int | float, unit: str) -> None:
@@ -34,31 +49,37 @@ def add_units_axis(axes: Any, units_per_step: int | float, unit: str) -> None:
 
 
 def loss_figure(
-    events: Sequence[Event], units_per_step: int | float, unit: str = "token"
+    events: Sequence[Event],
+    units_per_step: int | float,
+    unit: str = "token",
+    auxiliary_loss: str = "",
 ) -> Figure:
     """Training and validation loss over steps, with units seen as a second axis.
 
-    `unit` is what the loss is averaged over, "token" or "example".
+    `unit` is what the loss is averaged over, "token", "example" or "pair". If the
+    training loss includes an `auxiliary_loss`, it has a panel of its own, and the
+    validation loss is compared with that of training rows.
     """
-    figure, axes = new_figure("step", f"loss (nats per {unit})")
-    axes.plot(*metric_series(events, "train", "loss"), color=BLUE, linewidth=1, label="train")
+    labels = [f"loss (nats per {unit})", *[f"with {auxiliary_loss}"] * bool(auxiliary_loss)]
+    figure, panels = new_panels("step", *labels)
+    panels[-1].plot(*metric_series(events, "train", "loss"), color=BLUE, linewidth=1, label="train")
+    if auxiliary_loss:
+        steps, losses = metric_series(events, "eval", "loss", "train")
+        panels[0].plot(steps, losses, label="training rows", **TRAIN_STYLE)
     steps, losses = metric_series(events, "eval", "loss", "validation")
     if losses:
-        axes.plot(steps, losses, label=f"validation, best {min(losses):.3f}", **VALIDATION_STYLE)
-    axes.legend(frameon=False)
-    add_units_axis(axes, units_per_step, unit)
+        label = f"validation, best {min(losses):.3f}"
+        panels[0].plot(steps, losses, label=label, **VALIDATION_STYLE)
+    add_legend(figure)
+    add_units_axis(panels[0], units_per_step, unit)
     return figure
 
 
 def lr_figure(events: Sequence[Event]) -> Figure:
     """Learning rate and gradient norm of the logged steps."""
-    figure = Figure(figsize=(5, 4), dpi=144, layout="constrained")
-    panels = figure.subplots(2, 1, sharex=True)
+    figure, panels = new_panels("step", "learning rate", "gradient norm")
     for axes, name in zip(panels, ("lr", "grad_norm"), strict=True):
         axes.plot(*metric_series(events, "train", name), color=BLUE, linewidth=1)
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("learning rate")
-    panels[1].set(xlabel="step", ylabel="gradient norm")
     return figure
 
 
@@ -69,8 +90,7 @@ def accuracy_figure(events: Sequence[Event], examples_per_step: int | float) -> 
         steps, values = metric_series(events, "eval", "accuracy", split)
         if values:
             axes.plot(steps, values, label=split, **style)
-    if axes.lines:
-        axes.legend(frameon=False, loc="lower right")
+    add_legend(figure)
     add_units_axis(axes, examples_per_step, "example")
     return figure
 

@@ -99,13 +99,18 @@ def attention_figure(model: Model, text: str, layer: int) -> Figure:
     return figure
 
 
-def token_loss_figure(model: Model, text: str, other: Model | None = None) -> Figure:
+def token_loss_figure(
+    model: Model,
+    text: str,
+    other: Model | None = None,
+    names: Sequence[str] = ("first model", "second model"),
+) -> Figure:
     """Plots the tokens of a text, colored by their loss.
 
     The darkest color is the loss of a uniform prediction or more. With a second model,
-    tokens are blue if `model` has the lower loss, and orange if `other` has.
-    Tokens that share a character share a box with the sum of their losses. The text has
-    1 to `context_length` tokens.
+    tokens are blue if `model` has the lower loss, and orange if `other` has, and the
+    picture has their `names`. Tokens that share a character share a box with the sum
+    of their losses. The text has 1 to `context_length` tokens.
     """
     if other is not None and other.tokenizer.hash != model.tokenizer.hash:
         raise ConfigError(
@@ -128,8 +133,9 @@ def token_loss_figure(model: Model, text: str, other: Model | None = None) -> Fi
         max_loss = max(1.0, float(np.abs(value_L).max()))  # small differences stay pale
         colors = ScalarMappable(Normalize(-max_loss, max_loss), DIVERGING_CMAP)
         other_mean = other_L.mean(dtype=np.float64)
-        title = f"mean nats per token: model {mean:.3f}, other {other_mean:.3f}"
-        label = "← other is better      nats      model is better →"
+        means = f"{mean:.3f} ({names[0]}), {other_mean:.3f} ({names[1]})"
+        title = f"mean nats per token: {means}"
+        label = f"← {names[1]} is better      nats      {names[0]} is better →"
     fills = colors.to_rgba(value_L)
     # Relative luminance as in WCAG 2.2; 0.18 has equal contrast to black and white.
     light_L = np.power(fills[:, :3], 2.2) @ (0.2126, 0.7152, 0.0722)

@@ -39,18 +39,20 @@ def write_report(
     result: str,
     units_per_step: int | float,
     unit: str = "token",
+    auxiliary_loss: str = "",
     figures: Mapping[str, Figure] | None = None,
     details: Sequence[str] = (),
 ) -> None:
     """Writes report.md and the figures of a run, from its metrics.jsonl.
 
     `summary` are the lines printed before training, `result` is the outcome in one
-    sentence; the loss is averaged over `unit` ("token" or "example"), of which a step
-    has `units_per_step`. `details` are lines of tables and samples of the task.
+    sentence; the loss is averaged over `unit`, of which a step has `units_per_step`;
+    `auxiliary_loss` is that of `loss_figure`. `details` are lines of tables and samples
+    of the task.
     """
     events = read_events(run_dir / "metrics.jsonl")
-    curves = {"loss": loss_figure(events, units_per_step, unit), "lr": lr_figure(events)}
-    pictures = curves | dict(figures or {})
+    loss = loss_figure(events, units_per_step, unit, auxiliary_loss)
+    pictures = {"loss": loss, "lr": lr_figure(events), **(figures or {})}
     with warnings.catch_warnings():  # the font may lack the script of a class name
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         for name, figure in pictures.items():

@@ -47,7 +47,7 @@ def main() -> None:
     early_model = dataclasses.replace(model, params=restored["params"])
     tokens_per_step = config.data.batch_size * config.model.context_length
     loss = loss_figure(read_events(run / "metrics.jsonl"), tokens_per_step)
-    tokens = token_loss_figure(model, TEXT, early_model)
+    tokens = token_loss_figure(model, TEXT, early_model, ("step 800", "step 400"))
     attention = attention_figure(model, "The class body is then executed.", 1)
     mask = loss_mask_figure(preview_rows("instructions"), 2)
     images = [render(figure) for figure in (loss, tokens, attention, mask)]

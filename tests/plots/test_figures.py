@@ -1,5 +1,7 @@
 """Figures show what the model computed, and nothing in them is cut off or covered."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,7 +66,8 @@ def test_token_loss_figures_are_colored_by_the_loss_of_each_character(model):
     (_, loss_L), (_, other_L) = (token_losses(m, text) for m in (model, other))
     loss, difference = (np.add.reduceat(x, bounds) for x in (loss_L, other_L - loss_L))
 
-    one, two = figures.token_loss_figure(model, text), figures.token_loss_figure(model, text, other)
+    one = figures.token_loss_figure(model, text)
+    two = figures.token_loss_figure(model, text, other, names=("small", "big"))
 
     light_L = np.array(box_colors(one)).sum(axis=1)[np.argsort(loss)]
     assert (np.diff(light_L) <= 0).all()  # darker where the loss is higher
@@ -73,6 +76,8 @@ def test_token_loss_figures_are_colored_by_the_loss_of_each_character(model):
     expected = figures.DIVERGING_CMAP((difference + limit) / (2 * limit))[:, :3]
     np.testing.assert_allclose(box_colors(two), expected, atol=0.01)
     assert box_texts(one) == [f"mean {loss_L.mean():.3f} nats per token", *text]
+    assert f"{loss_L.mean():.3f} (small), {other_L.mean():.3f} (big)" in box_texts(two)[0]
+    assert re.fullmatch("← big .* nats .* small .* →", two.axes[-1].get_xlabel())
     assert_nothing_is_cut_off(one)
     assert_nothing_is_cut_off(two)
 

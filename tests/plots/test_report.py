@@ -41,6 +41,11 @@ def test_figures_show_the_logged_values_and_the_share_of_each_true_class(run_dir
     ]
     values = [(0.1, 0.05), (0.02, 0.01), (0.95, 1.0), (0.85, 0.9), (0.05, 0.1), (100.0, 200.0)]
     assert found == [pytest.approx((50, 100, *pair)) for pair in values]
+    # Losses of two kinds are on different axes.
+    upper, lower = loss_figure(events, 512, "example", "next-token loss").axes
+    assert [line.get_ydata()[0] for line in upper.lines] == pytest.approx([0.12, 0.02])
+    assert [line.get_ydata()[0] for line in lower.lines] == pytest.approx([0.1])
+    assert "next-token loss" in lower.get_ylabel()
     assert_nothing_is_cut_off(figure)
     axes = figure.axes[0]
     cells = {text.get_position()[::-1]: text.get_text() for text in axes.texts}
