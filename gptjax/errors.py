@@ -1,7 +1,6 @@
 """Errors a user can fix: a message states the value, the requirement and the fix.
 
-The command line prints them without a traceback and exits with code 2, or with 1 for
-a `ResourceError`.
+The command line prints them without a traceback and exits with their `exit_code`.
 """
 
 from pathlib import Path
@@ -12,6 +11,8 @@ MAX_MESSAGE_CHARS = 1000
 
 class GptjaxError(Exception):
     """Base of all errors a user can fix."""
+
+    exit_code = 2  # of the command
 
     def __str__(self) -> str:
         """Message; without its middle if it quotes much of a file."""
@@ -35,6 +36,14 @@ class ModelError(GptjaxError, ValueError):
 
 class ResourceError(GptjaxError, OSError):
     """Out of memory, disk or network: the same command may succeed later."""
+
+    exit_code = 1
+
+
+class DivergenceError(GptjaxError, ArithmeticError):
+    """Training whose loss became non-finite."""
+
+    exit_code = 1
 
 
 def install_command(extra: str) -> str:

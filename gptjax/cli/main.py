@@ -1,6 +1,7 @@
 """The `gptjax` command: table of commands and exit codes.
 
-Exit codes: 0 done; 1 a check failed, or memory, disk or network did; 2 invalid input;
+Exit codes: 0 done; 1 a check failed, the loss diverged, or memory, disk or network
+failed; 2 invalid input;
 75 interrupted with all progress saved; 130 interrupted without progress to save.
 
 A command imports jax and other large packages only when it runs.
@@ -14,7 +15,7 @@ import click
 from gptjax.cli import data, inference, planning, train
 from gptjax.cli.arguments import HELP_WIDTH, Command
 from gptjax.config import did_you_mean
-from gptjax.errors import GptjaxError, ResourceError
+from gptjax.errors import GptjaxError
 
 
 class Group(click.Group):
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except GptjaxError as error:
         print(f"gptjax: {error}", file=sys.stderr)
-        return 1 if isinstance(error, ResourceError) else 2
+        return error.exit_code
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stderr.close()
         return 0

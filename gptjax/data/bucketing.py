@@ -2,7 +2,8 @@
 
 Rows are padded to the next bucket length, so that one program is compiled per bucket.
 Each epoch visits every row once, in a new random order: rows are batched by bucket,
-and the rows left over in one bucket are added to the next.
+and the rows left over in one bucket are added to the next. A short run pads more rows
+to fewer lengths, since compilation takes longer than its steps.
 """
 
 import abc
@@ -13,7 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.runtime.timing import log_progress
+
 MIN_BUCKET = 16  # padded length
+MIN_STEPS_PER_SHAPE = 30  # training steps that take about as long as one compilation
 
 
 def buckets(max_length: int, single: bool = False) -> list[int]:
@@ -35,6 +39,7 @@ class BucketedBatches(abc.ABC):
     bucket_lengths: Sequence[int]  # see `buckets`
     pad_id: int  # padding token
     seed: int = 0
+    min_length: int = 0  # to which rows of training batches are padded
 
     @property
     @abc.abstractmethod
@@ -53,7 +58,12 @@ class BucketedBatches(abc.ABC):
     @property
     def batch_shapes(self) -> list[int]:
         """Distinct row lengths [T] in an epoch; each is compiled once."""
-        return sorted({size for size, _ in self.epoch_plan(0)})
+        return sorted({max(size, self.min_length) for size, _ in self.epoch_plan(0)})
+
+    def limit_shapes(self, steps: int) -> "BucketedBatches":
+        """Returns the same batches, with no more shapes than so many steps pay for."""
+        num_shapes = max(steps // MIN_STEPS_PER_SHAPE, 1)
+        return dataclasses.replace(self, min_length=self.batch_shapes[-num_shapes:][0])
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (one instance per run)
     def epoch_plan(self, epoch: int | None) -> list[tuple[int, np.ndarray]]:
@@ -63,11 +73,10 @@ class BucketedBatches(abc.ABC):
         rng = np.random.default_rng((self.seed, epoch or 0))
         if epoch is not None:
             rng.shuffle(order)
-        batches, remaining = [], order[:0]
-        for number, size in enumerate(self.bucket_lengths):
+        batches, remaining, last = [], order[:0], row_bucket.max(initial=0)
+        for number, size in enumerate(self.bucket_lengths[: last + 1]):
             remaining = np.concatenate([remaining, order[row_bucket[order] == number]])
-            last = number == len(self.bucket_lengths) - 1
-            while len(remaining) >= self.rows or (last and len(remaining)):
+            while len(remaining) >= self.rows or (number == last and len(remaining)):
                 batches.append((size, remaining[: self.rows]))
                 remaining = remaining[self.rows :]
         if epoch is not None:
@@ -77,9 +86,11 @@ class BucketedBatches(abc.ABC):
     def batch_at(self, step: int) -> Any:
         """Returns the batch of a training step, counted from 0."""
         epoch, number = divmod(step, self.steps_per_epoch)
-        return self.make_batch(*self.epoch_plan(epoch)[number])
+        length, indices = self.epoch_plan(epoch)[number]
+        return self.make_batch(max(length, self.min_length), indices)
 
     def in_order(self) -> Iterator[tuple[np.ndarray, Any]]:
         """Yields (row indices, batch); every row occurs once."""
-        for length, indices in self.epoch_plan(None):
+        batches = self.epoch_plan(None)
+        for length, indices in log_progress(batches, len(batches), "scoring", "batches"):
             yield indices, self.make_batch(length, indices)

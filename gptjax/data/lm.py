@@ -20,6 +20,7 @@ from jaxtyping import Float32, Int32
 
 from gptjax.data.token_files import TokenDataset
 from gptjax.errors import DataError
+from gptjax.runtime.timing import log_progress
 
 # One thread: the work is in Python, so a second one would compete for the GIL.
 PREFETCH_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
@@ -142,7 +143,7 @@ def validation_batches(
     if max_batches is not None and max_batches < count:
         selected = [i * count // max_batches for i in range(max_batches)]
     index_BT = np.arange(batch_tokens).reshape(rows, context)
-    for number in selected:
+    for number in log_progress(selected, len(selected), "scoring", "batches"):
         start = number * batch_tokens
         values = tokens.read(start, min(batch_tokens, num_targets - start) + 1)
         padded = np.full(batch_tokens + 1, tokens.eot, np.int32)

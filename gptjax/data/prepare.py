@@ -39,7 +39,12 @@ from gptjax.data.token_files import (
 from gptjax.errors import ConfigError, DataError
 from gptjax.fileio.atomic import atomic_path
 from gptjax.runtime.preemption import heartbeat
-from gptjax.tokenizer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from gptjax.tokenizer.tokenizer import (
+    Tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+    untrained_vocab_size,
+)
 
 DEFAULT_SHARD_TOKENS = 100_000_000
 TASK_CHARS = 1 << 17  # characters per encoding task, approximately
@@ -225,19 +230,16 @@ def write_prepared(
 
 def tokenizer_id(name: str) -> str:
     """Returns the hash of a tokenizer, or bpe:SIZE if it is yet to be trained."""
-    return name if name.startswith("bpe:") else load_tokenizer(name).hash
+    return name if untrained_vocab_size(name) else load_tokenizer(name).hash
 
 
 def load_or_train_tokenizer(name: str, sources: Sequence[TextSource], rule: SplitRule) -> Tokenizer:
     """Loads a tokenizer, or trains "bpe:SIZE" on the training split."""
-    if not name.startswith("bpe:"):
+    if not (size := untrained_vocab_size(name)):
         return load_tokenizer(name)
-    size = name.removeprefix("bpe:")
-    if not size.isdecimal():
-        raise ConfigError(f"tokenizer {name!r} has no size. Write, for example, bpe:2048.")
     spans = iter_split_spans(sources, rule, "learning tokens")
     texts = (span.text for span in spans if span.split == TRAIN_SPLIT)
-    return train_tokenizer(texts, int(size), name)
+    return train_tokenizer(texts, size, name)
 
 
 # Tokens of a split, their number up to each end of a document, bytes of text.

@@ -16,6 +16,7 @@ from gptjax.data.lm import Batch, make_lm_batch
 from gptjax.errors import ConfigError, DataError
 from gptjax.parallel.sharding import replicate, shard_batch, use_mesh
 from gptjax.runtime.preemption import check_interrupted
+from gptjax.runtime.timing import log_progress
 from gptjax.training.loss import batch_per_token_loss
 from gptjax.tree import Params
 from gptjax.weights.model_folder import Model
@@ -103,7 +104,8 @@ def sliding_windows(
     num_windows = 1 + max(0, -(-(num_targets - context_length) // stride))
     padded = np.zeros(context_length + 1 + (num_windows + batch_size) * stride, np.int32)
     padded[: len(token_L)] = token_L
-    for first_window in range(0, num_windows, batch_size):
+    starts = range(0, num_windows, batch_size)
+    for first_window in log_progress(starts, len(starts), "scoring", "batches"):
         start_B = (first_window + np.arange(batch_size)) * stride
         tokens = padded[start_B[:, None] + np.arange(context_length + 1)]
         batch, position_T = make_lm_batch(tokens, eot_token), np.arange(context_length)

@@ -13,6 +13,7 @@ from gptjax.inference.generate import (
     list_options,
     stream,
 )
+from gptjax.runtime.timing import log_progress
 from gptjax.tokenizer.chat_template import ChatTemplate, compile_template
 from gptjax.tokenizer.template_worker import ChatMessage
 from gptjax.weights.model_folder import Model
@@ -91,7 +92,8 @@ def answer_batch(
     config = make_chat_config(model, config, {})
     order = sorted(range(len(prompt_ids)), key=lambda n: len(prompt_ids[n]))
     answers = [""] * len(prompt_ids)
-    for start in range(0, len(order), ANSWER_BATCH_SIZE):
+    starts = range(0, len(order), ANSWER_BATCH_SIZE)
+    for start in log_progress(starts, len(starts), "answering", "batches"):
         indices = order[start : start + ANSWER_BATCH_SIZE]
         batch = [prompt_ids[n] for n in indices]
         if len(prompt_ids) > ANSWER_BATCH_SIZE:

@@ -198,13 +198,12 @@ def compare_with_profile(plan: Plan, run_dir: Path, log: Callable[[str], None]) 
     """Logs the measurements of a run next to the plan."""
     events = read_events(run_dir / "metrics.jsonl")
     _, rates = metric_series(events, "train", "tokens_per_s")
-    if len(rates) < 2:
+    if not rates:
         raise ModelError(
-            f"{run_dir} has logged fewer than two train events. Let the run continue "
-            "until train.log_every has passed twice."
+            f"{run_dir} has logged no train event. Let the run continue until step train.log_every."
         )
-    rate = statistics.median(rates[1:])  # the first includes compilation
-    log(f"measured {format_number(rate)} tokens/s (median of {len(rates) - 1})")
+    rate = statistics.median(rates)
+    log(f"measured {format_number(rate)} tokens/s (median of {len(rates)})")
     if plan.topology.chip.memory:
         max_rate = plan.tokens_per_step / max(plan.min_seconds.values())
         log(f"planned  at most {format_number(max_rate)}; measured {rate / max_rate:.0%} of it")

@@ -1,12 +1,16 @@
-"""Timing: startup phases of a command (`--verbose`), and steps of a training run."""
+"""Timing: startup phases of a command (`--verbose`), steps of a run, long loops."""
 
 import contextlib
+import logging
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # includes cache reads
 CACHE_HIT_EVENT = "/jax/compilation_cache/cache_retrieval_time_sec"
+FIRST_PROGRESS_SECONDS = 3.0  # until the first progress line of a long loop
+
+Item = TypeVar("Item")
 
 _phase_timers: list["PhaseTimer"] = []  # at most one; filled by `log_phases`
 
@@ -72,7 +76,7 @@ def log_phases(log: Callable[[str], None], started: float, final_phase: str) -> 
 
 
 class StepTimer:
-    """Step timer excluding evaluation time."""
+    """Step timer excluding the time of compilation and evaluation."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -98,3 +102,33 @@ class StepTimer:
         started = time.perf_counter()
         yield
         self.excluded_seconds += time.perf_counter() - started
+
+
+def log_progress(items: Iterable[Item], total: int, action: str, unit: str) -> Iterator[Item]:
+    """Yields the items; logs the progress of a long loop and the time that is left.
+
+    The first line comes after `FIRST_PROGRESS_SECONDS`, each next one after twice the
+    time. `action` and `unit` are words, such as "encoding" and "texts".
+    """
+    started, next_line = time.perf_counter(), FIRST_PROGRESS_SECONDS
+    for done, item in enumerate(items):
+        seconds = time.perf_counter() - started
+        if done and seconds > next_line:
+            left = format_duration(seconds / done * (total - done))
+            text = f"{action:<8} {done:,} of {total:,} {unit}, about {left} left"
+            logging.getLogger("gptjax").info(text)
+            next_line = 2 * seconds
+        yield item
+
+
+def format_duration(seconds: int | float) -> str:
+    """Duration in hours, minutes and seconds.
+
+    >>> format_duration(8040), format_duration(75), format_duration(3.2)
+    ('2h14m', '1m15s', '3s')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -81,6 +81,7 @@ def make_finetune_task(
     the trained tokens are for the summary printed before training.
     """
     config, key = run.config, jax.random.key(run.config.train.seed)
+    batches = batches.limit_shapes(config.train.steps)
     tokenizer, template, params = inputs.tokenizer, inputs.chat_template, inputs.params
     if params is None:
         params = make_initial_params(run, inputs.init_model, tokenizer)

@@ -16,6 +16,7 @@ from gptjax.model.classifier import classifier_hidden_states, pool_and_project
 from gptjax.model.gpt import unembedding_matrix
 from gptjax.plots.curves import accuracy_figure, confusion_figure
 from gptjax.plots.report import Misclassification, list_mistakes, per_class_table
+from gptjax.runtime.timing import log_progress
 from gptjax.tasks import builder
 from gptjax.training import finetune
 from gptjax.training.loss import cross_entropy_sum, fused_cross_entropy
@@ -37,12 +38,12 @@ class ClassificationData(NamedTuple):
 def load_classification_data(run: RunContext) -> tuple[RunContext, ClassificationData]:
     """Loads, splits and tokenizes the labeled rows; resolves the model's config."""
     c = run.config
-    init_model = finetune.load_init_model(c.finetune, run.log)
     if c.data.batching not in ("auto", "padded"):
         raise ConfigError(
             f"data.batching={c.data.batching!r} is not supported for classification, "
             "which uses one row per text. Remove the option."
         )
+    init_model = finetune.load_init_model(c.finetune, run.log)
     texts, columns = read_labeled_texts(c.data.source, c.data.text_column, c.data.label_column)
     rows = stratified_split(
         texts,
@@ -60,7 +61,8 @@ def load_classification_data(run: RunContext) -> tuple[RunContext, Classificatio
     max_length = finetune.max_context(c.model, init_model)
     ids, num_truncated = {}, 0
     for split, part in rows.items():
-        token_ids = [tokenizer.encode(text) for text in part.texts]
+        texts_of_split = log_progress(part.texts, len(part), "encoding", f"{split} texts")
+        token_ids = [tokenizer.encode(text) for text in texts_of_split]
         num_truncated += sum(len(row) > max_length for row in token_ids)
         ids[split] = [row[:max_length] for row in token_ids]
     summary_lines = [f"data     {columns}", *describe_splits(rows)]
@@ -128,19 +130,24 @@ def classification_loss_fn(
 def make_classification_evaluate(
     run: RunContext, data: ClassificationData
 ) -> Callable[[Model, int, bool], EvalResult]:
-    """Evaluates on validation and some training rows.
+    """Evaluates on some validation and training rows, at the end on all training rows.
 
     The best model has the highest validation accuracy; ties go to the lower loss.
     """
-    max_train_rows = run.config.train.eval_batches * CLASSIFY_BATCH_SIZE
-    train_subset = builder.evenly_spaced(range(len(data.ids[TRAIN_SPLIT])), max_train_rows)
+    max_rows = run.config.train.eval_batches * CLASSIFY_BATCH_SIZE
+    subsets = {
+        split: builder.evenly_spaced(range(len(ids)), max_rows) for split, ids in data.ids.items()
+    }
+
+    def evaluate_split(model: Model, split: str, is_complete: bool = False) -> ClassificationResult:
+        texts, ids, rows = data.rows[split], data.ids[split], subsets[split]
+        if not is_complete:
+            texts, ids = take(texts, rows), [ids[n] for n in rows]
+        return evaluate_classifier(model, texts, ids)
 
     def evaluate(model: Model, step: int, is_last: bool) -> EvalResult:
-        texts, ids = data.rows[TRAIN_SPLIT], data.ids[TRAIN_SPLIT]
-        if not is_last:
-            texts, ids = take(texts, train_subset), [ids[n] for n in train_subset]
-        train_result = evaluate_classifier(model, texts, ids)
-        result = evaluate_classifier(model, data.rows[VALIDATION_SPLIT], data.ids[VALIDATION_SPLIT])
+        train_result = evaluate_split(model, TRAIN_SPLIT, is_complete=is_last)
+        result = evaluate_split(model, VALIDATION_SPLIT)
         accuracy = result.metrics.accuracy
         return EvalResult(
             events=[
@@ -188,6 +195,8 @@ def finalize_classification(
     }
     details = [*per_class_table(result.confusion_CC, names), *list_mistakes(mistakes)]
     report = {"units_per_step": examples_per_step, "unit": "example", "figures": figures}
+    if run.config.finetune.lm_loss_weight:
+        report["auxiliary_loss"] = "next-token loss"
     builder.report_result(run, task, split, metric_values(result), text, details=details, **report)
     return model
 

@@ -29,6 +29,7 @@ from gptjax.data.sft import (
 from gptjax.data.text import TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError, DataError
 from gptjax.runtime.preemption import check_interrupted
+from gptjax.runtime.timing import log_progress
 from gptjax.tasks import builder
 from gptjax.tokenizer.chat_template import ChatTemplate
 from gptjax.training import finetune
@@ -106,7 +107,8 @@ def load_pairs(
     pairs, num_equal, num_too_long = {}, 0, 0
     for name, part in splits.items():
         unequal = [pair for pair in part if pair.chosen != pair.rejected]
-        tokenized = [tokenize_pair(pair, init_model, template, context) for pair in unequal]
+        tracked = log_progress(unequal, len(unequal), "encoding", f"{name} pairs")
+        tokenized = [tokenize_pair(pair, init_model, template, context) for pair in tracked]
         pairs[name] = [pair for pair in tokenized if pair is not None]
         num_equal += len(part) - len(unequal)
         num_too_long += tokenized.count(None)
@@ -235,17 +237,20 @@ def evaluate_pairs(config: RunConfig, model: Model, batches: PreferenceBatches) 
 def make_dpo_evaluate(
     run: RunContext, batches: dict[str, PreferenceBatches]
 ) -> Callable[[Model, int, bool], EvalResult]:
-    """Evaluates on validation pairs, which select the model, and on training pairs."""
-    train, count = batches[TRAIN_SPLIT], run.config.train.eval_batches * run.config.data.batch_size
-    train_subset = dataclasses.replace(
-        train, pairs=train.pairs[:count], reference_logprobs=train.reference_logprobs[:count]
-    )
-    eval_splits = {TRAIN_SPLIT: train_subset, VALIDATION_SPLIT: batches[VALIDATION_SPLIT]}
+    """Evaluates on some training pairs and validation pairs, which select the model."""
+    max_pairs = run.config.train.eval_batches * run.config.data.batch_size
+
+    def subset(split: str) -> PreferenceBatches:
+        pairs, logprobs = batches[split].pairs, batches[split].reference_logprobs
+        return dataclasses.replace(
+            batches[split], pairs=pairs[:max_pairs], reference_logprobs=logprobs[:max_pairs]
+        )
+
+    subsets = {split: subset(split) for split in (TRAIN_SPLIT, VALIDATION_SPLIT)}
 
     def evaluate(model: Model, step: int, is_last: bool) -> EvalResult:
         metrics = {
-            split: evaluate_pairs(run.config, model, batches)
-            for split, batches in eval_splits.items()
+            split: evaluate_pairs(run.config, model, part) for split, part in subsets.items()
         }
         validation = metrics[VALIDATION_SPLIT]
         return EvalResult(
@@ -267,7 +272,8 @@ def finalize_dpo(run: RunContext, data: DPOData, task: Task, state: TrainState) 
         f"accuracy {metrics['accuracy']:.1%} on {len(data.batches[split].pairs):,} "
         "pairs (chance: 50%)"
     )
-    builder.report_result(run, task, split, metrics, text)
+    units = {"units_per_step": run.config.data.batch_size, "unit": "pair"}
+    builder.report_result(run, task, split, metrics, text, **units)
     return model
 
 

@@ -40,6 +40,12 @@ class PretrainData(NamedTuple):
 
 def load_pretrain_data(run: RunContext) -> tuple[RunContext, PretrainData]:
     """Opens or prepares the token files; resolves the model's config."""
+    isolate_documents(run.config.data.batching)  # rejects others
+    if run.config.finetune.trainable != "all":
+        raise ConfigError(
+            f"finetune.trainable={run.config.finetune.trainable!r} is not supported for "
+            "pretraining, which trains all parameters. Remove the option."
+        )
     init_model = load_init_model(run.config.finetune, run.log)
     splits = open_dataset(resolve_data_config(run), run.run_dir / "data")
     size, requested = splits.tokenizer.vocab_size, run.config.model.vocab_size
@@ -88,11 +94,6 @@ def make_pretrain_task(run: RunContext, data: PretrainData) -> Task:
 def resolve_data_config(run: RunContext) -> DataConfig:
     """The run's `[data]`, with the initial model's tokenizer if none is named."""
     config = run.config
-    if config.finetune.trainable != "all":
-        raise ConfigError(
-            f"finetune.trainable={config.finetune.trainable!r} is not supported for "
-            "pretraining, which trains all parameters. Remove the option."
-        )
     if not config.finetune.init_from or config.data.tokenizer:
         return config.data
     model_dir = resolve_model(config.finetune.init_from, run.log)

@@ -17,6 +17,7 @@ from gptjax.data.sft import (
 from gptjax.data.text import TEST_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import DataError
 from gptjax.evaluation.instructions import (
+    LOSS_BATCH_SIZE,
     ResponseEval,
     example_loss,
     generate_responses,
@@ -25,6 +26,7 @@ from gptjax.evaluation.instructions import (
     write_responses,
 )
 from gptjax.plots.report import code_block, markdown_table
+from gptjax.runtime.timing import log_progress
 from gptjax.tasks import builder
 from gptjax.training import finetune
 from gptjax.training.loss import batch_loss
@@ -53,19 +55,20 @@ class SFTData(NamedTuple):
 def load_sft_data(run: RunContext) -> tuple[RunContext, SFTData]:
     """Loads, splits and tokenizes the conversations; resolves the model's config."""
     c = run.config
+    trained_segments = segments_with_loss(c.data)
     init_model = finetune.load_init_model(c.finetune, run.log)
+    template = finetune.choose_chat_template(c.data.chat_template, init_model)
     all_conversations, columns = read_conversations(c.data.source)
     splits = finetune.train_val_test_split(c, all_conversations, "rows")
-    template = finetune.choose_chat_template(c.data.chat_template, init_model)
     texts = (m["content"] for x in splits[TRAIN_SPLIT] for m in x.messages)
     tokenizer = finetune.choose_tokenizer(c.data.tokenizer, init_model, lambda: texts)
     context = finetune.max_context(c.model, init_model)
-    trained_segments = segments_with_loss(c.data)
     conversations, examples, completion_examples = {}, {}, {}
     num_truncated = num_dropped = 0
     for name, part in splits.items():
+        tracked = log_progress(part, len(part), "encoding", f"{name} conversations")
         truncated = truncate_all(
-            encode_conversations(tokenizer, template, part, trained_segments), context
+            encode_conversations(tokenizer, template, tracked, trained_segments), context
         )
         if not truncated.examples:
             raise DataError(
@@ -74,9 +77,8 @@ def load_sft_data(run: RunContext) -> tuple[RunContext, SFTData]:
             )
         conversations[name] = [part[n] for n in truncated.kept_indices]
         examples[name] = truncated.examples
-        completions = encode_conversations(
-            tokenizer, template, conversations[name], TRAIN_ON_COMPLETIONS
-        )
+        tracked = log_progress(conversations[name], len(part), "encoding", f"{name} answers")
+        completions = encode_conversations(tokenizer, template, tracked, TRAIN_ON_COMPLETIONS)
         completion_examples[name] = truncate_all(completions, context).examples
         num_truncated += truncated.num_truncated
         num_dropped += truncated.num_dropped
@@ -97,9 +99,8 @@ def load_sft_data(run: RunContext) -> tuple[RunContext, SFTData]:
 
 def segments_with_loss(config: DataConfig) -> frozenset[str]:
     """Kinds of segments that are trained on."""
-    if not config.completion_only_loss:
-        return TRAIN_ON_ALL
-    return find_sft_batching(config.batching).completion_segments
+    batching = find_sft_batching(config.batching)
+    return batching.completion_segments if config.completion_only_loss else TRAIN_ON_ALL
 
 
 def make_sft_task(run: RunContext, data: SFTData) -> Task:
@@ -141,21 +142,25 @@ def sft_loss_fn(
 
 
 def make_sft_evaluate(run: RunContext, data: SFTData) -> Callable[[Model, int, bool], EvalResult]:
-    """Evaluates on validation and some training rows.
+    """Evaluates on some validation and training rows.
 
     The best model has the lowest loss on validation answers. Also generates answers to
     a fixed subset of these rows, and before the first step to test rows as a baseline.
     """
     rows = builder.evenly_spaced(data.conversations[VALIDATION_SPLIT], NUM_EVAL_SAMPLES)
     test_rows = builder.evenly_spaced(data.conversations.get(TEST_SPLIT, []), NUM_TEST_SAMPLES)
-    train_subset = builder.evenly_spaced(
-        range(len(data.examples[TRAIN_SPLIT])), run.config.train.eval_batches * 8
-    )
+    max_rows = run.config.train.eval_batches * LOSS_BATCH_SIZE
+    subsets = {
+        split: builder.evenly_spaced(range(len(part)), max_rows)
+        for split, part in data.examples.items()
+    }
+    test_examples = data.examples.get(TEST_SPLIT, [])
+    subsets[TEST_SPLIT] = builder.evenly_spaced(range(len(test_examples)), NUM_TEST_SAMPLES)
     # Else the training loss is that of the answers.
     has_response_loss = segments_with_loss(run.config.data) != TRAIN_ON_COMPLETIONS
 
     def evaluate_split(model: Model, split: str, **values: Any) -> dict[str, Any]:
-        indices = train_subset if split == TRAIN_SPLIT else range(len(data.examples[split]))
+        indices = subsets[split]
         loss = example_loss(model, [data.examples[split][n] for n in indices]).loss
         response_loss = loss
         if has_response_loss:

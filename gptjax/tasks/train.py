@@ -4,12 +4,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gptjax.config import RunConfig
+from gptjax.data.prepare import tokenizer_id
 from gptjax.plugins import load_plugin
 from gptjax.tasks.builder import TaskStages
 from gptjax.tasks.classify import CLASSIFY
 from gptjax.tasks.dpo import DPO
 from gptjax.tasks.pretrain import PRETRAIN
 from gptjax.tasks.sft import SFT
+from gptjax.training.optimizer import make_schedule
 from gptjax.training.run_dir import open_run
 from gptjax.training.trainer import fit
 from gptjax.weights.model_folder import Model
@@ -35,8 +37,17 @@ def train(
     else:
         stages_fn: StagesFn = load_plugin("train.task", config.train.task)
         stages = stages_fn(config)
+    check_options(config)
     with open_run(config, Path(run_dir), allow_change=allow_change, on_spike=on_spike) as run:
+        run.log(f"reading  {config.data.source}")
         run, data = stages.load_data(run)
         task = stages.make_task(run, data)
         state = fit(run, task)
         return stages.finalize(run, data, task, state)
+
+
+def check_options(config: RunConfig) -> None:
+    """Rejects options that do not fit together or have no meaning, before any work."""
+    make_schedule(config.optim, config.train.steps)
+    if config.data.tokenizer:
+        tokenizer_id(config.data.tokenizer)

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import operator
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise, zip_longest
 from pathlib import Path
@@ -27,6 +28,7 @@ from gptjax.fileio.atomic import write_atomic
 from gptjax.tokenizer.bpe import MAX_TOKEN_BYTES, SPLIT_PATTERN, encode_utf8, split_merge, train_bpe
 
 ENDOFTEXT = "<|endoftext|>"
+MIN_TRAINED_VOCAB_SIZE = 257
 GPT2_MERGES = Path(__file__).parent / "gpt2" / "gpt2-merges.txt"
 TOKENIZER_JSON = "tokenizer.json"  # vocabulary and merges in one file [HF tokenizers]
 MERGES_HEADER = "#version: 0.2"  # first line of a merges.txt
@@ -188,11 +190,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str = "") -> To
     `vocab_size` counts 256 bytes, the merges and <|endoftext|>, whose id is the last.
     `name` is "bpe:" and the size by default.
     """
-    if vocab_size < 257:
-        raise ConfigError(
-            f"a vocabulary of {vocab_size} ids is too small: 256 bytes and {ENDOFTEXT} "
-            "need 257. Use 257 or more, for example bpe:2048."
-        )
+    untrained_vocab_size(f"bpe:{vocab_size}")
     tokens = train_bpe(texts, vocab_size - 257)
     if (max_vocab_size := 257 + len(tokens)) < vocab_size:
         raise DataError(
@@ -201,6 +199,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str = "") -> To
             f"bpe:{max_vocab_size} or bytes, or add text."
         )
     return from_merges(name or f"bpe:{vocab_size}", range(256), tokens)
+
+
+def untrained_vocab_size(name: str) -> int:
+    """Vocabulary size of "bpe:SIZE", which is to be trained; 0 for other names."""
+    if not name.startswith("bpe:"):
+        return 0
+    if not re.fullmatch(r"bpe:\d{1,9}", name, re.ASCII) or int(name[4:]) < MIN_TRAINED_VOCAB_SIZE:
+        raise ConfigError(
+            f"data.tokenizer={name!r:.60} needs a size of {MIN_TRAINED_VOCAB_SIZE} or more: 256 "
+            f"bytes and {ENDOFTEXT}. Write, for example, bpe:2048."
+        )
+    return int(name[4:])
 
 
 def from_merges(name: str, byte_values: Iterable[int], merges: list[bytes]) -> Tokenizer:

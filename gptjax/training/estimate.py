@@ -70,8 +70,8 @@ def resolve_config(config: RunConfig, platform: str = "") -> RunConfig:
     model = config.model
     if not model.vocab_size:
         name = config.data.tokenizer or "gpt2"
-        is_new = name.startswith("bpe:")
-        size = int(name[4:]) if is_new else tokenizer.load_tokenizer(name).vocab_size
+        size = tokenizer.untrained_vocab_size(name)
+        size = size or tokenizer.load_tokenizer(name).vocab_size
         model = dataclasses.replace(model, vocab_size=size)
     if platform and model.dtype == "auto":
         model = dataclasses.replace(model, dtype="float32" if platform == "cpu" else "bfloat16")

@@ -18,7 +18,12 @@ from gptjax.errors import ConfigError
 from gptjax.model.gpt import init
 from gptjax.model.lora import Adapters, init_adapters, scale_adapters
 from gptjax.tokenizer.chat_template import ChatTemplate, compile_template, load_chat_template
-from gptjax.tokenizer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from gptjax.tokenizer.tokenizer import (
+    Tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+    untrained_vocab_size,
+)
 from gptjax.training.run_dir import hash_pytree
 from gptjax.training.train_step import make_train_step
 from gptjax.tree import Params, combine, partition
@@ -71,12 +76,9 @@ def choose_tokenizer(
     """
     if not name:
         return init_model.tokenizer if init_model else load_tokenizer("gpt2")
-    if not name.startswith("bpe:"):
+    if not (size := untrained_vocab_size(name)):
         return load_tokenizer(name)
-    size = name.removeprefix("bpe:")
-    if not size.isdecimal():
-        raise ConfigError(f"data.tokenizer={name!r} has no valid size. Write, say, bpe:2048.")
-    return train_tokenizer(texts(), int(size), name)
+    return train_tokenizer(texts(), size, name)
 
 
 def max_context(config: GPTConfig, init_model: Model | None) -> int:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gptjax.errors import ConfigError, ModelError
+from gptjax.errors import DivergenceError, ModelError
 from gptjax.fileio.atomic import atomic_path, open_append
-from gptjax.runtime.timing import StepTimer
+from gptjax.runtime.timing import StepTimer, format_duration
 from gptjax.training import anomalies, estimate
 from gptjax.training.optimizer import learning_rates
 from gptjax.training.task import EvalResult, RunContext
@@ -24,6 +24,7 @@ from gptjax.training.train_step import Metrics
 
 Event = dict[str, Any]  # "event", "step" and values
 
+DIVERGENCE_ADVICE = "Lower optim.peak_lr, raise optim.warmup_steps or set optim.grad_clip"
 WRITE_LOCK = threading.Lock()  # the checkpoint thread also writes events
 
 
@@ -106,19 +107,6 @@ def format_number(value: int | float) -> str:
     return f"{value:.3g}P"
 
 
-def format_duration(seconds: int | float) -> str:
-    """Duration in hours, minutes and seconds.
-
-    >>> format_duration(8040), format_duration(75), format_duration(3.2)
-    ('2h14m', '1m15s', '3s')
-    """
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
-
-
 class History(NamedTuple):
     """Values of earlier steps that a resumed run needs; saved with each checkpoint."""
 
@@ -127,6 +115,7 @@ class History(NamedTuple):
     evaluated_step: int = -1  # last step that was evaluated
     consecutive_skips: int = 0
     last_good_step: int = 0  # last step that was not skipped
+    nonfinite_step: int = -1  # first of the last evaluations that had no finite loss
     logged: tuple[anomalies.LoggedStep, ...] = ()  # for the spike threshold
 
     def to_metadata(self) -> dict[str, Any]:
@@ -189,7 +178,7 @@ class MetricsLogger:
         return event
 
     def count_skips(self, first_step: int, num_steps: int) -> None:
-        """Counts consecutive skipped steps; too many are a ConfigError."""
+        """Counts consecutive skipped steps; too many are a DivergenceError."""
         applied, self.applied = self.applied[:num_steps], self.applied[num_steps:]
         skips, last_good = self.history.consecutive_skips, self.history.last_good_step
         for step, was_applied in enumerate(jax.device_get(applied), first_step):
@@ -199,11 +188,11 @@ class MetricsLogger:
                 reason = "non-finite gradients"
                 if self.run.on_spike == "skip":
                     reason += ", or gradients above the threshold of --on-spike skip"
-                raise ConfigError(
+                raise DivergenceError(
                     f"{skips} consecutive steps were skipped ({reason}), the last of them "
-                    f"step {step}. The last good step is {last_good}. Lower optim.peak_lr, "
-                    "raise optim.warmup_steps or set optim.grad_clip: resume with "
-                    "--allow-change for each, or start a new run with another --run DIR."
+                    f"step {step}. The last good step is {last_good}. {DIVERGENCE_ADVICE}: "
+                    "resume with --allow-change for each, or start a new run with another "
+                    "--run DIR."
                 )
         self.history = self.history._replace(consecutive_skips=skips, last_good_step=last_good)
 
@@ -235,13 +224,26 @@ class MetricsLogger:
             self.run.log(line)
         if sample is not None:
             log_event(self.run.metrics_path, "sample", step, text=sample)
+        losses = [values["loss"] for kind, values in result.events if kind == "eval"]
+        first = self.history.nonfinite_step if self.history.nonfinite_step >= 0 else step
+        first = -1 if all(map(math.isfinite, losses)) else first
         best, score = self.history.best_score, result.score
         is_finite = score is not None and all(map(math.isfinite, score))
         is_best = is_finite and (best is None or score > best)
-        self.history = self.history._replace(evaluated_step=step)
+        self.history = self.history._replace(evaluated_step=step, nonfinite_step=first)
         if is_best:
             self.history = self.history._replace(best_score=score, best_step=step)
         return is_best
+
+    def check_finite(self) -> None:
+        """Raises DivergenceError if the last evaluation had no finite loss."""
+        step, history = self.history.nonfinite_step, self.history
+        if step >= 0:
+            step = min(step, history.last_good_step + 1) if history.consecutive_skips else step
+            raise DivergenceError(
+                f"the loss became non-finite at step {step}, so step {self.step} has no valid "
+                f"model. {DIVERGENCE_ADVICE} in a new run with another --run DIR."
+            )
 
     def print_progress(self, event: Event | None, eval_text: str = "") -> None:
         """Prints the progress line of a step, with its evaluation if there is one."""

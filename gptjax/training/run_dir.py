@@ -29,14 +29,15 @@ from gptjax.config import (
     did_you_mean,
     load_config,
 )
-from gptjax.errors import ConfigError, ModelError
-from gptjax.fileio.atomic import lock_file, write_atomic
+from gptjax.errors import ConfigError, GptjaxError, ModelError
+from gptjax.fileio.atomic import lock_file, remove_path, write_atomic
 from gptjax.fileio.strict_json import read_json
 from gptjax.parallel.distributed import process_dir
-from gptjax.parallel.sharding import make_mesh
+from gptjax.parallel.sharding import check_batch_divisible, make_mesh
 from gptjax.runtime.device import package_versions
 from gptjax.runtime.preemption import handle_signals, set_signal_mode
 from gptjax.training.anomalies import SPIKE_POLICIES, SpikePolicy
+from gptjax.training.metrics import read_events
 from gptjax.training.resource_errors import (
     check_estimated_memory,
     choose_accumulation,
@@ -64,15 +65,8 @@ def open_run(
 
     The arguments are those of `gptjax.train`.
     """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ModelError(
-            f"cannot write the run folder {run_dir}: {error.strerror}. Choose "
-            "another one with --run DIR."
-        ) from error
-    lock = run_lock(run_dir) if jax.process_index() == 0 else contextlib.nullcontext()
-    with lock, handle_signals() as is_interrupted, translate_resource_errors():
+    folder = create_run_dir(run_dir)
+    with folder, handle_signals() as is_interrupted, translate_resource_errors():
         set_signal_mode("collective" if jax.process_count() > 1 else "immediate")
         own_dir = process_dir(run_dir)
         run = RunContext(
@@ -85,8 +79,48 @@ def open_run(
             is_interrupted=is_interrupted,
         )
         run = choose_accumulation(run)
+        find_changes(own_dir, run.config, allow_change, resolved=["model"])  # before any work
+        if run.mesh is not None:
+            rows, accumulate = run.config.data.batch_size, run.config.train.accumulate
+            check_batch_divisible(rows, accumulate, [*run.mesh.shape.values()])
         check_estimated_memory(run)
         yield run
+
+
+@contextlib.contextmanager
+def create_run_dir(run_dir: Path) -> Iterator[None]:
+    """Creates and locks the run folder; removes what a failed start leaves in it.
+
+    A start has failed if an error that a user can fix precedes the first logged step.
+    """
+    missing = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        names = os.listdir(run_dir)
+    except OSError as error:
+        raise ModelError(
+            f"cannot write the run folder {run_dir}: {error.strerror}. Choose "
+            "another one with --run DIR."
+        ) from error
+    try:
+        with run_lock(run_dir) if jax.process_index() == 0 else contextlib.nullcontext():
+            try:
+                yield
+            except GptjaxError:
+                if jax.process_index() == 0 and not has_logged_step(run_dir):
+                    for name in {*os.listdir(run_dir)}.difference(names):
+                        remove_path(run_dir / name)
+                raise
+    except GptjaxError:
+        with contextlib.suppress(OSError):  # a folder with content stays
+            for folder in missing:
+                folder.rmdir()
+        raise
+
+
+def has_logged_step(run_dir: Path) -> bool:
+    """True if metrics.jsonl has a training step."""
+    return any(event["event"] == "train" for event in read_events(run_dir / "metrics.jsonl"))
 
 
 @contextlib.contextmanager
@@ -131,14 +165,29 @@ def reconcile_config(run_dir: Path, config: RunConfig, allowed: Sequence[str] = 
     `allowed`.
     """
     path = run_dir / "config.toml"
+    changes = find_changes(run_dir, config, allowed)
+    if not path.is_file() or "trajectory" in map(resume_policy, changes):
+        write_atomic(path, tomli_w.dumps(dataclasses.asdict(config)), MAX_CONFIG_BYTES)
+    return list(changes.values())
+
+
+def find_changes(
+    run_dir: Path, config: RunConfig, allowed: Sequence[str], resolved: Sequence[str] = ()
+) -> dict[str, str]:
+    """Changed options of an existing run; raises if one may not change.
+
+    Sections in `resolved` are not compared. The values are lines as in `config_diff`.
+    """
     for name in allowed:
         if resume_policy(name) == "identity":
             raise ConfigError(
                 f"--allow-change {name}: {name} is fixed for a run. Start a new run with --run DIR."
             )
-    changes: dict[str, str] = {}
+    path, changes = run_dir / "config.toml", {}
     if path.is_file():
-        changes = {line.partition(":")[0]: line for line in config_diff(load_config(path), config)}
+        lines = config_diff(load_config(path), config)
+        changes = {line.partition(":")[0]: line for line in lines}
+    changes = {n: line for n, line in changes.items() if n.partition(".")[0] not in resolved}
     policies = {name: resume_policy(name) for name in changes}
     denied = [name for name, policy in policies.items() if policy == "identity"]
     fix = "start a new run with another --run DIR, since these options are fixed for a run"
@@ -153,9 +202,7 @@ def reconcile_config(run_dir: Path, config: RunConfig, allowed: Sequence[str] = 
             f"{'; '.join(changes[name] for name in denied)}. Resume it with its own config, "
             f"or {fix}."
         )
-    if not path.is_file() or "trajectory" in policies.values():
-        write_atomic(path, tomli_w.dumps(dataclasses.asdict(config)), MAX_CONFIG_BYTES)
-    return list(changes.values())
+    return changes
 
 
 def resume_policy(name: str) -> str:

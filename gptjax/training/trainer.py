@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gptjax.checkpoint.checkpoint import SaveFn, async_saver, check_disk_space, restore_latest
 from gptjax.fileio.atomic import open_append
 from gptjax.parallel import distributed
-from gptjax.parallel.sharding import check_batch_divisible, shard_batch, shard_tree, use_mesh
+from gptjax.parallel.sharding import shard_batch, shard_tree, use_mesh
 from gptjax.runtime.device import package_versions
 from gptjax.runtime.preemption import Interrupted, heartbeat, set_signal_mode
 from gptjax.runtime.timing import mark_phase
@@ -49,6 +49,7 @@ def fit(run: RunContext, task: Task) -> TrainState:
     with async_saver(run.checkpoint_dir, keep, log_save) as save:
         state = train_loop(run, task, state, logger, save)
     set_signal_mode("collective" if jax.process_count() > 1 else "immediate")
+    logger.check_finite()
     return state
 
 
@@ -70,10 +71,6 @@ def shard_task(run: RunContext, task: Task) -> Task:
     """Returns the task with its arrays sharded over the mesh."""
     if run.mesh is None:
         return task
-    config = run.config
-    check_batch_divisible(
-        config.data.batch_size, config.train.accumulate, [*run.mesh.shape.values()]
-    )
     return dataclasses.replace(
         task,
         init_state=shard_tree(task.init_state, run.mesh),
@@ -131,7 +128,7 @@ def train_loop(
     distributed.stop_if_any(run.is_interrupted())
     if start_step == config.train.steps:
         return state
-    train_step = jit_by_shape(run, task, logger.grad_norm_threshold)
+    train_step = jit_by_shape(run, task, logger)
     shard = functools.partial(shard_batch, mesh=run.mesh, rows=config.data.batch_size)
     batches = prefetch_to_device(
         task.batches(start_step, config.train.steps), shard, waiting=logger.timer.waiting
@@ -217,13 +214,8 @@ def save_checkpoint(
     save(logger.step, checkpoint_state(state), logger.history.to_metadata())
 
 
-def jit_by_shape(
-    run: RunContext, task: Task, grad_norm_threshold: Callable[[], float]
-) -> TrainStep:
-    """Train step, compiled explicitly for each batch shape.
-
-    `grad_norm_threshold` returns that of the next step, for `on_spike` "skip".
-    """
+def jit_by_shape(run: RunContext, task: Task, logger: MetricsLogger) -> TrainStep:
+    """Train step, compiled for each batch shape; the time of steps excludes it."""
     options: dict[str, Any] = {"donate_argnums": 0}
     if run.mesh is not None:  # keeps the sharding of the state from step to step
         state_shardings = jax.tree.map(lambda leaf: leaf.sharding, task.init_state)
@@ -234,12 +226,13 @@ def jit_by_shape(
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         threshold_arg = {}
         if run.on_spike == "skip":
-            threshold_arg["max_grad_norm"] = np.float32(grad_norm_threshold())
+            threshold_arg["max_grad_norm"] = np.float32(logger.grad_norm_threshold())
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in compiled_steps:
             heartbeat()
-            args = state, batch, *task.frozen_params
-            compiled_steps[shapes] = aot_compile(run, step_fn, *args, **threshold_arg)
+            args = jax.block_until_ready(state), batch, *task.frozen_params
+            with logger.timer.exclude():
+                compiled_steps[shapes] = aot_compile(run, step_fn, *args, **threshold_arg)
             distributed.stop_if_any(run.is_interrupted())
         if jax.process_count() == 1:
             set_signal_mode("deferred")  # from here on there is progress to save

@@ -166,3 +166,19 @@ def test_epochs_and_seeds_differ_in_order(batching):
         orders |= {str(starts[:count]), str(starts[count:])}
 
     assert len(orders) == 4
+
+
+def test_a_short_run_has_the_same_rows_in_fewer_shapes():
+    rows = [[n] * length for n, length in enumerate([10, 30, 60] * 7)]
+    options = {"rows": 4, "bucket_lengths": buckets(512), "pad_id": -1}
+    batches = ClassificationBatches(rows, [0] * len(rows), **options)
+
+    assert batches.batch_shapes == [16, 32, 64]  # also of the rows left over
+    for steps, shapes in ((1, [64]), (60, [32, 64]), (90, [16, 32, 64])):
+        limited = batches.limit_shapes(steps)
+        assert limited.batch_shapes == shapes
+        for step in range(2 * batches.steps_per_epoch):
+            one, other = (each.batch_at(step)["tokens"] for each in (batches, limited))
+            np.testing.assert_array_equal(other[:, : one.shape[1]], one)
+            assert (other[:, one.shape[1] :] == -1).all()
+            assert other.shape[1] in shapes

@@ -1,6 +1,7 @@
-"""Times of steps, by a clock that the test sets."""
+"""Times of steps and of long loops, by a clock that the test sets."""
 
 from gptjax.runtime import timing
+from tests.runs import capture_lines
 
 
 def test_a_step_excludes_evaluation_and_counts_waiting(monkeypatch):
@@ -14,3 +15,15 @@ def test_a_step_excludes_evaluation_and_counts_waiting(monkeypatch):
         pass
 
     assert [timer.end_step() for _ in range(2)] == [(3.5, 0.5), (0.0, 0.0)]
+
+
+def test_a_long_loop_logs_its_progress_and_the_time_left_ever_more_rarely(monkeypatch):
+    times = iter(range(1000))  # one second per item
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(times))
+
+    with capture_lines([]) as lines:
+        assert list(timing.log_progress("x" * 100, 100, "encoding", "texts")) == ["x"] * 100
+        assert list(timing.log_progress("abc", 3, "encoding", "texts")) == [*"abc"]
+
+    assert [int(line.split()[1]) for line in lines] == [3, 8, 18, 38, 78]
+    assert lines[2] == "encoding 18 of 100 texts, about 1m27s left"

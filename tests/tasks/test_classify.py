@@ -18,9 +18,11 @@ from gptjax.cli.main import main
 from gptjax.config import FinetuneConfig, RunConfig
 from gptjax.data.classification import ClassificationBatches
 from gptjax.errors import ConfigError, DataError, ModelError
-from gptjax.evaluation.classification import evaluate_classifier
+from gptjax.evaluation.classification import ClassificationResult, evaluate_classifier
+from gptjax.evaluation.metrics import classification_metrics
 from gptjax.model.classifier import class_logits
 from gptjax.model.lora import merge_adapters
+from gptjax.tasks import classify
 from gptjax.tasks.classify import classification_loss_fn, load_classification_data
 from gptjax.tasks.train import train
 from gptjax.training.finetune import initial_params
@@ -165,6 +167,25 @@ def test_invalid_options_are_reported(tmp_path):
         config = make_config(tmp_path, **{option.replace(".", "__"): value})
         with pytest.raises(ConfigError, match=f"{option}={value!r}"):
             train(config, tmp_path / option)
+
+
+def test_evaluations_during_training_are_bounded(tmp_path, monkeypatch):
+    config = make_config(tmp_path, data__val_fraction=0.4, train__eval_batches=1)
+    run, data = load_classification_data(RunContext(config, tmp_path))
+    sizes, metrics = [], classification_metrics(np.eye(2, dtype=int))
+
+    def evaluate_classifier(model, texts, ids):
+        sizes.append((len(texts), len(ids)))
+        return ClassificationResult(1.0, np.zeros((1, 2)), metrics, np.eye(2))
+
+    monkeypatch.setattr(classify, "evaluate_classifier", evaluate_classifier)
+    evaluate = classify.make_classification_evaluate(run, data)
+    for is_last in (False, True):
+        evaluate(MODEL, 0, is_last)
+
+    rows = len(data.ids["train"])
+    assert (rows > 32, len(data.ids["validation"]) > 32) == (True, True)
+    assert sizes == [(32, 32), (32, 32), (rows, rows), (32, 32)]
 
 
 def test_texts_are_classified_the_same_alone_and_in_a_batch():

@@ -13,9 +13,11 @@ from gptjax.data.conversations import PreferencePair
 from gptjax.data.sft import PreferenceBatches
 from gptjax.errors import ConfigError, DataError
 from gptjax.model.gpt import apply
+from gptjax.tasks import dpo
 from gptjax.tasks.dpo import dpo_loss_fn, sequence_logprobs, tokenize_pair
 from gptjax.tasks.train import train
 from gptjax.tokenizer.chat_template import load_chat_template
+from gptjax.training.task import RunContext
 from tests.runs import config_with, evaluations, train_logged
 from tests.small_models import make_model
 
@@ -24,6 +26,7 @@ START = dataclasses.replace(
     make_model(context_length=32, n_layers=1), chat_template=TEMPLATE.source
 )
 CONFIG = RunConfig(model=START.config)
+USER = {"role": "user", "content": "x"}
 
 
 def make_rows():
@@ -93,6 +96,22 @@ def test_log_probabilities_are_those_of_the_answers_alone_whatever_the_padding()
     expected_P = -np.log(1 / (1 + np.exp(-beta * (chosen_P - rejected_P))))
     assert weight == 2
     assert float(loss) == pytest.approx(expected_P.sum(), rel=1e-5)
+
+
+def test_evaluations_during_training_are_bounded(tmp_path, monkeypatch):
+    rows = np.zeros((9, 2), np.float32)
+    pair = tokenize_pair(PreferencePair((USER,), "a", "b", {}, ""), START, TEMPLATE, 32)
+    batches = PreferenceBatches([pair] * 9, rows, rows=4, bucket_lengths=[32], pad_id=0)
+    config, sizes = make_config(tmp_path, train__eval_batches=2), []
+    values = {"loss": 0.0, "margin": 0.0, "accuracy": 0.0}
+    monkeypatch.setattr(
+        dpo, "evaluate_pairs", lambda *args: sizes.append(len(args[2].lengths)) or values
+    )
+
+    splits = {"train": batches, "validation": batches}
+    dpo.make_dpo_evaluate(RunContext(config, tmp_path), splits)(START, 0, True)
+
+    assert sizes == [8, 8]
 
 
 def test_invalid_data_and_options_are_reported(tmp_path):

@@ -13,12 +13,21 @@ from gptjax.cli.main import main
 from gptjax.config import RunConfig
 from gptjax.data.conversations import Conversation
 from gptjax.errors import ConfigError, DataError, ModelError
-from gptjax.evaluation.instructions import evaluate_file, generate_responses
+from gptjax.evaluation.instructions import (
+    SCORE_FUNCTIONS,
+    ResponseEval,
+    evaluate_file,
+    generate_responses,
+)
 from gptjax.evaluation.llm_judge import LLMJudge
+from gptjax.evaluation.perplexity import Evaluation
 from gptjax.inference.assistant import answer_batch, encode_chat, stream_answer
+from gptjax.tasks import sft
 from gptjax.tasks.train import train
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.training.finetune import initial_params, resolve_model_config
+from gptjax.training.task import RunContext
+from gptjax.weights.model_folder import Model
 from tests.runs import config_with, delete_after, evaluations
 from tests.servers import judging, says
 from tests.small_models import assert_same, random_params
@@ -154,6 +163,29 @@ def test_eval_writes_responses_and_judgements(finished, tmp_path, capsys):
     with pytest.raises(ModelError, match=r"other\.jsonl"):
         evaluate_file(model, data, other, judge, print)
     assert len(read_rows(other)) == 20
+
+
+def test_evaluations_during_training_are_bounded(tmp_path, monkeypatch):
+    config = make_config(tmp_path, train__eval_batches=1)
+    monkeypatch.setattr(sft, "LOSS_BATCH_SIZE", 2)
+    monkeypatch.setattr(sft, "NUM_TEST_SAMPLES", 3)
+    run, data = sft.load_sft_data(RunContext(config, tmp_path))
+    sizes, model = {"loss": [], "answers": []}, Model(run.config.model, {}, data.inputs.tokenizer)
+
+    def example_loss(model, examples):
+        sizes["loss"].append(len(examples))
+        return Evaluation(1.0, 1, 1, 1.0)
+
+    def generate(model, conversations, max_new_tokens):
+        sizes["answers"].append(len(conversations))
+        return [ResponseEval(conversations[0], "", "", dict.fromkeys(SCORE_FUNCTIONS, 0.0))]
+
+    monkeypatch.setattr(sft, "example_loss", example_loss)
+    monkeypatch.setattr(sft, "generate_responses", generate)
+    sft.make_sft_evaluate(run, data)(model, 0, False)
+
+    assert sizes == {"loss": [2, 2, 3], "answers": [4, 3]}
+    assert [len(part) for part in data.examples.values()] == [12, 4, 4]
 
 
 def test_invalid_data_and_options_are_reported(tmp_path):

@@ -12,7 +12,8 @@ import pytest
 
 from gptjax.cli.main import main
 from gptjax.config import RunConfig, from_dict
-from gptjax.errors import ConfigError, ModelError
+from gptjax.errors import ConfigError, DataError, ModelError
+from gptjax.tasks import pretrain
 from gptjax.tasks.sft import SFT
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.training import run_dir
@@ -115,6 +116,39 @@ def test_the_provenance_of_a_run_has_all_its_inputs(tmp_path):
         after = make_task(SFT, config, tmp_path)[2].provenance
         assert {key for key in run_dir.TRACKED_INPUTS if after[key] != before[key]} == {name}
         before = after
+
+
+def test_a_start_that_fails_leaves_no_folder_and_contradictions_fail_before_any_work(
+    tmp_path, monkeypatch
+):
+    started, folder = [], tmp_path / "runs" / "new"
+    train = ["train", "tiny", "--run", str(folder), "--train.steps", "5"]
+
+    def read(*args):
+        started.append((folder / ".lock").is_file())
+        (folder / "data").mkdir()
+        raise DataError("no text")
+
+    monkeypatch.setattr(pretrain, "open_dataset", read)
+    for words in (
+        ["--optim.warmup_steps", "10"],
+        ["--data.tokenizer", "bpe:12"],
+        ["--mesh.data", "8", "--data.batch_size", "12"],
+        ["--data.batching", "padded"],
+    ):
+        assert main([*train, "--optim.warmup_steps", "2", *words]) == 2
+        assert not started
+        assert not any(tmp_path.iterdir())
+    assert main([*train, "--optim.warmup_steps", "2"]) == 2
+    assert started == [True]
+    assert not any(tmp_path.iterdir())
+
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    run_dir.reconcile_config(folder, RunConfig())
+    assert main([*train, "--optim.warmup_steps", "2"]) == 2  # another run
+    assert {path.name for path in folder.iterdir()} == {"notes.txt", "config.toml"}
+    assert len(started) == 1
 
 
 def test_a_second_writer_learns_who_the_first_is(tmp_path, capsys):

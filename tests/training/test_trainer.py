@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ import optax
 import pytest
 
 from gptjax.checkpoint.retention import list_steps
-from gptjax.errors import ConfigError, ModelError
+from gptjax.errors import DivergenceError, ModelError
+from gptjax.runtime import timing
 from gptjax.runtime.preemption import Interrupted
 from gptjax.training import trainer
 from gptjax.training.anomalies import SPIKE_POLICIES
@@ -21,6 +23,7 @@ from gptjax.training.task import EvalResult, RunContext, Task
 from gptjax.training.train_step import init_state, make_train_step
 from gptjax.training.trainer import prefetch_to_device
 from tests.runs import capture_lines, config_with
+from tests.small_models import make_model
 
 CONFIG = {
     "data": {"batch_size": 2},
@@ -28,6 +31,7 @@ CONFIG = {
     "optim": {"warmup_steps": 1},
     "checkpoint": {"every": 3},
 }
+MODEL = make_model()
 EVAL_STEPS = [0, 4, 8, 12, 16, 18]
 SPIKE = 45  # step with an outlier in its batch
 
@@ -65,7 +69,7 @@ class Script:
             train_step=make_train_step(squared_error, optimizer),
             batches=batches,
             evaluate=evaluate,
-            to_model=lambda state: pytest.fail("the trainer needs no model"),
+            to_model=lambda state: MODEL,
             tokens_per_step=2.0,
             provenance=self.provenance,
             summary=[],
@@ -90,7 +94,7 @@ def values(run_dir, kind, name):
 
 def test_losses_and_the_best_model_do_not_depend_on_the_event_log(tmp_path):
     # Ties go to the earlier step, and non-finite scores are never the best.
-    scores = {0: math.nan, 4: 1.0, 8: math.inf, 12: 1.0, 16: 2.0, 18: math.nan}
+    scores = {0: math.nan, 4: 1.0, 8: math.inf, 12: 1.0, 16: 2.0, 18: 1.5}
     whole, resumed = Script(scores), Script(scores)
 
     state = whole.fit(tmp_path / "whole")
@@ -144,10 +148,46 @@ def test_ten_consecutive_skipped_steps_end_the_run_even_across_a_resume(tmp_path
     script = Script(targets=dict.fromkeys([2, *range(5, 19)], math.nan))
 
     script.fit(tmp_path / "run", stops_at=9, train__log_every=4)
-    with pytest.raises(ConfigError, match=r"10 .*step 14\. .* step is 4\."):
+    with pytest.raises(DivergenceError, match=r"10 .*step 14\. .* step is 4\."):
         script.fit(tmp_path / "run", train__log_every=4)
 
     assert values(tmp_path / "run", "train", "skipped")[8] == "not finite"
+
+
+@pytest.mark.parametrize(
+    ("nan_evaluations", "nan_batches", "step"), [((4, 12, 16, 18), (), 12), ((18,), (17, 18), 17)]
+)
+def test_a_run_without_a_finite_loss_at_the_end_fails_with_1_each_time(
+    tmp_path, nan_evaluations, nan_batches, step
+):
+    nan_scores, nan_targets = (
+        dict.fromkeys(steps, math.nan) for steps in (nan_evaluations, nan_batches)
+    )
+    script = Script(nan_scores, nan_targets)
+
+    script.fit(tmp_path / "run", stops_at=17)
+    for _ in range(2):  # the second time, nothing is left to train
+        with pytest.raises(DivergenceError, match=f"step {step},") as raised:
+            script.fit(tmp_path / "run")
+
+    assert raised.value.exit_code == 1
+    assert list_steps(tmp_path / "run" / "checkpoints")[-1] == 18
+
+
+def test_the_speed_of_the_first_steps_excludes_their_compilation(tmp_path, monkeypatch):
+    clock, compile_step = itertools.count(), trainer.aot_compile
+
+    def compile_for_an_hour(*args):
+        next(itertools.islice(clock, 3600, None))
+        return compile_step(*args)
+
+    now = types.SimpleNamespace(perf_counter=lambda: float(next(clock)))  # one second each
+    monkeypatch.setattr(timing, "time", now)
+    monkeypatch.setattr(trainer, "aot_compile", compile_for_an_hour)
+
+    Script().fit(tmp_path / "run")
+
+    assert min(values(tmp_path / "run", "train", "tokens_per_s").values()) > 2 / 60
 
 
 def test_a_run_is_resumed_only_with_unchanged_inputs(tmp_path):
