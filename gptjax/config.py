@@ -4,6 +4,7 @@ Every option carries its description, its range and its resume policy in the met
 its field, see `option`.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -86,15 +87,17 @@ def check_range(name: str, value: int | float, valid_range: Range) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:
-    """Section of a run config; rejects values outside the ranges of its options."""
+    """Section of a run config; checks the types and ranges of its options."""
 
     section = ""  # name of the section
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
+            name = f"{self.section}.{field.name}"
+            value = convert_option(name, getattr(self, field.name), field.type)
+            object.__setattr__(self, field.name, value)
             if valid_range := field.metadata["range"]:
-                name = f"{self.section}.{field.name}"
-                check_range(name, getattr(self, field.name), valid_range)
+                check_range(name, value, valid_range)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -419,7 +422,7 @@ def from_dict(cls: Any, table: Mapping[str, Any], prefix: str = "") -> Any:
                 raise ConfigError(f"{name}={shown} must be a section. Write it as [{name}].")
             values[key] = from_dict(hints[key], value, f"{name}.")
         else:
-            values[key] = _check_type(name, value, hints[key])
+            values[key] = convert_option(name, value, hints[key])
     return cls(**values)
 
 
@@ -466,8 +469,8 @@ def find_renames(table: Mapping[str, Any], prefix: str = "") -> list[str]:
     return renames
 
 
-def _check_type(name: str, value: Any, kind: Any) -> Any:
-    """Returns the value as a `kind`; raises if it has another type."""
+def convert_option(name: str, value: Any, kind: Any) -> Any:
+    """Returns the value as a `kind`; raises ConfigError if it has another type."""
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise ConfigError(
@@ -475,10 +478,11 @@ def _check_type(name: str, value: Any, kind: Any) -> Any:
                 f"{did_you_mean(reprlib.repr(value), get_args(kind))}"
             )
         return value
-    if type(value) is int and not -MAX_SEED <= value <= MAX_SEED:  # too many digits to print
-        raise ConfigError(f"{name} must be in the range of 64-bit integers, for example 3.")
-    if kind is float and type(value) is int:
-        return float(value)
+    if type(value) is int and not -(10**99) < value < 10**99:  # too many digits to print
+        raise ConfigError(f"{name} must have fewer than 100 digits, for example 3.")
+    if kind in (int, float) and not isinstance(value, str | bool):  # numbers of NumPy too
+        with contextlib.suppress(TypeError, ValueError):
+            value = operator.index(value) if kind is int else float(value)
     if kind is float and isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name}={value} must be finite, for example 0.1.")
     if type(value) is not kind:

@@ -4,6 +4,7 @@ The command line prints them without a traceback and exits with their `exit_code
 """
 
 from pathlib import Path
+from typing import Any
 
 PROJECT_FILE = Path(__file__).parents[1] / "pyproject.toml"  # only in a clone
 MAX_MESSAGE_CHARS = 1000
@@ -44,6 +45,16 @@ class DivergenceError(GptjaxError, ArithmeticError):
     """Training whose loss became non-finite."""
 
     exit_code = 1
+
+
+def check_type(name: str, value: Any, expected: type, fix: str) -> None:
+    """Raises ConfigError unless the argument `name` has the expected type."""
+    if not isinstance(value, expected):
+        shown = repr(value)[:60] if isinstance(value, str | int | float | None) else ""
+        raise ConfigError(
+            f"{name}{'=' * bool(shown)}{shown} is of type {type(value).__name__}, not "
+            f"{expected.__name__}. {fix}"
+        )
 
 
 def install_command(extra: str) -> str:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -38,6 +37,7 @@ from gptjax.evaluation.classification import evaluate_classifier
 from gptjax.evaluation.instructions import example_loss
 from gptjax.inference.classify import bucket_lengths
 from gptjax.parallel.sharding import to_host
+from gptjax.runtime.prng import make_key
 from gptjax.tasks.builder import TaskStages
 from gptjax.tasks.classify import (
     ClassificationData,
@@ -116,7 +116,7 @@ def make_chapter_5(run: RunContext, data: VerdictData) -> Task:
 
     memory_by_part = estimate.memory_bytes(estimate.resolve_config(c))
     return Task(
-        init_state=init_state(params, optimizer, jax.random.key(c.train.seed)),
+        init_state=init_state(params, optimizer, make_key(c.train.seed)),
         train_step=make_train_step(loss_fn, optimizer, c.train.accumulate),
         batches=batches,
         evaluate=make_chapter_5_evaluate(run, data, schedule),
@@ -251,6 +251,11 @@ CHAPTERS = {  # data.source -> stages of the chapter's run
 
 def book_stages(config: RunConfig) -> TaskStages:
     """Finds the stages of the chapter that uses `data.source`."""
+    if config.train.seed >= 2**32:
+        raise ConfigError(
+            f"train.seed={config.train.seed} must be below 2**32: PyTorch's generator uses only "
+            "32 bits of it. Use a smaller seed."
+        )
     if config.data.source not in CHAPTERS:
         raise ConfigError(
             f"data.source={config.data.source!r} is not used by the book. Use "

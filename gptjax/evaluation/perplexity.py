@@ -13,7 +13,8 @@ from jaxtyping import Float32
 
 from gptjax.config import GPTConfig
 from gptjax.data.lm import Batch, make_lm_batch
-from gptjax.errors import ConfigError, DataError
+from gptjax.errors import ConfigError, DataError, check_type
+from gptjax.inference.generate import check_language_model
 from gptjax.parallel.sharding import replicate, shard_batch, use_mesh
 from gptjax.runtime.preemption import check_interrupted
 from gptjax.runtime.timing import log_progress
@@ -121,8 +122,11 @@ def score(model: Model, text: str, *, stride: int | None = None) -> Evaluation:
     `stride` is the number of tokens between the starts of two windows, by default the
     context length, which is fastest; smaller values give each token more context.
     """
+    check_language_model(model)
+    check_type("text", text, str, "Pass one text.")
     context_length = model.config.context_length
     stride = context_length if stride is None else stride
+    check_type("stride", stride, int, "Pass a number of tokens.")
     if not 1 <= stride <= context_length:
         raise ConfigError(
             f"--stride {stride} must be from 1 to the model's context length {context_length}."
@@ -136,6 +140,8 @@ def token_losses(model: Model, text: str) -> tuple[list[int], Float32[np.ndarray
 
     `score` is their mean. The text has 1 to `context_length` tokens.
     """
+    check_language_model(model)
+    check_type("text", text, str, "Pass one text.")
     context_length, ids = model.config.context_length, model.tokenizer.encode(text)
     if not 1 <= len(ids) <= context_length:
         raise ConfigError(

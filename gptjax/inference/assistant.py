@@ -1,17 +1,20 @@
 """Chat completion for models with a chat template."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Unpack
+from collections.abc import Iterator, Sequence
+from typing import Unpack
 
 from gptjax.data.sft import encode_segments
 from gptjax.errors import ModelError
 from gptjax.inference.generate import (
     GenerationConfig,
     GenerationOptions,
+    check_language_model,
     complete,
     list_options,
+    merge_options,
     stream,
+    truncate_prompts,
 )
 from gptjax.runtime.timing import log_progress
 from gptjax.tokenizer.chat_template import ChatTemplate, compile_template
@@ -23,10 +26,11 @@ ANSWER_BATCH_SIZE = 32  # prompts per batch
 
 def chat_template_of(model: Model) -> ChatTemplate:
     """Returns the model's chat template."""
+    check_language_model(model)
     if not model.chat_template:
         raise ModelError(
-            "this model has no chat template. Use gptjax generate, or train an assistant with "
-            "train.task = 'sft'."
+            "this model has no chat template. Use gptjax generate without --chat, or train an "
+            "assistant with train.task = 'sft'."
         )
     return compile_template(model.chat_template)
 
@@ -40,10 +44,10 @@ def encode_chat(model: Model, messages: str | Sequence[ChatMessage]) -> list[int
 
 
 def make_chat_config(
-    model: Model, generation_config: GenerationConfig | None, options: Mapping[str, Any]
+    model: Model, generation_config: GenerationConfig | None, options: GenerationOptions
 ) -> GenerationConfig:
     """Applies the options and adds the stop texts of the chat template."""
-    config = dataclasses.replace(generation_config or GenerationConfig(), **options)
+    config = merge_options(generation_config, options)
     stop = (*config.stop, *chat_template_of(model).stop_strings)
     return dataclasses.replace(config, stop=stop)
 
@@ -88,6 +92,7 @@ def answer_batch(
     compiled. Answers do not depend on the batch.
     """
     prompt_ids = [encode_chat(model, messages) for messages in prompts]
+    prompt_ids = truncate_prompts(prompt_ids, model.config.context_length)
     config = GenerationConfig(temperature=0.0, max_new_tokens=max_new_tokens)
     config = make_chat_config(model, config, {})
     order = sorted(range(len(prompt_ids)), key=lambda n: len(prompt_ids[n]))

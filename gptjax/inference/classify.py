@@ -1,6 +1,6 @@
 """Classification of texts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ import numpy as np
 from gptjax.config import GPTConfig
 from gptjax.data.bucketing import buckets
 from gptjax.data.classification import ClassificationBatches
-from gptjax.errors import DataError, ModelError
+from gptjax.errors import DataError, ModelError, check_type
+from gptjax.inference.generate import warn_truncated
 from gptjax.model.classifier import class_probabilities
 from gptjax.runtime.preemption import check_interrupted
 from gptjax.weights.model_folder import Model
@@ -23,34 +24,42 @@ class Prediction(NamedTuple):
     label: str
     probability: float  # of the label
     probabilities: dict[str, float]  # of all labels
+    truncated: int  # tokens dropped from the end of the text
 
 
 def classify(model: Model, texts: Sequence[str]) -> list[Prediction]:
     """Predicts the label of each text; results do not depend on the batch.
 
-    Tokens beyond the context length are dropped.
+    Tokens beyond the context length are dropped; `Prediction.truncated` counts them.
     """
     check_classifier(model)
-    if isinstance(texts, str):
-        raise DataError(f"texts={texts[:40]!r} is a string, not a list of texts. Write [text].")
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise DataError(f"texts={texts!r:.40} is not a list of texts. Write [text].")
     for number, text in enumerate(texts, 1):
-        if not text:
-            raise DataError(f"text {number} is empty and cannot be classified. Remove it.")
-    prob_NC = predict_probs(model, encode_texts(model, texts))
-    tables = [dict(zip(model.labels, prob_C.tolist(), strict=True)) for prob_C in prob_NC]
-    return [Prediction(label := max(t, key=t.__getitem__), t[label], t) for t in tables]
+        if not isinstance(text, str) or not text:
+            raise DataError(f"text {number} is {text!r:.40}, not a text to classify. Remove it.")
+    ids, predictions = [model.tokenizer.encode(text) for text in texts], []
+    max_length = model.config.context_length
+    prob_NC = predict_probs(model, [row[:max_length] for row in ids])
+    for row, prob_C in zip(ids, prob_NC.tolist(), strict=True):
+        table = dict(zip(model.labels, prob_C, strict=True))
+        label, truncated = max(table, key=table.__getitem__), max(0, len(row) - max_length)
+        predictions.append(Prediction(label, table[label], table, truncated))
+    return predictions
 
 
 def check_classifier(model: Model) -> None:
     """Raises ModelError if the model has no classification labels."""
+    check_type("model", model, Model, 'Load it: gptjax.load("DIR").')
     if not model.labels:
         raise ModelError("the model has no labels. Train a classifier with train.task=classify.")
 
 
 def encode_texts(model: Model, texts: Sequence[str]) -> list[list[int]]:
-    """Tokenizes texts, truncated to the context length."""
-    max_length = model.config.context_length
-    return [model.tokenizer.encode(text)[:max_length] for text in texts]
+    """Tokenizes texts, truncated to the context length with a warning."""
+    ids = [model.tokenizer.encode(text) for text in texts]
+    warn_truncated(ids, model.config.context_length, "texts", "last")
+    return [row[: model.config.context_length] for row in ids]
 
 
 def bucket_lengths(config: GPTConfig) -> list[int]:

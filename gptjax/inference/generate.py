@@ -1,27 +1,31 @@
 """Text generation.
 
-Context window: only the last `context_length` tokens of a prompt are used;
-`Completion.truncated` counts the tokens dropped. A sequence that has filled the window
-continues from a new prefill of its last half. Other sequences in the batch keep their
-results.
+Context window: only the last `context_length` tokens of a prompt are used; a warning
+and `Completion.truncated` count the tokens dropped. A sequence that has filled the
+window continues from a new prefill of its last half. Other sequences in the batch keep
+their results.
 """
 
 import codecs
 import dataclasses
 import inspect
+import itertools
+import logging
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, Unpack, overload
+from typing import Any, NamedTuple, SupportsIndex, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from gptjax.config import SAMPLING_RANGES, check_range
+from gptjax.config import SAMPLING_RANGES, check_range, convert_option
 from gptjax.data.readers import read_jsonl
-from gptjax.errors import ConfigError, DataError
+from gptjax.errors import ConfigError, DataError, ModelError, check_type
 from gptjax.inference.engine import (
     DecodeArgs,
+    DecodeState,
     bucket_length,
     init_decode_state,
     jitted_steps,
@@ -29,11 +33,13 @@ from gptjax.inference.engine import (
 )
 from gptjax.inference.sampling import SamplingParams
 from gptjax.runtime.preemption import check_interrupted
+from gptjax.runtime.prng import key_of_words
 from gptjax.runtime.timing import mark_phase
 from gptjax.weights.model_folder import Model
 
 MAX_STOP_IDS = 8
 TOKENS_PER_CALL = 16  # decoded per compiled call when streaming or checking stop texts
+logger = logging.getLogger("gptjax")
 
 Prompt = str | Sequence[int]
 
@@ -53,15 +59,21 @@ class GenerationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Validates the options."""
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        for name in SAMPLING_RANGES.keys() & vars(self).keys():
-            check_range(name, getattr(self, name), SAMPLING_RANGES[name])
+        """Converts the options to their types and rejects invalid ones."""
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else self.stop)
+        stop_ids = () if self.stop_ids is None else self.stop_ids
+        for name, values, kind in (("stop", self.stop, str), ("stop_ids", stop_ids, SupportsIndex)):
+            if not isinstance(values, Iterable) or not all(isinstance(x, kind) for x in values):
+                raise ConfigError(f"{name}={values!r:.80} must be a list of {kind.__name__}.")
         if "" in self.stop:
             raise ConfigError(f"stop={self.stop!r:.80} must be texts that are not empty.")
-        if len(self.stop_ids or ()) > MAX_STOP_IDS:
-            raise ConfigError(f"stop_ids={self.stop_ids!r:.80} must be at most {MAX_STOP_IDS} ids.")
+        if len(stop_ids) > MAX_STOP_IDS:
+            raise ConfigError(f"stop_ids={stop_ids!r:.80} must be at most {MAX_STOP_IDS} ids.")
+        for field in dataclasses.fields(self):
+            if valid_range := SAMPLING_RANGES.get(field.name):
+                value = convert_option(field.name, getattr(self, field.name), field.type)
+                check_range(field.name, value, valid_range)
+                object.__setattr__(self, field.name, value)
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -76,6 +88,13 @@ class GenerationOptions(TypedDict, total=False):
     stop: str | Sequence[str]
     stop_ids: Sequence[int] | None
     seed: int
+
+
+def merge_options(config: GenerationConfig | None, options: GenerationOptions) -> GenerationConfig:
+    """Returns a config, by default that of the class, with other options."""
+    config = config or GenerationConfig()
+    check_type("generation_config", config, GenerationConfig, "Pass GenerationConfig(...).")
+    return dataclasses.replace(config, **options)
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -151,7 +170,7 @@ def generate(
     or `samples` of each. Options replace fields of `generation_config`.
     """
     prompts, single = normalize_prompts(prompt)
-    config = dataclasses.replace(generation_config or GenerationConfig(), **options)
+    config = merge_options(generation_config, options)
     results = complete(model, prompts, samples=samples, generation_config=config)
     decode = model.tokenizer.decode
     sources = [prompt if isinstance(prompt, str) else decode(prompt) for prompt in prompts]
@@ -172,15 +191,18 @@ def complete(
 
     Samples of one prompt are adjacent. Sample s of a prompt is the same in any batch.
     """
-    config = dataclasses.replace(generation_config or GenerationConfig(), **options)
+    config = merge_options(generation_config, options)
+    samples = convert_option("samples", samples, int)
     check_range("samples", samples, SAMPLING_RANGES["samples"])
+    check_language_model(model)
     rows, truncated = tokenize_prompts(model, normalize_prompts(prompt)[0], samples)
-    (*_, final) = decode_sequences(model, rows, config, samples, streaming=bool(config.stop))
+    chunks = decode_sequences(model, rows, config, samples, streaming=bool(config.stop))
     completions = []
-    for (ids, logprobs, stopped), num_truncated in zip(final, truncated, strict=True):
-        text, count, has_stop_text = decode_until_stop(model, ids, config.stop)
-        reason = "stop" if stopped or has_stop_text else "length"
-        completions.append(Completion(text, ids[:count], logprobs[:count], reason, num_truncated))
+    for row_chunks, num_truncated in zip(zip(*chunks, strict=True), truncated, strict=True):
+        texts, ids, logprobs, stopped = zip(*row_chunks, strict=True)
+        ids, logprobs = (list(itertools.chain.from_iterable(x)) for x in (ids, logprobs))
+        reason = "stop" if stopped[-1] else "length"
+        completions.append(Completion("".join(texts), ids, logprobs, reason, num_truncated))
     return completions
 
 
@@ -196,51 +218,81 @@ def stream(
 
     Chunks never split a character and contain no part of a stop text.
     """
-    config = dataclasses.replace(generation_config or GenerationConfig(), **options)
+    config = merge_options(generation_config, options)
+    check_language_model(model)
     prompts, single = normalize_prompts(prompt)
     if not single:
         raise ConfigError(f"{len(prompts)} prompts cannot be streamed. Use complete().")
-    return stream_chunks(model, tokenize_prompts(model, prompts, 1)[0], config)
+    rows, _ = tokenize_prompts(model, prompts, 1)
+    chunks = decode_sequences(model, rows, config, streaming=True)
+    return (chunk.text for (chunk,) in chunks if chunk.text)
 
 
-def stream_chunks(model: Model, rows: list[list[int]], config: GenerationConfig) -> Iterator[str]:
-    """Yields the text chunks of `stream` for validated prompts."""
-    num_sent, ids = 0, []
-    for ((ids, _, _),) in decode_sequences(model, rows, config, streaming=True):
-        text, _, is_stopped = decode_until_stop(model, ids, config.stop, final=False)
-        held_back = 0 if is_stopped else partial_stop_length(text, config.stop)
-        if chunk := text[num_sent : len(text) - held_back]:
-            yield chunk
-            num_sent += len(chunk)
-        if is_stopped:
-            return
-    text, _, _ = decode_until_stop(model, ids, config.stop)
-    if text[num_sent:]:
-        yield text[num_sent:]
+def check_language_model(model: Model) -> None:
+    """Raises an error unless the model generates text."""
+    check_type("model", model, Model, 'Load it: gptjax.load("DIR").')
+    if model.labels:
+        raise ModelError(
+            f"the model is a classifier of {len(model.labels)} labels and cannot generate or "
+            "score text. Use gptjax classify."
+        )
 
 
 def normalize_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     """Returns the prompts as a list, and True if a single prompt was given."""
     untyped_prompt: Any = prompt
-    is_single = isinstance(prompt, str) or not len(prompt) or not hasattr(prompt[0], "__len__")
+    try:
+        is_single = isinstance(prompt, str) or not len(prompt) or is_token(prompt[0])
+    except (TypeError, LookupError):
+        raise invalid_prompt_error(prompt) from None
     return ([untyped_prompt] if is_single else list(untyped_prompt)), is_single
+
+
+def is_token(value: Any) -> bool:
+    """True for the first of token ids, False for the first of several prompts."""
+    return not isinstance(value, str) and np.ndim(value) == 0
+
+
+def invalid_prompt_error(prompt: Any) -> ConfigError:
+    """Returns the error for a prompt of a wrong type."""
+    return ConfigError(f"the prompt {prompt!r:.60} is neither a text nor a list of token ids.")
 
 
 def tokenize_prompts(
     model: Model, prompts: Sequence[Prompt], samples: int
 ) -> tuple[list[list[int]], list[int]]:
     """Tokenizes prompts; also returns the number of tokens dropped from each front."""
-    max_length = model.config.context_length
-    rows, truncated = [], []
+    prompt_ids = []
     for prompt in prompts:
         ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        ids = [int(i) for i in ids]
+        try:
+            ids = [operator.index(i) for i in ids]
+        except TypeError:
+            raise invalid_prompt_error(prompt) from None
         if not ids:
             raise ConfigError("the prompt is empty. Give it a character, such as a line break.")
         check_token_ids(model, ids, "in the prompt")
-        rows += [ids[-max_length:]] * samples
-        truncated += [max(0, len(ids) - max_length)] * samples
-    return rows, truncated
+        prompt_ids.append(ids)
+    rows = truncate_prompts(prompt_ids, model.config.context_length)
+    truncated = [len(ids) - len(row) for ids, row in zip(prompt_ids, rows, strict=True)]
+    return [row for row in rows for _ in range(samples)], [
+        n for n in truncated for _ in range(samples)
+    ]
+
+
+def truncate_prompts(prompts: list[list[int]], max_length: int) -> list[list[int]]:
+    """Drops the first tokens of prompts that are too long, with a warning."""
+    warn_truncated(prompts, max_length, "prompts", "first")
+    return [ids[-max_length:] for ids in prompts]
+
+
+def warn_truncated(rows: Sequence[list[int]], max_length: int, name: str, side: str) -> None:
+    """Logs how many tokens of rows that exceed the context are dropped, if any."""
+    if surplus := [len(ids) - max_length for ids in rows if len(ids) > max_length]:
+        logger.warning(
+            f"{len(surplus)} of {len(rows)} {name} exceed the model's context of {max_length:,} "
+            f"tokens: the {side} {sum(surplus):,} tokens are dropped"
+        )
 
 
 def check_token_ids(model: Model, ids: Iterable[int], where: str) -> None:
@@ -253,7 +305,44 @@ def check_token_ids(model: Model, ids: Iterable[int], where: str) -> None:
             )
 
 
-SequenceState = tuple[list[int], list[float], bool]  # new ids, log-probabilities, stopped
+class SequenceChunk(NamedTuple):
+    """New tokens of one sequence, up to a stop token or stop text."""
+
+    text: str  # complete characters; no part of a stop text
+    ids: list[int]
+    logprobs: list[float]
+    is_stopped: bool
+
+
+class Detokenizer:
+    """Text of one growing sequence, up to the stop text that is completed first.
+
+    Each token is decoded and searched once, so the work is linear in the tokens.
+    """
+
+    def __init__(self, model: Model, stop_texts: Sequence[str]) -> None:
+        self.decode_bytes, self.stop_texts = model.tokenizer.decode_bytes, stop_texts
+        self.utf8_decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.held_back = ""  # end of the text that may be the start of a stop text
+        self.num_tokens, self.is_stopped = 0, False
+
+    def append(self, ids: Iterable[int], is_final: bool) -> str:
+        """Decodes tokens; returns the new text, all of it only if `is_final`."""
+        texts: list[str] = []
+        for i in () if self.is_stopped else ids:
+            text = self.held_back + self.utf8_decoder.decode(self.decode_bytes([i]))
+            self.num_tokens += 1
+            positions = [text.index(stop) for stop in self.stop_texts if stop in text]
+            self.is_stopped = bool(positions)
+            if self.is_stopped:
+                return "".join([*texts, text[: min(positions)]])
+            safe_length = len(text) - partial_stop_length(text, self.stop_texts)
+            texts.append(text[:safe_length])
+            self.held_back = text[safe_length:]
+        if is_final and not self.is_stopped:
+            texts += [self.held_back, self.utf8_decoder.decode(b"", final=True)]
+            self.held_back = ""
+        return "".join(texts)
 
 
 def decode_sequences(
@@ -262,42 +351,57 @@ def decode_sequences(
     generation_config: GenerationConfig,
     samples: int = 1,
     streaming: bool = False,
-) -> Iterator[list[SequenceState]]:
-    """Yields completions; every chunk if streaming, else once per context window."""
+) -> Iterator[list[SequenceChunk]]:
+    """Yields the new part of each row: often if streaming, else once per window."""
     prefill, decode_loop = jitted_steps()
     config, params, limit = model.config, model.decode_params, generation_config.max_new_tokens
     cache_length = bucket_length(max(map(len, prompts)) + limit, config.context_length)
     args = make_decode_args(model, generation_config, len(prompts), samples)
     state = init_decode_state(config, len(prompts), cache_length, bucket_length(limit, None))
     max_steps: Any = np.int32(TOKENS_PER_CALL if streaming else limit)
+    detokenizers = [Detokenizer(model, generation_config.stop) for _ in prompts]
+    half_length = max(1, config.context_length // 2)
     window = prompts
     while True:
         state = prefill(config, params, *pad_prompts(window, cache_length), state, args)
         while True:
             check_interrupted()
-            ids_BM, logprob_BM = jax.device_get((state.ids_BM, state.logprob_BM))
-            count_B, length_B = jax.device_get((state.count_B, state.length_B))
-            done_B = np.array(state.done_B)
-            sequences = [
-                (ids[:n].tolist(), logprob[:n].tolist(), bool(done))
-                for ids, logprob, n, done in zip(ids_BM, logprob_BM, count_B, done_B, strict=True)
-            ]
+            host_state = jax.device_get(state._replace(cache=None, seen_BV=None))
+            chunks = read_chunks(host_state, detokenizers, limit)
             mark_phase("first token")
-            yield sequences
-            if stop := generation_config.stop:
-                done_B |= [decode_until_stop(model, ids, stop)[2] for ids, *_ in sequences]
+            yield chunks
+            done_B = np.array([chunk.is_stopped for chunk in chunks])
+            if generation_config.stop:
                 state = state._replace(done_B=done_B)
-            active_B = ~done_B & (count_B < limit)
-            if not (active_B & (length_B < cache_length)).any():
+            window = [
+                [*row, *chunk.ids][-config.context_length :]
+                for row, chunk in zip(window, chunks, strict=True)
+            ]
+            active_B = ~done_B & (host_state.count_B < limit)
+            if not (active_B & (host_state.length_B < cache_length)).any():
                 break
             state = decode_loop(config, params, state, args, max_steps)
         if not active_B.any():
             return
-        half_length = max(1, config.context_length // 2)
-        window = [
-            [*prompt, *ids][-half_length:]
-            for prompt, (ids, _, _) in zip(prompts, sequences, strict=True)
-        ]
+        window = [row[-half_length:] for row in window]
+
+
+def read_chunks(
+    state: DecodeState, detokenizers: Sequence[Detokenizer], limit: int
+) -> list[SequenceChunk]:
+    """Reads the tokens that are new since the last call; the state is on the host."""
+    chunks = []
+    counts, done = np.asarray(state.count_B).tolist(), np.asarray(state.done_B).tolist()
+    for row, (detokenizer, count, is_done) in enumerate(
+        zip(detokenizers, counts, done, strict=True)
+    ):
+        start = detokenizer.num_tokens
+        ids, logprobs = state.ids_BM[row, start:count].tolist(), state.logprob_BM[row, start:count]
+        text = detokenizer.append(ids, is_final=is_done or count >= limit)
+        used = slice(detokenizer.num_tokens - start)  # until a stop text
+        is_stopped = is_done or detokenizer.is_stopped
+        chunks.append(SequenceChunk(text, ids[used], logprobs[used].tolist(), is_stopped))
+    return chunks
 
 
 def make_decode_args(
@@ -317,37 +421,27 @@ def make_decode_args(
     stop_id_I[: len(stop_ids)] = stop_ids
     max_new_tokens: Any = np.int32(c.max_new_tokens)
     sample_index_B: Any = np.arange(rows, dtype=np.int32) % samples
-    key_B = row_keys(np.int64(c.seed), sample_index_B)
+    high, low = divmod(c.seed, 2**32)
+    key_B = row_keys(np.uint32(high), np.uint32(low), sample_index_B)
     return DecodeArgs(key_B, sampling, stop_id_I, max_new_tokens)
 
 
 @jax.jit
-def row_keys(seed: Any, sample_index_B: Int[Array, " B"]) -> Key[Array, " B"]:
-    """Derives one PRNG key per row from the seed and the sample index."""
+def row_keys(high: Any, low: Any, sample_index_B: Int[Array, " B"]) -> Key[Array, " B"]:
+    """Derives one PRNG key per row from the words of the seed and the sample index."""
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    return fold(jax.random.key(seed), sample_index_B)
-
-
-def decode_until_stop(
-    model: Model, ids: Sequence[int], stop_texts: str | Sequence[str], final: bool = True
-) -> tuple[str, int, bool]:
-    """Decodes tokens up to the stop text that is completed first.
-
-    Returns the text, the number of tokens decoded, and True if a stop text was found.
-    Unless `final`, an incomplete character at the end is omitted.
-    """
-    decoder, text = codecs.getincrementaldecoder("utf-8")("replace"), ""
-    for count, i in enumerate(ids, 1):
-        text += decoder.decode(model.tokenizer.decode_bytes([i]))
-        if positions := [text.index(stop) for stop in stop_texts if stop in text]:
-            return text[: min(positions)], count, True
-    return text + decoder.decode(b"", final=final), len(ids), False
+    return fold(key_of_words(high, low), sample_index_B)
 
 
 def partial_stop_length(text: str, stop_texts: Iterable[str]) -> int:
     """Length of the longest suffix of `text` that is a proper prefix of a stop text."""
     return max(
-        (n for stop in stop_texts for n in range(1, len(stop)) if text.endswith(stop[:n])),
+        (
+            n
+            for stop in stop_texts
+            for n in range(1, min(len(stop), len(text) + 1))
+            if text.endswith(stop[:n])
+        ),
         default=0,
     )
 

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from gptjax.data.bucketing import BucketedBatches
@@ -13,6 +12,7 @@ from gptjax.errors import ConfigError
 from gptjax.model.lora import merge_adapters
 from gptjax.parallel.sharding import shard_tree, to_host
 from gptjax.plots.report import write_report
+from gptjax.runtime.prng import make_key
 from gptjax.tokenizer.tokenizer import Tokenizer
 from gptjax.training import finetune
 from gptjax.training.estimate import parameter_count
@@ -46,7 +46,7 @@ def with_model_config(
 
 def make_initial_params(run: RunContext, init_model: Model | None, tokenizer: Tokenizer) -> Params:
     """Parameters before the first step: the initial model's, or new ones."""
-    key = jax.random.key(run.config.train.seed)
+    key = make_key(run.config.train.seed)
     return finetune.initial_params(run.config.model, init_model, tokenizer, key)
 
 
@@ -80,7 +80,7 @@ def make_finetune_task(
     `rows_name`, the unit of data.batch_size, and the notes about the initial model and
     the trained tokens are for the summary printed before training.
     """
-    config, key = run.config, jax.random.key(run.config.train.seed)
+    config, key = run.config, make_key(run.config.train.seed)
     batches = batches.limit_shapes(config.train.steps)
     tokenizer, template, params = inputs.tokenizer, inputs.chat_template, inputs.params
     if params is None:

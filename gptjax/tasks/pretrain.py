@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-
 from gptjax.config import DataConfig
 from gptjax.data.lm import LMBatches, validation_batches
 from gptjax.data.prepare import TokenizedSplits, open_dataset
@@ -15,6 +13,7 @@ from gptjax.fileio.download import sha256_of_files
 from gptjax.inference.generate import complete
 from gptjax.parallel.sharding import local_batch_rows, shard_tree, to_host
 from gptjax.plots.report import write_report
+from gptjax.runtime.prng import make_key
 from gptjax.tasks.builder import TaskStages, describe_model, make_initial_params, with_model_config
 from gptjax.tokenizer import tokenizer
 from gptjax.training import estimate
@@ -79,7 +78,7 @@ def make_pretrain_task(run: RunContext, data: PretrainData) -> Task:
         return Model(config.model, to_host(state.params), tokens)
 
     return Task(
-        init_state=init_state(params, optimizer, jax.random.key(train_config.seed)),
+        init_state=init_state(params, optimizer, make_key(train_config.seed)),
         train_step=make_train_step(loss_fn, optimizer, train_config.accumulate),
         batches=batches.iterate,
         evaluate=make_pretrain_evaluate(run, data.splits),

@@ -139,6 +139,7 @@ def render_template(
     source: str, messages: Sequence[ChatMessage], add_generation_prompt: bool = False
 ) -> str:
     """Renders a conversation, in the worker unless the template is a built-in one."""
+    check_messages(messages)
     if source in builtin_sources():
         return render(source, messages, add_generation_prompt)
     turns = [dict(message) for message in messages]
@@ -166,6 +167,21 @@ def render_template(
     if error:
         raise ConfigError(error)
     return text
+
+
+def check_messages(messages: Any) -> None:
+    """Raises ConfigError unless messages are dicts of texts with role and content."""
+    is_list = isinstance(messages, Sequence) and not isinstance(messages, str)
+    for message in messages if is_list else [messages]:
+        match message:
+            case {"role": str(), "content": str(), **others} if is_list and all(
+                isinstance(value, str) for value in others.values()
+            ):
+                continue
+        raise ConfigError(
+            f"{message!r:.60} is not a message of a list. Write "
+            '[{"role": "user", "content": "Hi"}].'
+        )
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -46,7 +47,8 @@ class Model:
     def decode_params(self) -> Params:
         """Parameters in the layout for decoding, one array per layer; cached."""
         dtype = compute_dtype(self.config)
-        return prepare_decode_params(unstack_layers(self.params), dtype, self.int8)
+        with jax.ensure_compile_time_eval():  # inside `jit`, tracers would be cached
+            return prepare_decode_params(unstack_layers(self.params), dtype, self.int8)
 
     def __str__(self) -> str:
         c = self.config

@@ -8,8 +8,9 @@ import pytest
 import gptjax
 from gptjax.errors import ConfigError, DataError
 from gptjax.inference import engine, generate
-from gptjax.inference.generate import GenerationConfig, complete, stream
+from gptjax.inference.generate import Detokenizer, GenerationConfig, complete, stream
 from gptjax.model.gpt import apply
+from gptjax.tokenizer.tokenizer import Tokenizer
 from tests.small_models import make_model
 
 CONTEXT = 16
@@ -69,7 +70,7 @@ def test_seeds_and_samples_differ_and_repeat_also_without_a_batch(model):
         return [tuple(result.ids) for result in results]
 
     assert ids() == ids() == ids(top_k=10**9)
-    assert len({*ids(), *ids(seed=1)}) == 12
+    assert len({*ids(), *ids(seed=1), *ids(seed=2**32), *ids(seed=2**63 - 1)}) == 24
     assert ids(temperature=2.0, top_k=1) == ids(temperature=0.0)
     for options in ({}, {"temperature": 0.0}):
         alone = [ids(prompt, 1, **options)[0] for prompt in SHORT]
@@ -122,21 +123,34 @@ def test_stop_text_ends_the_text_before_it_also_across_chunks(model):
         assert "".join(stream(model, "ab", **options)) == result.text
 
 
-def test_chunks_change_neither_the_stop_text_nor_split_a_character(model, monkeypatch):
-    def decode_chunks(text, size):
-        ids = model.tokenizer.encode(text)
-        chunks = [ids[:n] for n in range(size, len(ids) + size, size)]
-        states = [[(chunk, [0.0] * len(chunk), False)] for chunk in chunks]
-        monkeypatch.setattr(generate, "decode_sequences", lambda *args, **options: iter(states))
+def test_chunks_change_neither_the_stop_text_nor_split_a_character(model):
+    def texts(text, size, stop=()):
+        detokenizer, ids = Detokenizer(model, stop), model.tokenizer.encode(text)
+        parts = [ids[n : n + size] for n in range(0, len(ids), size)]
+        chunks = [detokenizer.append(part, is_final=False) for part in parts]
+        return detokenizer, [*chunks, detokenizer.append([], is_final=True)]
 
     for size in range(1, 7):
-        decode_chunks("xabcdy", size)
-        stop = ["abcd", "bc"]  # the second is complete first
-        (result,) = complete(model, "q", stop=stop)
-        assert result.text == "".join(stream(model, "q", stop=stop)) == "xa"
-        assert (len(result.ids), result.finish_reason) == (4, "stop")
-    decode_chunks("año 😀 ok", 1)
-    assert list(stream(model, "ab")) == [*"año 😀 ok"]
+        detokenizer, chunks = texts("xabcdy", size, ["abcd", "bc"])  # the second is complete first
+        assert ("".join(chunks), detokenizer.num_tokens, detokenizer.is_stopped) == ("xa", 4, True)
+        assert "".join(texts("xabcab", size, ["abcd"])[1]) == "xabcab"
+    assert [chunk for chunk in texts("año 😀 ok", 1)[1] if chunk] == [*"año 😀 ok"]
+
+
+def test_each_token_is_decoded_once_also_with_stop_texts_and_beyond_the_window(model, monkeypatch):
+    decoded, decode_bytes = [], Tokenizer.decode_bytes
+
+    def record(self, ids):
+        decoded.extend(ids)
+        return decode_bytes(self, ids)
+
+    monkeypatch.setattr(Tokenizer, "decode_bytes", record)
+    for options in ({}, {"stop": ["never", "found"]}):
+        (result,) = generate_tokens(model, "ab", **options)
+        decoded.clear()
+        list(stream(model, "ab", max_new_tokens=NUM_TOKENS, stop_ids=[], **options))
+
+        assert decoded == result.ids
 
 
 def test_generate_returns_prompt_and_continuation(model):
