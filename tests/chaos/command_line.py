@@ -382,6 +382,8 @@ def missing_result(job: Job) -> str:
             return "" if count_rows(out) == number else "other rows"
         case "preview" if options["html"]:
             return "" if "<html" in (folder / options["html"]).read_text() else "no page"
+        case "eval" if options["chat_data"] and options["out"] and not out.is_file():
+            return "no answers"
         case "generate" | "classify" | "preview" | "plan" | "eval" if options.get("as_json"):
             for line in lines:
                 values = json.loads(line)
@@ -390,6 +392,8 @@ def missing_result(job: Job) -> str:
                     return f"numbers: {numbers}"
         case "fetch" if lines:
             return "" if Path(lines[-1]).is_file() else f"no file {lines[-1]}"
+        case "chat" | "classify" if not options.get("texts"):
+            return ""  # stdin may be empty
         case "quickstart" | "bench":
             return "it did not refuse"
     return promised
