@@ -159,7 +159,7 @@ def read_rows(path: Path) -> Iterator[LocatedRow]:
 def read_jsonl(path: Path) -> Iterator[LocatedRow]:
     """Yields the JSON value of each non-blank line."""
     for line, text in read_lines(path):
-        if text := text.strip():
+        if text := text.strip(" \t\r\n"):  # other blanks are not JSON
             yield f"{path}:{line}", parse_located_json(text, path, line)
 
 

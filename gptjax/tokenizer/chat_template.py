@@ -219,6 +219,8 @@ def compile_template(source: str) -> ChatTemplate:
             f"the chat template is longer than {MAX_TEMPLATE_CHARS:,} characters. "
             "Check that it is the right file."
         )
+    if "\0" in source:
+        raise ConfigError("the chat template contains a NUL character. Remove it.")
     user, reply = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
     text = render_template(source, [user, reply])
     replies = [*re.finditer(MARKED_REPLY, text)]

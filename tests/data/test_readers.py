@@ -71,6 +71,7 @@ YES, SYSTEM = USER | {"role": "assistant"}, USER | {"role": "system"}
 AB, BOTH = {"prompt": "a", "completion": "b"}, {"chosen": "y", "rejected": "n"}
 INVALID = [  # reader, file, content, start of the message, value in it
     (rows_of, "a.jsonl", '"a"\n\n{"text": ', ":3: ", "not JSON"),
+    (rows_of, "a.jsonl", '\u2028{"text": "a"}', ":1: ", "not JSON"),
     (rows_of, "a.json", '\n{"text": "a"}', ":1: ", "["),
     (rows_of, "a.json", '["a",\n\n"b",]', ":3: ", "not JSON"),
     (rows_of, "a.csv", 'id,text\n1,"a\n\nb"\n2,c,d\n', ":5: ", "3 fields, but 2"),

@@ -108,6 +108,7 @@ def test_foreign_templates_are_rendered_with_their_stop_strings_and_tags(tmp_pat
 
 LOOP, END = "{% for m in messages %}", "{{ eos_token }}{% endfor %}"
 UNUSABLE = [
+    (f"{CHATML}\0", "NUL"),
     (LOOP + "{{ m.content }}{% endfor %}", "eos_token"),
     (LOOP + "{{ m.content }}{{ m.content }}" + END, "2 times"),
     (LOOP + "{{ m.content }}" + END + "{% if add_generation_prompt %}A:{% endif %}", ">A:'"),
