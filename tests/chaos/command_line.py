@@ -32,7 +32,7 @@ from gptjax.training.metrics import read_events
 from gptjax.weights.load import load
 from tests.chaos._zygote import Job
 from tests.command_line import parse_command
-from tests.processes import ROOT, SHAPE, cache_options
+from tests.processes import ROOT, cache_options
 from tests.small_models import make_model
 
 FULL, SLICE = 3000, 200
@@ -47,7 +47,7 @@ FILES = {  # in the folder of each command
     "chat.jsonl": '{"instruction": "Add.", "input": "1 1", "output": "2"}\n' * 12,
     "config.toml": """
         [model]
-        context_length = 32
+        context_length = 64
         n_layers = 1
         n_heads = 2
         d_model = 8
@@ -70,7 +70,7 @@ LINES = (  # each works
     "generate run --max-new-tokens 3 --stop x --stop y",
     "generate lm Hello --samples 2 --json --max-new-tokens 3 --top-k 5 --top-p 0.9",
     "generate lm woc --few-shot shots.jsonl --max-new-tokens 3",
-    "generate assistant Hi --chat --max-new-tokens 3 --int8",
+    "generate assistant Hi --chat --max-new-tokens 3",
     "classify classifier ham spam --json",
     "classify classifier",
     "classify classifier --file texts.csv --out out.csv",
@@ -180,11 +180,11 @@ def drop(rng: random.Random, folder: Path, words: list[str]) -> None:
 
 
 def damage_folder(rng: random.Random, folder: Path, words: list[str]) -> None:
-    """Replaces a file of a folder in the command line by one of another kind."""
+    """Replaces a file or folder in a folder of the command line by another kind."""
     named = [word for word in words if word in FOLDERS]
-    files = [path for name in named for path in sorted((folder / name).rglob("*"))]
-    if files := [path for path in files if path.is_file() and not path.is_symlink()]:
-        make_file(rng.choice(KINDS), rng.choice(files))
+    paths = [path for name in named for path in sorted((folder / name).rglob("*"))]
+    if paths := [path for path in paths if not path.is_symlink()]:
+        make_file(rng.choice(KINDS), rng.choice(paths))
 
 
 def command_of(words: Sequence[str]) -> click.Command:
@@ -211,8 +211,9 @@ def make_file(kind: str, path: Path) -> str:
     data = path.read_bytes() if path.is_file() else b"text,label\nham: ok,ham\nspam,spam\n"
     if kind in PREFIXES:
         path = path.with_name(PREFIXES[kind] + path.name)
-    with contextlib.suppress(OSError):
-        path.unlink()
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
     if kind in MAKERS:
         MAKERS[kind](path)
     elif kind not in ABSENT:
@@ -268,11 +269,11 @@ def write_inputs(folder: Path, run_job: Callable[[Job], dict[str, Any]]) -> None
     folder.mkdir()
     for name, text in FILES.items():
         (folder / name).write_text(text)
-    shape = {**SHAPE, "d_model": 8, "n_heads": 2, "vocab_multiple": 1}
+    shape = {"context_length": 64, "n_layers": 1, "n_heads": 2, "d_model": 8}
     models = {
         "lm": make_model(**shape),
         "classifier": make_model(**shape, n_classes=2),
-        "assistant": make_model(**shape | {"context_length": 128}),
+        "assistant": make_model(**shape),
     }
     changes: dict[str, Any] = {
         "classifier": {"labels": ("ham", "spam")},
