@@ -13,6 +13,7 @@ import io
 import json
 import random
 import re
+import shutil
 import signal
 import tomllib
 from collections.abc import Callable
@@ -32,7 +33,9 @@ from gptjax.errors import GptjaxError
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.tokenizer.tokenizer import ENDOFTEXT, load_tokenizer, train_tokenizer
 from gptjax.weights.safetensors import open_safetensors
+from gptjax.weights.tf_checkpoint import open_tf_checkpoint
 from tests.chaos._damage import damage_bytes
+from tests.processes import ROOT
 
 FULL, SLICE = 100_000, 1_600
 MAX_SECONDS = 15  # per megabyte, at least one
@@ -87,6 +90,11 @@ def read_tensors(path: Path) -> Any:
     return [[name, tensors.read(name).shape] for name in tensors.tensors]
 
 
+def read_checkpoint(path: Path) -> Any:
+    tensors = open_tf_checkpoint(path.parent)
+    return [[name, tensors.read(name).tobytes().hex()] for name in tensors.tensors]
+
+
 def to_array(rows: str) -> str:
     return "[" + rows.strip().replace("\n", ",\n") + "]\n"
 
@@ -110,7 +118,10 @@ KINDS: dict[str, tuple[str, Callable[[Path], Any]]] = {  # path of the file: con
     "merges.txt": ("", read_tokenizer),
     "one/tokenizer.json": ("", read_tokenizer),
     "x.safetensors": ("", read_tensors),
+    "openai-tiny/model.ckpt.index": ("", read_checkpoint),
+    "openai-tiny/model.ckpt.data-00000-of-00001": ("", read_checkpoint),
 }
+CHECKSUMS = (".gz", ".index", ".data-00000-of-00001")  # suffixes of formats that have them
 WHOLE = re.compile(
     "has no (rows|texts)|cannot (read|use)|the only label|cannot be used|invalid tokenizer"
 )
@@ -178,6 +189,12 @@ def prepare(folder: Path) -> Callable[[int, random.Random], str]:
     arrays = {"a": np.ones((3, 4), np.float32), "b/c": np.zeros(5, np.int32)}
     safetensors.numpy.save_file(arrays, folder / "x.safetensors")
     (folder / "texts.jsonl.gz").write_bytes(gzip.compress(TEXTS.encode(), mtime=0))
+    shutil.copytree(ROOT / "tests" / "fixtures" / "openai-tiny", folder / "openai-tiny")
+    originals = {
+        folder / name: join_strings(read(folder / name))
+        for name, (_, read) in KINDS.items()
+        if Path(name).suffix in CHECKSUMS
+    }
 
     def check(case: int, rng: random.Random) -> str:
         name, (content, read) = list(KINDS.items())[case % len(KINDS)]
@@ -194,7 +211,7 @@ def prepare(folder: Path) -> Callable[[int, random.Random], str]:
             signal.setitimer(signal.ITIMER_REAL, 0)
             path.write_bytes(data)
         text.encode()  # half a surrogate pair would fail here
-        if is_damaged(path, damaged):
+        if is_damaged(path, damaged) or text != originals.get(path, text):
             return f"{name} is damaged, and nobody noticed: {damaged[:300]!r}"
         return f"{name}: a NUL character passed" if "\0" in text else ""
 
@@ -219,10 +236,11 @@ def missing_place(path: Path, folder: Path, text: str) -> str:
     text.encode()
     if len(text) > 2000:
         return f"a message of {len(text)} characters: {text[:1000]}"
-    is_tokenizer = KINDS[path.relative_to(folder).as_posix()][1] is read_tokenizer
-    rest = text.replace(str(path.parent if is_tokenizer else path), "")
+    reader = KINDS[path.relative_to(folder).as_posix()][1]
+    is_folder = reader in (read_tokenizer, read_checkpoint)
+    rest = text.replace(str(path.parent if is_folder else path), "")
     if path.suffix == ".toml" and re.search(r"\b[a-z]+\.[a-z_]+|unknown option", rest):
         return ""  # it names an option
     line = re.search(r":\d+|(line|row) \d+|end of document", rest)
-    has_place = rest != text and (is_tokenizer or line or WHOLE.search(text))
+    has_place = rest != text and (is_folder or line or WHOLE.search(text))
     return "" if has_place else f"no file or line in: {text}"
