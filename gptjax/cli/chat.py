@@ -13,11 +13,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.config import did_you_mean
-from gptjax.errors import ConfigError, DataError, GptjaxError, ModelError
+from gptjax.errors import ConfigError, DataError, GptjaxError, ModelError, ResourceError
 from gptjax.fileio.atomic import write_atomic
 from gptjax.inference.assistant import encode_chat, stream_answer
 from gptjax.inference.generate import GenerationConfig, stream
-from gptjax.runtime.terminal import sanitize
+from gptjax.runtime.terminal import (
+    is_terminal,
+    print_message,
+    print_progress,
+    print_result,
+    stdin_lines,
+)
 from gptjax.tokenizer.template_worker import ChatMessage
 from gptjax.weights.model_folder import Model
 
@@ -50,32 +56,24 @@ def run_chat(model: Model, name: str, sampling: dict[str, Any]) -> None:
     if model.labels:
         raise ModelError(f"{name} is a classifier and cannot generate text. Use gptjax classify.")
     GenerationConfig(**sampling)
-    is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    notices = sys.stdout if is_interactive else sys.stderr
+    is_interactive = is_terminal(sys.stdin) and is_terminal(sys.stdout)
     chat = Chat(
         model,
         sampling,
-        print_reply=functools.partial(print_text, sys.stdout),
-        print_notice=lambda text: print_text(notices, f"{text}\n"),
+        print_reply=functools.partial(print_result, end=""),
+        print_notice=print_progress if is_interactive else print_message,
     )
     chat.print_notice(f"{name}: {model}. /help lists the commands; /quit or Ctrl-D quits.")
     if not model.chat_template:
         chat.print_notice("This base model completes text: each line is a separate prompt.")
     if not is_interactive:
-        run_repl(chat, stdin_lines())
+        run_repl(chat, (line.removesuffix("\n") for line in stdin_lines()))
         return
     handler = signal.signal(signal.SIGINT, lambda number, _: chat.interrupts.append(number))
     try:
         run_repl(chat, prompt_lines(chat.print_notice))
     finally:
         signal.signal(signal.SIGINT, handler)
-
-
-def print_text(stream: Any, text: str) -> None:
-    """Prints sanitized text, also if the stream lacks some of its characters."""
-    encoding = stream.encoding or "utf-8"
-    stream.write(sanitize(text).encode(encoding, "replace").decode(encoding))
-    stream.flush()
 
 
 def prompt_lines(print_notice: Callable[[str], None]) -> Iterator[str]:
@@ -92,23 +90,14 @@ def prompt_lines(print_notice: Callable[[str], None]) -> Iterator[str]:
             return
 
 
-def stdin_lines() -> Iterator[str]:
-    """Yields the lines of stdin as they arrive."""
-    try:
-        for line in sys.stdin:
-            yield line.removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"the messages on stdin are not UTF-8: {error}. Convert them to UTF-8."
-        ) from error
-
-
 def run_repl(chat: Chat, lines: Iterable[str]) -> None:
     """Handles each line until /quit; prints errors and continues."""
     for line in lines:
         chat.interrupts.clear()
         try:
             handle_line(chat, line)
+        except ResourceError:  # the replies cannot be written
+            raise
         except GptjaxError as error:
             chat.print_notice(str(error))
         except EOFError:

@@ -10,6 +10,7 @@ import click
 
 from gptjax.cli.arguments import PATH, Command, flag_option, value_option
 from gptjax.config import CONTEXT, FRACTION, SEED, STEPS, Range
+from gptjax.runtime.terminal import is_terminal, print_progress, print_result
 
 WORKERS = Range(1, 1024)
 
@@ -20,7 +21,7 @@ def data_fetch(name: str) -> None:
     """Find or download a named data set and print its path."""
     from gptjax.data.datasets import fetch_dataset
 
-    print(fetch_dataset(name))
+    print_result(fetch_dataset(name))
 
 
 @click.command("prepare", cls=Command)
@@ -46,9 +47,9 @@ def data_prepare(
     info = prepare_dataset(
         paths, tokenizer, out, val_fraction=val_fraction, seed=seed, column=column, workers=workers
     )
-    print(info)
+    print_progress(info)
     for text in sample_windows(out):
-        print(f"--- sample\n{text}")
+        print_progress(f"--- sample\n{text}")
 
 
 @click.command("preview", cls=Command)
@@ -82,7 +83,7 @@ def data_preview(
         from gptjax.data.prepare import sample_windows
 
         for text in sample_windows(Path(path)):
-            print(f"--- sample\n{text}")
+            print_result(f"--- sample\n{text}")
         return
     from gptjax.plots.preview import json_objects, preview_rows, render_terminal, write_html
 
@@ -96,13 +97,13 @@ def data_preview(
     shown_rows = 3 if rows is None else rows
     if as_json:
         for row in itertools.islice(json_objects(preview), rows):
-            print(json.dumps(row, ensure_ascii=False))
+            print_result(json.dumps(row))
     elif html:
         write_html(preview, html, shown_rows)
-        print(f"wrote    {html}")
+        print_progress(f"wrote    {html}")
     else:
-        use_color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        print(render_terminal(preview, shown_rows, use_color))
+        use_color = is_terminal(sys.stdout) and "NO_COLOR" not in os.environ
+        print_result(render_terminal(preview, shown_rows, use_color), is_safe=True)
 
 
 @click.command("verify", cls=Command)
@@ -112,5 +113,5 @@ def data_verify(folder: Path) -> int:
     from gptjax.data.token_files import verify_prepared
 
     problems = verify_prepared(folder)
-    print("\n".join(problems) or f"{folder}: all files verified")
+    print_progress("\n".join(problems) or f"{folder}: all files verified")
     return 1 if problems else 0

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,10 @@ import click
 
 from gptjax.cli import arguments
 from gptjax.cli.arguments import PATH, Command, flag_option, value_option
-from gptjax.cli.session import load_model, log_to_stderr
+from gptjax.cli.session import load_model
 from gptjax.config import CONTEXT
 from gptjax.errors import ConfigError
+from gptjax.runtime.terminal import print_message, print_progress, print_result, read_stdin
 
 
 @click.command("generate", cls=Command)
@@ -56,7 +56,7 @@ def run_generate(
     """
     from gptjax.inference.generate import complete, few_shot_prompt, stream
 
-    prompt = sys.stdin.read() if prompt is None else prompt
+    prompt = read_stdin() if prompt is None else prompt
     if few_shot:
         prompt = few_shot_prompt(few_shot, prompt)
         stop = stop or ("\n",)
@@ -65,19 +65,19 @@ def run_generate(
     if chat:
         from gptjax.inference.assistant import answer
 
-        print(answer(loaded, prompt, **sampling))
+        print_result(answer(loaded, prompt, **sampling))
         return
     if samples == 1 and not as_json:
-        print("" if few_shot else prompt, end="", flush=True)
+        print_result("" if few_shot else prompt, end="")
         for piece in stream(loaded, prompt, **sampling):
-            print(piece, end="", flush=True)
-        print()
+            print_result(piece, end="")
+        print_result("")
         return
     for sample in complete(loaded, prompt, samples=samples, **sampling):
         if as_json:
-            print(json.dumps(dataclasses.asdict(sample), ensure_ascii=False))
+            print_result(json.dumps(dataclasses.asdict(sample)))
         else:
-            print(f"--- {sample.finish_reason}\n{prompt}{sample.text}")
+            print_result(f"--- {sample.finish_reason}\n{prompt}{sample.text}")
 
 
 @click.command("chat", cls=Command)
@@ -139,15 +139,15 @@ def run_classify(
             out,
             lambda texts: [label[:2] for label in classify(loaded, texts)],
             text_column=text_column,
-            log=log_to_stderr,
+            log=print_message,
         )
         return
-    lines = list(texts) or [line for line in sys.stdin.read().splitlines() if line]
+    lines = list(texts) or [line for line in read_stdin().splitlines() if line]
     for text, result in zip(lines, classify(loaded, lines), strict=True):
         if as_json:
-            print(json.dumps({"text": text, **result._asdict()}, ensure_ascii=False))
+            print_result(json.dumps({"text": text, **result._asdict()}))
         else:
-            print(f"{result.label} {result.probability:.3f}  {text}")
+            print_result(f"{result.label} {result.probability:.3f}  {text}")
 
 
 @click.command("eval", cls=Command)
@@ -207,7 +207,7 @@ def run_evaluate(
         from gptjax.evaluation.llm_judge import LLMJudge
 
         scorer = LLMJudge(judge, judge_model) if judge else None
-        metrics, tasks = evaluate_file(loaded, chat_data, out, scorer, log_to_stderr)
+        metrics, tasks = evaluate_file(loaded, chat_data, out, scorer, print_message)
     elif classification_data:
         from gptjax.evaluation.classification import evaluate_labeled_file
 
@@ -218,12 +218,13 @@ def run_evaluate(
 
         metrics = score(loaded, read_text_file(text), stride=stride).to_dict()
     if as_json:
-        print(json.dumps(metrics | ({"tasks": tasks} if tasks else {})))
+        print_result(json.dumps(metrics | ({"tasks": tasks} if tasks else {})))
         return
     for task, scores in tasks.items():
-        print(f"{task:<18} {scores['exact_match']:.4f} exact")
+        print_result(f"{task:<18} {scores['exact_match']:.4f} exact")
     for name, value in metrics.items():
-        print(f"{name:<18} {value:.4f}" if isinstance(value, float) else f"{name:<18} {value}")
+        shown = f"{value:.4f}" if isinstance(value, float) else value
+        print_result(f"{name:<18} {shown}")
 
 
 @click.command("import", cls=Command)
@@ -236,7 +237,7 @@ def run_import(source: str, out: Path) -> None:
     """
     from gptjax.weights.load import convert_model
 
-    convert_model(source, out, print)
+    convert_model(source, out, print_progress)
 
 
 @click.command("export", cls=Command)
@@ -251,4 +252,4 @@ def run_export(model: str, layout: str, out: Path) -> None:
     from gptjax.weights.export import export_model
     from gptjax.weights.load import load
 
-    print(export_model(load(model, log_to_stderr), layout, out))
+    print_progress(export_model(load(model, print_message), layout, out))

@@ -1,8 +1,8 @@
 """The `gptjax` command: table of commands and exit codes.
 
 Exit codes: 0 done; 1 a check failed, the loss diverged, or memory, disk or network
-failed; 2 invalid input;
-75 interrupted with all progress saved; 130 interrupted without progress to save.
+failed; 2 invalid input; 75 interrupted with all progress saved; 130 or 143 ended at
+once by a second signal.
 
 A command imports jax and other large packages only when it runs.
 """
@@ -16,6 +16,14 @@ from gptjax.cli import data, inference, planning, train
 from gptjax.cli.arguments import HELP_WIDTH, Command
 from gptjax.config import did_you_mean
 from gptjax.errors import GptjaxError
+from gptjax.runtime.preemption import (
+    EXIT_PREEMPTED,
+    Interrupted,
+    handle_signals,
+    report_interruption,
+    set_signal_mode,
+)
+from gptjax.runtime.terminal import discard, print_message
 
 
 class Group(click.Group):
@@ -91,21 +99,31 @@ COMMANDS = Group(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Runs one command, by default that of the process; returns its exit code."""
+    try:
+        with handle_signals(final=argv is None):
+            set_signal_mode("immediate")
+            return run_command(list(sys.argv[1:] if argv is None else argv))
+    except Interrupted as stopped:
+        report_interruption(stopped)
+        return EXIT_PREEMPTED
+
+
+def run_command(words: list[str]) -> int:
+    """Runs a command; prints its errors."""
     try:
         with COMMANDS.make_context("gptjax", words, obj=list(words)) as context:
             return COMMANDS.invoke(context) or 0
     except click.exceptions.Exit as stop:  # --help
         return stop.exit_code
     except click.ClickException as error:
-        print(f"gptjax: {error.format_message()}", file=sys.stderr)
+        print_message(f"gptjax: {error.format_message()}")
         return 2
     except GptjaxError as error:
-        print(f"gptjax: {error}", file=sys.stderr)
+        print_message(f"gptjax: {error}")
         return error.exit_code
     except BrokenPipeError:  # the reader of our output has seen enough
-        sys.stderr.close()
+        discard(sys.stdout)
         return 0
     except KeyboardInterrupt:
         return 130

@@ -1,7 +1,6 @@
 """The commands `gptjax plan` and `gptjax bench`."""
 
 import dataclasses
-import functools
 import json
 import os
 from pathlib import Path
@@ -20,10 +19,10 @@ from gptjax.cli.arguments import (
     list_option,
     value_option,
 )
-from gptjax.cli.session import log_to_stderr
 from gptjax.config import BATCH_SIZE, CONTEXT, GPTConfig, Range, find_config, load_config
 from gptjax.errors import install_command
 from gptjax.fileio.atomic import write_atomic
+from gptjax.runtime.terminal import print_message, print_progress, print_result
 
 PARTS = ("train", "decode", "prefill", "load", "input", "import", "start", "save")
 ATTENTION = get_args(get_type_hints(GPTConfig)["attention"])
@@ -74,13 +73,13 @@ def run_plan(
 
     run_compiler = aot.can_compile(target) and not no_compile
     if run_compiler:
-        log_to_stderr(f"compiling for {target} ...")
+        print_message(f"compiling for {target} ...")
     result = plan.make_plan(config, target, run_compiler)
-    print(json.dumps(result.to_dict()) if as_json else "\n".join(plan.format_plan(result)))
+    print_result(json.dumps(result.to_dict()) if as_json else "\n".join(plan.format_plan(result)))
     if not run_compiler and not no_compile and target.chip.platform == "tpu":
-        log_to_stderr(f"For the compiler's own figures: {install_command('tpu-plan')}")
+        print_message(f"For the compiler's own figures: {install_command('tpu-plan')}")
     if compare_profile:
-        plan.compare_with_profile(result, compare_profile, print)
+        plan.compare_with_profile(result, compare_profile, print_result)
     return 1 if result.fits is False else 0
 
 
@@ -135,7 +134,7 @@ def run_bench(
     from gptjax.bench import suite
 
     make_options = suite.make_device_options if device else suite.make_machine_options
-    options = make_options(preset, repeats, functools.partial(print, flush=True))
+    options = make_options(preset, repeats, print_progress)
     given: Any = {"context": context, "train_batch_sizes": rows, "backends": attention}
     options = dataclasses.replace(options, **{name: x for name, x in given.items() if x})
     metrics = suite.run_benchmarks(options, only or (suite.DEVICE_PARTS if device else PARTS))

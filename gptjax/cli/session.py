@@ -1,31 +1,24 @@
-"""Set-up shared by commands: messages, compilation cache, --verbose, interruption."""
+"""Set-up shared by commands: progress messages, compilation cache, --verbose."""
 
 import contextlib
 import logging
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import click
 
-from gptjax.runtime.preemption import (
-    EXIT_PREEMPTED,
-    Interrupted,
-    SignalMode,
-    handle_signals,
-    set_signal_mode,
-)
+from gptjax.runtime.terminal import print_message, print_progress
 
 PROCESS_START = time.perf_counter()  # close to the start of the process
 
 
 class StdoutHandler(logging.Handler):
-    """Prints log messages to stdout and flushes, into a file as on a terminal."""
+    """Prints log messages to stdout."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Prints the message; a closed pipe raises `BrokenPipeError`."""
-        print(self.format(record), flush=True)
+        """Prints the message."""
+        print_progress(self.format(record))
 
 
 @contextlib.contextmanager
@@ -56,7 +49,7 @@ def setup_session(verbose: bool, last_phase: str = "answering") -> None:
 
     context = click.get_current_context()
     if verbose:
-        context.with_resource(log_phases(log_to_stderr, PROCESS_START, last_phase))
+        context.with_resource(log_phases(print_message, PROCESS_START, last_phase))
     context.with_resource(persistent_cache())
 
 
@@ -68,26 +61,6 @@ def load_model(name: str, *, int8: bool, verbose: bool, last_phase: str = "answe
     from gptjax.weights.load import load
 
     mark_phase("importing")
-    model = load(name, log_to_stderr, int8=int8)
+    model = load(name, print_message, int8=int8)
     mark_phase("loading")
     return model
-
-
-def run_interruptible(run: Callable[[], Any], mode: SignalMode = "immediate") -> int:
-    """Runs a function that SIGINT or SIGTERM may interrupt; returns the exit code.
-
-    The function sets another signal mode itself once there is progress to save.
-    """
-    try:
-        with handle_signals(final=True):
-            set_signal_mode(mode)
-            run()
-    except Interrupted as stopped:
-        print(f"{stopped}. The same command resumes from there.", flush=True)
-        return EXIT_PREEMPTED
-    return 0
-
-
-def log_to_stderr(line: str) -> None:
-    """Logs a line to stderr, apart from the command's output."""
-    print(line, file=sys.stderr)

@@ -1,5 +1,6 @@
 """The commands `gptjax train` and `gptjax quickstart`."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -7,30 +8,27 @@ import click
 
 from gptjax.cli import arguments
 from gptjax.cli.arguments import PATH, Command, ConfigCommand, flag_option, value_option
-from gptjax.cli.session import log_to_stdout, run_interruptible, setup_session
+from gptjax.cli.session import log_to_stdout, setup_session
 from gptjax.config import Range, find_config, load_config
 from gptjax.runtime import supervisor
+from gptjax.runtime.preemption import set_signal_mode
 from gptjax.runtime.timing import mark_phase
 
 
 @click.command("quickstart", cls=Command)
 @value_option("--run", "run folder", Path("runs/quickstart"), type=PATH, metavar="DIR")
 @arguments.session_arguments
-def run_quickstart(run: Path, verbose: bool) -> int:
+def run_quickstart(run: Path, verbose: bool) -> None:
     """Train a small GPT, a classifier and an assistant in minutes.
 
     The texts come with Python, so nothing is downloaded. The same command resumes.
     """
+    setup_session(verbose, "first step")
+    from gptjax.tasks.quickstart import quickstart
 
-    def train_all() -> None:
-        setup_session(verbose, "first step")
-        from gptjax.tasks.quickstart import quickstart
-
-        mark_phase("importing")
-        with log_to_stdout():
-            quickstart(run)
-
-    return run_interruptible(train_all)
+    mark_phase("importing")
+    with log_to_stdout():
+        quickstart(run)
 
 
 @click.command("train", cls=ConfigCommand, options_metavar="[--section.option VALUE ...] [OPTIONS]")
@@ -88,23 +86,21 @@ def run_train(
         words = [word for word in ctx.obj if word != "--auto-restart"]
         return supervisor.supervise([sys.executable, "-m", "gptjax", *words], hang_timeout)
     supervisor.init_child()
+    with contextlib.ExitStack() as stack:
+        if distributed:
+            from gptjax.parallel.distributed import abort_all_on_error, initialize
 
-    def train() -> None:
+            initialize(distributed)
+            set_signal_mode("collective")
+            stack.enter_context(abort_all_on_error())
         config = arguments.apply_overrides(load_config(path), overrides)
         setup_session(verbose, "first step")
-        from gptjax.tasks.train import train as train_task
+        from gptjax.tasks.train import train
         from gptjax.training.resource_errors import translate_resource_errors
 
         mark_phase("importing")
+        stack.enter_context(log_to_stdout())
         # Resource errors may also occur after training, when the results are written.
-        with log_to_stdout(), translate_resource_errors():
-            train_task(config, run_dir, allow_change=allow_change, on_spike=on_spike or "")
-
-    if not distributed:
-        return run_interruptible(train)
-    from gptjax.parallel.distributed import abort_all_on_error, initialize
-
-    if code := run_interruptible(lambda: initialize(distributed)):
-        return code
-    with abort_all_on_error():
-        return run_interruptible(train, "collective")
+        stack.enter_context(translate_resource_errors())
+        train(config, run_dir, allow_change=allow_change, on_spike=on_spike or "")
+    return 0

@@ -22,9 +22,6 @@ from gptjax.data.token_files import TokenDataset
 from gptjax.errors import DataError
 from gptjax.runtime.timing import log_progress
 
-# One thread: the work is in Python, so a second one would compete for the GIL.
-PREFETCH_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-
 
 class Batch(TypedDict):
     """Batch of one step: NumPy arrays on the host, a pytree for `jax.jit`."""
@@ -112,10 +109,8 @@ class LMBatches:
         return np.concatenate([head, rest])
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yields `batch_at` for the steps [start, stop), prefetched."""
-        if start < stop:
-            steps = grain.MapDataset.range(start, stop).map(self.batch_at)
-            yield from steps.to_iter_dataset(PREFETCH_OPTIONS)
+        """Yields `batch_at` for the steps [start, stop)."""
+        return map(self.batch_at, range(start, stop))
 
 
 @functools.lru_cache(maxsize=8)

@@ -13,7 +13,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -27,6 +26,7 @@ import numpy as np
 
 from gptjax.errors import ConfigError, GptjaxError, ResourceError
 from gptjax.runtime.preemption import NOTHING_TO_SAVE, Interrupted
+from gptjax.runtime.terminal import print_message
 
 INIT_TIMEOUT_SECONDS = 300  # for all processes to connect
 MAX_PORT = 65_535
@@ -90,12 +90,10 @@ def check_coordinator_port(address: str, port: int) -> None:
 
 def exit_after_startup_timeout(address: str) -> None:
     """Reports the timeout and exits; the main thread is blocked inside JAX."""
-    print(
+    print_message(
         f"gptjax: --distributed {address}: timed out after {INIT_TIMEOUT_SECONDS} s "
         "waiting for all processes. Start all of them, each with its own index; each "
-        "must be able to reach HOST:PORT of process 0.",
-        file=sys.stderr,
-        flush=True,
+        "must be able to reach HOST:PORT of process 0."
     )
     os._exit(2)
 
@@ -114,11 +112,12 @@ def abort_all_on_error() -> Iterator[None]:
     watcher: Any = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
         yield
+    except Interrupted:
+        raise
     except BaseException as error:
         # Exiting tells the others not to wait for this process.
         connection_lost = is_xla_error(error) and "RESOURCE_EXHAUSTED" not in str(error)
-        sys.stdout.flush()
-        print(describe_error(error), file=sys.stderr, flush=True)
+        print_message(describe_error(error))
         watcher.communicate(b"" if connection_lost else b"done\n")
         if isinstance(error, GptjaxError):
             # All processes raise the same error. Give them time to receive the last

@@ -1,4 +1,4 @@
-"""Graceful preemption: SIGINT and SIGTERM end a run with all progress saved.
+"""Graceful preemption: SIGINT and SIGTERM end a command with all progress saved.
 
 The effect of the first signal depends on the mode; a second one exits at once.
 
@@ -11,11 +11,14 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import threading
 import traceback
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
+
+from gptjax.runtime.terminal import print_message
 
 SignalMode = Literal["immediate", "deferred", "collective"]
 EXIT_PREEMPTED = 75  # exit code; EX_TEMPFAIL of sysexits.h: retry
@@ -26,7 +29,7 @@ HEARTBEAT_ENV = "GPTJAX_HEARTBEAT"  # environment variable: path of the heartbea
 
 
 class Interrupted(BaseException):
-    """The run was interrupted by a signal; all progress is saved.
+    """The command was interrupted by a signal; all progress is saved.
 
     Not an `Exception`, so that no handler swallows it.
     """
@@ -59,7 +62,8 @@ def handle_signals(final: bool = False) -> Iterator[Callable[[], bool]]:
 
     vars(_state).update(active=True, received=False, mode="deferred")
     try:
-        with on_stop_signals(on_signal), _watch_signals() if final else contextlib.nullcontext():
+        watcher = _watch_signals(on_signal) if final else contextlib.nullcontext()
+        with on_stop_signals(on_signal), watcher:
             yield lambda: _state.received
     except Exception as error:
         if _state.received and _state.mode == "immediate":  # Orbax wraps any exception
@@ -80,31 +84,55 @@ def on_stop_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
             signal.signal(number, previous)
 
 
+def report_interruption(reason: object = NOTHING_TO_SAVE) -> None:
+    """Prints why the command ends."""
+    print_message(f"{reason}. The same command continues from there.")
+
+
+def exit_interrupted(*_: Any) -> NoReturn:
+    """Exits at once, as there is nothing to save."""
+    report_interruption()
+    os._exit(EXIT_PREEMPTED)
+
+
 @contextlib.contextmanager
-def _watch_signals() -> Iterator[None]:
-    """Exits from a thread if the main thread is blocked and cannot handle a signal."""
+def _watch_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Exits from a thread if the main thread is blocked and cannot call the handler."""
     read_fd, write_fd = os.pipe()
     os.set_blocking(write_fd, False)
 
     def watch() -> None:
         with open(read_fd, "rb", buffering=0) as pipe:
-            while (byte := pipe.read(1)) and byte[0] not in STOP_SIGNALS:
-                pass
+
+            def next_signal() -> int:
+                while byte := pipe.read(1):
+                    if signal.getsignal(byte[0]) is handler:  # else a command's own
+                        return byte[0]
+                return 0  # the end of the block
+
+            if not next_signal():
+                return
             is_quiet = not select.select([pipe], [], [], SIGNAL_GRACE_SECONDS)[0]
             if is_quiet and _state.mode == "immediate":
-                print(f"{NOTHING_TO_SAVE}.", flush=True)
-                os._exit(EXIT_PREEMPTED)
-            while byte := pipe.read(1):
-                if byte[0] in STOP_SIGNALS:
-                    os._exit(128 + byte[0])
+                exit_interrupted()
+            if number := next_signal():
+                os._exit(128 + number)
 
+    def on_unraisable(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, Interrupted):  # in a callback: `watch` exits
+            unraisable_hook(unraisable)
+
+    unraisable_hook, sys.unraisablehook = sys.unraisablehook, on_unraisable
     previous_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-    threading.Thread(target=watch, daemon=True).start()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(previous_fd)
+        sys.unraisablehook = unraisable_hook
         os.close(write_fd)  # ends the thread
+        thread.join()  # it may be about to exit: only one of the threads prints
 
 
 def set_signal_mode(mode: SignalMode) -> None:

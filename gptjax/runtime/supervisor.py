@@ -7,7 +7,6 @@ It imports no heavy package. The child reports its step in the heartbeat file, s
 import contextlib
 import ctypes
 import faulthandler
-import functools
 import os
 import signal
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.runtime.preemption import EXIT_PREEMPTED, HEARTBEAT_ENV, on_stop_signals
+from gptjax.runtime.terminal import print_message
 
 HANG_TIMEOUT_SECONDS = 1800.0  # default; compiling and saving send no heartbeats
 FINAL_EXIT_CODES = (0, 2, EXIT_PREEMPTED)  # no restart after these
@@ -33,10 +33,12 @@ def supervise(command: Sequence[str], hang_timeout: float = HANG_TIMEOUT_SECONDS
 
     Returns its exit code if it is 0, 2 or 75, or 1 after three failures at one step.
     """
-    log = functools.partial(print, "auto-restart:", file=sys.stderr, flush=True)
     failed_step, num_failures = -1, 0
     received: list[int] = []
     children: list[Any] = []
+
+    def log(text: str) -> None:
+        print_message(f"auto-restart: {text}")
 
     def forward(number: int, frame: Any) -> None:
         received.append(number)

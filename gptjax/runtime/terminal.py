@@ -1,6 +1,18 @@
-"""Untrusted text made safe for a terminal."""
+"""The console: all text that a command prints, made safe for a terminal.
 
+Nothing else in the package prints. Text of models, files, servers and users may contain
+sequences that control a terminal. A stream may be closed, full or unable to encode it.
+"""
+
+import contextlib
+import errno
+import os
 import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from gptjax.errors import DataError, ResourceError
 
 # Control characters except tab and newline, surrogates, and bidirectional controls.
 # Joiners, variation selectors and tags stay: emoji and Persian need them.
@@ -18,3 +30,78 @@ def sanitize(text: str) -> str:
     'a\nb�[2J'
     """
     return CONTROL_CHARS.sub("\ufffd", text.replace("\r\n", "\n"))
+
+
+def print_result(text: object, end: str = "\n", *, is_safe: bool = False) -> None:
+    """Prints what a command is for to stdout, sanitized unless `is_safe`.
+
+    Raises BrokenPipeError if the reader of a pipe has seen enough, or ResourceError.
+    """
+    try:
+        _write(sys.stdout, f"{text}{end}", is_safe)
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:  # a closed stream is a ValueError
+        raise ResourceError(
+            f"cannot write to stdout: {error}. Direct it to a file or a terminal."
+        ) from error
+
+
+def print_progress(text: object) -> None:
+    """Prints a line to stdout; a command does not depend on its being read."""
+    with contextlib.suppress(OSError, ValueError):
+        _write(sys.stdout, f"{text}\n")
+
+
+def print_message(text: object, end: str = "\n") -> None:
+    """Prints a line to stderr, apart from the output; it need not be read."""
+    with contextlib.suppress(OSError, ValueError):
+        _write(sys.stderr, f"{text}{end}")
+
+
+def _write(stream: Any, text: str, is_safe: bool = False) -> None:
+    if stream is None:  # it was closed when the process started
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    encoding = stream.encoding or "utf-8"
+    text = text if is_safe else sanitize(text)
+    try:
+        stream.write(text.encode(encoding, "replace").decode(encoding))
+        stream.flush()
+    except (OSError, ValueError):
+        discard(stream)
+        raise
+
+
+def is_terminal(stream: Any) -> bool:
+    """True if a standard stream is a terminal; False if it is closed."""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def discard(stream: Any) -> None:
+    """Directs a stream that fails to nowhere: else Python fails to flush it at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError), open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), stream.fileno())
+
+
+def open_closed_descriptors() -> None:
+    """Opens standard streams that are closed, so that no file gets their numbers."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+
+
+def stdin_lines() -> Iterator[str]:
+    """Yields the lines of stdin as they arrive."""
+    try:
+        if sys.stdin is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        yield from sys.stdin
+    except (OSError, ValueError) as error:  # closed, a folder, or not UTF-8
+        raise DataError(f"cannot read stdin: {error}. Give it UTF-8 text.") from error
+
+
+def read_stdin() -> str:
+    """Reads all of stdin."""
+    return "".join(stdin_lines())

@@ -6,7 +6,7 @@ import functools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
@@ -46,8 +46,11 @@ def fit(run: RunContext, task: Task) -> TrainState:
     logger = MetricsLogger(run, task.tokens_per_step, int(state.step), history)
     log_save = functools.partial(log_event, run.metrics_path, "save")
     keep = run.config.checkpoint.keep
-    with async_saver(run.checkpoint_dir, keep, log_save) as save:
-        state = train_loop(run, task, state, logger, save)
+    shard = functools.partial(shard_batch, mesh=run.mesh, rows=run.config.data.batch_size)
+    steps = task.batches(logger.step, run.config.train.steps)
+    batches = prefetch_to_device(steps, shard, waiting=logger.timer.waiting)
+    with async_saver(run.checkpoint_dir, keep, log_save) as save, contextlib.closing(batches):
+        state = train_loop(run, task, state, batches, logger, save)
     set_signal_mode("collective" if jax.process_count() > 1 else "immediate")
     logger.check_finite()
     return state
@@ -117,7 +120,12 @@ def restore_or_init(
 
 
 def train_loop(
-    run: RunContext, task: Task, state: TrainState, logger: MetricsLogger, save: SaveFn
+    run: RunContext,
+    task: Task,
+    state: TrainState,
+    batches: Iterable[Any],
+    logger: MetricsLogger,
+    save: SaveFn,
 ) -> TrainState:
     """Trains to the last step; logs, evaluates and saves, also after a signal."""
     config = run.config
@@ -129,10 +137,6 @@ def train_loop(
     if start_step == config.train.steps:
         return state
     train_step = jit_by_shape(run, task, logger)
-    shard = functools.partial(shard_batch, mesh=run.mesh, rows=config.data.batch_size)
-    batches = prefetch_to_device(
-        task.batches(start_step, config.train.steps), shard, waiting=logger.timer.waiting
-    )
     try:
         for step, state, metrics in train_steps(state, train_step, batches):  # noqa: B020
             mark_phase("first step", metrics)
@@ -264,11 +268,12 @@ def prefetch_to_device(
     make: Callable[[Any], Any],
     size: int = 2,
     waiting: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Yields `map(make, items)`, computed by a thread up to `size` results ahead.
 
     An error is raised in place of its result. Only the thread reads `items`. Usually
-    `make` transfers a batch to the devices. The consumer waits inside `waiting()`.
+    `make` transfers a batch to the devices. The consumer waits inside `waiting()`, and
+    closes the generator to end the thread.
     """
     source, end = iter(items), object()
 

@@ -1,8 +1,8 @@
 """Each example once an epoch, whoever reads, in whatever parts, killed at any time.
 
-Some processes share the rows of every step and read ahead with some threads. All are
-killed; others, of another number, go on from the last checkpoint. Together they read
-what one reader that is never killed reads.
+Some processes share the rows of every step. All are killed; others, of another number,
+go on from the last checkpoint. Together they read what one reader that is never killed
+reads.
 """
 
 import contextlib
@@ -15,11 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 
 import gptjax.book  # noqa: F401 (the values "book")
-from gptjax.data import lm
 from gptjax.data.bucketing import buckets
 from gptjax.data.classification import ClassificationBatches
 from gptjax.data.lm import LMBatches
@@ -115,7 +113,6 @@ def fault_of(folder: Path, case: int, rng: random.Random) -> str:
     stop, every = EPOCHS * per_epoch, rng.randint(1, 5)
     committed: list[list[int]] = []
     while len(committed) < stop:
-        lm.PREFETCH_OPTIONS = grain.ReadOptions(rng.choice((1, 1, 2, 4)), rng.choice((4, 8)))
         processes = rng.choice([n for n in (1, 2, 4) if n <= rows])
         shares = [part.tolist() for part in np.split(np.arange(rows), processes)]
         after = rng.randint(0, 2 * every + per_epoch)

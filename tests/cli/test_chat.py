@@ -16,6 +16,7 @@ from prompt_toolkit.output import DummyOutput
 from gptjax.cli import chat
 from gptjax.cli.chat import Chat
 from gptjax.errors import DataError, ModelError
+from gptjax.runtime.terminal import sanitize
 from gptjax.tokenizer.chat_template import load_chat_template
 from tests.small_models import make_model
 
@@ -199,6 +200,6 @@ def test_an_assistant_with_a_real_template_replies_until_its_context_is_full(mon
         "".join(chat.stream_answer(model, [user(text)], max_new_tokens=12, seed=seed))
         for seed, text in enumerate(("first", "second"))
     )
-    assert out == chat.sanitize(f"{first}\n{second}\n")
+    assert out == sanitize(f"{first}\n{second}\n")
     assert "dropped the first 1 turn" in err
     assert "116 fit" in err
