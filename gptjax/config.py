@@ -298,7 +298,7 @@ class TrainConfig(Section):
         "trajectory", 100, "steps between evaluations; one is at the end", STEPS
     )
     eval_batches: int = option(
-        "trajectory", 20, "maximum batches of a split per evaluation, but for the last one", STEPS
+        "trajectory", 20, "maximum batches of a split per evaluation, but for the last", STEPS
     )
     sample_prompt: str = option("operational", "\n", "prompt completed at evaluation; empty = none")
 

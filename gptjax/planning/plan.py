@@ -62,7 +62,8 @@ class Plan:
         flops = estimate.hardware_flops(c.model) * self.tokens_per_step / self.topology.devices
         return {
             "compute": flops / chip.peak_flops,
-            "memory": estimate.memory_traffic(c, self.mesh_shape) / chip.memory_bandwidth,
+            "memory": estimate.memory_traffic(c, self.mesh_shape, chip.platform)
+            / chip.memory_bandwidth,
             "links": self.bytes_sent / chip.interconnect_bandwidth,
         }
 
@@ -82,6 +83,7 @@ class Plan:
             "attention": c.model.attention,
             "memory": self.memory,
             "memory_estimate": self.memory_estimate,
+            "memory_accuracy": estimate.MEMORY_ACCURACY.get(self.topology.chip.platform),
             "memory_compiled": report.peak_bytes if report else None,
             "bytes_sent": self.bytes_sent,
             "largest_gather": max(
@@ -105,13 +107,13 @@ def make_plan(config: RunConfig, topology: Topology, run_compiler: bool) -> Plan
     config = estimate.resolve_config(config, topology.chip.platform)
     if not config.train.accumulate:
         limit = topology.chip.memory or estimate.host_memory()
-        config = estimate.fit_micro_batch(config, mesh_shape, limit)
+        config = estimate.fit_micro_batch(config, mesh_shape, limit, topology.chip.platform)
     check_batch_divisible(config.data.batch_size, config.train.accumulate, mesh_shape)
     return Plan(
         config,
         topology,
         mesh_shape,
-        estimate.memory_bytes(config, mesh_shape),
+        estimate.memory_bytes(config, mesh_shape, topology.chip.platform),
         estimate_collective_bytes(config, mesh_shape),
         aot.compile_step(config, topology) if run_compiler else None,
     )
@@ -123,8 +125,14 @@ def format_plan(plan: Plan) -> list[str]:
     model, rows, report = c.model, c.data.batch_size, plan.compile_report
     names = [f"{a} {s}" for a, s in zip(MESH_AXES, plan.mesh_shape, strict=True) if s > 1]
     shape = f", mesh {' x '.join(names)}" if names else ""
-    flops = estimate.flops_per_token(model) / 1e9
-    causal = estimate.causal_flops_per_token(model) / 1e9
+    flops = format_number(estimate.flops_per_token(model))
+    causal = format_number(estimate.causal_flops_per_token(model))
+    accuracy = estimate.MEMORY_ACCURACY.get(chip.platform)
+    basis = (
+        f"estimated to {accuracy:.0%}"
+        if accuracy
+        else f"estimated, unverified on a {chip.platform}"
+    )
     micro_batch = rows // c.train.accumulate // (plan.mesh_shape[0] * plan.mesh_shape[1])
     parts, sent = (
         " + ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
@@ -134,19 +142,20 @@ def format_plan(plan: Plan) -> list[str]:
         f"devices  {plan.topology}{shape}",
         f"model    {estimate.parameter_count(model):,} parameters in {model.dtype}, "
         f"attention {model.attention}, remat {model.remat}",
-        f"work     {flops:.3f} GFLOPs per token, forward and backward; {causal:.3f} "
-        "without the masked half of attention",
+        f"work     {flops} FLOPs per token, forward and backward; {causal} without the "
+        "masked half of attention",
         f"step     {rows} rows x {model.context_length} = {plan.tokens_per_step:,} "
         f"tokens; micro-batches: {c.train.accumulate}, of {micro_batch} rows per "
         "device",
-        f"memory   {format_bytes(plan.memory_estimate)} per device, estimated: {parts}",
+        f"memory   {format_bytes(plan.memory_estimate)} per device, {basis}: {parts}",
     ]
     if report and report.fits:
+        error = plan.memory_estimate / report.peak_bytes - 1
         lines.append(
             f"compiler {format_bytes(report.peak_bytes)}: arguments "
             f"{format_bytes(report.argument_bytes)} + temporaries "
-            f"{format_bytes(report.temp_bytes)}; the estimate is "
-            f"{plan.memory_estimate / report.peak_bytes - 1:+.0%} off"
+            f"{format_bytes(report.temp_bytes)}; the estimate is {abs(error):.0%} "
+            f"{'higher' if error > 0 else 'lower'}"
         )
     if n > 1:
         bytes_sent = format_bytes(plan.bytes_sent)

@@ -123,7 +123,7 @@ def make_finetune_task(
             f"trained  {num_params(trainable_params):,} parameters ({config.finetune.trainable}), "
             f"{num_params(frozen_params):,} frozen{trained_note}",
             f"step     {config.data.batch_size} {rows_name} of {lengths} tokens: "
-            f"{len(batches.batch_shapes)} compiled shapes",
+            f"{len(batches.batch_shapes)} compiled shape{'s' * (len(batches.batch_shapes) > 1)}",
             describe_length(config.train.steps, config.train.steps / batches.steps_per_epoch),
             describe_devices(run),
         ],

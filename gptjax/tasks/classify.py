@@ -26,6 +26,8 @@ from gptjax.training.train_step import TrainState
 from gptjax.tree import Params
 from gptjax.weights.model_folder import Model
 
+MAX_TRAIN_ROWS = 10_000  # in the last evaluation
+
 
 class ClassificationData(NamedTuple):
     """Data of a classification run."""
@@ -55,8 +57,9 @@ def load_classification_data(run: RunContext) -> tuple[RunContext, Classificatio
         deduplicate=c.data.deduplicate,
     )
     rows = finetune.check_validation_split(c, rows, "rows")
+    train = rows[TRAIN_SPLIT].texts
     tokenizer = finetune.choose_tokenizer(
-        c.data.tokenizer, init_model, lambda: rows[TRAIN_SPLIT].texts
+        c.data.tokenizer, init_model, lambda: log_progress(train, len(train), "counting", "texts")
     )
     max_length = finetune.max_context(c.model, init_model)
     ids, num_truncated = {}, 0
@@ -130,7 +133,7 @@ def classification_loss_fn(
 def make_classification_evaluate(
     run: RunContext, data: ClassificationData
 ) -> Callable[[Model, int, bool], EvalResult]:
-    """Evaluates on some validation and training rows, at the end on all training rows.
+    """Evaluates on some validation and training rows, at the end on more training rows.
 
     The best model has the highest validation accuracy; ties go to the lower loss.
     """
@@ -139,15 +142,16 @@ def make_classification_evaluate(
         split: builder.evenly_spaced(range(len(ids)), max_rows) for split, ids in data.ids.items()
     }
 
-    def evaluate_split(model: Model, split: str, is_complete: bool = False) -> ClassificationResult:
-        texts, ids, rows = data.rows[split], data.ids[split], subsets[split]
-        if not is_complete:
-            texts, ids = take(texts, rows), [ids[n] for n in rows]
-        return evaluate_classifier(model, texts, ids)
+    last_rows = builder.evenly_spaced(range(len(data.ids[TRAIN_SPLIT])), MAX_TRAIN_ROWS)
+
+    def evaluate_rows(model: Model, split: str, rows: list[int]) -> ClassificationResult:
+        ids = data.ids[split]
+        return evaluate_classifier(model, take(data.rows[split], rows), [ids[n] for n in rows])
 
     def evaluate(model: Model, step: int, is_last: bool) -> EvalResult:
-        train_result = evaluate_split(model, TRAIN_SPLIT, is_complete=is_last)
-        result = evaluate_split(model, VALIDATION_SPLIT)
+        train_rows = last_rows if is_last else subsets[TRAIN_SPLIT]
+        train_result = evaluate_rows(model, TRAIN_SPLIT, train_rows)
+        result = evaluate_rows(model, VALIDATION_SPLIT, subsets[VALIDATION_SPLIT])
         accuracy = result.metrics.accuracy
         return EvalResult(
             events=[

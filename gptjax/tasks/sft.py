@@ -60,7 +60,9 @@ def load_sft_data(run: RunContext) -> tuple[RunContext, SFTData]:
     template = finetune.choose_chat_template(c.data.chat_template, init_model)
     all_conversations, columns = read_conversations(c.data.source)
     splits = finetune.train_val_test_split(c, all_conversations, "rows")
-    texts = (m["content"] for x in splits[TRAIN_SPLIT] for m in x.messages)
+    train = splits[TRAIN_SPLIT]
+    tracked = log_progress(train, len(train), "counting", "conversations")
+    texts = (message["content"] for x in tracked for message in x.messages)
     tokenizer = finetune.choose_tokenizer(c.data.tokenizer, init_model, lambda: texts)
     context = finetune.max_context(c.model, init_model)
     conversations, examples, completion_examples = {}, {}, {}

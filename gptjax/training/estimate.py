@@ -20,6 +20,8 @@ from gptjax.tree import num_params
 USABLE_MEMORY_FRACTION = 0.95  # fraction of a device's memory that a plan may use
 TRAIN_STATE_PARTS = ("parameters", "AdamW moments")  # parts of memory in use between steps
 SINGLE_DEVICE_MESH = (1, 1, 1)
+# Accuracy of `memory_bytes` on platforms where it was compared with the compiler.
+MEMORY_ACCURACY = {"cpu": 0.15, "tpu": 0.15}
 
 
 @functools.cache  # called for each line of a run's log
@@ -81,44 +83,58 @@ def resolve_config(config: RunConfig, platform: str = "") -> RunConfig:
 
 
 def memory_bytes(
-    config: RunConfig, mesh_shape: Sequence[int] = SINGLE_DEVICE_MESH
+    config: RunConfig, mesh_shape: Sequence[int] = SINGLE_DEVICE_MESH, platform: str = ""
 ) -> dict[str, int]:
     """Bytes per device by part; those of activations are an estimate.
 
-    `config` is from `resolve_config`; `mesh_shape` has the sizes of `MESH_AXES`.
+    `config` is from `resolve_config`, for the same platform; `mesh_shape` has the sizes
+    of `MESH_AXES`.
     """
     c, total_params = config.model, parameter_count(config.model)
+    is_cpu = (platform or jax.default_backend()) == "cpu"
     data, fsdp, tensor = mesh_shape
     itemsize = compute_dtype(c).itemsize
     rows = max(config.data.batch_size // config.train.accumulate // (data * fsdp), 1)
     tokens = rows * c.context_length
     local_params = total_params // (fsdp * tensor)
     table_size = c.padded_vocab_size * c.d_model
-    all_bytes, matmul_bytes = activation_bytes(c, itemsize, tensor)
+    all_bytes, matmul_bytes = activation_bytes(c, itemsize, tensor, is_cpu)
     saved_bytes = {"none": all_bytes, "dots": matmul_bytes, "full": c.d_model * itemsize}[c.remat]
-    recomputed_bytes = 0 if c.remat == "none" else all_bytes // 2  # of the layer being recomputed
+    # Of the layer that is recomputed; only on CPUs is all of it in memory at a time.
+    whole = all_bytes if is_cpu else all_bytes // 2
+    recomputed_bytes = {"none": 0, "dots": all_bytes // 2, "full": whole}[c.remat]
     chunk = tokens * min(config.train.loss_chunk_size, c.context_length) // c.context_length
     parts = {
         "parameters": 4 * local_params,
         "AdamW moments": 8 * local_params,
         "gradients": (4 if config.train.accumulate == 1 else 8) * local_params,
         "activations": tokens * (c.n_layers * saved_bytes + recomputed_bytes),
-        "logits": 2 * 4 * chunk * c.padded_vocab_size // tensor,
-        "vocabulary": (4 + itemsize) * table_size // tensor,  # gathered copy and its gradient
     }
+    logits, table = 4 * chunk * c.padded_vocab_size // tensor, 4 * table_size // tensor
+    if is_cpu:  # logits use the memory of gradients and recomputed layers before those
+        peak = max(logits, 3 * logits - 4 * local_params) + table
+        return parts | {"logits": max(peak - tokens * recomputed_bytes, 0)}
+    parts["logits"] = 2 * logits
+    parts["vocabulary"] = table + itemsize * table_size // tensor  # gradient, gathered copy
     if itemsize < 4:
         parts[f"{c.dtype} copy"] = itemsize * (local_params - table_size // (fsdp * tensor))
     return parts
 
 
-def activation_bytes(config: GPTConfig, itemsize: int, tensor: int) -> tuple[int, int]:
+def activation_bytes(
+    config: GPTConfig, itemsize: int, tensor: int, is_cpu: bool
+) -> tuple[int, int]:
     """Bytes saved for backward per token and layer: (all, matmuls only).
 
     The residual stream is counted with the matmul outputs. The rest is float32 arrays
-    in the layer norms and seven arrays of MLP width around the GELU, as observed with
-    the TPU compiler.
+    in the layer norms and arrays of MLP width around the GELU: seven, as observed with
+    the TPU compiler, or five with that for CPUs.
     """
     features, heads, hidden = config.d_model, 4 * config.d_model, config.mlp_dim
+    if is_cpu:
+        matmul_bytes = itemsize * (3 * features + (3 * features + hidden) // tensor)
+        all_bytes = itemsize * (5 * features + (heads + 5 * hidden) // tensor)
+        return all_bytes + config.n_heads * config.context_length * 7 // tensor, matmul_bytes
     matmul_bytes = itemsize * (4 * features + (heads + hidden) // tensor)
     all_bytes = (6 * 4 + 4 * itemsize) * features + itemsize * (heads + 7 * hidden) // tensor
     if config.attention in ("reference", "chunked", "xla"):
@@ -126,13 +142,13 @@ def activation_bytes(config: GPTConfig, itemsize: int, tensor: int) -> tuple[int
     return all_bytes, matmul_bytes
 
 
-def memory_traffic(config: RunConfig, mesh_shape: Sequence[int] = SINGLE_DEVICE_MESH) -> int:
+def memory_traffic(config: RunConfig, mesh_shape: Sequence[int], platform: str) -> int:
     """Lower bound on the bytes of memory traffic per device and step.
 
     Weights are read three times per micro-batch; saved activations are written and
     read; AdamW reads four values per parameter and writes three.
     """
-    parts = memory_bytes(config, mesh_shape)
+    parts = memory_bytes(config, mesh_shape, platform)
     size = compute_dtype(config.model).itemsize
     weights = parameter_count(config.model) * size // mesh_shape[2]
     bytes_per_micro_batch = 3 * weights + 2 * parts["activations"] + 2 * parts["logits"]
@@ -140,7 +156,7 @@ def memory_traffic(config: RunConfig, mesh_shape: Sequence[int] = SINGLE_DEVICE_
 
 
 def fit_micro_batch(
-    config: RunConfig, mesh_shape: Sequence[int], memory_limit: int | float
+    config: RunConfig, mesh_shape: Sequence[int], memory_limit: int | float, platform: str = ""
 ) -> RunConfig:
     """Sets `train.accumulate` to the smallest value that fits, else the largest.
 
@@ -153,7 +169,7 @@ def fit_micro_batch(
             continue
         train = dataclasses.replace(config.train, accumulate=num_micro_batches)
         candidate = dataclasses.replace(config, train=train)
-        needed = sum(memory_bytes(candidate, mesh_shape).values())
+        needed = sum(memory_bytes(candidate, mesh_shape, platform).values())
         if needed <= USABLE_MEMORY_FRACTION * memory_limit:
             break
     return candidate

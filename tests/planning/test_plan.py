@@ -10,8 +10,17 @@ import sys
 import jax
 import pytest
 
+from gptjax.cli.arguments import apply_overrides
 from gptjax.cli.main import main
-from gptjax.config import DataConfig, GPTConfig, MeshConfig, RunConfig, TrainConfig
+from gptjax.config import (
+    DataConfig,
+    GPTConfig,
+    MeshConfig,
+    RunConfig,
+    TrainConfig,
+    find_config,
+    load_config,
+)
 from gptjax.errors import ConfigError
 from gptjax.planning import aot, plan
 from gptjax.training import estimate
@@ -34,6 +43,25 @@ COMPILED = {
     ("gpt2-xl", "v5e:8", (1, 8, 1), 128, 1, "full"): 2.38 + 7.01,
 }
 
+# Bytes that the CPU compiler (jax 0.10.2, x86 with AVX-512) gave: config and options.
+CPU_COMPILED = {
+    ("tiny", ""): 3_546_533,
+    ("quickstart", ""): 171_466_469,
+    ("text", ""): 229_024_869,
+    ("tinyshakespeare", "data.batch_size=64 model.context_length=256"): 1_585_599_205,
+    ("book/ch05", ""): 3_490_072_173,
+    ("gpt2_124m", "data.batch_size=1 train.accumulate=1"): 2_555_070_693,
+    ("gpt2_124m", "data.batch_size=16 train.accumulate=1"): 10_232_371_429,
+    ("gpt2_124m", "data.batch_size=8 train.accumulate=8"): 3_054_330_597,
+    ("gpt2_124m", "data.batch_size=4 train.accumulate=1 model.remat=none"): 11_600_139_877,
+    ("gpt2_124m", "data.batch_size=4 train.accumulate=1 model.remat=full"): 2_972_701_605,
+    (
+        "gpt2_124m",
+        "data.batch_size=2 train.accumulate=2 model.n_layers=24 model.d_model=1024 "
+        "model.n_heads=16",
+    ): 8_285_237_989,
+}
+
 
 def run_of(preset, sizes, rows, accumulate=1, remat="dots", **model):
     data, fsdp, tensor = sizes
@@ -47,6 +75,19 @@ def run_of(preset, sizes, rows, accumulate=1, remat="dots", **model):
 
 def plan_of(config, topology):
     return plan.make_plan(config, parse_topology(topology), run_compiler=False)
+
+
+def test_the_estimate_is_as_near_the_compiler_as_the_plan_says():
+    for (name, options), compiled in CPU_COMPILED.items():
+        words = [word for x in options.split() for word in f"--{x}".split("=")]
+        config = apply_overrides(load_config(find_config(name)), words)
+
+        planned = plan_of(config, "cpu:1")
+
+        assert planned.to_dict()["memory_accuracy"] == 0.15
+        assert planned.memory_estimate == pytest.approx(compiled, rel=0.15), (name, options)
+        assert " per device, estimated to 15%: " in "".join(plan.format_plan(planned))
+    assert "unverified" in "".join(plan.format_plan(plan_of(config, "h100:1")))
 
 
 def test_the_estimate_is_within_15_percent_of_the_tpu_compiler():
