@@ -169,6 +169,7 @@ def test_in_a_terminal_pastes_are_messages_and_interrupts_never_end_the_chat(mon
     monkeypatch.setattr(chat, "encode_chat", one_per_character)
     for stream in (sys.stdin, sys.stdout):
         monkeypatch.setattr(stream, "isatty", lambda: True)
+    handler = signal.getsignal(signal.SIGINT)
     keys = "é 漢字\rslow\rwrong\x03\x1b[200~one\n  two\r\nthree\x1b[201~\r\x04"
 
     with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
@@ -178,7 +179,7 @@ def test_in_a_terminal_pastes_are_messages_and_interrupts_never_end_the_chat(mon
     _, *lines = capsys.readouterr().out.splitlines()
     hint = "(/quit or Ctrl-D quits)"
     assert lines == ["<'é 漢字'>", "<'slow'", "(stopped)", hint, r"<'one\n  two\nthree'>"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_unsuitable_models_and_texts_are_rejected(monkeypatch):
