@@ -485,6 +485,8 @@ def convert_option(name: str, value: Any, kind: Any) -> Any:
             value = operator.index(value) if kind is int else float(value)
     if kind is float and isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name}={value} must be finite, for example 0.1.")
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{name}={reprlib.repr(value)} contains a NUL character. Remove it.")
     if type(value) is not kind:
         raise ConfigError(
             f"{name}={reprlib.repr(value)} is of type {type(value).__name__}, but must be "

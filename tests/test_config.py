@@ -38,7 +38,7 @@ def tables(draw):
             bool: st.booleans(),
             int: st.integers(max(valid_range[0], 1), min(valid_range[1], 2**8)),
             float: st.floats(valid_range[0], valid_range[1], exclude_max=True),
-            str: st.text(st.characters(exclude_categories=["Cs"])),
+            str: st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
         }
         values = st.sampled_from(choices) if choices else strategies[field.type]
         table.setdefault(section, {})[key] = draw(values)
@@ -113,6 +113,7 @@ def test_old_names_and_values_are_rejected_with_the_new_ones():
         ({"data": {"batch_size": 8}, "train": {"accumulate": 3}}, "=8 .*accumulate=3"),
         ({"mesh": {"data": -1, "tensor": -1}}, "mesh.tensor=-1"),
         ({"optim": {"peak_lr": 16**5000}}, "optim.peak_lr"),
+        ({"data": {"source": "a\0b"}}, "data.source=.*NUL"),
         (tomllib.loads("train.steps" + ".a" * 20_000 + "=1"), "train.steps=.*dict"),
         (tomllib.loads("a" + ".a" * 20_000 + "=1"), "unknown option a"),
     ],

@@ -7,6 +7,7 @@ once by a second signal.
 A command imports jax and other large packages only when it runs.
 """
 
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -24,6 +25,9 @@ from gptjax.runtime.preemption import (
     set_signal_mode,
 )
 from gptjax.runtime.terminal import discard, print_message
+
+PATH_ERRNOS = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+PATH_ERRNOS |= {errno.ELOOP, errno.ENXIO, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 class Group(click.Group):
@@ -112,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_command(words: list[str]) -> int:
     """Runs a command; prints its errors."""
     try:
+        if any("\0" in word for word in words):
+            raise click.UsageError("an argument contains a NUL character. Remove it.")
         with COMMANDS.make_context("gptjax", words, obj=list(words)) as context:
             return COMMANDS.invoke(context) or 0
     except click.exceptions.Exit as stop:  # --help
@@ -125,5 +131,10 @@ def run_command(words: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough
         discard(sys.stdout)
         return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print_message(f"gptjax: cannot use {error.filename}: {error.strerror}. Check the path.")
+        return 2 if error.errno in PATH_ERRNOS else 1
     except KeyboardInterrupt:
         return 130

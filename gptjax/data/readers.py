@@ -43,6 +43,8 @@ def open_decompressed(path: Path) -> Iterator[BufferedIOBase]:
     """Opens a file for reading, decompressed if it ends in .gz."""
     try:
         with open_regular_file(path) as file:
+            if path.suffix.lower() == ".gz" and not file.peek(1):
+                raise EOFError("it is empty")  # gzip reads it as an empty text
             yield gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(

@@ -6,6 +6,8 @@ sequences that control a terminal. A stream may be closed, full or unable to enc
 
 import contextlib
 import errno
+import functools
+import io
 import os
 import re
 import sys
@@ -13,6 +15,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from gptjax.errors import DataError, ResourceError
+
+MAX_STDIN_CHARS = 1 << 26  # of a line, and of a text
 
 # Control characters except tab and newline, surrogates, and bidirectional controls.
 # Joiners, variation selectors and tags stay: emoji and Persian need them.
@@ -93,15 +97,23 @@ def open_closed_descriptors() -> None:
 
 
 def stdin_lines() -> Iterator[str]:
-    """Yields the lines of stdin as they arrive."""
+    """Yields the lines of stdin as they arrive, without a byte-order mark."""
     try:
         if sys.stdin is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        yield from sys.stdin
-    except (OSError, ValueError) as error:  # closed, a folder, or not UTF-8
+        lines = iter(functools.partial(sys.stdin.readline, MAX_STDIN_CHARS), "")
+        for number, line in enumerate(lines):
+            if len(line) == MAX_STDIN_CHARS:
+                raise ValueError(f"a line has more than {MAX_STDIN_CHARS:,} characters")
+            yield line if number else line.removeprefix("\ufeff")
+    except (OSError, ValueError) as error:  # closed, a folder, endless, or not UTF-8
         raise DataError(f"cannot read stdin: {error}. Give it UTF-8 text.") from error
 
 
 def read_stdin() -> str:
-    """Reads all of stdin."""
-    return "".join(stdin_lines())
+    """Reads all of stdin, which must not be endless."""
+    text = io.StringIO()
+    for line in stdin_lines():
+        if text.write(line) and text.tell() > MAX_STDIN_CHARS:
+            raise DataError(f"stdin has more than {MAX_STDIN_CHARS:,} characters. Shorten it.")
+    return text.getvalue()

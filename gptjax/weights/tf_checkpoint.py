@@ -113,14 +113,14 @@ def parse_entries(entries: list[tuple[bytes, bytes]]) -> dict[str, BundleEntry]:
 
 
 def check_offsets(tensors: Mapping[str, BundleEntry], file_size: int) -> None:
-    """Raises ValueError unless tensors are inside the data file and do not overlap."""
+    """Raises ValueError unless tensors end with the data file and do not overlap."""
     end = 0
     for name, entry in sorted(tensors.items(), key=lambda item: item[1].offset):
         if entry.offset < end:
             raise ValueError(f"{name!r} overlaps another tensor")
         end = entry.offset + entry.size
-        if file_size < end:
-            raise ValueError(f"the data file has {file_size:,} bytes instead of {end:,}")
+    if file_size != end:
+        raise ValueError(f"the data file has {file_size:,} bytes instead of {end:,}")
 
 
 def read_sstable(data: bytes) -> list[tuple[bytes, bytes]]:

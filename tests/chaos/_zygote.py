@@ -66,7 +66,7 @@ def python_stream(descriptor: int, encoding: str) -> Any:
     except OSError:
         return None
     if not descriptor:
-        return open(0, encoding=encoding, errors="strict", closefd=False)
+        return open(0, encoding=encoding, errors="strict", newline="\n", closefd=False)
     errors = "strict" if descriptor == 1 else "backslashreplace"
     buffering = 1 if descriptor == 2 else -1
     return open(descriptor, "w", buffering, encoding, errors, closefd=False)

@@ -208,7 +208,9 @@ def random_value(rng: random.Random, folder: Path, suffix: str) -> str:
 
 def make_file(kind: str, path: Path) -> str:
     """Makes a file of a kind at the path or beside it; returns its path from there."""
-    data = path.read_bytes() if path.is_file() else b"text,label\nham: ok,ham\nspam,spam\n"
+    data = b"text,label\nham: ok,ham\nspam,spam\n"
+    if path.is_file() and path.stat().st_size < 1 << 20:
+        data = path.read_bytes()
     if kind in PREFIXES:
         path = path.with_name(PREFIXES[kind] + path.name)
     if path.is_dir() and not path.is_symlink():

@@ -94,6 +94,8 @@ def test_old_flags_are_rejected_with_the_new_ones(capsys):
         ("train tiny --model.n_head 2", "mean --model.n_heads?"),
         ("train tiny --train.steps 1.5", "train.steps='1.5'"),
         ("train tiny --model.causal 1", "true or false"),
+        (f"data preview {'x' * 300}", "x" * 300),
+        ("data preview x\0y", "NUL"),
         ("generate", "MODEL"),
         ("train tiny --on-spike rollback", "rollback"),
         ("eval m --text a --chat-data b", "--classification-data"),

@@ -133,7 +133,7 @@ def test_blocks_may_split_characters(tmp_path, monkeypatch):
 
 def test_corrupt_files_and_rows_that_would_fill_the_memory_are_rejected(tmp_path, monkeypatch):
     whole, path = gzip.compress(b'"text"\n' * 1000), tmp_path / "a.jsonl.gz"
-    for data in (whole[:-9], whole[:-5] + b"\0" + whole[-4:], b"plain text"):
+    for data in (whole[:-9], whole[:-5] + b"\0" + whole[-4:], b"plain text", b""):
         path.write_bytes(data)
         with pytest.raises(DataError, match=f"cannot read {path}"):
             rows_of(path)

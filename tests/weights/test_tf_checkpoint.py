@@ -65,9 +65,10 @@ def test_files_of_another_length_are_rejected(tiny):
         index.write_bytes(damaged)
         assert read_all(tiny) is None, len(damaged)
     index.write_bytes(whole)
-    data.write_bytes(content[:-1])
-    with pytest.raises(ModelError, match="15,775 bytes instead of 15,776"):
-        open_tf_checkpoint(tiny)
+    for damaged in (content[:-1], content + b"\0"):
+        data.write_bytes(damaged)
+        with pytest.raises(ModelError, match=f"{len(damaged):,} bytes instead of 15,776"):
+            open_tf_checkpoint(tiny)
 
 
 REPLACED = [  # bytes of the index, others in their place, value in the message
