@@ -158,6 +158,11 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
             with contextlib.suppress(ValueError, KeyError):  # `from_dict` rejects the text
                 value = PARSERS.get(field.type, str)(value)
         table.setdefault(section, {})[key] = value
+    if "--data.source" in overrides[::2] and "--data.tokenizer" not in overrides[::2]:
+        from gptjax.data.token_files import is_prepared_dir
+
+        if is_prepared_dir(Path(table["data"]["source"]).expanduser()):
+            table["data"]["tokenizer"] = ""  # the data's own; the config's is for other data
     return from_dict(RunConfig, table)
 
 

@@ -1,6 +1,7 @@
 """Tokenizes text into a prepared folder; opens the data that a config names."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections import deque
@@ -20,13 +21,16 @@ from gptjax.data.text import (
     SplitRule,
     SplitSpan,
     TextSource,
+    file_state,
     find_sources,
     iter_split_spans,
     make_split_rule,
     source_fingerprint,
 )
 from gptjax.data.token_files import (
+    MAX_TOKEN_METADATA_BYTES,
     REPREPARE_ADVICE,
+    SOURCES_FILE,
     TOKEN_FILES_FORMAT,
     ShardWriter,
     TokenDataset,
@@ -37,7 +41,7 @@ from gptjax.data.token_files import (
     token_dtype,
 )
 from gptjax.errors import ConfigError, DataError
-from gptjax.fileio.atomic import atomic_path
+from gptjax.fileio.atomic import atomic_path, write_atomic
 from gptjax.runtime.preemption import heartbeat
 from gptjax.tokenizer.tokenizer import (
     Tokenizer,
@@ -48,6 +52,7 @@ from gptjax.tokenizer.tokenizer import (
 
 DEFAULT_SHARD_TOKENS = 100_000_000
 TASK_CHARS = 1 << 17  # characters per encoding task, approximately
+MAX_LISTED_FILES = 5  # in a summary
 
 
 class TokenizedSplits(NamedTuple):
@@ -64,12 +69,15 @@ class DatasetInfo:
 
     folder: Path
     meta: dict[str, Any]
+    sources: tuple[TextSource, ...]
 
     def __str__(self) -> str:
-        lines = [f"{self.folder}: {self.meta['tokenizer']['name']} tokens of"]
-        for source in self.meta["recipe"]["sources"]:
-            column = f", column {source['column']!r}" if source["column"] else ""
-            lines.append(f"  {source['file']}{column}")
+        count = len(self.sources)
+        title = f"{count:,} files, the first of which are" if count > MAX_LISTED_FILES else ""
+        lines = [f"{self.folder}: {self.meta['tokenizer']['name']} tokens of {title}".rstrip()]
+        for source in self.sources[:MAX_LISTED_FILES]:
+            column = f", column {source.column!r}" if source.column else ""
+            lines.append(f"  {source.path.name}{column}")
         for split, entry in self.meta["splits"].items():
             lines.append(
                 f"{split:<11}{entry['documents']:>12,} documents"
@@ -151,6 +159,7 @@ def prepare_dataset(
 ) -> DatasetInfo:
     """Tokenizes text into the folder `out`; does nothing if it holds the result.
 
+    While another process prepares the same folder, this waits for its result.
     `paths` are files, folders, globs or names of data sets; `tokenizer` is gpt2, bytes,
     a folder, or bpe:SIZE to train one. At least one document is held out unless
     `val_fraction` is 0; of a single document, the end is. `column` is that of the text;
@@ -162,28 +171,50 @@ def prepare_dataset(
             f"shard_tokens={shard_tokens} must be positive."
         )
     sources = find_sources(paths, column)
+    states = [file_state(source.path) for source in sources]
+    source_lines = "".join(json.dumps(source_fingerprint(x)) + "\n" for x in sources)
     recipe = {
-        "sources": [source_fingerprint(source) for source in sources],
+        "sources": hashlib.sha256(source_lines.encode()).hexdigest(),
         "tokenizer": tokenizer_id(tokenizer),
         "val_fraction": val_fraction,
         "seed": seed,
         "shard_tokens": shard_tokens,
     }
-    meta = read_token_metadata(out) if is_prepared_dir(out) else {}
-    if meta.get("recipe") == recipe:
-        return DatasetInfo(out, meta)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(
-            f"{out} already holds other data, or the same text prepared with other "
-            "options. Choose another folder, or remove this one."
-        )
+    if meta := read_prepared(out, recipe):
+        return DatasetInfo(out, meta, tuple(sources))
     try:
-        with atomic_path(out) as new_dir:
-            new_dir.mkdir()
-            meta = write_prepared(new_dir, sources, tokenizer, recipe, workers)
+        with atomic_path(out, wait=True) as new_dir:
+            meta = read_prepared(out, recipe)  # of a process that this one waited for
+            if not meta:
+                new_dir.mkdir()
+                (new_dir / SOURCES_FILE).write_text(source_lines)
+                meta = write_prepared(new_dir, sources, tokenizer, recipe, workers)
+                check_unchanged(sources, states)
     except OSError as error:
         raise DataError(f"cannot write {out}: {error}. Choose a writable folder.") from error
-    return DatasetInfo(out, meta)
+    return DatasetInfo(out, meta, tuple(sources))
+
+
+def read_prepared(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Returns the meta.json of a folder with this recipe; {} if there is no content."""
+    meta = read_token_metadata(folder) if is_prepared_dir(folder) else {}
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if meta.get("recipe") != recipe and folder.exists() and not is_empty:
+        raise DataError(
+            f"{folder} already holds other data, or the same text prepared with other "
+            "options. Choose another folder, or remove this one."
+        )
+    return meta
+
+
+def check_unchanged(sources: Sequence[TextSource], states: Sequence[Any]) -> None:
+    """Raises a DataError unless the files still have these `file_state`s."""
+    for source, state in zip(sources, states, strict=True):
+        if file_state(source.path) != state:
+            raise DataError(
+                f"{source.path} changed while it was prepared, so its tokens were discarded. "
+                "Run the command again when nothing writes to the file."
+            )
 
 
 def write_prepared(
@@ -224,7 +255,7 @@ def write_prepared(
         "splits": splits,
         "recipe": recipe,
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
+    write_atomic(folder / "meta.json", json.dumps(meta, indent=1), MAX_TOKEN_METADATA_BYTES)
     return meta
 
 

@@ -74,8 +74,9 @@ def find_sources(paths: Sequence[str | Path], column: str = "") -> list[TextSour
     for path in files.values():
         if str(path) != PYTHON_HELP and suffix_without_gz(path) not in SOURCE_SUFFIXES:
             raise DataError(
-                f"unknown file type: {path}. Rename it to end in one of "
-                f"{', '.join(SOURCE_SUFFIXES)} (also .gz)."
+                f"{path}: the file type {path.suffix!r} is not supported. Convert it to one of "
+                f"{', '.join(DOCUMENT_SUFFIXES)} (one document) or {', '.join(TABLE_FORMATS)} "
+                "(one document per row), also gzipped."
             )
         source = TextSource(path, column)
         if suffix_without_gz(path) in TABLE_FORMATS and not column:
@@ -200,6 +201,15 @@ def iter_split_spans(
             if tail:
                 yield SplitSpan(VALIDATION_SPLIT, tail, remaining >= 0, chunk.is_last)
         document_index, is_first = document_index + chunk.is_last, chunk.is_last
+
+
+def file_state(path: Path) -> tuple[int, int, int] | None:
+    """Number, size and modification time of a file, None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def source_fingerprint(source: TextSource) -> dict[str, str]:

@@ -12,6 +12,7 @@ shards, all but the last of the same length:
     {split}-00000.idx   little-endian u64: ends of documents in this shard
     meta.json           description, with the SHA-256 of each file and the CRC-32 of
                         each `CRC_BLOCK_BYTES` of tokens
+    sources.jsonl       name, SHA-256 and text column of each file of the text
     tokenizer/          tokenizer of the data
 
 The CRC of a block is verified when the block is first read: opening is cheap, and no
@@ -37,6 +38,7 @@ from gptjax.fileio.strict_json import read_json, read_small_file
 TOKEN_FILES_FORMAT = "gptjax tokens 2"
 CRC_BLOCK_BYTES = 1 << 20  # per CRC
 MAX_TOKEN_METADATA_BYTES = 1 << 26  # size of a meta.json
+SOURCES_FILE = "sources.jsonl"
 REPREPARE_ADVICE = "Copy the folder again, or prepare the text again."
 
 
@@ -272,15 +274,19 @@ def open_split(folder: Path, split: str) -> TokenDataset:
 
 def verify_prepared(folder: Path) -> list[str]:
     """Reads a whole prepared folder; returns a message for each problem."""
-    problems = []
-    for split, entry in read_token_metadata(folder)["splits"].items():
+    problems, meta, hashes = [], read_token_metadata(folder), {}
+    match meta:
+        case {"recipe": {"sources": str(digest)}}:
+            hashes[folder / SOURCES_FILE] = digest
+    for entry in meta["splits"].values():
         for shard in entry["shards"]:
             path = folder / shard["file"]
-            files = (path, path.with_suffix(".idx"))
-            for file, expected in zip(files, shard["sha256"], strict=True):
-                found = sha256_of_files([file]) if file.is_file() else "missing"
-                if found != expected:
-                    problems.append(f"{file}: sha256 {found}, expected {expected}")
+            hashes |= zip((path, path.with_suffix(".idx")), shard["sha256"], strict=True)
+    for file, expected in hashes.items():
+        found = sha256_of_files([file]) if file.is_file() else "missing"
+        if found != expected:
+            problems.append(f"{file}: sha256 {found}, expected {expected}")
+    for split in meta["splits"]:
         try:
             tokens = open_split(folder, split)
             for start in range(0, len(tokens), CRC_BLOCK_BYTES):

@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.config import DataConfig
 from gptjax.data.lm import LMBatches, validation_batches
 from gptjax.data.prepare import TokenizedSplits, open_dataset
+from gptjax.data.token_files import is_prepared_dir
 from gptjax.errors import ConfigError
 from gptjax.evaluation import perplexity
 from gptjax.fileio.download import sha256_of_files
@@ -91,9 +93,10 @@ def make_pretrain_task(run: RunContext, data: PretrainData) -> Task:
 
 
 def resolve_data_config(run: RunContext) -> DataConfig:
-    """The run's `[data]`, with the initial model's tokenizer if none is named."""
+    """The run's `[data]`, with the initial model's tokenizer if nothing names one."""
     config = run.config
-    if not config.finetune.init_from or config.data.tokenizer:
+    is_prepared = is_prepared_dir(Path(config.data.source).expanduser())
+    if not config.finetune.init_from or config.data.tokenizer or is_prepared:
         return config.data
     model_dir = resolve_model(config.finetune.init_from, run.log)
     name = str(model_dir) if tokenizer.is_tokenizer_dir(model_dir) else "gpt2"

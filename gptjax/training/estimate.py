@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from gptjax.config import GPTConfig, RunConfig
+from gptjax.data.token_files import is_prepared_dir
 from gptjax.model.gpt import compute_dtype, init, resolve_backend
 from gptjax.tokenizer import tokenizer
 from gptjax.training.hardware import chip_from_device
@@ -71,7 +72,9 @@ def resolve_config(config: RunConfig, platform: str = "") -> RunConfig:
     """
     model = config.model
     if not model.vocab_size:
-        name = config.data.tokenizer or "gpt2"
+        source = Path(config.data.source).expanduser()
+        default = f"{source}/tokenizer" if is_prepared_dir(source) else "gpt2"
+        name = config.data.tokenizer or default
         size = tokenizer.untrained_vocab_size(name)
         size = size or tokenizer.load_tokenizer(name).vocab_size
         model = dataclasses.replace(model, vocab_size=size)

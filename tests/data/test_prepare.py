@@ -2,17 +2,22 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptjax.config import DataConfig
+from gptjax.cli.arguments import apply_overrides
+from gptjax.config import DataConfig, RunConfig
 from gptjax.data import prepare, text
 from gptjax.data.prepare import open_dataset, open_prepared, prepare_dataset
+from gptjax.data.token_files import verify_prepared
 from gptjax.errors import ConfigError, DataError
 from gptjax.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from gptjax.training.estimate import resolve_config
 from tests.data.tables import quick, texts, write
 
 EOT = 256  # of the tokenizer "bytes"
@@ -86,6 +91,65 @@ def test_the_same_call_does_nothing_and_another_is_rejected(tmp_path, monkeypatc
         prepare_dataset([path], **options)
 
 
+def test_a_second_process_waits_and_uses_the_same_result(tmp_path, monkeypatch):
+    path = jsonl(tmp_path / "a.jsonl", TEXTS)
+    started, write_prepared = [], prepare.write_prepared
+
+    def write_slowly(*args):
+        started.append(args)
+        if len(started) == 1:
+            second = pool.submit(prepare_dataset, [path], "bytes", tmp_path / "out")
+            with pytest.raises(TimeoutError):
+                second.result(0.3)
+            results.append(second)
+        return write_prepared(*args)
+
+    results = []
+    monkeypatch.setattr(prepare, "write_prepared", write_slowly)
+    with ThreadPoolExecutor() as pool:
+        first = prepare_dataset([path], "bytes", tmp_path / "out")
+        assert results[0].result() == first
+
+    assert len(started) == 1
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
+
+
+def test_many_files_with_long_names_do_not_enlarge_meta_json(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    sizes = []
+    for count in (3, 60):
+        for n in range(count):
+            (folder / f"{n:0200d}.txt").write_text(f"text {n % 3}")
+        out = tmp_path / str(count)
+        info = str(prepare_dataset([folder], "bytes", out))
+        sizes.append((out / "meta.json").stat().st_size)
+        assert len(info.splitlines()) <= 8
+        assert verify_prepared(out) == []
+
+    assert sizes[1] <= sizes[0] + 20  # more digits
+    assert "60 files" in info
+    names = [json.loads(line)["file"] for line in (out / "sources.jsonl").read_text().splitlines()]
+    assert names == sorted(os.listdir(folder))
+    (out / "sources.jsonl").write_text("")
+    assert "sources.jsonl" in verify_prepared(out)[0]
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_text("x")])
+def test_a_file_that_changes_meanwhile_is_an_error(tmp_path, monkeypatch, change):
+    path, write_prepared = jsonl(tmp_path / "a.jsonl", TEXTS), prepare.write_prepared
+
+    def write_then_change(*args):
+        meta = write_prepared(*args)
+        change(path)
+        return meta
+
+    monkeypatch.setattr(prepare, "write_prepared", write_then_change)
+    with pytest.raises(DataError, match=f"{path} changed"):
+        prepare_dataset([path], "bytes", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_failure_leaves_no_folder(tmp_path, monkeypatch):
     for documents, options, error, value in [
         (["a"], {}, DataError, "val_fraction=0.1"),
@@ -116,6 +180,12 @@ def test_prepared_data_is_opened_only_with_its_own_tokenizer(tmp_path):
     kept = documents_of(open_prepared(tmp_path / "bytes").train)  # it is trained on these
     assert tokenizer.hash == train_tokenizer(kept, 270).hash != train_tokenizer(words, 270).hash
     assert (tokenizer.name, open_tokenizer("bytes", "").name) == ("bpe:270", "bytes")
+    source = ["--data.source", str(tmp_path / "bpe")]  # the config's tokenizer is not the user's
+    config = apply_overrides(RunConfig(data=DataConfig(tokenizer="bytes")), source)
+    assert open_dataset(config.data, tmp_path / "run").tokenizer.hash == tokenizer.hash
+    assert resolve_config(config).model.vocab_size == 270
+    named = apply_overrides(RunConfig(), [*source, "--data.tokenizer", "bytes"])
+    assert named.data.tokenizer == "bytes"
     for source, name in (("bpe", "bytes"), ("bytes", "bpe:270")):
         with pytest.raises(DataError, match=r"data\.tokenizer="):
             open_tokenizer(source, name)
