@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,9 @@ def book_csv(data: LabeledTexts) -> str:
     return text.getvalue()
 
 
-def book_instruction_split(items: list[ConversationOrPair]) -> dict[str, list[ConversationOrPair]]:
+def book_instruction_split(
+    items: Sequence[ConversationOrPair],
+) -> dict[str, Sequence[ConversationOrPair]]:
     """Splits train:test:validation 85:10:5 in file order (Raschka 2024, ch. 7)."""
     if len(items) < 10:
         raise DataError(

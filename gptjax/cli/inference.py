@@ -12,7 +12,13 @@ from gptjax.cli.arguments import PATH, Command, flag_option, value_option
 from gptjax.cli.session import load_model
 from gptjax.config import CONTEXT
 from gptjax.errors import ConfigError
-from gptjax.runtime.terminal import print_message, print_progress, print_result, read_stdin
+from gptjax.runtime.terminal import (
+    print_message,
+    print_progress,
+    print_result,
+    read_stdin,
+    stdin_lines,
+)
 
 
 @click.command("generate", cls=Command)
@@ -139,10 +145,11 @@ def run_classify(
             out,
             lambda texts: [label[:2] for label in classify(loaded, texts)],
             text_column=text_column,
+            usual_column=loaded.columns[0] if loaded.columns else "",
             log=print_message,
         )
         return
-    lines = list(texts) or [line for line in read_stdin().splitlines() if line]
+    lines = list(texts) or [line for x in stdin_lines() if (line := x.removesuffix("\n"))]
     for text, result in zip(lines, classify(loaded, lines), strict=True):
         if as_json:
             print_result(json.dumps({"text": text, **result._asdict()}))
@@ -157,6 +164,12 @@ def run_classify(
     "--classification-data",
     "labeled texts: accuracy and other metrics of a classifier",
     metavar="FILE",
+)
+@value_option(
+    "--text-column", "--classification-data: column of the texts", "", shown="as in training"
+)
+@value_option(
+    "--label-column", "--classification-data: column of the labels", "", shown="as in training"
 )
 @value_option(
     "--chat-data",
@@ -183,6 +196,8 @@ def run_evaluate(
     model: str,
     text: Path | None,
     classification_data: str | None,
+    text_column: str,
+    label_column: str,
     chat_data: str | None,
     stride: int | None,
     out: Path | None,
@@ -199,6 +214,8 @@ def run_evaluate(
     """
     if [text, classification_data, chat_data].count(None) != 2:
         raise click.UsageError("eval takes one of --text, --classification-data and --chat-data.")
+    if (text_column or label_column) and not classification_data:
+        raise ConfigError("--text-column and --label-column belong to --classification-data.")
     loaded = load_model(model, int8=int8, verbose=verbose)
     metrics: Any = {}
     tasks: Any = {}
@@ -211,7 +228,7 @@ def run_evaluate(
     elif classification_data:
         from gptjax.evaluation.classification import evaluate_labeled_file
 
-        metrics = evaluate_labeled_file(loaded, classification_data)
+        metrics = evaluate_labeled_file(loaded, classification_data, text_column, label_column)
     elif text:
         from gptjax.data.readers import read_text_file
         from gptjax.evaluation.perplexity import score
@@ -223,6 +240,7 @@ def run_evaluate(
     for task, scores in tasks.items():
         print_result(f"{task:<18} {scores['exact_match']:.4f} exact")
     for name, value in metrics.items():
+        value = ", ".join(value) if isinstance(value, list) else value
         shown = f"{value:.4f}" if isinstance(value, float) else value
         print_result(f"{name:<18} {shown}")
 

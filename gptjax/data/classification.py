@@ -7,6 +7,7 @@ returned description states the choice. A folder contains one folder per label, 
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 from collections import Counter
@@ -19,13 +20,15 @@ from jaxtyping import Float32, Int32
 
 from gptjax.data.bucketing import BucketedBatches
 from gptjax.data.datasets import PYTHON_LINES, python_lines
+from gptjax.data.packed_rows import decode_text, encode_text, pack_columns, take_rows
 from gptjax.data.readers import (
     DELIMITERS,
     LABEL_COLUMNS,
-    TABLE_FORMATS,
     TEXT_COLUMNS,
     LocatedRow,
     check_object,
+    column_names,
+    describe_unread,
     find_column,
     find_table,
     get_text,
@@ -35,6 +38,7 @@ from gptjax.data.readers import (
     read_text_file,
     require_text,
     suffix_without_gz,
+    table_format,
     table_suffix,
     unknown_column_error,
     visible_files,
@@ -42,16 +46,19 @@ from gptjax.data.readers import (
 from gptjax.errors import DataError
 
 MAX_LISTED_CLASSES = 8  # classes listed by name in a summary
+# Options of `gptjax train` that choose the columns.
+TRAIN_OPTIONS = ("--data.text_column NAME", "--data.label_column NAME")
 
 
 @dataclasses.dataclass(frozen=True)
 class LabeledTexts:
     """Texts with class labels."""
 
-    texts: list[str]
+    texts: Sequence[str]
     labels: list[int]  # indices into `class_names`
     class_names: tuple[str, ...]  # sorted, numbers by value
-    locations: list[str]  # of each text, such as "file:line"
+    locations: Sequence[str]  # of each text, such as "file:line"
+    columns: tuple[str, ...] = ()  # names of the text and the label column of a table
 
     def __len__(self) -> int:
         """Number of texts."""
@@ -60,102 +67,131 @@ class LabeledTexts:
 
 def take(data: LabeledTexts, indices: Iterable[SupportsIndex]) -> LabeledTexts:
     """Returns the rows at `indices`, in this order, with the same classes."""
-    chosen = list(indices)
+    chosen = [*map(int, indices)]
     return dataclasses.replace(
         data,
-        texts=[data.texts[i] for i in chosen],
+        texts=take_rows(data.texts, chosen),
         labels=[data.labels[i] for i in chosen],
-        locations=[data.locations[i] for i in chosen],
+        locations=take_rows(data.locations, chosen),
     )
 
 
 def read_labeled_texts(
-    path: Path | str, text_column: str = "", label_column: str = ""
+    path: Path | str,
+    text_column: str = "",
+    label_column: str = "",
+    *,
+    class_names: Sequence[str] = (),
+    usual_columns: Sequence[str] = (),
+    options: tuple[str, str] = TRAIN_OPTIONS,
 ) -> tuple[LabeledTexts, str]:
     """Reads labeled texts; returns them with a one-line description.
 
     `path` is a built-in data set, a table, or a folder with one folder per label. ""
-    guesses a column; columns without a header are numbered from 1.
+    takes the column of `usual_columns` that the table has, or guesses; columns without
+    a name are numbered from 1. `class_names` are those of a model, of which any may
+    occur. `options` choose the columns, for messages.
     """
     if path == PYTHON_LINES:
-        data = encode_labels(python_lines(), PYTHON_LINES)
+        data = encode_labels(python_lines(), "", class_names)
         return data, f"lines of Python's standard library; {summarize_classes(data)}."
     source = Path(path).expanduser()
     if source.is_dir():
         if text_column or label_column:
             raise DataError(
-                f"{source} is a folder and has no columns. Leave data.text_column and "
-                "data.label_column empty, or pass a file."
+                f"{source} is a folder and has no columns. Omit {' and '.join(options)}, or pass "
+                "a file."
             )
-        data = encode_labels(folder_examples(source), str(source))
+        data = encode_labels(folder_examples(source), str(source), class_names)
         return data, f"{source}: one folder of .txt files per label; {summarize_classes(data)}."
     folder = ", a folder with one folder of .txt files per label,"
     source = find_table(str(path), ("sms-spam",), "labels", folder)
-    file_format, columns, rows = read_table(source, {text_column, label_column} - {""})
-    if not rows:
+    named = {text_column, label_column} - {""} or set(usual_columns)
+    file_format, rows = read_table(source, named)
+    first = next(rows, None)
+    if first is None:
         raise DataError(f"{source} has no rows. Pass a file with labeled texts.")
-    text_column, label_column = choose_columns(columns, text_column, label_column, rows[0][0])
-    examples = []
-    for location, row in rows:
-        text = get_text(row, text_column, location, "--data.text_column NAME")
-        examples.append((text, get_label(row, label_column, location), location))
-    data = encode_labels(examples, f"{source}, column {label_column!r}")
-    return data, (
+    chosen = (text_column, label_column)
+    columns = choose_columns(list(first[1]), chosen, usual_columns, first[0], options)
+    text_column, label_column = columns
+    unread: Counter[str] = Counter()
+
+    def examples() -> Iterator[tuple[str, str, str]]:
+        for location, row in itertools.chain([first], rows):
+            text = get_text(row, text_column, location, options[0])
+            yield text, get_label(row, label_column, location, options[1]), location
+            unread.update(x for x in row if x not in columns and row[x] not in (None, ""))
+
+    data = encode_labels(examples(), str(source), class_names, label_column, options[1])
+    if "split" in unread and not class_names:
+        raise DataError(
+            f"{source} has a column 'split', but data.val_fraction and data.test_fraction split "
+            "labeled texts. Keep the training rows and remove the column, or rename it."
+        )
+    return dataclasses.replace(data, columns=columns), (
         f"{source}: {file_format}; text in column {text_column!r}, label in column "
-        f"{label_column!r}; {summarize_classes(data)}. "
-        "Override with --data.text_column NAME --data.label_column NAME."
+        f"{label_column!r}{describe_unread(unread)}; {summarize_classes(data)}. "
+        f"Override with {' '.join(options)}."
     )
 
 
-def read_table(path: Path, named_columns: set[str]) -> tuple[str, list[str], list[LocatedRow]]:
-    """Reads a table; returns its format, its columns and its rows.
+def read_table(path: Path, named_columns: set[str]) -> tuple[str, Iterator[LocatedRow]]:
+    """Returns the format of a table and its rows, which are dicts.
 
     The first row of a CSV or TSV file is its header, unless `named_columns`, those
     named by the user, are numbers.
     """
-    suffix = table_suffix(path)
-    file_format, delimiter = TABLE_FORMATS[suffix], DELIMITERS.get(suffix)
-    if not delimiter:
+    file_format = table_format(path)
+    if table_suffix(path) not in DELIMITERS:
         advice = 'Write each row as {"text": "...", "label": "..."}.'
-        rows = [(where, check_object(row, where, advice)) for where, row in read_rows(path)]
-        return file_format, list(rows[0][1]) if rows else [], rows
-    records = list(read_csv_records(path, delimiter))
-    first_row = [name.strip() for name in records[0][1]] if records else []
-    numbers = [str(n) for n in range(1, len(first_row) + 1)]
-    known = {name.lower() for name in first_row} & {*TEXT_COLUMNS, *LABEL_COLUMNS}
-    if suffix != suffix_without_gz(path) and len(first_row) == 2:  # the SMS Spam Collection
-        columns = ["label", "text"]
-    elif named_columns and not known and named_columns <= set(numbers) - set(first_row):
-        columns = numbers
+        return file_format, ((at, check_object(row, at, advice)) for at, row in read_rows(path))
+    records = read_csv_records(path)
+    first = next(records, ("", []))
+    names = column_names(first[1])
+    numbers = [str(n) for n in range(1, len(names) + 1)]
+    known = {name.lower() for name in names} & {*TEXT_COLUMNS, *LABEL_COLUMNS}
+    is_sms_spam = table_suffix(path) != suffix_without_gz(path)
+    if is_sms_spam and len(names) == 2:
+        header = [("", ["label", "text"])]
+    elif named_columns and not known and named_columns <= set(numbers) - set(names):
+        header = [("", numbers)]
     else:
-        return f"{file_format}, with a header", first_row, list(name_columns(records))
-    rows = list(name_columns([("", columns), *records]))
-    return f"{file_format}, no header", columns, rows
+        return f"{file_format}, with a header", name_columns(itertools.chain([first], records))
+    return f"{file_format}, no header", name_columns(itertools.chain(header, [first], records))
 
 
 def choose_columns(
-    columns: list[str], text_column: str, label_column: str, location: str
+    columns: list[str],
+    chosen: Sequence[str],
+    usual: Sequence[str],
+    location: str,
+    options: Sequence[str],
 ) -> tuple[str, str]:
-    """Returns the text and the label column, guessed by their names if ""."""
-    for option, name in (("text", text_column), ("label", label_column)):
+    """Returns the text and the label column: chosen, usual or guessed."""
+    for name, option in zip(chosen, options, strict=True):
         if name and name not in columns:
-            raise unknown_column_error(name, columns, location, f"--data.{option}_column NAME")
+            raise unknown_column_error(name, columns, location, option)
+    defaults = [name * (name in columns and name not in chosen) for name in usual or ("", "")]
+    text_column, label_column = (
+        name or other for name, other in zip(chosen, defaults, strict=True)
+    )
     remaining = [name for name in columns if name not in (text_column, label_column)]
     text_column = text_column or find_column(remaining, TEXT_COLUMNS)
     label_column = label_column or find_column(remaining, LABEL_COLUMNS)
-    if len(columns) == 2 and (known := text_column or label_column):
-        (other,) = set(columns) - {known}
+    named = [name for name in columns if not name.isdecimal()] or columns
+    if len(named) == 2 and (known := text_column or label_column) in named:
+        (other,) = set(named) - {known}
         text_column, label_column = text_column or other, label_column or other
     if not text_column or not label_column or text_column == label_column:
         raise DataError(
             f"{location}: ambiguous text and label columns; columns: "
-            f"{', '.join(columns) or 'none'}. Choose with --data.text_column NAME "
-            "--data.label_column NAME (without a header, numbers from 1)."
+            f"{', '.join(columns) or 'none'}. Choose with {' '.join(options)} (without a "
+            "header, numbers from 1)."
         )
     return text_column, label_column
 
 
-def get_label(row: dict[str, Any], column: str, location: str) -> str:
+def get_label(row: dict[str, Any], column: str, location: str, option: str) -> str:
     """Returns the label of a row as a stripped string."""
     value = row.get(column)
     if isinstance(value, bool | int | float):
@@ -165,12 +201,12 @@ def get_label(row: dict[str, Any], column: str, location: str) -> str:
             f"{location}: {column}={value!r} is no label. Write a string or a number, or remove "
             "the row."
         )
-    return require_text(row, column, location, "a label", "--data.label_column NAME").strip()
+    return require_text(row, column, location, "a label", option).strip()
 
 
 def folder_examples(folder: Path) -> Iterator[tuple[str, str, str]]:
     """Yields (text, label, location) of each .txt file; its folder is the label."""
-    texts = [path for path in visible_files(folder, (".txt",), "*/**/*") if path.parent != folder]
+    texts = [path for path in visible_files(folder, (".txt",)) if path.parent != folder]
     if nested := [path for path in texts if path.parent.parent != folder]:
         inner = nested[0].parent.parent
         raise DataError(
@@ -186,21 +222,41 @@ def folder_examples(folder: Path) -> Iterator[tuple[str, str, str]]:
         yield read_text_file(file), file.parent.name, f"{file}:1"
 
 
-def encode_labels(rows: Iterable[tuple[str, str, str]], source: str) -> LabeledTexts:
-    """Builds `LabeledTexts` of (text, label, location) rows; errors name `source`."""
-    texts, labels, locations = map(list, zip(*rows, strict=True))
-    for text, location in zip(texts, locations, strict=True):
-        if not text.strip():
-            raise DataError(f"{location}: the text is empty. Add text, or remove the row.")
-    class_names = sorted(set(labels), key=class_sort_key)
-    if len(class_names) < 2:
+def encode_labels(
+    rows: Iterable[tuple[str, str, str]],
+    source: str,
+    class_names: Sequence[str] = (),
+    column: str = "",
+    option: str = TRAIN_OPTIONS[1],
+) -> LabeledTexts:
+    """Builds `LabeledTexts` of (text, label, location) rows.
+
+    All locations start with `source`. `column` and `option` are for messages.
+    """
+    encoded_rows = (tuple(map(encode_text, check_example(*row, source))) for row in rows)
+    decode_location = lambda encoded: source + decode_text(encoded)  # noqa: E731
+    texts, labels, locations = pack_columns(encoded_rows, decode_text, decode_text, decode_location)
+    names = class_names or sorted(set(labels), key=class_sort_key)
+    if len(names) < 2 and not class_names:
         raise DataError(
-            f"{source}: the only label is {class_names[0]!r}, but a classifier needs "
-            "at least two classes. Add rows of other classes, or choose the column "
-            "with --data.label_column NAME."
+            f"{source}, column {column!r}: the only label is {names[0]!r}, but a classifier needs "
+            f"at least two classes. Add rows of other classes, or choose the column with {option}."
         )
-    class_ids = {name: number for number, name in enumerate(class_names)}
-    return LabeledTexts(texts, [class_ids[x] for x in labels], tuple(class_names), locations)
+    class_ids = {name: number for number, name in enumerate(names)}
+    for n, label in enumerate(labels if class_names else ()):
+        if label not in class_ids:
+            raise DataError(
+                f"{locations[n]}: the label {label!r:.200} is none of the model's: "
+                f"{', '.join(names)!s:.200}. Rename it, or train with it."
+            )
+    return LabeledTexts(texts, [class_ids[x] for x in labels], tuple(names), locations)
+
+
+def check_example(text: str, label: str, location: str, source: str) -> tuple[str, str, str]:
+    """Checks that a text is not blank; removes `source` from its location."""
+    if not text.strip():
+        raise DataError(f"{location}: the text is empty. Add text, or remove the row.")
+    return text, label, location.removeprefix(source)
 
 
 def class_sort_key(name: str) -> tuple[int, float, str]:

@@ -4,11 +4,15 @@ The columns of the first row determine the format, which all rows must share. A 
 maps "role" (system, user or assistant) and "content" to strings; a user message may
 also have an "input" (Alpaca's second field). After an optional system message, user and
 assistant alternate; the last message is the assistant's. Texts are not stripped; null
-and blank inputs or system messages count as absent.
+and blank inputs or system messages count as absent. Keys that are not read are counted
+in the description; those that other programs train on are an error.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+import json
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,14 +20,15 @@ import numpy as np
 
 from gptjax.config import did_you_mean
 from gptjax.data.datasets import WORD_TASKS, word_tasks
+from gptjax.data.packed_rows import encode_text, pack_columns, take_rows
 from gptjax.data.readers import (
-    TABLE_FORMATS,
     check_object,
+    describe_unread,
     find_table,
     get_text,
     read_rows,
     require_text,
-    table_suffix,
+    table_format,
 )
 from gptjax.data.splits import split_indices, split_shares
 from gptjax.data.text import ALL_SPLITS, TRAIN_SPLIT, VALIDATION_SPLIT
@@ -36,9 +41,9 @@ RowFormats = dict[tuple[str, ...], str]  # required columns: name of the format
 CONVERSATION_FORMATS: RowFormats = {  # the first match wins
     ("messages",): "chat",
     ("conversations",): "ShareGPT",
-    ("instruction", "output"): "Alpaca",
+    **{("instruction", answer): "Alpaca" for answer in ("output", "response")},
     **{("prompt", answer): "prompts" for answer in ("completion", "response", "output")},
-    **{("question", answer): "questions" for answer in ("answer", "output")},
+    **{("question", answer): "questions" for answer in ("answer", "output", "response")},
 }
 PROMPT_COLUMNS = ("instruction", "prompt", "question")
 PREFERENCE_COLUMNS = ("chosen", "rejected")
@@ -51,7 +56,14 @@ ROLE_ALIASES = {"system": "system", "user": "user", "human": "user"}
 ROLE_ALIASES |= dict.fromkeys(("assistant", "gpt", "model", "bot"), "assistant")
 SPLIT_ALIASES = {name: name for name in ALL_SPLITS}
 SPLIT_ALIASES |= dict.fromkeys(("val", "valid"), VALIDATION_SPLIT)
-OPTIONAL_COLUMNS = dict.fromkeys(("system", "input", "split", "task"), "")
+SYSTEM_COLUMNS = ("system", "system_prompt")
+INPUT_COLUMNS = ("input", "context")  # second field of a prompt
+OPTIONAL_COLUMNS = dict.fromkeys((*SYSTEM_COLUMNS, *INPUT_COLUMNS, "split", "task"), "")
+MESSAGE_KEYS = ("role", "content", "from", "value", "type", "text", *INPUT_COLUMNS)
+# Keys that other programs train on, or that are read only in some formats.
+UNSUPPORTED_KEYS = {"tools", "functions", "tool_calls", "function_call", "documents"}
+UNSUPPORTED_KEYS |= {"image", "images", "video", "videos", "audio", "audios", "thinking"}
+UNSUPPORTED_KEYS |= {"reasoning_content", "chat_template_kwargs", "history", *INPUT_COLUMNS}
 EXPECTED_TEXT = {"user": "a prompt", "assistant": "a response"}
 ROW_ADVICE = "All rows need the same columns."
 MESSAGE_ADVICE = 'Write each message as {"role": "user", "content": "..."}.'
@@ -83,7 +95,7 @@ class PreferencePair:
 ConversationOrPair = TypeVar("ConversationOrPair", Conversation, PreferencePair)
 
 
-def read_conversations(path: Path | str) -> tuple[list[Conversation], str]:
+def read_conversations(path: Path | str) -> tuple[Sequence[Conversation], str]:
     """Reads conversations; returns them with a one-line description.
 
     In preference files, the response is "output" if there is one, else "chosen".
@@ -92,60 +104,85 @@ def read_conversations(path: Path | str) -> tuple[list[Conversation], str]:
         str(path), CONVERSATION_FORMATS | PREFERENCE_FORMATS
     )
     answer_column = "chosen" if "chosen" in columns else columns[-1]
-    conversations, turns = [], 0
-    for location, source_row, row in rows:
-        messages = to_messages(row, columns, answer_column, location)
-        split, task = get_split(row, location), get_text(row, "task", location)
-        conversations.append(Conversation(messages, source_row, location, split, task))
-        turns += sum(message["role"] == "assistant" for message in messages)
+    used, unread, turns = {*columns, "task"} - {"rejected"}, Counter[str](), 0
+
+    def parse_rows() -> Iterator[Conversation]:
+        nonlocal turns
+        for location, source_row, row in rows:
+            messages = to_messages(row, columns, answer_column, location)
+            unread.update(unread_keys(row, read_keys(row, used), location))
+            split, task = get_split(row, location), get_text(row, "task", location)
+            turns += sum(message["role"] == "assistant" for message in messages)
+            yield Conversation(messages, source_row, location, split, task)
+
+    conversations = pack_items(parse_rows(), Conversation)
     return conversations, (
-        f"{description}; conversations: {len(conversations):,}, turns: {turns:,}, "
-        f"{summarize_conversations(conversations)}."
+        f"{description}{describe_unread(unread)}; conversations: {len(conversations):,}, "
+        f"turns: {turns:,}, {summarize_conversations(conversations)}."
     )
 
 
-def read_preference_pairs(path: Path | str) -> tuple[list[PreferencePair], str]:
+def read_preference_pairs(path: Path | str) -> tuple[Sequence[PreferencePair], str]:
     """Reads preference pairs; returns them with a one-line description.
 
     "chosen" and "rejected" may be lists of messages that include the prompt.
     """
     description, columns, rows = read_conversation_rows(str(path), PREFERENCE_FORMATS)
-    pairs = []
-    for location, source_row, row in rows:
-        chosen, rejected = (to_messages(row, columns, c, location) for c in PREFERENCE_COLUMNS)
-        if chosen[:-1] != rejected[:-1]:
-            raise DataError(
-                f"{location}: 'chosen' and 'rejected' differ before their last "
-                "message. Make all messages before it equal, or remove the row."
-            )
-        prompt, split = chosen[:-1], get_split(row, location)
-        answers = (chosen[-1]["content"], rejected[-1]["content"])
-        pairs.append(PreferencePair(prompt, *answers, source_row, location, split))
+    unread = Counter[str]()
+
+    def parse_rows() -> Iterator[PreferencePair]:
+        for location, source_row, row in rows:
+            chosen, rejected = (to_messages(row, columns, c, location) for c in PREFERENCE_COLUMNS)
+            if chosen[:-1] != rejected[:-1]:
+                raise DataError(
+                    f"{location}: 'chosen' and 'rejected' differ before their last "
+                    "message. Make all messages before it equal, or remove the row."
+                )
+            unread.update(unread_keys(row, read_keys(row, {*columns}), location))
+            answers = (chosen[-1]["content"], rejected[-1]["content"])
+            split = get_split(row, location)
+            yield PreferencePair(chosen[:-1], *answers, source_row, location, split)
+
+    pairs = pack_items(parse_rows(), PreferencePair)
     num_equal = sum(pair.chosen == pair.rejected for pair in pairs)
     return pairs, (
-        f"{description}; pairs: {len(pairs):,}, with identical responses: "
-        f"{num_equal:,}, {summarize_conversations(pairs)}."
+        f"{description}{describe_unread(unread)}; pairs: {len(pairs):,}, with identical "
+        f"responses: {num_equal:,}, {summarize_conversations(pairs)}."
     )
+
+
+def pack_items(
+    items: Iterable[ConversationOrPair], kind: type[ConversationOrPair]
+) -> Sequence[ConversationOrPair]:
+    """Packs conversations or pairs as JSON."""
+
+    def decode(encoded: bytearray) -> ConversationOrPair:
+        messages, *fields = json.loads(encoded)
+        return kind(tuple(messages), *fields)
+
+    encoded_items = (json.dumps([*vars(x).values()], ensure_ascii=False) for x in items)
+    return pack_columns(((encode_text(x),) for x in encoded_items), decode)[0]
 
 
 def read_conversation_rows(
     path: str, formats: RowFormats
-) -> tuple[str, tuple[str, ...], list[tuple[str, Any, dict[str, Any]]]]:
-    """Returns (description, required columns, [(location, row, its columns), ...])."""
+) -> tuple[str, tuple[str, ...], Iterator[tuple[str, Any, dict[str, Any]]]]:
+    """Returns (description, required columns, rows of (location, row, its columns))."""
     if path == WORD_TASKS:
         source, file_format = path, "built in"
-        rows = [(f"{path}:{n}", row) for n, row in enumerate(word_tasks(), 1)]
+        rows = ((f"{path}:{n}", row) for n, row in enumerate(word_tasks(), 1))
     else:
         source = find_table(path, CONVERSATION_DATASETS, "conversations")
-        file_format = TABLE_FORMATS[table_suffix(source)]
-        rows = list(read_rows(source))
-    if not rows:
+        file_format, rows = table_format(source), read_rows(source)
+    first = next(rows, None)
+    if first is None:
         raise DataError(f"{source} has no rows. Pass a file with a conversation per row.")
-    location, row = rows[0]
+    location, row = first
     present_columns = [name for name in check_columns(row, (), location, ROW_ADVICE) if name in row]
     for columns, name in formats.items():
         if set(columns) <= set(present_columns):
-            checked = [(at, x, check_columns(x, columns, at, ROW_ADVICE)) for at, x in rows]
+            rows = itertools.chain([first], rows)
+            checked = ((at, x, check_columns(x, columns, at, ROW_ADVICE)) for at, x in rows)
             return f"{source}: {file_format}; {name} ({', '.join(columns)})", columns, checked
     expected = "a preference pair" if formats == PREFERENCE_FORMATS else "a conversation"
     raise DataError(
@@ -167,6 +204,36 @@ def check_columns(row: Any, columns: Sequence[str], location: str, advice: str) 
     return OPTIONAL_COLUMNS | row
 
 
+def read_keys(row: dict[str, Any], columns: set[str]) -> set[str]:
+    """Returns the keys that are read from a row with these columns."""
+    has_text_prompt = any(isinstance(row[name], str) for name in columns & {*PROMPT_COLUMNS})
+    return {*columns, *SYSTEM_COLUMNS, "split", *INPUT_COLUMNS * has_text_prompt}
+
+
+def unread_keys(
+    fields: dict[str, Any], read: Collection[str], location: str, path: str = ""
+) -> Iterator[str]:
+    """Yields the keys of a row and its messages that have a value but are not read.
+
+    One that other programs train on is an error.
+    """
+    for name, value in fields.items():
+        if name in read:
+            for item in value if isinstance(value, list) else ():
+                if isinstance(item, dict):
+                    yield from unread_keys(item, MESSAGE_KEYS, location, f"{path}{name}[].")
+        elif value in (None, [], {}) or (isinstance(value, str) and not value.strip()):
+            continue
+        # A bad response has False as label (KTO), a message without loss the weight 0.
+        elif name in UNSUPPORTED_KEYS or (name in ("label", "weight") and value in (False, 0)):
+            raise DataError(
+                f"{location}: {path + name!r} is {value!r:.40}, which cannot be trained on. "
+                "Remove or rename the key, or move its text into the messages."
+            )
+        else:
+            yield path + name
+
+
 def to_messages(
     row: dict[str, Any], columns: tuple[str, ...], answer_column: str, location: str
 ) -> tuple[ChatMessage, ...]:
@@ -183,8 +250,7 @@ def to_messages(
     check_turn_order(messages, location)
     if messages[0]["role"] == "system" and not messages[0]["content"].strip():
         messages = messages[1:]
-    system = get_text(row, "system", location)
-    if system.strip():
+    if system := get_optional_text(row, SYSTEM_COLUMNS, location):
         if messages[0]["role"] == "system":
             raise DataError(
                 f"{location}: two system messages, in column 'system' and as the first "
@@ -194,10 +260,13 @@ def to_messages(
     return tuple(messages)
 
 
-def optional_input(row: dict[str, Any], location: str) -> dict[str, str]:
-    """Returns {"input": text}, or {} if the input is blank."""
-    text = get_text(row, "input", location)
-    return {"input": text} if text.strip() else {}
+def get_optional_text(row: dict[str, Any], columns: Sequence[str], location: str) -> str:
+    """Returns the text of the one of these columns that is not blank, else ""."""
+    texts = {name: get_text(row, name, location) for name in columns if name in row}
+    filled = [name for name, text in texts.items() if text.strip()]
+    if len(filled) > 1:
+        raise DataError(f"{location}: both {filled[0]!r} and {filled[1]!r} have text. Merge them.")
+    return texts[filled[0]] if filled else ""
 
 
 def read_messages(
@@ -210,8 +279,8 @@ def read_messages(
     value = row[column]
     if column == "instruction" or (role and not isinstance(value, list)):
         content = require_text(row, column, location, EXPECTED_TEXT[role])
-        input_field = optional_input(row, location) if column == "instruction" else {}
-        return [{"role": role, "content": content, **input_field}]
+        second = get_optional_text(row, INPUT_COLUMNS, location) if role == "user" else ""
+        return [{"role": role, "content": content, **({"input": second} if second else {})}]
     if not isinstance(value, list) or not value:
         prompt_advice = "Plain text requires a column 'prompt'. " * (column in PREFERENCE_COLUMNS)
         raise DataError(
@@ -236,11 +305,13 @@ def read_message(fields: Any, location: str) -> ChatMessage:
         advice = 'Write each part as {"type": "text", "text": "..."}, or remove the row.'
         parts = [check_columns(part, ("text",), location, advice) for part in fields[content_key]]
         fields[content_key] = "".join(get_text(part, "text", location) for part in parts)
+    second = get_optional_text(fields, INPUT_COLUMNS, location)
+    if second and role != "user":
+        raise DataError(f"{location}: an input, but from {role}. Move it to a user message.")
     if role == "system":
         return {"role": role, "content": get_text(fields, content_key, location)}
     content = require_text(fields, content_key, location, EXPECTED_TEXT[role])
-    message = {"role": role, "content": content}
-    return message | optional_input(fields, location) if role == "user" else message
+    return {"role": role, "content": content, **({"input": second} if second else {})}
 
 
 def check_turn_order(messages: Sequence[ChatMessage], location: str) -> None:
@@ -266,26 +337,28 @@ def get_split(row: dict[str, Any], location: str) -> str:
     return SPLIT_ALIASES[name] if name else ""
 
 
-def splits_from_column(items: list[ConversationOrPair]) -> dict[str, list[ConversationOrPair]]:
+def splits_from_column(
+    items: Sequence[ConversationOrPair],
+) -> dict[str, Sequence[ConversationOrPair]]:
     """Groups rows by their "split" column; {} if no row has one."""
-    without_split = [item.location for item in items if not item.split]
-    if without_split and len(without_split) < len(items):
+    names = [item.split for item in items]
+    if "" in names and any(names):
         raise DataError(
-            f"{without_split[0]}: no 'split', but other rows have one. Set it in all "
-            "rows or in none."
+            f"{items[names.index('')].location}: no 'split', but other rows have one. Set it in "
+            "all rows or in none."
         )
-    parts = {name: [item for item in items if item.split == name] for name in ALL_SPLITS}
-    return {name: part for name, part in parts.items() if part}
+    indices = {name: [n for n, split in enumerate(names) if split == name] for name in ALL_SPLITS}
+    return {name: take_rows(items, chosen) for name, chosen in indices.items() if chosen}
 
 
 def split_conversations(
-    items: list[ConversationOrPair],
+    items: Sequence[ConversationOrPair],
     strategy: str,
     *,
     val_fraction: int | float,
     test_fraction: int | float,
     seed: int,
-) -> dict[str, list[ConversationOrPair]]:
+) -> dict[str, Sequence[ConversationOrPair]]:
     """Splits conversations or pairs; omits splits with a fraction of 0.
 
     Splits of the rows themselves have priority. A `strategy` other than "stratified" is
@@ -302,14 +375,16 @@ def split_conversations(
         return load_plugin("data.split_strategy", strategy)(items)
     order = np.random.default_rng(seed).permutation(len(items))
     parts = split_indices(order, split_shares(val_fraction, test_fraction), "the data")
-    return {name: [items[i] for i in indices] for name, indices in parts.items()}
+    return {name: take_rows(items, indices) for name, indices in parts.items()}
 
 
-def summarize_conversations(items: list[ConversationOrPair]) -> str:
+def summarize_conversations(items: Sequence[ConversationOrPair]) -> str:
     """Returns counts of inputs, system messages and rows per split as one line."""
-    prompts = [i.messages if isinstance(i, Conversation) else i.prompt for i in items]
-    num_inputs = sum(any("input" in m for m in messages) for messages in prompts)
-    num_system = sum(messages[0]["role"] == "system" for messages in prompts)
+    num_inputs = num_system = 0
+    for item in items:
+        prompt = item.messages if isinstance(item, Conversation) else item.prompt
+        num_inputs += any("input" in message for message in prompt)
+        num_system += prompt[0]["role"] == "system"
     sizes = [f"{name} {len(part):,}" for name, part in splits_from_column(items).items()]
     split_note = "; splits in the file: " * bool(sizes) + ", ".join(sizes)
     return f"with an input: {num_inputs:,}, with a system message: {num_system:,}{split_note}"

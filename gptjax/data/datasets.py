@@ -173,7 +173,7 @@ def python_lines() -> list[tuple[str, str, str]]:
     for name in PYTHON_LINE_MODULES:
         text = inspect.getsource(pkgutil.resolve_name(name))
         docstring_numbers = docstring_line_numbers(text)
-        for number, raw in enumerate(text.splitlines(), 1):
+        for number, raw in enumerate(text.split("\n"), 1):
             line = raw.strip()
             has_valid_length = MIN_LINE_CHARS <= len(line) <= MAX_LINE_CHARS
             if has_valid_length and not line.startswith(("#", ">>>", "...", '"', "'")):

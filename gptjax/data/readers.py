@@ -1,8 +1,9 @@
-"""Strict readers of tables (.jsonl, .json, .csv, .tsv) and text, also gzipped.
+r"""Strict readers of tables (.jsonl, .json, .csv, .tsv) and text, also gzipped.
 
 Nothing is repaired or skipped: invalid UTF-8, JSON or CSV raises an error with file and
-line. CSV is parsed strictly, TSV like pandas does by default: a field that starts with
-a quote extends to the closing quote, across line ends too.
+line. Lines end with \n or \r\n only. CSV is parsed strictly, TSV like pandas does by
+default: a field that starts with a quote extends to the closing quote, across line ends
+too.
 """
 
 import codecs
@@ -11,8 +12,11 @@ import csv
 import gzip
 import itertools
 import json
+import re
+import shlex
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
@@ -22,13 +26,15 @@ from gptjax.data.datasets import DATASETS, PYTHON_HELP, fetch_dataset
 from gptjax.errors import DataError
 from gptjax.fileio.strict_json import open_regular_file, parse_json
 
-TABLE_FORMATS = {".jsonl": "JSON lines", ".json": "JSON list"}
-TABLE_FORMATS |= {".csv": "comma-separated", ".tsv": "tab-separated"}
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+DELIMITER_NAMES = {",": "comma-separated", ";": "semicolon-separated", "\t": "tab-separated"}
+TABLE_FORMATS = {".jsonl": "JSON lines", ".json": "JSON list"}
+TABLE_FORMATS |= {suffix: DELIMITER_NAMES[char] for suffix, char in DELIMITERS.items()}
 SMS_SPAM_FILE = DATASETS["sms-spam"].file_name  # tab-separated, without suffix and header
 READ_BLOCK_BYTES = 1 << 18  # per read
 MAX_LINE_BYTES = 64 << 20  # per line and per CSV field
 MAX_JSON_BLOCKS = 1 << 12  # per .json file, 1 GiB
+MAX_LISTED_COLUMNS = 20  # columns listed by name in a summary
 # Usual column names; the first is preferred to the others.
 TEXT_COLUMNS = ("text", "sentence", "content", "message", "review", "document", "sms")
 TEXT_COLUMNS += ("comment", "tweet", "body", "question", "headline")
@@ -57,15 +63,33 @@ def suffix_without_gz(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def visible_files(folder: Path, suffixes: Sequence[str], pattern: str = "**/*") -> list[Path]:
-    """Returns the files with these extensions in a folder tree, without hidden ones."""
-    return [
-        path
-        for path in sorted(folder.glob(pattern))
-        if suffix_without_gz(path) in suffixes
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+def visible_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """Returns the files with these extensions in a folder tree, without hidden ones.
+
+    Links to folders are followed. A folder that can be reached in several ways is read
+    once, and the folders that contain `folder` are not read, so that no link is a loop.
+    """
+    files, pending, seen = [], deque([folder]), {*folder.resolve().parents}
+    try:
+        while pending:
+            if (real := (current := pending.popleft()).resolve()) in seen:
+                continue
+            seen.add(real)
+            for path in sorted(current.iterdir()):
+                if path.name.startswith("."):
+                    continue
+                if not path.is_dir():
+                    if suffix_without_gz(path) in suffixes and path.is_file():
+                        files.append(path)
+                elif path.is_symlink():
+                    pending.append(path)  # last, so that a folder in the tree has its own path
+                else:
+                    pending.appendleft(path)
+    except OSError as error:
+        raise DataError(
+            f"cannot read {error.filename}: {error.strerror}. Make it readable."
+        ) from error
+    return sorted(files)
 
 
 def find_table(path: str, datasets: Sequence[str], content: str, alternative: str = "") -> Path:
@@ -93,6 +117,20 @@ def table_suffix(path: Path) -> str:
     return ".tsv" if is_sms_spam else suffix_without_gz(path)
 
 
+def table_format(path: Path) -> str:
+    """Returns the name of a table's format."""
+    suffix = table_suffix(path)
+    return DELIMITER_NAMES[find_delimiter(path)] if suffix in DELIMITERS else TABLE_FORMATS[suffix]
+
+
+def find_delimiter(path: Path) -> str:
+    """Finds the delimiter: the usual one, unless the header has only another."""
+    usual = DELIMITERS[table_suffix(path)]
+    header = next((text for _, text in read_lines(path) if text.strip()), "")
+    unquoted = re.sub('"[^"]*"', "", header)
+    return next((char for char in (usual, *DELIMITER_NAMES) if char in unquoted), usual)
+
+
 def read_text_file(path: Path) -> str:
     """Reads a whole UTF-8 text file with any file extension."""
     return "".join(read_text_blocks(path))
@@ -116,7 +154,8 @@ def decode_utf8(blocks: Iterable[bytes], path: Path) -> Iterator[tuple[int, str]
             line += error.object.count(b"\n", 0, error.start)
             raise DataError(
                 f"{path}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x}: "
-                f"{error.reason}). Save the file as UTF-8."
+                f"{error.reason}). Convert it, from Latin-1 for example: iconv -f latin1 -t utf-8 "
+                f"{shlex.quote(str(path))} > NEW_FILE"
             ) from error
         if "\0" in text:
             line += text.count("\n", 0, text.index("\0"))
@@ -154,8 +193,8 @@ def read_rows(path: Path) -> Iterator[LocatedRow]:
             return read_jsonl(path)
         case ".json":
             return read_json_array(path)
-        case suffix:
-            return name_columns(read_csv_records(path, DELIMITERS[suffix]))
+        case _:
+            return name_columns(read_csv_records(path))
 
 
 def read_jsonl(path: Path) -> Iterator[LocatedRow]:
@@ -192,16 +231,17 @@ def parse_located_json(text: str, path: Path, line: int) -> Any:
         raise DataError(f"{path}:{line}: not JSON: {reason}.") from error
 
 
-def read_csv_records(path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+def read_csv_records(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Yields (location, fields) of each row that is not blank.
 
     All rows must have as many fields as the first.
     """
+    delimiter = find_delimiter(path)
     csv.field_size_limit(MAX_LINE_BYTES)  # process-wide; default 131,072
     # Decoded text has no NUL, so this row is the last one unless a quote is still open.
     end = "\0"
     lines = itertools.chain((text for _, text in read_lines(path)), [end])
-    reader = csv.reader(lines, delimiter=delimiter, strict=delimiter == ",")
+    reader = csv.reader(lines, delimiter=delimiter, strict=delimiter != "\t")
     line, width = 1, 0
     try:
         for fields in reader:
@@ -222,15 +262,33 @@ def read_csv_records(path: Path, delimiter: str) -> Iterator[tuple[str, list[str
         raise DataError(f"{path}:{line}: not CSV: {error}.") from error
 
 
+def column_names(fields: Sequence[str]) -> list[str]:
+    """Returns the names in a header, with the number of a column that has no name."""
+    return [name.strip() or str(number) for number, name in enumerate(fields, 1)]
+
+
 def name_columns(records: Iterable[tuple[str, list[str]]]) -> Iterator[LocatedRow]:
     """Yields each record as a dict by the names in the first one."""
     records = iter(records)
-    location, names = next(records, ("", []))
-    names = [name.strip() for name in names]
+    location, header = next(records, ("", []))
+    names = column_names(header)
     if len(set(names)) < len(names):
-        raise DataError(f"{location}: duplicate column name in {names}.")
+        raise DataError(f"{location}: duplicate column name in {names!s:.200}.")
     for location, fields in records:
         yield location, dict(zip(names, fields, strict=True))
+
+
+def describe_unread(counts: Mapping[str, int]) -> str:
+    """Describes columns that are not read by the number of rows that have them.
+
+    >>> describe_unread({"id": 1200, "date": 3})
+    '; not read: id (1,200), date (3)'
+    """
+    listed = [
+        f"{name:.40} ({n:,})" for name, n in itertools.islice(counts.items(), MAX_LISTED_COLUMNS)
+    ]
+    listed += [f"{len(counts) - len(listed):,} more"] * (len(counts) > len(listed))
+    return "; not read: " * bool(listed) + ", ".join(listed)
 
 
 def check_object(row: Any, location: str, advice: str) -> dict[str, Any]:

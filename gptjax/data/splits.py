@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,16 +25,12 @@ def stratified_split(
     test_fraction: float,
     seed: int,
     balance_classes: bool,
-    deduplicate: bool,
 ) -> dict[str, LabeledTexts]:
     """Splits labeled texts by class; omits splits with a fraction of 0.
 
     `strategy` is "stratified", or that of a plugin, which uses no later argument.
-    `balance_classes` first downsamples all classes to the smallest, `deduplicate` first
-    drops rows whose text, stripped, occurred before.
+    `balance_classes` first downsamples all classes to the smallest.
     """
-    if deduplicate:
-        data = drop_duplicates(data)
     if strategy != "stratified":
         return load_plugin("data.split_strategy", strategy)(data)
     shares = split_shares(val_fraction, test_fraction)
@@ -103,19 +99,36 @@ def split_sizes(num_rows: int, shares: Sequence[float]) -> list[int]:
     return sizes
 
 
+def hash_texts(texts: Iterable[str]) -> np.ndarray:
+    """Hashes each text, so that the texts themselves need not be in memory."""
+    return np.fromiter(map(hash, texts), np.int64)
+
+
 def drop_duplicates(data: LabeledTexts) -> LabeledTexts:
     """Drops rows with a text that occurred before, apart from outer whitespace."""
-    first_index: dict[str, int] = {}
-    for i, text in enumerate(data.texts):
-        first = first_index.setdefault(text.strip(), i)
-        if data.labels[first] != data.labels[i]:
-            label, other = (data.class_names[data.labels[n]] for n in (i, first))
-            raise DataError(
-                f"{data.locations[i]}: the text {text.strip()!r:.50} has the label {label!r}, "
-                f"but {other!r} at {data.locations[first]}. Correct one, or keep both with "
-                "--data.deduplicate false."
-            )
-    return take(data, first_index.values())
+    hashes = hash_texts(text.strip() for text in data.texts)
+    _, first_rows, group = np.unique(hashes, return_index=True, return_inverse=True)
+    labels = np.asarray(data.labels)
+    conflicts = np.flatnonzero(labels != labels[first_rows][group])
+    if len(conflicts):
+        row, first = conflicts[0], first_rows[group[conflicts[0]]]
+        label, other = (data.class_names[labels[n]] for n in (row, first))
+        raise DataError(
+            f"{data.locations[row]}: the text {data.texts[row].strip()!r:.50} has the label "
+            f"{label!r}, but {other!r} at {data.locations[first]}. Correct one, or keep both "
+            "with --data.deduplicate false."
+        )
+    return take(data, np.sort(first_rows))
+
+
+def describe_dropped(before: LabeledTexts, after: Iterable[LabeledTexts], reason: str) -> list[str]:
+    """Formats how many rows of each class were dropped, as one line, or none."""
+    kept = Counter(label for part in after for label in part.labels)
+    dropped = (Counter(before.labels) - kept).most_common()
+    names = [f"{before.class_names[label]} ({n:,})" for label, n in dropped[:MAX_TABLE_CLASSES]]
+    count, more = sum(n for _, n in dropped), " ..." * (len(dropped) > len(names))
+    line = f"dropped  {count:,} of {len(before):,} rows: {', '.join(names)}{more}; {reason}"
+    return [line] * bool(dropped)
 
 
 def describe_splits(splits: dict[str, LabeledTexts]) -> list[str]:
@@ -135,9 +148,9 @@ def describe_splits(splits: dict[str, LabeledTexts]) -> list[str]:
 
 def describe_overlap(splits: dict[str, LabeledTexts]) -> list[str]:
     """Formats how many texts occur in more than one split."""
-    texts = {name: set(part.texts) for name, part in splits.items()}
+    texts = {name: hash_texts(part.texts) for name, part in splits.items()}
     pairs = itertools.combinations(texts, 2)
-    counts = {(one, other): len(texts[one] & texts[other]) for one, other in pairs}
+    counts = {(a, b): len(np.intersect1d(texts[a], texts[b])) for a, b in pairs}
     if not any(counts.values()):
         return ["no text occurs in more than one split"]
     shared = [f"{count:,} in {one} and {other}" for (one, other), count in counts.items()]

@@ -42,8 +42,9 @@ TEXT_SPLITS = (TRAIN_SPLIT, VALIDATION_SPLIT)  # of pretraining data
 CHUNK_CHARS = 1 << 18
 DOCUMENT_SUFFIXES = (".txt", ".md")  # one document per file
 SOURCE_SUFFIXES = (*DOCUMENT_SUFFIXES, *TABLE_FORMATS)
+COLUMN_OPTION = "--column NAME (in training --data.text_column NAME)"
 DOCUMENT_COLUMNS = ("text", "content", "document")  # usual names of the text column
-CHUNK_BOUNDARY = re.compile(r"(?s).*(?<=\S)[ \n]")  # greedy: the last one
+CHUNK_BOUNDARY = re.compile(r"(?s).+(?<=\S)[ \n]")  # greedy: the last one
 
 
 class TextChunk(NamedTuple):
@@ -82,8 +83,7 @@ def find_sources(paths: Sequence[str | Path], column: str = "") -> list[TextSour
         if suffix_without_gz(path) in TABLE_FORMATS and not column:
             location, row = next(read_rows(path), ("", ""))
             if isinstance(row, dict):
-                option = "--column NAME (data.text_column)"
-                column_guess = guess_text_column(row, location, option, DOCUMENT_COLUMNS)
+                column_guess = guess_text_column(row, location, COLUMN_OPTION, DOCUMENT_COLUMNS)
                 source = TextSource(path, column_guess)
         sources.append(source)
     return sources
@@ -116,7 +116,9 @@ def iter_chunks(source: TextSource) -> Iterator[TextChunk]:
         documents = ([text] for text in read_python_help())
     elif suffix_without_gz(source.path) in TABLE_FORMATS:
         rows = read_rows(source.path)
-        documents = ([get_text(row, source.column, location)] for location, row in rows)
+        documents = (
+            [get_text(row, source.column, location, COLUMN_OPTION)] for location, row in rows
+        )
     else:
         documents = [read_text_blocks(source.path)]
     for document in documents:
@@ -127,12 +129,13 @@ def chunk_document(texts: Iterable[str]) -> Iterator[TextChunk]:
     """Re-splits consecutive parts of one document."""
     buffer = ""
     for text in texts:
-        buffer += text
-        while len(buffer) > CHUNK_CHARS:
-            match = CHUNK_BOUNDARY.match(buffer, 0, CHUNK_CHARS + 1)
-            end = match.end() - 1 if match else CHUNK_CHARS
-            yield TextChunk(buffer[:end], False)
-            buffer = buffer[end:]
+        buffer, start = buffer + text, 0
+        while len(buffer) - start > CHUNK_CHARS:
+            match = CHUNK_BOUNDARY.match(buffer, start, start + CHUNK_CHARS + 1)
+            end = match.end() - 1 if match else start + CHUNK_CHARS
+            yield TextChunk(buffer[start:end], False)
+            start = end
+        buffer = buffer[start:]
     if buffer:
         yield TextChunk(buffer, True)
 

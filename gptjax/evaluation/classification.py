@@ -1,13 +1,11 @@
 """Evaluation of a classifier on labeled texts."""
 
-import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gptjax.data.classification import LabeledTexts, read_labeled_texts
-from gptjax.errors import DataError
 from gptjax.evaluation.metrics import (
     ClassificationMetrics,
     classification_metrics,
@@ -16,6 +14,9 @@ from gptjax.evaluation.metrics import (
 )
 from gptjax.inference.classify import check_classifier, encode_texts, predict_probs
 from gptjax.weights.model_folder import Model
+
+# Options of `gptjax eval` that choose the columns.
+EVAL_OPTIONS = ("--text-column NAME", "--label-column NAME")
 
 
 class ClassificationResult(NamedTuple):
@@ -39,21 +40,26 @@ def evaluate_classifier(
     return ClassificationResult(loss, prob_NC, classification_metrics(confusion_CC), confusion_CC)
 
 
-def evaluate_labeled_file(model: Model, path: str) -> dict[str, int | float]:
-    """Evaluates a classifier on a file of labeled texts; returns metrics by name."""
+def evaluate_labeled_file(
+    model: Model, path: str, text_column: str = "", label_column: str = ""
+) -> dict[str, Any]:
+    """Evaluates a classifier on labeled texts; returns metrics by name.
+
+    Any of its classes may occur. The default columns are those of the training data.
+    """
     check_classifier(model)
-    data, _ = read_labeled_texts(path)
-    if unknown := sorted(set(data.class_names) - set(model.labels)):
-        raise DataError(
-            f"{path} has the label {unknown[0]!r}, but the labels of the model are "
-            f"{', '.join(model.labels)}. Rename it, or train with it."
-        )
-    label_ids = [model.labels.index(data.class_names[label]) for label in data.labels]
-    data = dataclasses.replace(data, labels=label_ids, class_names=model.labels)
+    data, _ = read_labeled_texts(
+        path,
+        text_column,
+        label_column,
+        class_names=model.labels,
+        usual_columns=model.columns,
+        options=EVAL_OPTIONS,
+    )
     result = evaluate_classifier(model, data, encode_texts(model, data.texts))
-    low, high = mean_ci(result.prob_NC.argmax(axis=-1) == np.asarray(label_ids))
-    return {
-        "texts": len(label_ids),
+    low, high = mean_ci(result.prob_NC.argmax(axis=-1) == np.asarray(data.labels))
+    metrics = {
+        "texts": len(data),
         "loss": result.loss,
         "accuracy": result.metrics.accuracy,
         "accuracy low 95%": low,
@@ -61,3 +67,6 @@ def evaluate_labeled_file(model: Model, path: str) -> dict[str, int | float]:
         "macro-F1": result.metrics.macro_f1,
         "balanced accuracy": result.metrics.balanced_accuracy,
     }
+    counts = zip(model.labels, result.metrics.count, strict=True)
+    absent = [label for label, count in counts if not count]
+    return metrics | ({"classes without texts": absent} if absent else {})

@@ -451,7 +451,7 @@ def few_shot_prompt(path: Path, query: str) -> str:
     prompt = ""
     for location, row in read_jsonl(path):
         match row:
-            case {"input": str(source), "output": str(target)}:
+            case {"input": str(source), "output": str(target), **others} if not others:
                 prompt += f"{source} -> {target}\n"
             case _:
                 fix = 'Write {"input": "woc", "output": "cow"}.'

@@ -41,6 +41,7 @@ def label_file(
     predict: PredictFn,
     *,
     text_column: str = "",
+    usual_column: str = "",
     batch_size: int = 256,
     log: Callable[[str], None] = print,
 ) -> int:
@@ -50,15 +51,17 @@ def label_file(
     per line; blank lines are skipped. The new columns are called label and probability,
     or predicted_label and predicted_probability if the first row has one of these.
 
-    `source` may be gzipped, the suffix of `output` determines its format, and an empty
-    `text_column` is guessed. `predict` labels `batch_size` texts per call.
+    `source` may be gzipped and the suffix of `output` determines its format. An empty
+    `text_column` is the `usual_column` if the rows have it, else guessed. `predict`
+    labels `batch_size` texts per call.
     """
     check_label_paths(source, output)
     rows, option = read_input_rows(source), "--text NAME"
     location, first = next(rows, ("", None))
     if first is None:
         raise DataError(f"{source} has no rows. Pass a file with one text per row.")
-    column = text_column or guess_text_column(first, location, option)
+    column = text_column or usual_column * (usual_column in first)
+    column = column or guess_text_column(first, location, option)
     if not text_column:
         log(f"{source}: text in column {column!r}. Override with {option}.")
     prefix = "predicted_" if set(ADDED_COLUMNS) & set(first) else ""
@@ -102,7 +105,7 @@ def check_label_paths(source: Path, output: Path) -> None:
 def read_input_rows(path: Path) -> Iterator[LocatedRow]:
     """Yields the rows of a file."""
     if suffix_without_gz(path) == ".txt":
-        lines = ((n, line.rstrip("\r\n")) for n, line in read_lines(path))
+        lines = ((n, line.removesuffix("\n").removesuffix("\r")) for n, line in read_lines(path))
         rows = ((f"{path}:{n}", {"text": line}) for n, line in lines if line.strip())
     else:
         rows = read_rows(path)

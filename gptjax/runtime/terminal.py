@@ -97,14 +97,21 @@ def open_closed_descriptors() -> None:
 
 
 def stdin_lines() -> Iterator[str]:
-    """Yields the lines of stdin as they arrive, without a byte-order mark."""
+    r"""Yields the lines of stdin as they arrive; all end with \n.
+
+    A byte-order mark is removed.
+    """
+    stdin: Any = sys.stdin
     try:
-        if sys.stdin is None:
+        if stdin is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        lines = iter(functools.partial(sys.stdin.readline, MAX_STDIN_CHARS), "")
+        with contextlib.suppress(AttributeError, OSError):  # no file, or already read from
+            stdin.reconfigure(newline="\n")  # else \r ends a line as well
+        lines = iter(functools.partial(stdin.readline, MAX_STDIN_CHARS), "")
         for number, line in enumerate(lines):
             if len(line) == MAX_STDIN_CHARS:
                 raise ValueError(f"a line has more than {MAX_STDIN_CHARS:,} characters")
+            line = f"{line[:-2]}\n" if line.endswith("\r\n") else line
             yield line if number else line.removeprefix("\ufeff")
     except (OSError, ValueError) as error:  # closed, a folder, endless, or not UTF-8
         raise DataError(f"cannot read stdin: {error}. Give it UTF-8 text.") from error

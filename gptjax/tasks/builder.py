@@ -58,6 +58,7 @@ class FinetuneInputs(NamedTuple):
     init_model: Model | None
     summary_lines: list[str]  # about the data
     class_names: tuple[str, ...] = ()  # of a classifier
+    columns: tuple[str, ...] = ()  # of its text and label
     chat_template: str = ""  # of an assistant
     params: Params | None = None  # of the full model before the first step, if known
 
@@ -94,7 +95,8 @@ def make_finetune_task(
         params, adapters = finetune.combine_params(config, to_host(state.params), frozen_params)
         params = finetune.merge_last_layers(params)
         params = merge_adapters(params, adapters) if adapters else params
-        return Model(config.model, params, tokenizer, inputs.class_names, chat_template=template)
+        names = {"labels": inputs.class_names, "columns": inputs.columns}
+        return Model(config.model, params, tokenizer, chat_template=template, **names)
 
     def save_best(state: TrainState) -> None:
         trainable_params = to_host(state.params)

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from gptjax.config import RunConfig
+from gptjax.config import DataConfig, RunConfig
 from gptjax.data.classification import ClassificationBatches, LabeledTexts, read_labeled_texts, take
-from gptjax.data.splits import describe_splits, stratified_split
+from gptjax.data.splits import describe_dropped, describe_splits, drop_duplicates, stratified_split
 from gptjax.data.text import TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError
 from gptjax.evaluation.classification import ClassificationResult, evaluate_classifier
@@ -47,15 +47,19 @@ def load_classification_data(run: RunContext) -> tuple[RunContext, Classificatio
         )
     init_model = finetune.load_init_model(c.finetune, run.log)
     texts, columns = read_labeled_texts(c.data.source, c.data.text_column, c.data.label_column)
+    unique = drop_duplicates(texts) if c.data.deduplicate else texts
     rows = stratified_split(
-        texts,
+        unique,
         c.data.split_strategy,
         val_fraction=c.data.val_fraction,
         test_fraction=c.data.test_fraction,
         seed=c.data.split_seed,
         balance_classes=c.data.balance_classes,
-        deduplicate=c.data.deduplicate,
     )
+    dropped = [
+        *describe_dropped(texts, [unique], "repeated texts (data.deduplicate)"),
+        *describe_dropped(unique, rows.values(), downsampling_reason(c.data)),
+    ]
     rows = finetune.check_validation_split(c, rows, "rows")
     train = rows[TRAIN_SPLIT].texts
     tokenizer = finetune.choose_tokenizer(
@@ -68,7 +72,7 @@ def load_classification_data(run: RunContext) -> tuple[RunContext, Classificatio
         token_ids = [tokenizer.encode(text) for text in texts_of_split]
         num_truncated += sum(len(row) > max_length for row in token_ids)
         ids[split] = [row[:max_length] for row in token_ids]
-    summary_lines = [f"data     {columns}", *describe_splits(rows)]
+    summary_lines = [f"data     {columns}", *dropped, *describe_splits(rows)]
     if num_truncated:
         summary_lines.append(f"too long {num_truncated} texts truncated to the context")
     text_label_pairs = {
@@ -77,10 +81,20 @@ def load_classification_data(run: RunContext) -> tuple[RunContext, Classificatio
     }
     class_names = rows[TRAIN_SPLIT].class_names
     inputs = builder.FinetuneInputs(
-        text_label_pairs, tokenizer, init_model, summary_lines, class_names
+        text_label_pairs, tokenizer, init_model, summary_lines, class_names, texts.columns
     )
     run = builder.with_model_config(run, init_model, tokenizer, len(class_names))
     return run, ClassificationData(rows, ids, inputs)
+
+
+def downsampling_reason(config: DataConfig) -> str:
+    """Why a split leaves out rows of the larger classes."""
+    if config.split_strategy == "stratified":
+        return "classes balanced (data.balance_classes)"
+    return (
+        f"left out by data.split_strategy={config.split_strategy}. Keep all rows with "
+        "--data.split_strategy stratified"
+    )
 
 
 def make_classification_task(run: RunContext, data: ClassificationData) -> Task:

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -44,8 +44,8 @@ def load_init_model(config: FinetuneConfig, log: Callable[[str], None]) -> Model
 
 
 def train_val_test_split(
-    config: RunConfig, items: list[ConversationOrPair], item_name: str
-) -> dict[str, list[ConversationOrPair]]:
+    config: RunConfig, items: Sequence[ConversationOrPair], item_name: str
+) -> dict[str, Sequence[ConversationOrPair]]:
     """Splits conversations or pairs (`item_name`); requires a validation split."""
     splits = split_conversations(
         items,

@@ -95,6 +95,7 @@ class ModelSource:
     num_rows: int  # in the file's token embedding, at least vocab_size
     labels: tuple[str, ...] = ()  # class names of a classifier
     chat_template: str = ""  # of an assistant; "" if none
+    columns: tuple[str, ...] = ()  # of text and label in the table of a classifier
 
 
 def load(name: str | Path, log: _LogFn = lambda line: None, *, int8: bool = False) -> Model:
@@ -264,11 +265,12 @@ def from_gptjax(path: Path, reader: TensorReader, metadata: Mapping[str, Any]) -
             f"it has the format {metadata['format']!r}, but this version reads "
             f"{MODEL_FORMAT!r}. Use a folder written by gptjax.save or gptjax train."
         )
-    match {"labels": [], **metadata}:
+    match {"labels": [], "columns": [], **metadata}:
         case {
             "model": dict(model),
             "tokenizer": {"name": str(name), "hash": str(expected_hash)},
             "labels": [*labels],
+            "columns": [] | [str(), str()] as columns,
         }:
             pass
         case _:
@@ -288,7 +290,8 @@ def from_gptjax(path: Path, reader: TensorReader, metadata: Mapping[str, Any]) -
         raise ConfigError(f"labels={labels} for {config.n_classes} classes. Copy it again.")
     tokenizer = dataclasses.replace(tokenizer, name=name)
     num_rows = config.padded_vocab_size
-    return ModelSource("gptjax", path, config, tokenizer, reader, num_rows, tuple(labels))
+    names = {"labels": tuple(labels), "columns": tuple(columns)}
+    return ModelSource("gptjax", path, config, tokenizer, reader, num_rows, **names)
 
 
 def from_hf(
@@ -422,7 +425,8 @@ def read_model(source: ModelSource, *, int8: bool = False) -> Model:
     ordered = [jax.device_put(arrays.pop(name)) for name in leaves]
     params = jax.tree.unflatten(jax.tree.structure(shapes), ordered)
     params = fake_quantize(params) if int8 else params
-    return Model(config, params, source.tokenizer, source.labels, source.chat_template, int8)
+    metadata = (source.tokenizer, source.labels, source.chat_template, int8, source.columns)
+    return Model(config, params, *metadata)
 
 
 def check_config_sizes(source: ModelSource) -> None:

@@ -1,6 +1,6 @@
 """Model and model folder, which every command accepts as MODEL.
 
-config.json          model config, format version, tokenizer hash, labels, training step
+config.json          model config, format version, tokenizer hash, labels, columns, step
 model.safetensors    float32 parameters by name
 vocab.json, merges.txt, tokenizer_config.json
 chat_template.jinja  of an assistant
@@ -42,6 +42,7 @@ class Model:
     labels: tuple[str, ...] = ()  # class names of a classifier
     chat_template: str = dataclasses.field(default="", repr=False)  # Jinja source
     int8: bool = False  # `fake_quantize`d parameters, int8 matmuls in decoding
+    columns: tuple[str, ...] = ()  # of text and label in the table of a classifier
 
     @functools.cached_property
     def decode_params(self) -> Params:
@@ -69,6 +70,7 @@ def save(model: Model, model_dir: str | Path, *, step: int | None = None) -> Non
         "format": MODEL_FORMAT,
         "model": dataclasses.asdict(model.config),
         "labels": list(model.labels),
+        "columns": list(model.columns),
         "tokenizer": {"name": model.tokenizer.name, "hash": model.tokenizer.hash},
     }
     if step is not None:

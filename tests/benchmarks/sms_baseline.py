@@ -21,7 +21,7 @@ KINDS = {
 
 if __name__ == "__main__":
     data, _ = read_labeled_texts("sms-spam")
-    options = {"seed": 0, "balance_classes": False, "deduplicate": False}
+    options = {"seed": 0, "balance_classes": False}
     splits = stratified_split(data, "book", val_fraction=0.1, test_fraction=0.2, **options)
     train = splits["train"]
     models = {"the most frequent label": DummyClassifier()}

@@ -34,7 +34,7 @@ def test_the_sms_splits_are_the_files_of_the_book(shared_data):
     options = {"val_fraction": 0.3, "test_fraction": 0.2, "balance_classes": False}
     data, _ = read_labeled_texts("sms-spam")
 
-    splits = stratified_split(data, "book", seed=5, deduplicate=False, **options)
+    splits = stratified_split(data, "book", seed=5, **options)
 
     assert [len(part) for part in splits.values()] == [1045, 149, 300]
     # Of the files that the book's own code writes, with pandas 3.1.

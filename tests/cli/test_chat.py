@@ -148,12 +148,12 @@ def test_in_a_pipe_each_line_is_a_message_and_replies_go_to_stdout(monkeypatch, 
 
     monkeypatch.setattr(chat, "stream_answer", echo)
     monkeypatch.setattr(chat, "encode_chat", one_per_character)
-    set_stdin(monkeypatch, "é\r\n\n漢字\n/wrong\nlast")
+    set_stdin(monkeypatch, "é\r\n\n漢字\x0c\r字\n/wrong\nlast")
 
     chat.run_chat(ASSISTANT, "a\x1b[2Jname", {"max_new_tokens": 2})
 
     out, err = capsys.readouterr()
-    assert out == "é\ufffd[2J!\n漢字\ufffd[2J!\nlast\ufffd[2J!\n"
+    assert out == "é\ufffd[2J!\n漢字\ufffd\ufffd字\ufffd[2J!\nlast\ufffd[2J!\n"
     assert "/wrong" in err
     assert "\x1b" not in err
 

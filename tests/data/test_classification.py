@@ -17,6 +17,8 @@ TABLES = [  # file, content, options, columns of text and label
     ("b.csv", csv_text([("text", "content"), *PAIRS]), ("", "text"), "content", "text"),
     ("c.csv", csv_text(PAIRS), ("2", "1"), "2", "1"),
     ("SMSSpamCollection", csv_text(PAIRS, "\t"), (), "text", "label"),
+    ("d.csv", csv_text([("v1", "v2", "", ""), *((*x, "", 0) for x in PAIRS)]), ("v2",), "v2", "v1"),
+    ("e.csv", csv_text([("", "a", "text"), *((0, *x) for x in PAIRS)]), (), "text", "a"),
 ]
 
 
@@ -34,6 +36,32 @@ def test_each_format_gives_the_same_rows_and_the_description_names_it(tmp_path):
     for options in (("bod",), ("label", "label")):
         with pytest.raises(DataError, match=r"csv:2: .*data\.text_column"):
             read_labeled_texts(tmp_path / "a.csv", *options)
+
+
+def test_columns_that_are_not_read_are_counted(tmp_path):
+    rows = [("v1", "v2", "", "id"), ("ham", "a", "rest", 1), ("spam", "b", "", 2)]
+
+    data, description = read_labeled_texts(write(tmp_path / "a.csv", csv_text(rows)), "v2", "v1")
+
+    assert data.columns == ("v2", "v1")
+    assert "; not read: 3 (1), id (2);" in description
+
+
+def test_any_classes_of_a_model_may_occur_in_columns_of_the_training_data(tmp_path):
+    options = {"usual_columns": ("v2", "v1"), "options": ("-t", "-l")}
+    options["class_names"] = ("spam", "ham")
+    table = write(tmp_path / "a.csv", csv_text([("v1", "id", "v2"), ("ham", 1, "a")]))
+    other = write(tmp_path / "b.csv", csv_text([("label", "text", "n"), ("ham", "a", 1)]))
+
+    assert pairs(read_labeled_texts(table, **options)[0]) == [("ham", "a")]
+    assert pairs(read_labeled_texts(table, "id", **options)[0]) == [("ham", "1")]
+    assert pairs(read_labeled_texts(other, **options)[0]) == [("ham", "a")]
+    for rows, value in [
+        ([("a", "b", "c"), ("ham", "x", "y")], "csv:2: .*a, b, c.* -t -l"),
+        ([("v1", "v2"), ("ham", "a"), ("eggs", "b")], "csv:3: .*'eggs'.*spam, ham"),
+    ]:
+        with pytest.raises(DataError, match=value):
+            read_labeled_texts(write(tmp_path / "c.csv", csv_text(rows)), **options)
 
 
 def test_class_names_are_sorted_and_numbers_by_value(tmp_path):

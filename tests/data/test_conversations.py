@@ -1,9 +1,11 @@
 """Conversations and preference pairs of every format, and their splits."""
 
 import json
+import tracemalloc
 
 import pytest
 
+from gptjax.data.classification import read_labeled_texts
 from gptjax.data.conversations import (
     Conversation,
     PreferencePair,
@@ -27,6 +29,7 @@ def write_rows(path, *rows):
     return write(path, "\n".join(map(json.dumps, rows)))
 
 
+BRIEF = {"system_prompt": "Be brief.", "system": None}
 ASKED = {"instruction": "Is it green?", "input": "A leaf"}
 BOTH = {"chosen": " Yes.\n", "rejected": "No!"}
 NULLS = dict.fromkeys(("messages", "input", "system", "split", "task", "chosen"))
@@ -39,6 +42,9 @@ ROWS = [  # row, its messages
     (ASKED | {"output": " Yes.\n", "system": "Be brief."}, [SYSTEM, LEAF, YES]),
     ({"prompt": "Is it green?", "completion": " Yes.\n"}, [USER, YES]),
     ({"question": "Is it green?", "answer": " Yes.\n"}, [USER, YES]),
+    (BRIEF | {"question": "Is it green?", "response": " Yes.\n"}, [SYSTEM, USER, YES]),
+    ({"prompt": "Is it green?", "input": "A leaf", "response": " Yes.\n"}, [LEAF, YES]),
+    ({"question": "Is it green?", "context": "A leaf", "answer": " Yes.\n"}, [LEAF, YES]),
     ({"prompt": [SYSTEM, LEAF], "completion": [YES]}, [SYSTEM, LEAF, YES]),
     ({"prompt": "Is it green?", "completion": " Yes.\n"} | NULLS, [USER, YES]),
     ({"messages": TALK, "prompt": "?", "chosen": "?"}, TALK),
@@ -68,8 +74,41 @@ def test_each_format_gives_the_same_messages_and_pairs(tmp_path):
     for row, prompt in PAIRS:
         pair = PreferencePair(tuple(prompt), " Yes.\n", "No!", row, f"{path}:1")
 
-        assert read_preference_pairs(write_rows(path, row))[0] == [pair]
+        assert list(read_preference_pairs(write_rows(path, row))[0]) == [pair]
         assert read_conversations(path)[0][0].messages == (*prompt, YES)
+
+
+def test_keys_that_are_not_read_are_counted(tmp_path):
+    path, answer = tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"}
+    user = USER | {"content": [PARTS[0] | {"lang": "en"}], "name": "M"}
+    talk = {"messages": [user, YES | {"weight": 1, "tools": []}], "prompt": " "}
+    known = {"system": "s", "input": "i", "task": "t", "split": "test"}
+    for row, keys in [
+        (answer | {"id": 1, "a": " ", "b": 0}, "id (1), b (1)"),
+        (talk, "messages[].content[].lang (1), messages[].name (1), messages[].weight (1)"),
+        (answer | {f"k{n:02}": n for n in range(23)}, "k18 (1), k19 (1), 3 more"),
+        ({"prompt": "a"} | BOTH, "rejected (1)"),
+        (answer | known, ""),
+    ]:
+        _, description = read_conversations(write_rows(path, row))
+        assert ("not read: " in description) == bool(keys)
+        assert f"{keys}; conversations" in description
+    pairs = write_rows(path, *[{"prompt": "a", "task": "t"} | BOTH] * 2)
+    assert "not read: task (2);" in read_preference_pairs(pairs)[1]
+
+
+def test_rows_in_memory_take_a_few_times_the_size_of_their_file(tmp_path):
+    rows = [("ab"[n % 2], f"the text of row {n}") for n in range(10_000)]
+    talks = [{"prompt": text, "response": text} for _, text in rows]
+    for read, path in [
+        (read_labeled_texts, write(tmp_path / "a.csv", csv_text([("label", "text"), *rows]))),
+        (read_conversations, write_rows(tmp_path / "a.jsonl", *talks)),
+    ]:
+        tracemalloc.start()
+        read(path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 5 * path.stat().st_size
 
 
 def test_tasks_splits_and_locations_are_those_of_the_rows(tmp_path):
@@ -84,7 +123,8 @@ def test_tasks_splits_and_locations_are_those_of_the_rows(tmp_path):
     assert [one.location for one in found] == [f"{path}:{n}" for n in (2, 5, 8, 11, 14)]
     for items in (found, pairs):
         splits = split_conversations(items, **DEFAULTS)
-        assert splits == {"train": items[:1], "validation": items[1:4], "test": items[4:]}
+        expected = {"train": items[:1], "validation": items[1:4], "test": items[4:]}
+        assert {n: list(x) for n, x in splits.items()} == {n: list(x) for n, x in expected.items()}
 
 
 def make_rows(count, split=""):

@@ -9,7 +9,13 @@ import pytest
 from gptjax.data import readers
 from gptjax.data.classification import read_labeled_texts
 from gptjax.data.conversations import read_conversations, read_preference_pairs
-from gptjax.data.readers import read_rows, read_text_file
+from gptjax.data.readers import (
+    DELIMITER_NAMES,
+    read_rows,
+    read_text_file,
+    table_format,
+    visible_files,
+)
 from gptjax.data.text import find_sources, iter_chunks
 from gptjax.errors import DataError
 from tests.data.tables import csv_text, write
@@ -62,6 +68,36 @@ def test_a_message_that_quotes_a_long_text_keeps_its_start_and_end(tmp_path):
     assert len(str(caught.value)) < 1100
 
 
+def test_only_newlines_end_a_line(tmp_path):
+    text = "a\x85\u2028\u2029b"  # JSON strings have no control characters
+    row, table = json.dumps({"text": text}, ensure_ascii=False), f"text\n{text}\x0b\x0c\x1c\x1e"
+    for name, content in (("a.jsonl", row), ("a.csv", table), ("a.tsv", table)):
+        for end in ("\n", "\r\n"):
+            path = write(tmp_path / name, (content + "\n").replace("\n", end))
+            assert [row["text"].rstrip() for _, row in rows_of(path)] == [text]
+
+
+def test_other_delimiters_are_found_in_the_header(tmp_path):
+    rows = [{"text": "a, b", "label": "x;y"}, {"text": "c", "label": "d"}]
+    fields = [list(rows[0]), *(list(row.values()) for row in rows)]
+    for delimiter, name in DELIMITER_NAMES.items():
+        for suffix in ("csv", "tsv"):
+            path = write(tmp_path / f"a.{suffix}", csv_text(fields, delimiter))
+            assert ([row for _, row in rows_of(path)], table_format(path)) == (rows, name)
+
+
+def test_links_to_folders_are_followed_and_no_folder_is_read_twice(tmp_path):
+    for name in ("set/a.txt", "far/b.txt", "far/.git/c.txt", "up.txt"):
+        write(tmp_path / name, "a")
+    links = {"set/more": "far", "set/twice": "far", "far/loop": "set", "far/up": "."}
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(tmp_path / target)
+
+    found = visible_files(tmp_path / "set", [".txt"])
+
+    assert found == [tmp_path / "set/a.txt", tmp_path / "set/more/b.txt"]
+
+
 def to_jsonl(*rows):
     return "\n".join(map(json.dumps, rows))
 
@@ -77,12 +113,14 @@ INVALID = [  # reader, file, content, start of the message, value in it
     (rows_of, "a.csv", 'id,text\n1,"a\n\nb"\n2,c,d\n', ":5: ", "3 fields, but 2"),
     (rows_of, "a.csv", 'id,text\n1,"a"b\n', ":2: ", "not CSV"),
     (rows_of, "a.csv", "text,id, text\na,b,c\n", ":1: ", "['text', 'id', 'text']"),
+    (rows_of, "a.csv", "text\ncaf\xe9\n".encode("latin-1"), ":2: ", "iconv -f latin1"),
     (rows_of, "a.tsv", 'id\ttext\n1\tb\n2\t"b', ":3: ", "quote"),
     (texts_of, "a.jsonl", '{"body": "b"}\n{"bod": "b"}', ":2: ", "'body'. Did you mean bod?"),
     (texts_of, "a.jsonl", '"b"\n"\\ud800"', ":2: ", r"'\ud800'"),
     (texts_of, "a.jsonl", '"b"\n"\\u0000"', ":2: ", "NUL"),
     (read_labeled_texts, "a.csv", "text,label\na,x\n ,y\n", ":3: ", "empty"),
     (read_labeled_texts, "a.json", "[]", " ", "no rows"),
+    (read_labeled_texts, "a.csv", "text,label,split\na,x,test\nb,y,\n", " ", "'split'"),
     (read_labeled_texts, "a.jsonl", '{"text": "a", "label": [1]}', ":1: ", "[1]"),
     (read_labeled_texts, "a.csv", "text,label\na,ham\nb,ham\n", ", column 'label': ", "'ham'"),
     (read_labeled_texts, "a.csv", "review,comment,label\na,b,c\n", ":2: ", "--data.text_column"),
@@ -90,11 +128,23 @@ INVALID = [  # reader, file, content, start of the message, value in it
     (read_conversations, "a.jsonl", to_jsonl(AB | {"completion": 5}), ":1: ", "'completion' is 5"),
     (read_conversations, "a.jsonl", to_jsonl(AB | {"completion": [YES] * 3}), ":1: ", "has 3"),
     (read_conversations, "a.jsonl", to_jsonl(AB | {"split": "trian"}), ":1: ", "mean train?"),
+    *(
+        (read_conversations, "a.jsonl", to_jsonl(AB, row), ":2: ", value)
+        for row, value in [
+            (AB | {"history": [["x", "y"]]}, "'history' is [['x', 'y']]"),
+            (AB | {"tools": [{"name": "f"}]}, "'tools'"),
+            (AB | {"label": False}, "'label' is False"),
+            (AB | {"input": "x", "context": "y"}, "'input' and 'context'"),
+            (AB | {"prompt": [USER], "input": "x"}, "'input' is 'x'"),
+            (AB | {"prompt": [USER | {"weight": 0}]}, "'prompt[].weight' is 0"),
+        ]
+    ),
     (read_conversations, "a.jsonl", to_jsonl(AB | {"split": "test"}, AB), ":2: ", "'split'"),
     *(
         (read_conversations, "a.jsonl", to_jsonl({"messages": messages}), f":1{start}", value)
         for messages, start, value in [
             ([USER | {"role": "tool"}], ", message 1: ", "'tool'"),
+            ([USER, YES | {"input": "x"}], ", message 2: ", "assistant"),
             ([USER | {"content": [{"type": "image_url"}]}], ", message 1: ", "'text'"),
             ([SYSTEM, USER, YES, USER], ": ", "system, user, assistant, user"),
         ]

@@ -5,13 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.data.classification import LabeledTexts
-from gptjax.data.splits import stratified_split
+from gptjax.data.splits import describe_dropped, drop_duplicates, stratified_split
 from gptjax.data.text import ALL_SPLITS
 from gptjax.errors import ConfigError, DataError
 from tests.data.tables import quick
 
 DEFAULTS = {"strategy": "stratified", "val_fraction": 0.1, "test_fraction": 0.2, "seed": 0}
-DEFAULTS |= {"balance_classes": False, "deduplicate": False}
+DEFAULTS |= {"balance_classes": False}
 
 
 def make_rows(*counts, texts=1_000_000):
@@ -64,7 +64,7 @@ def test_rows_are_shuffled_drawn_from_the_whole_class_and_once_if_repeated():
     data, repeated, first = make_rows(400, 50), make_rows(40, 50, texts=7), {}
 
     one, other = (split(data, seed=seed, balance_classes=True) for seed in (1, 2))
-    unique = split(repeated, deduplicate=True)
+    unique = drop_duplicates(repeated)
 
     assert set(one["test"].locations) != set(other["test"].locations)
     # Sorted rows would make the first batches of an evaluation all of one class.
@@ -72,7 +72,10 @@ def test_rows_are_shuffled_drawn_from_the_whole_class_and_once_if_repeated():
     assert any(200 < int(place[6:]) <= 400 for place in one["train"].locations)
     for row in rows_of(repeated):
         first.setdefault(row[0].strip(), row)
-    assert sorted(row for x in unique.values() for row in rows_of(x)) == sorted(first.values())
+    assert rows_of(unique) == list(first.values())
+    (line,) = describe_dropped(repeated, [unique], "repeated")
+    assert "76 of 90 rows: b (43), a (33); repeated" in line
+    assert not describe_dropped(data, split(data).values(), "")
 
 
 def test_impossible_splits_are_rejected():
@@ -81,7 +84,8 @@ def test_impossible_splits_are_rejected():
         (make_rows(9, 2), {}, DataError, "'b' has 2 rows"),
         (make_rows(9, 9), {"val_fraction": 0.8}, ConfigError, r"data\.val_fraction=0\.8"),
         (make_rows(9, 9), {"strategy": "boook"}, ConfigError, r"data\.split_strategy='boook'"),
-        (two_labels, {"deduplicate": True}, DataError, r"^a\.csv:9: .*'spam'.*'ham' at a\.csv:1"),
     ]:
         with pytest.raises(kind, match=value):
             split(data, **changes)
+    with pytest.raises(DataError, match=r"^a\.csv:9: .*'spam'.*'ham' at a\.csv:1"):
+        drop_duplicates(two_labels)

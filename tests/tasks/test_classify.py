@@ -3,9 +3,11 @@
 import csv
 import dataclasses
 import functools
+import io
 import json
 import math
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +123,17 @@ def test_a_run_keeps_its_best_model_and_writes_a_report(finished):
     assert f"test accuracy {test['accuracy']:.4f}" in done
 
 
+def test_left_out_rows_are_reported_before_training(tmp_path):
+    for option, value in {"data__split_strategy": "book", "data__balance_classes": True}.items():
+        config = make_config(tmp_path, **{option: value})
+
+        _, data = load_classification_data(RunContext(config, tmp_path))
+
+        (line,) = [x for x in data.inputs.summary_lines if x.startswith("dropped ")]
+        assert f" {120 - sum(map(len, data.rows.values()))} of 120 rows: " in line
+        assert option.replace("__", ".") in line
+
+
 def test_only_adapters_and_head_are_trained(finished):
     config, folder, model, _ = finished
     run, data = load_classification_data(RunContext(config, folder))
@@ -202,13 +215,19 @@ def test_texts_are_classified_the_same_alone_and_in_a_batch():
         gptjax.classify(BASE, ["x"])
 
 
-def test_the_command_line_classifies_and_evaluates_texts_and_files(finished, tmp_path, capsys):
+def test_the_command_line_classifies_and_evaluates_texts_and_files(
+    finished, tmp_path, capsys, monkeypatch
+):
     folder = str(finished[1])
     source, out = tmp_path / "in.csv", tmp_path / "out.csv"
     source.write_text("text,label\nabba,vowel\ndodo,new\n")
 
     assert main(["classify", folder, "abba", "dodo"]) == 0
     labels = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    lines = io.BytesIO(b"abba\x0c\rabba\r\n\ndodo")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines, encoding="utf-8"))
+    assert main(["classify", folder]) == 0
+    assert capsys.readouterr().out.count("\n") == 2
     assert main(["eval", folder, "--classification-data", str(source)]) == 2
     assert "'new'" in capsys.readouterr().err
     source.write_text("text\nabba\ndodo\n")
@@ -217,6 +236,16 @@ def test_the_command_line_classifies_and_evaluates_texts_and_files(finished, tmp
     assert main(["eval", folder, "--classification-data", str(out), "--json"]) == 0
     numbers = json.loads(capsys.readouterr().out)
 
+    (absent,) = {"other", "vowel"} - {labels[0]}
+    out.write_text(f"label,id,text\n{labels[0]},1,abba\n")
+    assert main(["eval", folder, "--classification-data", str(out)]) == 0
+    assert f"classes without texts {absent}" in capsys.readouterr().out
+    named = ["--text-column", "id", "--label-column", "tag"]
+    assert main(["eval", folder, "--classification-data", str(out), *named]) == 2
+    assert (
+        "mean label? Columns: label, id, text. Choose with --label-column"
+        in capsys.readouterr().err
+    )
     assert labels == [row["label"] for row in rows]
     assert (numbers["texts"], numbers["accuracy"]) == (2, 1)
     nats = [-math.log(float(row["probability"])) for row in rows]
