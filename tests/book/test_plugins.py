@@ -52,7 +52,8 @@ def test_the_instructions_are_split_in_file_order(shared_data):
     splits = split_rows(rows)
 
     assert [len(part) for part in splits.values()] == [935, 55, 110]
-    assert splits["train"] + splits["test"] + splits["validation"] == rows
+    parts = [splits[name] for name in ("train", "test", "validation")]
+    assert [row for part in parts for row in part] == list(rows)
 
 
 def test_the_collate_example_of_the_book():
