@@ -4,9 +4,11 @@ import atexit
 import os
 import signal
 import sys
+import threading
+from typing import Any
 
-from gptjax.runtime.preemption import EXIT_PREEMPTED, STOP_SIGNALS, exit_interrupted
-from gptjax.runtime.terminal import discard, open_closed_descriptors
+from gptjax.runtime.preemption import STOP_SIGNALS, exit_interrupted
+from gptjax.runtime.terminal import discard, open_closed_streams
 
 
 def main() -> int:
@@ -16,7 +18,11 @@ def main() -> int:
     """
     for number in STOP_SIGNALS:
         signal.signal(number, exit_interrupted)
-    open_closed_descriptors()
+    # Errors in threads and callbacks of libraries also reach the command, or are
+    # harmless, such as an interruption in a callback.
+    sys.unraisablehook = lambda unraisable: None
+    sys.excepthook = print_main_error
+    open_closed_streams()
     from gptjax.cli.main import main
 
     code = main()
@@ -28,11 +34,17 @@ def main() -> int:
                 stream.flush()
         except (OSError, ValueError):
             discard(stream)
-    if code == EXIT_PREEMPTED:
-        # Python's teardown crashes in C++ code that the exception has interrupted.
+    if code:
+        # After an exception, Python's teardown may crash or complain in libraries.
         atexit._run_exitfuncs()
         os._exit(code)
     return code
+
+
+def print_main_error(kind: Any, error: Any, trace: Any) -> None:
+    """Prints the traceback of an unexpected error, if it ends the command."""
+    if threading.current_thread() is threading.main_thread():
+        sys.__excepthook__(kind, error, trace)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 The command line prints them without a traceback and exits with their `exit_code`.
 """
 
+import errno
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,37 @@ class DivergenceError(GptjaxError, ArithmeticError):
     """Training whose loss became non-finite."""
 
     exit_code = 1
+
+
+# How to raise a limit of the machine or process, by error number.
+LIMIT_ADVICE = {
+    errno.ENOSPC: "Free space on the disk",
+    errno.EDQUOT: "Free space within your quota",
+    errno.EFBIG: "Raise the limit of file sizes (ulimit -f)",
+    errno.EMFILE: "Raise the limit of open files (such as ulimit -n 1024)",
+    errno.ENFILE: "Close other programs",
+    errno.ENOMEM: "Free memory, or raise its limit (ulimit -v)",
+}
+OUT_OF_MEMORY = re.compile("RESOURCE_EXHAUSTED|can't start new thread")  # of XLA, of Python
+
+
+def to_resource_error(error: BaseException, memory_advice: str = "") -> ResourceError | None:
+    """Error that says which limit caused an error, or None if none did."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ResourceError):
+        number, detail = getattr(cause, "errno", None), getattr(cause, "filename", None)
+        is_out_of_memory = isinstance(cause, RuntimeError) and OUT_OF_MEMORY.search(str(cause))
+        if isinstance(cause, MemoryError) or is_out_of_memory:
+            number, detail = errno.ENOMEM, str(cause).partition("\n")[0][:200].rstrip(".")
+        if number in LIMIT_ADVICE:
+            context, found, _ = str(error).partition(str(cause) or "\0")
+            context = context if found else ""
+            reason = ": ".join(filter(None, [os.strerror(number), detail]))
+            fix = memory_advice if number == errno.ENOMEM else ""
+            fix = fix or f"{LIMIT_ADVICE[number]}."
+            return ResourceError(f"{context}{reason}. {fix} Then run the same command again.")
+        cause = cause.__cause__
+    return None
 
 
 def check_type(name: str, value: Any, expected: type, fix: str) -> None:

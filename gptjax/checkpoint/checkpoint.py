@@ -131,8 +131,8 @@ def write_step(
             with contextlib.suppress(OSError):
                 remove_path(partial_dir)
         raise ModelError(
-            f"cannot save step {step} in {checkpoint_dir}: {error}. Free disk space or "
-            "choose another run folder; earlier checkpoints are kept."
+            f"cannot save step {step} in {checkpoint_dir}: {error}. Check that the folder "
+            "can be written; earlier checkpoints are kept."
         ) from error
 
 

@@ -16,7 +16,7 @@ import click
 from gptjax.cli import data, inference, planning, train
 from gptjax.cli.arguments import HELP_WIDTH, Command
 from gptjax.config import did_you_mean
-from gptjax.errors import GptjaxError
+from gptjax.errors import GptjaxError, to_resource_error
 from gptjax.runtime.preemption import (
     EXIT_PREEMPTED,
     Interrupted,
@@ -125,16 +125,19 @@ def run_command(words: list[str]) -> int:
     except click.ClickException as error:
         print_message(f"gptjax: {error.format_message()}")
         return 2
-    except GptjaxError as error:
-        print_message(f"gptjax: {error}")
-        return error.exit_code
     except BrokenPipeError:  # the reader of our output has seen enough
         discard(sys.stdout)
         return 0
-    except OSError as error:
-        if error.filename is None:
+    except (GptjaxError, OSError, MemoryError, RuntimeError) as caught:
+        error = to_resource_error(caught) or caught
+        if isinstance(error, GptjaxError):
+            print_message(f"gptjax: {error}")
+            return error.exit_code
+        if not isinstance(error, OSError):
             raise
-        print_message(f"gptjax: cannot use {error.filename}: {error.strerror}. Check the path.")
-        return 2 if error.errno in PATH_ERRNOS else 1
+        path = error.filename
+        text = f"cannot use {path}: {error.strerror}. Check the path." if path else error
+        print_message(f"gptjax: {text}")
+        return 2 if path and error.errno in PATH_ERRNOS else 1
     except KeyboardInterrupt:
         return 130

@@ -2,14 +2,17 @@
 
 import contextlib
 import logging
+import resource
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import click
 
+from gptjax.errors import ResourceError
 from gptjax.runtime.terminal import print_message, print_progress
 
+MIN_ADDRESS_SPACE = 1 << 31  # bytes; a tiny model needs 1.9e9
 PROCESS_START = time.perf_counter()  # close to the start of the process
 
 
@@ -47,6 +50,13 @@ def setup_session(verbose: bool, last_phase: str = "answering") -> None:
     from gptjax.runtime.compilation_cache import persistent_cache
     from gptjax.runtime.timing import log_phases
 
+    logging.getLogger().addHandler(logging.NullHandler())  # no tracebacks of libraries
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if 0 <= limit < MIN_ADDRESS_SPACE:
+        raise ResourceError(
+            f"{limit >> 10} KiB of address space are too few for JAX, which would crash. Raise "
+            f"the limit to at least {MIN_ADDRESS_SPACE >> 10} (ulimit -v)."
+        )
     context = click.get_current_context()
     if verbose:
         context.with_resource(log_phases(print_message, PROCESS_START, last_phase))

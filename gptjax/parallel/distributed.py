@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.errors import ConfigError, GptjaxError, ResourceError
+from gptjax.errors import ConfigError, GptjaxError
 from gptjax.runtime.preemption import NOTHING_TO_SAVE, Interrupted
 from gptjax.runtime.terminal import print_message
 
@@ -123,8 +123,7 @@ def abort_all_on_error() -> Iterator[None]:
             # All processes raise the same error. Give them time to receive the last
             # data and to print it; when process 0 exits, they are terminated.
             time.sleep(1 if jax.process_index() else 2)
-        is_user_error = isinstance(error, GptjaxError) and not isinstance(error, ResourceError)
-        os._exit(2 if is_user_error else 1)
+        os._exit(getattr(error, "exit_code", 1))
     finally:
         with contextlib.suppress(OSError):
             watcher.stdin.write(b"done\n")

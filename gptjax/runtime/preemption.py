@@ -11,7 +11,6 @@ import contextlib
 import os
 import select
 import signal
-import sys
 import threading
 import traceback
 import types
@@ -118,11 +117,6 @@ def _watch_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
             if number := next_signal():
                 os._exit(128 + number)
 
-    def on_unraisable(unraisable: Any) -> None:
-        if not isinstance(unraisable.exc_value, Interrupted):  # in a callback: `watch` exits
-            unraisable_hook(unraisable)
-
-    unraisable_hook, sys.unraisablehook = sys.unraisablehook, on_unraisable
     previous_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -130,7 +124,6 @@ def _watch_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(previous_fd)
-        sys.unraisablehook = unraisable_hook
         os.close(write_fd)  # ends the thread
         thread.join()  # it may be about to exit: only one of the threads prints
 

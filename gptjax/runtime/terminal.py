@@ -87,13 +87,18 @@ def discard(stream: Any) -> None:
         os.dup2(null.fileno(), stream.fileno())
 
 
-def open_closed_descriptors() -> None:
-    """Opens standard streams that are closed, so that no file gets their numbers."""
+def open_closed_streams() -> None:
+    """Opens standard streams that are closed, so that no file gets their numbers.
+
+    `sys.stdin` and `sys.stdout` remain None.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    if sys.stderr is None:  # libraries write to it
+        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 def stdin_lines() -> Iterator[str]:

@@ -2,18 +2,16 @@
 
 import contextlib
 import dataclasses
-import errno
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from gptjax.config import load_config
-from gptjax.errors import ConfigError, ModelError, ResourceError
+from gptjax.errors import ConfigError, to_resource_error
 from gptjax.training import estimate
 from gptjax.training.task import RunContext
 
-DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ESTIMATE_SLACK = 1.5  # tolerated ratio of estimated to available memory
 OOM_ADVICE = (
     "Raise train.accumulate (0 chooses a value that fits), lower data.batch_size or "
@@ -23,25 +21,13 @@ OOM_ADVICE = (
 
 @contextlib.contextmanager
 def translate_resource_errors() -> Iterator[None]:
-    """Translates out-of-memory (ConfigError) and disk-full (ResourceError) errors."""
+    """Raises a ResourceError if memory, disk space or a limit is exhausted."""
     try:
         yield
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        reason = "out of host memory"
-        if not isinstance(error, MemoryError):
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            reason = f"out of device memory: {str(error).splitlines()[0][:200].rstrip('.')}"
-        raise ConfigError(f"{reason}. {OOM_ADVICE} Saved checkpoints are unaffected.") from error
-    except (OSError, ModelError) as error:
-        cause = error.__cause__ if isinstance(error, ModelError) else error
-        if isinstance(error, ResourceError) or getattr(cause, "errno", 0) not in DISK_FULL_ERRNOS:
-            raise
-        text = str(error).rstrip(".")
-        raise ResourceError(
-            f"disk full: {text}. Free space and run the same command again; it resumes "
-            "from the last checkpoint."
-        ) from error
+    except Exception as error:
+        if translated := to_resource_error(error, OOM_ADVICE):
+            raise translated from error
+        raise
 
 
 def choose_accumulation(run: RunContext) -> RunContext:

@@ -73,51 +73,6 @@ def test_an_error_that_wraps_an_interruption_is_one(mode, error):
             raise ValueError("cannot read")  # as some libraries do
 
 
-PROCESS = """
-import os, signal, sys, time
-from gptjax import __main__
-
-phase, sys.argv[1] = sys.argv[1], "doctor"
-
-def interrupt(name=phase, *_):
-    if name == phase:
-        signal.raise_signal(signal.SIGTERM)
-
-class Value:
-    find_spec = staticmethod(interrupt)
-    __del__ = staticmethod(interrupt)
-
-class Crash:  # of C++ code of a library, while Python shuts down
-    def __del__(self, abort=os.abort):
-        abort()
-
-sys.crash = Crash()
-if phase.startswith("gptjax"):
-    sys.meta_path.insert(0, Value)
-else:
-    from gptjax.cli import doctor
-
-    def run_doctor():
-        {"a callback": Value, "the command": interrupt}[phase]()
-        time.sleep(60)
-
-    doctor.run_doctor = run_doctor
-sys.exit(__main__.main())
-"""
-
-
-@pytest.mark.parametrize(
-    "phase", ["gptjax.cli.main", "gptjax.cli.doctor", "the command", "a callback"]
-)
-def test_a_signal_ends_the_process_with_75_and_one_line_in_any_phase(phase):
-    command = [sys.executable, "-c", PROCESS, phase]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-
-    assert (ended.returncode, ended.stdout) == (75, ""), ended.stderr
-    assert ended.stderr.startswith(preemption.NOTHING_TO_SAVE)
-    assert ended.stderr.count("\n") == 1
-
-
 BUSY = """
 import hashlib, sys
 from gptjax.runtime.preemption import handle_signals, set_signal_mode
