@@ -1,8 +1,8 @@
 """Byte-level BPE tokenizers: GPT-2's, trained ones and plain bytes.
 
 Each is a table of byte strings and ids, applied by tiktoken. Encoding is lossless for
-any text. `<|endoftext|>` separates documents; it exists only as an id: the same
-characters in a text are encoded as ordinary text.
+any text. `<|endoftext|>` separates documents. Like other special tokens of a model, it
+exists only as an id: the same characters in a text are encoded as ordinary text.
 """
 
 import codecs
@@ -12,7 +12,7 @@ import hashlib
 import json
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -31,6 +31,11 @@ ENDOFTEXT = "<|endoftext|>"
 MIN_TRAINED_VOCAB_SIZE = 257
 GPT2_MERGES = Path(__file__).parent / "gpt2" / "gpt2-merges.txt"
 TOKENIZER_JSON = "tokenizer.json"  # vocabulary and merges in one file [HF tokenizers]
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"  # of earlier versions of transformers
+ADDED_TOKENS = "added_tokens.json"  # beside vocab.json
+# In tokenizer.json, not set for GPT-2.
+BPE_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
 MERGES_HEADER = "#version: 0.2"  # first line of a merges.txt
 MAX_TOKENIZER_BYTES = 64_000_000  # GPT-2's files are 1.0 and 0.5 MB
 
@@ -56,11 +61,18 @@ class Tokenizer:
     name: str  # name or path it was loaded from
     ranks: Mapping[bytes, int] = dataclasses.field(repr=False)  # token -> id
     eot_token: int  # id of <|endoftext|>
+    # Ids of other special tokens, such as [PAD].
+    added_tokens: Mapping[str, int] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of all tokens that no text is encoded to."""
+        return {ENDOFTEXT: self.eot_token, **self.added_tokens}
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, <|endoftext|> included."""
-        return len(self.ranks) + 1
+        """Number of ids, special tokens included."""
+        return len(self.ranks) + 1 + len(self.added_tokens)
 
     def encode(self, text: str) -> list[int]:
         """Encodes text; a literal "<|endoftext|>" is encoded as ordinary text.
@@ -112,12 +124,12 @@ class Tokenizer:
             self.name,
             pat_str=SPLIT_PATTERN,
             mergeable_ranks=dict(self.ranks),
-            special_tokens={ENDOFTEXT: self.eot_token},
+            special_tokens=self.special_tokens,
         )
 
     @functools.cached_property
     def byte_lengths(self) -> Int32[np.ndarray, " V"]:
-        """Length of each token in bytes; 0 for <|endoftext|>."""
+        """Length of each token in bytes; 0 for special tokens."""
         length_V = np.zeros(self.vocab_size, np.int32)
         length_V[list(self.ranks.values())] = [len(token) for token in self.ranks]
         return length_V
@@ -128,6 +140,8 @@ class Tokenizer:
         digest = hashlib.sha256(f"{SPLIT_PATTERN}\n{self.eot_token}\n".encode())
         for token in sorted(self.ranks, key=self.ranks.__getitem__):
             digest.update(f"{self.ranks[token]} {token.hex()}\n".encode())
+        for name, token_id in sorted(self.added_tokens.items()):
+            digest.update(f"{token_id} {name!r}\n".encode())
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
@@ -136,13 +150,15 @@ class Tokenizer:
         `load_tokenizer` and Hugging Face's GPT2Tokenizer read the folder.
         """
         ids = {bytes_to_unicode(token): i for token, i in self.ranks.items()}
-        ids[ENDOFTEXT] = self.eot_token
-        special_tokens = dict.fromkeys(["bos_token", "eos_token", "unk_token"], ENDOFTEXT)
-        config = {"tokenizer_class": "GPT2Tokenizer", **special_tokens}
+        ids |= self.special_tokens
+        config: dict[str, Any] = {"tokenizer_class": "GPT2Tokenizer"}
+        config |= dict.fromkeys(["bos_token", "eos_token", "unk_token"], ENDOFTEXT)
+        if self.added_tokens:
+            config["additional_special_tokens"] = list(self.added_tokens)
         for name, text in {
             "vocab.json": json.dumps(dict(sorted(ids.items(), key=operator.itemgetter(1)))),
             "merges.txt": "\n".join([MERGES_HEADER, *derive_merge_lines(self.ranks), ""]),
-            "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+            TOKENIZER_CONFIG: json.dumps(config, indent=2) + "\n",
         }.items():
             write_atomic(folder / name, text, MAX_TOKENIZER_BYTES)
 
@@ -180,8 +196,8 @@ def gpt2_tokenizer() -> Tokenizer:
 
 def is_tokenizer_dir(folder: Path) -> bool:
     """True if the folder contains the files of a tokenizer."""
-    has_pair = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
-    return has_pair or (folder / TOKENIZER_JSON).is_file()
+    has_pair = all((folder / name).exists() for name in ("vocab.json", "merges.txt"))
+    return has_pair or (folder / TOKENIZER_JSON).exists()
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str = "") -> Tokenizer:
@@ -259,8 +275,8 @@ def derive_merge_lines(ranks: Mapping[bytes, int]) -> list[str]:
 def read_tokenizer_dir(folder: Path) -> Tokenizer:
     """Reads a tokenizer from a folder of untrusted files."""
     try:
-        vocab, merge_lines = read_tokenizer_files(folder)
-        ranks, eot_token = vocab_to_ranks(vocab)
+        ids, merge_lines, special_tokens = read_tokenizer_files(folder)
+        ranks = ids_to_ranks(ids, special_tokens)
         pairs = zip_longest(merge_lines, derive_merge_lines(ranks))
         for number, (actual, expected) in enumerate(pairs, start=1):
             if actual != expected:
@@ -268,56 +284,113 @@ def read_tokenizer_dir(folder: Path) -> Tokenizer:
                     f"merge {number} is {(actual or 'missing')[:80]!r}, but the vocabulary "
                     f"implies {expected or 'absent'!r}"
                 )
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(
             f"invalid tokenizer files in {folder}: {error}. Copy the folder again, or use "
             "another tokenizer."
         ) from error
-    return Tokenizer(str(folder), ranks, eot_token)
+    added_tokens = {token: ids[token] for token in special_tokens if token != ENDOFTEXT}
+    return Tokenizer(str(folder), ranks, ids[ENDOFTEXT], added_tokens)
 
 
-def read_tokenizer_files(folder: Path) -> tuple[Any, list[str]]:
-    """Reads vocabulary and merges: vocab.json and merges.txt, or tokenizer.json."""
-    vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
-    if vocab_file.is_file() and merges_file.is_file():
-        merges = strict_json.read_small_file(merges_file, MAX_TOKENIZER_BYTES).decode("utf-8")
-        lines = merges.removesuffix("\n").split("\n")
-        start = lines[0].startswith("#version")
-        return strict_json.read_json(vocab_file, MAX_TOKENIZER_BYTES), lines[start:]
-    match strict_json.read_json(folder / TOKENIZER_JSON, MAX_TOKENIZER_BYTES):
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; {} if there is no such file."""
+    return strict_json.read_json(path, MAX_TOKENIZER_BYTES) if path.exists() else {}
+
+
+def read_tokenizer_files(folder: Path) -> tuple[dict[str, Any], list[str], set[str]]:
+    """Reads ids, merges and the names of special tokens, which have ids too.
+
+    Files: tokenizer.json, or vocab.json and merges.txt; and tokenizer_config.json.
+    """
+    added: list[Any]
+    config = read_optional_json(folder / TOKENIZER_CONFIG)
+    for name in ("add_prefix_space", "add_bos_token", "add_eos_token"):
+        if config.get(name):
+            raise DataError(f"{name}={config[name]!r:.60}, but GPT-2 adds nothing to a text")
+    if (folder / TOKENIZER_JSON).exists():
+        ids, lines, added = read_tokenizer_json(folder / TOKENIZER_JSON)
+    else:
+        ids = strict_json.read_json(folder / "vocab.json", MAX_TOKENIZER_BYTES)
+        data = strict_json.read_small_file(folder / "merges.txt", MAX_TOKENIZER_BYTES)
+        lines = data.decode("utf-8").removesuffix("\n").split("\n")
+        lines = lines[lines[0].startswith("#version") :]
+        named = config | read_optional_json(folder / SPECIAL_TOKENS_MAP)
+        special = token_names([v for k, v in named.items() if k.endswith(("_token", "_tokens"))])
+        decoder = config.get("added_tokens_decoder", {})
+        added = [{**x, "id": int(n)} for n, x in decoder.items()] or [
+            {"content": name, "id": token_id, "special": name in special}
+            for name, token_id in read_optional_json(folder / ADDED_TOKENS).items()
+        ]
+        added += [{"content": x, "id": ids[x], "special": True} for x in special if x in ids]
+    # A byte that also pads, for example, is still ordinary text.
+    added = [x for x in added if len(x["content"]) > 1 and x["content"] != ENDOFTEXT]
+    for token in added:
+        if token.get("special") is not True:
+            raise DataError(
+                f"the added token {token['content']!r:.80} is not special: it would be encoded "
+                "where it occurs in a text, which gptjax does not support"
+            )
+    added_ids = {token["content"]: token["id"] for token in added}
+    return ids | added_ids, lines, {ENDOFTEXT, *added_ids}
+
+
+def token_names(value: Any) -> set[str]:
+    """Names of the tokens in a value of tokenizer_config.json."""
+    match value:
+        case str(name) | {"content": str(name)}:
+            return {name}
+        case list():
+            return set().union(*map(token_names, value))
+    return set()
+
+
+def read_tokenizer_json(path: Path) -> tuple[dict[str, Any], list[str], list[Any]]:
+    """Reads ids, merges and added tokens of a tokenizer.json like GPT-2's."""
+    match strict_json.read_json(path, MAX_TOKENIZER_BYTES):
         case {
             "pre_tokenizer": {"type": "ByteLevel", **split},
-            "model": {"type": "BPE", "vocab": dict(ids), "merges": list(pairs)},
+            "model": {"type": "BPE", "vocab": dict(ids), "merges": list(pairs), **options},
+            "added_tokens": list(added),
             **rest,
-        } if not split.get("add_prefix_space") and not rest.get("normalizer"):
-            added_tokens = {token["content"]: token["id"] for token in rest["added_tokens"]}
+        }:
+            processor = rest.get("post_processor") or {}
+            changes = {
+                "normalizer": rest.get("normalizer"),
+                "add_prefix_space": split.get("add_prefix_space"),
+                "use_regex": not split.get("use_regex", True),
+                "special_tokens": processor.get("special_tokens", processor.get("cls")),
+                **{name: options.get(name) for name in BPE_OPTIONS},
+            }
+            if changed := [name for name, value in changes.items() if value]:
+                raise DataError(f"{changed[0]} of {TOKENIZER_JSON} differs from GPT-2's")
             lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
-            return ids | added_tokens, lines
+            ids |= {token["content"]: token["id"] for token in added}
+            return ids, lines, added
     raise DataError("not a byte-level BPE like GPT-2's")
 
 
-def vocab_to_ranks(vocab: Any) -> tuple[dict[bytes, int], int]:
-    """Validates a vocab.json; returns the id of each byte string and of <|endoftext|>.
+def ids_to_ranks(ids: Mapping[str, Any], special_tokens: Collection[str]) -> dict[bytes, int]:
+    """Validates the ids of all tokens; returns those of the byte strings.
 
-    The file maps tokens to the ids 0, 1, 2, ... in any order.
+    Tokens have the ids 0, 1, 2, ... in any order.
     """
-    if not isinstance(vocab, dict):
-        raise DataError("not a JSON object of tokens and ids")
     ranks = {}
-    for token, token_id in vocab.items():
+    for token, token_id in ids.items():
         if type(token_id) is not int:
             raise DataError(f"the id of token {token[:80]!r} is not an integer")
-        if token == ENDOFTEXT:
-            continue
         if not 0 < len(token) <= MAX_TOKEN_BYTES:
             raise DataError(f"token {token_id} has {len(token)} bytes, not 1 to {MAX_TOKEN_BYTES}")
+        encode_utf8(token)
+        if token in special_tokens:
+            continue
         if others := set(token) - CHAR_TO_BYTE.keys():
             raise DataError(f"token {token_id} has {min(others)!r}, which represents no byte")
         ranks[unicode_to_bytes(token)] = token_id
-    if missing := set(range(len(vocab))) - set(vocab.values()):
-        raise DataError(f"none of its {len(vocab)} tokens has the id {min(missing)}")
-    if ENDOFTEXT not in vocab:
+    if missing := set(range(len(ids))) - set(ids.values()):
+        raise DataError(f"none of its {len(ids)} tokens has the id {min(missing)}")
+    if ENDOFTEXT not in ids:
         raise DataError(f"{ENDOFTEXT} is missing")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise DataError(f"byte {missing[0]} ({BYTE_TO_CHAR[missing[0]]!r}) is missing")
-    return ranks, vocab[ENDOFTEXT]
+    return ranks

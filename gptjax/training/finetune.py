@@ -126,10 +126,9 @@ def initial_params(
     if config.n_classes:
         params["head"] = new_params["head"]
     if not is_same_tokenizer:
-        old = init_model.tokenizer
-        shared = [token for token in tokenizer.ranks if token in old.ranks]
-        new_ids = [tokenizer.eot_token, *(tokenizer.ranks[token] for token in shared)]
-        old_ids = [old.eot_token, *(old.ranks[token] for token in shared)]
+        tables = [{**x.ranks, **x.special_tokens} for x in (tokenizer, init_model.tokenizer)]
+        shared = tables[0].keys() & tables[1].keys()
+        new_ids, old_ids = ([ids[token] for token in shared] for ids in tables)
         for name in {"token_embedding", "output_embedding"} & set(params):
             table_VD = np.array(new_params[name]["embedding"])
             table_VD[new_ids] = np.asarray(init_model.params[name]["embedding"])[old_ids]

@@ -6,8 +6,10 @@ book  state dict of the book's PyTorch GPTModel, whose output head is never tied
 Every export is loaded again and must reproduce the logits before it is kept.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -48,13 +50,27 @@ def export_model(model: Model, layout: str, output_dir: Path) -> str:
             model.tokenizer.save(new_dir)
             if model.chat_template:
                 write_chat_template(model.chat_template, new_dir)
-            difference = compare_logits(model, load(new_dir))
+            reloaded = load(new_dir)
+            difference = compare_logits(model, reloaded)
     except OSError as error:
         raise ModelError(f"cannot write {output_dir}: {error}. Choose another.") from error
+    lost = ", ".join(list_differences(model, reloaded))
     return (
         f"wrote    {output_dir} ({layout}): {num_params(model.params):,} parameters; "
         f"logits of the reloaded model differ by at most {difference:.3g}"
-    )
+    ) + (f"\nnot exported: {lost}" if lost else "")
+
+
+def list_differences(model: Model, reloaded: Model) -> list[str]:
+    """Names of the parts of a model, but parameters, that the reloaded one lacks."""
+
+    def parts(m: Model) -> dict[str, Any]:
+        values = {field.name: getattr(m, field.name) for field in dataclasses.fields(m)}
+        values |= {f"model.{n}": v for n, v in dataclasses.asdict(values.pop("config")).items()}
+        return values | {"tokenizer": m.tokenizer.hash, "params": None}
+
+    old, new = parts(model), parts(reloaded)
+    return [name for name in old if old[name] != new[name]]
 
 
 def compare_logits(model: Model, reloaded: Model) -> float:

@@ -16,6 +16,7 @@ from gptjax.errors import DataError, ModelError
 from gptjax.fileio import strict_json
 from gptjax.fileio.download import Pin, check_pin, is_offline
 from gptjax.tokenizer.chat_template import CHAT_TEMPLATE_FILE as TEMPLATE
+from gptjax.tokenizer.tokenizer import ADDED_TOKENS, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
 
 _LogFn = Callable[[str], None]
 
@@ -100,13 +101,15 @@ def fetch_repo(name: str, log: _LogFn = lambda line: None) -> Path:
         log(f"hub      {repo} is commit {folder.name[:12]}; no hashes are pinned for it")
     commit = dataclasses.replace(repo, revision=folder.name)  # one for all files
     cached = {file.name for file in folder.iterdir() if file.exists()}
-    if not ({VOCAB, MERGES} <= cached or TOKENIZER in cached) and not (
-        find_file(commit, VOCAB) and find_file(commit, MERGES)
+    if not ({VOCAB, MERGES} <= cached or TOKENIZER in cached) and (
+        repo.pins or not find_file(commit, TOKENIZER)
     ):
-        find_file(commit, TOKENIZER)
-    # The weights come last, so a cache with weights has the template if there is one.
+        for file in (VOCAB, MERGES):
+            find_file(commit, file)
+    # The weights come last, so a cache with weights has these if there are any.
     if not repo.pins and not {WEIGHTS, INDEX} & cached:
-        find_file(commit, TEMPLATE)
+        for file in (TEMPLATE, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS):
+            find_file(commit, file)
     weights = [WEIGHTS]
     if INDEX in cached or not find_file(commit, WEIGHTS):
         index = find_file(commit, INDEX)

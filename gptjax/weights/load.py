@@ -27,10 +27,17 @@ from gptjax.fileio.download import sha256_of_files
 from gptjax.model.gpt import apply, init
 from gptjax.model.quantization import fake_quantize
 from gptjax.tokenizer.chat_template import CHAT_TEMPLATE_FILE as TEMPLATE
-from gptjax.tokenizer.chat_template import load_chat_template
-from gptjax.tokenizer.tokenizer import Tokenizer, is_tokenizer_dir, load_tokenizer
+from gptjax.tokenizer.chat_template import compile_template, load_chat_template
+from gptjax.tokenizer.tokenizer import (
+    ADDED_TOKENS,
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER_CONFIG,
+    Tokenizer,
+    is_tokenizer_dir,
+    load_tokenizer,
+)
 from gptjax.tree import flatten_with_names, num_params
-from gptjax.weights import hub
+from gptjax.weights import foreign_config, hub
 from gptjax.weights.model_folder import MAX_MODEL_JSON_BYTES, MODEL_FORMAT, Model, save
 from gptjax.weights.param_map import (
     EMBEDDING_TABLES,
@@ -40,28 +47,17 @@ from gptjax.weights.param_map import (
     source_shape,
     unpack_tensor,
 )
-from gptjax.weights.safetensors import TensorReader, open_safetensors
+from gptjax.weights.safetensors import TensorReader, open_safetensors, read_finite
 from gptjax.weights.tf_checkpoint import open_tf_checkpoint
 
 _LogFn = Callable[[str], None]
 
-# Properties of our model; files with other values belong to other architectures.
-REQUIRED_HF_VALUES = {
-    "model_type": "gpt2",
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-}
-CONFIG_NAMES = {  # in config.json and hparams.json
-    "vocab_size": ("vocab_size", "n_vocab"),
-    "context_length": ("n_positions", "n_ctx"),
-    "n_layers": ("n_layer",),
-    "n_heads": ("n_head",),
-    "d_model": ("n_embd",),
-}
 GPT2_HEAD_DIM = 64  # in all sizes of GPT-2 and in the book
+# Read from folders of all layouts.
+MODEL_FILES = (
+    *(hub.CONFIG, "hparams.json", "*.safetensors", hub.INDEX, "*.ckpt.*", hub.VOCAB, hub.MERGES),
+    *(hub.TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS, TEMPLATE),
+)
 BUFFER_ALIGNMENT = 64  # bytes; JAX on CPU uses arrays of this alignment without copying
 REFERENCE_PROMPT = "Every effort moves you"
 
@@ -114,7 +110,7 @@ def load(name: str | Path, log: _LogFn = lambda line: None, *, int8: bool = Fals
 def resolve_model(name: str | Path, log: _LogFn) -> Path:
     """Returns the path of a model's files, downloading them from the hub if needed."""
     path = Path(name)
-    if (path / "model" / "config.json").is_file():
+    if (path / "model" / "config.json").exists():
         return path / "model"
     if (path / "checkpoints").is_dir():
         raise ModelError(
@@ -138,14 +134,14 @@ def open_model_source(path: Path, log: _LogFn = lambda line: None) -> ModelSourc
 
 def _open_layout(path: Path, log: _LogFn) -> ModelSource:
     """Opens a model in the layout that its files show."""
-    if (path / "hparams.json").is_file():
-        return from_tf_checkpoint(path, log)
+    if (path / "hparams.json").exists():
+        return with_chat_template(from_tf_checkpoint(path, log), log)
     files = list_safetensors(path) if path.is_dir() else []
-    if path.suffix == ".safetensors" and path.is_file():
+    if path.suffix == ".safetensors" and path.exists() and not files:
         files, path = [path], path.parent
     config_path = path / "config.json"
-    metadata = read_json_object(config_path) if config_path.is_file() else {}
-    if "format" in metadata and (path.parent / "config.toml").is_file():
+    metadata = read_json_object(config_path) if config_path.exists() else {}
+    if "format" in metadata and (path.parent / "config.toml").exists():
         reader = open_run_params(path.parent, files, metadata.get("step"), log)
     elif files:
         reader = open_safetensors(files)
@@ -154,11 +150,14 @@ def _open_layout(path: Path, log: _LogFn) -> ModelSource:
     if "format" in metadata:
         source = from_gptjax(path, reader, metadata)
         return dataclasses.replace(source, chat_template=read_chat_template(path))
-    if "tok_emb.weight" in reader.tensors:
-        return from_book(path, reader, metadata, log)
-    source = from_hf(path, reader, metadata, log)
+    from_layout = from_book if "tok_emb.weight" in reader.tensors else from_hf
+    return with_chat_template(from_layout(path, reader, metadata, log), log)
+
+
+def with_chat_template(source: ModelSource, log: _LogFn) -> ModelSource:
+    """Adds the chat template of a foreign model; logs why if it cannot be used."""
     try:
-        return dataclasses.replace(source, chat_template=read_chat_template(path))
+        return dataclasses.replace(source, chat_template=read_chat_template(source.location))
     except ConfigError as error:  # the model can still be used for completion
         log(f"chat template not used: {error}")
         return source
@@ -198,8 +197,15 @@ def open_run_params(run_dir: Path, files: list[Path], best_step: Any, log: _LogF
 
 def read_chat_template(path: Path) -> str:
     """Returns the chat template in a folder after a test rendering; "" if none."""
-    template_path = path / TEMPLATE
-    return load_chat_template(str(template_path)).source if template_path.is_file() else ""
+    if (path / TEMPLATE).exists():
+        return load_chat_template(str(path / TEMPLATE)).source
+    config_path = path / TOKENIZER_CONFIG  # earlier versions of transformers wrote it there
+    sources = read_json_object(config_path).get("chat_template") if config_path.exists() else []
+    for named in sources if isinstance(sources, list) else [{"template": sources}]:
+        match {"name": "default", **named}:
+            case {"name": "default", "template": str(source)}:
+                return compile_template(source).source
+    return ""
 
 
 def explain_unreadable(path: Path) -> str:
@@ -223,10 +229,10 @@ def explain_unreadable(path: Path) -> str:
 
 def list_safetensors(folder: Path) -> list[Path]:
     """Returns the safetensors files of a folder: those of the index if it has one."""
-    if (folder / hub.INDEX).is_file():
+    if (folder / hub.INDEX).exists():
         return [folder / name for name in hub.read_shards(folder / hub.INDEX)]
     single = folder / hub.WEIGHTS
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -238,24 +244,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ModelError(f"{path} is not a JSON object. Copy it again.")
     return data
-
-
-def get_positive_int(metadata: Mapping[str, Any], *names: str) -> int:
-    """Returns the value of the first of `names` that is present; must be positive."""
-    name = next((name for name in names if name in metadata), names[0])
-    value = metadata.get(name)
-    if type(value) is int and value > 0:
-        return value
-    raise ConfigError(
-        f"{name}={str(value)[:40]!r} is not a positive integer. Correct it or copy the file again."
-    )
-
-
-def gpt2_config(metadata: Mapping[str, Any], **changes: Any) -> GPTConfig:
-    """Returns the config with the sizes in config.json or hparams.json."""
-    for name, theirs in CONFIG_NAMES.items():
-        changes[name] = get_positive_int(metadata, *theirs)
-    return GPTConfig(**changes)
 
 
 def from_gptjax(path: Path, reader: TensorReader, metadata: Mapping[str, Any]) -> ModelSource:
@@ -295,42 +283,24 @@ def from_gptjax(path: Path, reader: TensorReader, metadata: Mapping[str, Any]) -
 
 
 def from_hf(
-    path: Path, reader: TensorReader, hf_config: Mapping[str, Any], log: _LogFn
+    path: Path, reader: TensorReader, metadata: Mapping[str, Any], log: _LogFn
 ) -> ModelSource:
     """Opens a folder written by transformers."""
-    if not hf_config:
+    if not metadata:
         raise ModelError(f"{path} has no config.json. Copy or download it as well.")
-    for name, required in REQUIRED_HF_VALUES.items():
-        if hf_config.get(name, required) != required:
-            raise ConfigError(
-                f"{name}={hf_config[name]!r}, but GPT-2 requires {required!r}. gptjax does "
-                "not support this architecture."
-            )
-    is_tied = hf_config.get("tie_word_embeddings", True) is not False
-    config = gpt2_config(hf_config, tie_embeddings=is_tied)
-    if hf_config.get("n_inner") not in (None, config.mlp_dim):
-        raise ConfigError(
-            f"n_inner={hf_config['n_inner']!r}, but gptjax only supports 4 * n_embd = "
-            f"{config.mlp_dim}."
-        )
+    config = foreign_config.hf_config(metadata)
     source = with_tokenizer("hf", path, config, reader, log)
+    foreign_config.check_end_token(metadata, source.tokenizer)
     if "score.weight" not in reader.tensors:
         return source
-    id2label = hf_config.get("id2label")
-    names = id2label if isinstance(id2label, dict) else {}
-    labels = tuple(names.get(str(n)) for n in range(len(names)))
-    if not labels or not all(isinstance(label, str) for label in labels):
-        raise ConfigError(
-            f"id2label={str(id2label)[:80]} does not name the classes 0, 1, ... of the model. "
-            "Correct it or copy the file again."
-        )
+    labels = foreign_config.class_labels(metadata, source.tokenizer)
     config = dataclasses.replace(source.config, n_classes=len(labels), tie_embeddings=True)
-    return dataclasses.replace(source, config=config, labels=tuple(map(str, labels)))
+    return dataclasses.replace(source, config=config, labels=labels)
 
 
 def from_tf_checkpoint(path: Path, log: _LogFn) -> ModelSource:
     """Opens a folder published by OpenAI."""
-    config = gpt2_config(read_json_object(path / "hparams.json"))
+    config = foreign_config.openai_config(read_json_object(path / "hparams.json"))
     return with_tokenizer("openai", path, config, open_tf_checkpoint(path), log)
 
 
@@ -353,7 +323,7 @@ def from_book(
         if d_model % GPT2_HEAD_DIM:
             fix = 'Add a config.json to the folder: {"n_heads": 12}.'
             raise ConfigError(f"the number of heads for a width of {d_model} is unknown. {fix}")
-        metadata = {"n_heads": d_model // GPT2_HEAD_DIM}
+        metadata = {**metadata, "n_heads": d_model // GPT2_HEAD_DIM}
         log(f"heads    {metadata['n_heads']}, from GPT-2's head dim of {GPT2_HEAD_DIM}")
     # The book copies the weights instead of tying them.
     is_tied = head_name not in shapes or np.array_equal(
@@ -363,11 +333,12 @@ def from_book(
         vocab_size=vocab_size,
         context_length=context_length,
         n_layers=n_layers,
-        n_heads=get_positive_int(metadata, "n_heads"),
+        n_heads=foreign_config.get_positive_int(metadata, "n_heads"),
         d_model=d_model,
         qkv_bias="trf_blocks.0.att.W_query.bias" in shapes,
         tie_embeddings=is_tied,
     )
+    foreign_config.check_book_config(metadata, config)
     return with_tokenizer("book", path, config, reader, log)
 
 
@@ -376,6 +347,11 @@ def with_tokenizer(
 ) -> ModelSource:
     """Adds the tokenizer; its size determines `vocab_size`."""
     tokenizer, num_rows = find_tokenizer(path, config), config.vocab_size
+    # transformers lets a tokenizer have more special tokens than the model.
+    added = {name: n for name, n in tokenizer.added_tokens.items() if n < num_rows}
+    if num_cut := len(tokenizer.added_tokens) - len(added):
+        log(f"cut      {num_cut} special tokens without a row")
+        tokenizer = dataclasses.replace(tokenizer, added_tokens=added)
     if tokenizer.vocab_size > num_rows:
         raise ConfigError(
             f"its tokenizer has {tokenizer.vocab_size} tokens, but the model has only "
@@ -410,13 +386,7 @@ def read_model(source: ModelSource, *, int8: bool = False) -> Model:
     full_names = match_names(source, slots_by_name)
     arrays = {name: aligned_empty(leaf.shape) for name, leaf in leaves.items()}
     for name, slots in slots_by_name.items():
-        tensor = reader.read(full_names[name])
-        # Tests all values without allocating a mask: min and max propagate nan.
-        if not np.isfinite([tensor.min(), tensor.max()]).all():
-            raise ModelError(
-                f"{source.location}: {full_names[name]} contains non-finite values. "
-                "Copy the file again, or retrain the model."
-            )
+        tensor = read_finite(reader, full_names[name], source.location)
         if slots[0].leaf in EMBEDDING_TABLES:
             tensor = tensor[: leaves[slots[0].leaf].shape[0]]
         for leaf, layer, values in unpack_tensor(tensor, slots):
@@ -436,9 +406,10 @@ def check_config_sizes(source: ModelSource) -> None:
     # Each layer has tensors of its own or a row of a stacked tensor.
     max_layers = max([len(tensors), *(s[0] for n, s in shapes.items() if n.startswith("blocks/"))])
     max_axis = max([len(tensors), *(axis for shape in shapes.values() for axis in shape)])
-    for name in CONFIG_NAMES:
+    sizes = {name: getattr(source.config, name) for name in foreign_config.CONFIG_NAMES}
+    for name, size in (sizes | {"vocab_multiple": source.config.padded_vocab_size}).items():
         limit = max_layers if name == "n_layers" else max_axis
-        if (size := getattr(source.config, name)) > limit:
+        if size > limit:
             raise ModelError(
                 f"{source.location}: {name}={size} is more than the {limit} that its tensors "
                 "allow. Correct the config or copy the files again."
@@ -497,12 +468,16 @@ def convert_model(name: str, output_dir: Path, log: Callable[[str], None]) -> Mo
     """
     if output_dir.exists():
         raise ModelError(f"{output_dir} already exists. Choose another folder with --out.")
-    source = open_model_source(resolve_model(name, log), log)
+    path = resolve_model(name, log)
+    source = open_model_source(path, log)
     model = read_model(source)
     log(
         f"read     {source.location} ({source.layout}): {len(source.reader.tensors)} "
         f"tensors, {num_params(model.params):,} parameters"
     )
+    others = [p.name for p in source.location.glob("*") if not any(map(p.match, MODEL_FILES))]
+    if others and path.is_dir():
+        log(f"not kept {', '.join(sorted(others)[:9])}" + " ..." * (len(others) > 9))
     log(f"check    {check_reference_values(model, REFERENCE_VALUES.get(name))}")
     save(model, output_dir)
     digest = sha256_of_files([output_dir / "model.safetensors"])

@@ -24,11 +24,19 @@ from gptjax.model.lora import Adapters
 from gptjax.model.quantization import prepare_decode_params, unstack_layers
 from gptjax.tokenizer.chat_template import CHAT_TEMPLATE_FILE as TEMPLATE
 from gptjax.tokenizer.chat_template import compile_template
-from gptjax.tokenizer.tokenizer import Tokenizer
+from gptjax.tokenizer.tokenizer import TOKENIZER_CONFIG, Tokenizer
 from gptjax.tree import Params, flatten_with_names, num_params, unflatten_names
-from gptjax.weights.safetensors import open_safetensors, write_safetensors
+from gptjax.weights.safetensors import open_safetensors, read_finite, write_safetensors
 
 MODEL_FORMAT = "gptjax-1"
+SAVED_FILES = {
+    "config.json",
+    "model.safetensors",
+    "vocab.json",
+    "merges.txt",
+    TOKENIZER_CONFIG,
+    TEMPLATE,
+}
 MAX_MODEL_JSON_BYTES = 10_000_000  # of a JSON file of a model
 
 
@@ -66,6 +74,13 @@ def save(model: Model, model_dir: str | Path, *, step: int | None = None) -> Non
     Without parameters, the folder completes the checkpoints of an unfinished run.
     `step` is the training step of the parameters, if it may not be the last.
     """
+    folder = Path(model_dir)
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if others := sorted(names - SAVED_FILES):
+        raise ModelError(
+            f"{folder} has {others[0][:80]!r}, which is no file of a model and would be lost. "
+            "Choose another folder."
+        )
     metadata: dict[str, Any] = {
         "format": MODEL_FORMAT,
         "model": dataclasses.asdict(model.config),
@@ -76,7 +91,7 @@ def save(model: Model, model_dir: str | Path, *, step: int | None = None) -> Non
     if step is not None:
         metadata["step"] = step
     try:
-        with atomic_path(Path(model_dir), replace_folder=True) as new_dir:
+        with atomic_path(folder, replace_folder=True) as new_dir:
             new_dir.mkdir()
             if model.params:
                 _write_leaves(model.params, new_dir / "model.safetensors")
@@ -120,4 +135,5 @@ def load_adapters(path: Path) -> Adapters:
     for name in reader.tensors:
         if not name.startswith("blocks/") or not name.endswith(("/lora_a", "/lora_b")):
             raise ModelError(f"{path} has {name[:80]!r}, which is not an adapter.")
-    return unflatten_names({name: jnp.asarray(reader.read(name)) for name in reader.tensors})
+    leaves = {name: jnp.asarray(read_finite(reader, name, path)) for name in reader.tensors}
+    return unflatten_names(leaves)

@@ -15,6 +15,7 @@ import safetensors
 import safetensors.numpy
 
 from gptjax.errors import ModelError
+from gptjax.fileio.strict_json import open_regular_file
 
 MAX_HEADER_BYTES = 1 << 20  # the largest GPT-2 has 580 tensors in 60,000 bytes
 SAFETENSORS_DTYPES = {
@@ -74,11 +75,25 @@ def open_safetensors(paths: Sequence[Path]) -> TensorReader:
     return TensorReader(tensors, read)
 
 
+def read_finite(reader: TensorReader, name: str, location: Path) -> np.ndarray:
+    """Reads a tensor; ModelError unless its values are finite in float32."""
+    tensor = reader.read(name)
+    # Tests all values without allocating a mask: min and max propagate nan.
+    with np.errstate(over="ignore"):
+        limits = np.array([tensor.min(), tensor.max()]).astype(np.float32)
+    if not np.isfinite(limits).all():
+        raise ModelError(
+            f"{location}: {name[:80]} contains values that are non-finite in float32. Copy the "
+            "file again, or retrain the model."
+        )
+    return tensor
+
+
 @contextlib.contextmanager
 def _open_file(path: Path) -> Iterator[Any]:
     """Opens a file whose header is valid; ModelError also for errors in the block."""
     try:
-        with path.open("rb") as file:
+        with open_regular_file(path) as file:
             length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"a header of {length:,} bytes")

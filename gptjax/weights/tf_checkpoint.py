@@ -21,7 +21,7 @@ import google_crc32c
 import numpy as np
 
 from gptjax.errors import ModelError
-from gptjax.fileio.strict_json import read_small_file
+from gptjax.fileio.strict_json import open_regular_file, read_small_file
 from gptjax.weights.safetensors import TensorReader
 
 SSTABLE_MAGIC = 0xDB4775248B80FB57  # last eight bytes of a table
@@ -69,7 +69,7 @@ def open_tf_checkpoint(folder: Path) -> TensorReader:
     def read(name: str) -> np.ndarray:
         entry = tensors[name]
         try:
-            with data.open("rb") as file:
+            with open_regular_file(data) as file:
                 file.seek(entry.offset)
                 content = file.read(entry.size)
         except OSError as error:

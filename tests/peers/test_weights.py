@@ -94,6 +94,34 @@ def test_what_transformers_saves_comes_back_bit_for_bit_with_the_same_tokenizer(
     assert tokenizer.eos_token_id == model.tokenizer.eot_token
 
 
+def test_added_tokens_and_classes_of_transformers_are_those_of_transformers(torch, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from gptjax.weights.foreign_config import hf_config
+
+    hf_config(transformers.GPT2Config().to_dict() | {"id2label": None})  # knows all keys
+    gptjax.tokenizer.load("gpt2").save(tmp_path / "gpt2")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "gpt2")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 64}
+    config = transformers.GPT2Config(**shape, pad_token_id=tokenizer.pad_token_id)
+    peer = transformers.GPT2ForSequenceClassification(config)
+    peer.resize_token_embeddings(len(tokenizer))
+    peer.save_pretrained(tmp_path / "peer")
+    tokenizer.save_pretrained(tmp_path / "peer")
+    texts = ["You won a prize!", "See you at six, or a bit later"]
+    with torch.no_grad():
+        inputs = tokenizer(texts, padding=True, return_tensors="pt")
+        theirs = peer.eval()(**inputs).logits.softmax(-1).numpy()
+
+    model = gptjax.load(tmp_path / "peer")
+
+    assert model.labels == ("LABEL_0", "LABEL_1")
+    assert model.tokenizer.added_tokens == {"[PAD]": 50_257}
+    assert model.config.vocab_size == 50_258
+    for verdict, row in zip(gptjax.classify(model, texts), theirs, strict=True):
+        np.testing.assert_allclose([*verdict.probabilities.values()], row, atol=1e-5)
+
+
 def test_an_exported_classifier_has_the_same_probabilities(torch, tmp_path):
     transformers = pytest.importorskip("transformers")
     config = GPTConfig.preset("gpt2", n_layers=1, n_heads=2, d_model=16, n_classes=3)

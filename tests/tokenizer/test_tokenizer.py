@@ -17,14 +17,30 @@ from gptjax.tokenizer.tokenizer import ENDOFTEXT
 GPT2 = tokenizer.load_tokenizer("gpt2")
 BYTES = tokenizer.load_tokenizer("bytes")
 OWN = tokenizer.train_tokenizer(topics.values(), 700)
-ALL = (GPT2, BYTES, OWN)
+ADDED = dataclasses.replace(OWN, name="added", added_tokens={"[PAD]": 700, "<|é |>": 701})
+ALL = (GPT2, BYTES, OWN, ADDED)
 # Of encoder.json and vocab.bpe, as tiktoken_ext/openai_public.py pins them.
 PUBLISHED = {
     "vocab.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "merges.txt": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
 WORDS = [
-    *("the", "Python", "I'll", "don't", "'re", "_x", ENDOFTEXT, "3.14", " ", "  ", "\n", "\n\n"),
+    *(
+        "the",
+        "Python",
+        "I'll",
+        "don't",
+        "'re",
+        "_x",
+        ENDOFTEXT,
+        "[PAD]",
+        "<|é |>",
+        "3.14",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+    ),
     *("\r\n", "\t", "\x00", "\x1c", "\u3000", "\xa0", "👩‍👩‍👧", "🇩🇪", "½", "²", "\ufeff"),
 ]
 mixed_texts = st.lists(st.sampled_from(WORDS) | st.text(max_size=4), max_size=12).map("".join)
@@ -36,7 +52,7 @@ def test_decoding_inverts_encoding_and_text_never_becomes_the_control_token(text
         ids = kind.encode(text)
 
         assert kind.decode(ids) == text
-        assert kind.eot_token not in ids
+        assert not set(ids) & set(kind.special_tokens.values())
         assert kind.byte_lengths[ids].sum() == len(text.encode())
 
 
@@ -93,11 +109,11 @@ def test_loading_inverts_saving_and_the_hash_includes_all_but_the_name(tmp_path)
     for kind in ALL:
         kind.save(tmp_path / kind.name)
         loaded = tokenizer.load_tokenizer(tmp_path / kind.name)
-        assert (loaded.ranks, loaded.eot_token) == (kind.ranks, kind.eot_token)
+        assert (loaded.ranks, loaded.special_tokens) == (kind.ranks, kind.special_tokens)
         assert (loaded.hash, loaded.name) == (kind.hash, str(tmp_path / kind.name))
     first, second, *_ = [token for token in OWN.ranks if len(token) > 1]
     swapped = {**OWN.ranks, first: OWN.ranks[second], second: OWN.ranks[first]}
-    for change in ({"ranks": swapped}, {"eot_token": 0}):
+    for change in ({"ranks": swapped}, {"eot_token": 0}, {"added_tokens": {"[PAD]": 700}}):
         assert dataclasses.replace(OWN, **change).hash != OWN.hash
 
 
@@ -126,6 +142,8 @@ DAMAGES = [  # file, text in it, its replacement, value in the message
     ("vocab.json", b'"lo"', b'"%s"' % (b"a" * 257), "257 bytes"),
     ("vocab.json", b'"lo"', b'"xyz"', "'xyz'"),
     ("merges.txt", b"l o\n", b"l o\na b\n", "2 is 'a b'"),
+    ("tokenizer_config.json", b"{", b'{"add_prefix_space": true, ', "add_prefix_space=True"),
+    ("tokenizer_config.json", b"{", b'{"pad_token": "lo", ', "merge"),
 ]
 
 
@@ -174,3 +192,10 @@ def test_transformers_reads_a_saved_folder(kind, tmp_path):
     assert type(peer).__name__.startswith("GPT2Tokenizer")
     assert peer(topics["assert"])["input_ids"] == kind.encode(topics["assert"])
     assert (peer.eos_token_id, len(peer)) == (kind.eot_token, kind.vocab_size)
+    assert peer.encode("".join(kind.special_tokens)) == [*kind.special_tokens.values()]
+    peer.save_pretrained(tmp_path / "again")  # as tokenizer.json
+    assert tokenizer.load_tokenizer(tmp_path / "again").hash == kind.hash
+    peer.add_tokens(["word"])
+    peer.save_pretrained(tmp_path / "again")
+    with pytest.raises(DataError, match="'word'"):
+        tokenizer.load_tokenizer(tmp_path / "again")

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -10,10 +12,13 @@ import safetensors.numpy
 
 import gptjax
 from gptjax.errors import ModelError
+from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.tree import flatten_with_names
+from gptjax.weights import export
 from gptjax.weights.export import named_tensors
 from gptjax.weights.load import load
 from gptjax.weights.safetensors import write_safetensors
+from tests.build_openai_fixture import FOLDER
 from tests.small_models import assert_same, change, change_config, make_model
 
 
@@ -68,6 +73,7 @@ def replace_tensor(name, edit):
     return lambda arrays: arrays.update({name: np.ascontiguousarray(edit(arrays[name]))})
 
 
+TEMPLATE = load_chat_template("qa").source
 LN_2 = "transformer.h.1.ln_2.bias"
 ONES = np.ones(16, np.float32)
 INVALID_TENSORS = [
@@ -77,15 +83,28 @@ INVALID_TENSORS = [
     (replace_tensor("transformer.h.0.mlp.c_fc.weight", np.transpose), r"\(64, 16\).* \(16, 64\)"),
     (replace_tensor("transformer.h.0.ln_1.weight", lambda a: a.view(np.int32)), "int32"),
     (replace_tensor(LN_2, lambda a: a * np.nan), "h.1.ln_2.bias"),
+    (replace_tensor(LN_2, lambda a: np.full(16, -1e300)), "h.1.ln_2.bias"),
 ]
 INVALID_CONFIGS = [
     ({"activation_function": "relu"}, "activation_function='relu'"),
     ({"model_type": "llama"}, "model_type='llama'"),
     ({"n_inner": 3}, "n_inner=3"),
-    ({"n_layer": 10**9}, "n_layers=1000000000"),
+    ({"n_layer": 9_999}, "n_layers=9999"),
     ({"n_head": "2"}, "n_head='2'"),
     ({"vocab_size": 200}, "257 tokens.* 200"),
     ({"n_positions": 1 << 40}, "context_length=1099511627776"),
+    ({"rope_theta": 1e4}, r"rope_theta=10000\.0"),
+    ({"pruned_heads": {"1": [0]}}, "pruned_heads={'1': "),
+    ({"eos_token_id": 65}, "eos_token_id=65"),
+]
+INVALID_CLASSES = [
+    ({"id2label": {"0": "a", "2": "c"}}, "id2label"),
+    ({"id2label": {"0": "LABEL_0"}}, "num_labels=1"),
+    ({"id2label": None, "num_labels": 1}, "num_labels=1"),
+    ({"id2label": None, "num_labels": 10**9}, "num_labels=1000000000"),
+    ({"num_labels": 2}, "num_labels=2"),
+    ({"problem_type": "multi_label_classification"}, "problem_type='multi_label"),
+    ({"pad_token_id": 33}, "pad_token_id=33"),
 ]
 
 
@@ -105,6 +124,72 @@ def test_tensors_and_configs_of_another_model_are_rejected(hf):
             gptjax.load(hf)
 
 
+def test_a_classifier_of_transformers_chooses_one_of_its_classes(tmp_path):
+    model = dataclasses.replace(make_model(n_classes=3, n_layers=1), labels=("a", "b", "c"))
+    with pytest.MonkeyPatch.context() as patch:  # compiles
+        patch.setattr(export, "compare_logits", lambda *models: 0.0)
+        export.export_model(model, "hf", tmp_path / "hf")
+    config = tmp_path / "hf" / "config.json"
+    text = config.read_text()
+
+    for values, message in INVALID_CLASSES:
+        config.write_text(text)
+        change_config(tmp_path / "hf", **values)
+        with pytest.raises(ModelError, match=message):
+            gptjax.load(tmp_path / "hf")
+    change_config(tmp_path / "hf", num_labels=3, id2label=None, pad_token_id=None)
+    assert gptjax.load(tmp_path / "hf").labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+
+
+def test_added_tokens_have_rows_and_keep_them(hf, tmp_path):
+    def add_rows(arrays):
+        table = arrays["transformer.wte.weight"]
+        arrays["transformer.wte.weight"] = np.concatenate([table, table[:2]])
+
+    change(hf, add_rows)
+    change_config(hf, vocab_size=259)
+    ids = json.loads((hf / "vocab.json").read_text())
+    for tokens, num_cut in ((["[PAD]", "<|im_end|>"], 0), (["[PAD]", "<|im_end|>", "[X]"], 1)):
+        added = {token: 257 + n for n, token in enumerate(tokens)}
+        (hf / "vocab.json").write_text(json.dumps(ids | added))
+        special = {"tokenizer_class": "GPT2Tokenizer", "additional_special_tokens": tokens}
+        (hf / "tokenizer_config.json").write_text(json.dumps(special))
+        lines = []
+        loaded = load(hf, lines.append)
+        assert loaded.tokenizer.added_tokens == {"[PAD]": 257, "<|im_end|>": 258}
+        assert (loaded.config.vocab_size, len(lines)) == (259, num_cut)
+    gptjax.save(loaded, tmp_path / "own")
+    assert_same(gptjax.load(tmp_path / "own"), loaded)
+
+
+def test_a_template_in_the_tokenizer_config_is_used(hf):
+    source = load_chat_template("qa").source
+    for value in (
+        source,
+        [{"name": "tools", "template": "x"}, {"name": "default", "template": source}],
+    ):
+        (hf / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+        assert gptjax.load(hf).chat_template == source
+
+
+@pytest.mark.parametrize("layout", ["own", "hf", "openai"])
+def test_a_pipe_or_device_in_place_of_any_file_is_an_error(layout, hf, model, tmp_path):
+    folder = {"hf": hf, "openai": tmp_path / "openai", "own": tmp_path / "own"}[layout]
+    if layout == "own":
+        gptjax.save(dataclasses.replace(model, chat_template=TEMPLATE), folder)
+    if layout == "openai":
+        shutil.copytree(FOLDER, folder)
+    unread = ("README.md", "generation_config.json", "checkpoint", "model.ckpt.meta")
+    for path in [path for path in folder.iterdir() if path.name not in unread]:
+        path.rename(tmp_path / "moved")
+        for replace in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir):
+            replace(path)
+            with pytest.raises(ModelError, match=str(folder)):
+                gptjax.load(folder)
+            path.rmdir() if path.is_dir() else path.unlink()
+        (tmp_path / "moved").rename(path)
+
+
 def test_paths_without_a_model_are_errors_and_pickles_come_with_code_that_converts_them(tmp_path):
     with pytest.raises(ModelError, match=f"no model '{tmp_path}'"):
         gptjax.load(tmp_path)
@@ -113,6 +198,15 @@ def test_paths_without_a_model_are_errors_and_pickles_come_with_code_that_conver
         with pytest.raises(ModelError, match="pickle") as error:
             gptjax.load(source)
         compile("\n".join(map(str.strip, str(error.value).splitlines()[1:])), "advice", "exec")
+
+
+def test_saving_replaces_a_model_and_nothing_else(model, tmp_path):
+    gptjax.save(model, tmp_path / "own")
+    gptjax.save(model, tmp_path / "own")
+    (tmp_path / "own" / "notes.txt").touch()
+    with pytest.raises(ModelError, match=r"notes\.txt"):
+        gptjax.save(model, tmp_path / "own")
+    assert_same(gptjax.load(tmp_path / "own"), model)
 
 
 def test_model_folders_of_early_versions_are_read_and_invalid_ones_rejected(model, tmp_path):
@@ -126,6 +220,7 @@ def test_model_folders_of_early_versions_are_read_and_invalid_ones_rejected(mode
     for values, message in [
         ({"format": "gptjax-9"}, "gptjax-9"),
         ({"model": {"n_heds": 2}}, "n_heads"),
+        ({"model": shape | {"vocab_multiple": 50_000}}, "vocab_multiple=50000"),
         ({"labels": ["a", "b"]}, "labels=.*for 0 classes"),
         ({"tokenizer": {"name": "bytes", "hash": "0" * 64}}, "000000000000"),
     ]:
