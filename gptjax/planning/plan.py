@@ -129,7 +129,7 @@ def format_plan(plan: Plan) -> list[str]:
     causal = format_number(estimate.causal_flops_per_token(model))
     accuracy = estimate.MEMORY_ACCURACY.get(chip.platform)
     basis = (
-        f"estimated to {accuracy:.0%}"
+        f"estimated to within {accuracy:.0%}"
         if accuracy
         else f"estimated, unverified on a {chip.platform}"
     )

@@ -21,6 +21,7 @@ MAX_TOKEN_LABEL_CHARS = 10  # longest token label on an axis
 FIGURE_WIDTH, FIGURE_MARGIN, FONT_SIZE, NOTE_FONT_SIZE = 360.0, 6.0, 10.0, 7.5
 LINE_WIDTH = FIGURE_WIDTH - 2 * FIGURE_MARGIN
 LINE_HEIGHT, BOX_HEIGHT, NOTE_HEIGHT = 16.0, 14.4, 9.5
+LEGEND_GAP = 12.0  # between two boxes of a legend
 
 FONT_FAMILIES = ["DejaVu Sans Mono", "DejaVu Sans"]  # both bundled with matplotlib
 TEXT_STYLE: dict[str, Any] = {"parse_math": False, "fontfamily": FONT_FAMILIES}
@@ -70,7 +71,7 @@ def token_box_figure(
     for one in placed:
         draw_box(axes, one, top + pitch * one.line)
     for one in layout_boxes(legend):
-        draw_box(axes, one, bottom)
+        draw_box(axes, one._replace(left=one.left + LEGEND_GAP * one.box_index), bottom)
     return figure
 
 

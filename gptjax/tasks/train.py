@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gptjax.config import RunConfig
 from gptjax.data.prepare import tokenizer_id
+from gptjax.data.splits import split_shares
 from gptjax.plugins import load_plugin
 from gptjax.tasks.builder import TaskStages
 from gptjax.tasks.classify import CLASSIFY
@@ -49,5 +50,7 @@ def train(
 def check_options(config: RunConfig) -> None:
     """Rejects options that do not fit together or have no meaning, before any work."""
     make_schedule(config.optim, config.train.steps)
+    if config.train.task in ("classify", "sft", "dpo"):
+        split_shares(config.data.val_fraction, config.data.test_fraction)
     if config.data.tokenizer:
         tokenizer_id(config.data.tokenizer)

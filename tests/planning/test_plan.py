@@ -86,7 +86,7 @@ def test_the_estimate_is_as_near_the_compiler_as_the_plan_says():
 
         assert planned.to_dict()["memory_accuracy"] == 0.15
         assert planned.memory_estimate == pytest.approx(compiled, rel=0.15), (name, options)
-        assert " per device, estimated to 15%: " in "".join(plan.format_plan(planned))
+        assert " per device, estimated to within 15%: " in "".join(plan.format_plan(planned))
     assert "unverified" in "".join(plan.format_plan(plan_of(config, "h100:1")))
 
 
