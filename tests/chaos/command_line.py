@@ -90,7 +90,7 @@ LINES = (  # each works
     "data preview prepared",
     "data verify prepared",
     "plan config.toml --no-compile --json",
-    "plan config.toml --topology v5e:2x4 --no-compile",
+    "plan config.toml --topology v5e:2x4 --no-compile --data.batch_size 8",
     "train config.toml --run out",
     "train config.toml --run run --train.steps 3 --allow-change train.steps",
     "doctor",
