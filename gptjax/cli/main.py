@@ -123,7 +123,7 @@ def run_command(words: list[str]) -> int:
     except click.exceptions.Exit as stop:  # --help
         return stop.exit_code
     except click.ClickException as error:
-        print_message(f"gptjax: {error.format_message()}")
+        print_message(f"gptjax: {GptjaxError(error.format_message())}")  # shortened
         return 2
     except BrokenPipeError:  # the reader of our output has seen enough
         discard(sys.stdout)

@@ -96,6 +96,7 @@ def test_old_flags_are_rejected_with_the_new_ones(capsys):
         ("train tiny --model.causal 1", "true or false"),
         (f"data preview {'x' * 300}", "x" * 300),
         ("data preview x\0y", "NUL"),
+        (f"doctor {'x' * 10_000}", "xxx [...] xxx"),
         ("generate", "MODEL"),
         ("train tiny --on-spike rollback", "rollback"),
         ("eval m --text a --chat-data b", "--classification-data"),
