@@ -10,6 +10,7 @@ import click
 
 from gptjax.cli.arguments import PATH, Command, flag_option, value_option
 from gptjax.config import CONTEXT, FRACTION, SEED, STEPS, Range
+from gptjax.errors import ConfigError
 from gptjax.runtime.terminal import is_terminal, print_progress, print_result
 
 WORKERS = Range(1, 1024)
@@ -79,6 +80,8 @@ def data_preview(
     as_json: bool,
 ) -> None:
     """Show prepared data or a file of conversations as model input."""
+    if as_json and html:
+        raise ConfigError("data preview prints --json or writes --html, not both.")
     if Path(path).is_dir():
         from gptjax.data.prepare import sample_windows
 

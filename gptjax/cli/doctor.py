@@ -6,7 +6,7 @@ import platform
 
 from gptjax.errors import install_command
 from gptjax.runtime.device import package_versions
-from gptjax.runtime.terminal import print_progress
+from gptjax.runtime.terminal import print_result
 
 # Oldest tested version of each package that training needs.
 MIN_VERSIONS = {
@@ -52,9 +52,9 @@ def run_doctor() -> int:
 
 def print_check(topic: str, text: str, problems: list[str] | None = None) -> None:
     """Prints the result of one check and its problems."""
-    print_progress(f"{topic:<10} {text}")
+    print_result(f"{topic:<10} {text}")
     for problem in problems or []:
-        print_progress(f"{'problem':<10} {problem}")
+        print_result(f"{'problem':<10} {problem}")
 
 
 def check_packages(installed: dict[str, str]) -> list[str]:

@@ -62,6 +62,8 @@ def run_generate(
     """
     from gptjax.inference.generate import complete, few_shot_prompt, stream
 
+    if chat and (few_shot or samples > 1 or as_json):
+        raise ConfigError("--chat excludes --few-shot, --samples and --json.")
     prompt = read_stdin() if prompt is None else prompt
     if few_shot:
         prompt = few_shot_prompt(few_shot, prompt)
@@ -216,6 +218,8 @@ def run_evaluate(
         raise click.UsageError("eval takes one of --text, --classification-data and --chat-data.")
     if (text_column or label_column) and not classification_data:
         raise ConfigError("--text-column and --label-column belong to --classification-data.")
+    if (stride and not text) or ((out or judge) and not chat_data):
+        raise ConfigError("--stride belongs to --text; --out and --judge belong to --chat-data.")
     loaded = load_model(model, int8=int8, verbose=verbose)
     metrics: Any = {}
     tasks: Any = {}

@@ -137,7 +137,7 @@ def run_command(words: list[str]) -> int:
             raise
         path = error.filename
         text = f"cannot use {path}: {error.strerror}. Check the path." if path else error
-        print_message(f"gptjax: {text}")
+        print_message(f"gptjax: {GptjaxError(text)}")
         return 2 if path and error.errno in PATH_ERRNOS else 1
     except KeyboardInterrupt:
         return 130
