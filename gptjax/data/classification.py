@@ -44,6 +44,7 @@ from gptjax.data.readers import (
     visible_files,
 )
 from gptjax.errors import DataError
+from gptjax.runtime.timing import log_progress
 
 MAX_LISTED_CLASSES = 8  # classes listed by name in a summary
 # Options of `gptjax train` that choose the columns.
@@ -107,7 +108,8 @@ def read_labeled_texts(
     folder = ", a folder with one folder of .txt files per label,"
     source = find_table(str(path), ("sms-spam",), "labels", folder)
     named = {text_column, label_column} - {""} or set(usual_columns)
-    file_format, rows = read_table(source, named)
+    file_format, table = read_table(source, named)
+    rows = log_progress(table, None, "reading", "rows")
     first = next(rows, None)
     if first is None:
         raise DataError(f"{source} has no rows. Pass a file with labeled texts.")

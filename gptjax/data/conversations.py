@@ -34,6 +34,7 @@ from gptjax.data.splits import split_indices, split_shares
 from gptjax.data.text import ALL_SPLITS, TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import DataError
 from gptjax.plugins import load_plugin
+from gptjax.runtime.timing import log_progress
 from gptjax.tokenizer.template_worker import ChatMessage
 
 CONVERSATION_DATASETS = ("instructions", "preferences", WORD_TASKS)
@@ -173,7 +174,8 @@ def read_conversation_rows(
         rows = ((f"{path}:{n}", row) for n, row in enumerate(word_tasks(), 1))
     else:
         source = find_table(path, CONVERSATION_DATASETS, "conversations")
-        file_format, rows = table_format(source), read_rows(source)
+        file_format = table_format(source)
+        rows = log_progress(read_rows(source), None, "reading", "rows")
     first = next(rows, None)
     if first is None:
         raise DataError(f"{source} has no rows. Pass a file with a conversation per row.")

@@ -104,18 +104,23 @@ class StepTimer:
         self.excluded_seconds += time.perf_counter() - started
 
 
-def log_progress(items: Iterable[Item], total: int, action: str, unit: str) -> Iterator[Item]:
-    """Yields the items; logs the progress of a long loop and the time that is left.
+def log_progress(
+    items: Iterable[Item], total: int | None, action: str, unit: str
+) -> Iterator[Item]:
+    """Yields the items; logs the progress of a long loop, and how long it will take.
 
     The first line comes after `FIRST_PROGRESS_SECONDS`, each next one after twice the
-    time. `action` and `unit` are words, such as "encoding" and "texts".
+    time. `total` is None if it is unknown. `action` and `unit` are words, such as
+    "encoding" and "texts".
     """
     started, next_line = time.perf_counter(), FIRST_PROGRESS_SECONDS
     for done, item in enumerate(items):
         seconds = time.perf_counter() - started
         if done and seconds > next_line:
-            left = format_duration(seconds / done * (total - done))
-            text = f"{action:<8} {done:,} of {total:,} {unit}, about {left} left"
+            text = f"{action:<8} {done:,} {unit}"
+            if total is not None:
+                left = format_duration(seconds / done * (total - done))
+                text = f"{action:<8} {done:,} of {total:,} {unit}, about {left} left"
             logging.getLogger("gptjax").info(text)
             next_line = 2 * seconds
         yield item

@@ -27,3 +27,6 @@ def test_a_long_loop_logs_its_progress_and_the_time_left_ever_more_rarely(monkey
 
     assert [int(line.split()[1]) for line in lines] == [3, 8, 18, 38, 78]
     assert lines[2] == "encoding 18 of 100 texts, about 1m27s left"
+    with capture_lines([]) as lines:
+        assert sum(1 for _ in timing.log_progress("abcde", None, "reading", "rows")) == 5
+    assert lines == ["reading  3 rows"]
