@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from gptjax.errors import ConfigError
+from gptjax.fileio.paths import user_path
 from gptjax.fileio.strict_json import read_small_file
 
 MAX_CONFIG_BYTES = 1_000_000  # maximum size of a config file
@@ -500,7 +501,7 @@ EXAMPLE_VALUES = {int: "3", float: "0.1", str: '"text" in quotes', bool: "true o
 
 def load_config(path: str | Path) -> RunConfig:
     """Loads the run config of a TOML file; `find_config` finds one by name."""
-    return from_dict(RunConfig, load_toml(Path(path)))
+    return from_dict(RunConfig, load_toml(user_path(path)))
 
 
 def load_toml(path: Path) -> dict[str, Any]:
@@ -513,8 +514,8 @@ def load_toml(path: Path) -> dict[str, Any]:
 
 def find_config(name: str) -> Path:
     """Finds a config file by its path or by the name of a built-in config."""
-    if Path(name).is_file():
-        return Path(name)
+    if user_path(name).is_file():
+        return user_path(name)
     config_dir = builtin_config_dir()
     file_name = name.removeprefix("configs/").removesuffix(".toml") + ".toml"
     if (config_dir / file_name).is_file():

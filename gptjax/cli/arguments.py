@@ -24,9 +24,21 @@ from gptjax.config import (
     from_dict,
 )
 from gptjax.errors import ConfigError
+from gptjax.fileio.paths import user_path
 from gptjax.runtime import cpu_flags
 
-PATH = click.Path(path_type=Path)
+
+class PathType(click.ParamType):
+    """Path given by the user."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        """Expands `~`."""
+        return user_path(value)
+
+
+PATH = PathType()
 HELP_WIDTH = 88  # maximum number of columns of a help text
 METAVARS: dict[Any, str] = {int: "N", float: "X", PATH: "FILE"}  # by type; others: NAME
 
@@ -161,7 +173,7 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     if "--data.source" in overrides[::2] and "--data.tokenizer" not in overrides[::2]:
         from gptjax.data.token_files import is_prepared_dir
 
-        if is_prepared_dir(Path(table["data"]["source"]).expanduser()):
+        if is_prepared_dir(user_path(table["data"]["source"])):
             table["data"]["tokenizer"] = ""  # the data's own; the config's is for other data
     return from_dict(RunConfig, table)
 

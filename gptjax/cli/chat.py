@@ -9,12 +9,12 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.config import did_you_mean
 from gptjax.errors import ConfigError, DataError, GptjaxError, ModelError, ResourceError
 from gptjax.fileio.atomic import write_atomic
+from gptjax.fileio.paths import user_path
 from gptjax.inference.assistant import encode_chat, stream_answer
 from gptjax.inference.generate import GenerationConfig, stream
 from gptjax.runtime.terminal import (
@@ -255,7 +255,7 @@ def save_conversation(chat: Chat, argument: str) -> None:
     """Writes all messages, including dropped ones, to a new file."""
     if not argument:
         raise ConfigError("/save needs a file name, such as /save talk.json.")
-    path = Path(argument).expanduser()
+    path = user_path(argument)
     messages = [*chat.system, *chat.messages]
     try:
         text = json.dumps(messages, ensure_ascii=False, indent=2)

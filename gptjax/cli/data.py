@@ -11,6 +11,7 @@ import click
 from gptjax.cli.arguments import PATH, Command, flag_option, value_option
 from gptjax.config import CONTEXT, FRACTION, SEED, STEPS, Range
 from gptjax.errors import ConfigError
+from gptjax.fileio.paths import user_path
 from gptjax.runtime.terminal import is_terminal, print_progress, print_result
 
 WORKERS = Range(1, 1024)
@@ -82,10 +83,10 @@ def data_preview(
     """Show prepared data or a file of conversations as model input."""
     if as_json and html:
         raise ConfigError("data preview prints --json or writes --html, not both.")
-    if Path(path).is_dir():
+    if user_path(path).is_dir():
         from gptjax.data.prepare import sample_windows
 
-        for text in sample_windows(Path(path)):
+        for text in sample_windows(user_path(path)):
             print_result(f"--- sample\n{text}")
         return
     from gptjax.plots.preview import json_objects, preview_rows, render_terminal, write_html

@@ -4,7 +4,8 @@ import importlib.util
 import os
 import platform
 
-from gptjax.errors import install_command
+from gptjax.errors import ConfigError, install_command
+from gptjax.fileio.paths import user_cache_dir
 from gptjax.runtime.device import package_versions
 from gptjax.runtime.terminal import print_result
 
@@ -31,7 +32,6 @@ def run_doctor() -> int:
     if problems:
         return 1
     problems = check_devices()
-    from gptjax.fileio.download import user_cache_dir
     from gptjax.tokenizer.tokenizer import load_tokenizer
 
     try:
@@ -40,9 +40,12 @@ def run_doctor() -> int:
     except (OSError, ValueError) as error:
         problems.append(f"{error} -> install gptjax again")
         print_check("tokenizer", "gpt2: damaged", problems[-1:])
-    data = os.environ.get("GPTJAX_DATA", user_cache_dir("data"))
-    programs = os.environ.get("JAX_COMPILATION_CACHE_DIR", user_cache_dir("xla"))
-    print_check("cache", f"data in {data} · compiled programs in {programs}")
+    try:
+        data = os.environ.get("GPTJAX_DATA") or user_cache_dir("data")
+        programs = os.environ.get("JAX_COMPILATION_CACHE_DIR") or user_cache_dir("xla")
+        print_check("cache", f"data in {data} · compiled programs in {programs}")
+    except ConfigError as error:
+        print_check("cache", f"none: {error} Or set GPTJAX_HOME.")
     for extra, module in EXTRA_MODULES.items():
         is_installed = importlib.util.find_spec(module) is not None
         text = "installed" if is_installed else f"not installed -> {install_command(extra)}"

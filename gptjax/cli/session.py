@@ -1,6 +1,7 @@
 """Set-up shared by commands: progress messages, compilation cache, --verbose."""
 
 import contextlib
+import functools
 import logging
 import resource
 import time
@@ -42,6 +43,15 @@ def log_to_stdout() -> Iterator[None]:
         logger.level, logger.propagate = previous
 
 
+class WarningHandler(logging.Handler):
+    """Prints the warnings of gptjax to stderr, and no log of other packages."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints the message."""
+        if record.name.startswith("gptjax"):
+            print_message(self.format(record))
+
+
 def setup_session(verbose: bool, last_phase: str = "answering") -> None:
     """Enables the compilation cache and --verbose until the command ends.
 
@@ -50,7 +60,6 @@ def setup_session(verbose: bool, last_phase: str = "answering") -> None:
     from gptjax.runtime.compilation_cache import persistent_cache
     from gptjax.runtime.timing import log_phases
 
-    logging.getLogger().addHandler(logging.NullHandler())  # no tracebacks of libraries
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if 0 <= limit < MIN_ADDRESS_SPACE:
         raise ResourceError(
@@ -60,6 +69,9 @@ def setup_session(verbose: bool, last_phase: str = "answering") -> None:
     context = click.get_current_context()
     if verbose:
         context.with_resource(log_phases(print_message, PROCESS_START, last_phase))
+    root, handler = logging.getLogger(), WarningHandler(logging.WARNING)
+    root.addHandler(handler)
+    context.call_on_close(functools.partial(root.removeHandler, handler))
     context.with_resource(persistent_cache())
 
 

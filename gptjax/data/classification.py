@@ -44,6 +44,7 @@ from gptjax.data.readers import (
     visible_files,
 )
 from gptjax.errors import DataError
+from gptjax.fileio.paths import user_path
 from gptjax.runtime.timing import log_progress
 
 MAX_LISTED_CLASSES = 8  # classes listed by name in a summary
@@ -96,7 +97,7 @@ def read_labeled_texts(
     if path == PYTHON_LINES:
         data = encode_labels(python_lines(), "", class_names)
         return data, f"lines of Python's standard library; {summarize_classes(data)}."
-    source = Path(path).expanduser()
+    source = user_path(path)
     if source.is_dir():
         if text_column or label_column:
             raise DataError(

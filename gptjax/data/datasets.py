@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 from gptjax.config import did_you_mean
 from gptjax.errors import DataError
-from gptjax.fileio.download import Pin, check_pin, download_file, user_cache_dir
+from gptjax.fileio.download import Pin, check_pin, download_file
+from gptjax.fileio.paths import user_cache_dir, user_path
 
 
 class DatasetFile(NamedTuple):
@@ -103,11 +104,10 @@ def fetch_dataset(name: str) -> Path:
             f"unknown data set {name!r}.{did_you_mean(name, DATASETS)} "
             f"Known: {', '.join(DATASETS)}."
         )
-    entry, cache = DATASETS[name], user_cache_dir("data")
-    user_dir = os.environ.get("GPTJAX_DATA")
-    path = Path(user_dir or cache, entry.file_name)
-    if not path.exists():
-        path = cache / entry.file_name
+    entry, user_dir = DATASETS[name], os.environ.get("GPTJAX_DATA")
+    path = user_path(user_dir) / entry.file_name if user_dir else None
+    if path is None or not path.exists():
+        path = user_cache_dir("data") / entry.file_name
     if path.exists():
         check_pin(path, entry.pin, f"Replace or remove {path}.")
     else:

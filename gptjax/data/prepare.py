@@ -42,6 +42,7 @@ from gptjax.data.token_files import (
 )
 from gptjax.errors import ConfigError, DataError
 from gptjax.fileio.atomic import atomic_path, write_atomic
+from gptjax.fileio.paths import user_path
 from gptjax.runtime.preemption import heartbeat
 from gptjax.tokenizer.tokenizer import (
     Tokenizer,
@@ -93,7 +94,7 @@ def open_dataset(config: DataConfig, prepared_dir: Path) -> TokenizedSplits:
     Tokens of a text are prepared in `prepared_dir`, which is reused if it has the same
     content.
     """
-    source = Path(config.source).expanduser()
+    source = user_path(config.source)
     if is_prepared_dir(source):
         return open_prepared(source, config.tokenizer)
     if config.source not in (PYTHON_HELP, *DATASETS) and any(source.glob("*.ds")):

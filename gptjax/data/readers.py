@@ -24,6 +24,7 @@ from typing import Any
 from gptjax.config import did_you_mean
 from gptjax.data.datasets import DATASETS, PYTHON_HELP, fetch_dataset
 from gptjax.errors import DataError
+from gptjax.fileio.paths import user_path
 from gptjax.fileio.strict_json import open_regular_file, parse_json
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -99,7 +100,7 @@ def find_table(path: str, datasets: Sequence[str], content: str, alternative: st
     """
     if path in datasets:
         return fetch_dataset(path)
-    file = Path(path).expanduser()
+    file = user_path(path)
     is_other_dataset = path in (PYTHON_HELP, *DATASETS)
     if is_other_dataset or not file.is_file() or table_suffix(file) not in TABLE_FORMATS:
         is_there = is_other_dataset or file.exists()

@@ -35,6 +35,7 @@ from gptjax.data.readers import (
 )
 from gptjax.errors import DataError
 from gptjax.fileio.download import sha256_of_files
+from gptjax.fileio.paths import user_path
 
 TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT = "train", "validation", "test"
 ALL_SPLITS = (TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT)
@@ -95,7 +96,7 @@ def expand_path(path: str) -> list[Path]:
         return [Path(path)]
     if path in DATASETS:
         return [fetch_dataset(path)]
-    expanded = Path(path).expanduser()
+    expanded = user_path(path)
     if expanded.is_dir():
         found = visible_files(expanded, SOURCE_SUFFIXES)
     else:

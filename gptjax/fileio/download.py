@@ -21,12 +21,6 @@ class Pin(NamedTuple):
     sha256: str
 
 
-def user_cache_dir(kind: str) -> Path:
-    """Cache directory of gptjax for "data" or "xla" (compiled programs)."""
-    home = os.environ.get("GPTJAX_HOME")
-    return (Path(home).expanduser() if home else Path.home() / ".cache" / "gptjax") / kind
-
-
 def is_offline() -> bool:
     """True if the user disabled network access (GPTJAX_OFFLINE)."""
     return os.environ.get("GPTJAX_OFFLINE", "") not in ("", "0")

@@ -22,6 +22,7 @@ from gptjax.data.conversations import Conversation, read_conversations
 from gptjax.data.sft import TRAIN_ON_ALL, TRAIN_ON_COMPLETIONS, encode_segments, truncate_left
 from gptjax.errors import ConfigError
 from gptjax.fileio.atomic import open_atomic
+from gptjax.fileio.paths import user_path
 from gptjax.plots.curves import BLUE, ORANGE, new_figure
 from gptjax.runtime.terminal import sanitize
 from gptjax.tokenizer.chat_template import load_chat_template
@@ -255,7 +256,7 @@ def write_html(preview: Preview, path: Path | str, max_rows: int) -> None:
         summary="\n".join(map(escape, describe_all_rows(preview))),
         histogram=base64.b64encode(image.getvalue()).decode(),
     )
-    with open_atomic(Path(path)) as file:
+    with open_atomic(user_path(path)) as file:
         file.write(page)
 
 

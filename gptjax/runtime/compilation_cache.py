@@ -1,4 +1,4 @@
-"""JAX's persistent compilation cache, in a directory that only the user can write to.
+"""JAX's persistent compilation cache, in a directory that only the user can access.
 
 JAX runs every program that it finds in the cache.
 """
@@ -6,11 +6,13 @@ JAX runs every program that it finds in the cache.
 import contextlib
 import logging
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gptjax.fileio.download import user_cache_dir
+from gptjax.errors import ConfigError
+from gptjax.fileio.paths import user_cache_dir
 
 MAX_CACHE_BYTES = 1 << 30  # the least recently used programs are evicted
 
@@ -24,18 +26,30 @@ def persistent_cache() -> Iterator[None]:
     if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         yield
         return
-    cache_dir = user_cache_dir("xla")
     try:
+        cache_dir = user_cache_dir("xla")
         cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = cache_dir.stat()
-        if status.st_uid != os.getuid() or status.st_mode & 0o022:
-            raise PermissionError(f"other users can write to {cache_dir}; chmod 700 it")
-    except OSError as error:
+        cache_dir = cache_dir.resolve()  # links are not followed again
+        check_private(cache_dir)
+    except (OSError, ConfigError) as error:
         logging.getLogger(__name__).warning("compiled programs are not cached: %s", error)
         yield
         return
     with enable_cache(cache_dir, MAX_CACHE_BYTES):
         yield
+
+
+def check_private(folder: Path) -> None:
+    """Raises PermissionError if another user can write to a folder, or replace it."""
+    if folder.stat().st_mode & 0o077:
+        raise PermissionError(f"other users can access {folder}; chmod 700 it")
+    for path in (folder, *folder.parents):
+        status = path.stat()
+        is_writable = status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX
+        if status.st_uid not in (os.getuid(), 0) or is_writable:
+            raise PermissionError(f"other users can write to {path}")
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user")
 
 
 @contextlib.contextmanager

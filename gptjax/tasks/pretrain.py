@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.config import DataConfig
@@ -12,6 +11,7 @@ from gptjax.data.token_files import is_prepared_dir
 from gptjax.errors import ConfigError
 from gptjax.evaluation import perplexity
 from gptjax.fileio.download import sha256_of_files
+from gptjax.fileio.paths import user_path
 from gptjax.inference.generate import complete
 from gptjax.parallel.sharding import local_batch_rows, shard_tree, to_host
 from gptjax.plots.report import write_report
@@ -95,7 +95,7 @@ def make_pretrain_task(run: RunContext, data: PretrainData) -> Task:
 def resolve_data_config(run: RunContext) -> DataConfig:
     """The run's `[data]`, with the initial model's tokenizer if nothing names one."""
     config = run.config
-    is_prepared = is_prepared_dir(Path(config.data.source).expanduser())
+    is_prepared = is_prepared_dir(user_path(config.data.source))
     if not config.finetune.init_from or config.data.tokenizer or is_prepared:
         return config.data
     model_dir = resolve_model(config.finetune.init_from, run.log)

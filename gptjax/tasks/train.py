@@ -6,6 +6,7 @@ from pathlib import Path
 from gptjax.config import RunConfig
 from gptjax.data.prepare import tokenizer_id
 from gptjax.data.splits import split_shares
+from gptjax.fileio.paths import user_path
 from gptjax.plugins import load_plugin
 from gptjax.tasks.builder import TaskStages
 from gptjax.tasks.classify import CLASSIFY
@@ -39,7 +40,7 @@ def train(
         stages_fn: StagesFn = load_plugin("train.task", config.train.task)
         stages = stages_fn(config)
     check_options(config)
-    with open_run(config, Path(run_dir), allow_change=allow_change, on_spike=on_spike) as run:
+    with open_run(config, user_path(run_dir), allow_change=allow_change, on_spike=on_spike) as run:
         run.log(f"reading  {config.data.source}")
         run, data = stages.load_data(run)
         task = stages.make_task(run, data)

@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 from gptjax.config import did_you_mean
 from gptjax.errors import ConfigError
+from gptjax.fileio.paths import user_path
 from gptjax.fileio.strict_json import read_small_file
 from gptjax.tokenizer.template_worker import (
     CLOSE_MARK,
@@ -122,7 +123,7 @@ def break_marker(match: re.Match[str]) -> str:
 
 def load_chat_template(name: str) -> ChatTemplate:
     """Loads a built-in template by name, or a template file by path."""
-    path = TEMPLATE_DIR / f"{name}.jinja" if name in BUILTIN_TEMPLATES else Path(name)
+    path = TEMPLATE_DIR / f"{name}.jinja" if name in BUILTIN_TEMPLATES else user_path(name)
     if not path.is_file():
         raise ConfigError(
             f"there is no chat template {name!r}."

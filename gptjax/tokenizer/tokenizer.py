@@ -25,6 +25,7 @@ from jaxtyping import Int32, UInt32
 from gptjax.errors import ConfigError, DataError
 from gptjax.fileio import strict_json
 from gptjax.fileio.atomic import write_atomic
+from gptjax.fileio.paths import user_path
 from gptjax.tokenizer.bpe import MAX_TOKEN_BYTES, SPLIT_PATTERN, encode_utf8, split_merge, train_bpe
 
 ENDOFTEXT = "<|endoftext|>"
@@ -178,8 +179,8 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         return gpt2_tokenizer()
     if name == "bytes":
         return from_merges("bytes", range(256), [])
-    if is_tokenizer_dir(Path(name)):
-        return read_tokenizer_dir(Path(name))
+    if is_tokenizer_dir(user_path(name)):
+        return read_tokenizer_dir(user_path(name))
     raise ConfigError(
         f"there is no tokenizer {str(name)!r}: expected gpt2, bytes or a folder with "
         "vocab.json and merges.txt, or tokenizer.json. Correct the name; for bpe:N, run "

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from gptjax.config import GPTConfig, RunConfig
 from gptjax.data.token_files import is_prepared_dir
+from gptjax.fileio.paths import user_path
 from gptjax.model.gpt import compute_dtype, init, resolve_backend
 from gptjax.tokenizer import tokenizer
 from gptjax.training.hardware import chip_from_device
@@ -72,7 +73,7 @@ def resolve_config(config: RunConfig, platform: str = "") -> RunConfig:
     """
     model = config.model
     if not model.vocab_size:
-        source = Path(config.data.source).expanduser()
+        source = user_path(config.data.source)
         default = f"{source}/tokenizer" if is_prepared_dir(source) else "gpt2"
         name = config.data.tokenizer or default
         size = tokenizer.untrained_vocab_size(name)

@@ -24,6 +24,7 @@ from gptjax.config import RENAMED_VALUES, GPTConfig, from_dict, load_toml
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.fileio import strict_json
 from gptjax.fileio.download import sha256_of_files
+from gptjax.fileio.paths import user_path
 from gptjax.model.gpt import apply, init
 from gptjax.model.quantization import fake_quantize
 from gptjax.tokenizer.chat_template import CHAT_TEMPLATE_FILE as TEMPLATE
@@ -109,7 +110,7 @@ def load(name: str | Path, log: _LogFn = lambda line: None, *, int8: bool = Fals
 
 def resolve_model(name: str | Path, log: _LogFn) -> Path:
     """Returns the path of a model's files, downloading them from the hub if needed."""
-    path = Path(name)
+    path = user_path(name)
     if (path / "model" / "config.json").exists():
         return path / "model"
     if (path / "checkpoints").is_dir():

@@ -19,6 +19,7 @@ import numpy as np
 from gptjax.config import GPTConfig
 from gptjax.errors import ModelError
 from gptjax.fileio.atomic import atomic_path, write_atomic
+from gptjax.fileio.paths import user_path
 from gptjax.model.gpt import compute_dtype
 from gptjax.model.lora import Adapters
 from gptjax.model.quantization import prepare_decode_params, unstack_layers
@@ -74,7 +75,7 @@ def save(model: Model, model_dir: str | Path, *, step: int | None = None) -> Non
     Without parameters, the folder completes the checkpoints of an unfinished run.
     `step` is the training step of the parameters, if it may not be the last.
     """
-    folder = Path(model_dir)
+    folder = user_path(model_dir)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if others := sorted(names - SAVED_FILES):
         raise ModelError(

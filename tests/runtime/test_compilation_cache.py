@@ -1,10 +1,15 @@
 """Compiled programs are reused from a directory that nobody else can write to."""
 
+import os
+import subprocess
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.cli import doctor
 from gptjax.cli.main import main
 from gptjax.runtime.compilation_cache import persistent_cache
 from gptjax.runtime.timing import CACHE_HIT_EVENT, COMPILE_EVENT
@@ -53,11 +58,42 @@ def test_a_directory_that_is_missing_or_that_others_can_write_to_is_not_used(cac
     cache_dir.parent.unlink()
 
     assert compile_once() == [1, 0]
-    for mode in (0o720, 0o702):
+    for mode in (0o710, 0o704):
         caplog.clear()
         cache_dir.chmod(mode)
         assert compile_once() == [1, 0]
-        assert f"can write to {cache_dir}" in caplog.text
+        assert f"can access {cache_dir}" in caplog.text
+    cache_dir.chmod(0o700)
+    cache_dir.parent.chmod(0o777)  # others could replace the directory
+    assert compile_once() == [1, 0]
+    assert f"can write to {cache_dir.parent}" in caplog.text
+    cache_dir.parent.chmod(0o1777)  # as /tmp
+    assert compile_once() == [1, 1]
+
+
+def test_without_a_home_directory_programs_are_not_cached(cache_dir, caplog, monkeypatch):
+    monkeypatch.delenv("GPTJAX_HOME")
+    monkeypatch.setattr(Path, "expanduser", no_home)
+
+    assert compile_once() == [1, 0]
+
+    assert "Set HOME" in caplog.text
+    assert doctor.run_doctor() == 0
+
+
+def no_home(path):
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
+def test_another_user_cannot_put_a_program_into_the_cache_while_it_is_in_use(cache_dir):
+    with persistent_cache():
+        command = ["sh", "-c", 'echo program > "$0/name" || mv "$0" "$0.old"', str(cache_dir)]
+        intruder = subprocess.run(command, user=65534, capture_output=True, check=False)
+
+    assert intruder.stderr.count(b"Permission denied") == 2
+    assert [path.name for path in cache_dir.parent.iterdir()] == ["xla"]
+    assert not (cache_dir / "name").exists()
 
 
 def test_the_same_run_compiles_nothing_again(cache_dir, tmp_path, capsys):

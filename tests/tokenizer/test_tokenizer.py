@@ -128,7 +128,7 @@ def test_invalid_arguments_are_rejected(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="character 2 "):
         GPT2.encode("ab\ud83d\ude00")
     for name in ("gpt3", Path("gpt2"), "a\0b"):
-        with pytest.raises(ConfigError, match="tokenizer"):
+        with pytest.raises(ConfigError, match=r"tokenizer|NUL"):
             tokenizer.load_tokenizer(name)
 
 
