@@ -32,6 +32,7 @@ from gptjax.training.metrics import read_events
 from gptjax.weights.load import load
 from tests.chaos._zygote import Job
 from tests.command_line import parse_command
+from tests.conftest import ON_CPU
 from tests.processes import ROOT, cache_options
 from tests.small_models import make_model
 
@@ -250,8 +251,8 @@ def open_zygote(folder: Path) -> Iterator[Callable[[Job], dict[str, Any]]]:
     """Yields a function that runs a job."""
     variables = {
         **cache_options(folder),
+        **ON_CPU,  # programs are compiled quickly, and run for milliseconds
         **{"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)},
-        **{"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},  # programs run for milliseconds
         **{"GPTJAX_OFFLINE": "1", "HOME": str(folder / "home"), "OPENBLAS_NUM_THREADS": "1"},
     }
     command = [sys.executable, "-m", "tests.chaos._zygote"]
