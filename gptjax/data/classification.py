@@ -41,6 +41,7 @@ from gptjax.data.readers import (
     table_format,
     table_suffix,
     unknown_column_error,
+    unread_columns,
     visible_files,
 )
 from gptjax.errors import DataError
@@ -123,7 +124,7 @@ def read_labeled_texts(
         for location, row in itertools.chain([first], rows):
             text = get_text(row, text_column, location, options[0])
             yield text, get_label(row, label_column, location, options[1]), location
-            unread.update(x for x in row if x not in columns and row[x] not in (None, ""))
+            unread.update(unread_columns(row, columns))
 
     data = encode_labels(examples(), str(source), class_names, label_column, options[1])
     if "split" in unread and not class_names:

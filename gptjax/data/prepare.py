@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 
 from gptjax.config import DataConfig
 from gptjax.data.datasets import DATASETS, PYTHON_HELP
+from gptjax.data.readers import describe_unread
 from gptjax.data.text import (
     TEXT_SPLITS,
     TRAIN_SPLIT,
@@ -85,6 +86,7 @@ class DatasetInfo:
                 f"{entry['tokens']:>16,} tokens"
                 f"{entry['bytes'] / entry['tokens']:>8.3f} bytes per token"
             )
+        lines += [self.meta["unread"].removeprefix("; ")] * bool(self.meta.get("unread"))
         return "\n".join(lines)
 
 
@@ -232,7 +234,8 @@ def write_prepared(
     tokenizer.save(folder / "tokenizer")
     dtype = token_dtype(tokenizer.vocab_size)
     writers = {s: ShardWriter(folder, s, dtype, recipe["shard_tokens"]) for s in TEXT_SPLITS}
-    spans = iter_split_spans(sources, rule, "encoding")
+    unread = Counter[str]()
+    spans = iter_split_spans(sources, rule, "encoding", unread)
     for encoded in encode_spans(spans, tokenizer, workers or os.cpu_count() or 1):
         heartbeat()
         for split, part in encoded.items():
@@ -254,6 +257,7 @@ def write_prepared(
         "vocab_size": tokenizer.vocab_size,
         "eot": tokenizer.eot_token,
         "splits": splits,
+        "unread": describe_unread(unread),
         "recipe": recipe,
     }
     write_atomic(folder / "meta.json", json.dumps(meta, indent=1), MAX_TOKEN_METADATA_BYTES)

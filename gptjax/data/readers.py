@@ -16,7 +16,7 @@ import re
 import shlex
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
@@ -277,6 +277,11 @@ def name_columns(records: Iterable[tuple[str, list[str]]]) -> Iterator[LocatedRo
         raise DataError(f"{location}: duplicate column name in {names!s:.200}.")
     for location, fields in records:
         yield location, dict(zip(names, fields, strict=True))
+
+
+def unread_columns(row: Mapping[str, Any], read: Collection[str]) -> list[str]:
+    """Returns the columns of a row that have a value but are not in `read`."""
+    return [name for name, value in row.items() if name not in read and value not in (None, "")]
 
 
 def describe_unread(counts: Mapping[str, int]) -> str:

@@ -17,6 +17,7 @@ import glob
 import hashlib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +32,7 @@ from gptjax.data.readers import (
     read_rows,
     read_text_blocks,
     suffix_without_gz,
+    unread_columns,
     visible_files,
 )
 from gptjax.errors import DataError
@@ -111,19 +113,30 @@ def expand_path(path: str) -> list[Path]:
     return found
 
 
-def iter_chunks(source: TextSource) -> Iterator[TextChunk]:
-    """Yields the documents of one source in chunks."""
+def iter_chunks(source: TextSource, unread: Counter[str] | None = None) -> Iterator[TextChunk]:
+    """Yields the documents of one source in chunks.
+
+    Adds the empty documents and the columns that are not read to the counts `unread`.
+    """
+    unread = Counter() if unread is None else unread
     if str(source.path) == PYTHON_HELP:
         documents = ([text] for text in read_python_help())
     elif suffix_without_gz(source.path) in TABLE_FORMATS:
-        rows = read_rows(source.path)
-        documents = (
-            [get_text(row, source.column, location, COLUMN_OPTION)] for location, row in rows
-        )
+        documents = read_documents(source, unread)
     else:
         documents = [read_text_blocks(source.path)]
     for document in documents:
-        yield from chunk_document(document)
+        chunk = None
+        for chunk in chunk_document(document):
+            yield chunk
+        unread.update(["empty documents"] * (chunk is None))
+
+
+def read_documents(source: TextSource, unread: Counter[str]) -> Iterator[list[str]]:
+    """Yields the text of each row of a table; counts its other columns."""
+    for location, row in read_rows(source.path):
+        yield [get_text(row, source.column, location, COLUMN_OPTION)]
+        unread.update(unread_columns(row, (source.column,)) if isinstance(row, dict) else ())
 
 
 def chunk_document(texts: Iterable[str]) -> Iterator[TextChunk]:
@@ -187,11 +200,14 @@ def make_split_rule(sources: Sequence[TextSource], val_fraction: float, seed: in
 
 
 def iter_split_spans(
-    sources: Sequence[TextSource], rule: SplitRule, bar_label: str
+    sources: Sequence[TextSource],
+    rule: SplitRule,
+    bar_label: str,
+    unread: Counter[str] | None = None,
 ) -> Iterator[SplitSpan]:
-    """Yields all text of the sources in order, with its split."""
+    """Yields all text of the sources in order, with its split; see `iter_chunks`."""
     document_index, is_first, chars_read = 0, True, 0
-    chunks = itertools.chain.from_iterable(map(iter_chunks, sources))
+    chunks = itertools.chain.from_iterable(iter_chunks(source, unread) for source in sources)
     for chunk in tqdm(chunks, bar_label, unit=" chunks", leave=False, disable=None):
         if rule.train_chars is None:
             held_out = hash_to_unit(rule.seed, document_index) < rule.threshold

@@ -138,6 +138,7 @@ class TokenDataset:
     shards: Sequence[TokenShard]
     vocab_size: int
     eot: int  # token that separates documents
+    unread: str = ""  # parts of the text that were not read; see `describe_unread`
 
     @functools.cached_property
     def shard_offsets(self) -> np.ndarray:
@@ -269,7 +270,8 @@ def open_split(folder: Path, split: str) -> TokenDataset:
         open_shard(folder / x["file"], x["tokens"], dtype, x["sha256"][0], x["crc32"])
         for x in meta["splits"][split]["shards"]
     ]
-    return TokenDataset(shards, meta["vocab_size"], meta["eot"])
+    # Folders of earlier versions have no "unread".
+    return TokenDataset(shards, meta["vocab_size"], meta["eot"], str(meta.get("unread", "")))
 
 
 def verify_prepared(folder: Path) -> list[str]:

@@ -165,7 +165,7 @@ def format_pretrain_summary(run: RunContext, data: TokenizedSplits) -> list[str]
         f"run      {run.run_dir}",
         f"model    {describe_model(run)}{origin}",
         f"data     {len(data.train):,} training tokens, {num_held_out:,} held out; "
-        f"{data.tokenizer.name} tokenizer, {c.vocab_size:,} tokens",
+        f"{data.tokenizer.name} tokenizer, {c.vocab_size:,} tokens{data.train.unread}",
         f"step     {step_shape} = {tokens:,} tokens, "
         f"{format_number(tokens * estimate.flops_per_token(c))} FLOPs",
         describe_length(train_config.steps, train_config.steps * tokens / len(data.train)),

@@ -91,6 +91,16 @@ def test_the_same_call_does_nothing_and_another_is_rejected(tmp_path, monkeypatc
         prepare_dataset([path], **options)
 
 
+def test_columns_and_empty_documents_that_are_not_read_are_reported(tmp_path):
+    rows = [{"text": "a"}, {"text": "", "id": 1}, {"text": "b", "title": "c"}, {"text": "d"}]
+
+    info = prepare_dataset([jsonl(tmp_path / "a.jsonl", rows)], "bytes", tmp_path / "out")
+
+    unread = "not read: empty documents (1), id (1), title (1)"
+    assert str(info).endswith(unread)
+    assert open_prepared(tmp_path / "out").train.unread == f"; {unread}"
+
+
 def test_a_second_process_waits_and_uses_the_same_result(tmp_path, monkeypatch):
     path = jsonl(tmp_path / "a.jsonl", TEXTS)
     started, write_prepared = [], prepare.write_prepared

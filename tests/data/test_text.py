@@ -1,6 +1,7 @@
 """Documents of text files and tables, their chunks, and the validation split."""
 
 import json
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -13,8 +14,8 @@ from gptjax.tokenizer.tokenizer import load_tokenizer
 from tests.data.tables import csv_text, quick, write
 
 
-def documents(*paths, column=""):
-    chunks = [c for source in find_sources(paths, column) for c in iter_chunks(source)]
+def documents(*paths, column="", unread=None):
+    chunks = [c for source in find_sources(paths, column) for c in iter_chunks(source, unread)]
     joined = "".join(chunk.text + "\1" * chunk.is_last for chunk in chunks)
     assert joined.endswith("\1") or not chunks
     return joined.split("\1")[:-1]
@@ -33,7 +34,11 @@ def test_a_text_file_is_a_document_and_each_row_of_a_table_is_one(tmp_path):
         ("b.jsonl.gz", "\n".join(map(json.dumps, texts)), "", texts[:3]),
         ("d.csv", table, "answer", texts[:3]),
     ]:
-        assert documents(write(tmp_path / name, data), column=column) == expected
+        unread = Counter()
+        assert documents(write(tmp_path / name, data), column=column, unread=unread) == expected
+        columns = {".csv": {"id": 4}, ".jsonl": {"n": 4}} if name[0] in "ad" else {}
+        empty = {"empty documents": 1} if expected == texts[:3] or name == "empty.txt" else {}
+        assert unread == columns.get(name[1:], {}) | empty
 
 
 @quick
@@ -103,3 +108,25 @@ def test_many_documents_are_held_out_by_their_hash(tmp_path):
 
     assert 0.07 * count < len(held_out(0)) < 0.13 * count
     assert held_out(0) == held_out(0) != held_out(1)
+
+
+def test_the_work_for_a_long_document_is_linear(monkeypatch):
+    monkeypatch.setattr(text, "CHUNK_CHARS", 10)
+    copied = 0
+
+    class Document(str):
+        __slots__ = ()
+
+        def __getitem__(self, index):
+            nonlocal copied
+            part = str(self)[index]
+            copied += len(part)
+            return Document(part)
+
+        def __radd__(self, other):
+            return Document(f"{other}{self}")
+
+    for size in (1_000, 10_000):
+        copied = 0
+        assert len(list(chunk_document([Document("a " * (size // 2))]))) >= size // 10
+        assert copied <= 2 * size
