@@ -97,6 +97,7 @@ def test_old_flags_are_rejected_with_the_new_ones(capsys):
         (f"data preview {'x' * 300}", "x" * 300),
         ("data preview x\0y", "NUL"),
         ("data preview x.jsonl --json --html y", "--html"),
+        ("data preview . --json", "--json"),
         ("generate m x --chat --samples 2", "--samples"),
         ("eval m --text x --judge y", "--judge"),
         (f"doctor {'x' * 10_000}", "xxx [...] xxx"),
