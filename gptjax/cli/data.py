@@ -81,9 +81,10 @@ def data_preview(
     as_json: bool,
 ) -> None:
     """Show prepared data or a file of conversations as model input."""
-    if as_json and html:
-        raise ConfigError("data preview prints --json or writes --html, not both.")
-    if user_path(path).is_dir():
+    is_prepared = user_path(path).is_dir()
+    if [as_json, html is not None, is_prepared].count(True) > 1:
+        raise ConfigError("--json and --html exclude each other, and need a file of conversations.")
+    if is_prepared:
         from gptjax.data.prepare import sample_windows
 
         for text in sample_windows(user_path(path)):
