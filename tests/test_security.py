@@ -1,6 +1,8 @@
 """Nothing that is read is executed, and no secret is written."""
 
 import dataclasses
+import io
+import json
 import re
 from pathlib import Path
 
@@ -27,6 +29,55 @@ DANGEROUS = re.compile(
 def test_nothing_in_the_package_executes_the_content_of_files():
     for file in PACKAGE.rglob("*.py"):
         assert not DANGEROUS.search(file.read_text(encoding="utf-8")), file
+
+
+EVIL = "\x1b]0;title\x07\x9b2J\u202e"  # sets the title, clears the screen, reverses the line
+
+
+def test_no_text_from_outside_controls_the_terminal(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("One and one is two. " * 50)
+    Path("table.csv").write_text(f"{EVIL},b{EVIL}\nx,{EVIL}\n" * 9)
+    Path("broken.jsonl").write_text(json.dumps({EVIL: EVIL}) + "\n")
+    Path("key.toml").write_text(f"[train]\n{json.dumps(EVIL)} = 1")
+    Path("template.jinja").write_text(f"{{{{ raise_exception({EVIL!r}) }}}}")
+    Path("sample.toml").write_text(CONFIG.replace('prompt = ""', f"prompt = {json.dumps(EVIL)}"))
+    Path("rows.jsonl").write_text(json.dumps({"prompt": EVIL, "completion": EVIL}) + "\n")
+    model = make_model(context_length=64)
+    assistant = dataclasses.replace(model, chat_template=load_chat_template("qa").source)
+    save(assistant, "assistant")
+    save(model, f"model{EVIL}")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/{EVIL}\n{EVIL}\n"))
+    preview = ["data", "preview", "rows.jsonl", "--tokenizer", "bytes"]
+    commands = [
+        [EVIL],
+        ["train", EVIL],
+        ["train", "tiny", f"--{EVIL}", "1"],
+        ["train", "tiny", "--train.steps", EVIL],
+        ["train", "key.toml"],
+        ["train", "sample.toml", "--run", f"run{EVIL}"],
+        ["generate", f"model{EVIL}", EVIL, "--max-new-tokens", "3"],
+        ["generate", f"no{EVIL}/model", EVIL],
+        ["chat", "assistant", "--max-new-tokens", "3"],
+        ["eval", "assistant", "--chat-data", "rows.jsonl"],
+        ["eval", "assistant", "--classification-data", "table.csv"],
+        ["data", "prepare", "table.csv", "--tokenizer", "bytes", "--out", f"out{EVIL}"],
+        ["data", "prepare", "table.csv", "--column", EVIL, "--tokenizer", "bytes", "--out", "out"],
+        ["data", "preview", "broken.jsonl"],
+        preview,
+        [*preview, "--json"],
+        [*preview, "--chat-template", "template.jinja"],
+    ]
+
+    with serving(plain(EVIL.encode(), 401)) as (hub, _):
+        use_hub(monkeypatch, tmp_path / "hub", hub)
+        codes = {main(command) for command in [*commands, ["generate", "owner/name", "Hi"]]}
+
+    printed = capfd.readouterr()
+    texts = [printed.out, printed.err, Path(f"run{EVIL}", "report.md").read_text()]
+    assert all("\ufffd]0;title" in text for text in texts)
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set("".join(texts))
+    assert codes == {0, 2}
 
 
 SECRETS = {

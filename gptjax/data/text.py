@@ -22,8 +22,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from gptjax.data.datasets import DATASETS, PYTHON_HELP, fetch_dataset, read_python_help
 from gptjax.data.readers import (
     TABLE_FORMATS,
@@ -38,6 +36,7 @@ from gptjax.data.readers import (
 from gptjax.errors import DataError
 from gptjax.fileio.download import sha256_of_files
 from gptjax.fileio.paths import user_path
+from gptjax.runtime.terminal import progress_bar
 
 TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT = "train", "validation", "test"
 ALL_SPLITS = (TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT)
@@ -208,7 +207,7 @@ def iter_split_spans(
     """Yields all text of the sources in order, with its split; see `iter_chunks`."""
     document_index, is_first, chars_read = 0, True, 0
     chunks = itertools.chain.from_iterable(iter_chunks(source, unread) for source in sources)
-    for chunk in tqdm(chunks, bar_label, unit=" chunks", leave=False, disable=None):
+    for chunk in progress_bar(bar_label, "chunks", chunks):
         if rule.train_chars is None:
             held_out = hash_to_unit(rule.seed, document_index) < rule.threshold
             yield SplitSpan(TEXT_SPLITS[held_out], chunk.text, is_first, chunk.is_last)

@@ -11,8 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO
 
-from tqdm import tqdm
-
 from gptjax.data.readers import (
     DELIMITERS,
     TABLE_FORMATS,
@@ -26,6 +24,7 @@ from gptjax.data.readers import (
 )
 from gptjax.errors import DataError
 from gptjax.fileio.atomic import open_atomic
+from gptjax.runtime.terminal import progress_bar
 
 INPUT_SUFFIXES = (*TABLE_FORMATS, ".txt")
 OUTPUT_SUFFIXES = (*DELIMITERS, ".jsonl")
@@ -67,7 +66,7 @@ def label_file(
     prefix = "predicted_" if set(ADDED_COLUMNS) & set(first) else ""
     label, probability = (prefix + name for name in ADDED_COLUMNS)
     rows, count = itertools.chain([(location, first)], rows), 0
-    bar = tqdm(desc=f"classifying {source.name}", unit=" rows", leave=False, disable=None)
+    bar = progress_bar(f"classifying {source.name}", "rows")
     with open_atomic(output) as file, bar:
         write_row = make_row_writer(file, output, [*first, label, probability])
         while batch := list(itertools.islice(rows, batch_size)):

@@ -14,6 +14,7 @@ from gptjax.evaluation.metrics import classification_metrics
 from gptjax.fileio.atomic import atomic_path, write_atomic
 from gptjax.plots.curves import loss_figure, lr_figure, single_line
 from gptjax.plots.token_boxes import shorten_label
+from gptjax.runtime.terminal import sanitize
 from gptjax.training.metrics import read_events
 
 MetricRows = Mapping[str, Mapping[str, float]]  # values by metric name, by table row
@@ -72,7 +73,7 @@ def write_report(
     samples = [event for event in events if event["event"] == "sample"]
     for event in samples[:1] + samples[1:][-1:]:
         lines += [f"Sample after step {event['step']}:", "", *code_block(event["text"])]
-    write_atomic(run_dir / "report.md", "\n".join([*lines, *details]))
+    write_atomic(run_dir / "report.md", sanitize("\n".join([*lines, *details])))
 
 
 def markdown_table(title: str, rows: MetricRows) -> list[str]:

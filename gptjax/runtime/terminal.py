@@ -11,7 +11,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from gptjax.errors import DataError, ResourceError
@@ -74,6 +74,16 @@ def _write(stream: Any, text: str, is_safe: bool = False) -> None:
     except (OSError, ValueError):
         discard(stream)
         raise
+
+
+def progress_bar(label: str, unit: str, items: Iterable[Any] | None = None) -> Any:
+    """Progress bar of tqdm on stderr if that is a terminal, without a thread."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        monitor_interval = 0  # of the thread
+
+    return Bar(items, sanitize(label), unit=f" {unit}", leave=False, disable=None)
 
 
 def is_terminal(stream: Any) -> bool:
