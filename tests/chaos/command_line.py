@@ -130,7 +130,7 @@ MAKERS: dict[str, Callable[[Path], Any]] = {
     "loop": lambda path: path.symlink_to(path.name),
     "link": lambda path: path.symlink_to("text.txt"),
     "unreadable": lambda path: path.touch(0),
-    "huge": lambda path: (path.touch(), os.truncate(path, 1 << 40)),
+    "huge": lambda path: (path.touch(), os.truncate(path, 1 << 28)),
     "socket": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
 }
 KINDS = (*ABSENT, *PREFIXES, *CONTENTS, *MAKERS)
