@@ -11,12 +11,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from gptjax.config import did_you_mean
-from gptjax.errors import ConfigError, DataError, GptjaxError, ModelError, ResourceError
+from gptjax.config import MAX_SEED, did_you_mean, load_config
+from gptjax.errors import ConfigError, DataError, GptjaxError, ResourceError
 from gptjax.fileio.atomic import write_atomic
 from gptjax.fileio.paths import user_path
 from gptjax.inference.assistant import encode_chat, stream_answer
-from gptjax.inference.generate import GenerationConfig, stream
+from gptjax.inference.generate import GenerationConfig, check_language_model, stream
 from gptjax.runtime.terminal import (
     is_terminal,
     print_message,
@@ -26,6 +26,9 @@ from gptjax.runtime.terminal import (
 )
 from gptjax.tokenizer.template_worker import ChatMessage
 from gptjax.weights.model_folder import Model
+
+FEW_TOKENS = 10**9  # about as many as GPT-2 small needs to write sentences that make sense
+MAX_STAGES = 10  # of runs that start from each other
 
 
 @dataclasses.dataclass
@@ -53,8 +56,7 @@ def run_chat(model: Model, name: str, sampling: dict[str, Any]) -> None:
     On a terminal, Ctrl-C stops a reply but not the program. Otherwise each line of
     stdin is a message; replies go to stdout and notices to stderr.
     """
-    if model.labels:
-        raise ModelError(f"{name} is a classifier and cannot generate text. Use gptjax classify.")
+    check_language_model(model)
     GenerationConfig(**sampling)
     is_interactive = is_terminal(sys.stdin) and is_terminal(sys.stdout)
     chat = Chat(
@@ -66,6 +68,8 @@ def run_chat(model: Model, name: str, sampling: dict[str, Any]) -> None:
     chat.print_notice(f"{name}: {model}. /help lists the commands; /quit or Ctrl-D quits.")
     if not model.chat_template:
         chat.print_notice("This base model completes text: each line is a separate prompt.")
+    if expectation := describe_expectation(name):
+        chat.print_notice(expectation)
     if not is_interactive:
         run_repl(chat, (line.removesuffix("\n") for line in stdin_lines()))
         return
@@ -74,6 +78,31 @@ def run_chat(model: Model, name: str, sampling: dict[str, Any]) -> None:
         run_repl(chat, prompt_lines(chat.print_notice))
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+def describe_expectation(name: str) -> str:
+    """What to expect of a run from random initialization on few tokens; "" of others.
+
+    A run that starts from another one has seen the tokens of both.
+    """
+    num_tokens = 0
+    for _ in range(MAX_STAGES):
+        path = user_path(name)
+        config_path = (path.parent if path.name == "model" else path) / "config.toml"
+        try:
+            config = load_config(config_path)
+        except ConfigError:  # not a run
+            return ""
+        num_tokens += config.train.steps * config.data.batch_size * config.model.context_length
+        name = config.finetune.init_from
+        if not name:
+            break
+    if name or num_tokens > FEW_TOKENS:
+        return ""
+    return (
+        f"This model was trained from random initialization on at most {num_tokens:,} tokens, "
+        "public models on billions: expect the form and the words of its data, not knowledge."
+    )
 
 
 def prompt_lines(print_notice: Callable[[str], None]) -> Iterator[str]:
@@ -124,7 +153,7 @@ def handle_line(chat: Chat, line: str) -> None:
 def reply(chat: Chat, text: str) -> None:
     """Streams the reply to a message; an unanswered question before it is dropped."""
     model, question = chat.model, {"role": "user", "content": text}
-    seed = chat.sampling.get("seed", 0) + chat.num_replies
+    seed = (chat.sampling.get("seed", 0) + chat.num_replies) % (MAX_SEED + 1)
     options = {**chat.sampling, "seed": seed}
     if model.chat_template:
         add_question(chat, question)

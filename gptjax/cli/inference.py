@@ -58,26 +58,29 @@ def run_generate(
 ) -> None:
     """Complete a prompt, or answer it as an assistant (--chat).
 
-    MODEL is described in gptjax --help. PROMPT is read from stdin if it is missing.
+    MODEL is described in gptjax --help. PROMPT is read from stdin, without its last
+    line break, if it is missing.
     """
-    from gptjax.inference.generate import complete, few_shot_prompt, stream
+    from gptjax.inference.generate import GenerationConfig, complete, few_shot_prompt, stream
 
     if chat and (few_shot or samples > 1 or as_json):
         raise ConfigError("--chat excludes --few-shot, --samples and --json.")
-    prompt = read_stdin() if prompt is None else prompt
-    if few_shot:
-        prompt = few_shot_prompt(few_shot, prompt)
-        stop = stop or ("\n",)
+    sampling["stop"] = stop or ("\n",) * (few_shot is not None)
+    GenerationConfig(**sampling)  # an error comes before all work and output
+    if prompt is None:
+        prompt = read_stdin().removesuffix("\n")
+    shown = "" if few_shot else prompt
+    prompt = few_shot_prompt(few_shot, prompt) if few_shot else prompt
     loaded = load_model(model, int8=int8, verbose=verbose, last_phase="first token")
-    sampling["stop"] = stop
     if chat:
         from gptjax.inference.assistant import answer
 
         print_result(answer(loaded, prompt, **sampling))
         return
     if samples == 1 and not as_json:
-        print_result("" if few_shot else prompt, end="")
-        for piece in stream(loaded, prompt, **sampling):
+        pieces = stream(loaded, prompt, **sampling)
+        print_result(shown, end="")
+        for piece in pieces:
             print_result(piece, end="")
         print_result("")
         return
@@ -85,7 +88,7 @@ def run_generate(
         if as_json:
             print_result(json.dumps(dataclasses.asdict(sample)))
         else:
-            print_result(f"--- {sample.finish_reason}\n{prompt}{sample.text}")
+            print_result(f"--- {sample.finish_reason}\n{shown}{sample.text}")
 
 
 @click.command("chat", cls=Command)
@@ -133,30 +136,40 @@ def run_classify(
     MODEL is described in gptjax --help. Without TEXT and --file, each line of stdin is
     a text.
     """
-    from gptjax.inference.classify import classify
+    from gptjax.inference.classify import Prediction, classify
     from gptjax.inference.label_file import label_file
 
     if (file is None) != (out is None) or (file and texts) or (text_column and not file):
         raise ConfigError(
             "classify takes texts, or --file IN with --out OUT; --text belongs to --file."
         )
-    loaded = load_model(model, int8=int8, verbose=verbose)
+    loaded, num_truncated = load_model(model, int8=int8, verbose=verbose), 0
+
+    def predict(texts: list[str]) -> list[Prediction]:
+        nonlocal num_truncated
+        predictions = classify(loaded, texts)
+        num_truncated += sum(prediction.truncated > 0 for prediction in predictions)
+        return predictions
+
     if file and out:
         label_file(
             file,
             out,
-            lambda texts: [label[:2] for label in classify(loaded, texts)],
+            lambda texts: [label[:2] for label in predict(texts)],
             text_column=text_column,
             usual_column=loaded.columns[0] if loaded.columns else "",
             log=print_message,
         )
-        return
-    lines = list(texts) or [line for x in stdin_lines() if (line := x.removesuffix("\n"))]
-    for text, result in zip(lines, classify(loaded, lines), strict=True):
-        if as_json:
-            print_result(json.dumps({"text": text, **result._asdict()}))
-        else:
-            print_result(f"{result.label} {result.probability:.3f}  {text}")
+    else:
+        lines = list(texts) or [line for x in stdin_lines() if (line := x.removesuffix("\n"))]
+        for text, result in zip(lines, predict(lines), strict=True):
+            if as_json:
+                print_result(json.dumps({"text": text, **result._asdict()}))
+            else:
+                print_result(f"{result.label} {result.probability:.3f}  {text}")
+    if num_truncated:
+        context = loaded.config.context_length
+        print_message(f"{num_truncated:,} texts were cut to the model's {context:,} tokens")
 
 
 @click.command("eval", cls=Command)

@@ -9,7 +9,7 @@ import shlex
 from typing import Any
 
 from gptjax.cli.main import main
-from gptjax.cli.session import log_to_stdout
+from gptjax.cli.session import log_to_console
 
 exit_stack = contextlib.ExitStack()  # closed when the extension is unloaded
 
@@ -24,7 +24,7 @@ def load_ipython_extension(shell: Any) -> None:
             raise UsageError(f"gptjax {line}: exit code {code}, see above")
 
     shell.register_magic_function(gptjax, "line")
-    exit_stack.enter_context(log_to_stdout())  # progress of functions, too
+    exit_stack.enter_context(log_to_console())  # progress of functions, too
 
 
 def unload_ipython_extension(shell: Any) -> None:

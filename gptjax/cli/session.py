@@ -17,24 +17,25 @@ MIN_ADDRESS_SPACE = 1 << 31  # bytes; a tiny model needs 1.9e9
 PROCESS_START = time.perf_counter()  # close to the start of the process
 
 
-class StdoutHandler(logging.Handler):
-    """Prints log messages to stdout."""
+class ConsoleHandler(logging.Handler):
+    """Prints log messages, progress to stdout and warnings alone to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Prints the message."""
-        print_progress(self.format(record))
+        print_line = print_progress if self.level < logging.WARNING else print_message
+        print_line(self.format(record))
 
 
 @contextlib.contextmanager
-def log_to_stdout() -> Iterator[None]:
-    """Prints the progress messages of the library (logger "gptjax", INFO) meanwhile."""
-    logger, handler = logging.getLogger("gptjax"), StdoutHandler()
-    if any(isinstance(other, StdoutHandler) for other in logger.handlers):
+def log_to_console(level: int = logging.INFO) -> Iterator[None]:
+    """Prints the library's messages (logger "gptjax") of at least a level meanwhile."""
+    logger, handler = logging.getLogger("gptjax"), ConsoleHandler(level)
+    if any(isinstance(other, ConsoleHandler) for other in logger.handlers):
         yield  # in a notebook
         return
     previous = (logger.level, logger.propagate)
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     logger.propagate = False  # absl and Colab have handlers at the root logger
     try:
         yield
@@ -80,6 +81,7 @@ def load_model(name: str, *, int8: bool, verbose: bool, last_phase: str = "answe
     from gptjax.runtime.timing import mark_phase
 
     setup_session(verbose, last_phase)
+    click.get_current_context().with_resource(log_to_console(logging.WARNING))
     from gptjax.weights.load import load
 
     mark_phase("importing")

@@ -1,17 +1,20 @@
 """The commands `gptjax train` and `gptjax quickstart`."""
 
 import contextlib
+import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from gptjax.cli import arguments
 from gptjax.cli.arguments import PATH, Command, ConfigCommand, flag_option, value_option
-from gptjax.cli.session import log_to_stdout, setup_session
+from gptjax.cli.session import log_to_console, setup_session
 from gptjax.config import Range, find_config, load_config
 from gptjax.runtime import supervisor
 from gptjax.runtime.preemption import set_signal_mode
+from gptjax.runtime.terminal import print_progress
 from gptjax.runtime.timing import mark_phase
 
 
@@ -27,7 +30,7 @@ def run_quickstart(run: Path, verbose: bool) -> None:
     from gptjax.tasks.quickstart import quickstart
 
     mark_phase("importing")
-    with log_to_stdout():
+    with log_to_console():
         quickstart(run)
 
 
@@ -95,12 +98,25 @@ def run_train(
             stack.enter_context(abort_all_on_error())
         config = arguments.apply_overrides(load_config(path), overrides)
         setup_session(verbose, "first step")
+        import jax
+
         from gptjax.tasks.train import train
         from gptjax.training.resource_errors import translate_resource_errors
 
         mark_phase("importing")
-        stack.enter_context(log_to_stdout())
+        stack.enter_context(log_to_console())
         # Resource errors may also occur after training, when the results are written.
         stack.enter_context(translate_resource_errors())
-        train(config, run_dir, allow_change=allow_change, on_spike=on_spike or "")
+        model = train(config, run_dir, allow_change=allow_change, on_spike=on_spike or "")
+        if jax.process_index() == 0:
+            print_progress(f"next     {next_command(model, run_dir)}")
     return 0
+
+
+def next_command(model: Any, run_dir: Path) -> str:
+    """Command that uses a trained model."""
+    if model.labels:
+        return f"gptjax classify {shlex.quote(str(run_dir))} 'a text'"
+    if model.chat_template:
+        return f"gptjax chat {shlex.quote(str(run_dir))}"
+    return f"gptjax generate {shlex.quote(str(run_dir))} 'Once upon a time'"

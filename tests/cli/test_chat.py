@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import tomli_w
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
@@ -183,11 +184,29 @@ def test_in_a_terminal_pastes_are_messages_and_interrupts_never_end_the_chat(mon
 
 
 def test_unsuitable_models_and_texts_are_rejected(monkeypatch):
-    with pytest.raises(ModelError, match="runs/x is a classifier"):
+    with pytest.raises(ModelError, match="classifier of 2 labels"):
         chat.run_chat(dataclasses.replace(BASE, labels=("ham", "spam")), "runs/x", {})
     set_stdin(monkeypatch, "é", encoding="latin-1")
     with pytest.raises(DataError, match="UTF-8"):
         chat.run_chat(ASSISTANT, "name", {})
+
+
+def test_a_run_on_few_tokens_from_random_initialization_is_announced_as_such(tmp_path):
+    def write_run(name, **finetune):
+        train = {"steps": 3}
+        table = {"model": {"context_length": 8}, "train": train, "data": {"batch_size": 2}}
+        (tmp_path / name).mkdir()
+        text = tomli_w.dumps(table | {"finetune": finetune})
+        (tmp_path / name / "config.toml").write_text(text)
+        return str(tmp_path / name)
+
+    base = write_run("base")
+    tuned = write_run("tuned", init_from=f"{base}/model")
+
+    assert "48 tokens" in chat.describe_expectation(base)
+    assert "96 tokens" in chat.describe_expectation(tuned)
+    for name in (write_run("public", init_from="gpt2"), "gpt2", str(tmp_path)):
+        assert chat.describe_expectation(name) == ""
 
 
 def test_an_assistant_with_a_real_template_replies_until_its_context_is_full(monkeypatch, capsys):

@@ -1,22 +1,27 @@
 """The command line: what a user types, sees and gets back."""
 
 import contextlib
+import dataclasses
 import errno
 import importlib
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from gptjax.cli import doctor, main
+from gptjax.cli.train import next_command
 from gptjax.config import find_config, load_config
 from gptjax.errors import DataError, ResourceError
 from gptjax.runtime.preemption import Interrupted
 from gptjax.runtime.terminal import print_message, print_progress
+from tests.small_models import make_model
 
 OPTIONS = ["--model.d_model=8", "--model.n_layers=1", "--model.n_heads=1"]
 OPTIONS += ["--model.context_length=8", "--train.steps=2", "--train.sample_prompt="]
@@ -69,8 +74,46 @@ def test_generate_prints_json_or_the_output_of_examples(capsys, run, tmp_path):
     (tmp_path / "examples.jsonl").write_text('{"input": "woc", "output": "cow"}\n')
     few_shot = ["--few-shot", tmp_path / "examples.jsonl"]
     code, out, err = gptjax(capsys, "generate", run, "lie", *few_shot, *short)
-    assert (code, err, out.count("\n")) == (0, "", 1)
-    assert "lie" not in out
+    assert (code, out.count("\n"), "lie" in out) == (0, 1, False)
+    assert (" 9 tokens" in err, err.count("\n")) == (True, 1)  # dropped: the context has 8
+
+
+def test_a_prompt_on_stdin_is_its_text_without_the_last_line_break(capsys, run, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("2 \nx\n"))
+
+    code, out, err = gptjax(capsys, "generate", run, "--max-new-tokens", 3)
+
+    assert (code, err, out[:4], out[4] != "\n") == (0, "", "2 \nx", True)
+
+
+def test_a_model_of_the_wrong_kind_is_refused_before_any_output(capsys, monkeypatch, tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    classifier = make_model(n_classes=2)
+    classifier = dataclasses.replace(classifier, labels=("ham", "spam"))
+    data = tmp_path / "data.jsonl"
+    for model, word, commands in (
+        (classifier, "classifier", ("generate m Hi", "generate m Hi --chat --seed 1", "chat m")),
+        (classifier, "classifier", (f"eval m --text {data}", f"eval m --chat-data {data}")),
+        (make_model(), "labels", ("classify m a", f"eval m --classification-data {data}")),
+        (make_model(), "chat template", ("generate m Hi --chat", f"eval m --chat-data {data}")),
+    ):
+        monkeypatch.setattr("gptjax.weights.load.load", lambda *args, x=model, **options: x)
+        for command in commands:
+            code, out, err = gptjax(capsys, *command.split())
+            assert (code, out, word in err, err.count("\n")) == (2, "", True, 1), command
+
+
+def test_training_names_the_command_that_uses_its_result(capsys, run):
+    for model, command in (
+        (SimpleNamespace(labels=("a",)), "classify 'a b' 'a text'"),
+        (SimpleNamespace(labels=(), chat_template="x"), "chat 'a b'"),
+    ):
+        assert next_command(model, Path("a b")) == f"gptjax {command}"
+
+    code, out, _ = gptjax(capsys, "train", run / "config.toml", "--run", run)
+
+    _, command = out.splitlines()[-1].split(maxsplit=1)
+    assert (code, gptjax(capsys, *shlex.split(command)[1:])[0]) == (0, 0)
 
 
 def test_eval_prints_every_metric(capsys, run, tmp_path):
@@ -168,7 +211,8 @@ GPTJAX, SUPERVISED = [sys.executable, "-m", "gptjax"], "train tiny --hang-timeou
     ],
 )
 def test_options_reach_the_library(capsys, monkeypatch, words, function, arguments):
-    calls, result = [], 75 if "supervise" in function else []
+    results = {"runtime.supervisor.supervise": 75, "inference.generate.stream": []}
+    calls, result = [], results.get(function, SimpleNamespace(labels=["a"]))
 
     def record(*args, **options):
         calls.append((*args, options))
@@ -179,6 +223,6 @@ def test_options_reach_the_library(capsys, monkeypatch, words, function, argumen
     monkeypatch.setattr("gptjax.inference.generate.stream", lambda *args, **options: [])
     monkeypatch.setattr(f"gptjax.{function}", record)
 
-    assert gptjax(capsys, *words.split())[0] == (result or 0)
+    assert gptjax(capsys, *words.split())[0] == (75 if result == 75 else 0)
 
     assert calls == [arguments]
