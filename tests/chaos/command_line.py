@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import os
+import queue
 import random
 import shlex
 import shutil
@@ -20,6 +21,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,10 @@ from tests.conftest import ON_CPU
 from tests.processes import ROOT, cache_options
 from tests.small_models import make_model
 
+RunJob = Callable[[Job], dict[str, Any]]
+
 FULL, SLICE = 3000, 200
+NUM_ZYGOTES = 2
 MAX_MESSAGE_CHARS = 5000
 TEXTS = ("ham: see you", "spam: win a prize", "ham: call me ü", "spam: free €")
 FILES = {  # in the folder of each command
@@ -247,7 +252,7 @@ def disturb_streams(rng: random.Random, folder: Path, job: Job) -> None:
 
 
 @contextlib.contextmanager
-def open_zygote(folder: Path) -> Iterator[Callable[[Job], dict[str, Any]]]:
+def open_zygote(folder: Path) -> Iterator[RunJob]:
     """Yields a function that runs a job."""
     variables = {
         **cache_options(folder),
@@ -268,7 +273,7 @@ def open_zygote(folder: Path) -> Iterator[Callable[[Job], dict[str, Any]]]:
         zygote.stdin.close()
 
 
-def write_inputs(folder: Path, run_job: Callable[[Job], dict[str, Any]]) -> None:
+def write_inputs(folder: Path, run_job: RunJob) -> None:
     """Writes the files and folders that commands read."""
     folder.mkdir()
     for name, text in FILES.items():
@@ -307,25 +312,37 @@ def make_job(words: list[str], folder: Path) -> Job:
 
 
 def run(seed: int, cases: Sequence[int], folder: Path) -> Iterator[str]:
-    """Yields the fault of each case."""
+    """Yields the fault of each case; a few run at a time."""
     (folder / "home").mkdir()
-    with open_zygote(folder) as run_job:
-        (folder / "first").mkdir()
-        inputs = folder / "first" / "inputs"
-        write_inputs(inputs, run_job)
-        for case in cases:
-            rng = random.Random(f"{seed} {case}")
-            work = folder / "case" / "work"
+    (folder / "first").mkdir()
+    inputs, zygotes = folder / "first" / "inputs", queue.SimpleQueue[RunJob]()
+
+    def check(case: int) -> str:
+        work, run_job = folder / str(case) / "work", zygotes.get()
+        try:
             shutil.copytree(inputs, work, symlinks=True)
-            words, is_changed = random_words(rng, work)
-            job = make_job(words, work)
-            if rng.random() < 0.3:
-                disturb_streams(rng, work, job)
-                is_changed = True
-            fault = find_fault(job, run_job(job), is_changed)
-            names = [Path(job[x]).name for x in ("stdin", "stdout", "stderr", "encoding")]
-            yield fault and f"{fault}\n  gptjax {shlex.join(words)!r:.600} {names}"
-            shutil.rmtree(folder / "case")
+            return run_case(random.Random(f"{seed} {case}"), work, run_job)
+        finally:
+            zygotes.put(run_job)
+            shutil.rmtree(work.parent)
+
+    with contextlib.ExitStack() as stack:
+        for run_job in [stack.enter_context(open_zygote(folder)) for _ in range(NUM_ZYGOTES)]:
+            zygotes.put(run_job)
+        write_inputs(inputs, run_job)
+        executor = stack.enter_context(ThreadPoolExecutor(NUM_ZYGOTES))
+        yield from executor.map(check, cases)
+
+
+def run_case(rng: random.Random, work: Path, run_job: RunJob) -> str:
+    words, is_changed = random_words(rng, work)
+    job = make_job(words, work)
+    if rng.random() < 0.3:
+        disturb_streams(rng, work, job)
+        is_changed = True
+    fault = find_fault(job, run_job(job), is_changed)
+    names = [Path(job[x]).name for x in ("stdin", "stdout", "stderr", "encoding")]
+    return fault and f"{fault}\n  gptjax {shlex.join(words)!r:.600} {names}"
 
 
 def read_output(target: str) -> str | None:
