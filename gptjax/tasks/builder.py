@@ -8,7 +8,6 @@ import numpy as np
 
 from gptjax.data.bucketing import BucketedBatches
 from gptjax.data.text import TEST_SPLIT, VALIDATION_SPLIT
-from gptjax.errors import ConfigError
 from gptjax.model.lora import merge_adapters
 from gptjax.parallel.sharding import shard_tree, to_host
 from gptjax.plots.report import write_report
@@ -22,7 +21,6 @@ from gptjax.training.run_dir import hash_rows
 from gptjax.training.task import EvalResult, RunContext, Task, describe_devices, describe_length
 from gptjax.training.train_step import TrainState, init_state
 from gptjax.tree import Params, num_params
-from gptjax.weights.load import load
 from gptjax.weights.model_folder import Model, save, save_adapters
 
 
@@ -141,17 +139,6 @@ def describe_model(run: RunContext) -> str:
         f"{parameter_count(c):,} parameters: {c.n_layers} layers, {c.n_heads} heads, "
         f"width {c.d_model}"
     )
-
-
-def load_best_model(run: RunContext) -> Model:
-    """Loads the model of the best evaluation; one must have had a finite score."""
-    if not (run.run_dir / "model" / "model.safetensors").is_file():
-        raise ConfigError(
-            f"no evaluation of the run in {run.run_dir} had a finite score, so no "
-            "model was saved. Lower optim.peak_lr and start a new run with another "
-            "--run DIR."
-        )
-    return load(run.run_dir / "model")
 
 
 def evenly_spaced(items: Sequence[Any], max_items: int) -> list[Any]:

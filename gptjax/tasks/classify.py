@@ -24,6 +24,7 @@ from gptjax.training.metrics import read_events
 from gptjax.training.task import EvalResult, RunContext, Task
 from gptjax.training.train_step import TrainState
 from gptjax.tree import Params
+from gptjax.weights.load import load
 from gptjax.weights.model_folder import Model
 
 MAX_TRAIN_ROWS = 10_000  # in the last evaluation
@@ -189,7 +190,7 @@ def finalize_classification(
     run: RunContext, data: ClassificationData, task: Task, state: TrainState
 ) -> Model:
     """Evaluates the best model on the test rows; writes figures and report.md."""
-    model, split = builder.load_best_model(run), builder.final_split(data.rows)
+    model, split = load(run.run_dir / "model"), builder.final_split(data.rows)
     texts, train_labels = data.rows[split], data.rows[TRAIN_SPLIT].labels
     result = evaluate_classifier(model, texts, data.ids[split])
     predicted_N, prob_N = result.prob_NC.argmax(axis=-1), result.prob_NC.max(axis=-1)

@@ -38,6 +38,7 @@ from gptjax.training.run_dir import hash_pytree
 from gptjax.training.task import EvalResult, RunContext, Task
 from gptjax.training.train_step import TrainState
 from gptjax.tree import Params
+from gptjax.weights.load import load
 from gptjax.weights.model_folder import Model
 
 PerExample = Float[Array, "B 2"]
@@ -265,7 +266,7 @@ def make_dpo_evaluate(
 
 def finalize_dpo(run: RunContext, data: DPOData, task: Task, state: TrainState) -> Model:
     """Evaluates the best model on the test pairs; writes figures and report.md."""
-    model, split = builder.load_best_model(run), builder.final_split(data.batches)
+    model, split = load(run.run_dir / "model"), builder.final_split(data.batches)
     metrics = evaluate_pairs(run.config, model, data.batches[split])
     text = (
         f"{split} loss {metrics['loss']:.4f}, margin {metrics['margin']:.4f}, "

@@ -34,6 +34,7 @@ from gptjax.training.metrics import metric_series, read_events
 from gptjax.training.task import EvalResult, RunContext, Task
 from gptjax.training.train_step import TrainState
 from gptjax.tree import Params
+from gptjax.weights.load import load
 from gptjax.weights.model_folder import Model
 
 NUM_EVAL_SAMPLES = 32  # validation rows with a generated answer at each evaluation
@@ -204,7 +205,7 @@ def answer_token_limit(model: Model, data: SFTData) -> int:
 
 def finalize_sft(run: RunContext, data: SFTData, task: Task, state: TrainState) -> Model:
     """Evaluates the best model; writes its answers, figures and report.md."""
-    model, split = builder.load_best_model(run), builder.final_split(data.examples)
+    model, split = load(run.run_dir / "model"), builder.final_split(data.examples)
     rows = builder.evenly_spaced(data.conversations[split], NUM_TEST_SAMPLES)
     responses = generate_responses(model, rows, answer_token_limit(model, data))
     loss = example_loss(model, data.completion_examples[split]).loss

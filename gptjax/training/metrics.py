@@ -236,13 +236,15 @@ class MetricsLogger:
         return is_best
 
     def check_finite(self) -> None:
-        """Raises DivergenceError if the last evaluation had no finite loss."""
-        step, history = self.history.nonfinite_step, self.history
-        if step >= 0:
-            step = min(step, history.last_good_step + 1) if history.consecutive_skips else step
+        """Raises DivergenceError without a finite last loss or without any update."""
+        history = self.history
+        steps = [history.nonfinite_step] * (history.nonfinite_step >= 0)
+        if history.consecutive_skips and (steps or not history.last_good_step):
+            steps.append(history.last_good_step + 1)
+        if steps:
             raise DivergenceError(
-                f"the loss became non-finite at step {step}, so step {self.step} has no valid "
-                f"model. {DIVERGENCE_ADVICE} in a new run with another --run DIR."
+                f"the loss or its gradient became non-finite at step {min(steps)}, so the run has "
+                f"no valid model. {DIVERGENCE_ADVICE} in a new run with another --run DIR."
             )
 
     def print_progress(self, event: Event | None, eval_text: str = "") -> None:

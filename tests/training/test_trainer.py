@@ -174,6 +174,11 @@ def test_a_run_without_a_finite_loss_at_the_end_fails_with_1_each_time(
     assert list_steps(tmp_path / "run" / "checkpoints")[-1] == 18
 
 
+def test_a_run_in_which_no_step_was_applied_fails(tmp_path):
+    with pytest.raises(DivergenceError, match="step 1,"):
+        Script(targets=dict.fromkeys(range(1, 7), math.nan)).fit(tmp_path, train__steps=6)
+
+
 def test_the_speed_of_the_first_steps_excludes_their_compilation(tmp_path, monkeypatch):
     clock, compile_step = itertools.count(), trainer.aot_compile
 
