@@ -36,12 +36,10 @@ EVIL = "\x1b]0;title\x07\x9b2J\u202e"  # sets the title, clears the screen, reve
 
 def test_no_text_from_outside_controls_the_terminal(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text("One and one is two. " * 50)
     Path("table.csv").write_text(f"{EVIL},b{EVIL}\nx,{EVIL}\n" * 9)
     Path("broken.jsonl").write_text(json.dumps({EVIL: EVIL}) + "\n")
     Path("key.toml").write_text(f"[train]\n{json.dumps(EVIL)} = 1")
     Path("template.jinja").write_text(f"{{{{ raise_exception({EVIL!r}) }}}}")
-    Path("sample.toml").write_text(CONFIG.replace('prompt = ""', f"prompt = {json.dumps(EVIL)}"))
     Path("rows.jsonl").write_text(json.dumps({"prompt": EVIL, "completion": EVIL}) + "\n")
     model = make_model(context_length=64)
     assistant = dataclasses.replace(model, chat_template=load_chat_template("qa").source)
@@ -55,11 +53,9 @@ def test_no_text_from_outside_controls_the_terminal(tmp_path, monkeypatch, capfd
         ["train", "tiny", f"--{EVIL}", "1"],
         ["train", "tiny", "--train.steps", EVIL],
         ["train", "key.toml"],
-        ["train", "sample.toml", "--run", f"run{EVIL}"],
         ["generate", f"model{EVIL}", EVIL, "--max-new-tokens", "3"],
         ["generate", f"no{EVIL}/model", EVIL],
         ["chat", "assistant", "--max-new-tokens", "3"],
-        ["eval", "assistant", "--chat-data", "rows.jsonl"],
         ["eval", "assistant", "--classification-data", "table.csv"],
         ["data", "prepare", "table.csv", "--tokenizer", "bytes", "--out", f"out{EVIL}"],
         ["data", "prepare", "table.csv", "--column", EVIL, "--tokenizer", "bytes", "--out", "out"],
@@ -74,10 +70,14 @@ def test_no_text_from_outside_controls_the_terminal(tmp_path, monkeypatch, capfd
         codes = {main(command) for command in [*commands, ["generate", "owner/name", "Hi"]]}
 
     printed = capfd.readouterr()
-    texts = [printed.out, printed.err, Path(f"run{EVIL}", "report.md").read_text()]
-    assert all("\ufffd]0;title" in text for text in texts)
-    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set("".join(texts))
     assert codes == {0, 2}
+    assert_sanitized(printed.out, printed.err)
+
+
+def assert_sanitized(*texts):
+    for text in texts:
+        assert "\ufffd]0;title" in text
+        assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(text)
 
 
 SECRETS = {
@@ -91,14 +91,14 @@ CONFIG = """
 model = {context_length = 16, n_layers = 1, n_heads = 2, d_model = 8}
 data = {source = "text.txt", tokenizer = "bytes"}
 optim.warmup_steps = 1
-train = {steps = 2, log_every = 1, sample_prompt = ""}
+train = {steps = 2, log_every = 1, sample_prompt = "\\u001b]0;title"}
 """
 
 
 def test_no_secret_of_the_environment_is_printed_or_written(tmp_path, monkeypatch, capfd):
     (tmp_path / "text.txt").write_text("One and one is two. " * 50)
     (tmp_path / "tiny.toml").write_text(CONFIG)
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "Hi", "completion": "Ho"}\n')
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Hi", "completion": EVIL}))
     model = make_model(context_length=64, n_layers=1)
     template = load_chat_template("qa").source
     save(dataclasses.replace(model, chat_template=template), tmp_path / "qa")
@@ -124,6 +124,7 @@ def test_no_secret_of_the_environment_is_printed_or_written(tmp_path, monkeypatc
     assert SECRETS["HF_TOKEN"] in asked[0].headers["authorization"]  # it was in use
     assert SECRETS["OPENAI_API_KEY"] in judged[0].headers["authorization"]
     assert "canary" not in printed.out + printed.err
+    assert_sanitized(printed.out, (tmp_path / "run" / "report.md").read_text())
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 15
     for path in files:
