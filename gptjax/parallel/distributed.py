@@ -6,25 +6,28 @@ process writes for its own devices. The other processes use a temporary folder.
 
 import atexit
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
-from gptjax.errors import ConfigError, GptjaxError
+from gptjax.errors import ConfigError, GptjaxError, to_resource_error
 from gptjax.runtime.preemption import NOTHING_TO_SAVE, Interrupted
 from gptjax.runtime.terminal import print_message
 
@@ -102,40 +105,61 @@ def exit_after_startup_timeout(address: str) -> None:
 def abort_all_on_error() -> Iterator[None]:
     """Exits immediately after an error, and reports a lost process.
 
-    JAX exits without an exception when a process is lost. So a shell reads from a pipe
-    and prints the message if the pipe closes before "done" was written.
+    Exiting tells the others not to wait for this process.
     """
     if jax.process_count() == 1:
         yield
         return
-    command = ["sh", "-c", 'read -r word || echo "$0" >&2', LOST_MESSAGE]
-    watcher: Any = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    try:
+    with catch_aborts():
+        try:
+            yield
+        except Interrupted:
+            raise
+        except BaseException as error:
+            if is_xla_error(error) and not to_resource_error(error):
+                exit_after_loss()
+            is_expected = isinstance(error, GptjaxError)
+            text = f"gptjax: {error}" if is_expected else "".join(traceback.format_exception(error))
+            print_message(text)
+            if is_expected:
+                # All processes raise the same error. Give them time to receive the last
+                # data and to print it; when process 0 exits, they are terminated.
+                time.sleep(1 if jax.process_index() else 2)
+            os._exit(getattr(error, "exit_code", 1))
+
+
+@contextlib.contextmanager
+def catch_aborts() -> Iterator[None]:
+    """Reports a lost process in place of JAX, which logs a C++ stack and aborts.
+
+    What C++ code writes to stderr is dropped: the stack is written before the signal.
+    """
+    if sys.stderr.fileno() != 2:  # in a notebook
         yield
-    except Interrupted:
-        raise
-    except BaseException as error:
-        # Exiting tells the others not to wait for this process.
-        connection_lost = is_xla_error(error) and "RESOURCE_EXHAUSTED" not in str(error)
-        print_message(describe_error(error))
-        watcher.communicate(b"" if connection_lost else b"done\n")
-        if isinstance(error, GptjaxError):
-            # All processes raise the same error. Give them time to receive the last
-            # data and to print it; when process 0 exits, they are terminated.
-            time.sleep(1 if jax.process_index() else 2)
-        os._exit(getattr(error, "exit_code", 1))
-    finally:
-        with contextlib.suppress(OSError):
-            watcher.stdin.write(b"done\n")
-            watcher.stdin.close()
-        watcher.wait()
+        return
+    set_handler = ctypes.CDLL(None).signal
+    with open(os.devnull, "w") as null, os.fdopen(os.dup(2), "w") as python_stderr:
+        stderr, sys.stderr = sys.stderr, python_stderr
+        os.dup2(null.fileno(), 2)
+        set_handler(signal.SIGABRT, EXIT_AFTER_LOSS)
+        try:
+            yield
+        finally:
+            set_handler(signal.SIGABRT, None)
+            os.dup2(python_stderr.fileno(), 2)
+            sys.stderr = stderr
 
 
-def describe_error(error: BaseException) -> str:
-    """Error message for stderr, with a traceback if unexpected."""
-    if isinstance(error, GptjaxError):
-        return f"gptjax: {error}"
-    return str(error) if is_xla_error(error) else "".join(traceback.format_exception(error))
+def exit_after_loss(*_: Any) -> NoReturn:
+    """Reports that a process was lost and exits; the first of several calls does."""
+    if not _loss_lock.acquire(blocking=False):
+        time.sleep(HEARTBEAT_TIMEOUT_SECONDS)
+    print_message(LOST_MESSAGE)
+    os._exit(1)
+
+
+_loss_lock = threading.Lock()
+EXIT_AFTER_LOSS = ctypes.CFUNCTYPE(None, ctypes.c_int)(exit_after_loss)  # as C function
 
 
 def is_xla_error(error: BaseException) -> bool:
