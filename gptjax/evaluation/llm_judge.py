@@ -10,6 +10,7 @@ import functools
 import ipaddress
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -18,9 +19,11 @@ from gptjax.errors import ConfigError, ModelError, install_command
 from gptjax.evaluation.metrics import mean_ci
 from gptjax.fileio import strict_json
 from gptjax.fileio.download import is_offline
+from gptjax.runtime.terminal import redact_secrets
 
 TIMEOUT_SECONDS = 60  # for connecting, and without data from the server
 MAX_RETRIES = 2  # after connection errors and statuses 408, 409, 429 and 5xx
+MAX_RESPONSE_BYTES = 1 << 20
 MAX_SHOWN = 200  # characters of a reply in an error message
 SCORE_PATTERN = re.compile(r"(?:score ?[:=] ?)?(100|[1-9]?[0-9])(?: ?/ ?100)? ?\.?", re.I)
 STATUS_FIXES = {
@@ -80,7 +83,12 @@ class LLMJudge:
             timeout=TIMEOUT_SECONDS,
             max_retries=MAX_RETRIES,
             # trust_env: proxies
-            http_client=openai.DefaultHttpxClient(follow_redirects=False, trust_env=not is_local),
+            http_client=openai.DefaultHttpxClient(
+                follow_redirects=False,
+                trust_env=not is_local,
+                headers={"Accept-Encoding": "identity"},
+                event_hooks={"response": [read_limited]},
+            ),
         )
         # The client also reads these from variables that are meant for OpenAI's server.
         client.organization = client.project = None
@@ -102,11 +110,13 @@ class LLMJudge:
             status = error.status_code
             kind = ModelError if status in PROMPT_STATUSES else UnreachableError
             fix = STATUS_FIXES.get(status, "Check the server's log.")
-            text = self.quote(error.response.text)
+            text = quote(error.response.text)
             raise kind(f"{name} returned status {status}: {text}. {fix}") from error
         except openai.APIConnectionError as error:
+            if isinstance(error.__cause__, ModelError):
+                raise ModelError(f"{name} {error.__cause__}") from error
             raise UnreachableError(
-                f"{name} cannot be reached: {self.quote(str(error.__cause__ or error))}. "
+                f"{name} cannot be reached: {quote(str(error.__cause__ or error))}. "
                 "Check the URL, and that the server is running, such as `ollama serve`."
             ) from error
         body = response.http_response.text
@@ -116,17 +126,34 @@ class LLMJudge:
         match reply:
             case {"choices": [{"message": {"content": str(text)}}, *_]}:
                 # Lone surrogates cannot be written to a UTF-8 file.
-                return text.encode("utf-8", "replace").decode()
+                return redact_secrets(text.encode("utf-8", "replace").decode())
             case {"choices": [{"message": {}}, *_]}:
                 kind = ModelError
         raise kind(
-            f"{name} did not return a chat completion with text: {self.quote(body)}. "
+            f"{name} did not return a chat completion with text: {quote(body)}. "
             "Check the URL, which usually ends in /v1, and the model."
         )
 
-    def quote(self, text: str) -> str:
-        """Quotes the start of a text from the server, with the API key redacted."""
-        return repr(text.replace(self.client.api_key, "…")[:MAX_SHOWN])
+
+def read_limited(response: Any) -> None:
+    """Reads the body of a response, within limits on its size and time."""
+    body, deadline = b"", time.monotonic() + TIMEOUT_SECONDS
+    for block in response.stream:
+        body += block
+        if len(body) > MAX_RESPONSE_BYTES or time.monotonic() > deadline:
+            raise ModelError(
+                f"sent more than {MAX_RESPONSE_BYTES:,} bytes, or for more than "
+                f"{TIMEOUT_SECONDS} seconds. Check the server's log."
+            )
+    if (encoding := response.headers.get("content-encoding", "identity")) != "identity":
+        raise ModelError(f"sent {encoding!r:.40} instead of plain text. Turn its compression off.")
+    response.stream.close()
+    response.stream = type(response)(200, content=body).stream  # httpx or httpx2, by openai
+
+
+def quote(text: str) -> str:
+    """Quotes the start of a text from the server, without secrets."""
+    return repr(redact_secrets(text)[:MAX_SHOWN])
 
 
 def is_loopback(url: str) -> bool:

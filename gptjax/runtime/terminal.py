@@ -23,6 +23,8 @@ MAX_STDIN_CHARS = 1 << 26  # of a line, and of a text
 CONTROL_CHARS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f]"
 )
+SECRET_VARIABLES = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+MIN_SECRET_CHARS = 8  # a shorter value, such as "ollama", stands in for a key
 
 
 def sanitize(text: str) -> str:
@@ -34,6 +36,14 @@ def sanitize(text: str) -> str:
     'a\nb�[2J'
     """
     return CONTROL_CHARS.sub("\ufffd", text.replace("\r\n", "\n"))
+
+
+def redact_secrets(text: str, *secrets: str) -> str:
+    """Replaces keys of the user, which a server may have sent back, by "…"."""
+    for secret in map(str.strip, (*secrets, *(os.environ.get(n, "") for n in SECRET_VARIABLES))):
+        if len(secret) >= MIN_SECRET_CHARS:
+            text = text.replace(secret, "…")
+    return text
 
 
 def print_result(text: object, end: str = "\n", *, is_safe: bool = False) -> None:
@@ -67,7 +77,7 @@ def _write(stream: Any, text: str, is_safe: bool = False) -> None:
     if stream is None:  # it was closed when the process started
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     encoding = stream.encoding or "utf-8"
-    text = text if is_safe else sanitize(text)
+    text = text if is_safe else sanitize(redact_secrets(text))
     try:
         stream.write(text.encode(encoding, "replace").decode(encoding))
         stream.flush()

@@ -43,13 +43,17 @@ from gptjax.tokenizer.template_worker import (
 CHAT_TEMPLATE_FILE = "chat_template.jinja"  # in a model folder
 TEMPLATE_DIR = Path(__file__).parent / "templates"
 BUILTIN_TEMPLATES = ("alpaca", "phi3", "chatml", "qa", "single")
-MAX_TEMPLATE_CHARS = 100_000
+MAX_TEMPLATE_CHARS = 100_000  # of its source, and of what it prints for a short conversation
+MAX_MARKERS = 1000  # control tokens and lines of a template
 RENDER_TIMEOUT_SECONDS = 20  # of the worker, for one conversation
 MAX_RENDERED_BYTES = 1 << 26  # of a reply of the worker
 WORKER_ENV_VARS = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "SYSTEMROOT", "LANG")
 WORKER_LOCK = threading.Lock()  # one request at a time
-MARKED_REPLY = f"{REPLY_MARK}[^{CLOSE_MARK}]*{CLOSE_MARK}"
-MARKED_TEXT_PATTERN = re.compile(f"[{TEXT_MARK}{REPLY_MARK}]([^{CLOSE_MARK}]*){CLOSE_MARK}")
+# Marks do not nest; a search from each of many that are not closed would take long.
+MARKED_REPLY = f"{REPLY_MARK}[^{TEXT_MARK}-{CLOSE_MARK}]*{CLOSE_MARK}"
+MARKED_TEXT_PATTERN = re.compile(
+    f"[{TEXT_MARK}{REPLY_MARK}]([^{TEXT_MARK}-{CLOSE_MARK}]*){CLOSE_MARK}"
+)
 # <|user|>, </s>, [INST]
 CONTROL_TOKEN_PATTERN = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z]{2,20}\]")
 LINE_BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
@@ -223,7 +227,7 @@ def compile_template(source: str) -> ChatTemplate:
     if "\0" in source:
         raise ConfigError("the chat template contains a NUL character. Remove it.")
     user, reply = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
-    text = render_template(source, [user, reply])
+    text = render_short(source, [user, reply])
     replies = [*re.finditer(MARKED_REPLY, text)]
     if len(replies) != 1:
         raise ConfigError(
@@ -236,7 +240,7 @@ def compile_template(source: str) -> ChatTemplate:
             "the chat template puts nothing after a reply, so a model cannot learn to "
             "stop. Put {{ eos_token }} after it."
         )
-    generation_prompt = render_template(source, [user], add_generation_prompt=True)
+    generation_prompt = render_short(source, [user], add_generation_prompt=True)
     if generation_prompt != text[:reply_start]:
         raise ConfigError(
             "the chat template's generation prompt is "
@@ -247,7 +251,7 @@ def compile_template(source: str) -> ChatTemplate:
     texts = [text]
     for messages in ([user, reply, user], [system, user, reply], [with_input, reply]):
         with contextlib.suppress(ConfigError):  # not every template supports these
-            texts.append(render_template(source, messages))
+            texts.append(render_short(source, messages))
     stop_strings = [suffix.split(EOT_MARK)[0].strip()]
     # The start of the next turn ends a reply too.
     next_turn = next((t[len(text) :] for t in texts[1:] if t.startswith(text)), "")
@@ -256,18 +260,32 @@ def compile_template(source: str) -> ChatTemplate:
     return ChatTemplate(source, suffix, tuple(filter(None, stop_strings)), find_markers(texts))
 
 
+def render_short(source: str, messages: Sequence[ChatMessage], **options: bool) -> str:
+    """Renders a short conversation, to a text that is not long."""
+    text = render_template(source, messages, **options)
+    if len(text) > MAX_TEMPLATE_CHARS:
+        raise ConfigError(
+            f"the chat template prints {len(text):,} characters for a conversation of a few, "
+            f"more than {MAX_TEMPLATE_CHARS:,}. Shorten it."
+        )
+    return text
+
+
 def find_markers(texts: Sequence[str]) -> re.Pattern[str]:
     """Pattern of the template's markers: control tokens and its own lines."""
     lines = [line for text in texts for line in MARKED_TEXT_PATTERN.sub(EOT_MARK, text).split("\n")]
     literals = {part.strip() for line in lines for part in line.split(EOT_MARK)} - {""}
     control_tokens = {x for literal in literals for x in CONTROL_TOKEN_PATTERN.findall(literal)}
-    anywhere = [re.escape(word) for word in sorted(control_tokens)]
-    at_line_start = [
-        rf"(?<![^{LINE_BREAKS}])[^\S{LINE_BREAKS}]*{re.escape(literal)}"
-        for literal in sorted(literals)
-        if len(literal) > 1
-    ]
-    return re.compile("|".join([*anywhere, *at_line_start]) or "(?!)")
+    lines = [literal for literal in literals if len(literal) > 1]
+    if len(control_tokens) + len(lines) > MAX_MARKERS:
+        raise ConfigError(
+            f"the chat template prints {len(lines):,} lines and {len(control_tokens):,} control "
+            f"tokens of its own, more than {MAX_MARKERS:,}. Shorten it."
+        )
+    anywhere, at_line_start = ("|".join(map(re.escape, sorted(x))) for x in (control_tokens, lines))
+    # At the start of a line; "*+" takes all blanks, so that none is tried twice.
+    at_line_start = rf"(?<![^{LINE_BREAKS}])[^\S{LINE_BREAKS}]*+(?:{at_line_start or '(?!)'})"
+    return re.compile(f"{anywhere}|{at_line_start}" if anywhere else at_line_start)
 
 
 def quote_rendered(text: str) -> str:

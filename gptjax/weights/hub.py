@@ -15,6 +15,7 @@ from gptjax.config import did_you_mean
 from gptjax.errors import DataError, ModelError
 from gptjax.fileio import strict_json
 from gptjax.fileio.download import Pin, check_pin, is_offline
+from gptjax.runtime.terminal import redact_secrets
 from gptjax.tokenizer.chat_template import CHAT_TEMPLATE_FILE as TEMPLATE
 from gptjax.tokenizer.tokenizer import ADDED_TOKENS, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
 
@@ -165,6 +166,7 @@ def find_file(repo: Repository, file: str) -> Path | None:
 
 def explain_download_error(repo: Repository, file: str, error: Exception) -> str:
     """Returns the message for a failed download, without passwords in URLs."""
+    import huggingface_hub
     from huggingface_hub import errors
 
     reason: BaseException = error.__cause__ or error
@@ -183,6 +185,7 @@ def explain_download_error(repo: Repository, file: str, error: Exception) -> str
             "to a folder that is writable."
         )
     text = re.sub("//[^/ ]*@", "//", str(reason).partition("\n")[0])
+    text = redact_secrets(text, huggingface_hub.get_token() or "")
     return (
         f"cannot download {file} of {repo}: {text}. Check the network and try again; the "
         "download will resume."

@@ -1,5 +1,6 @@
 """LLM judge: requests, scores, failures of the server, and where the key is sent."""
 
+import gzip
 import json
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 from gptjax.errors import ConfigError, ModelError
 from gptjax.evaluation import llm_judge
 from gptjax.evaluation.llm_judge import Judgement, LLMJudge, UnreachableError, iter_judgements
-from tests.servers import hangs_up, judging, plain, refuses, says
+from tests.servers import endless, hangs_up, judging, plain, refuses, says
 
 ROWS = [(f"question {n}", f"truth {n}", f"answer {n}") for n in range(3)]
 PROMPT = (
@@ -95,6 +96,17 @@ def test_key_is_sent_encrypted_or_to_this_machine_only_and_never_shown(monkeypat
     for host in ("192.0.2.1", "localhost.example.org", "127.0.0.1.example.org"):
         with pytest.raises(ConfigError, match=f"OPENAI_API_KEY.*{host}"):
             LLMJudge(f"http://{host}/v1", "llama3")
+
+
+def test_a_reply_is_stored_without_the_key_and_with_a_limited_size(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with judging(says(f"85 for Bearer {KEY}")) as (url, _):
+        assert ask(url) == "85 for Bearer …"
+    compressed = plain(gzip.compress(b" " * 10**7), Content_Encoding="gzip")
+    for answer, word in ((endless, "1,048,576 bytes"), (compressed, "gzip")):
+        with judging(answer) as (url, _), pytest.raises(ModelError, match=word) as error:
+            ask(url)
+        assert type(error.value) is ModelError  # other replies may be shorter
 
 
 def test_offline_and_behind_a_proxy_a_local_server_is_asked_directly(monkeypatch):

@@ -117,6 +117,14 @@ UNUSABLE = [
     ("{{ messages.append(1) }}", "SecurityError"),
     ("{{ 'a' * 10 }}", "SecurityError"),
     ("x" * 100_001, "100,000"),
+    # A pattern of all lines that a template prints is searched for in every message.
+    ("{% for n in range(2000) %}{{ n }}x\n{% endfor %}" + LOOP + "{{ m.content }}" + END, "2,00"),
+    ("{% for n in range(99999) %}{{ n }}{% endfor %}" + LOOP + "{{ m.content }}" + END, "488,"),
+    # Marks without an end: a search from each to the end would be quadratic.
+    (
+        "{% for n in range(90000) %}{{ '\\ufdd1' }}{% endfor %}" + LOOP + "{{ m.content }}" + END,
+        "content",
+    ),
     (LOOP + "{{ m.content if m.role != 'user' else m.content[:3] }}" + END, "`content`"),
     (LOOP + "{{ m.content }}{% if loop.last %}{{ eos_token }}{% endif %}{% endfor %}", "endoftext"),
 ]
