@@ -388,7 +388,7 @@ def missing_result(job: Job) -> str:
     promised = "" if job["stdout"] == "broken" or text else "exit code 0 without output"
     match command.name:
         case "import":
-            load(out)
+            return "" if load(out) else "no model"
         case "export":
             load(out) if options["layout"] == "hf" else None
             return "" if any(out.iterdir()) else "nothing is exported"
