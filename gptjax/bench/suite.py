@@ -9,7 +9,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -70,8 +70,8 @@ def make_device_options(preset: str, repeats: int, log: Callable[[str], None]) -
     )
 
 
-def run_benchmarks(options: BenchOptions, only: Sequence[str]) -> dict[str, Any]:
-    """Runs some of the benchmarks; returns their metrics and those of the machine."""
+def run_benchmarks(options: BenchOptions, only: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Runs some of the benchmarks; yields the metrics so far, first the machine's."""
     config, device = options.config, jax.devices()[0]
     metrics: dict[str, Any] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -89,18 +89,21 @@ def run_benchmarks(options: BenchOptions, only: Sequence[str]) -> dict[str, Any]
         f"{estimate.parameter_count(config):,} parameters, {metrics['dtype']}, "
         f"T = {options.context}, XLA_FLAGS={metrics['xla_flags']!r}"
     )
+    yield metrics
     if {"train", "decode"} & set(only):
         only = ["peaks", *only]
     for part, name, unit, make_work in list_workloads(options):
         if part in only and (rate := try_measure(options, name, unit, make_work)):
             metrics[name] = rate
+            yield metrics
     if "decode" in only:
         metrics |= compare_decode(options, metrics)
+        yield metrics
     if "train" in only:
         metrics |= bench_training(options, metrics.get("matmul"))
+        yield metrics
     if "save" in only:
-        metrics |= bench_saves(options)
-    return metrics
+        yield metrics | bench_saves(options)
 
 
 def list_workloads(options: BenchOptions) -> list[tuple[str, str, str, Any]]:

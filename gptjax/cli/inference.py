@@ -233,14 +233,17 @@ def run_evaluate(
         raise ConfigError("--text-column and --label-column belong to --classification-data.")
     if (stride and not text) or ((out or judge) and not chat_data):
         raise ConfigError("--stride belongs to --text; --out and --judge belong to --chat-data.")
+    scorer = None
+    if judge:  # its requirements are checked before any work
+        from gptjax.evaluation.llm_judge import LLMJudge
+
+        scorer = LLMJudge(judge, judge_model)
     loaded = load_model(model, int8=int8, verbose=verbose)
     metrics: Any = {}
     tasks: Any = {}
     if chat_data:
         from gptjax.evaluation.instructions import evaluate_file
-        from gptjax.evaluation.llm_judge import LLMJudge
 
-        scorer = LLMJudge(judge, judge_model) if judge else None
         metrics, tasks = evaluate_file(loaded, chat_data, out, scorer, print_message)
     elif classification_data:
         from gptjax.evaluation.classification import evaluate_labeled_file

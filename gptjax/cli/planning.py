@@ -137,6 +137,7 @@ def run_bench(
     options = make_options(preset, repeats, print_progress)
     given: Any = {"context": context, "train_batch_sizes": rows, "backends": attention}
     options = dataclasses.replace(options, **{name: x for name, x in given.items() if x})
-    metrics = suite.run_benchmarks(options, only or (suite.DEVICE_PARTS if device else PARTS))
-    if json_path:
-        write_atomic(json_path, json.dumps(metrics, indent=2) + "\n")
+    parts = only or (suite.DEVICE_PARTS if device else PARTS)
+    for metrics in suite.run_benchmarks(options, parts):
+        if json_path:  # what is measured is kept whatever happens to the rest
+            write_atomic(json_path, json.dumps(metrics, indent=2) + "\n")

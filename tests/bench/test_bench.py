@@ -74,7 +74,7 @@ def test_decoding_is_compared_with_the_faster_rate_of_the_memory(monkeypatch):
     monkeypatch.setattr(suite, "try_measure", lambda _, name, *rest: rates[name])
     monkeypatch.setattr(suite, "NEW_TOKENS", 4)
 
-    found = suite.run_benchmarks(options_of([]), ["decode"])
+    *_, found = suite.run_benchmarks(options_of([]), ["decode"])
 
     # Keys and values of 16 tokens of prompt and, on average, half of the 4 new ones.
     step_bytes = 4 * (PARAMS + 2 * 18 * 2 * 16)
@@ -85,7 +85,7 @@ def test_decoding_is_compared_with_the_faster_rate_of_the_memory(monkeypatch):
 
 def test_the_command_writes_all_metrics(monkeypatch, tmp_path):
     calls, out = [], tmp_path / "bench.json"
-    monkeypatch.setattr(suite, "run_benchmarks", lambda *call: calls.append(call) or {"b4": 1.5})
+    monkeypatch.setattr(suite, "run_benchmarks", lambda *call: calls.append(call) or [{"b4": 1.5}])
     command = ["bench", "--device", "--context", "2048", "--rows", "4,8", "--only", "decode"]
 
     assert main([*command, "--json", str(out)]) == 0
@@ -95,3 +95,15 @@ def test_the_command_writes_all_metrics(monkeypatch, tmp_path):
     assert (options.train_batch_sizes, options.context, parts) == ((4, 8), 2048, ("decode",))
     for name, value in (("attention", "cudn"), ("rows", "4,0"), ("preset", "gpt3")):
         assert main(["bench", f"--{name}", value]) == 2
+
+
+def test_the_command_keeps_what_it_has_measured(monkeypatch, tmp_path):
+    def run_benchmarks(*_):
+        yield {"b4": 1.5}
+        raise MemoryError
+
+    monkeypatch.setattr(suite, "run_benchmarks", run_benchmarks)
+
+    assert main(["bench", "--json", str(tmp_path / "bench.json")]) == 1
+
+    assert json.loads((tmp_path / "bench.json").read_text()) == {"b4": 1.5}

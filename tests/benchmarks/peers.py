@@ -177,7 +177,7 @@ def run_suite(make_options, preset, repeats, parts):
     from gptjax.bench import suite
 
     options = getattr(suite, make_options)(preset, repeats, partial(print, flush=True))
-    return suite.run_benchmarks(options, parts)
+    return [*suite.run_benchmarks(options, parts)][-1]
 
 
 def main(argv=None):
