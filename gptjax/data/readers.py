@@ -33,7 +33,7 @@ TABLE_FORMATS = {".jsonl": "JSON lines", ".json": "JSON list"}
 TABLE_FORMATS |= {suffix: DELIMITER_NAMES[char] for suffix, char in DELIMITERS.items()}
 SMS_SPAM_FILE = DATASETS["sms-spam"].file_name  # tab-separated, without suffix and header
 READ_BLOCK_BYTES = 1 << 18  # per read
-MAX_LINE_BYTES = 64 << 20  # per line and per CSV field
+MAX_LINE_CHARS = 64 << 20  # per line and per CSV field
 MAX_JSON_BLOCKS = 1 << 12  # per .json file, 1 GiB
 MAX_LISTED_COLUMNS = 20  # columns listed by name in a summary
 # Usual column names; the first is preferred to the others.
@@ -170,18 +170,21 @@ def decode_utf8(blocks: Iterable[bytes], path: Path) -> Iterator[tuple[int, str]
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yields (line number, line including its line ending)."""
-
-    def lines(file: BufferedIOBase) -> Iterator[bytes]:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
-            if len(line) > MAX_LINE_BYTES:
-                raise DataError(
-                    f"{path}:{number}: line of more than {MAX_LINE_BYTES:,} bytes. "
-                    "Write one row per line, or put a long text into a .txt file."
-                )
-            yield line
-
-    with open_decompressed(path) as file:
-        yield from decode_utf8(lines(file), path)
+    number, parts, size = 1, [], 0  # of the line that continues in the next block
+    for text in read_text_blocks(path):
+        start = 0
+        while end := text.find("\n", start) + 1:
+            yield number, "".join([*parts, text[start:end]])
+            number, parts, size, start = number + 1, [], 0, end
+        parts.append(text[start:])
+        size += len(parts[-1])
+        if size > MAX_LINE_CHARS:
+            raise DataError(
+                f"{path}:{number}: line of more than {MAX_LINE_CHARS:,} characters. Write one row "
+                "per line, or put a long text into a .txt file."
+            )
+    if size:
+        yield number, "".join(parts)
 
 
 def read_rows(path: Path) -> Iterator[LocatedRow]:
@@ -238,7 +241,7 @@ def read_csv_records(path: Path) -> Iterator[tuple[str, list[str]]]:
     All rows must have as many fields as the first.
     """
     delimiter = find_delimiter(path)
-    csv.field_size_limit(MAX_LINE_BYTES)  # process-wide; default 131,072
+    csv.field_size_limit(MAX_LINE_CHARS)  # process-wide; default 131,072
     # Decoded text has no NUL, so this row is the last one unless a quote is still open.
     end = "\0"
     lines = itertools.chain((text for _, text in read_lines(path)), [end])

@@ -1,10 +1,11 @@
 """Supervised fine-tuning (SFT) task: conversations to an assistant."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from gptjax.config import DataConfig, RunConfig
 from gptjax.data.conversations import Conversation, read_conversations
+from gptjax.data.packed_rows import take_rows
 from gptjax.data.sft import (
     TRAIN_ON_ALL,
     TRAIN_ON_COMPLETIONS,
@@ -47,7 +48,7 @@ MAX_ANSWER_TOKENS = 256
 class SFTData(NamedTuple):
     """Data of an SFT run, by split."""
 
-    conversations: dict[str, list[Conversation]]
+    conversations: dict[str, Sequence[Conversation]]
     examples: dict[str, list[Example]]  # with the loss mask used for training
     completion_examples: dict[str, list[Example]]  # the same with completion-only loss masks
     inputs: builder.FinetuneInputs
@@ -78,13 +79,15 @@ def load_sft_data(run: RunContext) -> tuple[RunContext, SFTData]:
                 f"no {name} conversation of {c.data.source} has an answer that fits "
                 f"model.context_length={context}. Raise it, or shorten the answers."
             )
-        conversations[name] = [part[n] for n in truncated.kept_indices]
-        examples[name] = truncated.examples
+        conversations[name] = take_rows(part, truncated.kept_indices)
+        examples[name] = completion_examples[name] = truncated.examples
+        num_truncated += truncated.num_truncated
+        num_dropped += truncated.num_dropped
+        if trained_segments == TRAIN_ON_COMPLETIONS:
+            continue
         tracked = log_progress(conversations[name], len(part), "encoding", f"{name} answers")
         completions = encode_conversations(tokenizer, template, tracked, TRAIN_ON_COMPLETIONS)
         completion_examples[name] = truncate_all(completions, context).examples
-        num_truncated += truncated.num_truncated
-        num_dropped += truncated.num_dropped
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in examples.items())
     summary_lines = [f"data     {columns}", f"rows     {sizes}"]
     if num_truncated or num_dropped:

@@ -5,6 +5,7 @@ import tracemalloc
 
 import pytest
 
+from gptjax.data import readers
 from gptjax.data.classification import read_labeled_texts
 from gptjax.data.conversations import (
     Conversation,
@@ -97,7 +98,8 @@ def test_keys_that_are_not_read_are_counted(tmp_path):
     assert "not read: task (2);" in read_preference_pairs(pairs)[1]
 
 
-def test_rows_in_memory_take_a_few_times_the_size_of_their_file(tmp_path):
+def test_rows_in_memory_take_a_few_times_the_size_of_their_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "READ_BLOCK_BYTES", 1 << 12)
     rows = [("ab"[n % 2], f"the text of row {n}") for n in range(10_000)]
     talks = [{"prompt": text, "response": text} for _, text in rows]
     for read, path in [

@@ -187,7 +187,7 @@ def test_corrupt_files_and_rows_that_would_fill_the_memory_are_rejected(tmp_path
         path.write_bytes(data)
         with pytest.raises(DataError, match=f"cannot read {path}"):
             rows_of(path)
-    for name, limit in (("MAX_LINE_BYTES", 100), ("READ_BLOCK_BYTES", 10), ("MAX_JSON_BLOCKS", 10)):
+    for name, limit in (("MAX_LINE_CHARS", 100), ("READ_BLOCK_BYTES", 10), ("MAX_JSON_BLOCKS", 10)):
         monkeypatch.setattr(readers, name, limit)
     long = f'["{"x" * 101}"]'
     for name, content in (("jsonl", long), ("csv", 'text\n"' + "a\n" * 99), ("json", long)):
