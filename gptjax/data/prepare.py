@@ -236,10 +236,20 @@ def write_prepared(
     writers = {s: ShardWriter(folder, s, dtype, recipe["shard_tokens"]) for s in TEXT_SPLITS}
     unread = Counter[str]()
     spans = iter_split_spans(sources, rule, "encoding", unread)
-    for encoded in encode_spans(spans, tokenizer, workers or os.cpu_count() or 1):
-        heartbeat()
+
+    def write(encoded: dict[str, EncodedSpans]) -> None:
         for split, part in encoded.items():
             writers[split].append(*part)
+
+    with ThreadPoolExecutor(1, "write") as pool:  # writes and hashes while others are encoded
+        pending = None
+        for encoded in encode_spans(spans, tokenizer, workers or os.cpu_count() or 1):
+            heartbeat()
+            if pending:
+                pending.result()
+            pending = pool.submit(write, encoded)
+        if pending:
+            pending.result()
     splits = {}
     for split, writer in writers.items():
         if writer.counts["documents"]:
@@ -284,18 +294,20 @@ EncodedSpans = tuple[np.ndarray, np.ndarray, int]
 
 def encode_batch(spans: Sequence[SplitSpan], tokenizer: Tokenizer) -> dict[str, EncodedSpans]:
     """Encodes spans of text; returns the tokens by split."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    encoded = {}
+    dtype, encoded = token_dtype(tokenizer.vocab_size), {}
+    eot = np.array([tokenizer.eot_token], dtype)
     for split in TEXT_SPLITS:
         part = [span for span in spans if span.split == split]
-        tokens = [np.empty(0, dtype)]
+        tokens, lengths = [eot[:0]], []
         for span in part:
-            ids = tokenizer.encode_array(span.text).astype(dtype)
-            tokens.append(np.insert(ids, 0, tokenizer.eot_token) if span.is_first else ids)
-        ends = np.cumsum([len(ids) for ids in tokens[1:]], dtype=np.int64)
+            ids = tokenizer.encode_array(span.text)
+            tokens += [eot, ids] if span.is_first else [ids]
+            lengths.append(len(ids) + span.is_first)
+        ends = np.cumsum(lengths, dtype=np.int64)
         num_bytes = sum(len(span.text.encode()) for span in part)
         is_end = [span.is_last for span in part]
-        encoded[split] = np.concatenate(tokens), ends[is_end], num_bytes
+        stream = np.concatenate(tokens, dtype=dtype, casting="unsafe")
+        encoded[split] = stream, ends[is_end], num_bytes
     return encoded
 
 
@@ -303,6 +315,9 @@ def encode_spans(
     spans: Iterable[SplitSpan], tokenizer: Tokenizer, workers: int
 ) -> Iterator[dict[str, EncodedSpans]]:
     """Encodes spans in threads; yields the tokens of batches by split, in order."""
+    if tokenizer.is_bytewise:  # as fast as reading
+        yield from (encode_batch(batch, tokenizer) for batch in batch_spans(spans))
+        return
     tokenizer.encode("")  # builds its tables before the threads start
     # tiktoken releases the GIL, so threads are as fast as processes. The queue bounds
     # memory and keeps the order.

@@ -21,6 +21,8 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gptjax.config import did_you_mean
 from gptjax.data.datasets import DATASETS, PYTHON_HELP, fetch_dataset
 from gptjax.errors import DataError
@@ -142,6 +144,16 @@ def read_text_blocks(path: Path) -> Iterator[str]:
     with open_decompressed(path) as file:
         blocks = iter(lambda: file.read(READ_BLOCK_BYTES), b"")
         yield from (text for _, text in decode_utf8(blocks, path))
+
+
+def count_chars(path: Path) -> int:
+    """Counts the characters of a UTF-8 text file, without decoding it."""
+    with open_decompressed(path) as file:
+        count = -file.read(3).startswith(codecs.BOM_UTF8)
+        file.seek(0)
+        while block := file.read(READ_BLOCK_BYTES):  # continuation bytes are 0x80 to 0xBF
+            count += np.count_nonzero(np.frombuffer(block, np.int8) >= -64)
+    return count
 
 
 def decode_utf8(blocks: Iterable[bytes], path: Path) -> Iterator[tuple[int, str]]:

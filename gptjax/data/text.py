@@ -25,6 +25,7 @@ from typing import NamedTuple
 from gptjax.data.datasets import DATASETS, PYTHON_HELP, fetch_dataset, read_python_help
 from gptjax.data.readers import (
     TABLE_FORMATS,
+    count_chars,
     get_text,
     guess_text_column,
     read_rows,
@@ -153,6 +154,20 @@ def chunk_document(texts: Iterable[str]) -> Iterator[TextChunk]:
         yield TextChunk(buffer, True)
 
 
+def iter_document_sizes(source: TextSource) -> Iterator[int]:
+    """Yields the number of characters of each document of one source."""
+    if suffix_without_gz(source.path) in DOCUMENT_SUFFIXES:
+        if size := count_chars(source.path):
+            yield size
+        return
+    size = 0
+    for chunk in iter_chunks(source):
+        size += len(chunk.text)
+        if chunk.is_last:
+            yield size
+            size = 0
+
+
 class SplitSpan(NamedTuple):
     """Part of a document, assigned to a split."""
 
@@ -187,13 +202,12 @@ def make_split_rule(sources: Sequence[TextSource], val_fraction: float, seed: in
     # With more documents than this, the probability that hashing alone holds out none
     # or all of them is below e^-50.
     max_counted = int(50 / min(val_fraction, 1 - val_fraction))
-    ends = (chunk for s in sources for chunk in iter_chunks(s) if chunk.is_last)
-    count = sum(1 for _ in itertools.islice(ends, max_counted + 1))
-    if count > max_counted:
+    sizes = itertools.chain.from_iterable(map(iter_document_sizes, sources))
+    first_sizes = [*itertools.islice(sizes, max_counted + 1)]
+    if (count := len(first_sizes)) > max_counted:
         return SplitRule(seed, val_fraction)
     if count < 2:
-        size = sum(len(chunk.text) for s in sources for chunk in iter_chunks(s))
-        return SplitRule(seed, 0.0, train_chars=int(size * (1 - val_fraction)))
+        return SplitRule(seed, 0.0, train_chars=int(sum(first_sizes) * (1 - val_fraction)))
     num_held_out = min(max(round(val_fraction * count), 1), count - 1)
     return SplitRule(seed, sorted(hash_to_unit(seed, i) for i in range(count))[num_held_out])
 

@@ -23,6 +23,7 @@ corrupt token is trained on.
 
 import dataclasses
 import functools
+import hashlib
 import re
 import zlib
 from collections.abc import Sequence
@@ -55,7 +56,7 @@ class ShardWriter:
         self.stem, self.dtype, self.shard_tokens = folder / split, dtype, shard_tokens
         self.counts = {"documents": 0, "tokens": 0, "bytes": 0}
         self.shards: list[dict[str, Any]] = []  # finished, as in meta.json
-        self.tokens = self.documents = 0  # in the unfinished shard
+        self.start_shard()
 
     def append(self, tokens: np.ndarray, document_ends: np.ndarray, num_bytes: int) -> None:
         """Appends tokens of `num_bytes` of text; `document_ends` are ascending."""
@@ -65,12 +66,14 @@ class ShardWriter:
         while len(tokens):
             remaining = self.shard_tokens - self.tokens
             num_ends = int(np.searchsorted(document_ends, remaining, "right"))
-            data = {".bin": tokens[:remaining].astype(self.dtype)}
-            data[".idx"] = (document_ends[:num_ends] + self.tokens).astype("<u8")
+            part = tokens[:remaining].astype(self.dtype, copy=False)
+            data = {".bin": part, ".idx": (document_ends[:num_ends] + self.tokens).astype("<u8")}
             for suffix, array in data.items():
                 with self.path(suffix).open("ab") as file:
-                    file.write(array.tobytes())
-            self.tokens += len(data[".bin"])
+                    file.write(array)
+                self.digests[suffix].update(array)
+            self.update_crcs(part.view(np.uint8))
+            self.tokens += len(part)
             self.documents += num_ends
             tokens = tokens[remaining:]
             document_ends = document_ends[num_ends:] - remaining
@@ -81,21 +84,32 @@ class ShardWriter:
         """Returns the path of a file of the unfinished shard."""
         return Path(f"{self.stem}-{len(self.shards):05d}{suffix}")
 
+    def start_shard(self) -> None:
+        """Starts an empty shard."""
+        self.tokens = self.documents = 0
+        self.digests = {suffix: hashlib.sha256() for suffix in (".bin", ".idx")}
+        self.crcs: list[int] = []
+
+    def update_crcs(self, data: np.ndarray) -> None:
+        """Updates the CRCs of the blocks of the shard by the bytes appended to it."""
+        offset = self.tokens * self.dtype.itemsize % CRC_BLOCK_BYTES
+        while len(data):
+            self.crcs += [] if offset else [0]
+            part, data = np.split(data, [CRC_BLOCK_BYTES - offset])
+            self.crcs[-1], offset = zlib.crc32(part, self.crcs[-1]), 0
+
     def finish_shard(self) -> None:
-        """Hashes the files of the current shard and starts the next one."""
-        paths = self.path(".bin"), self.path(".idx")
-        with paths[0].open("rb") as file:
-            crcs = [*map(zlib.crc32, iter(lambda: file.read(CRC_BLOCK_BYTES), b""))]
+        """Finishes the current shard and starts the next one."""
         self.shards.append(
             {
-                "file": paths[0].name,
+                "file": self.path(".bin").name,
                 "tokens": self.tokens,
                 "documents": self.documents,  # ending in this shard
-                "sha256": [sha256_of_files([path]) for path in paths],
-                "crc32": crcs,
+                "sha256": [digest.hexdigest() for digest in self.digests.values()],
+                "crc32": self.crcs,
             }
         )
-        self.tokens = self.documents = 0
+        self.start_shard()
 
     def finish(self) -> dict[str, Any]:
         """Finishes the last shard; returns the entry of the split in meta.json."""

@@ -20,7 +20,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 import regex
 import tiktoken
-from jaxtyping import Int32, UInt32
+from jaxtyping import Int32, UInt
 
 from gptjax.errors import ConfigError, DataError
 from gptjax.fileio import strict_json
@@ -83,9 +83,16 @@ class Tokenizer:
         """
         return self.encode_array(text).tolist()
 
-    def encode_array(self, text: str) -> UInt32[np.ndarray, " L"]:
-        """Encodes text to an array; releases the GIL."""
-        encode_utf8(text)  # raises: tiktoken would silently replace lone surrogates
+    @property
+    def is_bytewise(self) -> bool:
+        """True if each byte has an id below 256 and no other text has one."""
+        return len(self.ranks) == self.eot_token == 256
+
+    def encode_array(self, text: str) -> UInt[np.ndarray, " L"]:
+        """Encodes text to an array; releases the GIL unless `is_bytewise`."""
+        data = encode_utf8(text)  # raises: tiktoken would silently replace lone surrogates
+        if self.is_bytewise:
+            return np.frombuffer(data.translate(self.byte_table), np.uint8)
         # Special tokens in the text are text.
         encode = functools.partial(self.encoding.encode_to_numpy, disallowed_special=())
         return np.concatenate([encode(part) for part in split_long_whitespace(text)])
@@ -127,6 +134,11 @@ class Tokenizer:
             mergeable_ranks=dict(self.ranks),
             special_tokens=self.special_tokens,
         )
+
+    @functools.cached_property
+    def byte_table(self) -> bytes:
+        """Id of each byte, if the tokenizer `is_bytewise`."""
+        return bytes(self.ranks[bytes([byte])] for byte in range(256))
 
     @functools.cached_property
     def byte_lengths(self) -> Int32[np.ndarray, " V"]:
