@@ -5,10 +5,12 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from gptjax.cli.arguments import PATH, Command, flag_option, value_option
+from gptjax.cli.session import log_to_stdout
 from gptjax.config import CONTEXT, FRACTION, SEED, STEPS, Range
 from gptjax.errors import ConfigError
 from gptjax.fileio.paths import user_path
@@ -46,9 +48,9 @@ def data_prepare(
     """Tokenize text files, folders and globs for training."""
     from gptjax.data.prepare import prepare_dataset, sample_windows
 
-    info = prepare_dataset(
-        paths, tokenizer, out, val_fraction=val_fraction, seed=seed, column=column, workers=workers
-    )
+    options: Any = {"val_fraction": val_fraction, "seed": seed, "column": column}
+    with log_to_stdout():
+        info = prepare_dataset(paths, tokenizer, out, workers=workers, **options)
     print_progress(info)
     for text in sample_windows(out):
         print_progress(f"--- sample\n{text}")

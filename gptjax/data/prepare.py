@@ -45,6 +45,7 @@ from gptjax.errors import ConfigError, DataError
 from gptjax.fileio.atomic import atomic_path, write_atomic
 from gptjax.fileio.paths import user_path
 from gptjax.runtime.preemption import heartbeat
+from gptjax.runtime.timing import log_progress
 from gptjax.tokenizer.tokenizer import (
     Tokenizer,
     load_tokenizer,
@@ -175,7 +176,8 @@ def prepare_dataset(
         )
     sources = find_sources(paths, column)
     states = [file_state(source.path) for source in sources]
-    source_lines = "".join(json.dumps(source_fingerprint(x)) + "\n" for x in sources)
+    tracked = log_progress(sources, len(sources), "hashing", "files")
+    source_lines = "".join(json.dumps(source_fingerprint(x)) + "\n" for x in tracked)
     recipe = {
         "sources": hashlib.sha256(source_lines.encode()).hexdigest(),
         "tokenizer": tokenizer_id(tokenizer),

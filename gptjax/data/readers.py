@@ -152,7 +152,7 @@ def count_chars(path: Path) -> int:
         count = -file.read(3).startswith(codecs.BOM_UTF8)
         file.seek(0)
         while block := file.read(READ_BLOCK_BYTES):  # continuation bytes are 0x80 to 0xBF
-            count += np.count_nonzero(np.frombuffer(block, np.int8) >= -64)
+            count += int(np.count_nonzero(np.frombuffer(block, np.int8) >= -64))
     return count
 
 

@@ -37,7 +37,7 @@ from gptjax.data.readers import (
 from gptjax.errors import DataError
 from gptjax.fileio.download import sha256_of_files
 from gptjax.fileio.paths import user_path
-from gptjax.runtime.terminal import progress_bar
+from gptjax.runtime.timing import log_progress
 
 TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT = "train", "validation", "test"
 ALL_SPLITS = (TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT)
@@ -213,15 +213,15 @@ def make_split_rule(sources: Sequence[TextSource], val_fraction: float, seed: in
 
 
 def iter_split_spans(
-    sources: Sequence[TextSource],
-    rule: SplitRule,
-    bar_label: str,
-    unread: Counter[str] | None = None,
+    sources: Sequence[TextSource], rule: SplitRule, action: str, unread: Counter[str] | None = None
 ) -> Iterator[SplitSpan]:
-    """Yields all text of the sources in order, with its split; see `iter_chunks`."""
+    """Yields all text of the sources in order, with its split; see `iter_chunks`.
+
+    `action`, the use of the text, is for progress messages.
+    """
     document_index, is_first, chars_read = 0, True, 0
     chunks = itertools.chain.from_iterable(iter_chunks(source, unread) for source in sources)
-    for chunk in progress_bar(bar_label, "chunks", chunks):
+    for chunk in log_progress(chunks, None, action, "texts, or parts of long ones"):
         if rule.train_chars is None:
             held_out = hash_to_unit(rule.seed, document_index) < rule.threshold
             yield SplitSpan(TEXT_SPLITS[held_out], chunk.text, is_first, chunk.is_last)

@@ -85,7 +85,7 @@ class Tokenizer:
 
     @property
     def is_bytewise(self) -> bool:
-        """True if each byte has an id below 256 and no other text has one."""
+        """True if the tokens of text are the 256 bytes, with the ids 0 to 255."""
         return len(self.ranks) == self.eot_token == 256
 
     def encode_array(self, text: str) -> UInt[np.ndarray, " L"]:

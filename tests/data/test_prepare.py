@@ -16,6 +16,7 @@ from gptjax.data import prepare, text
 from gptjax.data.prepare import open_dataset, open_prepared, prepare_dataset
 from gptjax.data.token_files import verify_prepared
 from gptjax.errors import ConfigError, DataError
+from gptjax.runtime import timing
 from gptjax.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from gptjax.training.estimate import resolve_config
 from tests.data.tables import quick, texts, write
@@ -124,10 +125,11 @@ def test_a_second_process_waits_and_uses_the_same_result(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "out"]
 
 
-def test_many_files_with_long_names_do_not_enlarge_meta_json(tmp_path):
-    folder = tmp_path / "text"
+def test_many_files_with_long_names_are_summarized(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(timing, "FIRST_PROGRESS_SECONDS", 0)
+    caplog.set_level("INFO", "gptjax")
+    folder, sizes = tmp_path / "text", []
     folder.mkdir()
-    sizes = []
     for count in (3, 60):
         for n in range(count):
             (folder / f"{n:0200d}.txt").write_text(f"text {n % 3}")
@@ -139,6 +141,7 @@ def test_many_files_with_long_names_do_not_enlarge_meta_json(tmp_path):
 
     assert sizes[1] <= sizes[0] + 20  # more digits
     assert "60 files" in info
+    assert {line.split()[0] for line in caplog.messages} >= {"hashing", "encoding"}
     names = [json.loads(line)["file"] for line in (out / "sources.jsonl").read_text().splitlines()]
     assert names == sorted(os.listdir(folder))
     (out / "sources.jsonl").write_text("")

@@ -11,6 +11,7 @@ from gptjax.data.classification import read_labeled_texts
 from gptjax.data.conversations import read_conversations, read_preference_pairs
 from gptjax.data.readers import (
     DELIMITER_NAMES,
+    count_chars,
     read_rows,
     read_text_file,
     table_format,
@@ -174,7 +175,9 @@ def test_blocks_may_split_characters(tmp_path, monkeypatch):
     content = "é\n\n€ 🙂\r\n"
     for size in (1, 2, 1000):
         monkeypatch.setattr(readers, "READ_BLOCK_BYTES", size)
-        assert read_text_file(write(tmp_path / "README", "\ufeff" + content)) == content
+        path = write(tmp_path / "README", "\ufeff" + content)
+        assert read_text_file(path) == content
+        assert count_chars(path) == len(content)
         for invalid in (b"\xe2\x28\xa1", b"\0", b"\xe2\x82"):
             path = write(tmp_path / "a.txt", "é\n\n€".encode() + invalid)
             with pytest.raises(DataError, match=r"a\.txt:3: "):

@@ -18,7 +18,8 @@ GPT2 = tokenizer.load_tokenizer("gpt2")
 BYTES = tokenizer.load_tokenizer("bytes")
 OWN = tokenizer.train_tokenizer(topics.values(), 700)
 ADDED = dataclasses.replace(OWN, name="added", added_tokens={"[PAD]": 700, "<|é |>": 701})
-ALL = (GPT2, BYTES, OWN, ADDED)
+PERMUTED = tokenizer.from_merges("permuted", range(255, -1, -1), [])
+ALL = (GPT2, BYTES, PERMUTED, OWN, ADDED)
 # Of encoder.json and vocab.bpe, as tiktoken_ext/openai_public.py pins them.
 PUBLISHED = {
     "vocab.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -52,8 +53,16 @@ def test_decoding_inverts_encoding_and_text_never_becomes_the_control_token(text
         ids = kind.encode(text)
 
         assert kind.decode(ids) == text
+        assert ids == kind.encoding.encode(text, disallowed_special=())
         assert not set(ids) & set(kind.special_tokens.values())
         assert kind.byte_lengths[ids].sum() == len(text.encode())
+
+
+def test_bytes_are_encoded_without_pairs():
+    kind = dataclasses.replace(PERMUTED)
+    vars(kind)["encoding"] = None  # would fail if it were used
+
+    assert kind.encode_array("aé" * 100_000).tolist() == [255 - n for n in "aé".encode()] * 100_000
 
 
 def test_ids_are_those_of_another_implementation(tmp_path):
