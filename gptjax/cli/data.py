@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from gptjax.cli.arguments import PATH, Command, flag_option, value_option
-from gptjax.cli.session import log_to_stdout
+from gptjax.cli.session import log_to_console
 from gptjax.config import CONTEXT, FRACTION, SEED, STEPS, Range
 from gptjax.errors import ConfigError
 from gptjax.fileio.paths import user_path
@@ -49,7 +49,7 @@ def data_prepare(
     from gptjax.data.prepare import prepare_dataset, sample_windows
 
     options: Any = {"val_fraction": val_fraction, "seed": seed, "column": column}
-    with log_to_stdout():
+    with log_to_console():
         info = prepare_dataset(paths, tokenizer, out, workers=workers, **options)
     print_progress(info)
     for text in sample_windows(out):

@@ -70,8 +70,8 @@ class ShardWriter:
             data = {".bin": part, ".idx": (document_ends[:num_ends] + self.tokens).astype("<u8")}
             for suffix, array in data.items():
                 with self.path(suffix).open("ab") as file:
-                    file.write(array)
-                self.digests[suffix].update(array)
+                    file.write(array.data)
+                self.digests[suffix].update(array.data)
             self.update_crcs(part.view(np.uint8))
             self.tokens += len(part)
             self.documents += num_ends
@@ -96,7 +96,7 @@ class ShardWriter:
         while len(data):
             self.crcs += [] if offset else [0]
             part, data = np.split(data, [CRC_BLOCK_BYTES - offset])
-            self.crcs[-1], offset = zlib.crc32(part, self.crcs[-1]), 0
+            self.crcs[-1], offset = zlib.crc32(part.data, self.crcs[-1]), 0
 
     def finish_shard(self) -> None:
         """Finishes the current shard and starts the next one."""
