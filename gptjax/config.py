@@ -213,7 +213,8 @@ class DataConfig(Section):
     tokenizer: str = option(
         "identity",
         "",
-        "gpt2, bytes, bpe:SIZE or a folder; empty = that of finetune.init_from, else gpt2",
+        "gpt2, bytes, bpe:SIZE or a folder; empty = that of the prepared folder or "
+        "finetune.init_from, else gpt2",
     )
     text_column: str = option("identity", "", "text column of JSON and CSV files; empty = detect")
     label_column: str = option("identity", "", "label column of labeled texts; empty = detect")
