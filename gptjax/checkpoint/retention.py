@@ -76,7 +76,7 @@ def quarantine(checkpoint_dir: Path, step: int, problem: str) -> str:
 def begin_step(checkpoint_dir: Path, step: int) -> Path:
     """Returns an unused path for writing a step."""
     partial_dir = checkpoint_dir / f"{step}.partial"
-    checkpoint_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint_dir.mkdir(exist_ok=True)  # not the run folder, which may have been renamed
     remove_path(partial_dir)
     return partial_dir
 

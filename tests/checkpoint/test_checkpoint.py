@@ -176,3 +176,9 @@ def test_any_flipped_bit_changes_the_checksum(dtype):
     sums = jax.jit(jax.vmap(checkpoint.checksum))(flipped)
 
     assert checksum_of(np.ones(10, dtype)) not in np.asarray(sums)
+
+
+def test_a_run_folder_that_is_gone_is_not_created_again(tmp_path):
+    with pytest.raises(ModelError, match="renamed"):
+        write_step(tmp_path / "renamed" / "checkpoints", 1, make_tree(), keep=2)
+    assert not list(tmp_path.iterdir())

@@ -46,6 +46,7 @@ class Script:
     def __init__(self, scores=(), targets=(), provenance=()):
         self.scores, self.targets = dict(scores), dict(targets)
         self.provenance, self.evaluated, self.saved = dict(provenance), [], []
+        self.threads = set()  # that outlived a run
 
     def fit(self, run_dir, *, stops_at=-1, fails_at=-1, cut_at=-1, on_spike="log", **changes):
         """Trains until it is stopped after a step, cannot read it, or evaluates it."""
@@ -77,8 +78,9 @@ class Script:
         )
         run_dir.mkdir(exist_ok=True)
         run = RunContext(config_with(CONFIG, **changes), run_dir, on_spike=on_spike)
-        last, state = max(stops_at, cut_at), None
+        last, state, threads = max(stops_at, cut_at), None, set(threading.enumerate())
         with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+            stack.callback(lambda: self.threads.update(set(threading.enumerate()) - threads))
             patch.setattr(trainer, "should_stop", lambda run, step: step == stops_at)
             if last >= 0:
                 stack.enter_context(pytest.raises(Interrupted, match=f"after step {last};"))
@@ -219,6 +221,14 @@ def test_a_resumed_run_treats_a_spike_as_the_uninterrupted_run(tmp_path, policy)
         assert skipped == ({SPIKE: "spike"} if policy == "skip" else {})
     losses = values(tmp_path / "whole", "train", "loss")
     assert values(tmp_path / "run", "train", "loss") == losses
+
+
+@pytest.mark.parametrize("end", [{}, {"stops_at": 5}, {"cut_at": 4}, {"fails_at": 5}])
+def test_no_thread_outlives_a_run(tmp_path, end):
+    script = Script()
+    with contextlib.suppress(OSError):
+        script.fit(tmp_path, **end)
+    assert not script.threads
 
 
 def test_prefetched_results_are_those_of_map_and_made_ahead():
