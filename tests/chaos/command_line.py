@@ -414,8 +414,8 @@ def missing_result(job: Job) -> str:
                     return f"numbers: {numbers}"
         case "fetch" if lines:
             return "" if Path(lines[-1]).is_file() else f"no file {lines[-1]}"
-        case "chat" | "classify" if not options.get("texts"):
-            return ""  # stdin may be empty
+        case "chat" | "classify" | "verify" if not options.get("texts"):
+            return ""  # stdin may be empty; the result of verify is its exit code
         case "quickstart" | "bench":
             return "it did not refuse"
     return promised
