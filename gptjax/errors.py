@@ -81,13 +81,13 @@ def to_resource_error(error: BaseException, memory_advice: str = "") -> Resource
     return None
 
 
-def check_type(name: str, value: Any, expected: type, fix: str) -> None:
+def check_type(name: str, value: Any, expected: Any, fix: str) -> None:
     """Raises ConfigError unless the argument `name` has the expected type."""
     if not isinstance(value, expected):
         shown = repr(value)[:60] if isinstance(value, str | int | float | None) else ""
         raise ConfigError(
             f"{name}{'=' * bool(shown)}{shown} is of type {type(value).__name__}, not "
-            f"{expected.__name__}. {fix}"
+            f"{getattr(expected, '__name__', expected)}. {fix}"
         )
 
 

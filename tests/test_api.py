@@ -20,6 +20,7 @@ import pytest
 import gptjax
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.inference.generate import GenerationConfig, GenerationOptions
+from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.training.train_step import init_state, make_train_step
 from tests.small_models import make_model
 
@@ -91,6 +92,82 @@ def test_params_of_another_config_are_rejected_while_tracing():
     ]:
         with pytest.raises(ModelError, match=name):
             apply(dataclasses.replace(MODEL.config, **changes), MODEL.params, TOKEN_BT)
+
+
+CLASSIFIER = dataclasses.replace(MODEL, labels=("a", "b"))
+MISTAKES = {  # what is named: calls
+    "model='my-model'": [
+        *(lambda f=f: f("my-model", "Hi") for f in (gptjax.generate, gptjax.stream, gptjax.answer)),
+        lambda: gptjax.score("my-model", "Hi"),
+        lambda: gptjax.classify("my-model", ["Hi"]),
+        lambda: gptjax.save("my-model", MODEL),
+    ],
+    "classifier": [
+        *(lambda f=f: f(CLASSIFIER, "Hi") for f in (gptjax.generate, gptjax.stream, gptjax.answer)),
+        lambda: gptjax.score(CLASSIFIER, "Hi"),
+    ],
+    "prompt": [
+        *(lambda x=x: gptjax.generate(MODEL, x) for x in (None, 5, [1.5], ["a", 5], {"a": "b"}))
+    ],
+    "max_new_tokens=": [
+        *(lambda x=x: gptjax.generate(MODEL, "Hi", max_new_tokens=x) for x in ("5", 2.5, None, 1e9))
+    ],
+    "seed=": [*(lambda x=x: GenerationConfig(seed=x) for x in (2**63, -1, 0.5, "1"))],
+    "stop": [lambda: GenerationConfig(stop=5), lambda: GenerationConfig(stop_ids=["a"])],
+    "key=0": [
+        lambda: gptjax.init(MODEL.config, 0),
+        lambda: gptjax.init_state(MODEL.params, optax.sgd(0.1), 0),
+        lambda: gptjax.apply(MODEL.config, MODEL.params, TOKEN_BT, dropout_key=0),
+    ],
+    "config": [
+        lambda: gptjax.init(jax.random.key(0), MODEL.config),
+        lambda: gptjax.apply(MODEL, MODEL.params, TOKEN_BT),
+        lambda: gptjax.train("tiny", "run"),
+        lambda: gptjax.generate(MODEL, "Hi", generation_config={"seed": 1}),
+        lambda: gptjax.generate(
+            dataclasses.replace(MODEL, config=dataclasses.replace(MODEL.config, n_layers=1)), "Hi"
+        ),
+    ],
+    "n_layers=": [*(lambda x=x: gptjax.GPTConfig(n_layers=x) for x in ("2", 2.5, None, 0))],
+    "tokens": [lambda: gptjax.apply(MODEL.config, MODEL.params, [[1, 2]])],
+    "text": [lambda: MODEL.tokenizer.encode(None), lambda: gptjax.score(MODEL, ["a"])],
+    "ids": [lambda: MODEL.tokenizer.decode("a"), lambda: MODEL.tokenizer.decode(5)],
+    "path": [lambda: gptjax.load(5)],
+}
+
+
+@pytest.mark.parametrize("named", MISTAKES)
+def test_an_argument_of_a_wrong_kind_is_named(named, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    for call in MISTAKES[named]:
+        with pytest.raises(gptjax.GptjaxError, match=named):
+            call()
+
+
+def test_messages_of_a_wrong_form_are_rejected(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    assistant = dataclasses.replace(MODEL, chat_template=load_chat_template("qa").source)
+    for messages in (
+        *({"role": "user", "content": "x"}, [{"content": "x"}], [("user", "x")], ["x"]),
+        *([{"role": "user", "content": None}], [{"role": "user"}], 5),
+    ):
+        with pytest.raises(ConfigError, match="message"):
+            gptjax.answer(assistant, messages)
+
+
+def test_no_cached_value_holds_a_tracer():
+    for int8 in (False, True):
+        model = dataclasses.replace(MODEL, int8=int8)
+        expected = gptjax.generate(model, "ab", max_new_tokens=2)
+        traced_first = dataclasses.replace(MODEL, int8=int8)
+
+        jax.jit(lambda x, model=traced_first: (model.decode_params, x)[1])(0)
+
+        assert not any(
+            isinstance(leaf, jax.core.Tracer)
+            for leaf in jax.tree.leaves((vars(traced_first), traced_first.decode_params))
+        )
+        assert gptjax.generate(traced_first, "ab", max_new_tokens=2) == expected
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

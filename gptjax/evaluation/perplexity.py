@@ -123,7 +123,6 @@ def score(model: Model, text: str, *, stride: int | None = None) -> Evaluation:
     context length, which is fastest; smaller values give each token more context.
     """
     check_language_model(model)
-    check_type("text", text, str, "Pass one text.")
     context_length = model.config.context_length
     stride = context_length if stride is None else stride
     check_type("stride", stride, int, "Pass a number of tokens.")
@@ -141,7 +140,6 @@ def token_losses(model: Model, text: str) -> tuple[list[int], Float32[np.ndarray
     `score` is their mean. The text has 1 to `context_length` tokens.
     """
     check_language_model(model)
-    check_type("text", text, str, "Pass one text.")
     context_length, ids = model.config.context_length, model.tokenizer.encode(text)
     if not 1 <= len(ids) <= context_length:
         raise ConfigError(

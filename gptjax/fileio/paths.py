@@ -3,11 +3,12 @@
 import os
 from pathlib import Path
 
-from gptjax.errors import ConfigError
+from gptjax.errors import ConfigError, check_type
 
 
 def user_path(path: str | Path) -> Path:
     """Path given by a user; `~` is expanded."""
+    check_type("the path", path, str | os.PathLike, "Pass the path of a file or folder.")
     if "\0" in str(path):
         raise ConfigError(f"the path {str(path)!r} contains a NUL character. Remove it.")
     try:

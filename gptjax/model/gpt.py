@@ -30,7 +30,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from gptjax.config import GPTConfig
-from gptjax.errors import ConfigError
+from gptjax.errors import ConfigError, check_type
 from gptjax.model.attention.dispatch import compute_attention, select_backend
 from gptjax.model.attention.mask import ATTN_OUT, AttentionMask, AttentionSpec
 from gptjax.model.interventions import (
@@ -281,14 +281,20 @@ def residual_init_std(config: GPTConfig) -> float:
     return 0.02 / math.sqrt(2 * config.n_layers)
 
 
-@functools.partial(jax.jit, static_argnums=0)  # one program instead of one per leaf
 def init(config: GPTConfig, key: Key[Array, ""]) -> Params:
     """Initializes float32 parameters with GPT-2's distribution."""
+    check_type("config", config, GPTConfig, "Write init(config, jax.random.key(0)).")
+    check_type("key", key, jax.Array, "Write init(config, jax.random.key(0)).")
     if not config.vocab_size:
         raise ConfigError(
             "model.vocab_size=0 is not a vocabulary size. Set it to the vocab_size of "
             "the tokenizer."
         )
+    return _init_params(config, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # one program instead of one per leaf
+def _init_params(config: GPTConfig, key: Key[Array, ""]) -> Params:
     token_BT = jnp.zeros((1, 1), jnp.int32)
     inputs = BlockInputs(token_BT, None)
     variables: Any = GPT(config).init(key, token_BT, token_BT, None, inputs, mutable=["params"])
@@ -324,8 +330,11 @@ def hidden_states(
     Returns:
         The hidden states, and {capture point: activations [N, ...]}.
     """
+    check_type("config", config, GPTConfig, "Write apply(config, params, tokens).")
     check_params(config, params)
     check_tokens(config, token_BT)
+    if dropout_key is not None:
+        check_type("dropout_key", dropout_key, jax.Array, "Write jax.random.key(0).")
     check_points("capture", capture)
     positions_1T = jnp.arange(token_BT.shape[1], dtype=jnp.int32)[None]
     query_position_BT = jnp.broadcast_to(positions_1T, token_BT.shape)

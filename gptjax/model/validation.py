@@ -5,6 +5,7 @@ letters: see `gptjax.model.gpt`.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import GPTConfig
-from gptjax.errors import ConfigError, DataError, ModelError
+from gptjax.errors import ConfigError, DataError, ModelError, check_type
 from gptjax.model.quantization import QKV_NAMES
 from gptjax.tree import Params, flatten_with_names
 
@@ -21,6 +22,7 @@ Shapes = dict[str, tuple[int, ...]]  # by parameter name
 
 def check_tokens(config: GPTConfig, token_BT: Any) -> None:
     """Validates token ids: their shape, their dtype and, unless traced, their range."""
+    check_type("tokens", token_BT, jax.Array | np.ndarray, "Write jnp.array([ids]).")
     shape = tuple(token_BT.shape)
     if len(shape) != 2:
         fix = "Add the axis of rows: tokens[None]." if len(shape) == 1 else ""
@@ -48,6 +50,7 @@ def check_tokens(config: GPTConfig, token_BT: Any) -> None:
 
 def check_params(config: GPTConfig, params: Params) -> None:
     """Validates names and shapes of parameters; a classification head is optional."""
+    check_type("params", params, Mapping, "Pass those of init or of a model.")
     expected, found = expected_shapes(config), found_shapes(params)
     for name in [*expected, *found]:
         if name not in found:

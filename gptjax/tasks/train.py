@@ -6,6 +6,7 @@ from pathlib import Path
 from gptjax.config import RunConfig
 from gptjax.data.prepare import tokenizer_id
 from gptjax.data.splits import split_shares
+from gptjax.errors import check_type
 from gptjax.fileio.paths import user_path
 from gptjax.plugins import load_plugin
 from gptjax.tasks.builder import TaskStages
@@ -34,6 +35,7 @@ def train(
     An existing run must have the same config, but for the options `allow_change`.
     `on_spike` is "log", "skip", or "" for that of an existing run, else "log".
     """
+    check_type("config", config, RunConfig, 'Write load_config(find_config("tiny")).')
     if config.train.task in TASKS:
         stages = TASKS[config.train.task]
     else:

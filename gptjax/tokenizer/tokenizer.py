@@ -22,7 +22,7 @@ import regex
 import tiktoken
 from jaxtyping import Int32, UInt
 
-from gptjax.errors import ConfigError, DataError
+from gptjax.errors import ConfigError, DataError, check_type
 from gptjax.fileio import strict_json
 from gptjax.fileio.atomic import write_atomic
 from gptjax.fileio.paths import user_path
@@ -90,6 +90,7 @@ class Tokenizer:
 
     def encode_array(self, text: str) -> UInt[np.ndarray, " L"]:
         """Encodes text to an array; releases the GIL unless `is_bytewise`."""
+        check_type("text", text, str, "Pass one text.")
         data = encode_utf8(text)  # raises: tiktoken would silently replace lone surrogates
         if self.is_bytewise:
             return np.frombuffer(data.translate(self.byte_table), np.uint8)
@@ -116,7 +117,12 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[SupportsIndex]) -> bytes:
         """Decodes ids to bytes, which may start or end inside a character."""
-        token_ids, vocab_size = list(map(operator.index, ids)), self.vocab_size
+        try:
+            token_ids, vocab_size = list(map(operator.index, ids)), self.vocab_size
+        except TypeError:
+            raise DataError(
+                f"ids={ids!r:.60} are no list of token ids, which are integers."
+            ) from None
         if wrong := [n for n in token_ids if not 0 <= n < vocab_size]:
             raise DataError(
                 f"token id {wrong[0]} is out of range for tokenizer {self.name!r}: "

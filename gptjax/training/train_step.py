@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from gptjax.errors import ConfigError
+from gptjax.errors import ConfigError, check_type
 from gptjax.runtime.device import target_platform
 from gptjax.tree import Params
 
@@ -44,6 +44,8 @@ def init_state(
     params: Params, optimizer: optax.GradientTransformation, key: Key[Array, ""]
 ) -> TrainState:
     """State before the first step."""
+    check_type("optimizer", optimizer, optax.GradientTransformation, "Pass one of Optax.")
+    check_type("key", key, jax.Array, "Write jax.random.key(0).")
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, optimizer.init(params), jnp.copy(zero), key)
 

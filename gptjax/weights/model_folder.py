@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import GPTConfig
-from gptjax.errors import ModelError
+from gptjax.errors import ModelError, check_type
 from gptjax.fileio.atomic import atomic_path, write_atomic
 from gptjax.fileio.paths import user_path
 from gptjax.model.gpt import compute_dtype
 from gptjax.model.lora import Adapters
 from gptjax.model.quantization import prepare_decode_params, unstack_layers
+from gptjax.model.validation import check_params
 from gptjax.tokenizer.chat_template import CHAT_TEMPLATE_FILE as TEMPLATE
 from gptjax.tokenizer.chat_template import compile_template
 from gptjax.tokenizer.tokenizer import TOKENIZER_CONFIG, Tokenizer
@@ -56,6 +57,7 @@ class Model:
     @functools.cached_property
     def decode_params(self) -> Params:
         """Parameters in the layout for decoding, one array per layer; cached."""
+        check_params(self.config, self.params)
         dtype = compute_dtype(self.config)
         with jax.ensure_compile_time_eval():  # inside `jit`, tracers would be cached
             return prepare_decode_params(unstack_layers(self.params), dtype, self.int8)
@@ -75,6 +77,7 @@ def save(model: Model, model_dir: str | Path, *, step: int | None = None) -> Non
     Without parameters, the folder completes the checkpoints of an unfinished run.
     `step` is the training step of the parameters, if it may not be the last.
     """
+    check_type("model", model, Model, "Write save(model, folder).")
     folder = user_path(model_dir)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if others := sorted(names - SAVED_FILES):
