@@ -73,7 +73,7 @@ def to_resource_error(error: BaseException, memory_advice: str = "") -> Resource
         if number in LIMIT_ADVICE:
             context, found, _ = str(error).partition(str(cause) or "\0")
             context = context if found else ""
-            reason = ": ".join(filter(None, [os.strerror(number), detail]))
+            reason = ": ".join(map(str, filter(None, [os.strerror(number), detail])))
             fix = memory_advice if number == errno.ENOMEM else ""
             fix = fix or f"{LIMIT_ADVICE[number]}."
             return ResourceError(f"{context}{reason}. {fix} Then run the same command again.")

@@ -9,6 +9,7 @@ saved with.
 """
 
 import contextlib
+import errno
 import functools
 import json
 import re
@@ -36,7 +37,7 @@ from gptjax.checkpoint.retention import (
     list_steps,
     quarantine,
 )
-from gptjax.errors import ModelError
+from gptjax.errors import LIMIT_ADVICE, ModelError, ResourceError
 from gptjax.fileio.atomic import remove_path
 from gptjax.tree import flatten_with_names, unflatten_names
 
@@ -164,10 +165,10 @@ def check_disk_space(checkpoint_dir: Path, tree: Any) -> None:
     folders = [checkpoint_dir, *checkpoint_dir.absolute().parents]
     free = shutil.disk_usage(next(path for path in folders if path.exists())).free
     if free < needed:
-        raise ModelError(
+        raise ResourceError(
             f"a checkpoint in {checkpoint_dir} needs {needed / 1e6:,.0f} MB, but "
-            f"{free / 1e6:,.0f} MB are free. Free disk space or choose another run "
-            "folder; earlier checkpoints are kept."
+            f"{free / 1e6:,.0f} MB are free. {LIMIT_ADVICE[errno.ENOSPC]}. Then run the same "
+            "command again."
         )
 
 

@@ -5,6 +5,7 @@ The library checks that the tensors of a header fill the file exactly.
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import safetensors.numpy
 from gptjax.errors import ModelError
 from gptjax.fileio.strict_json import open_regular_file
 
+OS_ERROR_PATTERN = re.compile(r"os error (\d+)")  # in messages of the library
 MAX_HEADER_BYTES = 1 << 20  # the largest GPT-2 has 580 tensors in 60,000 bytes
 SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
@@ -48,7 +50,11 @@ class TensorReader:
 
 def write_safetensors(arrays: dict[str, np.ndarray], path: Path) -> None:
     """Writes a safetensors file marked as PyTorch's, readable by all users."""
-    safetensors.numpy.save_file(arrays, path, {"format": "pt"})
+    try:
+        safetensors.numpy.save_file(arrays, path, {"format": "pt"})
+    except safetensors.SafetensorError as error:
+        error_number = [int(text) for text in OS_ERROR_PATTERN.findall(str(error))[:1]]
+        raise OSError(*error_number, str(error)[:400], str(path)) from error
     path.chmod(0o644)  # the library creates it with mode 0600
 
 

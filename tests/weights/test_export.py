@@ -1,12 +1,15 @@
 """Exports are read back bit for bit, and imports are checked."""
 
 import dataclasses
+import re
+import resource
 
 import jax
 import numpy as np
 import pytest
 
 import gptjax
+from gptjax.cli.main import main
 from gptjax.errors import ConfigError, ModelError
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.weights import export, hub, load
@@ -132,6 +135,19 @@ def test_impossible_exports_are_errors_and_leave_nothing(model, tmp_path):
             export_model(exported, layout, tmp_path / folder)
 
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "x"]
+
+
+def test_an_export_that_exceeds_a_limit_of_the_disk_is_one_sentence(model, tmp_path, capsys):
+    gptjax.save(model, tmp_path / "own")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    try:
+        command = f"export {tmp_path}/own --to hf --out {tmp_path}/out"
+        assert main(command.split()) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert re.fullmatch(r"gptjax: .*model\.safetensors.* ulimit -f.*\n", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
 def test_a_classifier_is_exported_with_its_labels(tmp_path):
