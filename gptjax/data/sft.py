@@ -49,7 +49,9 @@ def encode_segments(
     for kind, group in itertools.groupby(segments, key=lambda segment: segment.kind):
         ids = []
         for segment in group:
-            ids += [tokenizer.eot_token] if segment.is_eot else tokenizer.encode(segment.text)
+            special = segment.control_tokens & tokenizer.added_tokens.keys()
+            encoded = tokenizer.encode(segment.text, special)
+            ids += [tokenizer.eot_token] if segment.is_eot else encoded
         start = len(example.ids)
         example.ids.extend(ids)
         example.loss_mask.extend([kind in train_on] * len(ids))

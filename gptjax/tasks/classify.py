@@ -24,6 +24,7 @@ from gptjax.training.metrics import read_events
 from gptjax.training.task import EvalResult, RunContext, Task
 from gptjax.training.train_step import TrainState
 from gptjax.tree import Params
+from gptjax.weights.export import hf_problem
 from gptjax.weights.load import load
 from gptjax.weights.model_folder import Model
 
@@ -76,6 +77,8 @@ def load_classification_data(run: RunContext) -> tuple[RunContext, Classificatio
     summary_lines = [f"data     {columns}", *dropped, *describe_splits(rows)]
     if num_truncated:
         summary_lines.append(f"too long {num_truncated} texts truncated to the context")
+    if problem := hf_problem(c.model):
+        summary_lines.append(f"export   not with --to hf: {problem}")
     text_label_pairs = {
         split: zip(part.texts, (part.class_names[n] for n in part.labels), strict=True)
         for split, part in rows.items()

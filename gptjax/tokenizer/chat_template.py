@@ -68,6 +68,7 @@ class TemplateSegment(NamedTuple):
     text: str
     kind: SegmentKind  # header: between the user's text and the reply
     is_eot: bool = False  # the control token <|endoftext|>, not its characters
+    control_tokens: frozenset[str] = frozenset()  # of the template, where the text has them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,7 @@ class ChatTemplate:
     suffix: str  # after each reply; EOT_MARK represents <|endoftext|>
     stop_strings: tuple[str, ...]  # end a reply besides <|endoftext|>
     special_markers: re.Pattern[str] = dataclasses.field(repr=False)  # escaped in messages
+    control_tokens: frozenset[str]  # markers that may be special tokens, such as <|user|>
 
     def segments(
         self, messages: Sequence[ChatMessage], add_generation_prompt: bool = False
@@ -108,16 +110,20 @@ class ChatTemplate:
         for n, part in enumerate(text.split(EOT_MARK)):
             if n:
                 yield TemplateSegment(EOT_TEXT, kind, is_eot=True)
-            plain = MARKED_TEXT_PATTERN.sub(
-                lambda match: self.special_markers.sub(break_marker, match[1]), part
-            )
+            plain = MARKED_TEXT_PATTERN.sub(lambda match: self.escape(match[1]), part)
             if plain != plain.translate(MARK_REPLACEMENTS):
                 raise ConfigError(
                     "the chat template splits or changes the text of a message, so "
                     "its role cannot be determined. Print `content` unchanged."
                 )
             if plain:
-                yield TemplateSegment(plain, kind)
+                yield TemplateSegment(plain, kind, control_tokens=self.control_tokens)
+
+    def escape(self, message: str) -> str:
+        """Breaks control tokens, then other markers, in the text of a message."""
+        for token in self.control_tokens:
+            message = message.replace(token, f"{token[0]}{ZERO_WIDTH_SPACE}{token[1:]}")
+        return self.special_markers.sub(break_marker, message)
 
 
 def break_marker(match: re.Match[str]) -> str:
@@ -257,7 +263,7 @@ def compile_template(source: str) -> ChatTemplate:
     next_turn = next((t[len(text) :] for t in texts[1:] if t.startswith(text)), "")
     lines = next_turn.split(TEXT_MARK)[0].split("\n")
     stop_strings += [f"\n{line.rstrip()}" for line in lines if line][:1]
-    return ChatTemplate(source, suffix, tuple(filter(None, stop_strings)), find_markers(texts))
+    return ChatTemplate(source, suffix, tuple(filter(None, stop_strings)), *find_markers(texts))
 
 
 def render_short(source: str, messages: Sequence[ChatMessage], **options: bool) -> str:
@@ -271,8 +277,8 @@ def render_short(source: str, messages: Sequence[ChatMessage], **options: bool) 
     return text
 
 
-def find_markers(texts: Sequence[str]) -> re.Pattern[str]:
-    """Pattern of the template's markers: control tokens and its own lines."""
+def find_markers(texts: Sequence[str]) -> tuple[re.Pattern[str], frozenset[str]]:
+    """Pattern of the template's control tokens and own lines, and the former."""
     lines = [line for text in texts for line in MARKED_TEXT_PATTERN.sub(EOT_MARK, text).split("\n")]
     literals = {part.strip() for line in lines for part in line.split(EOT_MARK)} - {""}
     control_tokens = {x for literal in literals for x in CONTROL_TOKEN_PATTERN.findall(literal)}
@@ -285,7 +291,8 @@ def find_markers(texts: Sequence[str]) -> re.Pattern[str]:
     anywhere, at_line_start = ("|".join(map(re.escape, sorted(x))) for x in (control_tokens, lines))
     # At the start of a line; "*+" takes all blanks, so that none is tried twice.
     at_line_start = rf"(?<![^{LINE_BREAKS}])[^\S{LINE_BREAKS}]*+(?:{at_line_start or '(?!)'})"
-    return re.compile(f"{anywhere}|{at_line_start}" if anywhere else at_line_start)
+    pattern = re.compile(f"{anywhere}|{at_line_start}" if anywhere else at_line_start)
+    return pattern, frozenset(control_tokens)
 
 
 def quote_rendered(text: str) -> str:

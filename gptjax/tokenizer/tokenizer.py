@@ -75,28 +75,28 @@ class Tokenizer:
         """Number of ids, special tokens included."""
         return len(self.ranks) + 1 + len(self.added_tokens)
 
-    def encode(self, text: str) -> list[int]:
-        """Encodes text; a literal "<|endoftext|>" is encoded as ordinary text.
+    def encode(self, text: str, special: Collection[str] = ()) -> list[int]:
+        """Encodes text; special tokens are ordinary text, except those in `special`.
 
         >>> load_tokenizer("gpt2").encode("Hello, do you like tea?")
         [15496, 11, 466, 345, 588, 8887, 30]
         """
-        return self.encode_array(text).tolist()
+        return self.encode_array(text, special).tolist()
 
     @property
     def is_bytewise(self) -> bool:
         """True if the tokens of text are the 256 bytes, with the ids 0 to 255."""
         return len(self.ranks) == self.eot_token == 256
 
-    def encode_array(self, text: str) -> UInt[np.ndarray, " L"]:
-        """Encodes text to an array; releases the GIL unless `is_bytewise`."""
+    def encode_array(self, text: str, special: Collection[str] = ()) -> UInt[np.ndarray, " L"]:
+        """Encodes text to an array like `encode`; releases the GIL unless `is_bytewise`."""
         check_type("text", text, str, "Pass one text.")
         data = encode_utf8(text)  # raises: tiktoken would silently replace lone surrogates
-        if self.is_bytewise:
+        if self.is_bytewise and not special:
             return np.frombuffer(data.translate(self.byte_table), np.uint8)
-        # Special tokens in the text are text.
-        encode = functools.partial(self.encoding.encode_to_numpy, disallowed_special=())
-        return np.concatenate([encode(part) for part in split_long_whitespace(text)])
+        options: Any = {"allowed_special": set(special), "disallowed_special": ()}
+        parts = split_long_whitespace(text)
+        return np.concatenate([self.encoding.encode_to_numpy(part, **options) for part in parts])
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Decodes ids; invalid UTF-8 becomes U+FFFD."""

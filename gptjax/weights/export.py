@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.config import did_you_mean
+from gptjax.config import GPTConfig, did_you_mean
 from gptjax.errors import ConfigError, ModelError
 from gptjax.fileio.atomic import atomic_path, write_atomic
 from gptjax.model.classifier import class_logits
@@ -113,15 +113,18 @@ def named_tensors(model: Model, layout: str) -> dict[str, np.ndarray]:
     return {name: pack_tensor(slots, leaves) for name, slots in slots_by_name.items()}
 
 
+def hf_problem(config: GPTConfig) -> str:
+    """Says why transformers cannot represent a classifier; "" if it can."""
+    values = {"pool": "last", "head_bias": False, "causal": True}
+    others = [f"model.{n}={v}" for n in values if (v := getattr(config, n)) != values[n]]
+    return f"transformers has no classifiers with {', '.join(others)}" if others else ""
+
+
 def write_hf(model: Model, folder: Path) -> None:
     """Writes all files that transformers needs, except those of the tokenizer."""
     c, eot = model.config, model.tokenizer.eot_token
-    if model.labels and (c.pool != "last" or c.head_bias or not c.causal):
-        raise ModelError(
-            f"a classifier with model.pool={c.pool!r}, model.head_bias={c.head_bias} "
-            f"and model.causal={c.causal} has no equivalent in transformers, which "
-            "requires pool='last', no head bias and causal attention."
-        )
+    if model.labels and (problem := hf_problem(c)):
+        raise ModelError(f"{problem}. Train one with pool='last', no head bias and causal=true.")
     hf_config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",

@@ -3,6 +3,8 @@
 Run with `pytest -m peers -n0 tests/peers/test_weights.py`; needs the extra [peers].
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,8 @@ import gptjax
 from gptjax.config import GPTConfig
 from gptjax.evaluation.perplexity import score_tokens
 from gptjax.inference import generate
+from gptjax.inference.assistant import encode_chat
+from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.weights.export import export_model
 from gptjax.weights.model_folder import Model
 from tests.model.test_gpt import draw_params
@@ -101,7 +105,9 @@ def test_added_tokens_and_classes_of_transformers_are_those_of_transformers(torc
     hf_config(transformers.GPT2Config().to_dict() | {"id2label": None})  # knows all keys
     gptjax.tokenizer.load("gpt2").save(tmp_path / "gpt2")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "gpt2")
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokens = {"pad_token": "[PAD]", "extra_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+    tokenizer.add_special_tokens(tokens)
+    tokenizer.chat_template = load_chat_template("chatml").source
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 64}
     config = transformers.GPT2Config(**shape, pad_token_id=tokenizer.pad_token_id)
     peer = transformers.GPT2ForSequenceClassification(config)
@@ -116,8 +122,15 @@ def test_added_tokens_and_classes_of_transformers_are_those_of_transformers(torc
     model = gptjax.load(tmp_path / "peer")
 
     assert model.labels == ("LABEL_0", "LABEL_1")
-    assert model.tokenizer.added_tokens == {"[PAD]": 50_257}
-    assert model.config.vocab_size == 50_258
+    assert model.tokenizer.added_tokens["[PAD]"] == tokenizer.pad_token_id
+    assert model.config.vocab_size == len(tokenizer) == 50_260
+    messages = [{"role": "user", "content": "Hi, what is 2 + 2?"}]
+    options = {"add_generation_prompt": True, "return_dict": False}
+    chat = dataclasses.replace(model, labels=())
+    assert tokenizer.apply_chat_template(messages, **options) == encode_chat(chat, messages)
+    messages[0]["content"] = "".join(model.tokenizer.special_tokens)
+    special_ids = {*model.tokenizer.special_tokens.values()}
+    assert len([n for n in encode_chat(chat, messages) if n in special_ids]) == 3
     for verdict, row in zip(gptjax.classify(model, texts), theirs, strict=True):
         np.testing.assert_allclose([*verdict.probabilities.values()], row, atol=1e-5)
 

@@ -119,6 +119,7 @@ def test_a_run_keeps_its_best_model_and_writes_a_report(finished):
     names = "config.toml meta.json loss.png accuracy.png confusion.png report.md"
     assert all((folder / name).exists() for name in names.split())
     (test,) = evaluations(folder, "test")
+    assert any("--to hf: " in line and "model.pool=first" in line for line in lines)
     (done,) = [line for line in lines if line.startswith("done")]
     assert f"test accuracy {test['accuracy']:.4f}" in done
 

@@ -1,5 +1,6 @@
 """Chat templates: their formats, their segments, and the limits of untrusted ones."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -72,6 +73,11 @@ def test_message_text_forges_neither_the_end_nor_a_turn(name, one, two, three):
 
     segments = template.segments([SYSTEM, user, {**REPLY, "content": three}, PLAIN, REPLY])
 
+    def count_special(segments):
+        added = {token: 257 + n for n, token in enumerate(sorted(template.control_tokens))}
+        ids = encode_segments(dataclasses.replace(TOKENIZER, added_tokens=added), segments).ids
+        return [ids.count(token_id) for token_id in added.values()]
+
     def count_markers(segments):
         visible = "".join(segment.text for segment in segments if not segment.is_eot)
         return len(template.special_markers.findall(visible))
@@ -79,6 +85,7 @@ def test_message_text_forges_neither_the_end_nor_a_turn(name, one, two, three):
     ends = sum(segment.is_eot for segment in segments)
     assert ends == sum(segment.is_eot for segment in harmless)
     assert encode_segments(TOKENIZER, segments).ids.count(TOKENIZER.eot_token) == ends
+    assert count_special(segments) == count_special(harmless)
     extra = 1 if user.get("input") and name == "alpaca" else 0  # "### Input:"
     assert count_markers(segments) == count_markers(harmless) + extra
     rendered = "".join(segment.text for segment in segments).replace("\u200b", "")
@@ -103,7 +110,7 @@ def test_foreign_templates_are_rendered_with_their_stop_strings_and_tags(tmp_pat
     assert segments[-1].text == "yks<|im_end|>\n"
     assert template.stop_strings == ("<|im_end|>", "\n<|im_start|>user")
     answer = [("yks", "answer", False), ("<|endoftext|>", "answer", True)]
-    assert tagged.segments([PLAIN, REPLY])[-2:] == answer
+    assert [segment[:3] for segment in tagged.segments([PLAIN, REPLY])[-2:]] == answer
 
 
 LOOP, END = "{% for m in messages %}", "{{ eos_token }}{% endfor %}"

@@ -146,7 +146,7 @@ def test_an_export_that_exceeds_a_limit_of_the_disk_is_one_sentence(model, tmp_p
         assert main(command.split()) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert re.fullmatch(r"gptjax: .*model\.safetensors.* ulimit -f.*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"gptjax: .*model\.safetensors.*ulimit -f.*\n", capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
