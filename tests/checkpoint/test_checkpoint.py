@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gptjax.checkpoint import checkpoint, manifest
 from gptjax.checkpoint.checkpoint import latest_step, restore, restore_latest, write_step
 from gptjax.checkpoint.retention import list_steps
-from gptjax.errors import ModelError
+from gptjax.errors import ModelError, ResourceError
 from tests.chaos.resharded import checksum_with_numpy
 
 
@@ -146,7 +146,7 @@ def test_a_failed_save_is_reported_by_the_next_save_or_at_the_end(tmp_path, monk
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
     new = tmp_path / "new"
-    with checkpoint.async_saver(new, 2) as save, pytest.raises(ModelError, match="needs 1 MB"):
+    with checkpoint.async_saver(new, 2) as save, pytest.raises(ResourceError, match="needs 1 MB"):
         save(2, make_tree())
     assert not new.exists()
 
