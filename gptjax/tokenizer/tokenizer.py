@@ -89,7 +89,7 @@ class Tokenizer:
         return len(self.ranks) == self.eot_token == 256
 
     def encode_array(self, text: str, special: Collection[str] = ()) -> UInt[np.ndarray, " L"]:
-        """Like `encode`, to an array; releases the GIL unless `is_bytewise`."""
+        """Encodes text to an array; releases the GIL unless `is_bytewise`."""
         check_type("text", text, str, "Pass one text.")
         data = encode_utf8(text)  # raises: tiktoken would silently replace lone surrogates
         if self.is_bytewise and not special:
