@@ -64,6 +64,8 @@ def test_chunks_are_short_and_have_the_tokens_of_the_document(monkeypatch, words
     assert all(0 < len(chunk) <= 16 for chunk in chunks)
     assert [last for _, last in pairs] == [False] * (len(chunks) - 1) + [True] * bool(words)
     assert [chunk for chunk, _ in chunk_document(["x" * 40])] == ["x" * 16, "x" * 16, "x" * 8]
+    long_word = ["a" * 15, " " + "b" * 15, "b" * 15]
+    assert [chunk for chunk, _ in chunk_document(["".join(long_word)])] == long_word
     assert [i for chunk in chunks for i in gpt2.encode(chunk)] == gpt2.encode(content)
 
 
