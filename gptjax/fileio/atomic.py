@@ -31,8 +31,11 @@ def atomic_path(path: Path, *, replace_folder: bool = False, wait: bool = False)
 
     An existing file is replaced; a folder that is not empty only if `replace_folder`.
     Without a file or folder at the temporary path, nothing changes. While another
-    process writes `path`, this raises a DataError, or `wait`s.
+    process writes `path`, this raises a DataError, or `wait`s. A device, a pipe or a
+    link to one, such as /dev/stdout, is a DataError.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise DataError(f"{path} is a device or a pipe. Choose the name of a new file.")
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".gptjax-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-"
     with write_lock(path.parent / f"{prefix}lock", path, wait) as is_locked:

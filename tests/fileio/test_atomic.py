@@ -33,6 +33,18 @@ def test_a_file_is_replaced_only_when_it_is_complete(tmp_path):
     assert path.read_text() == "new"
 
 
+def test_devices_and_pipes_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(os.devnull)
+
+    for name in ("pipe", "link"):
+        with pytest.raises(DataError, match=name):
+            write_atomic(tmp_path / name, "text")
+
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+
+
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "a").mkdir()
