@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptjax.errors import DataError
+from gptjax.errors import DataError, ResourceError
 from gptjax.fileio.strict_json import open_regular_file
 
 DOWNLOAD_TIMEOUT_SECONDS = 30  # without data from the server
@@ -86,7 +86,7 @@ def download_file(url: str, pin: Pin, target: Path, description: str) -> None:
     try:
         pooch.retrieve(url, f"sha256:{pin.sha256}", target.name, target.parent, downloader=download)
     except (OSError, ValueError) as error:  # requests' errors are OSErrors
-        raise DataError(
+        raise ResourceError(
             f"cannot download {url}: {error}. Check the network and that {target.parent} "
             f"is writable, then try again. {by_hand}"
         ) from error

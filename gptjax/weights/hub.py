@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from gptjax.config import did_you_mean
-from gptjax.errors import DataError, ModelError
+from gptjax.errors import DataError, GptjaxError, ModelError, ResourceError
 from gptjax.fileio import strict_json
 from gptjax.fileio.download import Pin, check_pin, is_offline
 from gptjax.runtime.terminal import redact_secrets
@@ -160,33 +160,35 @@ def find_file(repo: Repository, file: str) -> Path | None:
     except RemoteEntryNotFoundError:
         return None
     except Exception as error:  # of HTTP clients and Xet, without a common base class
-        raise ModelError(explain_download_error(repo, file, error)) from error
+        raise to_download_error(repo, file, error) from error
     return Path(path)
 
 
-def explain_download_error(repo: Repository, file: str, error: Exception) -> str:
-    """Returns the message for a failed download, without passwords in URLs."""
+def to_download_error(repo: Repository, file: str, error: Exception) -> GptjaxError:
+    """Returns the error of a failed download, without passwords in URLs."""
     import huggingface_hub
     from huggingface_hub import errors
 
     reason: BaseException = error.__cause__ or error
     status = getattr(getattr(reason, "response", None), "status_code", 0)
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo.name} has no revision {repo.revision}. Use a branch, tag or commit."
+        return ModelError(
+            f"{repo.name} has no revision {repo.revision}. Use a branch, tag or commit."
+        )
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
-        return (
+        return ModelError(
             f"no access to {repo.name} on the hub: the name may be wrong, or the repository "
             "private or gated. Check the name; request access on its page, then set HF_TOKEN "
             "or run: hf auth login"
         )
     if isinstance(reason, OSError) and reason.errno in DISK_ERRNOS:
-        return (
+        return ResourceError(
             f"cannot write {file} of {repo}: {reason.strerror}. Free disk space, or set HF_HOME "
             "to a folder that is writable."
         )
     text = re.sub("//[^/ ]*@", "//", str(reason).partition("\n")[0])
     text = redact_secrets(text, huggingface_hub.get_token() or "")
-    return (
+    return ResourceError(
         f"cannot download {file} of {repo}: {text}. Check the network and try again; the "
         "download will resume."
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.errors import DataError, ModelError
+from gptjax.errors import GptjaxError
 from gptjax.fileio import download
 from gptjax.fileio.download import Pin, download_file, sha256_of_files
 from gptjax.weights import hub
@@ -121,7 +121,7 @@ def call(client: str, url: str, folder: Path, must: bool) -> str:
     try:
         is_right = sha256_of_files([fetch(client, url, folder)]) == PIN.sha256
         return "" if is_right else "a wrong file is used"
-    except (DataError, ModelError) as error:
+    except GptjaxError as error:
         if "Delete " in str(error):  # do what it says
             Path(str(error).partition("Delete ")[2].split(" to ")[0]).unlink()
         return str(error) if must else ""

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from gptjax.data import datasets
-from gptjax.errors import DataError
+from gptjax.errors import DataError, ResourceError
 from tests.servers import BODY, HASH, PIN, endless, file, plain, serving
 
 # requests leaves a failed connection to the garbage collector.
@@ -38,7 +38,8 @@ def test_a_download_is_verified_and_cached_and_a_failed_one_leaves_nothing(tmp_p
         (endless, f"{len(BODY)} bytes"),
         (plain(b"<html>", 404), "404"),
     ]:
-        with serving(answer) as (url, _), pytest.raises(DataError, match=f"(?s){message}.*{path}"):
+        expected = pytest.raises(ResourceError, match=f"(?s){message}.*{path}")
+        with serving(answer) as (url, _), expected:
             fetch(url)
         assert list(path.parent.iterdir()) == []
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from gptjax.errors import ModelError
+from gptjax.errors import GptjaxError, ModelError, ResourceError
 from gptjax.fileio.download import Pin
 from gptjax.weights import hub
 from tests.servers import COMMIT, head, serving, use_hub
@@ -110,19 +110,20 @@ def refuse(status, code=""):
 
 
 @pytest.mark.parametrize(
-    ("files", "message"),
+    ("files", "message", "exit_code"),
     [
-        ({}, "a/b@main has no config.json"),
-        ({"config.json": b"{}", "pytorch_model.bin": b"x"}, "no safetensors.*pytorch_model.bin"),
-        ({n: b for n, b in SHARDED.items() if n != SHARDS[1]}, f"no {SHARDS[1]}"),
-        ({"config.json": refuse(404, "RepoNotFound")}, "a/b on the hub.*HF_TOKEN"),
-        ({"config.json": refuse(500)}, "config.json of a/b@main: .*500"),
+        ({}, "a/b@main has no config.json", 2),
+        ({"config.json": b"{}", "pytorch_model.bin": b"x"}, "no safetensors.*pytorch_model.bin", 2),
+        ({n: b for n, b in SHARDED.items() if n != SHARDS[1]}, f"no {SHARDS[1]}", 2),
+        ({"config.json": refuse(404, "RepoNotFound")}, "a/b on the hub.*HF_TOKEN", 2),
+        ({"config.json": refuse(500)}, "config.json of a/b@main: .*500", 1),
     ],
 )
-def test_errors_of_the_hub_are_one_sentence(host, files, message):
-    with host(files) as asked, pytest.raises(ModelError, match=message) as error:
+def test_errors_of_the_hub_are_one_sentence(host, files, message, exit_code):
+    with host(files) as asked, pytest.raises(GptjaxError, match=message) as error:
         hub.fetch_repo("a/b")
 
+    assert error.value.exit_code == exit_code
     assert "\n" not in str(error.value)
     assert not any("pytorch_model.bin" in request.path for request in asked)
 
@@ -147,7 +148,7 @@ def test_invalid_names_and_an_unreachable_hub_are_errors_without_its_password(
     for name in names:
         with pytest.raises(ModelError, match="gpt2-medium"):
             hub.fetch_repo(name)
-    for name in ("a/b", "owner/name.git"):  # the hub forbids the second
-        with pytest.raises(ModelError, match=re.escape(name)) as error:
+    for name, kind in (("a/b", ResourceError), ("owner/name.git", ModelError)):  # not allowed
+        with pytest.raises(kind, match=re.escape(name)) as error:
             hub.fetch_repo(name)
         assert "secret" not in str(error.value)
