@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 from gptjax.errors import ConfigError, GptjaxError, to_resource_error
-from gptjax.runtime.preemption import NOTHING_TO_SAVE, Interrupted
+from gptjax.runtime.preemption import NOTHING_TO_SAVE, STOP_SIGNALS, Interrupted
 from gptjax.runtime.terminal import print_message
 
 INIT_TIMEOUT_SECONDS = 300  # for all processes to connect
@@ -75,6 +75,8 @@ def initialize(address: str) -> None:
         ) from error
     finally:
         timer.cancel()
+    for number in STOP_SIGNALS:  # JAX has replaced the handlers
+        signal.signal(number, signal.getsignal(number))
 
 
 def check_coordinator_port(address: str, port: int) -> None:
