@@ -60,9 +60,7 @@ def run_process(phase, redirections=""):
     return subprocess.run(shell, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
-@pytest.mark.parametrize(
-    "phase", ["gptjax.cli.main", "gptjax.cli.doctor", "the command", "a callback"]
-)
+@pytest.mark.parametrize("phase", ["gptjax.cli.main", "the command", "a callback"])
 def test_a_signal_ends_the_process_with_75_and_one_line_in_any_phase(phase):
     ended = run_process(phase)
 
