@@ -47,7 +47,8 @@ def atomic_path(path: Path, *, replace_folder: bool = False, wait: bool = False)
             if not new.exists():
                 return
             for file in [*new.rglob("*"), new]:
-                fsync(file)
+                if not file.is_symlink():
+                    fsync(file)
             if path.is_symlink() or (replace_folder and path.is_dir()):
                 os.replace(path, old)
             try:

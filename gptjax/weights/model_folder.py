@@ -9,6 +9,7 @@ chat_template.jinja  of an assistant
 import dataclasses
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from gptjax.config import GPTConfig
 from gptjax.errors import ModelError, check_type
+from gptjax.fileio import strict_json
 from gptjax.fileio.atomic import atomic_path, write_atomic
 from gptjax.fileio.paths import user_path
 from gptjax.model.gpt import compute_dtype
@@ -72,7 +74,7 @@ class Model:
 
 
 def save(model: Model, model_dir: str | Path, *, step: int | None = None) -> None:
-    """Writes the model folder, replacing an existing one atomically.
+    """Writes the model folder, replacing the model of an existing one atomically.
 
     Without parameters, the folder completes the checkpoints of an unfinished run.
     `step` is the training step of the parameters, if it may not be the last.
@@ -80,10 +82,10 @@ def save(model: Model, model_dir: str | Path, *, step: int | None = None) -> Non
     check_type("model", model, Model, "Write save(model, folder).")
     folder = user_path(model_dir)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if others := sorted(names - SAVED_FILES):
+    others = sorted(names - SAVED_FILES)
+    if others and not is_model_folder(folder):
         raise ModelError(
-            f"{folder} has {others[0][:80]!r}, which is no file of a model and would be lost. "
-            "Choose another folder."
+            f"{folder} has {others[0][:80]!r}, which is no file of a model. Choose another folder."
         )
     metadata: dict[str, Any] = {
         "format": MODEL_FORMAT,
@@ -103,8 +105,22 @@ def save(model: Model, model_dir: str | Path, *, step: int | None = None) -> Non
             if model.chat_template:
                 write_chat_template(model.chat_template, new_dir)
             write_model_json(metadata, new_dir / "config.json")
+            for name in others:  # notes of a user, or what a file manager leaves
+                if (folder / name).is_dir() and not (folder / name).is_symlink():
+                    shutil.copytree(folder / name, new_dir / name, symlinks=True)
+                else:
+                    shutil.copy2(folder / name, new_dir / name, follow_symlinks=False)
     except OSError as error:
         raise ModelError(f"cannot write the model folder {model_dir}: {error}.") from error
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Returns whether a folder is one of `save`."""
+    try:
+        config = strict_json.read_json(folder / "config.json", MAX_MODEL_JSON_BYTES)
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("format") == MODEL_FORMAT
 
 
 def _write_leaves(params: Params, path: Path) -> None:

@@ -201,12 +201,21 @@ def test_paths_without_a_model_are_errors_and_pickles_come_with_code_that_conver
 
 
 def test_saving_replaces_a_model_and_nothing_else(model, tmp_path):
-    gptjax.save(model, tmp_path / "own")
-    gptjax.save(model, tmp_path / "own")
-    (tmp_path / "own" / "notes.txt").touch()
-    with pytest.raises(ModelError, match=r"notes\.txt"):
-        gptjax.save(model, tmp_path / "own")
-    assert_same(gptjax.load(tmp_path / "own"), model)
+    folder = tmp_path / "own"
+    gptjax.save(model, folder)
+    others = {"notes.txt", ".cache", "link"}
+    (folder / "notes.txt").write_text("good")
+    (folder / ".cache").mkdir()
+    (folder / "link").symlink_to("missing")
+    gptjax.save(model, folder)
+    assert others < {path.name for path in folder.iterdir()}
+    assert (folder / "notes.txt").read_text() == "good"
+    assert_same(gptjax.load(folder), model)
+
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"own has '\.cache'"):
+        gptjax.save(model, folder)
+    assert (folder / "notes.txt").exists()
 
 
 def test_model_folders_of_early_versions_are_read_and_invalid_ones_rejected(model, tmp_path):
