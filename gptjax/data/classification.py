@@ -23,6 +23,7 @@ from gptjax.data.datasets import PYTHON_LINES, python_lines
 from gptjax.data.packed_rows import decode_text, encode_text, pack_columns, take_rows
 from gptjax.data.readers import (
     DELIMITERS,
+    EXCLUDING_VALUES,
     LABEL_COLUMNS,
     TEXT_COLUMNS,
     LocatedRow,
@@ -119,19 +120,15 @@ def read_labeled_texts(
     columns = choose_columns(list(first[1]), chosen, usual_columns, first[0], options)
     text_column, label_column = columns
     unread: Counter[str] = Counter()
+    excluding = {} if class_names else EXCLUDING_VALUES
 
     def examples() -> Iterator[tuple[str, str, str]]:
         for location, row in itertools.chain([first], rows):
             text = get_text(row, text_column, location, options[0])
             yield text, get_label(row, label_column, location, options[1]), location
-            unread.update(unread_columns(row, columns))
+            unread.update(unread_columns(row, columns, location, excluding))
 
     data = encode_labels(examples(), str(source), class_names, label_column, options[1])
-    if "split" in unread and not class_names:
-        raise DataError(
-            f"{source} has a column 'split', but data.val_fraction and data.test_fraction split "
-            "labeled texts. Keep the training rows and remove the column, or rename it."
-        )
     return dataclasses.replace(data, columns=columns), (
         f"{source}: {file_format}; text in column {text_column!r}, label in column "
         f"{label_column!r}{describe_unread(unread)}; {summarize_classes(data)}. "

@@ -22,6 +22,8 @@ from gptjax.config import did_you_mean
 from gptjax.data.datasets import WORD_TASKS, word_tasks
 from gptjax.data.packed_rows import encode_text, pack_columns, take_rows
 from gptjax.data.readers import (
+    EXCLUDING_VALUES,
+    FALSE_VALUE,
     check_object,
     describe_unread,
     find_table,
@@ -29,6 +31,7 @@ from gptjax.data.readers import (
     read_rows,
     require_text,
     table_format,
+    unread_columns,
 )
 from gptjax.data.splits import split_indices, split_shares
 from gptjax.data.text import ALL_SPLITS, TRAIN_SPLIT, VALIDATION_SPLIT
@@ -57,14 +60,18 @@ ROLE_ALIASES = {"system": "system", "user": "user", "human": "user"}
 ROLE_ALIASES |= dict.fromkeys(("assistant", "gpt", "model", "bot"), "assistant")
 SPLIT_ALIASES = {name: name for name in ALL_SPLITS}
 SPLIT_ALIASES |= dict.fromkeys(("val", "valid"), VALIDATION_SPLIT)
-SYSTEM_COLUMNS = ("system", "system_prompt")
+SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 INPUT_COLUMNS = ("input", "context")  # second field of a prompt
 OPTIONAL_COLUMNS = dict.fromkeys((*SYSTEM_COLUMNS, *INPUT_COLUMNS, "split", "task"), "")
 MESSAGE_KEYS = ("role", "content", "from", "value", "type", "text", *INPUT_COLUMNS)
-# Keys that other programs train on, or that are read only in some formats.
-UNSUPPORTED_KEYS = {"tools", "functions", "tool_calls", "function_call", "documents"}
-UNSUPPORTED_KEYS |= {"image", "images", "video", "videos", "audio", "audios", "thinking"}
-UNSUPPORTED_KEYS |= {"reasoning_content", "chat_template_kwargs", "history", *INPUT_COLUMNS}
+# Patterns as in `EXCLUDING_VALUES`, with those of keys that other programs train on, or
+# that are read only in some formats. KTO's label of a bad response is false.
+UNSUPPORTED_KEYS = ("tools", "functions", "tool_calls", "function_call", "documents", "history")
+UNSUPPORTED_KEYS += ("image", "images", "video", "videos", "audio", "audios", "thinking")
+UNSUPPORTED_KEYS += ("reasoning_content", "chat_template_kwargs", "passage", "choices", "suffix")
+UNSUPPORTED_KEYS += (*SYSTEM_COLUMNS, *INPUT_COLUMNS)
+UNSUPPORTED_VALUES = dict.fromkeys(UNSUPPORTED_KEYS, ".*") | {"label": FALSE_VALUE}
+UNSUPPORTED_VALUES |= EXCLUDING_VALUES
 EXPECTED_TEXT = {"user": "a prompt", "assistant": "a response"}
 ROW_ADVICE = "All rows need the same columns."
 MESSAGE_ADVICE = 'Write each message as {"role": "user", "content": "..."}.'
@@ -215,25 +222,12 @@ def read_keys(row: dict[str, Any], columns: set[str]) -> set[str]:
 def unread_keys(
     fields: dict[str, Any], read: Collection[str], location: str, path: str = ""
 ) -> Iterator[str]:
-    """Yields the keys of a row and its messages that have a value but are not read.
-
-    One that other programs train on is an error.
-    """
+    """Yields the keys of a row and of its messages, as `unread_columns` does."""
     for name, value in fields.items():
-        if name in read:
-            for item in value if isinstance(value, list) else ():
-                if isinstance(item, dict):
-                    yield from unread_keys(item, MESSAGE_KEYS, location, f"{path}{name}[].")
-        elif value in (None, [], {}) or (isinstance(value, str) and not value.strip()):
-            continue
-        # A bad response has False as label (KTO), a message without loss the weight 0.
-        elif name in UNSUPPORTED_KEYS or (name in ("label", "weight") and value in (False, 0)):
-            raise DataError(
-                f"{location}: {path + name!r} is {value!r:.40}, which cannot be trained on. "
-                "Remove or rename the key, or move its text into the messages."
-            )
-        else:
-            yield path + name
+        for item in value if name in read and isinstance(value, list) else ():
+            if isinstance(item, dict):
+                yield from unread_keys(item, MESSAGE_KEYS, location, f"{path}{name}[].")
+    yield from unread_columns(fields, read, location, UNSUPPORTED_VALUES, path)
 
 
 def to_messages(

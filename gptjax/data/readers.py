@@ -37,12 +37,20 @@ SMS_SPAM_FILE = DATASETS["sms-spam"].file_name  # tab-separated, without suffix 
 READ_BLOCK_BYTES = 1 << 18  # per read
 MAX_LINE_CHARS = 64 << 20  # per line and per CSV field
 MAX_JSON_BLOCKS = 1 << 12  # per .json file, 1 GiB
+EMPTY_VALUES = (None, "", [], {}, "[]", "{}")
 MAX_LISTED_COLUMNS = 20  # columns listed by name in a summary
 # Usual column names; the first is preferred to the others.
 TEXT_COLUMNS = ("text", "sentence", "content", "message", "review", "document", "sms")
 TEXT_COLUMNS += ("comment", "tweet", "body", "question", "headline")
 LABEL_COLUMNS = ("label", "class", "target", "category", "sentiment", "labels")
 LABEL_COLUMNS += ("intent", "topic", "polarity", "rating", "stars")
+# Values by which other programs exclude or weight a row: patterns by the column's name,
+# all in lower case.
+TRUE_VALUE, FALSE_VALUE = r"true|1(\.0*)?", r"false|0(\.0*)?"
+EXCLUDING_VALUES = dict.fromkeys(("train", "is_train", "loss"), FALSE_VALUE)
+EXCLUDING_VALUES |= dict.fromkeys(("mask", "is_test"), TRUE_VALUE)
+EXCLUDING_VALUES |= dict.fromkeys(("weight", "loss_weight"), rf"(?!({TRUE_VALUE})$).*")
+EXCLUDING_VALUES |= {"split": "(?!train$).*", "set": "val|valid|validation|dev|test"}
 
 LocatedRow = tuple[str, Any]  # "file:line" or "file, row N"; string, or dict by column
 
@@ -164,10 +172,12 @@ def decode_utf8(blocks: Iterable[bytes], path: Path) -> Iterator[tuple[int, str]
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
+            is_utf16 = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            encoding = "utf-16" if is_utf16 else "latin1"
             line += error.object.count(b"\n", 0, error.start)
             raise DataError(
                 f"{path}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x}: "
-                f"{error.reason}). Convert it, from Latin-1 for example: iconv -f latin1 -t utf-8 "
+                f"{error.reason}). Convert it, for example: iconv -f {encoding} -t utf-8 "
                 f"{shlex.quote(str(path))} > NEW_FILE"
             ) from error
         if "\0" in text:
@@ -294,9 +304,31 @@ def name_columns(records: Iterable[tuple[str, list[str]]]) -> Iterator[LocatedRo
         yield location, dict(zip(names, fields, strict=True))
 
 
-def unread_columns(row: Mapping[str, Any], read: Collection[str]) -> list[str]:
-    """Returns the columns of a row that have a value but are not in `read`."""
-    return [name for name, value in row.items() if name not in read and value not in (None, "")]
+def unread_columns(
+    row: Mapping[str, Any],
+    read: Collection[str],
+    location: str = "",
+    excluding: Mapping[str, str] = EXCLUDING_VALUES,
+    path: str = "",
+) -> list[str]:
+    """Returns the columns, after `path`, that have a value but are not in `read`.
+
+    A value that training would have to honour, see `EXCLUDING_VALUES`, is an error. The
+    text of an empty list, as in exported tables, is no value.
+    """
+    names = []
+    for name, value in row.items():
+        value = value.strip() if isinstance(value, str) else value
+        if name in read or value in EMPTY_VALUES:
+            continue
+        names.append(path + name)
+        pattern = excluding.get(name.strip().lower())
+        if pattern and re.fullmatch(pattern, str(value).lower(), re.DOTALL):
+            raise DataError(
+                f"{location}: {path + name!r} is {value!r:.40}, which training would ignore. "
+                "Remove the row, rename the key, or move its text to one that is read."
+            )
+    return names
 
 
 def describe_unread(counts: Mapping[str, int]) -> str:

@@ -136,7 +136,8 @@ def read_documents(source: TextSource, unread: Counter[str]) -> Iterator[list[st
     """Yields the text of each row of a table; counts its other columns."""
     for location, row in read_rows(source.path):
         yield [get_text(row, source.column, location, COLUMN_OPTION)]
-        unread.update(unread_columns(row, (source.column,)) if isinstance(row, dict) else ())
+        is_object = isinstance(row, dict)
+        unread.update(unread_columns(row, (source.column,), location) if is_object else ())
 
 
 def chunk_document(texts: Iterable[str]) -> Iterator[TextChunk]:

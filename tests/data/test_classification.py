@@ -39,12 +39,13 @@ def test_each_format_gives_the_same_rows_and_the_description_names_it(tmp_path):
 
 
 def test_columns_that_are_not_read_are_counted(tmp_path):
-    rows = [("v1", "v2", "", "id"), ("ham", "a", "rest", 1), ("spam", "b", "", 2)]
+    head = ("v1", "v2", "", "id", "split")
+    rows = [head, ("ham", "a", "rest", 1, "train"), ("spam", "b", "", 2, "train")]
 
     data, description = read_labeled_texts(write(tmp_path / "a.csv", csv_text(rows)), "v2", "v1")
 
     assert data.columns == ("v2", "v1")
-    assert "; not read: 3 (1), id (2);" in description
+    assert "; not read: 3 (1), id (2), split (2);" in description
 
 
 def test_any_classes_of_a_model_may_occur_in_columns_of_the_training_data(tmp_path):

@@ -86,6 +86,7 @@ def test_keys_that_are_not_read_are_counted(tmp_path):
     known = {"system": "s", "input": "i", "task": "t", "split": "test"}
     for row, keys in [
         (answer | {"id": 1, "a": " ", "b": 0}, "id (1), b (1)"),
+        (answer | {"weight": "1.0", "train": True, "label": "x", "tools": "[]"}, "label (1)"),
         (talk, "messages[].content[].lang (1), messages[].name (1), messages[].weight (1)"),
         (answer | {f"k{n:02}": n for n in range(23)}, "k18 (1), k19 (1), 3 more"),
         ({"prompt": "a"} | BOTH, "rejected (1)"),

@@ -115,13 +115,27 @@ INVALID = [  # reader, file, content, start of the message, value in it
     (rows_of, "a.csv", 'id,text\n1,"a"b\n', ":2: ", "not CSV"),
     (rows_of, "a.csv", "text,id, text\na,b,c\n", ":1: ", "['text', 'id', 'text']"),
     (rows_of, "a.csv", "text\ncaf\xe9\n".encode("latin-1"), ":2: ", "iconv -f latin1"),
+    (rows_of, "a.csv", "text\ncaf\xe9\n".encode("utf-16"), ":1: ", "iconv -f utf-16"),
     (rows_of, "a.tsv", 'id\ttext\n1\tb\n2\t"b', ":3: ", "quote"),
     (texts_of, "a.jsonl", '{"body": "b"}\n{"bod": "b"}', ":2: ", "'body'. Did you mean bod?"),
     (texts_of, "a.jsonl", '"b"\n"\\ud800"', ":2: ", r"'\ud800'"),
     (texts_of, "a.jsonl", '"b"\n"\\u0000"', ":2: ", "NUL"),
     (read_labeled_texts, "a.csv", "text,label\na,x\n ,y\n", ":3: ", "empty"),
     (read_labeled_texts, "a.json", "[]", " ", "no rows"),
-    (read_labeled_texts, "a.csv", "text,label,split\na,x,test\nb,y,\n", " ", "'split'"),
+    *(
+        (read, "a.csv", f"text,label,{name}\na,x,\na,y,{value}\n", ":3: ", f"'{name}' is '{value}'")
+        for read in (read_labeled_texts, texts_of)
+        for name, value in [
+            ("split", "test"),
+            ("Set", "Val"),
+            ("is_test", "True"),
+            ("train", "false"),
+            ("loss", "0"),
+            ("mask", "1.0"),
+            ("Weight", "0.5"),
+            ("loss_weight", "x"),
+        ]
+    ),
     (read_labeled_texts, "a.jsonl", '{"text": "a", "label": [1]}', ":1: ", "[1]"),
     (read_labeled_texts, "a.csv", "text,label\na,ham\nb,ham\n", ", column 'label': ", "'ham'"),
     (read_labeled_texts, "a.csv", "review,comment,label\na,b,c\n", ":2: ", "--data.text_column"),
@@ -135,9 +149,14 @@ INVALID = [  # reader, file, content, start of the message, value in it
             (AB | {"history": [["x", "y"]]}, "'history' is [['x', 'y']]"),
             (AB | {"tools": [{"name": "f"}]}, "'tools'"),
             (AB | {"label": False}, "'label' is False"),
+            (AB | {"label": "False"}, "'label' is 'False'"),
+            (AB | {"Split": "test"}, "'Split' is 'test'"),
+            (AB | {"System": "x"}, "'System' is 'x'"),
+            (AB | {"suffix": "x"}, "'suffix' is 'x'"),
             (AB | {"input": "x", "context": "y"}, "'input' and 'context'"),
             (AB | {"prompt": [USER], "input": "x"}, "'input' is 'x'"),
             (AB | {"prompt": [USER | {"weight": 0}]}, "'prompt[].weight' is 0"),
+            (AB | {"prompt": [USER | {"train": False}]}, "'prompt[].train' is False"),
         ]
     ),
     (read_conversations, "a.jsonl", to_jsonl(AB | {"split": "test"}, AB), ":2: ", "'split'"),
