@@ -158,9 +158,15 @@ def class_labels(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[str
 
 
 def get_positive_int(metadata: Mapping[str, Any], *names: str) -> int:
-    """Returns the value of the first of `names` that is present; must be positive."""
-    name = next((name for name in names if name in metadata), names[0])
+    """Returns the positive value of the one or more of `names` that are present."""
+    name, *others = [name for name in names if name in metadata] or names[:1]
     value = metadata.get(name)
+    for other in others:
+        if metadata[other] != value:
+            raise ConfigError(
+                f"{name}={str(value)[:40]} contradicts {other}={str(metadata[other])[:40]}. "
+                "Correct one of them."
+            )
     if type(value) is int and value > 0:
         return value
     raise ConfigError(

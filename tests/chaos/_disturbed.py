@@ -59,6 +59,7 @@ if __name__ == "__main__":
             timer.start()
 
     watch(importlib.import_module(module), name, disturb)
-    from gptjax.cli import main
+    from gptjax import __main__
 
-    sys.exit(main.main(sys.argv[5:]))
+    sys.argv[1:] = sys.argv[5:]
+    sys.exit(__main__.main())
