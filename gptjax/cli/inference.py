@@ -248,7 +248,8 @@ def run_evaluate(
     elif classification_data:
         from gptjax.evaluation.classification import evaluate_labeled_file
 
-        metrics = evaluate_labeled_file(loaded, classification_data, text_column, label_column)
+        columns = (text_column, label_column)
+        metrics = evaluate_labeled_file(loaded, classification_data, *columns, print_message)
     elif text:
         from gptjax.data.readers import read_text_file
         from gptjax.evaluation.perplexity import score

@@ -1,6 +1,6 @@
 """Evaluation of a classifier on labeled texts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ from gptjax.evaluation.metrics import (
     ClassificationMetrics,
     classification_metrics,
     confusion_matrix,
-    mean_ci,
+    proportion_ci,
 )
 from gptjax.inference.classify import check_classifier, encode_texts, predict_probs
 from gptjax.weights.model_folder import Model
@@ -41,14 +41,18 @@ def evaluate_classifier(
 
 
 def evaluate_labeled_file(
-    model: Model, path: str, text_column: str = "", label_column: str = ""
+    model: Model,
+    path: str,
+    text_column: str = "",
+    label_column: str = "",
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Evaluates a classifier on labeled texts; returns metrics by name.
 
     Any of its classes may occur. The default columns are those of the training data.
     """
     check_classifier(model)
-    data, _ = read_labeled_texts(
+    data, description = read_labeled_texts(
         path,
         text_column,
         label_column,
@@ -56,8 +60,10 @@ def evaluate_labeled_file(
         usual_columns=model.columns,
         options=EVAL_OPTIONS,
     )
+    log(f"data     {description}")
     result = evaluate_classifier(model, data, encode_texts(model, data.texts))
-    low, high = mean_ci(result.prob_NC.argmax(axis=-1) == np.asarray(data.labels))
+    is_correct = result.prob_NC.argmax(axis=-1) == np.asarray(data.labels)
+    low, high = proportion_ci(int(is_correct.sum()), len(data))
     metrics = {
         "texts": len(data),
         "loss": result.loss,

@@ -4,7 +4,9 @@ C is the number of classes, n the number of examples. The metrics of classes agr
 scikit-learn's with `zero_division=0`.
 """
 
+import math
 import re
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -65,6 +67,20 @@ def mean_ci(
     means = [offsets[rng.integers(n, size=n)].mean() for _ in range(NUM_RESAMPLES)]
     low, high = values[0] + np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def proportion_ci(successes: int, trials: int) -> tuple[float, float]:
+    """95% score interval of a proportion (Wilson 1927), which is no point at 0 and 1.
+
+    >>> low, high = proportion_ci(60, 60)
+    >>> print(f"{low:.2f} {high:.2f}")
+    0.94 1.00
+    """
+    z2 = statistics.NormalDist().inv_cdf(0.975) ** 2
+    rate = successes / trials
+    half_width = math.sqrt(z2 * (rate * (1 - rate) / trials + z2 / (4 * trials**2)))
+    low, high = (rate + z2 / (2 * trials) + side * half_width for side in (-1, 1))
+    return low / (1 + z2 / trials), high / (1 + z2 / trials)
 
 
 def normalize_answer(text: str) -> list[str]:

@@ -230,8 +230,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, name: str = "") -> To
     if (max_vocab_size := 257 + len(tokens)) < vocab_size:
         raise DataError(
             f"the text is too short to learn a vocabulary of {vocab_size} tokens: it "
-            f"allows at most {max_vocab_size}. Use --data.tokenizer "
-            f"bpe:{max_vocab_size} or bytes, or add text."
+            f"allows at most {max_vocab_size}. Use the tokenizer bpe:{max_vocab_size} or "
+            "bytes, or add text."
         )
     return from_merges(name or f"bpe:{vocab_size}", range(256), tokens)
 
@@ -242,7 +242,7 @@ def untrained_vocab_size(name: str) -> int:
         return 0
     if not re.fullmatch(r"bpe:\d{1,9}", name, re.ASCII) or int(name[4:]) < MIN_TRAINED_VOCAB_SIZE:
         raise ConfigError(
-            f"data.tokenizer={name!r:.60} needs a size of {MIN_TRAINED_VOCAB_SIZE} or more: 256 "
+            f"the tokenizer {name!r:.60} needs a size of {MIN_TRAINED_VOCAB_SIZE} or more: 256 "
             f"bytes and {ENDOFTEXT}. Write, for example, bpe:2048."
         )
     return int(name[4:])

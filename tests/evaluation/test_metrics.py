@@ -1,13 +1,15 @@
-"""Metrics agree with scikit-learn and rouge_score; intervals are by bootstrap."""
+"""Metrics agree with scikit-learn, rouge_score and scipy."""
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from gptjax.evaluation.metrics import (
     classification_metrics,
     confusion_matrix,
     exact_match,
     mean_ci,
+    proportion_ci,
     rouge_l,
     token_f1,
 )
@@ -49,6 +51,12 @@ def test_interval_of_a_mean_is_that_of_drawing_values_with_replacement():
         expected = np.percentile(drawn, [2.5, 97.5])
         np.testing.assert_allclose(mean_ci(values), expected, atol=0.2 * drawn.std())
     assert mean_ci([0.1] * 7) == (0.1, 0.1)
+
+
+def test_interval_of_a_proportion_is_that_of_scipy():
+    for successes, trials in ((0, 1), (3, 7), (60, 60), (999, 1000)):
+        expected = scipy.stats.binomtest(successes, trials).proportion_ci(method="wilson")
+        assert proportion_ci(successes, trials) == pytest.approx(tuple(expected))
 
 
 def test_overlap_scores_are_symmetric_and_those_of_their_authors():
