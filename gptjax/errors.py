@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 PROJECT_FILE = Path(__file__).parents[1] / "pyproject.toml"  # only in a clone
-MAX_MESSAGE_CHARS = 1000
+MAX_MESSAGE_CHARS = 1000  # longer ones quote foreign text
+NUM_KEPT_CHARS = 200  # at the start and at the end of such a message
 
 
 class GptjaxError(Exception):
@@ -23,7 +24,7 @@ class GptjaxError(Exception):
         text = super().__str__()
         if len(text) <= MAX_MESSAGE_CHARS:
             return text
-        return f"{text[: MAX_MESSAGE_CHARS // 2]} [...] {text[-MAX_MESSAGE_CHARS // 2 :]}"
+        return f"{text[:NUM_KEPT_CHARS]} [...] {text[-NUM_KEPT_CHARS:]}"
 
 
 class ConfigError(GptjaxError, ValueError):

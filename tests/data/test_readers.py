@@ -66,7 +66,7 @@ def test_a_message_that_quotes_a_long_text_keeps_its_start_and_end(tmp_path):
     with pytest.raises(DataError, match=r"a\.jsonl:2: .*--column") as caught:
         texts_of(path)
 
-    assert len(str(caught.value)) < 1100
+    assert str(caught.value).count("x") <= 400
 
 
 def test_only_newlines_end_a_line(tmp_path):
