@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -45,9 +46,11 @@ from gptjax.data.readers import (
     unread_columns,
     visible_files,
 )
+from gptjax.data.token_files import token_dtype
 from gptjax.errors import DataError
 from gptjax.fileio.paths import user_path
 from gptjax.runtime.timing import log_progress
+from gptjax.tokenizer.tokenizer import Tokenizer
 
 MAX_LISTED_CLASSES = 8  # classes listed by name in a summary
 # Options of `gptjax train` that choose the columns.
@@ -71,7 +74,7 @@ class LabeledTexts:
 
 def take(data: LabeledTexts, indices: Iterable[SupportsIndex]) -> LabeledTexts:
     """Returns the rows at `indices`, in this order, with the same classes."""
-    chosen = [*map(int, indices)]
+    chosen = np.fromiter(map(int, indices), np.int64)
     return dataclasses.replace(
         data,
         texts=take_rows(data.texts, chosen),
@@ -275,6 +278,23 @@ def summarize_classes(data: LabeledTexts) -> str:
     return f"{len(data):,} texts in {len(names)} classes: {', '.join(listed)}"
 
 
+def encode_truncated(
+    tokenizer: Tokenizer, texts: Iterable[str], max_length: int
+) -> tuple[Sequence[list[int]], int]:
+    """Tokenizes texts and packs their first ids; also counts the truncated texts."""
+    dtype, num_truncated = token_dtype(tokenizer.vocab_size), 0
+
+    def encoded_rows() -> Iterator[tuple[bytes]]:
+        nonlocal num_truncated
+        for ids in map(tokenizer.encode_array, texts):
+            num_truncated += len(ids) > max_length
+            yield (ids[:max_length].astype(dtype).tobytes(),)
+
+    decode_row = lambda encoded: np.frombuffer(encoded, dtype).tolist()  # noqa: E731
+    (packed,) = pack_columns(encoded_rows(), decode_row)
+    return packed, num_truncated
+
+
 class ClassificationBatch(TypedDict):
     """Input of one training or evaluation step."""
 
@@ -295,9 +315,9 @@ class ClassificationBatches(BucketedBatches):
     labels: Sequence[int]
 
     @functools.cached_property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> Sequence[int]:
         """Tokens of each text."""
-        return [len(ids) for ids in self.token_ids]
+        return array("q", map(len, self.token_ids))
 
     def make_batch(self, length: int, indices: Sequence[int] | np.ndarray) -> ClassificationBatch:
         """Returns the texts at these indices, padded to the length and batch size."""

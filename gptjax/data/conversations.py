@@ -168,8 +168,8 @@ def pack_items(
         messages, *fields = json.loads(encoded)
         return kind(tuple(messages), *fields)
 
-    encoded_items = (json.dumps([*vars(x).values()], ensure_ascii=False) for x in items)
-    return pack_columns(((encode_text(x),) for x in encoded_items), decode)[0]
+    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+    return pack_columns(((encode_text(encode([*vars(x).values()])),) for x in items), decode)[0]
 
 
 def read_conversation_rows(

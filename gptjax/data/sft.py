@@ -8,7 +8,8 @@ as well.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -17,6 +18,7 @@ from jaxtyping import Float32, Int32
 from gptjax.data.bucketing import BucketedBatches, buckets
 from gptjax.data.conversations import Conversation
 from gptjax.data.lm import Batch
+from gptjax.data.packed_rows import PackedRows, pack_columns
 from gptjax.errors import ConfigError
 from gptjax.plugins import load_plugin
 from gptjax.tokenizer.chat_template import ChatTemplate, TemplateSegment
@@ -66,16 +68,14 @@ def encode_conversations(
     template: ChatTemplate,
     conversations: Iterable[Conversation],
     train_on: Collection[str] = TRAIN_ON_COMPLETIONS,
-) -> list[Example]:
+) -> Iterator[Example]:
     """Renders and tokenizes conversations."""
-    examples = []
     for conversation in conversations:
         try:
             segments = template.segments(conversation.messages)
         except ConfigError as error:
             raise ConfigError(f"{conversation.location}: {error}") from error
-        examples.append(encode_segments(tokenizer, segments, train_on))
-    return examples
+        yield encode_segments(tokenizer, segments, train_on)
 
 
 def truncate_left(example: Example, max_tokens: int) -> Example | None:
@@ -102,19 +102,66 @@ def truncate_left(example: Example, max_tokens: int) -> Example | None:
 class TruncatedExamples(NamedTuple):
     """Examples truncated to the context length."""
 
-    examples: list[Example]
-    kept_indices: list[int]  # indices of `examples` in the input
+    examples: PackedRows[Example]
+    kept_indices: Sequence[int]  # indices of `examples` in the input
     num_truncated: int  # examples truncated from the left
     num_dropped: int  # examples dropped because the last answer alone is too long
 
 
-def truncate_all(examples: Sequence[Example], context: int) -> TruncatedExamples:
+def truncate_all(examples: Iterable[Example], context: int) -> TruncatedExamples:
     """Truncates examples to `context` + 1 tokens and drops those that do not fit."""
-    truncated = [(n, truncate_left(example, context + 1)) for n, example in enumerate(examples)]
-    kept = [(n, example) for n, example in truncated if example is not None]
-    num_truncated = sum(len(example.ids) < len(examples[n].ids) for n, example in kept)
-    num_dropped = len(examples) - len(kept)
-    return TruncatedExamples([x for _, x in kept], [n for n, _ in kept], num_truncated, num_dropped)
+    kept_indices, num_examples, num_truncated = array("q"), 0, 0
+
+    def encoded_examples() -> Iterator[tuple[bytes]]:
+        nonlocal num_examples, num_truncated
+        for num_examples, example in enumerate(examples, 1):
+            truncated = truncate_left(example, context + 1)
+            if truncated is not None:
+                kept_indices.append(num_examples - 1)
+                num_truncated += truncated is not example
+                yield (encode_example(truncated),)
+
+    (packed,) = pack_columns(encoded_examples(), decode_example)
+    return TruncatedExamples(packed, kept_indices, num_truncated, num_examples - len(packed))
+
+
+def encode_example(example: Example) -> bytes:
+    """Encodes an example: three sizes, spans, ids of 1, 2 or 4 bytes, mask as bits.
+
+    >>> example = Example([0, 300], [False, True], [(1, 2)])
+    >>> decode_example(bytearray(encode_example(example))) == example
+    True
+    """
+    ids, spans = np.array(example.ids), np.array(example.answer_spans, np.int32)
+    ids = ids.astype(np.min_scalar_type(ids.max()))
+    sizes = np.array([len(spans), len(ids), ids.itemsize], np.int32)
+    return b"".join(x.tobytes() for x in (sizes, spans, ids, np.packbits(example.loss_mask)))
+
+
+def decode_example(encoded: bytearray) -> Example:
+    """Reverses `encode_example`."""
+    num_spans, num_ids, itemsize = np.frombuffer(encoded, np.int32, 3).tolist()
+    ends = np.frombuffer(encoded, np.int32, 2 * num_spans, 12)
+    start = 12 + ends.nbytes
+    ids = np.frombuffer(encoded, f"u{itemsize}", num_ids, start)
+    bits = np.frombuffer(encoded, np.uint8, offset=start + ids.nbytes)
+    loss_mask = np.unpackbits(bits, count=num_ids).astype(bool)
+    spans = zip(ends[::2].tolist(), ends[1::2].tolist(), strict=True)
+    return Example(ids.tolist(), loss_mask.tolist(), [*spans])
+
+
+def mask_all_but_answers(examples: PackedRows[Example]) -> Sequence[Example]:
+    """Returns packed examples with the loss mask of `TRAIN_ON_COMPLETIONS`."""
+
+    def decode(encoded: bytearray) -> Example:
+        example = decode_example(encoded)
+        loss_mask = [False] * len(example.ids)
+        for start, stop in example.answer_spans:
+            loss_mask[start:stop] = [True] * (stop - start)
+        loss_mask[0] = False
+        return example._replace(loss_mask=loss_mask)
+
+    return dataclasses.replace(examples, decode=decode)
 
 
 def collate(rows: Sequence[Sequence[Example]], length: int, pad_id: int) -> Batch:
@@ -151,9 +198,9 @@ class PaddedBatches(BucketedBatches):
     examples: Sequence[Example]
 
     @functools.cached_property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> Sequence[int]:
         """Positions of each example."""
-        return [len(example.ids) - 1 for example in self.examples]
+        return array("q", (len(example.ids) - 1 for example in self.examples))
 
     def make_batch(self, length: int, indices: Sequence[int] | np.ndarray) -> Batch:
         """Returns the examples at these indices, with empty rows as padding."""
@@ -188,7 +235,7 @@ class PackedBatches(PaddedBatches):
         return bins
 
     @property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> Sequence[int]:
         """Length of each row."""
         return [self.bucket_lengths[-1]] * len(self.bins)
 

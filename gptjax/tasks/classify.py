@@ -1,12 +1,18 @@
 """Classification fine-tuning task."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from gptjax.config import DataConfig, RunConfig
-from gptjax.data.classification import ClassificationBatches, LabeledTexts, read_labeled_texts, take
+from gptjax.data.classification import (
+    ClassificationBatches,
+    LabeledTexts,
+    encode_truncated,
+    read_labeled_texts,
+    take,
+)
 from gptjax.data.splits import describe_dropped, describe_splits, drop_duplicates, stratified_split
 from gptjax.data.text import TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError
@@ -35,7 +41,7 @@ class ClassificationData(NamedTuple):
     """Data of a classification run."""
 
     rows: dict[str, LabeledTexts]  # by split
-    ids: dict[str, list[list[int]]]  # by split, truncated to the context
+    ids: dict[str, Sequence[list[int]]]  # by split, truncated to the context
     inputs: builder.FinetuneInputs
 
 
@@ -70,10 +76,9 @@ def load_classification_data(run: RunContext) -> tuple[RunContext, Classificatio
     max_length = finetune.max_context(c.model, init_model)
     ids, num_truncated = {}, 0
     for split, part in rows.items():
-        texts_of_split = log_progress(part.texts, len(part), "encoding", f"{split} texts")
-        token_ids = [tokenizer.encode(text) for text in texts_of_split]
-        num_truncated += sum(len(row) > max_length for row in token_ids)
-        ids[split] = [row[:max_length] for row in token_ids]
+        tracked = log_progress(part.texts, len(part), "encoding", f"{split} texts")
+        ids[split], count = encode_truncated(tokenizer, tracked, max_length)
+        num_truncated += count
     summary_lines = [f"data     {columns}", *dropped, *describe_splits(rows)]
     if num_truncated:
         summary_lines.append(f"too long {num_truncated} texts truncated to the context")

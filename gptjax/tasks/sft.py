@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from gptjax.config import DataConfig, RunConfig
+from gptjax.config import DataConfig, GPTConfig, RunConfig
 from gptjax.data.conversations import Conversation, read_conversations
 from gptjax.data.packed_rows import take_rows
 from gptjax.data.sft import (
@@ -13,6 +13,7 @@ from gptjax.data.sft import (
     encode_conversations,
     find_sft_batching,
     make_sft_batches,
+    mask_all_but_answers,
     truncate_all,
 )
 from gptjax.data.text import TEST_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT
@@ -49,8 +50,8 @@ class SFTData(NamedTuple):
     """Data of an SFT run, by split."""
 
     conversations: dict[str, Sequence[Conversation]]
-    examples: dict[str, list[Example]]  # with the loss mask used for training
-    completion_examples: dict[str, list[Example]]  # the same with completion-only loss masks
+    examples: dict[str, Sequence[Example]]  # with the loss mask used for training
+    completion_examples: dict[str, Sequence[Example]]  # the same with completion-only loss masks
     inputs: builder.FinetuneInputs
 
 
@@ -80,14 +81,10 @@ def load_sft_data(run: RunContext) -> tuple[RunContext, SFTData]:
                 f"model.context_length={context}. Raise it, or shorten the answers."
             )
         conversations[name] = take_rows(part, truncated.kept_indices)
-        examples[name] = completion_examples[name] = truncated.examples
+        examples[name] = truncated.examples
+        completion_examples[name] = mask_all_but_answers(truncated.examples)
         num_truncated += truncated.num_truncated
         num_dropped += truncated.num_dropped
-        if trained_segments == TRAIN_ON_COMPLETIONS:
-            continue
-        tracked = log_progress(conversations[name], len(part), "encoding", f"{name} answers")
-        completions = encode_conversations(tokenizer, template, tracked, TRAIN_ON_COMPLETIONS)
-        completion_examples[name] = truncate_all(completions, context).examples
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in examples.items())
     summary_lines = [f"data     {columns}", f"rows     {sizes}"]
     if num_truncated or num_dropped:
@@ -120,16 +117,18 @@ def make_sft_task(run: RunContext, data: SFTData) -> Task:
         pad_id=data.inputs.tokenizer.eot_token,
         seed=config.train.seed,
     )
-    num_trained = sum(sum(x.loss_mask) for x in examples)
-    trained_fraction = num_trained / sum(len(x.ids) for x in examples)
+    num_trained = num_tokens = 0
+    for example in examples:
+        num_trained += sum(example.loss_mask)
+        num_tokens += len(example.ids)
     return builder.make_finetune_task(
         run,
         data.inputs,
         loss_fn=sft_loss_fn,
         batches=batches,
-        tokens_per_step=sum(len(x.ids) - 1 for x in examples) / batches.steps_per_epoch,
+        tokens_per_step=(num_tokens - len(examples)) / batches.steps_per_epoch,
         evaluate=make_sft_evaluate(run, data),
-        trained_note=f"; loss on {trained_fraction:.0%} of the tokens",
+        trained_note=f"; loss on {num_trained / num_tokens:.0%} of the tokens",
     )
 
 
@@ -174,8 +173,9 @@ def make_sft_evaluate(run: RunContext, data: SFTData) -> Callable[[Model, int, b
             response_loss = example_loss(model, completions).loss
         return {"split": split, "loss": loss, "response_loss": response_loss, **values}
 
+    token_limit = answer_token_limit(run.config.model, data)
+
     def evaluate(model: Model, step: int, is_last: bool) -> EvalResult:
-        token_limit = answer_token_limit(model, data)
         events = [evaluate_split(model, TRAIN_SPLIT)]
         scores = mean_scores(generate_responses(model, rows, token_limit))
         events.append(evaluate_split(model, VALIDATION_SPLIT, **scores))
@@ -199,18 +199,18 @@ def task_exact_matches(responses: list[ResponseEval]) -> dict[str, dict[str, flo
     return {"tasks": exact} if exact else {}
 
 
-def answer_token_limit(model: Model, data: SFTData) -> int:
+def answer_token_limit(config: GPTConfig, data: SFTData) -> int:
     """Maximum tokens per generated answer: slightly above the longest in the data."""
-    spans = [x.answer_spans[-1] for part in data.completion_examples.values() for x in part]
+    spans = (x.answer_spans[-1] for part in data.completion_examples.values() for x in part)
     longest = max(stop - start for start, stop in spans)  # with the end token
-    return min(longest + ANSWER_SLACK, MAX_ANSWER_TOKENS, model.config.context_length)
+    return min(longest + ANSWER_SLACK, MAX_ANSWER_TOKENS, config.context_length)
 
 
 def finalize_sft(run: RunContext, data: SFTData, task: Task, state: TrainState) -> Model:
     """Evaluates the best model; writes its answers, figures and report.md."""
     model, split = load(run.run_dir / "model"), builder.final_split(data.examples)
     rows = builder.evenly_spaced(data.conversations[split], NUM_TEST_SAMPLES)
-    responses = generate_responses(model, rows, answer_token_limit(model, data))
+    responses = generate_responses(model, rows, answer_token_limit(model.config, data))
     loss = example_loss(model, data.completion_examples[split]).loss
     scores = mean_scores(responses)
     write_responses(responses, run.run_dir / "responses.jsonl")

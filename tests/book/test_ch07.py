@@ -29,7 +29,7 @@ PREFERENCES = [77, 81, 94, 75, 75, 76, 99, 71, 67, 88, 65, 79, 80, 97, 71, 89, 7
 
 def test_the_instructions_have_the_lengths_of_the_book(shared_data):
     rows = read_conversations("instructions")[0]
-    examples = encode_conversations(GPT2, ALPACA, rows)
+    examples = [*encode_conversations(GPT2, ALPACA, rows)]
     lengths = [len(example.ids) - 1 for example in examples]  # without the end
 
     batches = make_sft_batches(

@@ -1,5 +1,7 @@
 """Loss masks and losses of conversations, truncation, and batches of all kinds."""
 
+import tracemalloc
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from gptjax.config import RunConfig
 from gptjax.data.bucketing import buckets
-from gptjax.data.classification import ClassificationBatches
+from gptjax.data.classification import ClassificationBatches, encode_truncated
 from gptjax.data.conversations import Conversation
 from gptjax.data.sft import (
     TRAIN_ON_ALL,
@@ -17,6 +19,7 @@ from gptjax.data.sft import (
     PreferenceBatches,
     encode_conversations,
     make_sft_batches,
+    mask_all_but_answers,
     truncate_all,
     truncate_left,
 )
@@ -42,7 +45,8 @@ def encode_chats(train_on):
         texts = [(role, text) for turn in turns for role, text in zip(ROLES, turn, strict=True)]
         messages = tuple({"role": role, "content": text} for role, text in texts)
         conversations.append(Conversation(messages, {}, "a:1"))
-    return encode_conversations(MODEL.tokenizer, load_chat_template("qa"), conversations, train_on)
+    template = load_chat_template("qa")
+    return [*encode_conversations(MODEL.tokenizer, template, conversations, train_on)]
 
 
 @pytest.mark.parametrize("train_on", [TRAIN_ON_COMPLETIONS, TRAIN_ON_ALL])
@@ -59,6 +63,14 @@ def test_answers_with_their_end_are_trained_on_and_prompts_on_request(train_on):
     examples = encode_chats(train_on)
 
     assert [list(zip(x.ids, x.loss_mask, strict=True)) for x in examples] == expected
+
+
+def test_answers_alone_can_be_trained_on_without_another_encoding():
+    for context in range(1, 40):
+        everything, answers = (
+            truncate_all(encode_chats(x), context) for x in (TRAIN_ON_ALL, TRAIN_ON_COMPLETIONS)
+        )
+        assert list(mask_all_but_answers(everything.examples)) == list(answers.examples)
 
 
 def test_losses_of_packed_rows_are_those_of_one_conversation_at_a_time():
@@ -93,8 +105,21 @@ def test_truncation_counts_examples_and_drops_broken_answers():
     for length, num_truncated in ((10, 0), (11, 1)):  # 10 tokens fit a context of 9
         found = truncate_all([make_example(40, 30), make_example(length, 3)], 9)
         assert (found.num_truncated, found.num_dropped) == (num_truncated, 1)
-        assert found.kept_indices == [1]
+        assert list(found.kept_indices) == [1]
         assert len(found.examples[0].ids) == 10
+
+
+def test_packed_ids_and_masks_take_a_few_bytes_per_token():
+    ids, text = [*range(257)], "a" * 257
+    for pack in (
+        lambda: truncate_all((Example([*ids], [True] * 257, [(1, 9)]) for _ in range(999)), 300),
+        lambda: encode_truncated(MODEL.tokenizer, (text for _ in range(999)), 300),
+    ):
+        tracemalloc.start()
+        pack()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 4 * 257 * 999
 
 
 def examples_of(batch, examples):
