@@ -17,6 +17,7 @@ import gptjax.book  # noqa: F401 (adds values of options)
 from gptjax.config import (
     RENAMED_OPTIONS,
     SAMPLING_RANGES,
+    DataConfig,
     Range,
     RunConfig,
     config_options,
@@ -170,11 +171,13 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
             with contextlib.suppress(ValueError, KeyError):  # `from_dict` rejects the text
                 value = PARSERS.get(field.type, str)(value)
         table.setdefault(section, {})[key] = value
-    if "--data.source" in overrides[::2] and "--data.tokenizer" not in overrides[::2]:
-        from gptjax.data.token_files import is_prepared_dir
+    if "--data.source" in overrides[::2]:
+        from gptjax.data.token_files import SPLIT_OPTIONS, is_prepared_dir
 
-        if is_prepared_dir(user_path(table["data"]["source"])):
-            table["data"]["tokenizer"] = ""  # the data's own; the config's is for other data
+        if is_prepared_dir(user_path(table["data"]["source"])):  # the config's are for other data
+            for name in ("tokenizer", *SPLIT_OPTIONS):
+                if f"--data.{name}" not in overrides[::2]:
+                    table["data"][name] = getattr(DataConfig(), name)
     return from_dict(RunConfig, table)
 
 

@@ -32,6 +32,7 @@ from gptjax.data.token_files import (
     MAX_TOKEN_METADATA_BYTES,
     REPREPARE_ADVICE,
     SOURCES_FILE,
+    SPLIT_OPTIONS,
     TOKEN_FILES_FORMAT,
     ShardWriter,
     TokenDataset,
@@ -98,9 +99,17 @@ def open_dataset(config: DataConfig, prepared_dir: Path) -> TokenizedSplits:
     content.
     """
     source = user_path(config.source)
-    if is_prepared_dir(source):
+    is_prepared = is_prepared_dir(source)
+    is_external = config.source not in (PYTHON_HELP, *DATASETS) and any(source.glob("*.ds"))
+    for name in SPLIT_OPTIONS if is_prepared or is_external else ():
+        if (value := getattr(config, name)) != getattr(DataConfig(), name):
+            raise ConfigError(
+                f"data.{name}={value!r} has no effect, since {source} is already tokenized and "
+                "split. Remove the option."
+            )
+    if is_prepared:
         return open_prepared(source, config.tokenizer)
-    if config.source not in (PYTHON_HELP, *DATASETS) and any(source.glob("*.ds")):
+    if is_external:
         tokenizer = load_tokenizer(config.tokenizer or "gpt2")
         options = tokenizer.vocab_size, tokenizer.eot_token
         train, validation = (open_external(source, split, *options) for split in TEXT_SPLITS)

@@ -40,6 +40,8 @@ TOKEN_FILES_FORMAT = "gptjax tokens 2"
 CRC_BLOCK_BYTES = 1 << 20  # per CRC
 MAX_TOKEN_METADATA_BYTES = 1 << 26  # size of a meta.json
 SOURCES_FILE = "sources.jsonl"
+# Fields of `DataConfig` that have no effect on tokens that are already in files.
+SPLIT_OPTIONS = ("text_column", "val_fraction", "split_seed")
 REPREPARE_ADVICE = "Copy the folder again, or prepare the text again."
 
 

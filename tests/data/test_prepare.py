@@ -197,6 +197,12 @@ def test_prepared_data_is_opened_only_with_its_own_tokenizer(tmp_path):
     config = apply_overrides(RunConfig(data=DataConfig(tokenizer="bytes")), source)
     assert open_dataset(config.data, tmp_path / "run").tokenizer.hash == tokenizer.hash
     assert resolve_config(config).model.vocab_size == 270
+    for name, value in (("val_fraction", 0.5), ("split_seed", 2), ("text_column", "a")):
+        other = RunConfig(data=DataConfig(**{name: value}))
+        open_dataset(apply_overrides(other, source).data, tmp_path / "run")
+        named = apply_overrides(RunConfig(), [*source, f"--data.{name}", str(value)])
+        with pytest.raises(ConfigError, match=rf"data\.{name}={value!r}"):
+            open_dataset(named.data, tmp_path / "run")
     named = apply_overrides(RunConfig(), [*source, "--data.tokenizer", "bytes"])
     assert named.data.tokenizer == "bytes"
     for source, name in (("bpe", "bytes"), ("bytes", "bpe:270")):
