@@ -275,6 +275,8 @@ def read_csv_records(path: Path) -> Iterator[tuple[str, list[str]]]:
                 if reader.line_num > line:
                     raise csv.Error("quote is never closed")
                 return
+            if line == 1 and fields[:1] == ["sep="]:  # Excel names the delimiter
+                fields = []
             width = width or len(fields)
             if len(fields) not in (0, width):
                 raise DataError(

@@ -83,8 +83,9 @@ def test_other_delimiters_are_found_in_the_header(tmp_path):
     fields = [list(rows[0]), *(list(row.values()) for row in rows)]
     for delimiter, name in DELIMITER_NAMES.items():
         for suffix in ("csv", "tsv"):
-            path = write(tmp_path / f"a.{suffix}", csv_text(fields, delimiter))
-            assert ([row for _, row in rows_of(path)], table_format(path)) == (rows, name)
+            for excel in ("", f"sep={delimiter}\n"):
+                path = write(tmp_path / f"a.{suffix}", excel + csv_text(fields, delimiter))
+                assert ([row for _, row in rows_of(path)], table_format(path)) == (rows, name)
 
 
 def test_links_to_folders_are_followed_and_no_folder_is_read_twice(tmp_path):
