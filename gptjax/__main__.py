@@ -1,6 +1,7 @@
 """The process of the `gptjax` command, also run by `python -m gptjax`."""
 
 import atexit
+import logging
 import os
 import signal
 import sys
@@ -24,7 +25,10 @@ def main() -> int:
     sys.excepthook = print_main_error
     open_closed_streams()
     from gptjax.cli.main import main
+    from gptjax.cli.session import WarningHandler
 
+    # To the end: threads of libraries also log when a command has failed.
+    logging.getLogger().addHandler(WarningHandler(logging.WARNING))
     code = main()
     for number in STOP_SIGNALS:  # all is done or saved, and Python is shutting down
         signal.signal(number, signal.SIG_IGN)

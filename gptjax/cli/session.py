@@ -1,7 +1,6 @@
 """Set-up shared by commands: progress messages, compilation cache, --verbose."""
 
 import contextlib
-import functools
 import logging
 import resource
 import time
@@ -70,9 +69,6 @@ def setup_session(verbose: bool, last_phase: str = "answering") -> None:
     context = click.get_current_context()
     if verbose:
         context.with_resource(log_phases(print_message, PROCESS_START, last_phase))
-    root, handler = logging.getLogger(), WarningHandler(logging.WARNING)
-    root.addHandler(handler)
-    context.call_on_close(functools.partial(root.removeHandler, handler))
     context.with_resource(persistent_cache())
 
 

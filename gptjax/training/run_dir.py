@@ -95,6 +95,13 @@ def create_run_dir(run_dir: Path) -> Iterator[None]:
     """
     missing = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     try:
+        str(run_dir.absolute()).encode()  # as Orbax does
+    except UnicodeEncodeError as error:
+        raise ModelError(
+            f"the path of the run folder {run_dir} is not valid UTF-8. Choose another one with "
+            "--run DIR."
+        ) from error
+    try:
         run_dir.mkdir(parents=True, exist_ok=True)
         names = os.listdir(run_dir)
     except OSError as error:

@@ -136,6 +136,7 @@ def test_a_start_that_fails_leaves_no_folder_and_contradictions_fail_before_any_
         ["--mesh.data", "8", "--data.batch_size", "12"],
         ["--data.batching", "padded"],
         ["--train.task", "classify", "--data.val_fraction", "0.9"],
+        ["--run", str(tmp_path / "\udcff")],  # of bytes that are not UTF-8
     ):
         assert main([*train, "--optim.warmup_steps", "2", *words]) == 2
         assert not started
