@@ -424,5 +424,8 @@ def missing_result(job: Job) -> str:
 def count_rows(path: Path) -> int:
     if path.suffix in (".csv", ".tsv"):
         with path.open(encoding="utf-8-sig", newline="") as file:
-            return sum(1 for row in csv.reader(file) if row)
-    return path.read_text(encoding="utf-8-sig").count("\n")
+            return sum(1 for row in csv.reader(file) if row) - 1  # the header
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".json":
+        return len(json.loads(text))
+    return sum(1 for line in text.split("\n") if line.strip())
