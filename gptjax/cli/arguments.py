@@ -206,12 +206,13 @@ def value_option(
     """
     if not settings.get("required"):
         text += f"  [default: {shown if default in (None, '') else default}]"
+        settings["default"] = default
     kind = settings.get("type", type(default))
     settings.setdefault("metavar", METAVARS.get(kind, "NAME"))
     if valid_range:
         text += show_range(valid_range)
         settings["type"] = Number(kind, valid_range)
-    return click.option(name, *filter(None, [dest]), default=default, help=text, **settings)
+    return click.option(name, *filter(None, [dest]), help=text, **settings)
 
 
 def flag_option(name: str, text: str, *names: str) -> Decorator:

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import gc
 import json
+import logging
 import os
 import resource
 import runpy
@@ -95,6 +96,7 @@ def become(job: Job, report: int) -> None:
 
     sys.excepthook = lambda kind, error, trace: write_report(error, "traceback")
     sys.unraisablehook = lambda raised: write_report(raised.exc_value, "exception ignored")
+    logging.getLogger().handlers.clear()  # of an import; a new process has none
     sys.argv = ["gptjax", *job["words"]]
 
 
