@@ -95,7 +95,7 @@ def test_params_of_another_config_are_rejected_while_tracing():
 
 
 CLASSIFIER = dataclasses.replace(MODEL, labels=("a", "b"))
-MISTAKES = {  # what is named: calls
+MISTAKES = {  # name in the message: calls
     "model='my-model'": [
         *(lambda f=f: f("my-model", "Hi") for f in (gptjax.generate, gptjax.stream, gptjax.answer)),
         lambda: gptjax.score("my-model", "Hi"),

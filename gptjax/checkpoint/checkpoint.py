@@ -44,7 +44,7 @@ from gptjax.tree import flatten_with_names, unflatten_names
 # Per array file, so that several are hashed in parallel.
 MAX_CHECKPOINT_FILE_BYTES = 1 << 28
 MIN_FREE_BYTES = 1 << 20  # free space needed in addition to the arrays
-OS_ERROR_PATTERN = re.compile(r"os_error_code='?(\d+)")  # in TensorStore's messages
+TENSORSTORE_ERRNO_PATTERN = re.compile(r"os_error_code='?(\d+)")  # in TensorStore's messages
 UINT_DTYPES = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by item size in bytes
 
 SaveFn = Callable[..., None]  # (step, tree, metadata)
@@ -147,7 +147,7 @@ def write_arrays(path: Path, tree: Any) -> None:
     except Exception as error:  # Orbax documents no type; a full disk is a ValueError
         if jax.process_count() > 1 or isinstance(error, OSError):
             raise  # connection lost between processes: handled in `distributed`
-        error_number = [int(text) for text in OS_ERROR_PATTERN.findall(str(error))[:1]]
+        error_number = [int(text) for text in TENSORSTORE_ERRNO_PATTERN.findall(str(error))[:1]]
         raise OSError(*error_number, first_line(error)) from error
 
 

@@ -81,7 +81,7 @@ def run_chat(model: Model, name: str, sampling: dict[str, Any]) -> None:
 
 
 def describe_expectation(name: str) -> str:
-    """What to expect of a run from random initialization on few tokens; "" of others.
+    """Warning about a model trained from random initialization on few tokens, or "".
 
     A run that starts from another one has seen the tokens of both.
     """

@@ -139,5 +139,5 @@ def run_bench(
     options = dataclasses.replace(options, **{name: x for name, x in given.items() if x})
     parts = only or (suite.DEVICE_PARTS if device else PARTS)
     for metrics in suite.run_benchmarks(options, parts):
-        if json_path:  # what is measured is kept whatever happens to the rest
+        if json_path:  # keeps earlier results if a later benchmark fails
             write_atomic(json_path, json.dumps(metrics, indent=2) + "\n")

@@ -18,7 +18,7 @@ import safetensors.numpy
 from gptjax.errors import ModelError
 from gptjax.fileio.strict_json import open_regular_file
 
-OS_ERROR_PATTERN = re.compile(r"os error (\d+)")  # in messages of the library
+SAFETENSORS_ERRNO_PATTERN = re.compile(r"os error (\d+)")  # in messages of the library
 MAX_HEADER_BYTES = 1 << 20  # the largest GPT-2 has 580 tensors in 60,000 bytes
 SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
@@ -53,7 +53,7 @@ def write_safetensors(arrays: dict[str, np.ndarray], path: Path) -> None:
     try:
         safetensors.numpy.save_file(arrays, path, {"format": "pt"})
     except safetensors.SafetensorError as error:
-        error_number = [int(text) for text in OS_ERROR_PATTERN.findall(str(error))[:1]]
+        error_number = [int(text) for text in SAFETENSORS_ERRNO_PATTERN.findall(str(error))[:1]]
         raise OSError(*error_number, str(error)[:400], str(path)) from error
     path.chmod(0o644)  # the library creates it with mode 0600
 

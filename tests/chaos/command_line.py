@@ -346,7 +346,7 @@ def run_case(rng: random.Random, work: Path, run_job: RunJob) -> str:
 
 
 def read_output(target: str) -> str | None:
-    """What was written to a regular file; None: there is no such file."""
+    """Reads the output in a regular file; None without such a file."""
     path = Path(target)
     return path.read_bytes().decode("utf-8", "replace") if target and path.is_file() else None
 
@@ -377,7 +377,7 @@ def find_fault(job: Job, result: dict[str, Any], is_changed: bool) -> str:
 
 
 def missing_result(job: Job) -> str:
-    """What a command promised and did not deliver, or ""."""
+    """Returns the missing or invalid output of a command that ended with 0, or ""."""
     words, folder = job["words"], Path(job["folder"])
     if "--help" in words:
         return ""
