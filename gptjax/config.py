@@ -57,6 +57,7 @@ MAX_STEPS = 10**9  # the optimizer counts steps in 32 bits
 MAX_VOCAB_SIZE = MAX_CONTEXT_LENGTH = 2**24
 SEED, STEPS = Range(0, MAX_SEED), Range(1, MAX_STEPS)
 CONTEXT, WIDTH = Range(1, MAX_CONTEXT_LENGTH), Range(1, 2**17)
+OPTIONAL_WIDTH = Range(0, 2**19)  # 0 = derived from other options
 FRACTION, WEIGHT = Range(0, 1, "[)"), Range(0, 10**6)
 AXIS_SIZE, BATCH_SIZE = Range(-1, 10**6), Range(1, 10**6)
 # Numbers of `GenerationConfig`, and samples per prompt.
@@ -103,7 +104,7 @@ class Section:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPTConfig(Section):
-    """Shape of a GPT-2 decoder.
+    """Architecture of a decoder: GPT-2's by default, Llama's and Qwen's by its options.
 
     [X] in a description is the dimension letter of `gptjax.model.gpt`.
     """
@@ -117,11 +118,43 @@ class GPTConfig(Section):
     n_heads: int = option(
         "identity", 12, "number of attention heads [H]; must divide d_model", WIDTH
     )
-    d_model: int = option(
-        "identity", 768, "residual stream width [D]; that of the MLP is 4 D", WIDTH
+    n_kv_heads: int = option(
+        "identity",
+        0,
+        "key and value heads [G], each for H / G query heads; 0 = n_heads",
+        OPTIONAL_WIDTH,
+    )
+    head_dim: int = option(
+        "identity", 0, "dimension of a head [K]; 0 = d_model / n_heads", OPTIONAL_WIDTH
+    )
+    d_model: int = option("identity", 768, "residual stream width [D]", WIDTH)
+    mlp: Literal["gelu", "swiglu", "relu2"] = option(
+        "identity",
+        "gelu",
+        "activation of the MLP; swiglu has a third matrix, relu2 is ReLU squared",
+    )
+    mlp_dim: int = option("identity", 0, "width of the MLP [F]; 0 = 4 d_model", OPTIONAL_WIDTH)
+    norm: Literal["layer", "rms"] = option("identity", "layer", "LayerNorm or RMSNorm")
+    norm_eps: float = option("identity", 1e-5, "epsilon of the norms", Range(1e-12, 1))
+    qk_norm: bool = option("identity", False, "RMSNorm of each query and key")
+    position: Literal["learned", "rope"] = option(
+        "identity", "learned", "position embeddings, or rotation of queries and keys (RoPE)"
+    )
+    rope_theta: float = option("identity", 10_000.0, "base of RoPE's wavelengths", Range(1, 10**12))
+    rope_factor: float = option(
+        "identity", 1.0, "Llama 3's stretching of long RoPE wavelengths; 1 = none", Range(1, 10**4)
+    )
+    rope_original_context: int = option(
+        "identity", 8192, "context length before stretching by rope_factor", CONTEXT
     )
     dropout: float = option("trajectory", 0.0, "dropout probability in training", FRACTION)
     qkv_bias: bool = option("identity", True, "biases in the query, key and value projections")
+    bias: bool = option("identity", True, "biases in all other linear layers, and in norms")
+    residual_init: Literal["gpt2", "zero"] = option(
+        "identity",
+        "gpt2",
+        "initial output projections of attention and MLP: GPT-2's small normal, or zero",
+    )
     tie_embeddings: bool = option("identity", True, "output head shares the token embedding")
     vocab_multiple: int = option(
         "identity", 1, "vocab_size is padded to a multiple of this", Range(1, 2**16)
@@ -156,12 +189,22 @@ class GPTConfig(Section):
     def __post_init__(self) -> None:
         """Rejects impossible shapes."""
         super().__post_init__()
-        if self.d_model % self.n_heads:
+        if not self.head_dim and self.d_model % self.n_heads:
             raise ConfigError(
                 f"model.d_model={self.d_model} must be divisible by "
                 f"model.n_heads={self.n_heads} (remainder "
                 f"{self.d_model % self.n_heads}). Change model.n_heads or "
-                "model.d_model."
+                "model.d_model, or set model.head_dim."
+            )
+        if self.n_heads % self.actual_kv_heads:
+            raise ConfigError(
+                f"model.n_heads={self.n_heads} must be divisible by "
+                f"model.n_kv_heads={self.n_kv_heads}. Change one of them."
+            )
+        if self.position == "rope" and self.actual_head_dim % 2:
+            raise ConfigError(
+                f"model.position='rope' rotates pairs, but a head has {self.actual_head_dim} "
+                "dimensions. Set model.head_dim to an even number."
             )
 
     @classmethod
@@ -181,14 +224,19 @@ class GPTConfig(Section):
         return dataclasses.replace(config, **changes)
 
     @property
-    def head_dim(self) -> int:
+    def actual_head_dim(self) -> int:
         """[K] dimension of one attention head."""
-        return self.d_model // self.n_heads
+        return self.head_dim or self.d_model // self.n_heads
 
     @property
-    def mlp_dim(self) -> int:
+    def actual_kv_heads(self) -> int:
+        """[G] number of key and value heads."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def actual_mlp_dim(self) -> int:
         """[F] width of the hidden layer of the MLP."""
-        return 4 * self.d_model
+        return self.mlp_dim or 4 * self.d_model
 
     @property
     def padded_vocab_size(self) -> int:

@@ -36,13 +36,15 @@ def tables(draw):
         choices, valid_range = get_args(field.type), field.metadata["range"] or (0, 0)
         strategies = {
             bool: st.booleans(),
-            int: st.integers(max(valid_range[0], 1), min(valid_range[1], 2**8)),
+            int: st.integers(max(valid_range[0], 1), min(valid_range[1], 2**5)),
             float: st.floats(valid_range[0], valid_range[1], exclude_max=True),
             str: st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
         }
         values = st.sampled_from(choices) if choices else strategies[field.type]
         table.setdefault(section, {})[key] = draw(values)
+    table["model"]["n_heads"] *= table["model"]["n_kv_heads"]
     table["model"]["d_model"] *= table["model"]["n_heads"]
+    table["model"]["head_dim"] *= 2  # rope rotates pairs
     table["data"]["batch_size"] *= table["train"]["accumulate"]
     return table
 

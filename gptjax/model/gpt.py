@@ -102,7 +102,7 @@ def resolve_backend(config: GPTConfig, platform: str = "") -> str:
     spec = AttentionSpec(
         num_queries=config.context_length,
         num_keys=config.context_length,
-        head_dim=config.head_dim,
+        head_dim=config.actual_head_dim,
         dtype=str(compute_dtype(config)),
         platform=platform or target_platform(),
         edits_weights=config.dropout > 0,
@@ -124,7 +124,7 @@ class Attention(nn.Module):
     ) -> tuple[HiddenStates, KVCache | None]:
         """Applies attention; with a cache, extends it and attends to all it holds."""
         c = self.config
-        qkv = project_qkv(self, x_BTD, (c.n_heads, c.head_dim), c.qkv_bias)
+        qkv = project_qkv(self, x_BTD, (c.n_heads, c.actual_head_dim), c.qkv_bias)
         query_BTHK, key_BSHK, value_BSHK = (
             capture_point(self, name, constrain(x_BTHK, "BTHK"))
             for name, x_BTHK in zip(QKV_NAMES, qkv, strict=True)
@@ -166,7 +166,7 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: HiddenStates) -> HiddenStates:
         """Applies the MLP to each position."""
         c = self.config
-        x_BTF = constrain(Linear((c.mlp_dim,), name="up")(x_BTD), "BTF")
+        x_BTF = constrain(Linear((c.actual_mlp_dim,), name="up")(x_BTD), "BTF")
         x_BTF = capture_point(self, "mlp_hidden", nn.gelu(x_BTF, approximate=True))
         down = Linear((c.d_model,), residual_init_std(c), name="down")
         return capture_point(self, "mlp_output", down(x_BTF))
@@ -454,7 +454,7 @@ def lm_logits(
 
 def init_cache(config: GPTConfig, rows: int, max_length: int) -> tuple[KVCache, ...]:
     """Returns N empty KV caches, one per layer, of `max_length` positions each."""
-    shape = rows, config.n_heads, max_length, config.head_dim
+    shape = rows, config.n_heads, max_length, config.actual_head_dim
     zeros = functools.partial(jnp.zeros, shape, compute_dtype(config))
     return tuple(KVCache(zeros(), zeros()) for _ in range(config.n_layers))
 

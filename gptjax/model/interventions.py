@@ -91,8 +91,8 @@ def intervention_variables(
 ) -> dict[str, Any]:
     """Arranges interventions as a Flax collection of the stacks "blocks" and "tail"."""
     check_points("interventions", interventions)
-    sizes = dict(zip("BT", token_shape, strict=True), D=config.d_model, F=config.mlp_dim)
-    sizes |= {"H": config.n_heads, "K": config.head_dim}
+    sizes = dict(zip("BT", token_shape, strict=True), D=config.d_model, F=config.actual_mlp_dim)
+    sizes |= {"H": config.n_heads, "K": config.actual_head_dim}
     split = config.n_layers - num_tail_layers
     stacks = {"blocks": slice(0, split), "tail": slice(split, None)}
     variables: dict[str, Any] = {"blocks": {}, "tail": {}}

@@ -80,7 +80,7 @@ def init_adapters(
     names = match_targets(params, patterns)
     for name, layer_key in zip(names, jax.random.split(key, len(names)), strict=True):
         # The kernel [I, O] has its [H, K] flattened.
-        num_inputs = config.mlp_dim if name == "mlp/down" else config.d_model
+        num_inputs = config.actual_mlp_dim if name == "mlp/down" else config.d_model
         num_outputs = math.prod(kernels[f"blocks/{name}/kernel"].shape[1:]) // num_inputs
         bound, shape = 1 / math.sqrt(num_inputs), (config.n_layers, num_inputs, rank)
         lora_a = jax.random.uniform(layer_key, shape, minval=-bound, maxval=bound)

@@ -70,8 +70,8 @@ def check_params(config: GPTConfig, params: Params) -> None:
 @functools.lru_cache(maxsize=16)
 def expected_shapes(config: GPTConfig) -> Shapes:
     """Shapes of the parameters of a config, without a classification head."""
-    n, d, f, v = (config.n_layers, config.d_model, config.mlp_dim, config.padded_vocab_size)
-    h, k = config.n_heads, config.head_dim
+    n, d, f, v = (config.n_layers, config.d_model, config.actual_mlp_dim, config.padded_vocab_size)
+    h, k = config.n_heads, config.actual_head_dim
     shapes: Shapes = {
         "token_embedding/embedding": (v, d),
         "position_embedding/embedding": (config.context_length, d),

@@ -134,7 +134,7 @@ def activation_bytes(
     in the layer norms and arrays of MLP width around the GELU: seven, as observed with
     the TPU compiler, or five with that for CPUs.
     """
-    features, heads, hidden = config.d_model, 4 * config.d_model, config.mlp_dim
+    features, heads, hidden = config.d_model, 4 * config.d_model, config.actual_mlp_dim
     if is_cpu:
         matmul_bytes = itemsize * (3 * features + (3 * features + hidden) // tensor)
         all_bytes = itemsize * (5 * features + (heads + 5 * hidden) // tensor)

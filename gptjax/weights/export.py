@@ -106,7 +106,7 @@ def named_tensors(model: Model, layout: str) -> dict[str, np.ndarray]:
     if layout == "book" and c.tie_embeddings:
         leaves[head_name] = leaves[embedding_name]
     if layout == "hf" and not c.qkv_bias:  # GPT-2 requires them
-        zeros = np.zeros((c.n_layers, c.n_heads, c.head_dim), np.float32)
+        zeros = np.zeros((c.n_layers, c.n_heads, c.actual_head_dim), np.float32)
         for name in ("query", "key", "value"):
             leaves[f"blocks/attention/{name}/bias"] = zeros
     slots_by_name = param_slots(c, layout, leaves)

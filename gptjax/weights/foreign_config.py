@@ -94,10 +94,10 @@ def hf_config(metadata: Mapping[str, Any]) -> GPTConfig:
     check_keys(metadata, [*names, *REQUIRED_HF_VALUES, *USED_HF_KEYS, *IRRELEVANT_HF_KEYS.split()])
     is_tied = metadata.get("tie_word_embeddings", True) is not False
     config = gpt2_config(metadata, tie_embeddings=is_tied)
-    if metadata.get("n_inner") not in (None, config.mlp_dim):
+    if metadata.get("n_inner") not in (None, config.actual_mlp_dim):
         raise ConfigError(
             f"n_inner={metadata['n_inner']!r:.60}, but gptjax only supports 4 * n_embd = "
-            f"{config.mlp_dim}."
+            f"{config.actual_mlp_dim}."
         )
     return config
 

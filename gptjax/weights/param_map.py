@@ -87,7 +87,7 @@ def param_slots(
         is_stacked = leaf.startswith("blocks/")
         shape = array.shape[1:] if is_stacked else array.shape
         if leaf.endswith("/kernel"):  # sources have no head axis
-            input_dim = config.mlp_dim if "mlp/down" in leaf else config.d_model
+            input_dim = config.actual_mlp_dim if "mlp/down" in leaf else config.d_model
             shape = (input_dim, int(np.prod(shape)) // input_dim)
         elif is_stacked:
             shape = (int(np.prod(shape)),)

@@ -14,7 +14,7 @@ from tests.small_models import make_model
 MODEL = make_model(d_model=8, attention="flash")  # which has no weights to observe
 MODEL.params["blocks"]["mlp"]["up"]["kernel"] *= 6  # GELU and its approximation differ at 2
 CONFIG, T = MODEL.config, MODEL.config.context_length
-N, D, K = 2, CONFIG.d_model, CONFIG.head_dim
+N, D, K = 2, CONFIG.d_model, CONFIG.actual_head_dim
 RNG = np.random.default_rng(0)
 TOKEN_BT = jnp.asarray(RNG.integers(257, size=(3, T)), "int32")
 B = len(TOKEN_BT)
