@@ -42,7 +42,9 @@ from gptjax.weights import foreign_config, hub
 from gptjax.weights.model_folder import MAX_MODEL_JSON_BYTES, MODEL_FORMAT, Model, save
 from gptjax.weights.param_map import (
     EMBEDDING_TABLES,
+    HF_PREFIXES,
     IGNORED_BUFFERS,
+    UNEMBEDDING_TENSORS,
     ParamSlot,
     param_slots,
     source_shape,
@@ -427,11 +429,11 @@ def match_names(
 
     full_names: dict[str, str] = {}
     for full in source.reader.tensors:
-        short = full.removeprefix("transformer.") if source.layout == "hf" else full
+        short = full.removeprefix(HF_PREFIXES.get(source.layout, ""))
         if short in full_names:
             raise error(f"has both {full_names[short][:80]!r} and {full[:80]!r}")
         full_names[short] = full
-    tied = {"lm_head.weight", "out_head.weight"} if source.config.tie_embeddings else set()
+    tied = UNEMBEDDING_TENSORS if source.config.tie_embeddings else set()
     if missing := sorted(set(slots_by_name) - set(full_names)):
         raise error(f"lacks {len(missing)} tensors that its config requires, such as {missing[0]}")
     unexpected = sorted(set(full_names) - set(slots_by_name) - tied)

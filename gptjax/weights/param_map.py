@@ -1,11 +1,12 @@
-"""Parameter names in other layouts: one table for import and export.
+"""Parameter names in other layouts: tables for import and export.
 
 Each cell is a source tensor name, with "{n}" for the layer. "[1]" selects the second
 third of a fused QKV tensor along its last axis; "^T" marks matrices stored as
-[output, input], as in PyTorch's Linear. OpenAI and Hugging Face store [input, output],
-as gptjax does.
+[output, input], as in PyTorch's Linear. OpenAI and Hugging Face's GPT-2 store
+[input, output], as gptjax does.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -13,9 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.config import GPTConfig
+from gptjax.model.quantization import num_input_axes
 
-SOURCE_LAYOUTS = ("hf", "openai", "book")  # other than "gptjax"; columns of the tables
-TOP_LEVEL = """
+# One line per parameter; the columns are layouts.
+GPT2_LAYOUTS = ("hf", "openai", "book")
+GPT2_TOP_LEVEL = """
 token_embedding/embedding     wte.weight      model/wte     tok_emb.weight
 position_embedding/embedding  wpe.weight      model/wpe     pos_emb.weight
 output_embedding/embedding    lm_head.weight  -             out_head.weight
@@ -23,7 +26,8 @@ final_norm/scale              ln_f.weight     model/ln_f/g  final_norm.scale
 final_norm/bias               ln_f.bias       model/ln_f/b  final_norm.shift
 head/kernel                   score.weight^T  -             -
 """
-PER_LAYER = """
+GPT2_LAYER_PREFIXES = ("h.{n}.", "model/h{n}/", "trf_blocks.{n}.")
+GPT2_PER_LAYER = """
 attention_norm/scale    ln_1.weight            ln_1/g            norm1.scale
 attention_norm/bias     ln_1.bias              ln_1/b            norm1.shift
 attention/query/kernel  attn.c_attn.weight[0]  attn/c_attn/w[0]  att.W_query.weight^T
@@ -41,23 +45,57 @@ mlp/up/bias             mlp.c_fc.bias          mlp/c_fc/b        ff.layers.0.bia
 mlp/down/kernel         mlp.c_proj.weight      mlp/c_proj/w      ff.layers.2.weight^T
 mlp/down/bias           mlp.c_proj.bias        mlp/c_proj/b      ff.layers.2.bias
 """
-# Prefixes of the names in PER_LAYER.
-LAYER_PREFIXES = ("h.{n}.", "model/h{n}/", "trf_blocks.{n}.")
+LLAMA_LAYOUTS = ("llama", "gguf")
+LLAMA_TOP_LEVEL = """
+token_embedding/embedding   embed_tokens.weight  token_embd.weight
+output_embedding/embedding  lm_head.weight       output.weight
+final_norm/scale            norm.weight          output_norm.weight
+head/kernel                 score.weight^T       -
+"""
+LLAMA_LAYER_PREFIXES = ("layers.{n}.", "blk.{n}.")
+LLAMA_PER_LAYER = """
+attention_norm/scale        input_layernorm.weight           attn_norm.weight
+attention/query/kernel      self_attn.q_proj.weight^T        attn_q.weight^T
+attention/key/kernel        self_attn.k_proj.weight^T        attn_k.weight^T
+attention/value/kernel      self_attn.v_proj.weight^T        attn_v.weight^T
+attention/query_norm/scale  self_attn.q_norm.weight          attn_q_norm.weight
+attention/key_norm/scale    self_attn.k_norm.weight          attn_k_norm.weight
+attention/out/kernel        self_attn.o_proj.weight^T        attn_output.weight^T
+mlp_norm/scale              post_attention_layernorm.weight  ffn_norm.weight
+mlp/gate/kernel             mlp.gate_proj.weight^T           ffn_gate.weight^T
+mlp/up/kernel               mlp.up_proj.weight^T             ffn_up.weight^T
+mlp/down/kernel             mlp.down_proj.weight^T           ffn_down.weight^T
+"""
 
 
-def _parse_param_names() -> dict[str, tuple[str, ...]]:
-    """Returns the source names of each parameter, one per layout."""
-    table = {ours: theirs for ours, *theirs in map(str.split, TOP_LEVEL.strip().split("\n"))}
-    for ours, *theirs in map(str.split, PER_LAYER.strip().split("\n")):
-        table[f"blocks/{ours}"] = [a + b for a, b in zip(LAYER_PREFIXES, theirs, strict=True)]
-    return {ours: tuple(theirs) for ours, theirs in table.items()}
+def _parse_source_names(
+    layouts: tuple[str, ...], top_level: str, layer_prefixes: tuple[str, ...], per_layer: str
+) -> dict[str, dict[str, str]]:
+    """Returns the cell of each parameter, by layout and parameter name."""
+    names: dict[str, dict[str, str]] = {layout: {} for layout in layouts}
+    for leaf, *cells in map(str.split, top_level.strip().split("\n")):
+        for layout, cell in zip(layouts, cells, strict=True):
+            names[layout][leaf] = cell
+    for leaf, *cells in map(str.split, per_layer.strip().split("\n")):
+        for layout, prefix, cell in zip(layouts, layer_prefixes, cells, strict=True):
+            names[layout][f"blocks/{leaf}"] = prefix + cell
+    return names
 
 
-PARAM_NAMES = _parse_param_names()
+# Cells by layout, other than "gptjax", and parameter name.
+SOURCE_NAMES = _parse_source_names(
+    GPT2_LAYOUTS, GPT2_TOP_LEVEL, GPT2_LAYER_PREFIXES, GPT2_PER_LAYER
+) | _parse_source_names(LLAMA_LAYOUTS, LLAMA_TOP_LEVEL, LLAMA_LAYER_PREFIXES, LLAMA_PER_LAYER)
+# transformers omits it if the model has no head.
+HF_PREFIXES = {"hf": "transformer.", "llama": "model."}
 # Matrices with one row per token.
 EMBEDDING_TABLES = ("token_embedding/embedding", "output_embedding/embedding")
-# Causal masks that files store beside the parameters.
-IGNORED_BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias|trf_blocks\.\d+\.att\.mask")
+UNEMBEDDING_TENSORS = {names.get(EMBEDDING_TABLES[1]) for names in SOURCE_NAMES.values()}
+# Causal masks and frequencies that files store beside the parameters.
+IGNORED_BUFFERS = re.compile(
+    r"h\.\d+\.attn\.(masked_)?bias|trf_blocks\.\d+\.att\.mask"
+    r"|layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+)
 CELL_PATTERN = re.compile(r"([^\[^]+)(?:\[(\d)\])?(\^T)?")
 
 
@@ -82,15 +120,15 @@ def param_slots(
         return {name: [ParamSlot(name, shape=leaf.shape)] for name, leaf in leaves.items()}
     slots_by_name: dict[str, list[ParamSlot]] = {}
     for leaf, array in leaves.items():
-        cell: Any = CELL_PATTERN.fullmatch(PARAM_NAMES[leaf][SOURCE_LAYOUTS.index(layout)])
+        cell: Any = CELL_PATTERN.fullmatch(SOURCE_NAMES[layout][leaf])
         name, qkv_digit, transposed = cell.groups()
         is_stacked = leaf.startswith("blocks/")
         shape = array.shape[1:] if is_stacked else array.shape
         if leaf.endswith("/kernel"):  # sources have no head axis
-            input_dim = config.actual_mlp_dim if "mlp/down" in leaf else config.d_model
-            shape = (input_dim, int(np.prod(shape)) // input_dim)
+            num_inputs = num_input_axes(leaf, len(shape))
+            shape = (math.prod(shape[:num_inputs]), math.prod(shape[num_inputs:]))
         elif is_stacked:
-            shape = (int(np.prod(shape)),)
+            shape = (math.prod(shape),)
         qkv_index = None if qkv_digit is None else int(qkv_digit)
         for layer in range(config.n_layers) if is_stacked else [None]:
             slot = ParamSlot(leaf, shape, layer, qkv_index, bool(transposed))
