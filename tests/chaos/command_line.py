@@ -211,7 +211,7 @@ def random_value(rng: random.Random, folder: Path, suffix: str) -> str:
     if rng.random() < 0.2:
         return rng.choice((*FILES, *FOLDERS, "."))
     kind = rng.choice(KINDS)
-    if suffix == ".toml" and kind == "empty":
+    if suffix == ".toml" and kind in ("empty", "unreadable"):
         kind = "binary"  # an empty config is valid: it trains a GPT-2 for hours
     return make_file(kind, folder / f"other{suffix}")
 
