@@ -19,7 +19,8 @@ from itertools import pairwise
 
 from gptjax.errors import ConfigError, DataError
 from gptjax.tokenizer import tokenizer
-from gptjax.tokenizer.bpe import SPLIT_REGEX, encode_utf8
+from gptjax.tokenizer.bpe import encode_utf8
+from gptjax.tokenizer.pre_tokenizer import PRE_TOKENIZERS
 
 Pair = tuple[str, str]
 Symbols = tuple[str, ...]
@@ -80,7 +81,9 @@ def gpt2_words(text: str) -> list[str]:
         DataError: the text contains a lone surrogate.
     """
     encode_utf8(text)  # raises an error with the position of a surrogate
-    return [tokenizer.bytes_to_unicode(match[0].encode()) for match in SPLIT_REGEX.finditer(text)]
+    return [
+        tokenizer.bytes_to_unicode(word.encode()) for word in PRE_TOKENIZERS["gpt-2"].words(text)
+    ]
 
 
 def gpt2_text(symbols: Iterable[str]) -> str:

@@ -1,8 +1,8 @@
 """Byte-pair encoding: splitting into words, training, and recovering merges.
 
 A token is a byte string and its rank is its id. Encoding applies the possible merge of
-lowest rank first (Sennrich et al. 2016; on bytes, with the split below, Radford et al.
-2019, sec. 2.2). `gptjax.tokenizer.tokenizer` encodes, with tiktoken.
+lowest rank first (Sennrich et al. 2016; on bytes, Radford et al. 2019, sec. 2.2).
+`gptjax.tokenizer.tokenizer` encodes, with tiktoken.
 """
 
 import heapq
@@ -11,19 +11,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
-import regex
-
 from gptjax.errors import DataError
-
-# GPT-2's split into words: contractions; letters, digits or other symbols with one
-# space before them; whitespace, whose last character belongs to the next word.
-# Possessive quantifiers (++), so that a long run cannot exhaust a regex engine. Part of
-# every tokenizer's hash.
-SPLIT_PATTERN = (
-    r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
-    r"|\s++$|\s+(?!\S)|\s"
-)
-SPLIT_REGEX = regex.compile(SPLIT_PATTERN)
+from gptjax.tokenizer.pre_tokenizer import PRE_TOKENIZERS
 
 MAX_TOKEN_BYTES = 256  # twice GPT-2's longest; bounds the cost of unusual text
 MIN_PAIR_COUNT = 2  # minimum occurrences of a merged pair
@@ -86,7 +75,7 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for text in texts:
         encode_utf8(text)  # raises for a lone surrogate
-        counts.update(map(operator.itemgetter(0), SPLIT_REGEX.finditer(text)))
+        counts.update(PRE_TOKENIZERS["gpt-2"].words(text))
     words: Counter[str] = Counter()
     for word, count in counts.items():
         data = word.encode().decode("latin-1")

@@ -1,8 +1,10 @@
-"""Byte-level BPE tokenizers: GPT-2's, trained ones and plain bytes.
+"""Byte-level BPE tokenizers: GPT-2's, trained ones, plain bytes, and those of Llamas.
 
-Each is a table of byte strings and ids, applied by tiktoken. Encoding is lossless for
-any text. `<|endoftext|>` separates documents. Like other special tokens of a model, it
-exists only as an id: the same characters in a text are encoded as ordinary text.
+Each is a table of byte strings and ids, applied by tiktoken to the words of a
+pre-tokenizer. Encoding is lossless, except that some foreign vocabularies lack bytes
+that are rare in text, and that some normalize Unicode. The end-of-text token separates
+documents. Like other special tokens, it exists only as an id: the same characters in a
+text are encoded as ordinary text.
 """
 
 import codecs
@@ -13,12 +15,11 @@ import json
 import operator
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
-import regex
 import tiktoken
 from jaxtyping import Int32, UInt
 
@@ -26,7 +27,8 @@ from gptjax.errors import ConfigError, DataError, check_type
 from gptjax.fileio import strict_json
 from gptjax.fileio.atomic import write_atomic
 from gptjax.fileio.paths import user_path
-from gptjax.tokenizer.bpe import MAX_TOKEN_BYTES, SPLIT_PATTERN, encode_utf8, split_merge, train_bpe
+from gptjax.tokenizer.bpe import MAX_TOKEN_BYTES, encode_utf8, split_merge, train_bpe
+from gptjax.tokenizer.pre_tokenizer import PRE_TOKENIZERS
 
 ENDOFTEXT = "<|endoftext|>"
 MIN_TRAINED_VOCAB_SIZE = 257
@@ -38,6 +40,12 @@ ADDED_TOKENS = "added_tokens.json"  # beside vocab.json
 # In tokenizer.json, not set for GPT-2.
 BPE_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
 MERGES_HEADER = "#version: 0.2"  # first line of a merges.txt
+# Control tokens that end a text or a reply in Llama 3, Qwen and SmolLM2. A GGUF file
+# names only one of them; llama.cpp stops at all of them, too.
+END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>")
+# Not in UTF-8, only in unassigned characters (U+40000 to U+BFFFF), or ASCII control
+# characters but tab and line breaks. Vocabularies such as SmolLM2's lack some of them.
+RARE_BYTES = {0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100), *range(32), 127} - {*b"\t\n\r"}
 MAX_TOKENIZER_BYTES = 64_000_000  # GPT-2's files are 1.0 and 0.5 MB
 
 # GPT-2's files represent each byte by one printable character: itself where it is
@@ -48,12 +56,6 @@ BYTE_TO_CHAR = {byte: chr(byte) for byte in PRINTABLE_BYTES}
 BYTE_TO_CHAR |= {byte: chr(256 + i) for i, byte in enumerate(UNPRINTABLE_BYTES)}
 CHAR_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHAR.items()}
 
-# tiktoken's regex engine panics on a million whitespace characters before a word.
-# Longer runs are encoded separately, without their last character: the regex splits
-# there anyway.
-MAX_WHITESPACE_RUN = 100_000
-LONG_WHITESPACE_PATTERN = regex.compile(rf"(?<!\s)\s{{{MAX_WHITESPACE_RUN},}}(?=\s\S)")
-
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
@@ -61,14 +63,31 @@ class Tokenizer:
 
     name: str  # name or path it was loaded from
     ranks: Mapping[bytes, int] = dataclasses.field(repr=False)  # token -> id
-    eot_token: int  # id of <|endoftext|>
+    eot_token: int  # id of the end-of-text token
     # Ids of other special tokens, such as [PAD].
     added_tokens: Mapping[str, int] = dataclasses.field(default_factory=dict, repr=False)
+    _: dataclasses.KW_ONLY
+    eot_name: str = ENDOFTEXT  # the `eos_token` of transformers
+    pre_tokenizer: str = "gpt-2"  # one of PRE_TOKENIZERS
+    bos_token: int | None = None  # id of the token that chat templates call bos_token
+    add_bos: bool = False  # the model expects bos_token before each text
+    stop_tokens: tuple[int, ...] = ()  # end a reply like eot_token, such as <|eot_id|>
 
     @property
     def special_tokens(self) -> dict[str, int]:
         """Ids of all tokens that no text is encoded to."""
-        return {ENDOFTEXT: self.eot_token, **self.added_tokens}
+        return {self.eot_name: self.eot_token, **self.added_tokens}
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids that end a generated text."""
+        return list(dict.fromkeys([self.eot_token, *self.stop_tokens]))
+
+    @property
+    def bos_name(self) -> str:
+        """Name of `bos_token`; that of the end-of-text token if there is none."""
+        names = {token_id: name for name, token_id in self.special_tokens.items()}
+        return self.eot_name if self.bos_token is None else names[self.bos_token]
 
     @property
     def vocab_size(self) -> int:
@@ -83,6 +102,12 @@ class Tokenizer:
         """
         return self.encode_array(text, special).tolist()
 
+    def prepend_bos(self, ids: list[int]) -> list[int]:
+        """Puts `bos_token` first if the model expects it and `ids` lack it."""
+        if self.bos_token is None or not self.add_bos or ids[:1] == [self.bos_token]:
+            return ids
+        return [self.bos_token, *ids]
+
     @property
     def is_bytewise(self) -> bool:
         """True if the tokens of text are the 256 bytes, with the ids 0 to 255."""
@@ -91,12 +116,15 @@ class Tokenizer:
     def encode_array(self, text: str, special: Collection[str] = ()) -> UInt[np.ndarray, " L"]:
         """Encodes text to an array; releases the GIL unless `is_bytewise`."""
         check_type("text", text, str, "Pass one text.")
+        splitter = PRE_TOKENIZERS[self.pre_tokenizer]
+        text = splitter.normalize(text)
         data = encode_utf8(text)  # raises: tiktoken would silently replace lone surrogates
         if self.is_bytewise and not special:
             return np.frombuffer(data.translate(self.byte_table), np.uint8)
         options: Any = {"allowed_special": set(special), "disallowed_special": ()}
-        parts = split_long_whitespace(text)
-        return np.concatenate([self.encoding.encode_to_numpy(part, **options) for part in parts])
+        parts = splitter.split_long_whitespace(text)
+        ids = np.concatenate([self.encoding.encode_to_numpy(part, **options) for part in parts])
+        return ids[ids < self.vocab_size] if self.missing_bytes else ids
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Decodes ids; invalid UTF-8 becomes U+FFFD."""
@@ -133,13 +161,19 @@ class Tokenizer:
 
     @functools.cached_property
     def encoding(self) -> tiktoken.Encoding:
-        """Tiktoken encoding with the same table."""
+        """Tiktoken encoding with the same table; missing bytes have ids after it."""
+        missing = {byte: self.vocab_size + n for n, byte in enumerate(self.missing_bytes)}
         return tiktoken.Encoding(
             self.name,
-            pat_str=SPLIT_PATTERN,
-            mergeable_ranks=dict(self.ranks),
+            pat_str=PRE_TOKENIZERS[self.pre_tokenizer].pattern,
+            mergeable_ranks={**self.ranks, **missing},
             special_tokens=self.special_tokens,
         )
+
+    @functools.cached_property
+    def missing_bytes(self) -> list[bytes]:
+        """Bytes without a token, which encoding drops."""
+        return [byte for byte in map(bytes, zip(range(256))) if byte not in self.ranks]
 
     @functools.cached_property
     def byte_table(self) -> bytes:
@@ -155,12 +189,16 @@ class Tokenizer:
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256 of the split pattern and all tokens; independent of the name."""
-        digest = hashlib.sha256(f"{SPLIT_PATTERN}\n{self.eot_token}\n".encode())
+        """SHA-256 of all that determines ids; independent of the name."""
+        pattern = PRE_TOKENIZERS[self.pre_tokenizer].pattern
+        digest = hashlib.sha256(f"{pattern}\n{self.eot_token}\n".encode())
         for token in sorted(self.ranks, key=self.ranks.__getitem__):
             digest.update(f"{self.ranks[token]} {token.hex()}\n".encode())
         for name, token_id in sorted(self.added_tokens.items()):
             digest.update(f"{token_id} {name!r}\n".encode())
+        extras = (self.eot_name, self.pre_tokenizer, self.bos_token, self.add_bos)
+        if extras != (ENDOFTEXT, "gpt-2", None, False):
+            digest.update(f"{extras}\n".encode())
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
@@ -180,15 +218,6 @@ class Tokenizer:
             TOKENIZER_CONFIG: json.dumps(config, indent=2) + "\n",
         }.items():
             write_atomic(folder / name, text, MAX_TOKENIZER_BYTES)
-
-
-def split_long_whitespace(text: str) -> list[str]:
-    """Splits text inside whitespace runs too long for tiktoken."""
-    blocks = (text[i : i + MAX_WHITESPACE_RUN] for i in range(0, len(text), MAX_WHITESPACE_RUN))
-    if not any(block.isspace() for block in blocks):
-        return [text]
-    ends = (match.end() for match in LONG_WHITESPACE_PATTERN.finditer(text))
-    return [text[a:b] for a, b in pairwise([0, *ends, len(text)])]
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
@@ -273,8 +302,11 @@ def read_gpt2_merges() -> list[str]:
     return GPT2_MERGES.read_text(encoding="utf-8").split("\n")[1:-1]
 
 
-def derive_merge_lines(ranks: Mapping[bytes, int]) -> list[str]:
-    """Derives the lines of merges.txt from the ranks."""
+def derive_merge_lines(ranks: Mapping[bytes, int], ignore_merges: bool = False) -> list[str]:
+    """Derives the lines of merges.txt from the ranks.
+
+    With `ignore_merges`, a token may also be a whole word that no merge creates.
+    """
     if len(ranks) == 50_256 and ranks == load_tokenizer("gpt2").ranks:
         return read_gpt2_merges()  # deriving them takes a second
     lines = []
@@ -282,34 +314,106 @@ def derive_merge_lines(ranks: Mapping[bytes, int]) -> list[str]:
         if len(token) == 1:
             continue
         pair = split_merge(token, ranks)
-        if pair is None:
+        if pair is not None:
+            lines.append(" ".join(map(bytes_to_unicode, pair)))
+        elif not ignore_merges:
             raise DataError(
                 f"token {ranks[token]}, {bytes_to_unicode(token)!r}, cannot be merged "
                 "from two tokens with smaller ids"
             )
-        lines.append(" ".join(map(bytes_to_unicode, pair)))
     return lines
+
+
+def tokenizer_from_vocab(
+    name: str,
+    tokens: Sequence[str],
+    merges: Sequence[str],
+    *,
+    special: Mapping[str, int],
+    pre: str,
+    bos: int | None,
+    eos: Sequence[int],
+    add_bos: bool,
+) -> Tokenizer:
+    """Builds a tokenizer from the untrusted vocabulary of a GGUF file.
+
+    Args:
+        name: of the tokenizer.
+        tokens: by id; byte strings in the notation of GPT-2's files.
+        merges: "left right" in the same notation.
+        special: ids of tokens that are no byte strings.
+        pre: name of the pre-tokenizer.
+        bos: id of the token before a text, if any.
+        eos: ids of the tokens that end a text; at least one.
+        add_bos: the model expects `bos` before each text.
+    """
+    if pre not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise DataError(f"its pre-tokenizer is {pre!r:.60}, but gptjax only knows {known}")
+    ids = {token: token_id for token_id, token in enumerate(tokens)}
+    if len(ids) < len(tokens):
+        first = next(token for token_id, token in enumerate(tokens) if ids[token] != token_id)
+        raise DataError(f"its token {first!r:.80} occurs twice")
+    names = {token_id: token for token, token_id in special.items()}
+    ends = [names[n] for n in eos if n in names] + [n for n in END_NAMES if n in special]
+    if not ends:
+        raise DataError("it names no token that ends a text")
+    return build_tokenizer(
+        name,
+        ids,
+        merges,
+        special,
+        ignore_merges=pre == "llama-bpe",
+        eot_name=ends[0],
+        pre_tokenizer=pre,
+        bos_token=bos if bos in names else None,
+        add_bos=add_bos and bos in names,
+        stop_tokens=tuple(sorted({special[end] for end in ends} - {special[ends[0]]})),
+    )
+
+
+def build_tokenizer(
+    name: str,
+    ids: Mapping[str, Any],
+    merge_lines: Sequence[str],
+    special: Mapping[str, int],
+    *,
+    ignore_merges: bool,
+    eot_name: str,
+    **options: Any,
+) -> Tokenizer:
+    """Validates a vocabulary and its merges; returns the tokenizer."""
+    if eot_name not in special:
+        raise DataError(f"{eot_name} is missing")
+    ranks = ids_to_ranks(ids, special)
+    expected_lines = derive_merge_lines(ranks, ignore_merges)
+    if ignore_merges:  # Llama 3's list has other pairs as well, which merging never reaches
+        known = set(expected_lines)
+        merge_lines = [line for line in merge_lines if line in known]
+    pairs = zip_longest(merge_lines, expected_lines)
+    for number, (actual, expected) in enumerate(pairs, start=1):
+        if actual != expected:
+            raise DataError(
+                f"merge {number} is {(actual or 'missing')[:80]!r}, but the vocabulary "
+                f"implies {expected or 'absent'!r}"
+            )
+    added_tokens = {token: n for token, n in special.items() if token != eot_name}
+    eot_token = special[eot_name]
+    return Tokenizer(name, ranks, eot_token, added_tokens, eot_name=eot_name, **options)
 
 
 def read_tokenizer_dir(folder: Path) -> Tokenizer:
     """Reads a tokenizer from a folder of untrusted files."""
     try:
         ids, merge_lines, special_tokens = read_tokenizer_files(folder)
-        ranks = ids_to_ranks(ids, special_tokens)
-        pairs = zip_longest(merge_lines, derive_merge_lines(ranks))
-        for number, (actual, expected) in enumerate(pairs, start=1):
-            if actual != expected:
-                raise DataError(
-                    f"merge {number} is {(actual or 'missing')[:80]!r}, but the vocabulary "
-                    f"implies {expected or 'absent'!r}"
-                )
+        special = {token: ids[token] for token in special_tokens if token in ids}
+        options: Any = {"ignore_merges": False, "eot_name": ENDOFTEXT}
+        return build_tokenizer(str(folder), ids, merge_lines, special, **options)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(
             f"invalid tokenizer files in {folder}: {error}. Copy the folder again, or use "
             "another tokenizer."
         ) from error
-    added_tokens = {token: ids[token] for token in special_tokens if token != ENDOFTEXT}
-    return Tokenizer(str(folder), ranks, ids[ENDOFTEXT], added_tokens)
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
@@ -389,7 +493,7 @@ def read_tokenizer_json(path: Path) -> tuple[dict[str, Any], list[str], list[Any
     raise DataError("not a byte-level BPE like GPT-2's")
 
 
-def ids_to_ranks(ids: Mapping[str, Any], special_tokens: Collection[str]) -> dict[bytes, int]:
+def ids_to_ranks(ids: Mapping[str, Any], special: Collection[str]) -> dict[bytes, int]:
     """Validates the ids of all tokens; returns those of the byte strings.
 
     Tokens have the ids 0, 1, 2, ... in any order.
@@ -401,15 +505,14 @@ def ids_to_ranks(ids: Mapping[str, Any], special_tokens: Collection[str]) -> dic
         if not 0 < len(token) <= MAX_TOKEN_BYTES:
             raise DataError(f"token {token_id} has {len(token)} bytes, not 1 to {MAX_TOKEN_BYTES}")
         encode_utf8(token)
-        if token in special_tokens:
+        if token in special:
             continue
         if others := set(token) - CHAR_TO_BYTE.keys():
             raise DataError(f"token {token_id} has {min(others)!r}, which represents no byte")
         ranks[unicode_to_bytes(token)] = token_id
     if missing := set(range(len(ids))) - set(ids.values()):
         raise DataError(f"none of its {len(ids)} tokens has the id {min(missing)}")
-    if ENDOFTEXT not in ids:
-        raise DataError(f"{ENDOFTEXT} is missing")
-    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing := [byte for byte in missing if byte not in RARE_BYTES]:
         raise DataError(f"byte {missing[0]} ({BYTE_TO_CHAR[missing[0]]!r}) is missing")
     return ranks

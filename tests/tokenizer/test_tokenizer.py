@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gptjax.errors import ConfigError, DataError
 from gptjax.tokenizer import bpe, tokenizer
+from gptjax.tokenizer.pre_tokenizer import PRE_TOKENIZERS
 from gptjax.tokenizer.tokenizer import ENDOFTEXT
 
 GPT2 = tokenizer.load_tokenizer("gpt2")
@@ -102,16 +103,19 @@ def test_gpt2_is_the_published_tokenizer(tmp_path):
     assert GPT2.hash.startswith("2a551909b8891192")
 
 
-def test_a_million_spaces_are_encoded_and_splitting_changes_no_id(monkeypatch):
-    text = "\n \u3000" * 333_333 + "\tb"
-    assert GPT2.decode(GPT2.encode(text)) == text
-    text = "a   b\n \u3000\n b  .   \x1c ab "
-    whole = GPT2.encode(text)
-    monkeypatch.setattr(tokenizer, "MAX_WHITESPACE_RUN", 2)
-    pattern = tokenizer.LONG_WHITESPACE_PATTERN.pattern.replace("100000", "2")
-    monkeypatch.setattr(tokenizer, "LONG_WHITESPACE_PATTERN", bpe.regex.compile(pattern))
-    assert len(tokenizer.split_long_whitespace(text)) > 3
-    assert GPT2.encode(text) == whole
+@pytest.mark.parametrize("pre_tokenizer", PRE_TOKENIZERS)
+def test_a_million_spaces_are_encoded_and_splitting_changes_no_id(pre_tokenizer):
+    kind = dataclasses.replace(GPT2, pre_tokenizer=pre_tokenizer)
+    for end in ("\tb", "\n\nb", " 1", "\n", ""):
+        text = "!" + "\n \u3000" * 333_333 + end
+        assert kind.decode(kind.encode(text)) == text
+
+    splitter = PRE_TOKENIZERS[pre_tokenizer]
+    for end in (" b", "\tb", "\nb", "  1", "\n1", " .", "\n!", " ", "\n"):
+        text = f"a   b!\n \u3000\n{end}  1   \x1c ab \n\n x  {end}"
+        parts = splitter.split_long_whitespace(text, limit=2)
+        assert len(parts) > 2
+        assert [i for part in parts for i in kind.encode(part)] == kind.encode(text)
 
 
 def test_loading_inverts_saving_and_the_hash_includes_all_but_the_name(tmp_path):
