@@ -30,6 +30,16 @@ REQUIRED_CONFIG = {  # the configurations that the book's class supports
     "vocab_multiple": 1,
     "n_classes": 0,
     "causal": True,
+    "position": "learned",
+    "norm": "layer",
+    "norm_eps": 1e-5,
+    "mlp": "gelu",
+    "mlp_dim": 0,
+    "n_kv_heads": 0,
+    "head_dim": 0,
+    "qk_norm": False,
+    "bias": True,
+    "residual_init": "gpt2",
 }
 
 

@@ -82,7 +82,7 @@ def load_classification_data(run: RunContext) -> tuple[RunContext, Classificatio
     summary_lines = [f"data     {columns}", *dropped, *describe_splits(rows)]
     if num_truncated:
         summary_lines.append(f"too long {num_truncated} texts truncated to the context")
-    if problem := hf_problem(c.model):
+    if problem := hf_problem(c.model, is_classifier=True):
         summary_lines.append(f"export   not with --to hf: {problem}")
     text_label_pairs = {
         split: zip(part.texts, (part.class_names[n] for n in part.labels), strict=True)

@@ -1,20 +1,20 @@
 """Exports models in formats that other tools load.
 
-hf    Hugging Face GPT-2 (transformers, llama.cpp's converter, vLLM, ...)
+hf    Hugging Face GPT-2, Llama or Qwen 3 (for transformers, llama.cpp, vLLM, ...)
 book  state dict of the book's PyTorch GPTModel, whose output head is never tied
 
 Every export is loaded again and must reproduce the logits before it is kept.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.config import GPTConfig, did_you_mean
+from gptjax.config import LLAMA_OPTIONS, GPTConfig, did_you_mean
 from gptjax.errors import ConfigError, ModelError
 from gptjax.fileio.atomic import atomic_path, write_atomic
 from gptjax.model.classifier import class_logits
@@ -22,11 +22,39 @@ from gptjax.model.gpt import apply
 from gptjax.tree import flatten_with_names, num_params
 from gptjax.weights.load import load
 from gptjax.weights.model_folder import Model, write_chat_template, write_model_json
-from gptjax.weights.param_map import EMBEDDING_TABLES, pack_tensor, param_slots
+from gptjax.weights.param_map import (
+    EMBEDDING_TABLES,
+    HF_PREFIXES,
+    hf_layout,
+    pack_tensor,
+    param_slots,
+)
 from gptjax.weights.safetensors import write_safetensors
 
 NUM_CHECK_TOKENS = 16
-HF_HEAD_TENSORS = ("lm_head.weight", "score.weight")  # not prefixed by "transformer."
+HF_HEAD_TENSORS = ("lm_head.weight", "score.weight")  # without the prefix of the others
+
+
+class HFArchitecture(NamedTuple):
+    """Name of an architecture, and its classes in transformers."""
+
+    name: str
+    lm: str
+    classifier: str
+
+
+HF_ARCHITECTURES = {  # by model_type
+    "gpt2": HFArchitecture("GPT-2", "GPT2LMHeadModel", "GPT2ForSequenceClassification"),
+    "llama": HFArchitecture("Llama", "LlamaForCausalLM", "LlamaForSequenceClassification"),
+    "qwen3": HFArchitecture("Qwen 3", "Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
+}
+# Options that an architecture determines.
+GPT2_OPTIONS: dict[str, Any] = {
+    **{"position": "learned", "norm": "layer", "mlp": "gelu", "bias": True},
+    **{"qk_norm": False, "causal": True},
+}
+LLAMA_VALUES = {n: (value,) for n, value in (LLAMA_OPTIONS | {"causal": True}).items()}
+CLASSIFIER_VALUES = {"pool": ("last",), "head_bias": (False,)}
 # Relative to the largest logit: float32 rounding is 6e-8 per sum, of some hundred sums.
 EXPORT_TOLERANCE = 1e-5
 
@@ -113,53 +141,126 @@ def named_tensors(model: Model, layout: str) -> dict[str, np.ndarray]:
     return {name: pack_tensor(slots, leaves) for name, slots in slots_by_name.items()}
 
 
-def hf_problem(config: GPTConfig) -> str:
-    """Says why transformers cannot represent a classifier; "" if it can."""
-    values = {"pool": "last", "head_bias": False, "causal": True}
-    others = [f"model.{n}={v}" for n in values if (v := getattr(config, n)) != values[n]]
-    return f"transformers has no classifiers with {', '.join(others)}" if others else ""
+def gpt2_values(config: GPTConfig) -> dict[str, tuple[Any, ...]]:
+    """Returns the values that options of a GPT-2 of this size can have."""
+    values = {n: (value,) for n, value in GPT2_OPTIONS.items()}
+    head_dim = config.d_model / config.n_heads
+    return values | {"n_kv_heads": (0, config.n_heads), "head_dim": (0, head_dim)}
+
+
+def hf_model_type(config: GPTConfig) -> str:
+    """Returns the key in `HF_ARCHITECTURES` of the most similar architecture."""
+    if hf_layout(config) == "hf":
+        return "gpt2"
+    return "qwen3" if config.qk_norm else "llama"
+
+
+def hf_problem(config: GPTConfig, is_classifier: bool) -> str:
+    """Says why transformers cannot represent a model; "" if it can."""
+    model_type = hf_model_type(config)
+    values = gpt2_values(config) if model_type == "gpt2" else LLAMA_VALUES
+    values = values | (CLASSIFIER_VALUES if is_classifier else {})
+    return unsupported_options(config, values, f"{HF_ARCHITECTURES[model_type].name} models")
+
+
+def unsupported_options(
+    config: GPTConfig, values: Mapping[str, tuple[Any, ...]], models: str
+) -> str:
+    """Says which options have none of the values of a format; "" if all do."""
+    found = {name: getattr(config, name) for name in values}
+    others = [
+        f"model.{n}={value} (only {values[n][0]})"
+        for n, value in found.items()
+        if value not in values[n]
+    ]
+    return f"{models} of this format do not have {', '.join(others)}" if others else ""
+
+
+def gpt2_json(config: GPTConfig) -> dict[str, Any]:
+    """Returns the keys that a config.json of a GPT-2 has."""
+    return {
+        "n_positions": config.context_length,
+        "n_ctx": config.context_length,  # old name of n_positions, still read by some tools
+        "n_embd": config.d_model,
+        "n_layer": config.n_layers,
+        "n_head": config.n_heads,
+        "n_inner": config.mlp_dim or None,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": config.norm_eps,
+        **dict.fromkeys(["attn_pdrop", "embd_pdrop", "resid_pdrop"], config.dropout),
+    }
+
+
+def llama_json(config: GPTConfig) -> dict[str, Any]:
+    """Returns the keys that a config.json of a Llama or Qwen 3 has."""
+    scaling = None
+    if config.rope_factor != 1:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": config.rope_factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": config.rope_original_context,
+        }
+    return {
+        "max_position_embeddings": config.context_length,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.actual_mlp_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.actual_kv_heads,
+        "head_dim": config.actual_head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "attention_bias": False,
+        # Names of transformers 4, which later versions and other tools read as well.
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+    }
+
+
+def lossless_dtype(arrays: Iterable[np.ndarray]) -> str:
+    """Returns bfloat16 if it represents all values exactly, else float32."""
+    is_exact = all(not (array.view(np.uint32) & 0xFFFF).any() for array in arrays)
+    return "bfloat16" if is_exact else "float32"
 
 
 def write_hf(model: Model, folder: Path) -> None:
     """Writes all files that transformers needs, except those of the tokenizer."""
     c, eot = model.config, model.tokenizer.eot_token
-    if model.labels and (problem := hf_problem(c)):
-        raise ModelError(f"{problem}. Train one with pool='last', no head bias and causal=true.")
+    model_type = hf_model_type(c)
+    is_gpt2, architecture = model_type == "gpt2", HF_ARCHITECTURES[model_type]
+    if problem := hf_problem(c, bool(model.labels)):
+        raise ModelError(f"{problem}. Train a model with other options.")
+    arrays = named_tensors(model, hf_layout(c))
+    # As in the public files: Llama's and Qwen's are bfloat16, GPT-2's are float32.
+    dtype = "float32" if is_gpt2 else lossless_dtype(arrays.values())
     hf_config = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
+        "architectures": [architecture.classifier if model.labels else architecture.lm],
+        "model_type": model_type,
         "vocab_size": c.vocab_size,
-        "n_positions": c.context_length,
-        "n_ctx": c.context_length,  # old name of n_positions, still read by some tools
-        "n_embd": c.d_model,
-        "n_layer": c.n_layers,
-        "n_head": c.n_heads,
-        "n_inner": None,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        **dict.fromkeys(["attn_pdrop", "embd_pdrop", "resid_pdrop"], c.dropout),
+        **(gpt2_json(c) if is_gpt2 else llama_json(c)),
         "tie_word_embeddings": c.tie_embeddings,
         "bos_token_id": eot,
         "eos_token_id": eot,
-        "dtype": "float32",
+        "dtype": dtype,
     }
     if model.labels:
         hf_config |= {
-            "architectures": ["GPT2ForSequenceClassification"],
             "id2label": {str(n): label for n, label in enumerate(model.labels)},
             "label2id": {label: n for n, label in enumerate(model.labels)},
             "pad_token_id": eot,  # classifies the token before the first padding
         }
-    arrays = named_tensors(model, "hf")
+    prefix = HF_PREFIXES[hf_layout(c)]
     prefixed = {
-        name if name in HF_HEAD_TENSORS else f"transformer.{name}": array
+        name if name in HF_HEAD_TENSORS else prefix + name: array.astype(dtype, copy=False)
         for name, array in arrays.items()
     }
     write_safetensors(prefixed, folder / "model.safetensors")
     write_model_json(hf_config, folder / "config.json")
     special_tokens = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
     write_model_json(special_tokens, folder / "generation_config.json")
-    write_atomic(folder / "README.md", model_card(model))
+    write_atomic(folder / "README.md", model_card(model, architecture.name, model_type))
 
 
 def write_book(model: Model, folder: Path) -> None:
@@ -167,6 +268,9 @@ def write_book(model: Model, folder: Path) -> None:
     c = model.config
     if model.labels:
         raise ModelError("the book's format stores no labels of a classifier. Use --to hf.")
+    sizes = {"mlp_dim": (0, 4 * c.d_model), "norm_eps": (1e-5,)}
+    if problem := unsupported_options(c, gpt2_values(c) | sizes, "GPT-2 models"):
+        raise ModelError(f"{problem}. Train a model with other options.")
     book_config = {
         "vocab_size": c.vocab_size,
         "context_length": c.context_length,
@@ -183,17 +287,17 @@ def write_book(model: Model, folder: Path) -> None:
 EXPORT_WRITERS: dict[str, Callable[[Model, Path], None]] = {"hf": write_hf, "book": write_book}
 
 
-def model_card(model: Model) -> str:
+def model_card(model: Model, architecture: str, model_type: str) -> str:
     """Returns the model card (README.md) of an exported folder."""
     c = model.config
-    task, auto_class, title = "text-generation", "AutoModelForCausalLM", "A GPT-2"
+    task, auto_class, title = "text-generation", "AutoModelForCausalLM", f"A {architecture}"
     if model.labels:
         task, auto_class = "text-classification", "AutoModelForSequenceClassification"
-        title = f"A classifier ({', '.join(model.labels)}) on GPT-2"
+        title = f"A classifier ({', '.join(model.labels)}) on {architecture}"
     return f"""---
 library_name: transformers
 pipeline_tag: {task}
-tags: [gpt2, gptjax]
+tags: [{model_type}, gptjax]
 ---
 
 # {title} with {num_params(model.params):,} parameters

@@ -1,44 +1,73 @@
 """Configs of foreign models: each key is used, irrelevant, or rejected.
 
-Other values of a key than GPT-2's belong to other architectures, and so may keys that
-are unknown.
+Other values of a key than those of GPT-2, Llama and Qwen 3 belong to other
+architectures, and so may keys that are unknown.
 """
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from gptjax.config import GPTConfig
+from gptjax.config import LLAMA_OPTIONS, GPTConfig
 from gptjax.errors import ConfigError
 from gptjax.tokenizer.tokenizer import ENDOFTEXT, Tokenizer
 
-CONFIG_NAMES = {  # in config.json and hparams.json
+GPT2_NAMES = {  # in config.json and hparams.json
     "vocab_size": ("vocab_size", "n_vocab"),
     "context_length": ("n_positions", "n_ctx"),
     "n_layers": ("n_layer",),
     "n_heads": ("n_head",),
     "d_model": ("n_embd",),
 }
+LLAMA_NAMES = {  # in config.json
+    "vocab_size": ("vocab_size",),
+    "context_length": ("max_position_embeddings",),
+    "n_layers": ("num_hidden_layers",),
+    "n_heads": ("num_attention_heads",),
+    "d_model": ("hidden_size",),
+    "mlp_dim": ("intermediate_size",),
+}
+LLAMA_OPTIONAL_NAMES = {"n_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
 BOOK_NAMES = {
     **{name: name for name in ("vocab_size", "context_length", "n_heads", "n_layers", "qkv_bias")},
     "emb_dim": "d_model",
 }
-REQUIRED_HF_VALUES: dict[str, Any] = {
-    "model_type": "gpt2",
+MODEL_TYPES = ("gpt2", "llama", "qwen3")  # of transformers
+REQUIRED_GPT2_VALUES: dict[str, Any] = {
     "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
     "is_encoder_decoder": False,
     "pruned_heads": {},
 }
+REQUIRED_LLAMA_VALUES: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rope_interleaved": False,
+    "use_sliding_window": False,
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "pruned_heads": {},
+}
+# Of RoPE. Llama 3's frequency factors are the same in all its versions.
+REQUIRED_ROPE_VALUES: dict[str, Any] = {
+    "low_freq_factor": 1,
+    "high_freq_factor": 4,
+    "partial_rotary_factor": 1,
+}
+QWEN3_HEAD_DIM = 128  # default of transformers
+USED_ROPE_KEYS = ("rope_theta", "factor", "original_max_position_embeddings")
 USED_HF_KEYS = (
-    *("tie_word_embeddings", "n_inner", "id2label", "num_labels", "problem_type"),
+    *("model_type", "tie_word_embeddings", "id2label", "num_labels", "problem_type"),
     *("eos_token_id", "pad_token_id"),
 )
+USED_GPT2_KEYS = ("n_inner", "layer_norm_epsilon")
+USED_LLAMA_KEYS = ("rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters")
 # Settings of training, of generation, of other classes and of transformers itself.
 IRRELEVANT_HF_KEYS = """
-resid_pdrop embd_pdrop attn_pdrop initializer_range gradient_checkpointing
+resid_pdrop embd_pdrop attn_pdrop attention_dropout initializer_range
+gradient_checkpointing pretraining_tp
 finetuning_task task_specific_params label2id _num_labels
 
 bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping
@@ -50,6 +79,7 @@ repetition_penalty suppress_tokens temperature top_k top_p typical_p use_cache p
 summary_activation summary_first_dropout summary_proj_to_labels summary_type
 summary_use_proj n_special predict_special_tokens is_decoder tie_encoder_decoder
 cross_attention_hidden_size decoder_start_token_id bos_token_id sep_token_id
+is_llama_config sliding_window max_window_layers layer_types transformers.js_config
 
 _name_or_path _commit_hash _attn_implementation _attn_implementation_autoset
 architectures attn_implementation chunk_size_feed_forward dtype torch_dtype
@@ -69,37 +99,113 @@ def check_keys(metadata: Mapping[str, Any], known: Collection[str]) -> None:
             )
 
 
-def gpt2_config(metadata: Mapping[str, Any], **changes: Any) -> GPTConfig:
-    """Returns the config with the sizes in config.json or hparams.json."""
-    for name, theirs in CONFIG_NAMES.items():
-        changes[name] = get_positive_int(metadata, *theirs)
-    return GPTConfig(**changes)
+def check_values(metadata: Mapping[str, Any], required: Mapping[str, Any]) -> None:
+    """Rejects values of other architectures."""
+    for name, value in required.items():
+        if metadata.get(name, value) != value:
+            raise ConfigError(
+                f"{name}={metadata[name]!r:.60}, but gptjax requires {value!r}. It does not "
+                "support this architecture."
+            )
+
+
+def get_sizes(metadata: Mapping[str, Any], names: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Returns positive values under our names."""
+    return {ours: get_positive_int(metadata, *theirs) for ours, theirs in names.items()}
 
 
 def openai_config(hparams: Mapping[str, Any]) -> GPTConfig:
     """Returns the config of an hparams.json."""
-    check_keys(hparams, [name for names in CONFIG_NAMES.values() for name in names])
-    return gpt2_config(hparams)
+    check_keys(hparams, [name for names in GPT2_NAMES.values() for name in names])
+    return GPTConfig(**get_sizes(hparams, GPT2_NAMES))
 
 
 def hf_config(metadata: Mapping[str, Any]) -> GPTConfig:
     """Returns the config of a config.json of transformers, without classes."""
-    for name, required in REQUIRED_HF_VALUES.items():
-        if metadata.get(name, required) != required:
-            raise ConfigError(
-                f"{name}={metadata[name]!r:.60}, but GPT-2 requires {required!r}. gptjax does "
-                "not support this architecture."
-            )
-    names = {name for names in CONFIG_NAMES.values() for name in names}
-    check_keys(metadata, [*names, *REQUIRED_HF_VALUES, *USED_HF_KEYS, *IRRELEVANT_HF_KEYS.split()])
-    is_tied = metadata.get("tie_word_embeddings", True) is not False
-    config = gpt2_config(metadata, tie_embeddings=is_tied)
-    if metadata.get("n_inner") not in (None, config.actual_mlp_dim):
+    if (model_type := metadata.get("model_type", "gpt2")) not in MODEL_TYPES:
         raise ConfigError(
-            f"n_inner={metadata['n_inner']!r:.60}, but gptjax only supports 4 * n_embd = "
-            f"{config.actual_mlp_dim}."
+            f"model_type={model_type!r:.60}, but gptjax supports {', '.join(MODEL_TYPES)}. Use "
+            "a model of one of them."
         )
-    return config
+    return hf_gpt2_config(metadata) if model_type == "gpt2" else hf_llama_config(metadata)
+
+
+def hf_gpt2_config(metadata: Mapping[str, Any]) -> GPTConfig:
+    """Returns the config of a GPT-2 of transformers."""
+    check_values(metadata, REQUIRED_GPT2_VALUES)
+    names = {name for names in GPT2_NAMES.values() for name in names}
+    used = (*names, *REQUIRED_GPT2_VALUES, *USED_HF_KEYS, *USED_GPT2_KEYS)
+    check_keys(metadata, [*used, *IRRELEVANT_HF_KEYS.split()])
+    sizes = get_sizes(metadata, GPT2_NAMES)
+    if metadata.get("n_inner") not in (None, 4 * sizes["d_model"]):
+        sizes["mlp_dim"] = get_positive_int(metadata, "n_inner")
+    is_tied = metadata.get("tie_word_embeddings", True) is not False
+    epsilon = get_positive_float(metadata, "layer_norm_epsilon", 1e-5)
+    return GPTConfig(**sizes, tie_embeddings=is_tied, norm_eps=epsilon)
+
+
+def hf_llama_config(metadata: Mapping[str, Any]) -> GPTConfig:
+    """Returns the config of a Llama or Qwen 3 of transformers."""
+    check_values(metadata, REQUIRED_LLAMA_VALUES)
+    names = [name for names in LLAMA_NAMES.values() for name in names]
+    used = (*names, *LLAMA_OPTIONAL_NAMES.values(), *USED_HF_KEYS, *USED_LLAMA_KEYS)
+    check_keys(metadata, [*used, *REQUIRED_LLAMA_VALUES, *IRRELEVANT_HF_KEYS.split()])
+    is_qwen = metadata["model_type"] == "qwen3"
+    sizes = get_sizes(metadata, LLAMA_NAMES)
+    for ours, theirs in LLAMA_OPTIONAL_NAMES.items():
+        if metadata.get(theirs) is not None:
+            sizes[ours] = get_positive_int(metadata, theirs)
+    if is_qwen:
+        sizes.setdefault("head_dim", QWEN3_HEAD_DIM)
+    return llama_config(
+        **sizes,
+        **rope_options(metadata),
+        norm_eps=get_positive_float(metadata, "rms_norm_eps", 1e-6),
+        qk_norm=is_qwen,
+        tie_embeddings=metadata.get("tie_word_embeddings", False) is True,
+    )
+
+
+def llama_config(**values: Any) -> GPTConfig:
+    """Returns the config of a Llama-family model; sizes with their default become 0."""
+    heads, width = values["n_heads"], values["d_model"]
+    defaults = {"mlp_dim": 4 * width, "n_kv_heads": heads, "head_dim": width / heads}
+    zeros = {name: 0 for name, default in defaults.items() if values.get(name) == default}
+    options: dict[str, Any] = LLAMA_OPTIONS | values | zeros
+    return GPTConfig(**options)
+
+
+def rope_options(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the RoPE options of a config.json.
+
+    transformers 5 writes rope_parameters; earlier versions rope_theta and rope_scaling,
+    in which rope_type was once called type.
+    """
+    top_level = {"rope_theta": metadata.get("rope_theta")}
+    rope: dict[str, Any] = {}
+    for source in (top_level, metadata.get("rope_scaling"), metadata.get("rope_parameters")):
+        if not isinstance(source or {}, dict):
+            raise ConfigError(f"RoPE's parameters {source!r:.60} are not a table. Copy the file.")
+        for name, value in (source or {}).items():
+            name = "rope_type" if name == "type" else name
+            if value is not None and rope.setdefault(name, value) != value:
+                raise ConfigError(
+                    f"{name[:60]}={value!r:.60} contradicts {name[:60]}={rope[name]!r:.60}. "
+                    "Correct one of them."
+                )
+    options: dict[str, Any] = {"rope_theta": get_positive_float(rope, "rope_theta", 10_000.0)}
+    if (kind := rope.pop("rope_type", "default")) == "llama3":
+        options["rope_factor"] = get_positive_float(rope, "factor", None)
+        original = get_positive_int(rope, "original_max_position_embeddings")
+        options["rope_original_context"] = original
+    elif kind != "default":
+        raise ConfigError(
+            f"rope_type={kind!r:.60}, but gptjax supports default and llama3. Use a model of "
+            "one of them."
+        )
+    check_values(rope, REQUIRED_ROPE_VALUES)
+    check_keys(rope, [*REQUIRED_ROPE_VALUES, *USED_ROPE_KEYS])
+    return options
 
 
 def check_book_config(metadata: Mapping[str, Any], config: GPTConfig) -> None:
@@ -171,4 +277,14 @@ def get_positive_int(metadata: Mapping[str, Any], *names: str) -> int:
         return value
     raise ConfigError(
         f"{name}={str(value)[:40]!r} is not a positive integer. Correct it or copy the file again."
+    )
+
+
+def get_positive_float(metadata: Mapping[str, Any], name: str, default: float | None) -> float:
+    """Returns a positive value; `default`, that of transformers, if it is absent."""
+    value = metadata.get(name, default)
+    if type(value) in (int, float) and 0 < value < 10**99:
+        return float(value)
+    raise ConfigError(
+        f"{name}={str(value)[:40]!r} is not a positive number. Correct it or copy the file again."
     )

@@ -5,6 +5,7 @@ A model is a folder or file in one of these layouts, or a name on the hub:
 gptjax  written by `gptjax.save`; for a run that has not finished, the parameters come
         from its newest valid checkpoint
 hf      Hugging Face GPT-2: config.json, *.safetensors, with or without an index
+llama   Hugging Face Llama, SmolLM2 or Qwen 3: the same files
 openai  OpenAI's TensorFlow checkpoint: hparams.json, model.ckpt.*
 book    safetensors with the names of the book's PyTorch GPTModel, with a
         config.json that sets "n_heads" if the head dim is not 64
@@ -46,6 +47,7 @@ from gptjax.weights.param_map import (
     IGNORED_BUFFERS,
     UNEMBEDDING_TENSORS,
     ParamSlot,
+    hf_layout,
     param_slots,
     source_shape,
     unpack_tensor,
@@ -292,7 +294,7 @@ def from_hf(
     if not metadata:
         raise ModelError(f"{path} has no config.json. Copy or download it as well.")
     config = foreign_config.hf_config(metadata)
-    source = with_tokenizer("hf", path, config, reader, log)
+    source = with_tokenizer(hf_layout(config), path, config, reader, log)
     foreign_config.check_end_token(metadata, source.tokenizer)
     if "score.weight" not in reader.tensors:
         return source
@@ -409,8 +411,13 @@ def check_config_sizes(source: ModelSource) -> None:
     # Each layer has tensors of its own or a row of a stacked tensor.
     max_layers = max([len(tensors), *(s[0] for n, s in shapes.items() if n.startswith("blocks/"))])
     max_axis = max([len(tensors), *(axis for shape in shapes.values() for axis in shape)])
-    sizes = {name: getattr(source.config, name) for name in foreign_config.CONFIG_NAMES}
-    for name, size in (sizes | {"vocab_multiple": source.config.padded_vocab_size}).items():
+    c = source.config
+    sizes = {name: getattr(c, name) for name in foreign_config.GPT2_NAMES}
+    if c.position == "rope":  # which has no table
+        del sizes["context_length"]
+    sizes |= {"mlp_dim": c.actual_mlp_dim, "n_kv_heads": c.actual_kv_heads}
+    sizes |= {"head_dim": c.actual_head_dim, "vocab_multiple": c.padded_vocab_size}
+    for name, size in sizes.items():
         limit = max_layers if name == "n_layers" else max_axis
         if size > limit:
             raise ModelError(

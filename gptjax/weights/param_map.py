@@ -99,6 +99,11 @@ IGNORED_BUFFERS = re.compile(
 CELL_PATTERN = re.compile(r"([^\[^]+)(?:\[(\d)\])?(\^T)?")
 
 
+def hf_layout(config: GPTConfig) -> str:
+    """Returns the layout of a model in transformers."""
+    return "llama" if config.position == "rope" else "hf"
+
+
 class ParamSlot(NamedTuple):
     """Parameter, or one layer of it, that a source tensor or a third of it maps to."""
 

@@ -87,8 +87,10 @@ INVALID_TENSORS = [
 ]
 INVALID_CONFIGS = [
     ({"activation_function": "relu"}, "activation_function='relu'"),
-    ({"model_type": "llama"}, "model_type='llama'"),
-    ({"n_inner": 3}, "n_inner=3"),
+    ({"model_type": "mamba"}, "model_type='mamba'"),
+    ({"model_type": ["gpt2"]}, r"model_type=\['gpt2'"),
+    ({"n_inner": 3}, r"\(3, 16\)"),
+    ({"layer_norm_epsilon": "1"}, "layer_norm_epsilon='1'"),
     ({"n_layer": 9_999}, "n_layers=9999"),
     ({"n_head": "2"}, "n_head='2'"),
     ({"vocab_size": 200}, "257 tokens.* 200"),
