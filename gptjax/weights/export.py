@@ -227,12 +227,17 @@ def lossless_dtype(arrays: Iterable[np.ndarray]) -> str:
 
 def write_hf(model: Model, folder: Path) -> None:
     """Writes all files that transformers needs, except those of the tokenizer."""
-    c, eot = model.config, model.tokenizer.eot_token
+    c, tokenizer = model.config, model.tokenizer
     model_type = hf_model_type(c)
     is_gpt2, architecture = model_type == "gpt2", HF_ARCHITECTURES[model_type]
     if problem := hf_problem(c, bool(model.labels)):
         raise ModelError(f"{problem}. Train a model with other options.")
     arrays = named_tensors(model, hf_layout(c))
+    eot, stop_ids = tokenizer.eot_token, tokenizer.stop_ids
+    special_tokens = {
+        "bos_token_id": eot if tokenizer.bos_token is None else tokenizer.bos_token,
+        "eos_token_id": stop_ids if len(stop_ids) > 1 else eot,
+    }
     # As in the public files: Llama's and Qwen's are bfloat16, GPT-2's are float32.
     dtype = "float32" if is_gpt2 else lossless_dtype(arrays.values())
     hf_config = {
@@ -241,8 +246,7 @@ def write_hf(model: Model, folder: Path) -> None:
         "vocab_size": c.vocab_size,
         **(gpt2_json(c) if is_gpt2 else llama_json(c)),
         "tie_word_embeddings": c.tie_embeddings,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
+        **special_tokens,
         "dtype": dtype,
     }
     if model.labels:
@@ -258,8 +262,7 @@ def write_hf(model: Model, folder: Path) -> None:
     }
     write_safetensors(prefixed, folder / "model.safetensors")
     write_model_json(hf_config, folder / "config.json")
-    special_tokens = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
-    write_model_json(special_tokens, folder / "generation_config.json")
+    write_model_json(special_tokens | {"pad_token_id": eot}, folder / "generation_config.json")
     write_atomic(folder / "README.md", model_card(model, architecture.name, model_type))
 
 

@@ -11,11 +11,13 @@ import pytest
 import safetensors.numpy
 
 import gptjax
-from gptjax.errors import ModelError
+from gptjax.config import LLAMA_OPTIONS, GPTConfig
+from gptjax.errors import ConfigError, ModelError
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.tree import flatten_with_names
 from gptjax.weights import export
 from gptjax.weights.export import named_tensors
+from gptjax.weights.foreign_config import hf_config
 from gptjax.weights.load import load
 from gptjax.weights.safetensors import write_safetensors
 from tests.build_openai_fixture import FOLDER
@@ -125,6 +127,76 @@ def test_tensors_and_configs_of_another_model_are_rejected(hf):
         change_config(hf, **values)
         with pytest.raises(ModelError, match=message):
             gptjax.load(hf)
+
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 257,
+    "max_position_embeddings": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
+SCALED = {"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 16}
+SCALED |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def test_configs_of_llama_and_qwen_have_the_names_of_all_versions_of_transformers():
+    shape = {"vocab_size": 257, "context_length": 64, "n_layers": 2, "n_heads": 4, "d_model": 32}
+    expected = GPTConfig(**shape, n_kv_heads=2, mlp_dim=48, norm_eps=1e-6, **LLAMA_OPTIONS)
+    scaled = dataclasses.replace(
+        expected, rope_theta=5e5, rope_factor=32.0, rope_original_context=16
+    )
+
+    assert hf_config(LLAMA) == hf_config(LLAMA | {"head_dim": 8}) == expected
+    old = {"rope_theta": 500_000, "rope_scaling": SCALED}
+    oldest = old | {"rope_scaling": {"type" if n == "rope_type" else n: SCALED[n] for n in SCALED}}
+    new = {"rope_parameters": SCALED | {"rope_theta": 500_000.0}}
+    for values in (old, oldest, new, old | new):
+        assert hf_config(LLAMA | values) == scaled
+    qwen = hf_config(LLAMA | {"model_type": "qwen3", "num_key_value_heads": None})
+    assert (qwen.qk_norm, qwen.head_dim, qwen.n_kv_heads) == (True, 128, 0)
+    assert hf_config(LLAMA | {"intermediate_size": 128}).mlp_dim == 0
+    assert not hf_config(
+        {n: v for n, v in LLAMA.items() if n != "tie_word_embeddings"}
+    ).tie_embeddings
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"rope_interleaved": True}, "rope_interleaved=True"),
+        ({"use_sliding_window": True}, "use_sliding_window=True"),
+        ({"quantization_config": {}}, "quantization_config"),
+        ({"num_key_value_heads": 3}, "n_kv_heads=3"),
+        ({"head_dim": 7}, "7 dimensions"),
+        ({"head_dim": -1}, "head_dim='-1'"),
+        ({"hidden_size": None}, "hidden_size='None'"),
+        ({"rms_norm_eps": True}, "rms_norm_eps='True'"),
+        ({"rope_theta": 10**400}, "rope_theta='1000"),
+        ({"rope_parameters": 3}, "3 are not a table"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, "rope_type='llama3'"),
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e5}}, r"rope_theta=100000\.0"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5"),
+        ({"rope_scaling": SCALED | {"low_freq_factor": 2}}, "low_freq_factor=2"),
+        ({"rope_scaling": SCALED | {"high_freq_factor": 8}}, "high_freq_factor=8"),
+        ({"rope_scaling": SCALED | {"factor": None}}, "factor='None'"),
+        ({"rope_scaling": SCALED | {"original_max_position_embeddings": 0}}, "original_max.*'0'"),
+        ({"rope_scaling": SCALED | {"beta_fast": 32}}, "beta_fast=32"),
+    ],
+)
+def test_other_architectures_than_llama_are_rejected_by_key_and_value(values, message):
+    with pytest.raises(ConfigError, match=message):
+        hf_config(LLAMA | values)
 
 
 def test_a_classifier_of_transformers_chooses_one_of_its_classes(tmp_path):
