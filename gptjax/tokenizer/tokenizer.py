@@ -11,7 +11,6 @@ import codecs
 import dataclasses
 import functools
 import hashlib
-import json
 import operator
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -24,29 +23,19 @@ import tiktoken
 from jaxtyping import Int32, UInt
 
 from gptjax.errors import ConfigError, DataError, check_type
-from gptjax.fileio import strict_json
-from gptjax.fileio.atomic import write_atomic
 from gptjax.fileio.paths import user_path
 from gptjax.tokenizer.bpe import MAX_TOKEN_BYTES, encode_utf8, split_merge, train_bpe
 from gptjax.tokenizer.pre_tokenizer import PRE_TOKENIZERS
+from gptjax.tokenizer.vocab_files import ENDOFTEXT, TOKENIZER_JSON, Vocab, read_vocab, write_vocab
 
-ENDOFTEXT = "<|endoftext|>"
 MIN_TRAINED_VOCAB_SIZE = 257
 GPT2_MERGES = Path(__file__).parent / "gpt2" / "gpt2-merges.txt"
-TOKENIZER_JSON = "tokenizer.json"  # vocabulary and merges in one file [HF tokenizers]
-TOKENIZER_CONFIG = "tokenizer_config.json"
-SPECIAL_TOKENS_MAP = "special_tokens_map.json"  # of earlier versions of transformers
-ADDED_TOKENS = "added_tokens.json"  # beside vocab.json
-# In tokenizer.json, not set for GPT-2.
-BPE_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
-MERGES_HEADER = "#version: 0.2"  # first line of a merges.txt
 # Control tokens that end a text or a reply in Llama 3, Qwen and SmolLM2. A GGUF file
 # names only one of them; llama.cpp stops at all of them, too.
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>")
 # Not in UTF-8, only in unassigned characters (U+40000 to U+BFFFF), or ASCII control
 # characters but tab and line breaks. Vocabularies such as SmolLM2's lack some of them.
 RARE_BYTES = {0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100), *range(32), 127} - {*b"\t\n\r"}
-MAX_TOKENIZER_BYTES = 64_000_000  # GPT-2's files are 1.0 and 0.5 MB
 
 # GPT-2's files represent each byte by one printable character: itself where it is
 # printable, else a character from 256 upwards. Ids 0 to 255 follow the same order.
@@ -202,22 +191,28 @@ class Tokenizer:
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Writes vocab.json and merges.txt in GPT-2's format.
+        """Writes the files that `load_tokenizer` and Hugging Face's AutoTokenizer read.
 
-        `load_tokenizer` and Hugging Face's GPT2Tokenizer read the folder.
+        They are vocab.json and merges.txt in GPT-2's format, or tokenizer.json.
         """
-        ids = {bytes_to_unicode(token): i for token, i in self.ranks.items()}
-        ids |= self.special_tokens
-        config: dict[str, Any] = {"tokenizer_class": "GPT2Tokenizer"}
-        config |= dict.fromkeys(["bos_token", "eos_token", "unk_token"], ENDOFTEXT)
-        if self.added_tokens:
-            config["additional_special_tokens"] = list(self.added_tokens)
-        for name, text in {
-            "vocab.json": json.dumps(dict(sorted(ids.items(), key=operator.itemgetter(1)))),
-            "merges.txt": "\n".join([MERGES_HEADER, *derive_merge_lines(self.ranks), ""]),
-            TOKENIZER_CONFIG: json.dumps(config, indent=2) + "\n",
-        }.items():
-            write_atomic(folder / name, text, MAX_TOKENIZER_BYTES)
+        write_vocab(self.vocab, folder)
+
+    @property
+    def vocab(self) -> Vocab:
+        """Vocabulary in the notation of Hugging Face's files."""
+        special = self.special_tokens
+        names = {token_id: name for name, token_id in special.items()}
+        ids = {bytes_to_unicode(token): i for token, i in self.ranks.items()} | special
+        return Vocab(
+            ids=dict(sorted(ids.items(), key=operator.itemgetter(1))),
+            merges=derive_merge_lines(self.ranks, self.pre_tokenizer != "gpt-2"),
+            special=list(special),
+            eot_name=self.eot_name,
+            pre_tokenizer=self.pre_tokenizer,
+            bos_name="" if self.bos_token is None else names[self.bos_token],
+            add_bos=self.add_bos,
+            stop_names=[names[token_id] for token_id in self.stop_tokens],
+        )
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
@@ -344,7 +339,7 @@ def tokenizer_from_vocab(
         special: ids of tokens that are no byte strings.
         pre: name of the pre-tokenizer.
         bos: id of the token before a text, if any.
-        eos: ids of the tokens that end a text; at least one.
+        eos: ids of the tokens that end a text.
         add_bos: the model expects `bos` before each text.
     """
     if pre not in PRE_TOKENIZERS:
@@ -358,139 +353,67 @@ def tokenizer_from_vocab(
     ends = [names[n] for n in eos if n in names] + [n for n in END_NAMES if n in special]
     if not ends:
         raise DataError("it names no token that ends a text")
-    return build_tokenizer(
-        name,
+    vocab = Vocab(
         ids,
         merges,
-        special,
+        list(special),
+        ends[0],
+        pre,
         ignore_merges=pre == "llama-bpe",
-        eot_name=ends[0],
-        pre_tokenizer=pre,
-        bos_token=bos if bos in names else None,
-        add_bos=add_bos and bos in names,
-        stop_tokens=tuple(sorted({special[end] for end in ends} - {special[ends[0]]})),
+        bos_name="" if bos is None else tokens[bos],
+        add_bos=add_bos,
+        stop_names=ends[1:],
+    )
+    return build_tokenizer(name, vocab)
+
+
+def build_tokenizer(name: str, vocab: Vocab) -> Tokenizer:
+    """Validates an untrusted vocabulary; returns the tokenizer."""
+    special = {token: vocab.ids[token] for token in vocab.special}
+    bos_names = [vocab.bos_name] if vocab.bos_name and vocab.add_bos else []
+    for token in (vocab.eot_name, *bos_names, *vocab.stop_names):
+        if token not in special:
+            raise DataError(f"{token[:80]} is missing among its special tokens")
+    ranks = ids_to_ranks(vocab.ids, special)
+    check_merges(ranks, vocab.merges, vocab.ignore_merges)
+    eot_token, bos_token = special.pop(vocab.eot_name), special.get(vocab.bos_name)
+    return Tokenizer(
+        name,
+        ranks,
+        eot_token,
+        special,
+        eot_name=vocab.eot_name,
+        pre_tokenizer=vocab.pre_tokenizer,
+        bos_token=eot_token if bos_names == [vocab.eot_name] else bos_token,
+        add_bos=bool(bos_names),
+        stop_tokens=tuple(sorted({vocab.ids[x] for x in vocab.stop_names} - {eot_token})),
     )
 
 
-def build_tokenizer(
-    name: str,
-    ids: Mapping[str, Any],
-    merge_lines: Sequence[str],
-    special: Mapping[str, int],
-    *,
-    ignore_merges: bool,
-    eot_name: str,
-    **options: Any,
-) -> Tokenizer:
-    """Validates a vocabulary and its merges; returns the tokenizer."""
-    if eot_name not in special:
-        raise DataError(f"{eot_name} is missing")
-    ranks = ids_to_ranks(ids, special)
-    expected_lines = derive_merge_lines(ranks, ignore_merges)
-    if ignore_merges:  # Llama 3's list has other pairs as well, which merging never reaches
-        known = set(expected_lines)
-        merge_lines = [line for line in merge_lines if line in known]
-    pairs = zip_longest(merge_lines, expected_lines)
-    for number, (actual, expected) in enumerate(pairs, start=1):
-        if actual != expected:
+def check_merges(ranks: Mapping[bytes, int], merges: Sequence[str], ignore_merges: bool) -> None:
+    """Rejects merges that are not those that the ranks imply."""
+    implied_merges = derive_merge_lines(ranks, ignore_merges)
+    if ignore_merges:  # Llama 3 lists other pairs as well, which merging never reaches
+        known = set(implied_merges)
+        merges = [line for line in merges if line in known]
+    pairs = zip_longest(merges, implied_merges)
+    for number, (actual, implied) in enumerate(pairs, start=1):
+        if actual != implied:
             raise DataError(
                 f"merge {number} is {(actual or 'missing')[:80]!r}, but the vocabulary "
-                f"implies {expected or 'absent'!r}"
+                f"implies {implied or 'absent'!r}"
             )
-    added_tokens = {token: n for token, n in special.items() if token != eot_name}
-    eot_token = special[eot_name]
-    return Tokenizer(name, ranks, eot_token, added_tokens, eot_name=eot_name, **options)
 
 
 def read_tokenizer_dir(folder: Path) -> Tokenizer:
     """Reads a tokenizer from a folder of untrusted files."""
     try:
-        ids, merge_lines, special_tokens = read_tokenizer_files(folder)
-        special = {token: ids[token] for token in special_tokens if token in ids}
-        options: Any = {"ignore_merges": False, "eot_name": ENDOFTEXT}
-        return build_tokenizer(str(folder), ids, merge_lines, special, **options)
+        return build_tokenizer(str(folder), read_vocab(folder))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(
             f"invalid tokenizer files in {folder}: {error}. Copy the folder again, or use "
             "another tokenizer."
         ) from error
-
-
-def read_optional_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; {} if there is no such file."""
-    return strict_json.read_json(path, MAX_TOKENIZER_BYTES) if path.exists() else {}
-
-
-def read_tokenizer_files(folder: Path) -> tuple[dict[str, Any], list[str], set[str]]:
-    """Reads ids, merges and the names of special tokens, which have ids too.
-
-    Files: tokenizer.json, or vocab.json and merges.txt; and tokenizer_config.json.
-    """
-    added: list[Any]
-    config = read_optional_json(folder / TOKENIZER_CONFIG)
-    for name in ("add_prefix_space", "add_bos_token", "add_eos_token"):
-        if config.get(name):
-            raise DataError(f"{name}={config[name]!r:.60}, but GPT-2 adds nothing to a text")
-    if (folder / TOKENIZER_JSON).exists():
-        ids, lines, added = read_tokenizer_json(folder / TOKENIZER_JSON)
-    else:
-        ids = strict_json.read_json(folder / "vocab.json", MAX_TOKENIZER_BYTES)
-        data = strict_json.read_small_file(folder / "merges.txt", MAX_TOKENIZER_BYTES)
-        lines = data.decode("utf-8").removesuffix("\n").split("\n")
-        lines = lines[lines[0].startswith("#version") :]
-        named = config | read_optional_json(folder / SPECIAL_TOKENS_MAP)
-        special = token_names([v for k, v in named.items() if k.endswith(("_token", "_tokens"))])
-        decoder = config.get("added_tokens_decoder", {})
-        added = [{**x, "id": int(n)} for n, x in decoder.items()] or [
-            {"content": name, "id": token_id, "special": name in special}
-            for name, token_id in read_optional_json(folder / ADDED_TOKENS).items()
-        ]
-        added += [{"content": x, "id": ids[x], "special": True} for x in special if x in ids]
-    # A byte that also pads, for example, is still ordinary text.
-    added = [x for x in added if len(x["content"]) > 1 and x["content"] != ENDOFTEXT]
-    for token in added:
-        if token.get("special") is not True:
-            raise DataError(
-                f"the added token {token['content']!r:.80} is not special: it would be encoded "
-                "where it occurs in a text, which gptjax does not support"
-            )
-    added_ids = {token["content"]: token["id"] for token in added}
-    return ids | added_ids, lines, {ENDOFTEXT, *added_ids}
-
-
-def token_names(value: Any) -> set[str]:
-    """Names of the tokens in a value of tokenizer_config.json."""
-    match value:
-        case str(name) | {"content": str(name)}:
-            return {name}
-        case list():
-            return set().union(*map(token_names, value))
-    return set()
-
-
-def read_tokenizer_json(path: Path) -> tuple[dict[str, Any], list[str], list[Any]]:
-    """Reads ids, merges and added tokens of a tokenizer.json like GPT-2's."""
-    match strict_json.read_json(path, MAX_TOKENIZER_BYTES):
-        case {
-            "pre_tokenizer": {"type": "ByteLevel", **split},
-            "model": {"type": "BPE", "vocab": dict(ids), "merges": list(pairs), **options},
-            "added_tokens": list(added),
-            **rest,
-        }:
-            processor = rest.get("post_processor") or {}
-            changes = {
-                "normalizer": rest.get("normalizer"),
-                "add_prefix_space": split.get("add_prefix_space"),
-                "use_regex": not split.get("use_regex", True),
-                "special_tokens": processor.get("special_tokens", processor.get("cls")),
-                **{name: options.get(name) for name in BPE_OPTIONS},
-            }
-            if changed := [name for name, value in changes.items() if value]:
-                raise DataError(f"{changed[0]} of {TOKENIZER_JSON} differs from GPT-2's")
-            lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
-            ids |= {token["content"]: token["id"] for token in added}
-            return ids, lines, added
-    raise DataError("not a byte-level BPE like GPT-2's")
 
 
 def ids_to_ranks(ids: Mapping[str, Any], special: Collection[str]) -> dict[bytes, int]:

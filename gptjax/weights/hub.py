@@ -17,7 +17,7 @@ from gptjax.fileio import strict_json
 from gptjax.fileio.download import Pin, check_pin, is_offline
 from gptjax.runtime.terminal import redact_secrets
 from gptjax.tokenizer.chat_template import CHAT_TEMPLATE_FILE as TEMPLATE
-from gptjax.tokenizer.tokenizer import ADDED_TOKENS, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
+from gptjax.tokenizer.vocab_files import ADDED_TOKENS, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
 
 _LogFn = Callable[[str], None]
 

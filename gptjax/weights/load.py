@@ -30,14 +30,8 @@ from gptjax.model.gpt import apply, init
 from gptjax.model.quantization import fake_quantize
 from gptjax.tokenizer.chat_template import CHAT_TEMPLATE_FILE as TEMPLATE
 from gptjax.tokenizer.chat_template import compile_template, load_chat_template
-from gptjax.tokenizer.tokenizer import (
-    ADDED_TOKENS,
-    SPECIAL_TOKENS_MAP,
-    TOKENIZER_CONFIG,
-    Tokenizer,
-    is_tokenizer_dir,
-    load_tokenizer,
-)
+from gptjax.tokenizer.tokenizer import Tokenizer, is_tokenizer_dir, load_tokenizer
+from gptjax.tokenizer.vocab_files import ADDED_TOKENS, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
 from gptjax.tree import flatten_with_names, num_params
 from gptjax.weights import foreign_config, hub
 from gptjax.weights.model_folder import MAX_MODEL_JSON_BYTES, MODEL_FORMAT, Model, save

@@ -2,7 +2,7 @@
 
 config.json          model config, format version, tokenizer hash, labels, columns, step
 model.safetensors    float32 parameters by name
-vocab.json, merges.txt, tokenizer_config.json
+vocab.json, merges.txt, tokenizer_config.json; or tokenizer.json, tokenizer_config.json
 chat_template.jinja  of an assistant
 """
 
@@ -28,7 +28,8 @@ from gptjax.model.quantization import prepare_decode_params, unstack_layers
 from gptjax.model.validation import check_params
 from gptjax.tokenizer.chat_template import CHAT_TEMPLATE_FILE as TEMPLATE
 from gptjax.tokenizer.chat_template import compile_template
-from gptjax.tokenizer.tokenizer import TOKENIZER_CONFIG, Tokenizer
+from gptjax.tokenizer.tokenizer import Tokenizer
+from gptjax.tokenizer.vocab_files import TOKENIZER_CONFIG, TOKENIZER_JSON
 from gptjax.tree import Params, flatten_with_names, num_params, unflatten_names
 from gptjax.weights.safetensors import open_safetensors, read_finite, write_safetensors
 
@@ -38,6 +39,7 @@ SAVED_FILES = {
     "model.safetensors",
     "vocab.json",
     "merges.txt",
+    TOKENIZER_JSON,
     TOKENIZER_CONFIG,
     TEMPLATE,
 }

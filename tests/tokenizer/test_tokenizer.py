@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.errors import ConfigError, DataError
-from gptjax.tokenizer import bpe, tokenizer
+from gptjax.tokenizer import bpe, tokenizer, vocab_files
 from gptjax.tokenizer.pre_tokenizer import PRE_TOKENIZERS
 from gptjax.tokenizer.tokenizer import ENDOFTEXT
 
@@ -161,7 +161,7 @@ DAMAGES = [  # file, text in it, its replacement, value in the message
 
 
 def test_damaged_folders_are_rejected(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer, "MAX_TOKENIZER_BYTES", 9_000)
+    monkeypatch.setattr(vocab_files, "MAX_TOKENIZER_BYTES", 9_000)
     small = tokenizer.train_tokenizer(["low lower lowest slow slower slowest"], 264)
     for name, old, new, match in DAMAGES:
         small.save(tmp_path)
