@@ -12,6 +12,11 @@ from gptjax.config import GPTConfig
 from gptjax.tree import flatten_with_names, unflatten_names
 from gptjax.weights.model_folder import Model
 
+# Options with other values than GPT-2's, as Llama and Qwen have them.
+LLAMA = {"position": "rope", "rope_theta": 50.0, "rope_factor": 4.0, "rope_original_context": 16}
+LLAMA |= {"norm": "rms", "norm_eps": 1e-2, "qk_norm": True, "bias": False, "qkv_bias": False}
+LLAMA |= {"n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "mlp": "swiglu", "mlp_dim": 12}
+
 
 def make_model(std=0.1, **changes):
     shape = {"context_length": 8, "n_layers": 2, "n_heads": 2, "d_model": 16}

@@ -177,14 +177,15 @@ def compare_decode(options: BenchOptions, metrics: Mapping[str, Any]) -> dict[st
 
 
 def decode_step_bytes(config: GPTConfig, rows: int, num_filled: int | float) -> float:
-    """Minimum bytes read per decode step: E (M + 2 N D S B).
+    """Minimum bytes read per decode step: E (M + 2 N G K S B).
 
     E is the item size of the compute dtype; M the number of parameters used in matmuls,
     that is, all but the position table (and but the token table if embeddings are not
     tied); S the number of filled cache positions of each of B rows.
     """
     matmul_flops = estimate.flops_per_token(config) - estimate.attention_flops(config)
-    num_cache_values = 2 * config.n_layers * config.d_model * num_filled * rows
+    features = config.actual_kv_heads * config.actual_head_dim
+    num_cache_values = 2 * config.n_layers * features * num_filled * rows
     return compute_dtype(config).itemsize * (matmul_flops / 6 + num_cache_values)
 
 

@@ -113,7 +113,7 @@ def decode_loop(
     config: GPTConfig, decode_params: Params, state: DecodeState, args: DecodeArgs, max_steps: Array
 ) -> DecodeState:
     """Decodes up to `max_steps` tokens for each active row with space in its cache."""
-    cache_length = state.cache[0].key_BHSK.shape[2]
+    cache_length = state.cache[0].key_BGSK.shape[2]
 
     def rows_to_decode(state: DecodeState) -> Array:
         return active_rows(state, args) & (state.length_B < cache_length)

@@ -1,10 +1,10 @@
-"""GPT-2 as a pure function of (params, tokens).
+"""Decoder-only Transformer as a pure function of (params, tokens).
 
 Dimension letters, the same in array names, einsum strings and annotations:
 
     B batch (rows)    T query positions    S key positions    D model width
     H heads           K head dim           F MLP dim          V vocabulary
-    N layers          C classes
+    G key/value heads N layers             C classes
 
 The name of an array ends in the letters of its axes, in order: `query_BTHK` has
 shape [B, T, H, K]. The file reads from the parts to the whole: `Attention`, `MLP`,
@@ -13,9 +13,10 @@ shape [B, T, H, K]. The file reads from the parts to the whole: `Attention`, `ML
 Parameters are a nested dict of float32 arrays. Those of the blocks are stacked along
 a leading axis [N], so that blocks/mlp/up/kernel is [N, D, F].
 
-Numerics are GPT-2's: pre-norm blocks, LayerNorm with epsilon 1e-5, tanh approximation
-of GELU, float32 softmax and layer-norm statistics (Radford et al. 2019, sec. 2.3;
-openai/gpt-2, src/model.py).
+The default is GPT-2: pre-norm blocks, LayerNorm with epsilon 1e-5, tanh approximation
+of GELU, learned positions (Radford et al. 2019, sec. 2.3; openai/gpt-2, src/model.py).
+Options lead from there to Llama (Touvron et al. 2023) and Qwen 3 (Yang et al. 2025).
+Softmax and the statistics of norms are float32.
 """
 
 import contextlib
@@ -47,14 +48,15 @@ from gptjax.model.layers import (
     Dropout,
     Embedding,
     HiddenStates,
-    LayerNorm,
     Linear,
+    Norm,
     materialize_on_cpu,
     project_qkv,
 )
 from gptjax.model.lora import apply_adapters
 from gptjax.model.quantization import QKV_NAMES, DecodeKernel, decode_matmul
-from gptjax.model.validation import check_params, check_tokens
+from gptjax.model.rope import Rotation, make_rotation, rotate_heads
+from gptjax.model.validation import Shapes, check_param_shapes, check_tokens, found_shapes
 from gptjax.parallel.sharding import all_gather_params, constrain, current_mesh_shape, is_fsdp
 from gptjax.runtime.device import target_platform
 from gptjax.tree import Params
@@ -84,6 +86,7 @@ class BlockInputs(NamedTuple):
 
     query_position_BT: Int[Array, "B T"]  # index of each query among the keys
     segment_id_BT: Int[Array, "B T"] | None  # document of each token
+    rotation: Rotation | None = None  # of queries and keys (RoPE)
 
 
 def compute_dtype(config: GPTConfig) -> jnp.dtype:
@@ -124,15 +127,22 @@ class Attention(nn.Module):
     ) -> tuple[HiddenStates, KVCache | None]:
         """Applies attention; with a cache, extends it and attends to all it holds."""
         c = self.config
-        qkv = project_qkv(self, x_BTD, (c.n_heads, c.actual_head_dim), c.qkv_bias)
-        query_BTHK, key_BSHK, value_BSHK = (
+        heads = c.n_heads, c.actual_kv_heads, c.actual_kv_heads
+        qkv = project_qkv(self, x_BTD, heads, c.actual_head_dim, c.qkv_bias)
+        query_BTHK, key_BSGK, value_BSGK = (
             capture_point(self, name, constrain(x_BTHK, "BTHK"))
             for name, x_BTHK in zip(QKV_NAMES, qkv, strict=True)
         )
+        if c.qk_norm:
+            query_BTHK = Norm("rms", c.norm_eps, name="query_norm")(query_BTHK)
+            key_BSGK = Norm("rms", c.norm_eps, name="key_norm")(key_BSGK)
+        if inputs.rotation is not None:
+            query_BTHK = rotate_heads(query_BTHK, inputs.rotation)
+            key_BSGK = rotate_heads(key_BSGK, inputs.rotation)
         mask = AttentionMask(segment_id_BT=inputs.segment_id_BT, causal=c.causal)
         if cache is not None:
-            cache = update_cache(cache, key_BSHK, value_BSHK, inputs.query_position_BT)
-            key_BSHK, value_BSHK = (jnp.swapaxes(x_BHSK, 1, 2) for x_BHSK in cache)
+            cache = update_cache(cache, key_BSGK, value_BSGK, inputs.query_position_BT)
+            key_BSGK, value_BSGK = (jnp.swapaxes(x_BGSK, 1, 2) for x_BGSK in cache)
             mask = AttentionMask(inputs.query_position_BT, causal=c.causal)
         use_dropout = c.dropout > 0 and self.has_rng("dropout")
         dropout = Dropout(c.dropout) if use_dropout else None
@@ -146,19 +156,19 @@ class Attention(nn.Module):
         use_reference = cache is not None or self.is_initializing() or observed
         attn_out_BTHK = compute_attention(
             query_BTHK,
-            key_BSHK,
-            value_BSHK,
+            key_BSGK,
+            value_BSGK,
             mask,
             backend="reference" if use_reference else c.attention,
             edit_weights=observe_weights if observed else dropout,
         )
         attn_out_BTHK = capture_point(self, "head_output", attn_out_BTHK)
-        out = Linear((c.d_model,), residual_init_std(c), num_input_axes=2, name="out")
+        out = Linear((c.d_model,), residual_init_std(c), 2, c.bias, name="out")
         return out(attn_out_BTHK), cache
 
 
 class MLP(nn.Module):
-    """Two-layer MLP with GELU."""
+    """MLP with GELU, squared ReLU (So et al. 2021) or SwiGLU (Shazeer 2020)."""
 
     config: GPTConfig
 
@@ -166,9 +176,18 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: HiddenStates) -> HiddenStates:
         """Applies the MLP to each position."""
         c = self.config
-        x_BTF = constrain(Linear((c.actual_mlp_dim,), name="up")(x_BTD), "BTF")
-        x_BTF = capture_point(self, "mlp_hidden", nn.gelu(x_BTF, approximate=True))
-        down = Linear((c.d_model,), residual_init_std(c), name="down")
+
+        def project(name: str) -> Float[Array, "B T F"]:
+            linear = Linear((c.actual_mlp_dim,), use_bias=c.bias, name=name)
+            return constrain(linear(x_BTD), "BTF")
+
+        x_BTF = project("up")
+        if c.mlp == "swiglu":
+            x_BTF *= nn.silu(project("gate"))
+        else:
+            x_BTF = nn.gelu(x_BTF, approximate=True) if c.mlp == "gelu" else nn.relu(x_BTF) ** 2
+        x_BTF = capture_point(self, "mlp_hidden", x_BTF)
+        down = Linear((c.d_model,), residual_init_std(c), use_bias=c.bias, name="down")
         return capture_point(self, "mlp_output", down(x_BTF))
 
 
@@ -187,17 +206,17 @@ class Block(nn.Module):
         use_barrier = cache is None or c.n_heads > 1
         materialize = materialize_on_cpu if use_barrier else lambda x_BTD: x_BTD
         x_BTD = materialize(capture_point(self, "residual", x_BTD))
-        normed_BTD = LayerNorm(name="attention_norm")(x_BTD)
+        normed_BTD = Norm(c.norm, c.norm_eps, c.bias, name="attention_norm")(x_BTD)
         branch_out_BTD, cache = Attention(c, name="attention")(normed_BTD, cache, inputs)
         x_BTD = materialize(x_BTD + Dropout(c.dropout)(branch_out_BTD))
-        normed_BTD = LayerNorm(name="mlp_norm")(x_BTD)
+        normed_BTD = Norm(c.norm, c.norm_eps, c.bias, name="mlp_norm")(x_BTD)
         branch_out_BTD = MLP(c, name="mlp")(normed_BTD)
         x_BTD += Dropout(c.dropout)(branch_out_BTD)
         return constrain(x_BTD, "BTD"), cache
 
 
 class GPT(nn.Module):
-    """GPT-2 decoder from token ids to the final LayerNorm; `lm_logits` is its head.
+    """Decoder from token ids to the final norm; `lm_logits` is its head.
 
     Attributes:
         config: shape of the model.
@@ -228,7 +247,10 @@ class GPT(nn.Module):
             return Embedding(num_embeddings, c.d_model, std, name=name)
 
         x_BTD = embed("token_embedding", c.padded_vocab_size, 0.02)(token_BT)
-        x_BTD += embed("position_embedding", c.context_length, 0.01)(position_BT)
+        if c.position == "rope":
+            inputs = inputs._replace(rotation=make_rotation(c, position_BT))
+        else:
+            x_BTD += embed("position_embedding", c.context_length, 0.01)(position_BT)
         if not c.tie_embeddings and self.is_initializing():
             embed("output_embedding", c.padded_vocab_size, 0.02)(token_BT)
         if c.n_classes and self.is_initializing():
@@ -249,7 +271,7 @@ class GPT(nn.Module):
                 x_BTD, layer_cache = block(x_BTD, layer_cache, inputs)
                 caches.append(layer_cache)
             cache = tuple(caches)
-        return LayerNorm(name="final_norm")(x_BTD), cache
+        return Norm(c.norm, c.norm_eps, c.bias, name="final_norm")(x_BTD), cache
 
 
 def scan_blocks(config: GPTConfig, layers: int) -> Any:
@@ -276,9 +298,9 @@ def scan_blocks(config: GPTConfig, layers: int) -> Any:
 def residual_init_std(config: GPTConfig) -> float:
     """Returns the initial std of the 2N projections that the residual stream adds up.
 
-    Radford et al. 2019, sec. 2.3.
+    Radford et al. 2019, sec. 2.3; zero in Zhang et al. 2019 ("Fixup").
     """
-    return 0.02 / math.sqrt(2 * config.n_layers)
+    return 0.0 if config.residual_init == "zero" else 0.02 / math.sqrt(2 * config.n_layers)
 
 
 def init(config: GPTConfig, key: Key[Array, ""]) -> Params:
@@ -301,6 +323,17 @@ def _init_params(config: GPTConfig, key: Key[Array, ""]) -> Params:
     return variables["params"]
 
 
+@functools.lru_cache(maxsize=16)
+def expected_shapes(config: GPTConfig) -> Shapes:
+    """Returns the shapes of the parameters of a config, without a classifier head."""
+    return found_shapes(jax.eval_shape(lambda: _init_params(config, jax.random.key(0))))
+
+
+def check_params(config: GPTConfig, params: Params) -> None:
+    """Validates names and shapes of parameters; a classification head is optional."""
+    check_param_shapes(expected_shapes(config), params)
+
+
 def hidden_states(
     config: GPTConfig,
     params: Params,
@@ -313,13 +346,13 @@ def hidden_states(
     interventions: Mapping[str, Array] | None = None,
     capture: Sequence[CapturePoint] = (),
 ) -> tuple[HiddenStates, dict[str, Array]]:
-    """Computes the hidden states [B, T, D] after the final LayerNorm.
+    """Computes the hidden states [B, T, D] after the final norm.
 
     Args:
         config: shape of the model.
         params: from `init`; the last blocks may be a stack of their own, "tail".
         token_BT: ids in [0, vocab_size), unchecked inside `jit`; T <= context_length.
-        position_BT: row of the position table for each token; default 0, ..., T-1.
+        position_BT: position of each token in its document; default 0, ..., T-1.
         segment_id_BT: document of each token; attention stays within a document.
         dropout_key: enables dropout; omit it in evaluation.
         adapters: LoRA adapters, scaled by `gptjax.model.lora.scale_adapters`.
@@ -454,7 +487,7 @@ def lm_logits(
 
 def init_cache(config: GPTConfig, rows: int, max_length: int) -> tuple[KVCache, ...]:
     """Returns N empty KV caches, one per layer, of `max_length` positions each."""
-    shape = rows, config.n_heads, max_length, config.actual_head_dim
+    shape = rows, config.actual_kv_heads, max_length, config.actual_head_dim
     zeros = functools.partial(jnp.zeros, shape, compute_dtype(config))
     return tuple(KVCache(zeros(), zeros()) for _ in range(config.n_layers))
 

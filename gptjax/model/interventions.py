@@ -4,12 +4,12 @@ Each of the N blocks has these, in the order of computation:
 
     residual     [N, B, T, D]     input of the block
     query        [N, B, T, H, K]  output of the query projection
-    key          [N, B, T, H, K]  output of the key projection
-    value        [N, B, T, H, K]  output of the value projection
+    key          [N, B, T, G, K]  output of the key projection
+    value        [N, B, T, G, K]  output of the value projection
     attention    [N, B, H, T, S]  attention weights: after the softmax, before dropout
     head_output  [N, B, T, H, K]  sum of the values, weighted by `attention`, of each
                                   head; input of the output projection
-    mlp_hidden   [N, B, T, F]     after GELU
+    mlp_hidden   [N, B, T, F]     after the activation; input of the output projection
     mlp_output   [N, B, T, D]     output of the MLP, before dropout
 
 An intervention is an array of the same shape, where axes other than N may have size 1.
@@ -37,8 +37,8 @@ CapturePoint = Literal[
 POINT_MODULES = {  # name -> module of a block that has it, axes of one layer
     "residual": ("", "BTD"),
     "query": ("attention", "BTHK"),
-    "key": ("attention", "BTHK"),
-    "value": ("attention", "BTHK"),
+    "key": ("attention", "BTGK"),
+    "value": ("attention", "BTGK"),
     "attention": ("attention", "BHTT"),
     "head_output": ("attention", "BTHK"),
     "mlp_hidden": ("mlp", "BTF"),
@@ -92,7 +92,7 @@ def intervention_variables(
     """Arranges interventions as a Flax collection of the stacks "blocks" and "tail"."""
     check_points("interventions", interventions)
     sizes = dict(zip("BT", token_shape, strict=True), D=config.d_model, F=config.actual_mlp_dim)
-    sizes |= {"H": config.n_heads, "K": config.actual_head_dim}
+    sizes |= {"H": config.n_heads, "G": config.actual_kv_heads, "K": config.actual_head_dim}
     split = config.n_layers - num_tail_layers
     stacks = {"blocks": slice(0, split), "tail": slice(split, None)}
     variables: dict[str, Any] = {"blocks": {}, "tail": {}}

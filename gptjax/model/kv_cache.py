@@ -16,14 +16,14 @@ class KVCache(NamedTuple):
     other, XLA transposes the cache for every token.
     """
 
-    key_BHSK: Float[Array, "B H S K"]
-    value_BHSK: Float[Array, "B H S K"]
+    key_BGSK: Float[Array, "B G S K"]
+    value_BGSK: Float[Array, "B G S K"]
 
 
 def update_cache(
     cache: KVCache,
-    key_BTHK: Float[Array, "B T H K"],
-    value_BTHK: Float[Array, "B T H K"],
+    key_BTGK: Float[Array, "B T G K"],
+    value_BTGK: Float[Array, "B T G K"],
     position_BT: Int[Array, "B T"],
 ) -> KVCache:
     """Writes the keys and values of T new positions into the cache.
@@ -31,13 +31,13 @@ def update_cache(
     Positions are consecutive in a row; rows may start at different ones.
     """
 
-    def update(cached_BHSK: Array, new_BTHK: Array) -> Array:
-        new_BHTK = jnp.swapaxes(new_BTHK, 1, 2).astype(cached_BHSK.dtype)
-        if len(cached_BHSK) == 1 and new_BHTK.shape[2] == 1:
+    def update(cached_BGSK: Array, new_BTGK: Array) -> Array:
+        new_BGTK = jnp.swapaxes(new_BTGK, 1, 2).astype(cached_BGSK.dtype)
+        if len(cached_BGSK) == 1 and new_BGTK.shape[2] == 1:
             # XLA runs a scatter in place, but duplicates a dynamic update and copies.
-            index = 0, jnp.arange(cached_BHSK.shape[1]), position_BT[0, 0]
-            return constrain(cached_BHSK.at[index].set(new_BHTK[0, :, 0]), "BHSK")
+            index = 0, jnp.arange(cached_BGSK.shape[1]), position_BT[0, 0]
+            return constrain(cached_BGSK.at[index].set(new_BGTK[0, :, 0]), "BGSK")
         write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))
-        return constrain(write(cached_BHSK, new_BHTK, position_BT[:, 0], 1), "BHSK")
+        return constrain(write(cached_BGSK, new_BGTK, position_BT[:, 0], 1), "BGSK")
 
-    return KVCache(update(cache.key_BHSK, key_BTHK), update(cache.value_BHSK, value_BTHK))
+    return KVCache(update(cache.key_BGSK, key_BTGK), update(cache.value_BGSK, value_BTGK))

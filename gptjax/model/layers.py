@@ -6,6 +6,7 @@ so that `gptjax.parallel.sharding` can constrain them. Dimension letters: see
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,16 +77,20 @@ class Linear(nn.Module):
 
 
 def project_qkv(
-    module: nn.Module, x_BTD: HiddenStates, head_shape: tuple[int, int], use_bias: bool
-) -> tuple[Float[Array, "B T H K"], ...]:
-    """Projects the normalized residual stream to queries, keys and values.
+    module: nn.Module, x_BTD: HiddenStates, heads: tuple[int, ...], head_dim: int, use_bias: bool
+) -> list[Array]:
+    """Projects the normalized residual stream to queries, keys and values [B, T, ., K].
 
-    One matmul if the parameters of `module` are fused for decoding.
+    `heads` are their numbers of heads. One matmul if the parameters of `module` are
+    fused for decoding.
     """
     if module.has_variable("params", "qkv"):
-        qkv = Linear((3, *head_shape), use_bias=use_bias, name="qkv")
-        return tuple(jnp.unstack(qkv(x_BTD), axis=2))
-    return tuple(Linear(head_shape, use_bias=use_bias, name=name)(x_BTD) for name in QKV_NAMES)
+        qkv = Linear((sum(heads), head_dim), use_bias=use_bias, name="qkv")
+        return jnp.split(qkv(x_BTD), [heads[0], heads[0] + heads[1]], axis=2)
+    return [
+        Linear((num_heads, head_dim), use_bias=use_bias, name=name)(x_BTD)
+        for name, num_heads in zip(QKV_NAMES, heads, strict=True)
+    ]
 
 
 class Embedding(nn.Module):
@@ -136,15 +141,24 @@ def embedding_lookup(
     return lookup(table)
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm with float32 statistics and epsilon 1e-5, as in GPT-2."""
+class Norm(nn.Module):
+    """LayerNorm, or RMSNorm (Zhang & Sennrich 2019), with float32 statistics."""
+
+    kind: str  # "layer" or "rms"
+    epsilon: float
+    use_bias: bool = False  # of LayerNorm
 
     @nn.compact
-    def __call__(self, x_BTD: HiddenStates) -> HiddenStates:
-        """Normalizes over the model width, then applies scale and bias."""
-        norm = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32)
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalizes over the last axis, then applies scale and bias."""
+        if self.kind == "rms":
+            norm: Any = nn.RMSNorm(self.epsilon, dtype=jnp.float32)
+        else:
+            norm = nn.LayerNorm(
+                self.epsilon, jnp.float32, use_bias=self.use_bias, use_fast_variance=False
+            )
         nn.share_scope(self, norm)
-        return norm(x_BTD.astype(jnp.float32)).astype(x_BTD.dtype)
+        return norm(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def materialize_on_cpu(x_BTD: HiddenStates) -> HiddenStates:

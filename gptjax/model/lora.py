@@ -20,6 +20,7 @@ from jaxtyping import Array, Key
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
 from gptjax.model.layers import Linear
+from gptjax.model.quantization import num_input_axes
 from gptjax.tree import Params, flatten_with_names, unflatten_names
 
 Adapters = dict[str, Any]
@@ -80,8 +81,9 @@ def init_adapters(
     names = match_targets(params, patterns)
     for name, layer_key in zip(names, jax.random.split(key, len(names)), strict=True):
         # The kernel [I, O] has its [H, K] flattened.
-        num_inputs = config.actual_mlp_dim if name == "mlp/down" else config.d_model
-        num_outputs = math.prod(kernels[f"blocks/{name}/kernel"].shape[1:]) // num_inputs
+        shape = kernels[f"blocks/{name}/kernel"].shape[1:]
+        split = num_input_axes(f"{name}/kernel", len(shape))
+        num_inputs, num_outputs = math.prod(shape[:split]), math.prod(shape[split:])
         bound, shape = 1 / math.sqrt(num_inputs), (config.n_layers, num_inputs, rank)
         lora_a = jax.random.uniform(layer_key, shape, minval=-bound, maxval=bound)
         leaves[f"blocks/{name}/lora_a"] = lora_a

@@ -91,13 +91,13 @@ def prepare_decode_params(params: Params, dtype: Any, int8: bool = False) -> Par
 
 
 def fuse_qkv(leaves: dict[str, Array]) -> dict[str, Array]:
-    """Stacks query, key and value: kernel "qkv" [D, 3, H, K], bias [3, H, K]."""
+    """Joins query, key and value along their heads: kernel "qkv" [D, H + 2 G, K]."""
     fused = {}
     for name, leaf in leaves.items():
         *path, kind, last = name.split("/")
         if kind == QKV_NAMES[0]:
             parts = [leaves["/".join((*path, part, last))] for part in QKV_NAMES]
-            fused["/".join((*path, "qkv", last))] = jnp.stack(parts, axis=-3)
+            fused["/".join((*path, "qkv", last))] = jnp.concatenate(parts, axis=-2)
         elif kind not in QKV_NAMES:
             fused[name] = leaf
     return fused

@@ -4,7 +4,6 @@ They read shapes and names, so inside `jit` they run once, while it traces. Dime
 letters: see `gptjax.model.gpt`.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,6 @@ import numpy as np
 
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError, DataError, ModelError, check_type
-from gptjax.model.quantization import QKV_NAMES
 from gptjax.tree import Params, flatten_with_names
 
 Shapes = dict[str, tuple[int, ...]]  # by parameter name
@@ -48,10 +46,10 @@ def check_tokens(config: GPTConfig, token_BT: Any) -> None:
         )
 
 
-def check_params(config: GPTConfig, params: Params) -> None:
-    """Validates names and shapes of parameters; a classification head is optional."""
+def check_param_shapes(expected: Shapes, params: Params) -> None:
+    """Validates names and shapes of parameters; a classification head is ignored."""
     check_type("params", params, Mapping, "Pass those of init or of a model.")
-    expected, found = expected_shapes(config), found_shapes(params)
+    found = found_shapes(params)
     for name in [*expected, *found]:
         if name not in found:
             problem = f"{name} {expected[name]} is missing"
@@ -65,34 +63,6 @@ def check_params(config: GPTConfig, params: Params) -> None:
             f"params belong to another config: {problem}. Use the GPTConfig that they "
             "were initialized or saved with."
         )
-
-
-@functools.lru_cache(maxsize=16)
-def expected_shapes(config: GPTConfig) -> Shapes:
-    """Shapes of the parameters of a config, without a classification head."""
-    n, d, f, v = (config.n_layers, config.d_model, config.actual_mlp_dim, config.padded_vocab_size)
-    h, k = config.n_heads, config.actual_head_dim
-    shapes: Shapes = {
-        "token_embedding/embedding": (v, d),
-        "position_embedding/embedding": (config.context_length, d),
-        "final_norm/scale": (d,),
-        "final_norm/bias": (d,),
-        "blocks/attention/out/kernel": (n, h, k, d),
-        "blocks/attention/out/bias": (n, d),
-        "blocks/mlp/up/kernel": (n, d, f),
-        "blocks/mlp/up/bias": (n, f),
-        "blocks/mlp/down/kernel": (n, f, d),
-        "blocks/mlp/down/bias": (n, d),
-    }
-    for norm in ("attention_norm", "mlp_norm"):
-        shapes |= {f"blocks/{norm}/scale": (n, d), f"blocks/{norm}/bias": (n, d)}
-    for name in QKV_NAMES:
-        shapes[f"blocks/attention/{name}/kernel"] = (n, d, h, k)
-        if config.qkv_bias:
-            shapes[f"blocks/attention/{name}/bias"] = (n, h, k)
-    if not config.tie_embeddings:
-        shapes["output_embedding/embedding"] = (v, d)
-    return shapes
 
 
 def found_shapes(params: Params) -> Shapes:

@@ -26,7 +26,7 @@ from gptjax.tree import flatten_with_names, path_str
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-SHARDED_AXES = {"H": "tensor", "F": "tensor", "V": "tensor"}
+SHARDED_AXES = dict.fromkeys("HGFV", "tensor")
 # Mesh axes of activations and of parameters in use.
 COMPUTE_RULES: Mapping[str, Any] = {"B": BATCH_AXES, "X": BATCH_AXES, **SHARDED_AXES}
 # Mesh axes of stored parameters.
@@ -38,15 +38,22 @@ PARAM_LOGICAL_AXES = {
     "*token_embedding/embedding": "VD",
     "*output_embedding/embedding": "VD",
     "*position_embedding/embedding": "TD",
-    "*attention/[qkv]*/kernel": "DHK",
-    "*attention/[qkv]*/bias": "HK",
+    "*attention/query/kernel": "DHK",
+    "*attention/query/bias": "HK",
+    "*attention/[kv]*/kernel": "DGK",
+    "*attention/[kv]*/bias": "GK",
+    "*attention/*_norm/scale": "K",
     "*attention/out/kernel": "HKD",
     "*attention/out/bias": "D",
+    "*mlp/gate/kernel": "DF",
+    "*mlp/gate/bias": "F",
     "*mlp/up/kernel": "DF",
     "*mlp/up/bias": "F",
     "*mlp/down/kernel": "FD",
     "*mlp/down/bias": "D",
-    "*norm/*": "D",
+    "*/attention_norm/*": "D",
+    "*/mlp_norm/*": "D",
+    "*/final_norm/*": "D",
     "*head/kernel": "DC",
     "*head/bias": "C",
     "*/lora_a": "IR",

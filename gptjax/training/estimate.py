@@ -42,17 +42,19 @@ def flops_per_token(config: GPTConfig) -> int:
 
     P counts the parameters used in matmuls: all but the position embedding (and the
     token embedding if the head is untied). The second term is unmasked attention, as
-    in Chowdhery et al. 2022, appendix B; causal kernels do half of it.
+    in Chowdhery et al. 2022, appendix B; causal kernels do half of it. D is H K.
     """
-    multiplied = parameter_count(config) - config.context_length * config.d_model
+    multiplied = parameter_count(config)
+    if config.position == "learned":
+        multiplied -= config.context_length * config.d_model
     if not config.tie_embeddings:
         multiplied -= config.padded_vocab_size * config.d_model
     return 6 * multiplied + attention_flops(config)
 
 
 def attention_flops(config: GPTConfig) -> int:
-    """FLOPs of unmasked attention per token, with backward: 12 N D T."""
-    return 12 * config.n_layers * config.d_model * config.context_length
+    """FLOPs of unmasked attention per token, with backward: 12 N H K T."""
+    return 12 * config.n_layers * config.n_heads * config.actual_head_dim * config.context_length
 
 
 def causal_flops_per_token(config: GPTConfig) -> int:

@@ -121,8 +121,8 @@ def initial_params(
     are_complete = is_same_tokenizer and not config.n_classes
     new_params: Any = jax.eval_shape(init_fn, key) if are_complete else init_fn(key)
     params: Params = {n: init_model.params[n] for n in new_params if n in init_model.params}
-    table = init_model.params["position_embedding"]["embedding"][: config.context_length]
-    params["position_embedding"] = {"embedding": table}
+    if position := params.get("position_embedding"):
+        params["position_embedding"] = {"embedding": position["embedding"][: config.context_length]}
     if config.n_classes:
         params["head"] = new_params["head"]
     if not is_same_tokenizer:

@@ -22,10 +22,9 @@ from gptjax.errors import ModelError, check_type
 from gptjax.fileio import strict_json
 from gptjax.fileio.atomic import atomic_path, write_atomic
 from gptjax.fileio.paths import user_path
-from gptjax.model.gpt import compute_dtype
+from gptjax.model.gpt import check_params, compute_dtype
 from gptjax.model.lora import Adapters
 from gptjax.model.quantization import prepare_decode_params, unstack_layers
-from gptjax.model.validation import check_params
 from gptjax.tokenizer.chat_template import CHAT_TEMPLATE_FILE as TEMPLATE
 from gptjax.tokenizer.chat_template import compile_template
 from gptjax.tokenizer.tokenizer import Tokenizer

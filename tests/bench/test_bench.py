@@ -9,7 +9,7 @@ import pytest
 from gptjax.bench import suite, workloads
 from gptjax.cli.main import main
 from gptjax.config import GPTConfig
-from gptjax.model.validation import expected_shapes
+from gptjax.model.gpt import expected_shapes
 
 SMALL = GPTConfig(
     vocab_size=64, context_length=32, n_layers=1, n_heads=2, d_model=16, dtype="float32"

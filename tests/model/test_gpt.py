@@ -14,15 +14,17 @@ from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
 from gptjax.model.gpt import (
     apply_with_cache,
+    expected_shapes,
     hidden_states,
     init_cache,
     lm_logits,
     unembedding_matrix,
 )
 from gptjax.model.quantization import unstack_layers
-from gptjax.model.validation import expected_shapes
+from gptjax.model.rope import rope_frequencies
 from gptjax.training.loss import cross_entropy_sum
 from gptjax.tree import flatten_with_names, unflatten_names
+from tests.small_models import LLAMA
 
 B, T, V = 2, 8, 50
 SHAPE = {"n_layers": 2, "n_heads": 2, "d_model": 8, "dtype": "float32"}
@@ -64,46 +66,50 @@ def extend(config, layers, token_BT, position_BT, cache):
 
 @functools.partial(jax.jit, static_argnums=0)
 def input_gradients(config, params, segment_id_BT):
-    """[T, T, D]: of the loss at each position, by the input embedding at each.
-
-    The position table adds to the inputs and is used nowhere else, so that with one
-    row its gradient is that of the inputs.
-    """
+    """[T, T, D]: of the loss at each position, by the input of the blocks at each."""
     token_BT, target_B = TOKEN_BT[:1], TOKEN_BT[0, ::-1]
 
-    def nats(table_TD):
-        position = {"position_embedding": {"embedding": table_TD}}
-        logit_BTV = gptjax.apply(config, params | position, token_BT, segment_id_BT=segment_id_BT)
+    def nats(input_TD):
+        added_NBTD = jnp.zeros((2, 1, T, 8)).at[0, 0].set(input_TD)
+        options = {"segment_id_BT": segment_id_BT, "interventions": {"residual": added_NBTD}}
+        logit_BTV = gptjax.apply(config, params, token_BT, **options)
         return -jax.nn.log_softmax(logit_BTV[0])[jnp.arange(T), target_B]
 
-    return jax.jacrev(nats)(params["position_embedding"]["embedding"])
+    return jax.jacrev(nats)(jnp.zeros((T, 8)))
 
 
 @pytest.mark.parametrize(
-    "changes", [{"dtype": "bfloat16"}, {"remat": "full", "attention": "flash"}, {"causal": False}]
+    "changes",
+    [
+        {"dtype": "bfloat16"},
+        {"remat": "full", "attention": "flash"},
+        {"causal": False},
+        LLAMA | {"attention": "flash"},
+    ],
 )
 def test_a_loss_has_no_gradient_from_later_inputs_and_other_documents(changes):
     config = dataclasses.replace(TINY, **changes)
 
     for segment_id_BT in (jnp.zeros_like(SEGMENT_BT), SEGMENT_BT):
-        grad_TSD = input_gradients(config, draw_params(TINY), segment_id_BT)
+        grad_TSD = input_gradients(config, draw_params(config), segment_id_BT)
 
         used_TS = np.any(np.asarray(grad_TSD) != 0, axis=-1)
         same_TS = np.asarray(segment_id_BT[0, :, None] == segment_id_BT[0, None])
         np.testing.assert_array_equal(used_TS, np.tril(same_TS) if config.causal else same_TS)
 
 
-def test_prefixes_and_documents_have_the_logits_that_they_have_alone():
-    params, half = draw_params(TINY), T // 2
-    whole_BTV = logits(TINY, params, TOKEN_BT)
+@pytest.mark.parametrize("config", [TINY, dataclasses.replace(TINY, **LLAMA)])
+def test_prefixes_and_documents_have_the_logits_that_they_have_alone(config):
+    params, half = draw_params(config), T // 2
+    whole_BTV = logits(config, params, TOKEN_BT)
     segment_id_BT = jnp.repeat(jnp.array([[0, 1]]), half, axis=1).repeat(B, 0)
     position_BT = jnp.tile(jnp.arange(half), 2)[None].repeat(B, 0)
 
     packed_BTV = logits(
-        TINY, params, TOKEN_BT, segment_id_BT=segment_id_BT, position_BT=position_BT
+        config, params, TOKEN_BT, segment_id_BT=segment_id_BT, position_BT=position_BT
     )
     first_BTV, second_BTV = (
-        logits(TINY, params, token_BT) for token_BT in (TOKEN_BT[:, :half], TOKEN_BT[:, half:])
+        logits(config, params, token_BT) for token_BT in (TOKEN_BT[:, :half], TOKEN_BT[:, half:])
     )
 
     np.testing.assert_allclose(first_BTV, whole_BTV[:, :half], atol=1e-5)
@@ -113,7 +119,8 @@ def test_prefixes_and_documents_have_the_logits_that_they_have_alone():
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
-    ("rows", "changes"), [(B, {}), (1, {"qkv_bias": False, "tie_embeddings": False})]
+    ("rows", "changes"),
+    [(B, {}), (1, {"qkv_bias": False, "tie_embeddings": False}), (B, LLAMA), (1, LLAMA)],
 )
 def test_rows_of_a_cache_at_different_positions_have_the_logits_of_whole_rows(rows, changes):
     config = dataclasses.replace(TINY, **changes)
@@ -134,6 +141,26 @@ def test_rows_of_a_cache_at_different_positions_have_the_logits_of_whole_rows(ro
         position_B1 = jnp.asarray(at_B[1])[:, None]
         found, cache = extend(config, layers, TOKEN_BT[at_B][:, None], position_B1, cache)
         np.testing.assert_allclose(found[:, 0], whole_BTV[at_B], atol=1e-5)
+
+
+def test_rope_depends_on_the_distance_of_tokens_and_only_long_waves_are_stretched():
+    config = dataclasses.replace(TINY, **LLAMA | {"head_dim": 8, "rope_factor": 1.0})
+    position_BT = jnp.arange(T)[None].repeat(B, 0)
+
+    for moved_BT, same in ((position_BT + 100, True), (position_BT * 2, False)):
+        found, expected = (
+            logits(config, draw_params(config), TOKEN_BT, position_BT=at_BT)
+            for at_BT in (moved_BT, position_BT)
+        )
+        assert np.allclose(found, expected, atol=1e-4) == same
+
+    plain_P = rope_frequencies(config)
+    np.testing.assert_allclose(plain_P, 50 ** -np.array([0, 1 / 4, 2 / 4, 3 / 4]), rtol=1e-6)
+    # Wavelengths 6, 17, 44 and 118; between 64 / 4 and 64 is a transition.
+    config = dataclasses.replace(config, rope_factor=4.0, rope_original_context=64)
+    ratio_P = rope_frequencies(config) / plain_P
+    np.testing.assert_array_equal(ratio_P[[0, 3]], [1, 0.25])
+    assert 0.25 < ratio_P[2] < ratio_P[1] < 1
 
 
 def test_padding_rows_of_the_vocabulary_are_never_predicted():
@@ -221,6 +248,9 @@ def test_parameters_start_as_gpt2_starts_them_and_predict_as_well_as_guessing():
             adds_up = name.split("/")[-2] in ("out", "down")
             std = 0.01 if "position" in name else 0.02 / math.sqrt(2 * 2 if adds_up else 1)
             assert float(np.std(leaf)) == pytest.approx(std, rel=0.1), name
+    zero = gptjax.init(dataclasses.replace(config, residual_init="zero"), KEY)["blocks"]
+    assert not np.any(zero["mlp"]["down"]["kernel"])
+    assert np.any(zero["mlp"]["up"]["kernel"])
     nats = jax.jit(functools.partial(mean_nats, config))(params, TOKEN_BT)
     assert float(nats) == pytest.approx(math.log(V), rel=0.05)
     with pytest.raises(ConfigError, match=r"model\.vocab_size=0"):

@@ -18,10 +18,12 @@ from gptjax.training.finetune import (
 )
 from gptjax.tree import flatten_with_names, num_params
 from tests.model.test_gpt import draw_params
+from tests.small_models import LLAMA
 
 SHAPE = {"context_length": 6, "n_layers": 2, "n_heads": 2, "d_model": 8}
 MODEL = SHAPE | {"vocab_size": 33, "n_classes": 2}
 CONFIG = GPTConfig(**MODEL)
+LLAMA_CONFIG = GPTConfig(**MODEL | LLAMA)
 PARAMS = draw_params(CONFIG) | {"head": {"kernel": np.ones((8, 2), np.float32)}}
 KEY = jax.random.key(1)
 TOKEN_BT = jnp.arange(12).reshape(2, 6)
@@ -29,22 +31,24 @@ TOKEN_BT = jnp.arange(12).reshape(2, 6)
 
 @jax.jit
 def hidden(params, adapters=None):
-    return hidden_states(CONFIG, params, TOKEN_BT, adapters=adapters)[0]
+    config = CONFIG if "position_embedding" in params else LLAMA_CONFIG
+    return hidden_states(config, params, TOKEN_BT, adapters=adapters)[0]
 
 
-def test_fresh_adapters_change_nothing_and_merged_ones_are_applied_ones():
-    fresh = init_adapters(CONFIG, PARAMS, "attention/* mlp/*", 4, KEY)
+@pytest.mark.parametrize("params", [PARAMS, draw_params(LLAMA_CONFIG)])
+def test_fresh_adapters_change_nothing_and_merged_ones_are_applied_ones(params):
+    fresh = init_adapters(CONFIG, params, "attention/* mlp/*", 4, KEY)
     rng = np.random.default_rng(0)
     moved = jax.tree.map(lambda leaf: leaf + rng.normal(size=leaf.shape).astype("f4") / 5, fresh)
 
     adapters = scale_adapters(moved, 0.5)
-    applied = hidden(PARAMS, adapters)
-    merged = merge_adapters(PARAMS, adapters)
+    applied = hidden(params, adapters)
+    merged = merge_adapters(params, adapters)
     np.testing.assert_allclose(hidden(merged), applied, atol=1e-4)
-    assert np.abs(applied - hidden(PARAMS)).max() > 1e-2
-    np.testing.assert_allclose(hidden(PARAMS, fresh), hidden(PARAMS), atol=1e-5)
+    assert np.abs(applied - hidden(params)).max() > 1e-2
+    np.testing.assert_allclose(hidden(params, fresh), hidden(params), atol=1e-5)
     down, (a_NIR, b_NRO) = "blocks/mlp/down/kernel", moved["blocks"]["mlp"]["down"].values()
-    update = flatten_with_names(merged)[down] - flatten_with_names(PARAMS)[down]
+    update = flatten_with_names(merged)[down] - flatten_with_names(params)[down]
     np.testing.assert_allclose(update, 0.5 * a_NIR @ b_NRO, atol=1e-5)
 
 

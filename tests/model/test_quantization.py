@@ -24,6 +24,7 @@ from gptjax.model.quantization import (
 from gptjax.tree import flatten_with_names
 from gptjax.weights.model_folder import Model, save
 from tests.model.test_gpt import draw_params, extend, logits
+from tests.small_models import LLAMA
 
 SHAPE = {"context_length": 16, "n_layers": 1, "n_heads": 2, "d_model": 24, "dtype": "auto"}
 CONFIG = GPTConfig(vocab_size=257, **SHAPE)
@@ -32,15 +33,20 @@ TOKEN_BT = jnp.asarray(np.random.default_rng(0).integers(257, size=(3, 4)), "int
 
 
 @pytest.mark.parametrize(
-    ("tied", "multiple", "dtype", "int8", "near"),
+    ("tied", "multiple", "dtype", "int8", "near", "changes"),
     [
-        (True, 64, "float32", False, 2e-6),
-        (False, 1, "float32", True, 5e-4),  # rows are rounded to 15 bits, 7 times
-        (True, 1, "bfloat16", False, 2e-2),
+        (True, 64, "float32", False, 2e-6, {}),
+        (False, 1, "float32", True, 5e-4, {}),  # rows are rounded to 15 bits, 7 times
+        (True, 1, "bfloat16", False, 2e-2, {}),
+        (True, 1, "float32", False, 2e-6, LLAMA),
+        (True, 1, "float32", True, 5e-4, LLAMA),
     ],
 )
-def test_decode_layouts_give_the_logits_of_stacked_layers(tied, multiple, dtype, int8, near):
-    config = dataclasses.replace(CONFIG, tie_embeddings=tied, vocab_multiple=multiple, dtype=dtype)
+def test_decode_layouts_give_the_logits_of_stacked_layers(
+    tied, multiple, dtype, int8, near, changes
+):
+    options = {"tie_embeddings": tied, "vocab_multiple": multiple, "dtype": dtype}
+    config = dataclasses.replace(CONFIG, **options, **changes)
     params = draw_params(config, 0.2)
     params = fake_quantize(params) if int8 else params
     layers = prepare_decode_params(unstack_layers(params), compute_dtype(config), int8)

@@ -22,6 +22,7 @@ from gptjax.training.train_step import init_state, make_train_step, pmap_train_s
 from gptjax.tree import flatten_with_names
 from tests.model.test_gpt import draw_params
 from tests.runs import train_logged
+from tests.small_models import LLAMA
 from tests.tasks.test_classify import make_config as classify_config
 from tests.tasks.test_dpo import make_config as preference_config
 from tests.tasks.test_pretrain import make_config as pretrain_config
@@ -72,7 +73,11 @@ def train(sizes, config, accumulate):
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("sizes", "accumulate", "changes"),
-    [((1, 8, 1), 2, UNTIED), ((2, 2, 2), 1, {"dropout": 0.1, "remat": "full"})],
+    [
+        ((1, 8, 1), 2, UNTIED),
+        ((2, 2, 2), 1, {"dropout": 0.1, "remat": "full"}),
+        ((2, 2, 2), 1, LLAMA | {"mlp_dim": 16, "attention": "flash"}),
+    ],
 )
 def test_a_mesh_has_the_losses_of_one_device_and_keeps_the_state_in_its_place(
     sizes, accumulate, changes

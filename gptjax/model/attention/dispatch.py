@@ -4,11 +4,19 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from gptjax.errors import ConfigError
 from gptjax.model.attention import cudnn, flash, reference, splash
-from gptjax.model.attention.mask import AttentionMask, AttentionSpec, KeyValueHeads, QueryHeads
+from gptjax.model.attention.mask import (
+    AttentionMask,
+    AttentionSpec,
+    GroupedHeads,
+    KeyValueHeads,
+    QueryHeads,
+    query_positions,
+)
 from gptjax.parallel.sharding import current_mesh_shape, divisible_spec
 from gptjax.runtime import device
 from gptjax.runtime.device import GPU_PRE_AMPERE
@@ -41,8 +49,8 @@ DEFAULT_ORDER = {  # by platform: the first supported one; KV caches use "refere
 
 def compute_attention(
     query_BTHK: QueryHeads,
-    key_BSHK: KeyValueHeads,
-    value_BSHK: KeyValueHeads,
+    key_BSGK: GroupedHeads,
+    value_BSGK: GroupedHeads,
     mask: AttentionMask,
     *,
     backend: str = "auto",
@@ -53,10 +61,17 @@ def compute_attention(
     Softmax statistics are float32 in every backend. A backend that does not support an
     argument raises instead of ignoring it. `backend` is a key of `BACKENDS`, or "auto".
     S = T unless `mask` has query positions. `edit_weights` is a function of the
-    attention weights [B, H, T, S], such as dropout.
+    attention weights [B, H, T, S], such as dropout. Each head of keys and values is for
+    H / G consecutive heads of queries (Ainslie et al. 2023).
     """
-    _, queries, _, head_dim = query_BTHK.shape
-    keys = key_BSHK.shape[1]
+    _, queries, heads, head_dim = query_BTHK.shape
+    keys, kv_heads = key_BSGK.shape[1:3]
+    if heads != kv_heads and mask.query_position_BT is not None and edit_weights is None:
+        return attend_grouped(query_BTHK, key_BSGK, value_BSGK, mask, backend)
+    key_BSHK, value_BSHK = (
+        x if heads == kv_heads else jnp.repeat(x, heads // kv_heads, axis=2)
+        for x in (key_BSGK, value_BSGK)
+    )
     if mask.query_position_BT is not None and mask.segment_id_BT is not None:
         raise ConfigError(
             "AttentionMask.query_position_BT and segment_id_BT cannot be combined: the "
@@ -81,6 +96,30 @@ def compute_attention(
     if is_local:
         return shard_map_attention(run, query_BTHK, key_BSHK, value_BSHK, mask)
     return run(query_BTHK, key_BSHK, value_BSHK, mask, **options)
+
+
+def attend_grouped(
+    query_BTHK: QueryHeads,
+    key_BSGK: GroupedHeads,
+    value_BSGK: GroupedHeads,
+    mask: AttentionMask,
+    backend: str,
+) -> QueryHeads:
+    """Computes grouped-query attention without repeating the keys of a KV cache.
+
+    The queries of a group become queries of one head at the same position.
+    """
+    rows, queries, heads, head_dim = query_BTHK.shape
+    kv_heads = key_BSGK.shape[2]
+    group_size = heads // kv_heads
+    shape = rows, queries, kv_heads, group_size, head_dim
+    query_BTGK = jnp.swapaxes(query_BTHK.reshape(shape), 2, 3)
+    query_BTGK = query_BTGK.reshape(rows, queries * group_size, kv_heads, head_dim)
+    position_BT = jnp.repeat(query_positions(mask, query_BTHK), group_size, axis=1)
+    mask = mask._replace(query_position_BT=position_BT)
+    out = compute_attention(query_BTGK, key_BSGK, value_BSGK, mask, backend=backend)
+    out = jnp.swapaxes(out.reshape(rows, queries, group_size, kv_heads, head_dim), 2, 3)
+    return out.reshape(query_BTHK.shape)
 
 
 def shard_map_attention(

@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 QueryHeads = Float[Array, "B T H K"]
 KeyValueHeads = Float[Array, "B S H K"]
+GroupedHeads = Float[Array, "B S G K"]  # each for H / G heads of queries
 QueriesHeadsFirst = Float[Array, "B H T K"]
 KeysHeadsFirst = Float[Array, "B H S K"]
 

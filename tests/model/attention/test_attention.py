@@ -96,6 +96,33 @@ def test_edits_such_as_dropout_change_the_normalized_weights():
         np.testing.assert_allclose(edited, 2 * attend(backend="xla"), rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["reference", "chunked", "xla", "flash"])
+def test_consecutive_heads_of_queries_share_a_head_of_keys_and_values(backend):
+    random = np.random.default_rng(0)
+    query_BTHK, key_BSGK, value_BSGK = (
+        jnp.asarray(random.normal(size=(2, 8, heads, 4)), "float32") for heads in (6, 2, 2)
+    )
+    cases = [(8, AttentionMask())]
+    if backend == "reference":  # of a KV cache
+        cases.append((3, AttentionMask(jnp.array([[4, 5, 6], [0, 1, 2]]))))
+
+    for queries, mask in cases:
+        found_BTHK = compute_attention(
+            query_BTHK[:, :queries], key_BSGK, value_BSGK, mask, backend=backend
+        )
+        for head in range(6):
+            query_BT1K, key_BS1K, value_BS1K = (
+                x[:, :, n : n + 1]
+                for x, n in (
+                    (query_BTHK[:, :queries], head),
+                    (key_BSGK, head // 3),
+                    (value_BSGK, head // 3),
+                )
+            )
+            alone = compute_attention(query_BT1K, key_BS1K, value_BS1K, mask, backend="reference")
+            np.testing.assert_allclose(found_BTHK[:, :, head], alone[:, :, 0], atol=1e-5)
+
+
 def test_contradictory_masks_are_refused():
     key, place_BT = jnp.zeros((1, 8, 1, 8)), jnp.array([[3, 4]])
 
