@@ -1,9 +1,14 @@
-"""GGUF files for tests, written from plain values."""
+"""GGUF files for tests, of plain values or of a model."""
 
+import dataclasses
 import struct
 
 import ml_dtypes
 import numpy as np
+
+from gptjax.model.rope import rope_frequencies
+from gptjax.tokenizer.tokenizer import bytes_to_unicode, derive_merge_lines
+from gptjax.weights.export import named_tensors
 
 # Numbers of the types of values and of tensors, and the formats of the former.
 U32, I32, F32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
@@ -27,7 +32,8 @@ def kind_of(value):
     """The type that llama.cpp's converters write a value as."""
     kinds = {bool: BOOL, int: U32, float: F32, str: STRING}
     if isinstance(value, list):
-        return [I32 if type(value[0]) is int else kinds[type(value[0])]]
+        item = type(value[0]) if value else str
+        return [I32 if item is int else kinds[item]]
     return kinds[type(value)]
 
 
@@ -68,3 +74,54 @@ def gguf_bytes(metadata, tensors, *, version=3, alignment=32):
         head += pack_string(key) + struct.pack("<I", number) + pack_value(kind, value)
     head += infos
     return head + bytes(-len(head) % alignment) + data
+
+
+def gguf_metadata(model, architecture="llama"):
+    """Keys that llama.cpp's converter writes for a model."""
+    c, tokenizer = model.config, model.tokenizer
+    names = {i: bytes_to_unicode(token) for token, i in tokenizer.ranks.items()}
+    special = {i: name for name, i in tokenizer.special_tokens.items()}
+    tokens = [(names | special)[i] for i in range(tokenizer.vocab_size)]
+    shape = {
+        "block_count": c.n_layers,
+        "context_length": c.context_length,
+        "embedding_length": c.d_model,
+        "feed_forward_length": c.actual_mlp_dim,
+        "attention.head_count": c.n_heads,
+        "attention.head_count_kv": c.actual_kv_heads,
+        "attention.key_length": c.actual_head_dim,
+        "attention.value_length": c.actual_head_dim,
+        "attention.layer_norm_rms_epsilon": c.norm_eps,
+        "rope.dimension_count": c.actual_head_dim,
+        "rope.freq_base": c.rope_theta,
+        "vocab_size": c.vocab_size,
+    }
+    vocabulary = {
+        "model": "gpt2",
+        "pre": tokenizer.pre_tokenizer,
+        "tokens": tokens,
+        "token_type": [3 if i in special else 1 for i in range(len(tokens))],
+        "merges": derive_merge_lines(tokenizer.ranks),
+        "eos_token_id": tokenizer.eot_token,
+        "add_bos_token": tokenizer.add_bos,
+    }
+    return {
+        "general.architecture": architecture,
+        **{f"{architecture}.{key}": value for key, value in shape.items()},
+        **{f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()},
+    }
+
+
+def gguf_tensors(model, architecture="llama", type_name="F32"):
+    """Tensors that llama.cpp's converter writes for a model."""
+    half = model.config.actual_head_dim // 2
+    tensors = {}
+    if model.config.rope_factor != 1:
+        plain = dataclasses.replace(model.config, rope_factor=1.0)
+        stretch = rope_frequencies(plain) / rope_frequencies(model.config)
+        tensors["rope_freqs.weight"] = (stretch, "F32")
+    for name, array in named_tensors(model, "gguf").items():
+        if architecture == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+            array = array.reshape(-1, 2, half, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        tensors[name] = (array, type_name if array.ndim > 1 else "F32")
+    return tensors

@@ -13,6 +13,7 @@ data is read one tensor at a time.
 import io
 import math
 import os
+from array import array
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +30,11 @@ MAX_HEADER_BYTES = 1 << 26  # all before the data; the vocabulary of Llama 3 nee
 MAX_NAME_BYTES = 63  # of a tensor
 MAX_NUM_DIMS = 4
 DEFAULT_ALIGNMENT, MAX_ALIGNMENT = 32, 1 << 16  # bytes
-UINT32, BOOL, STRING, ARRAY = 4, 7, 8, 9  # types of values
-VALUE_DTYPES = dict(enumerate(["u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "u1"])) | {
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
+FLOAT32, BOOL, STRING, ARRAY = 6, 7, 8, 9  # types of values
+# Type codes of `array` by type of value; a bool is one byte.
+VALUE_CODES = {
+    **{0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", BOOL: "B"},
+    **{10: "Q", 11: "q", 12: "d"},
 }
 TENSOR_TYPES = {  # all but those of BLOCK_DTYPES are only for messages
     **{0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K"},
@@ -65,12 +66,11 @@ class GGUFTensor(NamedTuple):
 
 def is_gguf(path: Path) -> bool:
     """True for a file that has the extension or the magic number of GGUF."""
-    if not path.is_file():
+    try:
+        with open_regular_file(path) as file:
+            return path.suffix == ".gguf" or file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except OSError:
         return False
-    if path.suffix == ".gguf":
-        return True
-    with open_regular_file(path) as file:
-        return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
 
 
 def open_gguf(path: Path) -> tuple[dict[str, Any], TensorReader]:
@@ -91,7 +91,8 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], TensorReader]:
                 data = read_bytes(file, tensor.size, tensor.size)
         except (OSError, ValueError) as error:
             raise unusable_gguf(path, error) from error
-        return dequantize(data, tensor.type).reshape(tensor.shape)
+        with np.errstate(over="ignore", invalid="ignore"):  # `read_finite` reports them
+            return dequantize(data, tensor.type).reshape(tensor.shape)
 
     return metadata, TensorReader(tensors, read)
 
@@ -172,31 +173,31 @@ def read_tensor_info(stream: io.BytesIO) -> tuple[str, GGUFTensor]:
 
 
 def read_value(stream: io.BytesIO, kind: int, key: str) -> Any:
-    """Reads a value of the metadata; arrays of numbers stay NumPy arrays."""
+    """Reads a value of the metadata; strings are in lists, numbers in arrays."""
     if kind == STRING:
         return read_string(stream)
     if kind != ARRAY:
-        value = read_numbers(stream, kind, 1, key)[0]
+        (number,) = read_numbers(stream, kind, 1, key)
         # The shortest float32 is what was written: 1e-05, not 9.999999747378752e-06.
-        value = float(str(value)) if value.dtype == np.float32 else value.item()
-        return bool(value) if kind == BOOL else value
+        number = float(str(np.float32(number))) if kind == FLOAT32 else number
+        return bool(number) if kind == BOOL else number
     item_kind, count = read_uint(stream, 4), read_uint(stream)
     if item_kind == ARRAY:
         raise ValueError(f"{key[:80]!r} is an array of arrays")
-    if item_kind != STRING:
-        return read_numbers(stream, item_kind, count, key)
-    return [read_string(stream) for _ in range(count)]  # ends at the latest with the header
+    if item_kind == STRING:
+        return [read_string(stream) for _ in range(count)]  # ends before the header does
+    return read_numbers(stream, item_kind, count, key)
 
 
-def read_numbers(stream: io.BytesIO, kind: int, count: int, key: str) -> np.ndarray:
-    """Reads an array of numbers of a type."""
-    if kind not in VALUE_DTYPES:
+def read_numbers(stream: io.BytesIO, kind: int, count: int, key: str) -> array:
+    """Reads numbers of a type."""
+    if kind not in VALUE_CODES:
         raise ValueError(f"{key[:80]!r} has a value of the unknown type {kind}")
-    dtype = np.dtype(VALUE_DTYPES[kind])
-    values = np.frombuffer(read_bytes(stream, count * dtype.itemsize), dtype)
-    if kind == BOOL and (values > 1).any():
-        raise ValueError(f"{key[:80]!r} is neither false nor true, but {values.max()}")
-    return values
+    numbers = array(VALUE_CODES[kind])
+    numbers.frombytes(read_bytes(stream, count * numbers.itemsize))
+    if kind == BOOL and max(numbers, default=0) > 1:
+        raise ValueError(f"{key[:80]!r} is neither false nor true, but {max(numbers)}")
+    return numbers
 
 
 def read_string(stream: io.BytesIO, max_bytes: int = MAX_HEADER_BYTES) -> str:

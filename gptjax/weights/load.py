@@ -9,6 +9,7 @@ llama   Hugging Face Llama, SmolLM2 or Qwen 3: the same files
 openai  OpenAI's TensorFlow checkpoint: hparams.json, model.ckpt.*
 book    safetensors with the names of the book's PyTorch GPTModel, with a
         config.json that sets "n_heads" if the head dim is not 64
+gguf    file of llama.cpp with a Llama-family model
 """
 
 import dataclasses
@@ -34,6 +35,8 @@ from gptjax.tokenizer.tokenizer import Tokenizer, is_tokenizer_dir, load_tokeniz
 from gptjax.tokenizer.vocab_files import ADDED_TOKENS, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
 from gptjax.tree import flatten_with_names, num_params
 from gptjax.weights import foreign_config, hub
+from gptjax.weights.gguf import is_gguf, open_gguf
+from gptjax.weights.gguf_model import gguf_config, gguf_tokenizer, pairs_to_halves
 from gptjax.weights.model_folder import MAX_MODEL_JSON_BYTES, MODEL_FORMAT, Model, save
 from gptjax.weights.param_map import (
     EMBEDDING_TABLES,
@@ -75,6 +78,7 @@ REFERENCE_VALUES = {
     "gpt2-medium": ReferenceValues(354_823_168),
     "gpt2-large": ReferenceValues(774_030_080),
     "gpt2-xl": ReferenceValues(1_557_611_200),
+    "smollm2-135m-instruct": ReferenceValues(134_515_008),  # sum of the file's shapes
 }
 
 
@@ -98,7 +102,8 @@ def load(name: str | Path, log: _LogFn = lambda line: None, *, int8: bool = Fals
 
     Args:
         name: a run folder, a model folder, a Hugging Face, OpenAI or book folder, a
-            .safetensors file, a public size such as "gpt2", or "owner/repository".
+            .safetensors or GGUF file, a public model such as "gpt2", or
+            "owner/repository".
         log: receives messages for the user, one line each.
         int8: quantize the weights to 8 bits, which reduces the memory traffic of
             decoding to a quarter; see `gptjax.model.quantization`.
@@ -108,7 +113,9 @@ def load(name: str | Path, log: _LogFn = lambda line: None, *, int8: bool = Fals
 
 def resolve_model(name: str | Path, log: _LogFn) -> Path:
     """Returns the path of a model's files, downloading them from the hub if needed."""
-    path = user_path(name)
+    if not (path := user_path(name)).exists() and (file := hub.find_packaged_file(str(name))):
+        log(f"file     {file}, of an installed package")
+        return file
     if (path / "model" / "config.json").exists():
         return path / "model"
     if (path / "checkpoints").is_dir():
@@ -133,6 +140,8 @@ def open_model_source(path: Path, log: _LogFn = lambda line: None) -> ModelSourc
 
 def _open_layout(path: Path, log: _LogFn) -> ModelSource:
     """Opens a model in the layout that its files show."""
+    if is_gguf(path):
+        return with_chat_template(from_gguf(path, log), log)
     if (path / "hparams.json").exists():
         return with_chat_template(from_tf_checkpoint(path, log), log)
     files = list_safetensors(path) if path.is_dir() else []
@@ -154,12 +163,17 @@ def _open_layout(path: Path, log: _LogFn) -> ModelSource:
 
 
 def with_chat_template(source: ModelSource, log: _LogFn) -> ModelSource:
-    """Adds the chat template of a foreign model; logs why if it cannot be used."""
+    """Checks or finds the chat template of a foreign model; logs why it is not used."""
+    template = source.chat_template
     try:
-        return dataclasses.replace(source, chat_template=read_chat_template(source.location))
+        if template:
+            compile_template(template)
+        else:
+            template = read_chat_template(source.location)
     except ConfigError as error:  # the model can still be used for completion
         log(f"chat template not used: {error}")
-        return source
+        template = ""
+    return dataclasses.replace(source, chat_template=template)
 
 
 def open_run_params(run_dir: Path, files: list[Path], best_step: Any, log: _LogFn) -> TensorReader:
@@ -220,9 +234,12 @@ def explain_unreadable(path: Path) -> str:
                 f'map_location="cpu").items()}}, {pickle.with_suffix(".safetensors").name!r})'
             )
     problem = "neither *.safetensors nor hparams.json" if path.exists() else "no such folder"
+    for file in candidates:
+        if file.suffix == ".gguf":
+            problem = f"to use its GGUF file, write {str(file)!r}"
     return (
         f"no model {str(path)!r}: {problem}. Give a run folder, a model folder, a Hugging Face, "
-        f"OpenAI or book folder, or one of {', '.join(hub.PINNED_REPOS)}."
+        f"OpenAI or book folder, a GGUF file, or one of {', '.join(hub.PINNED_REPOS)}."
     )
 
 
@@ -297,6 +314,18 @@ def from_hf(
     return dataclasses.replace(source, config=config, labels=labels)
 
 
+def from_gguf(path: Path, log: _LogFn) -> ModelSource:
+    """Opens a GGUF file."""
+    metadata, reader = open_gguf(path)
+    config = gguf_config(metadata, reader)
+    if metadata["general.architecture"] == "llama":
+        reader = pairs_to_halves(reader, config)
+    tokenizer = gguf_tokenizer(metadata, path.name)
+    source = with_tokenizer("gguf", path, config, reader, log, tokenizer)
+    template = str(metadata.get("tokenizer.chat_template", ""))
+    return dataclasses.replace(source, chat_template=template)
+
+
 def from_tf_checkpoint(path: Path, log: _LogFn) -> ModelSource:
     """Opens a folder published by OpenAI."""
     config = foreign_config.openai_config(read_json_object(path / "hparams.json"))
@@ -342,10 +371,15 @@ def from_book(
 
 
 def with_tokenizer(
-    layout: str, path: Path, config: GPTConfig, reader: TensorReader, log: _LogFn
+    layout: str,
+    path: Path,
+    config: GPTConfig,
+    reader: TensorReader,
+    log: _LogFn,
+    tokenizer: Tokenizer | None = None,
 ) -> ModelSource:
-    """Adds the tokenizer; its size determines `vocab_size`."""
-    tokenizer, num_rows = find_tokenizer(path, config), config.vocab_size
+    """Adds the tokenizer, by default that of the folder; it determines `vocab_size`."""
+    tokenizer, num_rows = tokenizer or find_tokenizer(path, config), config.vocab_size
     # transformers lets a tokenizer have more special tokens than the model.
     added = {name: n for name, n in tokenizer.added_tokens.items() if n < num_rows}
     if num_cut := len(tokenizer.added_tokens) - len(added):

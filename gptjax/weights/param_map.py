@@ -94,7 +94,7 @@ UNEMBEDDING_TENSORS = {names.get(EMBEDDING_TABLES[1]) for names in SOURCE_NAMES.
 # Causal masks and frequencies that files store beside the parameters.
 IGNORED_BUFFERS = re.compile(
     r"h\.\d+\.attn\.(masked_)?bias|trf_blocks\.\d+\.att\.mask"
-    r"|layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+    r"|layers\.\d+\.self_attn\.rotary_emb\.inv_freq|rope_freqs\.weight"
 )
 CELL_PATTERN = re.compile(r"([^\[^]+)(?:\[(\d)\])?(\^T)?")
 
