@@ -7,9 +7,11 @@ import resource
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import gptjax
 from gptjax.cli.main import main
+from gptjax.config import LLAMA_OPTIONS
 from gptjax.errors import ConfigError, ModelError
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.weights import export, hub, load
@@ -27,10 +29,18 @@ BOOK_NAMES = {
     **dict.fromkeys(("att.W_query", "att.W_key", "att.W_value"), "attn.c_attn"),
 }
 
+LLAMA = LLAMA_OPTIONS | {"n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "mlp_dim": 40}
+LLAMA |= {"rope_theta": 5e5, "rope_factor": 32.0, "rope_original_context": 4}
+QWEN = LLAMA | {"rope_factor": 1.0, "rope_original_context": 8192, "qk_norm": True}
+QWEN |= {"tie_embeddings": False, "norm_eps": 1e-6}
+
 
 @pytest.mark.parametrize(
     ("layout", "shape"),
     [
+        ("hf", LLAMA),
+        ("hf", QWEN),
+        ("hf", {"mlp_dim": 40, "norm_eps": 1e-6}),
         ("hf", {"tie_embeddings": False, "n_heads": 1, "vocab_multiple": 64}),
         ("book", {"vocab_multiple": 64}),
         ("book", {"tie_embeddings": False, "qkv_bias": False}),
@@ -83,6 +93,37 @@ def test_tensors_of_all_layouts_are_the_same_numbers():
         np.testing.assert_array_equal(tensor, expected, err_msg=name)
 
 
+def test_tensors_of_qwen_have_the_names_and_axes_of_transformers():
+    model = make_model(n_layers=1, **QWEN)
+
+    tensors = named_tensors(model, "llama")
+
+    names = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (16,))
+    names |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), (6,))
+    names |= {"self_attn.q_proj": (24, 16), "self_attn.o_proj": (16, 24)}
+    names |= dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), (12, 16))
+    names |= {"mlp.gate_proj": (40, 16), "mlp.up_proj": (40, 16), "mlp.down_proj": (16, 40)}
+    names = {f"layers.0.{name}": shape for name, shape in names.items()}
+    names |= {"embed_tokens": (257, 16), "norm": (16,), "lm_head": (257, 16)}
+    assert {n.removesuffix(".weight"): x.shape for n, x in tensors.items()} == names
+    attention = model.params["blocks"]["attention"]
+    for name, shape in {"query": (16, 24), "key": (16, 12), "out": (24, 16)}.items():
+        tensor = tensors[f"layers.0.self_attn.{name[0]}_proj.weight"]
+        kernel = np.asarray(attention[name]["kernel"][0])
+        np.testing.assert_array_equal(tensor, kernel.reshape(shape).T)
+
+
+def test_weights_in_bfloat16_stay_in_bfloat16(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "compare_logits", lambda *models: 0.0)  # compiles
+    model = make_model(n_layers=1, **LLAMA)
+    params = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), model.params)
+    for n, (values, dtype) in enumerate(((params, "bfloat16"), (model.params, "float32"))):
+        export_model(dataclasses.replace(model, params=values), "hf", tmp_path / str(n))
+        tensors = safetensors.numpy.load_file(tmp_path / str(n) / "model.safetensors")
+        assert {tensor.dtype.name for tensor in tensors.values()} == {dtype}
+        assert_same(gptjax.load(tmp_path / str(n)), dataclasses.replace(model, params=values))
+
+
 def test_an_export_must_reproduce_the_logits(model, tmp_path, monkeypatch):
     assert "differ by at most 0" in export_model(model, "hf", tmp_path / "right")
 
@@ -118,11 +159,15 @@ def test_an_import_keeps_the_template_and_is_compared_with_published_values(
             load.convert_model("gpt2", tmp_path / "other", lines.append)
 
 
+UNKNOWN_ARCHITECTURES = [{"norm": "rms", "bias": False}, LLAMA | {"mlp": "relu2"}, {"mlp_dim": 40}]
+
+
 def test_impossible_exports_are_errors_and_leave_nothing(model, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     nan = jax.tree.map(lambda leaf: leaf * np.nan, model.params)
     labeled = dataclasses.replace(model, labels=("a", "b", "c"))
+    modern = [make_model(n_layers=1, **changes) for changes in UNKNOWN_ARCHITECTURES]
     two_way = dataclasses.replace(labeled, config=dataclasses.replace(model.config, causal=False))
     for exported, layout, folder, error, message in [
         (model, "hff", "out", ConfigError, "'hff'"),
@@ -130,6 +175,9 @@ def test_impossible_exports_are_errors_and_leave_nothing(model, tmp_path):
         (dataclasses.replace(model, params=nan), "hf", "out", ModelError, "non-finite"),
         (labeled, "book", "out", ModelError, "--to hf"),
         (two_way, "hf", "out", ModelError, "model.causal=False"),
+        (modern[0], "hf", "out", ModelError, r"GPT-2.*model\.norm=rms .*model\.bias=False"),
+        (modern[1], "hf", "out", ModelError, r"Llama.*model\.mlp=relu2"),
+        (modern[2], "book", "out", ModelError, r"model\.mlp_dim=40"),
     ]:
         with pytest.raises(error, match=message):
             export_model(exported, layout, tmp_path / folder)
