@@ -283,10 +283,12 @@ def encode_truncated(
 ) -> tuple[Sequence[list[int]], int]:
     """Tokenizes texts and packs their first ids; also counts the truncated texts."""
     dtype, num_truncated = token_dtype(tokenizer.vocab_size), 0
+    prefix = np.array(tokenizer.prefix_ids, dtype)
 
     def encoded_rows() -> Iterator[tuple[bytes]]:
         nonlocal num_truncated
-        for ids in map(tokenizer.encode_array, texts):
+        for text in texts:
+            ids = np.concatenate([prefix, tokenizer.encode_array(text)])
             num_truncated += len(ids) > max_length
             yield (ids[:max_length].astype(dtype).tobytes(),)
 

@@ -306,14 +306,14 @@ EncodedSpans = tuple[np.ndarray, np.ndarray, int]
 def encode_batch(spans: Sequence[SplitSpan], tokenizer: Tokenizer) -> dict[str, EncodedSpans]:
     """Encodes spans of text; returns the tokens by split."""
     dtype, encoded = token_dtype(tokenizer.vocab_size), {}
-    eot = np.array([tokenizer.eot_token], dtype)
+    start = np.array([tokenizer.eot_token, *tokenizer.prefix_ids], dtype)
     for split in TEXT_SPLITS:
         part = [span for span in spans if span.split == split]
-        tokens, lengths = [eot[:0]], []
+        tokens, lengths = [start[:0]], []
         for span in part:
-            ids = tokenizer.encode_array(span.text)
-            tokens += [eot, ids] if span.is_first else [ids]
-            lengths.append(len(ids) + span.is_first)
+            parts = [start] * span.is_first + [tokenizer.encode_array(span.text)]
+            tokens += parts
+            lengths.append(sum(map(len, parts)))
         ends = np.cumsum(lengths, dtype=np.int64)
         num_bytes = sum(len(span.text.encode()) for span in part)
         is_end = [span.is_last for span in part]

@@ -22,7 +22,7 @@ from gptjax.data.packed_rows import PackedRows, pack_columns
 from gptjax.errors import ConfigError
 from gptjax.plugins import load_plugin
 from gptjax.tokenizer.chat_template import ChatTemplate, TemplateSegment
-from gptjax.tokenizer.tokenizer import Tokenizer
+from gptjax.tokenizer.tokenizer import ENDOFTEXT, Tokenizer
 
 TRAIN_ON_COMPLETIONS = frozenset({"answer"})
 TRAIN_ON_ALL = frozenset({"prompt", "header", "answer"})
@@ -48,12 +48,16 @@ def encode_segments(
     token spans two of them. Message texts never yield control tokens.
     """
     example = Example([], [], [])
+    eot = tokenizer.special_tokens.get(ENDOFTEXT, tokenizer.eot_token)
+    special = tokenizer.special_tokens.keys() - {ENDOFTEXT}
     for kind, group in itertools.groupby(segments, key=lambda segment: segment.kind):
         ids = []
         for segment in group:
-            special = segment.control_tokens & tokenizer.added_tokens.keys()
-            encoded = tokenizer.encode(segment.text, special)
-            ids += [tokenizer.eot_token] if segment.is_eot else encoded
+            encoded = tokenizer.encode(segment.text, segment.control_tokens & special)
+            ids += [eot] if segment.is_eot else encoded
+        if not example.ids:
+            prefix = tokenizer.prefix_ids  # the template may have printed it
+            ids = ids if ids[: len(prefix)] == prefix else prefix + ids
         start = len(example.ids)
         example.ids.extend(ids)
         example.loss_mask.extend([kind in train_on] * len(ids))

@@ -5,8 +5,9 @@ A prepared folder holds, for each split ("train", "validation"), the stream
     eot document eot document ... eot document eot
 
 where eot is the tokenizer's end-of-text token. It precedes every document, and also
-ends the stream, as the target after the last document. The stream is stored in
-shards, all but the last of the same length:
+ends the stream, as the target after the last document. A document starts with the BOS
+token if the tokenizer adds one. The stream is stored in shards, all but the last of the
+same length:
 
     {split}-00000.bin   tokens, little-endian u16 (u32 above 65,536 token types)
     {split}-00000.idx   little-endian u64: ends of documents in this shard

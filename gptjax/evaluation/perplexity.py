@@ -130,8 +130,13 @@ def score(model: Model, text: str, *, stride: int | None = None) -> Evaluation:
         raise ConfigError(
             f"--stride {stride} must be from 1 to the model's context length {context_length}."
         )
-    token_L = np.array([model.tokenizer.eot_token, *model.tokenizer.encode(text)], np.int32)
+    token_L = np.array(start_ids(model) + model.tokenizer.encode(text), np.int32)
     return score_tokens(model, token_L, stride, None)
+
+
+def start_ids(model: Model) -> list[int]:
+    """Tokens before a text: those that the model expects, or the end of another."""
+    return model.tokenizer.prefix_ids or [model.tokenizer.eot_token]
 
 
 def token_losses(model: Model, text: str) -> tuple[list[int], Float32[np.ndarray, " L"]]:
@@ -146,7 +151,7 @@ def token_losses(model: Model, text: str) -> tuple[list[int], Float32[np.ndarray
             f"the text has {len(ids)} tokens. Pass 1 to {context_length} tokens, or use "
             "gptjax.score for the mean loss."
         )
-    token_L = np.array([model.tokenizer.eot_token, *ids], np.int32)
+    token_L = np.array(start_ids(model) + ids, np.int32)
     (batch,) = sliding_windows(token_L, context_length, context_length, 1, None)
     loss_BT = np.asarray(eval_step_for(model.config)(model.params, batch), np.float32)
     return ids, loss_BT[0, : len(ids)]

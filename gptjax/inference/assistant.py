@@ -32,7 +32,7 @@ def chat_template_of(model: Model) -> ChatTemplate:
             "this model has no chat template. Use gptjax generate without --chat, or train an "
             "assistant with train.task = 'sft'."
         )
-    return compile_template(model.chat_template)
+    return compile_template(model.chat_template, *model.tokenizer.template_tokens)
 
 
 def encode_chat(model: Model, messages: str | Sequence[ChatMessage]) -> list[int]:

@@ -38,7 +38,7 @@ def classify(model: Model, texts: Sequence[str]) -> list[Prediction]:
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str) or not text:
             raise DataError(f"text {number} is {text!r:.40}, not a text to classify. Remove it.")
-    ids, predictions = [model.tokenizer.encode(text) for text in texts], []
+    ids, predictions = [model.tokenizer.encode_prompt(text) for text in texts], []
     max_length = model.config.context_length
     prob_NC = predict_probs(model, [row[:max_length] for row in ids])
     for row, prob_C in zip(ids, prob_NC.tolist(), strict=True):
@@ -57,7 +57,7 @@ def check_classifier(model: Model) -> None:
 
 def encode_texts(model: Model, texts: Sequence[str]) -> list[list[int]]:
     """Tokenizes texts, truncated to the context length with a warning."""
-    ids = [model.tokenizer.encode(text) for text in texts]
+    ids = [model.tokenizer.encode_prompt(text) for text in texts]
     warn_truncated(ids, model.config.context_length, "texts", "last")
     return [row[: model.config.context_length] for row in ids]
 

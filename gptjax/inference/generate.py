@@ -35,9 +35,9 @@ from gptjax.inference.sampling import SamplingParams
 from gptjax.runtime.preemption import check_interrupted
 from gptjax.runtime.prng import key_of_words
 from gptjax.runtime.timing import mark_phase
+from gptjax.tokenizer.tokenizer import MAX_STOP_IDS
 from gptjax.weights.model_folder import Model
 
-MAX_STOP_IDS = 8
 TOKENS_PER_CALL = 16  # decoded per compiled call when streaming or checking stop texts
 logger = logging.getLogger("gptjax")
 
@@ -55,7 +55,7 @@ class GenerationConfig:
     min_p: float = 0.0  # minimum probability relative to the most likely token
     repetition_penalty: float = 1.0  # penalty on repeated tokens; 1.0 = off
     stop: str | Sequence[str] = ()  # texts that end generation; not part of the output
-    stop_ids: Sequence[int] | None = None  # stop tokens; None: <|endoftext|>
+    stop_ids: Sequence[int] | None = None  # stop tokens; None: those of the tokenizer
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -264,7 +264,7 @@ def tokenize_prompts(
     """Tokenizes prompts; also returns the number of tokens dropped from each front."""
     prompt_ids = []
     for prompt in prompts:
-        ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = model.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt
         try:
             ids = [operator.index(i) for i in ids]
         except TypeError:
@@ -410,7 +410,7 @@ def make_decode_args(
     """Converts the options to device arrays; sample s always gets the same key."""
     c, stop_ids = generation_config, generation_config.stop_ids
     if stop_ids is None:
-        stop_ids = [model.tokenizer.eot_token]
+        stop_ids = model.tokenizer.stop_ids
     check_token_ids(model, stop_ids, "in stop_ids")
     # NumPy scalars: eager JAX would compile one program each.
     numbers = c.temperature, c.top_p, c.min_p, c.repetition_penalty

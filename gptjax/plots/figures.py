@@ -60,7 +60,7 @@ def attention_figure(model: Model, text: str, layer: int) -> Figure:
 
     The text has 1 to `MAX_ATTENTION_TOKENS` tokens; layers are counted from 0.
     """
-    config, ids = model.config, model.tokenizer.encode(text)
+    config, ids = model.config, model.tokenizer.encode_prompt(text)
     if not 0 <= layer < config.n_layers:
         raise ConfigError(
             f"layer={layer} is not one of the model's {config.n_layers} layers. Choose "

@@ -84,7 +84,8 @@ def preview_rows(
     """
     if context < 1:
         raise ConfigError(f"context={context} is too small. Use at least 1.")
-    template, loaded_tokenizer = load_chat_template(chat_template), load_tokenizer(tokenizer)
+    loaded_tokenizer = load_tokenizer(tokenizer)
+    template = load_chat_template(chat_template, *loaded_tokenizer.template_tokens)
     conversations, detected = read_conversations(path)
     train_on = TRAIN_ON_COMPLETIONS if completion_only_loss else TRAIN_ON_ALL
     rows = []

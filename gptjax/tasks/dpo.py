@@ -56,7 +56,7 @@ def load_dpo_data(run: RunContext) -> tuple[RunContext, DPOData]:
     """Loads the pairs and computes their log-probabilities under the initial model."""
     init_model = load_dpo_init_model(run)
     tokenizer = init_model.tokenizer
-    template = finetune.choose_chat_template(run.config.data.chat_template, init_model)
+    template = finetune.choose_chat_template(run.config.data.chat_template, init_model, tokenizer)
     pairs, summary_lines = load_pairs(run.config, init_model, template)
     run = builder.with_model_config(run, init_model, tokenizer)
     config = run.config

@@ -60,13 +60,13 @@ def load_sft_data(run: RunContext) -> tuple[RunContext, SFTData]:
     c = run.config
     trained_segments = segments_with_loss(c.data)
     init_model = finetune.load_init_model(c.finetune, run.log)
-    template = finetune.choose_chat_template(c.data.chat_template, init_model)
     all_conversations, columns = read_conversations(c.data.source)
     splits = finetune.train_val_test_split(c, all_conversations, "rows")
     train = splits[TRAIN_SPLIT]
     tracked = log_progress(train, len(train), "counting", "conversations")
     texts = (message["content"] for x in tracked for message in x.messages)
     tokenizer = finetune.choose_tokenizer(c.data.tokenizer, init_model, lambda: texts)
+    template = finetune.choose_chat_template(c.data.chat_template, init_model, tokenizer)
     context = finetune.max_context(c.model, init_model)
     conversations, examples, completion_examples = {}, {}, {}
     num_truncated = num_dropped = 0

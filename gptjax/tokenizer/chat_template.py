@@ -1,9 +1,10 @@
 """Chat templates: render conversations and locate the assistant's replies.
 
 A template is a Jinja file in Hugging Face's format. Its variables are `messages`,
-`add_generation_prompt`, `bos_token` and `eos_token` (both <|endoftext|>), and
-`raise_exception`. Training, generation, chat and export all use the
-chat_template.jinja of the model folder.
+`add_generation_prompt`, `bos_token` and `eos_token` (names of the tokenizer's tokens,
+for GPT-2 both <|endoftext|>), `enable_thinking` (false) and `raise_exception`. There is
+no `strftime_now`: prompts do not depend on the day. Training, generation, chat and
+export all use the chat_template.jinja of the model folder.
 
 Message texts are wrapped in marks while the template runs, to separate them from the
 template's own text. Only the latter can contain the end token; in a message, text that
@@ -80,12 +81,15 @@ class ChatTemplate:
     stop_strings: tuple[str, ...]  # end a reply besides <|endoftext|>
     special_markers: re.Pattern[str] = dataclasses.field(repr=False)  # escaped in messages
     control_tokens: frozenset[str]  # markers that may be special tokens, such as <|user|>
+    bos_token: str = EOT_TEXT  # variables
+    eos_token: str = EOT_TEXT
 
     def segments(
         self, messages: Sequence[ChatMessage], add_generation_prompt: bool = False
     ) -> list[TemplateSegment]:
         """Renders a conversation; optionally with the header of the next reply."""
-        text = render_template(self.source, messages, add_generation_prompt)
+        variables = add_generation_prompt, self.bos_token, self.eos_token
+        text = render_template(self.source, messages, *variables)
         parts = re.split(f"({MARKED_REPLY}{re.escape(self.suffix)})", text)
         segments: list[TemplateSegment] = []
         for n, part in enumerate(parts):
@@ -131,7 +135,9 @@ def break_marker(match: re.Match[str]) -> str:
     return re.sub(r"^(\s*\S)", rf"\1{ZERO_WIDTH_SPACE}", match[0])
 
 
-def load_chat_template(name: str) -> ChatTemplate:
+def load_chat_template(
+    name: str, bos_token: str = EOT_TEXT, eos_token: str = EOT_TEXT
+) -> ChatTemplate:
     """Loads a built-in template by name, or a template file by path."""
     path = TEMPLATE_DIR / f"{name}.jinja" if name in BUILTIN_TEMPLATES else user_path(name)
     if not path.is_file():
@@ -141,20 +147,25 @@ def load_chat_template(name: str) -> ChatTemplate:
             f"{', '.join(BUILTIN_TEMPLATES)}, or the path of a Jinja file."
         )
     try:
-        return compile_template(read_small_file(path, 4 * MAX_TEMPLATE_CHARS).decode("utf-8"))
+        source = read_small_file(path, 4 * MAX_TEMPLATE_CHARS).decode("utf-8")
+        return compile_template(source, bos_token, eos_token)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot use the chat template {path}: {error}") from error
 
 
 def render_template(
-    source: str, messages: Sequence[ChatMessage], add_generation_prompt: bool = False
+    source: str,
+    messages: Sequence[ChatMessage],
+    add_generation_prompt: bool = False,
+    bos_token: str = EOT_TEXT,
+    eos_token: str = EOT_TEXT,
 ) -> str:
     """Renders a conversation, in the worker unless the template is a built-in one."""
     check_messages(messages)
     if source in builtin_sources():
-        return render(source, messages, add_generation_prompt)
-    turns = [dict(message) for message in messages]
-    request = json.dumps([source, turns, add_generation_prompt, RENDER_TIMEOUT_SECONDS])
+        return render(source, messages, add_generation_prompt, bos_token, eos_token)
+    arguments = source, list(map(dict, messages)), add_generation_prompt, bos_token, eos_token
+    request = json.dumps([RENDER_TIMEOUT_SECONDS, *arguments])
     with WORKER_LOCK:
         worker, reply = start_worker(), b""
         try:
@@ -223,7 +234,9 @@ if hasattr(os, "register_at_fork"):  # a fork must not share the pipes of the wo
 
 
 @functools.lru_cache(maxsize=16)
-def compile_template(source: str) -> ChatTemplate:
+def compile_template(
+    source: str, bos_token: str = EOT_TEXT, eos_token: str = EOT_TEXT
+) -> ChatTemplate:
     """Validates a template by rendering small conversations."""
     if len(source) > MAX_TEMPLATE_CHARS:
         raise ConfigError(
@@ -232,8 +245,10 @@ def compile_template(source: str) -> ChatTemplate:
         )
     if "\0" in source:
         raise ConfigError("the chat template contains a NUL character. Remove it.")
+    variables = {"bos_token": bos_token, "eos_token": eos_token}
+    render_small = functools.partial(render_short, source, **variables)
     user, reply = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
-    text = render_short(source, [user, reply])
+    text = render_small([user, reply])
     replies = [*re.finditer(MARKED_REPLY, text)]
     if len(replies) != 1:
         raise ConfigError(
@@ -246,7 +261,7 @@ def compile_template(source: str) -> ChatTemplate:
             "the chat template puts nothing after a reply, so a model cannot learn to "
             "stop. Put {{ eos_token }} after it."
         )
-    generation_prompt = render_short(source, [user], add_generation_prompt=True)
+    generation_prompt = render_small([user], add_generation_prompt=True)
     if generation_prompt != text[:reply_start]:
         raise ConfigError(
             "the chat template's generation prompt is "
@@ -257,16 +272,17 @@ def compile_template(source: str) -> ChatTemplate:
     texts = [text]
     for messages in ([user, reply, user], [system, user, reply], [with_input, reply]):
         with contextlib.suppress(ConfigError):  # not every template supports these
-            texts.append(render_short(source, messages))
+            texts.append(render_small(messages))
     stop_strings = [suffix.split(EOT_MARK)[0].strip()]
     # The start of the next turn ends a reply too.
     next_turn = next((t[len(text) :] for t in texts[1:] if t.startswith(text)), "")
     lines = next_turn.split(TEXT_MARK)[0].split("\n")
     stop_strings += [f"\n{line.rstrip()}" for line in lines if line][:1]
-    return ChatTemplate(source, suffix, tuple(filter(None, stop_strings)), *find_markers(texts))
+    stop = tuple(filter(None, stop_strings))
+    return ChatTemplate(source, suffix, stop, *find_markers(texts), bos_token, eos_token)
 
 
-def render_short(source: str, messages: Sequence[ChatMessage], **options: bool) -> str:
+def render_short(source: str, messages: Sequence[ChatMessage], **options: Any) -> str:
     """Renders a short conversation, to a text that is not long."""
     text = render_template(source, messages, **options)
     if len(text) > MAX_TEMPLATE_CHARS:

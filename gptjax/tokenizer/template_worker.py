@@ -41,10 +41,10 @@ def serve_requests() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for line in sys.stdin.buffer:
-        source, messages, add_generation_prompt, timeout_seconds = json.loads(line)
+        timeout_seconds, *arguments = json.loads(line)
         faulthandler.dump_traceback_later(timeout_seconds, exit=True)
         try:
-            reply = [render(source, messages, add_generation_prompt), ""]
+            reply = [render(*arguments), ""]
         except ConfigError as error:
             reply = ["", str(error)]
         sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
@@ -52,7 +52,13 @@ def serve_requests() -> None:
         faulthandler.cancel_dump_traceback_later()
 
 
-def render(source: str, messages: Sequence[ChatMessage], add_generation_prompt: bool) -> str:
+def render(
+    source: str,
+    messages: Sequence[ChatMessage],
+    add_generation_prompt: bool,
+    bos_token: str,
+    eos_token: str,
+) -> str:
     """Renders a conversation without limits, with marks around message texts."""
     marked_messages = [
         {
@@ -65,8 +71,9 @@ def render(source: str, messages: Sequence[ChatMessage], add_generation_prompt: 
         return compile_jinja(source).render(
             messages=marked_messages,
             add_generation_prompt=add_generation_prompt,
-            bos_token=EOT_MARK,
-            eos_token=EOT_MARK,
+            bos_token=bos_token.replace(EOT_TEXT, EOT_MARK),
+            eos_token=eos_token.replace(EOT_TEXT, EOT_MARK),
+            enable_thinking=False,  # Qwen 3: answers follow the prompt directly
             raise_exception=raise_exception,
         )
     except Exception as error:  # a template can raise anything

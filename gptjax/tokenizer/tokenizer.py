@@ -29,6 +29,7 @@ from gptjax.tokenizer.pre_tokenizer import PRE_TOKENIZERS
 from gptjax.tokenizer.vocab_files import ENDOFTEXT, TOKENIZER_JSON, Vocab, read_vocab, write_vocab
 
 MIN_TRAINED_VOCAB_SIZE = 257
+MAX_STOP_IDS = 8  # tokens that end a text
 GPT2_MERGES = Path(__file__).parent / "gpt2" / "gpt2-merges.txt"
 # Control tokens that end a text or a reply in Llama 3, Qwen and SmolLM2. A GGUF file
 # names only one of them; llama.cpp stops at all of them, too.
@@ -73,10 +74,12 @@ class Tokenizer:
         return list(dict.fromkeys([self.eot_token, *self.stop_tokens]))
 
     @property
-    def bos_name(self) -> str:
-        """Name of `bos_token`; that of the end-of-text token if there is none."""
+    def template_tokens(self) -> tuple[str, str]:
+        """Variables `bos_token` and `eos_token` of chat templates."""
+        if self.bos_token is None:
+            return ENDOFTEXT if self.eot_name == ENDOFTEXT else "", self.eot_name
         names = {token_id: name for name, token_id in self.special_tokens.items()}
-        return self.eot_name if self.bos_token is None else names[self.bos_token]
+        return names[self.bos_token], self.eot_name
 
     @property
     def vocab_size(self) -> int:
@@ -91,11 +94,14 @@ class Tokenizer:
         """
         return self.encode_array(text, special).tolist()
 
-    def prepend_bos(self, ids: list[int]) -> list[int]:
-        """Puts `bos_token` first if the model expects it and `ids` lack it."""
-        if self.bos_token is None or not self.add_bos or ids[:1] == [self.bos_token]:
-            return ids
-        return [self.bos_token, *ids]
+    @property
+    def prefix_ids(self) -> list[int]:
+        """Tokens that the model expects before each text: `bos_token`, or none."""
+        return [self.bos_token] if self.add_bos and self.bos_token is not None else []
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Encodes the start of a text, after `prefix_ids`."""
+        return self.prefix_ids + self.encode(text)
 
     @property
     def is_bytewise(self) -> bool:
@@ -374,9 +380,13 @@ def build_tokenizer(name: str, vocab: Vocab) -> Tokenizer:
     for token in (vocab.eot_name, *bos_names, *vocab.stop_names):
         if token not in special:
             raise DataError(f"{token[:80]} is missing among its special tokens")
+    if len(vocab.stop_names) >= MAX_STOP_IDS:
+        raise DataError(f"{len(vocab.stop_names)} tokens end a text, not at most {MAX_STOP_IDS}")
     ranks = ids_to_ranks(vocab.ids, special)
     check_merges(ranks, vocab.merges, vocab.ignore_merges)
-    eot_token, bos_token = special.pop(vocab.eot_name), special.get(vocab.bos_name)
+    bos_token, eot_token = special.get(vocab.bos_name), special.pop(vocab.eot_name)
+    if vocab.bos_name == ENDOFTEXT == vocab.eot_name and not vocab.add_bos:
+        bos_token = None  # of GPT-2
     return Tokenizer(
         name,
         ranks,
@@ -384,7 +394,7 @@ def build_tokenizer(name: str, vocab: Vocab) -> Tokenizer:
         special,
         eot_name=vocab.eot_name,
         pre_tokenizer=vocab.pre_tokenizer,
-        bos_token=eot_token if bos_names == [vocab.eot_name] else bos_token,
+        bos_token=bos_token,
         add_bos=bool(bos_names),
         stop_tokens=tuple(sorted({vocab.ids[x] for x in vocab.stop_names} - {eot_token})),
     )

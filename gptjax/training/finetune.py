@@ -148,11 +148,11 @@ def model_provenance(
     return provenance
 
 
-def choose_chat_template(name: str, init_model: Model | None) -> ChatTemplate:
+def choose_chat_template(name: str, init_model: Model | None, tokenizer: Tokenizer) -> ChatTemplate:
     """Loads the chat template of a run; "" = the initial model's, or Alpaca's."""
     if not name and init_model and init_model.chat_template:
-        return compile_template(init_model.chat_template)
-    return load_chat_template(name or "alpaca")
+        return compile_template(init_model.chat_template, *tokenizer.template_tokens)
+    return load_chat_template(name or "alpaca", *tokenizer.template_tokens)
 
 
 # (config, params, adapters, batch, key) -> (sum, weight)

@@ -525,7 +525,7 @@ def convert_model(name: str, output_dir: Path, log: Callable[[str], None]) -> Mo
 
 def check_reference_values(model: Model, reference: ReferenceValues | None) -> str:
     """Checks imported parameters; returns a summary of the comparison."""
-    ids = model.tokenizer.encode(REFERENCE_PROMPT)[: model.config.context_length]
+    ids = model.tokenizer.encode_prompt(REFERENCE_PROMPT)[: model.config.context_length]
     logits = np.asarray(apply(model.config, model.params, jnp.array([ids])))[0, -1]
     if not np.isfinite(logits).all():
         raise ModelError("the logits are not finite: the file is damaged. Copy it again.")
