@@ -154,6 +154,15 @@ class Tokenizer:
             )
         return self.encoding.decode_bytes(token_ids)
 
+    def truncate(self, vocab_size: int) -> "Tokenizer":
+        """Removes special tokens whose ids are not below `vocab_size`."""
+        return dataclasses.replace(
+            self,
+            added_tokens={name: i for name, i in self.added_tokens.items() if i < vocab_size},
+            bos_token=self.bos_token if (self.bos_token or 0) < vocab_size else None,
+            stop_tokens=tuple(i for i in self.stop_tokens if i < vocab_size),
+        )
+
     @functools.cached_property
     def encoding(self) -> tiktoken.Encoding:
         """Tiktoken encoding with the same table; missing bytes have ids after it."""
@@ -380,8 +389,9 @@ def build_tokenizer(name: str, vocab: Vocab) -> Tokenizer:
     for token in (vocab.eot_name, *bos_names, *vocab.stop_names):
         if token not in special:
             raise DataError(f"{token[:80]} is missing among its special tokens")
-    if len(vocab.stop_names) >= MAX_STOP_IDS:
-        raise DataError(f"{len(vocab.stop_names)} tokens end a text, not at most {MAX_STOP_IDS}")
+    stop_tokens = {special[token] for token in vocab.stop_names} - {special[vocab.eot_name]}
+    if len(stop_tokens) >= MAX_STOP_IDS:
+        raise DataError(f"{len(stop_tokens) + 1} tokens end a text, more than {MAX_STOP_IDS}")
     ranks = ids_to_ranks(vocab.ids, special)
     check_merges(ranks, vocab.merges, vocab.ignore_merges)
     bos_token, eot_token = special.get(vocab.bos_name), special.pop(vocab.eot_name)
@@ -396,7 +406,7 @@ def build_tokenizer(name: str, vocab: Vocab) -> Tokenizer:
         pre_tokenizer=vocab.pre_tokenizer,
         bos_token=bos_token,
         add_bos=bool(bos_names),
-        stop_tokens=tuple(sorted({vocab.ids[x] for x in vocab.stop_names} - {eot_token})),
+        stop_tokens=tuple(sorted(stop_tokens)),
     )
 
 

@@ -19,6 +19,8 @@ TOKENIZER_JSON = "tokenizer.json"  # vocabulary and merges in one file [HF token
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"  # of earlier versions of transformers
 ADDED_TOKENS = "added_tokens.json"  # beside vocab.json
+GENERATION_CONFIG = "generation_config.json"
+MODEL_CONFIGS = ("config.json", GENERATION_CONFIG)  # with the ids of end tokens
 # In tokenizer.json, not set for byte-level BPE.
 BPE_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
 MERGES_HEADER = "#version: 0.2"  # first line of a merges.txt
@@ -57,7 +59,6 @@ def read_vocab(folder: Path) -> Vocab:
     ids = {**vocab.ids, **{token["content"]: token["id"] for token in added}}
     # A byte that also pads, for example, is still ordinary text.
     added = [token for token in added if len(token["content"]) > 1]
-    eot_name = (*token_names(named.get("eos_token")), ENDOFTEXT)[0]
     for token in added:
         if token.get("special") is not True and not (
             token["content"] == ENDOFTEXT or CONTROL_TOKEN.fullmatch(token["content"])
@@ -66,7 +67,11 @@ def read_vocab(folder: Path) -> Vocab:
                 f"the added token {token['content']!r:.80} is not special: it would be encoded "
                 "where it occurs in a text, which gptjax does not support"
             )
-    special = {ENDOFTEXT, eot_name, *(token["content"] for token in added)} & ids.keys()
+    eos_names = token_names(named.get("eos_token"))
+    special = {ENDOFTEXT, *eos_names, *(token["content"] for token in added)} & ids.keys()
+    stop_ids = read_end_ids(folder)
+    stop_names = [name for name in special if ids[name] in stop_ids]
+    eot_name = (*eos_names, *({ENDOFTEXT} & special), *sorted(stop_names), ENDOFTEXT)[0]
     bos_name = vocab.bos_name or (*token_names(named.get("bos_token")), "")[0]
     return vocab._replace(
         ids=ids,
@@ -74,8 +79,14 @@ def read_vocab(folder: Path) -> Vocab:
         eot_name=eot_name,
         bos_name=bos_name,
         add_bos=config.get("add_bos_token", vocab.add_bos) is True,
-        stop_names=token_names(config.get("stop_tokens")),
+        stop_names=[*token_names(config.get("stop_tokens")), *stop_names],
     )
+
+
+def read_end_ids(folder: Path) -> list[Any]:
+    """Reads the ids of tokens that end a text from the configs of a model."""
+    values = [read_optional_json(folder / name).get("eos_token_id") for name in MODEL_CONFIGS]
+    return [i for value in values for i in (value if isinstance(value, list) else [value])]
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:

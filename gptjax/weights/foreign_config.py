@@ -220,14 +220,15 @@ def check_book_config(metadata: Mapping[str, Any], config: GPTConfig) -> None:
 
 
 def check_end_token(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> None:
-    """Rejects another end of a text than <|endoftext|>."""
+    """Rejects an end of a text that is no special token."""
     ends = metadata.get("eos_token_id")
     for end in ends if isinstance(ends, list) else [ends]:
         # transformers' default of 50256 may be outside of a smaller vocabulary
-        if end in range(tokenizer.vocab_size) and end != tokenizer.eot_token:
+        if end in range(tokenizer.vocab_size) and end not in tokenizer.stop_ids:
             raise ConfigError(
-                f"eos_token_id={end}, but gptjax ends a text with {ENDOFTEXT}, whose id is "
-                f"{tokenizer.eot_token}. Correct it, or use another model."
+                f"eos_token_id={end} is no special token of its tokenizer, which ends a text "
+                f"with {tokenizer.eot_name}, {tokenizer.eot_token}. Correct it, or use another "
+                "model."
             )
 
 

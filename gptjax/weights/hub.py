@@ -18,7 +18,12 @@ from gptjax.fileio import strict_json
 from gptjax.fileio.download import Pin, check_pin, is_offline
 from gptjax.runtime.terminal import redact_secrets
 from gptjax.tokenizer.chat_template import CHAT_TEMPLATE_FILE as TEMPLATE
-from gptjax.tokenizer.vocab_files import ADDED_TOKENS, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
+from gptjax.tokenizer.vocab_files import (
+    ADDED_TOKENS,
+    GENERATION_CONFIG,
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER_CONFIG,
+)
 
 _LogFn = Callable[[str], None]
 
@@ -121,7 +126,13 @@ def fetch_repo(name: str, log: _LogFn = lambda line: None) -> Path:
             find_file(commit, file)
     # The weights come last, so a cache with weights has these if there are any.
     if not repo.pins and not {WEIGHTS, INDEX} & cached:
-        for file in (TEMPLATE, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS):
+        for file in (
+            TEMPLATE,
+            GENERATION_CONFIG,
+            TOKENIZER_CONFIG,
+            SPECIAL_TOKENS_MAP,
+            ADDED_TOKENS,
+        ):
             find_file(commit, file)
     weights = [WEIGHTS]
     if INDEX in cached or not find_file(commit, WEIGHTS):

@@ -32,7 +32,12 @@ from gptjax.model.quantization import fake_quantize
 from gptjax.tokenizer.chat_template import CHAT_TEMPLATE_FILE as TEMPLATE
 from gptjax.tokenizer.chat_template import compile_template, load_chat_template
 from gptjax.tokenizer.tokenizer import Tokenizer, is_tokenizer_dir, load_tokenizer
-from gptjax.tokenizer.vocab_files import ADDED_TOKENS, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
+from gptjax.tokenizer.vocab_files import (
+    ADDED_TOKENS,
+    GENERATION_CONFIG,
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER_CONFIG,
+)
 from gptjax.tree import flatten_with_names, num_params
 from gptjax.weights import foreign_config, hub
 from gptjax.weights.gguf import is_gguf, open_gguf
@@ -59,6 +64,7 @@ GPT2_HEAD_DIM = 64  # in all sizes of GPT-2 and in the book
 MODEL_FILES = (
     *(hub.CONFIG, "hparams.json", "*.safetensors", hub.INDEX, "*.ckpt.*", hub.VOCAB, hub.MERGES),
     *(hub.TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS, TEMPLATE),
+    GENERATION_CONFIG,
 )
 BUFFER_ALIGNMENT = 64  # bytes; JAX on CPU uses arrays of this alignment without copying
 REFERENCE_PROMPT = "Every effort moves you"
@@ -157,19 +163,21 @@ def _open_layout(path: Path, log: _LogFn) -> ModelSource:
         raise ModelError(explain_unreadable(path))
     if "format" in metadata:
         source = from_gptjax(path, reader, metadata)
-        return dataclasses.replace(source, chat_template=read_chat_template(path))
+        return dataclasses.replace(
+            source, chat_template=read_chat_template(path, *source.tokenizer.template_tokens)
+        )
     from_layout = from_book if "tok_emb.weight" in reader.tensors else from_hf
     return with_chat_template(from_layout(path, reader, metadata, log), log)
 
 
 def with_chat_template(source: ModelSource, log: _LogFn) -> ModelSource:
     """Checks or finds the chat template of a foreign model; logs why it is not used."""
-    template = source.chat_template
+    template, tokens = source.chat_template, source.tokenizer.template_tokens
     try:
         if template:
-            compile_template(template)
+            compile_template(template, *tokens)
         else:
-            template = read_chat_template(source.location)
+            template = read_chat_template(source.location, *tokens)
     except ConfigError as error:  # the model can still be used for completion
         log(f"chat template not used: {error}")
         template = ""
@@ -208,16 +216,16 @@ def open_run_params(run_dir: Path, files: list[Path], best_step: Any, log: _LogF
     return open_safetensors(files)
 
 
-def read_chat_template(path: Path) -> str:
+def read_chat_template(path: Path, *tokens: str) -> str:
     """Returns the chat template in a folder after a test rendering; "" if none."""
     if (path / TEMPLATE).exists():
-        return load_chat_template(str(path / TEMPLATE)).source
+        return load_chat_template(str(path / TEMPLATE), *tokens).source
     config_path = path / TOKENIZER_CONFIG  # earlier versions of transformers wrote it there
     sources = read_json_object(config_path).get("chat_template") if config_path.exists() else []
     for named in sources if isinstance(sources, list) else [{"template": sources}]:
         match {"name": "default", **named}:
             case {"name": "default", "template": str(source)}:
-                return compile_template(source).source
+                return compile_template(source, *tokens).source
     return ""
 
 
@@ -381,10 +389,9 @@ def with_tokenizer(
     """Adds the tokenizer, by default that of the folder; it determines `vocab_size`."""
     tokenizer, num_rows = tokenizer or find_tokenizer(path, config), config.vocab_size
     # transformers lets a tokenizer have more special tokens than the model.
-    added = {name: n for name, n in tokenizer.added_tokens.items() if n < num_rows}
-    if num_cut := len(tokenizer.added_tokens) - len(added):
+    if num_cut := sum(n >= num_rows for n in tokenizer.added_tokens.values()):
         log(f"cut      {num_cut} special tokens without a row")
-        tokenizer = dataclasses.replace(tokenizer, added_tokens=added)
+        tokenizer = tokenizer.truncate(num_rows)
     if tokenizer.vocab_size > num_rows:
         raise ConfigError(
             f"its tokenizer has {tokenizer.vocab_size} tokens, but the model has only "
