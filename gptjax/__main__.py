@@ -9,7 +9,7 @@ import threading
 from typing import Any
 
 from gptjax.runtime.preemption import STOP_SIGNALS, exit_interrupted
-from gptjax.runtime.terminal import discard, open_closed_streams
+from gptjax.runtime.terminal import discard, open_closed_streams, print_message
 
 
 def main() -> int:
@@ -25,10 +25,10 @@ def main() -> int:
     sys.excepthook = print_main_error
     open_closed_streams()
     from gptjax.cli.main import main
-    from gptjax.cli.session import WarningHandler
+    from gptjax.cli.session import ConsoleHandler
 
     # To the end: threads of libraries also log when a command has failed.
-    logging.getLogger().addHandler(WarningHandler(logging.WARNING))
+    logging.getLogger().addHandler(ConsoleHandler(print_message))
     code = main()
     for number in STOP_SIGNALS:  # all is done or saved, and Python is shutting down
         signal.signal(number, signal.SIG_IGN)

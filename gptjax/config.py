@@ -53,9 +53,9 @@ class Range(NamedTuple):
 
 
 MAX_SEED = 2**63 - 1
-MAX_STEPS = 10**9  # the optimizer counts steps in 32 bits
+MAX_COUNT = 10**9  # the optimizer counts steps in 32 bits
 MAX_VOCAB_SIZE = MAX_CONTEXT_LENGTH = 2**24
-SEED, STEPS = Range(0, MAX_SEED), Range(1, MAX_STEPS)
+SEED, COUNT = Range(0, MAX_SEED), Range(1, MAX_COUNT)
 CONTEXT, WIDTH = Range(1, MAX_CONTEXT_LENGTH), Range(1, 2**17)
 OPTIONAL_WIDTH = Range(0, 2**19)  # 0 = derived from other options
 FRACTION, WEIGHT = Range(0, 1, "[)"), Range(0, 10**6)
@@ -354,7 +354,7 @@ class OptimConfig(Section):
         "learning rate after the warmup; wsd = constant, then decay in the last fifth; "
         "book = as `import gptjax.book` does",
     )
-    warmup_steps: int = option("trajectory", 100, "steps of linear warmup", Range(0, MAX_STEPS))
+    warmup_steps: int = option("trajectory", 100, "steps of linear warmup", Range(0, MAX_COUNT))
     final_lr_fraction: float = option("trajectory", 0.1, "last learning rate / peak_lr", WEIGHT)
     weight_decay: float = option(
         "trajectory", 0.1, "weight decay of matrices and embeddings", WEIGHT
@@ -377,7 +377,7 @@ class TrainConfig(Section):
     task: Literal["pretrain", "classify", "sft", "dpo", PluginValue] = option(
         "identity", "pretrain", "kind of training; book = as `import gptjax.book` does"
     )
-    steps: int = option("trajectory", 1000, "number of optimizer updates", STEPS)
+    steps: int = option("trajectory", 1000, "number of optimizer updates", COUNT)
     seed: int = option("identity", 0, "seed of parameters, batches and dropout", SEED)
     accumulate: int = option(
         "trajectory", 1, "micro-batches [G]; 0 = fewest that fit in memory", Range(0, 10**6)
@@ -386,13 +386,13 @@ class TrainConfig(Section):
         "trajectory", 256, "positions whose logits are held at a time", CONTEXT
     )
     # Spikes are detected in the logged steps.
-    log_every: int = option("trajectory", 10, "steps between log lines", STEPS)
+    log_every: int = option("trajectory", 10, "steps between log lines", COUNT)
     # Evaluations choose the best model of fine-tuning.
     eval_every: int = option(
-        "trajectory", 100, "steps between evaluations; one is at the end", STEPS
+        "trajectory", 100, "steps between evaluations; one is at the end", COUNT
     )
     eval_batches: int = option(
-        "trajectory", 20, "maximum batches of a split per evaluation, but for the last", STEPS
+        "trajectory", 20, "maximum batches of a split per evaluation, but for the last", COUNT
     )
     sample_prompt: str = option("operational", "\n", "prompt completed at evaluation; empty = none")
 
@@ -431,8 +431,8 @@ class CheckpointConfig(Section):
 
     section = "checkpoint"
     # Where a run is resumed decides which steps are recomputed.
-    every: int = option("trajectory", 500, "steps between checkpoints; one is at the end", STEPS)
-    keep: int = option("operational", 2, "number of newest checkpoints to keep", STEPS)
+    every: int = option("trajectory", 500, "steps between checkpoints; one is at the end", COUNT)
+    keep: int = option("operational", 2, "number of newest checkpoints to keep", COUNT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -516,7 +516,7 @@ def from_dict(cls: Any, table: Mapping[str, Any], prefix: str = "") -> Any:
                 raise ConfigError(f"{name}={shown} must be a section. Write it as [{name}].")
             values[key] = from_dict(hints[key], value, f"{name}.")
         else:
-            values[key] = convert_option(name, value, hints[key])
+            values[key] = value
     return cls(**values)
 
 

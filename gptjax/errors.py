@@ -11,7 +11,7 @@ from typing import Any
 
 PROJECT_FILE = Path(__file__).parents[1] / "pyproject.toml"  # only in a clone
 MAX_MESSAGE_CHARS = 1000  # longer ones quote foreign text
-NUM_KEPT_CHARS = 200  # at the start and at the end of such a message
+NUM_KEPT_CHARS = 200  # at the start and at the end of such a message, or of a line
 
 
 class GptjaxError(Exception):
@@ -46,7 +46,7 @@ class ResourceError(GptjaxError, OSError):
 
 
 class DivergenceError(GptjaxError, ArithmeticError):
-    """Training whose loss became non-finite."""
+    """The loss of a training run became non-finite."""
 
     exit_code = 1
 
@@ -80,6 +80,18 @@ def to_resource_error(error: BaseException, memory_advice: str = "") -> Resource
             return ResourceError(f"{context}{reason}. {fix} Then run the same command again.")
         cause = cause.__cause__
     return None
+
+
+def to_os_error(error: Exception, path: Path) -> OSError:
+    """Error with the number in a message of TensorStore or of safetensors, if any."""
+    match = re.search(r"(?:os_error_code='?|os error )(\d+)", str(error))
+    text = short_message(error)
+    return OSError(int(match[1]), text, str(path)) if match else OSError(text)
+
+
+def short_message(error: BaseException) -> str:
+    """First line of an error message, shortened, or the name of the error's type."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:NUM_KEPT_CHARS]
 
 
 def check_type(name: str, value: Any, expected: Any, fix: str) -> None:

@@ -1,7 +1,7 @@
 """Values of config options that a package implements, such as "book" of `gptjax.book`.
 
-Importing the package registers its values. Registration is cheap: what a value stands
-for is imported when it is first used.
+Importing the package registers its values. Registration is cheap: the implementation
+is imported at its first use.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def register_value(option: str, value: str, load: Callable[[], Any]) -> None:
 
 
 def load_plugin(option: str, value: str) -> Any:
-    """Returns the implementation of a value whose package is imported."""
+    """Returns the implementation of a value; its package must have been imported."""
     if (option, value) in _loaders:
         return _loaders[option, value]()
     if value in get_args(PluginValue):

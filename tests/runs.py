@@ -8,10 +8,11 @@ from typing import Any
 
 from gptjax.checkpoint.retention import delete_step, list_steps
 from gptjax.config import RunConfig, from_dict
+from gptjax.runtime.terminal import logger
 from gptjax.tasks.builder import TaskStages
 from gptjax.tasks.train import train
 from gptjax.training.metrics import read_events
-from gptjax.training.task import RunContext, Task, logger
+from gptjax.training.task import RunContext, Task
 from gptjax.weights.model_folder import Model
 
 

@@ -33,7 +33,6 @@ IMPORTERS = {  # dependency: the modules that may import it
     "safetensors": ["weights.*"],
     "tiktoken": ["tokenizer.tokenizer"],
     "tomli_w": ["training.run_dir"],
-    "tqdm": ["runtime.terminal"],
 }
 # They execute what a file says, or are other frameworks: no module may import them.
 IMPORTERS |= dict.fromkeys(("pickle", "cloudpickle", "dill", "marshal", "shelve"), ())

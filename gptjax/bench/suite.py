@@ -17,11 +17,12 @@ import jax
 
 from gptjax.bench import workloads
 from gptjax.config import GPTConfig
-from gptjax.errors import ConfigError
+from gptjax.errors import ConfigError, short_message
 from gptjax.model.attention.dispatch import BACKENDS
 from gptjax.model.gpt import compute_dtype, resolve_backend
 from gptjax.parallel.sharding import use_mesh
 from gptjax.runtime.device import package_versions
+from gptjax.runtime.terminal import logger
 from gptjax.training import estimate
 
 NEW_TOKENS = 128  # tokens generated after a prompt of PROMPT_LENGTH
@@ -39,7 +40,6 @@ class BenchOptions:
 
     config: GPTConfig
     repeats: int  # timed runs
-    log: Callable[[str], None]
     context: int = 256  # tokens per training row
     train_batch_sizes: Sequence[int] = (2, 4, 8)  # per device, tried until out of memory
     backends: Sequence[Any] = ("auto",)  # attention backends in training
@@ -48,19 +48,18 @@ class BenchOptions:
     prefill_length: int = 512
 
 
-def make_machine_options(preset: str, repeats: int, log: Callable[[str], None]) -> BenchOptions:
+def make_machine_options(preset: str, repeats: int) -> BenchOptions:
     """Makes the options for a host and its CPU, in float32."""
     config = GPTConfig.preset(preset, dtype="float32", remat="none")
-    return BenchOptions(config=config, repeats=repeats, log=log)
+    return BenchOptions(config=config, repeats=repeats)
 
 
-def make_device_options(preset: str, repeats: int, log: Callable[[str], None]) -> BenchOptions:
+def make_device_options(preset: str, repeats: int) -> BenchOptions:
     """Makes the options for an accelerator, in its default dtype."""
     on_tpu = jax.default_backend() == "tpu"
     return BenchOptions(
         config=GPTConfig.preset(preset, remat="none"),
         repeats=repeats,
-        log=log,
         context=1024,
         train_batch_sizes=(4, 8, 16, 32, 64, 128),
         backends=[name for name in BACKENDS if name != "splash" or on_tpu],  # slow elsewhere
@@ -84,8 +83,8 @@ def run_benchmarks(options: BenchOptions, only: Sequence[str]) -> Iterator[dict[
         "context": options.context,
         "repeats": options.repeats,
     }
-    options.log(f"{metrics['devices']} x {metrics['device']}, {metrics['machine']}")
-    options.log(
+    logger.info(f"{metrics['devices']} x {metrics['device']}, {metrics['machine']}")
+    logger.info(
         f"{estimate.parameter_count(config):,} parameters, {metrics['dtype']}, "
         f"T = {options.context}, XLA_FLAGS={metrics['xla_flags']!r}"
     )
@@ -142,17 +141,12 @@ def try_measure(
     try:
         rates = workloads.measure_rates(make_work(), options.repeats)
     except jax.errors.JaxRuntimeError as error:
-        options.log(f"{name:<34}{first_line_of(error)}")
+        logger.info(f"{name:<34}{short_message(error)}")
         return None
     values = [1 / rate for rate in rates] if unit == "s" else rates
     median = statistics.median(values)
-    options.log(f"{name:<34}{median:12.4g} {unit} ({min(values):.4g} to {max(values):.4g})")
+    logger.info(f"{name:<34}{median:12.4g} {unit} ({min(values):.4g} to {max(values):.4g})")
     return median
-
-
-def first_line_of(error: Exception) -> str:
-    """Returns the start of an error message; those of XLA can be pages long."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def compare_decode(options: BenchOptions, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -170,7 +164,7 @@ def compare_decode(options: BenchOptions, metrics: Mapping[str, Any]) -> dict[st
             step_bytes = decode_step_bytes(options.config, rows, num_filled)
             share = rate / rows * step_bytes / bandwidth
             compared[f"decode_share_of_bandwidth_b{rows}"] = share
-            options.log(f"decode, {rows} rows: {share:.1%} of the bandwidth limit")
+            logger.info(f"decode, {rows} rows: {share:.1%} of the bandwidth limit")
         if rate and int8_rate:
             compared[f"int8_decode_ratio_fp32_b{rows}"] = int8_rate / rate
     return compared
@@ -200,16 +194,16 @@ def bench_training(options: BenchOptions, matmul_rate: float | None) -> dict[str
         try:
             backend: Any = resolve_backend(dataclasses.replace(config, attention=name))
         except ConfigError as error:
-            options.log(f"train {name}: {error}")
+            logger.info(f"train {name}: {error}")
             continue
         for rows in options.train_batch_sizes:
             attention_config = dataclasses.replace(config, attention=backend)
             try:
                 rate = measure_train_rate(attention_config, rows, options.repeats)
             except (ConfigError, jax.errors.JaxRuntimeError) as error:
-                options.log(f"train {backend}, {rows} rows: {first_line_of(error)}")
+                logger.info(f"train {backend}, {rows} rows: {short_message(error)}")
                 break
-            options.log(format_train_rate(rate))
+            logger.info(format_train_rate(rate))
             rates.append(rate)
     metrics: dict[str, Any] = {"rates": rates}
     flops_per_token = estimate.flops_per_token(config) / jax.device_count()
@@ -222,7 +216,7 @@ def bench_training(options: BenchOptions, matmul_rate: float | None) -> dict[str
             share = rate["tokens_per_s"] * flops_per_token / matmul_rate
             metrics["train_share_of_matmul_rate"] = share
             metrics[f"train_share_of_matmul_rate_b{rate['rows']}"] = share
-            options.log(f"train {rate['attention']}, {rate['rows']} rows: {share:.1%} of matmul")
+            logger.info(f"train {rate['attention']}, {rate['rows']} rows: {share:.1%} of matmul")
     return metrics
 
 
@@ -272,5 +266,5 @@ def bench_saves(options: BenchOptions) -> dict[str, float]:
     saves = [workloads.time_save(options.config) for _ in range(1 + options.repeats)][1:]
     medians = {name: statistics.median(save[name] for save in saves) for name in saves[0]}
     for name, seconds in medians.items():
-        options.log(f"{name:<34}{seconds:12.4g} s")
+        logger.info(f"{name:<34}{seconds:12.4g} s")
     return medians

@@ -12,7 +12,6 @@ import contextlib
 import errno
 import functools
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -37,14 +36,13 @@ from gptjax.checkpoint.retention import (
     list_steps,
     quarantine,
 )
-from gptjax.errors import LIMIT_ADVICE, ModelError, ResourceError
+from gptjax.errors import LIMIT_ADVICE, ModelError, ResourceError, short_message, to_os_error
 from gptjax.fileio.atomic import remove_path
 from gptjax.tree import flatten_with_names, unflatten_names
 
 # Per array file, so that several are hashed in parallel.
 MAX_CHECKPOINT_FILE_BYTES = 1 << 28
 MIN_FREE_BYTES = 1 << 20  # free space needed in addition to the arrays
-TENSORSTORE_ERRNO_PATTERN = re.compile(r"os_error_code='?(\d+)")  # in TensorStore's messages
 UINT_DTYPES = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by item size in bytes
 
 SaveFn = Callable[..., None]  # (step, tree, metadata)
@@ -147,13 +145,7 @@ def write_arrays(path: Path, tree: Any) -> None:
     except Exception as error:  # Orbax documents no type; a full disk is a ValueError
         if jax.process_count() > 1 or isinstance(error, OSError):
             raise  # connection lost between processes: handled in `distributed`
-        error_number = [int(text) for text in TENSORSTORE_ERRNO_PATTERN.findall(str(error))[:1]]
-        raise OSError(*error_number, first_line(error)) from error
-
-
-def first_line(error: Exception) -> str:
-    """First line of an error message, or the name of its type."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise to_os_error(error, path) from error
 
 
 def check_disk_space(checkpoint_dir: Path, tree: Any) -> None:
@@ -231,7 +223,7 @@ def restore(checkpoint_dir: Path, step: int, like: Any) -> Any:
         if jax.process_count() > 1:
             raise  # connection lost between processes: handled in `distributed`
         raise ModelError(
-            f"cannot restore {path}: {first_line(error)}. The files are unchanged "
+            f"cannot restore {path}: {short_message(error)}. The files are unchanged "
             "since they were saved: check the free memory and the version of Orbax."
         ) from error
     check_checksums(tree, arrays)

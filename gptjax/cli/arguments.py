@@ -17,7 +17,6 @@ import gptjax.book  # noqa: F401 (adds values of options)
 from gptjax.config import (
     RENAMED_OPTIONS,
     SAMPLING_RANGES,
-    DataConfig,
     Range,
     RunConfig,
     config_options,
@@ -130,13 +129,8 @@ def make_config_option(name: str, field: Any) -> click.Option:
     return click.Option(
         [f"--{name}", name.replace(".", "__")],
         metavar="|".join(choices) or field.type.__name__.upper(),
-        help=f"{description}  [default: {default}]{show_range(valid_range)}",
+        help=f"{description}  [default: {default}]" + f"  [{valid_range}]" * bool(valid_range),
     )
-
-
-def show_range(valid_range: Range | None) -> str:
-    """End of the help text of an option whose value is a number."""
-    return f"  [{valid_range}]" if valid_range else ""
 
 
 class Number(click.ParamType):
@@ -171,14 +165,14 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
             with contextlib.suppress(ValueError, KeyError):  # `from_dict` rejects the text
                 value = PARSERS.get(field.type, str)(value)
         table.setdefault(section, {})[key] = value
-    if "--data.source" in overrides[::2]:
-        from gptjax.data.token_files import SPLIT_OPTIONS, is_prepared_dir
+    config = from_dict(RunConfig, table)
+    flags = overrides[::2]
+    if "--data.source" in flags:
+        from gptjax.data.token_files import reset_split_options
 
-        if is_prepared_dir(user_path(table["data"]["source"])):  # the config's are for other data
-            for name in ("tokenizer", *SPLIT_OPTIONS):
-                if f"--data.{name}" not in overrides[::2]:
-                    table["data"][name] = getattr(DataConfig(), name)
-    return from_dict(RunConfig, table)
+        given = [flag.removeprefix("--data.") for flag in flags]
+        config = dataclasses.replace(config, data=reset_split_options(config.data, given))
+    return config
 
 
 PARSERS: dict[Any, Callable[[str], Any]] = {  # of options that are not texts
@@ -210,7 +204,7 @@ def value_option(
     kind = settings.get("type", type(default))
     settings.setdefault("metavar", METAVARS.get(kind, "NAME"))
     if valid_range:
-        text += show_range(valid_range)
+        text += f"  [{valid_range}]"
         settings["type"] = Number(kind, valid_range)
     return click.option(name, *filter(None, [dest]), help=text, **settings)
 

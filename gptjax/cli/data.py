@@ -11,7 +11,7 @@ import click
 
 from gptjax.cli.arguments import PATH, Command, flag_option, value_option
 from gptjax.cli.session import log_to_console
-from gptjax.config import CONTEXT, FRACTION, SEED, STEPS, Range
+from gptjax.config import CONTEXT, COUNT, FRACTION, SEED, Range
 from gptjax.errors import ConfigError
 from gptjax.fileio.paths import user_path
 from gptjax.runtime.terminal import is_terminal, print_progress, print_result
@@ -68,7 +68,7 @@ def data_prepare(
 @value_option("--context", "maximum sequence length in tokens", 1024, valid_range=CONTEXT)
 @flag_option("--train-on-prompts", "loss on prompts too, as with data.completion_only_loss=false")
 @value_option(
-    "--rows", "number of conversations", type=int, shown="3; all with --json", valid_range=STEPS
+    "--rows", "number of conversations", type=int, shown="3; all with --json", valid_range=COUNT
 )
 @value_option("--html", "write a page instead of printing", type=PATH)
 @flag_option("--json", "print one JSON object per conversation", "as_json")

@@ -9,7 +9,7 @@ import click
 
 from gptjax.cli import arguments
 from gptjax.cli.arguments import PATH, Command, flag_option, value_option
-from gptjax.cli.session import load_model
+from gptjax.cli.session import load_model, log_to_console
 from gptjax.config import CONTEXT
 from gptjax.errors import ConfigError
 from gptjax.runtime.terminal import (
@@ -158,7 +158,6 @@ def run_classify(
             lambda texts: [label[:2] for label in predict(texts)],
             text_column=text_column,
             usual_column=loaded.columns[0] if loaded.columns else "",
-            log=print_message,
         )
     else:
         lines = list(texts) or [line for x in stdin_lines() if (line := x.removesuffix("\n"))]
@@ -244,12 +243,11 @@ def run_evaluate(
     if chat_data:
         from gptjax.evaluation.instructions import evaluate_file
 
-        metrics, tasks = evaluate_file(loaded, chat_data, out, scorer, print_message)
+        metrics, tasks = evaluate_file(loaded, chat_data, out, scorer)
     elif classification_data:
         from gptjax.evaluation.classification import evaluate_labeled_file
 
-        columns = (text_column, label_column)
-        metrics = evaluate_labeled_file(loaded, classification_data, *columns, print_message)
+        metrics = evaluate_labeled_file(loaded, classification_data, text_column, label_column)
     elif text:
         from gptjax.data.readers import read_text_file
         from gptjax.evaluation.perplexity import score
@@ -276,7 +274,8 @@ def run_import(source: str, out: Path) -> None:
     """
     from gptjax.weights.load import convert_model
 
-    convert_model(source, out, print_progress)
+    with log_to_console():
+        convert_model(source, out)
 
 
 @click.command("export", cls=Command)
@@ -291,4 +290,6 @@ def run_export(model: str, layout: str, out: Path) -> None:
     from gptjax.weights.export import export_model
     from gptjax.weights.load import load
 
-    print_progress(export_model(load(model, print_message), layout, out))
+    with log_to_console(print_message):
+        loaded = load(model)
+    print_progress(export_model(loaded, layout, out))

@@ -126,7 +126,7 @@ def run_command(words: list[str]) -> int:
     except click.ClickException as error:
         print_message(f"gptjax: {GptjaxError(error.format_message())}")  # shortened
         return 2
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed the pipe
         discard(sys.stdout)
         return 0
     except (GptjaxError, OSError, MemoryError, RuntimeError) as caught:

@@ -19,10 +19,11 @@ from gptjax.cli.arguments import (
     list_option,
     value_option,
 )
+from gptjax.cli.session import log_to_console
 from gptjax.config import BATCH_SIZE, CONTEXT, GPTConfig, Range, find_config, load_config
 from gptjax.errors import install_command
 from gptjax.fileio.atomic import write_atomic
-from gptjax.runtime.terminal import print_message, print_progress, print_result
+from gptjax.runtime.terminal import print_message, print_result
 
 PARTS = ("train", "decode", "prefill", "load", "input", "import", "start", "save")
 ATTENTION = get_args(get_type_hints(GPTConfig)["attention"])
@@ -79,7 +80,7 @@ def run_plan(
     if not run_compiler and not no_compile and target.chip.platform == "tpu":
         print_message(f"For the compiler's own figures: {install_command('tpu-plan')}")
     if compare_profile:
-        plan.compare_with_profile(result, compare_profile, print_result)
+        print_result("\n".join(plan.compare_with_profile(result, compare_profile)))
     return 1 if result.fits is False else 0
 
 
@@ -134,10 +135,11 @@ def run_bench(
     from gptjax.bench import suite
 
     make_options = suite.make_device_options if device else suite.make_machine_options
-    options = make_options(preset, repeats, print_progress)
+    options = make_options(preset, repeats)
     given: Any = {"context": context, "train_batch_sizes": rows, "backends": attention}
     options = dataclasses.replace(options, **{name: x for name, x in given.items() if x})
     parts = only or (suite.DEVICE_PARTS if device else PARTS)
-    for metrics in suite.run_benchmarks(options, parts):
-        if json_path:  # keeps earlier results if a later benchmark fails
-            write_atomic(json_path, json.dumps(metrics, indent=2) + "\n")
+    with log_to_console():
+        for metrics in suite.run_benchmarks(options, parts):
+            if json_path:  # keeps earlier results if a later benchmark fails
+                write_atomic(json_path, json.dumps(metrics, indent=2) + "\n")

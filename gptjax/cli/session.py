@@ -4,52 +4,48 @@ import contextlib
 import logging
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 
 from gptjax.errors import ResourceError
-from gptjax.runtime.terminal import print_message, print_progress
+from gptjax.runtime.terminal import logger, print_message, print_progress
 
 MIN_ADDRESS_SPACE = 1 << 31  # bytes; a tiny model needs 1.9e9
 PROCESS_START = time.perf_counter()  # close to the start of the process
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints log messages, progress to stdout and warnings alone to stderr."""
+    """Prints the messages of gptjax, and no log of other packages."""
+
+    def __init__(self, print_line: Callable[[str], None]) -> None:
+        """Takes the function that prints a message."""
+        super().__init__()
+        self.print_line = print_line
 
     def emit(self, record: logging.LogRecord) -> None:
         """Prints the message."""
-        print_line = print_progress if self.level < logging.WARNING else print_message
-        print_line(self.format(record))
+        if record.name.startswith("gptjax"):
+            self.print_line(self.format(record))
 
 
 @contextlib.contextmanager
-def log_to_console(level: int = logging.INFO) -> Iterator[None]:
-    """Prints the library's messages (logger "gptjax") of at least a level meanwhile."""
-    logger, handler = logging.getLogger("gptjax"), ConsoleHandler(level)
+def log_to_console(print_line: Callable[[str], None] = print_progress) -> Iterator[None]:
+    """Prints progress and warnings of the library (logger "gptjax") meanwhile."""
+    handler = ConsoleHandler(print_line)
     if any(isinstance(other, ConsoleHandler) for other in logger.handlers):
         yield  # in a notebook
         return
     previous = (logger.level, logger.propagate)
     logger.addHandler(handler)
-    logger.setLevel(level)
+    logger.setLevel(logging.INFO)
     logger.propagate = False  # absl and Colab have handlers at the root logger
     try:
         yield
     finally:
         logger.removeHandler(handler)
         logger.level, logger.propagate = previous
-
-
-class WarningHandler(logging.Handler):
-    """Prints the warnings of gptjax to stderr, and no log of other packages."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Prints the message."""
-        if record.name.startswith("gptjax"):
-            print_message(self.format(record))
 
 
 def setup_session(verbose: bool, last_phase: str = "answering") -> None:
@@ -77,10 +73,10 @@ def load_model(name: str, *, int8: bool, verbose: bool, last_phase: str = "answe
     from gptjax.runtime.timing import mark_phase
 
     setup_session(verbose, last_phase)
-    click.get_current_context().with_resource(log_to_console(logging.WARNING))
+    click.get_current_context().with_resource(log_to_console(print_message))
     from gptjax.weights.load import load
 
     mark_phase("importing")
-    model = load(name, print_message, int8=int8)
+    model = load(name, int8=int8)
     mark_phase("loading")
     return model

@@ -104,7 +104,8 @@ def run_train(
         from gptjax.training.resource_errors import translate_resource_errors
 
         mark_phase("importing")
-        stack.enter_context(log_to_console())
+        if jax.process_index() == 0:
+            stack.enter_context(log_to_console())
         # Resource errors may also occur after training, when the results are written.
         stack.enter_context(translate_resource_errors())
         model = train(config, run_dir, allow_change=allow_change, on_spike=on_spike or "")

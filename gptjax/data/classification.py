@@ -237,9 +237,16 @@ def encode_labels(
 
     All locations start with `source`. `column` and `option` are for messages.
     """
-    encoded_rows = (tuple(map(encode_text, check_example(*row, source))) for row in rows)
-    decode_location = lambda encoded: source + decode_text(encoded)  # noqa: E731
-    texts, labels, locations = pack_columns(encoded_rows, decode_text, decode_text, decode_location)
+
+    def encoded_rows() -> Iterator[tuple[bytes, ...]]:
+        for text, label, location in rows:
+            if not text.strip():
+                raise DataError(f"{location}: the text is empty. Add text, or remove the row.")
+            yield tuple(map(encode_text, (text, label, location.removeprefix(source))))
+
+    texts, labels, locations = pack_columns(
+        encoded_rows(), decode_text, decode_text, lambda encoded: source + decode_text(encoded)
+    )
     names = class_names or sorted(set(labels), key=class_sort_key)
     if len(names) < 2 and not class_names:
         raise DataError(
@@ -254,13 +261,6 @@ def encode_labels(
                 f"{', '.join(names)!s:.200}. Rename it, or train with it."
             )
     return LabeledTexts(texts, [class_ids[x] for x in labels], tuple(names), locations)
-
-
-def check_example(text: str, label: str, location: str, source: str) -> tuple[str, str, str]:
-    """Checks that a text is not blank; removes `source` from its location."""
-    if not text.strip():
-        raise DataError(f"{location}: the text is empty. Add text, or remove the row.")
-    return text, label, location.removeprefix(source)
 
 
 def class_sort_key(name: str) -> tuple[int, float, str]:
@@ -292,8 +292,7 @@ def encode_truncated(
             num_truncated += len(ids) > max_length
             yield (ids[:max_length].astype(dtype).tobytes(),)
 
-    decode_row = lambda encoded: np.frombuffer(encoded, dtype).tolist()  # noqa: E731
-    (packed,) = pack_columns(encoded_rows(), decode_row)
+    (packed,) = pack_columns(encoded_rows(), lambda row: np.frombuffer(row, dtype).tolist())
     return packed, num_truncated
 
 

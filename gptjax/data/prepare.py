@@ -253,14 +253,12 @@ def write_prepared(
             writers[split].append(*part)
 
     with ThreadPoolExecutor(1, "write") as pool:  # writes and hashes while others are encoded
-        pending = None
+        pending = pool.submit(write, {})
         for encoded in encode_spans(spans, tokenizer, workers or os.cpu_count() or 1):
             heartbeat()
-            if pending:
-                pending.result()
-            pending = pool.submit(write, encoded)
-        if pending:
             pending.result()
+            pending = pool.submit(write, encoded)
+        pending.result()
     splits = {}
     for split, writer in writers.items():
         if writer.counts["documents"]:

@@ -60,9 +60,12 @@ def open_decompressed(path: Path) -> Iterator[BufferedIOBase]:
     """Opens a file for reading, decompressed if it ends in .gz."""
     try:
         with open_regular_file(path) as file:
-            if path.suffix.lower() == ".gz" and not file.peek(1):
+            if path.suffix.lower() != ".gz":
+                yield file
+            elif file.peek(1):
+                yield gzip.GzipFile(fileobj=file)
+            else:
                 raise EOFError("it is empty")  # gzip reads it as an empty text
-            yield gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"cannot read {path}: {error}. Check that the file exists and is complete."
@@ -210,7 +213,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_rows(path: Path) -> Iterator[LocatedRow]:
-    """Yields the rows of a table, whose suffix is one of `TABLE_FORMATS`.
+    """Yields the rows of a table in one of the `TABLE_FORMATS`.
 
     The first row of a CSV or TSV file is its header.
     """

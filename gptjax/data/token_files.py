@@ -27,14 +27,16 @@ import functools
 import hashlib
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gptjax.config import DataConfig
 from gptjax.errors import DataError
 from gptjax.fileio.download import sha256_of_files
+from gptjax.fileio.paths import user_path
 from gptjax.fileio.strict_json import read_json, read_small_file
 
 TOKEN_FILES_FORMAT = "gptjax tokens 2"
@@ -217,6 +219,14 @@ def is_prepared_dir(folder: Path) -> bool:
         return b'"gptjax tokens ' in read_small_file(folder / "meta.json", MAX_TOKEN_METADATA_BYTES)
     except (OSError, ValueError):
         return False
+
+
+def reset_split_options(config: DataConfig, given: Collection[str]) -> DataConfig:
+    """Resets options that prepared data does not have, except those `given`."""
+    if not is_prepared_dir(user_path(config.source)):
+        return config
+    names = {"tokenizer", *SPLIT_OPTIONS}.difference(given)
+    return dataclasses.replace(config, **{name: getattr(DataConfig(), name) for name in names})
 
 
 def read_token_metadata(folder: Path) -> dict[str, Any]:

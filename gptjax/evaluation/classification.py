@@ -1,6 +1,6 @@
 """Evaluation of a classifier on labeled texts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from gptjax.evaluation.metrics import (
     proportion_ci,
 )
 from gptjax.inference.classify import check_classifier, encode_texts, predict_probs
+from gptjax.runtime.terminal import logger
 from gptjax.weights.model_folder import Model
 
 # Options of `gptjax eval` that choose the columns.
@@ -41,11 +42,7 @@ def evaluate_classifier(
 
 
 def evaluate_labeled_file(
-    model: Model,
-    path: str,
-    text_column: str = "",
-    label_column: str = "",
-    log: Callable[[str], None] = lambda line: None,
+    model: Model, path: str, text_column: str = "", label_column: str = ""
 ) -> dict[str, Any]:
     """Evaluates a classifier on labeled texts; returns metrics by name.
 
@@ -60,7 +57,7 @@ def evaluate_labeled_file(
         usual_columns=model.columns,
         options=EVAL_OPTIONS,
     )
-    log(f"data     {description}")
+    logger.info(f"data     {description}")
     result = evaluate_classifier(model, data, encode_texts(model, data.texts))
     is_correct = result.prob_NC.argmax(axis=-1) == np.asarray(data.labels)
     low, high = proportion_ci(int(is_correct.sum()), len(data))

@@ -4,7 +4,7 @@ Responses are scored by their overlap with the reference answers and by an LLM j
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +16,14 @@ from gptjax.evaluation.metrics import exact_match, rouge_l, token_f1
 from gptjax.evaluation.perplexity import Evaluation, eval_step_for, evaluate
 from gptjax.fileio.atomic import open_atomic
 from gptjax.inference.assistant import answer_batch, chat_template_of
+from gptjax.runtime.terminal import logger
+from gptjax.runtime.timing import log_progress
 from gptjax.weights.model_folder import Model
 
 LOSS_BATCH_SIZE = 8  # conversations per batch
 SCORE_FUNCTIONS = {"exact_match": exact_match, "token_f1": token_f1, "rouge_l": rouge_l}
 
 MetricValues = dict[str, float | int | None]
-_LogFn = Callable[[str], None]
 
 
 class ResponseEval(NamedTuple):
@@ -82,12 +83,7 @@ def write_responses(results: Iterable[ResponseEval], path: Path) -> None:
 
 
 def evaluate_file(
-    model: Model,
-    path: str,
-    out: Path | None,
-    judge: LLMJudge | None,
-    log: _LogFn,
-    max_new_tokens: int = 256,
+    model: Model, path: str, out: Path | None, judge: LLMJudge | None, max_new_tokens: int = 256
 ) -> tuple[MetricValues, dict[str, dict[str, float]]]:
     """Evaluates an assistant on all conversations of a file or built-in data set.
 
@@ -100,7 +96,7 @@ def evaluate_file(
         raise ConfigError("a judge requires --out FILE for its scores.")
     template, max_length = chat_template_of(model), model.config.context_length
     conversations, detected = read_conversations(path)
-    log(f"data     {detected}")
+    logger.info(f"data     {detected}")
     encoded = encode_conversations(model.tokenizer, template, conversations)
     truncated = truncate_all(encoded, max_length)
     if not truncated.examples:
@@ -108,7 +104,7 @@ def evaluate_file(
             f"no answer in {path} fits the context of {max_length} tokens. Shorten the answers."
         )
     if truncated.num_truncated or truncated.num_dropped:
-        log(
+        logger.info(
             f"too long {truncated.num_truncated} conversations truncated on the left, "
             f"{truncated.num_dropped} without a loss because the answer alone does not fit"
         )
@@ -118,14 +114,14 @@ def evaluate_file(
     metrics |= mean_scores(results)
     if out is not None:
         write_responses(results, out)
-        log(f"wrote    {out}")
+        logger.info(f"wrote    {out}")
     if judge is not None and out is not None:
-        metrics |= run_llm_judge(model, results, out, judge, log)
+        metrics |= run_llm_judge(model, results, out, judge)
     return metrics, group_scores(results)
 
 
 def run_llm_judge(
-    model: Model, results: Sequence[ResponseEval], out: Path, judge: LLMJudge, log: _LogFn
+    model: Model, results: Sequence[ResponseEval], out: Path, judge: LLMJudge
 ) -> MetricValues:
     """Adds judgements to the rows in `out`.
 
@@ -140,13 +136,12 @@ def run_llm_judge(
     try:
         partial_path.unlink(missing_ok=True)  # of an interrupted run; a link is not followed
         with partial_path.open("x", encoding="utf-8", errors="backslashreplace") as file:
-            for result, judgement in zip(results, iter_judgements(judge, inputs), strict=True):
+            rows = zip(results, iter_judgements(judge, inputs), strict=True)
+            for result, judgement in log_progress(rows, len(inputs), "judging", "responses"):
                 columns = {f"judge_{name}": value for name, value in judgement._asdict().items()}
                 file.write(response_line(result, judge=judge.model, **columns))
                 file.flush()
                 judgements.append(judgement)
-                if len(judgements) % 10 == 0:
-                    log(f"judged   {len(judgements)} of {len(inputs)}")
         partial_path.replace(out)
     except OSError as error:
         raise ModelError(f"cannot write {partial_path}: {error}. Free disk space.") from error

@@ -22,8 +22,6 @@ from gptjax.errors import DataError, GptjaxError
 # Network file systems may have no locks: Lustre and NFS with some options.
 UNSUPPORTED_LOCK_ERRNOS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
-logger = logging.getLogger("gptjax")
-
 
 @contextlib.contextmanager
 def atomic_path(path: Path, *, replace_folder: bool = False, wait: bool = False) -> Iterator[Path]:
@@ -75,7 +73,7 @@ def write_lock(lock_path: Path, path: Path, wait: bool) -> Iterator[bool]:
                     raise DataError(
                         f"another process is writing {path}. Wait for it, or choose another name."
                     ) from error
-                logger.info(f"waiting  for the process that is writing {path}")
+                logging.getLogger("gptjax").info(f"waiting  for the process that is writing {path}")
                 is_locked = lock_file(file.fileno(), wait=True)
             if os.fstat(file.fileno()).st_nlink:  # else its last owner has removed it
                 try:

@@ -10,7 +10,6 @@ import codecs
 import dataclasses
 import inspect
 import itertools
-import logging
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,12 +33,12 @@ from gptjax.inference.engine import (
 from gptjax.inference.sampling import SamplingParams
 from gptjax.runtime.preemption import check_interrupted
 from gptjax.runtime.prng import key_of_words
+from gptjax.runtime.terminal import logger
 from gptjax.runtime.timing import mark_phase
 from gptjax.tokenizer.tokenizer import MAX_STOP_IDS
 from gptjax.weights.model_folder import Model
 
 TOKENS_PER_CALL = 16  # decoded per compiled call when streaming or checking stop texts
-logger = logging.getLogger("gptjax")
 
 Prompt = str | Sequence[int]
 
@@ -275,9 +274,8 @@ def tokenize_prompts(
         prompt_ids.append(ids)
     rows = truncate_prompts(prompt_ids, model.config.context_length)
     truncated = [len(ids) - len(row) for ids, row in zip(prompt_ids, rows, strict=True)]
-    return [row for row in rows for _ in range(samples)], [
-        n for n in truncated for _ in range(samples)
-    ]
+    repeated = [n for n in range(len(rows)) for _ in range(samples)]
+    return [rows[n] for n in repeated], [truncated[n] for n in repeated]
 
 
 def truncate_prompts(prompts: list[list[int]], max_length: int) -> list[list[int]]:

@@ -24,7 +24,8 @@ from gptjax.data.readers import (
 )
 from gptjax.errors import DataError
 from gptjax.fileio.atomic import open_atomic
-from gptjax.runtime.terminal import progress_bar
+from gptjax.runtime.terminal import logger
+from gptjax.runtime.timing import log_progress
 
 INPUT_SUFFIXES = (*TABLE_FORMATS, ".txt")
 OUTPUT_SUFFIXES = (*DELIMITERS, ".jsonl")
@@ -42,7 +43,6 @@ def label_file(
     text_column: str = "",
     usual_column: str = "",
     batch_size: int = 256,
-    log: Callable[[str], None] = print,
 ) -> int:
     """Adds a predicted label and its probability to each row; returns the row count.
 
@@ -62,12 +62,12 @@ def label_file(
     column = text_column or usual_column * (usual_column in first)
     column = column or guess_text_column(first, location, option)
     if not text_column:
-        log(f"{source}: text in column {column!r}. Override with {option}.")
+        logger.info(f"{source}: text in column {column!r}. Override with {option}.")
     prefix = "predicted_" if set(ADDED_COLUMNS) & set(first) else ""
     label, probability = (prefix + name for name in ADDED_COLUMNS)
-    rows, count = itertools.chain([(location, first)], rows), 0
-    bar = progress_bar(f"classifying {source.name}", "rows")
-    with open_atomic(output) as file, bar:
+    rows = log_progress(itertools.chain([(location, first)], rows), None, "labeling", "rows")
+    count = 0
+    with open_atomic(output) as file:
         write_row = make_row_writer(file, output, [*first, label, probability])
         while batch := list(itertools.islice(rows, batch_size)):
             texts = [require_text(row, column, place, option=option) for place, row in batch]
@@ -81,8 +81,7 @@ def label_file(
                 row[probability] = round(float(prediction[1]), PROBABILITY_DIGITS)
                 write_row(row)
             count += len(batch)
-            bar.update(len(batch))
-    log(f"wrote {output}: {count:,} rows, new columns {label} and {probability}")
+    logger.info(f"wrote {output}: {count:,} rows, new columns {label} and {probability}")
     return count
 
 

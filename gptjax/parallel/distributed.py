@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from gptjax.errors import ConfigError, GptjaxError, to_resource_error
+from gptjax.errors import ConfigError, GptjaxError, short_message, to_resource_error
 from gptjax.runtime.preemption import NOTHING_TO_SAVE, STOP_SIGNALS, Interrupted
 from gptjax.runtime.terminal import print_message
 
@@ -70,7 +70,7 @@ def initialize(address: str) -> None:
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"--distributed {address}: cannot connect to the other processes of this "
-            f"run ({str(error).splitlines()[0]}). Use HOST:PORT,N,I with the host of "
+            f"run ({short_message(error)}). Use HOST:PORT,N,I with the host of "
             "process 0."
         ) from error
     finally:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +202,8 @@ def suggest_fix(plan: Plan) -> str:
     return "Use more devices, or devices with more memory."
 
 
-def compare_with_profile(plan: Plan, run_dir: Path, log: Callable[[str], None]) -> None:
-    """Logs the measurements of a run next to the plan."""
+def compare_with_profile(plan: Plan, run_dir: Path) -> list[str]:
+    """Formats the measurements of a run next to the plan."""
     events = read_events(run_dir / "metrics.jsonl")
     _, rates = metric_series(events, "train", "tokens_per_s")
     if not rates:
@@ -212,15 +211,17 @@ def compare_with_profile(plan: Plan, run_dir: Path, log: Callable[[str], None]) 
             f"{run_dir} has logged no train event. Let the run continue until step train.log_every."
         )
     rate = statistics.median(rates)
-    log(f"measured {format_number(rate)} tokens/s (median of {len(rates)})")
+    lines = [f"measured {format_number(rate)} tokens/s (median of {len(rates)})"]
     if plan.topology.chip.memory:
         max_rate = plan.tokens_per_step / max(plan.min_seconds.values())
-        log(f"planned  at most {format_number(max_rate)}; measured {rate / max_rate:.0%} of it")
+        share = f"{rate / max_rate:.0%}"
+        lines.append(f"planned  at most {format_number(max_rate)}; measured {share} of it")
     _, temporaries = metric_series(events, "compile", "temporaries")
     if measured := next(filter(None, temporaries), 0):
         state = sum(plan.memory[name] for name in estimate.TRAIN_STATE_PARTS)
         estimated = plan.memory_estimate - state
-        log(
+        lines.append(
             f"memory   {format_bytes(measured)} of temporaries in the run, "
             f"{format_bytes(estimated)} estimated ({estimated / measured - 1:+.0%})"
         )
+    return lines

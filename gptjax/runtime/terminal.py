@@ -8,15 +8,17 @@ import contextlib
 import errno
 import functools
 import io
+import logging
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from gptjax.errors import DataError, ResourceError
 
 MAX_STDIN_CHARS = 1 << 26  # of a line, and of a text
+logger = logging.getLogger("gptjax")  # of progress and warnings; a command prints them
 
 # Control characters except tab and newline, surrogates, and bidirectional controls.
 # Joiners, variation selectors and tags stay: emoji and Persian need them.
@@ -47,9 +49,9 @@ def redact_secrets(text: str, *secrets: str) -> str:
 
 
 def print_result(text: object, end: str = "\n", *, is_safe: bool = False) -> None:
-    """Prints what a command is for to stdout, sanitized unless `is_safe`.
+    """Prints the result of a command to stdout, sanitized unless `is_safe`.
 
-    Raises BrokenPipeError if the reader of a pipe has seen enough, or ResourceError.
+    Raises BrokenPipeError if the reader of a pipe has closed it, else ResourceError.
     """
     try:
         _write(sys.stdout, f"{text}{end}", is_safe)
@@ -62,15 +64,15 @@ def print_result(text: object, end: str = "\n", *, is_safe: bool = False) -> Non
 
 
 def print_progress(text: object) -> None:
-    """Prints a line to stdout; a command does not depend on its being read."""
+    """Prints a line of progress to stdout; ignores a stream that is closed or full."""
     with contextlib.suppress(OSError, ValueError):
         _write(sys.stdout, f"{text}\n")
 
 
-def print_message(text: object, end: str = "\n") -> None:
-    """Prints a line to stderr, apart from the output; it need not be read."""
+def print_message(text: object) -> None:
+    """Prints a line to stderr; ignores a stream that is closed or full."""
     with contextlib.suppress(OSError, ValueError):
-        _write(sys.stderr, f"{text}{end}")
+        _write(sys.stderr, f"{text}\n")
 
 
 def _write(stream: Any, text: str, is_safe: bool = False) -> None:
@@ -84,16 +86,6 @@ def _write(stream: Any, text: str, is_safe: bool = False) -> None:
     except (OSError, ValueError):
         discard(stream)
         raise
-
-
-def progress_bar(label: str, unit: str, items: Iterable[Any] | None = None) -> Any:
-    """Progress bar of tqdm on stderr if that is a terminal, without a thread."""
-    from tqdm import tqdm
-
-    class Bar(tqdm):
-        monitor_interval = 0  # of the thread
-
-    return Bar(items, sanitize(label), unit=f" {unit}", leave=False, disable=None)
 
 
 def is_terminal(stream: Any) -> bool:
@@ -146,6 +138,7 @@ def read_stdin() -> str:
     """Reads all of stdin, which must not be endless."""
     text = io.StringIO()
     for line in stdin_lines():
-        if text.write(line) and text.tell() > MAX_STDIN_CHARS:
+        text.write(line)
+        if text.tell() > MAX_STDIN_CHARS:
             raise DataError(f"stdin has more than {MAX_STDIN_CHARS:,} characters. Shorten it.")
     return text.getvalue()

@@ -1,10 +1,11 @@
 """Timing: startup phases of a command (`--verbose`), steps of a run, long loops."""
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
+
+from gptjax.runtime.terminal import logger
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # includes cache reads
 CACHE_HIT_EVENT = "/jax/compilation_cache/cache_retrieval_time_sec"
@@ -121,7 +122,7 @@ def log_progress(
             if total is not None:
                 left = format_duration(seconds / done * (total - done))
                 text = f"{action:<8} {done:,} of {total:,} {unit}, about {left} left"
-            logging.getLogger("gptjax").info(text)
+            logger.info(text)
             next_line = 2 * seconds
         yield item
 

@@ -69,15 +69,12 @@ def make_finetune_task(
     batches: BucketedBatches,
     tokens_per_step: float,
     evaluate: Callable[[Model, int, bool], EvalResult],
-    rows_name: str = "rows",
-    init_note: str = "",
-    trained_note: str = "",
+    **notes: str,
 ) -> Task:
     """Makes the task of a fine-tuning run; `run` has its resolved config.
 
     `evaluate(model, step, is_last)` returns the score that selects the model in model/.
-    `rows_name`, the unit of data.batch_size, and the notes about the initial model and
-    the trained tokens are for the summary printed before training.
+    `notes` are those of `summarize_finetuning`.
     """
     config, key = run.config, make_key(run.config.train.seed)
     batches = batches.limit_shapes(config.train.steps)
@@ -103,8 +100,6 @@ def make_finetune_task(
         if adapters := finetune.combine_params(config, trainable_params, frozen_params)[1]:
             save_adapters(adapters, run.run_dir / "adapters.safetensors")
 
-    init_from = config.finetune.init_from or "random initialization"
-    lengths = ", ".join(map(str, batches.batch_shapes))
     return Task(
         init_state=init_state(trainable_params, optimizer, key),
         train_step=finetune.make_finetune_step(config, loss_fn, optimizer),
@@ -116,20 +111,43 @@ def make_finetune_task(
             "data": {split: hash_rows(part) for split, part in inputs.rows.items()},
             **finetune.model_provenance(tokenizer, inputs.init_model, template),
         },
-        summary=[
-            f"run      {run.run_dir}",
-            *inputs.summary_lines,
-            f"model    {describe_model(run)}, from {init_from}{init_note}",
-            f"trained  {num_params(trainable_params):,} parameters ({config.finetune.trainable}), "
-            f"{num_params(frozen_params):,} frozen{trained_note}",
-            f"step     {config.data.batch_size} {rows_name} of {lengths} tokens: "
-            f"{len(batches.batch_shapes)} compiled shape{'s' * (len(batches.batch_shapes) > 1)}",
-            describe_length(config.train.steps, config.train.steps / batches.steps_per_epoch),
-            describe_devices(run),
-        ],
+        summary=summarize_finetuning(
+            run, inputs, batches, num_params(trainable_params), num_params(frozen_params), **notes
+        ),
         frozen_params=(frozen_params,),
         save_best=save_best,
     )
+
+
+def summarize_finetuning(
+    run: RunContext,
+    inputs: FinetuneInputs,
+    batches: BucketedBatches,
+    num_trained: int,
+    num_frozen: int,
+    *,
+    rows_name: str = "rows",
+    init_note: str = "",
+    trained_note: str = "",
+) -> list[str]:
+    """Formats the summary printed before training.
+
+    `rows_name` is the unit of data.batch_size; the notes are about the initial model
+    and the trained tokens.
+    """
+    config, shapes = run.config, batches.batch_shapes
+    init_from = config.finetune.init_from or "random initialization"
+    return [
+        f"run      {run.run_dir}",
+        *inputs.summary_lines,
+        f"model    {describe_model(run)}, from {init_from}{init_note}",
+        f"trained  {num_trained:,} parameters ({config.finetune.trainable}), "
+        f"{num_frozen:,} frozen{trained_note}",
+        f"step     {config.data.batch_size} {rows_name} of {', '.join(map(str, shapes))} tokens: "
+        f"{len(shapes)} compiled shape{'s' * (len(shapes) > 1)}",
+        describe_length(config.train.steps, config.train.steps / batches.steps_per_epoch),
+        describe_devices(run),
+    ]
 
 
 def describe_model(run: RunContext) -> str:

@@ -53,7 +53,7 @@ def load_classification_data(run: RunContext) -> tuple[RunContext, Classificatio
             f"data.batching={c.data.batching!r} is not supported for classification, "
             "which uses one row per text. Remove the option."
         )
-    init_model = finetune.load_init_model(c.finetune, run.log)
+    init_model = finetune.load_init_model(c.finetune)
     texts, columns = read_labeled_texts(c.data.source, c.data.text_column, c.data.label_column)
     unique = drop_duplicates(texts) if c.data.deduplicate else texts
     rows = stratified_split(

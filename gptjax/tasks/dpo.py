@@ -81,7 +81,7 @@ def load_dpo_data(run: RunContext) -> tuple[RunContext, DPOData]:
 
 def load_dpo_init_model(run: RunContext) -> Model:
     """Loads the model to start from; rejects options that do not apply to DPO."""
-    init_model, data = finetune.load_init_model(run.config.finetune, run.log), run.config.data
+    init_model, data = finetune.load_init_model(run.config.finetune), run.config.data
     if init_model is None:
         raise ConfigError(
             "train.task='dpo' requires an initial model: set finetune.init_from to the "

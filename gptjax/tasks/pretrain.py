@@ -47,7 +47,7 @@ def load_pretrain_data(run: RunContext) -> tuple[RunContext, PretrainData]:
             f"finetune.trainable={run.config.finetune.trainable!r} is not supported for "
             "pretraining, which trains all parameters. Remove the option."
         )
-    init_model = load_init_model(run.config.finetune, run.log)
+    init_model = load_init_model(run.config.finetune)
     splits = open_dataset(resolve_data_config(run), run.run_dir / "data")
     size, requested = splits.tokenizer.vocab_size, run.config.model.vocab_size
     if requested not in (0, size):
@@ -98,7 +98,7 @@ def resolve_data_config(run: RunContext) -> DataConfig:
     is_prepared = is_prepared_dir(user_path(config.data.source))
     if not config.finetune.init_from or config.data.tokenizer or is_prepared:
         return config.data
-    model_dir = resolve_model(config.finetune.init_from, run.log)
+    model_dir = resolve_model(config.finetune.init_from)
     name = str(model_dir) if tokenizer.is_tokenizer_dir(model_dir) else "gpt2"
     return dataclasses.replace(config.data, tokenizer=name)
 

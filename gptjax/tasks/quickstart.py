@@ -13,9 +13,9 @@ from gptjax.data.prepare import open_dataset
 from gptjax.evaluation.perplexity import Evaluation, score_tokens
 from gptjax.fileio.atomic import write_atomic
 from gptjax.plots.report import markdown_table
+from gptjax.runtime.terminal import logger
 from gptjax.tasks.train import train
 from gptjax.training.metrics import read_events
-from gptjax.training.task import logger
 from gptjax.weights.model_folder import Model
 
 CLASSIFIER_DIR = "classifier"  # subfolder of the run for the second stage

@@ -59,7 +59,7 @@ def load_sft_data(run: RunContext) -> tuple[RunContext, SFTData]:
     """Loads, splits and tokenizes the conversations; resolves the model's config."""
     c = run.config
     trained_segments = segments_with_loss(c.data)
-    init_model = finetune.load_init_model(c.finetune, run.log)
+    init_model = finetune.load_init_model(c.finetune)
     all_conversations, columns = read_conversations(c.data.source)
     splits = finetune.train_val_test_split(c, all_conversations, "rows")
     train = splits[TRAIN_SPLIT]

@@ -38,9 +38,9 @@ OVERRIDABLE_FIELDS = ("dropout", "causal", "head_bias", "pool", "dtype", "attent
 FAST_COMPILE_OPTIONS = {"xla_backend_optimization_level": 1}
 
 
-def load_init_model(config: FinetuneConfig, log: Callable[[str], None]) -> Model | None:
+def load_init_model(config: FinetuneConfig) -> Model | None:
     """Loads the model of `finetune.init_from`; None for random initialization."""
-    return load(config.init_from, log) if config.init_from else None
+    return load(config.init_from) if config.init_from else None
 
 
 def train_val_test_split(

@@ -1,7 +1,7 @@
 """Metrics of a run: the event log metrics.jsonl, and the logger of the trainer.
 
-The log is append-only, and training never reads it: what a resumed run needs to know is
-in the `History` of its checkpoint.
+The log is append-only, and training never reads it: a resumed run gets what it needs
+from the `History` of its checkpoint.
 """
 
 import json

@@ -89,7 +89,7 @@ def open_run(
 
 @contextlib.contextmanager
 def create_run_dir(run_dir: Path) -> Iterator[None]:
-    """Creates and locks the run folder; removes what a failed start leaves in it.
+    """Creates and locks the run folder; removes the files of a failed start.
 
     A start has failed if an error that a user can fix precedes the first logged step.
     """
@@ -109,20 +109,20 @@ def create_run_dir(run_dir: Path) -> Iterator[None]:
             f"cannot write the run folder {run_dir}: {error.strerror}. Choose "
             "another one with --run DIR."
         ) from error
-    try:
-        with run_lock(run_dir) if jax.process_index() == 0 else contextlib.nullcontext():
-            try:
-                yield
-            except GptjaxError:
-                if jax.process_index() == 0 and not has_logged_step(run_dir):
-                    for name in {*os.listdir(run_dir)}.difference(names):
-                        remove_path(run_dir / name)
-                raise
-    except GptjaxError:
-        with contextlib.suppress(OSError):  # a folder with content stays
-            for folder in missing:
-                folder.rmdir()
-        raise
+    if jax.process_index() > 0:
+        yield
+        return
+    with run_lock(run_dir):
+        try:
+            yield
+        except GptjaxError:
+            if not has_logged_step(run_dir):
+                for name in {*os.listdir(run_dir)}.difference(names):
+                    remove_path(run_dir / name)
+                with contextlib.suppress(OSError):  # a folder with content stays
+                    for folder in missing:
+                        folder.rmdir()
+            raise
 
 
 def has_logged_step(run_dir: Path) -> bool:

@@ -1,7 +1,6 @@
 """Task: the trainer's only interface, and the context of a run."""
 
 import dataclasses
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,12 +9,11 @@ import jax
 from jax.sharding import Mesh
 
 from gptjax.config import RunConfig
+from gptjax.runtime.terminal import logger
 from gptjax.training.anomalies import SpikePolicy
 from gptjax.training.train_step import TrainState
 from gptjax.tree import Params
 from gptjax.weights.model_folder import Model
-
-logger = logging.getLogger("gptjax")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ without a pin against the hash that the hub stores for them.
 import dataclasses
 import errno
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from gptjax.config import did_you_mean
 from gptjax.errors import DataError, GptjaxError, ModelError, ResourceError
 from gptjax.fileio import strict_json
 from gptjax.fileio.download import Pin, check_pin, is_offline
-from gptjax.runtime.terminal import redact_secrets
+from gptjax.runtime.terminal import logger, redact_secrets
 from gptjax.tokenizer.chat_template import CHAT_TEMPLATE_FILE as TEMPLATE
 from gptjax.tokenizer.vocab_files import (
     ADDED_TOKENS,
@@ -24,8 +24,6 @@ from gptjax.tokenizer.vocab_files import (
     SPECIAL_TOKENS_MAP,
     TOKENIZER_CONFIG,
 )
-
-_LogFn = Callable[[str], None]
 
 CONFIG, VOCAB, MERGES, TOKENIZER = "config.json", "vocab.json", "merges.txt", "tokenizer.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -107,7 +105,7 @@ def resolve_repo(name: str) -> Repository:
     return Repository(name, revision or "main")
 
 
-def fetch_repo(name: str, log: _LogFn = lambda line: None) -> Path:
+def fetch_repo(name: str) -> Path:
     """Returns the folder of a repository's files in the cache, after downloading them.
 
     It contains config.json, tokenizer files and chat template if there are any, and
@@ -116,7 +114,7 @@ def fetch_repo(name: str, log: _LogFn = lambda line: None) -> Path:
     repo = resolve_repo(name)
     folder = require_file(repo, CONFIG).parent
     if not repo.pins:
-        log(f"hub      {repo} is commit {folder.name[:12]}; no hashes are pinned for it")
+        logger.info(f"hub      {repo} is commit {folder.name[:12]}; no hashes are pinned for it")
     commit = dataclasses.replace(repo, revision=folder.name)  # one for all files
     cached = {file.name for file in folder.iterdir() if file.exists()}
     if not ({VOCAB, MERGES} <= cached or TOKENIZER in cached) and (

@@ -13,7 +13,7 @@ gguf    file of llama.cpp with a Llama-family model
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from gptjax.fileio.download import sha256_of_files
 from gptjax.fileio.paths import user_path
 from gptjax.model.gpt import apply, init
 from gptjax.model.quantization import fake_quantize
+from gptjax.runtime.terminal import logger
 from gptjax.tokenizer.chat_template import CHAT_TEMPLATE_FILE as TEMPLATE
 from gptjax.tokenizer.chat_template import compile_template, load_chat_template
 from gptjax.tokenizer.tokenizer import Tokenizer, is_tokenizer_dir, load_tokenizer
@@ -56,8 +57,6 @@ from gptjax.weights.param_map import (
 )
 from gptjax.weights.safetensors import TensorReader, open_safetensors, read_finite
 from gptjax.weights.tf_checkpoint import open_tf_checkpoint
-
-_LogFn = Callable[[str], None]
 
 GPT2_HEAD_DIM = 64  # in all sizes of GPT-2 and in the book
 # Read from folders of all layouts.
@@ -103,24 +102,23 @@ class ModelSource:
     columns: tuple[str, ...] = ()  # of text and label in the table of a classifier
 
 
-def load(name: str | Path, log: _LogFn = lambda line: None, *, int8: bool = False) -> Model:
+def load(name: str | Path, *, int8: bool = False) -> Model:
     """Loads a model from a run, a folder of any layout, or the hub.
 
     Args:
         name: a run folder, a model folder, a Hugging Face, OpenAI or book folder, a
             .safetensors or GGUF file, a public model such as "gpt2", or
             "owner/repository".
-        log: receives messages for the user, one line each.
         int8: quantize the weights to 8 bits, which reduces the memory traffic of
             decoding to a quarter; see `gptjax.model.quantization`.
     """
-    return read_model(open_model_source(resolve_model(name, log), log), int8=int8)
+    return read_model(open_model_source(resolve_model(name)), int8=int8)
 
 
-def resolve_model(name: str | Path, log: _LogFn) -> Path:
+def resolve_model(name: str | Path) -> Path:
     """Returns the path of a model's files, downloading them from the hub if needed."""
     if not (path := user_path(name)).exists() and (file := hub.find_packaged_file(str(name))):
-        log(f"file     {file}, of an installed package")
+        logger.info(f"file     {file}, of an installed package")
         return file
     if (path / "model" / "config.json").exists():
         return path / "model"
@@ -133,30 +131,30 @@ def resolve_model(name: str | Path, log: _LogFn) -> Path:
     is_local = path.exists() or (len(path.parts) > 1 and path.parent.is_dir())
     if is_local or not hub.is_repo_id(str(name)):
         return path
-    return hub.fetch_repo(str(name), log)
+    return hub.fetch_repo(str(name))
 
 
-def open_model_source(path: Path, log: _LogFn = lambda line: None) -> ModelSource:
+def open_model_source(path: Path) -> ModelSource:
     """Detects the layout and config of the model at `path`; reads no parameters."""
     try:
-        return _open_layout(path, log)
+        return _open_layout(path)
     except (ConfigError, DataError) as error:
         raise ModelError(f"cannot use the model {path}: {error}") from error
 
 
-def _open_layout(path: Path, log: _LogFn) -> ModelSource:
+def _open_layout(path: Path) -> ModelSource:
     """Opens a model in the layout that its files show."""
     if is_gguf(path):
-        return with_chat_template(from_gguf(path, log), log)
+        return with_chat_template(from_gguf(path))
     if (path / "hparams.json").exists():
-        return with_chat_template(from_tf_checkpoint(path, log), log)
+        return with_chat_template(from_tf_checkpoint(path))
     files = list_safetensors(path) if path.is_dir() else []
     if path.suffix == ".safetensors" and path.exists() and not files:
         files, path = [path], path.parent
     config_path = path / "config.json"
     metadata = read_json_object(config_path) if config_path.exists() else {}
     if "format" in metadata and (path.parent / "config.toml").exists():
-        reader = open_run_params(path.parent, files, metadata.get("step"), log)
+        reader = open_run_params(path.parent, files, metadata.get("step"))
     elif files:
         reader = open_safetensors(files)
     else:
@@ -167,10 +165,10 @@ def _open_layout(path: Path, log: _LogFn) -> ModelSource:
             source, chat_template=read_chat_template(path, *source.tokenizer.template_tokens)
         )
     from_layout = from_book if "tok_emb.weight" in reader.tensors else from_hf
-    return with_chat_template(from_layout(path, reader, metadata, log), log)
+    return with_chat_template(from_layout(path, reader, metadata))
 
 
-def with_chat_template(source: ModelSource, log: _LogFn) -> ModelSource:
+def with_chat_template(source: ModelSource) -> ModelSource:
     """Checks or finds the chat template of a foreign model; logs why it is not used."""
     template, tokens = source.chat_template, source.tokenizer.template_tokens
     try:
@@ -179,25 +177,19 @@ def with_chat_template(source: ModelSource, log: _LogFn) -> ModelSource:
         else:
             template = read_chat_template(source.location, *tokens)
     except ConfigError as error:  # the model can still be used for completion
-        log(f"chat template not used: {error}")
+        logger.info(f"chat template not used: {error}")
         template = ""
     return dataclasses.replace(source, chat_template=template)
 
 
-def open_run_params(run_dir: Path, files: list[Path], best_step: Any, log: _LogFn) -> TensorReader:
+def open_run_params(run_dir: Path, files: list[Path], best_step: Any) -> TensorReader:
     """Opens the weights of a finished run, else the newest checkpoint; logs its step.
 
     `files` are the weights in model/: those of the end, or of the best step so far.
     They are also used if a checkpoint has only the trained part of the parameters.
     """
     steps = list_steps(run_dir / "checkpoints")
-    last_step = steps[-1] if steps else best_step
-    match load_toml(run_dir / "config.toml"):
-        case {"train": {"steps": int(num_steps)}} if files and isinstance(last_step, int):
-            is_finished = last_step >= num_steps
-        case _:
-            is_finished = bool(files)
-    if is_finished:
+    if files and is_last_step(run_dir, steps[-1] if steps else best_step):
         return open_safetensors(files)
     if steps or not files:
         # Orbax, which other layouts do not need, takes long to import.
@@ -205,15 +197,23 @@ def open_run_params(run_dir: Path, files: list[Path], best_step: Any, log: _LogF
 
         step, arrays = read_latest_params(run_dir / "checkpoints")
         if "token_embedding/embedding" in arrays:
-            log(f"step     {step} of the unfinished run {run_dir}")
+            logger.info(f"step     {step} of the unfinished run {run_dir}")
             return TensorReader(arrays, arrays.__getitem__)
         if not files:
             raise ModelError(
                 f"checkpoint {step} of the unfinished run {run_dir} has only the trained part "
                 "of the parameters. Wait for the first evaluation with a finite loss."
             )
-    log(f"step     {best_step}, the best evaluated one of the run {run_dir}")
+    logger.info(f"step     {best_step}, the best evaluated one of the run {run_dir}")
     return open_safetensors(files)
+
+
+def is_last_step(run_dir: Path, step: Any) -> bool:
+    """True unless the config of a run has more steps."""
+    match load_toml(run_dir / "config.toml"):
+        case {"train": {"steps": int(num_steps)}} if isinstance(step, int):
+            return step >= num_steps
+    return True
 
 
 def read_chat_template(path: Path, *tokens: str) -> str:
@@ -306,14 +306,12 @@ def from_gptjax(path: Path, reader: TensorReader, metadata: Mapping[str, Any]) -
     return ModelSource("gptjax", path, config, tokenizer, reader, num_rows, **names)
 
 
-def from_hf(
-    path: Path, reader: TensorReader, metadata: Mapping[str, Any], log: _LogFn
-) -> ModelSource:
+def from_hf(path: Path, reader: TensorReader, metadata: Mapping[str, Any]) -> ModelSource:
     """Opens a folder written by transformers."""
     if not metadata:
         raise ModelError(f"{path} has no config.json. Copy or download it as well.")
     config = foreign_config.hf_config(metadata)
-    source = with_tokenizer(hf_layout(config), path, config, reader, log)
+    source = with_tokenizer(hf_layout(config), path, config, reader)
     foreign_config.check_end_token(metadata, source.tokenizer)
     if "score.weight" not in reader.tensors:
         return source
@@ -322,27 +320,25 @@ def from_hf(
     return dataclasses.replace(source, config=config, labels=labels)
 
 
-def from_gguf(path: Path, log: _LogFn) -> ModelSource:
+def from_gguf(path: Path) -> ModelSource:
     """Opens a GGUF file."""
     metadata, reader = open_gguf(path)
     config = gguf_config(metadata, reader)
     if metadata["general.architecture"] == "llama":
         reader = pairs_to_halves(reader, config)
     tokenizer = gguf_tokenizer(metadata, path.name)
-    source = with_tokenizer("gguf", path, config, reader, log, tokenizer)
+    source = with_tokenizer("gguf", path, config, reader, tokenizer)
     template = str(metadata.get("tokenizer.chat_template", ""))
     return dataclasses.replace(source, chat_template=template)
 
 
-def from_tf_checkpoint(path: Path, log: _LogFn) -> ModelSource:
+def from_tf_checkpoint(path: Path) -> ModelSource:
     """Opens a folder published by OpenAI."""
     config = foreign_config.openai_config(read_json_object(path / "hparams.json"))
-    return with_tokenizer("openai", path, config, open_tf_checkpoint(path), log)
+    return with_tokenizer("openai", path, config, open_tf_checkpoint(path))
 
 
-def from_book(
-    path: Path, reader: TensorReader, metadata: Mapping[str, Any], log: _LogFn
-) -> ModelSource:
+def from_book(path: Path, reader: TensorReader, metadata: Mapping[str, Any]) -> ModelSource:
     """Opens a state dict of the book's GPTModel; derives the config from shapes."""
     shapes = {name: tuple(tensor.shape) for name, tensor in reader.tensors.items()}
     embedding_name, head_name = "tok_emb.weight", "out_head.weight"
@@ -360,7 +356,7 @@ def from_book(
             fix = 'Add a config.json to the folder: {"n_heads": 12}.'
             raise ConfigError(f"the number of heads for a width of {d_model} is unknown. {fix}")
         metadata = {**metadata, "n_heads": d_model // GPT2_HEAD_DIM}
-        log(f"heads    {metadata['n_heads']}, from GPT-2's head dim of {GPT2_HEAD_DIM}")
+        logger.info(f"heads    {metadata['n_heads']}, from GPT-2's head dim of {GPT2_HEAD_DIM}")
     # The book copies the weights instead of tying them.
     is_tied = head_name not in shapes or np.array_equal(
         reader.read(head_name), reader.read(embedding_name)
@@ -375,7 +371,7 @@ def from_book(
         tie_embeddings=is_tied,
     )
     foreign_config.check_book_config(metadata, config)
-    return with_tokenizer("book", path, config, reader, log)
+    return with_tokenizer("book", path, config, reader)
 
 
 def with_tokenizer(
@@ -383,14 +379,13 @@ def with_tokenizer(
     path: Path,
     config: GPTConfig,
     reader: TensorReader,
-    log: _LogFn,
     tokenizer: Tokenizer | None = None,
 ) -> ModelSource:
     """Adds the tokenizer, by default that of the folder; it determines `vocab_size`."""
     tokenizer, num_rows = tokenizer or find_tokenizer(path, config), config.vocab_size
     # transformers lets a tokenizer have more special tokens than the model.
     if num_cut := sum(n >= num_rows for n in tokenizer.added_tokens.values()):
-        log(f"cut      {num_cut} special tokens without a row")
+        logger.info(f"cut      {num_cut} special tokens without a row")
         tokenizer = tokenizer.truncate(num_rows)
     if tokenizer.vocab_size > num_rows:
         raise ConfigError(
@@ -398,7 +393,7 @@ def with_tokenizer(
             f"{num_rows}. Use the tokenizer files of the model."
         )
     if tokenizer.vocab_size < num_rows:
-        log(f"cut      {num_rows - tokenizer.vocab_size} rows without a token")
+        logger.info(f"cut      {num_rows - tokenizer.vocab_size} rows without a token")
         config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     return ModelSource(layout, path, config, tokenizer, reader, num_rows)
 
@@ -506,27 +501,24 @@ def aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
     return buffer[start : start + size].view(np.float32).reshape(shape)
 
 
-def convert_model(name: str, output_dir: Path, log: Callable[[str], None]) -> Model:
-    """Reads a model in any supported layout, checks it and writes a model folder.
-
-    `log` receives one line each about the source, the check and the result.
-    """
+def convert_model(name: str, output_dir: Path) -> Model:
+    """Reads a model in any supported layout, checks it and writes a model folder."""
     if output_dir.exists():
         raise ModelError(f"{output_dir} already exists. Choose another folder with --out.")
-    path = resolve_model(name, log)
-    source = open_model_source(path, log)
+    path = resolve_model(name)
+    source = open_model_source(path)
     model = read_model(source)
-    log(
+    logger.info(
         f"read     {source.location} ({source.layout}): {len(source.reader.tensors)} "
         f"tensors, {num_params(model.params):,} parameters"
     )
     others = [p.name for p in source.location.glob("*") if not any(map(p.match, MODEL_FILES))]
     if others and path.is_dir():
-        log(f"not kept {', '.join(sorted(others)[:9])}" + " ..." * (len(others) > 9))
-    log(f"check    {check_reference_values(model, REFERENCE_VALUES.get(name))}")
+        logger.info(f"not kept {', '.join(sorted(others)[:9])}" + " ..." * (len(others) > 9))
+    logger.info(f"check    {check_reference_values(model, REFERENCE_VALUES.get(name))}")
     save(model, output_dir)
     digest = sha256_of_files([output_dir / "model.safetensors"])
-    log(f"wrote    {output_dir}, model.safetensors has sha256 {digest}")
+    logger.info(f"wrote    {output_dir}, model.safetensors has sha256 {digest}")
     return model
 
 

@@ -5,7 +5,6 @@ The library checks that the tensors of a header fill the file exactly.
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +14,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from gptjax.errors import ModelError
+from gptjax.errors import ModelError, to_os_error
 from gptjax.fileio.strict_json import open_regular_file
 
-SAFETENSORS_ERRNO_PATTERN = re.compile(r"os error (\d+)")  # in messages of the library
 MAX_HEADER_BYTES = 1 << 20  # the largest GPT-2 has 580 tensors in 60,000 bytes
 SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
@@ -53,8 +51,7 @@ def write_safetensors(arrays: dict[str, np.ndarray], path: Path) -> None:
     try:
         safetensors.numpy.save_file(arrays, path, {"format": "pt"})
     except safetensors.SafetensorError as error:
-        error_number = [int(text) for text in SAFETENSORS_ERRNO_PATTERN.findall(str(error))[:1]]
-        raise OSError(*error_number, str(error)[:400], str(path)) from error
+        raise to_os_error(error, path) from error
     path.chmod(0o644)  # the library creates it with mode 0600
 
 
@@ -97,7 +94,7 @@ def read_finite(reader: TensorReader, name: str, location: Path) -> np.ndarray:
 
 @contextlib.contextmanager
 def _open_file(path: Path) -> Iterator[Any]:
-    """Opens a file whose header is valid; ModelError also for errors in the block."""
+    """Opens a file and validates its header; also translates errors in the block."""
     try:
         with open_regular_file(path) as file:
             length = int.from_bytes(file.read(8), "little")

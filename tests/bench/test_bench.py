@@ -18,7 +18,7 @@ OUT_OF_MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.\n
 PARAMS = sum(map(math.prod, expected_shapes(SMALL).values())) - 32 * 16  # of matmuls
 
 
-def options_of(lines, repeats=1):
+def options_of(repeats=1):
     return suite.BenchOptions(
         config=SMALL,
         context=8,
@@ -26,7 +26,6 @@ def options_of(lines, repeats=1):
         backends=("auto", "cudnn", "flash"),
         decode_batch_sizes=(2,),
         repeats=repeats,
-        log=lines.append,
     )
 
 
@@ -47,8 +46,8 @@ def test_a_workload_does_as_many_units_as_it_reports(monkeypatch):
     assert found["save_s"] > found["save_blocks_s"] > 0
 
 
-def test_training_is_swept_over_backends_and_rows_until_memory_is_full(monkeypatch):
-    measure, lines = suite.measure_train_rate, []
+def test_training_is_swept_over_backends_and_rows_until_memory_is_full(monkeypatch, caplog):
+    measure = suite.measure_train_rate
 
     def measure_or_fail(config, rows, repeats):
         if config.attention == "flash" and rows == 4:
@@ -58,12 +57,13 @@ def test_training_is_swept_over_backends_and_rows_until_memory_is_full(monkeypat
     monkeypatch.setattr(suite.jax, "device_count", lambda: 1)
     monkeypatch.setattr(suite, "measure_train_rate", measure_or_fail)
 
-    found = suite.bench_training(options_of(lines), 1e6)
+    caplog.set_level("INFO", "gptjax")
+    found = suite.bench_training(options_of(), 1e6)
 
     rates = found["rates"]
     measured = [(rate["attention"], rate["rows"]) for rate in rates]
     assert measured == [("chunked", 2), ("chunked", 4), ("flash", 2)]
-    assert any("flash, 4 rows" in line and "Out of memory." in line for line in lines)
+    assert any("flash, 4 rows" in line and "Out of memory." in line for line in caplog.messages)
     assert rates[0]["tokens_per_s"] == pytest.approx(16e3 / rates[0]["milliseconds"])
     assert rates[0]["program_bytes"] > 3 * 4 * PARAMS  # with both moments
     assert found["train_tokens_per_s"] == max(rate["tokens_per_s"] for rate in rates)
@@ -74,7 +74,7 @@ def test_decoding_is_compared_with_the_faster_rate_of_the_memory(monkeypatch):
     monkeypatch.setattr(suite, "try_measure", lambda _, name, *rest: rates[name])
     monkeypatch.setattr(suite, "NEW_TOKENS", 4)
 
-    *_, found = suite.run_benchmarks(options_of([]), ["decode"])
+    *_, found = suite.run_benchmarks(options_of(), ["decode"])
 
     # Keys and values of 16 tokens of prompt and, on average, half of the 4 new ones.
     step_bytes = 4 * (PARAMS + 2 * 18 * 2 * 16)

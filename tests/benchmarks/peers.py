@@ -27,6 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from gptjax.cli.session import log_to_console
 from gptjax.config import GPTConfig
 from gptjax.runtime import cpu_flags
 
@@ -176,8 +177,9 @@ def compare(comparison, repeats):
 def run_suite(make_options, preset, repeats, parts):
     from gptjax.bench import suite
 
-    options = getattr(suite, make_options)(preset, repeats, partial(print, flush=True))
-    return [*suite.run_benchmarks(options, parts)][-1]
+    options = getattr(suite, make_options)(preset, repeats)
+    with log_to_console():
+        return [*suite.run_benchmarks(options, parts)][-1]
 
 
 def main(argv=None):

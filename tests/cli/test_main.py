@@ -20,7 +20,6 @@ from gptjax.cli.train import next_command
 from gptjax.config import find_config, load_config
 from gptjax.errors import DataError, ResourceError
 from gptjax.runtime.preemption import Interrupted
-from gptjax.runtime.terminal import print_message, print_progress
 from tests.small_models import make_model
 
 OPTIONS = ["--model.d_model=8", "--model.n_layers=1", "--model.n_heads=1"]
@@ -195,7 +194,7 @@ GPTJAX, SUPERVISED = [sys.executable, "-m", "gptjax"], "train tiny --hang-timeou
             *("inference.generate.stream", ("model", "Hi", SAMPLING | MORE)),
         ),
         ("generate M Hi --fast-cpu", "runtime.cpu_flags.enable_fast_cpu", ({},)),
-        ("generate M Hi --int8", "weights.load.load", ("M", print_message, {"int8": True})),
+        ("generate M Hi --int8", "weights.load.load", ("M", {"int8": True})),
         (f"chat M {FLAGS}", "cli.chat.run_chat", ("model", "M", SAMPLING, {})),
         (
             "train tiny --run a/b --allow-change data.batch_size --allow-change train.steps "
@@ -206,7 +205,7 @@ GPTJAX, SUPERVISED = [sys.executable, "-m", "gptjax"], "train tiny --hang-timeou
             f"{SUPERVISED} --auto-restart",
             *("runtime.supervisor.supervise", ([*GPTJAX, *SUPERVISED.split()], 9.0, {})),
         ),
-        ("import M --out d", "weights.load.convert_model", ("M", Path("d"), print_progress, {})),
+        ("import M --out d", "weights.load.convert_model", ("M", Path("d"), {})),
         ("export M --to hf --out d", "weights.export.export_model", ("model", "hf", Path("d"), {})),
     ],
 )

@@ -16,7 +16,7 @@ def predict(texts):
 
 
 def label(source, output, **options):
-    label_file(source, output, predict, log=len, **options)
+    label_file(source, output, predict, **options)
 
 
 @pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("tsv", "\t")])
@@ -94,7 +94,7 @@ def test_batches_are_full_and_an_interrupted_file_does_not_exist(tmp_path):
         return predict(texts)
 
     with pytest.raises(KeyboardInterrupt):
-        label_file(source, output, predict_or_stop, batch_size=3, log=len)
+        label_file(source, output, predict_or_stop, batch_size=3)
 
     assert batches == [["0", "1", "2"], ["3", "4", "5"], ["6", "7"]]
     assert list(output.parent.iterdir()) == []

@@ -161,7 +161,7 @@ def test_eval_writes_responses_and_judgements(finished, tmp_path, capsys):
     # No response is lost if there is no judge.
     judge, other = LLMJudge("http://127.0.0.1:9/v1", "nobody"), tmp_path / "other.jsonl"
     with pytest.raises(ModelError, match=r"other\.jsonl"):
-        evaluate_file(model, data, other, judge, print)
+        evaluate_file(model, data, other, judge)
     assert len(read_rows(other)) == 20
 
 

@@ -17,6 +17,7 @@ from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.weights import export, hub, load
 from gptjax.weights.export import export_model, named_tensors
 from tests.build_openai_fixture import FOLDER, arrays
+from tests.runs import capture_lines
 from tests.small_models import assert_same, make_model
 
 # Replaced in this order, they turn names into those of Hugging Face.
@@ -140,13 +141,14 @@ def test_an_import_keeps_the_template_and_is_compared_with_published_values(
 ):
     table = np.asarray(model.params["token_embedding"]["embedding"])
     right = load.ReferenceValues(10_832, (*table[0, :3], table[-1, -1]))
-    monkeypatch.setattr(hub, "fetch_repo", lambda name, log: hf)
+    monkeypatch.setattr(hub, "fetch_repo", lambda name: hf)
     monkeypatch.setitem(load.REFERENCE_VALUES, "gpt2", right)
     monkeypatch.chdir(tmp_path)  # where no folder is called gpt2
     template, lines = load_chat_template("qa").source, []
     (hf / "chat_template.jinja").write_text(template)
 
-    load.convert_model("gpt2", tmp_path / "own", lines.append)
+    with capture_lines(lines):
+        load.convert_model("gpt2", tmp_path / "own")
 
     assert lines[1].split() == ["not", "kept", "README.md"]
     assert "published values agree" in lines[2]
@@ -156,7 +158,7 @@ def test_an_import_keeps_the_template_and_is_compared_with_published_values(
     for change in ({"num_params": 9}, {"embedding": (*table[0, :3], 9.0)}):
         monkeypatch.setitem(load.REFERENCE_VALUES, "gpt2", right._replace(**change))
         with pytest.raises(ModelError, match=r"expected .*\b9\b"):
-            load.convert_model("gpt2", tmp_path / "other", lines.append)
+            load.convert_model("gpt2", tmp_path / "other")
 
 
 UNKNOWN_ARCHITECTURES = [{"norm": "rms", "bias": False}, LLAMA | {"mlp": "relu2"}, {"mlp_dim": 40}]

@@ -21,6 +21,7 @@ from gptjax.weights.foreign_config import hf_config
 from gptjax.weights.load import load
 from gptjax.weights.safetensors import write_safetensors
 from tests.build_openai_fixture import FOLDER
+from tests.runs import capture_lines
 from tests.small_models import assert_same, change, change_config, make_model
 
 
@@ -36,7 +37,8 @@ def test_names_without_prefix_buffers_and_rows_without_a_token_are_accepted(hf, 
     change_config(hf, vocab_size=260)
     lines = []
 
-    assert_same(load(hf, lines.append), model)
+    with capture_lines(lines):
+        assert_same(load(hf), model)
     assert "3 rows" in lines[0]
 
 
@@ -230,7 +232,8 @@ def test_added_tokens_have_rows_and_keep_them(hf, tmp_path):
         special = {"tokenizer_class": "GPT2Tokenizer", "additional_special_tokens": tokens}
         (hf / "tokenizer_config.json").write_text(json.dumps(special))
         lines = []
-        loaded = load(hf, lines.append)
+        with capture_lines(lines):
+            loaded = load(hf)
         assert loaded.tokenizer.added_tokens == {"[PAD]": 257, "<|im_end|>": 258}
         assert (loaded.config.vocab_size, len(lines)) == (259, num_cut)
     gptjax.save(loaded, tmp_path / "own")
