@@ -28,7 +28,7 @@ def main() -> int:
     from gptjax.cli.session import ConsoleHandler
 
     # To the end: threads of libraries also log when a command has failed.
-    logging.getLogger().addHandler(ConsoleHandler(print_message))
+    logging.getLogger().addHandler(ConsoleHandler(print_message, logging.WARNING))
     code = main()
     for number in STOP_SIGNALS:  # all is done or saved, and Python is shutting down
         signal.signal(number, signal.SIG_IGN)

@@ -31,7 +31,7 @@ PluginValue = Literal["book"]
 
 
 class Range(NamedTuple):
-    """Interval of the valid numbers of an option; written as in the help of options.
+    """Interval of the valid values of an option; `str` is its form in help texts.
 
     >>> str(Range(0, 1, "[)"))
     '0<=x<1'
@@ -81,12 +81,6 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def check_range(name: str, value: int | float, valid_range: Range) -> None:
-    """Raises ConfigError unless the value of an option is in its range."""
-    if not valid_range.includes(value):
-        raise ConfigError(f"{name}={value} must be in the range {valid_range}.")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Section:
     """Section of a run config; checks the types and ranges of its options."""
@@ -96,10 +90,9 @@ class Section:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             name = f"{self.section}.{field.name}"
-            value = convert_option(name, getattr(self, field.name), field.type)
+            value = getattr(self, field.name)
+            value = convert_option(name, value, field.type, field.metadata["range"])
             object.__setattr__(self, field.name, value)
-            if valid_range := field.metadata["range"]:
-                check_range(name, value, valid_range)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -516,7 +509,7 @@ def from_dict(cls: Any, table: Mapping[str, Any], prefix: str = "") -> Any:
                 raise ConfigError(f"{name}={shown} must be a section. Write it as [{name}].")
             values[key] = from_dict(hints[key], value, f"{name}.")
         else:
-            values[key] = value
+            values[key] = convert_option(name, value, hints[key])
     return cls(**values)
 
 
@@ -563,8 +556,8 @@ def find_renames(table: Mapping[str, Any], prefix: str = "") -> list[str]:
     return renames
 
 
-def convert_option(name: str, value: Any, kind: Any) -> Any:
-    """Returns the value as a `kind`; raises ConfigError if it has another type."""
+def convert_option(name: str, value: Any, kind: Any, valid_range: Range | None = None) -> Any:
+    """Returns a value as a `kind`; ConfigError for another type or out of range."""
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise ConfigError(
@@ -586,6 +579,8 @@ def convert_option(name: str, value: Any, kind: Any) -> Any:
             f"{name}={reprlib.repr(value)} is of type {type(value).__name__}, but must be "
             f"{kind.__name__}, for example {EXAMPLE_VALUES[kind]}."
         )
+    if valid_range and not valid_range.includes(value):
+        raise ConfigError(f"{name}={value} must be in the range {valid_range}.")
     return value
 
 

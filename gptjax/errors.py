@@ -20,7 +20,7 @@ class GptjaxError(Exception):
     exit_code = 2  # of the command
 
     def __str__(self) -> str:
-        """Message; without its middle if it quotes much of a file."""
+        """Returns the message; omits the middle of a long one."""
         text = super().__str__()
         if len(text) <= MAX_MESSAGE_CHARS:
             return text
@@ -64,7 +64,7 @@ OUT_OF_MEMORY = re.compile("RESOURCE_EXHAUSTED|can't start new thread")  # of XL
 
 
 def to_resource_error(error: BaseException, memory_advice: str = "") -> ResourceError | None:
-    """Error that says which limit caused an error, or None if none did."""
+    """Returns an error that names the exhausted limit; None if there is none."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ResourceError):
         number, detail = getattr(cause, "errno", None), getattr(cause, "filename", None)

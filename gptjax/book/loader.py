@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gptjax.book.torch_random import TorchGenerator
-from gptjax.config import COUNT, check_range
+from gptjax.config import COUNT, convert_option
 from gptjax.data.sft import TRAIN_ON_COMPLETIONS, PaddedBatches, SFTBatching
 from gptjax.errors import ConfigError, DataError
 
@@ -33,8 +33,8 @@ class Loader:
 
     def __post_init__(self) -> None:
         """Checks that there is at least one batch."""
-        check_range("items", self.items, COUNT)
-        check_range("batch_size", self.batch_size, COUNT)
+        convert_option("items", self.items, int, COUNT)
+        convert_option("batch_size", self.batch_size, int, COUNT)
         if self.drop_last and self.items < self.batch_size:
             raise ConfigError(
                 f"{self.items} items are fewer than batch_size={self.batch_size}. "

@@ -264,6 +264,6 @@ def sampling_arguments(max_new_tokens: int, temperature: float) -> Decorator:
 
 
 def sampling_option(name: str, text: str, default: int | float, **settings: Any) -> Decorator:
-    """Option that is a number of sampling."""
+    """Option of a sampling parameter, with the range of its values."""
     flag = f"--{name.replace('_', '-')}"
     return value_option(flag, text, default, valid_range=SAMPLING_RANGES[name], **settings)

@@ -19,9 +19,9 @@ PROCESS_START = time.perf_counter()  # close to the start of the process
 class ConsoleHandler(logging.Handler):
     """Prints the messages of gptjax, and no log of other packages."""
 
-    def __init__(self, print_line: Callable[[str], None]) -> None:
-        """Takes the function that prints a message."""
-        super().__init__()
+    def __init__(self, print_line: Callable[[str], None], level: int = logging.INFO) -> None:
+        """Takes the function that prints a message, and the lowest level."""
+        super().__init__(level)
         self.print_line = print_line
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -37,7 +37,7 @@ def log_to_console(print_line: Callable[[str], None] = print_progress) -> Iterat
     if any(isinstance(other, ConsoleHandler) for other in logger.handlers):
         yield  # in a notebook
         return
-    previous = (logger.level, logger.propagate)
+    level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False  # absl and Colab have handlers at the root logger
@@ -45,7 +45,8 @@ def log_to_console(print_line: Callable[[str], None] = print_progress) -> Iterat
         yield
     finally:
         logger.removeHandler(handler)
-        logger.level, logger.propagate = previous
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def setup_session(verbose: bool, last_phase: str = "answering") -> None:

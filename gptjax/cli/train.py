@@ -101,13 +101,10 @@ def run_train(
         import jax
 
         from gptjax.tasks.train import train
-        from gptjax.training.resource_errors import translate_resource_errors
 
         mark_phase("importing")
         if jax.process_index() == 0:
             stack.enter_context(log_to_console())
-        # Resource errors may also occur after training, when the results are written.
-        stack.enter_context(translate_resource_errors())
         model = train(config, run_dir, allow_change=allow_change, on_spike=on_spike or "")
         if jax.process_index() == 0:
             print_progress(f"next     {next_command(model, run_dir)}")

@@ -39,7 +39,7 @@ class BucketedBatches(abc.ABC):
     bucket_lengths: Sequence[int]  # see `buckets`
     pad_id: int  # padding token
     seed: int = 0
-    min_length: int = 0  # to which rows of training batches are padded
+    min_length: int = 0  # minimum length of rows in training batches
 
     @property
     @abc.abstractmethod
@@ -61,7 +61,7 @@ class BucketedBatches(abc.ABC):
         return sorted({max(size, self.min_length) for size, _ in self.epoch_plan(0)})
 
     def limit_shapes(self, steps: int) -> "BucketedBatches":
-        """Returns the same batches, with no more shapes than so many steps pay for."""
+        """Pads to fewer lengths: at most one per `MIN_STEPS_PER_SHAPE` steps."""
         num_shapes = max(steps // MIN_STEPS_PER_SHAPE, 1)
         return dataclasses.replace(self, min_length=self.batch_shapes[-num_shapes:][0])
 

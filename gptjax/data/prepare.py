@@ -210,7 +210,7 @@ def prepare_dataset(
 
 
 def read_prepared(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Returns the meta.json of a folder with this recipe; {} if there is no content."""
+    """Reads the meta.json of a folder with this recipe; {} if it has no content."""
     meta = read_token_metadata(folder) if is_prepared_dir(folder) else {}
     is_empty = folder.is_dir() and not any(folder.iterdir())
     if meta.get("recipe") != recipe and folder.exists() and not is_empty:

@@ -337,7 +337,7 @@ def unread_columns(
 
 
 def describe_unread(counts: Mapping[str, int]) -> str:
-    """Describes columns that are not read by the number of rows that have them.
+    """Lists columns that are not read, with the number of rows that have them.
 
     >>> describe_unread({"id": 1200, "date": 3})
     '; not read: id (1,200), date (3)'

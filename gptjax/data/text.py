@@ -238,7 +238,7 @@ def iter_split_spans(
 
 
 def file_state(path: Path) -> tuple[int, int, int] | None:
-    """Number, size and modification time of a file, None if there is none."""
+    """Inode, size and modification time of a file; None if it does not exist."""
     try:
         status = path.stat()
     except OSError:

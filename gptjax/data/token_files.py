@@ -96,7 +96,7 @@ class ShardWriter:
         self.crcs: list[int] = []
 
     def update_crcs(self, data: np.ndarray) -> None:
-        """Updates the CRCs of the blocks of the shard by the bytes appended to it."""
+        """Updates the CRCs of the shard's blocks with the appended bytes."""
         offset = self.tokens * self.dtype.itemsize % CRC_BLOCK_BYTES
         while len(data):
             self.crcs += [] if offset else [0]

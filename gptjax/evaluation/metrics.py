@@ -70,7 +70,7 @@ def mean_ci(
 
 
 def proportion_ci(successes: int, trials: int) -> tuple[float, float]:
-    """95% score interval of a proportion (Wilson 1927), which is no point at 0 and 1.
+    """95% score interval of a proportion (Wilson 1927); not a single point at 0 and 1.
 
     >>> low, high = proportion_ci(60, 60)
     >>> print(f"{low:.2f} {high:.2f}")

@@ -102,7 +102,7 @@ def remove_leftover(temp_dir: Path, path: Path) -> None:
 
     If it was killed between two renames, the previous content is moved back.
     """
-    with contextlib.suppress(OSError):  # another user's
+    with contextlib.suppress(OSError):  # it may belong to another user
         if not os.path.lexists(path) and (temp_dir / "old").exists():
             os.replace(temp_dir / "old", path)
         remove_path(temp_dir)
@@ -148,7 +148,7 @@ def write_atomic(path: Path, text: str, max_bytes: int | None = None) -> None:
 
 
 def open_append(path: Path) -> TextIO:
-    """Opens a text file for appending; a link is an OSError."""
+    """Opens a text file for appending; OSError if it is a link."""
 
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags | os.O_NOFOLLOW, 0o666)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from gptjax.config import SAMPLING_RANGES, check_range, convert_option
+from gptjax.config import SAMPLING_RANGES, convert_option
 from gptjax.data.readers import read_jsonl
 from gptjax.errors import ConfigError, DataError, ModelError, check_type
 from gptjax.inference.engine import (
@@ -70,8 +70,8 @@ class GenerationConfig:
             raise ConfigError(f"stop_ids={stop_ids!r:.80} must be at most {MAX_STOP_IDS} ids.")
         for field in dataclasses.fields(self):
             if valid_range := SAMPLING_RANGES.get(field.name):
-                value = convert_option(field.name, getattr(self, field.name), field.type)
-                check_range(field.name, value, valid_range)
+                value = getattr(self, field.name)
+                value = convert_option(field.name, value, field.type, valid_range)
                 object.__setattr__(self, field.name, value)
 
 
@@ -191,8 +191,7 @@ def complete(
     Samples of one prompt are adjacent. Sample s of a prompt is the same in any batch.
     """
     config = merge_options(generation_config, options)
-    samples = convert_option("samples", samples, int)
-    check_range("samples", samples, SAMPLING_RANGES["samples"])
+    samples = convert_option("samples", samples, int, SAMPLING_RANGES["samples"])
     check_language_model(model)
     rows, truncated = tokenize_prompts(model, normalize_prompts(prompt)[0], samples)
     chunks = decode_sequences(model, rows, config, samples, streaming=bool(config.stop))
@@ -248,7 +247,7 @@ def normalize_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], 
 
 
 def is_token(value: Any) -> bool:
-    """True for the first of token ids, False for the first of several prompts."""
+    """True for a token id, False for a prompt."""
     return not isinstance(value, str) and np.ndim(value) == 0
 
 
@@ -350,7 +349,7 @@ def decode_sequences(
     samples: int = 1,
     streaming: bool = False,
 ) -> Iterator[list[SequenceChunk]]:
-    """Yields the new part of each row: often if streaming, else once per window."""
+    """Yields the new tokens of each row: often if streaming, else once per window."""
     prefill, decode_loop = jitted_steps()
     config, params, limit = model.config, model.decode_params, generation_config.max_new_tokens
     cache_length = bucket_length(max(map(len, prompts)) + limit, config.context_length)

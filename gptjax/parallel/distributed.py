@@ -153,7 +153,7 @@ def catch_aborts() -> Iterator[None]:
 
 
 def exit_after_loss(*_: Any) -> NoReturn:
-    """Reports that a process was lost and exits; the first of several calls does."""
+    """Reports that a process was lost and exits; only the first call prints."""
     if not _loss_lock.acquire(blocking=False):
         time.sleep(HEARTBEAT_TIMEOUT_SECONDS)
     print_message(LOST_MESSAGE)

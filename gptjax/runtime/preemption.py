@@ -105,9 +105,9 @@ def _watch_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
             def next_signal() -> int:
                 while byte := pipe.read(1):
-                    if signal.getsignal(byte[0]) is handler:  # else a command's own
+                    if signal.getsignal(byte[0]) is handler:  # else the command has its own
                         return byte[0]
-                return 0  # the end of the block
+                return 0  # the block has ended
 
             if not next_signal():
                 return

@@ -10,7 +10,7 @@ from jaxtyping import Array, Key
 
 
 def make_key(seed: int) -> Key[Array, ""]:
-    """Returns the key of a seed, below 2**32 that of `jax.random.key`."""
+    """Returns the key of a seed; below 2**32, it equals `jax.random.key(seed)`."""
     high, low = divmod(seed, 2**32)
     return key_of_words(high, low) if high else jax.random.key(low)
 

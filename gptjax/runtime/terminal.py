@@ -94,7 +94,7 @@ def is_terminal(stream: Any) -> bool:
 
 
 def discard(stream: Any) -> None:
-    """Directs a stream that fails to nowhere: else Python fails to flush it at exit."""
+    """Redirects a failing stream to /dev/null, or Python would fail to flush it."""
     with contextlib.suppress(OSError, ValueError, AttributeError), open(os.devnull, "w") as null:
         os.dup2(null.fileno(), stream.fileno())
 

@@ -164,7 +164,6 @@ def make_classification_evaluate(
     subsets = {
         split: builder.evenly_spaced(range(len(ids)), max_rows) for split, ids in data.ids.items()
     }
-
     last_rows = builder.evenly_spaced(range(len(data.ids[TRAIN_SPLIT])), MAX_TRAIN_ROWS)
 
     def evaluate_rows(model: Model, split: str, rows: list[int]) -> ClassificationResult:

@@ -51,7 +51,7 @@ class SFTData(NamedTuple):
 
     conversations: dict[str, Sequence[Conversation]]
     examples: dict[str, Sequence[Example]]  # with the loss mask used for training
-    completion_examples: dict[str, Sequence[Example]]  # the same with completion-only loss masks
+    completion_examples: dict[str, Sequence[Example]]  # with completion-only loss masks
     inputs: builder.FinetuneInputs
 
 

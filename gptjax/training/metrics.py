@@ -115,7 +115,7 @@ class History(NamedTuple):
     evaluated_step: int = -1  # last step that was evaluated
     consecutive_skips: int = 0
     last_good_step: int = 0  # last step that was not skipped
-    nonfinite_step: int = -1  # first of the last evaluations that had no finite loss
+    nonfinite_step: int = -1  # first of the latest evaluations with a non-finite loss
     logged: tuple[anomalies.LoggedStep, ...] = ()  # for the spike threshold
 
     def to_metadata(self) -> dict[str, Any]:
@@ -236,7 +236,7 @@ class MetricsLogger:
         return is_best
 
     def check_finite(self) -> None:
-        """Raises DivergenceError without a finite last loss or without any update."""
+        """DivergenceError if the last loss is non-finite or no update was applied."""
         history = self.history
         steps = [history.nonfinite_step] * (history.nonfinite_step >= 0)
         if history.consecutive_skips and (steps or not history.last_good_step):

@@ -219,7 +219,7 @@ def save_checkpoint(
 
 
 def jit_by_shape(run: RunContext, task: Task, logger: MetricsLogger) -> TrainStep:
-    """Train step, compiled for each batch shape; the time of steps excludes it."""
+    """Train step, compiled once per batch shape; step times exclude compilation."""
     options: dict[str, Any] = {"donate_argnums": 0}
     if run.mesh is not None:  # keeps the sharding of the state from step to step
         state_shardings = jax.tree.map(lambda leaf: leaf.sharding, task.init_state)

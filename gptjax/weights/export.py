@@ -90,7 +90,7 @@ def export_model(model: Model, layout: str, output_dir: Path) -> str:
 
 
 def list_differences(model: Model, reloaded: Model) -> list[str]:
-    """Names of the parts of a model, but parameters, that the reloaded one lacks."""
+    """Names the fields of a model, except parameters, that the reloaded one lacks."""
 
     def parts(m: Model) -> dict[str, Any]:
         values = {field.name: getattr(m, field.name) for field in dataclasses.fields(m)}

@@ -265,7 +265,7 @@ def class_labels(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[str
 
 
 def get_positive_int(metadata: Mapping[str, Any], *names: str) -> int:
-    """Returns the positive value of the one or more of `names` that are present."""
+    """Returns the positive value of `names`; those that are present must agree."""
     name, *others = [name for name in names if name in metadata] or names[:1]
     value = metadata.get(name)
     for other in others:

@@ -209,7 +209,7 @@ def open_run_params(run_dir: Path, files: list[Path], best_step: Any) -> TensorR
 
 
 def is_last_step(run_dir: Path, step: Any) -> bool:
-    """True unless the config of a run has more steps."""
+    """True unless the config.toml of a run has more steps."""
     match load_toml(run_dir / "config.toml"):
         case {"train": {"steps": int(num_steps)}} if isinstance(step, int):
             return step >= num_steps

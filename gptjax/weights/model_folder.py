@@ -116,7 +116,7 @@ def save(model: Model, model_dir: str | Path, *, step: int | None = None) -> Non
 
 
 def is_model_folder(folder: Path) -> bool:
-    """Returns whether a folder is one of `save`."""
+    """True if the folder was written by `save`."""
     try:
         config = strict_json.read_json(folder / "config.json", MAX_MODEL_JSON_BYTES)
     except (OSError, ValueError):

@@ -17,7 +17,7 @@ import safetensors.numpy
 from gptjax.errors import ModelError, to_os_error
 from gptjax.fileio.strict_json import open_regular_file
 
-MAX_HEADER_BYTES = 1 << 20  # the largest GPT-2 has 580 tensors in 60,000 bytes
+MAX_SAFETENSORS_HEADER_BYTES = 1 << 20  # the largest GPT-2 has 580 tensors in 60,000 bytes
 SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -98,7 +98,7 @@ def _open_file(path: Path) -> Iterator[Any]:
     try:
         with open_regular_file(path) as file:
             length = int.from_bytes(file.read(8), "little")
-        if length > MAX_HEADER_BYTES:
+        if length > MAX_SAFETENSORS_HEADER_BYTES:
             raise ValueError(f"a header of {length:,} bytes")
         with safetensors.safe_open(path, "numpy") as file:
             yield file

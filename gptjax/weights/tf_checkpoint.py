@@ -113,7 +113,7 @@ def parse_entries(entries: list[tuple[bytes, bytes]]) -> dict[str, BundleEntry]:
 
 
 def check_offsets(tensors: Mapping[str, BundleEntry], file_size: int) -> None:
-    """Raises ValueError unless tensors end with the data file and do not overlap."""
+    """Raises ValueError if tensors overlap or do not end with the data file."""
     end = 0
     for name, entry in sorted(tensors.items(), key=lambda item: item[1].offset):
         if entry.offset < end:
