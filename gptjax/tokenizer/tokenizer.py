@@ -218,12 +218,14 @@ class Tokenizer:
         special = self.special_tokens
         names = {token_id: name for name, token_id in special.items()}
         ids = {bytes_to_unicode(token): i for token, i in self.ranks.items()} | special
+        merges = derive_merge_lines(self.ranks, ignore_merges=True)
         return Vocab(
             ids=dict(sorted(ids.items(), key=operator.itemgetter(1))),
-            merges=derive_merge_lines(self.ranks, self.pre_tokenizer != "gpt-2"),
+            merges=merges,
             special=list(special),
             eot_name=self.eot_name,
             pre_tokenizer=self.pre_tokenizer,
+            ignore_merges=len(merges) < sum(len(token) > 1 for token in self.ranks),
             bos_name="" if self.bos_token is None else names[self.bos_token],
             add_bos=self.add_bos,
             stop_names=[names[token_id] for token_id in self.stop_tokens],

@@ -133,8 +133,7 @@ def read_tokenizer_json(folder: Path, named: Mapping[str, Any]) -> tuple[Vocab, 
             **rest,
         }:
             pre = find_pre_tokenizer(pre_tokenizer, rest.get("normalizer"))
-            names = (*BPE_OPTIONS, "ignore_merges") if pre == "gpt-2" else BPE_OPTIONS
-            if changed := [name for name in names if options.get(name)]:
+            if changed := [name for name in BPE_OPTIONS if options.get(name)]:
                 raise DataError(f"{changed[0]} of {TOKENIZER_JSON} is not supported")
             lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
             bos_name = find_bos(rest.get("post_processor"))
@@ -190,7 +189,8 @@ def write_vocab(vocab: Vocab, folder: Path) -> None:
     bos_name, eot_name = vocab.bos_name, vocab.eot_name
     config: dict[str, Any] = {"tokenizer_class": "GPT2Tokenizer"}
     config |= {"bos_token": bos_name or eot_name, "eos_token": eot_name, "unk_token": eot_name}
-    if vocab.pre_tokenizer != "gpt-2" or vocab.add_bos or vocab.eot_name != ENDOFTEXT:
+    is_like_gpt2 = vocab.pre_tokenizer == "gpt-2" and eot_name == ENDOFTEXT
+    if not is_like_gpt2 or vocab.add_bos or vocab.ignore_merges:
         files = {TOKENIZER_JSON: json.dumps(tokenizer_json(vocab), ensure_ascii=False)}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eot_name}
         config |= {"bos_token": bos_name} if bos_name else {}
@@ -240,7 +240,7 @@ def tokenizer_json(vocab: Vocab) -> dict[str, Any]:
         "model": {
             "type": "BPE",
             **model,
-            "ignore_merges": True,  # tiktoken looks for whole words first
+            "ignore_merges": vocab.ignore_merges,
             "vocab": vocab.ids,
             "merges": vocab.merges,
         },
