@@ -32,6 +32,7 @@ BOOK_NAMES = {
 
 LLAMA = LLAMA_OPTIONS | {"n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "mlp_dim": 40}
 LLAMA |= {"rope_theta": 5e5, "rope_factor": 32.0, "rope_original_context": 4}
+LLAMA |= {"context_length": 131_072}  # of which there is no table
 QWEN = LLAMA | {"rope_factor": 1.0, "rope_original_context": 8192, "qk_norm": True}
 QWEN |= {"tie_embeddings": False, "norm_eps": 1e-6}
 

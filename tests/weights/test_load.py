@@ -168,6 +168,35 @@ def test_configs_of_llama_and_qwen_have_the_names_of_all_versions_of_transformer
     ).tie_embeddings
 
 
+# Keys of config.json in HuggingFaceTB/SmolLM2-135M, meta-llama/Llama-3.2-1B and
+# Qwen/Qwen3-0.6B that differ between them.
+SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+SIZES += ("hidden_size", "intermediate_size", "max_position_embeddings", "vocab_size")
+PUBLIC = {
+    "smollm2-135m": (30, 9, 3, 64, 576, 1536, 8192, 49_152),
+    "llama3.2-1b": (16, 32, 8, 64, 2048, 8192, 131_072, 128_256),
+    "qwen3-0.6b": (28, 16, 8, 128, 1024, 3072, 40_960, 151_936),
+}
+OTHERS = {
+    "smollm2-135m": {"rope_theta": 100_000, "rope_interleaved": False, "is_llama_config": True},
+    "llama3.2-1b": {
+        "rope_theta": 500_000.0,
+        "rope_scaling": SCALED | {"original_max_position_embeddings": 8192},
+    },
+    "qwen3-0.6b": {
+        **{"model_type": "qwen3", "rms_norm_eps": 1e-6, "rope_theta": 1_000_000},
+        **{"use_sliding_window": False, "sliding_window": None, "max_window_layers": 28},
+    },
+}
+
+
+def test_presets_are_the_public_configs():
+    for name, values in PUBLIC.items():
+        public = LLAMA | {"rms_norm_eps": 1e-5, "torch_dtype": "bfloat16", "rope_scaling": None}
+        public |= dict(zip(SIZES, values, strict=True)) | OTHERS[name]
+        assert hf_config(public) == GPTConfig.preset(name), name
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
