@@ -1,5 +1,6 @@
 """Every document reaches one split, whole, with the tokenizer that goes with it."""
 
+import dataclasses
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from gptjax.data.prepare import open_dataset, open_prepared, prepare_dataset
 from gptjax.data.token_files import verify_prepared
 from gptjax.errors import ConfigError, DataError
 from gptjax.runtime import timing
-from gptjax.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from gptjax.tokenizer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from gptjax.training.estimate import resolve_config
 from tests.data.tables import quick, texts, write
 
@@ -61,6 +62,19 @@ def test_every_document_reaches_exactly_one_split(tmp_path_factory, documents, f
     assert all(document in rest for document in kept)  # in order
     count = round(fraction * len(documents))
     assert len(held_out) == (min(max(count, 1), len(documents) - 1) if fraction else 0)
+
+
+def test_documents_start_with_bos_if_the_tokenizer_adds_it(tmp_path):
+    tokenizer = dataclasses.replace(load_tokenizer("bytes"), bos_token=257, add_bos=True)
+    dataclasses.replace(tokenizer, added_tokens={"<|bos|>": 257}).save(tmp_path / "tokenizer")
+    path = jsonl(tmp_path / "a.jsonl", ["ab", "c"])
+
+    prepare_dataset([path], str(tmp_path / "tokenizer"), tmp_path / "out", val_fraction=0.0)
+
+    tokens, *_ = open_prepared(tmp_path / "out")
+    stream = [EOT, 257, *b"ab", EOT, 257, *b"c", EOT]
+    assert tokens.read(0, len(tokens)).tolist() == stream
+    verify_prepared(tmp_path / "out")
 
 
 def test_the_result_depends_neither_on_workers_nor_on_chunks(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Evaluation: each token is scored once, and other documents do not affect its loss."""
 
+import dataclasses
 import math
 
 import jax
@@ -35,9 +36,13 @@ def test_each_token_is_scored_once_with_the_context_that_the_stride_leaves(strid
 
 
 @pytest.mark.fast
-def test_loss_of_a_short_text_is_that_of_one_plain_forward_pass(model):
+@pytest.mark.parametrize("bos", [None, 65])
+def test_loss_of_a_short_text_is_that_of_one_plain_forward_pass(model, bos):
+    if bos:
+        tokenizer = dataclasses.replace(model.tokenizer, bos_token=bos, add_bos=True)
+        model = dataclasses.replace(model, tokenizer=tokenizer)
     text = "to be or not to"
-    ids = [model.tokenizer.eot_token, *model.tokenizer.encode(text)]
+    ids = [bos or model.tokenizer.eot_token, *model.tokenizer.encode(text)]
     logits = jax.jit(apply, static_argnums=0)(model.config, model.params, jnp.array([ids[:-1]]))
     log_probs = np.asarray(jax.nn.log_softmax(logits[0], axis=-1))
     expected = [-log_probs[n, token] for n, token in enumerate(ids[1:])]

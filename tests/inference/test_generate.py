@@ -1,5 +1,7 @@
 """Generation: caches, batches, windows and chunks do not change the result."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,6 +104,18 @@ def test_each_row_stops_at_its_own_stop_token(model):
         ends = [n for n, i in enumerate(whole.ids) if i in (3, stop)]
         assert result.ids == whole.ids[: min(ends, default=None)]
         assert result.finish_reason == ("stop" if ends else "length")
+
+
+def test_a_prompt_starts_with_bos_and_ends_with_any_end_token_that_the_tokenizer_names(model):
+    (free,) = generate_tokens(model, [[65, *b"ab"]], temperature=0.0)
+    names = {"bos_token": 65, "add_bos": True, "stop_tokens": (3, free.ids[5])}
+    tokenizer = dataclasses.replace(model.tokenizer, **names)
+    model = dataclasses.replace(model, tokenizer=tokenizer)
+
+    (result,) = generate_tokens(model, "ab", temperature=0.0, stop_ids=None)
+
+    assert result.ids == free.ids[: free.ids.index(free.ids[5])]
+    assert result.finish_reason == "stop"
 
 
 def test_repetition_penalty_covers_the_prompt_and_new_tokens(model):

@@ -18,10 +18,11 @@ import pytest
 import gptjax
 from gptjax.cli.main import main
 from gptjax.config import FinetuneConfig, RunConfig
-from gptjax.data.classification import ClassificationBatches
+from gptjax.data.classification import ClassificationBatches, encode_truncated
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.evaluation.classification import ClassificationResult, evaluate_classifier
 from gptjax.evaluation.metrics import classification_metrics
+from gptjax.inference.classify import encode_texts
 from gptjax.model.classifier import class_logits
 from gptjax.model.lora import merge_adapters
 from gptjax.tasks import classify
@@ -215,6 +216,17 @@ def test_texts_are_classified_the_same_alone_and_in_a_batch():
         gptjax.classify(MODEL, ["x", ""])
     with pytest.raises(ModelError, match="labels"):
         gptjax.classify(BASE, ["x"])
+
+
+def test_texts_start_with_bos_in_training_and_prediction_if_the_model_expects_it():
+    tokenizer = dataclasses.replace(MODEL.tokenizer, bos_token=65, add_bos=True)
+
+    trained, num_truncated = encode_truncated(tokenizer, ["b", "c" * 9], 4)
+
+    model = dataclasses.replace(MODEL, tokenizer=tokenizer)
+    assert [trained[0], num_truncated] == [[65, 98], 1]
+    assert encode_texts(model, ["b"]) == [[65, 98]]
+    assert gptjax.classify(model, ["b"]) == gptjax.classify(MODEL, ["Ab"])
 
 
 def test_the_command_line_classifies_and_evaluates_texts_and_files(
