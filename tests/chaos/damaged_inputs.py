@@ -122,6 +122,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], Any]]] = {  # path of the file: con
     "vocab.json": ("", read_tokenizer),
     "merges.txt": ("", read_tokenizer),
     "one/tokenizer.json": ("", read_tokenizer),
+    "llama/tokenizer.json": ("", read_tokenizer),
     "x.safetensors": ("", read_tensors),
     "openai-tiny/model.ckpt.index": ("", read_checkpoint),
     "openai-tiny/model.ckpt.data-00000-of-00001": ("", read_checkpoint),
@@ -179,9 +180,12 @@ def is_damaged(path: Path, data: bytes) -> bool:
 
 
 def write_tokenizers(folder: Path) -> None:
-    """Writes the files of a tokenizer in both formats."""
+    """Writes a tokenizer in both formats, and one in the style of Llama 3."""
     tokenizer = train_tokenizer(["low lower lowest newest widest"] * 3, 264)
     tokenizer.save(folder)
+    changes = {"pre_tokenizer": "llama-bpe", "added_tokens": {"<|begin|>": 264}}
+    llama = dataclasses.replace(tokenizer, **changes, bos_token=264, add_bos=True)
+    llama.save(folder / "llama")
     vocab = json.loads((folder / "vocab.json").read_text())
     table = {
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
