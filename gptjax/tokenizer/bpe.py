@@ -7,6 +7,7 @@ lowest rank first (Sennrich et al. 2016; on bytes, Radford et al. 2019, sec. 2.2
 
 import heapq
 import operator
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
@@ -15,6 +16,7 @@ from gptjax.errors import DataError
 from gptjax.tokenizer.pre_tokenizer import PRE_TOKENIZERS
 
 MAX_TOKEN_BYTES = 256  # twice GPT-2's longest; bounds the cost of unusual text
+NO_RANK = sys.maxsize  # of a pair that is not merged
 MIN_PAIR_COUNT = 2  # minimum occurrences of a merged pair
 
 
@@ -104,21 +106,20 @@ def encode_utf8(text: str) -> bytes:
 def split_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
     """Splits a token into the pair it is merged from; None if no merge creates it.
 
-    If every token has such a pair, a table of ranks and a list of merges are
-    equivalent: merges inside a token do not depend on the surrounding text, so two
-    adjacent tokens that together form a token are always its pair.
+    For all other tokens, a table of ranks and a list of merges are equivalent: merges
+    inside a token do not depend on the surrounding text, so two adjacent tokens that
+    together form a token are always its pair.
     """
-    token_rank = ranks[token]
     parts = [token[i : i + 1] for i in range(len(token))]
-    pair_ranks = [ranks.get(a + b, token_rank) for a, b in pairwise(parts)]
+    pair_ranks = [ranks.get(a + b, NO_RANK) for a, b in pairwise(parts)]
     while len(parts) > 2:
         rank = min(pair_ranks)
-        if rank >= token_rank:
+        if rank == NO_RANK:
             return None
         i = pair_ranks.index(rank)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
         # Only the pairs at the merged part change.
         start = max(i - 1, 0)
-        changed = [ranks.get(a + b, token_rank) for a, b in pairwise(parts[start : i + 2])]
+        changed = [ranks.get(a + b, NO_RANK) for a, b in pairwise(parts[start : i + 2])]
         pair_ranks[start : i + 2] = changed
     return (parts[0], parts[1]) if len(parts) == 2 else None

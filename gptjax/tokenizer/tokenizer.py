@@ -331,7 +331,7 @@ def derive_merge_lines(ranks: Mapping[bytes, int], ignore_merges: bool = False) 
         elif not ignore_merges:
             raise DataError(
                 f"token {ranks[token]}, {bytes_to_unicode(token)!r}, cannot be merged "
-                "from two tokens with smaller ids"
+                "from two tokens"
             )
     return lines
 
