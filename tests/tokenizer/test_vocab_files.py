@@ -163,6 +163,18 @@ def test_words_that_no_merge_creates_are_tokens_where_merges_are_ignored(tmp_pat
         from_gguf(kind, pre="qwen2")
 
 
+def test_a_token_may_have_a_smaller_id_than_its_parts_as_in_llama_3(tmp_path):
+    ranks = {**OWN.ranks, b"xyz": 263, b"xy": 264}
+    kind = dataclasses.replace(OWN, ranks=ranks, eot_token=265, pre_tokenizer="llama-bpe")
+    kind.save(tmp_path)
+    peers = pytest.importorskip("tokenizers")
+    peer = peers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+
+    assert kind.vocab.merges[-2:] == ["xy z", "x y"]
+    assert peer.encode("wxyz").ids == kind.encode("wxyz") == [119, 263]
+    assert tokenizer.load_tokenizer(tmp_path).hash == kind.hash
+
+
 def test_missing_bytes_are_dropped():
     ranks = {token: n for n, token in enumerate(t for t in OWN.ranks if t[0] not in b"\x00\x04")}
     kind = dataclasses.replace(OWN, ranks=ranks, eot_token=len(ranks), pre_tokenizer="smollm")
