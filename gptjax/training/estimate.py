@@ -133,16 +133,24 @@ def activation_bytes(
     """Bytes saved for backward per token and layer: (all, matmuls only).
 
     The residual stream is counted with the matmul outputs. The rest is float32 arrays
-    in the layer norms and arrays of MLP width around the GELU: seven, as observed with
-    the TPU compiler, or five with that for CPUs.
+    in the norms, normalized queries and keys, keys and values repeated for grouped
+    heads, and arrays of MLP width around the activation: seven, as observed with the
+    TPU compiler, or five with that for CPUs; two more with a gate.
     """
-    features, heads, hidden = config.d_model, 4 * config.d_model, config.actual_mlp_dim
+    features, hidden = config.d_model, config.actual_mlp_dim
+    queries = config.n_heads * config.actual_head_dim
+    keys = config.actual_kv_heads * config.actual_head_dim
+    qkv = queries + 2 * keys
+    heads = qkv + queries + (2 * queries if keys < queries else 0)
+    heads += queries + keys if config.qk_norm else 0
+    gates = hidden if config.mlp == "swiglu" else 0
     if is_cpu:
-        matmul_bytes = itemsize * (3 * features + (3 * features + hidden) // tensor)
-        all_bytes = itemsize * (5 * features + (heads + 5 * hidden) // tensor)
+        matmul_bytes = itemsize * (3 * features + (qkv + hidden + gates) // tensor)
+        all_bytes = itemsize * (5 * features + (heads + 5 * hidden + 2 * gates) // tensor)
         return all_bytes + config.n_heads * config.context_length * 7 // tensor, matmul_bytes
-    matmul_bytes = itemsize * (4 * features + (heads + hidden) // tensor)
-    all_bytes = (6 * 4 + 4 * itemsize) * features + itemsize * (heads + 7 * hidden) // tensor
+    matmul_bytes = itemsize * (4 * features + (qkv + queries + hidden + gates) // tensor)
+    all_bytes = (6 * 4 + 4 * itemsize) * features
+    all_bytes += itemsize * (heads + 7 * hidden + 2 * gates) // tensor
     if config.attention in ("reference", "chunked", "xla"):
         all_bytes += config.n_heads * config.context_length * (4 + itemsize) // tensor
     return all_bytes, matmul_bytes

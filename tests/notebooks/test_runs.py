@@ -7,7 +7,7 @@ from tests.notebooks.test_notebooks import NOTEBOOKS
 
 pytestmark = pytest.mark.notebooks
 
-NEED_DATA = ("01", "04", "06", "07")  # that other machines download
+NEED_DATA = ("01", "04", "06", "07", "10")  # that other machines download
 # 05 last: it takes the programs of 00 from the compilation cache.
 ORDER = sorted(NOTEBOOKS, key=lambda path: path.stem.startswith("05"))
 

@@ -49,6 +49,11 @@ CPU_COMPILED = {
     ("quickstart", ""): 171_466_469,
     ("text", ""): 229_024_869,
     ("tinyshakespeare", "data.batch_size=64 model.context_length=256"): 1_585_599_205,
+    ("modern", ""): 63_968_677,
+    (
+        "modern",
+        "data.batch_size=64 model.context_length=256 model.mlp=swiglu model.n_kv_heads=2",
+    ): 2_061_651_549,
     ("book/ch05", ""): 3_490_072_173,
     ("gpt2_124m", "data.batch_size=1 train.accumulate=1"): 2_555_070_693,
     ("gpt2_124m", "data.batch_size=16 train.accumulate=1"): 10_232_371_429,
