@@ -407,7 +407,7 @@ def find_tokenizer(path: Path, config: GPTConfig) -> Tokenizer:
             return known
     raise ConfigError(
         f"it has no tokenizer, and no built-in one has {config.vocab_size} tokens. Copy "
-        "vocab.json and merges.txt of the model there."
+        "the model's tokenizer.json, or vocab.json and merges.txt, there."
     )
 
 

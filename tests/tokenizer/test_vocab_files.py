@@ -267,6 +267,15 @@ def test_more_ends_than_generation_checks_are_rejected():
     assert len(from_gguf(kind, eos=[263, *range(264, 271)]).stop_ids) == 8
 
 
+def test_special_tokens_without_a_row_of_the_model_are_removed_everywhere():
+    kept, shorter = LLAMA.truncate(266), LLAMA.truncate(264)
+
+    assert kept == LLAMA
+    assert (shorter.vocab_size, shorter.added_tokens) == (264, {})
+    assert (shorter.prefix_ids, shorter.stop_ids) == ([], [263])
+    assert shorter.template_tokens == ("", "<|end_of_text|>")
+
+
 def test_vocab_json_of_qwen_has_its_own_split(tmp_path):
     OWN.save(tmp_path)
     replace(tmp_path / "tokenizer_config.json", "GPT2Tokenizer", "Qwen2TokenizerFast")
