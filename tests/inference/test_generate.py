@@ -107,14 +107,18 @@ def test_each_row_stops_at_its_own_stop_token(model):
 
 
 def test_a_prompt_starts_with_bos_and_ends_with_any_end_token_that_the_tokenizer_names(model):
-    (free,) = generate_tokens(model, [[65, *b"ab"]], temperature=0.0)
-    names = {"bos_token": 65, "add_bos": True, "stop_tokens": (3, free.ids[5])}
+    prompt = "to be or not"
+    (free,) = generate_tokens(model, [[65, *prompt.encode()]], temperature=0.0)
+    (other,) = generate_tokens(model, prompt, temperature=0.0)
+    stop = next(i for i in free.ids if i != free.ids[0])
+    names = {"bos_token": 65, "add_bos": True, "stop_tokens": (3, stop)}
     tokenizer = dataclasses.replace(model.tokenizer, **names)
     model = dataclasses.replace(model, tokenizer=tokenizer)
 
-    (result,) = generate_tokens(model, "ab", temperature=0.0, stop_ids=None)
+    (result,) = generate_tokens(model, prompt, temperature=0.0, stop_ids=None)
 
-    assert result.ids == free.ids[: free.ids.index(free.ids[5])]
+    assert free.ids[0] != other.ids[0]
+    assert result.ids == free.ids[: free.ids.index(stop)] != []
     assert result.finish_reason == "stop"
 
 
