@@ -106,8 +106,7 @@ def test_gpt2_is_the_published_tokenizer(tmp_path):
 @pytest.mark.parametrize("pre_tokenizer", PRE_TOKENIZERS)
 def test_a_million_spaces_are_encoded_and_splitting_changes_no_id(pre_tokenizer):
     kind = dataclasses.replace(GPT2, pre_tokenizer=pre_tokenizer)
-    for end in ("\tb", "\n\nb", " 1", "\n", ""):
-        text = "!" + "\n \u3000" * 333_333 + end
+    for text in ("!" + "\n \u3000" * 333_333 + "\tb", " \u3000" * 500_000 + "1"):
         assert kind.decode(kind.encode(text)) == text
 
     splitter = PRE_TOKENIZERS[pre_tokenizer]

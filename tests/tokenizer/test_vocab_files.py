@@ -148,6 +148,15 @@ def test_a_vocabulary_of_gguf_gives_the_same_tokenizer_and_stops_at_all_ends():
     assert (other.eot_name, other.stop_ids, other.prefix_ids) == ("<|eot_id|>", [265, 263], [])
 
 
+def test_the_hash_includes_what_changes_ids_and_prompts_but_no_end_tokens():
+    changes = [{}, {"pre_tokenizer": "qwen2"}, {"add_bos": False}, {"bos_token": None}]
+    changes += [{"eot_name": "</s>"}]
+    kinds = [dataclasses.replace(LLAMA, **change) for change in changes]
+
+    assert len({kind.hash for kind in kinds}) == len(changes)
+    assert dataclasses.replace(LLAMA, stop_tokens=()).hash == LLAMA.hash
+
+
 def test_words_that_no_merge_creates_are_tokens_where_merges_are_ignored(tmp_path):
     ranks = {**OWN.ranks, b" xyz": 263}
     kind = dataclasses.replace(LLAMA, ranks=ranks, eot_token=266)
