@@ -58,6 +58,11 @@ def gguf_config(metadata: Mapping[str, Any], reader: TensorReader) -> GPTConfig:
             f"general.architecture={architecture!r:.60}, but gptjax reads "
             f"{' and '.join(ARCHITECTURES)}. Use a model of one of these."
         )
+    if (count := metadata.get("split.count")) not in (None, 0, 1):  # 0 after merging
+        raise ConfigError(
+            f"split.count={count!r:.60}: it is one part of a model. Merge the parts: "
+            "llama-gguf-split --merge FIRST_PART OUT"
+        )
     values = section_values(metadata, f"{architecture}.")
     for key, value in values.items():
         if isinstance(value, list | array):

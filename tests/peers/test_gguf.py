@@ -51,6 +51,7 @@ def test_tensors_and_metadata_are_those_of_the_package_gguf(tmp_path):
         )
 
 
+whole_pass = jax.jit(gptjax.apply, static_argnums=0)
 PROMPTS = [
     "The capital of France is",
     "def fibonacci(n):",
@@ -67,14 +68,14 @@ def test_smollm2_predicts_and_writes_what_transformers_does(torch):
     peer = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **options).eval()
     model = gptjax.load(name)
     ids = [model.tokenizer.encode(prompt) for prompt in PROMPTS]
-    last = jax.jit(lambda token_BT: gptjax.apply(model.config, model.params, token_BT)[0])
 
     ours = generate.complete(model, ids, max_new_tokens=16, temperature=0.0, stop_ids=[])
 
     for prompt, found in zip(ids, ours, strict=True):
         token_BT = np.zeros((1, 16), np.int32)
         token_BT[0, : len(prompt)] = prompt
-        log_probs = jax.nn.log_softmax(last(jnp.asarray(token_BT))[len(prompt) - 1])
+        logits_BTV = whole_pass(model.config, model.params, jnp.asarray(token_BT))
+        log_probs = jax.nn.log_softmax(logits_BTV[0, len(prompt) - 1])
         with torch.no_grad():
             expected = peer(torch.tensor([prompt])).logits[0, -1].log_softmax(-1).numpy()
         options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}

@@ -72,6 +72,7 @@ EMBEDDING = TENSORS["token_embd.weight"]
 INVALID = [  # changes, part of the message
     ({"general.architecture": "gpt2"}, {}, "architecture='gpt2'"),
     ({"general.architecture": [1, 2]}, {}, "architecture=array"),
+    ({"split.count": 2}, {}, "split.count=2"),
     ({"llama.block_count": None}, {}, "block_count"),
     ({"llama.block_count": 2}, {}, "blk.1.attn_k"),
     ({"llama.block_count": 10**6}, {}, "n_layers=1000000"),
