@@ -166,13 +166,15 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
                 value = PARSERS.get(field.type, str)(value)
         table.setdefault(section, {})[key] = value
     config = from_dict(RunConfig, table)
-    flags = overrides[::2]
+    data, flags = config.data, overrides[::2]
     if "--data.source" in flags:
         from gptjax.data.token_files import reset_split_options
 
-        given = [flag.removeprefix("--data.") for flag in flags]
-        config = dataclasses.replace(config, data=reset_split_options(config.data, given))
-    return config
+        data = reset_split_options(data, [flag.removeprefix("--data.") for flag in flags])
+    # A tokenizer of the config file is for the initial model of that file.
+    if "--finetune.init_from" in flags and config.finetune.init_from:
+        data = data if "--data.tokenizer" in flags else dataclasses.replace(data, tokenizer="")
+    return dataclasses.replace(config, data=data)
 
 
 PARSERS: dict[Any, Callable[[str], Any]] = {  # of options that are not texts

@@ -261,7 +261,7 @@ def parse_located_json(text: str, path: Path, line: int) -> Any:
 
 
 def read_csv_records(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yields (location, fields) of each row that is not blank.
+    """Yields (location, fields) of each row that is not blank, such as ";;;".
 
     All rows must have as many fields as the first.
     """
@@ -286,7 +286,7 @@ def read_csv_records(path: Path) -> Iterator[tuple[str, list[str]]]:
                     f"{path}:{line}: {len(fields)} fields, but {width} in the first "
                     f"row. Put a text that contains {delimiter!r} in double quotes."
                 )
-            if fields:
+            if len(fields) == 1 or any(map(str.strip, fields)):
                 yield f"{path}:{line}", fields
             line = reader.line_num + 1
     except csv.Error as error:

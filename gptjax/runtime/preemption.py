@@ -85,7 +85,8 @@ def on_stop_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 def report_interruption(reason: object = NOTHING_TO_SAVE) -> None:
     """Prints why the command ends."""
-    print_message(f"{reason}. The same command continues from there.")
+    start = "the last checkpoint, if any" if reason == NOTHING_TO_SAVE else "there"
+    print_message(f"{reason}. The same command continues from {start}.")
 
 
 def exit_interrupted(*_: Any) -> NoReturn:

@@ -17,6 +17,7 @@ from gptjax.data.text import VALIDATION_SPLIT
 from gptjax.errors import ConfigError
 from gptjax.model.gpt import init
 from gptjax.model.lora import Adapters, init_adapters, scale_adapters
+from gptjax.runtime.terminal import logger
 from gptjax.tokenizer.chat_template import ChatTemplate, compile_template, load_chat_template
 from gptjax.tokenizer.tokenizer import (
     Tokenizer,
@@ -129,6 +130,10 @@ def initial_params(
         tables = [{**x.ranks, **x.special_tokens} for x in (tokenizer, init_model.tokenizer)]
         shared = tables[0].keys() & tables[1].keys()
         new_ids, old_ids = ([ids[token] for token in shared] for ids in tables)
+        logger.info(
+            f"tokens   {len(shared):,} of {tokenizer.vocab_size:,} keep their embeddings; the "
+            f"initial model has {init_model.tokenizer.vocab_size:,}"
+        )
         for name in {"token_embedding", "output_embedding"} & set(params):
             table_VD = np.array(new_params[name]["embedding"])
             table_VD[new_ids] = np.asarray(init_model.params[name]["embedding"])[old_ids]

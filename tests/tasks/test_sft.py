@@ -90,13 +90,15 @@ def test_a_run_writes_an_assistant_and_its_answers(finished):
     assert test["exact_match"] == pytest.approx(np.mean(exact))
 
 
-def test_another_tokenizer_keeps_the_embeddings_of_shared_tokens(finished):
+def test_another_tokenizer_keeps_the_embeddings_of_shared_tokens(finished, caplog):
+    caplog.set_level("INFO", "gptjax")
     assistant = finished[2]
     tokenizer = gptjax.tokenizer.train(["the cat the cat the cat"] * 5, 262)
     config = resolve_model_config(RunConfig().model, assistant, tokenizer)
 
     params = initial_params(config, assistant, tokenizer, jax.random.key(0))
 
+    assert "257 of 262 keep their embeddings; the initial model has 257" in caplog.text
     new, old = (np.asarray(p["token_embedding"]["embedding"]) for p in (params, assistant.params))
     assert new.shape[0] == tokenizer.vocab_size == 262
     for token, row in assistant.tokenizer.ranks.items():
