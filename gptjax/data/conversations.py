@@ -63,7 +63,9 @@ SPLIT_ALIASES |= dict.fromkeys(("val", "valid"), VALIDATION_SPLIT)
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 INPUT_COLUMNS = ("input", "context")  # second field of a prompt
 OPTIONAL_COLUMNS = dict.fromkeys((*SYSTEM_COLUMNS, *INPUT_COLUMNS, "split", "task"), "")
-MESSAGE_KEYS = ("role", "content", "from", "value", "type", "text", *INPUT_COLUMNS)
+CHAT_KEYS, SHAREGPT_KEYS = ("role", "content"), ("from", "value")  # of messages
+PART_KEYS = ("type", "text")  # of a part of a message
+TEXT_TYPES = ("text", "input_text", "output_text")
 # Patterns as in `EXCLUDING_VALUES`, with those of keys that other programs train on, or
 # that are read only in some formats. KTO's label of a bad response is false.
 UNSUPPORTED_KEYS = ("tools", "functions", "tool_calls", "function_call", "documents", "history")
@@ -118,7 +120,7 @@ def read_conversations(path: Path | str) -> tuple[Sequence[Conversation], str]:
         nonlocal turns
         for location, source_row, row in rows:
             messages = to_messages(row, columns, answer_column, location)
-            unread.update(unread_keys(row, read_keys(row, used), location))
+            unread.update(unread_keys(row, read_keys(row, used, messages), location))
             split, task = get_split(row, location), get_text(row, "task", location)
             turns += sum(message["role"] == "assistant" for message in messages)
             yield Conversation(messages, source_row, location, split, task)
@@ -146,7 +148,7 @@ def read_preference_pairs(path: Path | str) -> tuple[Sequence[PreferencePair], s
                     f"{location}: 'chosen' and 'rejected' differ before their last "
                     "message. Make all messages before it equal, or remove the row."
                 )
-            unread.update(unread_keys(row, read_keys(row, {*columns}), location))
+            unread.update(unread_keys(row, read_keys(row, {*columns}, chosen), location))
             answers = (chosen[-1]["content"], rejected[-1]["content"])
             split = get_split(row, location)
             yield PreferencePair(chosen[:-1], *answers, source_row, location, split)
@@ -213,10 +215,19 @@ def check_columns(row: Any, columns: Sequence[str], location: str, advice: str) 
     return OPTIONAL_COLUMNS | row
 
 
-def read_keys(row: dict[str, Any], columns: set[str]) -> set[str]:
-    """Returns the keys that are read from a row with these columns."""
-    has_text_prompt = any(isinstance(row[name], str) for name in columns & {*PROMPT_COLUMNS})
-    return {*columns, *SYSTEM_COLUMNS, "split", *INPUT_COLUMNS * has_text_prompt}
+def read_keys(row: dict[str, Any], columns: set[str], messages: Sequence[ChatMessage]) -> set[str]:
+    """Returns the keys of which `messages` have the text, in a row with these columns.
+
+    Where "chosen" includes the prompt, a prompt beside it is read only if it is equal.
+    """
+    prompts, chosen = {name: row[name] for name in columns & {*PROMPT_COLUMNS}}, row.get("chosen")
+    read = {*columns, *SYSTEM_COLUMNS, "split"}
+    if "chosen" in columns and isinstance(chosen, list) and len(chosen) > 1:
+        included = [message["content"] for message in messages]
+        included += [chosen[:count] for count in range(len(chosen))]
+        return read - {name for name, prompt in prompts.items() if prompt not in included}
+    has_text_prompt = any(isinstance(prompt, str) for prompt in prompts.values())
+    return read | {*INPUT_COLUMNS * has_text_prompt}
 
 
 def unread_keys(
@@ -226,8 +237,14 @@ def unread_keys(
     for name, value in fields.items():
         for item in value if name in read and isinstance(value, list) else ():
             if isinstance(item, dict):
-                yield from unread_keys(item, MESSAGE_KEYS, location, f"{path}{name}[].")
+                keys = PART_KEYS if path else (*message_keys(item), *INPUT_COLUMNS)
+                yield from unread_keys(item, keys, location, f"{path}{name}[].")
     yield from unread_columns(fields, read, location, UNSUPPORTED_VALUES, path)
+
+
+def message_keys(fields: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns the keys of the role and the content of a message."""
+    return SHAREGPT_KEYS if "from" in fields else CHAT_KEYS
 
 
 def to_messages(
@@ -288,8 +305,7 @@ def read_messages(
 
 def read_message(fields: Any, location: str) -> ChatMessage:
     """Parses a message in chat (role, content) or ShareGPT format (from, value)."""
-    is_sharegpt = isinstance(fields, dict) and "from" in fields
-    role_key, content_key = ("from", "value") if is_sharegpt else ("role", "content")
+    role_key, content_key = message_keys(check_object(fields, location, MESSAGE_ADVICE))
     fields = check_columns(fields, (role_key, content_key), location, MESSAGE_ADVICE)
     role = ROLE_ALIASES.get(str(fields[role_key]))
     if role is None:
@@ -300,6 +316,9 @@ def read_message(fields: Any, location: str) -> ChatMessage:
     if isinstance(fields[content_key], list):
         advice = 'Write each part as {"type": "text", "text": "..."}, or remove the row.'
         parts = [check_columns(part, ("text",), location, advice) for part in fields[content_key]]
+        for kind in (part.get("type", "text") for part in parts):
+            if kind not in TEXT_TYPES:
+                raise DataError(f"{location}: a part of type {kind!r:.40}, not a text. {advice}")
         fields[content_key] = "".join(get_text(part, "text", location) for part in parts)
     second = get_optional_text(fields, INPUT_COLUMNS, location)
     if second and role != "user":

@@ -91,12 +91,32 @@ def test_keys_that_are_not_read_are_counted(tmp_path):
         (answer | {f"k{n:02}": n for n in range(23)}, "k18 (1), k19 (1), 3 more"),
         ({"prompt": "a"} | BOTH, "rejected (1)"),
         (answer | known, ""),
+        ({"messages": [USER | {"value": "v"}, YES]}, "messages[].value (1)"),
+        ({"messages": [USER, YES | {"text": "t"}]}, "messages[].text (1)"),
+        ({"messages": [USER, YES | GPT]}, "messages[].role (1), messages[].content (1)"),
+        ({"messages": [USER | {"content": [PARTS[0] | {"content": "c"}]}, YES]}, "[].content (1)"),
     ]:
         _, description = read_conversations(write_rows(path, row))
         assert ("not read: " in description) == bool(keys)
         assert f"{keys}; conversations" in description
     pairs = write_rows(path, *[{"prompt": "a", "task": "t"} | BOTH] * 2)
     assert "not read: task (2);" in read_preference_pairs(pairs)[1]
+
+
+def test_a_prompt_beside_messages_that_lack_it_is_counted_as_not_read(tmp_path):
+    talk = {"chosen": TALK[1:], "rejected": [*TALK[1:4], NO]}
+    for prompt, is_read in [
+        (USER["content"], True),
+        ([USER], True),
+        (TALK[1:4], True),
+        ("", True),
+        ("Is it blue?", False),
+        ([SYSTEM, USER], False),
+        (5, False),
+    ]:
+        path = write_rows(tmp_path / "a.jsonl", talk | {"prompt": prompt})
+        for read in (read_conversations, read_preference_pairs):
+            assert ("prompt (1)" in read(path)[1]) == (not is_read)
 
 
 def test_rows_in_memory_take_a_few_times_the_size_of_their_file(tmp_path, monkeypatch):

@@ -108,6 +108,7 @@ def to_jsonl(*rows):
 
 USER = {"role": "user", "content": "Is it green?"}
 YES, SYSTEM = USER | {"role": "assistant"}, USER | {"role": "system"}
+PAIR = {"chosen": [USER, YES], "rejected": [USER, YES]}
 AB, BOTH = {"prompt": "a", "completion": "b"}, {"chosen": "y", "rejected": "n"}
 INVALID = [  # reader, file, content, start of the message, value in it
     (rows_of, "a.jsonl", '"a"\n\n{"text": ', ":3: ", "not JSON"),
@@ -169,6 +170,7 @@ INVALID = [  # reader, file, content, start of the message, value in it
             ([USER | {"role": "tool"}], ", message 1: ", "'tool'"),
             ([USER, YES | {"input": "x"}], ", message 2: ", "assistant"),
             ([USER | {"content": [{"type": "image_url"}]}], ", message 1: ", "'text'"),
+            ([YES | {"content": [{"type": "thinking", "text": "x"}]}], ", message 1: ", "thinking"),
             ([SYSTEM, USER, YES, USER], ": ", "system, user, assistant, user"),
         ]
     ),
@@ -177,6 +179,10 @@ INVALID = [  # reader, file, content, start of the message, value in it
         for row, value in [
             ({"chosen": [USER, YES], "rejected": [YES | USER, YES, USER, YES]}, "'rejected'"),
             ({"chosen": "Human: a", "rejected": "b"}, "'chosen' is 'Human: a'"),
+            *(
+                (PAIR | {"prompt": "Is it green?", name: "x"}, f"'{name}' is 'x'")
+                for name in ("input", "context")
+            ),
             ({"chosen": [SYSTEM, USER, YES], "rejected": [USER, YES], "system": "s"}, "'system'"),
         ]
     ),
