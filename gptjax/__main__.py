@@ -8,7 +8,7 @@ import sys
 import threading
 from typing import Any
 
-from gptjax.runtime.preemption import STOP_SIGNALS, exit_interrupted
+from gptjax.runtime.preemption import exit_interrupted, set_stop_handler
 from gptjax.runtime.terminal import discard, open_closed_streams, print_message
 
 
@@ -17,8 +17,7 @@ def main() -> int:
 
     Signals are handled from here on, before the imports, to the end of the process.
     """
-    for number in STOP_SIGNALS:
-        signal.signal(number, exit_interrupted)
+    set_stop_handler(exit_interrupted)
     # Errors in threads and callbacks of libraries also reach the command, or are
     # harmless, such as an interruption in a callback.
     sys.unraisablehook = lambda unraisable: None
@@ -30,8 +29,7 @@ def main() -> int:
     # To the end: threads of libraries also log when a command has failed.
     logging.getLogger().addHandler(ConsoleHandler(print_message, logging.WARNING))
     code = main()
-    for number in STOP_SIGNALS:  # all is done or saved, and Python is shutting down
-        signal.signal(number, signal.SIG_IGN)
+    set_stop_handler(signal.SIG_IGN)  # all is done or saved, and Python is shutting down
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:

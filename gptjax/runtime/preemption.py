@@ -1,6 +1,7 @@
-"""Graceful preemption: SIGINT and SIGTERM end a command with all progress saved.
+"""Graceful preemption: SIGINT, SIGTERM and SIGHUP end a command with progress saved.
 
-The effect of the first signal depends on the mode; a second one exits at once.
+The effect of the first signal depends on the mode; a second one exits at once, except
+for SIGHUP, which both the shell and the kernel send when a terminal closes.
 
     "immediate"   no unsaved progress: raises `Interrupted` at once
     "deferred"    recorded: the run finishes the step, saves and raises `Interrupted`
@@ -21,7 +22,7 @@ from gptjax.runtime.terminal import print_message
 
 SignalMode = Literal["immediate", "deferred", "collective"]
 EXIT_PREEMPTED = 75  # exit code; EX_TEMPFAIL of sysexits.h: retry
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NOTHING_TO_SAVE = "interrupted; no unsaved progress"
 SIGNAL_GRACE_SECONDS = 1.0  # for Python to handle a signal, e.g. while compiling
 HEARTBEAT_ENV = "GPTJAX_HEARTBEAT"  # environment variable: path of the heartbeat file
@@ -40,7 +41,7 @@ _state = types.SimpleNamespace(active=False, received=False, mode="deferred")
 
 @contextlib.contextmanager
 def handle_signals(final: bool = False) -> Iterator[Callable[[], bool]]:
-    """Yields a function that returns True once SIGINT or SIGTERM was received.
+    """Yields a function that returns True once a stop signal was received.
 
     A block inside another one, or outside the main thread, changes nothing. If the
     process exits after the block (`final`), signals are handled even while Python is
@@ -51,6 +52,8 @@ def handle_signals(final: bool = False) -> Iterator[Callable[[], bool]]:
         return
 
     def on_signal(number: int, frame: Any) -> None:
+        if _state.received and number == signal.SIGHUP:
+            return
         if _state.received:
             os._exit(128 + number) if final else signal.default_int_handler(number, frame)
         _state.received = True
@@ -75,12 +78,22 @@ def handle_signals(final: bool = False) -> Iterator[Callable[[], bool]]:
 @contextlib.contextmanager
 def on_stop_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Installs a handler of the stop signals for the block."""
-    previous_handlers = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    previous_handlers = set_stop_handler(handler)
     try:
         yield
     finally:
         for number, previous in previous_handlers.items():
             signal.signal(number, previous)
+
+
+def set_stop_handler(handler: Any) -> dict[signal.Signals, Any]:
+    """Sets the handler of the stop signals; returns the previous ones.
+
+    SIGHUP stays ignored if it is, as under nohup.
+    """
+    is_hup_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = [n for n in STOP_SIGNALS if n != signal.SIGHUP or not is_hup_ignored]
+    return {number: signal.signal(number, handler) for number in numbers}
 
 
 def report_interruption(reason: object = NOTHING_TO_SAVE) -> None:
@@ -115,8 +128,9 @@ def _watch_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
             is_quiet = not select.select([pipe], [], [], SIGNAL_GRACE_SECONDS)[0]
             if is_quiet and _state.mode == "immediate":
                 exit_interrupted()
-            if number := next_signal():
-                os._exit(128 + number)
+            while number := next_signal():
+                if number != signal.SIGHUP:
+                    os._exit(128 + number)
 
     previous_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
     thread = threading.Thread(target=watch, daemon=True)

@@ -29,8 +29,8 @@ def train(
 ) -> Model:
     """Trains a run and returns its model; resumes if the run exists.
 
-    Progress is logged to the logger "gptjax" at level INFO. SIGINT and SIGTERM raise
-    `Interrupted`; the same call resumes.
+    Progress is logged to the logger "gptjax" at level INFO. SIGINT, SIGTERM and
+    SIGHUP raise `Interrupted`; the same call resumes.
 
     An existing run must have the same config, but for the options `allow_change`.
     `on_spike` is "log", "skip", or "" for that of an existing run, else "log".

@@ -21,15 +21,32 @@ from tests.conftest import ROOT
 @pytest.mark.parametrize("number", preemption.STOP_SIGNALS)
 def test_a_signal_raises_at_once_if_there_is_nothing_to_save(number):
     before = signal.getsignal(number)
+    second = signal.SIGTERM if number == signal.SIGHUP else number
 
     with handle_signals():
         set_signal_mode("immediate")
         with pytest.raises(Interrupted):
             signal.raise_signal(number)
+        signal.raise_signal(signal.SIGHUP)  # a closed terminal sends two
         with pytest.raises(KeyboardInterrupt):  # the second signal
-            signal.raise_signal(number)
+            signal.raise_signal(second)
 
     assert signal.getsignal(number) is before
+
+
+@pytest.fixture(autouse=True)
+def default_sighup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also under nohup
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_sighup_stays_ignored_under_nohup():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    with handle_signals() as is_interrupted:
+        signal.raise_signal(signal.SIGHUP)
+        assert not is_interrupted()
 
 
 def test_a_signal_does_not_interrupt_an_import(tmp_path, monkeypatch):
@@ -84,7 +101,11 @@ with handle_signals(final=True):
 
 
 @pytest.mark.parametrize(
-    ("mode", "signals", "code"), [("immediate", 1, 75), ("deferred", 2, 128 + signal.SIGTERM)]
+    ("mode", "signals", "code"),
+    [
+        ("immediate", [signal.SIGHUP], 75),
+        ("deferred", [signal.SIGHUP, signal.SIGHUP, signal.SIGTERM], 128 + signal.SIGTERM),
+    ],
 )
 def test_signals_end_a_process_that_is_blocked(mode, signals, code):
     command = [sys.executable, "-c", BUSY, mode]
@@ -92,9 +113,9 @@ def test_signals_end_a_process_that_is_blocked(mode, signals, code):
     with process:
         try:
             assert process.stdout.readline() == "ready\n"
-            for _ in range(signals):
+            for number in signals:
                 time.sleep(0.3)  # blocked by now; and two signals at once would be one
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(number)
             assert process.wait(60) == code
         finally:
             process.kill()
