@@ -72,7 +72,7 @@ def test_smollm2_predicts_and_writes_what_transformers_does(torch):
     ours = generate.complete(model, ids, max_new_tokens=16, temperature=0.0, stop_ids=[])
 
     for prompt, found in zip(ids, ours, strict=True):
-        token_BT = np.zeros((1, 16), np.int32)
+        token_BT = np.zeros((1, 32), np.int32)
         token_BT[0, : len(prompt)] = prompt
         logits_BTV = whole_pass(model.config, model.params, jnp.asarray(token_BT))
         log_probs = jax.nn.log_softmax(logits_BTV[0, len(prompt) - 1])
