@@ -1,4 +1,4 @@
-"""Test accuracy on the SMS spam set by number of training rows, as a table and a picture.
+"""Test accuracy on the SMS set by number of training rows: a table and a picture.
 
     python tests/benchmarks/sms_rows.py FOLDER [SEED]
 
@@ -20,7 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 import gptjax
-import gptjax.book  # noqa: F401 (the value "book")
+import gptjax.book
 from gptjax.config import RunConfig, find_config, load_config
 from gptjax.data.classification import LabeledTexts, read_labeled_texts, take
 from gptjax.data.splits import stratified_split
@@ -34,11 +34,8 @@ NAMES["smollm2_sms"] = "SmolLM2, LoRA"
 
 def balanced_rows(train: LabeledTexts, count: int) -> LabeledTexts:
     """The first rows of each of the two classes, half of them of each."""
-    indices = [
-        [n for n, label in enumerate(train.labels) if label == kind][: count // 2]
-        for kind in (0, 1)
-    ]
-    return take(train, sum(indices, []))
+    ham, spam = ([n for n, label in enumerate(train.labels) if label == k] for k in (0, 1))
+    return take(train, ham[: count // 2] + spam[: count // 2])
 
 
 def words_accuracy(train: LabeledTexts, test: LabeledTexts) -> float:
@@ -84,11 +81,10 @@ def main() -> None:
         for name in NAMES:
             key = f"{name} {count} {seed}"
             if key not in accuracy:
-                arguments = (name, train, test, folder, seed)
-                is_words = name == "words"
-                accuracy[key] = (
-                    words_accuracy(train, test) if is_words else model_accuracy(*arguments)
-                )
+                if name == "words":
+                    accuracy[key] = words_accuracy(train, test)
+                else:
+                    accuracy[key] = model_accuracy(name, train, test, folder, seed)
                 kept.write_text(json.dumps(accuracy, indent=1))
             print(f"{count:5} rows  {NAMES[name]:28} {accuracy[key]:.4f}", flush=True)
     figure = Figure(figsize=(5.5, 3.5), dpi=144, layout="constrained")
