@@ -30,13 +30,14 @@ def atomic_path(path: Path, *, replace_folder: bool = False, wait: bool = False)
     An existing file is replaced; a folder that is not empty only if `replace_folder`.
     Without a file or folder at the temporary path, nothing changes. While another
     process writes `path`, this raises a DataError, or `wait`s. A device, a pipe or a
-    link to one, such as /dev/stdout, is a DataError.
+    link to one, such as /dev/stdout, is a DataError. An OSError names `path`.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise DataError(f"{path} is a device or a pipe. Choose the name of a new file.")
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".gptjax-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-"
-    with write_lock(path.parent / f"{prefix}lock", path, wait) as is_locked:
+    lock = write_lock(path.parent / f"{prefix}lock", path, wait)
+    with name_target(path, prefix), lock as is_locked:
         for leftover in path.parent.glob(f"{prefix}????????") if is_locked else ():
             remove_leftover(leftover, path)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=prefix) as temp_dir:
@@ -56,6 +57,18 @@ def atomic_path(path: Path, *, replace_folder: bool = False, wait: bool = False)
                     os.replace(old, path)
                 raise
             fsync(path.parent)
+
+
+@contextlib.contextmanager
+def name_target(path: Path, prefix: str) -> Iterator[None]:
+    """Names `path` in an OSError about one of its temporary files."""
+    try:
+        yield
+    except OSError as error:
+        if prefix in f"{error.filename} {error.filename2}":
+            error.filename = str(path)
+            del error.filename2
+        raise
 
 
 @contextlib.contextmanager

@@ -24,7 +24,15 @@ from gptjax.training.train_step import Metrics
 
 Event = dict[str, Any]  # "event", "step" and values
 
+INVALID_EVENT = (
+    "{path}:{number} is not a valid event. Delete the line or restore the file from a backup."
+)
 DIVERGENCE_ADVICE = "Lower optim.peak_lr, raise optim.warmup_steps or set optim.grad_clip"
+# Types of the values of an event that gptjax reads itself; each may be missing.
+VALUE_TYPES: dict[str, Any] = {"split": str, "text": str} | dict.fromkeys(
+    ("loss", "response_loss", "accuracy", "lr", "grad_norm", "tokens_per_s", "temporaries"),
+    int | float,
+)
 WRITE_LOCK = threading.Lock()  # the checkpoint thread also writes events
 
 
@@ -53,32 +61,41 @@ def read_events(path: Path) -> list[Event]:
 
     A "resume" event supersedes earlier events of later steps; at step 0, all of them.
     Of two evaluations of the same step and split, the second counts. A line may be
-    incomplete if it is the last one or a "resume" event follows.
+    incomplete if it is the last one or a "resume" event follows; any other that is no
+    event is a ModelError.
     """
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     lines = lines[:-1] if lines[-1] == "" else lines
     events: dict[Any, Event] = {}
-    invalid = 0  # number of the line that is not an event
+    incomplete = 0  # number of the line
     for number, line in enumerate(lines, 1):
         try:
             event = json.loads(line)
-            kind, step = event["event"], event["step"]
-        except (ValueError, KeyError, TypeError):
-            invalid = invalid or number
+        except (ValueError, RecursionError):
+            incomplete = incomplete or number
             continue
+        if not is_event(event):
+            raise ModelError(INVALID_EVENT.format(path=path, number=number))
+        kind, step = event["event"], event["step"]
         if kind == "resume":
-            invalid = 0
+            incomplete = 0
             events = {key: e for key, e in events.items() if 0 < step >= e["step"]}
         key = (step, event.get("split")) if kind == "eval" else number
         events[key] = event
-    if 0 < invalid < len(lines):
-        raise ModelError(
-            f"{path}:{invalid} is not a valid event. Delete the line or restore the "
-            "file from a backup."
-        )
+    if 0 < incomplete < len(lines):
+        raise ModelError(INVALID_EVENT.format(path=path, number=incomplete))
     return list(events.values())
+
+
+def is_event(value: Any) -> bool:
+    """True for an event whose values have the types that gptjax reads."""
+    match value:
+        case {"event": str(), "step": int()}:
+            known = [(value.get(name), types) for name, types in VALUE_TYPES.items()]
+            return all(x is None or isinstance(x, types) for x, types in known)
+    return False
 
 
 def metric_series(

@@ -48,6 +48,10 @@ from gptjax.tree import flatten_with_names
 
 MAX_RUN_METADATA_BYTES = 1 << 26
 RUN_LOCK_FILE = ".lock"
+RUN_FILES = (RUN_LOCK_FILE, "config.toml", "meta.json", "metrics.jsonl", "report.md")
+RUN_FILES += ("loss.png", "lr.png", "accuracy.png", "confusion.png")
+RUN_FILES += ("responses.jsonl", "adapters.safetensors")
+RUN_FOLDERS = ("checkpoints", "model")
 ON_SPIKE = "on-spike"  # a flag, not a config option, but affects the steps too
 TRACKED_INPUTS = {  # key in meta.json: (description, config option)
     "data": ("data", "data.source"),
@@ -69,6 +73,7 @@ def open_run(
     with folder, handle_signals() as is_interrupted, translate_resource_errors():
         set_signal_mode("collective" if jax.process_count() > 1 else "immediate")
         own_dir = process_dir(run_dir)
+        read_events(own_dir / "metrics.jsonl")  # an invalid one fails before any work
         run = RunContext(
             config=config,
             run_dir=own_dir,
@@ -136,10 +141,11 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 
     The kernel releases the lock when its process ends, for whatever reason.
     """
+    for name in (*RUN_FILES, *RUN_FOLDERS):  # before any work; and opening a pipe would block
+        path, kind = run_dir / name, "folder" if name in RUN_FOLDERS else "file"
+        if path.exists() and not (path.is_dir() if kind == "folder" else path.is_file()):
+            raise ModelError(f"{path} is not a {kind}. Remove it, or choose another --run DIR.")
     path = run_dir / RUN_LOCK_FILE
-    for file in (path, run_dir / "metrics.jsonl"):  # opened for writing: a pipe would block
-        if file.exists() and not file.is_file():
-            raise ModelError(f"{file} is not a file. Remove it, or choose another --run DIR.")
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
@@ -269,8 +275,11 @@ def read_run_metadata(run_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(read_json(path, MAX_RUN_METADATA_BYTES))
-    except (OSError, ValueError, TypeError) as error:
+        metadata = read_json(path, MAX_RUN_METADATA_BYTES)
+        if not isinstance(metadata, dict):
+            raise ValueError("it is not a JSON object")
+        return metadata
+    except (OSError, ValueError) as error:
         raise ModelError(
             f"cannot read {path}, which records the inputs of the run: {error}. "
             "Restore it from a copy, or start a new run with another --run DIR."

@@ -54,7 +54,9 @@ def folder(tmp_path):
 
 def test_a_folder_with_files_is_replaced_only_on_request(folder):
     for replace_folder in (False, True):
-        result = contextlib.nullcontext() if replace_folder else pytest.raises(OSError)
+        # The message names the folder, and no temporary one.
+        error = pytest.raises(OSError, match=rf"^[^>]* '{folder}'$")
+        result = contextlib.nullcontext() if replace_folder else error
         with result, atomic_path(folder, replace_folder=replace_folder) as new:
             new.mkdir()
             (new / "new").touch()

@@ -29,6 +29,7 @@ from gptjax.tasks import classify
 from gptjax.tasks.classify import classification_loss_fn, load_classification_data
 from gptjax.tasks.train import train
 from gptjax.training.finetune import initial_params
+from gptjax.training.run_dir import RUN_FILES, RUN_FOLDERS
 from gptjax.training.task import RunContext
 from gptjax.weights.model_folder import load_adapters
 from tests.runs import capture_lines, config_with, delete_after, evaluations, train_logged
@@ -119,6 +120,7 @@ def test_a_run_keeps_its_best_model_and_writes_a_report(finished):
     assert model.labels == ("other", "vowel")
     names = "config.toml meta.json loss.png accuracy.png confusion.png report.md"
     assert all((folder / name).exists() for name in names.split())
+    assert {path.name for path in folder.iterdir()} <= {*RUN_FILES, *RUN_FOLDERS}
     (test,) = evaluations(folder, "test")
     assert any("--to hf: " in line and "model.pool=first" in line for line in lines)
     (done,) = [line for line in lines if line.startswith("done")]

@@ -26,6 +26,7 @@ from gptjax.tasks import sft
 from gptjax.tasks.train import train
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.training.finetune import initial_params, resolve_model_config
+from gptjax.training.run_dir import RUN_FILES, RUN_FOLDERS
 from gptjax.training.task import RunContext
 from gptjax.weights.model_folder import Model
 from tests.runs import config_with, delete_after, evaluations
@@ -82,6 +83,7 @@ def test_a_run_writes_an_assistant_and_its_answers(finished):
     before, test = evaluations(folder, "test")
     assert (before["step"], test["step"]) == (0, 12)
     assert test["response_loss"] < before["response_loss"]
+    assert {path.name for path in folder.iterdir()} <= {*RUN_FILES, *RUN_FOLDERS}
     rows = read_rows(folder / "responses.jsonl")
     expected = [row["prompt"] for row in make_rows() if row["split"] == "test"]
     assert [row["prompt"] for row in rows] == expected

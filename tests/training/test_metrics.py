@@ -37,6 +37,18 @@ def test_only_the_last_line_may_be_incomplete_and_is_removed_before_events_are_a
     path.write_text("{broken\n" + text)
     with pytest.raises(ModelError, match=r"metrics\.jsonl:1 "):
         read_events(path)
+    for line in (
+        *("null", "[]", '{"event": 5}', '{"event": ["x"], "step": 1}', "[" * 100_000),
+        *('{"event": "train", "step": "x"}', '{"event": "train", "step": null}'),
+        *(
+            '{"event": "train", "step": 1, "loss": "x"}',
+            '{"event": "eval", "step": 1, "split": []}',
+        ),
+    ):
+        resume = "" if line[:2] == "[[" else '{"event": "resume", "step": 10}\n'
+        path.write_text(f"{text}{line}\n{text}{resume}")
+        with pytest.raises(ModelError, match=r"metrics\.jsonl:5 "):
+            read_events(path)
     path.write_text(text + '{"event": "train", "st')  # its process was killed
     for _ in range(2):
         drop_open_line(path)

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from gptjax.cli.main import main
 from gptjax.config import RunConfig, from_dict
 from gptjax.errors import ConfigError, DataError, ModelError
+from gptjax.fileio.atomic import remove_path
 from gptjax.tasks import pretrain
 from gptjax.tasks.sft import SFT
 from gptjax.tokenizer.chat_template import load_chat_template
@@ -79,7 +81,7 @@ def test_a_changed_input_is_rejected_with_its_option_and_values(tmp_path):
         for now, shown in ((None, "none"), ("3" * 64, "3333")):
             with pytest.raises(ModelError, match=f"{option}.* now {shown}"):
                 run_dir.check_provenance(tmp_path, {**provenance, name: now})
-    for text in ("", "[1]", "{" * 100_000, '{"a": 1, "a": 2}'):
+    for text in ("", "[1]", "[]", "{" * 100_000, '{"a": 1, "a": 2}'):
         (tmp_path / "meta.json").write_text(text)
         with pytest.raises(ModelError, match=r"meta\.json"):
             run_dir.check_provenance(tmp_path, provenance)
@@ -178,9 +180,12 @@ def test_a_run_starts_on_a_file_system_without_locks_and_follows_no_link(tmp_pat
     assert precious.read_text() == "precious"
 
 
-@pytest.mark.parametrize("name", [run_dir.RUN_LOCK_FILE, "metrics.jsonl"])
-def test_a_pipe_in_place_of_a_file_of_a_run_is_an_error(tmp_path, name):
-    os.mkfifo(tmp_path / name)
+@pytest.mark.parametrize("name", [*run_dir.RUN_FILES, *run_dir.RUN_FOLDERS])
+def test_what_is_not_a_file_or_folder_of_a_run_is_an_error_before_any_work(tmp_path, name):
+    makers = [os.mkfifo, Path.touch if name in run_dir.RUN_FOLDERS else os.mkdir]
+    for make in makers:
+        make(tmp_path / name)
 
-    with pytest.raises(ModelError, match=name), run_dir.run_lock(tmp_path):
-        pytest.fail("the lock was acquired")
+        with pytest.raises(ModelError, match=name), run_dir.run_lock(tmp_path):
+            pytest.fail("the lock was acquired")
+        remove_path(tmp_path / name)
