@@ -61,12 +61,13 @@ def atomic_path(path: Path, *, replace_folder: bool = False, wait: bool = False)
 
 @contextlib.contextmanager
 def name_target(path: Path, prefix: str) -> Iterator[None]:
-    """Names `path` in an OSError about one of its temporary files."""
+    """Names `path`, or a file in it, in an OSError about a temporary path."""
     try:
         yield
     except OSError as error:
         if prefix in f"{error.filename} {error.filename2}":
-            error.filename = str(path)
+            temporary = Path(str(error.filename).partition(prefix)[2])  # ????????/new/...
+            error.filename = str(path.joinpath(*temporary.parts[2:]))
             del error.filename2
         raise
 
