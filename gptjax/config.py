@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import re
 import reprlib
 import tomllib
 from collections.abc import Mapping
@@ -574,6 +575,11 @@ def convert_option(name: str, value: Any, kind: Any, valid_range: Range | None =
         raise ConfigError(f"{name}={value} must be finite, for example 0.1.")
     if isinstance(value, str) and "\0" in value:
         raise ConfigError(f"{name}={reprlib.repr(value)} contains a NUL character. Remove it.")
+    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):  # as in a file name
+        raise ConfigError(
+            f"{name}={reprlib.repr(value)} is not valid UTF-8. Remove the invalid bytes, "
+            "or rename the file."
+        )
     if type(value) is not kind:
         raise ConfigError(
             f"{name}={reprlib.repr(value)} is of type {type(value).__name__}, but must be "

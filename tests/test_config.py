@@ -116,6 +116,7 @@ def test_old_names_and_values_are_rejected_with_the_new_ones():
         ({"mesh": {"data": -1, "tensor": -1}}, "mesh.tensor=-1"),
         ({"optim": {"peak_lr": 16**5000}}, "optim.peak_lr"),
         ({"data": {"source": "a\0b"}}, "data.source=.*NUL"),
+        ({"data": {"source": "a\udcff"}}, r"data.source='a\\udcff' .*UTF-8"),
         (tomllib.loads("train.steps" + ".a" * 20_000 + "=1"), "train.steps=.*dict"),
         (tomllib.loads("a" + ".a" * 20_000 + "=1"), "unknown option a"),
     ],

@@ -9,6 +9,8 @@ from gptjax.errors import ConfigError, check_type
 def user_path(path: str | Path) -> Path:
     """Path given by a user; `~` is expanded."""
     check_type("the path", path, str | os.PathLike, "Pass the path of a file or folder.")
+    if not str(path):  # pathlib takes it as the current folder
+        raise ConfigError("the path is empty. Pass the path of a file or folder.")
     if "\0" in str(path):
         raise ConfigError(f"the path {str(path)!r} contains a NUL character. Remove it.")
     try:

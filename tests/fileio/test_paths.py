@@ -43,6 +43,9 @@ def test_a_home_directory_is_expanded_everywhere_by_one_function(tmp_path, monke
 def test_impossible_paths_are_errors(monkeypatch):
     with pytest.raises(ConfigError, match=r"a\\x00b"):
         user_path("a\0b")
+    for read in (user_path, load, load_config, lambda name: PATH.convert(name, None, None)):
+        with pytest.raises(ConfigError, match="empty"):
+            read("")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a user id without an entry
     with pytest.raises(ConfigError, match="~/x"):
