@@ -53,6 +53,7 @@ from gptjax.runtime.timing import log_progress
 from gptjax.tokenizer.tokenizer import Tokenizer
 
 MAX_LISTED_CLASSES = 8  # classes listed by name in a summary
+MAX_LABEL_CHARS = 200  # class names are printed in full
 # Options of `gptjax train` that choose the columns.
 TRAIN_OPTIONS = ("--data.text_column NAME", "--data.label_column NAME")
 
@@ -205,7 +206,13 @@ def get_label(row: dict[str, Any], column: str, location: str, option: str) -> s
             f"{location}: {column}={value!r} is no label. Write a string or a number, or remove "
             "the row."
         )
-    return require_text(row, column, location, "a label", option).strip()
+    label = require_text(row, column, location, "a label", option).strip()
+    if len(label) > MAX_LABEL_CHARS:
+        raise DataError(
+            f"{location}: {column}={label!r:.40} has {len(label):,} characters, but a label at "
+            f"most {MAX_LABEL_CHARS}. Shorten it, or choose the column with {option}."
+        )
+    return label
 
 
 def folder_examples(folder: Path) -> Iterator[tuple[str, str, str]]:
