@@ -35,6 +35,12 @@ TABLE_FORMATS = {".jsonl": "JSON lines", ".json": "JSON list"}
 TABLE_FORMATS |= {suffix: DELIMITER_NAMES[char] for suffix, char in DELIMITERS.items()}
 SMS_SPAM_FILE = DATASETS["sms-spam"].file_name  # tab-separated, without suffix and header
 READ_BLOCK_BYTES = 1 << 18  # per read
+BOM_ENCODINGS = {  # UTF-32's mark starts with that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 MAX_LINE_CHARS = 64 << 20  # per line and per CSV field
 MAX_JSON_BLOCKS = 1 << 12  # per .json file, 1 GiB
 EMPTY_VALUES = (None, "", [], {}, "[]", "{}")
@@ -175,8 +181,8 @@ def decode_utf8(blocks: Iterable[bytes], path: Path) -> Iterator[tuple[int, str]
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            is_utf16 = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-            encoding = "utf-16" if is_utf16 else "latin1"
+            encodings = (x for bom, x in BOM_ENCODINGS.items() if error.object.startswith(bom))
+            encoding = next(encodings, "latin1")
             line += error.object.count(b"\n", 0, error.start)
             raise DataError(
                 f"{path}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x}: "
@@ -290,7 +296,9 @@ def read_csv_records(path: Path) -> Iterator[tuple[str, list[str]]]:
                 yield f"{path}:{line}", fields
             line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}:{line}: not CSV: {error}.") from error
+        is_carriage_return = "new-line character" in str(error)
+        reason = r"a line ends with \r. Save it with \n or \r\n" if is_carriage_return else error
+        raise DataError(f"{path}:{line}: not CSV: {reason}.") from error
 
 
 def column_names(fields: Sequence[str]) -> list[str]:

@@ -34,6 +34,7 @@ from gptjax.data.readers import (
     unread_columns,
     visible_files,
 )
+from gptjax.data.token_files import is_prepared_dir
 from gptjax.errors import DataError
 from gptjax.fileio.download import sha256_of_files
 from gptjax.fileio.paths import user_path
@@ -101,6 +102,12 @@ def expand_path(path: str) -> list[Path]:
     expanded = user_path(path)
     if expanded.is_dir():
         found = visible_files(expanded, SOURCE_SUFFIXES)
+        for file in found:
+            if file.name == "meta.json" and is_prepared_dir(file.parent):
+                raise DataError(
+                    f"{file.parent} is prepared data, not text. Pass a folder without it, or a "
+                    f"glob such as {path}/*.txt."
+                )
     else:
         matches = [expanded] if expanded.exists() else glob.glob(str(expanded), recursive=True)
         found = [file for file in map(Path, sorted(matches)) if file.is_file()]

@@ -89,9 +89,18 @@ def _parse_finite(digits: str) -> float:
     return number
 
 
+def _parse_int(digits: str) -> int:
+    """Parses an integer; rejects more digits than Python converts."""
+    try:
+        return int(digits)
+    except ValueError as error:
+        raise ValueError(f"number {digits[:20]}... has {len(digits):,} digits") from error
+
+
 DEPTH_ERROR = f"lists or objects are nested more than {MAX_DEPTH} levels deep"
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_reject_duplicate_keys,
     parse_constant=_reject_constant,
     parse_float=_parse_finite,
+    parse_int=_parse_int,
 )

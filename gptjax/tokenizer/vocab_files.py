@@ -91,19 +91,31 @@ def read_end_ids(folder: Path) -> list[Any]:
 
 def read_optional_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; {} if there is no such file."""
-    return strict_json.read_json(path, MAX_TOKENIZER_BYTES) if path.exists() else {}
+    value = strict_json.read_json(path, MAX_TOKENIZER_BYTES) if path.exists() else {}
+    return require_object(value, path.name)
+
+
+def require_object(value: Any, name: str) -> dict[str, Any]:
+    """Returns a JSON value that must be an object."""
+    if not isinstance(value, dict):
+        raise DataError(f"{name} is {value!r:.40}, not an object")
+    return value
 
 
 def read_vocab_and_merges(folder: Path, named: Mapping[str, Any]) -> tuple[Vocab, list[Any]]:
     """Reads vocab.json and merges.txt; returns the added tokens as well."""
-    ids = strict_json.read_json(folder / "vocab.json", MAX_TOKENIZER_BYTES)
+    vocab_json = strict_json.read_json(folder / "vocab.json", MAX_TOKENIZER_BYTES)
+    ids = require_object(vocab_json, "vocab.json")
     data = strict_json.read_small_file(folder / "merges.txt", MAX_TOKENIZER_BYTES)
     lines = data.decode("utf-8").removesuffix("\n").split("\n")
     lines = lines[lines[0].startswith("#version") :]
     values = [v for k, v in named.items() if k.endswith(("_token", "_tokens"))]
     special = [name for value in values for name in token_names(value)]
-    decoder = named.get("added_tokens_decoder", {})
-    added = [{**x, "id": int(n)} for n, x in decoder.items()] or [
+    decoder = require_object(named.get("added_tokens_decoder", {}), "added_tokens_decoder")
+    added = [
+        {**require_object(x, f"added_tokens_decoder {n:.40}"), "id": int(n)}
+        for n, x in decoder.items()
+    ] or [
         {"content": name, "id": token_id, "special": name in special}
         for name, token_id in read_optional_json(folder / ADDED_TOKENS).items()
     ]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import GPTConfig
-from gptjax.errors import ConfigError
+from gptjax.errors import ConfigError, DataError
 from gptjax.model.rope import rope_frequencies
 from gptjax.tokenizer.tokenizer import Tokenizer, tokenizer_from_vocab
 from gptjax.weights.foreign_config import (
@@ -132,16 +132,19 @@ def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> Tokenizer:
     ends = [get_token_id(values, key, len(tokens)) for key in END_TOKEN_KEYS]
     special_ids = {n for n, kind in enumerate(types) if kind != NORMAL_TOKEN}
     special_ids |= {n for n in (bos, *ends) if n is not None}
-    return tokenizer_from_vocab(
-        name,
-        tokens,
-        merges,
-        special={tokens[n]: n for n in sorted(special_ids)},
-        pre=pre,
-        bos=bos,
-        eos=[n for n in ends if n is not None],
-        add_bos=pre in BOS_PRE_TOKENIZERS if add_bos is None else add_bos,
-    )
+    try:
+        return tokenizer_from_vocab(
+            name,
+            tokens,
+            merges,
+            special={tokens[n]: n for n in sorted(special_ids)},
+            pre=pre,
+            bos=bos,
+            eos=[n for n in ends if n is not None],
+            add_bos=pre in BOS_PRE_TOKENIZERS if add_bos is None else add_bos,
+        )
+    except DataError as error:
+        raise DataError(f"{error}. Download it again, or use another model.") from error
 
 
 def section_values(metadata: Mapping[str, Any], prefix: str) -> dict[str, Any]:

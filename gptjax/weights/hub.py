@@ -233,10 +233,11 @@ def verify_file(path: Path, pin: Pin | None) -> None:
 def read_shards(index: Path) -> list[str]:
     """Returns the shard names in an untrusted index."""
     try:
-        weight_map = strict_json.read_json(index, MAX_INDEX_JSON_BYTES)["weight_map"]
-        shards = sorted(set(weight_map.values()))
-        if not shards or not all(SHARD_PATTERN.fullmatch(name) for name in shards):
-            raise ValueError("a shard name is not valid")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        match strict_json.read_json(index, MAX_INDEX_JSON_BYTES):
+            case {"weight_map": dict(weight_map)} if weight_map:
+                names = [name if isinstance(name, str) else "" for name in weight_map.values()]
+                if all(map(SHARD_PATTERN.fullmatch, names)):
+                    return sorted(set(names))
+        raise ValueError("its weight_map does not name safetensors files")
+    except (OSError, ValueError) as error:
         raise ModelError(f"{index} cannot be used: {error}. Download it again.") from error
-    return shards

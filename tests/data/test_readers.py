@@ -120,12 +120,16 @@ INVALID = [  # reader, file, content, start of the message, value in it
     (rows_of, "a.csv", "text,id, text\na,b,c\n", ":1: ", "['text', 'id', 'text']"),
     (rows_of, "a.csv", "text\ncaf\xe9\n".encode("latin-1"), ":2: ", "iconv -f latin1"),
     (rows_of, "a.csv", "text\ncaf\xe9\n".encode("utf-16"), ":1: ", "iconv -f utf-16"),
+    (rows_of, "a.csv", "text\ncaf\xe9\n".encode("utf-32"), ":1: ", "iconv -f utf-32"),
+    (rows_of, "a.csv", b"\0\0\xfe\xff\0\0\0a", ":1: ", "iconv -f utf-32"),
+    (rows_of, "a.csv", "text,label\ra,b\r", ":1: ", r"Save it with \n"),
     (rows_of, "a.tsv", 'id\ttext\n1\tb\n2\t"b', ":3: ", "quote"),
     (texts_of, "a.jsonl", '{"body": "b"}\n{"bod": "b"}', ":2: ", "'body'. Did you mean bod?"),
     (texts_of, "a.jsonl", '"b"\n"\\ud800"', ":2: ", r"'\ud800'"),
     (texts_of, "a.jsonl", '"b"\n"\\u0000"', ":2: ", "NUL"),
     (read_labeled_texts, "a.csv", "text,label\na,x\n ,y\n", ":3: ", "empty"),
     (read_labeled_texts, "a.json", "[]", " ", "no rows"),
+    (read_labeled_texts, "a.csv", f"text,label\na,{'x' * 201}\n", ":2: ", "201 characters"),
     *(
         (read, "a.csv", f"text,label,{name}\na,x,\na,y,{value}\n", ":3: ", f"'{name}' is '{value}'")
         for read in (read_labeled_texts, texts_of)

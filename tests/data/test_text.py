@@ -83,6 +83,9 @@ def test_folders_globs_and_data_sets_give_known_files_in_order_and_once(tmp_path
     assert len(documents("python-help")) > 50
     with pytest.raises(DataError, match=r"images.*jsonl"):
         find_sources([tmp_path / "images"])
+    write(tmp_path / "sub/out/meta.json", '{"format": "gptjax tokens 2"}')
+    with pytest.raises(DataError, match="sub/out is prepared data"):
+        find_sources([tmp_path])
 
 
 def test_both_parts_of_a_single_document_have_one_start_and_one_end(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ def test_what_python_writes_comes_back(value):
         (b"\xff\xfe1\x00", "utf-8"),
         ("[-Infinity]", "-Infinity"),
         ("1e999", "1e999"),
-        ("9" * 5000, "4300"),
+        ("9" * 5000, "9999... has 5,000 digits"),
         ('{"a": 1, "b": {"a": 1, "a": 2}}', "duplicate"),
         ('{"a\\ud800": 1}', "surrogates"),
         ("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), "64"),

@@ -156,6 +156,8 @@ DAMAGES = [  # file, text in it, its replacement, value in the message
     ("merges.txt", b"l o\n", b"l o\na b\n", "2 is 'a b'"),
     ("tokenizer_config.json", b"{", b'{"add_prefix_space": true, ', "add_prefix_space=True"),
     ("tokenizer_config.json", b"{", b'{"pad_token": "lo", ', "merge"),
+    ("tokenizer_config.json", b"{", b'{"added_tokens_decoder": [1], ', r"decoder is \[1\]"),
+    ("tokenizer_config.json", b"{", b'{"added_tokens_decoder": {"3": 1}, ', "decoder 3 is 1"),
 ]
 
 
