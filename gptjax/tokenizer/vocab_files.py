@@ -67,6 +67,8 @@ def read_vocab(folder: Path) -> Vocab:
                 f"the added token {token['content']!r:.80} is not special: it would be encoded "
                 "where it occurs in a text, which gptjax does not support"
             )
+    if not isinstance(add_bos := config.get("add_bos_token", vocab.add_bos), bool | None):
+        raise DataError(f"add_bos_token={add_bos!r:.60} is not true or false")
     eos_names = token_names(named.get("eos_token"))
     special = {ENDOFTEXT, *eos_names, *(token["content"] for token in added)} & ids.keys()
     stop_ids = read_end_ids(folder)
@@ -78,15 +80,21 @@ def read_vocab(folder: Path) -> Vocab:
         special=sorted(special, key=ids.__getitem__),
         eot_name=eot_name,
         bos_name=bos_name,
-        add_bos=config.get("add_bos_token", vocab.add_bos) is True,
+        add_bos=add_bos is True,
         stop_names=[*token_names(config.get("stop_tokens")), *stop_names],
     )
 
 
-def read_end_ids(folder: Path) -> list[Any]:
+def read_end_ids(folder: Path) -> list[int]:
     """Reads the ids of tokens that end a text from the configs of a model."""
-    values = [read_optional_json(folder / name).get("eos_token_id") for name in MODEL_CONFIGS]
-    return [i for value in values for i in (value if isinstance(value, list) else [value])]
+    end_ids = []
+    for name in MODEL_CONFIGS:
+        value = read_optional_json(folder / name).get("eos_token_id")
+        ids = value if isinstance(value, list) else [value] * (value is not None)
+        if not all(type(i) is int for i in ids):
+            raise DataError(f"eos_token_id={value!r:.60} of {name} is no id or list of ids")
+        end_ids += ids
+    return end_ids
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:

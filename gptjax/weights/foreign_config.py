@@ -4,7 +4,7 @@ Other values of a key than those of GPT-2, Llama and Qwen 3 belong to other
 architectures, and so may keys that are unknown.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from gptjax.config import LLAMA_OPTIONS, GPTConfig
@@ -139,7 +139,7 @@ def hf_gpt2_config(metadata: Mapping[str, Any]) -> GPTConfig:
     sizes = get_sizes(metadata, GPT2_NAMES)
     if metadata.get("n_inner") not in (None, 4 * sizes["d_model"]):
         sizes["mlp_dim"] = get_positive_int(metadata, "n_inner")
-    is_tied = metadata.get("tie_word_embeddings", True) is not False
+    is_tied = get_bool(metadata, "tie_word_embeddings", True)
     epsilon = get_positive_float(metadata, "layer_norm_epsilon", 1e-5)
     return GPTConfig(**sizes, tie_embeddings=is_tied, norm_eps=epsilon)
 
@@ -162,7 +162,7 @@ def hf_llama_config(metadata: Mapping[str, Any]) -> GPTConfig:
         **rope_options(metadata),
         norm_eps=get_positive_float(metadata, "rms_norm_eps", 1e-6),
         qk_norm=is_qwen,
-        tie_embeddings=metadata.get("tie_word_embeddings", False) is True,
+        tie_embeddings=get_bool(metadata, "tie_word_embeddings", False),
     )
 
 
@@ -219,10 +219,9 @@ def check_book_config(metadata: Mapping[str, Any], config: GPTConfig) -> None:
             )
 
 
-def check_end_token(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+def check_end_ids(end_ids: Sequence[int], tokenizer: Tokenizer) -> None:
     """Rejects an end of a text that is no special token."""
-    ends = metadata.get("eos_token_id")
-    for end in ends if isinstance(ends, list) else [ends]:
+    for end in end_ids:
         # transformers' default of 50256 may be outside of a smaller vocabulary
         if end in range(tokenizer.vocab_size) and end not in tokenizer.stop_ids:
             raise ConfigError(
@@ -262,6 +261,16 @@ def class_labels(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[str
             f"special token, such as {ENDOFTEXT}."
         )
     return tuple(map(str, labels))
+
+
+def get_bool(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
+    """Returns a boolean; `default`, that of transformers, if it is absent or null."""
+    value = default if metadata.get(name) is None else metadata[name]
+    if isinstance(value, bool):
+        return value
+    raise ConfigError(
+        f"{name}={value!r:.40} is not true or false. Correct it or copy the file again."
+    )
 
 
 def get_positive_int(metadata: Mapping[str, Any], *names: str) -> int:

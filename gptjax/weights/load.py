@@ -38,6 +38,7 @@ from gptjax.tokenizer.vocab_files import (
     GENERATION_CONFIG,
     SPECIAL_TOKENS_MAP,
     TOKENIZER_CONFIG,
+    read_end_ids,
 )
 from gptjax.tree import flatten_with_names, num_params
 from gptjax.weights import foreign_config, hub
@@ -221,11 +222,18 @@ def read_chat_template(path: Path, *tokens: str) -> str:
     if (path / TEMPLATE).exists():
         return load_chat_template(str(path / TEMPLATE), *tokens).source
     config_path = path / TOKENIZER_CONFIG  # earlier versions of transformers wrote it there
-    sources = read_json_object(config_path).get("chat_template") if config_path.exists() else []
+    config = read_json_object(config_path) if config_path.exists() else {}
+    sources = config.get("chat_template") or []
     for named in sources if isinstance(sources, list) else [{"template": sources}]:
-        match {"name": "default", **named}:
-            case {"name": "default", "template": str(source)}:
-                return compile_template(source, *tokens).source
+        match named:
+            case {"template": str(source), **rest}:
+                if rest.get("name", "default") == "default":
+                    return compile_template(source, *tokens).source
+            case _:
+                raise ConfigError(
+                    f"chat_template={sources!r:.60} of {config_path} is no template. Correct it "
+                    "or copy the file again."
+                )
     return ""
 
 
@@ -312,7 +320,7 @@ def from_hf(path: Path, reader: TensorReader, metadata: Mapping[str, Any]) -> Mo
         raise ModelError(f"{path} has no config.json. Copy or download it as well.")
     config = foreign_config.hf_config(metadata)
     source = with_tokenizer(hf_layout(config), path, config, reader)
-    foreign_config.check_end_token(metadata, source.tokenizer)
+    foreign_config.check_end_ids(read_end_ids(path), source.tokenizer)
     if "score.weight" not in reader.tensors:
         return source
     labels = foreign_config.class_labels(metadata, source.tokenizer)

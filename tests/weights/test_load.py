@@ -103,6 +103,10 @@ INVALID_CONFIGS = [
     ({"rope_theta": 1e4}, r"rope_theta=10000\.0"),
     ({"pruned_heads": {"1": [0]}}, "pruned_heads={'1': "),
     ({"eos_token_id": 65}, "eos_token_id=65"),
+    ({"eos_token_id": "256"}, "eos_token_id='256'"),
+    ({"eos_token_id": {"a": 1}}, "eos_token_id={'a': 1}"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false'"),
+    ({"tie_word_embeddings": 0}, "tie_word_embeddings=0"),
 ]
 INVALID_CLASSES = [
     ({"id2label": {"0": "a", "2": "c"}}, "id2label"),
@@ -129,6 +133,17 @@ def test_tensors_and_configs_of_another_model_are_rejected(hf):
         change_config(hf, **values)
         with pytest.raises(ModelError, match=message):
             gptjax.load(hf)
+    config.write_text(text)
+    generation_config = hf / "generation_config.json"
+    generation_config.write_text('{"eos_token_id": [10, 256]}')  # 10 is a line break
+    with pytest.raises(ModelError, match="eos_token_id=10 "):
+        gptjax.load(hf)
+    generation_config.write_text('{"eos_token_id": [256, 50256]}')  # no token of the model
+    assert gptjax.load(hf).tokenizer.stop_ids == [256]
+    tokenizer_config = hf / "tokenizer_config.json"
+    tokenizer_config.write_text('{"add_bos_token": "true"}')
+    with pytest.raises(ModelError, match="add_bos_token='true'"):
+        gptjax.load(hf)
 
 
 LLAMA = {
@@ -269,7 +284,8 @@ def test_added_tokens_have_rows_and_keep_them(hf, tmp_path):
     assert_same(gptjax.load(tmp_path / "own"), loaded)
 
 
-def test_a_template_in_the_tokenizer_config_is_used(hf):
+def test_a_template_in_the_tokenizer_config_is_used(hf, caplog):
+    caplog.set_level("INFO", "gptjax")
     source = load_chat_template("qa").source
     for value in (
         source,
@@ -277,6 +293,10 @@ def test_a_template_in_the_tokenizer_config_is_used(hf):
     ):
         (hf / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
         assert gptjax.load(hf).chat_template == source
+    for value in (5, [5], [{"name": "default", "template": None}]):
+        (hf / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+        assert not gptjax.load(hf).chat_template
+        assert f"chat template not used: chat_template={value!r}"[:70] in caplog.text
 
 
 @pytest.mark.parametrize("layout", ["own", "hf", "openai"])
