@@ -156,7 +156,9 @@ def sample_and_append(
     token_B = jnp.where(active_B, token_B, state.token_B)
     row_B = jnp.arange(len(token_B))
     logprob_B = log_prob(logit_BV, token_B)
-    stopped_B = active_B & jnp.any(token_B[:, None] == args.stop_id_I[None], axis=-1)
+    # Of non-finite logits: the token is appended, as its log probability tells.
+    is_stop_B = jnp.any(token_B[:, None] == args.stop_id_I[None], axis=-1)
+    stopped_B = active_B & is_stop_B & ~jnp.isnan(logprob_B)
     appended_B = active_B & ~stopped_B
     index_B = jnp.where(appended_B, state.count_B, state.ids_BM.shape[1])  # M: dropped
     return state._replace(

@@ -394,6 +394,11 @@ def read_chunks(
     ):
         start = detokenizer.num_tokens
         ids, logprobs = state.ids_BM[row, start:count].tolist(), state.logprob_BM[row, start:count]
+        if np.isnan(logprobs).any():
+            raise ModelError(
+                "the logits of the model are not finite. Load or save its parameters again, or "
+                "retrain it."
+            )
         text = detokenizer.append(ids, is_final=is_done or count >= limit)
         used = slice(detokenizer.num_tokens - start)  # until a stop text
         is_stopped = is_done or detokenizer.is_stopped

@@ -154,7 +154,8 @@ def _open_layout(path: Path) -> ModelSource:
         files, path = [path], path.parent
     config_path = path / "config.json"
     metadata = read_json_object(config_path) if config_path.exists() else {}
-    if "format" in metadata and (path.parent / "config.toml").exists():
+    run_files = [path.parent / name for name in ("config.toml", "meta.json")]
+    if "format" in metadata and path.name == "model" and all(file.exists() for file in run_files):
         reader = open_run_params(path.parent, files, metadata.get("step"))
     elif files:
         reader = open_safetensors(files)

@@ -30,7 +30,7 @@ from gptjax.tokenizer.chat_template import compile_template
 from gptjax.tokenizer.tokenizer import Tokenizer
 from gptjax.tokenizer.vocab_files import TOKENIZER_CONFIG, TOKENIZER_JSON
 from gptjax.tree import Params, flatten_with_names, num_params, unflatten_names
-from gptjax.weights.safetensors import open_safetensors, read_finite, write_safetensors
+from gptjax.weights.safetensors import is_finite, open_safetensors, read_finite, write_safetensors
 
 MODEL_FORMAT = "gptjax-1"
 SAVED_FILES = {
@@ -81,6 +81,13 @@ def save(model: Model, model_dir: str | Path, *, step: int | None = None) -> Non
     `step` is the training step of the parameters, if it may not be the last.
     """
     check_type("model", model, Model, "Write save(model, folder).")
+    if model.params:
+        check_params(model.config, model.params)
+    if len(model.labels) != model.config.n_classes:
+        raise ModelError(
+            f"labels={model.labels!r:.80} for model.n_classes={model.config.n_classes}. Give each "
+            "class one label."
+        )
     folder = user_path(model_dir)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     others = sorted(names - SAVED_FILES)
@@ -125,10 +132,19 @@ def is_model_folder(folder: Path) -> bool:
 
 
 def _write_leaves(params: Params, path: Path) -> None:
-    """Writes a tree of parameters in float32 under their names."""
-    leaves = flatten_with_names(params).items()
+    """Writes a tree of parameters in float32 under their names; they must be finite."""
     # Contiguous, since the library ignores strides.
-    write_safetensors({n: np.ascontiguousarray(leaf, np.float32) for n, leaf in leaves}, path)
+    leaves = {
+        name: np.ascontiguousarray(leaf, np.float32)
+        for name, leaf in flatten_with_names(params).items()
+    }
+    for name, leaf in leaves.items():
+        if not is_finite(leaf):
+            raise ModelError(
+                f"{name} contains values that are non-finite in float32, which cannot be loaded "
+                "again. Save earlier parameters, or retrain the model."
+            )
+    write_safetensors(leaves, path)
 
 
 def write_model_json(content: dict[str, Any], path: Path) -> None:

@@ -81,15 +81,20 @@ def open_safetensors(paths: Sequence[Path]) -> TensorReader:
 def read_finite(reader: TensorReader, name: str, location: Path) -> np.ndarray:
     """Reads a tensor; ModelError unless its values are finite in float32."""
     tensor = reader.read(name)
-    # Tests all values without allocating a mask: min and max propagate nan.
-    with np.errstate(over="ignore"):
-        limits = np.array([tensor.min(), tensor.max()]).astype(np.float32)
-    if not np.isfinite(limits).all():
+    if not is_finite(tensor):
         raise ModelError(
             f"{location}: {name[:80]} contains values that are non-finite in float32. Copy the "
             "file again, or retrain the model."
         )
     return tensor
+
+
+def is_finite(tensor: np.ndarray) -> bool:
+    """True if all values are finite in float32."""
+    # Tests all values without allocating a mask: min and max propagate nan.
+    with np.errstate(over="ignore"):
+        limits = np.array([tensor.min(), tensor.max()]).astype(np.float32)
+    return bool(np.isfinite(limits).all())
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gptjax
-from gptjax.errors import ConfigError, DataError
+from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.inference import engine, generate
 from gptjax.inference.generate import Detokenizer, GenerationConfig, complete, stream
 from gptjax.model.gpt import apply
@@ -120,6 +120,19 @@ def test_a_prompt_starts_with_bos_and_ends_with_any_end_token_that_the_tokenizer
     assert free.ids[0] != other.ids[0]
     assert result.ids == free.ids[: free.ids.index(stop)] != []
     assert result.finish_reason == "stop"
+
+
+def test_a_model_whose_logits_are_not_finite_generates_nothing(model):
+    params = jax.tree.map(lambda leaf: leaf * np.nan, model.params)
+
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ModelError, match="logits"):
+            generate_tokens(
+                dataclasses.replace(model, params=params),
+                "ab",
+                temperature=temperature,
+                stop_ids=None,
+            )
 
 
 def test_repetition_penalty_covers_the_prompt_and_new_tokens(model):

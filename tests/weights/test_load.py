@@ -345,6 +345,30 @@ def test_saving_replaces_a_model_and_nothing_else(model, tmp_path):
     assert (folder / "notes.txt").exists()
 
 
+def test_a_model_that_cannot_be_loaded_again_is_not_saved(model, tmp_path):
+    scale = model.params["final_norm"]["scale"]
+    for value, named in (
+        (scale.at[0].set(np.nan), "final_norm/scale contains"),
+        (scale.at[3].set(-np.inf), "final_norm/scale contains"),
+        (scale[1:], r"final_norm/scale has shape \(15,\)"),
+    ):
+        params = {**model.params, "final_norm": {**model.params["final_norm"], "scale": value}}
+        with pytest.raises(ModelError, match=named):
+            gptjax.save(dataclasses.replace(model, params=params), tmp_path / "own")
+    with pytest.raises(ModelError, match=r"labels=\('a',\)"):
+        gptjax.save(dataclasses.replace(model, labels=("a",)), tmp_path / "own")
+    assert not any(tmp_path.iterdir())
+
+
+def test_files_of_another_program_beside_a_model_are_not_those_of_a_run(model, tmp_path):
+    for name, others in (("own", ["config.toml", "meta.json"]), ("model", ["config.toml"])):
+        gptjax.save(model, tmp_path / name / name)
+        for other in others:
+            (tmp_path / name / other).write_text("not = [toml")
+
+        assert_same(gptjax.load(tmp_path / name / name), model)
+
+
 def test_model_folders_of_early_versions_are_read_and_invalid_ones_rejected(model, tmp_path):
     gptjax.save(model, tmp_path / "own")
     assert_same(gptjax.load(tmp_path / "own"), model)
