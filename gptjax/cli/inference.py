@@ -191,10 +191,17 @@ def run_classify(
     metavar="FILE",
 )
 @value_option(
+    "--context",
+    "--text: tokens of a window",
+    type=int,
+    shown="the context length",
+    valid_range=CONTEXT,
+)
+@value_option(
     "--stride",
     "--text: tokens between the starts of two windows; fewer give each token more context",
     type=int,
-    shown="the context length",
+    shown="--context",
     valid_range=CONTEXT,
 )
 @value_option("--out", "--chat-data: write the answers as JSON lines", type=PATH)
@@ -213,6 +220,7 @@ def run_evaluate(
     text_column: str,
     label_column: str,
     chat_data: str | None,
+    context: int | None,
     stride: int | None,
     out: Path | None,
     judge: str | None,
@@ -230,8 +238,10 @@ def run_evaluate(
         raise click.UsageError("eval takes one of --text, --classification-data and --chat-data.")
     if (text_column or label_column) and not classification_data:
         raise ConfigError("--text-column and --label-column belong to --classification-data.")
-    if (stride and not text) or ((out or judge) and not chat_data):
-        raise ConfigError("--stride belongs to --text; --out and --judge belong to --chat-data.")
+    if (context or stride) and not text:
+        raise ConfigError("--context and --stride belong to --text.")
+    if (out or judge) and not chat_data:
+        raise ConfigError("--out and --judge belong to --chat-data.")
     scorer = None
     if judge:  # its requirements are checked before any work
         from gptjax.evaluation.llm_judge import LLMJudge
@@ -252,7 +262,8 @@ def run_evaluate(
         from gptjax.data.readers import read_text_file
         from gptjax.evaluation.perplexity import score
 
-        metrics = score(loaded, read_text_file(text), stride=stride).to_dict()
+        windows = {"context": context, "stride": stride}
+        metrics = score(loaded, read_text_file(text), **windows).to_dict()
     if as_json:
         print_result(json.dumps(metrics | ({"tasks": tasks} if tasks else {})))
         return

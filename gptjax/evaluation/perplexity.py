@@ -22,7 +22,8 @@ from gptjax.training.loss import batch_per_token_loss
 from gptjax.tree import Params
 from gptjax.weights.model_folder import Model
 
-SCORE_BATCH_SIZE = 8  # windows per batch of `score`
+# Per batch of `score`: windows, and tokens if that is more than one window.
+MAX_SCORE_WINDOWS, MAX_SCORE_TOKENS = 8, 8192
 EVAL_CHUNK_SIZE = 256  # positions whose logits are in memory at a time
 
 EvalStep = Callable[[Params, Any], Any]
@@ -116,22 +117,25 @@ def sliding_windows(
         yield batch
 
 
-def score(model: Model, text: str, *, stride: int | None = None) -> Evaluation:
+def score(
+    model: Model, text: str, *, context: int | None = None, stride: int | None = None
+) -> Evaluation:
     """Evaluates the model on `text` as one document.
 
-    `stride` is the number of tokens between the starts of two windows, by default the
-    context length, which is fastest; smaller values give each token more context.
+    `context` is the number of tokens of a window, by default the context length;
+    `stride` that between the starts of two windows, by default `context`, which is
+    fastest; smaller values give each token more context.
     """
     check_language_model(model)
-    context_length = model.config.context_length
-    stride = context_length if stride is None else stride
-    check_type("stride", stride, int, "Pass a number of tokens.")
-    if not 1 <= stride <= context_length:
-        raise ConfigError(
-            f"--stride {stride} must be from 1 to the model's context length {context_length}."
-        )
+    context = model.config.context_length if context is None else context
+    stride = context if stride is None else stride
+    limits = {"context": model.config.context_length, "stride": context}
+    for name, value in (("context", context), ("stride", stride)):
+        check_type(name, value, int, "Pass a number of tokens.")
+        if not 1 <= value <= limits[name]:
+            raise ConfigError(f"--{name} {value} must be from 1 to {limits[name]} tokens.")
     token_L = np.array(start_ids(model) + model.tokenizer.encode(text), np.int32)
-    return score_tokens(model, token_L, stride, None)
+    return score_tokens(model, token_L, stride, None, context)
 
 
 def start_ids(model: Model) -> list[int]:
@@ -158,13 +162,19 @@ def token_losses(model: Model, text: str) -> tuple[list[int], Float32[np.ndarray
 
 
 def score_tokens(
-    model: Model, token_L: np.ndarray, stride: int, eot_token: int | None
+    model: Model,
+    token_L: np.ndarray,
+    stride: int,
+    eot_token: int | None,
+    context: int | None = None,
 ) -> Evaluation:
     """Evaluates the model on tokens, of which the first is only an input.
 
-    `eot_token` starts each document; None means a single document.
+    `eot_token` starts each document; None means a single document. `context` is that of
+    `score`.
     """
-    context_length = model.config.context_length
-    batches = sliding_windows(token_L, context_length, stride, SCORE_BATCH_SIZE, eot_token)
+    context = model.config.context_length if context is None else context
+    num_windows = min(max(1, MAX_SCORE_TOKENS // context), MAX_SCORE_WINDOWS)
+    batches = sliding_windows(token_L, context, stride, num_windows, eot_token)
     eval_step = eval_step_for(model.config)
     return evaluate(eval_step, model.params, batches, model.tokenizer.byte_lengths)

@@ -79,3 +79,27 @@ def test_empty_or_too_long_text_and_invalid_stride_are_rejected(model):
     for stride in (0, 17):
         with pytest.raises(ConfigError, match=f"--stride {stride} "):
             perplexity.score(model, "a text", stride=stride)
+    for context in (0, 17):
+        with pytest.raises(ConfigError, match=f"--context {context} "):
+            perplexity.score(model, "a text", context=context)
+
+
+def test_windows_are_as_long_as_the_context_and_batches_hold_few_long_ones(model, monkeypatch):
+    text = "a text of several windows"
+    parts = [text[n : n + 8] for n in range(0, len(text), 8)]
+    starts = [model.tokenizer.eot_token, *(ord(part[-1]) for part in parts)]
+    alone = 0.0
+    for start, part in zip(starts, parts, strict=False):
+        token_L = np.array([start, *part.encode()], np.int32)
+        alone += perplexity.score_tokens(model, token_L, 16, None).total_loss
+    shapes = []
+    monkeypatch.setattr(perplexity, "MAX_SCORE_TOKENS", 16)
+    monkeypatch.setattr(perplexity, "eval_step_for", lambda config: record)
+    eval_step = perplexity.make_eval_step(model.config)
+
+    def record(params, batch):
+        shapes.append(batch["tokens"].shape)
+        return eval_step(params, batch)
+
+    assert perplexity.score(model, text, context=8).total_loss == pytest.approx(alone, rel=1e-5)
+    assert {*shapes} == {(2, 8)}
