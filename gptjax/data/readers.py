@@ -260,7 +260,7 @@ def parse_located_json(text: str, path: Path, line: int) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        reason = error
+        reason = str(error)
         if isinstance(error, json.JSONDecodeError):
             line, reason = line + error.lineno - 1, error.msg
         raise DataError(f"{path}:{line}: not JSON: {reason}.") from error
@@ -296,8 +296,9 @@ def read_csv_records(path: Path) -> Iterator[tuple[str, list[str]]]:
                 yield f"{path}:{line}", fields
             line = reader.line_num + 1
     except csv.Error as error:
-        is_carriage_return = "new-line character" in str(error)
-        reason = r"a line ends with \r. Save it with \n or \r\n" if is_carriage_return else error
+        reason = str(error)  # the error itself would be in a cycle with its frame
+        if "new-line character" in reason:
+            reason = r"a line ends with \r. Save it with \n or \r\n"
         raise DataError(f"{path}:{line}: not CSV: {reason}.") from error
 
 

@@ -1,5 +1,6 @@
 """Files are read as Python's own readers do, or rejected with file and line."""
 
+import gc
 import gzip
 import json
 import os
@@ -201,6 +202,21 @@ def test_invalid_files_are_rejected_with_their_place(tmp_path):
         message = str(error.value)
         assert message.startswith(f"{path}{start}")
         assert value in message
+
+
+def test_an_invalid_file_is_closed_without_the_garbage_collector(tmp_path, monkeypatch):
+    files, open_file = [], readers.open_regular_file
+    monkeypatch.setattr(
+        readers, "open_regular_file", lambda path: files.append(open_file(path)) or files[-1]
+    )
+    gc.disable()
+    try:
+        for name, content in (("a.csv", 'a\n"b"c\nd\n'), ("a.jsonl", "1e999\n2\n")):
+            with pytest.raises(DataError):
+                rows_of(write(tmp_path / name, content))
+            assert files.pop().closed
+    finally:
+        gc.enable()
 
 
 def test_blocks_may_split_characters(tmp_path, monkeypatch):
