@@ -8,6 +8,7 @@ their results.
 
 import codecs
 import dataclasses
+import functools
 import inspect
 import itertools
 import operator
@@ -424,15 +425,19 @@ def make_decode_args(
     max_new_tokens: Any = np.int32(c.max_new_tokens)
     sample_index_B: Any = np.arange(rows, dtype=np.int32) % samples
     high, low = divmod(c.seed, 2**32)
-    key_B = row_keys(np.uint32(high), np.uint32(low), sample_index_B)
+    prng_impl: Any = jax.config.jax_default_prng_impl  # jit does not notice its changes
+    key_B = row_keys(np.uint32(high), np.uint32(low), sample_index_B, prng_impl)
     return DecodeArgs(key_B, sampling, stop_id_I, max_new_tokens)
 
 
-@jax.jit
-def row_keys(high: Any, low: Any, sample_index_B: Int[Array, " B"]) -> Key[Array, " B"]:
+@functools.partial(jax.jit, static_argnums=3)
+def row_keys(
+    high: Any, low: Any, sample_index_B: Int[Array, " B"], prng_impl: str
+) -> Key[Array, " B"]:
     """Derives one PRNG key per row from the words of the seed and the sample index."""
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    return fold(key_of_words(high, low), sample_index_B)
+    with jax.default_prng_impl(prng_impl):
+        return fold(key_of_words(high, low), sample_index_B)
 
 
 def partial_stop_length(text: str, stop_texts: Iterable[str]) -> int:

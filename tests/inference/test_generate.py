@@ -80,6 +80,15 @@ def test_seeds_and_samples_differ_and_repeat_also_without_a_batch(model):
     assert ids(temperature=0.0)[1::2] == alone
 
 
+def test_keys_have_the_prng_implementation_that_is_set_at_the_call(model):
+    def key_dtype():
+        return generate.make_decode_args(model, GenerationConfig(), 1, 1).key_B.dtype
+
+    for name in ("rbg", "threefry2x32"):
+        with jax.default_prng_impl(name):
+            assert key_dtype() == jax.random.key(0).dtype
+
+
 @pytest.mark.fast
 def test_other_prompts_lengths_and_options_compile_nothing(model):
     def count_programs():
