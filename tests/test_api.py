@@ -18,6 +18,7 @@ import optax
 import pytest
 
 import gptjax
+from gptjax.config import RunConfig
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.inference.generate import GenerationConfig, GenerationOptions
 from gptjax.tokenizer.chat_template import load_chat_template
@@ -68,6 +69,7 @@ def test_invalid_tokens_and_points_are_rejected(function, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     for tokens, error, message in [
         (TOKEN_BT[0], ConfigError, r"\(8,\).*tokens\[None\]"),
+        *((jnp.zeros(s, jnp.int32), ConfigError, r"shape \(\d, \d\)") for s in ((0, 3), (1, 0))),
         (jnp.zeros((1, 9), jnp.int32), ConfigError, r"9 tokens.*context_length=8"),
         (TOKEN_BT.at[0, 3].set(257), DataError, "257.*model.vocab_size=257"),
         (np.array([[0, -1]]), DataError, "token -1"),
@@ -132,7 +134,10 @@ MISTAKES = {  # name in the message: calls
     "tokens": [lambda: gptjax.apply(MODEL.config, MODEL.params, [[1, 2]])],
     "text": [lambda: MODEL.tokenizer.encode(None), lambda: gptjax.score(MODEL, ["a"])],
     "ids": [lambda: MODEL.tokenizer.decode("a"), lambda: MODEL.tokenizer.decode(5)],
-    "path": [lambda: gptjax.load(5)],
+    "path": [lambda: gptjax.load(5), *(lambda x=x: gptjax.load(x * 3000) for x in ("x", "x/"))],
+    "allow_change='train.steps'": [
+        lambda: gptjax.train(RunConfig(), "run", allow_change="train.steps")
+    ],
 }
 
 

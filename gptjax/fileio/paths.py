@@ -5,6 +5,9 @@ from pathlib import Path
 
 from gptjax.errors import ConfigError, check_type
 
+MAX_NAME_BYTES = 255  # of a file or folder, on all common file systems
+MAX_PATH_BYTES = 4095  # PATH_MAX of Linux, without its NUL
+
 
 def user_path(path: str | Path) -> Path:
     """Path given by a user; `~` is expanded."""
@@ -13,6 +16,9 @@ def user_path(path: str | Path) -> Path:
         raise ConfigError("the path is empty. Pass the path of a file or folder.")
     if "\0" in str(path):
         raise ConfigError(f"the path {str(path)!r} contains a NUL character. Remove it.")
+    data = str(path).encode("utf-8", "surrogatepass")
+    if len(data) > MAX_PATH_BYTES or max(map(len, data.split(b"/"))) > MAX_NAME_BYTES:
+        raise ConfigError(f"the path {str(path)!r} is too long. Use shorter names.")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

@@ -425,7 +425,8 @@ def make_decode_args(
     max_new_tokens: Any = np.int32(c.max_new_tokens)
     sample_index_B: Any = np.arange(rows, dtype=np.int32) % samples
     high, low = divmod(c.seed, 2**32)
-    prng_impl: Any = jax.config.jax_default_prng_impl  # jit does not notice its changes
+    settings: Any = jax.config  # jit does not notice that this one changes
+    prng_impl = settings.jax_default_prng_impl
     key_B = row_keys(np.uint32(high), np.uint32(low), sample_index_B, prng_impl)
     return DecodeArgs(key_B, sampling, stop_id_I, max_new_tokens)
 

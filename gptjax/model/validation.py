@@ -25,6 +25,8 @@ def check_tokens(config: GPTConfig, token_BT: Any) -> None:
     if len(shape) != 2:
         fix = "Add the axis of rows: tokens[None]." if len(shape) == 1 else ""
         raise ConfigError(f"tokens have shape {shape} instead of [B, T], rows and positions. {fix}")
+    if 0 in shape:
+        raise ConfigError(f"tokens have shape {shape}. Pass at least one row and one position.")
     if not jnp.issubdtype(token_BT.dtype, jnp.integer):
         raise ConfigError(
             f"tokens have dtype {token_BT.dtype}, but token ids are integers. Encode "

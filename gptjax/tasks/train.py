@@ -36,6 +36,7 @@ def train(
     `on_spike` is "log", "skip", or "" for that of an existing run, else "log".
     """
     check_type("config", config, RunConfig, 'Write load_config(find_config("tiny")).')
+    check_type("allow_change", allow_change, list | tuple, 'Write ["train.steps"].')
     if config.train.task in TASKS:
         stages = TASKS[config.train.task]
     else:

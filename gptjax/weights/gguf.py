@@ -133,6 +133,8 @@ def parse_header(header: bytes, file_size: int) -> tuple[dict[str, Any], dict[st
     for name, tensor in tensors.items():
         if (end := tensor.offset + tensor.size) > file_size:
             raise ValueError(f"{name!r} ends at byte {end:,}, but the file has {file_size:,}")
+    if tensors and file_size > (end := align_up(end, alignment)):
+        raise ValueError(f"its tensors end at byte {end:,}, but the file has {file_size:,}")
     return metadata, tensors
 
 

@@ -136,7 +136,10 @@ INVALID = [  # start of a file, part of the message
 
 def test_invalid_files_are_rejected_before_anything_is_allocated(tmp_path):
     valid = header(tensor_info(dims=(4,)))
-    open_gguf(write(tmp_path, valid + bytes(-len(valid) % 32 + 16)))
+    for padding in (16, 32):
+        open_gguf(write(tmp_path, valid + bytes(-len(valid) % 32 + padding)))
+    with pytest.raises(ModelError, match=r"end at byte 96, .* 97"):
+        open_gguf(write(tmp_path, valid + bytes(-len(valid) % 32 + 33)))
 
     for start, message in INVALID:
         path = write(tmp_path, start + bytes(-len(start) % 32 + 16) * bool(start[44:]))
