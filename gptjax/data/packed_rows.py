@@ -55,6 +55,8 @@ def pack_columns(
             buffer += value
             bounds.append(len(buffer))
     bound = np.frombuffer(bounds, np.int64)
+    if len(buffer) < 1 << 32:  # half the memory
+        bound = bound.astype(np.uint32)
     columns = range(len(decode))
     parts = [(bound[n : -1 : len(decode)], bound[n + 1 :: len(decode)]) for n in columns]
     return [PackedRows(buffer, *part, decode[n]) for n, part in enumerate(parts)]
