@@ -155,7 +155,7 @@ class Tokenizer:
         return self.encoding.decode_bytes(token_ids)
 
     def truncate(self, vocab_size: int) -> "Tokenizer":
-        """Removes special tokens whose ids are not below `vocab_size`."""
+        """Removes special tokens with ids from `vocab_size` upwards."""
         return dataclasses.replace(
             self,
             added_tokens={name: i for name, i in self.added_tokens.items() if i < vocab_size},

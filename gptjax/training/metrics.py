@@ -90,7 +90,7 @@ def read_events(path: Path) -> list[Event]:
 
 
 def is_event(value: Any) -> bool:
-    """True for an event whose values have the types that gptjax reads."""
+    """True for an event; its values have the types that gptjax reads."""
     match value:
         case {"event": str(), "step": int()}:
             known = [(value.get(name), types) for name, types in VALUE_TYPES.items()]

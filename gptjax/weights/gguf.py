@@ -27,7 +27,7 @@ from gptjax.weights.safetensors import TensorReader
 GGUF_MAGIC = b"GGUF"
 GGUF_VERSIONS = (2, 3)
 MAX_HEADER_BYTES = 1 << 26  # all before the data; the vocabulary of Llama 3 needs 8 MB
-MAX_NAME_BYTES = 63  # of a tensor
+MAX_TENSOR_NAME_BYTES = 63  # of a tensor
 MAX_NUM_DIMS = 4
 DEFAULT_ALIGNMENT, MAX_ALIGNMENT = 32, 1 << 16  # bytes
 FLOAT32, BOOL, STRING, ARRAY = 6, 7, 8, 9  # types of values
@@ -155,7 +155,7 @@ def check_alignment(alignment: Any) -> int:
 
 def read_tensor_info(stream: io.BytesIO) -> tuple[str, GGUFTensor]:
     """Reads the name of a tensor and where in the data it is."""
-    name = read_string(stream, MAX_NAME_BYTES)
+    name = read_string(stream, MAX_TENSOR_NAME_BYTES)
     if not 1 <= (num_dims := read_uint(stream, 4)) <= MAX_NUM_DIMS:
         raise ValueError(f"{name!r} has {num_dims:,} dims, not 1 to {MAX_NUM_DIMS}")
     dims = tuple(read_uint(stream) for _ in range(num_dims))
