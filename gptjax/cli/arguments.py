@@ -171,9 +171,6 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         from gptjax.data.token_files import reset_split_options
 
         data = reset_split_options(data, [flag.removeprefix("--data.") for flag in flags])
-    # A tokenizer of the config file is for the initial model of that file.
-    if "--finetune.init_from" in flags and config.finetune.init_from:
-        data = data if "--data.tokenizer" in flags else dataclasses.replace(data, tokenizer="")
     return dataclasses.replace(config, data=data)
 
 

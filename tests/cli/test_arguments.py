@@ -6,7 +6,7 @@ import pytest
 from gptjax.cli import arguments
 from gptjax.cli.arguments import ConfigCommand, Number, apply_overrides
 from gptjax.cli.main import COMMANDS, DATA_COMMANDS, main
-from gptjax.config import DataConfig, RunConfig, config_options
+from gptjax.config import RunConfig, config_options
 from tests.command_line import parse_command
 
 COMMAND_TABLE = {(name,): c for name, c in COMMANDS.commands.items() if c is not DATA_COMMANDS}
@@ -79,18 +79,6 @@ def test_config_options_override_the_config():
     assert (config.model.causal, config.data.source) == (False, "--x")
     assert (config.optim.peak_lr, config.mesh.data) == (1.0, -1)
     assert config.model.n_layers == RunConfig().model.n_layers
-
-
-def test_the_tokenizer_of_a_config_file_is_not_for_another_initial_model():
-    config = RunConfig(data=DataConfig(tokenizer="bpe:512"))
-
-    for words, expected in (
-        ([], "bpe:512"),
-        (["--finetune.init_from", ""], "bpe:512"),
-        (["--finetune.init_from", "gpt2"], ""),
-        (["--finetune.init_from", "gpt2", "--data.tokenizer", "bytes"], "bytes"),
-    ):
-        assert apply_overrides(config, words).data.tokenizer == expected, words
 
 
 def test_old_flags_are_rejected_with_the_new_ones(capsys):
