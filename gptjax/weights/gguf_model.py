@@ -94,7 +94,7 @@ def gguf_config(metadata: Mapping[str, Any], reader: TensorReader) -> GPTConfig:
 
 def with_rope_factor(config: GPTConfig, reader: TensorReader) -> GPTConfig:
     """Adds Llama 3's frequency scaling, of which the file has the result."""
-    stretch_P = reader.read(ROPE_FREQS)  # what each frequency is divided by
+    stretch_P = reader.read(ROPE_FREQS)  # divisors of the frequencies
     for context in ORIGINAL_CONTEXTS:
         scaled = dataclasses.replace(
             config, rope_factor=float(stretch_P.max()), rope_original_context=context
