@@ -97,13 +97,15 @@ def write_lock(lock_path: Path, path: Path, wait: bool) -> Iterator[bool]:
                 return
 
 
-def lock_file(descriptor: int, *, wait: bool = False) -> bool:
+def lock_file(descriptor: int, *, wait: bool = False, shared: bool = False) -> bool:
     """Locks an open file; returns False if its file system has no locks.
 
-    BlockingIOError: another process has locked it.
+    A `shared` lock excludes only others that are not. BlockingIOError: another process
+    has locked it.
     """
+    mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(descriptor, mode | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         if error.errno not in UNSUPPORTED_LOCK_ERRNOS:
             raise

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,15 +31,19 @@ INVALID_EVENT = (
 DIVERGENCE_ADVICE = "Lower optim.peak_lr, raise optim.warmup_steps or set optim.grad_clip"
 # Types of the values of an event that gptjax reads itself; each may be missing.
 VALUE_TYPES: dict[str, Any] = {"split": str, "text": str} | dict.fromkeys(
-    ("loss", "response_loss", "accuracy", "lr", "grad_norm", "tokens_per_s", "temporaries"),
+    ("time", "loss", "response_loss", "accuracy", "lr", "grad_norm", "tokens_per_s", "temporaries"),
     int | float,
 )
 WRITE_LOCK = threading.Lock()  # the checkpoint thread also writes events
 
 
 def log_event(path: Path, kind: str, step: int, **values: Any) -> None:
-    """Appends one event to metrics.jsonl; floats keep full precision."""
-    line = json.dumps({"event": kind, "step": step, **values}, ensure_ascii=False)
+    """Appends one event to metrics.jsonl; floats keep full precision.
+
+    Its "time" is in seconds since 1970.
+    """
+    event = {"event": kind, "step": step, "time": round(time.time(), 3), **values}
+    line = json.dumps(event, ensure_ascii=False)
     with WRITE_LOCK, open_append(path) as file:
         file.write(line + "\n")
 

@@ -29,13 +29,14 @@ from gptjax.config import (
     did_you_mean,
     load_config,
 )
-from gptjax.errors import ConfigError, GptjaxError, ModelError
+from gptjax.errors import ConfigError, GptjaxError, ModelError, short_message
 from gptjax.fileio.atomic import lock_file, remove_path, write_atomic
 from gptjax.fileio.strict_json import read_json
 from gptjax.parallel.distributed import process_dir
 from gptjax.parallel.sharding import check_batch_divisible, make_mesh
 from gptjax.runtime.device import package_versions
-from gptjax.runtime.preemption import handle_signals, set_signal_mode
+from gptjax.runtime.preemption import Interrupted, handle_signals, set_signal_mode
+from gptjax.runtime.terminal import redact_secrets
 from gptjax.training.anomalies import SPIKE_POLICIES, SpikePolicy
 from gptjax.training.metrics import read_events
 from gptjax.training.resource_errors import (
@@ -48,6 +49,8 @@ from gptjax.tree import flatten_with_names
 
 MAX_RUN_METADATA_BYTES = 1 << 26
 RUN_LOCK_FILE = ".lock"
+LOCK_ATTEMPTS, LOCK_RETRY_SECONDS = 5, 0.02
+UTC_FORMAT = "%Y-%m-%d %H:%M:%S UTC"
 RUN_FILES = (RUN_LOCK_FILE, "config.toml", "meta.json", "metrics.jsonl", "report.md")
 RUN_FILES += ("loss.png", "lr.png", "accuracy.png", "confusion.png")
 RUN_FILES += ("responses.jsonl", "adapters.safetensors")
@@ -139,7 +142,9 @@ def has_logged_step(run_dir: Path) -> bool:
 def run_lock(run_dir: Path) -> Iterator[None]:
     """Locks the run folder while the block runs, if its file system has locks.
 
-    The kernel releases the lock when its process ends, for whatever reason.
+    The kernel releases the lock when its process ends, for whatever reason. The file
+    has a line with the process, and one with the outcome unless the process was killed;
+    `gptjax.training.run_status` reads them.
     """
     for name in (*RUN_FILES, *RUN_FOLDERS):  # before any work; and opening a pipe would block
         path, kind = run_dir / name, "folder" if name in RUN_FOLDERS else "file"
@@ -154,20 +159,58 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         ) from error
     try:
         try:
-            lock_file(descriptor)
+            lock_run(descriptor)
         except BlockingIOError as error:
             owner = os.pread(descriptor, 200, 0).decode(errors="replace")
             raise ModelError(
                 f"another process trains in {run_dir}: {owner or 'owner not recorded'}. Wait "
                 "for it, stop it, or choose another folder with --run DIR."
             ) from error
-        started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         os.ftruncate(descriptor, 0)
-        owner = f"pid {os.getpid()} on {socket.gethostname()}, started {started}"
+        owner = f"pid {os.getpid()} on {socket.gethostname()}, started {utc_time()}"
         os.pwrite(descriptor, owner.encode(), 0)
-        yield
+        outcome = "completed"
+        try:
+            yield
+        except BaseException as error:
+            is_interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
+            outcome = "interrupted" if is_interrupted else redact_secrets(short_message(error))
+            raise
+        finally:  # a process that is killed leaves no such line
+            with contextlib.suppress(OSError):  # such as a full disk
+                end = f"\nended {utc_time()}: {outcome}"
+                os.pwrite(descriptor, end.encode(errors="replace"), len(owner.encode()))
     finally:
         os.close(descriptor)
+
+
+def lock_run(descriptor: int) -> None:
+    """Locks the file of a run; tries again, since `is_locked` locks it for an instant."""
+    for _ in range(LOCK_ATTEMPTS - 1):
+        with contextlib.suppress(BlockingIOError):
+            lock_file(descriptor)
+            return
+        time.sleep(LOCK_RETRY_SECONDS)
+    lock_file(descriptor)
+
+
+def is_locked(run_dir: Path) -> bool | None:
+    """True while a process trains in the folder; None if its file system has no locks."""
+    try:
+        descriptor = os.open(run_dir / RUN_LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # no such file, or it belongs to another user
+        return None
+    try:
+        return False if lock_file(descriptor, shared=True) else None
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def utc_time() -> str:
+    """Current time, such as "2026-11-30 09:00:00 UTC"."""
+    return time.strftime(UTC_FORMAT, time.gmtime())
 
 
 def reconcile_config(run_dir: Path, config: RunConfig, allowed: Sequence[str] = ()) -> list[str]:

@@ -99,7 +99,8 @@ def restore_or_init(
     if step is None:
         if run.metrics_path.exists():  # of an earlier start without a checkpoint
             log_event(run.metrics_path, "resume", 0)
-        write_run_metadata(run.run_dir, {**task.provenance, "on_spike": run.on_spike})
+        recorded = {"on_spike": run.on_spike, "tokens_per_step": task.tokens_per_step}
+        write_run_metadata(run.run_dir, {**task.provenance, **recorded})
         model = task.to_model(task.init_state)  # model/ gets its parameters later
         model_folder.save(dataclasses.replace(model, params={}), run.run_dir / "model")
         for line in task.summary:

@@ -16,7 +16,7 @@ from gptjax.runtime.compilation_cache import enable_cache
 from gptjax.tasks.train import train
 from gptjax.training.metrics import read_events
 
-VARYING = {"tokens_per_s", "input_wait", "mfu"}
+VARYING = {"time", "tokens_per_s", "input_wait", "mfu"}
 # Children are forked from a process that has imported all and computed nothing.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
