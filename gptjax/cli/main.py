@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import click
 
-from gptjax.cli import data, inference, planning, train
+from gptjax.cli import data, inference, planning, runs, train
 from gptjax.cli.arguments import HELP_WIDTH, Command
 from gptjax.config import did_you_mean
 from gptjax.errors import GptjaxError, to_resource_error
@@ -95,6 +95,7 @@ COMMANDS = Group(
         inference.run_evaluate,
         inference.run_import,
         inference.run_export,
+        runs.run_watch,
         DATA_COMMANDS,
         planning.run_plan,
         planning.run_bench,

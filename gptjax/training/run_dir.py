@@ -185,7 +185,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 
 
 def lock_run(descriptor: int) -> None:
-    """Locks the file of a run; tries again, since `is_locked` locks it for an instant."""
+    """Locks the file of a run; retries, since `is_locked` locks it for an instant."""
     for _ in range(LOCK_ATTEMPTS - 1):
         with contextlib.suppress(BlockingIOError):
             lock_file(descriptor)
@@ -195,7 +195,7 @@ def lock_run(descriptor: int) -> None:
 
 
 def is_locked(run_dir: Path) -> bool | None:
-    """True while a process trains in the folder; None if its file system has no locks."""
+    """True while a process trains in the folder; None if its lock cannot be read."""
     try:
         descriptor = os.open(run_dir / RUN_LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:  # no such file, or it belongs to another user

@@ -16,8 +16,8 @@ from gptjax.runtime.supervisor import HANG_TIMEOUT_SECONDS
 from gptjax.training.metrics import Event, read_events
 from gptjax.training.run_dir import RUN_LOCK_FILE, UTC_FORMAT, is_locked, read_run_metadata
 
-# "stopped" by a signal, with its progress saved; "failed" with an error; "dead": killed,
-# or its machine went down.
+# "stopped" by a signal, with its progress saved; "failed" with an error; "dead": it was
+# killed, or its machine went down.
 State = Literal["running", "finished", "stopped", "failed", "dead"]
 
 MAX_RECORD_BYTES = 1 << 16  # of the lock file
