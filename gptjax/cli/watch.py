@@ -12,7 +12,7 @@ from typing import Any
 from gptjax.plots.text_plot import text_plot
 from gptjax.runtime.terminal import is_terminal, print_result, sanitize
 from gptjax.runtime.timing import format_duration
-from gptjax.training.metrics import format_number, metric_series
+from gptjax.training.metrics import best_validation, format_number, metric_series
 from gptjax.training.run_status import RunStatus, read_run_status
 
 REFRESH_SECONDS = 2.0
@@ -128,11 +128,11 @@ def format_state(status: RunStatus, now: float) -> str:
         "dead": ["dead since", where, resume],
     }[state]
     when = f"{detail[0]} {format_time(status.since)} ({format_age(status.since, now)} ago)"
-    return "; ".join(filter(None, [when, *detail[1:]]))
+    return "; ".join([when, *(text for text in detail[1:] if text)])
 
 
 def format_progress(status: RunStatus, now: float) -> str:
-    """Steps done; of a running run also the time left and the age of its newest event."""
+    """Steps done; of a running run also the time left and the age of its last event."""
     if status.config is None:
         return "reading the data" if status.state == "running" else "no step was trained"
     steps = status.config.train.steps
@@ -150,10 +150,10 @@ def format_values(status: RunStatus) -> list[str]:
     train, values = status.last("train"), []
     if "loss" in train:
         values.append(f"loss {train['loss']:.4f}")
-    steps, losses = metric_series(status.events, "eval", "loss", "validation")
-    if losses:
-        best, step = min(zip(losses, steps, strict=True))
-        values.append(f"validation {losses[-1]:.4f} (best {best:.4f} at step {step:,})")
+    if found := best_validation(status.events):
+        step, best = found
+        newest = metric_series(status.events, "eval", "loss", "validation")[1][-1]
+        values.append(f"validation {newest:.4f} (best {best:.4f} at step {step:,})")
     _, accuracies = metric_series(status.events, "eval", "accuracy", "validation")
     values += [f"accuracy {accuracy:.4f}" for accuracy in accuracies[-1:]]
     if is_number(train, "tokens_per_s"):

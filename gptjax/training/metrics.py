@@ -116,6 +116,13 @@ def metric_series(
     return [e["step"] for e in matching], [e[name] for e in matching]
 
 
+def best_validation(events: Sequence[Event]) -> tuple[int, float] | None:
+    """Step and value of the lowest finite validation loss; the first of equal ones."""
+    points = zip(*metric_series(events, "eval", "loss", "validation"), strict=True)
+    finite = [(step, loss) for step, loss in points if math.isfinite(loss)]
+    return min(finite, key=lambda point: point[1], default=None)
+
+
 def format_number(value: int | float) -> str:
     """Count with three significant digits and an SI suffix.
 
