@@ -238,21 +238,21 @@ def read_latest_params(checkpoint_dir: Path) -> tuple[int, dict[str, np.ndarray]
     problem = "its first one is not written yet"
     for step in reversed(list_steps(checkpoint_dir)):
         # A run deletes old steps, but never the newest ones, while they are read.
-        invalid = check_step(checkpoint_dir, step)
         try:
-            if invalid is None:
-                return step, _read_params((checkpoint_dir / str(step)).absolute())
+            return step, read_params(checkpoint_dir, step)
         except CorruptCheckpointError as error:
-            invalid = str(error)
-        problem = f"checkpoint {step} is damaged: {invalid}"
+            problem = f"checkpoint {step} is damaged: {error}"
     raise ModelError(
         f"there is no valid checkpoint in {checkpoint_dir}: {problem}. Wait for the "
         "next one, or resume the run with its command."
     )
 
 
-def _read_params(step_dir: Path) -> dict[str, np.ndarray]:
-    """Reads and verifies the arrays below `params` of one step."""
+def read_params(checkpoint_dir: Path, step: int) -> dict[str, np.ndarray]:
+    """Reads the parameters of one step; CorruptCheckpointError if it is invalid."""
+    if invalid := check_step(checkpoint_dir, step):
+        raise CorruptCheckpointError(invalid)
+    step_dir = (checkpoint_dir / str(step)).absolute()
     arrays, empty = read_manifest(step_dir)["arrays"], {}
     for name, (spec, _) in arrays.items():
         dtype, _, shape = spec.partition("[")  # see `tree_spec`

@@ -78,10 +78,10 @@ COMMANDS = Group(
     "gptjax",
     """Train, fine-tune and run GPT models in JAX.
 
-    MODEL is a run folder, a model folder, a Hugging Face, OpenAI or book folder, a
-    GGUF file, a public model (gpt2, gpt2-medium, gpt2-large, gpt2-xl,
-    smollm2-135m-instruct), or the OWNER/NAME of a GPT-2, Llama 3, SmolLM2 or Qwen 3 on
-    the Hugging Face hub.
+    MODEL is a run folder, one of its checkpoints (RUN/checkpoints/STEP), a model folder,
+    a Hugging Face, OpenAI or book folder, a GGUF file, a public model (gpt2,
+    gpt2-medium, gpt2-large, gpt2-xl, smollm2-135m-instruct), or the OWNER/NAME of a
+    GPT-2, Llama 3, SmolLM2 or Qwen 3 on the Hugging Face hub.
 
     gptjax COMMAND --help lists the options of a command. Options may stand before or
     after the other arguments; -- ends the options.

@@ -3,7 +3,7 @@
 A model is a folder or file in one of these layouts, or a name on the hub:
 
 gptjax  written by `gptjax.save`; for a run that has not finished, the parameters come
-        from its newest valid checkpoint
+        from its newest valid checkpoint; RUN/checkpoints/STEP is an earlier step
 hf      Hugging Face GPT-2: config.json, *.safetensors, with or without an index
 llama   Hugging Face Llama, SmolLM2 or Qwen 3: the same files
 openai  OpenAI's TensorFlow checkpoint: hparams.json, model.ckpt.*
@@ -149,6 +149,8 @@ def _open_layout(path: Path) -> ModelSource:
         return with_chat_template(from_gguf(path))
     if (path / "hparams.json").exists():
         return with_chat_template(from_tf_checkpoint(path))
+    if path.name.isdecimal() and path.parent.name == "checkpoints":
+        return open_checkpoint(path.parent, int(path.name))
     files = list_safetensors(path) if path.is_dir() else []
     if path.suffix == ".safetensors" and path.exists() and not files:
         files, path = [path], path.parent
@@ -162,12 +164,32 @@ def _open_layout(path: Path) -> ModelSource:
     else:
         raise ModelError(explain_unreadable(path))
     if "format" in metadata:
-        source = from_gptjax(path, reader, metadata)
-        return dataclasses.replace(
-            source, chat_template=read_chat_template(path, *source.tokenizer.template_tokens)
-        )
+        return with_template_of_folder(from_gptjax(path, reader, metadata), path)
     from_layout = from_book if "tok_emb.weight" in reader.tensors else from_hf
     return with_chat_template(from_layout(path, reader, metadata))
+
+
+def open_checkpoint(checkpoint_dir: Path, step: int) -> ModelSource:
+    """Opens the parameters of one step of a run."""
+    # Orbax, which other layouts do not need, takes long to import.
+    from gptjax.checkpoint.checkpoint import CorruptCheckpointError, read_params
+
+    try:
+        arrays = read_params(checkpoint_dir, step)
+    except CorruptCheckpointError as error:
+        raise ModelError(
+            f"cannot use checkpoint {step} in {checkpoint_dir}: {error}. It has those of the "
+            f"steps {', '.join(map(str, list_steps(checkpoint_dir))) or 'none'}."
+        ) from error
+    if EMBEDDING_TABLES[0] not in arrays:
+        raise ModelError(
+            f"checkpoint {step} in {checkpoint_dir} has only the trained part of the parameters. "
+            "Use the model of the run."
+        )
+    folder = checkpoint_dir.parent / "model"
+    reader = TensorReader(arrays, arrays.__getitem__)
+    source = from_gptjax(folder, reader, read_json_object(folder / "config.json"))
+    return with_template_of_folder(source, folder)
 
 
 def with_chat_template(source: ModelSource) -> ModelSource:
@@ -198,7 +220,7 @@ def open_run_params(run_dir: Path, files: list[Path], best_step: Any) -> TensorR
         from gptjax.checkpoint.checkpoint import read_latest_params
 
         step, arrays = read_latest_params(run_dir / "checkpoints")
-        if "token_embedding/embedding" in arrays:
+        if EMBEDDING_TABLES[0] in arrays:
             logger.info(f"step     {step} of the unfinished run {run_dir}")
             return TensorReader(arrays, arrays.__getitem__)
         if not files:
@@ -216,6 +238,12 @@ def is_last_step(run_dir: Path, step: Any) -> bool:
         case {"train": {"steps": int(num_steps)}} if isinstance(step, int):
             return step >= num_steps
     return True
+
+
+def with_template_of_folder(source: ModelSource, folder: Path) -> ModelSource:
+    """Adds the chat template of a model folder, if it has one."""
+    template = read_chat_template(folder, *source.tokenizer.template_tokens)
+    return dataclasses.replace(source, chat_template=template)
 
 
 def read_chat_template(path: Path, *tokens: str) -> str:

@@ -5,24 +5,20 @@
 Needs the book's instructions too, which are downloaded unless they are cached.
 """
 
-import dataclasses
 import io
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
 import gptjax
-from gptjax.checkpoint.checkpoint import restore
 from gptjax.config import load_config
 from gptjax.plots.curves import loss_figure
 from gptjax.plots.figures import attention_figure, loss_mask_figure, token_loss_figure
 from gptjax.plots.preview import preview_rows
 from gptjax.training.metrics import read_events
-from gptjax.training.trainer import checkpoint_state
 
 PICTURE = Path(__file__).resolve().parents[2] / "colab" / "pictures" / "overview.png"
 TEXT = """\
@@ -41,10 +37,7 @@ def render(figure: Figure) -> Image.Image:
 def main() -> None:
     run = Path(sys.argv[1])
     config, model = load_config(run / "config.toml"), gptjax.load(run)
-    optimizer = gptjax.make_optimizer(config.optim, config.train.steps)
-    state = gptjax.init_state(model.params, optimizer, jax.random.key(0))
-    restored = restore(run / "checkpoints", 400, checkpoint_state(state))
-    early_model = dataclasses.replace(model, params=restored["params"])
+    early_model = gptjax.load(run / "checkpoints" / "400")
     tokens_per_step = config.data.batch_size * config.model.context_length
     loss = loss_figure(read_events(run / "metrics.jsonl"), tokens_per_step)
     tokens = token_loss_figure(model, TEXT, early_model, ("step 800", "step 400"))

@@ -100,6 +100,18 @@ def test_the_model_folder_or_the_newest_valid_checkpoint_is_used(finished, tmp_p
         gptjax.load(run_dir)
 
 
+def test_a_checkpoint_folder_is_the_model_after_its_steps(finished, tmp_path):
+    _, folder, model = finished
+
+    last, earlier = (gptjax.load(folder / "checkpoints" / step) for step in ("12", "8"))
+
+    assert_equal(last.params, model.params)
+    assert last.tokenizer.hash == model.tokenizer.hash
+    assert not np.array_equal(*(jax.tree.leaves(m.params)[0] for m in (earlier, model)))
+    with pytest.raises(ModelError, match="8, 12"):
+        gptjax.load(folder / "checkpoints" / "5")
+
+
 def test_links_in_a_run_folder_are_replaced_and_not_followed(finished, tmp_path):
     config, folder, _ = finished
     run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
