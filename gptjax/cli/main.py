@@ -96,6 +96,7 @@ COMMANDS = Group(
         inference.run_import,
         inference.run_export,
         runs.run_watch,
+        runs.run_compare,
         DATA_COMMANDS,
         planning.run_plan,
         planning.run_bench,

@@ -1,12 +1,72 @@
-"""Commands about runs: `gptjax watch`."""
+"""Commands about runs: `gptjax compare` and `gptjax watch`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+from gptjax.cli import arguments
 from gptjax.cli.arguments import PATH, Command, flag_option, value_option
+from gptjax.cli.session import log_to_console, setup_session
 from gptjax.config import Range
 from gptjax.errors import ConfigError
+from gptjax.runtime.terminal import print_message, print_result
+
+
+@click.command("compare", cls=Command)
+@click.argument("run_dirs", metavar="RUN RUN [...]", nargs=-1, type=PATH)
+@value_option(
+    "--x",
+    "axis of the loss curves: steps, tokens, seconds or flops",
+    "steps",
+    type=click.Choice(["steps", "tokens", "seconds", "flops"]),
+    dest="axis",
+)
+@value_option(
+    "--text",
+    "text, table or folder whose documents the models are compared on",
+    type=PATH,
+    shown="the validation text of the runs",
+)
+@value_option(
+    "--max-bytes",
+    "text that the models are compared on, in bytes; of more, evenly spaced documents",
+    1_000_000,
+    valid_range=Range(1, 10**12),
+)
+@value_option("--out", "picture of the loss curves", Path("compare.png"), type=PATH)
+@flag_option("--markdown", "print the tables as Markdown")
+@arguments.session_arguments
+def run_compare(
+    run_dirs: tuple[Path, ...],
+    axis: Any,
+    text: Path | None,
+    max_bytes: int,
+    out: Path,
+    markdown: bool,
+    verbose: bool,
+) -> None:
+    """Compare runs: configs, effort, loss curves, and models on held-out text.
+
+    Each model is compared with that of the first run, on the same documents; the
+    confidence interval is over documents. Runs whose configs differ only in train.seed
+    are seeds of one config; with three of each, configs are compared too.
+    """
+    if len(run_dirs) < 2:
+        raise click.UsageError("compare takes at least two run folders.")
+    setup_session(verbose)
+    from gptjax.cli import compare
+    from gptjax.evaluation.run_comparison import read_run_records
+
+    runs = read_run_records(run_dirs)
+    compare.write_comparison_figure(runs, axis, out)
+    lines = compare.format_table("run", compare.format_runs(runs), markdown=markdown)
+    lines += compare.format_table("option", compare.format_changes(runs), markdown=markdown)
+    print_result("\n".join(lines))
+    with log_to_console(print_message):
+        sentences = compare.compare_run_models(runs, text, max_bytes)
+    print_result("\n\n".join([*sentences, *compare.compare_groups(runs)]))
+    print_message(f"wrote    {out}")
 
 
 @click.command("watch", cls=Command)

@@ -17,7 +17,8 @@ from gptjax.plots.token_boxes import shorten_label
 from gptjax.runtime.terminal import sanitize
 from gptjax.training.metrics import read_events
 
-MetricRows = Mapping[str, Mapping[str, float]]  # values by metric name, by table row
+# Values by metric name, by table row.
+MetricRows = Mapping[str, Mapping[str, float | str]]
 METRIC_NAMES = ("loss", "perplexity", "bits_per_byte", "response_loss", "exact_match", "token_f1")
 METRIC_NAMES += ("rouge_l", "margin", "accuracy", "chosen_reward", "rejected_reward")
 MAX_TEXT_CHARS = 200  # of a misclassified text
@@ -77,7 +78,7 @@ def write_report(
 
 
 def markdown_table(title: str, rows: MetricRows) -> list[str]:
-    """Formats a Markdown table of numbers; returns no lines if there are no rows.
+    """Formats a Markdown table; returns no lines if there are no rows.
 
     >>> markdown_table("step", {"20": {"loss": 0.5}, "40": {"loss": 0.5, "n": 3}})[2:]
     ['| 20 | 0.5000 |  |', '| 40 | 0.5000 | 3 |', '']
@@ -99,8 +100,7 @@ def per_class_table(confusion_CC: Int[np.ndarray, "C C"], class_names: Sequence[
     rows = {}
     for n, name in enumerate(class_names):
         values = {"precision": m.precision[n], "recall": m.recall[n], "F1": m.f1[n]}
-        # Markdown renderers disagree on how to escape a bar inside a cell.
-        rows[inline_code(name).replace("|", "¦")] = values | {"count": m.count[n]}
+        rows[code_cell(name)] = values | {"count": m.count[n]}
     return markdown_table("class", rows)
 
 
@@ -130,3 +130,11 @@ def inline_code(text: str) -> str:
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     padding = " " if "`" in line or not line else ""
     return f"{fence}{padding}{line}{padding}{fence}"
+
+
+def code_cell(text: str) -> str:
+    """Formats text as a code span in a cell of a table.
+
+    Markdown renderers disagree on how to escape a bar inside a cell.
+    """
+    return inline_code(text).replace("|", "¦")

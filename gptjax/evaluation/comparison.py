@@ -1,0 +1,149 @@
+"""Statistical comparison of models and of configs, with 95% confidence intervals.
+
+Two models are compared on the same documents: `paired_interval` of the losses of
+`score_documents`. The interval is about new documents of the same kind, for these two
+models. Two configs are compared by the losses of several seeds each: `welch_interval`.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, Real
+from scipy.special import stdtrit
+
+from gptjax.data.lm import Batch
+from gptjax.errors import DataError
+from gptjax.evaluation.perplexity import (
+    MAX_SCORE_TOKENS,
+    MAX_SCORE_WINDOWS,
+    eval_step_for,
+    sliding_windows,
+    start_ids,
+)
+from gptjax.inference.generate import check_language_model
+from gptjax.runtime.preemption import check_interrupted
+from gptjax.weights.model_folder import Model
+
+CONFIDENCE = 0.95
+MIN_SEEDS = 3  # per config
+MIN_DOCUMENTS = 10  # fewer are divided into blocks of text
+NUM_BLOCKS = 40
+
+
+class Interval(NamedTuple):
+    """Estimate of a difference, with its 95% confidence interval."""
+
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """True if the difference is significant at the level of 5%."""
+        return self.low > 0 or self.high < 0
+
+
+class TokenLosses(NamedTuple):
+    """Losses of the tokens of documents, in their order."""
+
+    nats: Float[np.ndarray, " L"]
+    num_bytes: Int[np.ndarray, " L"]  # of the text of each token
+    document: Int[np.ndarray, " L"]  # number of its document, from 0
+
+
+class Clusters(NamedTuple):
+    """Sums over the documents, or blocks of text, that count as independent."""
+
+    nats: Float[np.ndarray, " n"]
+    tokens: Int[np.ndarray, " n"]
+    num_bytes: Int[np.ndarray, " n"]
+
+
+def paired_interval(difference: Real[np.ndarray, " n"], size: Real[np.ndarray, " n"]) -> Interval:
+    """Interval of sum(difference) / sum(size) over clusters, such as documents.
+
+    `difference` is that of two losses, each summed over a cluster; `size` is its tokens
+    or bytes; there are at least two clusters. The variance is that of the jackknife
+    over clusters (CR3 of Bell & McCaffrey 2002). The quantile is Student's, with Kish's
+    effective number of clusters minus one as degrees of freedom, since few long
+    documents say less than many equal ones. `tests/benchmarks/interval_coverage.py`
+    compares it with alternatives.
+
+    >>> paired_interval(np.array([-1.0, -3.0]), np.array([10, 10])).difference
+    -0.2
+    """
+    share = size / size.sum()
+    mean = difference.sum() / size.sum()
+    deviation = (difference - mean * size) / size.sum() / (1 - share)
+    n, effective_n = len(size), 1 / np.sum(share**2)
+    error = math.sqrt((n - 1) / n * np.sum(deviation**2))
+    return student_interval(float(mean), error, max(effective_n - 1, 1.0))
+
+
+def welch_interval(first: Sequence[float], second: Sequence[float]) -> Interval:
+    """Interval of mean(second) - mean(first), whose variances may differ (Welch 1947).
+
+    Each has at least two values.
+    """
+    difference = statistics.fmean(second) - statistics.fmean(first)
+    parts = [statistics.variance(values) / len(values) for values in (first, second)]
+    if not sum(parts):
+        return Interval(difference, difference, difference)
+    weights = [part**2 / (len(x) - 1) for part, x in zip(parts, (first, second), strict=True)]
+    return student_interval(difference, math.sqrt(sum(parts)), sum(parts) ** 2 / sum(weights))
+
+
+def student_interval(difference: float, error: float, degrees_of_freedom: float) -> Interval:
+    """Interval of an estimate with a standard error."""
+    half_width = error * float(stdtrit(degrees_of_freedom, (1 + CONFIDENCE) / 2))
+    return Interval(difference, difference - half_width, difference + half_width)
+
+
+def score_documents(model: Model, documents: Sequence[str]) -> TokenLosses:
+    """Scores each document by itself, in windows of the context length.
+
+    The token that ends a document is not scored.
+    """
+    check_language_model(model)
+    start, token_ids = start_ids(model), [model.tokenizer.encode(text) for text in documents]
+    token_L = np.concatenate([np.array(start + ids, np.int32) for ids in token_ids])
+    lengths = [len(start) + len(ids) for ids in token_ids]
+    position_L = np.concatenate([np.arange(length) for length in lengths])
+    document_L = np.repeat(np.arange(len(lengths)), lengths)
+    is_text = (position_L >= len(start))[1:]  # the first token is only an input
+    nats = stream_losses(model, token_L, start[0])
+    return TokenLosses(
+        nats[is_text],
+        model.tokenizer.byte_lengths[token_L[1:][is_text]].astype(np.int64),
+        document_L[1:][is_text],
+    )
+
+
+def stream_losses(
+    model: Model, token_L: Int[np.ndarray, " L"], start_token: int
+) -> Float[np.ndarray, " _"]:
+    """Losses in nats of all tokens but the first; `start_token` begins documents."""
+    context = model.config.context_length
+    num_windows = min(max(1, MAX_SCORE_TOKENS // context), MAX_SCORE_WINDOWS)
+    eval_step, parts = eval_step_for(model.config), []
+    batch: Batch
+    for batch in sliding_windows(token_L, context, context, num_windows, start_token):
+        check_interrupted()
+        losses = np.asarray(eval_step(model.params, batch), np.float64)
+        parts.append(losses[batch["loss_weights"] > 0])
+    return np.concatenate(parts)
+
+
+def sum_clusters(losses: TokenLosses, num_documents: int) -> Clusters:
+    """Sums losses over documents, or over blocks of text if there are too few."""
+    cluster = losses.document
+    if num_documents < MIN_DOCUMENTS:
+        start = np.cumsum(losses.num_bytes) - losses.num_bytes
+        cluster = start * NUM_BLOCKS // max(int(losses.num_bytes.sum()), 1)
+    sums = [np.bincount(cluster, weights) for weights in (losses.nats, None, losses.num_bytes)]
+    if np.count_nonzero(sums[1]) < 2:
+        raise DataError("the text has too few tokens for a comparison. Give a longer --text.")
+    return Clusters(sums[0], sums[1], sums[2].astype(np.int64))
