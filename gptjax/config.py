@@ -29,6 +29,8 @@ ResumePolicy = Literal["identity", "trajectory", "operational"]
 
 # Values of options that a package of this name in gptjax implements, see `plugins`.
 PluginValue = Literal["book"]
+# Experiment trackers; the name is also that of the package and of the extra.
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
 class Range(NamedTuple):
@@ -454,6 +456,18 @@ class MeshConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TrackConfig(Section):
+    """Experiment tracker."""
+
+    section = "track"
+    to: Literal["none", TrackerName] = option(
+        "operational",
+        "none",
+        "tracker that gets the metrics, config, samples and pictures; needs the extra of this name",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Complete configuration of a training run."""
 
@@ -464,6 +478,7 @@ class RunConfig:
     finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    track: TrackConfig = dataclasses.field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:
         """Rejects contradictions between sections."""

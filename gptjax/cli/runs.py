@@ -1,16 +1,19 @@
-"""Commands about runs: `gptjax compare` and `gptjax watch`."""
+"""Commands about runs: `gptjax compare`, `watch` and `track`."""
 
+import contextlib
+import io
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from gptjax.cli import arguments
 from gptjax.cli.arguments import PATH, Command, flag_option, value_option
 from gptjax.cli.session import log_to_console, setup_session
-from gptjax.config import Range
-from gptjax.errors import ConfigError
-from gptjax.runtime.terminal import print_message, print_result
+from gptjax.config import Range, TrackerName
+from gptjax.errors import ConfigError, ModelError, ResourceError
+from gptjax.runtime.terminal import print_message, print_progress, print_result
 
 
 @click.command("compare", cls=Command)
@@ -98,3 +101,41 @@ def run_watch(run_dir: Path, once: bool, browser: bool, port: int) -> int:
     except Interrupted:  # the usual end
         return 0
     return 1 if status.state in ("failed", "dead") else 0
+
+
+@click.command("track", cls=Command)
+@click.argument("run_dir", metavar="RUN", type=PATH)
+@value_option(
+    "--to",
+    "tracker; needs the extra of this name",
+    required=True,
+    type=click.Choice(get_args(TrackerName)),
+    metavar="|".join(get_args(TrackerName)),
+    dest="tracker",
+)
+def run_track(run_dir: Path, tracker: str) -> None:
+    """Send a run to an experiment tracker.
+
+    RUN is a run folder, of a finished run or not. What the tracker has already is not
+    sent again. Weights & Biases gets it through `wandb sync`, or at once if
+    WANDB_API_KEY is set. Training with --track.to NAME sends a run while it trains.
+    """
+    from gptjax.tracking import follow, sinks
+
+    if not (run_dir / "metrics.jsonl").is_file():
+        raise ModelError(
+            f"{run_dir} is not the folder of a run: it has no metrics.jsonl. Give the folder of "
+            "`gptjax train --run DIR`."
+        )
+    sinks.check_installed(tracker)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # trackio prints advice
+            num_sent = follow.follow_run(run_dir, tracker, lambda: False)
+    except ModelError:
+        raise
+    except Exception as error:  # of any tracker
+        reason = follow.describe_failure(error, tracker)
+        raise ResourceError(f"{reason}. Fix this, then run the same command again.") from error
+    print_progress(f"sent     {num_sent:,} events and pictures of {run_dir} to {tracker}")
+    folder = shlex.quote(str(run_dir / follow.TRACKING_DIR))
+    print_progress(f"next     {sinks.VIEW_COMMANDS[tracker].format(folder=folder)}")

@@ -25,7 +25,7 @@ logger = logging.getLogger("gptjax")  # of progress and warnings; a command prin
 CONTROL_CHARS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f]"
 )
-SECRET_VARIABLES = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+SECRET_VARIABLES = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 MIN_SECRET_CHARS = 8  # a shorter value, such as "ollama", stands in for a key
 
 

@@ -1,7 +1,7 @@
 """Run directory: config, metadata and the files of a run.
 
 config.toml  meta.json  metrics.jsonl  loss.png  lr.png  report.md  .lock
-data/  checkpoints/  model/
+data/  checkpoints/  model/  tracking/
 """
 
 import contextlib
@@ -54,7 +54,7 @@ UTC_FORMAT = "%Y-%m-%d %H:%M:%S UTC"
 RUN_FILES = (RUN_LOCK_FILE, "config.toml", "meta.json", "metrics.jsonl", "report.md")
 RUN_FILES += ("loss.png", "lr.png", "accuracy.png", "confusion.png")
 RUN_FILES += ("responses.jsonl", "adapters.safetensors")
-RUN_FOLDERS = ("checkpoints", "model")
+RUN_FOLDERS = ("checkpoints", "model", "tracking")
 ON_SPIKE = "on-spike"  # a flag, not a config option, but affects the steps too
 TRACKED_INPUTS = {  # key in meta.json: (description, config option)
     "data": ("data", "data.source"),
