@@ -14,17 +14,17 @@ import numpy as np
 from jaxtyping import Float, Int, Real
 from scipy.special import stdtrit
 
-from gptjax.data.lm import Batch
+from gptjax.data.lm import make_lm_batch
 from gptjax.errors import DataError
 from gptjax.evaluation.perplexity import (
     MAX_SCORE_TOKENS,
     MAX_SCORE_WINDOWS,
     eval_step_for,
-    sliding_windows,
     start_ids,
 )
 from gptjax.inference.generate import check_language_model
 from gptjax.runtime.preemption import check_interrupted
+from gptjax.runtime.timing import log_progress
 from gptjax.weights.model_folder import Model
 
 CONFIDENCE = 0.95
@@ -108,33 +108,52 @@ def score_documents(model: Model, documents: Sequence[str]) -> TokenLosses:
     The token that ends a document is not scored.
     """
     check_language_model(model)
-    start, token_ids = start_ids(model), [model.tokenizer.encode(text) for text in documents]
-    token_L = np.concatenate([np.array(start + ids, np.int32) for ids in token_ids])
-    lengths = [len(start) + len(ids) for ids in token_ids]
-    position_L = np.concatenate([np.arange(length) for length in lengths])
-    document_L = np.repeat(np.arange(len(lengths)), lengths)
-    is_text = (position_L >= len(start))[1:]  # the first token is only an input
-    nats = stream_losses(model, token_L, start[0])
+    context, start = model.config.context_length, start_ids(model)
+    token_ids = [model.tokenizer.encode(text) for text in documents]
+    token_RT, document_RT = pack_documents(token_ids, start, context)
+    rows = min(max(1, MAX_SCORE_TOKENS // context), MAX_SCORE_WINDOWS)
+    eval_step, parts = eval_step_for(model.config), []
+    batches = range(0, len(token_RT), rows)
+    for first in log_progress(batches, len(batches), "scoring", "batches"):
+        check_interrupted()
+        token_BT = np.full((rows, context + 1), start[0], np.int32)
+        part = token_RT[first : first + rows]
+        token_BT[: len(part)] = part  # all batches have the same shape
+        losses = np.asarray(eval_step(model.params, make_lm_batch(token_BT, start[0])), np.float64)
+        parts.append(losses[: len(part)])
+    is_scored = document_RT >= 0
     return TokenLosses(
-        nats[is_text],
-        model.tokenizer.byte_lengths[token_L[1:][is_text]].astype(np.int64),
-        document_L[1:][is_text],
+        np.concatenate(parts)[is_scored],
+        model.tokenizer.byte_lengths[token_RT[:, 1:][is_scored]].astype(np.int64),
+        document_RT[is_scored],
     )
 
 
-def stream_losses(
-    model: Model, token_L: Int[np.ndarray, " L"], start_token: int
-) -> Float[np.ndarray, " _"]:
-    """Losses in nats of all tokens but the first; `start_token` begins documents."""
-    context = model.config.context_length
-    num_windows = min(max(1, MAX_SCORE_TOKENS // context), MAX_SCORE_WINDOWS)
-    eval_step, parts = eval_step_for(model.config), []
-    batch: Batch
-    for batch in sliding_windows(token_L, context, context, num_windows, start_token):
-        check_interrupted()
-        losses = np.asarray(eval_step(model.params, batch), np.float64)
-        parts.append(losses[batch["loss_weights"] > 0])
-    return np.concatenate(parts)
+def pack_documents(
+    token_ids: Sequence[Sequence[int]], start: Sequence[int], context: int
+) -> tuple[Int[np.ndarray, "R _"], Int[np.ndarray, "R T"]]:
+    """Packs documents into rows, none of them across rows unless it is too long.
+
+    Returns rows of `context` + 1 tokens, and the document of each target, or -1 if it
+    is not scored. A document begins with the tokens `start`. One that does not fit into
+    a row begins a row, and each row repeats the last token of the row before.
+    """
+    rows: list[tuple[list[int], list[int]]] = []  # tokens, and the document of each
+    for number, ids in enumerate(token_ids):
+        tokens, owners = [*start, *ids], [-1] * len(start) + [number] * len(ids)
+        if rows and len(rows[-1][0]) + len(tokens) <= context + 1:
+            rows[-1][0].extend(tokens)
+            rows[-1][1].extend(owners)
+            continue
+        for begin in range(0, max(len(tokens) - 1, 1), context):
+            end = begin + context + 1
+            rows.append((tokens[begin:end], owners[begin:end]))
+    token_RT = np.full((len(rows), context + 1), start[0], np.int32)
+    owner_RT = np.full((len(rows), context + 1), -1)
+    for row, (tokens, owners) in enumerate(rows):
+        token_RT[row, : len(tokens)] = tokens
+        owner_RT[row, : len(owners)] = owners
+    return token_RT, owner_RT[:, 1:]
 
 
 def sum_clusters(losses: TokenLosses, num_documents: int) -> Clusters:

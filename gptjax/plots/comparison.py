@@ -49,11 +49,15 @@ def comparison_figure(groups: Sequence[Sequence[RunRecord]], axis: CurveAxis) ->
 def draw_run(
     axes: Any, run: RunRecord, axis: CurveAxis, metric: str, label: str | None, style: Any
 ) -> None:
-    """Draws the validation losses of a run, and its training losses if per token."""
+    """Draws the validation losses of a run, and its training losses if per token.
+
+    Those before the first step are left out, since they would determine the scale.
+    """
     if metric == PER_TOKEN.metric:
         steps, losses = metric_series(run.events, "train", metric)
         axes.plot(run.along(axis, steps), losses, linewidth=0.8, alpha=0.4, **style)
-    steps, losses = metric_series(run.events, "eval", metric, "validation")
+    trained = [event for event in run.events if event["step"] > 0]
+    steps, losses = metric_series(trained, "eval", metric, "validation")
     axes.plot(run.along(axis, steps), losses, marker="o", markersize=4, label=label, **style)
 
 

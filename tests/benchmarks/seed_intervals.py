@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.seed_intervals runs/seeds
 
-trains 63 runs of seconds: ten comparisons of a config with itself, which at a level of 5 %
-should raise about half an alarm, and one with a learning rate that is ten times lower.
+trains 63 runs of seconds: for ten comparisons of a config with itself, which at a level
+of 5 % should raise about half an alarm, and for one with a tenth of the learning rate.
 Runs that exist are not trained again.
 """
 
