@@ -112,7 +112,7 @@ def can_print(text: str) -> bool:
     return True
 
 
-def format_state(status: RunStatus, now: float) -> str:
+def format_state(status: RunStatus, now: int | float) -> str:
     """State of a run, since when, and what to do about it."""
     process, state = status.process, status.state
     where = f"pid {process.pid} on {process.host}" if process.host else ""
@@ -131,7 +131,7 @@ def format_state(status: RunStatus, now: float) -> str:
     return "; ".join([when, *(text for text in detail[1:] if text)])
 
 
-def format_progress(status: RunStatus, now: float) -> str:
+def format_progress(status: RunStatus, now: int | float) -> str:
     """Steps done; of a running run also the time left and the age of its last event."""
     if status.config is None:
         return "reading the data" if status.state == "running" else "no step was trained"
@@ -176,7 +176,7 @@ def sample_lines(status: RunStatus) -> list[str]:
     return ["", title, *(f"  {line}" for line in lines)] if lines else []
 
 
-def format_time(seconds: float) -> str:
+def format_time(seconds: int | float) -> str:
     """Local time of a time in seconds since 1970.
 
     The time zone is part of it, since the run may be on another machine.
@@ -184,7 +184,7 @@ def format_time(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
 
 
-def format_age(since: float, now: float) -> str:
+def format_age(since: int | float, now: int | float) -> str:
     """Time since a point in time, in days, or hours, minutes and seconds."""
     seconds = max(now - since, 0.0)
     return f"{seconds / 86400:.1f} days" if seconds > 2 * 86400 else format_duration(seconds)

@@ -11,7 +11,7 @@ DOT_BITS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
 LABEL_COLUMNS = 8  # of the y axis
 MIN_PLOT_COLUMNS, MIN_PLOT_ROWS = 8, 3
 
-Points = tuple[Sequence[float], Sequence[float]]  # x and y
+Points = tuple[Sequence[int | float], Sequence[int | float]]  # x and y
 
 
 def text_plot(

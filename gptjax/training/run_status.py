@@ -45,11 +45,11 @@ class RunStatus:
 
     run_dir: Path
     state: State
-    since: float  # start of a running process, else its end or last sign of life
+    since: int | float  # start of a running process, else its end or last sign of life
     process: ProcessRecord
     config: RunConfig | None  # None until the data are read
     events: Sequence[Event]
-    tokens_per_step: float | None  # None for runs of earlier versions
+    tokens_per_step: int | float | None  # None for runs of earlier versions
 
     @property
     def step(self) -> int:
@@ -57,7 +57,7 @@ class RunStatus:
         return max((event["step"] for event in self.events), default=0)
 
     @property
-    def last_event_time(self) -> float | None:
+    def last_event_time(self) -> int | float | None:
         """Time of the newest event; None for runs of earlier versions."""
         times = [event["time"] for event in self.events if event.get("time") is not None]
         return max((x for x in times if 0 <= x < MAX_TIME), default=None)
@@ -66,7 +66,7 @@ class RunStatus:
         """Newest event of a kind; {} if there is none."""
         return next((event for event in reversed(self.events) if event["event"] == kind), {})
 
-    def seconds_left(self, now: float) -> float | None:
+    def seconds_left(self, now: int | float) -> float | None:
         """Estimate of the time to the last step, at the speed of the latest steps."""
         first = [n for n, event in enumerate(self.events) if event["event"] == "resume"][-1:]
         recent = self.events[first[0] if first else 0 :]
@@ -96,7 +96,7 @@ def read_run_status(run_dir: Path) -> RunStatus:
     return dataclasses.replace(status, state=state, since=since)
 
 
-def infer_state(status: RunStatus, locked: bool | None) -> tuple[State, float]:
+def infer_state(status: RunStatus, locked: bool | None) -> tuple[State, int | float]:
     """State of a run, and since when.
 
     A run on another machine, whose lock may be invisible here, counts as running until
