@@ -22,6 +22,7 @@ IMPORTERS = {  # dependency: the modules that may import it
     "huggingface_hub": ["weights.hub"],
     "jinja2": ["tokenizer.template_worker"],
     "lazy_loader": ["book", "gptjax"],
+    "lm_eval": ["evaluation.lm_harness"],
     "matplotlib": ["plots.*"],
     "ml_dtypes": ["weights.*"],
     "openai": ["evaluation.llm_judge"],

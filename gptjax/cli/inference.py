@@ -1,16 +1,19 @@
 """The commands of a MODEL: generate, chat, classify, eval, import and export."""
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from gptjax.cli import arguments
-from gptjax.cli.arguments import PATH, Command, flag_option, value_option
+from gptjax.cli.arguments import PATH, Command, flag_option, list_option, value_option
 from gptjax.cli.session import load_model, log_to_console
-from gptjax.config import CONTEXT
+from gptjax.config import CONTEXT, Range
 from gptjax.errors import ConfigError
 from gptjax.runtime.terminal import (
     print_message,
@@ -19,6 +22,10 @@ from gptjax.runtime.terminal import (
     read_stdin,
     stdin_lines,
 )
+
+NUM_FEW_SHOT = Range(0, 10**4)
+
+Load = Callable[[], Any]  # loads the model
 
 
 @click.command("generate", cls=Command)
@@ -171,9 +178,92 @@ def run_classify(
         print_message(f"{num_truncated:,} texts were cut to the model's {context:,} tokens")
 
 
+def evaluate_text(load: Load, text: Path, context: int | None, stride: int | None) -> Any:
+    """Loss, perplexity and bits per byte of a text file."""
+    from gptjax.data.readers import read_text_file
+    from gptjax.evaluation.perplexity import score
+
+    return score(load(), read_text_file(text), context=context, stride=stride).to_dict()
+
+
+def evaluate_labels(
+    load: Load, classification_data: str, text_column: str, label_column: str
+) -> Any:
+    """Metrics of a classifier on labeled texts."""
+    from gptjax.evaluation.classification import evaluate_labeled_file
+
+    return evaluate_labeled_file(load(), classification_data, text_column, label_column)
+
+
+def evaluate_chat(
+    load: Load, chat_data: str, out: Path | None, judge: str | None, judge_model: str
+) -> Any:
+    """Scores of the answers of an assistant, also by task."""
+    from gptjax.evaluation.instructions import evaluate_file
+    from gptjax.evaluation.llm_judge import LLMJudge
+
+    # The requirements of a judge are checked before any work.
+    scorer = LLMJudge(judge, judge_model) if judge else None
+    metrics, tasks = evaluate_file(load(), chat_data, out, scorer)
+    return metrics | ({"tasks": tasks} if tasks else {})
+
+
+def evaluate_choices(
+    load: Load, choices: Path, few_shot: Path | None, num_fewshot: int | None, out: Path | None
+) -> Any:
+    """Accuracy on multiple-choice questions."""
+    from gptjax.evaluation.multiple_choice import evaluate_questions
+
+    if num_fewshot and few_shot is None:
+        raise ConfigError(f"--num-fewshot {num_fewshot} needs --few-shot FILE with the examples.")
+    return evaluate_questions(load(), choices, few_shot, num_fewshot, out)
+
+
+def evaluate_last_word(load: Load, last_word: Path, out: Path | None) -> Any:
+    """Accuracy and perplexity of the last words of texts."""
+    from gptjax.evaluation.multiple_choice import evaluate_last_words
+
+    return evaluate_last_words(load(), last_word, out)
+
+
+def evaluate_harness(
+    load: Load, tasks: tuple[str, ...], num_fewshot: int | None, out: Path | None
+) -> Any:
+    """Metrics of tasks of lm-evaluation-harness."""
+    from gptjax.evaluation.lm_harness import evaluate_tasks
+
+    return {"tasks": evaluate_tasks(load, tasks, num_fewshot, out)}
+
+
+# What `gptjax eval` evaluates, by the option that names it: a function of a loader of
+# the model, of this option and of those that belong to it.
+EVAL_MODES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "text": (evaluate_text, ("context", "stride")),
+    "classification_data": (evaluate_labels, ("text_column", "label_column")),
+    "chat_data": (evaluate_chat, ("out", "judge", "judge_model")),
+    "choices": (evaluate_choices, ("few_shot", "num_fewshot", "out")),
+    "last_word": (evaluate_last_word, ("out",)),
+    "tasks": (evaluate_harness, ("num_fewshot", "out")),
+}
+
+
 @click.command("eval", cls=Command)
 @click.argument("model")
 @value_option("--text", "text file: loss (nats per token), perplexity and bits per byte", type=PATH)
+@value_option(
+    "--context",
+    "--text: tokens of a window",
+    type=int,
+    shown="the context length",
+    valid_range=CONTEXT,
+)
+@value_option(
+    "--stride",
+    "--text: tokens between the starts of two windows; fewer give each token more context",
+    type=int,
+    shown="--context",
+    valid_range=CONTEXT,
+)
 @value_option(
     "--classification-data",
     "labeled texts: accuracy and other metrics of a classifier",
@@ -191,84 +281,81 @@ def run_classify(
     metavar="FILE",
 )
 @value_option(
-    "--context",
-    "--text: tokens of a window",
-    type=int,
-    shown="the context length",
-    valid_range=CONTEXT,
-)
-@value_option(
-    "--stride",
-    "--text: tokens between the starts of two windows; fewer give each token more context",
-    type=int,
-    shown="--context",
-    valid_range=CONTEXT,
-)
-@value_option("--out", "--chat-data: write the answers as JSON lines", type=PATH)
-@value_option(
     "--judge",
     "--chat-data: OpenAI-compatible endpoint of a model that scores the answers",
     metavar="URL",
 )
 @value_option("--judge-model", "--judge: name of the model", "llama3")
+@value_option(
+    "--choices",
+    "multiple-choice questions: accuracy, also normalized by the length of the choices; one "
+    '{"context": ..., "choices": [...], "answer": ...} per line',
+    type=PATH,
+    metavar="FILE.jsonl",
+)
+@value_option(
+    "--few-shot",
+    "--choices: solved questions before each question, in the same format",
+    type=PATH,
+    metavar="FILE.jsonl",
+)
+@value_option(
+    "--num-fewshot",
+    "--choices, --tasks: number of solved questions before each question",
+    type=int,
+    shown="all of --few-shot; as the task says",
+    valid_range=NUM_FEW_SHOT,
+)
+@value_option(
+    "--last-word",
+    'texts: accuracy and perplexity of the last word, as in LAMBADA; one {"text": ...} per line',
+    type=PATH,
+    metavar="FILE.jsonl",
+)
+@list_option(
+    "--tasks",
+    "tasks of lm-evaluation-harness by name, or its .yaml files",
+    shown="none",
+    kind=click.STRING,
+    metavar="TASK",
+)
+@value_option(
+    "--out",
+    "--chat-data, --choices, --last-word, --tasks: write the results per row as JSON lines",
+    type=PATH,
+)
 @flag_option("--json", "print one JSON object", "as_json")
 @arguments.model_session_arguments
-def run_evaluate(
-    model: str,
-    text: Path | None,
-    classification_data: str | None,
-    text_column: str,
-    label_column: str,
-    chat_data: str | None,
-    context: int | None,
-    stride: int | None,
-    out: Path | None,
-    judge: str | None,
-    judge_model: str,
-    as_json: bool,
-    int8: bool,
-    verbose: bool,
-) -> None:
-    """Evaluate a model on a text, labeled texts or conversations.
+def run_evaluate(model: str, as_json: bool, int8: bool, verbose: bool, **options: Any) -> None:
+    """Evaluate a model on texts, labels, conversations or benchmarks.
 
-    MODEL is described in gptjax --help. One of --text, --classification-data and
-    --chat-data is required.
+    MODEL is described in gptjax --help. One of --text, --classification-data,
+    --chat-data, --choices, --last-word and --tasks is required.
     """
-    if [text, classification_data, chat_data].count(None) != 2:
-        raise click.UsageError("eval takes one of --text, --classification-data and --chat-data.")
-    if (text_column or label_column) and not classification_data:
-        raise ConfigError("--text-column and --label-column belong to --classification-data.")
-    if (context or stride) and not text:
-        raise ConfigError("--context and --stride belong to --text.")
-    if (out or judge) and not chat_data:
-        raise ConfigError("--out and --judge belong to --chat-data.")
-    scorer = None
-    if judge:  # its requirements are checked before any work
-        from gptjax.evaluation.llm_judge import LLMJudge
-
-        scorer = LLMJudge(judge, judge_model)
-    loaded = load_model(model, int8=int8, verbose=verbose)
-    metrics: Any = {}
-    tasks: Any = {}
-    if chat_data:
-        from gptjax.evaluation.instructions import evaluate_file
-
-        metrics, tasks = evaluate_file(loaded, chat_data, out, scorer)
-    elif classification_data:
-        from gptjax.evaluation.classification import evaluate_labeled_file
-
-        metrics = evaluate_labeled_file(loaded, classification_data, text_column, label_column)
-    elif text:
-        from gptjax.data.readers import read_text_file
-        from gptjax.evaluation.perplexity import score
-
-        windows = {"context": context, "stride": stride}
-        metrics = score(loaded, read_text_file(text), **windows).to_dict()
+    names = {name: f"--{name.replace('_', '-')}" for name in options}
+    modes = [mode for mode in EVAL_MODES if options[mode]]
+    if len(modes) != 1:
+        raise click.UsageError(f"eval takes one of {', '.join(names[x] for x in EVAL_MODES)}.")
+    mode = modes[0]
+    evaluate, belonging = EVAL_MODES[mode]
+    context = click.get_current_context()
+    for name in options.keys() - {mode, *belonging}:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            owners = [names[owner] for owner, (_, others) in EVAL_MODES.items() if name in others]
+            raise ConfigError(f"{names[name]} belongs to {' and '.join(owners)}.")
+    load = functools.partial(load_model, model, int8=int8, verbose=verbose)
+    metrics = evaluate(load, *(options[name] for name in (mode, *belonging)))
     if as_json:
-        print_result(json.dumps(metrics | ({"tasks": tasks} if tasks else {})))
-        return
-    for task, scores in tasks.items():
-        print_result(f"{task:<18} {scores['exact_match']:.4f} exact")
+        print_result(json.dumps(metrics))
+    else:
+        print_metrics(**metrics)
+
+
+def print_metrics(tasks: Any = None, **metrics: Any) -> None:
+    """Prints a line per task and per metric."""
+    for task, scores in (tasks or {}).items():
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        print_result(f"{task:<18} {shown}")
     for name, value in metrics.items():
         value = ", ".join(value) if isinstance(value, list) else value
         shown = f"{value:.4f}" if isinstance(value, float) else value

@@ -15,6 +15,7 @@ from gptjax.evaluation.llm_judge import LLMJudge, iter_judgements, summarize_jud
 from gptjax.evaluation.metrics import exact_match, rouge_l, token_f1
 from gptjax.evaluation.perplexity import Evaluation, eval_step_for, evaluate
 from gptjax.fileio.atomic import open_atomic
+from gptjax.fileio.paths import require_new_file
 from gptjax.inference.assistant import answer_batch, chat_template_of
 from gptjax.runtime.terminal import logger
 from gptjax.runtime.timing import log_progress
@@ -90,8 +91,7 @@ def evaluate_file(
     Writes each row with its response, scores and judgement to `out`, which is required
     if there is a judge. Returns metrics by name, and mean scores by task.
     """
-    if out is not None and out.exists():
-        raise ConfigError(f"{out} already exists. Name another file with --out.")
+    require_new_file(out)
     if judge is not None and out is None:
         raise ConfigError("a judge requires --out FILE for its scores.")
     template, max_length = chat_template_of(model), model.config.context_length

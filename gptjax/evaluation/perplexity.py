@@ -41,7 +41,7 @@ class Evaluation:
     @property
     def perplexity(self) -> float:
         """Exponential of the loss; not comparable across tokenizers."""
-        return math.exp(min(self.loss, 700.0))
+        return to_perplexity(self.loss)
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -52,6 +52,11 @@ class Evaluation:
         """Values logged to metrics.jsonl."""
         names = ("loss", "perplexity", "bits_per_byte", "tokens")
         return {name: getattr(self, name) for name in names}
+
+
+def to_perplexity(loss: float) -> float:
+    """Exponential of a loss, which is clipped so that the result is finite."""
+    return math.exp(min(loss, 700.0))
 
 
 def make_eval_step(

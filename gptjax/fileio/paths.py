@@ -27,6 +27,12 @@ def user_path(path: str | Path) -> Path:
         ) from error
 
 
+def require_new_file(out: Path | None) -> None:
+    """Raises ConfigError if the file of --out exists."""
+    if out is not None and out.exists():
+        raise ConfigError(f"{out} already exists. Name another file with --out.")
+
+
 def user_cache_dir(kind: str) -> Path:
     """Cache directory of gptjax for "data" or "xla" (compiled programs)."""
     return user_path(os.environ.get("GPTJAX_HOME") or "~/.cache/gptjax") / kind

@@ -11,17 +11,15 @@ from gptjax.inference.generate import (
     GenerationOptions,
     check_language_model,
     complete,
+    complete_batches,
     list_options,
     merge_options,
     stream,
     truncate_prompts,
 )
-from gptjax.runtime.timing import log_progress
 from gptjax.tokenizer.chat_template import ChatTemplate, compile_template
 from gptjax.tokenizer.template_worker import ChatMessage
 from gptjax.weights.model_folder import Model
-
-ANSWER_BATCH_SIZE = 32  # prompts per batch
 
 
 def chat_template_of(model: Model) -> ChatTemplate:
@@ -86,24 +84,10 @@ def stream_answer(
 def answer_batch(
     model: Model, prompts: Sequence[Sequence[ChatMessage]], max_new_tokens: int
 ) -> list[str]:
-    """Generates greedy answers to many conversations.
-
-    Batches have a fixed size and prompts of similar length, so that few programs are
-    compiled. Answers do not depend on the batch.
-    """
+    """Generates greedy answers to many conversations."""
     prompt_ids = [encode_chat(model, messages) for messages in prompts]
     prompt_ids = truncate_prompts(prompt_ids, model.config.context_length)
     config = GenerationConfig(temperature=0.0, max_new_tokens=max_new_tokens)
     config = make_chat_config(model, config, {})
-    order = sorted(range(len(prompt_ids)), key=lambda n: len(prompt_ids[n]))
-    answers = [""] * len(prompt_ids)
-    starts = range(0, len(order), ANSWER_BATCH_SIZE)
-    for start in log_progress(starts, len(starts), "answering", "batches"):
-        indices = order[start : start + ANSWER_BATCH_SIZE]
-        batch = [prompt_ids[n] for n in indices]
-        if len(prompt_ids) > ANSWER_BATCH_SIZE:
-            batch += [batch[-1]] * (ANSWER_BATCH_SIZE - len(batch))
-        results = complete(model, batch, generation_config=config)
-        for n, result in zip(indices, results, strict=False):
-            answers[n] = result.text.strip()
-    return answers
+    results = complete_batches(model, prompt_ids, config, "answering")
+    return [result.text.strip() for result in results]

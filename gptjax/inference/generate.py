@@ -35,10 +35,11 @@ from gptjax.inference.sampling import SamplingParams
 from gptjax.runtime.preemption import check_interrupted
 from gptjax.runtime.prng import key_of_words
 from gptjax.runtime.terminal import logger
-from gptjax.runtime.timing import mark_phase
+from gptjax.runtime.timing import log_progress, mark_phase
 from gptjax.tokenizer.tokenizer import MAX_STOP_IDS
 from gptjax.weights.model_folder import Model
 
+COMPLETION_BATCH_SIZE = 32  # prompts
 TOKENS_PER_CALL = 16  # decoded per compiled call when streaming or checking stop texts
 
 Prompt = str | Sequence[int]
@@ -202,6 +203,28 @@ def complete(
         ids, logprobs = (list(itertools.chain.from_iterable(x)) for x in (ids, logprobs))
         reason = "stop" if stopped[-1] else "length"
         completions.append(Completion("".join(texts), ids, logprobs, reason, num_truncated))
+    return completions
+
+
+def complete_batches(
+    model: Model, prompts: Sequence[list[int]], config: GenerationConfig, action: str
+) -> list[Completion]:
+    """Generates completions of many tokenized prompts; logs the progress of an action.
+
+    Batches have a fixed size and prompts of similar length, so that few programs are
+    compiled. Completions do not depend on the batch.
+    """
+    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
+    completions: list[Any] = [None] * len(prompts)
+    starts = range(0, len(order), COMPLETION_BATCH_SIZE)
+    for start in log_progress(starts, len(starts), action, "batches"):
+        indices = order[start : start + COMPLETION_BATCH_SIZE]
+        batch = [prompts[n] for n in indices]
+        if len(prompts) > COMPLETION_BATCH_SIZE:
+            batch += [batch[-1]] * (COMPLETION_BATCH_SIZE - len(batch))
+        results = complete(model, batch, generation_config=config)
+        for n, result in zip(indices, results, strict=False):
+            completions[n] = result
     return completions
 
 

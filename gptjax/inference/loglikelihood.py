@@ -13,7 +13,7 @@ padded tokens of a continuation, [M] the positions whose logits are in memory to
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +29,7 @@ from gptjax.inference.sampling import argmax, log_prob
 from gptjax.model.gpt import apply_with_cache, init_cache, lm_logits, unembedding_matrix
 from gptjax.runtime.preemption import check_interrupted
 from gptjax.runtime.timing import log_progress
+from gptjax.tokenizer.tokenizer import Tokenizer
 from gptjax.tree import Params
 from gptjax.weights.model_folder import Model
 
@@ -67,6 +68,35 @@ class ScoringBatch(NamedTuple):
     context_BP: Int[np.ndarray, "B P"]
     length_B: Int[np.ndarray, " B"]  # tokens of each context
     target_BCT: Int[np.ndarray, "B C T"]
+
+
+def encode_pair(
+    tokenizer: Tokenizer, context: str, continuation: str, special: Collection[str] = ()
+) -> tuple[list[int], list[int]]:
+    """Encodes a context and its continuation like lm-evaluation-harness 0.4.13.
+
+    Blanks at the end of the context belong to the continuation. Both are encoded
+    together, then cut after as many tokens as the context alone has. A continuation
+    that is left without tokens, since one spans the cut, is encoded alone (as proposed
+    in EleutherAI/lm-evaluation-harness#4055). In place of an empty context is the
+    token that starts a text, or else the one that ends it.
+
+    `special` are special tokens that the texts may contain, as chat templates do.
+    """
+    stripped = context.rstrip()
+    continuation = context[len(stripped) :] + continuation
+    if not stripped:
+        start = tokenizer.eot_token if tokenizer.bos_token is None else tokenizer.bos_token
+        return [start], tokenizer.encode(continuation, special)
+    context_ids = encode_start(tokenizer, stripped, special)
+    ids = encode_start(tokenizer, stripped + continuation, special)
+    return context_ids, ids[len(context_ids) :] or tokenizer.encode(continuation, special)
+
+
+def encode_start(tokenizer: Tokenizer, text: str, special: Collection[str] = ()) -> list[int]:
+    """Encodes the start of a text, with the BOS token once if the model expects it."""
+    prefix, ids = tokenizer.prefix_ids, tokenizer.encode(text, special)
+    return ids if ids[: len(prefix)] == prefix else prefix + ids
 
 
 def score_continuations(
