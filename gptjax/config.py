@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 from gptjax.errors import ConfigError
 from gptjax.fileio.paths import user_path
 from gptjax.fileio.strict_json import read_small_file
+from gptjax.presets import PRESETS
+from gptjax.renamed_options import find_renames
 
 MAX_CONFIG_BYTES = 1_000_000  # maximum size of a config file
 
@@ -240,58 +242,6 @@ class GPTConfig(Section):
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
-# Of Llama, SmolLM2 and Qwen 3.
-LLAMA_OPTIONS: dict[str, Any] = {
-    "position": "rope",
-    "norm": "rms",
-    "mlp": "swiglu",
-    "bias": False,
-    "qkv_bias": False,
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    name: {"vocab_size": 50_257, "n_layers": layers, "n_heads": heads, "d_model": width}
-    for name, layers, heads, width in (  # Radford et al. 2019, table 2
-        ("gpt2", 12, 12, 768),
-        ("gpt2-medium", 24, 16, 1024),
-        ("gpt2-large", 36, 20, 1280),
-        ("gpt2-xl", 48, 25, 1600),
-    )
-}
-PRESETS["smollm2-135m"] = LLAMA_OPTIONS | {  # huggingface.co/HuggingFaceTB/SmolLM2-135M
-    "vocab_size": 49_152,
-    "context_length": 8192,
-    "n_layers": 30,
-    "n_heads": 9,
-    "n_kv_heads": 3,
-    "d_model": 576,
-    "mlp_dim": 1536,
-    "rope_theta": 100_000.0,
-}
-PRESETS["llama3.2-1b"] = LLAMA_OPTIONS | {  # huggingface.co/meta-llama/Llama-3.2-1B
-    "vocab_size": 128_256,
-    "context_length": 131_072,
-    "n_layers": 16,
-    "n_heads": 32,
-    "n_kv_heads": 8,
-    "d_model": 2048,
-    "rope_theta": 500_000.0,
-    "rope_factor": 32.0,
-}
-PRESETS["qwen3-0.6b"] = LLAMA_OPTIONS | {  # huggingface.co/Qwen/Qwen3-0.6B
-    "vocab_size": 151_936,
-    "context_length": 40_960,
-    "n_layers": 28,
-    "n_heads": 16,
-    "n_kv_heads": 8,
-    "head_dim": 128,
-    "d_model": 1024,
-    "mlp_dim": 3072,
-    "norm_eps": 1e-6,
-    "qk_norm": True,
-    "rope_theta": 1_000_000.0,
-}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
     """Data source, tokenizer, splits and batching."""
@@ -468,6 +418,60 @@ class TrackConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpectConfig(Section):
+    """Expected results of a config, which `gptjax check` compares with those of a run.
+
+    They are not options: they do not change a run. A result has two bounds, or none if
+    nothing is expected of it.
+    """
+
+    section = "expect"
+    train_loss: tuple[float, ...] = option("operational", (), "last loss on training rows")
+    validation_loss: tuple[float, ...] = option("operational", (), "last validation loss")
+    best_validation_loss: tuple[float, ...] = option("operational", (), "lowest validation loss")
+    test_loss: tuple[float, ...] = option("operational", (), "test loss")
+    test_response_loss: tuple[float, ...] = option(
+        "operational", (), "test loss of the responses alone"
+    )
+    train_accuracy: tuple[float, ...] = option("operational", (), "last accuracy on training rows")
+    validation_accuracy: tuple[float, ...] = option("operational", (), "last validation accuracy")
+    test_accuracy: tuple[float, ...] = option("operational", (), "test accuracy")
+    test_exact_match: tuple[float, ...] = option(
+        "operational", (), "exact match of the test answers"
+    )
+    source: Literal["measured", "published"] = option(
+        "operational", "measured", "measured with gptjax, or published by others"
+    )
+    date: str = option("operational", "", "date of the measurement or publication")
+    machine: str = option("operational", "", "machine of the measurement")
+    commit: str = option("operational", "", "commit of gptjax, or the publication")
+    may_differ: tuple[str, ...] = option(
+        "operational", (), "options with which the results hold as well, such as train.seed"
+    )
+    config: str = option("operational", "", "name of the config; set when it is loaded")
+    changes: tuple[str, ...] = option(
+        "operational", (), "options of a run that differ from the config; set by training"
+    )
+
+    def __post_init__(self) -> None:
+        """Rejects intervals without two bounds."""
+        super().__post_init__()
+        for name, bounds in self.results().items():
+            if len(bounds) != 2 or bounds[0] > bounds[1]:
+                raise ConfigError(
+                    f"expect.{name}={list(bounds)} must be the lowest and the highest value, for "
+                    "example [1.74, 1.79]."
+                )
+
+    def results(self) -> dict[str, tuple[float, ...]]:
+        """Expected results by name."""
+        names = [
+            field.name for field in dataclasses.fields(self) if field.type == tuple[float, ...]
+        ]
+        return {name: value for name in names if (value := getattr(self, name))}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Complete configuration of a training run."""
 
@@ -479,6 +483,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     track: TrackConfig = dataclasses.field(default_factory=TrackConfig)
+    expect: ExpectConfig = dataclasses.field(default_factory=ExpectConfig)
 
     def __post_init__(self) -> None:
         """Rejects contradictions between sections."""
@@ -496,6 +501,7 @@ def config_options() -> dict[str, "dataclasses.Field[Any]"]:
     return {
         f"{section}.{field.name}": field
         for section, cls in hints.items()
+        if cls is not ExpectConfig
         for field in dataclasses.fields(cls)
     }
 
@@ -529,49 +535,6 @@ def from_dict(cls: Any, table: Mapping[str, Any], prefix: str = "") -> Any:
     return cls(**values)
 
 
-RENAMED_OPTIONS = {  # earlier name: current name
-    "data.text": "data.text_column",
-    "data.label": "data.label_column",
-    "data.split": "data.split_strategy",
-    "data.balance": "data.balance_classes",
-    "data.dedupe": "data.deduplicate",
-    "data.val_seed": "data.split_seed",
-    "data.template": "data.chat_template",
-    "data.mask_prompt": "data.completion_only_loss",
-    "optim.final_lr": "optim.final_lr_fraction",
-    "optim.decay_all": "optim.decay_norms_and_biases",
-    "train.loss_chunk": "train.loss_chunk_size",
-    "tune": "finetune",
-    "tune.start": "finetune.init_from",
-    "tune.trainable": "finetune.trainable",
-    "tune.lora_rank": "finetune.lora_rank",
-    "tune.lora_alpha": "finetune.lora_alpha",
-    "tune.lora_targets": "finetune.lora_targets",
-    "tune.lm_weight": "finetune.lm_loss_weight",
-    "tune.beta": "finetune.dpo_beta",
-}
-RENAMED_VALUES = {  # option: {earlier value: current value}
-    "train.task": {"instruct": "sft", "preference": "dpo"},
-    "data.batching": {"mixed": "concat"},
-    "model.attention": {"plain": "reference", "prefix": "chunked", "blockwise": "flash"},
-}
-
-
-def find_renames(table: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Lists earlier names and values in a nested dict, with the current ones."""
-    renames = []
-    for key, value in table.items():
-        name, values = f"{prefix}{key}", RENAMED_VALUES.get(f"{prefix}{key}", {})
-        is_section = isinstance(value, Mapping) and not prefix  # a key may have 20,000 dots
-        inner = find_renames(value, f"{name}.") if is_section else []
-        if name in RENAMED_OPTIONS and not inner:
-            inner = [f"`{name}` is now `{RENAMED_OPTIONS[name]}`"]
-        if isinstance(value, str) and value in values:
-            inner = [f"{name} = {value!r} is now {values[value]!r}"]
-        renames += inner
-    return renames
-
-
 def convert_option(name: str, value: Any, kind: Any, valid_range: Range | None = None) -> Any:
     """Returns a value as a `kind`; ConfigError for another type or out of range."""
     if get_origin(kind) is Literal:
@@ -581,6 +544,14 @@ def convert_option(name: str, value: Any, kind: Any, valid_range: Range | None =
                 f"{did_you_mean(reprlib.repr(value), get_args(kind))}"
             )
         return value
+    if get_origin(kind) is tuple:
+        item_kind = get_args(kind)[0]
+        if not isinstance(value, list | tuple):
+            raise ConfigError(
+                f"{name}={reprlib.repr(value)} must be a list, for example "
+                f"[{EXAMPLE_VALUES[item_kind]}]."
+            )
+        return tuple(convert_option(name, item, item_kind) for item in value)
     if type(value) is int and not -(10**99) < value < 10**99:  # too many digits to print
         raise ConfigError(f"{name} must have fewer than 100 digits, for example 3.")
     if kind in (int, float) and not isinstance(value, str | bool):  # numbers of NumPy too
@@ -610,7 +581,14 @@ EXAMPLE_VALUES = {int: "3", float: "0.1", str: '"text" in quotes', bool: "true o
 
 def load_config(path: str | Path) -> RunConfig:
     """Loads the run config of a TOML file; `find_config` finds one by name."""
-    return from_dict(RunConfig, load_toml(user_path(path)))
+    config = from_dict(RunConfig, load_toml(user_path(path)))
+    if not config.expect.results() or config.expect.config:
+        return config
+    name = str(user_path(path).absolute())
+    with contextlib.suppress(ValueError):  # not a built-in config
+        relative = Path(name).relative_to(builtin_config_dir().absolute())
+        name = relative.with_suffix("").as_posix()
+    return dataclasses.replace(config, expect=dataclasses.replace(config.expect, config=name))
 
 
 def load_toml(path: Path) -> dict[str, Any]:

@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 
 import gptjax
 from gptjax.config import (
-    PRESETS,
-    RENAMED_OPTIONS,
-    RENAMED_VALUES,
+    ExpectConfig,
     GPTConfig,
     RunConfig,
     TrainConfig,
@@ -24,6 +22,8 @@ from gptjax.config import (
     load_config,
 )
 from gptjax.errors import ConfigError
+from gptjax.presets import PRESETS
+from gptjax.renamed_options import RENAMED_OPTIONS, RENAMED_VALUES
 from gptjax.tree import num_params
 
 
@@ -54,7 +54,7 @@ def tables(draw):
 def test_every_config_is_the_same_as_a_table_and_as_toml(table):
     config = from_dict(RunConfig, table)
 
-    assert dataclasses.asdict(config) == table
+    assert dataclasses.asdict(config) == table | {"expect": dataclasses.asdict(ExpectConfig())}
     assert from_dict(RunConfig, tomllib.loads(tomli_w.dumps(table))) == config
     assert config_diff(config, config) == []
 

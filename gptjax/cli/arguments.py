@@ -14,17 +14,10 @@ from typing import Any, get_args
 import click
 
 import gptjax.book  # noqa: F401 (adds values of options)
-from gptjax.config import (
-    RENAMED_OPTIONS,
-    SAMPLING_RANGES,
-    Range,
-    RunConfig,
-    config_options,
-    did_you_mean,
-    from_dict,
-)
+from gptjax.config import SAMPLING_RANGES, Range, RunConfig, config_options, did_you_mean, from_dict
 from gptjax.errors import ConfigError
 from gptjax.fileio.paths import user_path
+from gptjax.renamed_options import RENAMED_OPTIONS
 from gptjax.runtime import cpu_flags
 
 
@@ -117,6 +110,8 @@ class ConfigCommand(Command):
                 name = str(parameter.name).partition("__")[0]
                 groups[name if name in groups else ""].append(record)
         for name, records in groups.items():
+            if not records:  # expected results are no options
+                continue
             with formatter.section(titles[name]):
                 formatter.write_dl(records)
 

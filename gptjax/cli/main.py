@@ -97,6 +97,7 @@ COMMANDS = Group(
         inference.run_export,
         runs.run_watch,
         runs.run_compare,
+        runs.run_check,
         runs.run_track,
         DATA_COMMANDS,
         planning.run_plan,

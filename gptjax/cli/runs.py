@@ -1,4 +1,4 @@
-"""Commands about runs: `gptjax compare`, `watch` and `track`."""
+"""Commands about runs: `gptjax compare`, `watch`, `check` and `track`."""
 
 import contextlib
 import io
@@ -101,6 +101,34 @@ def run_watch(run_dir: Path, once: bool, browser: bool, port: int) -> int:
     except Interrupted:  # the usual end
         return 0
     return 1 if status.state in ("failed", "dead") else 0
+
+
+@click.command("check", cls=Command)
+@click.argument("run_dir", metavar="RUN", type=PATH)
+def run_check(run_dir: Path) -> int:
+    """Compare a finished run with the expected results of its config.
+
+    Exit code 0: all results are as expected; 1: one is not; 2: there are none, or the
+    options of the run differ from those of the config.
+    """
+    from gptjax.training.expected import check_results
+
+    config, checks = check_results(run_dir)
+    expect = config.expect
+    origin = " ".join(filter(None, [expect.date, expect.machine and f"on {expect.machine}"]))
+    origin += f", {expect.commit}" * bool(expect.commit)
+    print_result(f"expected results of {expect.config}, {expect.source} {origin}".rstrip())
+    for check in checks:
+        found = "not measured" if check.found is None else f"{check.found:.4f}"
+        verdict = "" if expect.changes else "  ok" if check.is_met else "  NOT as expected"
+        interval = f"{check.lowest:g} to {check.highest:g}"
+        print_result(f"{check.name:<22} expected {interval:<18} found {found}{verdict}")
+    if expect.changes:
+        raise ModelError(
+            f"the run in {run_dir} has other options than {expect.config}, so these results are "
+            f"not expected of it: {'; '.join(expect.changes)}. Train the config unchanged."
+        )
+    return 0 if all(check.is_met for check in checks) else 1
 
 
 @click.command("track", cls=Command)

@@ -20,6 +20,7 @@ from gptjax.tasks.pretrain import PRETRAIN
 from gptjax.tasks.sft import SFT
 from gptjax.tracking.process import track_run
 from gptjax.tracking.sinks import check_installed
+from gptjax.training.expected import record_changes
 from gptjax.training.optimizer import make_schedule
 from gptjax.training.run_dir import open_run
 from gptjax.training.task import RunContext
@@ -50,6 +51,7 @@ def train(
         stages_fn: StagesFn = load_plugin("train.task", config.train.task)
         stages = stages_fn(config)
     check_options(config)
+    config = record_changes(config)
     with (
         open_run(config, user_path(run_dir), allow_change=allow_change, on_spike=on_spike) as run,
         follow_with_tracker(run),

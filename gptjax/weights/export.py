@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.config import LLAMA_OPTIONS, GPTConfig, did_you_mean
+from gptjax.config import GPTConfig, did_you_mean
 from gptjax.errors import ConfigError, ModelError
 from gptjax.fileio.atomic import atomic_path, write_atomic
 from gptjax.model.classifier import class_logits
 from gptjax.model.gpt import apply
+from gptjax.presets import LLAMA_OPTIONS
 from gptjax.tree import flatten_with_names, num_params
 from gptjax.weights.load import load
 from gptjax.weights.model_folder import Model, write_chat_template, write_model_json

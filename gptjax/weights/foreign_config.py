@@ -7,8 +7,9 @@ architectures, and so may keys that are unknown.
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from gptjax.config import LLAMA_OPTIONS, GPTConfig
+from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
+from gptjax.presets import LLAMA_OPTIONS
 from gptjax.tokenizer.tokenizer import ENDOFTEXT, Tokenizer
 
 GPT2_NAMES = {  # in config.json and hparams.json

@@ -22,13 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.checkpoint.retention import list_steps
-from gptjax.config import RENAMED_VALUES, GPTConfig, from_dict, load_toml
+from gptjax.config import GPTConfig, from_dict, load_toml
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.fileio import strict_json
 from gptjax.fileio.download import sha256_of_files
 from gptjax.fileio.paths import user_path
 from gptjax.model.gpt import apply, init
 from gptjax.model.quantization import fake_quantize
+from gptjax.renamed_options import RENAMED_VALUES
 from gptjax.runtime.terminal import logger
 from gptjax.tokenizer.chat_template import CHAT_TEMPLATE_FILE as TEMPLATE
 from gptjax.tokenizer.chat_template import compile_template, load_chat_template

@@ -11,8 +11,8 @@ import safetensors.numpy
 
 import gptjax
 from gptjax.cli.main import main
-from gptjax.config import LLAMA_OPTIONS
 from gptjax.errors import ConfigError, ModelError
+from gptjax.presets import LLAMA_OPTIONS
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.weights import export, hub, load
 from gptjax.weights.export import export_model, named_tensors

@@ -11,8 +11,9 @@ import pytest
 import safetensors.numpy
 
 import gptjax
-from gptjax.config import LLAMA_OPTIONS, GPTConfig
+from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError, ModelError
+from gptjax.presets import LLAMA_OPTIONS
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.tree import flatten_with_names
 from gptjax.weights import export
