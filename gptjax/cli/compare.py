@@ -98,7 +98,7 @@ def compare_two_groups(first: Sequence[RunRecord], second: Sequence[RunRecord]) 
     """Compares two configs by the final validation losses of their seeds."""
     names = f"config of {second[0].name} - config of {first[0].name}"
     unit = common_unit(first[0], second[0])
-    if not all(has_same_validation(first[0], run) for run in second):
+    if not all(has_same_validation(first[0], run) for run in [*first[1:], *second]):
         return f"{names}: not compared, since they were validated on different data."
     complete = [[run for run in group if run.is_finished] for group in (first, second)]
     counts = [len(group) for group in complete]
@@ -108,6 +108,8 @@ def compare_two_groups(first: Sequence[RunRecord], second: Sequence[RunRecord]) 
             f"{names}: {seeds}, so the effects of seed and config cannot be told apart. Train at "
             f"least {MIN_SEEDS} of each (--train.seed)."
         )
+    if any(run.final_evaluation.get(unit.metric) is None for group in complete for run in group):
+        return f"{names}: not compared, since their tokenizers differ and they log no {unit.name}."
     interval = compare_configs(*complete)
     return (
         f"{names}: {format_interval(interval, unit.name)}, over {counts[1]} and {counts[0]} "

@@ -22,6 +22,7 @@ from gptjax.cli.watch import REFRESH_SECONDS, format_progress, format_state, for
 from gptjax.errors import GptjaxError, ResourceError
 from gptjax.plots.curves import loss_figure
 from gptjax.runtime.terminal import print_message, redact_secrets, sanitize
+from gptjax.training.metrics import LOSS_UNITS
 from gptjax.training.run_status import RunStatus, read_run_status
 
 ADDRESS = "127.0.0.1"
@@ -80,10 +81,18 @@ class PageServer(ThreadingHTTPServer):
             self.view = f'<p id="state">{escape(str(error))}</p>'
             return
         if len(status.events) != self.num_drawn:
-            figure, picture = loss_figure(status.events, status.tokens_per_step or 1), io.BytesIO()
-            figure.savefig(picture, format="svg")
-            self.picture, self.num_drawn = picture.getvalue(), len(status.events)
+            self.picture, self.num_drawn = draw_loss(status), len(status.events)
         self.view = format_status(status, f"/loss.svg?{self.num_drawn}")
+
+
+def draw_loss(status: RunStatus) -> bytes:
+    """Draws the loss curve of a run as SVG."""
+    units_per_step, unit, picture = status.tokens_per_step or 1, "token", io.BytesIO()
+    if status.config and status.config.train.task in LOSS_UNITS:
+        unit = LOSS_UNITS[status.config.train.task]
+        units_per_step = status.config.data.batch_size
+    loss_figure(status.events, units_per_step, unit).savefig(picture, format="svg")
+    return picture.getvalue()
 
 
 def format_status(status: RunStatus, picture_url: str) -> str:

@@ -25,7 +25,7 @@ from gptjax.evaluation.comparison import (
 )
 from gptjax.fileio.paths import user_path
 from gptjax.training.estimate import flops_per_token
-from gptjax.training.metrics import Event, metric_series, read_events
+from gptjax.training.metrics import LOSS_UNITS, Event, metric_series, read_events
 from gptjax.training.run_dir import read_run_metadata
 from gptjax.weights.model_folder import Model
 
@@ -154,6 +154,8 @@ PER_BYTE = LossUnit("bits_per_byte", "bits per byte")
 
 def common_unit(first: RunRecord, second: RunRecord) -> LossUnit:
     """Unit for two runs: losses per token need the same tokenizer."""
+    if unit := LOSS_UNITS.get(first.config.train.task):
+        return LossUnit("loss", f"nats per {unit}")
     tokenizers = [run.metadata.get("tokenizer") for run in (first, second)]
     return PER_TOKEN if tokenizers[0] == tokenizers[1] else PER_BYTE
 

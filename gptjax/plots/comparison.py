@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from gptjax.evaluation.run_comparison import PER_BYTE, PER_TOKEN, CurveAxis, RunRecord, common_unit
+from gptjax.evaluation.run_comparison import PER_BYTE, CurveAxis, RunRecord, common_unit
 from gptjax.plots.curves import abbreviate, add_legend, new_figure
 from gptjax.training.metrics import format_number, metric_series
 
@@ -27,8 +27,8 @@ def comparison_figure(groups: Sequence[Sequence[RunRecord]], axis: CurveAxis) ->
     per token cannot be compared.
     """
     first = groups[0][0]
-    is_per_token = all(common_unit(first, run) == PER_TOKEN for runs in groups for run in runs)
-    unit = PER_TOKEN if is_per_token else PER_BYTE
+    units = [common_unit(first, run) for runs in groups for run in runs]
+    unit = PER_BYTE if PER_BYTE in units else units[0]
     figure, axes = new_figure(AXIS_LABELS[axis], f"loss ({unit.name})")
     for number, runs in enumerate(groups):
         style = {
@@ -39,7 +39,7 @@ def comparison_figure(groups: Sequence[Sequence[RunRecord]], axis: CurveAxis) ->
             label = group_label(runs) if run is runs[0] else None
             draw_run(axes, run, axis, unit.metric, label, style)
     axes.xaxis.set_major_formatter(lambda value, _: format_number(value))
-    if is_per_token:
+    if unit != PER_BYTE:
         axes.plot([], [], color="black", linewidth=0.8, alpha=0.4, label="training")
     axes.plot([], [], color="black", marker="o", markersize=4, label="validation")
     add_legend(figure)
@@ -49,11 +49,11 @@ def comparison_figure(groups: Sequence[Sequence[RunRecord]], axis: CurveAxis) ->
 def draw_run(
     axes: Any, run: RunRecord, axis: CurveAxis, metric: str, label: str | None, style: Any
 ) -> None:
-    """Draws the validation losses of a run, and its training losses if per token.
+    """Draws the validation losses of a run, and its training losses unless per byte.
 
     Those before the first step are left out, since they would determine the scale.
     """
-    if metric == PER_TOKEN.metric:
+    if metric != PER_BYTE.metric:
         steps, losses = metric_series(run.events, "train", metric)
         axes.plot(run.along(axis, steps), losses, linewidth=0.8, alpha=0.4, **style)
     trained = [event for event in run.events if event["step"] > 0]
