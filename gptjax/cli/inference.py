@@ -235,6 +235,13 @@ def evaluate_harness(
     return {"tasks": evaluate_tasks(load, tasks, num_fewshot, out)}
 
 
+def run_suite(load: Load, suite: str) -> Any:
+    """Accuracy on the tasks of the small suite."""
+    from gptjax.evaluation.suite import evaluate_suite
+
+    return {"tasks": {name: score._asdict() for name, score in evaluate_suite(load()).items()}}
+
+
 # What `gptjax eval` evaluates, by the option that names it: a function of a loader of
 # the model, of this option and of those that belong to it.
 EVAL_MODES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
@@ -244,6 +251,7 @@ EVAL_MODES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "choices": (evaluate_choices, ("few_shot", "num_fewshot", "out")),
     "last_word": (evaluate_last_word, ("out",)),
     "tasks": (evaluate_harness, ("num_fewshot", "out")),
+    "suite": (run_suite, ()),
 }
 
 
@@ -320,6 +328,12 @@ EVAL_MODES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     metavar="TASK",
 )
 @value_option(
+    "--suite",
+    "built-in tasks for small models: last words, brackets, indentation, copying, word rules",
+    type=click.Choice(["small"]),
+    shown="none",
+)
+@value_option(
     "--out",
     "--chat-data, --choices, --last-word, --tasks: write the results per row as JSON lines",
     type=PATH,
@@ -330,7 +344,7 @@ def run_evaluate(model: str, as_json: bool, int8: bool, verbose: bool, **options
     """Evaluate a model on texts, labels, conversations or benchmarks.
 
     MODEL is described in gptjax --help. One of --text, --classification-data,
-    --chat-data, --choices, --last-word and --tasks is required.
+    --chat-data, --choices, --last-word, --tasks and --suite is required.
     """
     names = {name: f"--{name.replace('_', '-')}" for name in options}
     modes = [mode for mode in EVAL_MODES if options[mode]]
