@@ -37,7 +37,7 @@ from gptjax.weights.model_folder import Model
 NUM_QUESTIONS = 120  # per task
 NUM_DISTRACTORS = 3  # of a last word
 SUITE_SEED = 0
-CONTEXT_LINES = 5  # of code before a question
+CONTEXT_LINES = 3  # of code before a question
 MIN_LINE_CHARS, MAX_LINE_CHARS = 10, 90
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 INDENT = 4  # columns
