@@ -4,6 +4,7 @@ The command line prints them without a traceback and exits with their `exit_code
 """
 
 import errno
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -102,6 +103,12 @@ def check_type(name: str, value: Any, expected: Any, fix: str) -> None:
             f"{name}{'=' * bool(shown)}{shown} is of type {type(value).__name__}, not "
             f"{getattr(expected, '__name__', expected)}. {fix}"
         )
+
+
+def is_installed(package: str) -> bool:
+    """True if a package can be imported; a folder of its name is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def install_command(extra: str) -> str:

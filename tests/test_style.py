@@ -33,7 +33,10 @@ IMPORTERS = {  # dependency: the modules that may import it
     "regex": ["tokenizer.*"],
     "safetensors": ["weights.*"],
     "tiktoken": ["tokenizer.tokenizer"],
+    "tensorboard": ["tracking.sinks"],
     "tomli_w": ["training.run_dir"],
+    "trackio": ["tracking.sinks"],
+    "wandb": ["tracking.sinks"],
 }
 # They execute what a file says, or are other frameworks: no module may import them.
 IMPORTERS |= dict.fromkeys(("pickle", "cloudpickle", "dill", "marshal", "shelve"), ())

@@ -1,10 +1,11 @@
 """Checks of the installation and machine, with a fix for each problem."""
 
-import importlib.util
 import os
 import platform
+from typing import get_args
 
-from gptjax.errors import ConfigError, install_command
+from gptjax.config import TrackerName
+from gptjax.errors import ConfigError, install_command, is_installed
 from gptjax.fileio.paths import user_cache_dir
 from gptjax.runtime.device import package_versions
 from gptjax.runtime.terminal import print_result
@@ -21,6 +22,7 @@ MIN_VERSIONS = {
 }
 # A module of each extra.
 EXTRA_MODULES = {"test": "pytest", "judge": "openai", "peers": "torch", "dev": "ruff"}
+EXTRA_MODULES |= {name: name for name in get_args(TrackerName)}
 
 
 def run_doctor() -> int:
@@ -47,8 +49,7 @@ def run_doctor() -> int:
     except ConfigError as error:
         print_check("cache", f"none: {error} Or set GPTJAX_HOME.")
     for extra, module in EXTRA_MODULES.items():
-        is_installed = importlib.util.find_spec(module) is not None
-        text = "installed" if is_installed else f"not installed -> {install_command(extra)}"
+        text = "installed" if is_installed(module) else f"not installed -> {install_command(extra)}"
         print_check("extra", f"[{extra}] {text}")
     return 1 if problems else 0
 

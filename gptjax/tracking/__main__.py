@@ -4,7 +4,6 @@ It follows the run until its stdin is closed, which happens when the training pr
 ends, for whatever reason. It fails with one line on stderr.
 """
 
-import importlib
 import os
 import select
 import sys
@@ -35,7 +34,6 @@ def main(run_dir: Path, tracker: str) -> int:
     os.nice(PRIORITY)
     try:
         limit_file_size(run_dir)
-        importlib.import_module(tracker)  # takes seconds, as does the start of training
         follow_run(run_dir, tracker, is_training)
     except Exception as error:  # of any tracker
         print_message(describe_failure(error, tracker))

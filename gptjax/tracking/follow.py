@@ -69,14 +69,19 @@ def follow_run(run_dir: Path, tracker: str, wait: Callable[[], bool]) -> int:
     num_sent, is_open = 0, True
     with lock_tracking(state_path):
         state = load_state(state_path)
-        open_once = functools.cache(lambda: open_sink(run_dir, tracker, state))
+
+        @functools.cache
+        def sink() -> Sink:
+            state.save(state_path)  # the id
+            return open_sink(run_dir, tracker, state)
+
         while True:
             check_free_space(run_dir)
             records, position = read_new_records(run_dir / "metrics.jsonl", state.position)
             if position == state.position and not is_open:
                 break
             for record in records:
-                open_once().log(record)
+                sink().log(record)
             num_sent += len(records)
             is_open = is_open and wait()  # meanwhile the tracker writes
             if position != state.position:
@@ -86,10 +91,10 @@ def follow_run(run_dir: Path, tracker: str, wait: Callable[[], bool]) -> int:
         if pictures := new_pictures(run_dir, state):
             last = Record(state.position.lines, "picture", state.step, time.time(), {}, {})
             for name in pictures:
-                open_once().log_picture(run_dir / name, last)
+                sink().log_picture(run_dir / name, last)
             state = dataclasses.replace(state, pictures=state.pictures | pictures)
         if num_sent or pictures:
-            open_once().close()
+            sink().close()
             state.save(state_path)
     return num_sent + len(pictures)
 

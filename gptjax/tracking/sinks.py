@@ -6,7 +6,6 @@ WANDB_API_KEY or WANDB_MODE is set.
 """
 
 import html
-import importlib.util
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from gptjax.errors import ConfigError, ResourceError, install_command
+from gptjax.errors import ConfigError, ResourceError, install_command, is_installed
 from gptjax.tracking.events import Record
 
 LOSS_OF_DATA = re.compile("persisted|lost|dropped")  # in warnings of trackio
@@ -178,6 +177,8 @@ class TrackioSink:
 
     def __init__(self, run: TrackedRun) -> None:
         """Starts a run, or continues it."""
+        if not any(os.environ.get(name) for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")):
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")  # else it asks for the user's name
         import trackio
 
         self.trackio: Any = trackio
@@ -234,8 +235,7 @@ VIEW_COMMANDS = {
 
 def check_installed(tracker: str) -> None:
     """ConfigError unless the package of a tracker is installed."""
-    spec = importlib.util.find_spec(tracker)
-    if spec is None or spec.origin is None:  # a folder ./wandb is no package
+    if not is_installed(tracker):
         raise ConfigError(
             f"track.to={tracker!r} needs the package {tracker}, which is not installed. Run "
             f"{install_command(tracker)}."
