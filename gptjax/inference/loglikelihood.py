@@ -13,7 +13,7 @@ padded tokens of a continuation, [M] the positions whose logits are in memory to
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,7 +62,7 @@ class SharedContext(NamedTuple):
 
 
 class ScoringBatch(NamedTuple):
-    """Contexts of one bucket, padded with copies of the last one."""
+    """Contexts padded to one length, and to a batch by copies of the last one."""
 
     contexts: list[SharedContext]
     context_BP: Int[np.ndarray, "B P"]
@@ -158,16 +158,40 @@ def share_contexts(model: Model, requests: Sequence[ScoringRequest]) -> list[Sha
     ]
 
 
+class BatchShape(NamedTuple):
+    """Padded sizes of the contexts of a batch and of their continuations."""
+
+    context_length: int  # [P]
+    num_targets: int  # [T]
+    num_continuations: int  # [C]
+
+    def count_slots(self, rows: int) -> int:
+        """Positions in the KV caches of a batch of `rows` contexts."""
+        copies = self.num_continuations * (self.num_targets > 1)
+        slots = self.context_length + copies * (self.context_length + self.num_targets)
+        return power_of_two(rows) * slots
+
+
 def make_batches(contexts: Iterable[SharedContext], max_length: int) -> list[ScoringBatch]:
-    """Batches contexts by bucket, those that need most memory first."""
-    buckets = defaultdict(list)
-    for context in contexts:
-        longest = max(map(len, context.continuations))
-        num_targets = max(MIN_CONTINUATION_BUCKET, power_of_two(longest)) if longest > 1 else 1
-        buckets[bucket_length(len(context.ids), max_length), num_targets].append(context)
-    return [
-        batch for key in sorted(buckets, reverse=True) for batch in pad_contexts(buckets[key], *key)
-    ]
+    """Batches contexts of similar lengths, those that need most memory first."""
+    batches, members, shape = [], [], BatchShape(0, 0, 0)
+    shapes = [(bucket_shape(context, max_length), context) for context in contexts]
+    for bucket, context in sorted(shapes, key=lambda item: item[0], reverse=True):
+        merged = BatchShape(*map(max, shape, bucket))
+        if members and merged.count_slots(len(members) + 1) > MAX_BATCH_TOKENS:
+            batches.append(pad_batch(members, shape))
+            members, merged = [], bucket
+        members.append(context)
+        shape = merged
+    return [*batches, pad_batch(members, shape)] if members else batches
+
+
+def bucket_shape(context: SharedContext, max_length: int) -> BatchShape:
+    """Rounds the sizes of a context up."""
+    longest = max(map(len, context.continuations))
+    num_targets = max(MIN_CONTINUATION_BUCKET, power_of_two(longest)) if longest > 1 else 1
+    width = bucket_length(len(context.ids), max_length)
+    return BatchShape(width, num_targets, len(context.continuations))
 
 
 def power_of_two(number: int) -> int:
@@ -175,22 +199,16 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def pad_contexts(
-    contexts: list[SharedContext], width: int, num_targets: int
-) -> Iterator[ScoringBatch]:
-    """Yields batches of contexts of one bucket in one shape."""
-    num_continuations = max(len(context.continuations) for context in contexts)
-    slots = width + num_continuations * (width + num_targets) * (num_targets > 1)
-    rows = min(power_of_two(len(contexts)), power_of_two(1 + MAX_BATCH_TOKENS // slots) // 2 or 1)
-    for start in range(0, len(contexts), rows):
-        batch = contexts[start : start + rows]
-        target_BCT = np.zeros((rows, num_continuations, num_targets), np.int32)
-        for row, context in enumerate(batch):
-            for column, ids in enumerate(context.continuations):
-                target_BCT[row, column, : len(ids)] = ids
-        prompts = [list(context.ids) for context in batch]
-        prompts += prompts[-1:] * (rows - len(batch))
-        yield ScoringBatch(batch, *pad_prompts(prompts, width), target_BCT)
+def pad_batch(contexts: list[SharedContext], shape: BatchShape) -> ScoringBatch:
+    """Pads contexts and continuations to a shape, and the batch to a power of two."""
+    rows = power_of_two(len(contexts))
+    target_BCT = np.zeros((rows, shape.num_continuations, shape.num_targets), np.int32)
+    for row, context in enumerate(contexts):
+        for column, ids in enumerate(context.continuations):
+            target_BCT[row, column, : len(ids)] = ids
+    prompts = [list(context.ids) for context in contexts]
+    prompts += prompts[-1:] * (rows - len(contexts))
+    return ScoringBatch(contexts, *pad_prompts(prompts, shape.context_length), target_BCT)
 
 
 @functools.partial(jax.jit, static_argnums=0)
