@@ -237,7 +237,7 @@ def evaluate_harness(
 
 def run_suite(load: Load, suite: str) -> Any:
     """Accuracy on the tasks of the small suite."""
-    from gptjax.evaluation.suite import evaluate_suite
+    from gptjax.evaluation.small_suite import evaluate_suite
 
     return {"tasks": {name: score._asdict() for name, score in evaluate_suite(load()).items()}}
 

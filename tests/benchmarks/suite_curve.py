@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 import gptjax
 from gptjax.checkpoint.retention import list_steps
-from gptjax.evaluation.suite import TaskScore, evaluate_suite
+from gptjax.evaluation.small_suite import TaskScore, evaluate_suite
 from gptjax.plots.curves import BLUE, GREY
 
 

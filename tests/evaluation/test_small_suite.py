@@ -5,11 +5,11 @@ from collections import Counter
 import pytest
 
 from gptjax.data.datasets import read_python_help
-from gptjax.evaluation import suite
+from gptjax.evaluation import small_suite
 from gptjax.inference.loglikelihood import ContinuationScore
 from tests.small_models import make_model
 
-TASKS = suite.suite_questions()
+TASKS = small_suite.suite_questions()
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -50,9 +50,9 @@ def test_the_most_likely_choice_counts(monkeypatch, is_right):
     def score_pairs(model, pairs):
         return [ContinuationScore(-1.0 if (x in right) == is_right else -2.0, True) for x in pairs]
 
-    monkeypatch.setattr(suite, "score_pairs", score_pairs)
+    monkeypatch.setattr(small_suite, "score_pairs", score_pairs)
 
-    scores = suite.evaluate_suite(make_model())
+    scores = small_suite.evaluate_suite(make_model())
 
     del scores["word rule"]  # the same question has different answers
     assert {x.accuracy for x in scores.values()} == {float(is_right)}
