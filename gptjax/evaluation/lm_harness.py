@@ -20,7 +20,7 @@ from gptjax.config import SAMPLING_RANGES, did_you_mean
 from gptjax.errors import ConfigError, DataError, GptjaxError, install_command, short_message
 from gptjax.fileio.atomic import open_atomic
 from gptjax.fileio.download import is_offline
-from gptjax.fileio.paths import require_new_file
+from gptjax.fileio.paths import require_new_file, user_path
 from gptjax.inference.assistant import chat_template_of
 from gptjax.inference.generate import (
     GenerationConfig,
@@ -255,13 +255,13 @@ def load_tasks(names: Sequence[str]) -> list[Any]:
     """Loads tasks and groups by name or from YAML files, with their data."""
     from lm_eval.tasks import TaskManager
 
-    are_files = all(Path(name).suffix == ".yaml" for name in names)
+    files = {name for name in names if name.endswith(".yaml")}
     # Indexing the thousands of tasks of the harness takes seconds.
-    manager = TaskManager(include_defaults=not are_files)
+    manager = TaskManager(include_defaults=bool(set(names) - files))
     tasks = []
     for name in names:
-        is_file = Path(name).suffix == ".yaml"
-        if not (is_file or name in manager.task_index):
+        is_known = user_path(name).is_file() if name in files else name in manager.task_index
+        if not is_known:
             raise ConfigError(
                 f"the harness has no task {name!r:.80}.{did_you_mean(name, manager.all_tasks)} "
                 "Name a task, a group or the path of a .yaml file."
