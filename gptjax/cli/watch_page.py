@@ -31,7 +31,7 @@ REQUEST_TIMEOUT_SECONDS = 10.0
 PAGE = string.Template(Path(__file__).with_name("watch.html").read_text(encoding="utf-8"))
 CONTENT_POLICY = (
     "default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
-    "img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
 
@@ -57,6 +57,7 @@ class PageServer(ThreadingHTTPServer):
     def __init__(self, run_dir: Path, port: int) -> None:
         super().__init__((ADDRESS, port), PageHandler)
         self.run_dir, self.lock = run_dir, threading.Lock()
+        self.nonce = secrets.token_urlsafe()  # one: a page parses later versions of itself
         self.view, self.read_at = "", -REFRESH_SECONDS
         self.picture, self.num_drawn = b"", -1  # loss curve and its number of events
 
@@ -139,7 +140,7 @@ class PageHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answers a request for / or /loss.svg."""
-        nonce = secrets.token_urlsafe()
+        nonce = self.server.nonce
         if not is_local(self.headers.get("Host", "")):
             self.send_error(HTTPStatus.FORBIDDEN, "this page is for this machine only")
         elif self.path == "/":
