@@ -33,10 +33,10 @@ IMPORTERS = {  # dependency: the modules that may import it
     "regex": ["tokenizer.*"],
     "safetensors": ["weights.*"],
     "tiktoken": ["tokenizer.tokenizer"],
-    "tensorboard": ["tracking.sinks"],
+    "tensorboard": ["tracking.trackers"],
     "tomli_w": ["training.run_dir"],
-    "trackio": ["tracking.sinks"],
-    "wandb": ["tracking.sinks"],
+    "trackio": ["tracking.trackers"],
+    "wandb": ["tracking.trackers"],
 }
 # They execute what a file says, or are other frameworks: no module may import them.
 IMPORTERS |= dict.fromkeys(("pickle", "cloudpickle", "dill", "marshal", "shelve"), ())

@@ -111,7 +111,7 @@ def run_check(run_dir: Path) -> int:
     Exit code 0: all results are as expected; 1: one is not; 2: there are none, or the
     options of the run differ from those of the config.
     """
-    from gptjax.training.expected import check_results
+    from gptjax.training.expected_results import check_results
 
     config, checks = check_results(run_dir)
     expect = config.expect
@@ -148,14 +148,14 @@ def run_track(run_dir: Path, tracker: str) -> None:
     sent again. Weights & Biases gets it through `wandb sync`, or at once if
     WANDB_API_KEY is set. Training with --track.to NAME sends a run while it trains.
     """
-    from gptjax.tracking import follow, sinks
+    from gptjax.tracking import follow, trackers
 
     if not (run_dir / "metrics.jsonl").is_file():
         raise ModelError(
             f"{run_dir} is not the folder of a run: it has no metrics.jsonl. Give the folder of "
             "`gptjax train --run DIR`."
         )
-    sinks.check_installed(tracker)
+    trackers.check_installed(tracker)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # trackio prints advice
             num_sent = follow.follow_run(run_dir, tracker, lambda: False)
@@ -166,4 +166,4 @@ def run_track(run_dir: Path, tracker: str) -> None:
         raise ResourceError(f"{reason}. Fix this, then run the same command again.") from error
     print_progress(f"sent     {num_sent:,} events and pictures of {run_dir} to {tracker}")
     folder = shlex.quote(str(run_dir / follow.TRACKING_DIR))
-    print_progress(f"next     {sinks.VIEW_COMMANDS[tracker].format(folder=folder)}")
+    print_progress(f"next     {trackers.VIEW_COMMANDS[tracker].format(folder=folder)}")

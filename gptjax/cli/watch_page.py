@@ -28,7 +28,7 @@ from gptjax.training.run_status import RunStatus, read_run_status
 ADDRESS = "127.0.0.1"
 HOST_NAMES = (ADDRESS, "localhost")  # with any port: ssh may forward another one
 REQUEST_TIMEOUT_SECONDS = 10.0
-PAGE = string.Template(Path(__file__).with_name("watch.html").read_text(encoding="utf-8"))
+PAGE = string.Template(Path(__file__).with_name("watch_page.html").read_text(encoding="utf-8"))
 CONTENT_POLICY = (
     "default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
     "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "

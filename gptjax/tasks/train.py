@@ -19,8 +19,8 @@ from gptjax.tasks.dpo import DPO
 from gptjax.tasks.pretrain import PRETRAIN
 from gptjax.tasks.sft import SFT
 from gptjax.tracking.process import track_run
-from gptjax.tracking.sinks import check_installed
-from gptjax.training.expected import record_changes
+from gptjax.tracking.trackers import check_installed
+from gptjax.training.expected_results import record_changes
 from gptjax.training.optimizer import make_schedule
 from gptjax.training.run_dir import open_run
 from gptjax.training.task import RunContext

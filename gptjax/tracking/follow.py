@@ -23,7 +23,7 @@ from gptjax.errors import ModelError, ResourceError
 from gptjax.fileio.atomic import lock_file, write_atomic
 from gptjax.fileio.strict_json import read_json, read_small_file
 from gptjax.tracking.events import Position, Record, read_new_records
-from gptjax.tracking.sinks import SINKS, Sink, TrackedRun
+from gptjax.tracking.trackers import SINKS, Sink, TrackedRun
 
 TRACKING_DIR = "tracking"  # in the run folder
 MAX_STATE_BYTES = MAX_CONFIG_BYTES = 1 << 20

@@ -8,7 +8,7 @@ import pytest
 from gptjax.config import TrackerName
 from gptjax.errors import ModelError, ResourceError
 from gptjax.tracking import follow
-from gptjax.tracking.sinks import SINKS
+from gptjax.tracking.trackers import SINKS
 from gptjax.training.metrics import log_event
 
 

@@ -18,7 +18,7 @@ from gptjax.config import (
     load_config,
 )
 from gptjax.errors import ConfigError
-from gptjax.training.expected import record_changes
+from gptjax.training.expected_results import record_changes
 from gptjax.training.metrics import log_event
 
 CONFIGS = sorted(builtin_config_dir().rglob("*.toml"))
