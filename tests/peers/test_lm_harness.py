@@ -1,6 +1,6 @@
 """The harness measures the published accuracy of GPT-2.
 
-Run with `pytest -m network -n0 tests/peers/test_lm_harness.py`; needs the extra [lm-eval].
+Run with `pytest -m network -n0 tests/peers/test_lm_harness.py`; needs [lm-eval].
 """
 
 import pytest
