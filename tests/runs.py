@@ -26,9 +26,10 @@ def config_with(table: dict[str, Any], **changes: Any) -> RunConfig:
 
 
 def evaluations(run_dir: Path, split: str) -> list[dict[str, Any]]:
-    """Evaluations of a run on one split."""
+    """Evaluations of a run on one split, without their times."""
     events = read_events(run_dir / "metrics.jsonl")
-    return [e for e in events if e["event"] == "eval" and e["split"] == split]
+    matching = [e for e in events if e["event"] == "eval" and e["split"] == split]
+    return [{name: x for name, x in e.items() if name != "time"} for e in matching]
 
 
 @contextlib.contextmanager
