@@ -1,18 +1,178 @@
-"""The harness measures the published accuracy of GPT-2.
+"""The adapter of the harness agrees with its `hf` model; --choices with its metrics.
 
-Run with `pytest -m network -n0 tests/peers/test_lm_harness.py`; needs [lm-eval].
+Run with `pytest -m peers -n0 tests/peers/test_lm_harness.py`; needs the extra [peers].
 """
 
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 import gptjax
-from gptjax.evaluation.lm_harness import evaluate_tasks
+from gptjax.cli.main import main
+from gptjax.evaluation import lm_harness
+from gptjax.evaluation.lm_harness import GptjaxLM, evaluate_tasks
+from gptjax.evaluation.multiple_choice import evaluate_last_words, evaluate_questions
+from gptjax.weights.export import export_model
+from tests.small_models import make_model
 
+# The libraries warn about their own coming versions; we only read their numbers.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+PEERS = pytest.mark.peers
 PUBLISHED_HELLASWAG = {"acc": 0.289, "acc_norm": 0.311}  # of GPT-2 124M in the harness
+README = Path(__file__).parents[2] / "README.md"
+TEXT = " ".join(README.read_text(encoding="ascii", errors="ignore").split())
+WORDS = re.findall("[a-z]{2,9}", TEXT)
+TASK = """
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+test_split: test
+"""
+CHOICES = """
+task: choices
+output_type: multiple_choice
+doc_to_text: context
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{metric: acc}, {metric: acc_norm}, {metric: acc_bytes}]
+"""
+LAST_WORD = """
+task: last_word
+output_type: loglikelihood
+doc_to_text: "{{text.split(' ')[:-1]|join(' ')}}"
+doc_to_target: "{{' '+text.split(' ')[-1]}}"
+metric_list: [{metric: perplexity}, {metric: acc}]
+"""
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Large random weights; the context is shorter than some of the texts."""
+    return make_model(0.4, context_length=32, n_layers=1, dtype="float32")
+
+
+def load_peer(model, folder):
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    export_model(model, "hf", folder)
+    return huggingface.HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=8)
+
+
+def make_requests(kind, arguments):
+    instance = pytest.importorskip("lm_eval.api.instance").Instance
+    return [instance(request_type=kind, doc={}, arguments=args, idx=0) for args in arguments]
+
+
+def draw_texts(count, low, high):
+    rng = np.random.default_rng(0)
+    starts, sizes = rng.integers(len(TEXT) - high, size=count), rng.integers(low, high, size=count)
+    return [TEXT[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+
+def assert_same_scores(model, peer, count, size, target_size, new_tokens):
+    """Compares `count` log-likelihoods, fewer rolling sums and fewer texts.
+
+    Either is within 4e-5 to 8e-5 of float64 for targets of -50 nats of SmolLM2, which
+    is the rounding of float32: shorter targets leave room below the tolerances.
+    """
+    ours = GptjaxLM(model)
+    contexts = ["", "blanks at the end  "]
+    contexts += [f"#{text}" for text in draw_texts(count - 2, 1, size)]  # none is a blank
+    targets = [f" {text.strip()}!" for text in draw_texts(count, 1, target_size)]
+    pairs = make_requests("loglikelihood", zip(contexts, targets, strict=True))
+    texts = make_requests("loglikelihood_rolling", [(x,) for x in draw_texts(count // 20, 1, size)])
+    options = [{"until": ["\n\n", "."]}, {"until": "the"}]
+    options = [{**x, "max_gen_toks": new_tokens} for x in options]
+    prompts = zip(draw_texts(count // 10, 1, size), options * (count // 20), strict=True)
+    prompts = make_requests("generate_until", prompts)
+
+    scores, peer_scores = ours.loglikelihood(pairs), peer.loglikelihood(pairs)
+    sums, peer_sums = ours.loglikelihood_rolling(texts), peer.loglikelihood_rolling(texts)
+
+    np.testing.assert_allclose(scores, peer_scores, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(sums, peer_sums, rtol=0, atol=1e-3)
+    assert ours.generate_until(prompts) == peer.generate_until(prompts)
+
+
+@PEERS
+def test_scores_and_texts_are_those_of_the_hf_model(model, tmp_path):
+    peer = load_peer(model, tmp_path / "hf")
+
+    assert peer.max_length == GptjaxLM(model).max_length
+    assert_same_scores(model, peer, count=200, size=120, target_size=30, new_tokens=12)
+
+
+def write_task(folder, name, text, rows):
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / f"{name}.yaml").write_text(TASK.format(path=path) + text)
+    return path, str(folder / f"{name}.yaml")
+
+
+@pytest.fixture
+def choices(tmp_path, monkeypatch):
+    """(file of questions, task of the harness)."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [
+        {
+            "context": " ".join(WORDS[n : n + 5]),
+            "choices": [word + "é" * (n % 3) for word in WORDS[n + 5 : n + 9]],
+            "answer": n % 4,
+        }
+        for n in range(40)
+    ]
+    return write_task(tmp_path, "choices", CHOICES, rows)
+
+
+@PEERS
+def test_choices_have_the_metrics_of_the_harness(model, choices, tmp_path):
+    pytest.importorskip("lm_eval")
+    path, task = choices
+    texts = [{"text": " ".join(WORDS[n : n + 6])} for n in range(20)]
+    texts_path, last_word = write_task(tmp_path, "last_word", LAST_WORD, texts)
+
+    tasks = evaluate_tasks(lambda: model, [task, last_word], None, tmp_path / "samples.jsonl")
+
+    ours = evaluate_questions(model, path, None, None, None)
+    for name in ("acc", "acc_norm", "acc_bytes"):
+        assert 0 < ours[name] < 1
+        assert ours[name] == tasks["choices"][name]
+        assert ours[f"{name}_stderr"] == pytest.approx(tasks["choices"][f"{name}_stderr"])
+    words = evaluate_last_words(model, texts_path, None)
+    assert words["acc"] == tasks["last_word"]["acc"]
+    assert words["perplexity"] == pytest.approx(tasks["last_word"]["perplexity"], rel=1e-6)
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 60
+
+
+@PEERS
+def test_a_task_that_cannot_be_loaded_is_named(tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    path, task = write_task(tmp_path, "broken", CHOICES, [])
+    path.unlink()
+
+    for name in (task, str(tmp_path / "absent.yaml")):
+        assert main(["eval", "model", "--tasks", name]) == 2
+        assert name in capsys.readouterr().err
+
+
+@PEERS
+def test_the_command_line_of_the_harness_knows_the_model(
+    model, choices, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("lm_eval")
+    gptjax.save(model, tmp_path / "model")
+    words = ["run", "--model", "gptjax", "--model_args", f"pretrained={tmp_path / 'model'}"]
+    monkeypatch.setattr(sys, "argv", ["lm_harness", *words, "--tasks", choices[1]])
+
+    lm_harness.main()
+
+    assert "acc_norm" in capsys.readouterr().out
 
 
 @pytest.mark.network
-@pytest.mark.filterwarnings("ignore")  # of the libraries, about their own coming versions
 def test_gpt2_has_the_published_accuracy_on_hellaswag():
     pytest.importorskip("lm_eval")
 
