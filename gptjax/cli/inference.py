@@ -367,13 +367,15 @@ def run_evaluate(model: str, as_json: bool, int8: bool, verbose: bool, **options
 
 def print_metrics(tasks: Any = None, **metrics: Any) -> None:
     """Prints a line per task and per metric."""
+
+    def shown(value: Any) -> str:
+        return f"{value:.4f}" if isinstance(value, float) else str(value)
+
     for task, scores in (tasks or {}).items():
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-        print_result(f"{task:<18} {shown}")
+        values = (f"{name} {shown(value)}" for name, value in scores.items())
+        print_result(f"{task:<18} {', '.join(values)}")
     for name, value in metrics.items():
-        value = ", ".join(value) if isinstance(value, list) else value
-        shown = f"{value:.4f}" if isinstance(value, float) else value
-        print_result(f"{name:<18} {shown}")
+        print_result(f"{name:<18} {', '.join(value) if isinstance(value, list) else shown(value)}")
 
 
 @click.command("import", cls=Command)

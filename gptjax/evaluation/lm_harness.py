@@ -230,7 +230,7 @@ def evaluate_tasks(
     names: Sequence[str],
     num_few_shot: int | None,
     out: Path | None,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, int | float]]:
     """Evaluates a model on tasks of the harness; returns metrics by task.
 
     Tasks are loaded before the model. Writes the results per row to `out`.
@@ -278,14 +278,14 @@ def load_tasks(names: Sequence[str]) -> list[Any]:
     return tasks
 
 
-def read_metrics(values: dict[str, Any]) -> dict[str, float]:
+def read_metrics(values: dict[str, Any]) -> dict[str, int | float]:
     """Returns the numbers of a task; its usual filter is not named.
 
     >>> read_metrics({"alias": "hellaswag", "acc,none": 0.25, "acc_stderr,none": "N/A"})
     {'acc': 0.25}
     """
     return {
-        name.removesuffix(",none"): float(value)
+        name.removesuffix(",none"): value
         for name, value in values.items()
         if isinstance(value, int | float)
     }

