@@ -620,6 +620,12 @@ def builtin_config_dir() -> Path:
     return wheel_dir if wheel_dir.is_dir() else Path(__file__).parent.parent / "configs"
 
 
+def result_options() -> list[str]:
+    """Names of the options that a run's result depends on, `section.option`."""
+    options = config_options().items()
+    return [name for name, field in options if field.metadata["resume"] != "operational"]
+
+
 def config_diff(old: RunConfig, new: RunConfig) -> list[str]:
     """Lists each option that differs as `section.option: old -> new`."""
     lines = []

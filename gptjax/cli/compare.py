@@ -16,7 +16,7 @@ from gptjax.evaluation.run_comparison import (
     group_seeds,
     has_same_validation,
     held_out_documents,
-    read_documents,
+    read_text_documents,
 )
 from gptjax.fileio.atomic import atomic_path
 from gptjax.plots.comparison import comparison_figure
@@ -133,7 +133,7 @@ def judge(interval: Interval, name: str, kind: str, evidence: str) -> str:
 def compare_run_models(runs: Sequence[RunRecord], text: Path | None, max_bytes: int) -> list[str]:
     """Sentences about the models: that of the first run with that of each other one."""
     if text is not None:
-        documents, others = read_documents(text, max_bytes), list(runs[1:])
+        documents, others = read_text_documents(text, max_bytes), list(runs[1:])
         lines = []
     else:
         others = [run for run in runs[1:] if has_same_validation(runs[0], run)]

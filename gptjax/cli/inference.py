@@ -242,8 +242,8 @@ def run_suite(load: Load, suite: str) -> Any:
     return {"tasks": {name: score._asdict() for name, score in evaluate_suite(load()).items()}}
 
 
-# What `gptjax eval` evaluates, by the option that names it: a function of a loader of
-# the model, of this option and of those that belong to it.
+# Evaluations of `gptjax eval` by their option: a function of a loader of the model, of
+# this option and of those that belong to it.
 EVAL_MODES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "text": (evaluate_text, ("context", "stride")),
     "classification_data": (evaluate_labels, ("text_column", "label_column")),

@@ -144,9 +144,10 @@ def run_check(run_dir: Path) -> int:
 def run_track(run_dir: Path, tracker: str) -> None:
     """Send a run to an experiment tracker.
 
-    RUN is a run folder, of a finished run or not. What the tracker has already is not
-    sent again. Weights & Biases gets it through `wandb sync`, or at once if
-    WANDB_API_KEY is set. Training with --track.to NAME sends a run while it trains.
+    RUN is a run folder, of a finished run or not. Events that the tracker has
+    already are not sent again. Weights & Biases gets it through `wandb sync`, or at
+    once if WANDB_API_KEY is set. Training with --track.to NAME sends a run while it
+    trains.
     """
     from gptjax.tracking import follow, trackers
 

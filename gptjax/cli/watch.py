@@ -19,9 +19,9 @@ REFRESH_SECONDS = 2.0
 MAX_CPU_SHARE = 0.1  # of the time, for reading the files of a long run
 MAX_PLOT_ROWS, MAX_COLUMNS = 24, 120
 MAX_SAMPLE_LINES = 4
-# To another screen and back (xterm); to the upper left corner; clear what follows.
+# To another screen and back (xterm); to the upper left corner; clear the screen.
 ENTER_SCREEN, LEAVE_SCREEN, HOME, CLEAR_REST = "\x1b[?1049h", "\x1b[?1049l", "\x1b[H", "\x1b[J"
-CLEAR_LINE = "\x1b[K"  # what follows in the line
+CLEAR_LINE = "\x1b[K"  # to its end
 VALUES = {  # of a "train" event: how they are shown
     "lr": "lr {:.2e}",
     "grad_norm": "|g| {:.2f}",
@@ -113,7 +113,7 @@ def can_print(text: str) -> bool:
 
 
 def format_state(status: RunStatus, now: int | float) -> str:
-    """State of a run, since when, and what to do about it."""
+    """State of a run, its start or end, and whether it resumes."""
     process, state = status.process, status.state
     where = f"pid {process.pid} on {process.host}" if process.host else ""
     ago = f"for {format_age(status.since, now)}"

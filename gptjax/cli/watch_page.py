@@ -28,7 +28,9 @@ from gptjax.training.run_status import RunStatus, read_run_status
 ADDRESS = "127.0.0.1"
 HOST_NAMES = (ADDRESS, "localhost")  # with any port: ssh may forward another one
 REQUEST_TIMEOUT_SECONDS = 10.0
-PAGE = string.Template(Path(__file__).with_name("watch_page.html").read_text(encoding="utf-8"))
+PAGE_TEMPLATE = string.Template(
+    Path(__file__).with_name("watch_page.html").read_text(encoding="utf-8")
+)
 CONTENT_POLICY = (
     "default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "
     "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -119,7 +121,7 @@ def format_status(status: RunStatus, picture_url: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Escapes text for HTML, after what is done to text for a terminal."""
+    """Escapes text for HTML; control characters and secrets are removed first."""
     return html.escape(sanitize(redact_secrets(text)))
 
 
@@ -146,7 +148,9 @@ class PageHandler(BaseHTTPRequestHandler):
         elif self.path == "/":
             names = {"title": escape(self.server.run_dir.name), "nonce": nonce}
             milliseconds = round(1000 * REFRESH_SECONDS)
-            page = PAGE.substitute(names, view=self.server.read()[0], milliseconds=milliseconds)
+            page = PAGE_TEMPLATE.substitute(
+                names, view=self.server.read()[0], milliseconds=milliseconds
+            )
             self.send(page.encode(errors="replace"), "text/html; charset=utf-8", nonce)
         elif self.path.startswith("/loss.svg"):
             self.send(self.server.read()[1], "image/svg+xml", nonce)
@@ -154,7 +158,7 @@ class PageHandler(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.NOT_FOUND)
 
     def send(self, body: bytes, content_type: str, nonce: str) -> None:
-        """Sends a document, which may load only what this server has."""
+        """Sends a document that may load nothing from other servers."""
         headers = {
             "Content-Type": content_type,
             "Content-Length": str(len(body)),

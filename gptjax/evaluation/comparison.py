@@ -16,12 +16,7 @@ from scipy.special import stdtrit
 
 from gptjax.data.lm import make_lm_batch
 from gptjax.errors import DataError
-from gptjax.evaluation.perplexity import (
-    MAX_SCORE_TOKENS,
-    MAX_SCORE_WINDOWS,
-    eval_step_for,
-    start_ids,
-)
+from gptjax.evaluation.perplexity import eval_step_for, score_batch_size, start_ids
 from gptjax.inference.generate import check_language_model
 from gptjax.runtime.preemption import check_interrupted
 from gptjax.runtime.timing import log_progress
@@ -111,7 +106,7 @@ def score_documents(model: Model, documents: Sequence[str]) -> TokenLosses:
     context, start = model.config.context_length, start_ids(model)
     token_ids = [model.tokenizer.encode(text) for text in documents]
     token_RT, document_RT = pack_documents(token_ids, start, context)
-    rows = min(max(1, MAX_SCORE_TOKENS // context), MAX_SCORE_WINDOWS)
+    rows = score_batch_size(context)
     eval_step, parts = eval_step_for(model.config), []
     batches = range(0, len(token_RT), rows)
     for first in log_progress(batches, len(batches), "scoring", "batches"):

@@ -12,9 +12,9 @@ from gptjax.data.conversations import Conversation, read_conversations
 from gptjax.data.sft import Example, encode_conversations, make_sft_batches, truncate_all
 from gptjax.errors import ConfigError, DataError, ModelError
 from gptjax.evaluation.llm_judge import LLMJudge, iter_judgements, summarize_judgements
-from gptjax.evaluation.metrics import exact_match, rouge_l, token_f1
+from gptjax.evaluation.metrics import MetricValues, exact_match, rouge_l, token_f1
 from gptjax.evaluation.perplexity import Evaluation, eval_step_for, evaluate
-from gptjax.fileio.atomic import open_atomic
+from gptjax.fileio.atomic import write_jsonl
 from gptjax.fileio.paths import require_new_file
 from gptjax.inference.assistant import answer_batch, chat_template_of
 from gptjax.runtime.terminal import logger
@@ -23,8 +23,6 @@ from gptjax.weights.model_folder import Model
 
 LOSS_BATCH_SIZE = 8  # conversations per batch
 SCORE_FUNCTIONS = {"exact_match": exact_match, "token_f1": token_f1, "rouge_l": rouge_l}
-
-MetricValues = dict[str, float | int | None]
 
 
 class ResponseEval(NamedTuple):
@@ -71,16 +69,15 @@ def group_scores(results: Sequence[ResponseEval]) -> dict[str, dict[str, float]]
     return {t: mean_scores([r for r in results if r.conversation.task == t]) for t in tasks}
 
 
-def response_line(result: ResponseEval, **judgement: Any) -> str:
-    """JSON line of the original row, the response, its scores and judgement."""
+def response_row(result: ResponseEval, **judgement: Any) -> dict[str, Any]:
+    """The original row with the response, its scores and judgement."""
     row = {**result.conversation.source_row, "response": result.response, **result.scores}
-    return json.dumps(row | judgement, ensure_ascii=False) + "\n"
+    return row | judgement
 
 
 def write_responses(results: Iterable[ResponseEval], path: Path) -> None:
     """Writes the responses as JSON lines, atomically."""
-    with open_atomic(path) as file:
-        file.writelines(map(response_line, results))
+    write_jsonl(path, map(response_row, results))
 
 
 def evaluate_file(
@@ -139,7 +136,8 @@ def run_llm_judge(
             rows = zip(results, iter_judgements(judge, inputs), strict=True)
             for result, judgement in log_progress(rows, len(inputs), "judging", "responses"):
                 columns = {f"judge_{name}": value for name, value in judgement._asdict().items()}
-                file.write(response_line(result, judge=judge.model, **columns))
+                row = response_row(result, judge=judge.model, **columns)
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
                 judgements.append(judgement)
         partial_path.replace(out)

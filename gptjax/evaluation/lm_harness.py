@@ -18,7 +18,7 @@ from typing import Any
 
 from gptjax.config import SAMPLING_RANGES, did_you_mean
 from gptjax.errors import ConfigError, DataError, GptjaxError, install_command, short_message
-from gptjax.fileio.atomic import open_atomic
+from gptjax.fileio.atomic import write_jsonl
 from gptjax.fileio.download import is_offline
 from gptjax.fileio.paths import require_new_file, user_path
 from gptjax.inference.assistant import chat_template_of
@@ -295,11 +295,8 @@ def write_samples(samples: dict[str, list[dict[str, Any]]], out: Path) -> None:
     """Writes the rows of all tasks as JSON lines, atomically."""
     from lm_eval.utils import handle_non_serializable as to_json
 
-    with open_atomic(out) as file:
-        for task, rows in samples.items():
-            for row in rows:
-                line = json.dumps({"task": task, **row}, ensure_ascii=False, default=to_json)
-                file.write(line + "\n")
+    rows = ({"task": task, **row} for task, rows in samples.items() for row in rows)
+    write_jsonl(out, rows, to_json)
     logger.info(f"wrote    {out}")
 
 

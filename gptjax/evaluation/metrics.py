@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import Bool, Int, Real
 
 NUM_RESAMPLES = 2_000
+MetricValues = dict[str, float | int | None]  # by name
+
 ANSWER_WORD_PATTERN = re.compile(r"[^\W_]+")
 
 

@@ -4,7 +4,6 @@ Prompts, tokens and metrics are those of lm-evaluation-harness 0.4.13 for tasks 
 type `multiple_choice`, and for LAMBADA (Paperno et al. 2016).
 """
 
-import json
 import math
 import statistics
 import string
@@ -16,9 +15,9 @@ import numpy as np
 
 from gptjax.data.readers import check_object, get_text, read_jsonl, require_text
 from gptjax.errors import ConfigError, DataError
-from gptjax.evaluation.metrics import mean_ci
+from gptjax.evaluation.metrics import MetricValues, mean_ci
 from gptjax.evaluation.perplexity import to_perplexity
-from gptjax.fileio.atomic import open_atomic
+from gptjax.fileio.atomic import write_jsonl
 from gptjax.fileio.paths import require_new_file
 from gptjax.inference.generate import check_language_model
 from gptjax.inference.loglikelihood import (
@@ -35,8 +34,6 @@ FEW_SHOT_DELIMITER = "\n\n"  # after each example
 LETTERS = string.ascii_uppercase  # of choices
 QUESTION_ADVICE = 'Write {"context": "2 + 2 =", "choices": ["3", "4"], "answer": 1}.'
 
-Metrics = dict[str, float | int | None]
-
 
 class Question(NamedTuple):
     """Multiple-choice question."""
@@ -49,7 +46,7 @@ class Question(NamedTuple):
 
 def evaluate_questions(
     model: Model, path: Path, few_shot: Path | None, num_few_shot: int | None, out: Path | None
-) -> Metrics:
+) -> MetricValues:
     """Evaluates a model on a file of multiple-choice questions.
 
     The context starts with the first `num_few_shot` examples of the file `few_shot`
@@ -62,18 +59,16 @@ def evaluate_questions(
     examples = [parse_question(*item) for item in read_jsonl(few_shot)] if few_shot else []
     require_rows(questions, path)
     logger.info(f"data     {len(questions):,} questions, {len(examples):,} examples")
-    pairs = [
-        (few_shot_context(question, examples, num_few_shot), TARGET_DELIMITER + choice)
-        for question in questions
-        for choice in question.choices
+    contexts = [few_shot_context(question, examples, num_few_shot) for question in questions]
+    choices = [[TARGET_DELIMITER + choice for choice in x.choices] for x in questions]
+    results: list[dict[str, Any]] = [
+        {"logprobs": logprobs, **grade_choices(question, logprobs)}
+        for question, logprobs in zip(
+            questions, score_choices(model, contexts, choices), strict=True
+        )
     ]
-    scores = iter(score_pairs(model, pairs))
-    results: list[dict[str, Any]] = []
-    for question in questions:
-        logprobs = [next(scores).logprob for _ in question.choices]
-        results.append({"logprobs": logprobs, **grade_choices(question, logprobs)})
     write_results([question.source_row for question in questions], results, out)
-    metrics: Metrics = {"questions": len(questions)}
+    metrics: MetricValues = {"questions": len(questions)}
     for name in ("acc", "acc_norm", "acc_bytes"):
         metrics |= summarize(name, [result[name] for result in results])
     return metrics
@@ -92,7 +87,7 @@ def grade_choices(question: Question, logprobs: Sequence[float]) -> dict[str, An
     return {"prediction": predicted["acc"], **grades}
 
 
-def evaluate_last_words(model: Model, path: Path, out: Path | None) -> Metrics:
+def evaluate_last_words(model: Model, path: Path, out: Path | None) -> MetricValues:
     """Evaluates the prediction of the last word of each text of a file.
 
     A prediction is right if greedy decoding generates the word. The perplexity is that
@@ -111,10 +106,19 @@ def evaluate_last_words(model: Model, path: Path, out: Path | None) -> Metrics:
     write_results([row for _, row in rows], results, out)
     losses = [-result["logprob"] for result in results]
     low, high = map(to_perplexity, mean_ci(losses))
-    metrics: Metrics = {"texts": len(pairs)}
+    metrics: MetricValues = {"texts": len(pairs)}
     metrics |= summarize("acc", [result["acc"] for result in results])
     metrics["perplexity"] = to_perplexity(statistics.fmean(losses))
     return metrics | {"perplexity low 95%": low, "perplexity high 95%": high}
+
+
+def score_choices(
+    model: Model, contexts: Sequence[str], choices: Sequence[Sequence[str]]
+) -> list[list[float]]:
+    """Log-probability of each choice of each context, in nats."""
+    pairs = [(x, choice) for x, some in zip(contexts, choices, strict=True) for choice in some]
+    scores = iter(score_pairs(model, pairs))
+    return [[next(scores).logprob for _ in some] for some in choices]
 
 
 def score_pairs(model: Model, pairs: Sequence[tuple[str, str]]) -> list[ContinuationScore]:
@@ -190,10 +194,10 @@ def require_rows(rows: Sequence[Any], path: Path) -> None:
         raise DataError(f"{path} has no rows. Write one JSON object per line.")
 
 
-def summarize(name: str, values: Sequence[float]) -> Metrics:
+def summarize(name: str, values: Sequence[float]) -> MetricValues:
     """Mean with its standard error and a bootstrap interval."""
     low, high = mean_ci(values)
-    metrics: Metrics = {name: statistics.fmean(values)}
+    metrics: MetricValues = {name: statistics.fmean(values)}
     if len(values) > 1:
         metrics[f"{name}_stderr"] = statistics.stdev(values) / math.sqrt(len(values))
     return metrics | {f"{name} low 95%": low, f"{name} high 95%": high}
@@ -205,7 +209,5 @@ def write_results(
     """Writes each row with its result as a JSON line, atomically."""
     if out is None:
         return
-    with open_atomic(out) as file:
-        for row, result in zip(rows, results, strict=True):
-            file.write(json.dumps(row | result, ensure_ascii=False) + "\n")
+    write_jsonl(out, (row | result for row, result in zip(rows, results, strict=True)))
     logger.info(f"wrote    {out}")

@@ -166,6 +166,11 @@ def token_losses(model: Model, text: str) -> tuple[list[int], Float32[np.ndarray
     return ids, loss_BT[0, : len(ids)]
 
 
+def score_batch_size(context: int) -> int:
+    """Number of windows that are scored together."""
+    return min(max(1, MAX_SCORE_TOKENS // context), MAX_SCORE_WINDOWS)
+
+
 def score_tokens(
     model: Model,
     token_L: np.ndarray,
@@ -179,7 +184,6 @@ def score_tokens(
     `score`.
     """
     context = model.config.context_length if context is None else context
-    num_windows = min(max(1, MAX_SCORE_TOKENS // context), MAX_SCORE_WINDOWS)
-    batches = sliding_windows(token_L, context, stride, num_windows, eot_token)
+    batches = sliding_windows(token_L, context, stride, score_batch_size(context), eot_token)
     eval_step = eval_step_for(model.config)
     return evaluate(eval_step, model.params, batches, model.tokenizer.byte_lengths)

@@ -1,4 +1,4 @@
-"""Comparison of runs: what their folders say, and their models on held-out text."""
+"""Comparison of runs: their records, and their models on held-out text."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from gptjax.config import RunConfig, config_options, load_config
+from gptjax.config import RunConfig, config_options, load_config, result_options
 from gptjax.data.prepare import open_prepared
 from gptjax.data.text import VALIDATION_SPLIT, find_sources, iter_chunks
 from gptjax.data.token_files import TokenDataset, is_prepared_dir, read_token_metadata
@@ -35,7 +35,7 @@ READ_TOKENS = 1 << 20  # at a time
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RunRecord:
-    """What the folder of a run says about it."""
+    """Config, events and metadata of a run."""
 
     name: str  # unique among the compared runs
     run_dir: Path
@@ -132,8 +132,7 @@ def group_seeds(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
 
     Options that do not change the results may differ as well.
     """
-    policies = {name: field.metadata["resume"] for name, field in config_options().items()}
-    names = [n for n, policy in policies.items() if policy != "operational" and n != "train.seed"]
+    names = [name for name in result_options() if name != "train.seed"]
     groups: dict[Any, list[RunRecord]] = {}
     for run in runs:
         key = tuple(operator.attrgetter(name)(run.config) for name in names)
@@ -225,7 +224,7 @@ def find_boundaries(tokens: TokenDataset) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def read_documents(path: Path, max_bytes: int) -> list[str]:
+def read_text_documents(path: Path, max_bytes: int) -> list[str]:
     """Documents of a text file, table or folder, evenly spaced."""
     documents, parts = [], []
     for source in find_sources([path]):
@@ -253,7 +252,7 @@ def choose_documents(sizes: np.ndarray, max_bytes: int) -> list[int]:
 
 
 def cut_text(documents: Sequence[str], max_bytes: int) -> list[str]:
-    """Omits what exceeds the limit, but for the last characters of a document.
+    """Truncates documents to a total number of bytes.
 
     >>> cut_text(["abc", "def", "ghi"], 5)
     ['abc', 'de']

@@ -31,7 +31,7 @@ from gptjax.data.datasets import (
     split_words,
 )
 from gptjax.data.text import find_sources, hash_to_unit, make_split_rule
-from gptjax.evaluation.multiple_choice import Question, score_pairs
+from gptjax.evaluation.multiple_choice import Question, grade_choices, score_choices
 from gptjax.weights.model_folder import Model
 
 NUM_QUESTIONS = 120  # per task
@@ -58,19 +58,12 @@ class TaskScore(NamedTuple):
 def evaluate_suite(model: Model) -> dict[str, TaskScore]:
     """Evaluates a model on all tasks."""
     tasks = suite_questions()
-    pairs = [
-        (question.context, choice)
-        for questions in tasks.values()
-        for question in questions
-        for choice in question.choices
-    ]
-    scores = iter(score_pairs(model, pairs))
+    asked = [question for questions in tasks.values() for question in questions]
+    scores = iter(score_choices(model, [x.context for x in asked], [x.choices for x in asked]))
     results = {}
     for name, questions in tasks.items():
-        is_correct = []
-        for question in questions:
-            logprobs = [next(scores).logprob for _ in question.choices]
-            is_correct.append(logprobs.index(max(logprobs)) == question.answer)
+        graded = [grade_choices(question, next(scores)) for question in questions]
+        is_correct = [grades["acc"] for grades in graded]
         accuracy = sum(is_correct) / len(is_correct)
         error = math.sqrt(accuracy * (1 - accuracy) / len(is_correct))
         results[name] = TaskScore(accuracy, error, 1 / len(questions[0].choices))

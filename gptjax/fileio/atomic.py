@@ -9,13 +9,14 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from gptjax.errors import DataError, GptjaxError
 
@@ -149,6 +150,15 @@ def open_atomic(path: Path) -> Iterator[TextIO]:
         raise DataError(
             f"cannot write {path}: {error}. Check the permissions and free space of its folder."
         ) from error
+
+
+def write_jsonl(
+    path: Path, rows: Iterable[Any], default: Callable[[Any], Any] | None = None
+) -> None:
+    """Writes rows as JSON lines; `default` converts values that are not of JSON."""
+    with open_atomic(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, default=default) + "\n")
 
 
 def write_atomic(path: Path, text: str, max_bytes: int | None = None) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from gptjax.evaluation.run_comparison import PER_BYTE, CurveAxis, RunRecord, common_unit
-from gptjax.plots.curves import abbreviate, add_legend, new_figure
+from gptjax.plots.curves import BLUE, ORANGE, abbreviate, add_legend, new_figure
 from gptjax.training.metrics import format_number, metric_series
 
 # Okabe & Ito 2008, without yellow and black: distinguishable with color blindness.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+COLORS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 LINE_STYLES = ("-", "--", ":")  # after the last color they begin anew
 AXIS_LABELS = {
     "steps": "step",
@@ -62,6 +62,6 @@ def draw_run(
 
 
 def group_label(runs: Sequence[RunRecord]) -> str:
-    """Name of the first run, and how many seeds it stands for."""
+    """Name of the first run of a config, and its number of seeds."""
     name = abbreviate(runs[0].name).replace("$", r"\$")
     return f"{name}, {len(runs)} seeds" if len(runs) > 1 else name

@@ -8,7 +8,7 @@ from gptjax.training.metrics import format_number
 
 BRAILLE_BLANK = 0x2800  # U+2800; a dot adds its bit
 DOT_BITS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])
-LABEL_COLUMNS = 8  # of the y axis
+AXIS_LABEL_WIDTH = 8  # of the y axis
 MIN_PLOT_COLUMNS, MIN_PLOT_ROWS = 8, 3
 
 Points = tuple[Sequence[int | float], Sequence[int | float]]  # x and y
@@ -26,7 +26,7 @@ def text_plot(
     all_x, all_y = np.append(curve_x, marks_x), np.append(curve_y, marks_y)
     if not len(all_x):
         return []
-    width = max(columns - LABEL_COLUMNS - 1, MIN_PLOT_COLUMNS)
+    width = max(columns - AXIS_LABEL_WIDTH - 1, MIN_PLOT_COLUMNS)
     height = max(rows - 2, MIN_PLOT_ROWS)
     right, (low, high) = max(float(all_x.max()), 1.0), padded_range(all_y)
 
@@ -45,14 +45,16 @@ def text_plot(
     lines = []
     for row, glyph_row in enumerate(glyphs):
         label = f"{labels[row]:.4g}" if row in labels else ""
-        lines.append(f"{label:>{LABEL_COLUMNS - 1}} {bar}{''.join(glyph_row)}".rstrip())
-    lines.append(" " * LABEL_COLUMNS + corner + line * width)
-    lines.append(" " * (LABEL_COLUMNS + 1) + "0" + f"step {format_number(right)}".rjust(width - 1))
+        lines.append(f"{label:>{AXIS_LABEL_WIDTH - 1}} {bar}{''.join(glyph_row)}".rstrip())
+    lines.append(" " * AXIS_LABEL_WIDTH + corner + line * width)
+    lines.append(
+        " " * (AXIS_LABEL_WIDTH + 1) + "0" + f"step {format_number(right)}".rjust(width - 1)
+    )
     return lines
 
 
 def finite_points(points: Points) -> tuple[np.ndarray, np.ndarray]:
-    """The points whose y is finite, ordered by x."""
+    """Points with a finite y, ordered by x."""
     x, y = (np.asarray(values, np.float64) for values in points)
     order = np.argsort(x, kind="stable")
     order = order[np.isfinite(y[order])]

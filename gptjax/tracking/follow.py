@@ -14,21 +14,20 @@ import resource
 import secrets
 import shutil
 import time
-import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+from gptjax.config import load_toml
 from gptjax.errors import ModelError, ResourceError
 from gptjax.fileio.atomic import lock_file, write_atomic
-from gptjax.fileio.strict_json import read_json, read_small_file
+from gptjax.fileio.strict_json import read_json
 from gptjax.tracking.events import Position, Record, read_new_records
 from gptjax.tracking.trackers import SINKS, Sink, TrackedRun
 
 TRACKING_DIR = "tracking"  # in the run folder
-MAX_STATE_BYTES = MAX_CONFIG_BYTES = 1 << 20
+MAX_STATE_BYTES = 1 << 20
 MAX_REASON_CHARS = 500
-MIN_FREE_BYTES = 1 << 26  # of the run's disk, left to the training
+MIN_FREE_DISK_BYTES = 1 << 26  # of the run's disk, left to the training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +100,8 @@ def follow_run(run_dir: Path, tracker: str, wait: Callable[[], bool]) -> int:
 
 def open_sink(run_dir: Path, tracker: str, state: TrackingState) -> Sink:
     """Connects to a tracker."""
-    config: dict[str, Any] = {}
-    with contextlib.suppress(FileNotFoundError):
-        config = tomllib.loads(read_small_file(run_dir / "config.toml", MAX_CONFIG_BYTES).decode())
+    config_path = run_dir / "config.toml"
+    config = load_toml(config_path) if config_path.exists() else {}
     run = TrackedRun(
         name=run_dir.absolute().name,
         id=state.id,
@@ -146,10 +144,10 @@ def lock_tracking(state_path: Path) -> Iterator[None]:
 
 def check_free_space(run_dir: Path) -> None:
     """ResourceError if the disk is nearly full: the rest is for the training."""
-    if (free := shutil.disk_usage(run_dir).free) < MIN_FREE_BYTES:
+    if (free := shutil.disk_usage(run_dir).free) < MIN_FREE_DISK_BYTES:
         raise ResourceError(
             f"only {free >> 20} MiB are free on the disk of {run_dir}; tracking needs "
-            f"{MIN_FREE_BYTES >> 20}. Free space."
+            f"{MIN_FREE_DISK_BYTES >> 20}. Free space."
         )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from gptjax.config import RunConfig, config_diff, config_options, find_config, load_config
+from gptjax.config import RunConfig, config_diff, find_config, load_config, result_options
 from gptjax.errors import ConfigError, ModelError
 from gptjax.training.metrics import Event, metric_series
 from gptjax.training.run_status import read_run_status
@@ -26,9 +26,9 @@ class ResultCheck(NamedTuple):
 
 
 def record_changes(config: RunConfig) -> RunConfig:
-    """Notes the options that differ from the config whose results are expected.
+    """Records the options that differ from the config of the expected results.
 
-    Options that do not change the results are not noted: operational ones, and those in
+    Options that do not change the results are left out: operational ones, and those in
     `expect.may_differ`.
     """
     if not config.expect.config:
@@ -39,12 +39,8 @@ def record_changes(config: RunConfig) -> RunConfig:
         changes = [f"config {config.expect.config} not found"]
     else:
         lines = {line.partition(":")[0]: line for line in config_diff(original, config)}
-        policies = {name: field.metadata["resume"] for name, field in config_options().items()}
-        changes = [
-            line
-            for name, line in lines.items()
-            if policies[name] != "operational" and name not in config.expect.may_differ
-        ]
+        names = set(result_options()).difference(config.expect.may_differ)
+        changes = [line for name, line in lines.items() if name in names]
     return dataclasses.replace(
         config, expect=dataclasses.replace(config.expect, changes=tuple(changes))
     )

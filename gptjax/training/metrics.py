@@ -34,7 +34,7 @@ VALUE_TYPES: dict[str, Any] = {"split": str, "text": str} | dict.fromkeys(
     ("time", "loss", "response_loss", "accuracy", "lr", "grad_norm", "tokens_per_s", "temporaries"),
     int | float,
 )
-# What the loss of a `train.task` is averaged over, if not tokens.
+# Units that the loss of a `train.task` is averaged over, if not tokens.
 LOSS_UNITS = {"classify": "example", "dpo": "pair"}
 WRITE_LOCK = threading.Lock()  # the checkpoint thread also writes events
 

@@ -45,7 +45,7 @@ class RunStatus:
 
     run_dir: Path
     state: State
-    since: int | float  # start of a running process, else its end or last sign of life
+    since: int | float  # start of a running process, else its end or last activity
     process: ProcessRecord
     config: RunConfig | None  # None until the data are read
     events: Sequence[Event]
@@ -103,22 +103,22 @@ def infer_state(status: RunStatus, locked: bool | None) -> tuple[State, int | fl
     it has been silent for the time after which --auto-restart would restart it.
     """
     process, run_dir = status.process, status.run_dir
-    last_sign = status.last_event_time or last_modified(run_dir / "metrics.jsonl")
-    last_sign = max(last_sign, process.started)
+    last_activity = status.last_event_time or last_modified(run_dir / "metrics.jsonl")
+    last_activity = max(last_activity, process.started)
     is_complete = status.config is not None and status.step >= status.config.train.steps
     is_elsewhere = process.host != socket.gethostname() or locked is None
-    is_silent = time.time() - last_sign > HANG_TIMEOUT_SECONDS
+    is_silent = time.time() - last_activity > HANG_TIMEOUT_SECONDS
     if locked:
         return "running", process.started
     if process.outcome == "completed":
         return "finished", process.ended
     if is_complete and (run_dir / "report.md").is_file():
-        return "finished", last_sign
+        return "finished", last_activity
     if process.outcome:
         return "stopped" if process.outcome == "interrupted" else "failed", process.ended
     if process.host and is_elsewhere and not is_silent:
         return "running", process.started
-    return "dead", last_sign
+    return "dead", last_activity
 
 
 def last_modified(path: Path) -> float:

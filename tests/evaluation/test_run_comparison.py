@@ -1,4 +1,4 @@
-"""What is compared about runs: options, effort, seeds and held-out text."""
+"""Runs are compared by options, effort, seeds and held-out text."""
 
 import dataclasses
 import json
@@ -102,10 +102,10 @@ def test_held_out_documents_are_the_same_text_whatever_the_tokenizer_is(tmp_path
     assert fewer is not None
     assert set(fewer[:-1]) < set(found[0])
     assert 250 < len("".join(fewer).encode()) <= 300
-    assert run_comparison.read_documents(tmp_path / "table.jsonl", 10**6) == texts
+    assert run_comparison.read_text_documents(tmp_path / "table.jsonl", 10**6) == texts
     (tmp_path / "empty.txt").touch()
     with pytest.raises(DataError, match="--text"):
-        run_comparison.read_documents(tmp_path / "empty.txt", 10)
+        run_comparison.read_text_documents(tmp_path / "empty.txt", 10)
 
 
 def test_the_held_out_rows_of_other_tasks_are_compared_by_their_hash(tmp_path):

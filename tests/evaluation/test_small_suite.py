@@ -6,7 +6,6 @@ import pytest
 
 from gptjax.data.datasets import read_python_help
 from gptjax.evaluation import small_suite
-from gptjax.inference.loglikelihood import ContinuationScore
 from tests.small_models import make_model
 
 TASKS = small_suite.suite_questions()
@@ -47,10 +46,14 @@ def test_the_right_choice_continues_the_text_that_it_is_from():
 def test_the_most_likely_choice_counts(monkeypatch, is_right):
     right = {(q.context, q.choices[q.answer]) for task in TASKS.values() for q in task}
 
-    def score_pairs(model, pairs):
-        return [ContinuationScore(-1.0 if (x in right) == is_right else -2.0, True) for x in pairs]
+    def score_choices(model, contexts, choices):
+        def score(x):
+            return -1.0 if (x in right) == is_right else -2.0
 
-    monkeypatch.setattr(small_suite, "score_pairs", score_pairs)
+        pairs = zip(contexts, choices, strict=True)
+        return [[score((context, choice)) for choice in some] for context, some in pairs]
+
+    monkeypatch.setattr(small_suite, "score_choices", score_choices)
 
     scores = small_suite.evaluate_suite(make_model())
 

@@ -108,7 +108,7 @@ def test_one_process_at_a_time_sends_a_run(run_dir, sink):
 
 
 def test_the_last_space_of_a_disk_is_left_to_the_training(run_dir, sink, monkeypatch):
-    usage = shutil.disk_usage(run_dir)._replace(free=follow.MIN_FREE_BYTES - 1)
+    usage = shutil.disk_usage(run_dir)._replace(free=follow.MIN_FREE_DISK_BYTES - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ResourceError, match="MiB are free"):
         send(run_dir)
