@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gptjax.plots.text_plot import BRAILLE_BLANK, LABEL_COLUMNS, text_plot
+from gptjax.plots.text_plot import AXIS_LABEL_WIDTH, BRAILLE_BLANK, text_plot
 
 
 def dots(lines):
@@ -10,7 +10,7 @@ def dots(lines):
     bits = {0: (0, 0), 1: (0, 1), 2: (0, 2), 3: (1, 0), 4: (1, 1), 5: (1, 2), 6: (0, 3), 7: (1, 3)}
     found = set()
     for row, line in enumerate(lines):
-        for column, character in enumerate(line[LABEL_COLUMNS + 1 :]):
+        for column, character in enumerate(line[AXIS_LABEL_WIDTH + 1 :]):
             code = ord(character) - BRAILLE_BLANK
             offsets = [bits[n] for n in range(8) if 0 < code < 256 and code >> n & 1]
             found |= {(2 * column + x, 4 * row + y) for x, y in offsets}
