@@ -6,9 +6,9 @@ import struct
 import ml_dtypes
 import numpy as np
 
+from gptjax.exporters.tensors import named_tensors
 from gptjax.model.rope import rope_frequencies
 from gptjax.tokenizer.tokenizer import bytes_to_unicode, derive_merge_lines
-from gptjax.weights.export import named_tensors
 
 # Numbers of the types of values and of tensors, and the formats of the former.
 U32, I32, F32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9

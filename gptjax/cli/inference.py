@@ -401,7 +401,7 @@ def run_export(model: str, layout: str, out: Path) -> None:
 
     MODEL is described in gptjax --help.
     """
-    from gptjax.weights.export import export_model
+    from gptjax.exporters.export import export_model
     from gptjax.weights.load import load
 
     with log_to_console(print_message):

@@ -17,6 +17,7 @@ from gptjax.data.splits import describe_dropped, describe_splits, drop_duplicate
 from gptjax.data.text import TRAIN_SPLIT, VALIDATION_SPLIT
 from gptjax.errors import ConfigError
 from gptjax.evaluation.classification import ClassificationResult, evaluate_classifier
+from gptjax.exporters.hf import hf_problem
 from gptjax.inference.classify import CLASSIFY_BATCH_SIZE, bucket_lengths
 from gptjax.model.classifier import classifier_hidden_states, pool_and_project
 from gptjax.model.gpt import unembedding_matrix
@@ -30,7 +31,6 @@ from gptjax.training.metrics import read_events
 from gptjax.training.task import EvalResult, RunContext, Task
 from gptjax.training.train_step import TrainState
 from gptjax.tree import Params
-from gptjax.weights.export import hf_problem
 from gptjax.weights.load import load
 from gptjax.weights.model_folder import Model
 

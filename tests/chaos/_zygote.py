@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import gptjax.bench.suite
+import gptjax.exporters.export
 import gptjax.planning.plan
 import gptjax.plots.report
 import gptjax.tasks.train
-import gptjax.weights.export
 import gptjax.weights.hub  # noqa: F401 (imports most of what commands import)
 
 LIMIT_SECONDS = 60  # of time, and of time on one core

@@ -206,7 +206,11 @@ GPTJAX, SUPERVISED = [sys.executable, "-m", "gptjax"], "train tiny --hang-timeou
             *("runtime.supervisor.supervise", ([*GPTJAX, *SUPERVISED.split()], 9.0, {})),
         ),
         ("import M --out d", "weights.load.convert_model", ("M", Path("d"), {})),
-        ("export M --to hf --out d", "weights.export.export_model", ("model", "hf", Path("d"), {})),
+        (
+            "export M --to hf --out d",
+            "exporters.export.export_model",
+            ("model", "hf", Path("d"), {}),
+        ),
     ],
 )
 def test_options_reach_the_library(capsys, monkeypatch, words, function, arguments):
@@ -217,7 +221,7 @@ def test_options_reach_the_library(capsys, monkeypatch, words, function, argumen
         calls.append((*args, options))
         return result
 
-    importlib.import_module("gptjax.weights.export")  # before what it imports is replaced
+    importlib.import_module("gptjax.exporters.export")  # before what it imports is replaced
     monkeypatch.setattr("gptjax.weights.load.load", lambda *args, **options: "model")
     monkeypatch.setattr("gptjax.inference.generate.stream", lambda *args, **options: [])
     monkeypatch.setattr(f"gptjax.{function}", record)

@@ -13,10 +13,10 @@ import safetensors.numpy
 
 import gptjax
 from gptjax.config import MeshConfig
+from gptjax.exporters.export import export_model
 from gptjax.inference import generate
 from gptjax.parallel import sharding
 from gptjax.tokenizer.tokenizer import train_tokenizer
-from gptjax.weights.export import export_model
 
 pytestmark = [
     pytest.mark.peers,

@@ -18,7 +18,7 @@ from gptjax.cli.main import main
 from gptjax.evaluation import lm_harness
 from gptjax.evaluation.lm_harness import GptjaxLM, evaluate_tasks
 from gptjax.evaluation.multiple_choice import evaluate_last_words, evaluate_questions
-from gptjax.weights.export import export_model
+from gptjax.exporters.export import export_model
 from tests.small_models import make_model
 
 # The libraries warn about their own coming versions; we only read their numbers.

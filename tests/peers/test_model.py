@@ -10,11 +10,11 @@ import pytest
 
 import gptjax
 from gptjax.config import GPTConfig, OptimConfig
+from gptjax.exporters.tensors import named_tensors
 from gptjax.model.gpt import hidden_states, unembedding_matrix
 from gptjax.training.loss import fused_cross_entropy
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.train_step import init_state, make_train_step, train_steps
-from gptjax.weights.export import named_tensors
 from gptjax.weights.model_folder import Model
 from tests.model.test_gpt import draw_params
 

@@ -13,10 +13,10 @@ import pytest
 import gptjax
 from gptjax.config import GPTConfig
 from gptjax.evaluation.perplexity import score_tokens
+from gptjax.exporters.export import export_model
 from gptjax.inference import generate
 from gptjax.inference.assistant import encode_chat
 from gptjax.tokenizer.chat_template import load_chat_template
-from gptjax.weights.export import export_model
 from gptjax.weights.model_folder import Model
 from tests.model.test_gpt import draw_params
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gptjax.weights import export
+from gptjax.exporters import export
 from tests.small_models import make_model
 
 

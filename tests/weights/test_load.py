@@ -13,13 +13,13 @@ import safetensors.numpy
 import gptjax
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError, ModelError
+from gptjax.exporters import export
+from gptjax.exporters.tensors import named_tensors
 from gptjax.presets import LLAMA_OPTIONS
 from gptjax.tokenizer.chat_template import load_chat_template
 from gptjax.tree import flatten_with_names
-from gptjax.weights import export
-from gptjax.weights.export import named_tensors
 from gptjax.weights.foreign_config import hf_config
-from gptjax.weights.load import load
+from gptjax.weights.load import REFERENCE_VALUES, ReferenceValues, convert_model, load
 from gptjax.weights.safetensors import write_safetensors
 from tests.build_openai_fixture import FOLDER
 from tests.runs import capture_lines
@@ -389,3 +389,28 @@ def test_model_folders_of_early_versions_are_read_and_invalid_ones_rejected(mode
         change_config(tmp_path / "own", **values)
         with pytest.raises(ModelError, match=message):
             gptjax.load(tmp_path / "own")
+
+
+def test_an_import_keeps_the_template_and_is_compared_with_published_values(
+    hf, model, tmp_path, monkeypatch
+):
+    table = np.asarray(model.params["token_embedding"]["embedding"])
+    right = ReferenceValues(10_832, (*table[0, :3], table[-1, -1]))
+    monkeypatch.setattr("gptjax.weights.hub.fetch_repo", lambda name: hf)
+    monkeypatch.setitem(REFERENCE_VALUES, "gpt2", right)
+    monkeypatch.chdir(tmp_path)  # where no folder is called gpt2
+    template, lines = load_chat_template("qa").source, []
+    (hf / "chat_template.jinja").write_text(template)
+
+    with capture_lines(lines):
+        convert_model("gpt2", tmp_path / "own")
+
+    assert lines[1].split() == ["not", "kept", "README.md"]
+    assert "published values agree" in lines[2]
+    loaded = load(tmp_path / "own")
+    assert_same(loaded, model)
+    assert loaded.chat_template == template
+    for wrong in ({"num_params": 9}, {"embedding": (*table[0, :3], 9.0)}):
+        monkeypatch.setitem(REFERENCE_VALUES, "gpt2", right._replace(**wrong))
+        with pytest.raises(ModelError, match=r"expected .*\b9\b"):
+            convert_model("gpt2", tmp_path / "other")

@@ -12,12 +12,11 @@ import safetensors.numpy
 import gptjax
 from gptjax.cli.main import main
 from gptjax.errors import ConfigError, ModelError
+from gptjax.exporters import export
+from gptjax.exporters.export import export_model
+from gptjax.exporters.tensors import named_tensors
 from gptjax.presets import LLAMA_OPTIONS
-from gptjax.tokenizer.chat_template import load_chat_template
-from gptjax.weights import export, hub, load
-from gptjax.weights.export import export_model, named_tensors
 from tests.build_openai_fixture import FOLDER, arrays
-from tests.runs import capture_lines
 from tests.small_models import assert_same, make_model
 
 # Replaced in this order, they turn names into those of Hugging Face.
@@ -35,6 +34,11 @@ LLAMA |= {"rope_theta": 5e5, "rope_factor": 32.0, "rope_original_context": 4}
 LLAMA |= {"context_length": 131_072}  # of which there is no table
 QWEN = LLAMA | {"rope_factor": 1.0, "rope_original_context": 8192, "qk_norm": True}
 QWEN |= {"tie_embeddings": False, "norm_eps": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
 
 
 @pytest.mark.parametrize(
@@ -131,35 +135,10 @@ def test_an_export_must_reproduce_the_logits(model, tmp_path, monkeypatch):
 
     tensors = named_tensors(model, "hf")
     tensors["h.0.attn.c_proj.weight"] = tensors["h.0.attn.c_proj.weight"] * 1.001
-    monkeypatch.setattr(export, "named_tensors", lambda *arguments: tensors)
+    monkeypatch.setattr("gptjax.exporters.hf.named_tensors", lambda *arguments: tensors)
     with pytest.raises(ModelError, match="logits"):
         export_model(model, "hf", tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
-
-
-def test_an_import_keeps_the_template_and_is_compared_with_published_values(
-    hf, model, tmp_path, monkeypatch
-):
-    table = np.asarray(model.params["token_embedding"]["embedding"])
-    right = load.ReferenceValues(10_832, (*table[0, :3], table[-1, -1]))
-    monkeypatch.setattr(hub, "fetch_repo", lambda name: hf)
-    monkeypatch.setitem(load.REFERENCE_VALUES, "gpt2", right)
-    monkeypatch.chdir(tmp_path)  # where no folder is called gpt2
-    template, lines = load_chat_template("qa").source, []
-    (hf / "chat_template.jinja").write_text(template)
-
-    with capture_lines(lines):
-        load.convert_model("gpt2", tmp_path / "own")
-
-    assert lines[1].split() == ["not", "kept", "README.md"]
-    assert "published values agree" in lines[2]
-    loaded = gptjax.load(tmp_path / "own")
-    assert_same(loaded, model)
-    assert loaded.chat_template == template
-    for change in ({"num_params": 9}, {"embedding": (*table[0, :3], 9.0)}):
-        monkeypatch.setitem(load.REFERENCE_VALUES, "gpt2", right._replace(**change))
-        with pytest.raises(ModelError, match=r"expected .*\b9\b"):
-            load.convert_model("gpt2", tmp_path / "other")
 
 
 UNKNOWN_ARCHITECTURES = [{"norm": "rms", "bias": False}, LLAMA | {"mlp": "relu2"}, {"mlp_dim": 40}]
