@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gptjax.errors import GptjaxError, ModelError
-from gptjax.evaluation.comparison import MIN_SEEDS, Interval
+from gptjax.evaluation.comparison import MIN_EFFECTIVE_COUNT, MIN_SEEDS, Interval
 from gptjax.evaluation.run_comparison import (
     CurveAxis,
     ModelComparison,
@@ -166,11 +166,17 @@ def describe_models(first: str, second: str, result: ModelComparison) -> str:
     kind, clusters = "documents", f"{result.num_documents:,} documents"
     if not result.is_by_document:
         kind, clusters = "blocks", f"{result.num_clusters} blocks of a text in too few documents"
-    interval = format_interval(result.interval, result.unit.name)
+    interval, warning = format_interval(result.interval, result.unit.name), ""
+    enough = min(MIN_EFFECTIVE_COUNT, result.num_documents / 2)
+    if result.is_by_document and result.effective_count < enough:
+        warning = (
+            f" A few long documents dominate, so that they count as {result.effective_count:.0f} "
+            "equal ones: the interval may be too narrow. Give a --text of more documents."
+        )
     return (
         f"model of {second} - model of {first}: {interval} "
         f"({result.losses[1]:.4f} - {result.losses[0]:.4f}), over {clusters} with "
-        f"{result.num_tokens:,} tokens: {judge(result.interval, second, 'model', kind)}"
+        f"{result.num_tokens:,} tokens: {judge(result.interval, second, 'model', kind)}{warning}"
     )
 
 

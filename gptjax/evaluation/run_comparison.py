@@ -18,6 +18,7 @@ from gptjax.errors import DataError, ModelError
 from gptjax.evaluation.comparison import (
     MIN_DOCUMENTS,
     Interval,
+    effective_count,
     paired_interval,
     score_documents,
     sum_clusters,
@@ -274,6 +275,7 @@ class ModelComparison(NamedTuple):
     num_documents: int
     num_tokens: int  # of the first model's tokenizer
     num_clusters: int
+    effective_count: float  # of clusters
     is_by_document: bool  # else clusters are blocks of text
 
 
@@ -298,6 +300,7 @@ def compare_models(
                 len(documents),
                 int(baseline.tokens.sum()),
                 int(used.sum()),
+                effective_count(size[used]),
                 len(documents) >= MIN_DOCUMENTS,
             )
         )

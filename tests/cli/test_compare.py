@@ -100,3 +100,13 @@ def test_it_takes_at_least_two_runs(tmp_path, capfd):
     assert main(["compare", str(tmp_path)]) == 2
     assert main(["compare", str(tmp_path), str(tmp_path / "other")]) == 2
     assert "config.toml" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("longest", [1, 400])
+def test_it_warns_if_a_few_long_documents_dominate(longest, runs, capfd):
+    texts = [f"{n} and " * (longest if n == 0 else 1) for n in range(40)]
+    Path("text.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in texts))
+
+    assert main(["compare", "wild", "tame", "--text", "text.jsonl"]) == 0
+
+    assert ("count as 1 equal" in capfd.readouterr().out) == (longest == 400)
