@@ -1,5 +1,6 @@
 """Local HTTP servers, good or bad: of files, of a Hugging Face hub, of an LLM judge."""
 
+import base64
 import contextlib
 import hashlib
 import http.server
@@ -37,10 +38,11 @@ def serving(*answers: Answer) -> Iterator[tuple[str, list[Asked]]]:
             headers = {name.lower(): text for name, text in self.headers.items()}
             body = self.rfile.read(int(headers.get("content-length", 0)))
             asked.append(Asked(self.path, headers, body))
+            self.body = body
             with contextlib.suppress(ConnectionError):
                 answers[min(len(asked), len(answers)) - 1](self)
 
-        do_HEAD = do_POST = do_GET
+        do_HEAD = do_POST = do_PUT = do_GET
 
         def log_message(self, *args: object) -> None:
             pass
@@ -113,6 +115,52 @@ def hub(files: Mapping[str, bytes | Answer]) -> Answer:
         name = handler.path.rpartition("/")[2]
         found = files.get(name, lambda handler: head(handler, 404, **missing))
         (file(found, **hub_headers(name, found)) if isinstance(found, bytes) else found)(handler)
+
+    return answer
+
+
+def writable_hub(stored: dict[str, bytes]) -> Answer:
+    """A hub that accepts commits: their files, by path. Weights are LFS objects."""
+    objects: dict[str, bytes] = {}
+
+    def reply(handler: Handler, value: object) -> None:
+        plain(json.dumps(value).encode(), Content_Type="application/json")(handler)
+
+    def answer(handler: Handler) -> None:
+        url, body = f"http://{handler.headers['Host']}", handler.body
+        match handler.path.partition("?")[0].strip("/").split("/"):
+            case ["api", "repos", "create"]:
+                name = "/".join(filter(None, map(json.loads(body).get, ("organization", "name"))))
+                reply(handler, {"url": f"{url}/{name}", "name": name})
+            case ["api", "validate-yaml"]:
+                reply(handler, {"errors": [], "warnings": []})
+            case ["api", "models", _, _, "preupload", "main"]:
+                paths = [file["path"] for file in json.loads(body)["files"]]
+                modes = ["lfs" if path.endswith(".safetensors") else "regular" for path in paths]
+                files = [
+                    {"path": path, "uploadMode": mode, "shouldIgnore": False}
+                    for path, mode in zip(paths, modes, strict=True)
+                ]
+                reply(handler, {"files": files})
+            case [_, _, "info", "lfs", "objects", "batch"]:
+                wanted = json.loads(body)["objects"]
+                actions = [{"upload": {"href": f"{url}/lfs/{x['oid']}"}} for x in wanted]
+                found = [x | {"actions": a} for x, a in zip(wanted, actions, strict=True)]
+                reply(handler, {"transfer": "basic", "objects": found})
+            case ["lfs", oid]:
+                objects[oid] = body
+                head(handler, 200, Content_Length=0)
+            case ["api", "models", owner, name, "commit", "main"]:
+                for line in map(json.loads, body.splitlines()):
+                    value = line["value"]
+                    if line["key"] == "file":
+                        stored[value["path"]] = base64.b64decode(value["content"])
+                    elif line["key"] == "lfsFile":
+                        stored[value["path"]] = objects[value["oid"]]
+                address = f"{url}/{owner}/{name}/commit/{COMMIT}"
+                reply(handler, {"commitUrl": address, "commitOid": COMMIT})
+            case _:
+                head(handler, 404, Content_Length=0)
 
     return answer
 

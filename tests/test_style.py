@@ -19,7 +19,7 @@ IMPORTERS = {  # dependency: the modules that may import it
     "flax": ["model.*"],
     "google_crc32c": ["weights.tf_checkpoint"],
     "grain": ["data.lm"],
-    "huggingface_hub": ["weights.hub"],
+    "huggingface_hub": ["weights.*"],
     "jinja2": ["tokenizer.template_worker"],
     "lazy_loader": ["book", "gptjax"],
     "lm_eval": ["evaluation.lm_harness"],

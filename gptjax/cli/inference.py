@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -407,3 +408,30 @@ def run_export(model: str, layout: str, out: Path) -> None:
     with log_to_console(print_message):
         loaded = load(model)
     print_progress(export_model(loaded, layout, out))
+
+
+@click.command("push", cls=Command)
+@click.argument("model")
+@click.argument("repository", metavar="OWNER/NAME")
+@value_option("--license", "license in the model card, such as apache-2.0", "unknown", dest="terms")
+@flag_option("--private", "create the repository as a private one")
+@flag_option("--dry-run", "list the files instead of uploading them")
+def run_push(model: str, repository: str, terms: str, private: bool, dry_run: bool) -> None:
+    """Upload a model to the Hugging Face hub, with a model card.
+
+    MODEL is described in gptjax --help. The card of a run has its results and options;
+    neither its command nor any local path is uploaded. `hf auth login` sets the token.
+    """
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", terms):
+        raise ConfigError(
+            f"--license {terms!r} is not an identifier of the hub. Use one such as apache-2.0."
+        )
+    from gptjax.cli.push import prepare_upload
+    from gptjax.weights.hub_upload import check_repo_id, upload_folder
+
+    check_repo_id(repository)
+    with log_to_console(print_message), prepare_upload(model, repository, terms) as folder:
+        for file in sorted(folder.iterdir()):
+            print_result(f"{file.stat().st_size:>13,}  {file.name}")
+        if not dry_run:
+            print_progress(f"uploaded {upload_folder(folder, repository, private=private)}")

@@ -95,6 +95,7 @@ COMMANDS = Group(
         inference.run_evaluate,
         inference.run_import,
         inference.run_export,
+        inference.run_push,
         runs.run_watch,
         runs.run_compare,
         runs.run_check,

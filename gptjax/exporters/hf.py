@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 from gptjax.config import GPTConfig
 from gptjax.errors import ModelError
+from gptjax.exporters.model_card import model_card
 from gptjax.exporters.tensors import gpt2_values, lossless_dtype, named_tensors, unsupported_options
 from gptjax.fileio.atomic import write_atomic
 from gptjax.presets import LLAMA_OPTIONS
-from gptjax.tree import num_params
 from gptjax.weights.model_folder import Model, write_model_json
 from gptjax.weights.param_map import HF_PREFIXES, hf_layout
 from gptjax.weights.safetensors import write_safetensors
@@ -129,31 +129,5 @@ def write_hf(model: Model, folder: Path) -> None:
     write_safetensors(prefixed, folder / "model.safetensors")
     write_model_json(hf_config, folder / "config.json")
     write_model_json(special_tokens | {"pad_token_id": eot}, folder / "generation_config.json")
-    write_atomic(folder / "README.md", model_card(model, architecture.name, model_type))
-
-
-def model_card(model: Model, architecture: str, model_type: str) -> str:
-    """Returns the model card (README.md) of an exported folder."""
-    c = model.config
-    task, auto_class, title = "text-generation", "AutoModelForCausalLM", f"A {architecture}"
-    if model.labels:
-        task, auto_class = "text-classification", "AutoModelForSequenceClassification"
-        title = f"A classifier ({', '.join(model.labels)}) on {architecture}"
-    return f"""---
-library_name: transformers
-pipeline_tag: {task}
-tags: [{model_type}, gptjax]
----
-
-# {title} with {num_params(model.params):,} parameters
-
-{c.n_layers} layers, {c.n_heads} heads, width {c.d_model}, context {c.context_length},
-{c.vocab_size:,} tokens ({model.tokenizer.name}). Written by gptjax.
-
-```python
-from transformers import AutoTokenizer, {auto_class}
-
-model = {auto_class}.from_pretrained("THIS FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
-```
-"""
+    card = model_card(model, architecture=architecture.name, model_type=model_type)
+    write_atomic(folder / "README.md", card)
