@@ -60,15 +60,18 @@ def render(
     eos_token: str,
 ) -> str:
     """Renders a conversation without limits, with marks around message texts."""
-    marked_messages = [
-        {
-            name: value if name == "role" else MarkedText.wrap(value, message["role"])
-            for name, value in message.items()
-        }
-        for message in messages
-    ]
     try:
-        return compile_jinja(source).render(
+        template, reads_input = compile_jinja(source)
+        if not reads_input:
+            messages = [join_input(message) for message in messages]
+        marked_messages = [
+            {
+                name: value if name == "role" else MarkedText.wrap(value, message["role"])
+                for name, value in message.items()
+            }
+            for message in messages
+        ]
+        return template.render(
             messages=marked_messages,
             add_generation_prompt=add_generation_prompt,
             bos_token=bos_token.replace(EOT_TEXT, EOT_MARK),
@@ -81,6 +84,13 @@ def render(
             f"the chat template failed: {type(error).__name__}: {error!s:.500}. Correct it, "
             "or use a built-in template."
         ) from error
+
+
+def join_input(message: ChatMessage) -> ChatMessage:
+    """Returns the message with its input, if any, at the end of its content."""
+    if "input" not in message:
+        return message
+    return {"role": message["role"], "content": f"{message['content']}\n\n{message['input']}"}
 
 
 def raise_exception(message: str) -> None:
@@ -133,12 +143,19 @@ class TemplateSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 @functools.lru_cache(maxsize=16)
-def compile_jinja(source: str) -> jinja2.Template:
-    """Compiles a template; <|endoftext|> in its source is the end token."""
+def compile_jinja(source: str) -> tuple[jinja2.Template, bool]:
+    """Compiles a template; says whether it reads the inputs of messages.
+
+    <|endoftext|> in its source is the end token.
+    """
     sandbox = TemplateSandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
     )
-    return sandbox.from_string(source.translate(MARK_REPLACEMENTS).replace(EOT_TEXT, EOT_MARK))
+    text = source.translate(MARK_REPLACEMENTS).replace(EOT_TEXT, EOT_MARK)
+    template, syntax = sandbox.from_string(text), sandbox.parse(text)
+    keys = [node.attr for node in syntax.find_all(jinja2.nodes.Getattr)]
+    keys += [node.value for node in syntax.find_all(jinja2.nodes.Const)]
+    return template, "input" in keys
 
 
 if __name__ == "__main__":

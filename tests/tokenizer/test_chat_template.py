@@ -197,6 +197,20 @@ UNUSABLE = [
 ]
 
 
+def test_an_input_is_part_of_the_message_where_a_template_does_not_read_it():
+    plain = """{% for message in messages %}<{{ message.role }}>{{ message.content }}</s>
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+    reading = plain.replace("message.content }}", "message.content }}{{ message['input'] }}")
+    message = {"role": "user", "content": "Translate.", "input": "Hello"}
+
+    texts = [
+        "".join(part.text for part in compile_template(source).segments([message]))
+        for source in (plain, reading)
+    ]
+
+    assert texts == ["<user>Translate.\n\nHello</s>\n", "<user>Translate.Hello</s>\n"]
+
+
 def test_unusable_templates_are_rejected():
     long = {"role": "user", "content": "abcdef"}
     for source, message in UNUSABLE:
