@@ -59,6 +59,8 @@ def model_accuracy(
         "checkpoint": {"every": steps},
     }
     sections["data"]["test_fraction"] = 0.0
+    if config.data.tokenizer:  # 50 rows do not have the 1,024 tokens of the config
+        sections["data"]["tokenizer"] = "bpe:512"
     changes = {n: dataclasses.replace(getattr(config, n), **x) for n, x in sections.items()}
     run: RunConfig = dataclasses.replace(config, **changes)
     model = gptjax.train(run, folder / f"{name}_{len(train)}_{seed}")
