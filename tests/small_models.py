@@ -18,10 +18,11 @@ LLAMA |= {"norm": "rms", "norm_eps": 1e-2, "qk_norm": True, "bias": False, "qkv_
 LLAMA |= {"n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "mlp": "swiglu", "mlp_dim": 12}
 
 
-def make_model(std=0.1, **changes):
+def make_model(std=0.1, tokenizer=None, **changes):
+    tokenizer = tokenizer or gptjax.tokenizer.load("bytes")
     shape = {"context_length": 8, "n_layers": 2, "n_heads": 2, "d_model": 16}
-    config = GPTConfig(vocab_size=257, **(shape | changes))
-    return Model(config, random_params(config, std), gptjax.tokenizer.load("bytes"))
+    config = GPTConfig(vocab_size=tokenizer.vocab_size, **(shape | changes))
+    return Model(config, random_params(config, std), tokenizer)
 
 
 def random_params(config, std=0.1):

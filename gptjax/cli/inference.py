@@ -395,19 +395,26 @@ def run_import(source: str, out: Path) -> None:
 
 @click.command("export", cls=Command)
 @click.argument("model")
-@value_option("--to", "format of the export", required=True, metavar="hf|book", dest="layout")
+@value_option("--to", "format: hf, book or gguf", required=True, metavar="FORMAT", dest="layout")
 @value_option("--out", "new folder", type=PATH, required=True, metavar="DIR")
-def run_export(model: str, layout: str, out: Path) -> None:
-    """Export a model for other tools and verify its logits.
+@value_option(
+    "--dtype",
+    "--to gguf: type of the matrices",
+    type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
+    shown="f16",
+)
+def run_export(model: str, layout: str, out: Path, dtype: str | None) -> None:
+    """Export a model for other tools and verify the result.
 
-    MODEL is described in gptjax --help.
+    MODEL is described in gptjax --help. hf is a folder for transformers, gguf a file
+    for llama.cpp, book a state dict of the book's GPTModel.
     """
     from gptjax.exporters.export import export_model
     from gptjax.weights.load import load
 
     with log_to_console(print_message):
         loaded = load(model)
-    print_progress(export_model(loaded, layout, out))
+    print_progress(export_model(loaded, layout, out, dtype or ""))
 
 
 @click.command("push", cls=Command)

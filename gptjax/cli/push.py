@@ -13,6 +13,7 @@ from gptjax.config import RunConfig, config_options
 from gptjax.data.datasets import DATASETS, PYTHON_HELP, PYTHON_LINES, WORD_TASKS
 from gptjax.evaluation.run_comparison import RunRecord, read_run_records
 from gptjax.exporters.export import export_model
+from gptjax.exporters.gguf import write_gguf
 from gptjax.exporters.hf import HF_ARCHITECTURES, hf_model_type, hf_problem
 from gptjax.exporters.model_card import model_card
 from gptjax.fileio.atomic import write_atomic
@@ -36,8 +37,8 @@ PUBLIC_VALUES = {  # of options with free text: all others may be private, such 
 def prepare_upload(source: str, repo_id: str, license_id: str) -> Iterator[Path]:
     """Writes the files to upload for MODEL into a temporary folder.
 
-    They are those of a Hugging Face export if transformers can load the model, else
-    of a model folder; a run adds its results and config to the model card.
+    They are those of a Hugging Face export and a GGUF file if transformers can load the
+    model, else of a model folder; a run adds its results and config to the model card.
     """
     model = load(source)
     with TemporaryDirectory() as temporary:
@@ -51,6 +52,9 @@ def prepare_upload(source: str, repo_id: str, license_id: str) -> Iterator[Path]
         if not problem:
             model_type = hf_model_type(model.config)
             facts |= {"architecture": HF_ARCHITECTURES[model_type].name, "model_type": model_type}
+            if not model.labels:
+                write_gguf(model, folder / "model-f16.gguf", "f16")
+                facts["has_gguf"] = True
         if Path(source, "config.toml").is_file():
             (run,) = read_run_records([Path(source)])
             facts |= {"sections": describe_training(run), "base_model": find_base_model(run.config)}

@@ -1,9 +1,11 @@
 """Exports models in formats that other tools load.
 
-hf    Hugging Face GPT-2, Llama or Qwen 3 (for transformers, llama.cpp, vLLM, ...)
+hf    Hugging Face GPT-2, Llama or Qwen 3 (for transformers, vLLM, ...)
 book  state dict of the book's PyTorch GPTModel, whose output head is never tied
+gguf  file for llama.cpp and the tools built on it, such as Ollama and LM Studio
 
-Every export is loaded again and must reproduce the logits before it is kept.
+Every export is loaded again and must reproduce the logits, or the rounded parameters,
+before it is kept.
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ import numpy as np
 from gptjax.config import did_you_mean
 from gptjax.errors import ConfigError, ModelError
 from gptjax.exporters.book import write_book
+from gptjax.exporters.gguf import read_back, write_gguf
 from gptjax.exporters.hf import write_hf
 from gptjax.fileio.atomic import atomic_path
 from gptjax.model.classifier import class_logits
@@ -28,37 +31,76 @@ from gptjax.weights.model_folder import Model, write_chat_template
 NUM_CHECK_TOKENS = 16
 # Relative to the largest logit: float32 rounding is 6e-8 per sum, of some hundred sums.
 EXPORT_TOLERANCE = 1e-5
-EXPORT_WRITERS: dict[str, Callable[[Model, Path], None]] = {"hf": write_hf, "book": write_book}
+GGUF_DTYPES = ("f32", "f16", "bf16", "q8_0")
 
 
-def export_model(model: Model, layout: str, output_dir: Path) -> str:
+def export_model(model: Model, layout: str, output_dir: Path, dtype: str = "") -> str:
     """Exports the model and verifies the result; returns a summary for the user.
 
     `output_dir` must not exist yet, or be empty; it is created only after verification.
+    `dtype` is one of `GGUF_DTYPES`.
     """
-    if layout not in EXPORT_WRITERS:
+    if layout not in EXPORTERS:
         raise ConfigError(
-            f"cannot export to {layout!r}.{did_you_mean(layout, EXPORT_WRITERS)} "
-            f"Known: {', '.join(EXPORT_WRITERS)}."
+            f"cannot export to {layout!r}.{did_you_mean(layout, EXPORTERS)} "
+            f"Known: {', '.join(EXPORTERS)}."
         )
+    if dtype and layout != "gguf":
+        raise ConfigError(f"--dtype {dtype} belongs to --to gguf. Leave it out.")
     try:
         with atomic_path(output_dir) as new_dir:
             if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
                 raise ModelError(f"{output_dir} already exists. Choose another folder with --out.")
             new_dir.mkdir()
-            EXPORT_WRITERS[layout](model, new_dir)
-            model.tokenizer.save(new_dir)
-            if model.chat_template:
-                write_chat_template(model.chat_template, new_dir)
-            reloaded = load(new_dir)
-            difference = compare_logits(model, reloaded)
+            reloaded, result = EXPORTERS[layout](model, new_dir, dtype)
     except OSError as error:
         raise ModelError(f"cannot write {output_dir}: {error}. Choose another.") from error
     lost = ", ".join(list_differences(model, reloaded))
     return (
-        f"wrote    {output_dir} ({layout}): {num_params(model.params):,} parameters; "
-        f"logits of the reloaded model differ by at most {difference:.3g}"
+        f"wrote    {output_dir} ({layout}): {num_params(model.params):,} parameters; {result}"
     ) + (f"\nnot exported: {lost}" if lost else "")
+
+
+def export_hf(model: Model, folder: Path, dtype: str) -> tuple[Model, str]:
+    """Writes a folder for transformers; returns the reloaded model and a summary."""
+    write_hf(model, folder)
+    return reload_folder(model, folder)
+
+
+def export_book(model: Model, folder: Path, dtype: str) -> tuple[Model, str]:
+    """Writes a folder in the book's format, as `export_hf` does."""
+    write_book(model, folder)
+    return reload_folder(model, folder)
+
+
+def reload_folder(model: Model, folder: Path) -> tuple[Model, str]:
+    """Adds the tokenizer and template of a folder, and compares the logits."""
+    model.tokenizer.save(folder)
+    if model.chat_template:
+        write_chat_template(model.chat_template, folder)
+    reloaded = load(folder)
+    difference = compare_logits(model, reloaded)
+    return reloaded, f"logits of the reloaded model differ by at most {difference:.3g}"
+
+
+def export_gguf(model: Model, folder: Path, dtype: str) -> tuple[Model, str]:
+    """Writes a GGUF file, as `export_hf` does a folder."""
+    path = folder / f"model-{dtype or 'f16'}.gguf"
+    write_gguf(model, path, dtype or "f16")
+    reloaded = load(path)
+    for name, expected, found in read_back(model, path):
+        if not np.array_equal(expected, found):
+            raise ModelError(
+                f"{name} of the exported file differs, so the export was discarded. This is a "
+                "bug in gptjax: please report it."
+            )
+    if dtype == "f32":
+        compare_logits(model, reloaded)
+    return reloaded, f"{path.name} has {path.stat().st_size:,} bytes, read back as written"
+
+
+Exporter = Callable[[Model, Path, str], tuple[Model, str]]
+EXPORTERS: dict[str, Exporter] = {"hf": export_hf, "book": export_book, "gguf": export_gguf}
 
 
 def list_differences(model: Model, reloaded: Model) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 from gptjax.config import GPTConfig
 from gptjax.tree import flatten_with_names
 from gptjax.weights.model_folder import Model
-from gptjax.weights.param_map import EMBEDDING_TABLES, pack_tensor, param_slots
+from gptjax.weights.param_map import EMBEDDING_TABLES, ParamSlot, pack_tensor, param_slots
 
 # Options that an architecture determines.
 GPT2_OPTIONS: dict[str, Any] = {
@@ -19,6 +19,14 @@ GPT2_OPTIONS: dict[str, Any] = {
 
 def named_tensors(model: Model, layout: str) -> dict[str, np.ndarray]:
     """Returns the tensors of a layout by name, without vocabulary padding."""
+    slots_by_name, leaves = tensor_slots(model, layout)
+    return {name: pack_tensor(slots, leaves) for name, slots in slots_by_name.items()}
+
+
+def tensor_slots(
+    model: Model, layout: str
+) -> tuple[dict[str, list[ParamSlot]], dict[str, np.ndarray]]:
+    """Returns the parts of the tensors of a layout, for `pack_tensor`."""
     c, (embedding_name, head_name) = model.config, EMBEDDING_TABLES
     leaves = {n: np.asarray(leaf) for n, leaf in flatten_with_names(model.params).items()}
     for name in {embedding_name, head_name} & set(leaves):
@@ -27,12 +35,11 @@ def named_tensors(model: Model, layout: str) -> dict[str, np.ndarray]:
         leaves.pop(head_name, None)  # classifiers of transformers have no LM head
     if layout == "book" and c.tie_embeddings:
         leaves[head_name] = leaves[embedding_name]
-    if layout == "hf" and not c.qkv_bias:  # GPT-2 requires them
+    if layout in ("hf", "gpt2-gguf") and not c.qkv_bias:  # GPT-2 requires them
         zeros = np.zeros((c.n_layers, c.n_heads, c.actual_head_dim), np.float32)
         for name in ("query", "key", "value"):
             leaves[f"blocks/attention/{name}/bias"] = zeros
-    slots_by_name = param_slots(c, layout, leaves)
-    return {name: pack_tensor(slots, leaves) for name, slots in slots_by_name.items()}
+    return param_slots(c, layout, leaves), leaves
 
 
 def gpt2_values(config: GPTConfig) -> dict[str, tuple[Any, ...]]:

@@ -23,7 +23,7 @@ from gptjax.weights.foreign_config import (
 )
 from gptjax.weights.safetensors import TensorReader
 
-ARCHITECTURES = ("llama", "qwen3")
+ARCHITECTURES = ("gpt2", "llama", "qwen3")
 SIZE_KEYS = {
     "context_length": "context_length",
     "n_layers": "block_count",
@@ -31,6 +31,7 @@ SIZE_KEYS = {
     "d_model": "embedding_length",
     "mlp_dim": "feed_forward_length",
 }
+GPT2_EPSILON = "attention.layer_norm_epsilon"
 OPTIONAL_SIZE_KEYS = {"n_kv_heads": "attention.head_count_kv", "head_dim": "attention.key_length"}
 FLOAT_KEYS = {  # and their defaults
     "norm_eps": ("attention.layer_norm_rms_epsilon", None),
@@ -56,7 +57,7 @@ def gguf_config(metadata: Mapping[str, Any], reader: TensorReader) -> GPTConfig:
     if architecture not in ARCHITECTURES:
         raise ConfigError(
             f"general.architecture={architecture!r:.60}, but gptjax reads "
-            f"{' and '.join(ARCHITECTURES)}. Use a model of one of these."
+            f"{', '.join(ARCHITECTURES)}. Use a model of one of these."
         )
     if (count := metadata.get("split.count")) not in (None, 0, 1):  # 0 after merging
         raise ConfigError(
@@ -70,17 +71,18 @@ def gguf_config(metadata: Mapping[str, Any], reader: TensorReader) -> GPTConfig:
                 f"{key[:60]}={value!r:.60}, but gptjax needs one value for all layers. Use "
                 "another model."
             )
-    names = SIZE_KEYS | {n: key for n, key in OPTIONAL_SIZE_KEYS.items() if key in values}
-    fields: dict[str, Any] = {name: get_positive_int(values, key) for name, key in names.items()}
-    fields |= {name: get_positive_float(values, *key) for name, key in FLOAT_KEYS.items()}
     if "token_embd.weight" not in reader.tensors:
         raise ConfigError("it lacks the tensor token_embd.weight. Download it again.")
-    config = llama_config(
-        vocab_size=reader.tensors["token_embd.weight"].shape[0],
-        tie_embeddings="output.weight" not in reader.tensors,
-        qk_norm=architecture == "qwen3",
-        **fields,
-    )
+    fields: dict[str, Any] = {
+        "vocab_size": reader.tensors["token_embd.weight"].shape[0],
+        "tie_embeddings": "output.weight" not in reader.tensors,
+    }
+    if architecture == "gpt2":
+        return gpt2_config(values, fields)
+    names = SIZE_KEYS | {n: key for n, key in OPTIONAL_SIZE_KEYS.items() if key in values}
+    fields |= {name: get_positive_int(values, key) for name, key in names.items()}
+    fields |= {name: get_positive_float(values, *key) for name, key in FLOAT_KEYS.items()}
+    config = llama_config(qk_norm=architecture == "qwen3", **fields)
     required = REQUIRED_GGUF_VALUES | {
         "vocab_size": config.vocab_size,
         "attention.value_length": config.actual_head_dim,
@@ -90,6 +92,18 @@ def gguf_config(metadata: Mapping[str, Any], reader: TensorReader) -> GPTConfig:
     used = [*names.values(), *(key for key, _ in FLOAT_KEYS.values()), *required]
     check_keys(values, [*used, *IRRELEVANT_GGUF_KEYS])
     return with_rope_factor(config, reader) if ROPE_FREQS in reader.tensors else config
+
+
+def gpt2_config(values: Mapping[str, Any], fields: Mapping[str, Any]) -> GPTConfig:
+    """Returns the config of a GPT-2 with these fields."""
+    sizes: dict[str, Any] = {n: get_positive_int(values, key) for n, key in SIZE_KEYS.items()}
+    required = {"vocab_size": fields["vocab_size"], "attention.head_count_kv": sizes["n_heads"]}
+    check_values(values, required)
+    check_keys(values, [*SIZE_KEYS.values(), GPT2_EPSILON, *required, *IRRELEVANT_GGUF_KEYS])
+    if sizes["mlp_dim"] == 4 * sizes["d_model"]:
+        sizes["mlp_dim"] = 0  # the default
+    norm_eps = get_positive_float(values, GPT2_EPSILON, None)
+    return GPTConfig(**fields, **sizes, norm_eps=norm_eps)
 
 
 def with_rope_factor(config: GPTConfig, reader: TensorReader) -> GPTConfig:
@@ -130,6 +144,9 @@ def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> Tokenizer:
         raise ConfigError("tokenizer.ggml.token_type is no type for each token. Download it again.")
     bos = get_token_id(values, "bos_token_id", len(tokens))
     ends = [get_token_id(values, key, len(tokens)) for key in END_TOKEN_KEYS]
+    add_bos = pre in BOS_PRE_TOKENIZERS if add_bos is None else add_bos
+    if bos in ends and not add_bos:
+        bos = None  # not used, but llama.cpp needs one
     special_ids = {n for n, kind in enumerate(types) if kind != NORMAL_TOKEN}
     special_ids |= {n for n in (bos, *ends) if n is not None}
     try:
@@ -141,7 +158,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], name: str) -> Tokenizer:
             pre=pre,
             bos=bos,
             eos=[n for n in ends if n is not None],
-            add_bos=pre in BOS_PRE_TOKENIZERS if add_bos is None else add_bos,
+            add_bos=add_bos,
         )
     except DataError as error:
         raise DataError(f"{error}. Download it again, or use another model.") from error

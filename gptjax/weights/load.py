@@ -9,7 +9,7 @@ llama   Hugging Face Llama, SmolLM2 or Qwen 3: the same files
 openai  OpenAI's TensorFlow checkpoint: hparams.json, model.ckpt.*
 book    safetensors with the names of the book's PyTorch GPTModel, with a
         config.json that sets "n_heads" if the head dim is not 64
-gguf    file of llama.cpp with a Llama-family model
+gguf    file of llama.cpp with a GPT-2 or Llama-family model
 """
 
 import dataclasses
@@ -362,10 +362,12 @@ def from_gguf(path: Path) -> ModelSource:
     """Opens a GGUF file."""
     metadata, reader = open_gguf(path)
     config = gguf_config(metadata, reader)
-    if metadata["general.architecture"] == "llama":
+    architecture = metadata["general.architecture"]
+    if architecture == "llama":
         reader = pairs_to_halves(reader, config)
     tokenizer = gguf_tokenizer(metadata, path.name)
-    source = with_tokenizer("gguf", path, config, reader, tokenizer)
+    layout = "gpt2-gguf" if architecture == "gpt2" else "gguf"
+    source = with_tokenizer(layout, path, config, reader, tokenizer)
     template = str(metadata.get("tokenizer.chat_template", ""))
     return dataclasses.replace(source, chat_template=template)
 

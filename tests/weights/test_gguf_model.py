@@ -70,7 +70,7 @@ def test_quantized_matrices_become_float32(tmp_path):
 
 EMBEDDING = TENSORS["token_embd.weight"]
 INVALID = [  # changes, part of the message
-    ({"general.architecture": "gpt2"}, {}, "architecture='gpt2'"),
+    ({"general.architecture": "falcon"}, {}, "architecture='falcon'"),
     ({"general.architecture": [1, 2]}, {}, "architecture=array"),
     ({"split.count": 2}, {}, "split.count=2"),
     ({"llama.block_count": None}, {}, "block_count"),

@@ -1,0 +1,230 @@
+"""GGUF files, for llama.cpp and the tools built on it.
+
+The keys and names are those of llama.cpp's converters; `gptjax.weights.gguf` describes
+the file. Matrices have the type of `--dtype`; norms, biases and position embeddings are
+float32, which llama.cpp requires, and so are rows that do not divide into blocks.
+"""
+
+import dataclasses
+import struct
+from array import array
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from gptjax.config import GPTConfig
+from gptjax.errors import ModelError
+from gptjax.exporters.hf import hf_model_type, hf_problem
+from gptjax.exporters.tensors import tensor_slots
+from gptjax.model.rope import rope_frequencies
+from gptjax.tree import num_params
+from gptjax.weights.gguf import (
+    ARRAY,
+    BLOCK_DTYPES,
+    BLOCK_SIZE,
+    BOOL,
+    DEFAULT_ALIGNMENT,
+    FLOAT32,
+    GGUF_MAGIC,
+    STRING,
+    TENSOR_TYPES,
+    align_up,
+    dequantize,
+    open_gguf,
+)
+from gptjax.weights.gguf_model import (
+    FLOAT_KEYS,
+    GPT2_EPSILON,
+    NORMAL_TOKEN,
+    OPTIONAL_SIZE_KEYS,
+    ROPE_FREQS,
+    SIZE_KEYS,
+)
+from gptjax.weights.model_folder import Model
+from gptjax.weights.param_map import pack_tensor, source_shape
+
+UINT32, INT32 = 4, 5  # types of values
+CONTROL_TOKEN = 3  # in tokenizer.ggml.token_type
+FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # general.file_type
+POSITIONS = "position_embd.weight"
+TYPE_NUMBERS = {name: number for number, name in TENSOR_TYPES.items()}
+
+
+class TensorEntry(NamedTuple):
+    """Name, type and shape of a tensor in a file."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        dtype, numbers = BLOCK_DTYPES[self.type], int(np.prod(self.shape))
+        return numbers // (BLOCK_SIZE if dtype.names else 1) * dtype.itemsize
+
+
+def write_gguf(model: Model, path: Path, dtype: str) -> None:
+    """Writes a file, one tensor at a time; `dtype` is f32, f16, bf16 or q8_0."""
+    if model.labels:
+        raise ModelError("GGUF has no classifiers. Use --to hf.")
+    if problem := hf_problem(model.config, is_classifier=False):
+        raise ModelError(f"{problem}. Train a model with other options.")
+    model, entries = with_token_rows(model), tensor_entries(model, dtype.upper())
+    with open(path, "xb") as file:
+        write_header(file, gguf_metadata(model, dtype.upper()), entries)
+        for entry, values in zip(entries, tensor_values(model), strict=True):
+            file.write(encode_tensor(values, entry.type))
+            write_padding(file)
+
+
+def with_token_rows(model: Model) -> Model:
+    """Returns the model without rows of no token, which llama.cpp does not allow."""
+    config = dataclasses.replace(model.config, vocab_size=model.tokenizer.vocab_size)
+    return dataclasses.replace(model, config=config)
+
+
+def read_back(model: Model, path: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yields the name of each tensor, its rounded values, and those in the file."""
+    _, reader = open_gguf(path)
+    for (name, tensor), values in zip(
+        reader.tensors.items(), tensor_values(with_token_rows(model)), strict=True
+    ):
+        expected = dequantize(encode_tensor(values, tensor.type), tensor.type)
+        yield name, expected.reshape(tensor.shape), reader.read(name)
+
+
+def gguf_metadata(model: Model, type_name: str) -> dict[str, Any]:
+    """Returns the keys that describe a model and its tokenizer."""
+    c, tokenizer, architecture = model.config, model.tokenizer, hf_model_type(model.config)
+    sizes = {"mlp_dim": c.actual_mlp_dim}
+    values: dict[str, Any] = {key: sizes.get(n) or getattr(c, n) for n, key in SIZE_KEYS.items()}
+    if architecture == "gpt2":
+        values[GPT2_EPSILON] = c.norm_eps
+    else:
+        values |= {key: float(getattr(c, name)) for name, (key, _) in FLOAT_KEYS.items()}
+        values |= {
+            OPTIONAL_SIZE_KEYS["n_kv_heads"]: c.actual_kv_heads,
+            OPTIONAL_SIZE_KEYS["head_dim"]: c.actual_head_dim,
+            "attention.value_length": c.actual_head_dim,
+            "rope.dimension_count": c.actual_head_dim,
+        }
+    vocab = tokenizer.vocab
+    special = set(vocab.special)
+    metadata = {
+        "general.architecture": architecture,
+        "general.name": f"{num_params(model.params):,} parameters",
+        "general.file_type": FILE_TYPES[type_name],
+        "general.quantization_version": 2,
+        **{f"{architecture}.{key}": value for key, value in values.items()},
+        f"{architecture}.vocab_size": c.vocab_size,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": tokenizer.pre_tokenizer,
+        "tokenizer.ggml.tokens": list(vocab.ids),
+        "tokenizer.ggml.token_type": [
+            CONTROL_TOKEN if name in special else NORMAL_TOKEN for name in vocab.ids
+        ],
+        "tokenizer.ggml.merges": list(vocab.merges),
+        "tokenizer.ggml.eos_token_id": tokenizer.eot_token,
+        "tokenizer.ggml.bos_token_id": tokenizer.eot_token
+        if tokenizer.bos_token is None
+        else tokenizer.bos_token,
+        "tokenizer.ggml.add_bos_token": tokenizer.add_bos,
+    }
+    if tokenizer.stop_tokens:
+        metadata["tokenizer.ggml.eot_token_id"] = tokenizer.stop_tokens[0]
+    if model.chat_template:
+        metadata["tokenizer.chat_template"] = model.chat_template
+    return metadata
+
+
+def gguf_layout(config: GPTConfig) -> str:
+    """Returns the layout of the tensors of a model."""
+    return "gpt2-gguf" if hf_model_type(config) == "gpt2" else "gguf"
+
+
+def tensor_entries(model: Model, type_name: str) -> list[TensorEntry]:
+    """Returns the tensors of a file, in their order."""
+    model = with_token_rows(model)
+    slots_by_name, _ = tensor_slots(model, gguf_layout(model.config))
+    shapes = {name: source_shape(slots) for name, slots in slots_by_name.items()}
+    if model.config.rope_factor != 1:
+        shapes = {ROPE_FREQS: (model.config.actual_head_dim // 2,), **shapes}
+    entries = []
+    for name, shape in shapes.items():
+        is_matrix = len(shape) > 1 and name != POSITIONS
+        is_blocked = bool(BLOCK_DTYPES[type_name].names)
+        is_typed = is_matrix and not (is_blocked and shape[-1] % BLOCK_SIZE)
+        entries.append(TensorEntry(name, type_name if is_typed else "F32", shape))
+    return entries
+
+
+def tensor_values(model: Model) -> Iterator[np.ndarray]:
+    """Yields the values of `tensor_entries`."""
+    c, architecture = model.config, hf_model_type(model.config)
+    if c.rope_factor != 1:
+        yield rope_frequencies(dataclasses.replace(c, rope_factor=1.0)) / rope_frequencies(c)
+    slots_by_name, leaves = tensor_slots(model, gguf_layout(c))
+    for name, slots in slots_by_name.items():
+        tensor = pack_tensor(slots, leaves)
+        if architecture == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+            halves = tensor.reshape(-1, 2, c.actual_head_dim // 2, tensor.shape[1])
+            tensor = halves.swapaxes(1, 2).reshape(tensor.shape)  # see `pairs_to_halves`
+        yield tensor
+
+
+def write_header(file: BinaryIO, metadata: Mapping[str, Any], entries: list[TensorEntry]) -> None:
+    """Writes all that precedes the data."""
+    file.write(GGUF_MAGIC + struct.pack("<IQQ", 3, len(entries), len(metadata)))
+    for key, value in metadata.items():
+        file.write(encode_string(key) + encode_value(value))
+    offset = 0
+    for entry in entries:
+        dims = struct.pack(f"<I{len(entry.shape)}Q", len(entry.shape), *entry.shape[::-1])
+        place = struct.pack("<IQ", TYPE_NUMBERS[entry.type], offset)
+        file.write(encode_string(entry.name) + dims + place)
+        offset += align_up(entry.size, DEFAULT_ALIGNMENT)
+    write_padding(file)
+
+
+def write_padding(file: BinaryIO) -> None:
+    """Writes zeros up to the next multiple of the alignment."""
+    file.write(bytes(-file.tell() % DEFAULT_ALIGNMENT))
+
+
+def encode_string(text: str) -> bytes:
+    """Encodes the length and the bytes of a text."""
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def encode_value(value: Any) -> bytes:
+    """Encodes the type and the value of a key."""
+    match value:
+        case bool():
+            return struct.pack("<I?", BOOL, value)
+        case int():
+            return struct.pack("<II", UINT32, value)
+        case float():
+            return struct.pack("<If", FLOAT32, value)
+        case str():
+            return struct.pack("<I", STRING) + encode_string(value)
+        case [int(), *_]:
+            return struct.pack("<IIQ", ARRAY, INT32, len(value)) + array("i", value).tobytes()
+    return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(encode_string, value))
+
+
+def encode_tensor(values: np.ndarray, type_name: str) -> bytes:
+    """Encodes float32 numbers, rounded to nearest."""
+    dtype = BLOCK_DTYPES[type_name]
+    if not dtype.names:
+        return values.astype(dtype).tobytes()
+    x = values.reshape(-1, BLOCK_SIZE)
+    d = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
+    scaled = x * np.divide(1, d, out=np.zeros_like(d), where=d > 0)
+    blocks = np.empty(len(x), dtype)
+    blocks["d"] = d[:, 0]
+    blocks["q"] = np.sign(scaled) * np.floor(np.abs(scaled) + np.float32(0.5))  # halves outwards
+    return blocks.tobytes()
