@@ -15,6 +15,7 @@ from gptjax.data.sft import encode_segments
 from gptjax.errors import ConfigError
 from gptjax.tokenizer import chat_template
 from gptjax.tokenizer.chat_template import BUILTIN_TEMPLATES, compile_template, load_chat_template
+from gptjax.tokenizer.template_worker import join_input
 
 TOKENIZER = gptjax.tokenizer.load("bytes")
 QUESTION = {"role": "user", "content": "Reverse it.", "input": "sky"}
@@ -269,5 +270,6 @@ def test_transformers_renders_the_same_text(name, tmp_path):
     for messages in ([SYSTEM, QUESTION, REPLY, PLAIN], [PLAIN, REPLY] * 2):
         is_prompt = messages[-1] == PLAIN
         options = {"tokenize": False, "add_generation_prompt": is_prompt}
-        theirs = tokenizer.apply_chat_template(messages, **options)
+        joined = messages if name in BUILTIN_TEMPLATES else list(map(join_input, messages))
+        theirs = tokenizer.apply_chat_template(joined, **options)
         assert theirs == "".join(x.text for x in template.segments(messages, is_prompt))
