@@ -27,7 +27,7 @@ from gptjax.data.splits import stratified_split
 
 ROWS = (50, 100, 200, 500)
 EPOCHS = {"sms_small": 12, "smollm2_sms": 3}  # as in the configs
-MIN_STEPS = {"sms_small": 200, "smollm2_sms": 20}
+MIN_STEPS = {"sms_small": 200, "smollm2_sms": 75}
 NAMES = {"words": "TF-IDF, logistic regression", "sms_small": "random initialization"}
 NAMES["smollm2_sms"] = "SmolLM2, LoRA"
 
