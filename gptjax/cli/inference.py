@@ -369,14 +369,16 @@ def run_evaluate(model: str, as_json: bool, int8: bool, verbose: bool, **options
 def print_metrics(tasks: Any = None, **metrics: Any) -> None:
     """Prints a line per task and per metric."""
 
-    def shown(value: Any) -> str:
+    def format_value(value: Any) -> str:
+        if isinstance(value, list):
+            return ", ".join(value)
         return f"{value:.4f}" if isinstance(value, float) else str(value)
 
     for task, scores in (tasks or {}).items():
-        values = (f"{name} {shown(value)}" for name, value in scores.items())
+        values = (f"{name} {format_value(value)}" for name, value in scores.items())
         print_result(f"{task:<18} {', '.join(values)}")
     for name, value in metrics.items():
-        print_result(f"{name:<18} {', '.join(value) if isinstance(value, list) else shown(value)}")
+        print_result(f"{name:<18} {format_value(value)}")
 
 
 @click.command("import", cls=Command)
@@ -395,11 +397,13 @@ def run_import(source: str, out: Path) -> None:
 
 @click.command("export", cls=Command)
 @click.argument("model")
-@value_option("--to", "format: hf, book or gguf", required=True, metavar="FORMAT", dest="layout")
+@value_option(
+    "--to", "format: hf, book, gguf or ollama", required=True, metavar="FORMAT", dest="layout"
+)
 @value_option("--out", "new folder", type=PATH, required=True, metavar="DIR")
 @value_option(
     "--dtype",
-    "--to gguf: type of the matrices",
+    "--to gguf, ollama: type of the matrices",
     type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
     shown="f16",
 )
@@ -407,7 +411,8 @@ def run_export(model: str, layout: str, out: Path, dtype: str | None) -> None:
     """Export a model for other tools and verify the result.
 
     MODEL is described in gptjax --help. hf is a folder for transformers, gguf a file
-    for llama.cpp, book a state dict of the book's GPTModel.
+    for llama.cpp, ollama that file with a Modelfile, book a state dict of the book's
+    GPTModel.
     """
     from gptjax.exporters.export import export_model
     from gptjax.weights.load import load

@@ -1,8 +1,9 @@
 """Exports models in formats that other tools load.
 
-hf    Hugging Face GPT-2, Llama or Qwen 3 (for transformers, vLLM, ...)
-book  state dict of the book's PyTorch GPTModel, whose output head is never tied
-gguf  file for llama.cpp and the tools built on it, such as Ollama and LM Studio
+hf      Hugging Face GPT-2, Llama or Qwen 3 (for transformers, vLLM, ...)
+book    state dict of the book's PyTorch GPTModel, whose output head is never tied
+gguf    file for llama.cpp and the tools built on it, such as LM Studio
+ollama  such a file with a Modelfile for Ollama
 
 Every export is loaded again and must reproduce the logits, or the rounded parameters,
 before it is kept.
@@ -21,7 +22,8 @@ from gptjax.errors import ConfigError, ModelError
 from gptjax.exporters.book import write_book
 from gptjax.exporters.gguf import read_back, write_gguf
 from gptjax.exporters.hf import write_hf
-from gptjax.fileio.atomic import atomic_path
+from gptjax.exporters.ollama import modelfile
+from gptjax.fileio.atomic import atomic_path, write_atomic
 from gptjax.model.classifier import class_logits
 from gptjax.model.gpt import apply
 from gptjax.tree import num_params
@@ -45,8 +47,8 @@ def export_model(model: Model, layout: str, output_dir: Path, dtype: str = "") -
             f"cannot export to {layout!r}.{did_you_mean(layout, EXPORTERS)} "
             f"Known: {', '.join(EXPORTERS)}."
         )
-    if dtype and layout != "gguf":
-        raise ConfigError(f"--dtype {dtype} belongs to --to gguf. Leave it out.")
+    if dtype and layout not in ("gguf", "ollama"):
+        raise ConfigError(f"--dtype {dtype} belongs to --to gguf and ollama. Leave it out.")
     try:
         with atomic_path(output_dir) as new_dir:
             if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
@@ -99,8 +101,21 @@ def export_gguf(model: Model, folder: Path, dtype: str) -> tuple[Model, str]:
     return reloaded, f"{path.name} has {path.stat().st_size:,} bytes, read back as written"
 
 
+def export_ollama(model: Model, folder: Path, dtype: str) -> tuple[Model, str]:
+    """Writes a GGUF file and its Modelfile, as `export_gguf` does."""
+    path = folder / f"model-{dtype or 'f16'}.gguf"
+    write_atomic(folder / "Modelfile", modelfile(model, path.name))
+    reloaded, result = export_gguf(model, folder, dtype)
+    return reloaded, f"{result}\nnext     ollama create NAME -f Modelfile, in that folder"
+
+
 Exporter = Callable[[Model, Path, str], tuple[Model, str]]
-EXPORTERS: dict[str, Exporter] = {"hf": export_hf, "book": export_book, "gguf": export_gguf}
+EXPORTERS: dict[str, Exporter] = {
+    "hf": export_hf,
+    "book": export_book,
+    "gguf": export_gguf,
+    "ollama": export_ollama,
+}
 
 
 def list_differences(model: Model, reloaded: Model) -> list[str]:

@@ -46,7 +46,7 @@ from gptjax.weights.model_folder import Model
 from gptjax.weights.param_map import pack_tensor, source_shape
 
 UINT32, INT32 = 4, 5  # types of values
-CONTROL_TOKEN = 3  # in tokenizer.ggml.token_type
+CONTROL_TYPE = 3  # in tokenizer.ggml.token_type
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # general.file_type
 POSITIONS = "position_embd.weight"
 TYPE_NUMBERS = {name: number for number, name in TENSOR_TYPES.items()}
@@ -124,7 +124,7 @@ def gguf_metadata(model: Model, type_name: str) -> dict[str, Any]:
         "tokenizer.ggml.pre": tokenizer.pre_tokenizer,
         "tokenizer.ggml.tokens": list(vocab.ids),
         "tokenizer.ggml.token_type": [
-            CONTROL_TOKEN if name in special else NORMAL_TOKEN for name in vocab.ids
+            CONTROL_TYPE if name in special else NORMAL_TOKEN for name in vocab.ids
         ],
         "tokenizer.ggml.merges": list(vocab.merges),
         "tokenizer.ggml.eos_token_id": tokenizer.eot_token,
