@@ -124,7 +124,8 @@ def list_differences(model: Model, reloaded: Model) -> list[str]:
     def parts(m: Model) -> dict[str, Any]:
         values = {field.name: getattr(m, field.name) for field in dataclasses.fields(m)}
         values |= {f"model.{n}": v for n, v in dataclasses.asdict(values.pop("config")).items()}
-        return values | {"tokenizer": m.tokenizer.hash, "params": None}
+        tokenizer = {"tokenizer": m.tokenizer.hash, "stop tokens": m.tokenizer.stop_ids}
+        return values | tokenizer | {"params": None}
 
     old, new = parts(model), parts(reloaded)
     return [name for name in old if old[name] != new[name]]

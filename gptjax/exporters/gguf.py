@@ -35,6 +35,7 @@ from gptjax.weights.gguf import (
     open_gguf,
 )
 from gptjax.weights.gguf_model import (
+    END_TOKEN_KEYS,
     FLOAT_KEYS,
     GPT2_EPSILON,
     NORMAL_TOKEN,
@@ -133,8 +134,8 @@ def gguf_metadata(model: Model, type_name: str) -> dict[str, Any]:
         else tokenizer.bos_token,
         "tokenizer.ggml.add_bos_token": tokenizer.add_bos,
     }
-    if tokenizer.stop_tokens:
-        metadata["tokenizer.ggml.eot_token_id"] = tokenizer.stop_tokens[0]
+    for key, token_id in zip(END_TOKEN_KEYS[1:], tokenizer.stop_tokens, strict=False):
+        metadata[f"tokenizer.ggml.{key}"] = token_id
     if model.chat_template:
         metadata["tokenizer.chat_template"] = model.chat_template
     return metadata
@@ -220,7 +221,14 @@ def encode_tensor(values: np.ndarray, type_name: str) -> bytes:
     """Encodes float32 numbers, rounded to nearest."""
     dtype = BLOCK_DTYPES[type_name]
     if not dtype.names:
-        return values.astype(dtype).tobytes()
+        with np.errstate(over="ignore"):
+            rounded = values.astype(dtype)
+        if (np.isinf(rounded) & np.isfinite(values)).any():
+            raise ModelError(
+                f"{type_name} has no numbers as large as {np.abs(values).max():.3g}, which the "
+                "model contains. Use --dtype f32."
+            )
+        return rounded.tobytes()
     x = values.reshape(-1, BLOCK_SIZE)
     d = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
     scaled = x * np.divide(1, d, out=np.zeros_like(d), where=d > 0)

@@ -29,6 +29,15 @@ class TurnTexts(NamedTuple):
 
     between: Mapping[tuple[str, str], str]
 
+    def without_start(self, added_text: str) -> "TurnTexts":
+        """Removes a text that is added to each conversation anyway."""
+        return TurnTexts(
+            {
+                pair: text.removeprefix(added_text) if pair[0] == START else text
+                for pair, text in self.between.items()
+            }
+        )
+
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Renders a conversation that ends with a question, as the Go template does."""
         roles = [START, *(message["role"] for message in messages), END]
@@ -87,11 +96,15 @@ def quote_go(text: str) -> str:
 
 def modelfile(model: Model, gguf_name: str) -> str:
     """Returns the Modelfile that runs a GGUF file beside it."""
+    tokenizer = model.tokenizer
     values: list[tuple[str, Any]] = [("num_ctx", model.config.context_length)]
-    source, stops = "{{ .Prompt }}", [model.tokenizer.eot_name]
+    names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
+    source, stops = "{{ .Prompt }}", [names[token_id] for token_id in tokenizer.stop_ids]
     if model.chat_template:
-        template = compile_template(model.chat_template, *model.tokenizer.template_tokens)
-        source = go_template(find_turn_texts(template))
+        template = compile_template(model.chat_template, *tokenizer.template_tokens)
+        # Ollama adds the BOS token even to a prompt that starts with it.
+        added_text = template.bos_token if tokenizer.add_bos else ""
+        source = go_template(find_turn_texts(template).without_start(added_text))
         stops += template.stop_strings
     values += [("stop", f'"""{stop}"""') for stop in dict.fromkeys(stops)]
     lines = [f"FROM ./{gguf_name}", f'TEMPLATE """{source}"""']

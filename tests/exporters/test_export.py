@@ -19,6 +19,7 @@ from gptjax.presets import LLAMA_OPTIONS
 from gptjax.tokenizer.chat_template import load_chat_template
 from tests.build_openai_fixture import FOLDER, arrays
 from tests.small_models import assert_same, make_model
+from tests.tokenizer.test_vocab_files import OWN
 
 # Replaced in this order, they turn names into those of Hugging Face.
 OPENAI_NAMES = {"model/": "", "wte": "wte.weight", "wpe": "wpe.weight", "h0": "h.0", "h1": "h.1"}
@@ -97,6 +98,27 @@ def test_a_gguf_file_is_read_back_up_to_rounding(shape, dtype, tmp_path, monkeyp
     errors = jax.tree.map(lambda a, b: float(abs(a - b).max()), model.params, loaded.params)
     largest = max(jax.tree.leaves(errors))
     assert largest == 0 if dtype == "f32" else 0 < largest < 4e-3
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_end_tokens_beyond_those_of_a_gguf_file_are_reported(count, tmp_path):
+    ids = {f"<stop_{n}>": 264 + n for n in range(count - 1)}
+    tokenizer = dataclasses.replace(OWN, added_tokens=ids, stop_tokens=tuple(ids.values()))
+
+    summary = export_model(make_model(tokenizer=tokenizer), "gguf", tmp_path / "out")
+
+    loaded = gptjax.load(tmp_path / "out" / "model-f16.gguf")
+    assert loaded.tokenizer.stop_ids == tokenizer.stop_ids[:3]
+    assert ("not exported: stop tokens" in summary) == (count > 3)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("f16", 7e4), ("bf16", 3.4e38)])
+def test_values_beyond_the_range_of_a_type_are_rejected_with_another(dtype, size, tmp_path):
+    model = make_model()
+    params = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(size), model.params)
+
+    with pytest.raises(ModelError, match="--dtype f32"):
+        export_model(dataclasses.replace(model, params=params), "gguf", tmp_path / "out", dtype)
 
 
 def test_tensors_of_all_layouts_are_the_same_numbers():

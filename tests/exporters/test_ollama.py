@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import random
+import re
 import shutil
 import subprocess
 
@@ -16,6 +17,7 @@ from gptjax.tokenizer.chat_template import BUILTIN_TEMPLATES, compile_template, 
 from gptjax.weights.model_folder import save
 from tests.small_models import make_model
 from tests.tokenizer.test_chat_template import CHATML
+from tests.tokenizer.test_vocab_files import BOS, LLAMA
 
 TEMPLATES = [name for name in BUILTIN_TEMPLATES if name != "single"]
 DEFAULT_SYSTEM = """{% if messages[0].role != 'system' %}<|im_start|>system
@@ -128,3 +130,19 @@ def test_every_character_of_a_quoted_text_is_printable():
     text = "".join(map(chr, itertools.chain(range(160), (0x200B, 0x1F642))))
 
     assert quote_go(text).isprintable()
+
+
+def test_the_bos_token_that_ollama_adds_is_not_in_the_template_as_well():
+    model = dataclasses.replace(
+        make_model(tokenizer=LLAMA), chat_template="{{ bos_token }}" + CHATML
+    )
+    other = dataclasses.replace(model.tokenizer, add_bos=False)
+
+    assert BOS not in modelfile(model, "x.gguf")
+    assert f'"{BOS}<|im_start|>' in modelfile(dataclasses.replace(model, tokenizer=other), "x.gguf")
+
+
+def test_all_end_tokens_of_a_model_are_stop_texts():
+    text = modelfile(make_model(tokenizer=LLAMA), "x.gguf")
+
+    assert re.findall('PARAMETER stop """(.*)"""', text) == ["<|end_of_text|>", "<|eot_id|>"]
