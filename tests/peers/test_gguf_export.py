@@ -5,6 +5,7 @@ Run with `pytest -m peers -n0 tests/peers/test_gguf_export.py`; needs the extra 
 
 import dataclasses
 import random
+import unicodedata
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -12,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen
 
 import gptjax
 from gptjax.exporters.export import GGUF_DTYPES, export_model
 from gptjax.presets import LLAMA_OPTIONS
 from gptjax.tokenizer.chat_template import compile_template, load_chat_template
+from gptjax.tokenizer.pre_tokenizer import PRE_TOKENIZERS
 from gptjax.tokenizer.tokenizer import train_tokenizer
 from tests.peers.llama_cpp import next_logprobs, start_llama_cpp
 from tests.small_models import make_model
@@ -55,22 +58,31 @@ def all_logprobs(model, ids):
 jitted_apply = jax.jit(gptjax.apply, static_argnums=0)
 
 
+def gelu_of_llama_cpp(x, approximate=True):
+    """GELU by a table of float16; without it, log-probabilities are up to 2e-3 off."""
+    half = exact_gelu(x.astype(jnp.float16).astype(jnp.float32), approximate).astype(jnp.float16)
+    return jnp.where(jnp.abs(x) < 10, half.astype(jnp.float32), jnp.maximum(x, 0))
+
+
+exact_gelu = linen.gelu
+
+
 @pytest.mark.parametrize("name", SHAPES)
-def test_llama_cpp_computes_the_same_log_probabilities(name, tokenizer, tmp_path):
+def test_llama_cpp_computes_the_same_log_probabilities(name, tokenizer, tmp_path, monkeypatch):
     model = build(SHAPES[name], tokenizer)
     export_model(model, "gguf", tmp_path / "out", "f32")
+    monkeypatch.setattr(linen, "gelu", gelu_of_llama_cpp)
 
     call = start_llama_cpp(tmp_path / "out" / "model-f32.gguf")
 
-    # llama.cpp computes GELU by a table of float16.
-    tolerance = 2e-3 if model.config.mlp == "gelu" else 1e-4
+    # Where sums round differently, the table sometimes gives the next float16.
+    tolerance = 6e-4 if model.config.mlp == "gelu" else 1e-4
     ids, compared = tokenizer.encode(TEXT)[:48], 0
     logprobs = all_logprobs(model, ids)
     for n in range(1, len(ids) + 1):
         found = next_logprobs(call, ids[:n], tokenizer.vocab_size)
         ours = {token: logprobs[n - 1, token] for token in found}
-        if model.config.mlp != "gelu":
-            assert max(found, key=found.get, default=0) == max(ours, key=ours.get, default=0)
+        assert max(found, key=found.get, default=0) == max(ours, key=ours.get, default=0)
         np.testing.assert_allclose([*found.values()], [*ours.values()], rtol=0, atol=tolerance)
         compared += len(found)
     assert compared > 10_000
@@ -120,12 +132,18 @@ def test_smaller_types_change_log_probabilities_little(dtype, limit, tokenizer, 
     assert 0 < mean_difference(call, model, tokenizer.encode(TEXT)[:60]) < limit
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bytes", "trained"])
+@pytest.mark.parametrize("name", ["gpt2", "bytes", *PRE_TOKENIZERS])
 def test_llama_cpp_has_the_same_tokens_for_adversarial_texts(name, tokenizer, tmp_path):
-    used = tokenizer if name == "trained" else gptjax.tokenizer.load(name)
+    used = (
+        dataclasses.replace(tokenizer, pre_tokenizer=name)
+        if name in PRE_TOKENIZERS
+        else gptjax.tokenizer.load(name)
+    )
     export_model(build({"n_layers": 1}, used), "gguf", tmp_path / "out")
     draw = random.Random(0)
-    texts = ["".join(draw.choices(WORDS, k=draw.randint(1, 12))) for _ in range(700)]
+    texts = ["".join(draw.choices(WORDS, k=draw.randint(1, 12))) for _ in range(2000)]
+    if name == "qwen2":  # llama.cpp does not normalize
+        texts = [unicodedata.normalize("NFC", text) for text in texts]
 
     call = start_llama_cpp(tmp_path / "out" / "model-f16.gguf")
 
