@@ -12,8 +12,7 @@ import gptjax
 from gptjax.config import RunConfig, config_options
 from gptjax.data.datasets import DATASETS, PYTHON_HELP, PYTHON_LINES, WORD_TASKS
 from gptjax.evaluation.run_comparison import RunRecord, read_run_records
-from gptjax.exporters.export import export_model
-from gptjax.exporters.gguf import write_gguf
+from gptjax.exporters.export import DEFAULT_DTYPE, export_gguf, export_model
 from gptjax.exporters.hf import HF_ARCHITECTURES, hf_model_type, hf_problem
 from gptjax.exporters.model_card import model_card
 from gptjax.fileio.atomic import write_atomic
@@ -53,7 +52,7 @@ def prepare_upload(source: str, repo_id: str, license_id: str) -> Iterator[Path]
             model_type = hf_model_type(model.config)
             facts |= {"architecture": HF_ARCHITECTURES[model_type].name, "model_type": model_type}
             if not model.labels:
-                write_gguf(model, folder / "model-f16.gguf", "f16")
+                export_gguf(model, folder, DEFAULT_DTYPE)
                 facts["has_gguf"] = True
         if Path(source, "config.toml").is_file():
             (run,) = read_run_records([Path(source)])

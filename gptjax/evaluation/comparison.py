@@ -65,8 +65,8 @@ def paired_interval(difference: Real[np.ndarray, " n"], size: Real[np.ndarray, "
     or bytes; there are at least two clusters. The variance is that of the jackknife
     over clusters (CR3 of Bell & McCaffrey 2002). The quantile is Student's, with
     `effective_count` minus one as degrees of freedom, since few long documents say less
-    than many equal ones. `tests/benchmarks/interval_coverage.py`
-    compares it with alternatives.
+    than many equal ones. `tests/benchmarks/interval_coverage.py` compares it with
+    alternatives.
 
     >>> paired_interval(np.array([-1.0, -3.0]), np.array([10, 10])).difference
     -0.2

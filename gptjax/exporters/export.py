@@ -34,13 +34,14 @@ NUM_CHECK_TOKENS = 16
 # Relative to the largest logit: float32 rounding is 6e-8 per sum, of some hundred sums.
 EXPORT_TOLERANCE = 1e-5
 GGUF_DTYPES = ("f32", "f16", "bf16", "q8_0")
+DEFAULT_DTYPE = "f16"  # of GGUF files
 
 
 def export_model(model: Model, layout: str, output_dir: Path, dtype: str = "") -> str:
     """Exports the model and verifies the result; returns a summary for the user.
 
     `output_dir` must not exist yet, or be empty; it is created only after verification.
-    `dtype` is one of `GGUF_DTYPES`.
+    `dtype` is that of a GGUF file, one of `GGUF_DTYPES`.
     """
     if layout not in EXPORTERS:
         raise ConfigError(
@@ -49,12 +50,14 @@ def export_model(model: Model, layout: str, output_dir: Path, dtype: str = "") -
         )
     if dtype and layout not in ("gguf", "ollama"):
         raise ConfigError(f"--dtype {dtype} belongs to --to gguf and ollama. Leave it out.")
+    if dtype not in ("", *GGUF_DTYPES):
+        raise ConfigError(f"--dtype {dtype!r} is not one of {', '.join(GGUF_DTYPES)}.")
     try:
         with atomic_path(output_dir) as new_dir:
             if output_dir.is_file() or (output_dir.is_dir() and any(output_dir.iterdir())):
                 raise ModelError(f"{output_dir} already exists. Choose another folder with --out.")
             new_dir.mkdir()
-            reloaded, result = EXPORTERS[layout](model, new_dir, dtype)
+            reloaded, result = EXPORTERS[layout](model, new_dir, dtype or DEFAULT_DTYPE)
     except OSError as error:
         raise ModelError(f"cannot write {output_dir}: {error}. Choose another.") from error
     lost = ", ".join(list_differences(model, reloaded))
@@ -85,12 +88,17 @@ def reload_folder(model: Model, folder: Path) -> tuple[Model, str]:
     return reloaded, f"logits of the reloaded model differ by at most {difference:.3g}"
 
 
+def gguf_path(folder: Path, dtype: str) -> Path:
+    """Returns the file of a folder that `export_gguf` writes."""
+    return folder / f"model-{dtype}.gguf"
+
+
 def export_gguf(model: Model, folder: Path, dtype: str) -> tuple[Model, str]:
     """Writes a GGUF file, as `export_hf` does a folder."""
-    path = folder / f"model-{dtype or 'f16'}.gguf"
-    write_gguf(model, path, dtype or "f16")
+    path = gguf_path(folder, dtype)
+    write_gguf(model, path, dtype)
     reloaded = load(path)
-    for name, expected, found in read_back(model, path):
+    for name, expected, found in read_back(model, path, dtype):
         if not np.array_equal(expected, found):
             raise ModelError(
                 f"{name} of the exported file differs, so the export was discarded. This is a "
@@ -103,8 +111,7 @@ def export_gguf(model: Model, folder: Path, dtype: str) -> tuple[Model, str]:
 
 def export_ollama(model: Model, folder: Path, dtype: str) -> tuple[Model, str]:
     """Writes a GGUF file and its Modelfile, as `export_gguf` does."""
-    path = folder / f"model-{dtype or 'f16'}.gguf"
-    write_atomic(folder / "Modelfile", modelfile(model, path.name))
+    write_atomic(folder / "Modelfile", modelfile(model, gguf_path(folder, dtype).name))
     reloaded, result = export_gguf(model, folder, dtype)
     return reloaded, f"{result}\nnext     ollama create NAME -f Modelfile, in that folder"
 

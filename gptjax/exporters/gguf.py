@@ -6,15 +6,15 @@ float32, which llama.cpp requires, and so are rows that do not divide into block
 """
 
 import dataclasses
+import functools
 import struct
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from gptjax.config import GPTConfig
 from gptjax.errors import ModelError
 from gptjax.exporters.hf import hf_model_type, hf_problem
 from gptjax.exporters.tensors import tensor_slots
@@ -44,7 +44,7 @@ from gptjax.weights.gguf_model import (
     SIZE_KEYS,
 )
 from gptjax.weights.model_folder import Model
-from gptjax.weights.param_map import pack_tensor, source_shape
+from gptjax.weights.param_map import ParamSlot, pack_tensor, source_shape
 
 UINT32, INT32 = 4, 5  # types of values
 CONTROL_TYPE = 3  # in tokenizer.ggml.token_type
@@ -54,11 +54,12 @@ TYPE_NUMBERS = {name: number for number, name in TENSOR_TYPES.items()}
 
 
 class TensorEntry(NamedTuple):
-    """Name, type and shape of a tensor in a file."""
+    """Tensor of a file, whose values are computed when they are written."""
 
     name: str
     type: str
     shape: tuple[int, ...]
+    values: Callable[[], np.ndarray]
 
     @property
     def size(self) -> int:
@@ -73,28 +74,20 @@ def write_gguf(model: Model, path: Path, dtype: str) -> None:
         raise ModelError("GGUF has no classifiers. Use --to hf.")
     if problem := hf_problem(model.config, is_classifier=False):
         raise ModelError(f"{problem}. Train a model with other options.")
-    model, entries = with_token_rows(model), tensor_entries(model, dtype.upper())
+    entries = tensor_entries(model, dtype.upper())
     with open(path, "xb") as file:
         write_header(file, gguf_metadata(model, dtype.upper()), entries)
-        for entry, values in zip(entries, tensor_values(model), strict=True):
-            file.write(encode_tensor(values, entry.type))
+        for entry in entries:
+            file.write(encode_tensor(entry.values(), entry.type))
             write_padding(file)
 
 
-def with_token_rows(model: Model) -> Model:
-    """Returns the model without rows of no token, which llama.cpp does not allow."""
-    config = dataclasses.replace(model.config, vocab_size=model.tokenizer.vocab_size)
-    return dataclasses.replace(model, config=config)
-
-
-def read_back(model: Model, path: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+def read_back(model: Model, path: Path, dtype: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Yields the name of each tensor, its rounded values, and those in the file."""
     _, reader = open_gguf(path)
-    for (name, tensor), values in zip(
-        reader.tensors.items(), tensor_values(with_token_rows(model)), strict=True
-    ):
-        expected = dequantize(encode_tensor(values, tensor.type), tensor.type)
-        yield name, expected.reshape(tensor.shape), reader.read(name)
+    for entry in tensor_entries(model, dtype.upper()):
+        expected = dequantize(encode_tensor(entry.values(), entry.type), entry.type)
+        yield entry.name, expected.reshape(entry.shape), reader.read(entry.name)
 
 
 def gguf_metadata(model: Model, type_name: str) -> dict[str, Any]:
@@ -120,7 +113,7 @@ def gguf_metadata(model: Model, type_name: str) -> dict[str, Any]:
         "general.file_type": FILE_TYPES[type_name],
         "general.quantization_version": 2,
         **{f"{architecture}.{key}": value for key, value in values.items()},
-        f"{architecture}.vocab_size": c.vocab_size,
+        f"{architecture}.vocab_size": tokenizer.vocab_size,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": tokenizer.pre_tokenizer,
         "tokenizer.ggml.tokens": list(vocab.ids),
@@ -141,39 +134,34 @@ def gguf_metadata(model: Model, type_name: str) -> dict[str, Any]:
     return metadata
 
 
-def gguf_layout(config: GPTConfig) -> str:
-    """Returns the layout of the tensors of a model."""
-    return "gpt2-gguf" if hf_model_type(config) == "gpt2" else "gguf"
-
-
 def tensor_entries(model: Model, type_name: str) -> list[TensorEntry]:
     """Returns the tensors of a file, in their order."""
-    model = with_token_rows(model)
-    slots_by_name, _ = tensor_slots(model, gguf_layout(model.config))
-    shapes = {name: source_shape(slots) for name, slots in slots_by_name.items()}
-    if model.config.rope_factor != 1:
-        shapes = {ROPE_FREQS: (model.config.actual_head_dim // 2,), **shapes}
-    entries = []
-    for name, shape in shapes.items():
+    # llama.cpp does not allow rows without a token.
+    c = dataclasses.replace(model.config, vocab_size=model.tokenizer.vocab_size)
+    architecture, entries = hf_model_type(c), []
+    if c.rope_factor != 1:
+        stretch_P = rope_frequencies(dataclasses.replace(c, rope_factor=1.0)) / rope_frequencies(c)
+        entries.append(TensorEntry(ROPE_FREQS, "F32", stretch_P.shape, lambda: stretch_P))
+    layout = "gpt2-gguf" if architecture == "gpt2" else "gguf"
+    slots_by_name, leaves = tensor_slots(dataclasses.replace(model, config=c), layout)
+    for name, slots in slots_by_name.items():
+        values = functools.partial(pack_tensor, slots, leaves)
+        if architecture == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+            values = functools.partial(halves_to_pairs, slots, leaves, c.actual_head_dim)
+        shape = source_shape(slots)
         is_matrix = len(shape) > 1 and name != POSITIONS
-        is_blocked = bool(BLOCK_DTYPES[type_name].names)
-        is_typed = is_matrix and not (is_blocked and shape[-1] % BLOCK_SIZE)
-        entries.append(TensorEntry(name, type_name if is_typed else "F32", shape))
+        is_typed = is_matrix and not (BLOCK_DTYPES[type_name].names and shape[-1] % BLOCK_SIZE)
+        entries.append(TensorEntry(name, type_name if is_typed else "F32", shape, values))
     return entries
 
 
-def tensor_values(model: Model) -> Iterator[np.ndarray]:
-    """Yields the values of `tensor_entries`."""
-    c, architecture = model.config, hf_model_type(model.config)
-    if c.rope_factor != 1:
-        yield rope_frequencies(dataclasses.replace(c, rope_factor=1.0)) / rope_frequencies(c)
-    slots_by_name, leaves = tensor_slots(model, gguf_layout(c))
-    for name, slots in slots_by_name.items():
-        tensor = pack_tensor(slots, leaves)
-        if architecture == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
-            halves = tensor.reshape(-1, 2, c.actual_head_dim // 2, tensor.shape[1])
-            tensor = halves.swapaxes(1, 2).reshape(tensor.shape)  # see `pairs_to_halves`
-        yield tensor
+def halves_to_pairs(
+    slots: list[ParamSlot], leaves: Mapping[str, np.ndarray], head_dim: int
+) -> np.ndarray:
+    """Assembles a tensor of query or key heads; inverse of `pairs_to_halves`."""
+    tensor = pack_tensor(slots, leaves)
+    halves = tensor.reshape(-1, 2, head_dim // 2, tensor.shape[1])
+    return halves.swapaxes(1, 2).reshape(tensor.shape)
 
 
 def write_header(file: BinaryIO, metadata: Mapping[str, Any], entries: list[TensorEntry]) -> None:
